@@ -1,0 +1,1 @@
+"""Adapters to implementations, one file each. A framework is imported inside them, never here."""

@@ -1,0 +1,93 @@
+"""What a backend is: an adapter to one implementation, numpy in and out.
+
+Masks, positions, layout and ownership of the cache stay inside it. This module needs nothing but numpy, because a
+backend lives in a worker that may be another interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvconform_specs.claims import Claims
+from kvconform_specs.config import Config
+
+Array = NDArray[Any]
+Cache = Any
+"""Whatever the backend keeps of one sequence; the harness hands it back and never looks inside."""
+
+
+class Unavailable(Exception):
+    """This backend cannot run on this machine: one sentence that says why, and what to install."""
+
+
+class Backend(Protocol):
+    """One implementation, built for one config: a class with this constructor, and ``claims`` declared on it.
+
+    ``weights`` are float32 arrays named and shaped as in ``kvconform_specs.tensors.weight_shapes`` (none for the
+    attention profile), already rounded to ``config.dtype``. The constructor raises ``Unavailable`` where the machine
+    lacks something. An optional classmethod ``refuses(config, device)`` returns the reason why a config is not
+    supported, or None.
+    """
+
+    claims: Claims
+
+    def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str) -> None: ...
+
+    def start(self, batch: int) -> Cache:
+        """An empty cache of ``batch`` rows."""
+        ...
+
+    def step(self, cache: Cache, *inputs: Array) -> tuple[Array, Cache]:
+        """Appends new tokens and returns the output and the cache to go on with (the same object, if mutable).
+
+        Attention profile: query ``(b, h, t, d)``, key and value ``(b, g, t, d)``, output ``(b, h, t, d)``.
+        Decoder profile: token ids ``(b, t)`` int64, logits ``(b, t, V)``; ``(b, 1, V)`` where ``returns="last"``.
+        Floats are float32 that are exact in ``config.dtype``; outputs are float32 as well (widened where the
+        implementation computes in 16 bits). With ragged rows (claim ``ragged``) a keyword ``counts`` tells how many
+        of the ``t`` columns are real in each row, padding is on the right.
+        """
+        ...
+
+
+class Abilities(Protocol):
+    """The methods behind ``claims.abilities``: a backend has those that it claims."""
+
+    def full(self, *inputs: Array) -> Array:
+        """The cache-less forward on whole sequences, inputs and output as in ``step``; touches no cache."""
+        ...
+
+    def length(self, cache: Cache) -> list[int]:
+        """How many tokens each row holds."""
+        ...
+
+    def truncate(self, cache: Cache, length: int) -> Cache:
+        """Keeps the first ``length`` tokens of each row. ValueError unless ``0 <= length <=`` the length."""
+        ...
+
+    def fork(self, cache: Cache) -> Cache:
+        """A second cache with the same contents; both go on independently."""
+        ...
+
+    def reorder(self, cache: Cache, rows: list[int]) -> Cache:
+        """Row ``i`` becomes the old row ``rows[i]``; duplicates are legal."""
+        ...
+
+    def reset(self, cache: Cache) -> Cache:
+        """Empties every row and keeps the batch."""
+        ...
+
+    def close(self, cache: Cache) -> None:
+        """Ends the sequence (optional: without it the cache is dropped)."""
+        ...
+
+    def witness(self) -> dict[str, Any]:
+        """What really ran since the backend was built (optional): versions, providers, graphs, device of outputs.
+
+        A key ``fallback`` with a sentence says that something else ran than the backend's name promises: whatever
+        was judged until then was *not tested*.
+        """
+        ...

@@ -1,0 +1,8 @@
+"""The spec of a KV cache: what must hold, stated as data and arithmetic.
+
+Only ``numpy`` is needed to import ``config``, ``program``, ``claims``, ``history``, ``tensors``, ``definition``,
+``bounds`` and ``oracle``; the families of programs in ``clauses`` need ``hypothesis`` as well.
+"""
+
+SUITE_VERSION = "0.1.0"
+"""Version of the suite's clauses. A change that can turn a conformant backend red raises it."""

@@ -1,0 +1,108 @@
+"""A config: one point of the family of attention layers and decoders that the suite asks for.
+
+Axes, everywhere in this project: ``b`` batch, ``h`` query heads, ``g`` KV heads, ``t`` new tokens,
+``s`` cached + new tokens, ``d`` head dim, ``l`` layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from kvconform_specs.errors import SpecError
+
+PROFILES = ("attention", "decoder")
+POSITIONS = ("none", "learned", "rope")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Sizes and semantics of one layer (profile ``attention``) or one decoder (profile ``decoder``).
+
+    The sizes of a config are pairwise distinct wherever a clause does not want them equal, so that a swapped axis
+    cannot go unnoticed. ``init_std`` is 0.3 because near-uniform attention (0.02) hides mistakes of position.
+
+    window: number of visible keys, the token itself included; ``None`` is unlimited.
+    softcap: scores become ``softcap * tanh(scores / softcap)`` before masking; ``None`` is off.
+    scale: factor of the scores; ``None`` is ``1 / sqrt(head_dim)``.
+    capacity: how many tokens a sequence may hold.
+    width, mlp: model width and width of the gated MLP (``mlp=0``: no MLP); read by the decoder only.
+    """
+
+    profile: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    capacity: int = 40
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    dtype: str = "float32"
+    layers: int = 1
+    width: int = 0
+    mlp: int = 0
+    vocabulary: int = 0
+    positions: str = "none"
+    seed: int = 0
+    init_std: float = 0.3
+
+    def __post_init__(self) -> None:
+        _one_of("config.profile", self.profile, PROFILES)
+        _one_of("config.dtype", self.dtype, DTYPES)
+        _one_of("config.positions", self.positions, POSITIONS)
+        for name in ("heads", "kv_heads", "head_dim", "capacity", "layers"):
+            _at_least(f"config.{name}", getattr(self, name), 1)
+        if self.heads % self.kv_heads:
+            raise SpecError(
+                "config.kv_heads", f"{self.kv_heads} KV heads do not divide {self.heads} query heads"
+            )
+        if self.window is not None:
+            _at_least("config.window", self.window, 1)
+        if self.softcap is not None and not self.softcap > 0:
+            raise SpecError("config.softcap", f"must be positive, got {self.softcap}")
+        if self.profile == "decoder":
+            for name in ("width", "vocabulary"):
+                _at_least(f"config.{name}", getattr(self, name), 1)
+            _at_least("config.mlp", self.mlp, 0)
+            if self.positions == "rope" and self.head_dim % 2:
+                raise SpecError("config.head_dim", f"rope needs an even head dim, got {self.head_dim}")
+        elif self.layers != 1 or self.positions != "none":
+            raise SpecError("config.layers", "the attention profile is one layer without positions")
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head: query head ``i`` reads KV head ``i // group``."""
+        return self.heads // self.kv_heads
+
+    @property
+    def score_scale(self) -> float:
+        return 1.0 / math.sqrt(self.head_dim) if self.scale is None else self.scale
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: object, at: str = "config") -> Config:
+        return cls(**take(data, at, {f.name for f in fields(cls)}))
+
+
+def take(data: object, at: str, known: set[str]) -> dict[str, Any]:
+    """The fields of a JSON object. Raises SpecError where it is no object or has a field that is not known."""
+    if not isinstance(data, dict):
+        raise SpecError(at, f"want an object, got {type(data).__name__}")
+    for name in data:
+        if name not in known:
+            raise SpecError(f"{at}.{name}", f"unknown field; known: {', '.join(sorted(known))}")
+    return data
+
+
+def _one_of(at: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise SpecError(at, f"unknown value {value!r}; known: {', '.join(known)}")
+
+
+def _at_least(at: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise SpecError(at, f"want an integer of at least {least}, got {value!r}")

@@ -1,0 +1,222 @@
+"""A program: a config and steps over named sequences, as frozen data.
+
+It is printable, comparable, survives its own JSON, and holds no tensor: contents come from seeds (``tensors.py``).
+A *sequence* is a batch of rows that grow together. The content of a row is a *stream*: an endless tape of tokens
+that its seed names. Row ``r`` of a step with seed ``s`` reads stream ``s + r``, from the row's current length on.
+So the same seed gives the same tokens however they are cut into steps, and row ``r`` alone is seed ``s + r``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from kvconform_specs.config import Config, take
+from kvconform_specs.errors import SpecError
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Appends ``counts[r]`` new tokens to row ``r``: prefill, chunk and decode are this step with another count.
+
+    The first append to a name opens the sequence with ``len(counts)`` rows. Unequal counts are *ragged* rows.
+    swap: ``(row, position, seed)``: the token at that logical position of that row comes from another stream.
+    aim: ``(seed, position)``: every query of the step points at that token's key (attention profile), a *needle*.
+    """
+
+    seq: str
+    counts: tuple[int, ...]
+    seed: int
+    swap: tuple[tuple[int, int, int], ...] = ()
+    aim: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """Runs the subject's own cache-less forward on the first ``counts[r]`` tokens of each row's stream.
+
+    It touches no sequence; ``seq`` names the outputs, so that they compare with those of a cached sequence.
+    """
+
+    seq: str
+    counts: tuple[int, ...]
+    seed: int
+    swap: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Truncate:
+    """Forgets all but the first ``length`` tokens of every row."""
+
+    seq: str
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Copies ``seq`` to the new name ``into``; both go on independently."""
+
+    seq: str
+    into: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reorder:
+    """Row ``i`` becomes the old row ``rows[i]``. Duplicates are legal, and independent afterwards."""
+
+    seq: str
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Empties the sequence and keeps its handle."""
+
+    seq: str
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Ends the sequence; its name may be opened anew."""
+
+    seq: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A call that must be refused with an exception and must change nothing."""
+
+    step: Append | Truncate
+
+
+Step = Append | Full | Truncate | Fork | Reorder | Reset | Close | Reject
+Run = Append | Full
+OPS: dict[str, type[Any]] = {
+    "append": Append, "full": Full, "truncate": Truncate, "fork": Fork,
+    "reorder": Reorder, "reset": Reset, "close": Close, "reject": Reject,
+}  # fmt: skip
+NAMES = {kind: op for op, kind in OPS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Steps over named sequences under one config. Raises SpecError where a step is not legal."""
+
+    config: Config
+    steps: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        lengths: dict[str, tuple[int, ...]] = {}
+        for index, step in enumerate(self.steps):
+            _advance(self.config, lengths, step, f"steps[{index}]")
+
+    @property
+    def span(self) -> int:
+        """How many positions of its streams the program can reach."""
+        asked = [step.step if isinstance(step, Reject) else step for step in self.steps]
+        return sum(max(step.counts) for step in asked if isinstance(step, Append | Full))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Steps, then tokens: what shrinking makes smaller."""
+        return len(self.steps), sum(sum(s.counts) for s in self.steps if isinstance(s, Append | Full))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"config": self.config.to_json(), "steps": [step_to_json(step) for step in self.steps]}
+
+    @classmethod
+    def from_json(cls, data: object, at: str = "program") -> Program:
+        known = take(data, at, {"config", "steps"})
+        for name in ("config", "steps"):
+            if name not in known:
+                raise SpecError(f"{at}.{name}", "is missing")
+        config = Config.from_json(known["config"], f"{at}.config")
+        return cls(
+            config, tuple(step_from_json(s, f"{at}.steps[{i}]") for i, s in enumerate(known["steps"]))
+        )
+
+
+def step_to_json(step: Step) -> dict[str, Any]:
+    if isinstance(step, Reject):
+        return {"op": "reject", "step": step_to_json(step.step)}
+    body = {name: value for name, value in asdict(step).items() if value not in ((), None)}
+    return {"op": NAMES[type(step)], **body}
+
+
+def step_from_json(data: object, at: str) -> Step:
+    if not isinstance(data, dict):
+        raise SpecError(at, f"want an object, got {type(data).__name__}")
+    op = data.get("op")
+    if op not in OPS:
+        raise SpecError(f"{at}.op", f"unknown op {op!r}; known: {', '.join(sorted(OPS))}")
+    kind = OPS[op]
+    body = take(
+        {key: value for key, value in data.items() if key != "op"}, at, {f.name for f in fields(kind)}
+    )
+    try:
+        step: Step
+        if kind is Reject:
+            inner = step_from_json(body.get("step"), f"{at}.step")
+            if not isinstance(inner, Append | Truncate):
+                raise SpecError(f"{at}.step", f"only append and truncate can be rejected, got {NAMES[type(inner)]}")
+            return Reject(inner)
+        step = kind(**{key: _tuples(value) for key, value in body.items()})
+    except TypeError as error:
+        raise SpecError(at, f"{op} wants the fields {', '.join(f.name for f in fields(kind))}") from error
+    return step
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _advance(config: Config, lengths: dict[str, tuple[int, ...]], step: Step, at: str) -> None:
+    """Follows the lengths of the rows and refuses what is not legal."""
+    if isinstance(step, Reject):
+        problem = _illegal(config, lengths, step.step)
+        if problem is None:
+            raise SpecError(f"{at}.step", "is legal; a reject step holds a call that must be refused")
+        return
+    problem = _illegal(config, lengths, step)
+    if problem is not None:
+        raise SpecError(f"{at}.{problem[0]}", problem[1])
+    if isinstance(step, Append):
+        old = lengths.get(step.seq, (0,) * len(step.counts))
+        lengths[step.seq] = tuple(a + b for a, b in zip(old, step.counts, strict=True))
+    elif isinstance(step, Truncate):
+        lengths[step.seq] = (step.length,) * len(lengths[step.seq])
+    elif isinstance(step, Fork):
+        lengths[step.into] = lengths[step.seq]
+    elif isinstance(step, Reorder):
+        lengths[step.seq] = tuple(lengths[step.seq][row] for row in step.rows)
+    elif isinstance(step, Reset):
+        lengths[step.seq] = (0,) * len(lengths[step.seq])
+    elif isinstance(step, Close):
+        del lengths[step.seq]
+
+
+def _illegal(config: Config, lengths: dict[str, tuple[int, ...]], step: Step) -> tuple[str, str] | None:
+    """The field that is wrong and what is wrong with it, or None."""
+    if isinstance(step, Append | Full):
+        if not step.counts or min(step.counts) < 0 or max(step.counts) < 1:
+            return "counts", f"want at least one row and one token, got {list(step.counts)}"
+        old = lengths.get(step.seq) if isinstance(step, Append) else None
+        if old is not None and len(old) != len(step.counts):
+            return "counts", f"{len(step.counts)} rows for sequence {step.seq!r} of {len(old)} rows"
+        new = [a + b for a, b in zip(old or (0,) * len(step.counts), step.counts, strict=True)]
+        if max(new) > config.capacity:
+            return "counts", f"length {max(new)} exceeds the capacity of {config.capacity}"
+        for row, position, _seed in step.swap:
+            if not 0 <= row < len(new) or not 0 <= position < new[row]:
+                return "swap", f"no token at row {row}, position {position}"
+        return None
+    old = lengths.get(step.seq) if not isinstance(step, Reject) else None
+    if old is None:
+        return "seq", f"no open sequence {getattr(step, 'seq', None)!r}; open: {', '.join(sorted(lengths)) or 'none'}"
+    if isinstance(step, Truncate) and not 0 <= step.length <= min(old):
+        return "length", f"cannot keep {step.length} of {min(old)} tokens"
+    if isinstance(step, Fork) and step.into in lengths:
+        return "into", f"sequence {step.into!r} is open already"
+    if isinstance(step, Reorder) and (not step.rows or not all(0 <= row < len(old) for row in step.rows)):
+        return "rows", f"want rows of 0..{len(old) - 1}, got {list(step.rows)}"
+    return None

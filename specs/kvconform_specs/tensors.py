@@ -1,0 +1,180 @@
+"""Tensors from seeds: the only place where a program's contents become numbers.
+
+Every number comes from the counter-based generator Philox-4x64 (Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", SC 2011): the key is the seed, the counter is the position. A token is therefore the same however the
+program is cut, and on every machine: a raw 64-bit word becomes a number by integer arithmetic and one rounding.
+Arrays are float32 that are already rounded to the config's dtype, so that the definition sees what a subject sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvconform_specs.config import Config
+from kvconform_specs.history import Row, Token
+from kvconform_specs.program import Run
+
+Array = NDArray[np.float32]
+Index = int
+
+_WEIGHTS, _ATTENTION, _TOKENS = 1, 2, 3  # second word of the key: one generator for each purpose
+_SPREAD = np.float32(1.0 / (65536.0 * np.sqrt(4.0 / 12.0)))  # 1 / sd of the sum of four 16-bit uniform integers
+AIM_SCORE = 24.0
+"""The score that a needle gives its key: e^24 outweighs 4 096 other keys unless one is nearly parallel."""
+
+_philox = np.random.Philox(key=0)
+_state = _philox.state
+
+
+def derive(seed: int, index: Index) -> int:
+    """The seed of the ``index``-th variant of a program. Rows stay neighbours: ``derive(s + r) = derive(s) + r``."""
+    return seed + (index << 32)
+
+
+def raw(seed: int, purpose: int, start: int, words: int) -> NDArray[np.uint64]:
+    """``words`` 64-bit words of stream ``seed``, from counter ``start`` on (a counter holds four words)."""
+    _state["state"]["key"][:] = (seed, purpose)
+    _state["state"]["counter"][:] = (start, 0, 0, 0)
+    _state["buffer_pos"] = 4
+    _philox.state = _state
+    return np.asarray(_philox.random_raw(words))
+
+
+def normal(words: NDArray[np.uint64]) -> Array:
+    """Numbers of mean 0 and variance 1 from raw words: the sum of four 16-bit uniforms (Irwin-Hall, |x| < 3.47)."""
+    total = words.view(np.uint16).reshape(*words.shape, 4).sum(axis=-1, dtype=np.int32)
+    return np.asarray((total - 131070).astype(np.float32) * _SPREAD)
+
+
+def rounded(x: NDArray[np.floating], dtype: str) -> Array:
+    """``x`` rounded to nearest even in ``dtype``, held as float32."""
+    if dtype == "float16":
+        return x.astype(np.float16).astype(np.float32)
+    single = np.ascontiguousarray(x, dtype=np.float32)
+    if dtype == "float32":
+        return single
+    bits = single.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+class Streams:
+    """The contents of a program's streams for ``n`` variants (``indices``) at once, up to position ``span``."""
+
+    def __init__(self, config: Config, span: int, indices: Sequence[Index]) -> None:
+        self.config, self.span, self.indices = config, span, tuple(indices)
+        self._tapes: dict[int, NDArray[np.generic]] = {}
+
+    def tape(self, seed: int) -> NDArray[np.generic]:
+        """Attention: ``(n, span, (h + 2 g) d)`` floats, query, key, value side by side. Decoder: ``(n, span)`` ids."""
+        tape = self._tapes.get(seed)
+        if tape is None:
+            tape = self._tapes[seed] = self._make(seed)
+        return tape
+
+    def _make(self, seed: int) -> NDArray[np.generic]:
+        c = self.config
+        seeds = [derive(seed, index) for index in self.indices]
+        if c.profile == "decoder":
+            words = np.stack([raw(s, _TOKENS, 0, 4 * self.span)[::4] for s in seeds])  # one counter a token
+            return (words % np.uint64(c.vocabulary)).astype(np.int64)
+        width = (c.heads + 2 * c.kv_heads) * c.head_dim
+        padded = -(-width // 4) * 4
+        words = np.stack([raw(s, _ATTENTION, 0, padded * self.span) for s in seeds])
+        return rounded(normal(words.reshape(len(seeds), self.span, padded)[..., :width]), c.dtype)
+
+    def row(self, tokens: Iterable[Token]) -> NDArray[np.generic]:
+        """The contents of these tokens, in order: ``(n, len(tokens), ...)``."""
+        pieces = [self.tape(seed)[:, start:stop] for seed, start, stop in _runs(tokens)]
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate(pieces, axis=1) if pieces else self.tape(0)[:, :0]
+
+    def split(self, row: NDArray[np.generic]) -> tuple[Array, Array, Array]:
+        """Attention: query ``(n, h, t, d)``, key and value ``(n, g, t, d)`` of a row of contents."""
+        c, (n, t) = self.config, row.shape[:2]
+        heads = row.reshape(n, t, c.heads + 2 * c.kv_heads, c.head_dim).swapaxes(1, 2)
+        return tuple(  # type: ignore[return-value]
+            np.asarray(part)
+            for part in np.split(heads, [c.heads, c.heads + c.kv_heads], axis=1)
+        )
+
+    def needle(self, aim: Token) -> Array:
+        """The query ``(n, h, 1, d)`` whose score with that token's key is ``AIM_SCORE`` in every head."""
+        c = self.config
+        _query, key, _value = self.split(self.tape(aim[0])[:, aim[1] : aim[1] + 1])
+        key = np.repeat(key, c.group, axis=1)
+        norm = np.maximum(np.sum(key * key, axis=-1, keepdims=True), np.float32(1e-3))
+        return rounded(key * np.float32(AIM_SCORE / c.score_scale) / norm, c.dtype)
+
+    def inputs(self, step: Run, grown: tuple[Row, ...]) -> tuple[NDArray[np.generic], ...]:
+        """What a subject is given for ``step``, ``n`` variants in front; ``grown`` are the rows after the step.
+
+        Attention: query ``(n, b, h, t, d)``, key and value ``(n, b, g, t, d)``. Decoder: token ids ``(n, b, t)``.
+        Ragged rows are padded on the right with zeros up to ``t = max(counts)``.
+        """
+        t = max(step.counts)
+        rows = []
+        for history, count in zip(grown, step.counts, strict=True):
+            row = self.row(history[len(history) - count :])
+            if count < t:
+                row = np.concatenate([row, np.zeros((row.shape[0], t - count, *row.shape[2:]), row.dtype)], axis=1)
+            rows.append(row)
+        if self.config.profile == "decoder":
+            return (np.stack(rows, axis=1),)
+        parts = [self.split(row) for row in rows]
+        query, key, value = (np.stack([part[i] for part in parts], axis=1) for i in range(3))
+        if getattr(step, "aim", None) is not None:
+            seed, position = step.aim  # type: ignore[union-attr]
+            needles = [self.needle((seed + r, position)) for r in range(len(rows))]
+            query = np.broadcast_to(np.stack(needles, axis=1), query.shape)
+        return query, key, value
+
+
+def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a decoder's weights; matrices multiply from the right, ``y = x @ w``."""
+    c = config
+    if c.profile == "attention":
+        return {}
+    shapes: dict[str, tuple[int, ...]] = {"embed": (c.vocabulary, c.width)}
+    if c.positions == "learned":
+        shapes["position"] = (c.capacity, c.width)
+    for layer in range(c.layers):
+        at = f"layers.{layer}."
+        shapes[at + "norm_attention"] = (c.width,)
+        shapes[at + "query"] = (c.width, c.heads * c.head_dim)
+        shapes[at + "key"] = (c.width, c.kv_heads * c.head_dim)
+        shapes[at + "value"] = (c.width, c.kv_heads * c.head_dim)
+        shapes[at + "output"] = (c.heads * c.head_dim, c.width)
+        if c.mlp:
+            shapes[at + "norm_mlp"] = (c.width,)
+            shapes[at + "gate"] = (c.width, c.mlp)
+            shapes[at + "up"] = (c.width, c.mlp)
+            shapes[at + "down"] = (c.mlp, c.width)
+    shapes["norm_final"] = (c.width,)
+    shapes["lm_head"] = (c.width, c.vocabulary)
+    return shapes
+
+
+def weights(config: Config) -> dict[str, Array]:
+    """The decoder's weights from ``config.seed``: ``init_std`` times a normal, gains ``1 +`` that."""
+    made = {}
+    for number, (name, shape) in enumerate(weight_shapes(config).items()):
+        size = int(np.prod(shape))
+        words = raw(config.seed * 4096 + number, _WEIGHTS, 0, -(-size // 4) * 4)[:size]
+        value = normal(words).reshape(shape) * np.float32(config.init_std)
+        made[name] = rounded(value + np.float32(1) if len(shape) == 1 else value, config.dtype)
+    return made
+
+
+def _runs(tokens: Iterable[Token]) -> list[tuple[int, int, int]]:
+    """Consecutive tokens of one stream as ``(seed, start, stop)``."""
+    runs: list[tuple[int, int, int]] = []
+    for seed, position in tokens:
+        if runs and runs[-1][0] == seed and runs[-1][2] == position:
+            runs[-1] = (seed, runs[-1][1], position + 1)
+        else:
+            runs.append((seed, position, position + 1))
+    return runs
