@@ -8,9 +8,9 @@ a test of its own shows.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,45 +27,90 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Expected:
-    """What one step must give, for ``n`` variants: value and bound ``(n, b, t, e)``, bound maybe with ``e = 1``.
+    """What one step must give, for ``n`` variants: ``value`` and ``bound`` ``(n, b, t, e)``, bound maybe with ``e = 1``.
 
     ``e`` is ``h * d`` (attention) or the vocabulary (decoder). ``rows[r]`` is the history behind row ``r``, its last
-    ``counts[r]`` tokens are the step's; padding of ragged rows is NaN.
+    ``counts[r]`` tokens are the step's; padding of ragged rows is NaN. Numbers are computed when they are first
+    asked for, all steps of the program at once: much can be judged without them.
     """
 
-    value: Array
-    bound: Array
     rows: tuple[Row, ...]
     counts: tuple[int, ...]
+    n: int
+    numbers: Callable[[], tuple[Array, Array]]
+
+    @property
+    def value(self) -> Array:
+        return self.numbers()[0]
+
+    @property
+    def bound(self) -> Array:
+        return self.numbers()[1]
+
+    @property
+    def real(self) -> NDArray[np.bool_]:
+        """``(b, t)``: which outputs belong to a token, and which are padding of ragged rows."""
+        return np.arange(max(self.counts)) < np.array(self.counts)[:, None]
+
+    def variant(self, index: int) -> Expected:
+        """One of the ``n`` variants alone."""
+        cut = slice(index, index + 1)
+        return Expected(self.rows, self.counts, 1, lambda: (self.value[cut], self.bound[cut]))
+
+    def last(self) -> Expected:
+        """The last output of each row alone."""
+        rows, ends = range(len(self.counts)), [count - 1 for count in self.counts]
+
+        def numbers() -> tuple[Array, Array]:
+            return self.value[:, rows, ends][:, :, None], self.bound[:, rows, ends][:, :, None]
+
+        return Expected(self.rows, (1,) * len(ends), self.n, numbers)
 
 
 def expect(program: Program, indices: Sequence[int] = (0,)) -> tuple[Expected | None, ...]:
     """For each step of the program what it must give, or None where it computes nothing."""
-    streams = Streams(program.config, program.span, indices)
     seen = seen_by(program)
-    requests: dict[tuple[Row, Token | None], int] = {}  # history and aim -> first position wanted
-    keys: list[list[tuple[Row, Token | None]]] = []
-    for step, rows in zip(program.steps, seen, strict=True):
-        keys.append([])
+    solved: list[dict[int, tuple[Array, Array]]] = []
+
+    def numbers(step: int) -> tuple[Array, Array]:
+        if not solved:
+            solved.append(_numbers(program, seen, indices))
+        return solved[0][step]
+
+    return tuple(
+        Expected(rows, step.counts, len(indices), partial(numbers, number))
+        if rows is not None and isinstance(step, Append | Full)
+        else None
+        for number, (step, rows) in enumerate(zip(program.steps, seen, strict=True))
+    )
+
+
+def _numbers(
+    program: Program, seen: Sequence[tuple[Row, ...] | None], indices: Sequence[int]
+) -> dict[int, tuple[Array, Array]]:
+    """Value and bound of each step that computes."""
+    requests: dict[Request, int] = {}  # first position wanted
+    wanted: dict[int, list[Request]] = {}
+    for number, (step, rows) in enumerate(zip(program.steps, seen, strict=True)):
         if rows is None or not isinstance(step, Append | Full):
             continue
         aim = step.aim if isinstance(step, Append) else None
+        wanted[number] = []
         for index, (row, count) in enumerate(zip(rows, step.counts, strict=True)):
-            key = (row, None if aim is None else (aim[0] + index, aim[1]))
-            keys[-1].append(key)
-            requests[key] = min(requests.get(key, len(row)), len(row) - count)
-    results = _solve(program.config, streams, requests)
-    expected: list[Expected | None] = []
-    for step, rows, wanted in zip(program.steps, seen, keys, strict=True):
-        if rows is None or not isinstance(step, Append | Full):
-            expected.append(None)
-            continue
+            request = (row, None if aim is None else (aim[0] + index, aim[1]))
+            wanted[number].append(request)
+            requests[request] = min(requests.get(request, len(row)), len(row) - count)
+    results = _solve(program.config, Streams(program.config, program.span, indices), requests)
+    numbers = {}
+    for number, these in wanted.items():
+        step = program.steps[number]
+        assert isinstance(step, Append | Full)
         value, bound = (
             np.stack([_cut(part, count, max(step.counts)) for part, count in zip(parts, step.counts, strict=True)], 1)
-            for parts in zip(*(results[key] for key in wanted), strict=True)
+            for parts in zip(*(results[request] for request in these), strict=True)
         )
-        expected.append(Expected(value, bound, rows, step.counts))
-    return tuple(expected)
+        numbers[number] = value, bound
+    return numbers
 
 
 def _cut(part: Array, count: int, t: int) -> Array:
@@ -76,37 +121,40 @@ def _cut(part: Array, count: int, t: int) -> Array:
     return np.concatenate([cut, np.full((cut.shape[0], t - count, cut.shape[2]), np.nan)], axis=1)
 
 
-Solved = dict[tuple[Row, Token | None], tuple[Array, Array]]
+Request = tuple[Row, Token | None]
+"""A history, and where a needle aims its queries, if one does."""
 
 
-def _solve(config: Config, streams: Streams, requests: dict[tuple[Row, Token | None], int]) -> Solved:
+def _solve(
+    config: Config, streams: Streams, requests: dict[Request, int]
+) -> dict[Request, tuple[Array, Array]]:
     """Value and bound ``(n, wanted positions, e)`` of each request."""
-    lineages: dict[tuple[Row, Token | None], int] = {}
-    owner: dict[tuple[Row, Token | None], tuple[Row, Token | None]] = {}
-    for key in sorted(requests, key=lambda k: -len(k[0])):
-        row, aim = key
-        home = next((k for k in lineages if aim is None and k[1] is None and k[0][: len(row)] == row), None)
-        owner[key] = home = home or key
-        lineages[home] = min(lineages.get(home, len(row)), requests[key])
-    grouped: dict[tuple[int, int, bool], list[tuple[Row, Token | None]]] = defaultdict(list)
-    for key, start in lineages.items():
-        grouped[len(key[0]), start, key[1] is None].append(key)
-    solved: Solved = {}
+    starts: dict[Request, int] = {}  # the longest histories, each computed from this position on
+    owner: dict[Request, Request] = {}
+    for request in sorted(requests, key=lambda r: -len(r[0])):
+        row, aim = request
+        alike = (r for r in starts if aim is None and r[1] is None and r[0][: len(row)] == row)
+        home = owner[request] = next(alike, request)
+        starts[home] = min(starts.get(home, len(row)), requests[request])
+    groups: dict[tuple[int, int, bool], list[Request]] = defaultdict(list)
+    for request, start in starts.items():
+        groups[len(request[0]), start, request[1] is None].append(request)
     run = _attention if config.profile == "attention" else _decoder
-    for (_length, start, _aimed), group in grouped.items():
+    solved = {}
+    for (_length, start, _unaimed), group in groups.items():
         value, bound = run(config, streams, group, start)  # (n, rows, positions, e)
-        for index, key in enumerate(group):
-            solved[key] = value[:, index], bound[:, index]
-    return {
-        key: tuple(  # type: ignore[misc]
-            part[:, requests[key] - lineages[home] : len(key[0]) - lineages[home]] for part in solved[home]
-        )
-        for key, home in owner.items()
-    }
+        for index, request in enumerate(group):
+            solved[request] = value[:, index], bound[:, index]
+    cut = {}
+    for request, home in owner.items():
+        part = slice(requests[request] - starts[home], len(request[0]) - starts[home])
+        value, bound = solved[home]
+        cut[request] = value[:, part], bound[:, part]
+    return cut
 
 
 def _attention(
-    config: Config, streams: Streams, group: list[tuple[Row, Token | None]], start: int
+    config: Config, streams: Streams, group: list[Request], start: int
 ) -> tuple[Array, Array]:
     query, keys, values = streams.split(np.concatenate([streams.row(row) for row, _aim in group]))
     query, keys, values = (part.astype(np.float64) for part in (query[:, :, start:], keys, values))
@@ -125,7 +173,7 @@ def _by_position(x: Array, rows: int) -> Array:
 
 
 def _decoder(
-    config: Config, streams: Streams, group: list[tuple[Row, Token | None]], start: int
+    config: Config, streams: Streams, group: list[Request], start: int
 ) -> tuple[Array, Array]:
     tokens = np.stack([streams.row(row) for row, _aim in group], axis=1)  # (n, rows, s)
     exact, rough = _decoder_weights(config)

@@ -1,0 +1,212 @@
+"""``onnx``: the torch decoder, exported once and run by ONNX Runtime: one graph for prefill, chunk and decode.
+
+The present outputs of a step are bound as the past inputs of the next and never leave the device. They are never
+written again, so that a fork is the same handles. Truncate and reorder go through numpy, on CUDA as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from onnxruntime import InferenceSession, OrtValue
+
+from kvconform.backend import Unavailable
+from kvconform_backends import onnx_graphs, torch_decoder
+from kvconform_specs.claims import Claims
+from kvconform_specs.config import Config
+
+Array = NDArray[Any]
+Past = tuple[OrtValue, ...]
+"""Key and value of each layer in turn, ``(b, g, s, d)`` each."""
+
+HEAVY = ("MatMul", "Gemm", "FusedMatMul", "Attention", "MultiHeadAttention", "GroupQueryAttention", "Softmax")
+
+
+class OnnxExported:
+    """Attention is a hand-built ``Attention`` node, the decoder is exported; both keep a functional cache."""
+
+    claims = Claims(
+        profiles=("attention", "decoder"),
+        abilities=("full", "length", "truncate", "fork", "reorder", "reset"),
+        dtypes=("float32", "float16"),  # bfloat16: ONNX Runtime has no CPU kernels, and numpy has no such type
+        devices=("cpu", "cuda"),
+        overflow="refused",
+    )
+
+    def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
+        onnxruntime.set_default_logger_severity(4)  # what fails here is raised, too
+        self.config, self.weights, self.device = config, weights, device
+        self.dtype = np.float16 if config.dtype == "float16" else np.float32
+        self.sessions: dict[bool, InferenceSession] = {}  # with a cache, without
+        self.files: list[str] = []
+        self.seen_on: str | None = None  # the device of the last outputs
+        if device == "cuda":
+            onnxruntime.preload_dlls()
+            try:
+                self.value(
+                    np.zeros(1, np.float32)
+                )  # the cheap question; the session below would run on the CPU instead
+            except RuntimeError as error:
+                raise Unavailable(f"ONNX Runtime {onnxruntime.__version__} cannot use CUDA: {error}") from error
+        self.session(cached=True)
+        if device == "cuda":
+            self.prove_device()
+
+    # --- lifecycle ---
+    def start(self, batch: int) -> Past:
+        empty = self.value(np.zeros((batch, self.config.kv_heads, 0, self.config.head_dim), self.dtype))
+        return (empty,) * (2 * self.config.layers)
+
+    def length(self, cache: Past) -> list[int]:
+        batch, _, s, _ = cache[0].shape()
+        return [s] * batch
+
+    def truncate(self, cache: Past, length: int) -> Past:
+        s = cache[0].shape()[2]
+        if not 0 <= length <= s:
+            raise ValueError(f"cannot keep {length} of {s} tokens")
+        return tuple(self.value(x.numpy()[:, :, :length].copy()) for x in cache)
+
+    def fork(self, cache: Past) -> Past:
+        return cache
+
+    def reorder(self, cache: Past, rows: list[int]) -> Past:
+        return tuple(self.value(x.numpy()[rows]) for x in cache)
+
+    def reset(self, cache: Past) -> Past:
+        return self.start(cache[0].shape()[0])
+
+    # --- arithmetic ---
+    def step(self, cache: Past, *inputs: Array) -> tuple[Array, Past]:
+        batch, _, past, _ = cache[0].shape()
+        t = inputs[-1].shape[-2 if len(inputs) == 3 else -1]
+        if inputs[-1].shape[0] != batch:
+            raise ValueError(f"{inputs[-1].shape[0]} rows for a cache of {batch}")
+        if past + t > self.config.capacity:
+            raise ValueError(f"{past} + {t} tokens exceed the capacity of {self.config.capacity}")
+        output, *present = self.run(self.session(cached=True), [*self.feeds(inputs, past, t), *cache])
+        return self.array(output), tuple(present)
+
+    def full(self, *inputs: Array) -> Array:
+        """A graph of its own, which has no past to read."""
+        t = inputs[-1].shape[-2 if len(inputs) == 3 else -1]
+        return self.array(self.run(self.session(cached=False), self.feeds(inputs, 0, t))[0])
+
+    def feeds(self, inputs: tuple[Array, ...], past: int, t: int) -> list[OrtValue]:
+        """In the order of the graph's inputs."""
+        values = [self.value(x if x.dtype == np.int64 else x.astype(self.dtype, copy=False)) for x in inputs]
+        if len(inputs) == 3 and self.config.window is not None:
+            i, j = np.arange(past, past + t)[:, None], np.arange(past + t)
+            values.append(self.value((j <= i) & (i - j < self.config.window)))  # (t, s)
+        return values
+
+    def run(self, session: InferenceSession, feeds: list[OrtValue]) -> list[OrtValue]:
+        binding = session.io_binding()
+        for name, value in zip((x.name for x in session.get_inputs()), feeds, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for output in session.get_outputs():
+            binding.bind_output(output.name, self.device, 0)  # bound anew: each step's outputs are their own memory
+        session.run_with_iobinding(binding)
+        values: list[OrtValue] = binding.get_outputs()
+        self.seen_on = "/".join(sorted({value.device_name() for value in values}))
+        if self.seen_on != self.device:  # asked for 'cuda', ONNX Runtime may hand back 'cpu' without a word
+            raise RuntimeError(f"outputs are on {self.seen_on}, not on {self.device}")
+        return values
+
+    def value(self, x: Array) -> OrtValue:
+        """On the CPU it shares the array's memory, which must be contiguous and not change while it lives."""
+        return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x), self.device, 0)
+
+    def array(self, value: OrtValue) -> Array:
+        widened: Array = value.numpy().astype(np.float32)  # a copy: OrtValue.numpy() is a view
+        return widened
+
+    # --- sessions ---
+    def session(self, cached: bool) -> InferenceSession:
+        """Built at first use: a subject that is never asked for ``full`` does not pay for its graph."""
+        if cached in self.sessions:
+            return self.sessions[cached]
+        options = onnx_graphs.session_options()
+        options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))  # 0: ONNX Runtime's own choice
+        source: bytes | str
+        if self.config.profile == "attention":
+            source = onnx_graphs.attention_model(self.config, cached)
+        else:
+            source = str(self.artefact(cached))
+            self.files.append(source)
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if self.device == "cuda":
+            providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))  # on by default; float32 means float32
+        session = InferenceSession(source, options, providers=providers)
+        session.disable_fallback()
+        self.sessions[cached] = session
+        return session
+
+    def artefact(self, cached: bool) -> Path:
+        """The exported file, made unless one of the same config, weights, versions and source is there."""
+        digest = hashlib.sha256(json.dumps(self.config.to_json(), sort_keys=True).encode())
+        for package in ("torch", "onnx", "onnxscript"):
+            digest.update(importlib.metadata.version(package).encode())
+        for module in (torch_decoder, onnx_graphs):
+            digest.update(inspect.getsource(module).encode())
+        for name, weight in self.weights.items():
+            digest.update(name.encode() + np.ascontiguousarray(weight).tobytes())
+        folder = Path(os.environ.get("KVCONFORM_ARTEFACTS") or self.scratch())
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"decoder-{'' if cached else 'full-'}{digest.hexdigest()[:12]}.onnx"
+        if not path.exists():
+            made = path.with_suffix(f".{os.getpid()}")
+            made.write_bytes(onnx_graphs.decoder_model(self.config, self.weights, cached))
+            made.replace(path)  # another worker sees the whole file or none
+        return path
+
+    def scratch(self) -> str:
+        folder = tempfile.mkdtemp(prefix="kvconform-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
+
+    # --- what really runs ---
+    def prove_device(self) -> None:
+        """Raises Unavailable unless CUDA runs every heavy node: the session itself would fall back in silence."""
+        session = self.session(cached=True)
+        if session.get_providers()[0] != "CUDAExecutionProvider":
+            raise Unavailable(
+                f"ONNX Runtime {onnxruntime.__version__} runs on {session.get_providers()[0]}, not on CUDA"
+            )
+        strays = sorted({kind for (provider, kind) in self.nodes() if kind in HEAVY and "CUDA" not in provider})
+        if strays:
+            raise Unavailable(f"ONNX Runtime {onnxruntime.__version__} has no CUDA kernel for {', '.join(strays)} here")
+
+    def nodes(self) -> Counter[tuple[str, str]]:
+        """How many nodes of each kind each provider runs, over all sessions."""
+        return Counter(
+            (part.ep_name, node.op_type)
+            for session in self.sessions.values()
+            for part in session.get_provider_graph_assignment_info()
+            for node in part.get_nodes()
+        )
+
+    def witness(self) -> dict[str, Any]:
+        return {
+            **{name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript")},
+            "onnxruntime": onnxruntime.__version__,
+            "providers": sorted({name for session in self.sessions.values() for name in session.get_providers()}),
+            "nodes": {f"{provider}:{kind}": count for (provider, kind), count in sorted(self.nodes().items())},
+            "device": self.seen_on,
+            "opset": onnx_graphs.OPSET,
+            "files": self.files,
+        }

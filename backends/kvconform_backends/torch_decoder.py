@@ -1,0 +1,121 @@
+"""The decoder family in torch, open in one place: how attention stores and finds its keys and values.
+
+``eager``, ``compiled`` and ``onnx`` are this module with three ways of running it; a cache design is an ``Attend``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kvconform_specs.config import Config
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""``(layer, query (b, h, t, d), key (b, g, t, d), value (b, g, t, d))`` to the mixed heads ``(b, h, t, d)``."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def visible(i: Tensor, j: Tensor, window: int | None) -> Tensor:
+    """``(t, s)``: which absolute positions ``j`` ``(s,)`` the tokens at ``i`` ``(t,)`` see."""
+    behind = i[:, None] - j  # (t, s)
+    return behind >= 0 if window is None else (behind >= 0) & (behind < window)
+
+
+def attention(config: Config, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Query ``(b, h, t, d)`` on keys and values ``(b, g, s, d)`` under a bool mask ``(t, s)``: ``(b, h, t, d)``."""
+    if config.softcap is None:
+        return functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, scale=config.score_scale, enable_gqa=config.group > 1
+        )
+    # SDPA has no softcap. Scores and weights stay in float32, as inside its kernels.
+    (b, h, t, d), (_, g, s, _) = query.shape, keys.shape
+    scores = query.float().reshape(b, g, h // g * t, d) @ keys.float().mT * config.score_scale  # (b, g, h/g * t, s)
+    scores = (config.softcap * torch.tanh(scores / config.softcap)).reshape(b, h, t, s)
+    if mask is not None:
+        scores = torch.where(mask, scores, -torch.inf)
+    weights = scores.softmax(-1).reshape(b, g, h // g * t, s)
+    return (weights @ values.float()).reshape(b, h, t, d).to(query.dtype)
+
+
+class Block(nn.Module):
+    """One layer: ``x += attention(norm(x))``, then ``x += mlp(norm(x))`` where the config has an MLP."""
+
+    def __init__(self, config: Config, number: int, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.config, self.number = config, number
+        at = f"layers.{number}."
+        for name, weight in weights.items():
+            if name.startswith(at):
+                self.register_buffer(name.removeprefix(at), weight)
+
+    def forward(self, x: Tensor, rotate: Callable[[Tensor], Tensor], attend: Attend) -> Tensor:
+        y = functional.rms_norm(x, x.shape[-1:], self.norm_attention, 1e-6)
+        query, key = rotate(self.heads(y @ self.query)), rotate(self.heads(y @ self.key))
+        mixed = attend(self.number, query, key, self.heads(y @ self.value))  # (b, h, t, d)
+        x = x + mixed.transpose(1, 2).flatten(2) @ self.output
+        if self.config.mlp:
+            y = functional.rms_norm(x, x.shape[-1:], self.norm_mlp, 1e-6)
+            x = x + (functional.silu(y @ self.gate) * (y @ self.up)) @ self.down
+        return x  # (b, t, width)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """``(b, t, heads * d)`` to ``(b, heads, t, d)``."""
+        return x.reshape(*x.shape[:2], -1, self.config.head_dim).transpose(1, 2)
+
+    def __getattr__(self, name: str) -> Any:  # the weights are named by the config, mypy cannot know them
+        return super().__getattr__(name)
+
+
+class Decoder(nn.Module):
+    """Token ids ``(b, t)`` at absolute positions ``(t,)`` to logits ``(b, t, V)`` in the config's dtype."""
+
+    embed: Tensor
+    position: Tensor
+    cos: Tensor
+    sin: Tensor
+    norm_final: Tensor
+    lm_head: Tensor
+
+    def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
+        super().__init__()
+        self.config, dtype = config, DTYPES[config.dtype]
+        # exact: the weights are float32 that were rounded to the config's dtype. The copy parts us from the caller.
+        held = {name: torch.tensor(weight).to(device, dtype) for name, weight in weights.items()}
+        for name, weight in held.items():
+            if "." not in name:
+                self.register_buffer(name, weight)
+        self.blocks = nn.ModuleList(Block(config, number, held) for number in range(config.layers))
+        if config.positions == "rope":
+            half = config.head_dim // 2
+            angle = np.arange(config.capacity)[:, None] * 10000.0 ** (-np.arange(half) / half)
+            # float32 in every dtype: a rotated head is rounded once, when it is stored
+            self.register_buffer("cos", torch.tensor(np.cos(angle), dtype=torch.float32, device=device))
+            self.register_buffer("sin", torch.tensor(np.sin(angle), dtype=torch.float32, device=device))
+
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        x = functional.embedding(tokens, self.embed)  # (b, t, width)
+        if self.config.positions == "learned":
+            x = x + self.position[positions]
+        rotate = self.rotation(positions)
+        for block in self.blocks:
+            x = block(x, rotate, attend)
+        return functional.rms_norm(x, x.shape[-1:], self.norm_final, 1e-6) @ self.lm_head
+
+    def rotation(self, positions: Tensor) -> Callable[[Tensor], Tensor]:
+        """Turns ``(b, heads, t, d)`` to its positions: pairs are ``(x_i, x_(i + d/2))``."""
+        if self.config.positions != "rope":
+            return lambda x: x
+        cos, sin = self.cos[positions], self.sin[positions]  # (t, d/2)
+
+        def rotate(x: Tensor) -> Tensor:
+            a, b = x.float().chunk(2, dim=-1)
+            return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+        return rotate

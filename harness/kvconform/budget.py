@@ -1,0 +1,29 @@
+"""How much is tried for each cell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Budget:
+    """structures: how many shapes of program are drawn for a cell; variants: seeds tried within each, in one message.
+
+    seconds: no new structure is begun after that many seconds of a cell.
+    """
+
+    name: str
+    structures: int
+    variants: int
+    seconds: float
+
+
+BUDGETS = {
+    budget.name: budget
+    for budget in (Budget("smoke", 16, 5, 10.0), Budget("pr", 16, 20, 30.0), Budget("nightly", 250, 20, 600.0))
+}
+DEFAULT_BUDGET = "pr"
+SHRINK_TRIALS, SHRINK_SECONDS = 400, 20.0
+"""Shrinking a failure ends after so many trials or seconds."""
+REBUILDS, REBUILD_SECONDS = 10, 60.0
+"""Shrinking a crash or timeout, and looking for leaked state, end after so many new workers or seconds."""

@@ -1,0 +1,224 @@
+"""``run_cell``: one clause on one subject under one config. The one function that drives Hypothesis.
+
+A first failure freezes its variant, so that shrinking stays meaningful. What shrinking found is confirmed on a fresh
+process; if it passes there, state has leaked from an earlier program, and the counterexample becomes the shortest
+list of programs that fails on a fresh process.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import seed as hypothesis_seed
+from hypothesis.errors import Flaky
+
+from kvconform.budget import REBUILD_SECONDS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Budget
+from kvconform.counterexample import Broken, Counterexample, attempt, frozen, replayed
+from kvconform.subject import Death, Subject
+from kvconform.verdict import Outcome, Verdict
+from kvconform_specs import SUITE_VERSION
+from kvconform_specs.clause import Case, Clause
+from kvconform_specs.config import Config
+from kvconform_specs.program import Program
+
+OUTCOMES = {"fail": Outcome.FAIL, "crash": Outcome.CRASH, "timeout": Outcome.TIMEOUT}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is asked: a clause of a backend, under a config that has a name."""
+
+    clause: Clause
+    config: Config
+    config_name: str
+
+
+class _Stop(Exception):
+    """Tells Hypothesis that a trial broke the clause."""
+
+
+def run_cell(cell: Cell, subject: Subject, budget: Budget, seed: int, folder: Path) -> Verdict:
+    """Searches for a case that breaks the clause. Counterexamples go to ``folder``.
+
+    Raises Infrastructure where the backend cannot run here at all.
+    """
+    began = time.perf_counter()
+    search = _Search(cell, subject, budget, seed, began)
+    reason = unsupported(cell, subject)
+    if reason is None:
+        try:
+            refused = subject.build(cell.config)
+        except Death as death:
+            return search.verdict(OUTCOMES[death.kind], death.words)
+        reason = refused
+    if reason is not None:
+        return search.verdict(Outcome.UNSUPPORTED, reason)
+    search.run()
+    if search.best is not None:
+        return search.conclude(folder)
+    fallback = subject.witness(cell.config).get("fallback")
+    if fallback:
+        return search.verdict(Outcome.NOT_EXERCISED, f"not tested: {fallback}")
+    if search.compared == 0:
+        return search.verdict(Outcome.NOT_EXERCISED, "nothing was compared")
+    return search.verdict(Outcome.PASS)
+
+
+def unsupported(cell: Cell, subject: Subject) -> str | None:
+    """Why the backend's claims leave this cell out, or None."""
+    claims, config = subject.claims, cell.config
+    if config.profile not in claims.profiles:
+        return f"claims no {config.profile} profile"
+    if config.dtype not in claims.dtypes:
+        return f"claims no {config.dtype}"
+    missing = [need for need in cell.clause.needs if not claims.can(need)]
+    return f"claims no {', no '.join(missing)}" if missing else None
+
+
+class _Search:
+    """The state of one cell's search."""
+
+    def __init__(self, cell: Cell, subject: Subject, budget: Budget, seed: int, began: float) -> None:
+        self.cell, self.subject, self.budget = cell, subject, budget
+        self.seed = zlib.crc32(f"{cell.clause.name} {cell.config_name} {seed}".encode())
+        self.began = began
+        self.compared = self.programs = self.structures = 0
+        self.worst: float | None = None
+        self.found_after: int | None = None
+        self.best: tuple[Case, Broken] | None = None
+        self.log: list[tuple[Program, tuple[int, ...]]] = []
+        self.reduced = True
+        self._failed_at = 0.0
+        self._starts = 0
+        self._trials = 0
+
+    def run(self) -> None:
+        @hypothesis_seed(self.seed)
+        @settings(
+            max_examples=self.budget.structures, deadline=None, database=None, print_blob=False,
+            suppress_health_check=list(HealthCheck), verbosity=Verbosity.quiet, report_multiple_bugs=False,
+            phases=(Phase.explicit, Phase.generate, Phase.shrink),
+        )  # fmt: skip
+        @given(self.cell.clause.family(self.cell.config, self.subject.claims))
+        def search(case: Case) -> None:
+            self.trial(case)
+
+        try:
+            search()
+        except (_Stop, Flaky):
+            assert self.best is not None  # what it is worth is found out on a fresh process
+
+    def trial(self, case: Case) -> None:
+        if self.best is None:
+            if time.perf_counter() - self.began > self.budget.seconds and self.programs:
+                return
+            variants = tuple(range(self.budget.variants))
+        elif self._spent():
+            self.reduced = False
+            return
+        else:
+            variants = (self.best[1].variant,)
+        tried = attempt(self.cell.clause, self.subject, case, variants)
+        if self.best is None:
+            self.structures += 1
+            self.programs += len(case.programs) * len(variants)
+        if not isinstance(tried, Broken):
+            if self.best is None:
+                self.compared += tried.compared
+                if tried.worst is not None:
+                    self.worst = max(self.worst or 0.0, tried.worst)
+            return
+        self._trials += 1
+        if self.best is None:
+            self._failed_at, self._starts = time.perf_counter(), self.subject.starts
+            self.found_after = self.programs
+        if self.best is None or case.size <= self.best[0].size:
+            self.best = case, tried
+            self.log = list(self.subject.log)
+        raise _Stop
+
+    def _spent(self) -> bool:
+        assert self.best is not None
+        seconds = time.perf_counter() - self._failed_at
+        if self.best[1].kind != "fail":
+            return self.subject.starts - self._starts >= REBUILDS or seconds > REBUILD_SECONDS
+        return self._trials >= SHRINK_TRIALS or seconds > SHRINK_SECONDS
+
+    def conclude(self, folder: Path) -> Verdict:
+        """Confirms the best case on a fresh process, or finds what must run before it."""
+        assert self.best is not None
+        case, broken = self.best
+        case = Case(tuple(frozen(program, broken.variant) for program in case.programs))
+        before: list[Program] = []
+        confirmed = replayed(self.cell.clause, self.subject, before, case)
+        if not isinstance(confirmed, Broken):
+            found = self._leak(case)
+            if found is None:
+                words = f"failed once and passed on fresh processes, alone and after what ran before: {broken.sentence}"
+                return self.verdict(Outcome.INCONCLUSIVE, words)
+            before, confirmed = found
+        outcome, sentence = OUTCOMES[confirmed.kind], confirmed.sentence
+        if before:
+            sentence += f" (only after {len(before)} earlier program{'s' * (len(before) > 1)}: state leaked)"
+        name = Counterexample(
+            suite=SUITE_VERSION, clause=self.cell.clause.name, backend=self.subject.launch.address,
+            device=self.subject.launch.device, sentence=sentence, outcome=outcome.value,
+            before=[program.to_json() for program in before], case=case.to_json(), reduced=self.reduced,
+        ).write(folder).name  # fmt: skip
+        return self.verdict(outcome, sentence, name)
+
+    def _leak(self, case: Case) -> tuple[list[Program], Broken] | None:
+        """The shortest list of earlier programs after which the case fails on a fresh process."""
+        own = len(case.programs)
+        earlier = [frozen(program, variants[-1]) for program, variants in self.log]
+        earlier = earlier[: len(earlier) - own]  # the log ends with the case itself
+        starts, began = self.subject.starts, time.perf_counter()
+
+        def fails(before: list[Program]) -> Broken | None:
+            if self.subject.starts - starts > 3 * REBUILDS or time.perf_counter() - began > REBUILD_SECONDS:
+                self.reduced = False
+                return None
+            tried = replayed(self.cell.clause, self.subject, before, case)
+            return tried if isinstance(tried, Broken) else None
+
+        length = 1
+        while True:
+            suffix = earlier[-length:]
+            broken = fails(suffix)
+            if broken is not None:
+                return _reduced(suffix, broken, fails)
+            if length >= len(earlier):
+                return None
+            length *= 2
+
+    def verdict(self, outcome: Outcome, sentence: str = "", counterexample: str = "") -> Verdict:
+        return Verdict(
+            clause=self.cell.clause.name, config=self.cell.config_name, backend=self.subject.launch.address,
+            outcome=outcome, sentence=sentence, counterexample=counterexample, compared=self.compared,
+            programs=self.programs, structures=self.structures, worst=self.worst, found_after=self.found_after,
+            seconds=round(time.perf_counter() - self.began, 3),
+        )  # fmt: skip
+
+
+def _reduced(
+    programs: list[Program], broken: Broken, fails: Callable[[list[Program]], Broken | None]
+) -> tuple[list[Program], Broken]:
+    """Leaves out every program, and every step at the end of one, that the failure does not need."""
+    kept = list(programs)
+    for program in programs:
+        shorter = [other for other in kept if other is not program]
+        if shorter and (still := fails(shorter)) is not None:
+            kept, broken = shorter, still
+    for index, program in enumerate(kept):
+        while len(kept[index].steps) > 1:
+            shorter = [*kept]
+            shorter[index] = Program(program.config, kept[index].steps[:-1])
+            if (still := fails(shorter)) is None:
+                break
+            kept, broken = shorter, still
+    return kept, broken

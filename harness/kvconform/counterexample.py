@@ -1,0 +1,117 @@
+"""A counterexample: the smallest programs found that break a clause, as JSON, replayed in a fresh process."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kvconform.judge import Judged, judge
+from kvconform.storage import write_atomically
+from kvconform.subject import Death, Subject
+from kvconform_specs.clause import Case, Clause
+from kvconform_specs.errors import SpecError
+from kvconform_specs.oracle import expect
+from kvconform_specs.program import Append, Full, Program, Reject, Step
+from kvconform_specs.tensors import derive
+
+SCHEMA = "kvconform-counterexample/1"
+
+
+@dataclass(frozen=True)
+class Broken:
+    """One trial that broke its clause. ``kind``: fail, crash or timeout."""
+
+    kind: str
+    sentence: str
+    variant: int = 0
+
+
+class Counterexample(msgspec.Struct, frozen=True, kw_only=True):
+    """What a file holds. ``before``: programs that must run first in the same process (leaked state), oldest first.
+
+    ``reduced``: whether shrinking came to its end.
+    """
+
+    schema: str = SCHEMA
+    suite: str
+    clause: str
+    backend: str
+    device: str
+    sentence: str
+    outcome: str
+    before: list[Any]
+    case: list[Any]
+    reduced: bool
+
+    def write(self, folder: Path) -> Path:
+        programs = (str(self.case) + str(self.before)).encode()
+        path = folder / f"{self.clause}-{zlib.crc32(programs):08x}.json"
+        write_atomically(path, msgspec.json.format(msgspec.json.encode(self), indent=1))
+        return path
+
+
+def read(path: Path) -> Counterexample:
+    """Raises SpecError with one sentence where the file is none."""
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Counterexample)
+    except OSError as error:
+        raise SpecError(str(path), f"cannot be read: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise SpecError(str(path), f"is no counterexample: {error}") from error
+    if found.schema != SCHEMA:
+        raise SpecError(f"{path}.schema", f"unknown schema {found.schema!r}; known: {SCHEMA}")
+    return found
+
+
+def frozen(program: Program, variant: int) -> Program:
+    """The program whose variant 0 is this program's variant ``variant``: its seeds are the derived ones."""
+    return replace(program, steps=tuple(_frozen(step, variant) for step in program.steps))
+
+
+def _frozen(step: Step, variant: int) -> Step:
+    if isinstance(step, Reject):
+        inner = _frozen(step.step, variant)
+        assert not isinstance(inner, Full | Reject)
+        return Reject(inner)  # type: ignore[arg-type]
+    if isinstance(step, Append | Full):
+        swap = tuple((row, position, derive(seed, variant)) for row, position, seed in step.swap)
+        step = replace(step, seed=derive(step.seed, variant), swap=swap)
+        if isinstance(step, Append) and step.aim is not None:
+            step = replace(step, aim=(derive(step.aim[0], variant), step.aim[1]))
+    return step
+
+
+def attempt(clause: Clause, subject: Subject, case: Case, variants: tuple[int, ...]) -> Judged | Broken:
+    """Runs a case's programs on the live worker and judges them. The definition is computed while the worker runs."""
+    traces, expected = [], []
+    for program in case.programs:
+        try:
+            subject.send(program, variants)
+            wants = expect(program, variants)
+            if clause.needs_numbers:
+                for want in wants:
+                    if want is not None:
+                        want.numbers()
+            expected.append(wants)
+            traces.append(subject.receive(program))
+        except Death as death:
+            return Broken(death.kind, death.words, variants[min(death.variant, len(variants) - 1)])
+    judged = judge(case, clause.relations, subject.claims, traces, expected)
+    if judged.finding is not None:
+        return Broken("fail", judged.finding.sentence, variants[judged.finding.variant])
+    return judged
+
+
+def replayed(clause: Clause, subject: Subject, before: list[Program], case: Case) -> Judged | Broken:
+    """Runs the programs of a counterexample, in order, on a fresh worker."""
+    subject.fresh()
+    for program in before:
+        try:
+            subject.run(program, (0,))
+        except Death as death:
+            return Broken(death.kind, death.words)
+    return attempt(clause, subject, case, (0,))

@@ -1,0 +1,57 @@
+"""``conformance(backend)``: the suite as one importable call, for people's own tests."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from kvconform.budget import BUDGETS
+from kvconform.results import Results, exit_code
+from kvconform.run import Plan, run_backend
+from kvconform.subject import Launch
+
+
+def conformance(
+    backend: str | type,
+    *,
+    budget: str = "smoke",
+    seed: int = 0,
+    device: str = "cpu",
+    dtypes: tuple[str, ...] = ("float32",),
+    clauses: tuple[str, ...] = (),
+    configs: tuple[str, ...] = (),
+    python: str = sys.executable,
+    out: Path | str | None = None,
+) -> Results:
+    """Judges a backend: an address (installed name, ``module:Name``, ``file.py:Name``) or the class itself.
+
+    Returns the results where the backend is conformant. Raises AssertionError with one line for each broken clause,
+    or with the reason why there is no verdict. ``clauses`` and ``configs`` select by the beginning of their names;
+    then only broken clauses raise.
+    """
+    address = backend if isinstance(backend, str) else _address(backend)
+    with tempfile.TemporaryDirectory(prefix="kvconform-") as scratch:
+        folder = Path(out) if out is not None else Path(scratch)
+        plan = Plan(BUDGETS[budget], seed, dtypes, clauses, configs)
+        name = file_name(address)
+        results = run_backend(name, Launch(address, device, python), plan, folder)
+        code, sentence = exit_code(results)
+        if code == 0 or (code == 5 and (clauses or configs)):
+            return results
+        lines = [f"{v.clause} on {address} [{v.config}]: {v.sentence}" for v in results.verdicts if v.outcome.broken]
+        raise AssertionError("\n".join([f"{address}: {sentence}", *lines]))
+
+
+def _address(backend: type) -> str:
+    module = sys.modules[backend.__module__]
+    if module.__name__ == "__main__" or module.__spec__ is None or "." not in module.__name__:
+        file = getattr(module, "__file__", None)
+        if file is not None:
+            return f"{file}:{backend.__qualname__}"
+    return f"{backend.__module__}:{backend.__qualname__}"
+
+
+def file_name(address: str) -> str:
+    """A short name for a backend's results: the last word of its address."""
+    return address.rpartition(":")[2] if ":" in address else address

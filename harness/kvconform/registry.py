@@ -1,0 +1,62 @@
+"""From a backend's address to its class: an installed name, ``module:Name`` or ``path/file.py:Name``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+GROUP = "kvconform.backends"
+
+
+class BackendError(Exception):
+    """No such backend, not installed, or broken: three different sentences."""
+
+
+def installed() -> dict[str, EntryPoint]:
+    """Backends that installed distributions offer, by name."""
+    return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda p: p.name)}
+
+
+def load(address: str) -> Any:
+    """The backend class behind an address. Raises BackendError with a sentence."""
+    target, named = address, False
+    if ":" not in address:
+        points = installed()
+        if address not in points:
+            raise BackendError(f"no backend named {address!r}; installed: {', '.join(points)}")
+        target, named = points[address].value, True
+    module, _, name = target.rpartition(":")
+    try:
+        found = _module(module)
+    except ModuleNotFoundError as missing:
+        root = (missing.name or "").partition(".")[0]
+        if named and root not in module.split("."):
+            raise BackendError(
+                f"backend {address!r} is not installed: it needs {root!r}; "
+                f"install it with: pip install 'kvconform[{address.partition('-')[0]}]'"
+            ) from missing
+        raise BackendError(f"backend {address!r} cannot be imported: no module named {missing.name!r}") from missing
+    backend = getattr(found, name, None)
+    if backend is None:
+        raise BackendError(f"backend {address!r}: {module} has no {name!r}")
+    if not hasattr(backend, "claims"):
+        raise BackendError(f"backend {address!r} declares no claims (an attribute ``claims = Claims(...)``)")
+    return backend
+
+
+def _module(module: str) -> Any:
+    if not module.endswith(".py"):
+        return importlib.import_module(module)
+    path = Path(module).resolve()
+    if not path.is_file():
+        raise BackendError(f"no file {module}")
+    spec = importlib.util.spec_from_file_location(f"kvconform_target_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = found  # dataclasses look their module up here
+    spec.loader.exec_module(found)
+    return found

@@ -1,0 +1,119 @@
+"""A run: every cell of one backend, its results written as they come, resumed where it was killed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from kvconform.budget import Budget
+from kvconform.cell import Cell, run_cell
+from kvconform.results import Results, read
+from kvconform.subject import Infrastructure, Launch, Subject
+from kvconform.verdict import Outcome, Verdict
+from kvconform_specs import SUITE_VERSION
+from kvconform_specs.clauses import ALL
+from kvconform_specs.errors import SpecError
+from kvconform_specs.points import POINTS, label, point
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run. ``clauses`` and ``configs`` keep the cells whose names begin so; empty keeps all."""
+
+    budget: Budget
+    seed: int = 0
+    dtypes: tuple[str, ...] = ("float32",)
+    clauses: tuple[str, ...] = ()
+    configs: tuple[str, ...] = ()
+
+
+def cells(plan: Plan) -> Iterator[Cell]:
+    """The cells of a plan, config by config: a subject is built once for each."""
+    for dtype in plan.dtypes:
+        for name in POINTS:
+            if plan.configs and not name.startswith(plan.configs):
+                continue
+            config = point(name, dtype)
+            for clause in ALL:
+                if clause.concerns(config) and (not plan.clauses or clause.name.startswith(plan.clauses)):
+                    yield Cell(clause, config, label(name, dtype))
+
+
+def run_backend(
+    name: str,
+    launch: Launch,
+    plan: Plan,
+    out: Path,
+    tell: Callable[[Verdict], None] = lambda verdict: None,
+) -> Results:
+    """Judges every cell of a backend; ``out/<name>.json`` grows with each. A backend that cannot run here gives
+    results that say why (``unavailable``)."""
+    began = time.perf_counter()
+    path, failures = out / f"{name}.json", out / "failures" / name
+    launch.environment.setdefault("KVCONFORM_ARTEFACTS", str((out / "artefacts").resolve()))
+    results = Results(
+        suite=SUITE_VERSION, backend=name, device=launch.device, dtypes=list(plan.dtypes), budget=plan.budget.name,
+        seed=plan.seed, started=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+    try:
+        subject = Subject(launch)
+    except Infrastructure as sentence:
+        results.unavailable, results.finished = str(sentence), True
+        results.write(path)
+        return results
+    with subject:
+        results.claims = subject.claims.to_json()
+        results.environment = {**subject.environment, "machine": machine()}
+        spent = _resume(results, path)
+        known = {verdict.key: verdict for verdict in results.verdicts}
+        results.verdicts = []
+        for cell in cells(plan):
+            verdict = known.get((cell.clause.name, cell.config_name))
+            if verdict is None:
+                try:
+                    verdict = run_cell(cell, subject, plan.budget, plan.seed, failures)
+                except Infrastructure as sentence:
+                    results.unavailable = str(sentence)
+                    break
+                witness = subject.witness(cell.config)
+                if witness:
+                    results.witnesses[cell.config_name] = witness
+            results.verdicts.append(verdict)
+            results.seconds = round(spent + time.perf_counter() - began, 3)
+            results.write(path)
+            tell(verdict)
+        results.finished = True
+        results.write(path)
+    return results
+
+
+def _resume(results: Results, path: Path) -> float:
+    """Takes over what an unfinished earlier part of the same run found. Returns the seconds that it took."""
+    if not path.exists():
+        return 0.0
+    try:
+        earlier = read(path)
+    except SpecError:
+        return 0.0  # not results of this version: they are replaced
+    if earlier.finished or not results.same_run(earlier):
+        return 0.0
+    results.started, results.verdicts, results.witnesses = earlier.started, earlier.verdicts, earlier.witnesses
+    return earlier.seconds
+
+
+def machine() -> dict[str, object]:
+    """What this machine is, as far as it bears on results."""
+    return {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count() or 0}
+
+
+def summary(results: Results) -> dict[str, int]:
+    """How many cells had each outcome."""
+    counts = {outcome.value: 0 for outcome in Outcome}
+    for verdict in results.verdicts:
+        counts[verdict.outcome.value] += 1
+    return counts

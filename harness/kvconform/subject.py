@@ -1,0 +1,260 @@
+"""The parent's side of a subject: a worker process that is started, asked, watched and, when it dies, replaced."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvconform.wire import LENGTHS, PROGRESS, Header, Traces, send, unpack
+from kvconform_specs.claims import Claims
+from kvconform_specs.config import Config
+from kvconform_specs.program import NAMES, Program
+
+BUILD_TIMEOUT = 900.0
+"""Seconds that a build may take: exports and first compilations are slow, and stand outside the step timeout."""
+LOG_LENGTH = 512
+"""How many messages a worker's log remembers, for failures that need what ran before."""
+
+
+class Infrastructure(Exception):
+    """The backend is absent or broken, or this machine lacks what it needs: one sentence, exit code 3."""
+
+
+@dataclass(frozen=True)
+class Death(Exception):
+    """The worker died or hung while it ran a program. ``variant`` and ``step`` say where."""
+
+    kind: str  # "crash" or "timeout"
+    words: str
+    variant: int
+    step: int
+
+    def __str__(self) -> str:
+        return self.words
+
+
+@dataclass
+class Launch:
+    """How to start workers of one backend."""
+
+    address: str
+    device: str = "cpu"
+    python: str = sys.executable
+    step_timeout: float = 60.0
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Subject:
+    """One backend in a worker. Builds are kept by config; ``log`` is what the live worker has run, oldest first."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.log: deque[tuple[Program, tuple[int, ...]]] = deque(maxlen=LOG_LENGTH)
+        self.starts = 0
+        self._built: set[Config] = set()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._scratch = tempfile.TemporaryDirectory(prefix="kvconform-")
+        self._stderr = Path(self._scratch.name) / "stderr"
+        description = self._start()
+        self.claims = Claims.from_json(description["claims"])
+        self.environment: dict[str, str] = description["environment"]
+
+    def __enter__(self) -> Subject:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._kill()
+        self._scratch.cleanup()
+
+    def fresh(self) -> None:
+        """Replaces the worker by a new process: whatever a program may have left behind is gone."""
+        self._kill()
+        self._start()
+
+    def build(self, config: Config) -> str | None:
+        """Builds the subject for a config, once a worker. Returns the reason where the backend refuses it.
+
+        Raises Infrastructure where the machine lacks something, Death where building fails or kills the worker.
+        """
+        if config in self._built and self._process is not None:
+            return None
+        try:
+            header, _ = self._ask({"op": "build", "config": config.to_json()}, BUILD_TIMEOUT)
+        except Death as death:
+            raise Death(death.kind, f"could not be built: {death.words}", 0, -1) from None
+        if "error" in header:
+            raise Death("crash", f"could not be built: {header['error']}", 0, -1)
+        if "refused" in header:
+            return str(header["refused"])
+        self._built.add(config)
+        return None
+
+    def run(self, program: Program, indices: Sequence[int]) -> Traces:
+        self.send(program, indices)
+        return self.receive(program)
+
+    def send(self, program: Program, indices: Sequence[int]) -> None:
+        """Sends a program; the worker runs it while the caller computes what must come out."""
+        self.build(program.config)
+        self.log.append((program, tuple(indices)))
+        self._post({"op": "run", "program": program.to_json(), "indices": list(indices)})
+
+    def receive(self, program: Program) -> Traces:
+        """The traces of the program sent last. Raises Death."""
+        try:
+            header, blob = self._reply(self.launch.step_timeout)
+        except Death as death:
+            raise Death(death.kind, f"{_place(program, death.step)}: {death.words}", death.variant, death.step) from None
+        if "error" in header:  # recording failed, not a step: nothing the subject could cause by raising
+            raise Death("crash", str(header["error"]), 0, -1)
+        return unpack(header, blob)
+
+    def witness(self, config: Config) -> dict[str, Any]:
+        if config not in self._built or self._process is None:
+            return {}
+        witness: dict[str, Any] = self._ask({"op": "witness", "config": config.to_json()}, 60.0)[0].get("witness", {})
+        return witness
+
+    # --- the process ---
+    def _start(self) -> Header:
+        self._built.clear()
+        self.log.clear()
+        self.starts += 1
+        path = Path(self._scratch.name) / f"progress-{self.starts}"
+        path.write_bytes(bytes(PROGRESS.size))
+        with path.open("r+b") as file:
+            self._progress = mmap.mmap(file.fileno(), PROGRESS.size)
+        launch = self.launch
+        try:
+            with self._stderr.open("wb") as stderr:
+                self._process = subprocess.Popen(
+                    [launch.python, "-m", "kvconform.worker", launch.address, launch.device, str(path)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", **launch.environment},
+                )
+        except OSError as error:
+            raise Infrastructure(f"interpreter {launch.python!r} cannot be started: {error.strerror}") from error
+        try:
+            description = self._ask({"op": "describe"}, BUILD_TIMEOUT)[0]
+        except Death as death:
+            raise Infrastructure(f"the worker of {launch.address!r} did not start: {death}") from death
+        if "error" in description:
+            raise Infrastructure(
+                f"backend {launch.address!r} is installed but failed to load: {description['error']}"
+            )
+        return description
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                assert pipe is not None
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    pass  # the worker died with a message still in the pipe
+            self._progress.close()
+            self._process = None
+
+    def _ask(self, message: Header, timeout: float) -> tuple[Header, bytes]:
+        self._post(message)
+        header, blob = self._reply(timeout)
+        if "unavailable" in header:
+            raise Infrastructure(str(header["unavailable"]))
+        return header, blob
+
+    def _post(self, message: Header) -> None:
+        if self._process is None:
+            self._start()
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            send(self._process.stdin, message)
+        except BrokenPipeError:
+            pass  # it is dead: reading its reply says how
+
+    def _reply(self, timeout: float) -> tuple[Header, bytes]:
+        """The next frame. Raises Death when the worker ends, or makes no progress for ``timeout`` seconds."""
+        assert self._process is not None and self._process.stdout is not None
+        pipe = self._process.stdout.fileno()
+        data = bytearray()
+        wanted = LENGTHS.size
+        lengths: tuple[int, int] | None = None
+        seen, since = self._step(), time.monotonic()
+        with selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            while len(data) < wanted:
+                if selector.select(min(timeout, 0.5)):
+                    piece = os.read(pipe, 1 << 20)
+                    if not piece:
+                        raise self._death("crash")
+                    data += piece
+                    since = time.monotonic()
+                    if lengths is None and len(data) >= LENGTHS.size:
+                        lengths = LENGTHS.unpack_from(data)
+                        wanted = LENGTHS.size + sum(lengths)
+                elif self._step() != seen:
+                    seen, since = self._step(), time.monotonic()
+                elif time.monotonic() - since > timeout:
+                    raise self._death("timeout", timeout)
+        assert lengths is not None
+        middle = LENGTHS.size + lengths[0]
+        return json.loads(data[LENGTHS.size : middle]), bytes(data[middle:])
+
+    def _step(self) -> tuple[int, int, int]:
+        count, variant, step = PROGRESS.unpack_from(self._progress, 0)
+        return count, variant, step
+
+    def _death(self, kind: str, timeout: float = 0.0) -> Death:
+        assert self._process is not None
+        _count, variant, step = self._step()
+        if kind == "timeout":
+            words = f"no answer within {timeout:g} s"
+        else:
+            code = self._process.wait()
+            how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+            words = f"the process {how}{self._last_words()}"
+        self._kill()
+        return Death(kind, words, variant, step)
+
+    def _last_words(self) -> str:
+        lines = [line.strip() for line in self._stderr.read_text(errors="replace").splitlines() if line.strip()]
+        return f" ({lines[-1][:200]})" if lines else ""
+
+
+def _place(program: Program, step: int) -> str:
+    """``step 2 (append 1 to a)``."""
+    if not 0 <= step < len(program.steps):
+        return "before the first step"
+    return f"step {step} ({describe(program, step)})"
+
+
+def describe(program: Program, step: int) -> str:
+    """One step in words."""
+    done = program.steps[step]
+    inner = getattr(done, "step", done)
+    words = NAMES[type(inner)]
+    if hasattr(inner, "counts"):
+        sizes = inner.counts
+        words += f" {sizes[0] if len(set(sizes)) == 1 else list(sizes)} to {inner.seq}"
+        words += f" of {len(sizes)} rows" if len(sizes) > 1 else ""
+    else:
+        words += f" {inner.seq}" + (f" to {inner.length}" if hasattr(inner, "length") else "")
+    return f"reject {words}" if inner is not done else words

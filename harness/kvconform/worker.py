@@ -1,0 +1,97 @@
+"""The process that a subject lives in: ``python -m kvconform.worker ADDRESS DEVICE PROGRESS_FILE``.
+
+It may run under another interpreter: it needs numpy and this package, nothing more. It answers on a private copy of
+its standard output, so that a subject may print what it likes, and it may die: the parent reads from the progress
+file where it was.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from kvconform.backend import Unavailable
+from kvconform.record import record
+from kvconform.registry import BackendError, load
+from kvconform.wire import PROGRESS, Header, pack, receive, send
+from kvconform_specs.config import Config
+from kvconform_specs.program import Program
+from kvconform_specs.tensors import weights
+
+Reply = tuple[Header, bytes]
+
+
+class Worker:
+    """One backend, its built subjects by config, and the messages it understands."""
+
+    def __init__(self, address: str, device: str, progress: Callable[[int, int], None]) -> None:
+        self.address, self.device, self.progress = address, device, progress
+        self.backend: Any = None
+        self.subjects: dict[Config, Any] = {}
+
+    def answer(self, message: Header) -> Reply:
+        handlers = {"describe": self.describe, "build": self.build, "run": self.run, "witness": self.witness}
+        return handlers[message["op"]](message)
+
+    def describe(self, message: Header) -> Reply:
+        self.backend = load(self.address)
+        claims = self.backend.claims.to_json()
+        versions = {"python": platform.python_version(), "numpy": np.__version__, "platform": platform.platform()}
+        return {"claims": claims, "environment": versions}, b""
+
+    def build(self, message: Header) -> Reply:
+        config = Config.from_json(message["config"])
+        refuses = getattr(self.backend, "refuses", None)
+        reason = refuses(config, self.device) if refuses is not None else None
+        if reason is not None:
+            return {"refused": str(reason)}, b""
+        began = time.perf_counter()
+        if config not in self.subjects:
+            self.subjects[config] = self.backend(config, weights(config), self.device)
+        return {"seconds": time.perf_counter() - began}, b""
+
+    def run(self, message: Header) -> Reply:
+        program = Program.from_json(message["program"])
+        return pack(record(self.subjects[program.config], program, tuple(message["indices"]), self.progress))
+
+    def witness(self, message: Header) -> Reply:
+        subject = self.subjects[Config.from_json(message["config"])]
+        return {"witness": subject.witness() if hasattr(subject, "witness") else {}}, b""
+
+
+def serve(worker: Worker, inbox: BinaryIO, outbox: BinaryIO) -> None:
+    while (frame := receive(inbox)) is not None:
+        try:
+            header, blob = worker.answer(frame[0])
+        except (BackendError, Unavailable) as sentence:
+            header, blob = {"unavailable": str(sentence)}, b""
+        except Exception as raised:  # noqa: BLE001 - importing and building run a subject's code: its words go back
+            header, blob = {"error": f"{type(raised).__name__}: {raised}"[:500]}, b""
+        send(outbox, header, blob)
+
+
+def main() -> None:
+    address, device, path = sys.argv[1:4]
+    inbox, outbox = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # what a subject prints goes to the log, never between two frames
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), PROGRESS.size) as shared:
+        count = 0
+
+        def progress(variant: int, step: int) -> None:
+            nonlocal count
+            count = (count + 1) & 0xFFFFFFFF
+            PROGRESS.pack_into(shared, 0, count, variant, step)
+
+        serve(Worker(address, device, progress), inbox, outbox)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""A token sees every token up to itself that the window allows, and none after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import strategies as st
+
+from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.config import Config
+from kvconform_specs.families import appends, batches, fitted, seeds, splits, straight, swapped
+from kvconform_specs.program import Append, Program
+
+
+@st.composite
+def _one_changed(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+    base: Program = draw(straight(config, claims))  # type: ignore[assignment]
+    row, position = _token(draw, base)
+    return Case((base, swapped(base, "a", row, position, _other(base))))
+
+
+@st.composite
+def _aimed(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+    """One token changes; in the attention profile every query points at its key (a needle)."""
+    sizes: tuple[int, ...] = draw(splits(config, claims))  # type: ignore[assignment]
+    batch, seed = draw(batches(claims)), draw(seeds)
+    position = draw(st.integers(0, sum(sizes) - 1))
+    aim = (seed, position) if config.profile == "attention" else None
+    base = Program(config, appends("a", sizes, batch, seed, aim))
+    row = draw(st.integers(0, batch - 1))
+    return Case((base, swapped(base, "a", row, position, _other(base))))
+
+
+@st.composite
+def _each_changed(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+    """A short sequence, and one variant for each of its tokens with that token changed: a map of what sees what."""
+    drawn: tuple[int, ...] = draw(splits(config, claims))  # type: ignore[assignment]
+    sizes = fitted(drawn, 8)
+    base = Program(config, appends("a", sizes, 1, draw(seeds)))
+    return Case((base, *(swapped(base, "a", 0, position, _other(base)) for position in range(sum(sizes)))))
+
+
+def _token(draw: Callable[..., int], base: Program) -> tuple[int, int]:
+    steps = [step for step in base.steps if isinstance(step, Append)]
+    row = draw(st.integers(0, len(steps[0].counts) - 1))
+    return row, draw(st.integers(0, sum(step.counts[row] for step in steps) - 1))
+
+
+def _other(base: Program) -> int:
+    """A stream that the program does not read."""
+    step = base.steps[0]
+    assert isinstance(step, Append)
+    return step.seed + 1_000_003
+
+
+CLAUSES = (
+    Clause(
+        name="causality.future-blind",
+        text="Changing a token changes no output before it, and none of another row, by a single bit: not within its "
+        "chunk, not across chunks.",
+        why=(
+            "https://github.com/Mikyx-1/TinyLLM/issues/17",
+            "https://github.com/QwenLM/Qwen/issues/979",
+            "https://github.com/tenstorrent/tt-metal/issues/48899",
+            "https://github.com/keras-team/keras/issues/23038",
+        ),
+        family=_one_changed,
+        relations=(Relation.UNAFFECTED,),
+        core=True,
+    ),
+    Clause(
+        name="causality.past-seen",
+        text="Every visible token is felt: when one changes, each output that sees it moves, wherever the definition "
+        "moves by more than the bounds.",
+        why=(
+            "https://github.com/pytorch/pytorch/issues/108108",
+            "https://github.com/onnx/onnx/issues/8054",
+            "https://github.com/pytorch/executorch/pull/2689",
+            "https://github.com/keras-team/keras-hub/pull/1738",
+        ),
+        family=_aimed,
+        relations=(Relation.AFFECTED,),
+        core=True,
+    ),
+    Clause(
+        name="causality.visibility",
+        text="The map of which output depends on which token, recovered by changing one token at a time, is the map "
+        "that the definition demands: forbidden cells do not move by a bit, required cells move.",
+        why=(
+            "https://github.com/lucidrains/x-transformers/issues/187",
+            "https://github.com/microsoft/onnxruntime/issues/29020",
+            "https://github.com/huggingface/transformers/pull/35691",
+            "https://github.com/meta-llama/llama/issues/899",
+        ),
+        family=_each_changed,
+        relations=(Relation.UNAFFECTED, Relation.AFFECTED),
+        core=True,
+    ),
+)

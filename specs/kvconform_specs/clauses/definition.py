@@ -1,0 +1,97 @@
+"""What is computed is what attention and the decoder are defined to be, also where every path is wrong alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.config import Config
+from kvconform_specs.families import appends, at_once, batches, histories, seeds, straight
+from kvconform_specs.program import Program
+
+
+def _any(config: Config, claims: Claims) -> SearchStrategy[Case]:
+    return histories(config, claims).map(lambda program: Case((program,)))
+
+
+def _growing(config: Config, claims: Claims) -> SearchStrategy[Case]:
+    return straight(config, claims, most=3).map(lambda program: Case((program,)))
+
+
+@st.composite
+def _decoding(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+    """A prompt, decode steps, then a chunk: positions go on from the cache in three ways."""
+    prompt, new, chunk = draw(st.integers(1, 8)), draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    sizes = (*at_once(prompt, claims), *(1,) * new, *at_once(chunk, claims))
+    return Case((Program(config, appends("a", sizes, draw(batches(claims)), draw(seeds))),))
+
+
+CLAUSES = (
+    Clause(
+        name="definition.attention",
+        text="Attention over any program is softmax(scale q k + mask) v in exact arithmetic, within the derived bound.",
+        why=(
+            "https://github.com/onnx/onnx/pull/8068",
+            "https://github.com/microsoft/onnxruntime/pull/25927",
+            "https://github.com/pytorch/pytorch/issues/112577",
+        ),
+        family=_any,
+        relations=(Relation.PARITY,),
+        profiles=("attention",),
+        core=True,
+    ),
+    Clause(
+        name="definition.decoder",
+        text="The logits of any program are those of the decoder's definition, within the measured bound.",
+        why=(
+            "https://github.com/meta-pytorch/gpt-fast/issues/233",
+            "https://github.com/huggingface/transformers/issues/34232",
+        ),
+        family=_any,
+        relations=(Relation.PARITY,),
+        profiles=("decoder",),
+        core=True,
+    ),
+    Clause(
+        name="definition.grouping",
+        text="Query head i reads KV head i // (h / g): KV heads are repeated one by one, not tiled as a block.",
+        why=("https://github.com/onnx/onnx/pull/7274", "https://github.com/ekzhang/jax-js/pull/180"),
+        family=_growing,
+        relations=(Relation.PARITY,),
+        applies=lambda config: 1 < config.kv_heads < config.heads,
+    ),
+    Clause(
+        name="definition.scale",
+        text="Scores are multiplied by the scale that is given, by 1 / sqrt(d) where none is, once.",
+        why=("https://github.com/onnx/onnx/issues/7865",),
+        family=_growing,
+        relations=(Relation.PARITY,),
+        profiles=("attention",),
+    ),
+    Clause(
+        name="definition.softcap",
+        text="Softcap bends the scaled scores before the mask: a masked key keeps no weight.",
+        why=("https://github.com/onnx/onnx/issues/7865", "https://github.com/microsoft/onnxruntime/pull/28370"),
+        family=_growing,
+        relations=(Relation.PARITY,),
+        applies=lambda config: config.softcap is not None,
+    ),
+    Clause(
+        name="definition.positions",
+        text="Positions are logical: a token's is its index in its row, however many tokens are cached, whatever the "
+        "chunk. Rope turns the pair (x_i, x_(i + d/2)).",
+        why=(
+            "https://github.com/pytorch/executorch/pull/2010",
+            "https://github.com/skyzh/tiny-llm/pull/46",
+            "https://github.com/vllm-project/vllm-ascend/pull/12780",
+        ),
+        family=_decoding,
+        relations=(Relation.PARITY,),
+        profiles=("decoder",),
+        applies=lambda config: config.positions != "none",
+    ),
+)

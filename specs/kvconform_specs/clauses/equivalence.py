@@ -1,0 +1,106 @@
+"""However a history came about, the outputs are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import strategies as st
+
+from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.config import Config
+from kvconform_specs.families import appends, at_once, batches, counts, detours, resplit, seeds, splits
+from kvconform_specs.program import Full, Program, Step
+
+
+def _whole(seq: str, total: int, batch: int, seed: int, claims: Claims) -> tuple[Step, ...]:
+    """All tokens at once: by the cache-less forward where there is one, else by one prefill."""
+    if claims.can("full"):
+        return (Full(seq, (total,) * batch, seed),)
+    return appends(seq, at_once(total, claims), batch, seed)
+
+
+@st.composite
+def _decode(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+    prompt, new = draw(st.integers(0, 9)), draw(st.integers(1, 8))
+    batch, seed = draw(batches(claims)), draw(seeds)
+    sizes = (*at_once(prompt, claims), *(1,) * new)
+    cached = Program(config, appends("a", sizes, batch, seed))
+    return Case((Program(config, _whole("a", prompt + new, batch, seed, claims)), cached))
+
+
+@st.composite
+def _chunks(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+    one: tuple[int, ...] = draw(splits(config, claims))  # type: ignore[assignment]
+    other: tuple[int, ...] = draw(resplit(sum(one), claims))  # type: ignore[assignment]
+    batch, seed = draw(batches(claims)), draw(seeds)
+    whole = _whole("a", sum(one), batch, seed, claims)
+    return Case((Program(config, whole), *(Program(config, appends("a", s, batch, seed)) for s in (one, other))))
+
+
+@st.composite
+def _paths(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+    sizes: tuple[int, ...] = draw(splits(config, claims))  # type: ignore[assignment]
+    batch, seed = draw(batches(claims)), draw(seeds)
+    winding: tuple[Step, ...] = draw(detours(config, claims, sizes, batch, seed))  # type: ignore[assignment]
+    return Case((Program(config, appends("a", sizes, batch, seed)), Program(config, winding)))
+
+
+@st.composite
+def _full(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+    """The full forward on a prefix after the sequence, and on more tokens in the middle of it."""
+    prefix, more = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    batch, seed = draw(batches(claims)), draw(seeds)
+    first, second = (appends("a", (draw(counts(claims)),), batch, seed + 77) for _ in range(2))
+    after = Program(config, (*first, *second, Full("f", (prefix,) * batch, seed)))
+    amid = Program(config, (*first, Full("f", (prefix + more,) * batch, seed), *second))
+    return Case((after, amid))
+
+
+CLAUSES = (
+    Clause(
+        name="equivalence.decode",
+        text="Decoding one token at a time gives the outputs of one forward over all of them.",
+        why=(
+            "https://github.com/pytorch/executorch/pull/2010",
+            "https://github.com/skyzh/tiny-llm/pull/46",
+            "https://github.com/meta-pytorch/gpt-fast/issues/233",
+        ),
+        family=_decode,
+        relations=(Relation.AGREEMENT,),
+        core=True,
+    ),
+    Clause(
+        name="equivalence.chunks",
+        text="Cutting the same tokens into chunks in any way gives the same outputs.",
+        why=(
+            "https://github.com/QwenLM/Qwen/issues/979",
+            "https://github.com/sgl-project/sgl-kernel-xpu/issues/196",
+            "https://github.com/trymirai/lalamo/pull/200",
+        ),
+        family=_chunks,
+        relations=(Relation.AGREEMENT,),
+        core=True,
+    ),
+    Clause(
+        name="equivalence.path",
+        text="Outputs depend on the tokens of the row alone, and not on what was appended and forgotten, forked, "
+        "reordered, reset or refused on the way to them.",
+        why=(
+            "https://github.com/huggingface/transformers/issues/47433",
+            "https://github.com/huggingface/transformers/issues/46612",
+            "https://github.com/ggml-org/llama.cpp/pull/9525",
+        ),
+        family=_paths,
+        relations=(Relation.AGREEMENT,),
+    ),
+    Clause(
+        name="equivalence.full-stable",
+        text="The backend's own cache-less forward gives a prefix of the tokens the outputs that it gives it within "
+        "more tokens, also while cached sequences are open, and leaves those as they are.",
+        why=("https://github.com/OpenNMT/CTranslate2/pull/1572", "https://github.com/huggingface/transformers/pull/27227"),
+        family=_full,
+        relations=(Relation.AGREEMENT,),
+        needs=("full",),
+    ),
+)

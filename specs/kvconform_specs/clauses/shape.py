@@ -1,0 +1,87 @@
+"""What comes out has the right shape, and the cache knows how much it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.config import Config
+from kvconform_specs.families import LARGEST_BATCH, appends, at_once, batches, histories, seeds, straight
+from kvconform_specs.program import Close, Program, Step
+
+
+def _growing(config: Config, claims: Claims) -> SearchStrategy[Case]:
+    return straight(config, claims).map(lambda program: Case((program,)))
+
+
+def _any(config: Config, claims: Claims) -> SearchStrategy[Case]:
+    return histories(config, claims).map(lambda program: Case((program,)))
+
+
+@st.composite
+def _first(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+    count = draw(st.integers(1, min(claims.max_chunk or config.capacity, config.capacity)))
+    return Case((Program(config, appends("a", (count,), draw(batches(claims)), draw(seeds))),))
+
+
+@st.composite
+def _sweep(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+    """Three sequences of drawn batch, past and count, one after another on the same artefact."""
+    steps: list[Step] = []
+    largest = min(claims.max_batch or LARGEST_BATCH, LARGEST_BATCH)
+    for seq in "abc":
+        batch, past, count = draw(st.integers(1, largest)), draw(st.integers(0, 20)), draw(st.integers(1, 12))
+        sizes = (*at_once(past, claims), *at_once(count, claims))
+        steps += [*appends(seq, sizes, batch, draw(seeds)), Close(seq)]
+    return Case((Program(config, tuple(steps)),))
+
+
+CLAUSES = (
+    Clause(
+        name="shape.output",
+        text="An append of t tokens to b rows gives (b, h, t, d) in the attention profile and (b, t, V) logits in the "
+        "decoder profile, as float32, at every batch, count and past, 1 included.",
+        why=("https://github.com/huggingface/transformers/pull/10651", "https://github.com/microsoft/onnxruntime/issues/26262"),
+        family=_growing,
+        relations=(Relation.SHAPES,),
+        core=True,
+    ),
+    Clause(
+        name="shape.length",
+        text="After every step each row holds as many tokens as were appended to it less those that were forgotten, "
+        "and the backend says so: not the calls, not the capacity, not the window, not the heads.",
+        why=(
+            "https://github.com/huggingface/transformers/pull/38156",
+            "https://github.com/fla-org/flash-linear-attention/issues/126",
+            "https://github.com/huggingface/transformers/issues/30377",
+        ),
+        family=_any,
+        relations=(Relation.LENGTHS,),
+        needs=("length",),
+    ),
+    Clause(
+        name="shape.first-step",
+        text="The first append to an empty cache may have any count up to the capacity, 1 included, and gives what "
+        "the definition gives.",
+        why=("https://github.com/TrenTorch/TrenTorch/pull/192",),
+        family=_first,
+        relations=(Relation.PARITY,),
+        core=True,
+    ),
+    Clause(
+        name="shape.no-specialisation",
+        text="One artefact serves every batch, count and past length: nothing that was traced, exported, compiled or "
+        "captured with one size remembers it.",
+        why=(
+            "https://github.com/huggingface/transformers/issues/13175",
+            "https://github.com/huggingface/optimum/issues/1913",
+            "https://github.com/sonos/torch-to-nnef/pull/217",
+        ),
+        family=_sweep,
+        relations=(Relation.PARITY,),
+    ),
+)
