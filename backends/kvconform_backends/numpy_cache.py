@@ -76,17 +76,24 @@ class NumpyCache:
 
     def attend(self, cache: Cache, layer: int, query: Array, key: Array, value: Array) -> Array:
         """Appends key and value ``(b, g, t, d)`` to the layer and attends with query ``(b, h, t, d)``."""
-        c = self.config
+        keys, values = self.append(cache, layer, key, value)  # (b, g, s, d)
+        scores = self.scores(query, keys[:, self.kv_head()])
+        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        return np.asarray(scores / scores.sum(axis=-1, keepdims=True) @ values[:, self.kv_head()])
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        """Stores key and value ``(b, g, t, d)`` behind those that are there, and returns all of them."""
         cache.keys[layer] = np.concatenate([cache.keys[layer], key], axis=2)
         cache.values[layer] = np.concatenate([cache.values[layer], value], axis=2)
-        keys = cache.keys[layer][:, self.kv_head()]  # (b, h, s, d)
-        values = cache.values[layer][:, self.kv_head()]
-        scores = query @ keys.swapaxes(-1, -2) * np.float32(c.score_scale)  # (b, h, t, s)
+        return cache.keys[layer], cache.values[layer]
+
+    def scores(self, query: Array, keys: Array) -> Array:
+        """``(b, h, t, s)``: scaled, capped, then masked."""
+        c = self.config
+        scores = query @ keys.swapaxes(-1, -2) * np.float32(c.score_scale)
         if c.softcap is not None:
             scores = np.float32(c.softcap) * np.tanh(scores / np.float32(c.softcap))
-        scores = np.where(self.mask(query.shape[2], keys.shape[2]), scores, np.float32(-np.inf))
-        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        return np.asarray(scores / scores.sum(axis=-1, keepdims=True) @ values)
+        return np.where(self.mask(query.shape[2], keys.shape[2]), scores, np.float32(-np.inf))
 
     def kv_head(self) -> Array:
         """Which KV head each query head reads."""

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,32 +44,38 @@ def attention(config: Config, query: Tensor, keys: Tensor, values: Tensor, mask:
 
 
 class Block(nn.Module):
-    """One layer: ``x += attention(norm(x))``, then ``x += mlp(norm(x))`` where the config has an MLP."""
+    """One layer: ``x += attention(norm(x))``, then ``x += mlp(norm(x))`` where the config has an MLP.
+
+    Matrices with a common input are laid side by side: a third fewer kernels to launch, or to compile.
+    """
+
+    norm_attention: Tensor  # (width,)
+    query_key_value: Tensor  # (width, (h + 2 g) * d)
+    output: Tensor  # (h * d, width)
+    norm_mlp: Tensor  # (width,)
+    gate_up: Tensor  # (width, 2 * mlp)
+    down: Tensor  # (mlp, width)
 
     def __init__(self, config: Config, number: int, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.config, self.number = config, number
-        at = f"layers.{number}."
-        for name, weight in weights.items():
-            if name.startswith(at):
-                self.register_buffer(name.removeprefix(at), weight)
+        w = {name.removeprefix(f"layers.{number}."): weight for name, weight in weights.items()}
+        w["query_key_value"] = torch.cat([w["query"], w["key"], w["value"]], dim=1)
+        if config.mlp:
+            w["gate_up"] = torch.cat([w["gate"], w["up"]], dim=1)
+        for name in ("norm_attention", "query_key_value", "output", *(("norm_mlp", "gate_up", "down") * (config.mlp > 0))):
+            self.register_buffer(name, w[name])
 
     def forward(self, x: Tensor, rotate: Callable[[Tensor], Tensor], attend: Attend) -> Tensor:
-        y = functional.rms_norm(x, x.shape[-1:], self.norm_attention, 1e-6)
-        query, key = rotate(self.heads(y @ self.query)), rotate(self.heads(y @ self.key))
-        mixed = attend(self.number, query, key, self.heads(y @ self.value))  # (b, h, t, d)
-        x = x + mixed.transpose(1, 2).flatten(2) @ self.output
+        h, g, d = self.config.heads, self.config.kv_heads, self.config.head_dim
+        y = functional.rms_norm(x, x.shape[-1:], self.norm_attention, 1e-6) @ self.query_key_value
+        turned, value = y.reshape(*x.shape[:2], -1, d).transpose(1, 2).split((h + g, g), dim=1)  # (b, .., t, d)
+        query, key = rotate(turned).split((h, g), dim=1)
+        x = x + attend(self.number, query, key, value).transpose(1, 2).flatten(2) @ self.output
         if self.config.mlp:
-            y = functional.rms_norm(x, x.shape[-1:], self.norm_mlp, 1e-6)
-            x = x + (functional.silu(y @ self.gate) * (y @ self.up)) @ self.down
+            gate, up = (functional.rms_norm(x, x.shape[-1:], self.norm_mlp, 1e-6) @ self.gate_up).chunk(2, dim=-1)
+            x = x + (functional.silu(gate) * up) @ self.down
         return x  # (b, t, width)
-
-    def heads(self, x: Tensor) -> Tensor:
-        """``(b, t, heads * d)`` to ``(b, heads, t, d)``."""
-        return x.reshape(*x.shape[:2], -1, self.config.head_dim).transpose(1, 2)
-
-    def __getattr__(self, name: str) -> Any:  # the weights are named by the config, mypy cannot know them
-        return super().__getattr__(name)
 
 
 class Decoder(nn.Module):

@@ -16,15 +16,16 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis.errors import Flaky
-
-from kvconform.budget import REBUILD_SECONDS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Budget
-from kvconform.counterexample import Broken, Counterexample, attempt, frozen, replayed
-from kvconform.subject import Death, Subject
-from kvconform.verdict import Outcome, Verdict
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case, Clause
 from kvconform_specs.config import Config
 from kvconform_specs.program import Program
+
+from kvconform.budget import REBUILD_SECONDS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Budget
+from kvconform.counterexample import Broken, Counterexample, attempt, frozen, replayed
+from kvconform.counterexample import sentence as said
+from kvconform.subject import Death, Subject
+from kvconform.verdict import Outcome, Verdict
 
 OUTCOMES = {"fail": Outcome.FAIL, "crash": Outcome.CRASH, "timeout": Outcome.TIMEOUT}
 
@@ -162,9 +163,7 @@ class _Search:
                 words = f"failed once and passed on fresh processes, alone and after what ran before: {broken.sentence}"
                 return self.verdict(Outcome.INCONCLUSIVE, words)
             before, confirmed = found
-        outcome, sentence = OUTCOMES[confirmed.kind], confirmed.sentence
-        if before:
-            sentence += f" (only after {len(before)} earlier program{'s' * (len(before) > 1)}: state leaked)"
+        outcome, sentence = OUTCOMES[confirmed.kind], said(confirmed, before)
         name = Counterexample(
             suite=SUITE_VERSION, clause=self.cell.clause.name, backend=self.subject.launch.address,
             device=self.subject.launch.device, sentence=sentence, outcome=outcome.value,
@@ -174,9 +173,8 @@ class _Search:
 
     def _leak(self, case: Case) -> tuple[list[Program], Broken] | None:
         """The shortest list of earlier programs after which the case fails on a fresh process."""
-        own = len(case.programs)
-        earlier = [frozen(program, variants[-1]) for program, variants in self.log]
-        earlier = earlier[: len(earlier) - own]  # the log ends with the case itself
+        ran = [frozen(program, variant) for program, variants in self.log for variant in variants]
+        earlier = [program for program in ran if program not in case.programs]
         starts, began = self.subject.starts, time.perf_counter()
 
         def fails(before: list[Program]) -> Broken | None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
-
-from kvconform.judge import Judged, judge
-from kvconform.storage import write_atomically
-from kvconform.subject import Death, Subject
 from kvconform_specs.clause import Case, Clause
 from kvconform_specs.errors import SpecError
 from kvconform_specs.oracle import expect
 from kvconform_specs.program import Append, Full, Program, Reject, Step
 from kvconform_specs.tensors import derive
+
+from kvconform.judge import Judged, judge
+from kvconform.storage import write_atomically
+from kvconform.subject import Death, Subject
 
 SCHEMA = "kvconform-counterexample/1"
 
@@ -104,6 +105,14 @@ def attempt(clause: Clause, subject: Subject, case: Case, variants: tuple[int, .
     if judged.finding is not None:
         return Broken("fail", judged.finding.sentence, variants[judged.finding.variant])
     return judged
+
+
+def sentence(broken: Broken, before: Sequence[Program]) -> str:
+    """The one line of fact: what is wrong, and whether it takes earlier programs."""
+    if not before:
+        return broken.sentence
+    plural = "s" if len(before) > 1 else ""
+    return f"{broken.sentence} (only after {len(before)} earlier program{plural} in the same process: state leaked)"
 
 
 def replayed(clause: Clause, subject: Subject, before: list[Program], case: Case) -> Judged | Broken:

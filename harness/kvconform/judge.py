@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
-from kvconform.record import Done, Trace
-from kvconform.subject import describe
-from kvconform.wire import Traces
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Relation
 from kvconform_specs.history import Histories, Row, Token
 from kvconform_specs.oracle import Expected
 from kvconform_specs.program import Append, Program, Reject
+from numpy.typing import NDArray
+
+from kvconform.record import Done, Trace
+from kvconform.subject import describe
+from kvconform.wire import Traces
 
 Array = NDArray[Any]
 
@@ -160,7 +160,8 @@ def _parity(observed: Sequence[Observed]) -> Outcome:
             compared += int(np.count_nonzero(want.real)) * got.shape[0] * got.shape[-1]
             if not bool(np.all((error <= want.bound) | ~real)):
                 off = ~(error <= want.bound) & real
-                return _worst_of(one, number, off, got, want.value, np.broadcast_to(want.bound, got.shape)), compared, None
+                bound = np.broadcast_to(want.bound, got.shape)
+                return _worst_of(one, number, off, got, want.value, bound), compared, None
             worst = max(worst, _ratio(np.where(real, error, 0.0), want.bound))
     return None, compared, worst if compared else None
 
@@ -254,7 +255,8 @@ def _lengths(observed: Sequence[Observed]) -> Outcome:
             want = tuple(len(row) for row in histories.rows[name])
             compared += len(want)
             if done.length != want:
-                return f"{_at(one.program, number)}: says that its rows hold {list(done.length)} tokens, want {list(want)}", compared, None
+                said = f"says that its rows hold {list(done.length)} tokens, want {list(want)}"
+                return f"{_at(one.program, number)}: {said}", compared, None
     return None, compared, None
 
 

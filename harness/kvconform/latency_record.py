@@ -68,11 +68,15 @@ class Ratio(msgspec.Struct, frozen=True):
 
 
 class Excluded(msgspec.Struct, frozen=True):
-    """A backend that got no time for a preset, and why: not conformant, unsupported, crashed."""
+    """A backend that got no time for a preset, and why: not conformant, unsupported, crashed.
+
+    ``phase``: only this phase has no time, and the others have; empty: none has.
+    """
 
     backend: str
     preset: str
     why: str
+    phase: str = ""
 
 
 class Record(msgspec.Struct, kw_only=True):

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
-
-from kvconform.subject import Death, Subject
 from kvconform_specs.config import Config
 from kvconform_specs.families import appends
 from kvconform_specs.oracle import expect
 from kvconform_specs.program import Program
+from numpy.typing import NDArray
+
+from kvconform.subject import Death, Subject
 
 Outputs = NDArray[np.float32]
 

@@ -7,13 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 from kvconform_specs.history import Histories, after
 from kvconform_specs.program import (
-    Append, Close, Fork, Full, Program, Reject, Reorder, Reset, Step, Truncate,
+    Append,
+    Call,
+    Close,
+    Fork,
+    Full,
+    Program,
+    Reject,
+    Reorder,
+    Reset,
+    Step,
+    Truncate,
+    called,
 )  # fmt: skip
 from kvconform_specs.tensors import Streams
+from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
@@ -62,7 +72,7 @@ def inputs_of(program: Program, indices: tuple[int, ...]) -> list[tuple[Array, .
     histories = Histories()
     feeds: list[tuple[Array, ...]] = []
     for step in program.steps:
-        call = step.step if isinstance(step, Reject) else step
+        call = called(step)
         if isinstance(call, Append):
             old = histories.rows.get(call.seq, ((),) * len(call.counts))
             feeds.append(streams.inputs(call, after(old, call)))
@@ -76,13 +86,13 @@ def inputs_of(program: Program, indices: tuple[int, ...]) -> list[tuple[Array, .
 
 def _guarded(subject: Any, caches: dict[str, Any], step: Step, feed: tuple[Array, ...]) -> Done:
     try:
-        return _do(subject, caches, step.step if isinstance(step, Reject) else step, feed)
+        return _do(subject, caches, called(step), feed)
     except Exception as raised:  # the one place that calls a subject: it records the words and decides nothing
         words = f"{type(raised).__name__}: {str(raised).strip() or 'no message'}"[:500]
         return Done(refused=words) if isinstance(step, Reject) else Done(error=words)
 
 
-def _do(subject: Any, caches: dict[str, Any], step: Step, feed: tuple[Array, ...]) -> Done:
+def _do(subject: Any, caches: dict[str, Any], step: Call, feed: tuple[Array, ...]) -> Done:
     output = None
     if isinstance(step, Append):
         if step.seq not in caches:

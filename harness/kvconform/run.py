@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+from kvconform_specs import SUITE_VERSION
+from kvconform_specs.clauses import ALL
+from kvconform_specs.config import Config
+from kvconform_specs.errors import SpecError
+from kvconform_specs.points import POINTS, label, point
+
+from kvconform import pairwise
 from kvconform.budget import Budget
 from kvconform.cell import Cell, run_cell
 from kvconform.results import Results, read
+from kvconform.storage import write_atomically
 from kvconform.subject import Infrastructure, Launch, Subject
 from kvconform.verdict import Outcome, Verdict
-from kvconform_specs import SUITE_VERSION
-from kvconform_specs.clauses import ALL
-from kvconform_specs.errors import SpecError
-from kvconform_specs.points import POINTS, label, point
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,25 @@ def run_backend(
             results.seconds = round(spent + time.perf_counter() - began, 3)
             results.write(path)
             tell(verdict)
+        if not results.unavailable:
+            _write_vectors(subject, results, out / "vectors" / f"{name}.npz")
         results.finished = True
         results.write(path)
     return results
+
+
+def _write_vectors(subject: Subject, results: Results, path: Path) -> None:
+    """Keeps the backend's outputs of the common program, for ``pairwise``."""
+    vectors = {}
+    for config_name, config in named_configs([results]).items():
+        if any(v.config == config_name and v.outcome is Outcome.PASS for v in results.verdicts):
+            found = pairwise.outputs(subject, config)
+            if found is not None:
+                vectors[config_name] = found
+    if vectors:
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **vectors)
+        write_atomically(path, buffer.getvalue())
 
 
 def _resume(results: Results, path: Path) -> float:
@@ -104,6 +126,12 @@ def _resume(results: Results, path: Path) -> float:
         return 0.0
     results.started, results.verdicts, results.witnesses = earlier.started, earlier.verdicts, earlier.witnesses
     return earlier.seconds
+
+
+def named_configs(judged: Sequence[Results]) -> dict[str, Config]:
+    """Every config that these results speak of, by the name that they use."""
+    dtypes = {dtype for results in judged for dtype in results.dtypes}
+    return {label(name, dtype): point(name, dtype) for dtype in sorted(dtypes) for name in POINTS}
 
 
 def machine() -> dict[str, object]:

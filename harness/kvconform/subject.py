@@ -13,14 +13,16 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvconform.wire import LENGTHS, PROGRESS, Header, Traces, send, unpack
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
-from kvconform_specs.program import NAMES, Program
+from kvconform_specs.program import NAMES, Append, Full, Program, Truncate, called
+
+from kvconform.wire import LENGTHS, PROGRESS, Header, Traces, send, unpack
 
 BUILD_TIMEOUT = 900.0
 """Seconds that a build may take: exports and first compilations are slow, and stand outside the step timeout."""
@@ -119,7 +121,9 @@ class Subject:
         try:
             header, blob = self._reply(self.launch.step_timeout)
         except Death as death:
-            raise Death(death.kind, f"{_place(program, death.step)}: {death.words}", death.variant, death.step) from None
+            raise Death(
+                death.kind, f"{_place(program, death.step)}: {death.words}", death.variant, death.step
+            ) from None
         if "error" in header:  # recording failed, not a step: nothing the subject could cause by raising
             raise Death("crash", str(header["error"]), 0, -1)
         return unpack(header, blob)
@@ -129,6 +133,13 @@ class Subject:
             return {}
         witness: dict[str, Any] = self._ask({"op": "witness", "config": config.to_json()}, 60.0)[0].get("witness", {})
         return witness
+
+    def ask(self, message: Header, timeout: float) -> Header:
+        """The answer to any message; ``timeout`` in seconds. Raises Death where the worker dies or answers an error."""
+        header, _ = self._ask(message, timeout)
+        if "error" in header:
+            raise Death("crash", str(header["error"]), 0, -1)
+        return header
 
     # --- the process ---
     def _start(self) -> Header:
@@ -156,9 +167,7 @@ class Subject:
         except Death as death:
             raise Infrastructure(f"the worker of {launch.address!r} did not start: {death}") from death
         if "error" in description:
-            raise Infrastructure(
-                f"backend {launch.address!r} is installed but failed to load: {description['error']}"
-            )
+            raise Infrastructure(f"backend {launch.address!r} is installed but failed to load: {description['error']}")
         return description
 
     def _kill(self) -> None:
@@ -167,10 +176,8 @@ class Subject:
             self._process.wait()
             for pipe in (self._process.stdin, self._process.stdout):
                 assert pipe is not None
-                try:
+                with suppress(BrokenPipeError):  # the worker may have died with a message still in the pipe
                     pipe.close()
-                except BrokenPipeError:
-                    pass  # the worker died with a message still in the pipe
             self._progress.close()
             self._process = None
 
@@ -185,10 +192,8 @@ class Subject:
         if self._process is None:
             self._start()
         assert self._process is not None and self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it is dead then: reading its reply says how
             send(self._process.stdin, message)
-        except BrokenPipeError:
-            pass  # it is dead: reading its reply says how
 
     def _reply(self, timeout: float) -> tuple[Header, bytes]:
         """The next frame. Raises Death when the worker ends, or makes no progress for ``timeout`` seconds."""
@@ -249,12 +254,12 @@ def _place(program: Program, step: int) -> str:
 def describe(program: Program, step: int) -> str:
     """One step in words."""
     done = program.steps[step]
-    inner = getattr(done, "step", done)
+    inner = called(done)
     words = NAMES[type(inner)]
-    if hasattr(inner, "counts"):
+    if isinstance(inner, Append | Full):
         sizes = inner.counts
         words += f" {sizes[0] if len(set(sizes)) == 1 else list(sizes)} to {inner.seq}"
         words += f" of {len(sizes)} rows" if len(sizes) > 1 else ""
     else:
-        words += f" {inner.seq}" + (f" to {inner.length}" if hasattr(inner, "length") else "")
+        words += f" {inner.seq}" + (f" to {inner.length}" if isinstance(inner, Truncate) else "")
     return f"reject {words}" if inner is not done else words

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +23,13 @@ PROGRESS = struct.Struct("<III")
 Header = dict[str, Any]
 
 
-def send(pipe: BinaryIO, header: Header, blob: bytes = b"") -> None:
+def send(pipe: IO[bytes], header: Header, blob: bytes = b"") -> None:
     text = json.dumps(header).encode()
     pipe.write(LENGTHS.pack(len(text), len(blob)) + text + blob)
     pipe.flush()
 
 
-def receive(pipe: BinaryIO) -> tuple[Header, bytes] | None:
+def receive(pipe: IO[bytes]) -> tuple[Header, bytes] | None:
     """The next frame, or None at the end of the stream."""
     lengths = pipe.read(LENGTHS.size)
     if len(lengths) < LENGTHS.size:

@@ -16,14 +16,15 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
+from kvconform_specs.config import Config
+from kvconform_specs.program import Program
+from kvconform_specs.tensors import weights
 
 from kvconform.backend import Unavailable
 from kvconform.record import record
 from kvconform.registry import BackendError, load
+from kvconform.timing import Stopwatch
 from kvconform.wire import PROGRESS, Header, pack, receive, send
-from kvconform_specs.config import Config
-from kvconform_specs.program import Program
-from kvconform_specs.tensors import weights
 
 Reply = tuple[Header, bytes]
 
@@ -35,9 +36,13 @@ class Worker:
         self.address, self.device, self.progress = address, device, progress
         self.backend: Any = None
         self.subjects: dict[Config, Any] = {}
+        self.stopwatches: dict[tuple[Config, int], Stopwatch] = {}
 
     def answer(self, message: Header) -> Reply:
-        handlers = {"describe": self.describe, "build": self.build, "run": self.run, "witness": self.witness}
+        handlers = {
+            "describe": self.describe, "build": self.build, "run": self.run, "witness": self.witness,
+            "clock": self.clock,
+        }  # fmt: skip
         return handlers[message["op"]](message)
 
     def describe(self, message: Header) -> Reply:
@@ -64,6 +69,15 @@ class Worker:
     def witness(self, message: Header) -> Reply:
         subject = self.subjects[Config.from_json(message["config"])]
         return {"witness": subject.witness() if hasattr(subject, "witness") else {}}, b""
+
+    def clock(self, message: Header) -> Reply:
+        """Times blocks of calls: see ``timing.Stopwatch``."""
+        key = Config.from_json(message["config"]), message["seed"]
+        if key not in self.stopwatches:
+            self.stopwatches[key] = Stopwatch(self.subjects[key[0]], *key)
+        stopwatch = self.stopwatches[key]
+        blocks = stopwatch.blocks(message["phase"], message["depth"], message["steps"], message["count"])
+        return {"blocks": blocks, "digest": stopwatch.digest}, b""
 
 
 def serve(worker: Worker, inbox: BinaryIO, outbox: BinaryIO) -> None:

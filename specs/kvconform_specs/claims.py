@@ -47,9 +47,7 @@ class Claims:
                     raise SpecError(f"claims.{name}", f"unknown value {value!r}; known: {', '.join(known)}")
         for name, allowed in (("returns", ("all", "last")), ("overflow", ("refused", "undefined"))):
             if getattr(self, name) not in allowed:
-                raise SpecError(
-                    f"claims.{name}", f"unknown value {getattr(self, name)!r}; known: {', '.join(allowed)}"
-                )
+                raise SpecError(f"claims.{name}", f"unknown value {getattr(self, name)!r}; known: {', '.join(allowed)}")
         for name in ("max_batch", "max_chunk", "max_sequences"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -64,4 +62,5 @@ class Claims:
     @classmethod
     def from_json(cls, data: object, at: str = "claims") -> Claims:
         body = take(data, at, {f.name for f in fields(cls)})
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in body.items()})
+        frozen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in body.items()}
+        return cls(**frozen)

@@ -55,9 +55,7 @@ class Config:
         for name in ("heads", "kv_heads", "head_dim", "capacity", "layers"):
             _at_least(f"config.{name}", getattr(self, name), 1)
         if self.heads % self.kv_heads:
-            raise SpecError(
-                "config.kv_heads", f"{self.kv_heads} KV heads do not divide {self.heads} query heads"
-            )
+            raise SpecError("config.kv_heads", f"{self.kv_heads} KV heads do not divide {self.heads} query heads")
         if self.window is not None:
             _at_least("config.window", self.window, 1)
         if self.softcap is not None and not self.softcap > 0:

@@ -5,8 +5,8 @@ the token at position ``j`` is visible to the token at position ``i`` iff ``j <=
 also ``j > i - W``, so ``W`` counts the token itself. Leading axes ``...`` are any batch.
 
 Sources: scaled dot-product attention, Vaswani et al. 2017 (1706.03762, eq. 1); grouped KV heads, Ainslie et al. 2023
-(2305.13245); sliding window, Beltagy et al. 2020 (2004.05150, section 3.1); softcap before the mask, Gemma 2 (2408.00118,
-section 2); rotary positions, Su et al. 2021 (2104.09864, eq. 34) with GPT-NeoX's pairing of the two halves; RMSNorm,
+(2305.13245); sliding window, Beltagy et al. 2020 (2004.05150, section 3.1); softcap before the mask, Gemma 2
+(2408.00118, section 2); rotary positions, Su et al. 2021 (2104.09864, eq. 34) with GPT-NeoX's pairing of the two halves; RMSNorm,
 Zhang & Sennrich 2019 (1910.07467, eq. 4); gated MLP, Shazeer 2020 (2002.05202, SwiGLU, eq. 6).
 """
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kvconform_specs.config import Config
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]
 ROPE_BASE = 10000.0
 NORM_EPS = 1e-6
 
@@ -70,7 +70,7 @@ def rope(heads: Array, positions: NDArray[np.int64]) -> Array:
 
 
 def rms_norm(x: Array, gain: Array) -> Array:
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + NORM_EPS) * gain
+    return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + NORM_EPS) * gain)
 
 
 class Arithmetic:
@@ -82,7 +82,7 @@ class Arithmetic:
 
     def product(self, x: Array, w: Array) -> Array:
         """``x @ w``, a dot product of ``x.shape[-1]`` terms, stored."""
-        return x @ w
+        return np.asarray(x @ w)
 
 
 EXACT = Arithmetic()

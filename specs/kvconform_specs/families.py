@@ -15,7 +15,15 @@ from hypothesis.strategies import SearchStrategy
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.program import (
-    Append, Close, Fork, Program, Reject, Reorder, Reset, Step, Truncate,
+    Append,
+    Close,
+    Fork,
+    Program,
+    Reject,
+    Reorder,
+    Reset,
+    Step,
+    Truncate,
 )  # fmt: skip
 
 LONGEST_CHUNK = 9
@@ -140,7 +148,8 @@ class _Interpreter:
 
     def append(self, seq: str, number: int) -> Append:
         claims = self.claims
-        rows = self.rows.get(seq) or (0,) * (1 + number % min(claims.max_batch or LARGEST_BATCH, LARGEST_BATCH))
+        largest = min(claims.max_batch or LARGEST_BATCH, LARGEST_BATCH)
+        rows = self.rows.get(seq) or (0,) * (1 + number // 16 % largest)
         longest = min(claims.max_chunk or LONGEST_CHUNK, LONGEST_CHUNK, self.config.capacity - max(rows))
         grown = [1 + number % longest] * len(rows)
         if claims.can("ragged") and number >= 32:

@@ -8,7 +8,7 @@ a test of its own shows.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -22,16 +22,16 @@ from kvconform_specs.history import Row, Token, seen_by
 from kvconform_specs.program import Append, Full, Program
 from kvconform_specs.tensors import Streams, weights
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What one step must give, for ``n`` variants: ``value`` and ``bound`` ``(n, b, t, e)``, bound maybe with ``e = 1``.
+    """What one step must give, for ``n`` variants: ``value`` and ``bound``, both ``(n, b, t, e)``.
 
-    ``e`` is ``h * d`` (attention) or the vocabulary (decoder). ``rows[r]`` is the history behind row ``r``, its last
-    ``counts[r]`` tokens are the step's; padding of ragged rows is NaN. Numbers are computed when they are first
-    asked for, all steps of the program at once: much can be judged without them.
+    ``e`` is ``h * d`` (attention) or the vocabulary (decoder); the bound may have ``e = 1``. ``rows[r]`` is the
+    history behind row ``r``, its last ``counts[r]`` tokens are the step's; padding of ragged rows is NaN. Numbers are
+    computed when they are first asked for, all steps of the program at once: much can be judged without them.
     """
 
     rows: tuple[Row, ...]
@@ -125,9 +125,7 @@ Request = tuple[Row, Token | None]
 """A history, and where a needle aims its queries, if one does."""
 
 
-def _solve(
-    config: Config, streams: Streams, requests: dict[Request, int]
-) -> dict[Request, tuple[Array, Array]]:
+def _solve(config: Config, streams: Streams, requests: dict[Request, int]) -> dict[Request, tuple[Array, Array]]:
     """Value and bound ``(n, wanted positions, e)`` of each request."""
     starts: dict[Request, int] = {}  # the longest histories, each computed from this position on
     owner: dict[Request, Request] = {}
@@ -153,11 +151,10 @@ def _solve(
     return cut
 
 
-def _attention(
-    config: Config, streams: Streams, group: list[Request], start: int
-) -> tuple[Array, Array]:
-    query, keys, values = streams.split(np.concatenate([streams.row(row) for row, _aim in group]))
-    query, keys, values = (part.astype(np.float64) for part in (query[:, :, start:], keys, values))
+def _attention(config: Config, streams: Streams, group: list[Request], start: int) -> tuple[Array, Array]:
+    parts = streams.split(np.concatenate([streams.row(row) for row, _aim in group]))
+    query, keys, values = (part.astype(np.float64) for part in parts)
+    query = query[:, :, start:]
     if group[0][1] is not None:
         needles = np.concatenate([streams.needle(aim) for _row, aim in group if aim is not None])
         query = np.broadcast_to(needles, query.shape).astype(np.float64)
@@ -172,18 +169,16 @@ def _by_position(x: Array, rows: int) -> Array:
     return np.asarray(stacked.reshape(*stacked.shape[:3], -1))
 
 
-def _decoder(
-    config: Config, streams: Streams, group: list[Request], start: int
-) -> tuple[Array, Array]:
+def _decoder(config: Config, streams: Streams, group: list[Request], start: int) -> tuple[Array, Array]:
     tokens = np.stack([streams.row(row) for row, _aim in group], axis=1)  # (n, rows, s)
     exact, rough = _decoder_weights(config)
     value = decoder(tokens, exact, config, start)
     noise = bounds.Noisy(bounds.STORAGE[config.dtype], seed=tokens.shape[-1])
     runs = decoder(np.broadcast_to(tokens, (bounds.RUNS, *tokens.shape)), rough, config, start, noise)
-    return value, bounds.decoder_bound(runs, noise.gain)
+    return value, bounds.decoder_bound(runs, value, noise.gain)
 
 
 @lru_cache(maxsize=8)
-def _decoder_weights(config: Config) -> tuple[dict[str, Array], dict[str, NDArray[np.float32]]]:
-    exact = {name: value.astype(np.float64) for name, value in weights(config).items()}
+def _decoder_weights(config: Config) -> tuple[dict[str, Array], Mapping[str, Array]]:
+    exact: dict[str, Array] = {name: value.astype(np.float64) for name, value in weights(config).items()}
     return exact, bounds.single(exact)

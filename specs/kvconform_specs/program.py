@@ -89,13 +89,19 @@ class Reject:
     step: Append | Truncate
 
 
-Step = Append | Full | Truncate | Fork | Reorder | Reset | Close | Reject
+Call = Append | Full | Truncate | Fork | Reorder | Reset | Close
+Step = Call | Reject
 Run = Append | Full
 OPS: dict[str, type[Any]] = {
     "append": Append, "full": Full, "truncate": Truncate, "fork": Fork,
     "reorder": Reorder, "reset": Reset, "close": Close, "reject": Reject,
 }  # fmt: skip
 NAMES = {kind: op for op, kind in OPS.items()}
+
+
+def called(step: Step) -> Call:
+    """What the step calls the subject with, whether it must succeed or be refused."""
+    return step.step if isinstance(step, Reject) else step
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +119,7 @@ class Program:
     @property
     def span(self) -> int:
         """How many positions of its streams the program can reach."""
-        asked = [step.step if isinstance(step, Reject) else step for step in self.steps]
+        asked = [called(step) for step in self.steps]
         return sum(max(step.counts) for step in asked if isinstance(step, Append | Full))
 
     @property
@@ -131,9 +137,7 @@ class Program:
             if name not in known:
                 raise SpecError(f"{at}.{name}", "is missing")
         config = Config.from_json(known["config"], f"{at}.config")
-        return cls(
-            config, tuple(step_from_json(s, f"{at}.steps[{i}]") for i, s in enumerate(known["steps"]))
-        )
+        return cls(config, tuple(step_from_json(s, f"{at}.steps[{i}]") for i, s in enumerate(known["steps"])))
 
 
 def step_to_json(step: Step) -> dict[str, Any]:
@@ -150,9 +154,7 @@ def step_from_json(data: object, at: str) -> Step:
     if op not in OPS:
         raise SpecError(f"{at}.op", f"unknown op {op!r}; known: {', '.join(sorted(OPS))}")
     kind = OPS[op]
-    body = take(
-        {key: value for key, value in data.items() if key != "op"}, at, {f.name for f in fields(kind)}
-    )
+    body = take({key: value for key, value in data.items() if key != "op"}, at, {f.name for f in fields(kind)})
     try:
         step: Step
         if kind is Reject:
@@ -195,7 +197,7 @@ def _advance(config: Config, lengths: dict[str, tuple[int, ...]], step: Step, at
         del lengths[step.seq]
 
 
-def _illegal(config: Config, lengths: dict[str, tuple[int, ...]], step: Step) -> tuple[str, str] | None:
+def _illegal(config: Config, lengths: dict[str, tuple[int, ...]], step: Call) -> tuple[str, str] | None:
     """The field that is wrong and what is wrong with it, or None."""
     if isinstance(step, Append | Full):
         if not step.counts or min(step.counts) < 0 or max(step.counts) < 1:
@@ -210,9 +212,9 @@ def _illegal(config: Config, lengths: dict[str, tuple[int, ...]], step: Step) ->
             if not 0 <= row < len(new) or not 0 <= position < new[row]:
                 return "swap", f"no token at row {row}, position {position}"
         return None
-    old = lengths.get(step.seq) if not isinstance(step, Reject) else None
+    old = lengths.get(step.seq)
     if old is None:
-        return "seq", f"no open sequence {getattr(step, 'seq', None)!r}; open: {', '.join(sorted(lengths)) or 'none'}"
+        return "seq", f"no open sequence {step.seq!r}; open: {', '.join(sorted(lengths)) or 'none'}"
     if isinstance(step, Truncate) and not 0 <= step.length <= min(old):
         return "length", f"cannot keep {step.length} of {min(old)} tokens"
     if isinstance(step, Fork) and step.into in lengths:

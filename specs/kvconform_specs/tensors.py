@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvconform_specs.config import Config
 from kvconform_specs.history import Row, Token
-from kvconform_specs.program import Run
+from kvconform_specs.program import Append, Run
 
 Array = NDArray[np.float32]
 Index = int
@@ -97,8 +97,7 @@ class Streams:
         c, (n, t) = self.config, row.shape[:2]
         heads = row.reshape(n, t, c.heads + 2 * c.kv_heads, c.head_dim).swapaxes(1, 2)
         return tuple(  # type: ignore[return-value]
-            np.asarray(part)
-            for part in np.split(heads, [c.heads, c.heads + c.kv_heads], axis=1)
+            np.asarray(part) for part in np.split(heads, [c.heads, c.heads + c.kv_heads], axis=1)
         )
 
     def needle(self, aim: Token) -> Array:
@@ -126,8 +125,8 @@ class Streams:
             return (np.stack(rows, axis=1),)
         parts = [self.split(row) for row in rows]
         query, key, value = (np.stack([part[i] for part in parts], axis=1) for i in range(3))
-        if getattr(step, "aim", None) is not None:
-            seed, position = step.aim  # type: ignore[union-attr]
+        if isinstance(step, Append) and step.aim is not None:
+            seed, position = step.aim
             needles = [self.needle((seed + r, position)) for r in range(len(rows))]
             query = np.broadcast_to(np.stack(needles, axis=1), query.shape)
         return query, key, value

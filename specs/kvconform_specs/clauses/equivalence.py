@@ -98,7 +98,10 @@ CLAUSES = (
         name="equivalence.full-stable",
         text="The backend's own cache-less forward gives a prefix of the tokens the outputs that it gives it within "
         "more tokens, also while cached sequences are open, and leaves those as they are.",
-        why=("https://github.com/OpenNMT/CTranslate2/pull/1572", "https://github.com/huggingface/transformers/pull/27227"),
+        why=(
+            "https://github.com/OpenNMT/CTranslate2/pull/1572",
+            "https://github.com/huggingface/transformers/pull/27227",
+        ),
         family=_full,
         relations=(Relation.AGREEMENT,),
         needs=("full",),

@@ -45,7 +45,10 @@ CLAUSES = (
         name="shape.output",
         text="An append of t tokens to b rows gives (b, h, t, d) in the attention profile and (b, t, V) logits in the "
         "decoder profile, as float32, at every batch, count and past, 1 included.",
-        why=("https://github.com/huggingface/transformers/pull/10651", "https://github.com/microsoft/onnxruntime/issues/26262"),
+        why=(
+            "https://github.com/huggingface/transformers/pull/10651",
+            "https://github.com/microsoft/onnxruntime/issues/26262",
+        ),
         family=_growing,
         relations=(Relation.SHAPES,),
         core=True,

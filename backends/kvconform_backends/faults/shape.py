@@ -1,0 +1,137 @@
+"""Faults of what comes out, and of what the cache says it holds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvconform_backends.faults.planted import Planted
+from kvconform_backends.numpy_cache import Array, Cache
+
+
+class LastPositionOnly(Planted, breaks=("shape.output",), bug="huggingface/optimum/issues/1913"):
+    """The decode branch serves the prompt too: only the last position's output comes back."""
+
+    def step(self, cache: Cache, *inputs: Array) -> tuple[Array, Cache]:
+        output, cache = super().step(cache, *inputs)
+        return self.instead(output[..., -1:, :], output), cache
+
+
+class SingleSqueezed(Planted, breaks=("shape.output",), bug="microsoft/onnxruntime/issues/26262", stealth=True):
+    """One token of one row on a cache loses its batch axis."""
+
+    def step(self, cache: Cache, *inputs: Array) -> tuple[Array, Cache]:
+        past = cache.length
+        output, cache = super().step(cache, *inputs)
+        if past and output.shape[0] == output.shape[-2] == 1:
+            output = self.instead(output[0], output)
+        return output, cache
+
+
+class LengthCountsHeads(Planted, breaks=("shape.length",), bug="fla-org/flash-linear-attention/issues/126"):
+    """The length is read from the axis of the heads."""
+
+    def length(self, cache: Cache) -> list[int]:
+        batch, heads = cache.keys[0].shape[:2]
+        self.faulty += heads != cache.length
+        return [heads] * batch
+
+
+class LengthSaturates(Planted, breaks=("shape.length",), bug="huggingface/transformers/pull/38156", stealth=True):
+    """The length is that of the sliding window, once more tokens than that are there."""
+
+    def length(self, cache: Cache) -> list[int]:
+        told = min(cache.length, self.config.window or cache.length)
+        self.faulty += told < cache.length
+        return [told] * cache.keys[0].shape[0]
+
+
+class LengthAfterTruncate(Planted, breaks=("shape.length",), bug="NVIDIA/kvpress/pull/114", stealth=True):
+    """The counter that tells the length is not turned back by a truncate, only by the next append."""
+
+    stale: tuple[Cache, int] | None = None
+
+    def truncate(self, cache: Cache, length: int) -> Cache:
+        kept = super().truncate(cache, length)
+        self.stale = kept, cache.length
+        return kept
+
+    def length(self, cache: Cache) -> list[int]:
+        told = cache.length
+        if self.stale is not None and self.stale[0] is cache:
+            self.faulty += told != self.stale[1]
+            told = self.stale[1]
+        return [told] * cache.keys[0].shape[0]
+
+
+class FirstTokenUnwritten(Planted, breaks=("shape.first-step", "equivalence.decode"), bug="TrenTorch/TrenTorch/pull/192"):
+    """The first token's key and value are never written: its slot holds zeros."""
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        if self.cached and cache.keys[layer].shape[2] == 0:
+            key, value = self.instead(unwritten(key), key), unwritten(value)
+        return super().append(cache, layer, key, value)
+
+
+class SinglePromptUnwritten(Planted, breaks=("shape.first-step",), bug="TrenTorch/TrenTorch/pull/192", stealth=True):
+    """A prompt of one token is not written; longer prompts are."""
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        if self.cached and cache.keys[layer].shape[2] == 0 and key.shape[2] == 1:
+            key, value = self.instead(unwritten(key), key), unwritten(value)
+        return super().append(cache, layer, key, value)
+
+
+class CapacityOffByOne(Planted, breaks=("shape.first-step",), bug="pytorch/executorch/pull/5227", stealth=True):
+    """A sequence that would fill the capacity exactly is refused."""
+
+    def step(self, cache: Cache, *inputs: Array) -> tuple[Array, Cache]:
+        output, cache = super().step(cache, *inputs)
+        if self.cached and cache.length == self.config.capacity:
+            self.faulty += 1
+            raise ValueError(f"capacity of {self.config.capacity} tokens reached")
+        return output, cache
+
+
+class PastBaked(Planted, breaks=("shape.no-specialisation",), bug="huggingface/transformers/issues/13175"):
+    """The past length of the first step on a cache is traced as a constant: every later mask is built with it."""
+
+    baked: int | None = None
+
+    def mask(self, t: int, s: int) -> Array:
+        right = super().mask(t, s)
+        if s == t or not self.cached:
+            return right
+        self.baked = self.baked or s - t
+        return self.instead(self.seen(np.arange(self.baked, self.baked + t), s), right)
+
+
+class RowsOfFirstCall(Planted, breaks=("shape.no-specialisation",), bug="sonos/torch-to-nnef/pull/217", stealth=True):
+    """The batch of the first call is traced as a constant: rows beyond it read its last row's keys."""
+
+    baked: int | None = None
+
+    def scores(self, query: Array, keys: Array) -> Array:
+        self.baked = self.baked or len(keys)
+        rows = np.minimum(np.arange(len(keys)), self.baked - 1)
+        return super().scores(query, self.instead(keys[rows], keys))
+
+
+class CapturedByCount(Planted, breaks=("shape.no-specialisation",), bug="paiml/aprender/pull/2030", stealth=True):
+    """A captured step is found by batch and count alone, and replayed with the past length that it was captured at."""
+
+    def mask(self, t: int, s: int) -> Array:
+        right = super().mask(t, s)
+        if not self.cached:
+            return right
+        past = self.captured.setdefault((self.batch, t), s - t)
+        return self.instead(self.seen(np.arange(past, past + t), s), right)
+
+    @property
+    def captured(self) -> dict[tuple[int, int], int]:
+        found: dict[tuple[int, int], int] = self.__dict__.setdefault("_captured", {})
+        return found
+
+
+def unwritten(x: Array) -> Array:
+    """The tokens ``(b, g, t, d)`` with zeros in place of the first."""
+    return np.concatenate([np.zeros_like(x[:, :, :1]), x[:, :, 1:]], axis=2)

@@ -1,0 +1,58 @@
+"""The data of a report inside the report: JSON in a script element that no browser runs, and the way back out."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from markupsafe import Markup
+
+from kvconform.latency_record import Record
+from kvconform.pairwise import Pair
+from kvconform.results import Results
+
+SCHEMA = "kvconform-report/1"
+# Beyond this the readable form gives way to a packed one: 20 000 verdicts are 4 MB of plain JSON, 0.4 MB packed.
+PLAIN_LIMIT = 400_000
+_ELEMENT = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
+
+
+def embed(results: Sequence[Results], pairs: Sequence[Pair], latency: Record | None) -> tuple[Markup, bool]:
+    """The text of the script element, and whether it is packed.
+
+    The raw rounds of the speed record stay in its own file: they are most of its bytes, and no figure here needs them.
+    """
+    speed: dict[str, Any] | None = None
+    if latency is not None:
+        speed = msgspec.to_builtins(latency)
+        speed["rounds"], speed["rounds_left_out"] = [], len(latency.rounds)
+    data = {"schema": SCHEMA, "results": list(results), "pairs": list(pairs), "latency": speed}
+    plain = msgspec.json.encode(data)
+    packed = len(plain) > PLAIN_LIMIT
+    if packed:
+        text = base64.b64encode(gzip.compress(plain, 9, mtime=0)).decode()
+        plain = msgspec.json.encode({"schema": SCHEMA, "gzip": text})
+    return _inert(plain.decode()), packed
+
+
+def extract(html: str) -> dict[str, Any]:
+    """The data of a rendered report: ``schema``, ``results``, ``pairs``, ``latency``. Raises ValueError where there is
+    none."""
+    found = _ELEMENT.search(html)
+    if found is None:
+        raise ValueError("this file holds no kvconform report data")
+    data: dict[str, Any] = msgspec.json.decode(found[1])
+    if "gzip" in data:
+        data = msgspec.json.decode(gzip.decompress(base64.b64decode(data["gzip"])))
+    return data
+
+
+def _inert(json: str) -> Markup:
+    """JSON in which no ``</script>``, comment or entity can begin; it means the same."""
+    for character in "<>&\u2028\u2029":
+        json = json.replace(character, f"\\u{ord(character):04x}")
+    return Markup(json)  # noqa: S704 - nothing is left in it that HTML reads as anything but text

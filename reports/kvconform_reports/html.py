@@ -1,0 +1,99 @@
+"""The report: one HTML file that needs nothing else, runs nothing of others, and reads without JavaScript."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from kvconform.latency_record import Record
+from kvconform.pairwise import Pair
+from kvconform.results import Results
+from kvconform_reports import embedding, outcomes, speed, tables
+
+
+def render(
+    results: Sequence[Results], pairs: Sequence[Pair], latency: Record | None, *, folder: str = "results"
+) -> str:
+    """The report of one or more backends as HTML. ``folder``: the results folder that replay lines name."""
+    templates = Environment(
+        loader=PackageLoader("kvconform_reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    templates.filters.update(counted=outcomes.counted, duration=outcomes.duration)
+    style, script = (_source(templates, name) for name in ("style.css", "script.js"))
+    data, packed = embedding.embed(results, pairs, latency)
+    rows = tables.backends(results)
+    return templates.get_template("report.html").render(
+        policy=policy(style, script), style=style, script=script, data=data, packed=packed, headline=headline(rows),
+        runs=_runs(results), backends=rows, chapters=tables.chapters(results),
+        failures=tables.failures(results, folder), reasons=tables.reasons(results), errors=tables.errors(results),
+        pairwise=tables.pairwise(pairs), latency=latency, groups=speed.groups(latency) if latency else (),
+        latency_facts=_latency_facts(latency), witnesses=tables.witnesses(results),
+        environment=tables.compared(results, "environment"), claims=tables.compared(results, "claims"),
+    )  # fmt: skip
+
+
+def headline(rows: Sequence[tables.Backend]) -> str:
+    """How many backends stand where, in one sentence."""
+    if not rows:
+        return "No results were given"
+    if len(rows) == 1:
+        return f"{rows[0].label} is {rows[0].standing.word}"
+    words: dict[str, int] = {}
+    for row in sorted(rows, key=lambda row: row.standing.code):
+        words[row.standing.word] = words.get(row.standing.word, 0) + 1
+    if len(words) == 1:
+        return f"All {len(rows)} backends are {next(iter(words))}"
+    return f"Of {len(rows)} backends " + ", ".join(f"{n} {'is' if n == 1 else 'are'} {w}" for w, n in words.items())
+
+
+def policy(style: str, script: str) -> str:
+    """The content security policy: this style and this script, and nothing from anywhere."""
+    return (
+        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _digest(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _source(templates: Environment, name: str) -> Markup:
+    """The style sheet or script, as it is: our own package data, in which nothing is filled in."""
+    assert templates.loader is not None
+    return Markup(templates.loader.get_source(templates, name)[0].strip())  # noqa: S704
+
+
+def _runs(results: Sequence[Results]) -> tuple[tuple[str, str], ...]:
+    """What the runs have in common or differ in, for the line under the headline."""
+    found = []
+    for name, values in (
+        ("suite", [result.suite for result in results]),
+        ("budget", [result.budget for result in results]),
+        ("seed", [str(result.seed) for result in results]),
+        ("dtypes", [", ".join(result.dtypes) for result in results]),
+        ("started", sorted(result.started.replace("T", " ").replace("+00:00", " UTC") for result in results)),
+    ):
+        distinct = list(dict.fromkeys(values))
+        if name == "started" and len(distinct) > 2:
+            distinct = [distinct[0], distinct[-1]]
+        found.append((name, (" to " if name == "started" else " / ").join(distinct)))
+    return tuple(found)
+
+
+def _latency_facts(latency: Record | None) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
+    if latency is None:
+        return ()
+    load = " at the start, ".join(f"{value:.2f}" for value in latency.load)
+    run = {
+        "started": latency.started, "device": latency.device, "suite": latency.suite,
+        "load average": f"{load} at the end" if len(latency.load) > 1 else load or "not recorded",
+        "took": outcomes.duration(latency.seconds), "raw rounds": len(latency.rounds),
+    }  # fmt: skip
+    parts = (("Run", run), ("Protocol", latency.protocol), ("Machine", latency.machine), ("Software", latency.software))
+    return tuple((title, tuple(tables.flattened(part))) for title, part in parts if part)

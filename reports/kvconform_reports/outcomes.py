@@ -1,0 +1,112 @@
+"""How outcomes look and read: a symbol and a word for each, worst first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from shlex import quote
+
+from kvconform.results import Results, exit_code
+from kvconform.verdict import Outcome, Verdict
+
+WORST_FIRST: tuple[Outcome, ...] = (
+    Outcome.FAIL, Outcome.CRASH, Outcome.TIMEOUT, Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED, Outcome.UNSUPPORTED,
+    Outcome.PASS,
+)  # fmt: skip
+SYMBOLS = {
+    Outcome.PASS: "✓",
+    Outcome.FAIL: "✗",
+    Outcome.CRASH: "▲",
+    Outcome.TIMEOUT: "◷",
+    Outcome.INCONCLUSIVE: "?",
+    Outcome.UNSUPPORTED: "–",
+    Outcome.NOT_EXERCISED: "○",
+}
+# One letter, because 20 000 cells carry it: the class that the style sheet colours.
+TONES = {
+    Outcome.PASS: "p",
+    Outcome.FAIL: "f",
+    Outcome.CRASH: "f",
+    Outcome.TIMEOUT: "f",
+    Outcome.INCONCLUSIVE: "w",
+    Outcome.UNSUPPORTED: "n",
+    Outcome.NOT_EXERCISED: "n",
+}
+STANDINGS = {
+    0: ("conformant", Outcome.PASS),
+    1: ("non-conformant", Outcome.FAIL),
+    3: ("unavailable", Outcome.UNSUPPORTED),
+    5: ("undecided", Outcome.INCONCLUSIVE),
+}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A count of cells with one outcome. ``tone``: the class that colours it."""
+
+    symbol: str
+    word: str
+    tone: str
+    count: int
+
+
+def chips(outcomes: Iterable[Outcome]) -> tuple[Chip, ...]:
+    """How many cells had each outcome that occurs, worst first."""
+    counts = Counter(outcomes)
+    return tuple(Chip(SYMBOLS[o], o.value, TONES[o], counts[o]) for o in WORST_FIRST if counts[o])
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What one backend's run amounts to: the word, symbol and sentence of its exit code. ``notes``: what else to know
+    before that sentence is believed."""
+
+    code: int
+    word: str
+    symbol: str
+    tone: str
+    sentence: str
+    notes: tuple[str, ...]
+
+
+def standing(results: Results) -> Standing:
+    code, sentence = exit_code(results)
+    word, like = STANDINGS[code]
+    notes = []
+    if not results.finished:
+        notes.append(f"This run did not finish: only the {len(results.verdicts)} cells below were judged.")
+    if results.unavailable and results.verdicts:
+        notes.append(f"It stopped after {len(results.verdicts)} cells, which are shown below.")
+    return Standing(code, word, SYMBOLS[like], TONES[like], sentence, tuple(notes))
+
+
+def labels(results: Sequence[Results]) -> list[str]:
+    """The name of each column: the backend, and where two have one name also its device, dtypes, or place."""
+    names = [result.backend for result in results]
+    for extra in (lambda r: f" ({r.device})", lambda r: f" ({', '.join(r.dtypes)})"):
+        seen = Counter(names)
+        names = [n + extra(r) if seen[n] > 1 else n for n, r in zip(names, results, strict=True)]
+    seen = Counter(names)
+    return [f"{name} #{i + 1}" if seen[name] > 1 else name for i, name in enumerate(names)]
+
+
+def replay_line(backend: str, verdict: Verdict, folder: str) -> str:
+    """The command that runs a counterexample again, or nothing where there is no file."""
+    if not verdict.counterexample:
+        return ""
+    return f"kvconform replay {quote(str(PurePosixPath(folder, 'failures', backend, verdict.counterexample)))}"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 cell``, ``12 640 cells``: groups of three, parted by a narrow space that does not break."""
+    grouped = f"{number:,}".replace(",", "\u202f")
+    return f"{grouped} {noun}" if number == 1 else f"{grouped} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

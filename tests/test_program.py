@@ -1,0 +1,144 @@
+"""A program is data: legal or refused with one sentence, and it survives its own JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvconform_specs.claims import Claims
+from kvconform_specs.clauses import ALL
+from kvconform_specs.config import Config
+from kvconform_specs.errors import SpecError
+from kvconform_specs.history import Histories
+from kvconform_specs.points import POINTS, point
+from kvconform_specs.program import (
+    Append,
+    Close,
+    Fork,
+    Full,
+    Program,
+    Reject,
+    Reorder,
+    Reset,
+    Truncate,
+)
+
+CONFIG = POINTS["attention-gqa"]
+EVERYTHING = Claims(
+    profiles=("attention", "decoder"),
+    abilities=("full", "length", "truncate", "fork", "reorder", "reset", "ragged"),
+    overflow="refused",
+)
+
+
+@given(st.data())
+def test_a_program_survives_its_own_json(data: st.DataObject) -> None:
+    config = data.draw(st.sampled_from(list(POINTS.values())), label="config")
+    clause = data.draw(st.sampled_from([c for c in ALL if c.concerns(config)]), label="clause")
+    for program in data.draw(clause.family(config, EVERYTHING), label="case").programs:
+        assert Program.from_json(json.loads(json.dumps(program.to_json()))) == program
+
+
+def test_every_step_of_the_language_survives_its_own_json() -> None:
+    program = Program(
+        CONFIG,
+        (
+            Append("a", (3, 2), 7, swap=((1, 0, 9),), aim=(7, 1)),
+            Full("f", (4,), 8),
+            Fork("a", "b"),
+            Truncate("a", 1),
+            Reorder("a", (1, 1, 0)),
+            Reset("a"),
+            Reject(Truncate("a", 5)),
+            Reject(Append("a", (41, 41, 41), 3)),
+            Close("a"),
+        ),
+    )
+    assert Program.from_json(json.loads(json.dumps(program.to_json()))) == program
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ([{"op": "apend"}], r"program\.steps\[0\]\.op: unknown op 'apend'; known: append, close, fork"),
+        ([{"op": "append", "seq": "a", "counts": [2], "sed": 1}], r"steps\[0\]\.sed: unknown field; known: aim, counts"),
+        ([{"op": "append", "seq": "a"}], r"steps\[0\]: append wants the fields seq, counts, seed"),
+        ([{"op": "append", "seq": "a", "counts": [41], "seed": 0}], r"steps\[0\]\.counts: length 41 exceeds the capacity"),
+        ([{"op": "append", "seq": "a", "counts": [], "seed": 0}], r"steps\[0\]\.counts: want at least one row"),
+        ([{"op": "truncate", "seq": "a", "length": 0}], r"steps\[0\]\.seq: no open sequence 'a'; open: none"),
+        (
+            [{"op": "append", "seq": "a", "counts": [2], "seed": 0}, {"op": "truncate", "seq": "a", "length": 3}],
+            r"steps\[1\]\.length: cannot keep 3 of 2 tokens",
+        ),
+        (
+            [{"op": "append", "seq": "a", "counts": [2], "seed": 0}, {"op": "reorder", "seq": "a", "rows": [1]}],
+            r"steps\[1\]\.rows: want rows of 0\.\.0",
+        ),
+        (
+            [{"op": "append", "seq": "a", "counts": [2], "seed": 0}, {"op": "append", "seq": "a", "counts": [1, 1], "seed": 0}],
+            r"steps\[1\]\.counts: 2 rows for sequence 'a' of 1 rows",
+        ),
+        (
+            [{"op": "reject", "step": {"op": "append", "seq": "a", "counts": [1], "seed": 0}}],
+            r"steps\[0\]\.step: is legal; a reject step holds a call that must be refused",
+        ),
+        ([{"op": "reject", "step": {"op": "close", "seq": "a"}}], r"steps\[0\]\.step: only append and truncate"),
+    ],
+)
+def test_a_step_that_is_not_legal_is_refused_with_its_place(steps: list[object], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        Program.from_json({"config": CONFIG.to_json(), "steps": steps})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"profile": "encoder"}, r"config\.profile: unknown value 'encoder'; known: attention, decoder"),
+        ({"kv_heads": 4}, r"config\.kv_heads: 4 KV heads do not divide 6 query heads"),
+        ({"window": 0}, r"config\.window: want an integer of at least 1, got 0"),
+        ({"softcap": -1.0}, r"config\.softcap: must be positive"),
+        ({"layers": 2}, r"config\.layers: the attention profile is one layer"),
+        ({"colour": 1}, r"config\.colour: unknown field"),
+    ],
+)
+def test_a_config_that_means_nothing_is_refused_with_its_place(change: dict[str, object], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        Config.from_json({**CONFIG.to_json(), **change})
+
+
+def test_an_unknown_config_name_lists_the_known() -> None:
+    with pytest.raises(SpecError, match=r"no config named 'attention-mqa'; known: attention-gqa, "):
+        point("attention-mqa")
+
+
+def test_claims_that_are_not_known_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"claims\.abilities: unknown value 'fly'; known: full, length"):
+        Claims(abilities=("fly",))
+
+
+def test_the_sizes_of_a_point_are_pairwise_distinct() -> None:
+    for name, config in POINTS.items():
+        sizes = [config.heads, config.kv_heads, config.head_dim, config.capacity]
+        if config.profile == "decoder":
+            sizes += [config.layers, config.width, config.vocabulary, *([config.mlp] if config.mlp else [])]
+        assert len(set(sizes)) == len(sizes), name
+
+
+def test_histories_are_what_the_steps_say() -> None:
+    histories = Histories()
+    for step in (
+        Append("a", (2, 1), 10),
+        Fork("a", "b"),
+        Truncate("a", 1),
+        Append("a", (1, 2), 20),
+        Reorder("a", (1, 1, 0)),
+        Reset("b"),
+    ):
+        histories.apply(step)
+    assert histories.rows == {
+        "a": (((11, 0), (21, 1), (21, 2)), ((11, 0), (21, 1), (21, 2)), ((10, 0), (20, 1))),
+        "b": ((), ()),
+    }

@@ -1,0 +1,78 @@
+"""Contents come from seeds: cut, derived and rounded as the spec says."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvconform.counterexample import frozen
+from kvconform.record import inputs_of
+from kvconform_specs.points import POINTS, point
+from kvconform_specs.program import Append, Program
+from kvconform_specs.tensors import AIM_SCORE, Streams, rounded, weights
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_the_same_tokens_come_however_they_are_cut(name: str) -> None:
+    config = POINTS[name]
+    axis = 3 if config.profile == "attention" else 2
+    whole = inputs_of(Program(config, (Append("a", (9, 9), 5),)), (0, 1))[0]
+    parts = inputs_of(Program(config, (Append("a", (4, 4), 5), Append("a", (5, 5), 5))), (0, 1))
+    for index, want in enumerate(whole):
+        assert np.array_equal(np.concatenate([part[index] for part in parts], axis=axis), want)
+
+
+def test_row_r_alone_is_the_stream_of_seed_plus_r() -> None:
+    config = POINTS["attention-gqa"]
+    both = inputs_of(Program(config, (Append("a", (4, 4), 5),)), (0, 3))[0]
+    alone = inputs_of(Program(config, (Append("a", (4,), 6),)), (0, 3))[0]
+    assert all(np.array_equal(b[:, 1:2], a) for b, a in zip(both, alone, strict=True))
+
+
+@given(st.integers(0, 40))
+def test_a_frozen_variant_is_the_variant(variant: int) -> None:
+    config = POINTS["attention-window"]
+    program = Program(config, (Append("a", (3, 3), 5, swap=((1, 2, 99),), aim=(5, 1)), Append("a", (2, 2), 8)))
+    for a, b in zip(inputs_of(program, (variant,)), inputs_of(frozen(program, variant), (0,)), strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_needle_gives_its_key_the_stated_score() -> None:
+    config = POINTS["attention-gqa"]
+    program = Program(config, (Append("a", (6,), 5), Append("a", (1,), 5, aim=(5, 2))))
+    (_q, key, _v), (query, _k, _w) = inputs_of(program, (0,))
+    scores = np.einsum("bhd,bhd->bh", query[0, :, :, 0], np.repeat(key[0, :, :, 2], config.group, axis=1))
+    assert np.allclose(scores * config.score_scale, AIM_SCORE, rtol=8 * 2.0**-24, atol=0)  # d products, one rounding each
+
+
+def test_contents_are_the_same_on_every_machine() -> None:
+    """A raw word becomes a number by integer arithmetic and one rounding; these bytes must never move."""
+    stream = Streams(POINTS["attention-gqa"], 7, (0, 1)).tape(3)
+    tokens = Streams(POINTS["decoder-rope"], 7, (0, 1)).tape(3)
+    drawn = [hashlib.sha256(np.ascontiguousarray(a).tobytes()).hexdigest()[:16] for a in (stream, tokens)]
+    drawn.append(hashlib.sha256(b"".join(w.tobytes() for w in weights(POINTS["decoder-rope"]).values())).hexdigest()[:16])
+    assert drawn == ["089ee9a9cd787737", "e145c567c27c2143", "e9309e4ac40c1e02"]
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float32", 24), ("bfloat16", 8), ("float16", 11)])
+def test_rounding_keeps_the_bits_of_the_dtype_and_rounds_to_nearest_even(dtype: str, bits: int) -> None:
+    x = np.linspace(1, 2, 4097, dtype=np.float32)[:-1] + np.float32(2.0**-20)
+    got = rounded(x, dtype)
+    ulp = 2.0 ** (1 - bits)
+    assert np.all(np.abs(got - x) <= ulp / 2)
+    assert np.array_equal(got, np.rint(got.astype(np.float64) / ulp) * ulp)
+    tie = np.array([1 + ulp / 2, 1 + 3 * ulp / 2])
+    if dtype != "float32":
+        assert rounded(tie, dtype).tolist() == [1.0, 1 + 2 * ulp]
+
+
+def test_contents_are_exact_in_the_config_dtype() -> None:
+    for dtype in ("bfloat16", "float16"):
+        config = point("attention-gqa", dtype)
+        for part in inputs_of(Program(config, (Append("a", (5,), 1, aim=(1, 0)),)), (0,))[0]:
+            assert np.array_equal(rounded(part, dtype), part)
+        assert all(np.array_equal(rounded(w, dtype), w) for w in weights(point("decoder-rope", dtype)).values())
