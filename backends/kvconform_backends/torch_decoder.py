@@ -46,7 +46,7 @@ def attention(config: Config, query: Tensor, keys: Tensor, values: Tensor, mask:
 class Block(nn.Module):
     """One layer: ``x += attention(norm(x))``, then ``x += mlp(norm(x))`` where the config has an MLP.
 
-    Matrices with a common input are laid side by side: a third fewer kernels to launch, or to compile.
+    Matrices with a common input are laid side by side: fewer kernels to launch, and half the time to compile.
     """
 
     norm_attention: Tensor  # (width,)
@@ -60,18 +60,21 @@ class Block(nn.Module):
         super().__init__()
         self.config, self.number = config, number
         w = {name.removeprefix(f"layers.{number}."): weight for name, weight in weights.items()}
-        w["query_key_value"] = torch.cat([w["query"], w["key"], w["value"]], dim=1)
+        self.register_buffer("norm_attention", w["norm_attention"])
+        self.register_buffer("query_key_value", torch.cat([w["query"], w["key"], w["value"]], dim=1))
+        self.register_buffer("output", w["output"])
         if config.mlp:
-            w["gate_up"] = torch.cat([w["gate"], w["up"]], dim=1)
-        for name in ("norm_attention", "query_key_value", "output", *(("norm_mlp", "gate_up", "down") * (config.mlp > 0))):
-            self.register_buffer(name, w[name])
+            self.register_buffer("norm_mlp", w["norm_mlp"])
+            self.register_buffer("gate_up", torch.cat([w["gate"], w["up"]], dim=1))
+            self.register_buffer("down", w["down"])
 
     def forward(self, x: Tensor, rotate: Callable[[Tensor], Tensor], attend: Attend) -> Tensor:
         h, g, d = self.config.heads, self.config.kv_heads, self.config.head_dim
         y = functional.rms_norm(x, x.shape[-1:], self.norm_attention, 1e-6) @ self.query_key_value
-        turned, value = y.reshape(*x.shape[:2], -1, d).transpose(1, 2).split((h + g, g), dim=1)  # (b, .., t, d)
-        query, key = rotate(turned).split((h, g), dim=1)
-        x = x + attend(self.number, query, key, value).transpose(1, 2).flatten(2) @ self.output
+        heads = y.reshape(*x.shape[:2], h + 2 * g, d).transpose(1, 2)  # (b, h + 2 g, t, d): queries, keys, values
+        turned = rotate(heads[:, : h + g])
+        mixed = attend(self.number, turned[:, :h], turned[:, h:], heads[:, h + g :])  # (b, h, t, d)
+        x = x + mixed.transpose(1, 2).flatten(2) @ self.output
         if self.config.mlp:
             gate, up = (functional.rms_norm(x, x.shape[-1:], self.norm_mlp, 1e-6) @ self.gate_up).chunk(2, dim=-1)
             x = x + (functional.silu(gate) * up) @ self.down

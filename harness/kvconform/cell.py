@@ -178,7 +178,7 @@ class _Search:
         starts, began = self.subject.starts, time.perf_counter()
 
         def fails(before: list[Program]) -> Broken | None:
-            if self.subject.starts - starts > 3 * REBUILDS or time.perf_counter() - began > REBUILD_SECONDS:
+            if self.subject.starts - starts > REBUILDS or time.perf_counter() - began > REBUILD_SECONDS:
                 self.reduced = False
                 return None
             tried = replayed(self.cell.clause, self.subject, before, case)

@@ -208,7 +208,7 @@ def _unaffected(observed: Sequence[Observed]) -> Outcome:
             element = int(np.argmax(~(got[0] == was[0])))
             words = (
                 f"{_at(other.program, number)}{_where(other, number, row, position, element)}: {_changed(base, other)} "
-                f"must not be seen here, but the output moved from {was[0, element]:.6g} to {got[0, element]:.6g}"
+                f"must not be seen here, but the output moved from {was[0, element]:.9g} to {got[0, element]:.9g}"
             )
             return words, compared, None
     return None, compared, None

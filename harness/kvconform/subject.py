@@ -72,6 +72,11 @@ class Subject:
         description = self._start()
         self.claims = Claims.from_json(description["claims"])
         self.environment: dict[str, str] = description["environment"]
+        if launch.device not in self.claims.devices:
+            self.close()
+            raise Infrastructure(
+                f"backend {launch.address!r} does not run on {launch.device}; it claims: {', '.join(self.claims.devices)}"
+            )
 
     def __enter__(self) -> Subject:
         return self

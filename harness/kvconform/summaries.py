@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
+import msgspec
 import numpy as np
 
 from kvconform.latency_record import Case, Ratio, Record, Round, Summary
@@ -124,12 +125,31 @@ def _ratio(case: int, arm: int, reference: int, logs: list[float], busy: str) ->
         why.append(f"the interval's half-width is {half:.0%}, over {WIDE:.0%}")
     if busy:
         why.append(busy)
-    return Ratio(
-        case, arm, reference, math.exp(median), math.exp(low), math.exp(high), n, not why, "; ".join(why)
-    )
+    return Ratio(case, arm, reference, math.exp(median), math.exp(low), math.exp(high), n, not why, "; ".join(why))
 
 
 def _busy(record: Record) -> str:
     cores = int(record.machine.get("cores") or 1)
     load = max(record.load, default=0.0)
     return f"the load average was {load:.1f} on {cores} cores" if load > BUSY * cores else ""
+
+
+def without(
+    cases: Sequence[Case], rounds: Sequence[Round], backend: str, preset: str
+) -> tuple[list[Case], list[Round]]:
+    """Cases and rounds without a backend's arms on a preset; a case that loses all its arms goes, too."""
+    kept: list[Case] = []
+    place: dict[tuple[int, int], tuple[int, int]] = {}  # case and arm, old to new
+    for number, case in enumerate(cases):
+        arms = [arm for arm in case.arms if (case.preset, arm.backend) != (preset, backend)]
+        for index, arm in enumerate(case.arms):
+            if arm in arms:
+                place[number, index] = len(kept), arms.index(arm)
+        if arms:
+            kept.append(msgspec.structs.replace(case, arms=arms))
+    moved = [
+        msgspec.structs.replace(block, case=place[block.case, block.arm][0], arm=place[block.case, block.arm][1])
+        for block in rounds
+        if (block.case, block.arm) in place
+    ]
+    return kept, moved

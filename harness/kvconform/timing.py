@@ -14,10 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 from kvconform_specs.config import Config
 from kvconform_specs.tensors import Streams
+from numpy.typing import NDArray
 
 Block = tuple[int, int, int]
 """Wall nanoseconds, CPU nanoseconds of all threads, involuntary context switches."""
@@ -65,7 +64,7 @@ class Stopwatch:
         prompt = self._ids(0, n)
         total = (0, 0, 0)
         for _ in range(steps):
-            opened = []
+            opened: list[Any] = []
 
             def call(opened: list[Any] = opened) -> None:
                 opened.append(self.subject.step(self.subject.start(1), prompt)[1])

@@ -32,8 +32,8 @@ def render(
         runs=_runs(results), backends=rows, chapters=tables.chapters(results),
         failures=tables.failures(results, folder), reasons=tables.reasons(results), errors=tables.errors(results),
         pairwise=tables.pairwise(pairs), latency=latency, groups=speed.groups(latency) if latency else (),
-        latency_facts=_latency_facts(latency), witnesses=tables.witnesses(results),
-        environment=tables.compared(results, "environment"), claims=tables.compared(results, "claims"),
+        latency_facts=_latency_facts(latency), software=_software(latency), witnesses=tables.witnesses(results),
+        environment=tables.environments(results), claims=tables.claims(results),
     )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def _digest(text: str) -> str:
 def _source(templates: Environment, name: str) -> Markup:
     """The style sheet or script, as it is: our own package data, in which nothing is filled in."""
     assert templates.loader is not None
-    return Markup(templates.loader.get_source(templates, name)[0].strip())  # noqa: S704
+    return Markup(templates.loader.get_source(templates, name)[0].strip())
 
 
 def _runs(results: Sequence[Results]) -> tuple[tuple[str, str], ...]:
@@ -77,7 +77,7 @@ def _runs(results: Sequence[Results]) -> tuple[tuple[str, str], ...]:
         ("budget", [result.budget for result in results]),
         ("seed", [str(result.seed) for result in results]),
         ("dtypes", [", ".join(result.dtypes) for result in results]),
-        ("started", sorted(result.started.replace("T", " ").replace("+00:00", " UTC") for result in results)),
+        ("started", sorted(_when(result.started) for result in results)),
     ):
         distinct = list(dict.fromkeys(values))
         if name == "started" and len(distinct) > 2:
@@ -86,14 +86,28 @@ def _runs(results: Sequence[Results]) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
+def _when(started: str) -> str:
+    """An ISO time as people read it."""
+    return started.replace("T", " ").replace("+00:00", " UTC")
+
+
+def _software(latency: Record | None) -> tables.Facts | None:
+    """The versions that the speed run names, backends beside one another where it names them by backend."""
+    if latency is None or not latency.software:
+        return None
+    by_backend = all(isinstance(versions, dict) for versions in latency.software.values())
+    software = latency.software if by_backend else {"versions": latency.software}
+    return tables.beside(list(software), list(software.values()))
+
+
 def _latency_facts(latency: Record | None) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
     if latency is None:
         return ()
     load = " at the start, ".join(f"{value:.2f}" for value in latency.load)
     run = {
-        "started": latency.started, "device": latency.device, "suite": latency.suite,
+        "started": _when(latency.started), "device": latency.device, "suite": latency.suite,
         "load average": f"{load} at the end" if len(latency.load) > 1 else load or "not recorded",
         "took": outcomes.duration(latency.seconds), "raw rounds": len(latency.rounds),
     }  # fmt: skip
-    parts = (("Run", run), ("Protocol", latency.protocol), ("Machine", latency.machine), ("Software", latency.software))
+    parts = (("Run", run), ("Protocol", latency.protocol), ("Machine", latency.machine))
     return tuple((title, tuple(tables.flattened(part))) for title, part in parts if part)

@@ -52,10 +52,14 @@ class Chip:
     count: int
 
 
+def chip(outcome: Outcome, count: int) -> Chip:
+    return Chip(SYMBOLS[outcome], outcome.value, TONES[outcome], count)
+
+
 def chips(outcomes: Iterable[Outcome]) -> tuple[Chip, ...]:
     """How many cells had each outcome that occurs, worst first."""
     counts = Counter(outcomes)
-    return tuple(Chip(SYMBOLS[o], o.value, TONES[o], counts[o]) for o in WORST_FIRST if counts[o])
+    return tuple(chip(outcome, counts[outcome]) for outcome in WORST_FIRST if counts[outcome])
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Standing:
 def standing(results: Results) -> Standing:
     code, sentence = exit_code(results)
     word, like = STANDINGS[code]
+    sentence = sentence.removeprefix(f"{word}: ")  # the word stands above it
     notes = []
     if not results.finished:
         notes.append(f"This run did not finish: only the {len(results.verdicts)} cells below were judged.")
@@ -85,9 +90,9 @@ def standing(results: Results) -> Standing:
 def labels(results: Sequence[Results]) -> list[str]:
     """The name of each column: the backend, and where two have one name also its device, dtypes, or place."""
     names = [result.backend for result in results]
-    for extra in (lambda r: f" ({r.device})", lambda r: f" ({', '.join(r.dtypes)})"):
+    for tell in ([result.device for result in results], [", ".join(result.dtypes) for result in results]):
         seen = Counter(names)
-        names = [n + extra(r) if seen[n] > 1 else n for n, r in zip(names, results, strict=True)]
+        names = [f"{name} ({more})" if seen[name] > 1 else name for name, more in zip(names, tell, strict=True)]
     seen = Counter(names)
     return [f"{name} #{i + 1}" if seen[name] > 1 else name for i, name in enumerate(names)]
 

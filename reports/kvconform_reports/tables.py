@@ -13,7 +13,7 @@ import msgspec
 from kvconform.pairwise import Pair
 from kvconform.results import Results
 from kvconform.verdict import Outcome, Verdict
-from kvconform_reports.outcomes import SYMBOLS, TONES, WORST_FIRST, Chip, Standing, chips, labels, replay_line, standing
+from kvconform_reports.outcomes import WORST_FIRST, Chip, Standing, chip, chips, labels, replay_line, standing
 from kvconform_specs.clause import Level
 from kvconform_specs.clauses import BY_NAME, CHAPTERS
 
@@ -42,7 +42,10 @@ class Backend:
 
 @dataclass(frozen=True)
 class Entry:
-    """The configs of a cell with one outcome: (config, number of its failure or None)."""
+    """The configs of a cell with one outcome: (config, number of its failure or None).
+
+    None are named where the outcome is that of all configs of the row: 20 000 names are half a megabyte.
+    """
 
     chip: Chip
     configs: tuple[tuple[str, int | None], ...]
@@ -50,12 +53,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """A clause. ``cells``: for each backend its entries, worst first; empty where it was not run."""
+    """A clause. ``configs``: all that a backend was judged under. ``cells``: for each backend its entries, worst first;
+    empty where it was not run."""
 
     clause: str
     text: str
     remarks: str
     why: tuple[tuple[str, str], ...]
+    configs: tuple[str, ...]
     cells: tuple[tuple[Entry, ...], ...]
     broken: bool
     short_of_pass: bool
@@ -122,9 +127,9 @@ def backends(results: Sequence[Results]) -> tuple[Backend, ...]:
     found = []
     for label, result in zip(labels(results), results, strict=True):
         counted, start, segments = chips(v.outcome for v in result.verdicts), 0.0, []
-        for chip in reversed(counted):
-            length = 100 * chip.count / len(result.verdicts)
-            segments.append(Segment(chip.tone, round(start, 2), round(length, 2)))
+        for part in reversed(counted):
+            length = 100 * part.count / len(result.verdicts)
+            segments.append(Segment(part.tone, round(start, 2), round(length, 2)))
             start += length
         programs, structures = (sum(getattr(v, name) for v in result.verdicts) for name in ("programs", "structures"))
         found.append(
@@ -154,14 +159,16 @@ def chapters(results: Sequence[Results]) -> tuple[Chapter, ...]:
 
 def _row(name: str, cells: list[list[tuple[Verdict, int | None]]], ran: list[bool]) -> Row:
     clause = BY_NAME.get(name)
+    configs = dict.fromkeys(verdict.config for cell in cells for verdict, _ in cell)
     entries = []
     for cell in cells:
         by_outcome: dict[Outcome, list[tuple[str, int | None]]] = defaultdict(list)
         for verdict, failure in cell:
             by_outcome[verdict.outcome].append((verdict.config, failure))
+        alone = len(by_outcome) == 1 and len(cell) == len(configs)
         entries.append(
             tuple(
-                Entry(Chip(SYMBOLS[o], o.value, TONES[o], len(by_outcome[o])), tuple(by_outcome[o]))
+                Entry(chip(o, len(by_outcome[o])), () if alone and not o.broken else tuple(by_outcome[o]))
                 for o in WORST_FIRST
                 if o in by_outcome
             )
@@ -174,6 +181,7 @@ def _row(name: str, cells: list[list[tuple[Verdict, int | None]]], ran: list[boo
         text=clause.text if clause else "This clause is not in the installed spec.",
         remarks=", ".join(remarks),
         why=tuple((link, _short(link)) for link in (clause.why if clause else ())),
+        configs=tuple(configs),
         cells=tuple(entries),
         broken=any(outcome.broken for outcome in outcomes),
         short_of_pass=missing or bool(outcomes - {Outcome.PASS}),
@@ -198,7 +206,7 @@ def failures(results: Sequence[Results], folder: str) -> tuple[Failure, ...]:
                 clause = BY_NAME.get(verdict.clause)
                 found.append(
                     Failure(
-                        len(found) + 1, label, verdict, chips([verdict.outcome])[0],
+                        len(found) + 1, label, verdict, chip(verdict.outcome, 1),
                         replay_line(result.backend, verdict, folder), clause.text if clause else "",
                     )
                 )  # fmt: skip
@@ -206,16 +214,17 @@ def failures(results: Sequence[Results], folder: str) -> tuple[Failure, ...]:
 
 
 def reasons(results: Sequence[Results]) -> tuple[Reason, ...]:
-    """What the cells that are not broken have to say, by backend, outcome and sentence."""
+    """Why the cells that neither passed nor broke have no verdict, by backend, outcome and sentence."""
     found: list[Reason] = []
     for label, result in zip(labels(results), results, strict=True):
         groups: dict[tuple[Outcome, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for verdict in result.verdicts:
-            if verdict.sentence and not verdict.outcome.broken:
+            if verdict.outcome is not Outcome.PASS and not verdict.outcome.broken:
                 groups[verdict.outcome, verdict.sentence][verdict.clause].append(verdict.config)
         for (outcome, sentence), cells in sorted(groups.items(), key=lambda item: WORST_FIRST.index(item[0][0])):
-            chip = Chip(SYMBOLS[outcome], outcome.value, TONES[outcome], sum(map(len, cells.values())))
-            found.append(Reason(label, chip, sentence, tuple((c, tuple(names)) for c, names in cells.items())))
+            count = sum(map(len, cells.values()))
+            by_clause = tuple((clause, tuple(configs)) for clause, configs in cells.items())
+            found.append(Reason(label, chip(outcome, count), sentence, by_clause))
     return tuple(found)
 
 
@@ -254,11 +263,24 @@ def share(value: float, beside: str = "") -> Share:
     return Share("< 0.001" if 0 < value < 0.0005 else text, round(100 * min(value, 1), 1), over, beside)
 
 
-def compared(results: Sequence[Results], attribute: str) -> Facts:
-    """``environment`` or ``claims`` of all backends beside one another."""
-    flat = [dict(flattened(getattr(result, attribute))) for result in results]
+def environments(results: Sequence[Results]) -> Facts:
+    return beside(labels(results), [result.environment for result in results])
+
+
+def claims(results: Sequence[Results]) -> Facts:
+    """What each backend declares; a limit of None is none."""
+    declared = [
+        {name: "unlimited" if name.startswith("max_") and value is None else value for name, value in r.claims.items()}
+        for r in results
+    ]
+    return beside(labels(results), declared)
+
+
+def beside(columns: Sequence[str], trees: Sequence[Mapping[str, Any]]) -> Facts:
+    """Trees of JSON beside one another; a name that a tree lacks is an empty text."""
+    flat = [dict(flattened(tree)) for tree in trees]
     names = list(dict.fromkeys(name for facts in flat for name in facts))
-    return Facts(tuple(labels(results)), tuple((n, tuple(facts.get(n, "") for facts in flat)) for n in names))
+    return Facts(tuple(columns), tuple((n, tuple(facts.get(n, "") for facts in flat)) for n in names))
 
 
 def witnesses(results: Sequence[Results]) -> tuple[tuple[str, tuple[Witness, ...]], ...]:
@@ -274,7 +296,7 @@ def witnesses(results: Sequence[Results]) -> tuple[tuple[str, tuple[Witness, ...
 
 def flattened(value: Any, name: str = "") -> list[tuple[str, str]]:
     """Names with dots and texts of a tree of JSON; a list of plain values is one text."""
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping) and (value or not name):
         return [pair for key, item in value.items() for pair in flattened(item, f"{name}.{key}" if name else str(key))]
     if isinstance(value, list | tuple):
         if any(isinstance(item, Mapping) for item in value):

@@ -57,7 +57,7 @@ class Claims:
         return ability in self.abilities
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, data: object, at: str = "claims") -> Claims:

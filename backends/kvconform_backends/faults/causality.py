@@ -11,7 +11,9 @@ SEEING = ("causality.past-seen", "causality.visibility")
 BLIND = ("causality.future-blind", "causality.visibility")
 
 
-class TopLeft(Planted, breaks=(*SEEING, "equivalence.decode", "definition.attention"), bug="pytorch/pytorch/issues/108108"):
+class TopLeft(
+    Planted, breaks=(*SEEING, "equivalence.decode", "definition.attention"), bug="pytorch/pytorch/issues/108108"
+):
     """The causal diagonal begins at the top left, as if nothing were cached: a decode step sees the first key alone."""
 
     def mask(self, t: int, s: int) -> Array:
@@ -47,11 +49,17 @@ class TileSeesAhead(Planted, breaks=BLIND[:1], bug="tenstorrent/tt-metal/issues/
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
         tile = np.arange(s - t, s) // 4 * 4 + 3
-        return self.instead(right | (np.arange(s) <= tile[:, None]) & (np.arange(s) >= s - t), right) if s > 16 else right
+        return (
+            self.instead(right | (np.arange(s) <= tile[:, None]) & (np.arange(s) >= s - t), right) if s > 16 else right
+        )
 
 
 class LastLayerSeesAhead(
-    Planted, breaks=BLIND, bug="keras-team/keras/issues/23038", stealth=True, configs=("decoder-rope", "decoder-learned")
+    Planted,
+    breaks=BLIND,
+    bug="keras-team/keras/issues/23038",
+    stealth=True,
+    configs=("decoder-rope", "decoder-learned"),
 ):
     """The last layer's causal mask is never built."""
 

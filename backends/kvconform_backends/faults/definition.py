@@ -44,9 +44,7 @@ class DecodeWindowTooLong(
         return self.instead(right | (behind == self.config.window), right) if s > t == 1 else right
 
 
-class DecodeWindowLost(
-    Planted, breaks=PARITY, bug="onnxruntime/mobius/pull/371", stealth=True, configs=WINDOW
-):
+class DecodeWindowLost(Planted, breaks=PARITY, bug="onnxruntime/mobius/pull/371", stealth=True, configs=WINDOW):
     """Decode steps on more than nine tokens see all of them: the window does not reach that kernel."""
 
     def mask(self, t: int, s: int) -> Array:
@@ -57,8 +55,10 @@ class DecodeWindowLost(
 class TailAttended(Planted, Static, breaks=(*PARITY, "equivalence.chunks"), bug="meta-pytorch/gpt-fast/issues/233"):
     """The whole static buffer is attended: zeros behind the valid tokens take their share."""
 
+    valid = 0
+
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
-        keys, values = super().append(cache, layer, key, value)
+        keys, _values = super().append(cache, layer, key, value)
         self.valid, self.faulty = keys.shape[2], self.faulty + (keys.shape[2] < self.config.capacity)
         return cache.keys[layer], cache.values[layer]
 
@@ -67,10 +67,10 @@ class TailAttended(Planted, Static, breaks=(*PARITY, "equivalence.chunks"), bug=
         return np.concatenate([right, np.ones((t, s - self.valid), bool)], axis=1)
 
 
-class LastTileAttended(
-    Planted, Static, breaks=PARITY, bug="pytorch/pytorch/pull/169222", stealth=True
-):
-    """A decode step reads its last tile of 4 slots to the end: one stale or empty slot more, when 3 of them are valid."""
+class LastTileAttended(Planted, Static, breaks=PARITY, bug="pytorch/pytorch/pull/169222", stealth=True):
+    """A decode step reads its last tile of 4 slots to the end: one stale or empty slot more, when 3 are valid."""
+
+    valid = 0
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         keys, values = super().append(cache, layer, key, value)
@@ -194,7 +194,7 @@ class ChunkSoftcapAfterMask(
     """Softcap bends the masked scores of several tokens on a cache that is not empty."""
 
     def bends(self, query: Array, keys: Array) -> bool:
-        return keys.shape[2] > query.shape[2] > 1
+        return bool(keys.shape[2] > query.shape[2] > 1)
 
 
 class DecodeSoftcapLost(
@@ -231,7 +231,9 @@ class RopeInHalfPrecision(
 
     def rotate(self, x: Array, positions: Array) -> Array:
         half = x.shape[-1] // 2
-        angle = positions[:, None].astype(np.float16) * np.float16(10000.0) ** (-np.arange(half) / half).astype(np.float16)
+        angle = positions[:, None].astype(np.float16) * np.float16(10000.0) ** (-np.arange(half) / half).astype(
+            np.float16
+        )
         cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
         a, b = x[..., :half], x[..., half:]
         wrong = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -239,7 +241,11 @@ class RopeInHalfPrecision(
 
 
 class QueryAfterUpdate(
-    Planted, breaks=("definition.positions",), bug="ml-explore/mlx-lm/issues/1805", stealth=True, configs=("decoder-rope",)
+    Planted,
+    breaks=("definition.positions",),
+    bug="ml-explore/mlx-lm/issues/1805",
+    stealth=True,
+    configs=("decoder-rope",),
 ):
     """In a batch, queries turn by the offset after the update: by the chunk too far."""
 
@@ -279,6 +285,7 @@ class SecondDecodeTwice(
 ):
     """From the second decode step in a row on, the offset has advanced by all tokens and not by the new ones."""
 
+    twice = False
     steps: tuple[Cache, int] | None = None  # the cache of the last step, and how many decode steps made it
 
     def step(self, cache: Cache, *inputs: Array) -> tuple[Array, Cache]:

@@ -66,9 +66,7 @@ class ChunkWritesAtZero(
         return keys, values
 
 
-class TruncateIgnored(
-    Planted, breaks=("equivalence.path", "shape.length"), bug="ml-explore/mlx-lm/pull/1109"
-):
+class TruncateIgnored(Planted, breaks=("equivalence.path", "shape.length"), bug="ml-explore/mlx-lm/pull/1109"):
     """Truncate does nothing."""
 
     def truncate(self, cache: Cache, length: int) -> Cache:
@@ -103,7 +101,11 @@ class TruncateByPage(
 
 
 class TruncateKeepsPosition(
-    Planted, breaks=("equivalence.path", "definition.decoder"), bug="NVIDIA/kvpress/pull/114", stealth=True, configs=PLACED
+    Planted,
+    breaks=("equivalence.path", "definition.decoder"),
+    bug="NVIDIA/kvpress/pull/114",
+    stealth=True,
+    configs=PLACED,
 ):
     """Truncate forgets keys and values, but positions count on from what was there."""
 
@@ -124,9 +126,7 @@ class TruncateKeepsPosition(
         return self.instead(np.minimum(right + ahead(cache), self.config.capacity - 1), right)
 
 
-class ForkShares(
-    Planted, Static, breaks=("equivalence.path",), bug="ggml-org/llama.cpp/issues/3802", stealth=True
-):
+class ForkShares(Planted, Static, breaks=("equivalence.path",), bug="ggml-org/llama.cpp/issues/3802", stealth=True):
     """A fork has its own length, but shares the buffers: what one branch writes, the other reads."""
 
     def fork(self, cache: Cache) -> Buffers:
@@ -214,7 +214,7 @@ class FullGoesOn(
 class FullAppends(
     Planted, breaks=("equivalence.full-stable",), bug="huggingface/transformers/issues/37078", stealth=True
 ):
-    """The forward without a cache appends its first token to the sequence that was stepped last, if it has as many rows."""
+    """The forward without a cache appends its first token to the sequence of as many rows that was stepped last."""
 
     last: Cache | None = None
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvconform_backends.faults.equivalence import TruncateKeepsPosition, Placed, ahead
+from kvconform_backends.faults.equivalence import Placed, ahead
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy_cache import Array, Cache
 
@@ -22,7 +22,11 @@ class ResetKeepsLength(
 
 
 class ResetKeepsPosition(
-    Planted, breaks=("lifecycle.reset",), bug="rasbt/LLMs-from-scratch/pull/925", stealth=True, configs=("decoder-learned",)
+    Planted,
+    breaks=("lifecycle.reset",),
+    bug="rasbt/LLMs-from-scratch/pull/925",
+    stealth=True,
+    configs=("decoder-learned",),
 ):
     """Reset empties the cache, and not the counter of positions."""
 
@@ -83,17 +87,55 @@ class Owned(Cache):
     owner: object = None
 
 
-class LastWriterWins(
-    Planted, breaks=("lifecycle.independent",), bug="ggml-org/llama.cpp/issues/27994", stealth=True
-):
-    """Position 0 is mapped to the slot of whichever sequence wrote one last, if that has as many rows."""
+def owned(cache: Cache, by: Cache) -> Cache:
+    return Owned(cache.keys, cache.values, by.owner if isinstance(by, Owned) else None)
 
-    last: Owned | None = None
+
+class LastWriterWins(Planted, breaks=("lifecycle.independent",), bug="ggml-org/llama.cpp/issues/27994", stealth=True):
+    """Position 0 is that of whichever sequence was stepped last, if that has as many rows."""
+
+    last: Cache | None = None
 
     def start(self, batch: int) -> Cache:
         fresh = super().start(batch)
         return Owned(fresh.keys, fresh.values, object())
 
     def fork(self, cache: Cache) -> Cache:
-        assert isinstance(cache, Owned)
-        return Owned(list(cache.keys), list(cache.values), cache.owner)
+        return owned(super().fork(cache), cache)
+
+    def truncate(self, cache: Cache, length: int) -> Cache:
+        return owned(super().truncate(cache, length), cache)
+
+    def reorder(self, cache: Cache, rows: list[int]) -> Cache:
+        return owned(super().reorder(cache, rows), cache)
+
+    def step(self, cache: Cache, *inputs: Array) -> tuple[Array, Cache]:
+        output, cache = super().step(cache, *inputs)
+        self.last = cache if self.cached else self.last
+        return output, cache
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        last, past = self.last, cache.keys[layer].shape[2]
+        keys, values = super().append(cache, layer, key, value)
+        other = isinstance(last, Owned) and isinstance(cache, Owned) and last.owner is not cache.owner
+        if last is not None and other and past and last.length and len(last.keys[0]) == len(key):
+            self.faulty += 1
+            keys = np.concatenate([last.keys[layer][:, :, :1], keys[:, :, 1:]], axis=2)
+        return keys, values
+
+
+class LongSessionStays(
+    Planted,
+    breaks=("lifecycle.independent", "shape.no-specialisation"),
+    bug="huggingface/transformers/pull/27227",
+    stealth=True,
+    configs=("decoder-rope",),
+):
+    """A sequence of more than 16 tokens stretches rope, for itself and for every sequence after it."""
+
+    longest = 16
+
+    def positions(self, cache: Cache, t: int) -> Array:
+        right = super().positions(cache, t)
+        self.longest = max(self.longest, cache.length + t)
+        return self.instead(right * 16 / self.longest, right)

@@ -79,7 +79,7 @@ class Planted(NumpyCache):
         return wrong
 
     def seen(self, i: Array, s: int) -> Array:
-        """``(t, s)``: which of ``s`` tokens are visible from the positions ``i`` ``(t,)``: the mask, could ``i`` be right."""
+        """``(t, s)``: which of ``s`` tokens are visible from positions ``i`` ``(t,)``: the mask, were ``i`` right."""
         behind = i[:, None] - np.arange(s)
         return (behind >= 0) & (behind < (self.config.window or s + self.config.capacity))
 

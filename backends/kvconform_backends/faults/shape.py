@@ -63,7 +63,9 @@ class LengthAfterTruncate(Planted, breaks=("shape.length",), bug="NVIDIA/kvpress
         return [told] * cache.keys[0].shape[0]
 
 
-class FirstTokenUnwritten(Planted, breaks=("shape.first-step", "equivalence.decode"), bug="TrenTorch/TrenTorch/pull/192"):
+class FirstTokenUnwritten(
+    Planted, breaks=("shape.first-step", "equivalence.decode"), bug="TrenTorch/TrenTorch/pull/192"
+):
     """The first token's key and value are never written: its slot holds zeros."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ for (const button of document.querySelectorAll(".replay button")) {
     setTimeout(() => { button.textContent = "Copy"; }, 1500);
   });
 }
-// A link from the matrix to a failure keeps the cell open; paper has no cells to open.
+// Nobody can open a witness on paper.
 const shut = () => [...document.querySelectorAll(".witness:not([open])")];
 let opened = [];
 addEventListener("beforeprint", () => { opened = shut(); opened.forEach((d) => { d.open = true; }); });

@@ -1,0 +1,158 @@
+"""``compiled``: the static-cache step under ``torch.compile`` (inductor), one graph for each class of sizes.
+
+torch.compile gives sizes of 1 graphs of their own, so that a subject has at most four: batch 1 or more, tokens 1 or
+more. Every other size is dynamic and the past is only a tensor of positions, so that a decode loop compiles nothing.
+Past its recompile limit torch.compile runs eagerly without a word; the runs of the graphs are counted to notice it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch._dynamo
+import torch._inductor.config
+from numpy.typing import NDArray
+from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.utils import counters
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+from torch.utils._triton import has_triton
+
+from kvconform.backend import Unavailable
+from kvconform_backends.eager import Buffers, EagerStatic
+from kvconform_backends.torch_decoder import Decoder, attention, visible
+from kvconform_specs.config import Config
+
+Array = NDArray[Any]
+Step = Callable[[list[Tensor], Tensor, list[Tensor], list[Tensor]], Tensor]
+"""Inputs, positions ``(t,)`` and each layer's key and value buffers, which it writes, to the output."""
+
+RECOMPILES = 64
+"""Graphs that all subjects in one process may have: the limit is per code object, and they share the step's code."""
+
+
+class Compiled(EagerStatic):
+    """The buffers of ``eager-static``; ``full`` is not claimed, since it would double the graphs to compile."""
+
+    claims = replace(
+        EagerStatic.claims, abilities=tuple(name for name in EagerStatic.claims.abilities if name != "full")
+    )
+
+    def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
+        super().__init__(config, weights, device)
+        if device == "cpu":
+            try:
+                self.compiler = get_cpp_compiler()
+            except InvalidCxxCompiler as error:
+                raise Unavailable(
+                    "torch.compile needs a C++ compiler on the CPU and none was found; "
+                    "install one, for example with: apt-get install g++"
+                ) from error
+        elif has_triton():
+            self.compiler = "triton"
+        else:
+            raise Unavailable("torch.compile needs Triton on CUDA and it is not installed; pip install triton")
+        torch._dynamo.config.recompile_limit = RECOMPILES
+        torch._dynamo.config.specialize_int = (
+            True  # the numbers of a config are constants; dynamic=True frees them, too
+        )
+        self.graphs = self.calls = self.runs = 0
+        self.classes: set[tuple[bool, bool]] = set()
+        self.fallback: str | None = None
+        step = stepper(config, self.decoder, self.places)
+        self.compiled: Step = torch.compile(step, backend=self.inductor, dynamic=True, fullgraph=True)
+
+    def inductor(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        """The default backend of torch.compile, with a count of graphs and of their runs."""
+        self.graphs += 1
+        compiled: Any = compile_fx(graph, examples)
+
+        def run(*args: Any) -> Any:
+            self.runs += 1
+            return compiled(*args)
+
+        return run
+
+    @torch.no_grad()
+    def step(self, cache: Buffers, *inputs: Array) -> tuple[Array, Buffers]:
+        t = self.admit(inputs, cache.batch, cache.length)
+        # clone: canonical strides, also of axes of size 1, where numpy's may be anything and would ask for a new graph
+        given = [self.tensor(x).clone(memory_format=torch.contiguous_format) for x in inputs]
+        self.prepare(cache.batch, t)
+        output = self.call(given, cache.length, t, cache)
+        cache.length += t
+        return self.array(output), cache
+
+    def prepare(self, batch: int, t: int) -> None:
+        """Compiles the class of these sizes at its first use, always from the same example.
+
+        From the first real input, two sizes that happen to be equal would be taken for one, and compiled again later.
+        """
+        kind = (batch == 1, t == 1)
+        if kind in self.classes:
+            return
+        c, rows, new = self.config, 1 if batch == 1 else 5, 1 if t == 1 else min(3, self.config.capacity)
+        scratch = self.start(rows)
+        heads = (c.heads, c.kv_heads, c.kv_heads)
+        given = (
+            [torch.zeros(rows, h, new, c.head_dim, dtype=self.dtype, device=self.device) for h in heads]
+            if self.decoder is None
+            else [torch.zeros(rows, new, dtype=torch.int64, device=self.device)]
+        )
+        for x in (*scratch.keys, *scratch.values, *given):  # of 4 axes only batch and tokens change, the rest is fixed
+            torch._dynamo.mark_static(
+                x, [1, 2, 3] if x.shape[2:] == scratch.keys[0].shape[2:] else [1, 3][: x.ndim - 2]
+            )
+        self.call(given, 0, new, scratch)
+        self.classes.add(kind)
+
+    def call(self, given: list[Tensor], past: int, t: int, cache: Buffers) -> Tensor:
+        positions = torch.arange(past, past + t, device=self.device)
+        before = self.runs
+        self.calls += 1
+        try:
+            output = self.compiled(given, positions, cache.keys, cache.values)
+        except FailOnRecompileLimitHit:
+            self.fallback = f"torch.compile hit its recompile limit of {RECOMPILES} graphs"
+            raise
+        if self.runs == before:
+            self.fallback = "a step ran eagerly: no compiled graph was executed"
+        return output
+
+    def witness(self) -> dict[str, Any]:
+        return {
+            **super().witness(),
+            "compiler": self.compiler,
+            "graphs": self.graphs,
+            "recompilations": max(0, self.graphs - 1),
+            "graph_breaks": sum(counters["graph_break"].values()),
+            "graphs_from_cache": counters["inductor"]["fxgraph_cache_hit"],
+            "calls": self.calls,
+            "graph_runs": self.runs,
+            **({} if self.fallback is None else {"fallback": self.fallback}),
+        }
+
+
+def stepper(config: Config, decoder: Decoder | None, places: Tensor) -> Step:
+    """The step as a function of tensors alone: no Python number changes from call to call, so none becomes a guard."""
+
+    def step(given: list[Tensor], positions: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        mask = visible(positions, places, config.window)  # (t, capacity)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys[layer].index_copy_(2, positions, key)
+            values[layer].index_copy_(2, positions, value)
+            return attention(config, query, keys[layer], values[layer], mask)
+
+        if decoder is None:
+            return attend(0, *given)
+        output: Tensor = decoder(given[0], positions, attend)
+        return output
+
+    return step

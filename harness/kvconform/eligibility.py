@@ -1,0 +1,164 @@
+"""No time without conformance: who may be timed on a preset, and one sentence why another may not.
+
+Two questions are asked. What do the results of a conformance run say? And are the outputs on the very inputs that
+will be timed within the bound of the definition? The second judges every position of every call that is timed, on
+``COLUMNS`` logits drawn by the seed: a logit depends on its own column of the LM head alone, so that the drawn ones
+are those of a decoder with a smaller vocabulary, whose bound holds as it stands; a subject cannot know them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from kvconform_specs import SUITE_VERSION, bounds
+from kvconform_specs.claims import Claims
+from kvconform_specs.config import Config
+from kvconform_specs.definition import decoder
+from kvconform_specs.errors import SpecError
+from kvconform_specs.program import Append, Close, Full, Program, Step, Truncate
+from kvconform_specs.tensors import weights
+from numpy.typing import NDArray
+
+from kvconform.presets import Preset
+from kvconform.record import Done
+from kvconform.results import exit_code, read
+from kvconform.subject import Launch, Subject
+from kvconform.timing import tokens
+
+Array = NDArray[np.floating]
+
+COLUMNS = 1024
+"""Logits that are judged at each position, if the vocabulary has more."""
+MOST_STEPS = 16
+"""Decode steps that are judged at each depth, and the most that are timed in one block."""
+
+
+def conformance(name: str, launch: Launch, results_dir: Path) -> str:
+    """Why the results ``results_dir/<name>.json`` do not admit this backend, or nothing."""
+    try:
+        results = read(results_dir / f"{name}.json")
+    except SpecError as error:
+        return f"no conformance results: {error}"
+    code, sentence = exit_code(results)
+    if code != 0:
+        return sentence
+    if not results.finished:
+        return "its conformance run is not finished"
+    if results.suite != SUITE_VERSION:
+        return f"its conformance results are of suite {results.suite}, this is {SUITE_VERSION}"
+    if results.device != launch.device:
+        return f"its conformance results are of device {results.device}, not {launch.device}"
+    return ""
+
+
+def unable(claims: Claims, preset: Preset) -> str:
+    """Why the backend's claims leave the preset out, or nothing."""
+    longest = max(*preset.depths, *preset.prompts)
+    if "decoder" not in claims.profiles:
+        return "claims no decoder profile"
+    if preset.config.dtype not in claims.dtypes:
+        return f"claims no {preset.config.dtype}"
+    if claims.max_chunk is not None and claims.max_chunk < longest:
+        return f"claims no append of more than {claims.max_chunk} tokens, the preset needs {longest}"
+    return ""
+
+
+def room(config: Config, depth: int) -> int:
+    """How many decode steps are judged from a depth on, and may be timed in one block."""
+    return min(MOST_STEPS, config.capacity - depth)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the definition says at every position of the timed tokens: ``value`` ``(positions, columns)`` of the
+    drawn ``columns`` of the logits, ``bound`` ``(positions, 1)``."""
+
+    columns: NDArray[np.int64]
+    value: Array
+    bound: Array
+
+
+def truth(config: Config, seed: int) -> Truth:
+    """Takes seconds: eight noisy runs of the definition over a whole context."""
+    drawn = np.random.default_rng(seed).permutation(config.vocabulary)[:COLUMNS]
+    columns = np.sort(drawn).astype(np.int64)
+    exact: dict[str, Array] = {}
+    for name, weight in weights(config).items():
+        exact[name] = (weight[:, columns] if name == "lm_head" else weight).astype(np.float64)
+    ids = tokens(config, seed)[0]
+    value = decoder(ids, exact, config)
+    noise, rough = bounds.Noisy(bounds.STORAGE[config.dtype], seed=len(ids)), bounds.single(exact)
+    # one run after another: eight at once take ten times the memory and are no faster
+    runs = np.stack([decoder(ids, rough, config, 0, noise) for _ in range(bounds.RUNS)])
+    return Truth(columns, value, bounds.decoder_bound(runs, value, noise.gain))
+
+
+def parity(subject: Subject, preset: Preset, seed: int, known: Truth) -> tuple[str, int]:
+    """What is wrong with the subject's outputs on the timed inputs, or nothing; and how many numbers were compared.
+
+    Raises Death and Infrastructure where the subject cannot be asked.
+    """
+    compared = 0
+    for n in sorted({*preset.depths, *preset.prompts}):
+        calls = list(_calls(preset, subject.claims, n, seed))
+        trace = subject.run(Program(preset.config, tuple(step for step, _ in calls)), (0,)).apart()[0]
+        for (step, first), done in zip(calls, trace, strict=False):  # a trace ends where a step raised
+            words, count = _wrong(step, first, done, preset.config, subject.claims, known)
+            compared += count
+            if words:
+                return f"not conformant on the timed inputs: {_name(step, first)}: {words}", compared
+    return "" if compared else "nothing was compared", compared
+
+
+def _calls(preset: Preset, claims: Claims, n: int, seed: int) -> Iterator[tuple[Step, int]]:
+    """The steps that are timed at ``n`` tokens, and the position of the first token of each."""
+    yield Append("timed", (n,), seed), 0
+    if n in preset.depths:
+        for position in range(n, n + room(preset.config, n)):
+            yield Append("timed", (1,), seed), position
+        if claims.can("truncate"):
+            yield Truncate("timed", n - 1), 0
+            yield Append("timed", (1,), seed), n - 1
+            yield Append("timed", (1,), seed), n
+        if claims.can("full"):
+            yield Full("whole", (n + 1,), seed), 0
+    yield Close("timed"), 0
+
+
+def _name(step: Step, first: int) -> str:
+    """As the phases are called in a record."""
+    if isinstance(step, Full):
+        return f"recompute({step.counts[0] - 1})"
+    if isinstance(step, Append):
+        return f"prefill({step.counts[0]})" if first == 0 else f"decode({first})"
+    return type(step).__name__.lower()
+
+
+def _wrong(step: Step, first: int, done: Done, config: Config, claims: Claims, known: Truth) -> tuple[str, int]:
+    if done.error is not None:
+        return f"raised {done.error}", 0
+    if not isinstance(step, Append | Full):
+        return "", 0
+    t, got = step.counts[0], done.output
+    if claims.returns == "last" and isinstance(step, Append):
+        first, t = first + t - 1, 1
+    shape: tuple[Any, ...] = (1, 1, t, config.vocabulary)  # of one variant, one row
+    if got is None or got.shape != shape or got.dtype != np.float32:
+        came = "nothing" if got is None else f"{got.dtype} {got.shape[1:]}"
+        return f"gave {came}, want float32 {shape[1:]}", 0
+    if not np.isfinite(got).all():
+        return "gave numbers that are not finite", 0
+    mine = got[0, 0][:, known.columns]
+    want, bound = known.value[first : first + t], known.bound[first : first + t]
+    off = ~(np.abs(mine - want) <= bound)
+    if off.any():
+        position, column = (int(i) for i in np.argwhere(off)[0])
+        return (
+            f"position {first + position}, logit {known.columns[column]}: got {mine[position, column]:.6g}, "
+            f"want {want[position, column]:.6g} ± {bound[position, 0]:.2g}"
+        ), mine.size
+    return "", mine.size

@@ -1,0 +1,260 @@
+"""The controller of a speed run, protocol ``pair-v1`` with one start of the workers.
+
+All workers are alive at once. In each round every arm of a case runs one block, in an order drawn anew, so that what
+else the machine does falls on all alike; ratios are paired within rounds. A worker times itself and answers numbers.
+The intervals speak of one start of the workers: how far another start lies from it, they do not know.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from kvconform_specs import SUITE_VERSION
+from kvconform_specs.errors import SpecError
+
+from kvconform.clock import Clock, Lost
+from kvconform.eligibility import conformance, parity, room, truth, unable
+from kvconform.latency_record import SCHEMA, Arm, Case, Excluded, Record, Round
+from kvconform.machine import load_average, machine
+from kvconform.presets import Preset
+from kvconform.protocol import BLOCK_NS, ENOUGH_ROUNDS, NARROW, SECONDS_PER_CASE, WARM_SHARE, described
+from kvconform.storage import write_atomically
+from kvconform.subject import BUILD_TIMEOUT, Death, Infrastructure, Launch, Subject
+from kvconform.summaries import half_width, summarise, times, without
+
+Tell = Callable[[str], None]
+
+
+def bench(
+    launches: Mapping[str, Launch],
+    presets: Mapping[str, Preset],
+    results_dir: Path | None,
+    out: Path,
+    *,
+    seconds_per_case: float = SECONDS_PER_CASE,
+    seed: int = 0,
+    threads: int = 1,
+    tell: Tell = lambda line: None,
+) -> Record:
+    """Times every backend that may be timed on every preset; the file ``out`` grows with each case.
+
+    ``launches``: by name, the reference first. ``results_dir``: where the results of a conformance run are; None asks
+    for none, which the record says, and then only the outputs on the timed inputs are judged. ``seconds_per_case``:
+    wall seconds, warm-up included. ``tell`` is given one line for each thing done. An interrupt (Ctrl-C) ends the run
+    and keeps what is measured: the record that is written and returned has ``finished`` False then.
+    """
+    chosen = list(presets.values())
+    run = _Run(chosen, results_dir, out, seconds_per_case, seed, threads, tell)
+    run.record.device = ", ".join(sorted({launch.device for launch in launches.values()}))
+    try:
+        with ExitStack() as stack:
+            for name, launch in launches.items():
+                run.start(name, launch, stack)
+            for preset in chosen:
+                run.preset(preset)
+            run.record.finished = True
+    except KeyboardInterrupt:
+        tell("interrupted: what was measured is kept")
+    finally:
+        run.write()
+    return run.record
+
+
+class _Run:
+    """The state of one run."""
+
+    def __init__(
+        self, presets: Sequence[Preset], results_dir: Path | None, out: Path, seconds: float, seed: int, threads: int,
+        tell: Tell,
+    ) -> None:  # fmt: skip
+        self.presets, self.results_dir, self.out = presets, results_dir, out
+        self.seconds, self.seed, self.tell = seconds, seed, tell
+        self.began = time.perf_counter()
+        self.threads = threads
+        self.subjects: dict[str, Subject] = {}
+        self.load = load_average()
+        self.record = Record(
+            suite=SUITE_VERSION, started=datetime.now(UTC).isoformat(timespec="seconds"), device="",
+            machine=machine(), software={}, load=[self.load],
+            presets={preset.name: preset.to_json() for preset in presets},
+            protocol=described(presets, results_dir, seconds, seed, threads),
+        )  # fmt: skip
+        self.clock = Clock(self.subjects, seed, self.record.protocol["input_digest"])
+
+    def start(self, name: str, launch: Launch, stack: ExitStack) -> None:
+        """Starts a worker, unless the backend's conformance results forbid it."""
+        why = "" if self.results_dir is None else conformance(name, launch, self.results_dir)
+        threads = {key: str(self.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        artefacts = {"KVCONFORM_ARTEFACTS": str((self.out.parent / "artefacts").resolve())}
+        launch = replace(launch, environment={**artefacts, **launch.environment, **threads})
+        if not why:
+            try:
+                self.subjects[name] = stack.enter_context(Subject(launch))
+            except Infrastructure as sentence:
+                why = str(sentence)
+        if why:
+            for preset in self.presets:
+                self.exclude(name, preset, why)
+            return
+        self.record.software[name] = {
+            "address": launch.address, "device": launch.device, "interpreter": launch.python,
+            "environment": self.subjects[name].environment, "variables": launch.environment,
+            "build_seconds": {}, "first_call_seconds": {}, "compared": {}, "witness": {},
+        }  # fmt: skip
+
+    def exclude(self, name: str, preset: Preset, why: str, phase: str = "") -> None:
+        self.record.excluded.append(Excluded(name, preset.name, why, phase))
+        if not phase and name in self.record.software:
+            for kind in ("build_seconds", "first_call_seconds"):
+                self.record.software[name][kind].pop(preset.name, None)
+        self.tell(f"{preset.name}: no time for {name}{' ' * bool(phase)}{phase}: {why}")
+
+    def preset(self, preset: Preset) -> None:
+        """Admits, times, and asks afterwards what really ran."""
+        known = truth(preset.config, self.seed)
+        admitted = []
+        for name, subject in self.subjects.items():
+            try:
+                why, compared = self.admit(name, subject, preset), 0
+                if not why:
+                    why, compared = parity(subject, preset, self.seed, known)
+                why = why or self.witness(name, preset)
+            except (Death, Infrastructure, Lost) as words:
+                why = str(words)
+            if why:
+                self.exclude(name, preset, why)
+                continue
+            admitted.append(name)
+            self.record.software[name]["compared"][preset.name] = compared
+            if not subject.claims.can("full"):
+                self.exclude(name, preset, "claims no cache-less forward (full)", "recompute")
+        cells = [(("decode", "recompute"), n) for n in preset.depths] + [(("prefill",), n) for n in preset.prompts]
+        for phases, depth in cells:
+            self.cell(preset, admitted, phases, depth)
+            self.write()
+        for name in list(admitted):
+            why = self.witness(name, preset)
+            if why:
+                self.expel(name, preset, why)
+        self.write()
+
+    def admit(self, name: str, subject: Subject, preset: Preset) -> str:
+        """Builds the subject and makes its first calls, which compile. Returns why it is not to be timed."""
+        began = time.perf_counter()
+        why = unable(subject.claims, preset) or subject.build(preset.config)
+        if why:
+            return why
+        notes = self.record.software[name]
+        notes["build_seconds"][preset.name] = round(time.perf_counter() - began, 3)
+        first = notes["first_call_seconds"].setdefault(preset.name, {})
+        calls = [("prefill", n) for n in preset.prompts] + [("decode", n) for n in preset.depths]
+        if subject.claims.can("full"):
+            calls += [("recompute", n) for n in preset.depths]
+        for phase, n in calls:
+            began = time.perf_counter()
+            self.clock.blocks(preset, Arm(name, phase), n, 1, 1, BUILD_TIMEOUT)
+            first[f"{phase}({n})"] = round(time.perf_counter() - began, 4)
+        return ""
+
+    def cell(self, preset: Preset, admitted: list[str], phases: tuple[str, ...], depth: int) -> None:
+        """One case, begun anew without a backend that is lost."""
+        while admitted:
+            arms = [
+                Arm(name, phase)
+                for phase in phases
+                for name in admitted
+                if phase != "recompute" or self.subjects[name].claims.can("full")
+            ]
+            cases, rounds = len(self.record.cases), len(self.record.rounds)
+            try:
+                self.case(preset, arms, depth)
+            except Lost as lost:
+                del self.record.cases[cases:], self.record.rounds[rounds:]
+                admitted.remove(lost.backend)
+                self.expel(lost.backend, preset, lost.why)
+            else:
+                return
+
+    def case(self, preset: Preset, arms: list[Arm], depth: int) -> None:
+        deadline = time.perf_counter() + self.seconds
+        slowest = max(self.clock.warm(preset, arm, depth, self.seconds * WARM_SHARE / len(arms)) for arm in arms)
+        steps = max(1, min(int(BLOCK_NS // slowest), room(preset.config, depth)))
+        case = Case(preset.name, depth, 1, arms, steps)
+        index = len(self.record.cases)
+        mine: list[Round] = []
+        self.record.cases.append(case)
+        order = np.random.default_rng((self.seed, index))
+        number = 0
+        while time.perf_counter() < deadline or number == 0:
+            for place, arm in enumerate(int(i) for i in order.permutation(len(arms))):
+                ((ns, cpu_ns, switched),) = self.clock.blocks(preset, arms[arm], depth, steps, 1)
+                mine.append(Round(index, number, place, arm, ns, cpu_ns, switched))
+                self.record.rounds.append(mine[-1])
+            number += 1
+            enough = number >= ENOUGH_ROUNDS and number % 5 == 0
+            if enough and half_width(case, times(case, mine)) <= NARROW:
+                break
+        width = half_width(case, times(case, mine))
+        phases = " and ".join(dict.fromkeys(arm.phase for arm in arms))
+        half = f"intervals ± {width:.1%}" if width < math.inf else "too few rounds for an interval"
+        self.tell(f"{preset.name}: {phases} at {depth}: {number} rounds of {len(arms)} arms, k = {steps}, {half}")
+
+    def witness(self, name: str, preset: Preset) -> str:
+        """Keeps what really ran. Returns why that must have no time, or nothing."""
+        try:
+            seen = self.subjects[name].witness(preset.config)
+        except (Death, Infrastructure) as words:
+            return f"died when it was asked what really ran: {words}"
+        self.record.software[name]["witness"][preset.name] = seen
+        if seen.get("fallback"):
+            return f"not what its name says: {seen['fallback']}"
+        if seen.get("threads", self.threads) != self.threads:
+            return f"ran on {seen['threads']} threads, not on {self.threads}"
+        return ""
+
+    def expel(self, name: str, preset: Preset, why: str) -> None:
+        """Excludes a backend and takes out what was measured of it on this preset."""
+        self.exclude(name, preset, why)
+        record = self.record
+        record.cases, record.rounds = without(record.cases, record.rounds, name, preset.name)
+
+    def write(self) -> None:
+        record = self.record
+        record.load = [self.load, load_average()]
+        record.seconds = round(time.perf_counter() - self.began, 3)
+        record.summaries, record.ratios = summarise(record)
+        write_atomically(self.out, msgspec.json.format(msgspec.json.encode(record), indent=1))
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is a speed record, of any version, rather than results."""
+    try:
+        schema = msgspec.json.decode(path.read_bytes(), type=_Kind).schema
+    except (OSError, msgspec.DecodeError):
+        return False
+    return schema.startswith(SCHEMA.partition("/")[0] + "/")
+
+
+class _Kind(msgspec.Struct):
+    schema: str = ""
+
+
+def read(path: Path) -> Record:
+    """Raises SpecError with one sentence where the file holds no speed record."""
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Record)
+    except OSError as error:
+        raise SpecError(str(path), f"cannot be read: {error.strerror}") from error
+    except (msgspec.DecodeError, ValueError) as error:
+        raise SpecError(str(path), f"holds no speed record: {error}") from error
+    if found.schema != SCHEMA:
+        raise SpecError(f"{path}.schema", f"unknown schema {found.schema!r}; known: {SCHEMA}")
+    return found

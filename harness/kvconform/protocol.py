@@ -1,0 +1,50 @@
+"""The numbers of the protocol ``pair-v1``, and how a record tells them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from kvconform.eligibility import COLUMNS, MOST_STEPS
+from kvconform.presets import Preset
+from kvconform.summaries import BUSY, LEAST, WIDE
+from kvconform.timing import digest, tokens
+
+NAME, RESTARTS = "pair-v1", 1
+BLOCK_NS = 1_000_000
+"""A block lasts about this long: k = max(1, floor(1 ms / median step of the slowest arm))."""
+WARM_SECONDS, WARM_AGREE = 2.0, 0.10
+"""An arm is warm when the medians of three blocks agree so well, or after so many seconds."""
+WARM_STEPS, WARM_BLOCK_NS = 5, 20_000_000
+"""A block of the warm-up: at most so many steps, and no more than fit this time."""
+WARM_SHARE = 0.25
+"""The part of a case's seconds that its warm-up may take, all arms together."""
+ENOUGH_ROUNDS, NARROW = 60, 0.02
+"""A case stops when it has so many rounds and all its intervals are this narrow (half-width of log ratios)."""
+SECONDS_PER_CASE = 8.0
+
+
+def described(
+    presets: Iterable[Preset], results_dir: Path | None, seconds: float, seed: int, threads: int
+) -> dict[str, Any]:
+    """What a record says about how it was made."""
+    results = "conformance results were not asked for" if results_dir is None else f"exit code 0 in {results_dir}"
+    return {
+        "name": NAME,
+        "restarts": RESTARTS,
+        "threads": threads,
+        "order_seed": seed,
+        "input_seed": seed,
+        "input_digest": {preset.name: digest(tokens(preset.config, seed)) for preset in presets},
+        "clock": "perf_counter_ns in the worker, around the block; CPU: process_time_ns, all threads",
+        "steps_rule": f"k = max(1, floor({BLOCK_NS / 1e6:g} ms / slowest arm's median step)), at most {MOST_STEPS}",
+        "warm_up": f"3 block medians within {WARM_AGREE:.0%}, or {WARM_SECONDS:g} s an arm, "
+        f"or {WARM_SHARE:.0%} of the case's time for all arms",
+        "stop_rule": f"{ENOUGH_ROUNDS} rounds and all half-widths <= {NARROW:.0%}, or {seconds:g} s a case",
+        "seconds_per_case": seconds,
+        "validity": f"at least {LEAST} rounds, half-width <= {WIDE:.0%}, load average <= {BUSY:g} x cores",
+        "interval": "95 % order-statistic interval of the median, within one start of the workers",
+        "conformance": f"{results}; outputs at every position of the timed inputs within the bound, "
+        f"on at most {COLUMNS} drawn logits",
+    }

@@ -1,0 +1,63 @@
+"""The results as JUnit XML: a suite for each backend, a case for each cell."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+
+from kvconform.results import Results
+from kvconform.verdict import Outcome, Verdict
+from kvconform_reports.outcomes import labels, standing
+
+# All but what XML 1.0 calls a character: no escape makes these legal.
+_ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def render(results: Sequence[Results]) -> str:
+    """A broken cell is a failure, an inconclusive one an error, a cell that was not judged is skipped with its reason.
+
+    A backend that could not run, or stopped on the way, is an error of its own: JUnit takes an empty suite for green.
+    """
+    root = ET.Element("testsuites", name="kvconform")
+    totals = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    for label, result in zip(labels(results), results, strict=True):
+        suite = ET.SubElement(root, "testsuite", name=_legal(label), time=f"{result.seconds:.3f}")
+        suite.set("timestamp", _legal(result.started.removesuffix("+00:00")))
+        stands = standing(result)
+        properties = ET.SubElement(suite, "properties")
+        for name in ("suite", "device", "budget", "seed"):
+            ET.SubElement(properties, "property", name=name, value=_legal(str(getattr(result, name))))
+        ET.SubElement(properties, "property", name="verdict", value=_legal(f"{stands.word}: {stands.sentence}"))
+        for verdict in result.verdicts:
+            _case(suite, label, verdict)
+        if result.unavailable:
+            case = ET.SubElement(suite, "testcase", classname=_legal(label), name="available", time="0")
+            ET.SubElement(case, "error", type="unavailable", message=_legal(result.unavailable))
+        for name, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
+            count = sum(1 for _ in suite.iter(tag))
+            suite.set(name, str(count))
+            totals[name] += count
+    for name, count in totals.items():
+        root.set(name, str(count))
+    ET.indent(root, " ")
+    return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _case(suite: ET.Element, label: str, verdict: Verdict) -> None:
+    case = ET.SubElement(
+        suite, "testcase", classname=_legal(f"{label}.{verdict.clause}"), name=_legal(verdict.config),
+        time=f"{verdict.seconds:.3f}",
+    )  # fmt: skip
+    kind, message = verdict.outcome.value, _legal(verdict.sentence)
+    if verdict.outcome.broken:
+        element = ET.SubElement(case, "failure", type=kind, message=message)
+        element.text = message
+    elif verdict.outcome is Outcome.INCONCLUSIVE:
+        ET.SubElement(case, "error", type=kind, message=message)
+    elif verdict.outcome is not Outcome.PASS:
+        ET.SubElement(case, "skipped", message=_legal(f"{kind}: {verdict.sentence}"))
+
+
+def _legal(text: str) -> str:
+    return _ILLEGAL.sub("\ufffd", text)

@@ -1,0 +1,126 @@
+"""The results as GitHub Markdown: a job summary that fits on a screen."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+
+from kvconform.latency_record import Record
+from kvconform.pairwise import Pair
+from kvconform.results import Results
+from kvconform_reports import speed
+from kvconform_reports.outcomes import Chip, chips, counted, duration, labels, standing
+from kvconform_reports.summary import printable
+from kvconform_reports.tables import failures
+from kvconform_specs.clauses import CHAPTERS
+
+MOST_FAILURES = 50  # GitHub cuts a summary off at 1 MiB; the report has them all
+
+
+def render(
+    results: Sequence[Results], pairs: Sequence[Pair], latency: Record | None, *, folder: str = "results"
+) -> str:
+    """Verdicts, chapters by backend, failures with their replay lines, the worst pair, and what the cache saves."""
+    parts = [_verdicts(results), _chapters(results), _failures(results, folder), _pairs(pairs), _speed(latency)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _verdicts(results: Sequence[Results]) -> str:
+    lines = ["## kvconform", ""]
+    for label, result in zip(labels(results), results, strict=True):
+        stands = standing(result)
+        programs = sum(verdict.programs for verdict in result.verdicts)
+        structures = sum(verdict.structures for verdict in result.verdicts)
+        judged = (
+            f" ({counted(len(result.verdicts), 'cell')}, {counted(programs, 'program')} of "
+            f"{counted(structures, 'structure')}, {duration(result.seconds)})"
+            if result.verdicts
+            else ""
+        )
+        words = " ".join((f"{text(stands.sentence)}{judged}.", *map(text, stands.notes)))
+        lines.append(f"- {stands.symbol} **{text(label)}** {stands.word}: {words}")
+    return "\n".join(lines if results else [*lines, "No results were given."])
+
+
+def _chapters(results: Sequence[Results]) -> str:
+    if not any(result.verdicts for result in results):
+        return ""
+    found = dict.fromkeys((*CHAPTERS, *(v.clause.partition(".")[0] for r in results for v in r.verdicts)))
+    lines = [
+        f"| chapter | {' | '.join(text(label) for label in labels(results))} |",
+        f"|---|{'---|' * len(results)}",
+    ]
+    for chapter in found:
+        cells = [
+            _cell(chips(v.outcome for v in result.verdicts if v.clause.partition(".")[0] == chapter))
+            for result in results
+        ]
+        lines.append(f"| {text(chapter)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(found: Sequence[Chip]) -> str:
+    words = []
+    for chip in found:
+        word = f"{chip.symbol} {chip.word} {chip.count}"
+        words.append(f"**{word}**" if chip.tone == "f" else word)
+    return "<br>".join(words) or "not run"
+
+
+def _failures(results: Sequence[Results], folder: str) -> str:
+    found = failures(results, folder)
+    if not found:
+        return ""
+    lines = ["### Failures", ""]
+    for failure in found[:MOST_FAILURES]:
+        v = failure.verdict
+        where = f"**{text(v.clause)}** on {text(failure.label)} under {text(v.config)}"
+        lines.append(f"- {failure.chip.symbol} {failure.chip.word}: {where}: {text(v.sentence)}")
+        if failure.replay:
+            lines.append(f"  <br>replay: {code(failure.replay)}")
+    if len(found) > MOST_FAILURES:
+        lines.append(f"- and {len(found) - MOST_FAILURES} more: the report has them all")
+    return "\n".join(lines)
+
+
+def _pairs(pairs: Sequence[Pair]) -> str:
+    if not pairs:
+        return ""
+    worst = max(pairs, key=lambda pair: pair.ratio)
+    return (
+        f"Largest difference between two backends: {worst.ratio:.3g} of the sum of their bounds ({text(worst.one)} and "
+        f"{text(worst.other)} under {text(worst.config)})."
+    )
+
+
+def _speed(latency: Record | None) -> str:
+    """For each preset, at its greatest depth, the time with the cache over the time without it."""
+    if latency is None:
+        return ""
+    lines = ["### Speed", ""]
+    for group in speed.groups(latency):
+        if not group.depths:
+            continue
+        depth, _, rows = group.depths[-1]
+        said = [
+            f"{text(row.backend)} {f'invalid ({text(p.why)})' if p.why else f'{p.text} ({p.interval})'}"
+            for row in rows
+            for p in row.cached
+        ]
+        if said:
+            head = f"{text(group.preset)}, batch {group.batch}, depth {depth}"
+            lines.append(f"- {head}: time with the cache over time without it: {', '.join(said)}")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def text(words: str) -> str:
+    """Words as words: no tag, table cell, emphasis, link, mention or line break comes out of them."""
+    escaped = re.sub(r"([\\`*_{}\[\]|~#!])", r"\\\1", html.escape(printable(words), quote=False))
+    return escaped.replace("@", "&#64;").replace("://", "&#58;//")
+
+
+def code(words: str) -> str:
+    """Words in a code element: what Markdown would read in it is written as entities."""
+    entities = (f"&#{ord(c)};" if c in "\\`*_{}[]|~#!@:<>&" else c for c in printable(words))
+    return f"<code>{''.join(entities)}</code>"
