@@ -112,15 +112,17 @@ def pairs() -> list[Pair]:
     draw = random.Random(5)
     two = [("eager", "onnx"), ("eager", "eager-static"), ("eager-static", "onnx")]
     off = {("attention-window", a, b): 29340.0 for a, b in two if "eager-static" in (a, b)}
-    return [
-        Pair(config, a, b, off.get((config, a, b), draw.random() * 0.3), 1e-6, 1008) for config in POINTS for a, b in two
-    ]
+    keys = [(config, a, b) for config in POINTS for a, b in two]
+    return [Pair(*key, off.get(key, draw.random() * 0.3), 1e-6, 1008) for key in keys]
 
 
 def latency(names: tuple[str, ...] = ("eager", "onnx", "numpy")) -> Record:
     """Two presets; recomputing grows with depth, a cached step hardly. The deepest numpy case is too noisy."""
     draw, why = random.Random(3), "half-width 13.1 % of the interval is over 10 %"
-    cases, summaries, ratios, rounds = [], [], [], []
+    cases: list[Case] = []
+    summaries: list[Summary] = []
+    ratios: list[Ratio] = []
+    rounds: list[Round] = []
     for preset, base in (("decoder-small", 90e3), ("decoder-wide", 700e3)):
         for depth in (16, 64, 256, 1024, 2048):
             number = len(cases)
@@ -136,7 +138,7 @@ def latency(names: tuple[str, ...] = ("eager", "onnx", "numpy")) -> Record:
                 rounds += [Round(number, r, 0, i, round(median), round(median), 0) for r in range(3)]
             for i, arm in enumerate(arms):
                 noisy = arm.backend == names[-1] and depth == 2048
-                middle = {i: s.median for s in summaries if s.case == number for i in [s.arm]}
+                middle = {s.arm: s.median for s in summaries if s.case == number}
                 for reference, kind in enumerate(arms):
                     same_phase = kind.phase == arm.phase and kind.backend == names[0] != arm.backend
                     itself = kind.backend == arm.backend and (arm.phase, kind.phase) == ("decode", "recompute")

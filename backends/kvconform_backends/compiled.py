@@ -59,9 +59,8 @@ class Compiled(EagerStatic):
         else:
             raise Unavailable("torch.compile needs Triton on CUDA and it is not installed; pip install triton")
         torch._dynamo.config.recompile_limit = RECOMPILES
-        torch._dynamo.config.specialize_int = (
-            True  # the numbers of a config are constants; dynamic=True frees them, too
-        )
+        # the numbers of a config are constants: dynamic=True would make inputs of them, too
+        torch._dynamo.config.specialize_int = torch._dynamo.config.specialize_float = True
         self.graphs = self.calls = self.runs = 0
         self.classes: set[tuple[bool, bool]] = set()
         self.fallback: str | None = None
@@ -70,8 +69,8 @@ class Compiled(EagerStatic):
 
     def inductor(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         """The default backend of torch.compile, with a count of graphs and of their runs."""
-        self.graphs += 1
         compiled: Any = compile_fx(graph, examples)
+        self.graphs += 1
 
         def run(*args: Any) -> Any:
             self.runs += 1
@@ -99,16 +98,15 @@ class Compiled(EagerStatic):
             return
         c, rows, new = self.config, 1 if batch == 1 else 5, 1 if t == 1 else min(3, self.config.capacity)
         scratch = self.start(rows)
-        heads = (c.heads, c.kv_heads, c.kv_heads)
-        given = (
-            [torch.zeros(rows, h, new, c.head_dim, dtype=self.dtype, device=self.device) for h in heads]
-            if self.decoder is None
-            else [torch.zeros(rows, new, dtype=torch.int64, device=self.device)]
-        )
-        for x in (*scratch.keys, *scratch.values, *given):  # of 4 axes only batch and tokens change, the rest is fixed
-            torch._dynamo.mark_static(
-                x, [1, 2, 3] if x.shape[2:] == scratch.keys[0].shape[2:] else [1, 3][: x.ndim - 2]
-            )
+        for buffer in (*scratch.keys, *scratch.values):
+            torch._dynamo.mark_static(buffer, [1, 2, 3])  # only the batch changes
+        if self.decoder is None:
+            heads = (c.heads, c.kv_heads, c.kv_heads)
+            given = [torch.zeros(rows, h, new, c.head_dim, dtype=self.dtype, device=self.device) for h in heads]
+            for x in given:
+                torch._dynamo.mark_static(x, [1, 3])
+        else:
+            given = [torch.zeros(rows, new, dtype=torch.int64, device=self.device)]
         self.call(given, 0, new, scratch)
         self.classes.add(kind)
 

@@ -6,9 +6,11 @@ written again, so that a fork is the same handles. Truncate and reorder go throu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import inspect
+import io
 import json
 import os
 import shutil
@@ -47,6 +49,15 @@ class OnnxExported:
         overflow="refused",
     )
 
+    @classmethod
+    def refuses(cls, config: Config, device: str) -> str | None:
+        if config.profile == "attention" and config.dtype == "float16" and device == "cpu":
+            return (
+                "ONNX Runtime's CPU kernel of Attention rounds float16 scores to float16 before the softmax, "
+                "whatever softmax_precision says (onnxruntime 1.31.1)"
+            )
+        return None
+
     def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
         onnxruntime.set_default_logger_severity(4)  # what fails here is raised, too
         self.config, self.weights, self.device = config, weights, device
@@ -55,13 +66,7 @@ class OnnxExported:
         self.files: list[str] = []
         self.seen_on: str | None = None  # the device of the last outputs
         if device == "cuda":
-            onnxruntime.preload_dlls()
-            try:
-                self.value(
-                    np.zeros(1, np.float32)
-                )  # the cheap question; the session below would run on the CPU instead
-            except RuntimeError as error:
-                raise Unavailable(f"ONNX Runtime {onnxruntime.__version__} cannot use CUDA: {error}") from error
+            self.reach_device()
         self.session(cached=True)
         if device == "cuda":
             self.prove_device()
@@ -180,6 +185,18 @@ class OnnxExported:
         return folder
 
     # --- what really runs ---
+    def reach_device(self) -> None:
+        """Raises Unavailable where there is no CUDA: a session asked for it would run on the CPU without a word."""
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):  # it prints what it cannot load
+            onnxruntime.preload_dlls()
+        try:
+            self.value(np.zeros(1, np.float32))
+        except RuntimeError as error:
+            reasons = [line for line in printed.getvalue().splitlines() if line.startswith("Failed")]
+            why = (reasons or [str(error).strip()])[0]
+            raise Unavailable(f"ONNX Runtime {onnxruntime.__version__} cannot use CUDA: {why}") from error
+
     def prove_device(self) -> None:
         """Raises Unavailable unless CUDA runs every heavy node: the session itself would fall back in silence."""
         session = self.session(cached=True)
@@ -190,6 +207,14 @@ class OnnxExported:
         strays = sorted({kind for (provider, kind) in self.nodes() if kind in HEAVY and "CUDA" not in provider})
         if strays:
             raise Unavailable(f"ONNX Runtime {onnxruntime.__version__} has no CUDA kernel for {', '.join(strays)} here")
+        c = self.config
+        probe: list[Array] = [np.zeros((1, 1), np.int64)]
+        if c.profile == "attention":
+            probe = [np.zeros((1, h, 1, c.head_dim), np.float32) for h in (c.heads, c.kv_heads, c.kv_heads)]
+        try:
+            self.step(self.start(1), *probe)
+        except RuntimeError as error:
+            raise Unavailable(f"ONNX Runtime {onnxruntime.__version__} cannot run on CUDA: {error}") from error
 
     def nodes(self) -> Counter[tuple[str, str]]:
         """How many nodes of each kind each provider runs, over all sessions."""

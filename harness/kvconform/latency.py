@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ from kvconform_specs import SUITE_VERSION
 from kvconform_specs.errors import SpecError
 
 from kvconform.clock import Clock, Lost
-from kvconform.eligibility import conformance, parity, room, truth, unable
+from kvconform.eligibility import Truth, conformance, parity, room, truth, unable
 from kvconform.latency_record import SCHEMA, Arm, Case, Excluded, Record, Round
 from kvconform.machine import load_average, machine
 from kvconform.presets import Preset
@@ -119,23 +120,10 @@ class _Run:
 
     def preset(self, preset: Preset) -> None:
         """Admits, times, and asks afterwards what really ran."""
-        known = truth(preset.config, self.seed)
-        admitted = []
-        for name, subject in self.subjects.items():
-            try:
-                why, compared = self.admit(name, subject, preset), 0
-                if not why:
-                    why, compared = parity(subject, preset, self.seed, known)
-                why = why or self.witness(name, preset)
-            except (Death, Infrastructure, Lost) as words:
-                why = str(words)
-            if why:
-                self.exclude(name, preset, why)
-                continue
-            admitted.append(name)
-            self.record.software[name]["compared"][preset.name] = compared
-            if not subject.claims.can("full"):
-                self.exclude(name, preset, "claims no cache-less forward (full)", "recompute")
+        with ThreadPoolExecutor(1) as beside:  # the definition is computed while workers build and compile
+            known = beside.submit(truth, preset.config, self.seed)
+            built = [name for name in self.subjects if self.build(name, preset)]
+            admitted = [name for name in built if self.admit(name, preset, known.result())]
         cells = [(("decode", "recompute"), n) for n in preset.depths] + [(("prefill",), n) for n in preset.prompts]
         for phases, depth in cells:
             self.cell(preset, admitted, phases, depth)
@@ -146,23 +134,50 @@ class _Run:
                 self.expel(name, preset, why)
         self.write()
 
-    def admit(self, name: str, subject: Subject, preset: Preset) -> str:
-        """Builds the subject and makes its first calls, which compile. Returns why it is not to be timed."""
+    def build(self, name: str, preset: Preset) -> bool:
+        """Builds the subject and makes its first calls, which compile. Whether that went well."""
+        subject, notes = self.subjects[name], self.record.software[name]
         began = time.perf_counter()
-        why = unable(subject.claims, preset) or subject.build(preset.config)
+        try:
+            why = unable(subject.claims, preset) or subject.build(preset.config)
+            notes["build_seconds"][preset.name] = round(time.perf_counter() - began, 3)
+            if not why:
+                notes["first_call_seconds"][preset.name] = self.first_calls(name, preset)
+        except (Death, Infrastructure, Lost) as words:
+            why = str(words)
         if why:
-            return why
-        notes = self.record.software[name]
-        notes["build_seconds"][preset.name] = round(time.perf_counter() - began, 3)
-        first = notes["first_call_seconds"].setdefault(preset.name, {})
+            self.exclude(name, preset, why)
+            return False
+        self.tell(f"{preset.name}: {name} is built and warm after {time.perf_counter() - began:.1f} s")
+        return True
+
+    def first_calls(self, name: str, preset: Preset) -> dict[str, float]:
+        """Seconds until each arm's first block was done: preparation, compilation and first calls together."""
         calls = [("prefill", n) for n in preset.prompts] + [("decode", n) for n in preset.depths]
-        if subject.claims.can("full"):
+        if self.subjects[name].claims.can("full"):
             calls += [("recompute", n) for n in preset.depths]
+        seconds = {}
         for phase, n in calls:
             began = time.perf_counter()
             self.clock.blocks(preset, Arm(name, phase), n, 1, 1, BUILD_TIMEOUT)
-            first[f"{phase}({n})"] = round(time.perf_counter() - began, 4)
-        return ""
+            seconds[f"{phase}({n})"] = round(time.perf_counter() - began, 4)
+        return seconds
+
+    def admit(self, name: str, preset: Preset, known: Truth) -> bool:
+        """Whether the subject is right on the timed inputs, and is what its name says."""
+        subject = self.subjects[name]
+        try:
+            why, compared = parity(subject, preset, self.seed, known)
+            why = why or self.witness(name, preset)
+        except (Death, Infrastructure) as words:
+            why, compared = str(words), 0
+        if why:
+            self.exclude(name, preset, why)
+            return False
+        self.record.software[name]["compared"][preset.name] = compared
+        if not subject.claims.can("full"):
+            self.exclude(name, preset, "claims no cache-less forward (full)", "recompute")
+        return True
 
     def cell(self, preset: Preset, admitted: list[str], phases: tuple[str, ...], depth: int) -> None:
         """One case, begun anew without a backend that is lost."""

@@ -27,7 +27,7 @@ class Preset:
                 raise ValueError(f"preset {self.name}: no room for a step at {n} of {self.config.capacity} tokens")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "depths": list(self.depths), "prompts": list(self.prompts)}
 
 
 PRESETS: dict[str, Preset] = {
@@ -40,7 +40,7 @@ PRESETS: dict[str, Preset] = {
                 positions="rope", capacity=528,
             ),
             depths=(64, 128, 256, 512),
-            prompts=(64, 128, 256, 512),
+            prompts=(64, 256, 512),
             about="four layers of a usual decoder: how each phase grows with the depth",
         ),
         Preset(

@@ -18,7 +18,7 @@ WARM_SECONDS, WARM_AGREE = 2.0, 0.10
 """An arm is warm when the medians of three blocks agree so well, or after so many seconds."""
 WARM_STEPS, WARM_BLOCK_NS = 5, 20_000_000
 """A block of the warm-up: at most so many steps, and no more than fit this time."""
-WARM_SHARE = 0.25
+WARM_SHARE = 0.2
 """The part of a case's seconds that its warm-up may take, all arms together."""
 ENOUGH_ROUNDS, NARROW = 60, 0.02
 """A case stops when it has so many rounds and all its intervals are this narrow (half-width of log ratios)."""

@@ -69,7 +69,11 @@ class Subject:
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="kvconform-")
         self._stderr = Path(self._scratch.name) / "stderr"
-        description = self._start()
+        try:
+            description = self._start()
+        except BaseException:
+            self.close()  # a worker that is of no use must not live on, nor its folder
+            raise
         self.claims = Claims.from_json(description["claims"])
         self.environment: dict[str, str] = description["environment"]
         if launch.device not in self.claims.devices:

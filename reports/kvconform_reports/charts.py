@@ -77,7 +77,7 @@ def log_log(series: Sequence[Series], units: str) -> Chart | None:
     xs = sorted({p[0] for _, points in kept for p in points})
     ys = [v for _, points in kept for p in points for v in p[1:]]
     x_of = _scale(xs[0] / 1.12, xs[-1] * 1.12, LEFT, WIDTH - RIGHT)
-    bottom, top = _rounded(min(ys), down=True), _rounded(max(ys), down=False)
+    bottom, top = _rounded(min(ys) / 1.05, down=True), _rounded(max(ys) * 1.05, down=False)
     y_of = _scale(bottom, top, HEIGHT - BOTTOM, TOP)
     lines = [_line(one, points, x_of, y_of) for one, points in kept]
     right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
@@ -153,8 +153,7 @@ def _rounded(value: float, *, down: bool) -> float:
     """The next of 1, 2, 5 times a power of ten, so that the axis begins and ends at a tick."""
     power = 10.0 ** math.floor(math.log10(value))
     steps = [power * m for m in (1, 2, 5, 10, 20)]
-    slack = 1.05
-    return max(s for s in steps if s * slack <= value or s == power) if down else min(s for s in steps if s >= value)
+    return max(s for s in steps if s <= value or s == power) if down else min(s for s in steps if s >= value)
 
 
 def _x_ticks(xs: list[float], x_of: _Scale) -> tuple[Tick, ...]:

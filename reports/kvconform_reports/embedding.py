@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import gzip
+import bz2
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,8 @@ from kvconform.pairwise import Pair
 from kvconform.results import Results
 
 SCHEMA = "kvconform-report/1"
-# Beyond this the readable form gives way to a packed one: 20 000 verdicts are 4 MB of plain JSON, 0.4 MB packed.
+# Beyond this the readable form gives way to a packed one: 20 000 verdicts are 5 MB of plain JSON, 0.4 MB in bz2 and
+# base64 (0.65 MB in gzip).
 PLAIN_LIMIT = 400_000
 _ELEMENT = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 
@@ -34,8 +35,8 @@ def embed(results: Sequence[Results], pairs: Sequence[Pair], latency: Record | N
     plain = msgspec.json.encode(data)
     packed = len(plain) > PLAIN_LIMIT
     if packed:
-        text = base64.b64encode(gzip.compress(plain, 9, mtime=0)).decode()
-        plain = msgspec.json.encode({"schema": SCHEMA, "gzip": text})
+        text = base64.b64encode(bz2.compress(plain)).decode()
+        plain = msgspec.json.encode({"schema": SCHEMA, "bz2": text})
     return _inert(plain.decode()), packed
 
 
@@ -46,8 +47,8 @@ def extract(html: str) -> dict[str, Any]:
     if found is None:
         raise ValueError("this file holds no kvconform report data")
     data: dict[str, Any] = msgspec.json.decode(found[1])
-    if "gzip" in data:
-        data = msgspec.json.decode(gzip.decompress(base64.b64decode(data["gzip"])))
+    if "bz2" in data:
+        data = msgspec.json.decode(bz2.decompress(base64.b64decode(data["bz2"])))
     return data
 
 

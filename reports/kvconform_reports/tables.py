@@ -44,7 +44,8 @@ class Backend:
 class Entry:
     """The configs of a cell with one outcome: (config, number of its failure or None).
 
-    None are named where the outcome is that of all configs of the row: 20 000 names are half a megabyte.
+    None are named where they are all configs of the row, or all but those that the cell's other entries name, which
+    are the worse ones: 20 000 names are half a megabyte.
     """
 
     chip: Chip
@@ -165,13 +166,11 @@ def _row(name: str, cells: list[list[tuple[Verdict, int | None]]], ran: list[boo
         by_outcome: dict[Outcome, list[tuple[str, int | None]]] = defaultdict(list)
         for verdict, failure in cell:
             by_outcome[verdict.outcome].append((verdict.config, failure))
-        alone = len(by_outcome) == 1 and len(cell) == len(configs)
+        seen = [outcome for outcome in WORST_FIRST if outcome in by_outcome]
+        whole = {verdict.config for verdict, _ in cell} == set(configs)
+        unnamed = {o for o in seen[-1:] if whole and not o.broken}
         entries.append(
-            tuple(
-                Entry(chip(o, len(by_outcome[o])), () if alone and not o.broken else tuple(by_outcome[o]))
-                for o in WORST_FIRST
-                if o in by_outcome
-            )
+            tuple(Entry(chip(o, len(by_outcome[o])), () if o in unnamed else tuple(by_outcome[o])) for o in seen)
         )
     remarks = [] if clause is None else ["core"] * clause.core + ["should"] * (clause.level is Level.SHOULD)
     outcomes = {verdict.outcome for cell in cells for verdict, _ in cell}

@@ -126,7 +126,7 @@ class LastWriterWins(Planted, breaks=("lifecycle.independent",), bug="ggml-org/l
 
 class LongSessionStays(
     Planted,
-    breaks=("lifecycle.independent", "shape.no-specialisation"),
+    breaks=("shape.no-specialisation", "definition.decoder"),
     bug="huggingface/transformers/pull/27227",
     stealth=True,
     configs=("decoder-rope",),

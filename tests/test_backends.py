@@ -1,0 +1,63 @@
+"""The shipped backends are conformant, and what they witness is true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvconform.budget import BUDGETS
+from kvconform.pairwise import pairs
+from kvconform.results import Results, exit_code
+from kvconform.run import Plan, named_configs, run_backend
+from kvconform.subject import Launch
+from kvconform.verdict import Outcome
+
+pytest.importorskip("torch", reason="the backends of the suite need torch")
+
+EVERY, TWO = ("attention", "decoder"), ("attention-gqa", "decoder-rope")
+CLEAN = {
+    "numpy": (("float32",), EVERY),
+    "eager": (("float32",), EVERY),
+    "eager-static": (("float32",), EVERY),
+    "onnx": (("float32",), TWO),  # an export takes seconds a config, a compilation takes more
+    "compiled": (("float32",), TWO),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("backends")
+
+
+def judged(name: str, dtypes: tuple[str, ...], configs: tuple[str, ...], folder: Path) -> Results:
+    plan = Plan(BUDGETS["smoke"], seed=7, dtypes=dtypes, configs=configs)
+    return run_backend(name, Launch(name), plan, folder)
+
+
+def assert_clean(results: Results) -> None:
+    bad = [f"{v.clause} [{v.config}]: {v.outcome.value}: {v.sentence}" for v in results.verdicts if v.outcome is not Outcome.PASS]
+    assert not bad, "\n".join(bad)
+    assert exit_code(results)[0] == 0, results.unavailable
+    assert len(results.verdicts) > 30
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_a_clean_backend_is_conformant_with_every_cell_passed(name: str, folder: Path) -> None:
+    results = judged(name, *CLEAN[name], folder)
+    assert_clean(results)
+    for witness in results.witnesses.values():
+        assert not witness.get("fallback"), witness
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_eager_is_conformant_in_sixteen_bits(dtype: str, folder: Path) -> None:
+    assert_clean(judged("eager", (dtype,), TWO, folder / dtype))
+
+
+def test_backends_with_the_same_weights_agree_with_one_another(folder: Path) -> None:
+    both = [judged(name, ("float32",), ("decoder-rope",), folder / "pair") for name in ("numpy", "eager")]
+    (pair,) = pairs(folder / "pair" / "vectors", named_configs(both))
+    assert (pair.one, pair.other, pair.config) == ("eager", "numpy", "decoder-rope")
+    assert 0 < pair.ratio < 1
+    assert pair.compared == 2 * 14 * 53  # rows, tokens, vocabulary

@@ -1,0 +1,66 @@
+"""What the documents say is true: names, numbers, links and commands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kvconform.budget import BUDGETS, DEFAULT_BUDGET
+from kvconform.cli import app
+from kvconform_specs import bounds
+from kvconform_specs.clauses import ALL, CHAPTERS
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/*.md")]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_links_inside_the_project_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", document.read_text()):
+        assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_commands_of_the_tool_exist(document: Path) -> None:
+    known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    for command in re.findall(r"(?:^|`|\s)kvconform ([a-z]+)\b", document.read_text()):
+        assert command in known or command in {"judges"}, command
+
+
+def test_the_readme_counts_clauses_as_they_are() -> None:
+    found = re.search(r"(\d+) clauses in (\d+) chapters", (ROOT / "README.md").read_text())
+    assert found is not None
+    assert (int(found[1]), int(found[2])) == (len(ALL), len(CHAPTERS))
+
+
+def test_the_readme_names_the_default_budget() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert f"`--budget {DEFAULT_BUDGET}` is the default" in readme
+    for budget in BUDGETS:
+        assert f"`{budget}`" in readme or f"--budget {budget}" in readme
+
+
+def test_design_states_the_constant_of_the_decoder_bound() -> None:
+    text = (ROOT / "DESIGN.md").read_text()
+    assert f"C = {bounds.C}," in text
+    assert f"with {bounds.RUNS} degrees of freedom" in text
+
+
+def test_every_clause_has_text_reasons_and_a_stable_name() -> None:
+    assert len({clause.name for clause in ALL}) == len(ALL)
+    for clause in ALL:
+        assert re.fullmatch(r"[a-z]+\.[a-z]+(-[a-z]+)*", clause.name)
+        assert clause.text.endswith(".")
+        assert clause.why
+        assert all(re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+/(issues|pull)/\d+", link) for link in clause.why)
+
+
+def test_nothing_in_the_project_depends_on_where_it_was_written() -> None:
+    for file in ROOT.rglob("*"):
+        parts = file.relative_to(ROOT).parts
+        if file.suffix in {".py", ".md", ".toml", ".txt", ".j2", ".yml"} and not parts[0].startswith((".", "results")):
+            text = file.read_text()
+            assert "/" + "work/" not in text, file
+            assert "../" + "shared" not in text, file

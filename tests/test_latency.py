@@ -1,0 +1,372 @@
+"""The stopwatch: every summary is recomputable from the raw rounds, and no one is timed who is not right."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from kvconform import latency
+from kvconform.clock import Clock
+from kvconform.eligibility import conformance
+from kvconform.latency_record import Arm, Case, Excluded, Record, Round
+from kvconform.presets import PRESETS, Preset
+from kvconform.subject import Launch
+from kvconform.summaries import LEAST, MISS, interval, rank, summarise
+from kvconform.timing import Stopwatch, tokens
+from kvconform_backends.numpy_cache import NumpyCache
+from kvconform_specs.claims import Claims
+from kvconform_specs.config import Config
+from kvconform_specs.errors import SpecError
+from kvconform_specs.tensors import weights
+
+TINY = Preset(
+    "tiny",
+    Config("decoder", heads=4, kv_heads=2, head_dim=6, width=10, vocabulary=13, positions="rope", capacity=30),
+    depths=(7, 12), prompts=(9,), about="as small as it can be",
+)  # fmt: skip
+ONE = Preset("one", TINY.config, depths=(12,), prompts=(9,), about="one depth")
+
+SUBJECTS = '''
+import os, time
+import numpy as np
+from kvconform_backends.numpy_cache import NumpyCache
+from kvconform_specs.claims import Claims
+
+class Sleepy(NumpyCache):
+    def decode(self, cache, tokens):
+        time.sleep(0.002)
+        return super().decode(cache, tokens)
+
+class Twice(Sleepy):
+    """Does all its work twice."""
+    def step(self, cache, *inputs):
+        super().step(cache, *inputs)
+        return super().step(cache, *inputs)
+
+class SeesTheFuture(NumpyCache):
+    def mask(self, t, s):
+        return np.ones((t, s), bool)
+
+class ForgetsToForget(NumpyCache):
+    """Its steps go on behind what was cut off, once the cache is deeper than any conformance run goes."""
+    def positions(self, cache, t):
+        return np.arange(cache.length, cache.length + t) + (cache.length == 12)
+
+class WrongWithoutCache(NumpyCache):
+    def full(self, *inputs):
+        return super().full(*inputs) * np.float32(1.01)
+
+class DiesLater(NumpyCache):
+    """Right until it has been asked often."""
+    asked = 0
+    def step(self, cache, *inputs):
+        self.asked += 1
+        if self.asked > 120:
+            os._exit(3)
+        return super().step(cache, *inputs)
+
+class FallsBack(NumpyCache):
+    """Ends on another engine than its name says, and tells when it is asked for the second time."""
+    asked = 0
+    def witness(self):
+        self.asked += 1
+        return {"fallback": "numpy ran instead"} if self.asked > 1 else {}
+
+class TwoThreads(NumpyCache):
+    def witness(self):
+        return {"threads": 2}
+
+class TellsItsVariables(NumpyCache):
+    def witness(self):
+        return {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+
+class NoFull(NumpyCache):
+    claims = Claims(profiles=("decoder",), abilities=("length", "truncate"))
+
+class ShortOfBreath(NumpyCache):
+    claims = Claims(profiles=("decoder",), max_chunk=4)
+
+class Attention(NumpyCache):
+    claims = Claims(profiles=("attention",))
+'''
+
+
+@pytest.fixture
+def timed(tmp_path: Path) -> Any:
+    """Times subjects of ``SUBJECTS`` by name, the plain numpy cache as ``numpy``, on small presets."""
+    file = tmp_path / "timed.py"
+    file.write_text(SUBJECTS)
+
+    def run(*names: str, preset: Preset = ONE, seconds: float = 0.4, **more: Any) -> Record:
+        launches = {name: Launch("numpy" if name.startswith("numpy") else f"{file}:{name}") for name in names}
+        out = tmp_path / "speed.json"
+        return latency.bench(launches, {preset.name: preset}, None, out, seconds_per_case=seconds, **more)
+
+    return run
+
+
+def backends_timed(record: Record) -> set[str]:
+    return {record.cases[block.case].arms[block.arm].backend for block in record.rounds}
+
+
+# --- the numbers ---
+def test_the_interval_of_a_median_is_the_narrowest_pair_of_order_statistics_that_covers_it() -> None:
+    def missed(n: int, j: int) -> float:
+        """P(the median is outside the j-th smallest and the j-th largest of n), from its definition."""
+        return 2 * sum(math.comb(n, i) for i in range(j)) / 2**n
+
+    for n in range(1, 300):
+        j = rank(n)
+        assert missed(n, j) <= MISS if j else n < LEAST
+        assert missed(n, j + 1) > MISS
+    assert (LEAST, rank(5), rank(6), rank(100)) == (6, 0, 1, 40)  # 100 samples: the 40th and the 61st, the textbook's
+
+
+@pytest.mark.parametrize("n", [6, 11, 60])
+def test_the_interval_covers_the_median_as_often_as_it_says(n: int) -> None:
+    trials, rng = 4000, np.random.default_rng(n)
+    samples = np.exp(rng.normal(size=(trials, n)))  # log-normal: its median is 1, its mean is not
+    covered = sum(low <= 1.0 <= high for _, low, high in (interval(list(row)) for row in samples))
+    slack = 4 * math.sqrt(MISS * (1 - MISS) / trials)  # four standard deviations of the binomial count: p < 4e-5
+    assert covered / trials >= 1 - MISS - slack
+
+
+def record_of(arms: list[Arm], ns: list[list[int]], load: float = 0.5, steps: int = 1) -> Record:
+    """One case; ``ns[round][arm]``."""
+    return Record(
+        suite="1", started="", device="cpu", machine={"cores": 2}, software={}, protocol={}, load=[0.0, load],
+        presets={}, cases=[Case("p", 8, 1, arms, steps)],
+        rounds=[Round(0, r, 0, arm, value, 0, 0) for r, row in enumerate(ns) for arm, value in enumerate(row)],
+    )  # fmt: skip
+
+
+PAIR = [Arm("a", "decode"), Arm("b", "decode")]
+
+
+def test_ratios_are_paired_within_rounds_and_times_are_per_step() -> None:
+    record = record_of(PAIR, [[100 * 3**r, 200 * 3**r] for r in range(7)], steps=4)  # each round three times slower
+    summaries, (ratio,) = summarise(record)
+    assert (ratio.arm, ratio.reference, ratio.n, ratio.valid) == (1, 0, 7, True)
+    assert [ratio.low, ratio.ratio, ratio.high] == pytest.approx([2.0, 2.0, 2.0])
+    assert summaries[0].median == 100 * 3**3 / 4
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        (record_of(PAIR, [[100, 100]] * 5), "5 rounds: an interval of the median needs 6"),
+        (record_of(PAIR, [[100, 100 * 2**r] for r in range(6)]), "half-width is 173%, over 10%"),
+        (record_of(PAIR, [[100, 100]] * 6, load=4.1), "the load average was 4.1 on 2 cores"),
+    ],
+)
+def test_a_ratio_that_means_nothing_says_why(record: Record, why: str) -> None:
+    _, (ratio,) = summarise(record)
+    assert not ratio.valid
+    assert why in ratio.why_invalid
+
+
+def test_arms_are_set_against_the_first_of_their_phase_and_decode_against_its_own_recompute() -> None:
+    arms = [Arm("a", "decode"), Arm("b", "decode"), Arm("b", "recompute"), Arm("c", "recompute")]
+    _, ratios = summarise(record_of(arms, [[10, 20, 40, 80]] * 6))
+    assert {(r.arm, r.reference): round(r.ratio, 9) for r in ratios} == {(1, 0): 2, (3, 2): 2, (1, 2): 0.5}
+
+
+def test_summaries_and_ratios_of_a_written_record_are_those_of_its_raw_rounds(timed: Any, tmp_path: Path) -> None:
+    written = timed("numpy", "numpy-again", "Sleepy", preset=TINY)
+    record = latency.read(tmp_path / "speed.json")
+    assert record.finished
+    assert len(record.rounds) > 100
+    assert record == written
+    assert (record.summaries, record.ratios) == summarise(record)
+    assert len(record.summaries) == 2 * 6 + 3  # two depths of two phases, one prefill
+    assert latency.is_record(tmp_path / "speed.json")
+
+
+def test_a_record_of_another_version_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "speed.json"
+    path.write_text('{"schema": "kv-latency/9"}')
+    assert latency.is_record(path)
+    with pytest.raises(SpecError, match="holds no speed record"):
+        latency.read(path)
+    path.write_text('{"schema": "kvconform-results/1"}')
+    assert not latency.is_record(path)
+
+
+# --- the rounds ---
+def test_work_done_twice_takes_twice_the_time(timed: Any) -> None:
+    record = timed("Sleepy", "Twice", seconds=2.0)
+    for ratio in record.ratios:
+        case = record.cases[ratio.case]
+        arm, reference = case.arms[ratio.arm], case.arms[ratio.reference]
+        if (arm.backend, reference.backend, arm.phase) == ("Twice", "Sleepy", "decode"):
+            assert ratio.low / 1.03 <= 2 <= ratio.high * 1.03  # the second time finds warm caches: up to 3 % is real
+            assert 1.7 < ratio.ratio < 2.3
+            return
+    pytest.fail("the ratio is not there")
+
+
+def test_in_each_round_every_arm_runs_once_in_an_order_that_varies(timed: Any) -> None:
+    record = timed("numpy", "numpy-again", "Sleepy")
+    rounds: dict[tuple[int, int], list[Round]] = {}
+    for block in record.rounds:
+        rounds.setdefault((block.case, block.round), []).append(block)
+    orders = Counter()
+    for (case, _), blocks in rounds.items():
+        arms = range(len(record.cases[case].arms))
+        assert sorted(block.arm for block in blocks) == list(arms)
+        assert [block.place for block in blocks] == list(arms)
+        orders[case, tuple(block.arm for block in blocks)] += 1
+    assert {case for case, _ in orders} == {0, 1}
+    assert all(len([o for o in orders if o[0] == case]) > 3 for case in (0, 1))
+
+
+def test_a_case_has_the_same_steps_for_all_arms_and_fits_the_capacity(timed: Any) -> None:
+    record = timed("numpy", "NoFull", preset=Preset("p", TINY.config, (28,), (28,), "two tokens of room"))
+    decode = next(case for case in record.cases if case.arms[0].phase == "decode")
+    assert decode.depth + decode.steps <= TINY.config.capacity
+
+
+class Spy(NumpyCache):
+    """Notes for each call how long the cache was, how many tokens came, and whether the clock ran (no collection)."""
+
+    def __init__(self) -> None:
+        super().__init__(ONE.config, weights(ONE.config))
+        self.calls: list[tuple[int, int, bool]] = []
+        self.fed: list[int] = []
+
+    def step(self, cache: Any, *inputs: Any) -> Any:
+        self.calls.append((cache.length, inputs[0].shape[1], not gc.isenabled()))
+        self.fed += list(inputs[0][0]) if self.calls[-1][2] else []
+        return super().step(cache, *inputs)
+
+
+@pytest.mark.parametrize("truncates", [True, False])
+def test_decode_runs_at_the_depth_that_it_says(truncates: bool) -> None:
+    spy = Spy()
+    if not truncates:
+        spy.claims = Claims(profiles=("decoder",), abilities=("length",))
+    blocks = Stopwatch(spy, ONE.config, 5).blocks("decode", 12, 3, 4)
+    assert [call[:2] for call in spy.calls if call[2]] == [(12, 1), (13, 1), (14, 1)] * 4
+    prefills = [(0, 11, False)] * (1 if truncates else 4)
+    assert [call for call in spy.calls if not call[2] and call[1] > 1] == prefills
+    assert spy.fed == list(tokens(ONE.config, 5)[0, 12:15]) * 4
+    assert len(blocks) == 4
+    assert all(ns > 0 for ns, _, _ in blocks)
+
+
+def test_prefill_starts_from_nothing_and_recompute_takes_all_tokens() -> None:
+    spy = Spy()
+    stopwatch = Stopwatch(spy, ONE.config, 5)
+    stopwatch.blocks("prefill", 9, 2, 1)
+    assert spy.calls == [(0, 9, True)] * 2
+    stopwatch.blocks("recompute", 12, 1, 1)
+    assert spy.calls[2:] == [(0, 13, True)]
+
+
+def test_a_subject_that_loses_count_of_its_tokens_is_not_timed() -> None:
+    spy = Spy()
+    spy.length = lambda cache: [3]  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match=r"says that it holds \[3\] tokens after 13"):
+        Stopwatch(spy, ONE.config, 5).blocks("decode", 12, 1, 1)
+
+
+# --- no time without conformance ---
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("SeesTheFuture", "not conformant on the timed inputs: prefill(9): position"),
+        ("ForgetsToForget", "not conformant on the timed inputs: decode(12): position 12"),
+        ("WrongWithoutCache", "not conformant on the timed inputs: recompute(12): position"),
+        ("DiesLater", "the process ended with exit status 3"),
+        ("FallsBack", "not what its name says: numpy ran instead"),
+        ("TwoThreads", "ran on 2 threads, not on 1"),
+        ("ShortOfBreath", "claims no append of more than 4 tokens, the preset needs 12"),
+        ("Attention", "claims no decoder profile"),
+        ("Missing", "has no 'Missing'"),
+    ],
+)
+def test_a_backend_that_is_not_right_gets_no_time_and_is_listed(name: str, why: str, timed: Any) -> None:
+    record = timed("numpy", name, "numpy-again", seconds=0.2)
+    assert record.finished
+    assert backends_timed(record) == {"numpy", "numpy-again"}
+    assert name not in {arm.backend for case in record.cases for arm in case.arms}
+    assert [(one.backend, one.preset) for one in record.excluded] == [(name, "one")]
+    assert why in record.excluded[0].why
+    assert len(record.cases) == 2
+    assert all(len(case.arms) in (2, 4) for case in record.cases)
+    assert all(block.arm < len(record.cases[block.case].arms) for block in record.rounds)
+
+
+def test_a_backend_without_conformance_results_gets_no_time(tmp_path: Path) -> None:
+    record = latency.bench({"numpy": Launch("numpy")}, {"one": ONE}, tmp_path, tmp_path / "speed.json")
+    assert record.rounds == []
+    assert record.excluded[0].why.startswith("no conformance results:")
+
+
+def test_results_admit_only_what_is_conformant_finished_and_of_this_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvconform import eligibility
+    from kvconform.results import Results
+    from kvconform_specs import SUITE_VERSION
+
+    def said(**fields: Any) -> str:
+        common = {"suite": SUITE_VERSION, "backend": "b", "device": "cpu", "dtypes": [], "budget": "", "seed": 0}
+        Results(**{**common, "started": "", "finished": True, **fields}).write(tmp_path / "b.json")
+        return conformance("b", Launch("b"), tmp_path)
+
+    assert "core clauses" in said()
+    monkeypatch.setattr(eligibility, "exit_code", lambda results: (0, "conformant"))
+    assert said() == ""
+    assert "not finished" in said(finished=False)
+    assert "of device cuda, not cpu" in said(device="cuda")
+    assert "of suite 0" in said(suite="0")
+
+
+def test_a_backend_without_a_full_forward_has_no_recompute_and_the_record_says_so(timed: Any) -> None:
+    record = timed("numpy", "NoFull")
+    assert record.excluded == [Excluded("NoFull", "one", "claims no cache-less forward (full)", "recompute")]
+    assert {(arm.backend, arm.phase) for case in record.cases for arm in case.arms} == {
+        ("numpy", "decode"), ("numpy", "recompute"), ("numpy", "prefill"), ("NoFull", "decode"), ("NoFull", "prefill"),
+    }  # fmt: skip
+
+
+def test_every_worker_gets_the_same_threads_before_it_starts(timed: Any) -> None:
+    record = timed("TellsItsVariables", threads=3)
+    seen = record.software["TellsItsVariables"]["witness"]["one"]
+    assert seen == {"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3"}
+    assert record.protocol["threads"] == 3
+
+
+# --- interrupted ---
+@pytest.mark.parametrize("blocks", [200, 500])
+def test_an_interrupt_keeps_what_was_measured(
+    blocks: int, timed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, real = Counter(), Clock.blocks
+
+    def interrupted(self: Clock, *args: Any) -> Any:
+        asked["blocks"] += 1
+        if asked["blocks"] > blocks:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(Clock, "blocks", interrupted)
+    lines: list[str] = []
+    record = timed("numpy", "numpy-again", preset=TINY, seconds=60.0, tell=lines.append)
+    assert not record.finished
+    assert "interrupted" in lines[-1]
+    assert record.rounds
+    assert latency.read(tmp_path / "speed.json") == record
+    assert (record.summaries, record.ratios) == summarise(record)
+
+
+def test_the_presets_are_legal_and_named() -> None:
+    assert {name: preset.name for name, preset in PRESETS.items()} == {name: name for name in PRESETS}
+    with pytest.raises(ValueError, match="no room for a step at 30 of 30 tokens"):
+        Preset("full", TINY.config, (30,), (), "")

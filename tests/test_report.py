@@ -1,0 +1,411 @@
+"""The report as text: everything given is in it, nothing given is more than text in it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import msgspec
+import pytest
+
+import report_data as given
+from kvconform.latency_record import Excluded
+from kvconform.pairwise import Pair
+from kvconform.results import Results, exit_code
+from kvconform.verdict import Outcome
+from kvconform_reports import charts, embedding, junit, markdown, summary
+from kvconform_reports.html import render
+from kvconform_reports.outcomes import STANDINGS, SYMBOLS, TONES, WORST_FIRST
+from kvconform_specs.clauses import ALL
+from kvconform_specs.points import POINTS
+from report_data import HOSTILE
+
+VOID = {"meta", "link", "input", "br", "img"}
+
+
+@dataclass
+class Page(HTMLParser):
+    """What a browser would make of a report: elements, texts, scripts."""
+
+    tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
+    raw: dict[str, list[str]] = field(default_factory=dict)
+    words: list[str] = field(default_factory=list)
+    open: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("script", "style"):
+            self.raw.setdefault(self.open[-1], []).append(data)
+        else:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.words)
+
+
+def page(source: str) -> Page:
+    parsed = Page()
+    parsed.feed(source)
+    parsed.close()
+    assert not parsed.open, f"left open: {parsed.open}"
+    return parsed
+
+
+def shape(parsed: Page) -> list[tuple[str, list[str]]]:
+    return [(tag, sorted(attributes)) for tag, attributes in parsed.tags]
+
+
+def hostile(name: str) -> list[Results]:
+    """Results in which every text that a stranger may choose is ``name``."""
+    fail = given.other("definition.attention", name, Outcome.FAIL, name, counterexample=name)
+    skip = given.other(name, name, Outcome.UNSUPPORTED, name)
+    good = given.passed("definition.attention", "attention-gqa")
+    tree = {name: {name: [name, name]}}
+    one = given.results(
+        name, [fail, skip, good], device=name, budget=name, started=name, witnesses={name: tree}, environment=tree,
+        claims=tree,
+    )  # fmt: skip
+    return [one, given.results(name, [], device="cuda", unavailable=name)]
+
+
+def rendered(results: list[Results]) -> str:
+    return render(results, given.pairs(), given.latency())
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_name_comes_out_as_text(name: str) -> None:
+    pairs = [Pair(name, name, name, 0.5, 1e-7, 3)]
+    speed = given.latency((name,))
+    speed.protocol, speed.machine, speed.device = {name: name}, {name: name}, name
+    speed.excluded = [Excluded(name, name, name)]
+    tame = render(hostile("tame"), [Pair("tame", "tame", "tame", 0.5, 1e-7, 3)], given.latency(("tame",)))
+    parsed = page(render(hostile(name), pairs, speed))
+    assert parsed.text.count(name) >= 30
+    assert [tag for tag, _ in parsed.tags].count("script") == 2
+    assert {tag for tag, _ in parsed.tags} == {tag for tag, _ in page(tame).tags}
+    assert not [a for _, attributes in parsed.tags for a in attributes if a.startswith("on")]
+    assert len(parsed.raw["script"]) == 2
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_name_changes_no_element_of_the_report(name: str) -> None:
+    assert shape(page(render(hostile(name), [], None))) == shape(page(render(hostile("tame"), [], None)))
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "a|b\n# title", "![x](http://e.example/x.png)", "@someone", "`x`"])
+def test_a_hostile_name_is_text_in_the_job_summary(name: str) -> None:
+    text = markdown.render(hostile(name), [Pair(name, name, name, 0.5, 1e-7, 3)], given.latency((name,)))
+    assert not re.search(r"<(?!/?code>|br>)", text)
+    assert not re.search(r"(?<!\\)!\[|(?<!\\)`|://|@", text)
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)\|", line)) == 4  # chapter and two backends
+    assert "\n# title" not in text
+    decoded = html.unescape(re.sub(r"\\([\\`*_{}\[\]|~#!])", r"\1", text))
+    assert summary.printable(name) in decoded
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "\x1b[31mred\x1b[0m", "\0", "\ud800"])
+def test_a_hostile_name_is_text_in_the_terminal_and_in_xml(name: str) -> None:
+    table = summary.table(hostile(name))
+    assert all(c.isprintable() or c == "\n" for c in table)
+    assert len(table.splitlines()) == 3
+    root = ET.fromstring(junit.render(hostile(name)))
+    assert {element.tag for element in root.iter()} <= {
+        "testsuites", "testsuite", "properties", "property", "testcase", "failure", "error", "skipped",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_the_embedded_data_are_the_results_that_were_given(name: str) -> None:
+    results, pairs, speed = [*hostile(name), *given.four()], given.pairs(), given.latency()
+    data = embedding.extract(render(results, pairs, speed))
+    assert msgspec.convert(data["results"], list[Results]) == results
+    assert msgspec.convert(data["pairs"], list[Pair]) == pairs
+    assert data["latency"]["summaries"] == msgspec.to_builtins(speed.summaries)
+    assert data["latency"]["rounds_left_out"] == len(speed.rounds) > 0
+
+
+def crowd() -> list[Results]:
+    """20 000 cells of 50 backends; each supports one clause not at all and breaks one cell in two hundred."""
+    found, configs = [], [f"decoder-learned-{i:03}" for i in range(-(-20_000 // (50 * len(ALL))))]
+    for place in range(50):
+        verdicts = [given.passed(clause.name, config, place) for clause in ALL for config in configs]
+        for i, verdict in enumerate(verdicts):
+            if verdict.clause == ALL[place % len(ALL)].name:
+                verdicts[i] = given.other(*verdict.key, Outcome.UNSUPPORTED, "claims no full")
+        for i in range(place, len(verdicts), 200):
+            sentence = f"step {i} out[0] at row 1: got -0.4482, want -0.4266 ± 7.4e-07 ({i}x the bound)"
+            verdicts[i] = given.other(*verdicts[i].key, Outcome.FAIL, sentence, counterexample=f"{i:08x}.json")
+        found.append(given.results(f"backend-{place}", verdicts))
+    return found
+
+
+def test_twenty_thousand_cells_stay_under_a_megabyte_and_decode_to_themselves() -> None:
+    results = crowd()
+    source = render(results, [], None)
+    assert sum(len(result.verdicts) for result in results) >= 19_000
+    assert len(source.encode()) < 1_000_000
+    assert msgspec.convert(embedding.extract(source)["results"], list[Results]) == results
+
+
+def test_a_file_without_data_is_refused_with_a_sentence() -> None:
+    with pytest.raises(ValueError, match="holds no kvconform report data"):
+        embedding.extract("<html></html>")
+
+
+def test_every_sentence_appears_and_every_failure_says_how_to_replay_it() -> None:
+    results = given.four()
+    text, short = page(rendered(results)).text, markdown.render(results, [], None)
+    broken = 0
+    for result in results:
+        for verdict in result.verdicts:
+            assert verdict.sentence in text
+            if verdict.outcome.broken:
+                broken += 1
+                line = f"kvconform replay results/failures/{result.backend}/{verdict.counterexample}"
+                assert line in text
+                assert line in short
+    assert broken == 4
+
+
+def test_every_broken_cell_links_to_its_failure() -> None:
+    parsed = page(rendered([*given.four(), given.results("again", given.broken(given.everywhere(9)))]))
+    targets = [a["href"] for tag, a in parsed.tags if tag == "a" and (a.get("href") or "").startswith("#failure-")]
+    ids = [f"#{a['id']}" for tag, a in parsed.tags if tag == "article" and (a.get("id") or "").startswith("failure-")]
+    assert len(ids) == 8
+    assert sorted(filter(None, targets)) == sorted(ids)
+
+
+def test_a_path_that_a_shell_would_read_otherwise_is_quoted() -> None:
+    fail = given.other("shape.output", "attention-gqa", Outcome.FAIL, "wrong", counterexample="x.json")
+    text = page(render([given.results("a b; rm -rf", [fail])], [], None, folder="my results")).text
+    assert "kvconform replay 'my results/failures/a b; rm -rf/x.json'" in text
+
+
+def test_each_backend_has_its_standing_and_its_sentence() -> None:
+    results = given.four()
+    text, table = page(rendered(results)).text, summary.table(results).splitlines()
+    for result, line in zip(results, table[1:], strict=True):
+        code, sentence = exit_code(result)
+        word = STANDINGS[code][0]
+        assert sentence.removeprefix(f"{word}: ") in text
+        assert line.startswith(result.backend)
+        assert f"{word}: {sentence.removeprefix(f'{word}: ')}" in line
+    assert "Of 4 backends 2 are conformant, 1 is non-conformant, 1 is unavailable" in text
+
+
+def test_every_outcome_and_every_exit_code_has_a_symbol_and_a_word() -> None:
+    assert set(SYMBOLS) == set(TONES) == set(WORST_FIRST) == set(Outcome)
+    assert len(set(SYMBOLS.values())) == len(Outcome)
+    assert set(STANDINGS) == {0, 1, 3, 5}
+
+
+def test_a_run_that_did_not_finish_says_so() -> None:
+    unfinished = given.results("eager", given.everywhere(), finished=False)
+    assert "did not finish" in page(render([unfinished], [], None)).text
+    assert "did not finish" in markdown.render([unfinished], [], None)
+    assert "did not finish" in summary.table([unfinished])
+
+
+def test_the_matrix_has_a_row_for_every_clause_of_the_spec_and_for_those_it_does_not_know() -> None:
+    strange = given.other("paging.permuted", "attention-gqa", Outcome.INCONCLUSIVE, "cannot tell")
+    text = page(render([given.results("eager", [strange])], [], None)).text
+    for clause in ALL:
+        assert clause.name in text
+        assert clause.text in text
+    assert "paging.permuted" in text
+    assert text.count("· not run") == len(ALL)
+
+
+def test_every_config_of_a_cell_can_be_read() -> None:
+    source = render([given.results("eager", given.broken(given.everywhere()))], [], None)
+    row = source[source.index("<code>equivalence.chunks</code>") :]
+    row = row[: row.index("</tr>")]
+    for config in POINTS:
+        mixed = config in ("attention-window", "decoder-learned")
+        assert row.count(config) == 1 + mixed  # in the clause's list, and where it broke
+    assert "<b>pass</b> all others" in row
+    assert source.index("✗</i> fail 2") < source.index("✓</i> pass 4")
+
+
+def test_an_invalid_ratio_shows_its_reason_and_no_number() -> None:
+    record = given.latency(("eager", "numpy"))
+    why = "load 9 on 2 cores"
+    record.ratios = [
+        msgspec.structs.replace(r, ratio=0.12345, low=0.12245, high=0.12445, valid=False, why_invalid=why)
+        for r in record.ratios
+    ]
+    text, short = page(render([], [], record)).text, markdown.render([], [], record)
+    assert text.count(why) == len(record.ratios) > 0
+    assert why in short
+    for number in ("0.123", "0.122", "0.124"):
+        assert number not in text
+        assert number not in short
+
+
+def test_valid_ratios_and_exclusions_are_shown() -> None:
+    record = given.latency()
+    text = page(render([], [], record)).text
+    for excluded in record.excluded:
+        assert excluded.why in text
+    for ratio in record.ratios:
+        if ratio.valid:
+            assert f"{ratio.ratio:#.3g}".rstrip(".") in text
+    assert "pair-v1" in text
+    assert "0.42 at the start, 1.17 at the end" in text
+
+
+def test_a_ratio_is_turned_to_cached_over_recomputed_whichever_way_it_was_recorded() -> None:
+    record = given.latency(("eager",))
+    straight = page(render([], [], record)).text
+    record.ratios = [
+        msgspec.structs.replace(
+            r, arm=r.reference, reference=r.arm, ratio=1 / r.ratio, low=1 / r.high, high=1 / r.low
+        )
+        for r in record.ratios
+    ]  # fmt: skip
+    assert len(record.ratios) == 10
+    assert page(render([], [], record)).text == straight
+
+
+def test_a_chart_has_one_line_for_each_backend_and_phase_and_keeps_its_labels_apart() -> None:
+    lines = [
+        charts.Series(f"{name} {phase}", kin, phase != "decode", ((16, y, y * 0.98, y * 1.02), (256, 2 * y, y, y * 3)))
+        for kin, name in enumerate(("a", "b", "c"))
+        for phase, y in (("decode", 1e5 + kin), ("recompute", 1e5 + 10 * kin))
+    ]
+    chart = charts.log_log(lines, "ms")
+    assert chart is not None
+    assert {line.name for line in chart.lines} == {line.name for line in lines}
+    places = sorted(line.label_y for line in chart.lines)
+    assert all(b - a >= charts.LABEL_GAP - 0.2 for a, b in pairwise(places))
+    for line in chart.lines:
+        for mark in line.marks:
+            assert chart.left <= mark.x <= chart.right
+            assert chart.top <= mark.high <= mark.y <= mark.low <= chart.bottom
+
+
+@pytest.mark.parametrize("points", [(), ((0, 5.0, 4.0, 6.0),), ((8, 0.0, 0.0, 0.0),), ((8, float("nan"), 1.0, 2.0),)])
+def test_what_has_no_logarithm_is_not_drawn(points: tuple[tuple[float, float, float, float], ...]) -> None:
+    assert charts.log_log([charts.Series("a", 0, False, points)], "ms") is None
+
+
+@pytest.mark.parametrize("y", [1.0, 999.0, 1e3, 12345.0, 9.99e8])
+def test_a_chart_of_one_point_has_axes(y: float) -> None:
+    chart = charts.log_log([charts.Series("a", 0, False, ((64, y, y, y),))], "ms")
+    assert chart is not None
+    assert len(chart.x_ticks) == 1
+    assert len([tick for tick in chart.y_ticks if tick.text]) >= 2
+
+
+def test_a_fraction_that_is_not_a_number_is_over_the_bound() -> None:
+    pairs = [Pair("attention-gqa", "a", "b", value, 1.0, 9) for value in (float("inf"),)]
+    text = page(render([], pairs, None)).text
+    assert "not finite" in text
+    assert "over the bound" in text
+    assert "over the bound" not in page(render([], [Pair("attention-gqa", "a", "b", 0.99, 1.0, 9)], None)).text
+
+
+def test_junit_parses_and_its_counts_agree_with_the_verdicts() -> None:
+    results = given.four()
+    root = ET.fromstring(junit.render(results))
+    for suite, result in zip(root.iter("testsuite"), results, strict=True):
+        outcomes = [verdict.outcome for verdict in result.verdicts]
+        stopped = bool(result.unavailable)
+        want = {
+            "tests": len(outcomes) + stopped,
+            "failures": sum(outcome.broken for outcome in outcomes),
+            "errors": outcomes.count(Outcome.INCONCLUSIVE) + stopped,
+            "skipped": outcomes.count(Outcome.UNSUPPORTED) + outcomes.count(Outcome.NOT_EXERCISED),
+        }
+        tags = {"tests": "testcase", "failures": "failure", "errors": "error", "skipped": "skipped"}
+        assert {name: int(suite.get(name, "")) for name in want} == want
+        assert {name: len(list(suite.iter(tag))) for name, tag in tags.items()} == want
+    assert int(root.get("failures", "")) == 4
+    assert int(root.get("tests", "")) == 3 * len(given.everywhere()) + 1
+    messages = {element.get("message", "").partition(": ")[2] for element in root.iter("skipped")}
+    assert messages == {v.sentence for v in given.lacking(given.everywhere()) if v.outcome is not Outcome.PASS}
+    sentences = {element.get("message") for element in root.iter("failure")}
+    assert sentences == {v.sentence for r in results for v in r.verdicts if v.outcome.broken}
+
+
+def test_the_policy_allows_this_style_and_this_script_and_nothing_else() -> None:
+    parsed = page(rendered(given.four()))
+    policy = next(a["content"] or "" for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy")
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+
+    def digest(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    assert rules["default-src"] == "'none'"
+    assert rules["style-src"] == digest(parsed.raw["style"][0])
+    assert rules["script-src"] == digest(parsed.raw["script"][1])
+    assert rules["img-src"] == "data:"
+    assert not [a for _, attributes in parsed.tags for a in attributes if a == "style" or a.startswith("on")]
+    assert len(parsed.raw["script"][1].encode()) <= 1024
+
+
+def test_the_report_refers_to_nothing_outside_but_by_links() -> None:
+    parsed = page(rendered(given.four()))
+    assert not [tag for tag, a in parsed.tags if "src" in a or "srcset" in a]
+    assert {a["href"] for tag, a in parsed.tags if tag == "link"} == {"data:,"}
+    assert "url(" not in parsed.raw["style"][0]
+    assert "@import" not in parsed.raw["style"][0]
+
+
+def test_ids_are_unique_and_every_reference_to_one_holds() -> None:
+    parsed = page(rendered(given.four()))
+    ids = [a["id"] for _, a in parsed.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    for _, attributes in parsed.tags:
+        for reference in (attributes.get("aria-labelledby") or "").split():
+            assert reference in ids
+        target = attributes.get("href") or ""
+        if target.startswith("#"):
+            assert target[1:] in ids
+
+
+def test_headings_come_in_order_and_table_headers_have_a_scope() -> None:
+    parsed = page(rendered(given.four()))
+    levels = [int(tag[1]) for tag, _ in parsed.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    headers = [a for tag, a in parsed.tags if tag == "th"]
+    assert len(headers) > len(ALL)
+    assert all(a.get("scope") in ("col", "row", "rowgroup") for a in headers)
+
+
+def test_a_report_of_nothing_says_that_nothing_was_given() -> None:
+    assert "No results were given" in page(render([], [], None)).text
+    assert "No results were given" in markdown.render([], [], None)
+    assert summary.table([]) == "no results"
+    assert ET.fromstring(junit.render([])).get("tests") == "0"
+
+
+def test_two_runs_of_one_backend_keep_apart() -> None:
+    same = [given.results("eager", given.everywhere(), device=d) for d in ("cpu", "cuda", "cuda")]
+    text = summary.table(same)
+    assert [line.split("  ")[0] for line in text.splitlines()[1:]] == [
+        "eager (cpu)", "eager (cuda) (float32) #2", "eager (cuda) (float32) #3",
+    ]  # fmt: skip
