@@ -115,3 +115,8 @@ class CannotRunHere(NumpyCache):
         from kvconform.backend import Unavailable
 
         raise Unavailable("this backend needs a quantum computer; install one")
+
+
+class RaisesSurrogates(NumpyCache):
+    def step(self, cache: Cache, *inputs: Any) -> tuple[Any, Cache]:
+        raise RuntimeError("half a \ud800 pair")

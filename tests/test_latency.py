@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from kvconform import latency
 from kvconform.clock import Clock
 from kvconform.eligibility import conformance
@@ -102,7 +103,7 @@ def timed(tmp_path: Path) -> Any:
     file = tmp_path / "timed.py"
     file.write_text(SUBJECTS)
 
-    def run(*names: str, preset: Preset = ONE, seconds: float = 0.4, **more: Any) -> Record:
+    def run(*names: str, preset: Preset = ONE, seconds: float = 0.25, **more: Any) -> Record:
         launches = {name: Launch("numpy" if name.startswith("numpy") else f"{file}:{name}") for name in names}
         out = tmp_path / "speed.json"
         return latency.bench(launches, {preset.name: preset}, None, out, seconds_per_case=seconds, **more)

@@ -70,6 +70,12 @@ def test_misbehaviour_is_a_verdict_with_a_shrunk_counterexample_that_replays(
     assert verdict.sentence in again.stdout
 
 
+def test_words_that_are_no_text_can_still_be_written_down(tmp_path: Path) -> None:
+    verdict = judged("RaisesSurrogates", tmp_path)
+    assert read(tmp_path / verdict.counterexample).sentence == verdict.sentence
+    assert "raised RuntimeError: half a ? pair" in verdict.sentence
+
+
 def test_a_subject_that_prints_is_judged_as_if_it_were_silent(tmp_path: Path) -> None:
     verdict = judged("Prints", tmp_path)
     assert verdict.outcome is Outcome.PASS

@@ -85,6 +85,13 @@ def test_every_step_of_the_language_survives_its_own_json() -> None:
             [{"op": "reject", "step": {"op": "append", "seq": "a", "counts": [1], "seed": 0}}],
             r"steps\[0\]\.step: is legal; a reject step holds a call that must be refused",
         ),
+        (
+            [
+                {"op": "append", "seq": "a", "counts": [2], "seed": 0},
+                {"op": "reject", "step": {"op": "append", "seq": "a", "counts": [1, 1], "seed": 0}},
+            ],
+            r"steps\[1\]\.step\.counts: 2 rows for sequence 'a' of 1 rows; a rejected append exceeds the capacity",
+        ),
         ([{"op": "reject", "step": {"op": "close", "seq": "a"}}], r"steps\[0\]\.step: only append and truncate"),
     ],
 )

@@ -13,8 +13,9 @@ from itertools import pairwise
 
 import msgspec
 import pytest
-
 import report_data as given
+from report_data import HOSTILE
+
 from kvconform.latency_record import Excluded
 from kvconform.pairwise import Pair
 from kvconform.results import Results, exit_code
@@ -24,7 +25,6 @@ from kvconform_reports.html import render
 from kvconform_reports.outcomes import STANDINGS, SYMBOLS, TONES, WORST_FIRST
 from kvconform_specs.clauses import ALL
 from kvconform_specs.points import POINTS
-from report_data import HOSTILE
 
 VOID = {"meta", "link", "input", "br", "img"}
 
@@ -273,7 +273,18 @@ def test_valid_ratios_and_exclusions_are_shown() -> None:
         if ratio.valid:
             assert f"{ratio.ratio:#.3g}".rstrip(".") in text
     assert "pair-v1" in text
+    assert "a wide decoder" in text
+    assert "layers 8 · heads 16" in text
     assert "0.42 at the start, 1.17 at the end" in text
+
+
+def test_an_arm_without_a_median_says_why_it_has_none() -> None:
+    record = given.latency(("eager",))
+    assert "too few blocks" not in page(render([], [], record)).text
+    record.summaries = []
+    assert page(render([], [], record)).text.count("too few blocks") == sum(len(case.arms) for case in record.cases)
+    record.rounds = []
+    assert page(render([], [], record)).text.count("not measured") == sum(len(case.arms) for case in record.cases)
 
 
 def test_a_ratio_is_turned_to_cached_over_recomputed_whichever_way_it_was_recorded() -> None:

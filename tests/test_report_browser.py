@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 import report_data as given
+from report_data import HOSTILE
+
 from kvconform.latency_record import Excluded
 from kvconform.pairwise import Pair
 from kvconform.results import Results
 from kvconform.verdict import Outcome
 from kvconform_reports.html import render
-from report_data import HOSTILE
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SECTIONS = ("verdict", "matrix", "failures", "unjudged", "error", "pairs", "speed", "witnesses", "environment")

@@ -235,11 +235,12 @@ def report(
 
     judged, speed, pairs = _collect(files)
     renderers = {point.name: point for point in entry_points(group="kvconform.reports")}
-    write_atomically(out, renderers["html"].load()(judged, pairs, speed).encode())
+    folder = str(files[0].parent)
+    write_atomically(out, renderers["html"].load()(judged, pairs, speed, folder=folder).encode())
     if junit is not None:
         write_atomically(junit, renderers["junit"].load()(judged).encode())
     if markdown is not None:
-        write_atomically(markdown, renderers["markdown"].load()(judged, pairs, speed).encode())
+        write_atomically(markdown, renderers["markdown"].load()(judged, pairs, speed, folder=folder).encode())
     screen.print(escape(renderers["table"].load()(judged)))
     screen.print(f"report: {escape(str(out.resolve()))}")
 

@@ -14,13 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kvconform_specs import SUITE_VERSION, bounds
-from kvconform_specs.claims import Claims
-from kvconform_specs.config import Config
-from kvconform_specs.definition import decoder
-from kvconform_specs.errors import SpecError
-from kvconform_specs.program import Append, Close, Full, Program, Step, Truncate
-from kvconform_specs.tensors import weights
 from numpy.typing import NDArray
 
 from kvconform.presets import Preset
@@ -28,6 +21,13 @@ from kvconform.record import Done
 from kvconform.results import exit_code, read
 from kvconform.subject import Launch, Subject
 from kvconform.timing import tokens
+from kvconform_specs import SUITE_VERSION, bounds
+from kvconform_specs.claims import Claims
+from kvconform_specs.config import Config
+from kvconform_specs.definition import decoder
+from kvconform_specs.errors import SpecError
+from kvconform_specs.program import Append, Close, Full, Program, Step, Truncate
+from kvconform_specs.tensors import weights
 
 Array = NDArray[np.floating]
 

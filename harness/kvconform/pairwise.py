@@ -62,8 +62,8 @@ def pairs(folder: Path, configs: dict[str, Config]) -> list[Pair]:
             if bound is None or not a.shape == b.shape == bound.shape:
                 continue
             difference = np.abs(a - b)
-            ratio = float(np.max(np.nan_to_num(difference / (2 * bound), nan=np.inf)))
-            found.append(Pair(name, one, other, ratio, float(np.max(difference)), a.size))
+            ratio = float(np.max(np.nan_to_num(difference / (2 * bound), nan=np.finfo(np.float64).max)))  # JSON has no NaN
+            found.append(Pair(name, one, other, ratio, float(np.nan_to_num(np.max(difference))), a.size))
     return found
 
 

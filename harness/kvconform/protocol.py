@@ -44,7 +44,8 @@ def described(
         "stop_rule": f"{ENOUGH_ROUNDS} rounds and all half-widths <= {NARROW:.0%}, or {seconds:g} s a case",
         "seconds_per_case": seconds,
         "validity": f"at least {LEAST} rounds, half-width <= {WIDE:.0%}, load average <= {BUSY:g} x cores",
-        "interval": "95 % order-statistic interval of the median, within one start of the workers",
+        "interval": "95 % order-statistic interval of the median, within one start of the workers: equal ones differ by "
+        "several percent from start to start",
         "conformance": f"{results}; outputs at every position of the timed inputs within the bound, "
         f"on at most {COLUMNS} drawn logits",
     }

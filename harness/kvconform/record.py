@@ -89,6 +89,7 @@ def _guarded(subject: Any, caches: dict[str, Any], step: Step, feed: tuple[Array
         return _do(subject, caches, called(step), feed)
     except Exception as raised:  # the one place that calls a subject: it records the words and decides nothing
         words = f"{type(raised).__name__}: {str(raised).strip() or 'no message'}"[:500]
+        words = words.encode(errors="replace").decode()  # a lone surrogate could not be written to a results file
         return Done(refused=words) if isinstance(step, Reject) else Done(error=words)
 
 

@@ -88,6 +88,8 @@ def exit_code(results: Results) -> tuple[int, str]:
     if results.unavailable:
         return 3, results.unavailable
     broken = [verdict for verdict in results.verdicts if verdict.outcome.broken]
+    if not broken and not results.finished:
+        return 5, f"the run did not finish: {len(results.verdicts)} cells were judged"
     if broken:
         return 1, f"non-conformant: {len(broken)} of {len(results.verdicts)} cells broken"
     profiles = sorted({config.profile for config in POINTS.values()})

@@ -167,7 +167,7 @@ class Subject:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=stderr,
-                    env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", **launch.environment},
+                    env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", **_one_thread(), **launch.environment},
                 )
         except OSError as error:
             raise Infrastructure(f"interpreter {launch.python!r} cannot be started: {error.strerror}") from error
@@ -251,6 +251,12 @@ class Subject:
     def _last_words(self) -> str:
         lines = [line.strip() for line in self._stderr.read_text(errors="replace").splitlines() if line.strip()]
         return f" ({lines[-1][:200]})" if lines else ""
+
+
+def _one_thread() -> dict[str, str]:
+    """One thread for a worker unless the caller says otherwise: the suite's tensors are small, and the parent computes
+    the definition on another core meanwhile."""
+    return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
 
 
 def _place(program: Program, step: int) -> str:

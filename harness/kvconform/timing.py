@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from kvconform_specs.config import Config
 from kvconform_specs.tensors import Streams
-from numpy.typing import NDArray
 
 Block = tuple[int, int, int]
 """Wall nanoseconds, CPU nanoseconds of all threads, involuntary context switches."""

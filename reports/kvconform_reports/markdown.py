@@ -100,15 +100,12 @@ def _speed(latency: Record | None) -> str:
         return ""
     lines = ["### Speed", ""]
     for group in speed.groups(latency):
-        if not group.depths:
-            continue
-        depth, _, rows = group.depths[-1]
-        said = [
-            f"{text(row.backend)} {f'invalid ({text(p.why)})' if p.why else f'{p.text} ({p.interval})'}"
-            for row in rows
-            for p in row.cached
-        ]
-        if said:
+        cached = [(depth, [(row.backend, p) for row in rows for p in row.cached]) for depth, _, rows in group.depths]
+        for depth, found in [place for place in cached if place[1]][-1:]:
+            said = [
+                f"{text(backend)} {f'invalid ({text(p.why)})' if p.why else f'{p.text} ({p.interval})'}"
+                for backend, p in found
+            ]
             head = f"{text(group.preset)}, batch {group.batch}, depth {depth}"
             lines.append(f"- {head}: time with the cache over time without it: {', '.join(said)}")
     return "\n".join(lines) if len(lines) > 2 else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvconform.latency_record import Case, Excluded, Ratio, Record, Summary
 from kvconform_reports.charts import Chart, Series, log_log
@@ -40,6 +41,7 @@ class Group:
     preset: str
     batch: int
     units: str
+    about: str
     facts: tuple[tuple[str, str], ...]
     chart: Chart | None
     depths: tuple[tuple[int, int, tuple[Timing, ...]], ...]
@@ -52,9 +54,15 @@ def groups(record: Record) -> tuple[Group, ...]:
     places = dict.fromkeys((case.preset, case.batch) for case in record.cases)
     for preset, batch in places:
         cases = [(i, c) for i, c in enumerate(record.cases) if (c.preset, c.batch) == (preset, batch)]
-        found.append(_group(record, preset, batch, sorted(cases, key=lambda item: item[1].depth)))
+        found.append(_group(record, preset, batch, sorted(cases, key=_order)))
     bare = dict.fromkeys(e.preset for e in record.excluded if e.preset not in {preset for preset, _ in places})
     return (*found, *(_group(record, preset, 0, []) for preset in bare))
+
+
+def _order(item: tuple[int, Case]) -> tuple[bool, int]:
+    """What the chart draws comes first, by depth."""
+    _, case = item
+    return not any(arm.phase in DRAWN for arm in case.arms), case.depth
 
 
 def _group(record: Record, preset: str, batch: int, cases: list[tuple[int, Case]]) -> Group:
@@ -68,7 +76,8 @@ def _group(record: Record, preset: str, batch: int, cases: list[tuple[int, Case]
         rows = []
         for arm, who in enumerate(case.arms):
             summary = summaries.get((number, arm))
-            median, interval, blocks = _timed(summary, units)
+            rounds = sum((r.case, r.arm) == (number, arm) for r in record.rounds) if summary is None else 0
+            median, interval, blocks = _timed(summary, units, rounds)
             rows.append(
                 Timing(
                     who.backend, who.phase, median, interval, blocks, _to_others(case, ratios, arm),
@@ -77,10 +86,19 @@ def _group(record: Record, preset: str, batch: int, cases: list[tuple[int, Case]
             )  # fmt: skip
         depths.append((case.depth, case.steps, tuple(rows)))
     return Group(
-        preset, batch, units, tuple(flattened(record.presets.get(preset, {}))) if preset in record.presets else (),
+        preset, batch, units, *_described(record.presets.get(preset)),
         log_log(_series(cases, summaries), units), tuple(depths),
         tuple(e for e in record.excluded if e.preset == preset),
     )  # fmt: skip
+
+
+def _described(preset: Any) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """A preset's sentence, and its config without what is not set; its depths are those of the table."""
+    if not isinstance(preset, dict):
+        return "", ()
+    config = preset.get("config", preset)
+    about = preset.get("about", "")
+    return str(about), tuple((name, text) for name, text in flattened(config) if text != "none")
 
 
 def _series(cases: list[tuple[int, Case]], summaries: dict[tuple[int, int], Summary]) -> Sequence[Series]:
@@ -132,9 +150,9 @@ def _proportion(ratio: Ratio, against: str, *, invert: bool) -> Proportion:
     return Proportion(_digits(middle), f"{_digits(low)} to {_digits(high)}", against, "")
 
 
-def _timed(summary: Summary | None, units: str) -> tuple[str, str, int]:
+def _timed(summary: Summary | None, units: str, rounds: int) -> tuple[str, str, int]:
     if summary is None:
-        return "not measured", "", 0
+        return "too few blocks" if rounds else "not measured", "", rounds
     per = 1e6 if units == "ms" else 1e3
     low, high = (_digits(value / per) for value in (summary.low, summary.high))
     return _digits(summary.median / per), f"{low} to {high}", summary.n

@@ -178,6 +178,9 @@ def _advance(config: Config, lengths: dict[str, tuple[int, ...]], step: Step, at
         problem = _illegal(config, lengths, step.step)
         if problem is None:
             raise SpecError(f"{at}.step", "is legal; a reject step holds a call that must be refused")
+        rows = lengths.get(step.step.seq)
+        if isinstance(step.step, Append) and rows is not None and len(rows) != len(step.step.counts):
+            raise SpecError(f"{at}.step.counts", f"{problem[1]}; a rejected append exceeds the capacity")
         return
     problem = _illegal(config, lengths, step)
     if problem is not None:

@@ -118,7 +118,7 @@ class ChunkMaskSquare(Planted, breaks=(*SEEING, "equivalence.chunks"), bug="meta
 
 class EvictedEarly(
     Planted,
-    breaks=(*SEEING, "definition.attention"),
+    breaks=("causality.visibility", "definition.attention"),
     bug="huggingface/transformers/issues/37574",
     stealth=True,
     configs=("attention-window",),

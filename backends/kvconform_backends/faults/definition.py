@@ -16,7 +16,9 @@ SOFTCAP = ("attention-softcap", "decoder-softcap")
 WINDOW = ("attention-window", "decoder-learned")
 
 
-class WindowTooLong(Planted, breaks=PARITY, bug="microsoft/onnxruntime/pull/25927", configs=WINDOW):
+class WindowTooLong(
+    Planted, breaks=(*PARITY, "causality.visibility"), bug="microsoft/onnxruntime/pull/25927", configs=WINDOW
+):
     """The window leaves out the token itself when it counts: one token too many is visible."""
 
     def mask(self, t: int, s: int) -> Array:
@@ -158,7 +160,7 @@ class DecodeScaleTwice(Planted, breaks=("definition.scale",), bug="sgl-project/s
 
 class ScaleOfPaddedHead(
     Planted,
-    breaks=("definition.decoder",),
+    breaks=("definition.scale", "definition.decoder"),
     bug="microsoft/onnxruntime/pull/27992",
     stealth=True,
     configs=("decoder-learned", "decoder-softcap"),

@@ -76,7 +76,7 @@ class TruncateIgnored(Planted, breaks=("equivalence.path", "shape.length"), bug=
 
 class TruncateToZeroIgnored(
     Planted,
-    breaks=("shape.length", "definition.attention", "definition.decoder"),
+    breaks=("equivalence.path", "shape.length", "definition.attention", "definition.decoder"),
     bug="huggingface/transformers/issues/47433",
     stealth=True,
 ):
@@ -143,7 +143,10 @@ class ReorderKeysOnly(Planted, breaks=("definition.attention", "definition.decod
 
 
 class ReorderSkipsLastLayer(
-    Planted, breaks=("definition.decoder",), bug="huggingface/transformers/issues/46612", stealth=True
+    Planted,
+    breaks=("equivalence.path", "definition.decoder"),
+    bug="huggingface/transformers/issues/46612",
+    stealth=True,
 ):
     """Reorder leaves the last layer as it is."""
 

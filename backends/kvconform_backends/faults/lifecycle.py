@@ -126,7 +126,7 @@ class LastWriterWins(Planted, breaks=("lifecycle.independent",), bug="ggml-org/l
 
 class LongSessionStays(
     Planted,
-    breaks=("shape.no-specialisation", "definition.decoder"),
+    breaks=("shape.no-specialisation",),
     bug="huggingface/transformers/pull/27227",
     stealth=True,
     configs=("decoder-rope",),
