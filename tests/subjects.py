@@ -110,6 +110,11 @@ class FallsBack(NumpyCache):
         return {"fallback": "the fast path gave up and the slow one ran"}
 
 
+class FallsBackAndRaises(FallsBack):
+    def step(self, cache: Cache, *inputs: Any) -> tuple[Any, Cache]:
+        raise RuntimeError("recompile limit")
+
+
 class CannotRunHere(NumpyCache):
     def __init__(self, *_: Any) -> None:
         from kvconform.backend import Unavailable

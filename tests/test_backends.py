@@ -50,6 +50,16 @@ def test_a_clean_backend_is_conformant_with_every_cell_passed(name: str, folder:
         assert not witness.get("fallback"), witness
 
 
+def test_without_a_compiler_the_compiled_backend_is_one_sentence(folder: Path) -> None:
+    nowhere = {"PATH": str(folder / "nowhere"), "CXX": ""}
+    plan = Plan(BUDGETS["smoke"], configs=("attention-gqa",))
+    results = run_backend("compiled", Launch("compiled", environment=nowhere), plan, folder / "bare")
+    code, sentence = exit_code(results)
+    assert code == 3
+    assert "needs a C++ compiler" in sentence
+    assert "apt-get install g++" in sentence
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_eager_is_conformant_in_sixteen_bits(dtype: str, folder: Path) -> None:
     assert_clean(judged("eager", (dtype,), TWO, folder / dtype))

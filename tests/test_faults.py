@@ -28,10 +28,14 @@ CHARGES = [
     for fault in FAULTS
     for clause in fault.clauses
 ]
+ROPE, NEWEST, STATIC = CONTROLS
 CLEAN = [
-    pytest.param(address, config, id=f"{address.rpartition(':')[2]}-{config}")
-    for address in ("numpy", *CONTROLS)
-    for config in ("attention-window", "decoder-rope")
+    ("numpy", "attention-window"),  # test_backends.py has it on every config
+    (ROPE, "decoder-rope"),
+    (NEWEST, "attention-window"),
+    (NEWEST, "decoder-learned"),
+    (STATIC, "attention-gqa"),
+    (STATIC, "decoder-rope"),
 ]
 
 
@@ -56,12 +60,13 @@ def test_a_fault_is_convicted_for_what_was_planted(subject: Subject, fault: Faul
     assert verdict.outcome is Outcome.FAIL, f"{fault.sentence} {verdict}"
     found = read(tmp_path / verdict.counterexample)
     case = Case.from_json(found.case)
-    before = [Program.from_json(program) for program in found.before]
-    assert isinstance(replayed(BY_NAME[clause], subject, before, case), Broken)
+    if found.before:  # otherwise the live process is the one that ran the counterexample, and nothing else
+        before = [Program.from_json(program) for program in found.before]
+        assert isinstance(replayed(BY_NAME[clause], subject, before, case), Broken)
     assert subject.witness(case.programs[0].config)[fault.marker] > 0
 
 
-@pytest.mark.parametrize(("address", "config"), CLEAN)
+@pytest.mark.parametrize(("address", "config"), CLEAN, ids=lambda word: word.rpartition(":")[2])
 def test_what_only_looks_wrong_passes_every_clause(address: str, config: str, tmp_path: Path) -> None:
     with Subject(Launch(address)) as subject:
         verdicts = [run_cell(cell, subject, SMOKE, 0, tmp_path) for clause in ALL for cell in cells(clause, (config,))]

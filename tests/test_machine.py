@@ -101,8 +101,9 @@ def test_after_a_crash_the_next_cell_is_judged(tmp_path: Path) -> None:
     assert [verdict.outcome for verdict in verdicts] == [Outcome.CRASH, Outcome.CRASH]
 
 
-def test_what_ran_as_a_fallback_was_not_tested(tmp_path: Path) -> None:
-    verdict = judged("FallsBack", tmp_path)
+@pytest.mark.parametrize("name", ["FallsBack", "FallsBackAndRaises"])
+def test_what_ran_as_a_fallback_was_not_tested(name: str, tmp_path: Path) -> None:
+    verdict = judged(name, tmp_path)
     assert verdict.outcome is Outcome.NOT_EXERCISED
     assert verdict.sentence == "not tested: the fast path gave up and the slow one ran"
 

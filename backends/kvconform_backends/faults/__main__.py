@@ -8,7 +8,6 @@ from pathlib import Path
 
 from kvconform.budget import BUDGETS
 from kvconform.subject import Launch, Subject
-
 from kvconform_backends.faults import FAULTS
 from kvconform_backends.faults.conviction import convict
 

@@ -10,11 +10,10 @@ from kvconform.budget import Budget
 from kvconform.cell import Cell, run_cell
 from kvconform.subject import Subject
 from kvconform.verdict import Verdict
+from kvconform_backends.faults.planted import Fault
 from kvconform_specs.clause import Clause
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.points import POINTS
-
-from kvconform_backends.faults.planted import Fault
 
 
 @dataclass(frozen=True)

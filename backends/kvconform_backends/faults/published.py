@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from kvconform_specs.config import Config
 from torch import Tensor
 from torch.nn import functional
 
 from kvconform_backends.eager import Eager, Past
 from kvconform_backends.faults.planted import MARKER
 from kvconform_backends.numpy_cache import Array
+from kvconform_specs.config import Config
 
 
 class FirstListing(Eager):

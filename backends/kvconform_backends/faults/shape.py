@@ -36,7 +36,13 @@ class LengthCountsHeads(Planted, breaks=("shape.length",), bug="fla-org/flash-li
         return [heads] * batch
 
 
-class LengthSaturates(Planted, breaks=("shape.length",), bug="huggingface/transformers/pull/38156", stealth=True):
+class LengthSaturates(
+    Planted,
+    breaks=("shape.length",),
+    bug="huggingface/transformers/pull/38156",
+    stealth=True,
+    configs=("attention-window", "decoder-learned"),
+):
     """The length is that of the sliding window, once more tokens than that are there."""
 
     def length(self, cache: Cache) -> list[int]:
