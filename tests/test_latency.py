@@ -329,12 +329,14 @@ def test_results_admit_only_what_is_conformant_finished_and_of_this_device(
     assert "of suite 0" in said(suite="0")
 
 
-def test_a_backend_without_a_full_forward_has_no_recompute_and_the_record_says_so(timed: Any) -> None:
+def test_a_backend_without_a_full_forward_recomputes_by_a_prefill_and_the_record_says_so(timed: Any) -> None:
     record = timed("numpy", "NoFull")
-    assert record.excluded == [Excluded("NoFull", "one", "claims no cache-less forward (full)", "recompute")]
+    assert record.excluded == []
     assert {(arm.backend, arm.phase) for case in record.cases for arm in case.arms} == {
-        ("numpy", "decode"), ("numpy", "recompute"), ("numpy", "prefill"), ("NoFull", "decode"), ("NoFull", "prefill"),
-    }  # fmt: skip
+        (name, phase) for name in ("numpy", "NoFull") for phase in ("decode", "recompute", "prefill")
+    }
+    assert record.software["numpy"]["recompute"] == "full"
+    assert record.software["NoFull"]["recompute"] == "prefill of all tokens"
 
 
 def test_every_worker_gets_the_same_threads_before_it_starts(timed: Any) -> None:

@@ -202,7 +202,7 @@ def bench(
     preset: Annotated[list[str], typer.Option(help=f"Known: {', '.join(presets.PRESETS)}. Repeatable.")] = [],  # noqa: B006
     device: Device = "cpu",
     out: Out = Path("results"),
-    seconds: Annotated[float, typer.Option(help="Longest time of one case.")] = 8.0,
+    seconds: Annotated[float, typer.Option(help="Longest time of one case.")] = latency.SECONDS_PER_CASE,
     seed: Seed = 0,
     python: Pythons = [],  # noqa: B006
 ) -> None:

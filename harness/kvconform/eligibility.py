@@ -124,14 +124,21 @@ def _calls(preset: Preset, claims: Claims, n: int, seed: int) -> Iterator[tuple[
             yield Truncate("timed", n - 1), 0
             yield Append("timed", (1,), seed), n - 1
             yield Append("timed", (1,), seed), n
-        if claims.can("full"):
-            yield Full("whole", (n + 1,), seed), 0
     yield Close("timed"), 0
+    if n in preset.depths:
+        yield recomputed(claims, n, seed), 0
+        if not claims.can("full"):
+            yield Close("whole"), 0
+
+
+def recomputed(claims: Claims, n: int, seed: int) -> Append | Full:
+    """The step that a recompute at depth ``n`` is."""
+    return (Full if claims.can("full") else Append)("whole", (n + 1,), seed)
 
 
 def _name(step: Step, first: int) -> str:
     """As the phases are called in a record."""
-    if isinstance(step, Full):
+    if isinstance(step, Append | Full) and step.seq == "whole":
         return f"recompute({step.counts[0] - 1})"
     if isinstance(step, Append):
         return f"prefill({step.counts[0]})" if first == 0 else f"decode({first})"

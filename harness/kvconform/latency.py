@@ -24,7 +24,9 @@ from kvconform.eligibility import Truth, conformance, parity, room, truth, unabl
 from kvconform.latency_record import SCHEMA, Arm, Case, Excluded, Record, Round
 from kvconform.machine import load_average, machine
 from kvconform.presets import Preset
-from kvconform.protocol import BLOCK_NS, ENOUGH_ROUNDS, NARROW, SECONDS_PER_CASE, WARM_SHARE, described
+from kvconform.protocol import (
+    BLOCK_NS, ENOUGH_ROUNDS, NARROW, OVERTIME, ROUNDS_WANTED, SECONDS_PER_CASE, WARM_SHARE, described,
+)  # fmt: skip
 from kvconform.storage import write_atomically
 from kvconform.subject import BUILD_TIMEOUT, Death, Infrastructure, Launch, Subject
 from kvconform.summaries import half_width, summarise, times, without
@@ -169,9 +171,8 @@ class _Run:
 
     def first_calls(self, name: str, preset: Preset) -> dict[str, float]:
         """Seconds until each arm's first block was done: preparation, compilation and first calls together."""
-        calls = [("prefill", n) for n in preset.prompts] + [("decode", n) for n in preset.depths]
-        if self.subjects[name].claims.can("full"):
-            calls += [("recompute", n) for n in preset.depths]
+        calls = [("prefill", n) for n in preset.prompts]
+        calls += [(phase, n) for phase in ("decode", "recompute") for n in preset.depths]
         seconds = {}
         for phase, n in calls:
             began = time.perf_counter()
@@ -191,19 +192,13 @@ class _Run:
             self.exclude(name, preset, why)
             return False
         self.record.software[name]["compared"][preset.name] = compared
-        if not subject.claims.can("full"):
-            self.exclude(name, preset, "claims no cache-less forward (full)", "recompute")
+        self.record.software[name]["recompute"] = "full" if subject.claims.can("full") else "prefill of all tokens"
         return True
 
     def cell(self, preset: Preset, admitted: list[str], phases: tuple[str, ...], depth: int) -> None:
         """One case, begun anew without a backend that is lost."""
         while admitted:
-            arms = [
-                Arm(name, phase)
-                for phase in phases
-                for name in admitted
-                if phase != "recompute" or self.subjects[name].claims.can("full")
-            ]
+            arms = [Arm(name, phase) for phase in phases for name in admitted]
             cases, rounds = len(self.record.cases), len(self.record.rounds)
             try:
                 self.case(preset, arms, depth)
@@ -215,7 +210,7 @@ class _Run:
                 return
 
     def case(self, preset: Preset, arms: list[Arm], depth: int) -> None:
-        deadline = time.perf_counter() + self.seconds
+        began = time.perf_counter()
         slowest = max(self.clock.warm(preset, arm, depth, self.seconds * WARM_SHARE / len(arms)) for arm in arms)
         steps = max(1, min(int(BLOCK_NS // slowest), room(preset.config, depth)))
         case = Case(preset.name, depth, 1, arms, steps)
@@ -224,7 +219,9 @@ class _Run:
         self.record.cases.append(case)
         order = np.random.default_rng((self.seed, index))
         number = 0
-        while time.perf_counter() < deadline or number == 0:
+        while (spent := time.perf_counter() - began) < self.seconds or (
+            number < ROUNDS_WANTED and spent < OVERTIME * self.seconds
+        ):
             for place, arm in enumerate(int(i) for i in order.permutation(len(arms))):
                 ((ns, cpu_ns, switched),) = self.clock.blocks(preset, arms[arm], depth, steps, 1)
                 mine.append(Round(index, number, place, arm, ns, cpu_ns, switched))

@@ -11,7 +11,8 @@ SCHEMA = "kv-latency/1"
 
 class Arm(msgspec.Struct, frozen=True):
     """Who does what: ``prefill`` of n tokens into an empty cache, ``decode`` of one token at depth n, ``recompute`` of
-    all n + 1 tokens without a cache (all positions projected to logits, as the backend's own full forward does)."""
+    all n + 1 tokens anew (all positions projected to logits): by the backend's own cache-less forward, or where it
+    claims none by a prefill into an empty cache."""
 
     backend: str
     phase: str

@@ -22,6 +22,8 @@ WARM_SHARE = 0.1
 """The part of a case's seconds that its warm-up may take, all arms together."""
 ENOUGH_ROUNDS, NARROW = 60, 0.02
 """A case stops when it has so many rounds and all its intervals are this narrow (half-width of log ratios)."""
+ROUNDS_WANTED, OVERTIME = 16, 3.0
+"""A case of slow steps goes on until it has so many rounds, up to so many times its seconds."""
 SECONDS_PER_CASE = 6.0
 """Eight in the protocol as written; with six, both presets and four backends took 122 s on two cores under a load of
 3, once compilations and exports were cached."""
@@ -43,7 +45,9 @@ def described(
         "steps_rule": f"k = max(1, floor({BLOCK_NS / 1e6:g} ms / slowest arm's median step)), at most {MOST_STEPS}",
         "warm_up": f"3 block medians within {WARM_AGREE:.0%}, or {WARM_SECONDS:g} s an arm, "
         f"or {WARM_SHARE:.0%} of the case's time for all arms",
-        "stop_rule": f"{ENOUGH_ROUNDS} rounds and all half-widths <= {NARROW:.0%}, or {seconds:g} s a case",
+        "stop_rule": f"{ENOUGH_ROUNDS} rounds and all half-widths <= {NARROW:.0%}, or {seconds:g} s a case "
+        f"(up to {OVERTIME:g} times that for the first {ROUNDS_WANTED} rounds)",
+        "recompute": "all positions are projected to logits; a backend without a cache-less forward prefills them all",
         "seconds_per_case": seconds,
         "validity": f"at least {LEAST} rounds, half-width <= {WIDE:.0%}, load average <= {BUSY:g} x cores",
         "interval": "95 % order-statistic interval of the median, within one start of the workers: "

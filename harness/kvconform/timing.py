@@ -104,11 +104,13 @@ class Stopwatch:
         return taken
 
     def _recompute(self, n: int, steps: int) -> Block:
-        """All ``n + 1`` tokens without a cache, logits of all positions."""
+        """All ``n + 1`` tokens anew, logits of all positions: by the cache-less forward, or where the subject claims
+        none by a prefill into an empty cache, whose keys nobody reads again."""
         whole = self._ids(0, n + 1)
+        start, step = self.subject.start, self.subject.step
+        full = self.subject.full if self.subject.claims.can("full") else lambda ids: step(start(1), ids)
 
         def call() -> None:
-            full = self.subject.full
             for _ in range(steps):
                 full(whole)
 
