@@ -105,7 +105,9 @@ def browser(session: nox.Session) -> None:
     """Debian's Chromium, where it can be had; elsewhere the browser tests skip and say so."""
     if shutil.which("chromium") is None and shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
         session.run("apt-get", "update", "-qq", external=True, silent=True)
-        session.run("apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium", external=True, silent=True)
+        session.run(
+            "apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium", external=True, silent=True
+        )
 
 
 @nox.session

@@ -14,7 +14,10 @@ import kvconform_backends
 import kvconform_reports
 import kvconform_specs
 
-ROOTS = {module.__name__: Path(module.__path__[0]) for module in (kvconform_specs, kvconform, kvconform_backends, kvconform_reports)}
+ROOTS = {
+    module.__name__: Path(module.__path__[0])
+    for module in (kvconform_specs, kvconform, kvconform_backends, kvconform_reports)
+}
 MAY_IMPORT = {
     "kvconform_specs": set(),
     "kvconform": {"kvconform_specs"},
@@ -56,7 +59,10 @@ def test_backends_share_no_arithmetic_with_the_oracle() -> None:
 
 def loaded_by(code: str) -> set[str]:
     command = [sys.executable, "-c", f"{code}; import sys; print(*sys.modules)"]
-    return {name.partition(".")[0] for name in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()}
+    return {
+        name.partition(".")[0]
+        for name in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    }
 
 
 def test_importing_the_package_imports_no_framework_and_nothing_third_party() -> None:

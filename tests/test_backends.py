@@ -36,7 +36,11 @@ def judged(name: str, dtypes: tuple[str, ...], configs: tuple[str, ...], folder:
 
 
 def assert_clean(results: Results) -> None:
-    bad = [f"{v.clause} [{v.config}]: {v.outcome.value}: {v.sentence}" for v in results.verdicts if v.outcome is not Outcome.PASS]
+    bad = [
+        f"{v.clause} [{v.config}]: {v.outcome.value}: {v.sentence}"
+        for v in results.verdicts
+        if v.outcome is not Outcome.PASS
+    ]
     assert not bad, "\n".join(bad)
     assert exit_code(results)[0] == 0, results.unavailable
     assert len(results.verdicts) > 30

@@ -46,10 +46,14 @@ def textbook(query: np.ndarray, keys: np.ndarray, values: np.ndarray, config: Co
 @pytest.mark.parametrize(("t", "s"), [(1, 1), (1, 9), (4, 4), (5, 12)])
 def test_attention_is_the_textbook(name: str, t: int, s: int) -> None:
     c = POINTS[name]
-    query, keys, values = (RNG.normal(size=(n, m, c.head_dim)) for n, m in ((c.heads, t), (c.kv_heads, s), (c.kv_heads, s)))
+    query, keys, values = (
+        RNG.normal(size=(n, m, c.head_dim)) for n, m in ((c.heads, t), (c.kv_heads, s), (c.kv_heads, s))
+    )
     got = attention(query, keys, values, c).output
     # both sides are float64: s products and exponentials of one rounding each
-    assert np.max(np.abs(got - textbook(query, keys, values, c))) < (s + c.head_dim) * 8 * 2.0**-53 * np.max(np.abs(values))
+    assert np.max(np.abs(got - textbook(query, keys, values, c))) < (s + c.head_dim) * 8 * 2.0**-53 * np.max(
+        np.abs(values)
+    )
 
 
 def test_a_window_counts_the_token_itself() -> None:

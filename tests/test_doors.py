@@ -192,9 +192,7 @@ def test_the_importable_door_returns_results_or_raises_each_sentence(tmp_path: P
     good = conformance("numpy", configs=("attention-gqa",), clauses=("shape",))
     assert len(good.verdicts) == 4
     with pytest.raises(AssertionError, match=r"definition\.attention on .*PrintsAndIsWrong \[attention-gqa\]: step"):
-        conformance(
-            f"{SUBJECTS}:PrintsAndIsWrong", configs=("attention-gqa",), clauses=("definition",), out=tmp_path
-        )
+        conformance(f"{SUBJECTS}:PrintsAndIsWrong", configs=("attention-gqa",), clauses=("definition",), out=tmp_path)
     with pytest.raises(AssertionError, match="no PASS on the core clauses"):
         conformance(f"{SUBJECTS}:ClaimsNothing")
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
-from hypothesis import find
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case
@@ -90,7 +89,11 @@ W = WINDOW.window or 0
         ("equivalence.full-stable", GQA, lambda p: isinstance(p.steps[1], Full)),
         ("definition.attention", GQA, two_live_interleaved),
         ("definition.attention", GQA, not_its_own_inverse),
-        ("definition.attention", GQA, lambda p: any(isinstance(s, Reorder) and len(set(s.rows)) < len(s.rows) for s in p.steps)),
+        (
+            "definition.attention",
+            GQA,
+            lambda p: any(isinstance(s, Reorder) and len(set(s.rows)) < len(s.rows) for s in p.steps),
+        ),
         ("definition.decoder", POINTS["decoder-rope"], chunk_on_a_cache),
         ("lifecycle.reset", GQA, chunk_on_a_cache),
         ("lifecycle.independent", GQA, two_live_interleaved),

@@ -14,7 +14,7 @@ import pytest
 from kvconform import latency
 from kvconform.clock import Clock
 from kvconform.eligibility import conformance
-from kvconform.latency_record import Arm, Case, Excluded, Record, Round
+from kvconform.latency_record import Arm, Case, Record, Round
 from kvconform.presets import PRESETS, Preset
 from kvconform.subject import Launch
 from kvconform.summaries import LEAST, MISS, interval, rank, summarise

@@ -64,9 +64,15 @@ def test_every_step_of_the_language_survives_its_own_json() -> None:
     ("steps", "words"),
     [
         ([{"op": "apend"}], r"program\.steps\[0\]\.op: unknown op 'apend'; known: append, close, fork"),
-        ([{"op": "append", "seq": "a", "counts": [2], "sed": 1}], r"steps\[0\]\.sed: unknown field; known: aim, counts"),
+        (
+            [{"op": "append", "seq": "a", "counts": [2], "sed": 1}],
+            r"steps\[0\]\.sed: unknown field; known: aim, counts",
+        ),
         ([{"op": "append", "seq": "a"}], r"steps\[0\]: append wants the fields seq, counts, seed"),
-        ([{"op": "append", "seq": "a", "counts": [41], "seed": 0}], r"steps\[0\]\.counts: length 41 exceeds the capacity"),
+        (
+            [{"op": "append", "seq": "a", "counts": [41], "seed": 0}],
+            r"steps\[0\]\.counts: length 41 exceeds the capacity",
+        ),
         ([{"op": "append", "seq": "a", "counts": [], "seed": 0}], r"steps\[0\]\.counts: want at least one row"),
         ([{"op": "truncate", "seq": "a", "length": 0}], r"steps\[0\]\.seq: no open sequence 'a'; open: none"),
         (
@@ -78,7 +84,10 @@ def test_every_step_of_the_language_survives_its_own_json() -> None:
             r"steps\[1\]\.rows: want rows of 0\.\.0",
         ),
         (
-            [{"op": "append", "seq": "a", "counts": [2], "seed": 0}, {"op": "append", "seq": "a", "counts": [1, 1], "seed": 0}],
+            [
+                {"op": "append", "seq": "a", "counts": [2], "seed": 0},
+                {"op": "append", "seq": "a", "counts": [1, 1], "seed": 0},
+            ],
             r"steps\[1\]\.counts: 2 rows for sequence 'a' of 1 rows",
         ),
         (

@@ -27,7 +27,10 @@ def verdict(clause: str = "shape.output", outcome: Outcome = Outcome.PASS, **mor
 
 
 def results(*verdicts: Verdict, **more: Any) -> Results:
-    fields: dict[str, Any] = {"claims": {"abilities": ["full", "reset"], "max_batch": None, "overflow": "refused"}, **more}
+    fields: dict[str, Any] = {
+        "claims": {"abilities": ["full", "reset"], "max_batch": None, "overflow": "refused"},
+        **more,
+    }
     return Results(
         suite="0", backend="x", device="cpu", dtypes=["float32"], budget="smoke", seed=0, started="now", finished=True,
         verdicts=list(verdicts), **fields,
@@ -68,7 +71,9 @@ def test_a_failure_that_the_baseline_knows_is_not_new() -> None:
 
 
 def test_only_conformance_exits_with_zero() -> None:
-    assert exit_code(msgspec.structs.replace(results(verdict()), finished=False))[1].startswith("the run did not finish")
+    assert exit_code(msgspec.structs.replace(results(verdict()), finished=False))[1].startswith(
+        "the run did not finish"
+    )
     assert exit_code(results(unavailable="no GPU")) == (3, "no GPU")
     assert exit_code(results(verdict(outcome=Outcome.FAIL)))[0] == 1
     assert exit_code(results(verdict(outcome=Outcome.INCONCLUSIVE)))[0] == 5

@@ -46,7 +46,9 @@ def test_a_needle_gives_its_key_the_stated_score() -> None:
     program = Program(config, (Append("a", (6,), 5), Append("a", (1,), 5, aim=(5, 2))))
     (_q, key, _v), (query, _k, _w) = inputs_of(program, (0,))
     scores = np.einsum("bhd,bhd->bh", query[0, :, :, 0], np.repeat(key[0, :, :, 2], config.group, axis=1))
-    assert np.allclose(scores * config.score_scale, AIM_SCORE, rtol=8 * 2.0**-24, atol=0)  # d products, one rounding each
+    assert np.allclose(
+        scores * config.score_scale, AIM_SCORE, rtol=8 * 2.0**-24, atol=0
+    )  # d products, one rounding each
 
 
 def test_contents_are_the_same_on_every_machine() -> None:
@@ -54,7 +56,9 @@ def test_contents_are_the_same_on_every_machine() -> None:
     stream = Streams(POINTS["attention-gqa"], 7, (0, 1)).tape(3)
     tokens = Streams(POINTS["decoder-rope"], 7, (0, 1)).tape(3)
     drawn = [hashlib.sha256(np.ascontiguousarray(a).tobytes()).hexdigest()[:16] for a in (stream, tokens)]
-    drawn.append(hashlib.sha256(b"".join(w.tobytes() for w in weights(POINTS["decoder-rope"]).values())).hexdigest()[:16])
+    drawn.append(
+        hashlib.sha256(b"".join(w.tobytes() for w in weights(POINTS["decoder-rope"]).values())).hexdigest()[:16]
+    )
     assert drawn == ["089ee9a9cd787737", "e145c567c27c2143", "e9309e4ac40c1e02"]
 
 

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 import torch._dynamo
 import torch._inductor.config
-from kvconform.backend import Unavailable
-from kvconform_specs.config import Config
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
@@ -26,8 +24,10 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils._triton import has_triton
 
+from kvconform.backend import Unavailable
 from kvconform_backends.eager import Buffers, EagerStatic
 from kvconform_backends.torch_decoder import Decoder, attention, visible
+from kvconform_specs.config import Config
 
 Array = NDArray[Any]
 Step = Callable[[list[Tensor], Tensor, list[Tensor], list[Tensor]], Tensor]

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from kvconform.backend import Unavailable
-from kvconform_specs.claims import Claims
-from kvconform_specs.config import Config
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from kvconform.backend import Unavailable
 from kvconform_backends.torch_decoder import DTYPES, Attend, Decoder, attention, visible
+from kvconform_specs.claims import Claims
+from kvconform_specs.config import Config
 
 Array = NDArray[Any]
 

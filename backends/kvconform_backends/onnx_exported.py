@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
-from kvconform.backend import Unavailable
-from kvconform_specs.claims import Claims
-from kvconform_specs.config import Config
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession, OrtValue
 
+from kvconform.backend import Unavailable
 from kvconform_backends import onnx_graphs, torch_decoder
+from kvconform_specs.claims import Claims
+from kvconform_specs.config import Config
 
 Array = NDArray[Any]
 Past = tuple[OrtValue, ...]

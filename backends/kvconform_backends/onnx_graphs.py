@@ -17,13 +17,13 @@ import numpy as np
 import onnx
 import onnxruntime  # type: ignore[import-untyped]
 import torch
-from kvconform_specs.config import Config
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torch.export import Dim
 
 from kvconform_backends.torch_decoder import DTYPES, Decoder, attention, visible
+from kvconform_specs.config import Config
 
 OPSET, IR = 23, 10
 PROBES = ((1, 1, 0), (2, 1, 7), (2, 3, 4))

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from kvconform_specs.config import Config
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+
+from kvconform_specs.config import Config
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``(layer, query (b, h, t, d), key (b, g, t, d), value (b, g, t, d))`` to the mixed heads ``(b, h, t, d)``."""

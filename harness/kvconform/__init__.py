@@ -12,10 +12,9 @@ __version__ = "0.1.0"
 __all__ = ["Claims", "Unavailable", "conformance"]
 
 if TYPE_CHECKING:
-    from kvconform_specs.claims import Claims
-
     from kvconform.backend import Unavailable
     from kvconform.doors import conformance
+    from kvconform_specs.claims import Claims
 
 
 def __getattr__(name: str) -> Any:

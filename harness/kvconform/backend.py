@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
-from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Cache = Any

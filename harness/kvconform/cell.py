@@ -16,16 +16,16 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis.errors import Flaky
-from kvconform_specs import SUITE_VERSION
-from kvconform_specs.clause import Case, Clause
-from kvconform_specs.config import Config
-from kvconform_specs.program import Program
 
 from kvconform.budget import REBUILD_SECONDS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Budget
 from kvconform.counterexample import Broken, Counterexample, attempt, frozen, replayed
 from kvconform.counterexample import sentence as said
 from kvconform.subject import Death, Subject
 from kvconform.verdict import Outcome, Verdict
+from kvconform_specs import SUITE_VERSION
+from kvconform_specs.clause import Case, Clause
+from kvconform_specs.config import Config
+from kvconform_specs.program import Program
 
 OUTCOMES = {"fail": Outcome.FAIL, "crash": Outcome.CRASH, "timeout": Outcome.TIMEOUT}
 

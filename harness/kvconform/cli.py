@@ -8,11 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from kvconform_specs import SUITE_VERSION
-from kvconform_specs.clause import Case
-from kvconform_specs.clauses import BY_NAME, CHAPTERS
-from kvconform_specs.errors import SpecError
-from kvconform_specs.program import Program
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -29,6 +24,11 @@ from kvconform.results import Results
 from kvconform.run import Plan, cells, run_backend, summary
 from kvconform.subject import Infrastructure, Launch, Subject
 from kvconform.verdict import Verdict
+from kvconform_specs import SUITE_VERSION
+from kvconform_specs.clause import Case
+from kvconform_specs.clauses import BY_NAME, CHAPTERS
+from kvconform_specs.errors import SpecError
+from kvconform_specs.program import Program
 
 EXIT_CODES = (
     "Exit codes: 0 conformant; 1 non-conformant; 2 usage; 3 infrastructure (backend absent, broken or unsupported "

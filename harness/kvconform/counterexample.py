@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from kvconform.judge import Judged, judge
+from kvconform.storage import write_atomically
+from kvconform.subject import Death, Subject
 from kvconform_specs.clause import Case, Clause
 from kvconform_specs.errors import SpecError
 from kvconform_specs.oracle import expect
 from kvconform_specs.program import Append, Full, Program, Reject, Step
 from kvconform_specs.tensors import derive
-
-from kvconform.judge import Judged, judge
-from kvconform.storage import write_atomically
-from kvconform.subject import Death, Subject
 
 SCHEMA = "kvconform-counterexample/1"
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from kvconform_specs.claims import Claims
-from kvconform_specs.clause import Case, Relation
-from kvconform_specs.history import Histories, Row, Token
-from kvconform_specs.oracle import Expected
-from kvconform_specs.program import Append, Program, Reject
 from numpy.typing import NDArray
 
 from kvconform.record import Done, Trace
 from kvconform.subject import describe
 from kvconform.wire import Traces
+from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case, Relation
+from kvconform_specs.history import Histories, Row, Token
+from kvconform_specs.oracle import Expected
+from kvconform_specs.program import Append, Program, Reject
 
 Array = NDArray[Any]
 
@@ -287,6 +287,11 @@ def _cells(one: Observed, number: int) -> list[tuple[int, int, Key]]:
     return cells
 
 
+def _felt(key: Key, reach: int | None) -> Key:
+    """The part of a history that an output can depend on: each layer reaches ``window - 1`` tokens further back."""
+    return key if reach is None else (key[0][-reach:], key[1])
+
+
 def _located(one: Observed) -> dict[Key, tuple[int, int, int]]:
     """Step, row and position of each output, by its key."""
     return {
@@ -299,14 +304,15 @@ def _located(one: Observed) -> dict[Key, tuple[int, int, int]]:
 
 def _pairs(observed: Sequence[Observed]) -> list[tuple[Observed, Observed, int, int, int, bool]]:
     """Each output of the base and the one at the same place of each other program; ``same``: their history is."""
-    base = observed[0]
+    base, c = observed[0], observed[0].program.config
+    reach = None if c.window is None else c.layers * (c.window - 1) + 1
     pairs = []
     for other in observed[1:]:
         for number, got in enumerate(base.outputs):
             if got is None:
                 continue
             for (row, position, key), (_r, _p, its) in zip(_cells(base, number), _cells(other, number), strict=True):
-                pairs.append((base, other, number, row, position, key == its))
+                pairs.append((base, other, number, row, position, _felt(key, reach) == _felt(its, reach)))
     return pairs
 
 

@@ -25,7 +25,14 @@ from kvconform.latency_record import SCHEMA, Arm, Case, Excluded, Record, Round
 from kvconform.machine import load_average, machine
 from kvconform.presets import Preset
 from kvconform.protocol import (
-    BLOCK_NS, ENOUGH_ROUNDS, NARROW, OVERTIME, ROUNDS_WANTED, SECONDS_PER_CASE, WARM_SHARE, described,
+    BLOCK_NS,
+    ENOUGH_ROUNDS,
+    NARROW,
+    OVERTIME,
+    ROUNDS_WANTED,
+    SECONDS_PER_CASE,
+    WARM_SHARE,
+    described,
 )  # fmt: skip
 from kvconform.storage import write_atomically
 from kvconform.subject import BUILD_TIMEOUT, Death, Infrastructure, Launch, Subject

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
+
+from kvconform.subject import Death, Subject
 from kvconform_specs.config import Config
 from kvconform_specs.families import appends
 from kvconform_specs.oracle import expect
 from kvconform_specs.program import Program
-from numpy.typing import NDArray
-
-from kvconform.subject import Death, Subject
 
 Outputs = NDArray[np.float32]
 
@@ -62,7 +62,9 @@ def pairs(folder: Path, configs: dict[str, Config]) -> list[Pair]:
             if bound is None or not a.shape == b.shape == bound.shape:
                 continue
             difference = np.abs(a - b)
-            ratio = float(np.max(np.nan_to_num(difference / (2 * bound), nan=np.finfo(np.float64).max)))  # JSON has no NaN
+            ratio = float(
+                np.max(np.nan_to_num(difference / (2 * bound), nan=np.finfo(np.float64).max))
+            )  # JSON has no NaN
             found.append(Pair(name, one, other, ratio, float(np.nan_to_num(np.max(difference))), a.size))
     return found
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from kvconform_specs.history import Histories, after
 from kvconform_specs.program import (
     Append,
@@ -23,7 +25,6 @@ from kvconform_specs.program import (
     called,
 )  # fmt: skip
 from kvconform_specs.tensors import Streams
-from numpy.typing import NDArray
 
 Array = NDArray[Any]
 

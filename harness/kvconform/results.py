@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from kvconform_specs.clauses import BY_NAME
-from kvconform_specs.errors import SpecError
-from kvconform_specs.points import POINTS
 
 from kvconform.storage import write_atomically
 from kvconform.verdict import Outcome, Verdict
+from kvconform_specs.clauses import BY_NAME
+from kvconform_specs.errors import SpecError
+from kvconform_specs.points import POINTS
 
 SCHEMA = "kvconform-results/1"
 

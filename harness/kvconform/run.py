@@ -12,11 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from kvconform_specs import SUITE_VERSION
-from kvconform_specs.clauses import ALL
-from kvconform_specs.config import Config
-from kvconform_specs.errors import SpecError
-from kvconform_specs.points import POINTS, label, point
 
 from kvconform import pairwise
 from kvconform.budget import Budget
@@ -25,6 +20,11 @@ from kvconform.results import Results, read
 from kvconform.storage import write_atomically
 from kvconform.subject import Infrastructure, Launch, Subject
 from kvconform.verdict import Outcome, Verdict
+from kvconform_specs import SUITE_VERSION
+from kvconform_specs.clauses import ALL
+from kvconform_specs.config import Config
+from kvconform_specs.errors import SpecError
+from kvconform_specs.points import POINTS, label, point
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvconform.wire import LENGTHS, PROGRESS, Header, Traces, send, unpack
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.program import NAMES, Append, Full, Program, Truncate, called
-
-from kvconform.wire import LENGTHS, PROGRESS, Header, Traces, send, unpack
 
 BUILD_TIMEOUT = 900.0
 """Seconds that a build may take: exports and first compilations are slow, and stand outside the step timeout."""
@@ -167,7 +166,13 @@ class Subject:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=stderr,
-                    env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", **_one_thread(), **launch.environment},
+                    env={
+                        **os.environ,
+                        "PYTHONHASHSEED": "0",
+                        "PYTHONUNBUFFERED": "1",
+                        **_one_thread(),
+                        **launch.environment,
+                    },
                 )
         except OSError as error:
             raise Infrastructure(f"interpreter {launch.python!r} cannot be started: {error.strerror}") from error

@@ -16,15 +16,15 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
-from kvconform_specs.config import Config
-from kvconform_specs.program import Program
-from kvconform_specs.tensors import weights
 
 from kvconform.backend import Unavailable
 from kvconform.record import record
 from kvconform.registry import BackendError, load
 from kvconform.timing import Stopwatch
 from kvconform.wire import PROGRESS, Header, pack, receive, send
+from kvconform_specs.config import Config
+from kvconform_specs.program import Program
+from kvconform_specs.tensors import weights
 
 Reply = tuple[Header, bytes]
 

@@ -37,13 +37,31 @@ def batches(claims: Claims) -> SearchStrategy[int]:
 
 
 def counts(claims: Claims, longest: int = LONGEST_CHUNK) -> SearchStrategy[int]:
-    return st.integers(1, min(claims.max_chunk or longest, longest))
+    """Every other one is a decode step."""
+    longest = min(claims.max_chunk or longest, longest)
+    return st.integers(-longest // 2, longest).map(lambda drawn: max(drawn, 1))
 
 
-def splits(config: Config, claims: Claims, least: int = 1, most: int = 5) -> SearchStrategy[tuple[int, ...]]:
-    """Sizes of successive appends, cut where they would exceed the capacity."""
+def splits(
+    config: Config, claims: Claims, least: int = 1, most: int = 5, capacity: int | None = None
+) -> SearchStrategy[tuple[int, ...]]:
+    """Sizes of successive appends within the capacity; some end exactly where something changes (``edges``)."""
+    total = capacity or config.capacity
     lists = st.lists(counts(claims), min_size=least, max_size=most)
-    return lists.map(lambda drawn: fitted(drawn, config.capacity))
+    ends = st.sampled_from((0, 0, *(edge for edge in edges(config) if edge <= total)))
+    return st.tuples(lists, ends).map(lambda drawn: fitted(landing(drawn[0], drawn[1], claims), total))
+
+
+def edges(config: Config) -> tuple[int, ...]:
+    """Lengths at which something changes: the window is full, the window is exceeded, the capacity is reached."""
+    return (config.capacity,) if config.window is None else (config.window, config.window + 1, config.capacity)
+
+
+def landing(sizes: list[int], end: int, claims: Claims) -> tuple[int, ...]:
+    """The sizes, cut so that a decode step ends at ``end``, behind a prompt where they fall short of it; 0: as is."""
+    grown = (*at_once(max(end - sum(sizes), 0), claims), *sizes)
+    stops = sorted({*accumulate(grown), end - 1, end} - {-1, 0})
+    return tuple(b - a for a, b in pairwise((0, *stops)))
 
 
 def fitted(sizes: Iterable[int], total: int) -> tuple[int, ...]:
@@ -95,6 +113,10 @@ def straight(draw: Callable[..., int], config: Config, claims: Claims, least: in
     return Program(config, appends("a", sizes, draw(batches(claims)), draw(seeds)))
 
 
+VERBS = ("nothing", *("append",) * 6, "truncate", "truncate", "fork", "reorder", "reorder", "reset", "close")
+"""What a raw triple asks for, as often as it stands here; ``nothing`` is first, so that lists shrink."""
+
+
 @st.composite
 def histories(draw: Callable[..., list[tuple[int, int, int]]], config: Config, claims: Claims) -> Program:
     """Any legal program over up to three live sequences, from what the backend claims to do.
@@ -102,7 +124,8 @@ def histories(draw: Callable[..., list[tuple[int, int, int]]], config: Config, c
     Drawn as a list of raw triples that a model of the lengths turns into legal steps; a triple that finds nothing
     legal to do is dropped.
     """
-    drawn = draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2), st.integers(0, 63)), min_size=1, max_size=9))
+    triples = st.tuples(st.integers(0, len(VERBS) - 1), st.integers(0, 5), st.integers(0, 63))
+    drawn = draw(st.lists(triples, min_size=8, max_size=20))
     first: int = draw(seeds)  # type: ignore[assignment]
     return Program(config, tuple(_Interpreter(config, claims, first).steps(drawn)))
 
@@ -115,15 +138,17 @@ class _Interpreter:
         self.rows: dict[str, tuple[int, ...]] = {}
 
     def steps(self, drawn: Iterable[tuple[int, int, int]]) -> Iterable[Step]:
-        made = [step for kind, which, number in drawn if (step := self.step(kind, "abc"[which], number)) is not None]
+        made = [step for kind, which, number in drawn if (step := self.step(kind, "aaaabc"[which], number)) is not None]
         return made or [self.append("a", 0)]
 
     def step(self, kind: int, seq: str, number: int) -> Step | None:
-        """Kinds 0-4 append; 5-9 truncate, fork, reorder, reset, close, or append where that is not claimed."""
+        """The step, or an append where its verb is not claimed, or None where nothing legal can be done."""
+        verb = VERBS[kind]
+        if verb == "nothing":
+            return None
         if seq not in self.rows and len(self.rows) >= (self.claims.max_sequences or 3):
             seq = next(iter(self.rows))
         rows = self.rows.get(seq)
-        verb = ("truncate", "fork", "reorder", "reset", "close")[kind - 5] if kind >= 5 else "append"
         if rows is None or verb == "append" or (verb != "close" and not self.claims.can(verb)):
             return self.append(seq, number) if rows is None or max(rows) < self.config.capacity else None
         if verb == "truncate":
@@ -151,7 +176,10 @@ class _Interpreter:
         largest = min(claims.max_batch or LARGEST_BATCH, LARGEST_BATCH)
         rows = self.rows.get(seq) or (0,) * (1 + number // 16 % largest)
         longest = min(claims.max_chunk or LONGEST_CHUNK, LONGEST_CHUNK, self.config.capacity - max(rows))
-        grown = [1 + number % longest] * len(rows)
+        end = next(edge for edge in edges(self.config) if edge > max(rows)) - max(rows) - (number % 8 == 7)
+        chunk = 1 + number // 4 % longest
+        count = (chunk, 1, chunk, end if 0 < end <= longest else 1)[number % 4]
+        grown = [count] * len(rows)
         if claims.can("ragged") and number >= 32:
             grown = [1 + (number // (row + 1)) % longest for row in range(len(rows))]
         self.rows[seq] = tuple(a + b for a, b in zip(rows, grown, strict=True))
@@ -169,6 +197,8 @@ def detours(
     ways = [way for way in ("truncate", "fork", "reorder", "reset") if claims.can(way)]
     if (claims.max_sequences or 2) < 2 and "fork" in ways:
         ways.remove("fork")
+    if "fork" in ways:
+        ways.append("branch")
     if claims.overflow == "refused":
         ways.append("refuse")
     for size in sizes:
@@ -176,15 +206,24 @@ def detours(
         way: str = draw(st.sampled_from(["on", *ways]))  # type: ignore[assignment]
         other = seed ^ 0x5A5A
         room = length + junk <= config.capacity
-        if way == "truncate" and room and length:
+        if way == "truncate" and room:
             steps += [Append("a", (junk,) * batch, other), Truncate("a", length)]
         elif way == "fork" and room and length:
             # what is appended to the original must not reach its copy; then the copy takes the original's name
             steps += [Fork("a", "f"), Append("a", (junk,) * batch, other), Close("a"), Fork("f", "a"), Close("f")]
+        elif way == "branch" and room and length:
+            # what is appended to the copy must not reach the original
+            steps += [Fork("a", "f"), Append("a", (size,) * batch, seed)]
+            steps += [Append("f", (junk,) * batch, other), Close("f")]
+            length += size
+            continue
         elif way == "reorder" and batch > 1 and length:
             turn = tuple((row + 1) % batch for row in range(batch))
             back = tuple((row - 1) % batch for row in range(batch))
-            steps += [Reorder("a", turn), Reorder("a", back)]
+            own = tuple((row, at, seed + turn[row]) for row in range(batch) for at in range(length, length + size))
+            steps += [Reorder("a", turn), Append("a", (size,) * batch, seed, own), Reorder("a", back)]
+            length += size
+            continue
         elif way == "reset" and room and not length:
             steps += [Append("a", (junk,) * batch, other), Reset("a")]
         elif way == "refuse" and length and claims.max_chunk is None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
-from kvconform_specs.families import appends, batches, fitted, seeds, splits, straight, swapped
+from kvconform_specs.families import appends, batches, seeds, splits, straight, swapped
 from kvconform_specs.program import Append, Program
 
 
@@ -35,8 +35,7 @@ def _aimed(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
 @st.composite
 def _each_changed(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
     """A short sequence, and one variant for each of its tokens with that token changed: a map of what sees what."""
-    drawn: tuple[int, ...] = draw(splits(config, claims))  # type: ignore[assignment]
-    sizes = fitted(drawn, 8)
+    sizes: tuple[int, ...] = draw(splits(config, claims, capacity=8))  # type: ignore[assignment]
     base = Program(config, appends("a", sizes, 1, draw(seeds)))
     return Case((base, *(swapped(base, "a", 0, position, _other(base)) for position in range(sum(sizes)))))
 

@@ -70,7 +70,6 @@ CLAUSES = (
         why=("https://github.com/onnx/onnx/issues/7865",),
         family=_growing,
         relations=(Relation.PARITY,),
-        profiles=("attention",),
     ),
     Clause(
         name="definition.softcap",

@@ -37,8 +37,11 @@ def _two(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
     if interleaved:
         for i in range(max(len(a), len(b))):
             steps += [*a[i : i + 1], *b[i : i + 1]]
-        return Case((Program(config, tuple(steps)), Program(config, a), Program(config, b)))
-    return Case((Program(config, (*a, Close("a"), *b)), Program(config, b)))
+    else:
+        steps += [*a, Close("a"), *b]
+    # alone first: what the other sequence changes for good would change both programs if it came before them
+    alone = a if interleaved and draw(st.booleans()) else b
+    return Case((Program(config, alone), Program(config, tuple(steps))))
 
 
 CLAUSES = (

@@ -24,7 +24,8 @@ def _any(config: Config, claims: Claims) -> SearchStrategy[Case]:
 
 @st.composite
 def _first(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
-    count = draw(st.integers(1, min(claims.max_chunk or config.capacity, config.capacity)))
+    most = min(claims.max_chunk or config.capacity, config.capacity)
+    count = draw(st.integers(1, most) | st.sampled_from((1, most)))
     return Case((Program(config, appends("a", (count,), draw(batches(claims)), draw(seeds))),))
 
 
