@@ -23,6 +23,8 @@ CLEAN = {
     "onnx": (("float32",), TWO),  # an export takes seconds a config, a compilation takes more
     "compiled": (("float32",), TWO),
 }
+UNCLAIMED = {"compiled": {"equivalence.full-stable"}}
+"""Clauses that a backend's claims leave out: a cache-less forward would double the graphs to compile."""
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +38,10 @@ def judged(name: str, dtypes: tuple[str, ...], configs: tuple[str, ...], folder:
 
 
 def assert_clean(results: Results) -> None:
-    bad = [
-        f"{v.clause} [{v.config}]: {v.outcome.value}: {v.sentence}"
-        for v in results.verdicts
-        if v.outcome is not Outcome.PASS
-    ]
-    assert not bad, "\n".join(bad)
+    left_out = UNCLAIMED.get(results.backend, set())
+    bad = [v for v in results.verdicts if v.outcome is not Outcome.PASS and v.clause not in left_out]
+    assert not bad, "\n".join(f"{v.clause} [{v.config}]: {v.outcome.value}: {v.sentence}" for v in bad)
+    assert {v.clause for v in results.verdicts if v.outcome is Outcome.UNSUPPORTED} == left_out
     assert exit_code(results)[0] == 0, results.unavailable
     assert len(results.verdicts) > 30
 

@@ -115,7 +115,10 @@ def test_the_oracle_gives_each_step_what_the_whole_history_gives(name: str) -> N
     first, second, none, last = expect(program, (0, 1))
     assert none is None
     whole = expect(Program(c, (Full("f", (7, 7), 1),)), (0, 1))[0]
-    assert first is not None and second is not None and last is not None and whole is not None
+    assert first is not None
+    assert second is not None
+    assert last is not None
+    assert whole is not None
     assert np.allclose(np.concatenate([first.value, second.value], axis=2), whole.value, rtol=0, atol=1e-12)
     assert last.rows[1] == ((2, 0), (2, 1), (2, 2), (10, 3), (10, 4), (10, 5), (10, 6))
     assert not np.allclose(last.value[:, :, 0], second.value[:, :, 0])
@@ -125,7 +128,8 @@ def test_ragged_rows_are_each_their_own_history() -> None:
     c = POINTS["attention-gqa"]
     ragged = expect(Program(c, (Append("a", (4, 2), 1), Append("a", (1, 3), 1))))[1]
     alone = expect(Program(c, (Append("a", (2,), 2), Append("a", (3,), 2))))[1]
-    assert ragged is not None and alone is not None
+    assert ragged is not None
+    assert alone is not None
     assert np.array_equal(ragged.value[:, 1], alone.value[:, 0])
     assert ragged.real.tolist() == [[True, False, False], [True, True, True]]
     assert np.all(np.isnan(ragged.value[0, 0, 1:]))

@@ -61,6 +61,10 @@ def not_its_own_inverse(p: Program) -> bool:
     )  # fmt: skip
 
 
+def repeats_a_row(p: Program) -> bool:
+    return any(isinstance(s, Reorder) and len(set(s.rows)) < len(s.rows) for s in p.steps)
+
+
 def reaches(length: int) -> Callable[[Program], bool]:
     return lambda p: any(max(after) == length for _s, _b, after in lengths(p))
 

@@ -26,6 +26,9 @@ def verdict(clause: str = "shape.output", outcome: Outcome = Outcome.PASS, **mor
     return Verdict(clause=clause, config="attention-gqa", backend="x", outcome=outcome, **fields)
 
 
+CLAIMS: dict[str, Any] = {"abilities": ["full", "reset"], "max_batch": None, "overflow": "refused"}
+
+
 def results(*verdicts: Verdict, **more: Any) -> Results:
     fields: dict[str, Any] = {
         "claims": {"abilities": ["full", "reset"], "max_batch": None, "overflow": "refused"},
@@ -43,15 +46,15 @@ def results(*verdicts: Verdict, **more: Any) -> Results:
         (results(verdict()), 0, ""),
         (results(verdict(compared=11)), 0, ""),
         (results(verdict(outcome=Outcome.FAIL)), 1, "shape.output [attention-gqa]: pass -> fail: it broke"),
-        (results(verdict(), verdict("shape.length", Outcome.CRASH)), 1, "shape.length [attention-gqa]: absent -> crash"),
+        (results(verdict(), verdict("shape.length", Outcome.CRASH)), 1, "shape.length [attention-gqa]: absent -> cr"),
         (results(verdict(outcome=Outcome.UNSUPPORTED)), 4, "pass -> unsupported: it broke"),
         (results(verdict(outcome=Outcome.INCONCLUSIVE)), 4, "pass -> inconclusive"),
         (results(verdict(outcome=Outcome.NOT_EXERCISED)), 4, "pass -> not exercised"),
         (results(verdict(compared=9)), 4, "compared 9 values, was 10"),
         (results(), 4, "shape.output [attention-gqa]: was pass, is gone"),
-        (results(verdict(), claims={"abilities": ["full"], "max_batch": None, "overflow": "refused"}), 4, "no longer claims abilities: reset"),
-        (results(verdict(), claims={"abilities": ["full", "reset"], "max_batch": 2, "overflow": "refused"}), 4, "narrowed max_batch from unlimited to 2"),
-        (results(verdict(), claims={"abilities": ["full", "reset"], "max_batch": None, "overflow": "undefined"}), 4, "narrowed overflow from refused"),
+        (results(verdict(), claims={**CLAIMS, "abilities": ["full"]}), 4, "no longer claims abilities: reset"),
+        (results(verdict(), claims={**CLAIMS, "max_batch": 2}), 4, "narrowed max_batch from unlimited to 2"),
+        (results(verdict(), claims={**CLAIMS, "overflow": "undefined"}), 4, "narrowed overflow from refused"),
         (results(unavailable="no compiler"), 4, "no longer available: no compiler"),
         (results(verdict(), verdict("shape.length")), 0, "absent -> pass"),
     ],

@@ -25,5 +25,5 @@ BUDGETS = {
 DEFAULT_BUDGET = "pr"
 SHRINK_TRIALS, SHRINK_SECONDS = 400, 20.0
 """Shrinking a failure ends after so many trials or seconds."""
-REBUILDS, REBUILD_SECONDS = 60, 45.0
+REBUILDS, REBUILD_SECONDS = 30, 45.0
 """Shrinking a crash or timeout, and looking for leaked state, end after so many new workers or seconds."""

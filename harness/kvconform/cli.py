@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvconform import __version__, gate, latency, presets, results
+from kvconform import __version__, gate, latency, presets, protocol, results
 from kvconform import counterexample as counterexamples
 from kvconform.budget import BUDGETS, DEFAULT_BUDGET
 from kvconform.counterexample import Broken
@@ -202,7 +202,7 @@ def bench(
     preset: Annotated[list[str], typer.Option(help=f"Known: {', '.join(presets.PRESETS)}. Repeatable.")] = [],  # noqa: B006
     device: Device = "cpu",
     out: Out = Path("results"),
-    seconds: Annotated[float, typer.Option(help="Longest time of one case.")] = latency.SECONDS_PER_CASE,
+    seconds: Annotated[float, typer.Option(help="Longest time of one case.")] = protocol.SECONDS_PER_CASE,
     seed: Seed = 0,
     python: Pythons = [],  # noqa: B006
 ) -> None:

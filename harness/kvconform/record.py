@@ -88,7 +88,7 @@ def inputs_of(program: Program, indices: tuple[int, ...]) -> list[tuple[Array, .
 def _guarded(subject: Any, caches: dict[str, Any], step: Step, feed: tuple[Array, ...]) -> Done:
     try:
         return _do(subject, caches, called(step), feed)
-    except Exception as raised:  # the one place that calls a subject: it records the words and decides nothing
+    except Exception as raised:  # noqa: BLE001 - the one place that calls a subject; it records words, decides nothing
         words = f"{type(raised).__name__}: {str(raised).strip() or 'no message'}"[:500]
         words = words.encode(errors="replace").decode()  # a lone surrogate could not be written to a results file
         return Done(refused=words) if isinstance(step, Reject) else Done(error=words)

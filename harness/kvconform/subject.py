@@ -77,9 +77,8 @@ class Subject:
         self.environment: dict[str, str] = description["environment"]
         if launch.device not in self.claims.devices:
             self.close()
-            raise Infrastructure(
-                f"backend {launch.address!r} does not run on {launch.device}; it claims: {', '.join(self.claims.devices)}"
-            )
+            known = ", ".join(self.claims.devices)
+            raise Infrastructure(f"backend {launch.address!r} does not run on {launch.device}; it claims: {known}")
 
     def __enter__(self) -> Subject:
         return self
@@ -166,13 +165,7 @@ class Subject:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=stderr,
-                    env={
-                        **os.environ,
-                        "PYTHONHASHSEED": "0",
-                        "PYTHONUNBUFFERED": "1",
-                        **_one_thread(),
-                        **launch.environment,
-                    },
+                    env={**os.environ, **_variables(), **launch.environment},
                 )
         except OSError as error:
             raise Infrastructure(f"interpreter {launch.python!r} cannot be started: {error.strerror}") from error
@@ -258,10 +251,11 @@ class Subject:
         return f" ({lines[-1][:200]})" if lines else ""
 
 
-def _one_thread() -> dict[str, str]:
-    """One thread for a worker unless the caller says otherwise: the suite's tensors are small, and the parent computes
-    the definition on another core meanwhile."""
-    return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
+def _variables() -> dict[str, str]:
+    """What every worker's environment has. One thread unless the caller says otherwise: the suite's tensors are small,
+    and the parent computes the definition on another core meanwhile."""
+    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
+    return {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", **threads}
 
 
 def _place(program: Program, step: int) -> str:

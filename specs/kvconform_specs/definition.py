@@ -6,8 +6,8 @@ also ``j > i - W``, so ``W`` counts the token itself. Leading axes ``...`` are a
 
 Sources: scaled dot-product attention, Vaswani et al. 2017 (1706.03762, eq. 1); grouped KV heads, Ainslie et al. 2023
 (2305.13245); sliding window, Beltagy et al. 2020 (2004.05150, section 3.1); softcap before the mask, Gemma 2
-(2408.00118, section 2); rotary positions, Su et al. 2021 (2104.09864, eq. 34) with GPT-NeoX's pairing of the two halves; RMSNorm,
-Zhang & Sennrich 2019 (1910.07467, eq. 4); gated MLP, Shazeer 2020 (2002.05202, SwiGLU, eq. 6).
+(2408.00118, section 2); rotary positions, Su et al. 2021 (2104.09864, eq. 34) with GPT-NeoX's pairing of the two
+halves; RMSNorm, Zhang & Sennrich 2019 (1910.07467, eq. 4); gated MLP, Shazeer 2020 (2002.05202, SwiGLU, eq. 6).
 """
 
 from __future__ import annotations
