@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from hypothesis.errors import Flaky
 from kvconform.budget import REBUILD_SECONDS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Budget
 from kvconform.counterexample import Broken, Counterexample, attempt, frozen, replayed
 from kvconform.counterexample import sentence as said
+from kvconform.shrink import reduced_death, reduced_list
 from kvconform.subject import Death, Subject
 from kvconform.verdict import Outcome, Verdict
 from kvconform_specs import SUITE_VERSION
@@ -145,15 +145,17 @@ class _Search:
 
     def _spent(self) -> bool:
         assert self.best is not None
-        seconds = time.perf_counter() - self._failed_at
         if self.best[1].kind != "fail":
-            return self.subject.starts - self._starts >= REBUILDS or seconds > REBUILD_SECONDS
-        return self._trials >= SHRINK_TRIALS or seconds > SHRINK_SECONDS
+            return True  # each try costs a new process: shrink.reduced_death needs fewer
+        return self._trials >= SHRINK_TRIALS or time.perf_counter() - self._failed_at > SHRINK_SECONDS
 
     def conclude(self, folder: Path) -> Verdict:
         """Confirms the best case on a fresh process, or finds what must run before it."""
         assert self.best is not None
         case, broken = self.best
+        if broken.kind != "fail":
+            self.reduced = True
+            case, broken = reduced_death(case, broken, self._dies)
         case = Case(tuple(frozen(program, broken.variant) for program in case.programs))
         before: list[Program] = []
         confirmed = replayed(self.cell.clause, self.subject, before, case)
@@ -170,6 +172,15 @@ class _Search:
             before=[program.to_json() for program in before], case=case.to_json(), reduced=self.reduced,
         ).write(folder).name  # fmt: skip
         return self.verdict(outcome, sentence, name)
+
+    def _dies(self, case: Case) -> Broken | None:
+        """One try of reducing a death, as long as its budget lasts."""
+        assert self.best is not None
+        if self.subject.starts - self._starts >= REBUILDS or time.perf_counter() - self._failed_at > REBUILD_SECONDS:
+            self.reduced = False
+            return None
+        tried = attempt(self.cell.clause, self.subject, case, (self.best[1].variant,))
+        return tried if isinstance(tried, Broken) else None
 
     def _leak(self, case: Case) -> tuple[list[Program], Broken] | None:
         """The shortest list of earlier programs after which the case fails on a fresh process."""
@@ -189,7 +200,7 @@ class _Search:
             suffix = earlier[-length:]
             broken = fails(suffix)
             if broken is not None:
-                return _reduced(suffix, broken, fails)
+                return reduced_list(suffix, broken, fails)
             if length >= len(earlier):
                 return None
             length *= 2
@@ -201,22 +212,3 @@ class _Search:
             programs=self.programs, structures=self.structures, worst=self.worst, found_after=self.found_after,
             seconds=round(time.perf_counter() - self.began, 3),
         )  # fmt: skip
-
-
-def _reduced(
-    programs: list[Program], broken: Broken, fails: Callable[[list[Program]], Broken | None]
-) -> tuple[list[Program], Broken]:
-    """Leaves out every program, and every step at the end of one, that the failure does not need."""
-    kept = list(programs)
-    for program in programs:
-        shorter = [other for other in kept if other is not program]
-        if shorter and (still := fails(shorter)) is not None:
-            kept, broken = shorter, still
-    for index, program in enumerate(kept):
-        while len(kept[index].steps) > 1:
-            shorter = [*kept]
-            shorter[index] = Program(program.config, kept[index].steps[:-1])
-            if (still := fails(shorter)) is None:
-                break
-            kept, broken = shorter, still
-    return kept, broken

@@ -24,11 +24,13 @@ SCHEMA = "kvconform-counterexample/1"
 
 @dataclass(frozen=True)
 class Broken:
-    """One trial that broke its clause. ``kind``: fail, crash or timeout."""
+    """One trial that broke its clause. ``kind``: fail, crash or timeout; of the latter two, where the process was."""
 
     kind: str
     sentence: str
     variant: int = 0
+    program: int = 0
+    step: int = -1
 
 
 class Counterexample(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,7 +91,7 @@ def _frozen(step: Step, variant: int) -> Step:
 def attempt(clause: Clause, subject: Subject, case: Case, variants: tuple[int, ...]) -> Judged | Broken:
     """Runs a case's programs on the live worker and judges them. The definition is computed while the worker runs."""
     traces, expected = [], []
-    for program in case.programs:
+    for number, program in enumerate(case.programs):
         try:
             subject.send(program, variants)
             wants = expect(program, variants)
@@ -100,7 +102,8 @@ def attempt(clause: Clause, subject: Subject, case: Case, variants: tuple[int, .
             expected.append(wants)
             traces.append(subject.receive(program))
         except Death as death:
-            return Broken(death.kind, death.words, variants[min(death.variant, len(variants) - 1)])
+            variant = variants[min(death.variant, len(variants) - 1)]
+            return Broken(death.kind, death.words, variant, number, death.step)
     judged = judge(case, clause.relations, subject.claims, traces, expected)
     if judged.finding is not None:
         return Broken("fail", judged.finding.sentence, variants[judged.finding.variant])
