@@ -1,7 +1,7 @@
 """Reducers of our own, for what Hypothesis cannot shrink: failures that cost a new process for each try.
 
-Hypothesis shrinks what fails; a death is reduced here, step by step, since a process that dies tells where it was. So is
-the list of programs that a leaked state needs.
+Hypothesis shrinks what fails; a death is reduced here, step by step, since a process that dies tells where it was.
+So is the list of programs that a leaked state needs.
 """
 
 from __future__ import annotations

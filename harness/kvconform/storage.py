@@ -16,6 +16,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # a temporary file is its maker's alone; results are for others, too
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -75,19 +75,28 @@ class Noisy(Arithmetic):
         self._offsets = np.random.Generator(np.random.Philox(key=seed))
 
     def _xi(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Noise of this shape, to be read and not written."""
         size, pool = int(np.prod(shape)), _pool()
-        if size > pool.size // 2:
-            return self._offsets.uniform(-1, 1, shape).astype(np.float32)
+        if size > pool.size // 2:  # it repeats after a million numbers, which are never compared with one another
+            return np.resize(np.roll(pool, int(self._offsets.integers(pool.size))), shape)
         start = int(self._offsets.integers(pool.size - size))
         return pool[start : start + size].reshape(shape)
 
     def stored(self, x: Array) -> Array:
-        return np.asarray(x + x * (self._xi(x.shape) * self._u))
+        noise = self._xi(x.shape) * self._u
+        noise *= x
+        noise += x
+        return noise
 
     def product(self, x: Array, w: Array) -> Array:
         out = x @ w
         size = np.sqrt(np.einsum("...n,...n->...", x, x))[..., None] * np.sqrt(np.sum(w * w, axis=-2, keepdims=True))
-        return np.asarray(out + self._xi(out.shape) * (self._u * np.abs(out) + self._a * size))
+        noise = np.abs(out)
+        noise *= self._u
+        noise += self._a * size
+        noise *= self._xi(out.shape)
+        noise += out
+        return np.asarray(noise)
 
 
 @lru_cache(maxsize=1)

@@ -174,7 +174,8 @@ def _decoder(config: Config, streams: Streams, group: list[Request], start: int)
     exact, rough = _decoder_weights(config)
     value = decoder(tokens, exact, config, start)
     noise = bounds.Noisy(bounds.STORAGE[config.dtype], seed=tokens.shape[-1])
-    runs = decoder(np.broadcast_to(tokens, (bounds.RUNS, *tokens.shape)), rough, config, start, noise)
+    # one run after another: arrays of all eight would not fit the caches
+    runs = np.stack([decoder(tokens, rough, config, start, noise) for _ in range(bounds.RUNS)])
     return value, bounds.decoder_bound(runs, value, noise.gain)
 
 

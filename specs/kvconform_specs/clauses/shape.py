@@ -35,7 +35,7 @@ def _sweep(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
     steps: list[Step] = []
     largest = min(claims.max_batch or LARGEST_BATCH, LARGEST_BATCH)
     for seq in "abc":
-        batch, past, count = draw(st.integers(1, largest)), draw(st.integers(0, 20)), draw(st.integers(1, 12))
+        batch, past, count = draw(st.integers(1, largest)), draw(st.integers(0, 12)), draw(st.integers(1, 9))
         sizes = (*at_once(past, claims), *at_once(count, claims))
         steps += [*appends(seq, sizes, batch, draw(seeds)), Close(seq)]
     return Case((Program(config, tuple(steps)),))
