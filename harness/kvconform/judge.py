@@ -230,8 +230,8 @@ def _affected(observed: Sequence[Observed]) -> Outcome:
             element = int(np.argmax(~felt[0] & resolvable[0]))
             words = (
                 f"{_at(other.program, number)}{_where(other, number, row, position, element)}: {_changed(base, other)} "
-                f"must move the output by {moves[0, element]:.3g} ± "
-                f"{np.broadcast_to(bounds, moves.shape)[0, element]:.2g}, but it moved by {moved[0, element]:.3g}"
+                f"must move the output by {moves[0, element]:.6g} ± "
+                f"{np.broadcast_to(bounds, moves.shape)[0, element]:.2g}, but it moved by {moved[0, element]:.6g}"
             )
             return words, compared, None
     return None, compared, None
