@@ -130,3 +130,15 @@ def test_a_run_goes_on_where_an_unfinished_one_stopped_and_only_there(tmp_path: 
     msgspec.structs.replace(again, verdicts=[marked], finished=False, seed=1).write(tmp_path / "numpy.json")
     other = run_backend("numpy", Launch("numpy"), plan, tmp_path)  # another run's: not taken over
     assert [v.compared for v in other.verdicts] == [v.compared for v in whole.verdicts]
+
+
+def test_a_run_is_not_resumed_once_the_backend_has_changed(tmp_path: Path) -> None:
+    source = "from kvconform_backends.numpy_cache import NumpyCache\n\n\nclass Mine(NumpyCache):\n    pass\n"
+    file = tmp_path / "mine.py"
+    file.write_text(source)
+    plan = Plan(BUDGETS["smoke"], clauses=("shape.output",), configs=("attention-gqa",))
+    first = run_backend("mine", Launch(f"{file}:Mine"), plan, tmp_path)
+    marked = msgspec.structs.replace(first.verdicts[0], compared=123456)
+    msgspec.structs.replace(first, verdicts=[marked], finished=False).write(tmp_path / "mine.json")
+    file.write_text(source + "# mended\n")
+    assert run_backend("mine", Launch(f"{file}:Mine"), plan, tmp_path).verdicts[0].compared == first.verdicts[0].compared

@@ -11,10 +11,9 @@ from typing import Any
 import msgspec
 
 from kvconform.judge import Judged, judge
-from kvconform.storage import write_atomically
+from kvconform.storage import read_versioned, write_atomically
 from kvconform.subject import Death, Subject
 from kvconform_specs.clause import Case, Clause
-from kvconform_specs.errors import SpecError
 from kvconform_specs.oracle import expect
 from kvconform_specs.program import Append, Full, Program, Reject, Step
 from kvconform_specs.tensors import derive
@@ -59,15 +58,7 @@ class Counterexample(msgspec.Struct, frozen=True, kw_only=True):
 
 def read(path: Path) -> Counterexample:
     """Raises SpecError with one sentence where the file is none."""
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=Counterexample)
-    except OSError as error:
-        raise SpecError(str(path), f"cannot be read: {error.strerror}") from error
-    except msgspec.DecodeError as error:
-        raise SpecError(str(path), f"is no counterexample: {error}") from error
-    if found.schema != SCHEMA:
-        raise SpecError(f"{path}.schema", f"unknown schema {found.schema!r}; known: {SCHEMA}")
-    return found
+    return read_versioned(path, Counterexample, SCHEMA, "counterexample")
 
 
 def frozen(program: Program, variant: int) -> Program:

@@ -34,11 +34,10 @@ from kvconform.protocol import (
     WARM_SHARE,
     described,
 )  # fmt: skip
-from kvconform.storage import write_atomically
+from kvconform.storage import read_versioned, write_atomically
 from kvconform.subject import BUILD_TIMEOUT, Death, Infrastructure, Launch, Subject
 from kvconform.summaries import half_width, summarise, times, without
 from kvconform_specs import SUITE_VERSION
-from kvconform_specs.errors import SpecError
 
 Tell = Callable[[str], None]
 
@@ -284,12 +283,4 @@ class _Kind(msgspec.Struct):
 
 def read(path: Path) -> Record:
     """Raises SpecError with one sentence where the file holds no speed record."""
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=Record)
-    except OSError as error:
-        raise SpecError(str(path), f"cannot be read: {error.strerror}") from error
-    except (msgspec.DecodeError, ValueError) as error:
-        raise SpecError(str(path), f"holds no speed record: {error}") from error
-    if found.schema != SCHEMA:
-        raise SpecError(f"{path}.schema", f"unknown schema {found.schema!r}; known: {SCHEMA}")
-    return found
+    return read_versioned(path, Record, SCHEMA, "speed record")

@@ -7,10 +7,9 @@ from typing import Any
 
 import msgspec
 
-from kvconform.storage import write_atomically
+from kvconform.storage import read_versioned, write_atomically
 from kvconform.verdict import Outcome, Verdict
 from kvconform_specs.clauses import BY_NAME
-from kvconform_specs.errors import SpecError
 from kvconform_specs.points import POINTS
 
 SCHEMA = "kvconform-results/1"
@@ -52,15 +51,7 @@ class Results(msgspec.Struct, kw_only=True):
 
 def read(path: Path) -> Results:
     """Raises SpecError with one sentence where the file holds no results."""
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=Results)
-    except OSError as error:
-        raise SpecError(str(path), f"cannot be read: {error.strerror}") from error
-    except (msgspec.DecodeError, ValueError) as error:
-        raise SpecError(str(path), f"holds no results: {error}") from error
-    if found.schema != SCHEMA:
-        raise SpecError(f"{path}.schema", f"unknown schema {found.schema!r}; known: {SCHEMA}")
-    return found
+    return read_versioned(path, Results, SCHEMA, "results")
 
 
 def schema() -> dict[str, Any]:

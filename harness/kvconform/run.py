@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import numpy as np
 from kvconform import pairwise
 from kvconform.budget import Budget
 from kvconform.cell import Cell, run_cell
+from kvconform.machine import machine
 from kvconform.results import Results, read
 from kvconform.storage import write_atomically
 from kvconform.subject import Infrastructure, Launch, Subject
@@ -132,11 +131,6 @@ def named_configs(judged: Sequence[Results]) -> dict[str, Config]:
     """Every config that these results speak of, by the name that they use."""
     dtypes = {dtype for results in judged for dtype in results.dtypes}
     return {label(name, dtype): point(name, dtype) for dtype in sorted(dtypes) for name in POINTS}
-
-
-def machine() -> dict[str, object]:
-    """What this machine is, as far as it bears on results."""
-    return {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count() or 0}
 
 
 def summary(results: Results) -> dict[str, int]:

@@ -1,10 +1,38 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and what a reader says of one that is neither."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from kvconform_specs.errors import SpecError
+
+
+class Versioned(Protocol):
+    """A struct that names the schema that it was written by."""
+
+    @property
+    def schema(self) -> str: ...
+
+
+Stored = TypeVar("Stored", bound=Versioned)
+
+
+def read_versioned(path: Path, kind: type[Stored], schema: str, noun: str) -> Stored:
+    """The struct in a JSON file. Raises SpecError with one sentence where the file holds none of this version."""
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=kind)
+    except OSError as error:
+        raise SpecError(str(path), f"cannot be read: {error.strerror}") from error
+    except ValueError as error:  # msgspec's own errors, and what a struct refuses
+        raise SpecError(str(path), f"holds no {noun}: {error}") from error
+    if found.schema != schema:
+        raise SpecError(f"{path}.schema", f"unknown schema {found.schema!r}; known: {schema}")
+    return found
 
 
 def write_atomically(path: Path, data: bytes) -> None:

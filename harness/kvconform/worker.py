@@ -7,15 +7,17 @@ file where it was.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, BinaryIO
-
-import numpy as np
 
 from kvconform.backend import Unavailable
 from kvconform.record import record
@@ -27,6 +29,8 @@ from kvconform_specs.program import Program
 from kvconform_specs.tensors import weights
 
 Reply = tuple[Header, bytes]
+DISTRIBUTIONS = ("kvconform", "numpy", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "transformers")
+"""Whose versions every record names, where they are installed; none of them is imported for it."""
 
 
 class Worker:
@@ -48,8 +52,7 @@ class Worker:
     def describe(self, message: Header) -> Reply:
         self.backend = load(self.address)
         claims = self.backend.claims.to_json()
-        versions = {"python": platform.python_version(), "numpy": np.__version__, "platform": platform.platform()}
-        return {"claims": claims, "environment": versions}, b""
+        return {"claims": claims, "environment": environment(self.backend)}, b""
 
     def build(self, message: Header) -> Reply:
         config = Config.from_json(message["config"])
@@ -78,6 +81,18 @@ class Worker:
         stopwatch = self.stopwatches[key]
         blocks = stopwatch.blocks(message["phase"], message["depth"], message["steps"], message["count"])
         return {"blocks": blocks, "digest": stopwatch.digest}, b""
+
+
+def environment(backend: Any) -> dict[str, str]:
+    """What bears on a backend's results here: versions of what is installed, by name, and a digest of its own file."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in DISTRIBUTIONS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    source = Path(getattr(sys.modules.get(backend.__module__), "__file__", None) or "")
+    if source.is_file():
+        found["source"] = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    return found
 
 
 def serve(worker: Worker, inbox: BinaryIO, outbox: BinaryIO) -> None:
