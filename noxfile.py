@@ -54,7 +54,8 @@ def speed(session: nox.Session) -> None:
     if not ready:
         session.error("no backend has been judged yet: run nox -s conformance first")
     seconds = ["--seconds", "2"] if "smoke" in session.posargs else []
-    command = ["kvconform", "bench", "--out", str(RESULTS), *seconds]
+    device = ["--device", "cuda"] if "cuda" in session.posargs else []
+    command = ["kvconform", "bench", "--out", str(RESULTS), *seconds, *device]
     for name, python in ready.items():
         command += ["-b", name, "--python", f"{name}={python}"]
     session.run(*command, success_codes=[0, 5])  # 5: nothing was conformant, which the report shows

@@ -65,14 +65,13 @@ _POOL: dict[int, Cache] = {}
 
 
 class Handle:
-    """A cache that goes back to a global pool when it is dropped, and is cleaned only when it is closed."""
+    """A cache that goes back to a global pool when it is dropped."""
 
     def __init__(self, cache: Cache) -> None:
-        self.cache: Cache | None = cache
+        self.cache = cache
 
     def __del__(self) -> None:
-        if self.cache is not None:
-            _POOL[self.cache.keys[0].shape[0]] = self.cache
+        _POOL[self.cache.keys[0].shape[0]] = self.cache
 
 
 class GlobalCache(NumpyCache):
@@ -93,8 +92,50 @@ class GlobalCache(NumpyCache):
     def length(self, cache: Any) -> list[int]:
         return super().length(cache.cache)
 
-    def close(self, cache: Any) -> None:
-        cache.cache = None
+
+class OneSlot(NumpyCache):
+    """Correct, with one slot that only ``close`` frees."""
+
+    claims = Claims(profiles=("attention",), abilities=("full", "length"), max_sequences=1)
+    busy = False
+
+    def start(self, batch: int) -> Cache:
+        if self.busy:
+            raise RuntimeError("no free slot")
+        self.busy = True
+        return super().start(batch)
+
+    def full(self, *inputs: Any) -> Any:
+        return NumpyCache.step(self, NumpyCache.start(self, inputs[0].shape[0]), *inputs)[0]
+
+    def close(self, cache: Cache) -> None:
+        self.busy = False
+
+
+class GivesADictionary(NumpyCache):
+    def step(self, cache: Cache, *inputs: Any) -> tuple[Any, Cache]:
+        output, cache = super().step(cache, *inputs)
+        return {"logits": output}, cache
+
+
+class WitnessRaises(NumpyCache):
+    def witness(self) -> dict[str, Any]:
+        raise RuntimeError("I saw nothing")
+
+
+class WitnessIsNoJson(NumpyCache):
+    def witness(self) -> dict[str, Any]:
+        return {"graphs": np.int64(4)}
+
+
+class WitnessDies(NumpyCache):
+    def witness(self) -> dict[str, Any]:
+        os._exit(5)
+
+
+class CannotBeBuilt(NumpyCache):
+    def __init__(self, *_: Any) -> None:
+        raise RuntimeError("no weights for me")
 
 
 class ClaimsNothing(NumpyCache):

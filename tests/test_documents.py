@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvconform.budget import BUDGETS, DEFAULT_BUDGET
+from kvconform.budget import BUDGETS, DEFAULT_BUDGET, REBUILD_SECONDS, REBUILDS
 from kvconform.cli import app
 from kvconform_specs import bounds
 from kvconform_specs.clauses import ALL, CHAPTERS
@@ -27,7 +27,7 @@ def test_commands_of_the_tool_exist(document: Path) -> None:
     known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     text = document.read_text()
     code = re.findall(r"```.*?```", text, re.DOTALL) + re.findall(r"`[^`\n]+`", text)
-    for command in re.findall(r"(?:^|[`\s])kvconform ([a-z]+)\b", "\n".join(code)):
+    for command in re.findall(r"(?:^|`|run: )kvconform ([a-z]+)\b", "\n".join(code), re.MULTILINE):
         assert command in known, command
 
 
@@ -48,6 +48,19 @@ def test_design_states_the_constant_of_the_decoder_bound() -> None:
     text = (ROOT / "DESIGN.md").read_text()
     assert f"C = {bounds.C}," in text
     assert f"with {bounds.RUNS} degrees of freedom" in text
+
+
+def test_design_states_budgets_and_limits_as_they_are() -> None:
+    text = (ROOT / "DESIGN.md").read_text()
+    default = BUDGETS[DEFAULT_BUDGET]
+    assert f"draws {default.structures} structures with {default.variants} seeds each" in text
+    assert f"as long as {REBUILDS} processes or\n{REBUILD_SECONDS:g} s last" in text
+    assert f"{bounds.SPREAD} times the pooled sigma" in text
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_no_placeholder_is_left(document: Path) -> None:
+    assert "@" + "@" not in document.read_text()
 
 
 def test_every_clause_has_text_reasons_and_a_stable_name() -> None:

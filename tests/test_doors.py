@@ -197,6 +197,13 @@ def test_the_importable_door_returns_results_or_raises_each_sentence(tmp_path: P
         conformance(f"{SUBJECTS}:ClaimsNothing")
 
 
+def test_the_importable_door_is_not_green_for_nothing() -> None:
+    with pytest.raises(ValueError, match="no cell matches clauses"):
+        conformance("numpy", clauses=("equivalnce",))
+    with pytest.raises(AssertionError, match="no PASS on the core clauses"):
+        conformance(f"{SUBJECTS}:WithoutReset", configs=("attention-gqa",), clauses=("lifecycle.reset",))
+
+
 def test_the_importable_door_takes_a_class() -> None:
     from kvconform_backends.numpy_cache import NumpyCache
 

@@ -59,7 +59,8 @@ def test_parity_names_step_row_position_and_head() -> None:
 
 @pytest.mark.parametrize("relation", [Relation.PARITY, Relation.AGREEMENT])
 def test_nan_is_never_within_a_bound(relation: Relation) -> None:
-    case = Case((BASE, BASE)) if relation is Relation.AGREEMENT else Case((BASE,))
+    other = Program(CONFIG, appends("a", (4, 1, 1), 2, 5))
+    case = Case((other, BASE)) if relation is Relation.AGREEMENT else Case((BASE,))
 
     def spoil(number: int, trace: Trace) -> Trace:
         return altered(1, put(np.nan))(number, trace) if number == len(case.programs) - 1 else trace
@@ -74,6 +75,10 @@ def test_agreement_matches_outputs_by_their_history() -> None:
     assert fine.compared == 3 * 2 * 6 * CONFIG.heads * CONFIG.head_dim  # variants, rows, positions, elements
     spoiled = judged(Case((BASE, other)), Relation.AGREEMENT, altered(1, put(9.0)))
     assert spoiled.finding is not None
+
+
+def test_a_program_is_never_compared_with_itself() -> None:
+    assert judged(Case((BASE, BASE)), Relation.AGREEMENT).compared == 0
 
 
 def test_unaffected_is_bit_for_bit() -> None:

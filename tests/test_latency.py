@@ -174,7 +174,9 @@ def test_a_ratio_that_means_nothing_says_why(record: Record, why: str) -> None:
 def test_arms_are_set_against_the_first_of_their_phase_and_decode_against_its_own_recompute() -> None:
     arms = [Arm("a", "decode"), Arm("b", "decode"), Arm("b", "recompute"), Arm("c", "recompute")]
     _, ratios = summarise(record_of(arms, [[10, 20, 40, 80]] * 6))
-    assert {(r.arm, r.reference): round(r.ratio, 9) for r in ratios} == {(1, 0): 2, (3, 2): 2, (1, 2): 0.5}
+    assert {(r.arm, r.reference): round(r.ratio, 9) for r in ratios} == {(3, 2): 2, (1, 2): 0.5}
+    _, alone = summarise(record_of(arms[:2], [[10, 20]] * 6))
+    assert {(r.arm, r.reference): round(r.ratio, 9) for r in alone} == {(1, 0): 2}
 
 
 def test_summaries_and_ratios_of_a_written_record_are_those_of_its_raw_rounds(timed: Any, tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_summaries_and_ratios_of_a_written_record_are_those_of_its_raw_rounds(ti
     assert len(record.rounds) > 100
     assert record == written
     assert (record.summaries, record.ratios) == summarise(record)
-    assert len(record.summaries) == 2 * 6 + 3  # two depths of two phases, one prefill
+    assert len(record.summaries) == 2 * (3 + 6) + 3  # at two depths decode, then both phases; one prefill
     assert latency.is_record(tmp_path / "speed.json")
 
 
@@ -222,7 +224,7 @@ def test_in_each_round_every_arm_runs_once_in_an_order_that_varies(timed: Any) -
         assert sorted(block.arm for block in blocks) == list(arms)
         assert [block.place for block in blocks] == list(arms)
         orders[case, tuple(block.arm for block in blocks)] += 1
-    assert {case for case, _ in orders} == {0, 1}
+    assert {case for case, _ in orders} == {0, 1, 2}
     assert all(len([o for o in orders if o[0] == case]) > 3 for case in (0, 1))
 
 
@@ -298,7 +300,7 @@ def test_a_backend_that_is_not_right_gets_no_time_and_is_listed(name: str, why: 
     assert name not in {arm.backend for case in record.cases for arm in case.arms}
     assert [(one.backend, one.preset) for one in record.excluded] == [(name, "one")]
     assert why in record.excluded[0].why
-    assert len(record.cases) == 2
+    assert len(record.cases) == 3
     assert all(len(case.arms) in (2, 4) for case in record.cases)
     assert all(block.arm < len(record.cases[block.case].arms) for block in record.rounds)
 
@@ -323,6 +325,8 @@ def test_results_admit_only_what_is_conformant_finished_and_of_this_device(
 
     assert "core clauses" in said()
     monkeypatch.setattr(eligibility, "exit_code", lambda results: (0, "conformant"))
+    assert "no PASS on the core clauses" in said()
+    monkeypatch.setattr(eligibility, "missing_core", lambda results, profile: [])
     assert said() == ""
     assert "not finished" in said(finished=False)
     assert "of device cuda, not cpu" in said(device="cuda")

@@ -64,7 +64,8 @@ def test_misbehaviour_is_a_verdict_with_a_shrunk_counterexample_that_replays(
     assert found.sentence == verdict.sentence
     programs = [Program.from_json(program) for program in found.case]
     if name != "PrintsAndIsWrong":
-        assert max(program.size for program in programs) <= (2, 4)  # the trigger is the fourth token
+        assert max(program.size[0] for program in programs) <= 2
+        assert max(program.size[1] for program in programs) <= 4  # the trigger is the fourth token
     again = replay(tmp_path, verdict, "--step-timeout", "0.5")
     assert again.returncode == 1
     assert verdict.sentence in again.stdout
@@ -106,6 +107,35 @@ def test_what_ran_as_a_fallback_was_not_tested(name: str, tmp_path: Path) -> Non
     verdict = judged(name, tmp_path)
     assert verdict.outcome is Outcome.NOT_EXERCISED
     assert verdict.sentence == "not tested: the fast path gave up and the slow one ran"
+
+
+@pytest.mark.parametrize("name", ["WitnessRaises", "WitnessIsNoJson", "WitnessDies"])
+def test_a_witness_that_fails_is_no_pass(name: str, tmp_path: Path) -> None:
+    verdict = judged(name, tmp_path)
+    assert verdict.outcome is Outcome.NOT_EXERCISED
+    assert verdict.sentence.startswith("nobody knows what ran: its witness failed: ")
+
+
+def test_a_step_that_gives_no_array_is_a_failure(tmp_path: Path) -> None:
+    verdict = judged("GivesADictionary", tmp_path)
+    assert verdict.outcome is Outcome.FAIL
+    assert "raised TypeError: the step gave dict, want an array of numbers" in verdict.sentence
+
+
+def test_a_backend_that_cannot_be_built_leaves_a_counterexample_and_is_built_once(tmp_path: Path) -> None:
+    with Subject(Launch(address("CannotBeBuilt"))) as subject:
+        cells = [Cell(BY_NAME[c], point("attention-gqa"), "attention-gqa") for c in ("shape.output", "shape.length")]
+        verdicts = [run_cell(cell, subject, BUDGETS["smoke"], 0, tmp_path) for cell in cells]
+    for verdict in verdicts:
+        assert verdict.outcome is Outcome.CRASH
+        assert verdict.sentence == "could not be built: RuntimeError: no weights for me"
+        again = replay(tmp_path, verdict)
+        assert again.returncode == 1
+        assert verdict.sentence in again.stdout
+
+
+def test_what_a_program_leaves_open_is_closed(tmp_path: Path) -> None:
+    assert judged("OneSlot", tmp_path).outcome is Outcome.PASS
 
 
 def test_what_the_machine_lacks_is_one_sentence(tmp_path: Path) -> None:

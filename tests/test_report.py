@@ -212,7 +212,7 @@ def test_each_backend_has_its_standing_and_its_sentence() -> None:
         assert sentence.removeprefix(f"{word}: ") in text
         assert line.startswith(result.backend)
         assert f"{word}: {sentence.removeprefix(f'{word}: ')}" in line
-    assert "Of 4 backends 2 are conformant, 1 is non-conformant, 1 is unavailable" in text
+    assert "Of 4 backends 1 is conformant, 1 is non-conformant, 1 is unavailable, 1 is undecided" in text
 
 
 def test_every_outcome_and_every_exit_code_has_a_symbol_and_a_word() -> None:

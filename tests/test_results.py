@@ -65,6 +65,13 @@ def test_the_gate_moves_with_the_results(now: Results, code: int, words: str) ->
     assert (words in "\n".join(d.words for d in differences)) if words else not differences
 
 
+def test_results_of_another_device_or_budget_are_not_comparable() -> None:
+    for change in ({"device": "cuda"}, {"budget": "nightly"}, {"seed": 1}, {"dtypes": ["float16"]}):
+        differences = gate.compare(msgspec.structs.replace(results(verdict()), **change), results(verdict()))
+        assert gate.exit_code(differences) == 4
+        assert "not comparable" in differences[0].words
+
+
 def test_a_failure_that_the_baseline_knows_is_not_new() -> None:
     broken = results(verdict(outcome=Outcome.FAIL))
     assert gate.exit_code(gate.compare(broken, broken)) == 0
@@ -79,7 +86,9 @@ def test_only_conformance_exits_with_zero() -> None:
     )
     assert exit_code(results(unavailable="no GPU")) == (3, "no GPU")
     assert exit_code(results(verdict(outcome=Outcome.FAIL)))[0] == 1
+    assert exit_code(results(verdict(outcome=Outcome.FAIL), unavailable="no GPU"))[0] == 1
     assert exit_code(results(verdict(outcome=Outcome.INCONCLUSIVE)))[0] == 5
+    assert "not exercised" in exit_code(results(verdict(outcome=Outcome.NOT_EXERCISED)))[1]
     code, sentence = exit_code(results(verdict()))
     assert code == 5
     assert "no PASS on the core clauses" in sentence
@@ -141,4 +150,6 @@ def test_a_run_is_not_resumed_once_the_backend_has_changed(tmp_path: Path) -> No
     marked = msgspec.structs.replace(first.verdicts[0], compared=123456)
     msgspec.structs.replace(first, verdicts=[marked], finished=False).write(tmp_path / "mine.json")
     file.write_text(source + "# mended\n")
-    assert run_backend("mine", Launch(f"{file}:Mine"), plan, tmp_path).verdicts[0].compared == first.verdicts[0].compared
+    assert (
+        run_backend("mine", Launch(f"{file}:Mine"), plan, tmp_path).verdicts[0].compared == first.verdicts[0].compared
+    )

@@ -17,7 +17,7 @@ Array = NDArray[Any]
 
 @dataclass
 class Cache:
-    """Keys and values of every layer, ``(b, g, s, d)`` each, and the capacity they may grow to."""
+    """Keys and values of every layer, ``(b, g, s, d)`` each."""
 
     keys: list[Array]
     values: list[Array]

@@ -67,9 +67,9 @@ class OnnxExported:
         self.seen_on: str | None = None  # the device of the last outputs
         if device == "cuda":
             self.reach_device()
-        self.session(cached=True)
-        if device == "cuda":
             self.prove_device()
+        else:
+            self.session(cached=True)
 
     # --- lifecycle ---
     def start(self, batch: int) -> Past:
@@ -152,12 +152,14 @@ class OnnxExported:
             source = onnx_graphs.attention_model(self.config, cached)
         else:
             source = str(self.artefact(cached))
-            self.files.append(source)
+            self.files.append(Path(source).name)  # the folder is the run's own: artefacts, beside the results
         providers: list[Any] = ["CPUExecutionProvider"]
         if self.device == "cuda":
             providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))  # on by default; float32 means float32
         session = InferenceSession(source, options, providers=providers)
         session.disable_fallback()
+        if self.device == "cuda":
+            self.prove_session(session)
         self.sessions[cached] = session
         return session
 
@@ -197,41 +199,44 @@ class OnnxExported:
             why = (reasons or [str(error).strip()])[0]
             raise Unavailable(f"ONNX Runtime {onnxruntime.__version__} cannot use CUDA: {why}") from error
 
-    def prove_device(self) -> None:
+    def prove_session(self, session: InferenceSession) -> None:
         """Raises Unavailable unless CUDA runs every heavy node: the session itself would fall back in silence."""
-        session = self.session(cached=True)
-        if session.get_providers()[0] != "CUDAExecutionProvider":
-            raise Unavailable(
-                f"ONNX Runtime {onnxruntime.__version__} runs on {session.get_providers()[0]}, not on CUDA"
-            )
-        strays = sorted({kind for (provider, kind) in self.nodes() if kind in HEAVY and "CUDA" not in provider})
+        first = session.get_providers()[0]
+        if first != "CUDAExecutionProvider":
+            raise Unavailable(f"ONNX Runtime {onnxruntime.__version__} runs on {first}, not on CUDA")
+        strays = sorted({kind for (provider, kind) in nodes(session) if kind in HEAVY and "CUDA" not in provider})
         if strays:
             raise Unavailable(f"ONNX Runtime {onnxruntime.__version__} has no CUDA kernel for {', '.join(strays)} here")
+
+    def prove_device(self) -> None:
+        """Builds the session and runs one step, whose outputs must be on the GPU."""
         c = self.config
         probe: list[Array] = [np.zeros((1, 1), np.int64)]
         if c.profile == "attention":
             probe = [np.zeros((1, h, 1, c.head_dim), np.float32) for h in (c.heads, c.kv_heads, c.kv_heads)]
         try:
             self.step(self.start(1), *probe)
-        except RuntimeError as error:
+        except Unavailable:
+            raise
+        except Exception as error:
             raise Unavailable(f"ONNX Runtime {onnxruntime.__version__} cannot run on CUDA: {error}") from error
-
-    def nodes(self) -> Counter[tuple[str, str]]:
-        """How many nodes of each kind each provider runs, over all sessions."""
-        return Counter(
-            (part.ep_name, node.op_type)
-            for session in self.sessions.values()
-            for part in session.get_provider_graph_assignment_info()
-            for node in part.get_nodes()
-        )
 
     def witness(self) -> dict[str, Any]:
         return {
             **{name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript")},
             "onnxruntime": onnxruntime.__version__,
             "providers": sorted({name for session in self.sessions.values() for name in session.get_providers()}),
-            "nodes": {f"{provider}:{kind}": count for (provider, kind), count in sorted(self.nodes().items())},
+            "nodes": {
+                f"{provider}:{kind}": count
+                for (provider, kind), count in sorted(sum(map(nodes, self.sessions.values()), Counter()).items())
+            },
             "device": self.seen_on,
             "opset": onnx_graphs.OPSET,
             "files": self.files,
         }
+
+
+def nodes(session: InferenceSession) -> Counter[tuple[str, str]]:
+    """How many nodes of each kind each provider runs."""
+    parts = session.get_provider_graph_assignment_info()
+    return Counter((part.ep_name, node.op_type) for part in parts for node in part.get_nodes())

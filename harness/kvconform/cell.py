@@ -25,7 +25,7 @@ from kvconform.verdict import Outcome, Verdict
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case, Clause
 from kvconform_specs.config import Config
-from kvconform_specs.program import Program
+from kvconform_specs.program import Append, Program
 
 OUTCOMES = {"fail": Outcome.FAIL, "crash": Outcome.CRASH, "timeout": Outcome.TIMEOUT}
 
@@ -55,16 +55,21 @@ def run_cell(cell: Cell, subject: Subject, budget: Budget, seed: int, folder: Pa
         try:
             refused = subject.build(cell.config)
         except Death as death:
-            return search.verdict(OUTCOMES[death.kind], death.words)
+            smallest = Case((Program(cell.config, (Append("a", (1,), 0),)),))
+            search.best = smallest, Broken(death.kind, death.words)
+            return search.conclude(folder)
         reason = refused
     if reason is not None:
         return search.verdict(Outcome.UNSUPPORTED, reason)
     search.run()
-    fallback = subject.witness(cell.config).get("fallback")
+    witness = subject.witness(cell.config)
+    fallback = witness.get("fallback")
     if fallback:  # also where it broke the clause: what broke it is not what the backend's name promises
         return search.verdict(Outcome.NOT_EXERCISED, f"not tested: {fallback}")
     if search.best is not None:
         return search.conclude(folder)
+    if "failed" in witness:
+        return search.verdict(Outcome.NOT_EXERCISED, f"nobody knows what ran: its witness failed: {witness['failed']}")
     if search.compared == 0:
         return search.verdict(Outcome.NOT_EXERCISED, "nothing was compared")
     return search.verdict(Outcome.PASS)
@@ -78,7 +83,11 @@ def unsupported(cell: Cell, subject: Subject) -> str | None:
     if config.dtype not in claims.dtypes:
         return f"claims no {config.dtype}"
     missing = [need for need in cell.clause.needs if not claims.can(need)]
-    return f"claims no {', no '.join(missing)}" if missing else None
+    if missing:
+        return f"claims no {', no '.join(missing)}"
+    if cell.clause.needs_any and not any(claims.can(need) for need in cell.clause.needs_any):
+        return f"claims none of {', '.join(cell.clause.needs_any)}"
+    return None
 
 
 class _Search:
@@ -185,7 +194,10 @@ class _Search:
     def _leak(self, case: Case) -> tuple[list[Program], Broken] | None:
         """The shortest list of earlier programs after which the case fails on a fresh process."""
         ran = [frozen(program, variant) for program, variants in self.log for variant in variants]
-        earlier = [program for program in ran if program not in case.programs]
+        for program in case.programs:  # their last runs are the case itself; what ran before them may be alike
+            if program in ran:
+                del ran[len(ran) - 1 - ran[::-1].index(program)]
+        earlier = ran
         starts, began = self.subject.starts, time.perf_counter()
 
         def fails(before: list[Program]) -> Broken | None:

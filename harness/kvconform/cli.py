@@ -22,7 +22,7 @@ from kvconform.pairwise import Pair
 from kvconform.registry import installed
 from kvconform.results import Results
 from kvconform.run import Plan, cells, run_backend, summary
-from kvconform.subject import Infrastructure, Launch, Subject
+from kvconform.subject import STEP_TIMEOUT, Infrastructure, Launch, Subject
 from kvconform.verdict import Verdict
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case
@@ -66,7 +66,9 @@ def _usage(sentence: str) -> typer.Exit:
     return typer.Exit(2)
 
 
-def _launches(backends: list[str], device: str, pythons: list[str], step_timeout: float = 60.0) -> dict[str, Launch]:
+def _launches(
+    backends: list[str], device: str, pythons: list[str], step_timeout: float = STEP_TIMEOUT
+) -> dict[str, Launch]:
     """One launch for each backend, by the name of its results."""
     if device not in ("cpu", "cuda"):
         raise _usage(f"--device: unknown device {device!r}; known: cpu, cuda")
@@ -97,7 +99,7 @@ def run(
     clause: Annotated[list[str], typer.Option(help="Only clauses that begin so. Repeatable.")] = [],  # noqa: B006
     config: Annotated[list[str], typer.Option(help="Only configs that begin so. Repeatable.")] = [],  # noqa: B006
     python: Pythons = [],  # noqa: B006
-    step_timeout: Annotated[float, typer.Option(help="Seconds without progress that make a timeout.")] = 60.0,
+    step_timeout: Annotated[float, typer.Option(help="Seconds without progress that make a timeout.")] = STEP_TIMEOUT,
 ) -> None:
     """Judges backends by every clause; writes OUT/<backend>.json and a counterexample for each failure.
 
@@ -156,7 +158,7 @@ def replay(
     backend: Annotated[str, typer.Option("--backend", "-b", help="Another backend than the file names.")] = "",
     device: Annotated[str, typer.Option(help="Another device than the file names.")] = "",
     python: Annotated[str, typer.Option(help="Interpreter of the worker.")] = sys.executable,
-    step_timeout: Annotated[float, typer.Option(help="Seconds without progress that make a timeout.")] = 60.0,
+    step_timeout: Annotated[float, typer.Option(help="Seconds without progress that make a timeout.")] = STEP_TIMEOUT,
 ) -> None:
     """Runs a counterexample on a fresh process and says what is wrong; exit code 1 if it still is."""
     found = counterexamples.read(file)
@@ -257,8 +259,9 @@ def _collect(files: list[Path]) -> tuple[list[Results], Record | None, list[Pair
             speed = latency.read(file)
         else:
             judged.append(results.read(file))
+    names = [one.backend for one in judged]
     folders = {file.parent / "vectors" for file in files}
-    pairs = [pair for folder in sorted(folders) for pair in pairwise.pairs(folder, named_configs(judged))]
+    pairs = [pair for folder in sorted(folders) for pair in pairwise.pairs(folder, names, named_configs(judged))]
     return judged, speed, pairs
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kvconform.presets import Preset
 from kvconform.record import Done
-from kvconform.results import exit_code, read
+from kvconform.results import exit_code, missing_core, read
 from kvconform.subject import Launch, Subject
 from kvconform.timing import tokens
 from kvconform_specs import SUITE_VERSION, bounds
@@ -48,6 +48,9 @@ def conformance(name: str, launch: Launch, results_dir: Path) -> str:
         return sentence
     if not results.finished:
         return "its conformance run is not finished"
+    missing = missing_core(results, "decoder")
+    if missing:
+        return f"no PASS on the core clauses {', '.join(missing)} (decoder profile)"
     if results.suite != SUITE_VERSION:
         return f"its conformance results are of suite {results.suite}, this is {SUITE_VERSION}"
     if results.device != launch.device:

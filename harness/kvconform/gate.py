@@ -21,6 +21,14 @@ class Difference:
 def compare(now: Results, baseline: Results) -> list[Difference]:
     """What moved from the baseline to now: new failures, passes lost, clauses gone, claims narrowed, less compared."""
     found = [Difference(REGRESSION, words) for words in _narrowed(now, baseline)]
+    for name in ("device", "dtypes", "budget", "seed", "suite"):
+        if getattr(now, name) != getattr(baseline, name):
+            words = f"{name} is {getattr(now, name)}, the baseline's is {getattr(baseline, name)}: not comparable"
+            found.append(Difference(REGRESSION, words))
+    drawn = [results.environment.get("hypothesis") for results in (now, baseline)]
+    if drawn[0] != drawn[1]:
+        words = f"programs were drawn by hypothesis {drawn[0]}, the baseline's by {drawn[1]}: other values are compared"
+        found.append(Difference(OK, words))
     if now.unavailable and not baseline.unavailable:
         found.append(Difference(REGRESSION, f"{now.backend} is no longer available: {now.unavailable}"))
     before = {verdict.key: verdict for verdict in baseline.verdicts}

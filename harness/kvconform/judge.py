@@ -170,6 +170,8 @@ def _agreement(observed: Sequence[Observed]) -> Outcome:
     base = _located(observed[0])
     compared, worst = 0, 0.0
     for other in observed[1:]:
+        if other.program == observed[0].program:
+            continue  # it would be compared with itself
         for number, got in enumerate(other.outputs):
             if got is None:
                 continue

@@ -148,7 +148,8 @@ class _Run:
             known = beside.submit(truth, preset.config, self.seed)
             built = {name for name in self.build_order if self.build(name, preset)}
             admitted = [n for n in self.subjects if n in built and self.admit(n, preset, known.result())]
-        cells = [(("decode", "recompute"), n) for n in preset.depths] + [(("prefill",), n) for n in preset.prompts]
+        cells = [(phases, n) for n in preset.depths for phases in (("decode",), ("decode", "recompute"))]
+        cells += [(("prefill",), n) for n in preset.prompts]
         for phases, depth in cells:
             self.cell(preset, admitted, phases, depth)
             self.write()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -47,10 +48,10 @@ def outputs(subject: Subject, config: Config) -> Outputs | None:
     return np.concatenate([step.ravel() for step in steps]) if len(steps) == len(program.steps) else None
 
 
-def pairs(folder: Path, configs: dict[str, Config]) -> list[Pair]:
-    """Compares every two backends that left their outputs in ``folder`` (``<backend>.npz``, arrays by config)."""
+def pairs(folder: Path, backends: Sequence[str], configs: dict[str, Config]) -> list[Pair]:
+    """Compares every two of these backends that left their outputs in ``folder`` (``<backend>.npz``, by config)."""
     loaded: dict[str, dict[str, Outputs]] = {}
-    for file in sorted(folder.glob("*.npz")):
+    for file in sorted(file for file in folder.glob("*.npz") if file.stem in backends):
         with np.load(file, allow_pickle=False) as arrays:
             loaded[file.stem] = {name: arrays[name] for name in arrays.files}
     found = []

@@ -63,6 +63,8 @@ def record(
             trace.append(_guarded(subject, caches, step, tuple(feed[variant] for feed in feeds[number])))
             if trace[-1].error is not None:
                 break
+        for name in list(caches):  # what a program leaves open is ended; how that goes belongs to no step
+            _guarded(subject, caches, Close(name), ())
         traces.append(tuple(trace))
     return traces
 
@@ -118,4 +120,7 @@ def _do(subject: Any, caches: dict[str, Any], step: Call, feed: tuple[Array, ...
     length = None
     if step.seq in caches and subject.claims.can("length") and not isinstance(step, Full):
         length = tuple(int(n) for n in subject.length(caches[step.seq]))
-    return Done(None if output is None else np.asarray(output), length)
+    array = None if output is None else np.asarray(output)
+    if array is not None and array.dtype.kind not in "fiub":
+        raise TypeError(f"the step gave {type(output).__name__}, want an array of numbers")
+    return Done(array, length)

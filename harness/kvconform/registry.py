@@ -36,8 +36,7 @@ def load(address: str) -> Any:
         root = (missing.name or "").partition(".")[0]
         if named and root not in module.split("."):
             raise BackendError(
-                f"backend {address!r} is not installed: it needs {root!r}; "
-                f"install it with: pip install 'kvconform[{address.partition('-')[0]}]'"
+                f"backend {address!r} is not installed: it needs {root!r}; install it with: {_remedy(points[address])}"
             ) from missing
         raise BackendError(f"backend {address!r} cannot be imported: no module named {missing.name!r}") from missing
     backend = getattr(found, name, None)
@@ -46,6 +45,12 @@ def load(address: str) -> Any:
     if not hasattr(backend, "claims"):
         raise BackendError(f"backend {address!r} declares no claims (an attribute ``claims = Claims(...)``)")
     return backend
+
+
+def _remedy(point: EntryPoint) -> str:
+    """Our own backends have an extra each; what another distribution needs, its own dependencies say."""
+    name = point.dist.name if point.dist is not None else "its distribution"
+    return f"pip install 'kvconform[{point.name.partition('-')[0]}]'" if name == "kvconform" else f"pip install {name}"
 
 
 def _module(module: str) -> Any:

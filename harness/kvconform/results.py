@@ -76,19 +76,19 @@ def missing_core(results: Results, profile: str) -> list[str]:
 
 def exit_code(results: Results) -> tuple[int, str]:
     """0 conformant, 1 non-conformant, 3 infrastructure, 5 inconclusive or core clauses missing; and the sentence."""
-    if results.unavailable:
-        return 3, results.unavailable
     broken = [verdict for verdict in results.verdicts if verdict.outcome.broken]
-    if not broken and not results.finished:
-        return 5, f"the run did not finish: {len(results.verdicts)} cells were judged"
     if broken:
         return 1, f"non-conformant: {len(broken)} of {len(results.verdicts)} cells broken"
+    if results.unavailable:
+        return 3, results.unavailable
+    if not results.finished:
+        return 5, f"the run did not finish: {len(results.verdicts)} cells were judged"
     profiles = sorted({config.profile for config in POINTS.values()})
     missing = {profile: missing_core(results, profile) for profile in profiles}
     good = [profile for profile in profiles if not missing[profile]]
-    undecided = [v for v in results.verdicts if v.outcome is Outcome.INCONCLUSIVE]
+    undecided = [v for v in results.verdicts if v.outcome in (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED)]
     if undecided:
-        return 5, f"inconclusive: {len(undecided)} of {len(results.verdicts)} cells"
+        return 5, f"inconclusive or not exercised: {len(undecided)} of {len(results.verdicts)} cells"
     if not good:
         profile = min(profiles, key=lambda p: len(missing[p]))
         return 5, f"not conformant: no PASS on the core clauses {', '.join(missing[profile])} ({profile} profile)"

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -73,13 +74,17 @@ def run_backend(
         return results
     with subject:
         results.claims = subject.claims.to_json()
-        results.environment = {**subject.environment, "machine": machine()}
+        results.environment = {**subject.environment, "hypothesis": version("hypothesis"), "machine": machine()}
         spent = _resume(results, path)
         known = {verdict.key: verdict for verdict in results.verdicts}
         results.verdicts = []
         for cell in cells(plan):
             verdict = known.get((cell.clause.name, cell.config_name))
-            if verdict is None:
+            if verdict is not None:  # not written: the file holds more than what was gone through again so far
+                results.verdicts.append(verdict)
+                tell(verdict)
+                continue
+            else:
                 try:
                     verdict = run_cell(cell, subject, plan.budget, plan.seed, failures)
                 except Infrastructure as sentence:
@@ -94,7 +99,7 @@ def run_backend(
             tell(verdict)
         if not results.unavailable:
             _write_vectors(subject, results, out / "vectors" / f"{name}.npz")
-        results.finished = True
+        results.finished = not results.unavailable
         results.write(path)
     return results
 
@@ -107,6 +112,7 @@ def _write_vectors(subject: Subject, results: Results, path: Path) -> None:
             found = pairwise.outputs(subject, config)
             if found is not None:
                 vectors[config_name] = found
+    path.unlink(missing_ok=True)  # of an earlier run
     if vectors:
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **vectors)

@@ -25,7 +25,8 @@ def reduced_death(case: Case, broken: Broken, dies: Try) -> tuple[Case, Broken]:
         return case, broken
     best, words = case, broken
     current = replace(program, steps=program.steps[: broken.step + 1])
-    if (again := dies(Case((current,)))) is None:
+    again = dies(Case((current,)))
+    if again is None or again.kind != broken.kind:
         return best, words
     best, words = Case((current,)), again
     candidates = smaller(current)

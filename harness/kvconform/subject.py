@@ -25,6 +25,8 @@ from kvconform_specs.program import NAMES, Append, Full, Program, Truncate, call
 
 BUILD_TIMEOUT = 900.0
 """Seconds that a build may take: exports and first compilations are slow, and stand outside the step timeout."""
+STEP_TIMEOUT = 120.0
+"""Seconds without progress that make a timeout. A compilation within a step takes 5 to 15 s, and more under load."""
 LOG_LENGTH = 512
 """How many messages a worker's log remembers, for failures that need what ran before."""
 
@@ -33,7 +35,7 @@ class Infrastructure(Exception):
     """The backend is absent or broken, or this machine lacks what it needs: one sentence, exit code 3."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Death(Exception):
     """The worker died or hung while it ran a program. ``variant`` and ``step`` say where."""
 
@@ -53,7 +55,7 @@ class Launch:
     address: str
     device: str = "cpu"
     python: str = sys.executable
-    step_timeout: float = 60.0
+    step_timeout: float = STEP_TIMEOUT
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -65,6 +67,7 @@ class Subject:
         self.log: deque[tuple[Program, tuple[int, ...]]] = deque(maxlen=LOG_LENGTH)
         self.starts = 0
         self._built: set[Config] = set()
+        self._failed: dict[Config, Death] = {}  # a build that failed once is not tried for every cell
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="kvconform-")
         self._stderr = Path(self._scratch.name) / "stderr"
@@ -100,14 +103,18 @@ class Subject:
 
         Raises Infrastructure where the machine lacks something, Death where building fails or kills the worker.
         """
+        if config in self._failed:
+            raise self._failed[config]
         if config in self._built and self._process is not None:
             return None
         try:
             header, _ = self._ask({"op": "build", "config": config.to_json()}, BUILD_TIMEOUT)
         except Death as death:
-            raise Death(death.kind, f"could not be built: {death.words}", 0, -1) from None
+            self._failed[config] = Death(death.kind, f"could not be built: {death.words}", 0, -1)
+            raise self._failed[config] from None
         if "error" in header:
-            raise Death("crash", f"could not be built: {header['error']}", 0, -1)
+            self._failed[config] = Death("crash", f"could not be built: {header['error']}", 0, -1)
+            raise self._failed[config]
         if "refused" in header:
             return str(header["refused"])
         self._built.add(config)
@@ -138,7 +145,11 @@ class Subject:
     def witness(self, config: Config) -> dict[str, Any]:
         if config not in self._built or self._process is None:
             return {}
-        witness: dict[str, Any] = self._ask({"op": "witness", "config": config.to_json()}, 60.0)[0].get("witness", {})
+        try:
+            reply = self._ask({"op": "witness", "config": config.to_json()}, self.launch.step_timeout)[0]
+        except Death as death:
+            return {"failed": death.words}
+        witness: dict[str, Any] = reply.get("witness", {"failed": reply.get("error")})
         return witness
 
     def ask(self, message: Header, timeout: float) -> Header:

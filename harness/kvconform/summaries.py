@@ -47,13 +47,13 @@ def interval(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def pairs(case: Case) -> list[tuple[int, int]]:
-    """Which arm is set against which: each against the first of its phase, and a backend's decode against its own
-    recompute."""
+    """Which arm is set against which: each against the first of its phase; but a backend's decode only against its own
+    recompute in a case that has it. Recomputing leaves few rounds, and decodes have a case of their own."""
     first: dict[str, int] = {}
     recompute = {arm.backend: index for index, arm in enumerate(case.arms) if arm.phase == "recompute"}
     found = []
     for index, arm in enumerate(case.arms):
-        if first.setdefault(arm.phase, index) != index:
+        if first.setdefault(arm.phase, index) != index and not (arm.phase == "decode" and recompute):
             found.append((index, first[arm.phase]))
     return found + [
         (index, recompute[arm.backend])

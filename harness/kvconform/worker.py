@@ -8,6 +8,7 @@ file where it was.
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import os
 import platform
@@ -99,10 +100,12 @@ def serve(worker: Worker, inbox: BinaryIO, outbox: BinaryIO) -> None:
     while (frame := receive(inbox)) is not None:
         try:
             header, blob = worker.answer(frame[0])
+            json.dumps(header)  # a witness may hold what is no JSON
         except (BackendError, Unavailable) as sentence:
             header, blob = {"unavailable": str(sentence)}, b""
         except Exception as raised:  # noqa: BLE001 - importing and building run a subject's code: its words go back
-            header, blob = {"error": f"{type(raised).__name__}: {raised}"[:500]}, b""
+            words = f"{type(raised).__name__}: {raised}"[:500].encode(errors="replace").decode()
+            header, blob = {"error": words}, b""
         send(outbox, header, blob)
 
 

@@ -102,13 +102,15 @@ def _described(preset: Any) -> tuple[str, tuple[tuple[str, str], ...]]:
 
 
 def _series(cases: list[tuple[int, Case]], summaries: dict[tuple[int, int], Summary]) -> Sequence[Series]:
+    """One line for each backend and phase."""
     points: dict[tuple[str, str], list[tuple[float, float, float, float]]] = {}
     for number, case in cases:
         for arm, who in enumerate(case.arms):
             summary = summaries.get((number, arm))
             if summary is not None and who.phase in DRAWN:
-                at = (float(case.depth), summary.median, summary.low, summary.high)
-                points.setdefault((who.backend, who.phase), []).append(at)
+                line = points.setdefault((who.backend, who.phase), [])
+                if all(depth != case.depth for depth, *_ in line):  # decode's own case comes first, with more rounds
+                    line.append((float(case.depth), summary.median, summary.low, summary.high))
     kin = {backend: i for i, backend in enumerate(dict.fromkeys(backend for backend, _ in points))}
     return [
         Series(f"{backend} {phase}", kin[backend], phase != "decode", tuple(line))

@@ -62,8 +62,8 @@ class Clause:
     """One clause of the spec.
 
     name: stable, ``chapter.words``. text: the normative sentence. why: real bugs that it stops, as links.
-    needs: abilities that a backend must claim, else the clause is *unsupported* there; ``sequences`` is how many
-    live sequences it takes. applies: whether it says anything about a config. core: without a PASS here no profile
+    needs: abilities that a backend must claim, else the clause is *unsupported* there; needs_any: at least one of
+    these. applies: whether it says anything about a config. core: without a PASS here no profile
     of a backend is conformant. family: the programs, drawn for a config within a backend's claims.
     """
 
@@ -75,6 +75,7 @@ class Clause:
     level: Level = Level.MUST
     profiles: tuple[str, ...] = ("attention", "decoder")
     needs: tuple[str, ...] = ()
+    needs_any: tuple[str, ...] = ()
     applies: Callable[[Config], bool] = everywhere
     core: bool = False
 

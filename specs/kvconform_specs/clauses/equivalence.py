@@ -93,6 +93,7 @@ CLAUSES = (
         ),
         family=_paths,
         relations=(Relation.AGREEMENT,),
+        needs_any=("truncate", "fork", "reorder", "reset"),
     ),
     Clause(
         name="equivalence.full-stable",
