@@ -51,6 +51,21 @@ def test_a_clean_backend_is_conformant_with_every_cell_passed(name: str, folder:
     assert_clean(results)
     for witness in results.witnesses.values():
         assert not witness.get("fallback"), witness
+        if name == "compiled":
+            assert 1 <= witness["graphs"] <= 4
+            assert witness["graph_runs"] == witness["calls"]
+        if name == "onnx":
+            assert witness["providers"] == ["CPUExecutionProvider"]
+            assert witness["device"] == "cpu"
+            assert all((folder / "artefacts" / file).is_file() for file in witness["files"])
+
+
+def test_torch_compile_that_runs_eagerly_was_not_tested(folder: Path) -> None:
+    plan = Plan(BUDGETS["smoke"], clauses=("shape.output",), configs=("attention-gqa",))
+    launch = Launch("compiled", environment={"TORCHDYNAMO_DISABLE": "1"})
+    (verdict,) = run_backend("compiled", launch, plan, folder / "disabled").verdicts
+    assert verdict.outcome is Outcome.NOT_EXERCISED
+    assert verdict.sentence == "not tested: a step ran eagerly: no compiled graph was executed"
 
 
 def test_without_a_compiler_the_compiled_backend_is_one_sentence(folder: Path) -> None:
