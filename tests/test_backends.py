@@ -78,9 +78,14 @@ def test_without_a_compiler_the_compiled_backend_is_one_sentence(folder: Path) -
     assert "apt-get install g++" in sentence
 
 
-@pytest.mark.parametrize(("dtype", "configs"), [("bfloat16", TWO), ("float16", TWO[1:])])
-def test_eager_is_conformant_in_sixteen_bits(dtype: str, configs: tuple[str, ...], folder: Path) -> None:
-    assert_clean(judged("eager", (dtype,), configs, folder / dtype))
+@pytest.mark.parametrize(
+    ("name", "dtype", "configs"),
+    [("eager", "bfloat16", TWO), ("eager", "float16", TWO[1:]), ("onnx", "float16", TWO[1:])],
+)
+def test_a_clean_backend_is_conformant_in_sixteen_bits(
+    name: str, dtype: str, configs: tuple[str, ...], folder: Path
+) -> None:
+    assert_clean(judged(name, (dtype,), configs, folder / dtype))
 
 
 def test_backends_with_the_same_weights_agree_with_one_another(folder: Path) -> None:
