@@ -9,6 +9,8 @@ import pytest
 
 from kvconform.budget import BUDGETS, DEFAULT_BUDGET, REBUILD_SECONDS, REBUILDS
 from kvconform.cli import app
+from kvconform.results import read
+from kvconform.run import summary
 from kvconform_specs import bounds
 from kvconform_specs.clauses import ALL, CHAPTERS
 
@@ -35,6 +37,16 @@ def test_the_readme_counts_clauses_as_they_are() -> None:
     found = re.search(r"(\d+) clauses in (\d+) chapters", (ROOT / "README.md").read_text())
     assert found is not None
     assert (int(found[1]), int(found[2])) == (len(ALL), len(CHAPTERS))
+
+
+@pytest.mark.parametrize("name", ["eager", "compiled", "onnx"])
+def test_the_readme_prints_what_the_baseline_holds(name: str) -> None:
+    held = read(ROOT / "docs" / "baseline" / f"{name}.json")
+    counts = summary(held)
+    row = re.search(rf"^{name} +(\d+) +(\d+) +(\d+) ", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert row is not None
+    programs = sum(verdict.programs for verdict in held.verdicts)
+    assert [int(number) for number in row.groups()] == [counts["pass"], counts["unsupported"], programs]
 
 
 def test_the_readme_names_the_default_budget() -> None:
