@@ -51,7 +51,7 @@ def described(
         "seconds_per_case": seconds,
         "validity": f"at least {LEAST} rounds, half-width <= {WIDE:.0%}, load average <= {BUSY:g} x cores",
         "interval": "95 % order-statistic interval of the median, within one start of the workers: "
-        "equal ones differ by several percent from start to start",
+        "equal ones differ more than that from start to start",
         "conformance": f"{results}; outputs at every position of the timed inputs within the bound, "
         f"on at most {COLUMNS} drawn logits",
     }
