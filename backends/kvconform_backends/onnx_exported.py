@@ -218,7 +218,7 @@ class OnnxExported:
             self.step(self.start(1), *probe)
         except Unavailable:
             raise
-        except Exception as error:
+        except Exception as error:  # ONNX Runtime's errors (Fail, EPFail, ...) share no other base
             raise Unavailable(f"ONNX Runtime {onnxruntime.__version__} cannot run on CUDA: {error}") from error
 
     def witness(self) -> dict[str, Any]:

@@ -84,15 +84,14 @@ def run_backend(
                 results.verdicts.append(verdict)
                 tell(verdict)
                 continue
-            else:
-                try:
-                    verdict = run_cell(cell, subject, plan.budget, plan.seed, failures)
-                except Infrastructure as sentence:
-                    results.unavailable = str(sentence)
-                    break
-                witness = subject.witness(cell.config)
-                if witness:
-                    results.witnesses[cell.config_name] = witness
+            try:
+                verdict = run_cell(cell, subject, plan.budget, plan.seed, failures)
+            except Infrastructure as sentence:
+                results.unavailable = str(sentence)
+                break
+            witness = subject.witness(cell.config)
+            if witness:
+                results.witnesses[cell.config_name] = witness
             results.verdicts.append(verdict)
             results.seconds = round(spent + time.perf_counter() - began, 3)
             results.write(path)

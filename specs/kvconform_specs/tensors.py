@@ -18,7 +18,6 @@ from kvconform_specs.history import Row, Token
 from kvconform_specs.program import Append, Run
 
 Array = NDArray[np.float32]
-Index = int
 
 _WEIGHTS, _ATTENTION, _TOKENS = 1, 2, 3  # second word of the key: one generator for each purpose
 _SPREAD = np.float32(1.0 / (65536.0 * np.sqrt(4.0 / 12.0)))  # 1 / sd of the sum of four 16-bit uniform integers
@@ -29,7 +28,7 @@ _philox = np.random.Philox(key=0)
 _state = _philox.state
 
 
-def derive(seed: int, index: Index) -> int:
+def derive(seed: int, index: int) -> int:
     """The seed of the ``index``-th variant of a program. Rows stay neighbours: ``derive(s + r) = derive(s) + r``."""
     return seed + (index << 32)
 
@@ -63,7 +62,7 @@ def rounded(x: NDArray[np.floating], dtype: str) -> Array:
 class Streams:
     """The contents of a program's streams for ``n`` variants (``indices``) at once, up to position ``span``."""
 
-    def __init__(self, config: Config, span: int, indices: Sequence[Index]) -> None:
+    def __init__(self, config: Config, span: int, indices: Sequence[int]) -> None:
         self.config, self.span, self.indices = config, span, tuple(indices)
         self._tapes: dict[int, NDArray[np.generic]] = {}
 
