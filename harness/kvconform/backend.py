@@ -47,8 +47,15 @@ class Backend(Protocol):
         Attention profile: query ``(b, h, t, d)``, key and value ``(b, g, t, d)``, output ``(b, h, t, d)``.
         Decoder profile: token ids ``(b, t)`` int64, logits ``(b, t, V)``; ``(b, 1, V)`` where ``returns="last"``.
         Floats are float32 that are exact in ``config.dtype``; outputs are float32 as well (widened where the
-        implementation computes in 16 bits). With ragged rows (claim ``ragged``) a keyword ``counts`` tells how many
-        of the ``t`` columns are real in each row, padding is on the right.
+        implementation computes in 16 bits). Keywords come only where their ability is claimed and used:
+
+        counts (``ragged``): ``(b,)``, how many of the ``t`` columns hold a token in each row, 0 included.
+        padding (``ragged``): ``"left"`` where the columns without a token come first; absent: they come last. What
+        they hold is arbitrary; their outputs are not judged.
+        mask (``mask``, attention profile): bool ``(b, s)`` over logical positions, True where a query may attend. It
+        joins causality and window; a query that sees nothing gives zeros.
+        shared (``alias``): True: write the present into the memory of the past; absent: into memory of its own.
+        metered (``work``): True: count the multiply-adds of this step, for ``work``.
         """
         ...
 
@@ -78,6 +85,31 @@ class Abilities(Protocol):
 
     def reset(self, cache: Cache) -> Cache:
         """Empties every row and keeps the batch."""
+        ...
+
+    def room(self, cache: Cache) -> list[int]:
+        """How many more tokens each row takes."""
+        ...
+
+    def contents(self, cache: Cache) -> list[list[tuple[Array, Array]]]:
+        """For each layer, for each row, keys and values ``(g, s, d)`` as float32: the newest ``s`` tokens in logical
+        order, all of them unless the claim ``keeps`` is ``window``. Quantised ones are given dequantised."""
+        ...
+
+    def poison(self, cache: Cache, keys: float | None, values: float | None) -> None:
+        """Fills every slot that holds no token of any sequence, in every layer: keys, values, or both."""
+        ...
+
+    def bytes(self, cache: Cache) -> int:
+        """Bytes that the keys and values of the sequence take, all layers together."""
+        ...
+
+    def work(self) -> int:
+        """Multiply-adds of the last metered step."""
+        ...
+
+    def graphs(self) -> int:
+        """How many graphs this subject has compiled or captured so far."""
         ...
 
     def close(self, cache: Cache) -> None:

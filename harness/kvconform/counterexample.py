@@ -15,7 +15,7 @@ from kvconform.storage import read_versioned, write_atomically
 from kvconform.subject import Death, Subject
 from kvconform_specs.clause import Case, Clause
 from kvconform_specs.oracle import expect
-from kvconform_specs.program import Append, Full, Program, Reject, Step
+from kvconform_specs.program import Append, Full, Program, Reject, Reorder, Step, Truncate
 from kvconform_specs.tensors import derive
 
 SCHEMA = "kvconform-counterexample/1"
@@ -23,13 +23,15 @@ SCHEMA = "kvconform-counterexample/1"
 
 @dataclass(frozen=True)
 class Broken:
-    """One trial that broke its clause. ``kind``: fail, crash or timeout; of the latter two, where the process was."""
+    """One trial that broke its clause. ``kind``: fail, crash or timeout; of the latter two, where the process was.
+    ``raised``: a fail that is an exception of a legal step."""
 
     kind: str
     sentence: str
     variant: int = 0
     program: int = 0
     step: int = -1
+    raised: bool = False
 
 
 class Counterexample(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,13 +71,15 @@ def frozen(program: Program, variant: int) -> Program:
 def _frozen(step: Step, variant: int) -> Step:
     if isinstance(step, Reject):
         inner = _frozen(step.step, variant)
-        assert not isinstance(inner, Full | Reject)
-        return Reject(inner)  # type: ignore[arg-type]
+        assert isinstance(inner, Append | Truncate | Reorder)
+        return Reject(inner, step.wrong)
     if isinstance(step, Append | Full):
         swap = tuple((row, position, derive(seed, variant)) for row, position, seed in step.swap)
         step = replace(step, seed=derive(step.seed, variant), swap=swap)
         if isinstance(step, Append) and step.aim is not None:
             step = replace(step, aim=(derive(step.aim[0], variant), step.aim[1]))
+        if isinstance(step, Append) and step.pad is not None:
+            step = replace(step, pad=(step.pad[0], derive(step.pad[1], variant)))
     return step
 
 
@@ -85,11 +89,11 @@ def attempt(clause: Clause, subject: Subject, case: Case, variants: tuple[int, .
     for number, program in enumerate(case.programs):
         try:
             subject.send(program, variants)
-            wants = expect(program, variants)
+            wants = expect(program, variants, subject.claims.precision)
             if clause.needs_numbers:
                 for want in wants:
                     if want is not None:
-                        want.numbers()
+                        want.numbers("floor")
             expected.append(wants)
             traces.append(subject.receive(program))
         except Death as death:
@@ -97,7 +101,8 @@ def attempt(clause: Clause, subject: Subject, case: Case, variants: tuple[int, .
             return Broken(death.kind, death.words, variant, number, death.step)
     judged = judge(case, clause.relations, subject.claims, traces, expected)
     if judged.finding is not None:
-        return Broken("fail", judged.finding.sentence, variants[judged.finding.variant])
+        finding = judged.finding
+        return Broken("fail", finding.sentence, variants[finding.variant], raised=finding.raised)
     return judged
 
 

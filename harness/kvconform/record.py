@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,33 +11,40 @@ from numpy.typing import NDArray
 
 from kvconform_specs.history import Histories, after
 from kvconform_specs.program import (
+    POISONS,
     Append,
     Call,
     Close,
     Fork,
     Full,
+    Keep,
+    Poison,
     Program,
+    Read,
     Reject,
     Reorder,
     Reset,
     Step,
     Truncate,
     called,
-)  # fmt: skip
-from kvconform_specs.tensors import Streams
+)
+from kvconform_specs.tensors import Streams, laid, malformed, mask
 
 Array = NDArray[Any]
+Feed = tuple[tuple[Array, ...], dict[str, Any]]
+"""What a step hands to the subject: inputs and keywords."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What one step did. ``length`` is what the subject says that its rows hold, where it claims to know.
+    """What one step did. ``told``: what the subject says, where it claims to know: ``length`` and ``room`` of each row,
+    ``bytes``, ``graphs``, ``work``; and of a read how many tokens each row ``held``.
 
     ``refused``: a ``reject`` step raised, with these words. ``error``: a legal step raised, with these words.
     """
 
     output: Array | None = None
-    length: tuple[int, ...] | None = None
+    told: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     error: str | None = None
     refused: str | None = None
 
@@ -53,74 +60,134 @@ def record(
     at: Callable[[int, int], None] = lambda variant, step: None,
 ) -> list[Trace]:
     """The traces of the program's variants, one after another. ``at(variant, step)`` is called before each step."""
-    feeds = inputs_of(program, indices)
+    feeds = feeds_of(program, indices)
     traces = []
     for variant in range(len(indices)):
         caches: dict[str, Any] = {}
         trace: list[Done] = []
         for number, step in enumerate(program.steps):
             at(variant, number)
-            trace.append(_guarded(subject, caches, step, tuple(feed[variant] for feed in feeds[number])))
+            inputs, keywords = feeds[number]
+            given = tuple(x[variant] for x in inputs)
+            if isinstance(step, Reject) and step.wrong:
+                given = malformed(given, step.wrong, program.config)
+            call = called(step)
+            if isinstance(call, Append) and call.layout != "contiguous":
+                given = tuple(laid(x, call.layout) for x in given)
+            trace.append(_guarded(subject, caches, step, (given, keywords)))
             if trace[-1].error is not None:
                 break
         for name in list(caches):  # what a program leaves open is ended; how that goes belongs to no step
-            _guarded(subject, caches, Close(name), ())
+            _guarded(subject, caches, Close(name), ((), {}))
         traces.append(tuple(trace))
     return traces
 
 
-def inputs_of(program: Program, indices: tuple[int, ...]) -> list[tuple[Array, ...]]:
-    """What each step hands to the subject, all variants in front; steps that compute nothing hand over nothing."""
+def feeds_of(program: Program, indices: tuple[int, ...]) -> list[Feed]:
+    """What each step hands over, inputs with all variants in front; steps that compute nothing hand over nothing."""
     streams = Streams(program.config, program.span, indices)
     histories = Histories()
-    feeds: list[tuple[Array, ...]] = []
+    feeds: list[Feed] = []
     for step in program.steps:
         call = called(step)
         if isinstance(call, Append):
-            old = histories.rows.get(call.seq, ((),) * len(call.counts))
-            feeds.append(streams.inputs(call, after(old, call)))
+            grown = after(histories.rows.get(call.seq, ((),) * len(call.counts)), call)
+            feeds.append((streams.inputs(call, grown), _keywords(call, grown)))
         elif isinstance(call, Full):
-            feeds.append(streams.inputs(call, after(((),) * len(call.counts), call)))
+            feeds.append((streams.inputs(call, after(((),) * len(call.counts), call)), {}))
         else:
-            feeds.append(())
+            feeds.append(((), {}))
         histories.apply(step)
     return feeds
 
 
-def _guarded(subject: Any, caches: dict[str, Any], step: Step, feed: tuple[Array, ...]) -> Done:
+def _keywords(step: Append, grown: tuple[Any, ...]) -> dict[str, Any]:
+    """Those of ``Backend.step`` that the step asks for."""
+    asked: dict[str, Any] = {}
+    if len(set(step.counts)) > 1:
+        asked["counts"] = np.array(step.counts)
+        if step.pad is not None and step.pad[0] == "left":
+            asked["padding"] = "left"
+    if step.hidden:
+        asked["mask"] = mask(step, grown)
+    asked |= {name: True for name in ("shared", "metered") if getattr(step, name)}
+    return asked
+
+
+def _guarded(subject: Any, caches: dict[str, Any], step: Step, feed: Feed) -> Done:
+    open_before = set(caches)
     try:
         return _do(subject, caches, called(step), feed)
     except Exception as raised:  # noqa: BLE001 - the one place that calls a subject; it records words, decides nothing
         words = f"{type(raised).__name__}: {str(raised).strip() or 'no message'}"[:500]
         words = words.encode(errors="replace").decode()  # a lone surrogate could not be written to a results file
-        return Done(refused=words) if isinstance(step, Reject) else Done(error=words)
+        if not isinstance(step, Reject):
+            return Done(error=words)
+        for name in set(caches) - open_before:  # a refused call opens no sequence
+            del caches[name]
+        return Done(refused=words)
 
 
-def _do(subject: Any, caches: dict[str, Any], step: Call, feed: tuple[Array, ...]) -> Done:
-    output = None
+def _do(subject: Any, caches: dict[str, Any], step: Call, feed: Feed) -> Done:
+    inputs, keywords = feed
     if isinstance(step, Append):
         if step.seq not in caches:
             caches[step.seq] = subject.start(len(step.counts))
-        ragged = {"counts": np.array(step.counts)} if len(set(step.counts)) > 1 else {}
-        output, caches[step.seq] = subject.step(caches[step.seq], *feed, **ragged)
-    elif isinstance(step, Full):
-        output = subject.full(*feed)
-    elif isinstance(step, Truncate):
+        output, caches[step.seq] = subject.step(caches[step.seq], *inputs, **keywords)
+        return Done(_array(output), _told(subject, caches[step.seq], step.metered))
+    if isinstance(step, Full):
+        return Done(_array(subject.full(*inputs)))
+    if isinstance(step, Read):
+        output, held = _contents(subject.contents(caches[step.seq]))
+        return Done(output, {"held": held})
+    if isinstance(step, Close):
+        cache = caches.pop(step.seq)
+        if hasattr(subject, "close") and not any(cache is other for other in caches.values()):
+            subject.close(cache)
+        return Done()
+    if isinstance(step, Truncate):
         caches[step.seq] = subject.truncate(caches[step.seq], step.length)
     elif isinstance(step, Fork):
         caches[step.into] = subject.fork(caches[step.seq])
+    elif isinstance(step, Keep):
+        caches[step.into] = caches[step.seq]
     elif isinstance(step, Reorder):
         caches[step.seq] = subject.reorder(caches[step.seq], list(step.rows))
     elif isinstance(step, Reset):
         caches[step.seq] = subject.reset(caches[step.seq])
-    elif isinstance(step, Close):
-        cache = caches.pop(step.seq)
-        if hasattr(subject, "close"):
-            subject.close(cache)
-    length = None
-    if step.seq in caches and subject.claims.can("length") and not isinstance(step, Full):
-        length = tuple(int(n) for n in subject.length(caches[step.seq]))
-    array = None if output is None else np.asarray(output)
-    if array is not None and array.dtype.kind not in "fiub":
+    elif isinstance(step, Poison):
+        subject.poison(caches[step.seq], POISONS[step.keys], POISONS[step.values])
+    return Done(told=_told(subject, caches[step.seq]))
+
+
+def _told(subject: Any, cache: Any, metered: bool = False) -> dict[str, tuple[int, ...]]:
+    """What the subject says about the sequence that a step was about, as far as it claims to know."""
+    can = subject.claims.can
+    told = {name: tuple(int(n) for n in getattr(subject, name)(cache)) for name in ("length", "room") if can(name)}
+    if can("bytes"):
+        told["bytes"] = (int(subject.bytes(cache)),)
+    if can("graphs"):
+        told["graphs"] = (int(subject.graphs()),)
+    if metered:
+        told["work"] = (int(subject.work()),)
+    return told
+
+
+def _array(output: Any) -> Array:
+    array = np.asarray(output)
+    if array.dtype.kind not in "fiub":
         raise TypeError(f"the step gave {type(output).__name__}, want an array of numbers")
-    return Done(array, length)
+    return array
+
+
+def _contents(layers: Any) -> tuple[Array, tuple[int, ...]]:
+    """``(b, s, l * 2 * g * d)``: layer, key and value, head, dim; rows that hold fewer tokens end in NaN."""
+    flat = [
+        np.concatenate([x.swapaxes(0, 1).reshape(x.shape[1], -1) for layer in layers for x in layer[row]], axis=1)
+        for row in range(len(layers[0]))
+    ]
+    held = tuple(len(row) for row in flat)
+    output = np.full((len(flat), max(held), flat[0].shape[1]), np.nan, np.float32)
+    for row, tokens in zip(output, flat, strict=True):
+        row[: len(tokens)] = tokens
+    return output, held

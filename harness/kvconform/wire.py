@@ -84,15 +84,15 @@ def unpack(header: Header, blob: bytes) -> Traces:
 
 
 def _variant(done: Done, i: int) -> Done:
-    return Done(None if done.output is None else done.output[i : i + 1], done.length, done.error, done.refused)
+    return Done(None if done.output is None else done.output[i : i + 1], done.told, done.error, done.refused)
 
 
 def _note(done: Done) -> Header:
     note: Header = {}
     if done.output is not None:
         note["shape"], note["dtype"] = list(done.output.shape), done.output.dtype.str
-    for name in ("length", "error", "refused"):
-        if getattr(done, name) is not None:
+    for name in ("told", "error", "refused"):
+        if getattr(done, name):
             note[name] = getattr(done, name)
     return note
 
@@ -104,5 +104,5 @@ def _done(note: Header, blob: bytes, offset: int, n: int) -> tuple[Done, int]:
         size = int(np.prod(shape))
         output = np.frombuffer(blob, dtype, size, offset).reshape(shape)
         offset += size * dtype.itemsize
-    length = tuple(note["length"]) if "length" in note else None
-    return Done(output, length, note.get("error"), note.get("refused")), offset
+    told = {name: tuple(numbers) for name, numbers in note.get("told", {}).items()}
+    return Done(output, told, note.get("error"), note.get("refused")), offset

@@ -1,16 +1,47 @@
 """Bounds of rounding error, derived from the arithmetic; there is no tolerance anywhere else.
 
-**Attention.** Unit roundoffs: ``u`` of storage, ``a`` of accumulation. Scores stray by at most
-``e_j = (sqrt(d) + 2) a scale sum|q||k_j| + a |s_j|`` for key ``j``: a dot product of ``d`` terms whose rounding
-errors are independent grows like ``sqrt(d)`` (Higham & Mary 2019, "A new approach to probabilistic rounding error
-analysis", theorem 2.4), one rounding for the scale, one for storing the sum, one for the shift by the maximum. A
-softcap makes the last term ``12 a |s_j|``: a tanh of at most 4 ulp (8 a), a division, a product, storing, the shift.
-With ``E = max_j e_j``, softmax weights stray by a factor of at most ``exp(2 E)``, so that
+**Attention.** Unit roundoffs: ``u`` of storage, ``a`` of accumulation (float32), and ``w`` of the scores: ``w = a``
+where they are kept in float32 (intermediates ``single``: FlashAttention, Dao 2023, 2307.08691), ``w = u`` where every
+one of them is stored (``storage``: the math path of PyTorch's SDPA, the function body of ONNX ``Attention``).
 
-    bound = (sum_j p_j |v_j|) (2 E + (N + 4) a + u) + u |o| + eta (1 + sum_visible |v_j|)
+*Scores.* Key ``j``'s exponent strays by at most ``e_j``, the sum of
 
-``N`` is the square root of the number of visible keys: the sums over keys have independent terms here, since the suite
-draws K and V independently. ``eta`` covers probabilities that underflow. A row that sees nothing has value 0, bound 0.
+- ``a sqrt(d) A_j`` with ``A_j = scale sum|q||k_j|``: a dot product of ``d`` terms with independent rounding errors
+  (Higham & Mary 2019, "A new approach to probabilistic rounding error analysis", theorem 2.4);
+- ``2 w A_j``: the scale, on the product or its root on both operands; ``w |x_j|``: the product ``x_j``, stored;
+- softcap: ``8 a |x_j| + 3 w |x_j|``: a tanh of at most 4 ulp; division, tanh and product, stored. What strayed before
+  it does not grow, since the slope of ``c tanh(x / c)`` is 1 at most;
+- alibi: ``2 w |b_j| + w |s_j|``: the slope, the bias ``b_j = slope (i - j)``, and the score ``s_j`` it is added to;
+- ``2 w (m - s_j)``: the shift by the maximum ``m``, in one base or another; ``8 a + w``: an exp of at most 4 ulp,
+  stored.
+
+A sink is one score more, of error ``2 w |s| + 2 w (m - s) + 8 a + w``, without a value.
+
+*Weights.* If every exponent strays by at most its ``e_j``, each weight ``p_j`` is multiplied by at most ``exp(e_j) Z``
+and by at least ``1 / (exp(e_j) Z)``, ``Z = sum_k p_k exp(e_k)``, the sink among the ``k``. So ``p_j`` strays by no more
+than ``r_j = min(p_j (exp(e_j) Z - 1), 1)``. Weights sum to one: none strays by more than all others together, so that
+
+    r'_j = min(r_j, sum_k r_k - r_j)        strays = min(sum_j r'_j |v_j|, |o| + max|v|)
+
+and the second bound on the strays holds because the output is a mean of values: it speaks where 16-bit scores of
+several hundred say nothing about the weights.
+
+*Sums.* Denominator and output are sums over the ``n`` visible keys, of error ``N a`` each. ``N = sqrt(n)``, since the
+suite draws K and V independently; ``N = n`` where keys repeat (all zero) and errors may all point one way. Then two
+roundings ``a`` of the normalisation, one ``u`` of the weights on their way into the product with V (matrix units take
+both operands in storage precision), and one ``u`` of the result:
+
+    mean  = sum_j p_j |v_j| + strays
+    core  = strays + mean ((2 N + 2) a + u)
+    bound = core + u (|o| + core) + eta (1 + n max|v|)
+
+``eta`` covers weights and results that underflow. A row that sees nothing has value 0, bound 0.
+
+*Quantised cache.* An element ``x`` of a token whose absmax is ``M`` in that head has ``step = M / (2^(bits - 1) - 1)``
+and strays by at most ``h = (1 + u) step / 2 + 3 a M + u |x|``: rounding to an integer, with a step that may be stored;
+the step, the quotient and the product, in float32; what comes out of it, stored. Scores then stray by
+``scale sum|q| h`` of the key more, the output by ``sum_j (p_j + r'_j) h`` of the values. Tokens from ``exact_from`` on
+are not quantised.
 
 **Decoder.** Errors pass through layers, so the bound is measured on the definition by Monte-Carlo arithmetic (Parker
 1997, "Monte Carlo arithmetic", UCLA CSD-970002): it is run ``RUNS`` times with random noise of the size of each
@@ -30,8 +61,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from kvconform_specs.claims import Precision
 from kvconform_specs.config import Config
-from kvconform_specs.definition import Arithmetic, Attended, expand
+from kvconform_specs.definition import Arithmetic, Attended, expand, sinks
 
 Array = NDArray[np.floating]
 
@@ -47,22 +79,97 @@ C = 31.96
 """Student's t quantile: P(|t_8| > C) = 1e-9 (a test recomputes it)."""
 SPREAD = 2.5
 """No logit's own sigma is more than so many times the one that is pooled over its position."""
-SOFTCAP_ROUNDINGS = 12
+ELEMENTARY = 8
+"""Error of exp and tanh in units of ``a``: 4 ulp at most."""
+HOPELESS = 300.0
+"""From this stray of an exponent on nothing is said about the weights of its row, so that nothing overflows."""
 
 
-def attention_bound(query: Array, keys: Array, values: Array, attended: Attended, config: Config) -> Array:
-    """Bound of each output element ``(..., h, t, d)``; arguments as for ``definition.attention``."""
+def attention_bound(
+    query: Array,
+    keys: Array,
+    values: Array,
+    attended: Attended,
+    config: Config,
+    precision: Precision = Precision(),  # noqa: B008 - it is frozen
+    *,
+    biased: bool = False,
+    exact_from: int | None = None,
+) -> Array:
+    """Bound of each output element ``(..., h, t, d)``; arguments as for ``definition.attention``.
+
+    biased: keys repeat, so that rounding errors of the sums over keys may all point one way. exact_from: the position
+    from which on tokens are not quantised; None: all are.
+    """
     a, u = ACCUMULATION, STORAGE[config.dtype]
-    d, terms = query.shape[-1], attended.visible.sum(axis=-1)[:, None]  # (t, 1)
-    keys, sizes = expand(keys, config.group), expand(np.abs(values), config.group)
-    relative = SOFTCAP_ROUNDINGS if config.softcap is not None else 1
-    errors = (np.sqrt(d) + 2) * a * abs(config.score_scale) * (np.abs(query) @ np.abs(keys).swapaxes(-1, -2))
-    errors += relative * a * np.abs(attended.scores)  # (..., h, t, s)
-    worst = np.where(attended.visible, errors, 0.0).max(axis=-1, keepdims=True)
-    spread = attended.weights @ sizes  # sum_j p_j |v_j|
-    present = attended.visible.astype(np.float64) @ sizes
-    bound = spread * (2 * worst + (np.sqrt(terms) + 4) * a + u) + u * np.abs(attended.output)
-    return np.asarray(bound + UNDERFLOW[config.dtype] * (1 + present))
+    w = u if precision.intermediates == "storage" else a
+    counted = attended.visible.sum(axis=-1)[..., None]  # (..., t, 1)
+    terms = counted if biased else np.sqrt(counted)
+    sizes = expand(np.abs(values), config.group)
+    errors = _score_errors(query, keys, attended, config, a, w)  # (..., h, t, s)
+    if precision.kv_bits:
+        key_error, value_error = (
+            expand(_quantised(x, config.dtype, precision, exact_from), config.group) for x in (keys, values)
+        )
+        errors += abs(config.score_scale) * (np.abs(query) @ key_error.swapaxes(-1, -2))
+    hopeless = np.max(errors, axis=-1, keepdims=True, initial=0.0, where=attended.visible) > HOPELESS
+    stray = _weight_strays(np.minimum(errors, HOPELESS), attended, config, a, w)
+    output = np.abs(attended.output)
+    highest = sizes.max(axis=-2, keepdims=True, initial=0.0)
+    largest = output + highest
+    strays = np.where(hopeless, largest, np.minimum(stray @ sizes, largest))
+    mean = attended.weights @ sizes + strays
+    core = strays + mean * ((2 * terms + 2) * a + u)
+    if precision.kv_bits:
+        core += np.where(hopeless, value_error.max(axis=-2, keepdims=True), (attended.weights + stray) @ value_error)
+    bound = core + u * (output + core) + UNDERFLOW[config.dtype] * (1 + counted * highest)
+    return np.asarray(bound * (counted > 0))
+
+
+def _score_errors(query: Array, keys: Array, attended: Attended, config: Config, a: float, w: float) -> Array:
+    """``e_j`` of each key, ``(..., h, t, s)``, without quantisation."""
+    errors = np.abs(query) @ expand(np.abs(keys), config.group).swapaxes(-1, -2)
+    errors *= (np.sqrt(query.shape[-1]) * a + 2 * w) * abs(config.score_scale)
+    scores, bias = attended.scores, attended.bias
+    product = w if config.softcap is None else ELEMENTARY * a + 4 * w
+    errors += product * np.abs(scores if bias is None else scores - bias)
+    if bias is not None:
+        errors += w * (2 * np.abs(bias) + np.abs(scores))
+    errors += 2 * w * np.abs(attended.top - scores) + (ELEMENTARY * a + w)
+    return errors
+
+
+def _weight_strays(errors: Array, attended: Attended, config: Config, a: float, w: float) -> Array:
+    """``r'_j`` of each key, ``(..., h, t, s)``."""
+    grown = attended.weights * np.exp(errors)
+    z = grown.sum(axis=-1, keepdims=True)
+    if config.sink is None:
+        stray = np.minimum(grown * z - attended.weights, 1.0)
+        return np.asarray(np.minimum(stray, stray.sum(axis=-1, keepdims=True) - stray))
+    sink = sinks(config)
+    weight = np.exp(sink - attended.top) / attended.total
+    heavy = weight * np.exp(2 * w * (np.abs(sink) + attended.top - sink) + ELEMENTARY * a + w)
+    z += heavy
+    stray = np.minimum(grown * z - attended.weights, 1.0)
+    others = stray.sum(axis=-1, keepdims=True) + np.minimum(heavy * z - weight, 1.0) - stray
+    return np.asarray(np.minimum(stray, others))
+
+
+def _quantised(x: Array, dtype: str, precision: Precision, exact_from: int | None) -> Array:
+    """``(..., g, s, d)``: how far what is stored for each token may be from ``x``."""
+    error = quantisation_error(x, precision, dtype)
+    if exact_from is not None:
+        error[..., max(exact_from, 0) :, :] = 0.0
+    return error
+
+
+def quantisation_error(x: Array, precision: Precision, dtype: str = "float32") -> Array:
+    """``h``: how far each element that a quantised cache gives back may be from ``x`` ``(..., s, d)``; else zeros."""
+    sizes, u = np.abs(x), STORAGE[dtype]
+    if not precision.kv_bits:
+        return np.asarray(sizes * 0.0)
+    step = 1 / (2 ** (precision.kv_bits - 1) - 1)
+    return np.asarray(sizes.max(axis=-1, keepdims=True) * ((1 + u) * step / 2 + 3 * ACCUMULATION) + u * sizes)
 
 
 class Noisy(Arithmetic):

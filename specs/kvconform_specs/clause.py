@@ -12,10 +12,13 @@ from hypothesis.strategies import SearchStrategy
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
+from kvconform_specs.points import LONG
 from kvconform_specs.program import Program
 
 
 class Level(Enum):
+    """``must``: who breaks it is not conformant. ``should``: a guarantee that is measured and told, not demanded."""
+
     MUST = "must"
     SHOULD = "should"
 
@@ -29,6 +32,17 @@ class Relation(Enum):
     AFFECTED = "outputs whose history was changed move, wherever the definition moves more than both bounds"
     SHAPES = "outputs have the shape and dtype that the config and the step demand"
     LENGTHS = "after each step the subject tells the number of tokens that each row holds"
+    ROOM = "after each step the subject tells how many more tokens each row takes: the capacity less its length"
+    CONTENTS = "a read gives each row's keys and values as they were appended, within half a step of quantisation"
+    KEPT = "what two reads show of the same token is the same, bit for bit"
+    HELD = "a read shows each row's newest tokens, all that a later query may see, and no more than the row holds"
+    FINITE = "every output is a finite number"
+    BITWISE = "outputs that have the same history in both programs are the same, bit for bit, wherever they stand"
+    SAME_TOKEN = "the largest logit is the definition's, wherever its lead exceeds the two bounds"
+    GRAPHS = "the subject has compiled no more graphs than it claims"
+    BYTES = "the cache takes 2 l g s d b numbers of the storage dtype, s as claimed: length, capacity or whole pages"
+    POSITIONS = "a step multiplies weights for its new tokens only"
+    AFFINE = "the multiply-adds of equal steps grow with the depth by equal amounts, those of attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +67,13 @@ class Case:
         return cls(tuple(Program.from_json(item, f"{at}[{i}]") for i, item in enumerate(data)))
 
 
-def everywhere(config: Config) -> bool:
-    return True
+def ordinary(config: Config) -> bool:
+    """Every config but those for long contexts."""
+    return config.capacity < LONG
+
+
+def long(config: Config) -> bool:
+    return config.capacity >= LONG
 
 
 @dataclass(frozen=True)
@@ -62,9 +81,11 @@ class Clause:
     """One clause of the spec.
 
     name: stable, ``chapter.words``. text: the normative sentence. why: real bugs that it stops, as links.
-    needs: abilities that a backend must claim, else the clause is *unsupported* there; needs_any: at least one of
-    these. applies: whether it says anything about a config. core: without a PASS here no profile
-    of a backend is conformant. family: the programs, drawn for a config within a backend's claims.
+    needs: what a backend must claim (``claims.ABILITIES``, ``claims.DERIVED``), else the clause is *unsupported*
+    there; needs_any: at least one of these. applies: whether it says anything about a config. core: without a PASS
+    here no profile of a backend is conformant. family: the programs, drawn for a config within a backend's claims.
+    effort: how many structures are drawn, as a fraction of the budget's, and variants: how many seeds of each are tried
+    at most: less where programs are long, or few shapes matter.
     """
 
     name: str
@@ -76,8 +97,10 @@ class Clause:
     profiles: tuple[str, ...] = ("attention", "decoder")
     needs: tuple[str, ...] = ()
     needs_any: tuple[str, ...] = ()
-    applies: Callable[[Config], bool] = everywhere
+    applies: Callable[[Config], bool] = ordinary
     core: bool = False
+    effort: float = 1.0
+    variants: int = 20
 
     @property
     def chapter(self) -> str:
@@ -86,7 +109,7 @@ class Clause:
     @property
     def needs_numbers(self) -> bool:
         """Whether a pass always needs the definition's numbers; agreement to the bit does not."""
-        return bool({Relation.PARITY, Relation.AFFECTED} & set(self.relations))
+        return bool({Relation.PARITY, Relation.AFFECTED, Relation.SAME_TOKEN} & set(self.relations))
 
     def concerns(self, config: Config) -> bool:
         return config.profile in self.profiles and self.applies(config)

@@ -13,8 +13,10 @@ from typing import Any
 from kvconform_specs.errors import SpecError
 
 PROFILES = ("attention", "decoder")
-POSITIONS = ("none", "learned", "rope")
+POSITIONS = ("none", "learned", "rope", "alibi")
 DTYPES = ("float32", "bfloat16", "float16")
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a stored number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +26,11 @@ class Config:
     The sizes of a config are pairwise distinct wherever a clause does not want them equal, so that a swapped axis
     cannot go unnoticed. ``init_std`` is 0.3 because near-uniform attention (0.02) hides mistakes of position.
 
-    window: number of visible keys, the token itself included; ``None`` is unlimited.
-    softcap: scores become ``softcap * tanh(scores / softcap)`` before masking; ``None`` is off.
+    window: number of visible keys, the token itself included; ``None`` is unlimited. window_every: the layers whose
+    number it divides have the window, the others see everything (2: sliding layer first, then a full one, and so on).
+    softcap: scores become ``softcap * tanh(scores / softcap)``, before bias and mask; ``None`` is off.
+    sink: the score that joins the softmax's denominator and has no value, ``sink * (i + 1) / heads`` for query head
+    ``i``; ``None`` is none. positions ``alibi``: a bias on the scores, also in the attention profile.
     scale: factor of the scores; ``None`` is ``1 / sqrt(head_dim)``.
     capacity: how many tokens a sequence may hold.
     width, mlp: model width and width of the gated MLP (``mlp=0``: no MLP); read by the decoder only.
@@ -37,7 +42,9 @@ class Config:
     head_dim: int
     capacity: int = 40
     window: int | None = None
+    window_every: int = 1
     softcap: float | None = None
+    sink: float | None = None
     scale: float | None = None
     dtype: str = "float32"
     layers: int = 1
@@ -56,6 +63,7 @@ class Config:
             _at_least(f"config.{name}", getattr(self, name), 1)
         if self.heads % self.kv_heads:
             raise SpecError("config.kv_heads", f"{self.kv_heads} KV heads do not divide {self.heads} query heads")
+        _at_least("config.window_every", self.window_every, 1)
         if self.window is not None:
             _at_least("config.window", self.window, 1)
         if self.softcap is not None and not self.softcap > 0:
@@ -66,8 +74,8 @@ class Config:
             _at_least("config.mlp", self.mlp, 0)
             if self.positions == "rope" and self.head_dim % 2:
                 raise SpecError("config.head_dim", f"rope needs an even head dim, got {self.head_dim}")
-        elif self.layers != 1 or self.positions != "none":
-            raise SpecError("config.layers", "the attention profile is one layer without positions")
+        elif self.layers != 1 or self.positions not in ("none", "alibi"):
+            raise SpecError("config.layers", "the attention profile is one layer whose only positions are alibi's")
 
     @property
     def group(self) -> int:
@@ -77,6 +85,10 @@ class Config:
     @property
     def score_scale(self) -> float:
         return 1.0 / math.sqrt(self.head_dim) if self.scale is None else self.scale
+
+    def window_of(self, layer: int) -> int | None:
+        """The window of that layer; None where it sees everything."""
+        return self.window if layer % self.window_every == 0 else None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

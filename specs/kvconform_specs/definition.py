@@ -2,11 +2,14 @@
 
 There is no cache here and no state: every call gets all tokens and recomputes everything. Causality is by position:
 the token at position ``j`` is visible to the token at position ``i`` iff ``j <= i``, and with a window of ``W`` iff
-also ``j > i - W``, so ``W`` counts the token itself. Leading axes ``...`` are any batch.
+also ``j > i - W``, so ``W`` counts the token itself. A token that sees nothing gets exactly 0. Leading axes ``...``
+are any batch.
 
 Sources: scaled dot-product attention, Vaswani et al. 2017 (1706.03762, eq. 1); grouped KV heads, Ainslie et al. 2023
 (2305.13245); sliding window, Beltagy et al. 2020 (2004.05150, section 3.1); softcap before the mask, Gemma 2
-(2408.00118, section 2); rotary positions, Su et al. 2021 (2104.09864, eq. 34) with GPT-NeoX's pairing of the two
+(2408.00118, section 2); linear biases, Press et al. 2022 (2108.12409, section 3); attention sinks, Xiao et al. 2023
+(2309.17453, section 3), as a score for each head that only the denominator has, gpt-oss (2508.10925);
+rotary positions, Su et al. 2021 (2104.09864, eq. 34) with GPT-NeoX's pairing of the two
 halves; RMSNorm, Zhang & Sennrich 2019 (1910.07467, eq. 4); gated MLP, Shazeer 2020 (2002.05202, SwiGLU, eq. 6).
 """
 
@@ -23,41 +26,110 @@ from kvconform_specs.config import Config
 Array = NDArray[np.floating]
 ROPE_BASE = 10000.0
 NORM_EPS = 1e-6
+LOWEST = float(np.finfo(np.float32).min)
+
+
+class Arithmetic:
+    """How the definition computes: exactly. ``bounds.Noisy`` replaces it to measure what rounding does."""
+
+    def stored(self, x: Array) -> Array:
+        """A value that an implementation writes in storage precision."""
+        return x
+
+    def product(self, x: Array, w: Array) -> Array:
+        """``x @ w``, a dot product of ``x.shape[-1]`` terms, stored."""
+        return np.asarray(x @ w)
+
+
+EXACT = Arithmetic()
 
 
 class Attended(NamedTuple):
     """Attention's result and the quantities that its error bound is made of (``bounds.py``)."""
 
     output: Array  # (..., h, t, d)
-    scores: Array  # (..., h, t, s) after scale and softcap, before the mask
-    weights: Array  # (..., h, t, s)
-    visible: NDArray[np.bool_]  # (t, s)
+    scores: Array  # (..., h, t, s) after scale, softcap and bias, before the mask
+    weights: Array  # (..., h, t, s); with a sink they sum to less than 1
+    visible: NDArray[np.bool_]  # broadcasts to (..., h, t, s)
+    top: Array  # (..., h, t, 1) the largest visible score, or the sink where that is larger
+    total: Array  # (..., h, t, 1) the sum of exp(score - top) over what is visible and the sink
+    bias: Array | None  # (h, t, s) what alibi added to the scores
 
 
-def visible(t: int, s: int, window: int | None) -> NDArray[np.bool_]:
-    """``(t, s)``: which of ``s`` tokens each of the last ``t`` sees."""
-    i = np.arange(s - t, s)[:, None]
-    j = np.arange(s)[None, :]
+def visible(t: int, s: int, window: int | None, at: int | None = None) -> NDArray[np.bool_]:
+    """``(t, s)``: which of ``s`` tokens each of the last ``t`` sees, or each of the ``t`` from position ``at`` on."""
+    i, j = _positions(t, s, at)
     seen = j <= i
     return seen if window is None else seen & (j > i - window)
 
 
+def alibi(heads: int, t: int, s: int, at: int | None = None) -> Array:
+    """``(h, t, s)``: ``-slope (i - j)``, the slope of query head ``n`` being ``2^(-8 (n + 1) / h)``."""
+    i, j = _positions(t, s, at)
+    return slopes(heads)[:, None, None] * (j - i)
+
+
+def slopes(heads: int) -> Array:
+    return np.asarray(2.0 ** (-8.0 * np.arange(1, heads + 1) / heads))
+
+
+def sinks(config: Config) -> Array:
+    """``(h, 1, 1)``: each query head's sink."""
+    return np.asarray((config.sink or 0.0) * np.arange(1, config.heads + 1)[:, None, None] / config.heads)
+
+
 def expand(heads: Array, group: int) -> Array:
     """KV heads ``(..., g, s, d)`` as seen by each query head ``(..., h, s, d)``: head ``i`` reads ``i // group``."""
-    return np.repeat(heads, group, axis=-3)
+    return heads if group == 1 else np.repeat(heads, group, axis=-3)
 
 
-def attention(query: Array, keys: Array, values: Array, config: Config) -> Attended:
-    """The last ``t`` tokens' queries ``(..., h, t, d)`` on all ``s`` tokens' keys and values ``(..., g, s, d)``."""
+def attention(
+    query: Array,
+    keys: Array,
+    values: Array,
+    config: Config,
+    *,
+    layer: int = 0,
+    at: int | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    how: Arithmetic = EXACT,
+) -> Attended:
+    """Queries ``(..., h, t, d)`` on all ``s`` tokens' keys and values ``(..., g, s, d)``.
+
+    The queries are those of the last ``t`` tokens, or of the ``t`` tokens from position ``at`` on: a long context is
+    computed in blocks of rows. ``mask`` is the caller's, True where a query may attend; it broadcasts to
+    ``(..., h, t, s)`` and joins causality and window.
+    """
     keys, values = expand(keys, config.group), expand(values, config.group)
-    scores = query @ keys.swapaxes(-1, -2) * config.score_scale  # (..., h, t, s)
+    t, s = query.shape[-2], keys.shape[-2]
+    scores = how.product(query, keys.swapaxes(-1, -2)) * config.score_scale  # (..., h, t, s)
     if config.softcap is not None:
-        scores = config.softcap * np.tanh(scores / config.softcap)
-    seen = visible(query.shape[-2], keys.shape[-2], config.window)
+        scores = how.stored(config.softcap * np.tanh(scores / config.softcap))
+    bias = None
+    if config.positions == "alibi":
+        bias = alibi(config.heads, t, s, at).astype(scores.dtype)
+        scores = how.stored(scores + how.stored(bias))
+    seen = visible(t, s, config.window_of(layer), at)
+    if mask is not None:
+        seen = seen & mask
     masked = np.where(seen, scores, -np.inf)
-    powers = np.exp(masked - masked.max(axis=-1, keepdims=True))
-    weights = powers / powers.sum(axis=-1, keepdims=True)
-    return Attended(weights @ values, scores, weights, seen)
+    top = masked.max(axis=-1, keepdims=True, initial=LOWEST)  # finite also where nothing is visible
+    if config.sink is not None:
+        sink = sinks(config).astype(scores.dtype)
+        top = np.maximum(top, sink)
+    powers = how.stored(np.exp(masked - top))
+    total = powers.sum(axis=-1, keepdims=True)
+    if config.sink is not None:
+        total = total + how.stored(np.exp(sink - top))
+    total = np.maximum(total, 0.5)  # it is 0 where nothing is visible, else at least 1: the largest score's power
+    weights = powers / total
+    return Attended(how.product(weights, values), scores, weights, seen, top, total, bias)
+
+
+def _positions(t: int, s: int, at: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions of the queries ``(t, 1)`` and of the keys ``(1, s)``."""
+    first = s - t if at is None else at
+    return np.arange(first, first + t)[:, None], np.arange(s)[None, :]
 
 
 def rope(heads: Array, positions: NDArray[np.int64]) -> Array:
@@ -71,21 +143,6 @@ def rope(heads: Array, positions: NDArray[np.int64]) -> Array:
 
 def rms_norm(x: Array, gain: Array) -> Array:
     return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + NORM_EPS) * gain)
-
-
-class Arithmetic:
-    """How the decoder's definition computes: exactly. ``bounds.Noisy`` replaces it to measure what rounding does."""
-
-    def stored(self, x: Array) -> Array:
-        """A value that an implementation writes in storage precision."""
-        return x
-
-    def product(self, x: Array, w: Array) -> Array:
-        """``x @ w``, a dot product of ``x.shape[-1]`` terms, stored."""
-        return np.asarray(x @ w)
-
-
-EXACT = Arithmetic()
 
 
 def decoder(
@@ -108,7 +165,7 @@ def decoder(
         values = _heads(how.product(normed, weights[at + "value"]), config.kv_heads)
         if config.positions == "rope":
             query, keys = how.stored(rope(query, positions)), how.stored(rope(keys, positions))
-        mixed = _merged(_attend(query, keys, values, config, how))
+        mixed = _merged(attention(query, keys, values, config, layer=layer, how=how).output)
         x = how.stored(x + how.product(mixed, weights[at + "output"]))
         if config.mlp:
             normed = how.stored(rms_norm(x, weights[at + "norm_mlp"]))
@@ -117,18 +174,6 @@ def decoder(
             x = how.stored(x + how.product(hidden, weights[at + "down"]))
     last = how.stored(rms_norm(x[..., start:, :], weights["norm_final"]))
     return how.product(last, weights["lm_head"])
-
-
-def _attend(query: Array, keys: Array, values: Array, config: Config, how: Arithmetic) -> Array:
-    if how is EXACT:
-        return attention(query, keys, values, config).output
-    keys, values = expand(keys, config.group), expand(values, config.group)
-    scores = how.product(query, keys.swapaxes(-1, -2)) * config.score_scale
-    if config.softcap is not None:
-        scores = how.stored(config.softcap * np.tanh(scores / config.softcap))
-    scores = np.where(visible(query.shape[-2], keys.shape[-2], config.window), scores, -np.inf)
-    powers = how.stored(np.exp(scores - scores.max(axis=-1, keepdims=True)))
-    return how.product(powers / powers.sum(axis=-1, keepdims=True), values)
 
 
 def _heads(x: Array, heads: int) -> Array:

@@ -7,7 +7,9 @@ cut to the capacity, so that they shrink well.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -15,19 +17,24 @@ from hypothesis.strategies import SearchStrategy
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.program import (
+    MALFORMED,
     Append,
     Close,
     Fork,
+    Keep,
     Program,
     Reject,
     Reorder,
     Reset,
     Step,
     Truncate,
-)  # fmt: skip
+)
 
 LONGEST_CHUNK = 9
 LARGEST_BATCH = 3
+
+Draw = Callable[..., Any]
+"""What Hypothesis hands to a composite strategy."""
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -53,8 +60,9 @@ def splits(
 
 
 def edges(config: Config) -> tuple[int, ...]:
-    """Lengths at which something changes: the window is full, the window is exceeded, the capacity is reached."""
-    return (config.capacity,) if config.window is None else (config.window, config.window + 1, config.capacity)
+    """Lengths at which something changes: around the window and its multiples, and where the capacity is reached."""
+    w = config.window
+    return (config.capacity,) if w is None else (*sorted({max(w - 1, 1), w, w + 1, 2 * w, 3 * w}), config.capacity)
 
 
 def landing(sizes: list[int], end: int, claims: Claims) -> tuple[int, ...]:
@@ -107,18 +115,21 @@ def swapped(program: Program, seq: str, row: int, position: int, seed: int) -> P
 
 
 @st.composite
-def straight(draw: Callable[..., int], config: Config, claims: Claims, least: int = 1, most: int = 5) -> Program:
+def straight(draw: Draw, config: Config, claims: Claims, least: int = 1, most: int = 5) -> Program:
     """One sequence that only grows."""
-    sizes: tuple[int, ...] = draw(splits(config, claims, least, most))  # type: ignore[assignment]
+    sizes: tuple[int, ...] = draw(splits(config, claims, least, most))
     return Program(config, appends("a", sizes, draw(batches(claims)), draw(seeds)))
 
 
-VERBS = ("nothing", *("append",) * 6, "truncate", "truncate", "fork", "reorder", "reorder", "reset", "close")
+VERBS = (
+    "nothing", *("append",) * 7, "truncate", "truncate", "fork", "reorder", "reorder", "reset", "close", "functional",
+    "refuse",
+)  # fmt: skip
 """What a raw triple asks for, as often as it stands here; ``nothing`` is first, so that lists shrink."""
 
 
 @st.composite
-def histories(draw: Callable[..., list[tuple[int, int, int]]], config: Config, claims: Claims) -> Program:
+def histories(draw: Draw, config: Config, claims: Claims) -> Program:
     """Any legal program over up to three live sequences, from what the backend claims to do.
 
     Drawn as a list of raw triples that a model of the lengths turns into legal steps; a triple that finds nothing
@@ -126,7 +137,7 @@ def histories(draw: Callable[..., list[tuple[int, int, int]]], config: Config, c
     """
     triples = st.tuples(st.integers(0, len(VERBS) - 1), st.integers(0, 5), st.integers(0, 63))
     drawn = draw(st.lists(triples, min_size=8, max_size=20))
-    first: int = draw(seeds)  # type: ignore[assignment]
+    first: int = draw(seeds)
     return Program(config, tuple(_Interpreter(config, claims, first).steps(drawn)))
 
 
@@ -149,20 +160,24 @@ class _Interpreter:
         if seq not in self.rows and len(self.rows) >= (self.claims.max_sequences or 3):
             seq = next(iter(self.rows))
         rows = self.rows.get(seq)
+        if verb == "refuse" and rows is not None:
+            refused = refusals(self.config, self.claims, seq, rows, self.seed)
+            return refused[number % len(refused)] if refused else None
         if rows is None or verb == "append" or (verb != "close" and not self.claims.can(verb)):
             return self.append(seq, number) if rows is None or max(rows) < self.config.capacity else None
         if verb == "truncate":
             length = number % (min(rows) + 1)
             self.rows[seq] = (length,) * len(rows)
             return Truncate(seq, length)
-        if verb == "fork":
+        if verb in ("fork", "functional"):
             free = [name for name in "abc" if name not in self.rows]
             if not free or len(self.rows) >= (self.claims.max_sequences or 3):
                 return None
             self.rows[free[0]] = rows
-            return Fork(seq, free[0])
+            return Fork(seq, free[0]) if verb == "fork" else Keep(seq, free[0])
         if verb == "reorder":
-            picked = tuple((number // 4**i) % len(rows) for i in range(len(rows)))
+            kept = len(rows) if number % 4 else 1 + number // 4 % min(self.claims.max_batch or 3, 3)
+            picked = tuple((number // 4**i) % len(rows) for i in range(kept))
             self.rows[seq] = tuple(rows[row] for row in picked)
             return Reorder(seq, picked)
         if verb == "reset":
@@ -179,17 +194,81 @@ class _Interpreter:
         end = next(edge for edge in edges(self.config) if edge > max(rows)) - max(rows) - (number % 8 == 7)
         chunk = 1 + number // 4 % longest
         count = (chunk, 1, chunk, end if 0 < end <= longest else 1)[number % 4]
-        grown = [count] * len(rows)
-        if claims.can("ragged") and number >= 32:
-            grown = [1 + (number // (row + 1)) % longest for row in range(len(rows))]
-        self.rows[seq] = tuple(a + b for a, b in zip(rows, grown, strict=True))
+        grown, pad = [count] * len(rows), None
         self.seed += 17  # another stream for each step: what was truncated does not come back by itself
-        return Append(seq, tuple(grown), self.seed)
+        if claims.can("ragged") and number >= 32:
+            grown = [(number // (row + 1)) % (longest + 1) for row in range(len(rows))]
+            grown[number % len(rows)] = max(grown[number % len(rows)], 1)
+            pad = claims.padding[number % len(claims.padding)], self.seed + 7
+        self.rows[seq] = tuple(a + b for a, b in zip(rows, grown, strict=True))
+        return Append(seq, tuple(grown), self.seed, pad=pad if len(set(grown)) > 1 else None)
+
+
+def refusals(config: Config, claims: Claims, seq: str, rows: tuple[int, ...], seed: int) -> list[Reject]:
+    """Calls on a sequence with rows of these lengths that must be refused, as far as the backend claims to."""
+    found: list[Reject] = []
+    beyond = config.capacity - max(rows) + 1
+    if claims.can("overflow refused") and beyond <= (claims.max_chunk or beyond):
+        found.append(Reject(Append(seq, (beyond,) * len(rows), seed)))
+    if claims.can("truncate"):
+        found += [Reject(Truncate(seq, length)) for length in (min(rows) + 1, -1)]
+    if claims.can("reorder"):
+        found.append(Reject(Reorder(seq, (len(rows),) * len(rows))))
+    if claims.can("refusal") and max(rows) < config.capacity:
+        found += [Reject(Append(seq, (1,) * len(rows), seed), wrong) for wrong in MALFORMED[config.profile]]
+    return found
+
+
+def alone(program: Program, row: int) -> Program:
+    """That row of a program's appends by itself."""
+    steps = []
+    for step in program.steps:
+        assert isinstance(step, Append)
+        swap = tuple((0, position, seed) for of, position, seed in step.swap if of == row)
+        steps.append(replace(step, counts=step.counts[row : row + 1], seed=step.seed + row, swap=swap))
+    return Program(program.config, tuple(step for step in steps if step.counts != (0,)))
+
+
+def arranged(seq: str, sizes: Iterable[int], order: tuple[int, ...], seed: int) -> tuple[Append, ...]:
+    """Appends whose row ``i`` reads the stream that belongs to row ``order[i]``: rows permuted, or all the same."""
+    steps, length = [], 0
+    for size in sizes:
+        own = tuple(
+            (row, at, seed + of) for row, of in enumerate(order) if row != of for at in range(length, length + size)
+        )
+        steps.append(Append(seq, (size,) * len(order), seed, own))
+        length += size
+    return tuple(steps)
+
+
+@st.composite
+def uneven(draw: Draw, config: Config, claims: Claims, side: str = "right") -> tuple[Append, ...]:
+    """Ragged appends to three rows or two; after the first, row 0 of three is neither the longest nor the shortest."""
+    batch, seed = min(claims.max_batch or 3, 3), draw(seeds)
+    longest = min(claims.max_chunk or LONGEST_CHUNK, LONGEST_CHUNK)
+    low = draw(st.integers(0, max(longest - 2, 0)))
+    middle = draw(st.integers(low + 1, max(longest - 1, low + 1)))
+    high = draw(st.integers(middle + 1, max(longest, middle + 1)))
+    counts: list[tuple[int, ...]] = [(middle, high, low)[:batch]]
+    for _ in range(draw(st.integers(1, 4))):
+        kind, size = draw(st.integers(0, 2)), draw(st.integers(1, longest))
+        row = draw(st.integers(0, batch - 1))
+        counts.append(
+            ((1,) * batch, tuple(size if r == row else 0 for r in range(batch)), (size, *(1,) * (batch - 1)))[kind]
+        )
+    steps, lengths = [], (0,) * batch
+    for number, grown in enumerate(counts):
+        grown = tuple(min(c, config.capacity - n, longest) for c, n in zip(grown, lengths, strict=True))
+        if max(grown) > 0:
+            lengths = tuple(n + c for n, c in zip(lengths, grown, strict=True))
+            pad = (side, seed + 31 + number) if len(set(grown)) > 1 else None
+            steps.append(Append("a", grown, seed, pad=pad))
+    return tuple(steps)
 
 
 @st.composite
 def detours(
-    draw: Callable[..., int], config: Config, claims: Claims, sizes: tuple[int, ...], batch: int, seed: int
+    draw: Draw, config: Config, claims: Claims, sizes: tuple[int, ...], batch: int, seed: int
 ) -> tuple[Step, ...]:
     """Steps that leave sequence ``a`` with the same history as plain appends of ``sizes``, on a winding path."""
     steps: list[Step] = []
@@ -203,7 +282,7 @@ def detours(
         ways.append("refuse")
     for size in sizes:
         junk: int = draw(counts(claims, 3))
-        way: str = draw(st.sampled_from(["on", *ways]))  # type: ignore[assignment]
+        way: str = draw(st.sampled_from(["on", *ways]))
         other = seed ^ 0x5A5A
         room = length + junk <= config.capacity
         if way == "truncate" and room:

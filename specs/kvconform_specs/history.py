@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvconform_specs.program import Append, Close, Fork, Full, Program, Reorder, Reset, Run, Step, Truncate
+from kvconform_specs.program import Append, Close, Fork, Full, Keep, Program, Reorder, Reset, Run, Step, Truncate
 
 Token = tuple[int, int]
 """``(seed, position)``: the token at that position of that stream."""
@@ -21,7 +21,7 @@ class Histories:
             self.rows[step.seq] = after(self.rows.get(step.seq, ((),) * len(step.counts)), step)
         elif isinstance(step, Truncate):
             self.rows[step.seq] = tuple(row[: step.length] for row in self.rows[step.seq])
-        elif isinstance(step, Fork):
+        elif isinstance(step, Fork | Keep):
             self.rows[step.into] = self.rows[step.seq]
         elif isinstance(step, Reorder):
             self.rows[step.seq] = tuple(self.rows[step.seq][row] for row in step.rows)

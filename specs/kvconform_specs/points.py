@@ -1,7 +1,8 @@
 """The closed table of configs that the suite asks every backend for; their sizes are pairwise distinct.
 
-Together they cover GQA, MQA, window, softcap, a scale of one's own, a head dim that is no multiple of 8, and each kind
-of positions. They are few because compiled and exported subjects take long to build.
+Together they cover MHA, GQA, MQA, window, softcap, a sink, a scale of one's own, head dims that are no multiple of 8,
+layers with and without a window in one decoder, each kind of positions, and one long context. They are few because
+compiled and exported subjects take long to build.
 """
 
 from __future__ import annotations
@@ -14,18 +15,25 @@ from kvconform_specs.errors import SpecError
 POINTS: dict[str, Config] = {
     "attention-gqa": Config("attention", heads=6, kv_heads=3, head_dim=8),
     "attention-window": Config("attention", heads=8, kv_heads=2, head_dim=16, window=5),
-    "attention-softcap": Config("attention", heads=5, kv_heads=1, head_dim=12, softcap=1.5, scale=0.37),
+    "attention-softcap": Config(
+        "attention", heads=5, kv_heads=1, head_dim=12, softcap=1.5, scale=0.37, positions="alibi",
+    ),
+    "attention-sink": Config("attention", heads=7, kv_heads=7, head_dim=10, window=6, sink=1.0),
+    "attention-long": Config("attention", heads=2, kv_heads=1, head_dim=4, capacity=4160),
     "decoder-rope": Config(
         "decoder", heads=6, kv_heads=3, head_dim=8, layers=2, width=20, mlp=28, vocabulary=53, positions="rope"
     ),
     "decoder-learned": Config(
         "decoder", heads=8, kv_heads=2, head_dim=6, layers=3, width=20, mlp=0, vocabulary=59, positions="learned",
-        window=5, seed=1,
+        window=5, window_every=2, seed=1,
     ),
     "decoder-softcap": Config(
-        "decoder", heads=4, kv_heads=1, head_dim=10, layers=2, width=22, mlp=26, vocabulary=61, softcap=2.0, seed=2,
+        "decoder", heads=4, kv_heads=1, head_dim=10, layers=2, width=22, mlp=26, vocabulary=61, positions="alibi",
+        softcap=2.0, seed=2,
     ),
 }  # fmt: skip
+LONG = 1024
+"""From this capacity on a config is for clauses about long contexts, and for no other: its programs take long."""
 
 
 def point(name: str, dtype: str = "float32") -> Config:

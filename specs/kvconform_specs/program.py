@@ -8,7 +8,7 @@ So the same seed gives the same tokens however they are cut into steps, and row 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from kvconform_specs.config import Config, take
@@ -22,6 +22,10 @@ class Append:
     The first append to a name opens the sequence with ``len(counts)`` rows. Unequal counts are *ragged* rows.
     swap: ``(row, position, seed)``: the token at that logical position of that row comes from another stream.
     aim: ``(seed, position)``: every query of the step points at that token's key (attention profile), a *needle*.
+    hidden: ``(row, position)``: tokens that the caller's mask hides from every query of the step (attention profile).
+    pad: ``(side, seed)``: where the columns of ragged rows lie that hold no token, ``right`` or ``left``, and the
+    stream that fills them; None: right, zeros. layout: how the inputs lie in memory (``LAYOUTS``). shared: the present
+    is written into the memory of the past. metered: the multiply-adds of the step are counted.
     """
 
     seq: str
@@ -29,6 +33,11 @@ class Append:
     seed: int
     swap: tuple[tuple[int, int, int], ...] = ()
     aim: tuple[int, int] | None = None
+    hidden: tuple[tuple[int, int], ...] = ()
+    pad: tuple[str, int] | None = None
+    layout: str = "contiguous"
+    shared: bool = False
+    metered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,19 +92,63 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """Gives the handle of ``seq`` a second name, ``into``, without a call: both go on from it, independently."""
+
+    seq: str
+    into: str
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Asks for the keys and values that the sequence holds."""
+
+    seq: str
+
+
+@dataclass(frozen=True, slots=True)
+class Poison:
+    """Fills the slots that hold no token of any sequence: keys and values apart, with what ``POISONS`` names."""
+
+    seq: str
+    keys: str = "none"
+    values: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
 class Reject:
-    """A call that must be refused with an exception and must change nothing."""
+    """A call that must be refused with an exception and must change nothing.
 
-    step: Append | Truncate
+    wrong: what of the inputs of a legal append is malformed (``MALFORMED``); empty: the call itself is not legal.
+    """
+
+    step: Append | Truncate | Reorder
+    wrong: str = ""
 
 
-Call = Append | Full | Truncate | Fork | Reorder | Reset | Close
+Call = Append | Full | Truncate | Fork | Reorder | Reset | Close | Keep | Read | Poison
 Step = Call | Reject
 Run = Append | Full
 OPS: dict[str, type[Any]] = {
-    "append": Append, "full": Full, "truncate": Truncate, "fork": Fork,
-    "reorder": Reorder, "reset": Reset, "close": Close, "reject": Reject,
+    "append": Append, "full": Full, "truncate": Truncate, "fork": Fork, "reorder": Reorder, "reset": Reset,
+    "close": Close, "keep": Keep, "read": Read, "poison": Poison, "reject": Reject,
 }  # fmt: skip
+MANNERS = ("plain", "loud", "mute", "lopsided")
+"""What the contents of a stream are like, in bits 48 and up of its seed: independent normals; queries 64 times as
+large; all keys zero; values 16 times as large and keys a quarter. Token ids know no manner."""
+MANNER_BIT = 48
+LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
+"""How inputs lie in memory: dense; token axis before head axis; every other element of a larger array; one row that
+all rows share with a stride of 0 (their tokens must be equal)."""
+POISONS = {"none": None, "junk": 3.0e4, "nan": float("nan"), "inf": float("inf")}
+"""What dead slots are filled with; junk is finite in float16, too."""
+MALFORMED = {
+    "attention": ("dtype", "rank", "heads", "head dim", "batch", "lengths"),
+    "decoder": ("dtype", "rank", "batch", "vocabulary"),
+}
+"""What can be wrong with the inputs of an append: integers for floats or floats for token ids; an axis missing; a head
+more; a head dim less; a row more than the cache has; fewer values than keys; a token id that is not in the vocabulary.
+"""
 NAMES = {kind: op for op, kind in OPS.items()}
 
 
@@ -141,9 +194,10 @@ class Program:
 
 
 def step_to_json(step: Step) -> dict[str, Any]:
+    """Fields that have their default are left out."""
+    body = {f.name: getattr(step, f.name) for f in fields(step) if getattr(step, f.name) != f.default}
     if isinstance(step, Reject):
-        return {"op": "reject", "step": step_to_json(step.step)}
-    body = {name: value for name, value in asdict(step).items() if value not in ((), None)}
+        body["step"] = step_to_json(step.step)
     return {"op": NAMES[type(step)], **body}
 
 
@@ -159,9 +213,10 @@ def step_from_json(data: object, at: str) -> Step:
         step: Step
         if kind is Reject:
             inner = step_from_json(body.get("step"), f"{at}.step")
-            if not isinstance(inner, Append | Truncate):
-                raise SpecError(f"{at}.step", f"only append and truncate can be rejected, got {NAMES[type(inner)]}")
-            return Reject(inner)
+            if not isinstance(inner, Append | Truncate | Reorder):
+                words = f"only append, truncate and reorder can be rejected, got {NAMES[type(inner)]}"
+                raise SpecError(f"{at}.step", words)
+            return Reject(inner, str(body.get("wrong", "")))
         step = kind(**{key: _tuples(value) for key, value in body.items()})
     except TypeError as error:
         raise SpecError(at, f"{op} wants the fields {', '.join(f.name for f in fields(kind))}") from error
@@ -175,12 +230,7 @@ def _tuples(value: Any) -> Any:
 def _advance(config: Config, lengths: dict[str, tuple[int, ...]], step: Step, at: str) -> None:
     """Follows the lengths of the rows and refuses what is not legal."""
     if isinstance(step, Reject):
-        problem = _illegal(config, lengths, step.step)
-        if problem is None:
-            raise SpecError(f"{at}.step", "is legal; a reject step holds a call that must be refused")
-        rows = lengths.get(step.step.seq)
-        if isinstance(step.step, Append) and rows is not None and len(rows) != len(step.step.counts):
-            raise SpecError(f"{at}.step.counts", f"{problem[1]}; a rejected append exceeds the capacity")
+        _rejectable(config, lengths, step, at)
         return
     problem = _illegal(config, lengths, step)
     if problem is not None:
@@ -190,7 +240,7 @@ def _advance(config: Config, lengths: dict[str, tuple[int, ...]], step: Step, at
         lengths[step.seq] = tuple(a + b for a, b in zip(old, step.counts, strict=True))
     elif isinstance(step, Truncate):
         lengths[step.seq] = (step.length,) * len(lengths[step.seq])
-    elif isinstance(step, Fork):
+    elif isinstance(step, Fork | Keep):
         lengths[step.into] = lengths[step.seq]
     elif isinstance(step, Reorder):
         lengths[step.seq] = tuple(lengths[step.seq][row] for row in step.rows)
@@ -198,6 +248,26 @@ def _advance(config: Config, lengths: dict[str, tuple[int, ...]], step: Step, at
         lengths[step.seq] = (0,) * len(lengths[step.seq])
     elif isinstance(step, Close):
         del lengths[step.seq]
+
+
+def _rejectable(config: Config, lengths: dict[str, tuple[int, ...]], step: Reject, at: str) -> None:
+    """Refuses a reject step whose call might be accepted, or cannot be made."""
+    problem = _illegal(config, lengths, step.step)
+    if step.wrong:
+        known = MALFORMED[config.profile]
+        if step.wrong not in known or not isinstance(step.step, Append):
+            raise SpecError(f"{at}.wrong", f"unknown value {step.wrong!r} for an append; known: {', '.join(known)}")
+        if problem is not None:
+            raise SpecError(f"{at}.step.{problem[0]}", f"{problem[1]}; a malformed append is legal but for its inputs")
+        return
+    if problem is None:
+        raise SpecError(f"{at}.step", "is legal; a reject step holds a call that must be refused")
+    rows = lengths.get(step.step.seq)
+    if isinstance(step.step, Append):
+        if rows is not None and len(rows) != len(step.step.counts):
+            raise SpecError(f"{at}.step.counts", f"{problem[1]}; a rejected append exceeds the capacity")
+    elif rows is None:
+        raise SpecError(f"{at}.step.seq", problem[1])
 
 
 def _illegal(config: Config, lengths: dict[str, tuple[int, ...]], step: Call) -> tuple[str, str] | None:
@@ -211,17 +281,35 @@ def _illegal(config: Config, lengths: dict[str, tuple[int, ...]], step: Call) ->
         new = [a + b for a, b in zip(old or (0,) * len(step.counts), step.counts, strict=True)]
         if max(new) > config.capacity:
             return "counts", f"length {max(new)} exceeds the capacity of {config.capacity}"
+        seeds = (step.seed, *(seed for _row, _position, seed in step.swap))
+        if not all(0 <= seed >> MANNER_BIT < len(MANNERS) for seed in seeds):
+            return "seed", f"a seed's bits from {MANNER_BIT} on name one of {len(MANNERS)} manners, got {step.seed}"
         for row, position, _seed in step.swap:
             if not 0 <= row < len(new) or not 0 <= position < new[row]:
                 return "swap", f"no token at row {row}, position {position}"
-        return None
+        return _illegal_options(config, new, step) if isinstance(step, Append) else None
     old = lengths.get(step.seq)
     if old is None:
         return "seq", f"no open sequence {step.seq!r}; open: {', '.join(sorted(lengths)) or 'none'}"
     if isinstance(step, Truncate) and not 0 <= step.length <= min(old):
         return "length", f"cannot keep {step.length} of {min(old)} tokens"
-    if isinstance(step, Fork) and step.into in lengths:
+    if isinstance(step, Fork | Keep) and step.into in lengths:
         return "into", f"sequence {step.into!r} is open already"
+    if isinstance(step, Poison) and (step.keys not in POISONS or step.values not in POISONS):
+        return "keys", f"unknown poison {step.keys!r} or {step.values!r}; known: {', '.join(POISONS)}"
     if isinstance(step, Reorder) and (not step.rows or not all(0 <= row < len(old) for row in step.rows)):
         return "rows", f"want rows of 0..{len(old) - 1}, got {list(step.rows)}"
+    return None
+
+
+def _illegal_options(config: Config, new: list[int], step: Append) -> tuple[str, str] | None:
+    if (step.hidden or step.aim) and config.profile != "attention":
+        return "hidden" if step.hidden else "aim", "only the attention profile has it"
+    for row, position in step.hidden:
+        if not 0 <= row < len(new) or not 0 <= position < new[row]:
+            return "hidden", f"no token at row {row}, position {position}"
+    if step.pad is not None and step.pad[0] not in ("right", "left"):
+        return "pad", f"unknown side {step.pad[0]!r}; known: right, left"
+    if step.layout not in LAYOUTS:
+        return "layout", f"unknown value {step.layout!r}; known: {', '.join(LAYOUTS)}"
     return None

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvconform_specs.config import Config
+from kvconform_specs.errors import SpecError
 from kvconform_specs.history import Row, Token
-from kvconform_specs.program import Append, Run
+from kvconform_specs.program import MANNER_BIT, MANNERS, Append, Run
 
 Array = NDArray[np.float32]
 
@@ -24,6 +25,9 @@ _SPREAD = np.float32(1.0 / (65536.0 * np.sqrt(4.0 / 12.0)))  # 1 / sd of the sum
 AIM_SCORE = 24.0
 """The score that a needle gives its key: e^24 outweighs 4 096 other keys unless one is nearly parallel."""
 
+_FACTORS = {"plain": (1, 1, 1), "loud": (64, 1, 1), "mute": (1, 0, 1), "lopsided": (1, 0.25, 16)}
+"""Query, key and value of each manner; powers of two, which no dtype rounds."""
+
 _philox = np.random.Philox(key=0)
 _state = _philox.state
 
@@ -31,6 +35,15 @@ _state = _philox.state
 def derive(seed: int, index: int) -> int:
     """The seed of the ``index``-th variant of a program. Rows stay neighbours: ``derive(s + r) = derive(s) + r``."""
     return seed + (index << 32)
+
+
+def mannered(seed: int, manner: str) -> int:
+    """The stream of that manner behind a plain seed."""
+    return seed + (MANNERS.index(manner) << MANNER_BIT)
+
+
+def manner(seed: int) -> str:
+    return MANNERS[seed >> MANNER_BIT]
 
 
 def raw(seed: int, purpose: int, start: int, words: int) -> NDArray[np.uint64]:
@@ -82,7 +95,12 @@ class Streams:
         width = (c.heads + 2 * c.kv_heads) * c.head_dim
         padded = -(-width // 4) * 4
         words = np.stack([raw(s, _ATTENTION, 0, padded * self.span) for s in seeds])
-        return rounded(normal(words.reshape(len(seeds), self.span, padded)[..., :width]), c.dtype)
+        made = normal(words.reshape(len(seeds), self.span, padded)[..., :width])
+        factors = _FACTORS[manner(seed)]
+        if factors != (1, 1, 1):
+            sizes = (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim)
+            made *= np.repeat(np.array(factors, np.float32), sizes)
+        return rounded(made, c.dtype)
 
     def row(self, tokens: Iterable[Token]) -> NDArray[np.generic]:
         """The contents of these tokens, in order: ``(n, len(tokens), ...)``."""
@@ -111,14 +129,17 @@ class Streams:
         """What a subject is given for ``step``, ``n`` variants in front; ``grown`` are the rows after the step.
 
         Attention: query ``(n, b, h, t, d)``, key and value ``(n, b, g, t, d)``. Decoder: token ids ``(n, b, t)``.
-        Ragged rows are padded on the right with zeros up to ``t = max(counts)``.
+        Ragged rows are filled up to ``t = max(counts)`` on the side and with the stream that the step names.
         """
         t = max(step.counts)
+        side, filling = (step.pad if isinstance(step, Append) else None) or ("right", None)
         rows = []
-        for history, count in zip(grown, step.counts, strict=True):
+        for index, (history, count) in enumerate(zip(grown, step.counts, strict=True)):
             row = self.row(history[len(history) - count :])
             if count < t:
-                row = np.concatenate([row, np.zeros((row.shape[0], t - count, *row.shape[2:]), row.dtype)], axis=1)
+                pad = self.tape(step.seed if filling is None else filling + index)[:, : t - count]
+                pad = np.zeros_like(pad) if filling is None else pad
+                row = np.concatenate([row, pad] if side == "right" else [pad, row], axis=1)
             rows.append(row)
         if self.config.profile == "decoder":
             return (np.stack(rows, axis=1),)
@@ -129,6 +150,47 @@ class Streams:
             needles = [self.needle((seed + r, position)) for r in range(len(rows))]
             query = np.broadcast_to(np.stack(needles, axis=1), query.shape)
         return query, key, value
+
+
+def mask(step: Append, grown: tuple[Row, ...]) -> NDArray[np.bool_]:
+    """The caller's mask ``(b, s)`` over logical positions, True where a query may attend."""
+    seen = np.ones((len(grown), max(map(len, grown))), bool)
+    for row, position in step.hidden:
+        seen[row, position] = False
+    return seen
+
+
+def laid(x: NDArray[np.generic], layout: str) -> NDArray[np.generic]:
+    """The same numbers, laid out in memory as ``program.LAYOUTS`` says. Raises SpecError where rows must be equal."""
+    if layout == "transposed":
+        return np.ascontiguousarray(x.swapaxes(-3, -2)).swapaxes(-3, -2) if x.ndim > 2 else np.ascontiguousarray(x.T).T
+    if layout == "sliced":
+        wide = np.full((*x.shape[:-1], 2 * x.shape[-1] + 1), 7, x.dtype)
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
+    if layout == "expanded":
+        if not (x == x[:1]).all():
+            raise SpecError("layout", "expanded inputs need rows with equal tokens")
+        return np.broadcast_to(x[:1], x.shape)
+    return np.ascontiguousarray(x)
+
+
+def malformed(inputs: tuple[NDArray[np.generic], ...], wrong: str, config: Config) -> tuple[NDArray[np.generic], ...]:
+    """The inputs of one step with what ``wrong`` says about them (``program.MALFORMED``)."""
+    if wrong == "dtype":
+        return tuple(x.astype(np.float32 if config.profile == "decoder" else np.int32) for x in inputs)
+    if wrong == "rank":
+        return tuple(x[0] for x in inputs)
+    if wrong == "batch":
+        return tuple(np.concatenate([x, x[:1]]) for x in inputs)
+    if wrong == "vocabulary":
+        return tuple(np.where(np.arange(x.shape[1]) == x.shape[1] - 1, config.vocabulary, x) for x in inputs)
+    query, key, value = inputs
+    if wrong == "heads":
+        return query, np.concatenate([key, key[:, :1]], axis=1), np.concatenate([value, value[:, :1]], axis=1)
+    if wrong == "head dim":
+        return query, key[..., :-1], value
+    return query, key, value[:, :, :-1]
 
 
 def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:

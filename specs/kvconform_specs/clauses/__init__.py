@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from kvconform_specs.clause import Clause
-from kvconform_specs.clauses import causality, definition, equivalence, lifecycle, shape
+from kvconform_specs.clauses import (
+    accounting,
+    batch,
+    capacity,
+    capture,
+    causality,
+    contents,
+    definition,
+    determinism,
+    equivalence,
+    errors,
+    layout,
+    lifecycle,
+    numerics,
+    paging,
+    quantised,
+    shape,
+    window,
+)
 
-ALL: tuple[Clause, ...] = (
-    *shape.CLAUSES, *causality.CLAUSES, *equivalence.CLAUSES, *definition.CLAUSES, *lifecycle.CLAUSES,
+_CHAPTERS = (
+    shape, causality, equivalence, definition, contents, lifecycle, batch, window, capacity, errors, numerics, layout,
+    paging, quantised, capture, determinism, accounting,
 )  # fmt: skip
+ALL: tuple[Clause, ...] = tuple(clause for chapter in _CHAPTERS for clause in chapter.CLAUSES)
 BY_NAME = {clause.name: clause for clause in ALL}
-CHAPTERS = {
-    module.__name__.rpartition(".")[2]: (module.__doc__ or "").strip()
-    for module in (shape, causality, equivalence, definition, lifecycle)
-}
+CHAPTERS = {chapter.__name__.rpartition(".")[2]: " ".join((chapter.__doc__ or "").split()) for chapter in _CHAPTERS}

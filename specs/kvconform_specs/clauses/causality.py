@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from hypothesis import strategies as st
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
-from kvconform_specs.families import appends, batches, seeds, splits, straight, swapped
+from kvconform_specs.families import Draw, appends, batches, seeds, splits, straight, swapped
 from kvconform_specs.program import Append, Program
 
 
 @st.composite
-def _one_changed(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
-    base: Program = draw(straight(config, claims))  # type: ignore[assignment]
+def _one_changed(draw: Draw, config: Config, claims: Claims) -> Case:
+    base: Program = draw(straight(config, claims))
     row, position = _token(draw, base)
     return Case((base, swapped(base, "a", row, position, _other(base))))
 
 
 @st.composite
-def _aimed(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+def _aimed(draw: Draw, config: Config, claims: Claims) -> Case:
     """One token changes; in the attention profile every query points at its key (a needle)."""
-    sizes: tuple[int, ...] = draw(splits(config, claims))  # type: ignore[assignment]
+    sizes: tuple[int, ...] = draw(splits(config, claims))
     batch, seed = draw(batches(claims)), draw(seeds)
     position = draw(st.integers(0, sum(sizes) - 1))
     aim = (seed, position) if config.profile == "attention" else None
@@ -33,14 +31,14 @@ def _aimed(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
 
 
 @st.composite
-def _each_changed(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+def _each_changed(draw: Draw, config: Config, claims: Claims) -> Case:
     """A short sequence, and one variant for each of its tokens with that token changed: a map of what sees what."""
-    sizes: tuple[int, ...] = draw(splits(config, claims, capacity=8))  # type: ignore[assignment]
+    sizes: tuple[int, ...] = draw(splits(config, claims, capacity=8))
     base = Program(config, appends("a", sizes, 1, draw(seeds)))
     return Case((base, *(swapped(base, "a", 0, position, _other(base)) for position in range(sum(sizes)))))
 
 
-def _token(draw: Callable[..., int], base: Program) -> tuple[int, int]:
+def _token(draw: Draw, base: Program) -> tuple[int, int]:
     steps = [step for step in base.steps if isinstance(step, Append)]
     row = draw(st.integers(0, len(steps[0].counts) - 1))
     return row, draw(st.integers(0, sum(step.counts[row] for step in steps) - 1))

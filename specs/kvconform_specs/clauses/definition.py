@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs.claims import Claims
-from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.config import Config
-from kvconform_specs.families import appends, at_once, batches, histories, seeds, straight
+from kvconform_specs.families import Draw, appends, at_once, batches, histories, seeds, straight
 from kvconform_specs.program import Program
 
 
@@ -23,7 +21,7 @@ def _growing(config: Config, claims: Claims) -> SearchStrategy[Case]:
 
 
 @st.composite
-def _decoding(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+def _decoding(draw: Draw, config: Config, claims: Claims) -> Case:
     """A prompt, decode steps, then a chunk: positions go on from the cache in three ways."""
     prompt, new, chunk = draw(st.integers(1, 8)), draw(st.integers(1, 4)), draw(st.integers(1, 5))
     sizes = (*at_once(prompt, claims), *(1,) * new, *at_once(chunk, claims))
@@ -62,22 +60,48 @@ CLAUSES = (
         why=("https://github.com/onnx/onnx/pull/7274", "https://github.com/ekzhang/jax-js/pull/180"),
         family=_growing,
         relations=(Relation.PARITY,),
-        applies=lambda config: 1 < config.kv_heads < config.heads,
+        applies=lambda config: ordinary(config) and 1 < config.kv_heads < config.heads,
     ),
     Clause(
         name="definition.scale",
-        text="Scores are multiplied by the scale that is given, by 1 / sqrt(d) where none is, once.",
+        text="Scores are multiplied by the scale that is given, by 1 / sqrt(d) of the true head dim where none is, "
+        "once.",
         why=("https://github.com/onnx/onnx/issues/7865",),
         family=_growing,
         relations=(Relation.PARITY,),
     ),
     Clause(
         name="definition.softcap",
-        text="Softcap bends the scaled scores before the mask: a masked key keeps no weight.",
+        text="Softcap bends the scaled scores, before bias and mask: a masked key keeps no weight.",
         why=("https://github.com/onnx/onnx/issues/7865", "https://github.com/microsoft/onnxruntime/pull/28370"),
         family=_growing,
         relations=(Relation.PARITY,),
         applies=lambda config: config.softcap is not None,
+    ),
+    Clause(
+        name="definition.bias",
+        text="A bias follows the logical positions of query and key, also those of a cached key, and is added after "
+        "the softcap and before the mask.",
+        why=(
+            "https://github.com/keras-team/keras-hub/pull/2977",
+            "https://github.com/onnx/onnx/pull/7867",
+            "https://github.com/microsoft/onnxruntime/pull/28379",
+        ),
+        family=_decoding,
+        relations=(Relation.PARITY,),
+        applies=lambda config: config.positions == "alibi",
+    ),
+    Clause(
+        name="definition.sink",
+        text="A sink is a score without a value: it joins the denominator of every query, neither scaled nor capped, "
+        "and is no token.",
+        why=(
+            "https://github.com/openvinotoolkit/openvino/pull/36016",
+            "https://github.com/NVIDIA/TensorRT-LLM/pull/2983",
+        ),
+        family=_growing,
+        relations=(Relation.PARITY,),
+        applies=lambda config: config.sink is not None,
     ),
     Clause(
         name="definition.positions",
@@ -91,6 +115,6 @@ CLAUSES = (
         family=_decoding,
         relations=(Relation.PARITY,),
         profiles=("decoder",),
-        applies=lambda config: config.positions != "none",
+        applies=lambda config: config.positions in ("learned", "rope"),
     ),
 )

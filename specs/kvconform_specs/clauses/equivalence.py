@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from hypothesis import strategies as st
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
-from kvconform_specs.families import appends, at_once, batches, counts, detours, resplit, seeds, splits
+from kvconform_specs.families import Draw, appends, at_once, batches, counts, detours, resplit, seeds, splits
 from kvconform_specs.program import Full, Program, Step
 
 
@@ -21,7 +19,7 @@ def _whole(seq: str, total: int, batch: int, seed: int, claims: Claims) -> tuple
 
 
 @st.composite
-def _decode(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+def _decode(draw: Draw, config: Config, claims: Claims) -> Case:
     prompt, new = draw(st.integers(0, 9)), draw(st.integers(1, 8))
     batch, seed = draw(batches(claims)), draw(seeds)
     sizes = (*at_once(prompt, claims), *(1,) * new)
@@ -30,24 +28,24 @@ def _decode(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
 
 
 @st.composite
-def _chunks(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
-    one: tuple[int, ...] = draw(splits(config, claims))  # type: ignore[assignment]
-    other: tuple[int, ...] = draw(resplit(sum(one), claims))  # type: ignore[assignment]
+def chunks(draw: Draw, config: Config, claims: Claims) -> Case:
+    one: tuple[int, ...] = draw(splits(config, claims))
+    other: tuple[int, ...] = draw(resplit(sum(one), claims))
     batch, seed = draw(batches(claims)), draw(seeds)
     whole = _whole("a", sum(one), batch, seed, claims)
     return Case((Program(config, whole), *(Program(config, appends("a", s, batch, seed)) for s in (one, other))))
 
 
 @st.composite
-def _paths(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
-    sizes: tuple[int, ...] = draw(splits(config, claims))  # type: ignore[assignment]
+def _paths(draw: Draw, config: Config, claims: Claims) -> Case:
+    sizes: tuple[int, ...] = draw(splits(config, claims))
     batch, seed = draw(batches(claims)), draw(seeds)
-    winding: tuple[Step, ...] = draw(detours(config, claims, sizes, batch, seed))  # type: ignore[assignment]
+    winding: tuple[Step, ...] = draw(detours(config, claims, sizes, batch, seed))
     return Case((Program(config, appends("a", sizes, batch, seed)), Program(config, winding)))
 
 
 @st.composite
-def _full(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+def _full(draw: Draw, config: Config, claims: Claims) -> Case:
     """The full forward on a prefix after the sequence, and on more tokens in the middle of it."""
     prefix, more = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     batch, seed = draw(batches(claims)), draw(seeds)
@@ -78,7 +76,7 @@ CLAUSES = (
             "https://github.com/sgl-project/sgl-kernel-xpu/issues/196",
             "https://github.com/trymirai/lalamo/pull/200",
         ),
-        family=_chunks,
+        family=chunks,
         relations=(Relation.AGREEMENT,),
         core=True,
     ),

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from hypothesis import strategies as st
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
-from kvconform_specs.families import appends, batches, seeds, splits
-from kvconform_specs.program import Close, Program, Reset, Step
+from kvconform_specs.families import LARGEST_BATCH, Draw, appends, batches, counts, fitted, seeds, splits
+from kvconform_specs.program import Append, Close, Fork, Program, Reject, Reorder, Reset, Step, Truncate
 
 
 @st.composite
-def _reset(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
-    earlier: tuple[int, ...] = draw(splits(config, claims, most=3))  # type: ignore[assignment]
-    sizes: tuple[int, ...] = draw(splits(config, claims, most=3))  # type: ignore[assignment]
+def _reset(draw: Draw, config: Config, claims: Claims) -> Case:
+    earlier: tuple[int, ...] = draw(splits(config, claims, most=3))
+    sizes: tuple[int, ...] = draw(splits(config, claims, most=3))
     batch, seed = draw(batches(claims)), draw(seeds)
     fresh = appends("a", sizes, batch, seed)
     return Case(
@@ -25,10 +23,10 @@ def _reset(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
 
 
 @st.composite
-def _two(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+def _two(draw: Draw, config: Config, claims: Claims) -> Case:
     """Sequences ``a`` and ``b``, interleaved or one after the other, against ``b`` alone and, interleaved, ``a``."""
-    first: tuple[int, ...] = draw(splits(config, claims, most=4))  # type: ignore[assignment]
-    second: tuple[int, ...] = draw(splits(config, claims, most=4))  # type: ignore[assignment]
+    first: tuple[int, ...] = draw(splits(config, claims, most=4))
+    second: tuple[int, ...] = draw(splits(config, claims, most=4))
     seed = draw(seeds)
     a = appends("a", first, draw(batches(claims)), seed)
     b = appends("b", second, draw(batches(claims)), seed + 77)
@@ -42,6 +40,73 @@ def _two(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
     # alone first: what the other sequence changes for good would change both programs if it came before them
     alone = a if interleaved and draw(st.booleans()) else b
     return Case((Program(config, alone), Program(config, tuple(steps))))
+
+
+@st.composite
+def _forgotten(draw: Draw, config: Config, claims: Claims) -> Case:
+    """Appends, a truncation to nothing, to one token, to all but one, to all, or to any length, then other tokens."""
+    batch, seed = draw(batches(claims)), draw(seeds)
+    steps: list[Step] = []
+    length = 0
+    for number in range(draw(st.integers(1, 3))):
+        sizes: tuple[int, ...] = draw(splits(config, claims, most=3))
+        steps += appends("a", fitted(sizes, config.capacity - length), batch, seed + 17 * number)
+        length = min(length + sum(sizes), config.capacity)
+        length = draw(st.sampled_from((0, min(1, length), max(length - 1, 0), length)) | st.integers(0, length))
+        steps.append(Truncate("a", length))
+    size = min(draw(counts(claims)), config.capacity - length)
+    return Case((Program(config, (*steps, *appends("a", (size,) if size else (), batch, seed + 77))),))
+
+
+@st.composite
+def _out_of_range(draw: Draw, config: Config, claims: Claims) -> Case:
+    sizes: tuple[int, ...] = draw(splits(config, claims))
+    fresh = appends("a", sizes, draw(batches(claims)), draw(seeds))
+    steps: list[Step] = []
+    length = 0
+    for append in fresh:
+        steps.append(append)
+        length += append.counts[0]
+        wrong = draw(st.integers(0, 3))
+        if wrong < 3:
+            steps.append(Reject(Truncate("a", (length + 1, -1, length + config.capacity)[wrong])))
+    return Case((Program(config, fresh), Program(config, tuple(steps))))
+
+
+@st.composite
+def _forked(draw: Draw, config: Config, claims: Claims) -> Case:
+    """A sequence, its copy and perhaps a copy of that: they go on in turn with tokens of their own."""
+    sizes: tuple[int, ...] = draw(splits(config, claims, most=3, capacity=config.capacity // 2))
+    batch, seed = draw(batches(claims)), draw(seeds)
+    steps: list[Step] = [*appends("a", sizes, batch, seed), Fork("a", "b")]
+    names = ["a", "b"]
+    for number in range(draw(st.integers(2, 5))):
+        name = names[draw(st.integers(0, len(names) - 1))]
+        steps.append(Append(name, (draw(counts(claims, 3)),) * batch, seed + 77 + 17 * number))
+        if number == 1 and (claims.max_sequences or 3) > 2 and draw(st.booleans()):
+            steps.append(Fork("b", "c"))
+            names.append("c")
+        elif number == 2 and draw(st.integers(0, 2)) == 2:
+            steps.append(Close(names.pop(0)))
+    return Case((Program(config, (*steps, *(Append(n, (1,) * batch, seed + 7) for n in names))),))
+
+
+@st.composite
+def _turned(draw: Draw, config: Config, claims: Claims) -> Case:
+    """Rows that have diverged are permuted by a cycle, repeated, dropped or any of these, and go on."""
+    batch, seed = min(claims.max_batch or LARGEST_BATCH, LARGEST_BATCH), draw(seeds)
+    sizes: tuple[int, ...] = draw(splits(config, claims, most=2, capacity=config.capacity // 2))
+    steps: list[Step] = [*appends("a", sizes, batch, seed)]
+    rows = batch
+    for number in range(draw(st.integers(1, 3))):
+        kept = rows if draw(st.integers(0, 2)) else draw(st.integers(1, batch))
+        cycle = tuple((row + 1) % rows for row in range(rows))
+        picked = tuple(draw(st.integers(0, rows - 1)) for _ in range(kept))
+        order = cycle if draw(st.booleans()) else picked
+        steps.append(Reorder("a", order))
+        rows = len(order)
+        steps.append(Append("a", (draw(counts(claims, 3)),) * rows, seed + 77 + 17 * number))
+    return Case((Program(config, tuple(steps)),))
 
 
 CLAUSES = (
@@ -68,5 +133,55 @@ CLAUSES = (
         ),
         family=_two,
         relations=(Relation.AGREEMENT,),
+    ),
+    Clause(
+        name="lifecycle.truncate",
+        text="To truncate is to forget: what follows is as if the tokens behind the length that is kept had never "
+        "been appended, be it 0, all but one, or all, and other tokens may take their places.",
+        why=(
+            "https://github.com/huggingface/transformers/issues/47433",
+            "https://github.com/ml-explore/mlx-lm/pull/1868",
+            "https://github.com/NVIDIA/kvpress/pull/114",
+        ),
+        family=_forgotten,
+        relations=(Relation.PARITY, Relation.LENGTHS),
+        needs=("truncate",),
+    ),
+    Clause(
+        name="lifecycle.truncate-range",
+        text="The argument of truncate is the number of tokens to keep, from 0 to the length; any other is refused "
+        "with an exception and changes nothing.",
+        why=(
+            "https://github.com/huggingface/transformers/issues/30312",
+            "https://github.com/ml-explore/mlx-lm/pull/1868",
+        ),
+        family=_out_of_range,
+        relations=(Relation.AGREEMENT,),
+        needs=("truncate",),
+    ),
+    Clause(
+        name="lifecycle.fork",
+        text="A fork and its original are siblings: each goes on as if it were alone, whatever the other appends or "
+        "however it ends.",
+        why=(
+            "https://github.com/ggml-org/llama.cpp/issues/3802",
+            "https://github.com/huggingface/transformers/issues/20299",
+        ),
+        family=_forked,
+        relations=(Relation.PARITY,),
+        needs=("fork", "two sequences"),
+    ),
+    Clause(
+        name="lifecycle.reorder",
+        text="After a reorder row i is the old row rows[i], in every layer, keys and values alike; a row may come "
+        "twice and its copies part, or not at all.",
+        why=(
+            "https://github.com/huggingface/transformers/issues/46612",
+            "https://github.com/PaddlePaddle/PaddleNLP/issues/6672",
+            "https://github.com/awslabs/sockeye/pull/731",
+        ),
+        family=_turned,
+        relations=(Relation.PARITY,),
+        needs=("reorder", "two rows"),
     ),
 )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
-from kvconform_specs.families import LARGEST_BATCH, appends, at_once, batches, histories, seeds, straight
+from kvconform_specs.families import LARGEST_BATCH, Draw, appends, at_once, batches, histories, seeds, straight
 from kvconform_specs.program import Close, Program, Step
 
 
@@ -23,14 +21,14 @@ def _any(config: Config, claims: Claims) -> SearchStrategy[Case]:
 
 
 @st.composite
-def _first(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+def _first(draw: Draw, config: Config, claims: Claims) -> Case:
     most = min(claims.max_chunk or config.capacity, config.capacity)
     count = draw(st.integers(1, most) | st.sampled_from((1, most)))
     return Case((Program(config, appends("a", (count,), draw(batches(claims)), draw(seeds))),))
 
 
 @st.composite
-def _sweep(draw: Callable[..., int], config: Config, claims: Claims) -> Case:
+def sweep(draw: Draw, config: Config, claims: Claims) -> Case:
     """Three sequences of drawn batch, past and count, one after another on the same artefact."""
     steps: list[Step] = []
     largest = min(claims.max_batch or LARGEST_BATCH, LARGEST_BATCH)
@@ -85,7 +83,7 @@ CLAUSES = (
             "https://github.com/huggingface/optimum/issues/1913",
             "https://github.com/sonos/torch-to-nnef/pull/217",
         ),
-        family=_sweep,
+        family=sweep,
         relations=(Relation.PARITY,),
     ),
 )

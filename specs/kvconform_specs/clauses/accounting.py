@@ -1,0 +1,85 @@
+"""The cache costs what it says, and saves what it is for."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.config import Config
+from kvconform_specs.families import Draw, appends, at_once, batches, counts, seeds, splits
+from kvconform_specs.program import Append, Program, Reorder, Reset, Step, Truncate
+
+
+@st.composite
+def _resized(draw: Draw, config: Config, claims: Claims) -> Case:
+    """A sequence that grows, and shrinks where that is claimed."""
+    sizes: tuple[int, ...] = draw(splits(config, claims))
+    batch, seed = draw(batches(claims)), draw(seeds)
+    steps: list[Step] = []
+    length = 0
+    for size in sizes:
+        steps.append(Append("a", (size,) * batch, seed))
+        length += size
+        way = draw(st.integers(0, 7))
+        if way == 5 and claims.can("truncate"):
+            length = draw(st.integers(0, length))
+            steps.append(Truncate("a", length))
+        elif way == 6 and claims.can("reorder"):
+            steps.append(Reorder("a", tuple(range(batch - 1, -1, -1))))
+        elif way == 7 and claims.can("reset"):
+            length = 0
+            steps.append(Reset("a"))
+        seed += 17
+    return Case((Program(config, tuple(steps)),))
+
+
+@st.composite
+def _metered(draw: Draw, config: Config, claims: Claims) -> Case:
+    past, size, batch, seed = draw(st.integers(0, 24)), draw(counts(claims)), draw(batches(claims)), draw(seeds)
+    step = Append("a", (size,) * batch, seed, metered=True)
+    return Case((Program(config, (*appends("a", at_once(past, claims), batch, seed), step)),))
+
+
+@st.composite
+def _at_depths(draw: Draw, config: Config, claims: Claims) -> Case:
+    """Equal steps at three depths or four, with others in between."""
+    size, batch, seed = draw(counts(claims, 4)), draw(batches(claims)), draw(seeds)
+    steps: list[Step] = []
+    for _ in range(draw(st.integers(3, 4))):
+        steps += appends("a", at_once(draw(st.integers(0, 5)), claims), batch, seed)
+        steps.append(Append("a", (size,) * batch, seed, metered=True))
+    return Case((Program(config, tuple(steps)),))
+
+
+CLAUSES = (
+    Clause(
+        name="accounting.bytes",
+        text="The cache takes 2 l g s d b numbers of the storage dtype: KV heads, not query heads, and s as claimed: "
+        "the length, the capacity, or whole pages.",
+        why=("https://github.com/apple/axlearn/pull/842", "https://github.com/PSAL-POSTECH/ONNXim/pull/34"),
+        family=_resized,
+        relations=(Relation.BYTES,),
+        needs=("bytes", "lossless cache"),
+        effort=0.5,
+    ),
+    Clause(
+        name="accounting.positions",
+        text="A cached step computes its new tokens, and none of those that are cached.",
+        why=("https://github.com/huggingface/transformers/pull/32929",),
+        family=_metered,
+        relations=(Relation.POSITIONS,),
+        needs=("work",),
+        effort=0.5,
+    ),
+    Clause(
+        name="accounting.affine",
+        text="The multiply-adds of equal steps grow with the depth by equal amounts, those of attention, or not at "
+        "all where all slots are read.",
+        why=("https://github.com/huggingface/transformers/pull/32929",),
+        family=_at_depths,
+        relations=(Relation.AFFINE,),
+        needs=("work",),
+        effort=0.5,
+    ),
+)

@@ -1,0 +1,170 @@
+"""The rows of a batch do not see one another, whatever their lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case, Clause, Relation, ordinary
+from kvconform_specs.config import Config
+from kvconform_specs.families import LARGEST_BATCH, Draw, alone, appends, arranged, counts, seeds, splits, uneven
+from kvconform_specs.program import Append, Program, Reorder, Step
+
+
+def _largest(claims: Claims) -> int:
+    return min(claims.max_batch or LARGEST_BATCH, LARGEST_BATCH)
+
+
+@st.composite
+def rows_alone(draw: Draw, config: Config, claims: Claims) -> Case:
+    """A batch, and each of its rows by itself."""
+    steps: tuple[Append, ...]
+    if claims.can("ragged") and draw(st.booleans()):
+        steps = draw(uneven(config, claims))
+    else:
+        steps = appends("a", draw(splits(config, claims)), draw(st.integers(2, _largest(claims))), draw(seeds))
+    base, batch = Program(config, steps), len(steps[0].counts)
+    return Case((base, *(one for row in range(batch) if (one := alone(base, row)).steps)))
+
+
+@st.composite
+def _permuted(draw: Draw, config: Config, claims: Claims) -> Case:
+    sizes: tuple[int, ...] = draw(splits(config, claims))
+    batch, seed = draw(st.integers(2, _largest(claims))), draw(seeds)
+    order: tuple[int, ...] = draw(st.permutations(range(batch)).map(tuple))
+    base = Program(config, appends("a", sizes, batch, seed))
+    return Case((base, Program(config, arranged("a", sizes, order, seed))))
+
+
+def _uneven(side: str) -> Callable[[Config, Claims], SearchStrategy[Case]]:
+    @st.composite
+    def family(draw: Draw, config: Config, claims: Claims) -> Case:
+        """Ragged appends, then perhaps the longest row is dropped or rows are repeated, and it goes on."""
+        first: tuple[Append, ...] = draw(uneven(config, claims, side))
+        steps: list[Step] = [*first]
+        lengths = [sum(step.counts[row] for step in first) for row in range(len(first[0].counts))]
+        seed = first[0].seed + 77
+        if claims.can("reorder") and draw(st.integers(0, 2)):
+            longest = lengths.index(max(lengths))
+            rows = tuple(row for row in range(len(lengths)) if row != longest or len(lengths) == 1)
+            rows = rows if draw(st.booleans()) else (*rows[:1], *rows[:1], longest)[: _largest(claims)]
+            steps.append(Reorder("a", rows))
+            lengths = [lengths[row] for row in rows]
+        for number in range(draw(st.integers(0, 2))):
+            size = min(draw(counts(claims, 4)), config.capacity - max(lengths))
+            if size > 0:
+                steps.append(Append("a", (size,) * len(lengths), seed + 17 * number))
+                lengths = [length + size for length in lengths]
+        return Case((Program(config, tuple(steps)),))
+
+    return family
+
+
+@st.composite
+def _padded(draw: Draw, config: Config, claims: Claims) -> Case:
+    """The same ragged program with other tokens in the columns that hold none."""
+    base: tuple[Append, ...] = draw(uneven(config, claims))
+    other = tuple(
+        Append(s.seq, s.counts, s.seed, pad=None if s.pad is None else (s.pad[0], s.pad[1] + 1_000_003)) for s in base
+    )
+    return Case((Program(config, base), Program(config, other)))
+
+
+@st.composite
+def _arriving(draw: Draw, config: Config, claims: Claims) -> Case:
+    """Rows arrive one after another, while those that are there go on."""
+    batch, seed, steps = draw(st.integers(2, _largest(claims))), draw(seeds), []
+    for row in range(batch):
+        steps.append(tuple(draw(counts(claims)) if r == row else int(r < row) for r in range(batch)))
+        steps += [tuple(int(r <= row) for r in range(batch))] * draw(st.integers(0, 2))
+    side = claims.padding[draw(st.integers(0, len(claims.padding) - 1))]
+    made = [
+        Append("a", grown, seed, pad=(side, seed + 31) if len(set(grown)) > 1 else None) for grown in steps
+    ]  # at most 9 + 2 + 2 tokens a row: within any capacity
+    return Case((Program(config, tuple(made)),))
+
+
+def _roomy(config: Config) -> bool:
+    return ordinary(config) and config.capacity >= 24
+
+
+CLAUSES = (
+    Clause(
+        name="batch.row-solo",
+        text="A row gives in a batch what it gives alone.",
+        why=(
+            "https://github.com/microsoft/onnxruntime/pull/29247",
+            "https://github.com/onnx/onnx/pull/8353",
+            "https://github.com/Dao-AILab/flash-attention/issues/772",
+        ),
+        family=rows_alone,
+        relations=(Relation.AGREEMENT,),
+        needs=("two rows",),
+    ),
+    Clause(
+        name="batch.permutation",
+        text="Permuting the rows of a batch permutes the outputs, and changes nothing else.",
+        why=(
+            "https://github.com/microsoft/onnxruntime/pull/32264",
+            "https://github.com/pytorch/pytorch/issues/162588",
+        ),
+        family=_permuted,
+        relations=(Relation.AGREEMENT,),
+        needs=("two rows",),
+    ),
+    Clause(
+        name="batch.ragged",
+        text="Each row has its own length: what it sees, where it is written and what position it has follow from its "
+        "own tokens, not from row 0, the longest row or the column, also after rows were dropped or repeated.",
+        why=(
+            "https://github.com/microsoft/onnxruntime/pull/29752",
+            "https://github.com/jundot/omlx/issues/2172",
+            "https://github.com/huggingface/optimum/pull/1381",
+        ),
+        family=_uneven("right"),
+        relations=(Relation.PARITY, Relation.LENGTHS),
+        needs=("ragged", "two rows"),
+        applies=_roomy,
+    ),
+    Clause(
+        name="batch.padding",
+        text="What stands in the columns without a token is arbitrary: no output of a token feels it by a single bit.",
+        why=(
+            "https://github.com/unslothai/unsloth/pull/3795",
+            "https://github.com/jax-ml/jax/issues/23349",
+        ),
+        family=_padded,
+        relations=(Relation.UNAFFECTED,),
+        needs=("ragged", "two rows"),
+        applies=_roomy,
+    ),
+    Clause(
+        name="batch.left-padding",
+        text="Columns without a token may come first: the first real token of a row still has position 0, and "
+        "decoding goes on from the row's own length.",
+        why=(
+            "https://github.com/thu-nics/C2C/pull/19",
+            "https://github.com/huggingface/optimum/pull/1381",
+            "https://github.com/unslothai/unsloth/pull/4078",
+        ),
+        family=_uneven("left"),
+        relations=(Relation.PARITY,),
+        needs=("left padding", "two rows"),
+        applies=_roomy,
+    ),
+    Clause(
+        name="batch.staggered",
+        text="A row may stay empty while others grow, and may pause: it begins at its own position 0 when it arrives.",
+        why=(
+            "https://github.com/ml-explore/mlx-lm/issues/1776",
+            "https://github.com/jundot/omlx/issues/2172",
+        ),
+        family=_arriving,
+        relations=(Relation.PARITY,),
+        needs=("ragged", "two rows"),
+        applies=_roomy,
+    ),
+)

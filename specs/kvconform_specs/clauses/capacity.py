@@ -1,0 +1,85 @@
+"""The capacity is known, can be used to the last token, and is not exceeded in silence."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.config import Config
+from kvconform_specs.families import Draw, appends, at_once, batches, histories, landing, seeds, splits
+from kvconform_specs.program import Append, Program, Reject, Step
+
+
+@st.composite
+def _to_the_last(draw: Draw, config: Config, claims: Claims) -> Case:
+    """Any path to exactly the capacity: by a decode step, by a chunk, or at once."""
+    drawn: tuple[int, ...] = draw(splits(config, claims))
+    if draw(st.booleans()):
+        sizes = landing(list(drawn), config.capacity, claims)
+    else:
+        sizes = (*drawn, *at_once(config.capacity - sum(drawn), claims))
+    return Case((Program(config, appends("a", sizes, draw(batches(claims)), draw(seeds))),))
+
+
+@st.composite
+def _beyond(draw: Draw, config: Config, claims: Claims) -> Case:
+    """Appends that would exceed the capacity, straddling it or behind it, among those that do not."""
+    drawn: tuple[int, ...] = draw(splits(config, claims, most=3))
+    near = config.capacity - draw(st.integers(0, 3))
+    sizes = landing(list(drawn), near, claims) if draw(st.booleans()) else drawn
+    batch, seed = draw(batches(claims)), draw(seeds)
+    fresh = appends("a", sizes, batch, seed)
+    steps: list[Step] = []
+    length = 0
+    for append in (*fresh, None):
+        beyond = config.capacity - length + draw(st.integers(1, 3))
+        if beyond <= (claims.max_chunk or beyond) and (append is None or draw(st.booleans())):
+            steps.append(Reject(Append("a", (beyond,) * batch, seed + 77)))
+        if append is not None:
+            steps.append(append)
+            length += append.counts[0]
+    last = at_once(min(config.capacity - length, 2), claims)
+    more = appends("a", last, batch, seed)
+    return Case((Program(config, (*fresh, *more)), Program(config, (*steps, *more))))
+
+
+def _any(config: Config, claims: Claims) -> SearchStrategy[Case]:
+    return histories(config, claims).map(lambda program: Case((program,)))
+
+
+CLAUSES = (
+    Clause(
+        name="capacity.full",
+        text="A sequence may hold exactly as many tokens as the capacity says, and the last one is like any other.",
+        why=(
+            "https://github.com/pytorch/executorch/pull/5227",
+            "https://github.com/huggingface/transformers/issues/32503",
+        ),
+        family=_to_the_last,
+        relations=(Relation.PARITY,),
+    ),
+    Clause(
+        name="capacity.overflow",
+        text="An append that would exceed the capacity is refused with an exception, and nothing is clamped, wrapped "
+        "or written elsewhere: afterwards everything is as it was.",
+        why=(
+            "https://github.com/Dao-AILab/flash-attention/issues/638",
+            "https://github.com/huggingface/transformers/issues/30351",
+            "https://github.com/pytorch/executorch/pull/5227",
+        ),
+        family=_beyond,
+        relations=(Relation.AGREEMENT,),
+        needs=("overflow refused",),
+    ),
+    Clause(
+        name="capacity.room",
+        text="The backend knows how many more tokens each row takes: the capacity less what the row holds.",
+        why=("https://github.com/ROCm/hip-ep/pull/989", "https://github.com/huggingface/transformers/issues/30377"),
+        family=_any,
+        relations=(Relation.ROOM,),
+        needs=("room",),
+        effort=0.5,
+    ),
+)

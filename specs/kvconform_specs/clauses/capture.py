@@ -1,0 +1,91 @@
+"""What was compiled, captured or bound once serves every later length, and aliases only as it was told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import strategies as st
+
+from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clauses.shape import sweep
+from kvconform_specs.config import Config
+from kvconform_specs.families import Draw, appends, at_once, batches, seeds, splits
+from kvconform_specs.program import Keep, Program, Step
+
+
+@st.composite
+def _growing(draw: Draw, config: Config, claims: Claims) -> Case:
+    """Two sequences at different depths, decoded in turn by steps of one shape, past every power of two in reach."""
+    batch, seed = draw(batches(claims)), draw(seeds)
+    names = "ab" if claims.can("two sequences") else "a"
+    steps: list[Step] = []
+    room = {}
+    for number, name in enumerate(names):
+        past = draw(st.integers(0, 20))
+        steps += appends(name, at_once(past, claims), batch, seed + 77 * number)
+        room[name] = config.capacity - past
+    for _ in range(draw(st.integers(3, 9))):
+        for number, name in enumerate(names):
+            if room[name] > 0:
+                steps += appends(name, (1,), batch, seed + 77 * number)
+                room[name] -= 1
+    return Case((Program(config, tuple(steps)),))
+
+
+@st.composite
+def _aliased(draw: Draw, config: Config, claims: Claims) -> Case:
+    """The same appends with the present in the past's memory, in its own, and in either; an old handle is kept where
+    it was not written."""
+    sizes: tuple[int, ...] = draw(splits(config, claims, least=2))
+    steps = appends("a", sizes, draw(batches(claims)), draw(seeds))
+    mixed: list[Step] = []
+    for step in steps:
+        shared = bool(draw(st.booleans()))
+        mixed.append(replace(step, shared=shared))
+    last = steps[-1]
+    if len(steps) > 1 and claims.can("two sequences"):
+        mixed[-1:] = [Keep("a", "b"), replace(last, shared=False), replace(last, seq="b", shared=True)]
+    all_shared = tuple(replace(step, shared=True) for step in steps)
+    return Case((Program(config, steps), Program(config, all_shared), Program(config, tuple(mixed))))
+
+
+CLAUSES = (
+    Clause(
+        name="capture.growth",
+        text="Steps of one shape run as the length grows, in several sequences at once: nothing that was captured "
+        "keeps an old length, position, mask or address.",
+        why=(
+            "https://github.com/NVIDIA/TensorRT-LLM/pull/18769",
+            "https://github.com/alibaba/rtp-llm/pull/1084",
+            "https://github.com/flashinfer-ai/flashinfer/issues/2511",
+        ),
+        family=_growing,
+        relations=(Relation.PARITY,),
+    ),
+    Clause(
+        name="capture.aliasing",
+        text="Whether the present is written into the memory of the past or into its own is unobservable, and where "
+        "it has its own, the past stays as it was.",
+        why=(
+            "https://github.com/microsoft/onnxruntime/pull/23315",
+            "https://github.com/microsoft/onnxruntime/pull/27108",
+            "https://github.com/microsoft/onnxruntime-genai/pull/1604",
+        ),
+        family=_aliased,
+        relations=(Relation.PARITY,),
+        needs=("alias",),
+    ),
+    Clause(
+        name="capture.graphs",
+        text="However batch, count and past vary, no more graphs are compiled or captured than claimed.",
+        why=(
+            "https://github.com/huggingface/optimum/issues/1913",
+            "https://github.com/paiml/aprender/pull/2030",
+        ),
+        family=sweep,
+        relations=(Relation.GRAPHS,),
+        needs=("bound on graphs",),
+        effort=0.5,
+    ),
+)

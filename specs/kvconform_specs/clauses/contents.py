@@ -1,0 +1,161 @@
+"""What the cache holds is what it was given, and only slots that hold a token matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.config import Config
+from kvconform_specs.families import Draw, appends, batches, counts, histories, seeds, splits
+from kvconform_specs.history import Histories
+from kvconform_specs.program import Append, Keep, Poison, Program, Read, Reorder, Reset, Step, Truncate
+
+
+def _read(config: Config, claims: Claims) -> SearchStrategy[Case]:
+    return histories(config, claims).map(lambda program: Case((Program(config, _with_reads(program)),)))
+
+
+def _with_reads(program: Program) -> tuple[Step, ...]:
+    """The program with a read after every other step, and of every sequence at its end."""
+    state, steps = Histories(), []
+    for number, step in enumerate(program.steps):
+        state.apply(step)
+        steps.append(step)
+        seq = getattr(step, "seq", "")
+        if number % 2 and any(state.rows.get(seq, ())):
+            steps.append(Read(seq))
+    return (*steps, *(Read(seq) for seq, rows in state.rows.items() if any(rows)))
+
+
+@st.composite
+def _growing(draw: Draw, config: Config, claims: Claims) -> Case:
+    """A sequence that grows and whose rows may turn, read after every step."""
+    sizes: tuple[int, ...] = draw(splits(config, claims, least=2))
+    batch, seed = draw(batches(claims)), draw(seeds)
+    steps: list[Step] = []
+    for number, size in enumerate(sizes):
+        if claims.can("reorder") and number and draw(st.integers(0, 3)) == 3:
+            steps.append(Reorder("a", tuple((row + 1) % batch for row in range(batch))))
+            seed += 17
+        steps += [Append("a", (size,) * batch, seed), Read("a")]
+    return Case((Program(config, tuple(steps)),))
+
+
+@st.composite
+def _two_futures(draw: Draw, config: Config, claims: Claims) -> Case:
+    """A handle that is kept while its sequence goes on, and then goes on itself, with other tokens."""
+    sizes: tuple[int, ...] = draw(splits(config, claims, most=3, capacity=config.capacity // 2))
+    batch, seed = draw(batches(claims)), draw(seeds)
+    steps: list[Step] = [*appends("a", sizes, batch, seed), Keep("a", "b")]
+    if claims.can("truncate") and draw(st.integers(0, 2)) == 2:
+        steps.append(Truncate("a", draw(st.integers(0, sum(sizes)))))
+    elif claims.can("reset") and draw(st.integers(0, 3)) == 3:
+        steps.append(Reset("a"))
+    for number in range(draw(st.integers(1, 2))):
+        steps += [Append("a", (draw(counts(claims)),) * batch, seed + 77 + number)]
+        steps += [Append("b", (draw(counts(claims)),) * batch, seed + 177 + number)]
+    return Case((Program(config, tuple(steps)),))
+
+
+def _poisoned(kinds: tuple[str, ...]) -> Callable[[Config, Claims], SearchStrategy[Case]]:
+    @st.composite
+    def family(draw: Draw, config: Config, claims: Claims) -> Case:
+        """Dead slots are filled anew after every step, keys and values apart."""
+        sizes: tuple[int, ...] = draw(splits(config, claims))
+        batch, seed = draw(batches(claims)), draw(seeds)
+        steps: list[Step] = []
+        length = 0
+        for size in sizes:
+            steps.append(Append("a", (size,) * batch, seed))
+            length += size
+            if claims.can("truncate") and draw(st.integers(0, 4)) == 4:
+                length = draw(st.integers(0, length))
+                seed += 17
+                steps.append(Truncate("a", length))
+            kind: str = draw(st.sampled_from(kinds))
+            keys, values = ((kind, kind), (kind, "none"), ("none", kind))[draw(st.integers(0, 2))]
+            steps.append(Poison("a", keys, values))
+        if length < config.capacity:
+            steps.append(Append("a", (1,) * batch, seed))
+        return Case((Program(config, tuple(steps)),))
+
+    return family
+
+
+CLAUSES = (
+    Clause(
+        name="contents.round-trip",
+        text="The keys and values that the cache shows are those that were appended, in the order of the tokens, each "
+        "under its own head; a quantised cache may be off by half a step.",
+        why=(
+            "https://github.com/nntrainer/nntrainer/pull/3814",
+            "https://github.com/huggingface/transformers/issues/34232",
+        ),
+        family=_read,
+        relations=(Relation.CONTENTS,),
+        profiles=("attention",),
+        needs=("contents",),
+    ),
+    Clause(
+        name="contents.past-unchanged",
+        text="What the cache holds of a token is written once: no later step moves a bit of it, in any layer.",
+        why=(
+            "https://github.com/huggingface/transformers/pull/24653",
+            "https://github.com/MemTensor/MemOS/pull/2303",
+        ),
+        family=_growing,
+        relations=(Relation.KEPT,),
+        needs=("contents", "lossless cache"),
+    ),
+    Clause(
+        name="contents.old-handle",
+        text="A functional cache leaves the handle that a step was given as it was: both the old and the new one go "
+        "on, and neither sees what the other appended.",
+        why=(
+            "https://github.com/huggingface/transformers/issues/37078",
+            "https://github.com/MemTensor/MemOS/pull/2303",
+        ),
+        family=_two_futures,
+        relations=(Relation.PARITY,),
+        needs=("functional", "two sequences"),
+    ),
+    Clause(
+        name="contents.dead-slots",
+        text="Slots that hold no token may hold any finite number, in keys and in values, and no output feels it.",
+        why=(
+            "https://github.com/meta-pytorch/gpt-fast/issues/233",
+            "https://github.com/pytorch/pytorch/pull/169222",
+        ),
+        family=_poisoned(("junk",)),
+        relations=(Relation.PARITY,),
+        needs=("poison",),
+    ),
+    Clause(
+        name="contents.poison-safe",
+        text="Slots that hold no token may hold NaN and infinities, in keys and in values, where a backend claims so.",
+        why=(
+            "https://github.com/Dao-AILab/flash-attention/issues/2374",
+            "https://github.com/vllm-project/vllm/pull/936",
+            "https://github.com/pytorch/pytorch/issues/101967",
+        ),
+        family=_poisoned(("nan", "inf")),
+        relations=(Relation.PARITY,),
+        needs=("poison", "poison-safe slots"),
+    ),
+    Clause(
+        name="contents.present",
+        text="The cache shows every token that it holds, and no slot besides; one that evicts shows at least those "
+        "that the next query may see.",
+        why=(
+            "https://github.com/onnx/onnx/pull/8068",
+            "https://github.com/Blaizzy/mlx-vlm/pull/2036",
+        ),
+        family=_read,
+        relations=(Relation.HELD,),
+        needs=("contents",),
+    ),
+)

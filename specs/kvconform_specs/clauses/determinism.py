@@ -1,0 +1,71 @@
+"""Guarantees beyond the bound, from the weakest to the strongest: measured for each backend, demanded of none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis.strategies import SearchStrategy
+
+from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case, Clause, Level, Relation
+from kvconform_specs.clauses.batch import rows_alone
+from kvconform_specs.clauses.equivalence import chunks
+from kvconform_specs.config import Config
+from kvconform_specs.families import histories, straight
+
+
+def _twice(config: Config, claims: Claims) -> SearchStrategy[Case]:
+    return straight(config, claims).map(lambda program: Case((program, program)))
+
+
+def _any(config: Config, claims: Claims) -> SearchStrategy[Case]:
+    return histories(config, claims).map(lambda program: Case((program,)))
+
+
+def _guarantee(
+    name: str,
+    text: str,
+    why: tuple[str, ...],
+    family: Callable[[Config, Claims], SearchStrategy[Case]],
+    relation: Relation,
+    profiles: tuple[str, ...] = ("attention", "decoder"),
+    needs: tuple[str, ...] = (),
+) -> Clause:
+    return Clause(name, text, why, family, (relation,), Level.SHOULD, profiles, needs, effort=0.5)
+
+
+CLAUSES = (
+    _guarantee(
+        "determinism.same-token",
+        "The greedy token is the definition's, wherever its lead over every other one exceeds the bounds.",
+        ("https://github.com/meta-pytorch/gpt-fast/issues/233",),
+        _any,
+        Relation.SAME_TOKEN,
+        profiles=("decoder",),
+    ),
+    _guarantee(
+        "determinism.repeatable",
+        "The same program gives the same bits again.",
+        ("https://github.com/flashinfer-ai/flashinfer/pull/1675",),
+        _twice,
+        Relation.BITWISE,
+    ),
+    _guarantee(
+        "determinism.batch-invariant",
+        "A row gives in a batch the bits that it gives alone.",
+        (
+            "https://github.com/flashinfer-ai/flashinfer/issues/4647",
+            "https://github.com/deepseek-ai/FlashMLA/issues/212",
+        ),
+        rows_alone,
+        Relation.BITWISE,
+        needs=("two rows",),
+    ),
+    _guarantee(
+        "determinism.chunk-invariant",
+        "Cutting the same tokens into chunks in any way gives the same bits.",
+        ("https://github.com/lightseekorg/tokenspeed/issues/904",),
+        chunks,
+        Relation.BITWISE,
+    ),
+)

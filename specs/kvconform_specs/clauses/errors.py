@@ -1,0 +1,70 @@
+"""A call that makes no sense is refused, and leaves no trace."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.config import Config
+from kvconform_specs.families import Draw, appends, batches, refusals, seeds, splits
+from kvconform_specs.program import MALFORMED, Append, Program, Reject, Step
+
+
+@st.composite
+def _malformed(draw: Draw, config: Config, claims: Claims) -> Case:
+    """An append with something wrong about its inputs, on an empty cache or on one that holds tokens."""
+    sizes: tuple[int, ...] = draw(splits(config, claims, most=3, capacity=config.capacity - 9))
+    batch, seed = draw(batches(claims)), draw(seeds)
+    steps: list[Step] = [*appends("a", sizes, batch, seed)]
+    for wrong in draw(st.lists(st.sampled_from(MALFORMED[config.profile]), min_size=1, max_size=2)):
+        size = draw(st.integers(1, min(claims.max_chunk or 4, 4)))
+        steps.insert(draw(st.integers(1, len(steps))), Reject(Append("a", (size,) * batch, seed + 77), wrong))
+    return Case((Program(config, tuple(steps)),))
+
+
+@st.composite
+def _refused(draw: Draw, config: Config, claims: Claims) -> Case:
+    """The same appends with and without calls in between that must be refused."""
+    sizes: tuple[int, ...] = draw(splits(config, claims))
+    batch, seed = draw(batches(claims)), draw(seeds)
+    fresh = appends("a", sizes, batch, seed)
+    steps: list[Step] = []
+    length = 0
+    for append in fresh:
+        steps.append(append)
+        length += append.counts[0]
+        refused = refusals(config, claims, "a", (length,) * batch, seed + 77)
+        if refused:
+            steps += draw(st.lists(st.sampled_from(refused), max_size=2))
+    return Case((Program(config, fresh), Program(config, tuple(steps))))
+
+
+CLAUSES = (
+    Clause(
+        name="errors.malformed",
+        text="Inputs with the wrong dtype, rank, number of heads, head dim, batch or token id, and keys and values of "
+        "different lengths, are refused with an exception.",
+        why=(
+            "https://github.com/microsoft/onnxruntime/issues/26262",
+            "https://github.com/pytorch/pytorch/issues/112577",
+        ),
+        family=_malformed,
+        relations=(Relation.SHAPES,),
+        needs=("refusal",),
+        effort=0.5,
+    ),
+    Clause(
+        name="errors.unchanged",
+        text="A refused call of any kind leaves everything as it was, in every layer and every row: what follows is "
+        "as if it had never been made.",
+        why=(
+            "https://github.com/ggml-org/llama.cpp/pull/9525",
+            "https://github.com/mdegans/drama_llama/issues/52",
+            "https://github.com/ggml-org/llama.cpp/issues/27052",
+        ),
+        family=_refused,
+        relations=(Relation.AGREEMENT, Relation.LENGTHS),
+        needs_any=("refusal", "overflow refused", "truncate", "reorder"),
+    ),
+)

@@ -1,0 +1,202 @@
+"""Arithmetic holds where scores are large, rows are empty, sizes are odd and contexts are long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case, Clause, Relation, long, ordinary
+from kvconform_specs.config import Config
+from kvconform_specs.families import (
+    Draw,
+    appends,
+    at_once,
+    batches,
+    counts,
+    histories,
+    landing,
+    seeds,
+    splits,
+    straight,
+)
+from kvconform_specs.program import Append, Program, Read
+from kvconform_specs.tensors import mannered
+
+TILES = (16, 64, 128)
+DEPTHS = (1024, 4096)
+
+
+def _mannered(*manners: str) -> Callable[[Config, Claims], SearchStrategy[Case]]:
+    @st.composite
+    def family(draw: Draw, config: Config, claims: Claims) -> Case:
+        """Appends of one manner, or of one after another."""
+        sizes: tuple[int, ...] = draw(splits(config, claims))
+        batch, seed = draw(batches(claims)), draw(seeds)
+        kinds = [draw(st.sampled_from(manners)) for _ in sizes]
+        steps = tuple(Append("a", (n,) * batch, mannered(seed, k)) for n, k in zip(sizes, kinds, strict=True))
+        reads = (Read("a"),) if claims.can("contents") and config.profile == "attention" else ()
+        return Case((Program(config, (*steps, *reads)),))
+
+    return family
+
+
+@st.composite
+def _hidden(draw: Draw, config: Config, claims: Claims) -> Case:
+    """A mask of the caller's on some steps: any tokens of any row, cached ones and new ones."""
+    sizes: tuple[int, ...] = draw(splits(config, claims))
+    batch, seed = draw(batches(claims)), draw(seeds)
+    steps, length = [], 0
+    for size in sizes:
+        length += size
+        places = st.tuples(st.integers(0, batch - 1), st.integers(0, length - 1))
+        hidden = draw(st.lists(places, max_size=2 * length, unique=True).map(sorted))
+        steps.append(Append("a", (size,) * batch, seed, hidden=tuple(hidden)))
+    return Case((Program(config, tuple(steps)),))
+
+
+@st.composite
+def _empty(draw: Draw, config: Config, claims: Claims) -> Case:
+    """A mask that hides from one row, or from each, every token up to some place: queries before it see nothing."""
+    sizes: tuple[int, ...] = draw(splits(config, claims))
+    batch, seed = draw(batches(claims)), draw(seeds)
+    steps, length = [], 0
+    for size in sizes:
+        length += size
+        end, row = draw(st.integers(max(length - size, 1), length)), draw(st.integers(0, batch))
+        rows = range(batch) if row == batch else (row,)
+        hidden = tuple((r, position) for r in rows for position in range(end))
+        steps.append(Append("a", (size,) * batch, seed, hidden=hidden if draw(st.integers(0, 3)) else ()))
+    return Case((Program(config, tuple(steps)),))
+
+
+def _any(config: Config, claims: Claims) -> SearchStrategy[Case]:
+    return histories(config, claims).map(lambda program: Case((program,)))
+
+
+def _growing(config: Config, claims: Claims) -> SearchStrategy[Case]:
+    return straight(config, claims).map(lambda program: Case((program,)))
+
+
+@st.composite
+def _tiled(draw: Draw, config: Config, claims: Claims) -> Case:
+    """Lengths and chunks that end one before, at and one behind the tiles of kernels, with or without needles."""
+    tile: int = draw(st.sampled_from(TILES))
+    end = tile + draw(st.integers(-1, 1))
+    past = draw(st.sampled_from((0, 1, end // 2, end - 1)))
+    chunk = draw(st.sampled_from((0, tile - 1, tile, tile + 1)))
+    seed, sizes = draw(seeds), landing([*at_once(past, claims)], end, claims)
+    aim = (seed, draw(st.integers(0, end - 1))) if draw(st.booleans()) else None
+    steps = appends("a", (*sizes, *at_once(chunk, claims)), draw(batches(claims)), seed, aim)
+    return Case((Program(config, steps),))
+
+
+@st.composite
+def _deep(draw: Draw, config: Config, claims: Claims) -> Case:
+    """A long prompt, then decode steps whose queries point at single tokens anywhere in it."""
+    depth: int = draw(st.sampled_from(DEPTHS))
+    seed, batch = draw(seeds), 1
+    steps = [*appends("a", at_once(depth - draw(st.integers(0, 2)), claims), batch, seed)]
+    length = sum(step.counts[0] for step in steps)
+    for _ in range(draw(st.integers(2, 5))):
+        length += 1
+        slot = draw(st.integers(0, length - 1) | st.sampled_from((0, depth // 2 - 1, depth // 2, length - 2)))
+        steps.append(Append("a", (1,), seed, aim=(seed, slot)))
+    size = draw(counts(claims, 3))
+    return Case((Program(config, (*steps, Append("a", (size,), seed))),))
+
+
+CLAUSES = (
+    Clause(
+        name="numerics.large-scores",
+        text="Scores of several hundred overflow no exponential: the softmax is that of the scores less their maximum "
+        "over the visible keys.",
+        why=("https://github.com/pytorch/pytorch/issues/103749", "https://github.com/onnx/onnx/pull/8068"),
+        family=_mannered("loud", "loud", "plain"),
+        relations=(Relation.PARITY,),
+        profiles=("attention",),
+    ),
+    Clause(
+        name="numerics.zero-keys",
+        text="A key that is zero is a key: it has the score zero, takes part in the softmax, and is counted.",
+        why=("https://github.com/huggingface/transformers/issues/30377",),
+        family=_mannered("mute", "mute", "plain"),
+        relations=(Relation.PARITY, Relation.LENGTHS),
+        profiles=("attention",),
+    ),
+    Clause(
+        name="numerics.empty-row",
+        text="A query that sees no key at all gives zeros: neither NaN nor the mean of the values, with a sink or "
+        "without.",
+        why=(
+            "https://github.com/pytorch/pytorch/issues/103749",
+            "https://github.com/ml-explore/mlx/pull/2608",
+            "https://github.com/microsoft/onnxruntime/pull/28958",
+        ),
+        family=_empty,
+        relations=(Relation.PARITY,),
+        profiles=("attention",),
+        needs=("mask",),
+    ),
+    Clause(
+        name="numerics.caller-mask",
+        text="A mask of the caller's joins causality and window: a key is seen where all three allow it. It is "
+        "boolean, True attends, and it covers every token that the row holds.",
+        why=(
+            "https://github.com/keras-team/keras/issues/23038",
+            "https://github.com/jax-ml/jax/issues/23349",
+            "https://github.com/huggingface/transformers/pull/27114",
+        ),
+        family=_hidden,
+        relations=(Relation.PARITY,),
+        profiles=("attention",),
+        needs=("mask",),
+    ),
+    Clause(
+        name="numerics.finite",
+        text="Finite inputs give finite outputs, whatever was appended, forgotten, forked or refused before.",
+        why=(
+            "https://github.com/Dao-AILab/flash-attention/issues/1745",
+            "https://github.com/pytorch/pytorch/issues/103963",
+        ),
+        family=_any,
+        relations=(Relation.FINITE,),
+        effort=0.5,
+    ),
+    Clause(
+        name="numerics.head-dim",
+        text="A head dim that is no multiple of 8 is a head dim like any other: what a kernel pads, it neither scales "
+        "by nor sums over.",
+        why=("https://github.com/pytorch/pytorch/issues/112577", "https://github.com/pytorch/pytorch/pull/184180"),
+        family=_growing,
+        relations=(Relation.PARITY,),
+        applies=lambda config: ordinary(config) and config.head_dim % 8 != 0,
+        effort=0.5,
+    ),
+    Clause(
+        name="numerics.tiles",
+        text="Lengths and chunks that end one before, at or one behind a kernel's tile of 16, 64 or 128 tokens are "
+        "like any other, in every row of the tile.",
+        why=(
+            "https://github.com/pytorch/executorch/pull/9105",
+            "https://github.com/tenstorrent/tt-metal/issues/48899",
+            "https://github.com/pytorch/pytorch/pull/169222",
+        ),
+        family=_tiled,
+        relations=(Relation.PARITY,),
+        applies=long,
+        variants=2,
+    ),
+    Clause(
+        name="numerics.long-context",
+        text="Among 1 024 and among 4 096 tokens each single one can be read back.",
+        why=("https://github.com/local-inference-lab/vllm/pull/17", "https://github.com/pytorch/pytorch/pull/169222"),
+        family=_deep,
+        relations=(Relation.PARITY,),
+        applies=long,
+        effort=0.15,
+        variants=1,
+    ),
+)

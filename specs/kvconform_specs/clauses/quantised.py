@@ -1,0 +1,104 @@
+"""A quantised cache is off by its step and by no more: each value by half a step of its own scale."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.config import Config
+from kvconform_specs.families import Draw, appends, at_once, batches, fitted, seeds, splits
+from kvconform_specs.program import Program, Read, Step
+from kvconform_specs.tensors import mannered
+
+
+def _case(config: Config, claims: Claims, steps: tuple[Step, ...]) -> Case:
+    return Case((Program(config, (*steps, Read("a")) if claims.can("contents") else steps),))
+
+
+@st.composite
+def _prompt(draw: Draw, config: Config, claims: Claims) -> Case:
+    size = draw(st.integers(1, config.capacity - 2))
+    return _case(config, claims, appends("a", (*at_once(size, claims), 1), draw(batches(claims)), draw(seeds)))
+
+
+@st.composite
+def _steps(draw: Draw, config: Config, claims: Claims) -> Case:
+    sizes = (*at_once(draw(st.integers(0, 4)), claims), *(1,) * draw(st.integers(1, 24)))
+    return _case(config, claims, appends("a", fitted(sizes, config.capacity), draw(batches(claims)), draw(seeds)))
+
+
+def _lopsided(config: Config, claims: Claims) -> SearchStrategy[Case]:
+    def made(drawn: tuple[tuple[int, ...], int, int]) -> Case:
+        sizes, batch, seed = drawn
+        return _case(config, claims, appends("a", sizes, batch, mannered(seed, "lopsided")))
+
+    return st.tuples(splits(config, claims), batches(claims), seeds).map(made)
+
+
+@st.composite
+def _newest(draw: Draw, config: Config, claims: Claims) -> Case:
+    """Lengths around the residual window and its multiples, reached by chunks or by decode steps."""
+    r = claims.residual
+    first = max(r * draw(st.integers(1, 3)) + draw(st.integers(-1, 1)), 1)
+    more = (1,) * draw(st.integers(0, r + 1)) if draw(st.booleans()) else at_once(draw(st.integers(1, 2 * r)), claims)
+    sizes = fitted((*at_once(first, claims), *more), config.capacity)
+    return _case(config, claims, appends("a", sizes, draw(batches(claims)), draw(seeds)))
+
+
+ATTENTION = ("attention",)
+CLAUSES = (
+    Clause(
+        name="quantised.prefill",
+        text="A prompt's outputs are within the bound that follows from the step of its tokens' own scales.",
+        why=(
+            "https://github.com/flashinfer-ai/flashinfer/issues/1023",
+            "https://github.com/ggml-org/llama.cpp/issues/5652",
+        ),
+        family=_prompt,
+        relations=(Relation.PARITY, Relation.CONTENTS),
+        profiles=ATTENTION,
+        needs=("quantised cache",),
+    ),
+    Clause(
+        name="quantised.decode",
+        text="Decode steps are within the same bound: errors do not add up, and old scales are not applied to new "
+        "tokens.",
+        why=(
+            "https://github.com/sgl-project/sglang/pull/34765",
+            "https://github.com/rajveer43/VeloxQuant-MLX/issues/86",
+        ),
+        family=_steps,
+        relations=(Relation.PARITY, Relation.CONTENTS),
+        profiles=ATTENTION,
+        needs=("quantised cache",),
+    ),
+    Clause(
+        name="quantised.scales",
+        text="Keys and values have scales of their own, which multiply on the way out.",
+        why=(
+            "https://github.com/flashinfer-ai/flashinfer/issues/1023",
+            "https://github.com/vllm-project/vllm-xpu-kernels/pull/475",
+            "https://github.com/sgl-project/sglang/pull/26852",
+        ),
+        family=_lopsided,
+        relations=(Relation.PARITY,),
+        profiles=ATTENTION,
+        needs=("quantised cache",),
+    ),
+    Clause(
+        name="quantised.residual",
+        text="The newest tokens that are claimed to be exact are exact, and every token is in one place: none is lost "
+        "or counted twice when it leaves the residual window.",
+        why=(
+            "https://github.com/rajveer43/VeloxQuant-MLX/issues/86",
+            "https://github.com/rajveer43/VeloxQuant-MLX/pull/89",
+            "https://github.com/huggingface/transformers/issues/35185",
+        ),
+        family=_newest,
+        relations=(Relation.PARITY, Relation.CONTENTS),
+        profiles=ATTENTION,
+        needs=("residual window",),
+    ),
+)

@@ -1,0 +1,127 @@
+"""A window of W shows the token itself and the W - 1 before it, by position, however they were stored."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case, Clause, Relation, ordinary
+from kvconform_specs.config import Config
+from kvconform_specs.families import (
+    Draw,
+    appends,
+    at_once,
+    batches,
+    fitted,
+    histories,
+    landing,
+    seeds,
+    splits,
+    swapped,
+)
+from kvconform_specs.program import Program
+
+
+def _windowed(config: Config) -> bool:
+    return ordinary(config) and config.window is not None
+
+
+def _hybrid(config: Config) -> bool:
+    return _windowed(config) and config.window_every > 1
+
+
+@st.composite
+def _edge(draw: Draw, config: Config, claims: Claims) -> Case:
+    """A sequence longer than the window, with the newest token that a query cannot see, or the oldest that it can,
+    changed."""
+    w = config.window or 1
+    drawn: tuple[int, ...] = draw(splits(config, claims, capacity=3 * w))
+    sizes = landing(list(drawn), w + 1 + draw(st.integers(0, w)), claims)
+    seed, ends = draw(seeds), fitted(sizes, config.capacity)
+    base = Program(config, appends("a", ends, 1, seed))
+    places = {place for place in (sum(ends) - w - 1, sum(ends) - w) if place >= 0}
+    return Case((base, *(swapped(base, "a", 0, place, seed + 1_000_003) for place in sorted(places))))
+
+
+@st.composite
+def _by_one(draw: Draw, config: Config, claims: Claims) -> Case:
+    """A prompt that does not fill the window, then decode steps over W - 1, W, W + 1 and 2 W."""
+    w = config.window or 1
+    prompt = draw(st.integers(0, w - 1))
+    sizes = (*at_once(prompt, claims), *(1,) * (2 * w + 1 - prompt))
+    return Case((Program(config, appends("a", sizes, draw(batches(claims)), draw(seeds))),))
+
+
+@st.composite
+def _chunk(draw: Draw, config: Config, claims: Claims) -> Case:
+    """A chunk of more tokens than the window has slots, on a cache that holds some, then decode steps."""
+    w = config.window or 1
+    past, chunk, new = draw(st.integers(0, 2 * w)), draw(st.integers(w, 3 * w)), draw(st.integers(0, 3))
+    sizes = (*at_once(past, claims), *at_once(chunk, claims), *(1,) * new)
+    steps = appends("a", fitted(sizes, config.capacity), draw(batches(claims)), draw(seeds))
+    return Case((Program(config, steps),))
+
+
+@st.composite
+def _layers(draw: Draw, config: Config, claims: Claims) -> Case:
+    """Past the window, by prompts, chunks and decode steps, or on a winding path."""
+    if draw(st.booleans()):
+        return Case((draw(histories(config, claims)),))
+    drawn: tuple[int, ...] = draw(splits(config, claims))
+    sizes = landing(list(drawn), (config.window or 1) * draw(st.integers(2, 4)), claims)
+    steps = appends("a", fitted(sizes, config.capacity), draw(batches(claims)), draw(seeds))
+    return Case((Program(config, steps),))
+
+
+CLAUSES = (
+    Clause(
+        name="window.width",
+        text="A query sees exactly W tokens, itself included, once there are so many: the one W positions back is not "
+        "seen, the one after it is.",
+        why=(
+            "https://github.com/microsoft/onnxruntime/pull/25927",
+            "https://github.com/huggingface/transformers/issues/29623",
+            "https://github.com/huggingface/transformers/issues/39408",
+        ),
+        family=_edge,
+        relations=(Relation.PARITY, Relation.UNAFFECTED, Relation.AFFECTED),
+        applies=_windowed,
+    ),
+    Clause(
+        name="window.step-by-step",
+        text="Nothing happens to the outputs when a window fills, overflows or wraps: decoding over W - 1, W, W + 1 "
+        "and 2 W tokens gives the definition's values at each.",
+        why=(
+            "https://github.com/huggingface/transformers/issues/37574",
+            "https://github.com/EricLBuehler/mistral.rs/issues/246",
+        ),
+        family=_by_one,
+        relations=(Relation.PARITY,),
+        applies=_windowed,
+    ),
+    Clause(
+        name="window.long-chunk",
+        text="A chunk may be longer than the window: its first queries still see what they may of the past, before "
+        "anything is evicted.",
+        why=(
+            "https://github.com/Lightning-AI/litgpt/issues/2182",
+            "https://github.com/pytorch/executorch/pull/22358",
+        ),
+        family=_chunk,
+        relations=(Relation.PARITY,),
+        applies=_windowed,
+    ),
+    Clause(
+        name="window.hybrid",
+        text="Where some layers have a window and others see everything, each layer goes by its own: length, mask and "
+        "capacity of one kind are not those of the other.",
+        why=(
+            "https://github.com/huggingface/transformers/pull/38156",
+            "https://github.com/huggingface/transformers/pull/39737",
+            "https://github.com/huggingface/transformers/pull/31786",
+        ),
+        family=_layers,
+        relations=(Relation.PARITY, Relation.LENGTHS),
+        applies=_hybrid,
+    ),
+)
