@@ -13,11 +13,17 @@ from pathlib import Path
 import pytest
 
 from kvconform import conformance
+from kvconform.budget import BUDGETS
 from kvconform.results import read
+from kvconform.run import Plan, cells
 from kvconform.verdict import Outcome
+from kvconform_specs.clauses import BY_NAME
+from kvconform_specs.points import POINTS
 
 SUBJECTS = Path(__file__).with_name("subjects.py")
 ONE_CONFIG = ("--budget", "smoke", "--config", "attention-gqa")
+CORE = [c.name for c in BY_NAME.values() if c.core and c.concerns(POINTS["attention-gqa"])]
+ONLY_CORE = (*ONE_CONFIG, *(word for name in CORE for word in ("--clause", name)))
 
 
 def kvconform(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -26,12 +32,12 @@ def kvconform(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]
 
 
 def test_a_conformant_backend_exits_with_0(tmp_path: Path) -> None:
-    done = kvconform("run", "-b", "numpy", *ONE_CONFIG, folder=tmp_path)
+    done = kvconform("run", "-b", "numpy", *ONLY_CORE, folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("numpy: conformant: attention profile\n")
     found = read(tmp_path / "results" / "numpy.json")
     assert found.finished
-    assert {verdict.outcome for verdict in found.verdicts} == {Outcome.PASS}
+    assert {verdict.clause: verdict.outcome for verdict in found.verdicts} == dict.fromkeys(CORE, Outcome.PASS)
     assert f"{sum(v.programs for v in found.verdicts)} programs" in done.stdout
 
 
@@ -59,6 +65,13 @@ def test_a_broken_backend_exits_with_1_and_each_failure_is_two_lines(tmp_path: P
         (("run", "-b", "numpy", "--clause", "nope"), "no cell matches --clause nope and --config *"),
         (("run", "-b", "numpy", "--python", "eager=py"), "--python: no backend 'eager' in this run; given: numpy"),
         (("run", "-b", "a.py:X", "-b", "b.py:X"), "would write the same results"),
+        (("run", "-b", "numpy", "--shard", "3/2"), "shard: want i/n with i from 1 to n, such as 2/5, got '3/2'"),
+        (
+            ("run", "-b", "numpy", *ONE_CONFIG, "--clause", "shape.output", "--shard", "2/2"),
+            "--shard 2/2: there are fewer cells than shards",
+        ),
+        (("run", "-b", "numpy", "--ledger", "none.toml"), "none.toml: cannot be read: No such file or directory"),
+        (("merge", "none.json", "-o", "x.json"), "none.json: cannot be read: No such file or directory"),
         (("spec", "poetry"), "no clause or chapter named 'poetry'; chapters: shape, causality"),
         (("replay", "none.json"), "none.json: cannot be read: No such file or directory"),
         (("bench", "-b", "numpy", "--preset", "huge"), "--preset: no preset named 'huge'; known: "),
@@ -76,7 +89,7 @@ def test_bad_input_exits_with_2_and_one_clear_sentence(arguments: tuple[str, ...
 @pytest.mark.parametrize(
     ("backend", "words"),
     [
-        ("eagr", "no backend named 'eagr'; installed: compiled, eager, eager-static, numpy, onnx"),
+        ("eagr", "no backend named 'eagr'; installed: compiled, eager, eager-static, numpy"),
         ("nowhere:Thing", "backend 'nowhere:Thing' cannot be imported: no module named 'nowhere'"),
         ("kvconform.gate:Nothing", "backend 'kvconform.gate:Nothing': kvconform.gate has no 'Nothing'"),
         ("kvconform.gate:Difference", "declares no claims"),
@@ -113,19 +126,36 @@ def test_the_gate_exits_with_4_on_a_lost_pass_and_0_on_none(tmp_path: Path) -> N
     assert "regression: numpy: shape.output [attention-gqa]: was pass, is gone" in lost.stdout
 
 
+def test_shards_exit_with_0_and_their_merge_concludes(tmp_path: Path) -> None:
+    asked = ("run", "-b", "numpy", *ONE_CONFIG, "--clause", "shape", "--clause", "lifecycle.reset")
+    for shard in ("1/2", "2/2"):
+        done = kvconform(*asked, "--shard", shard, folder=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"numpy: shard {shard}: " in done.stdout
+        assert "conformant:" not in done.stdout
+    parts = [f"results/shards/numpy-{index}-of-2.json" for index in (1, 2)]
+    half = kvconform("merge", parts[1], "-o", "half.json", folder=tmp_path)
+    assert (half.returncode, half.stderr) == (2, "kvconform: merge: shard 1/2 is missing\n")
+    assert not (tmp_path / "half.json").exists()
+    whole = kvconform("merge", *parts, "-o", "results/numpy.json", folder=tmp_path)
+    assert whole.returncode == 5
+    assert "numpy: not conformant: no PASS on the core clauses causality" in whole.stdout
+    assert read(tmp_path / "results" / "numpy.json").shard == ""
+
+
 @pytest.mark.parametrize(
     ("name", "words"), [("ClaimsNothing", "no PASS on the core clauses"), ("WithoutReset", "lifecycle.reset")]
 )
 def test_an_empty_or_partial_claim_exits_with_5_and_names_what_is_missing(
     name: str, words: str, tmp_path: Path
 ) -> None:
-    done = kvconform("run", "-b", f"{SUBJECTS}:{name}", *ONE_CONFIG, folder=tmp_path)
+    done = kvconform("run", "-b", f"{SUBJECTS}:{name}", *ONLY_CORE, folder=tmp_path)
     assert done.returncode == 5
     assert words in done.stdout
 
 
 def test_a_run_that_was_killed_goes_on_without_repeating_what_is_done(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kvconform", "run", "-b", "numpy", *ONE_CONFIG]
+    command = [sys.executable, "-m", "kvconform", "run", "-b", "numpy", *ONLY_CORE]
     path = tmp_path / "results" / "numpy.json"
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         deadline = time.monotonic() + 60
@@ -155,23 +185,27 @@ def test_the_spec_prints_every_clause_and_explains_one(tmp_path: Path) -> None:
 
 def test_backends_are_listed_with_what_they_claim(tmp_path: Path) -> None:
     listed = kvconform("backends", folder=tmp_path).stdout
-    assert "numpy: ready (attention, decoder; float32)" in listed
+    assert "numpy: ready (attention, decoder; float32" in listed
     assert {line.partition(":")[0] for line in listed.splitlines()} >= {"numpy", "eager", "compiled", "onnx"}
 
 
 def test_the_pytest_door_judges_each_cell_as_an_item(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rs", "--pyargs", "kvconform.suite"]
-    select = ["-k", "attention-gqa and (shape or lifecycle)"]
+    select = ["-k", "attention-gqa and (shape or lifecycle.reset or lifecycle.truncate)"]
+    count = sum(
+        cell.clause.name.startswith(("shape", "lifecycle.reset", "lifecycle.truncate"))
+        for cell in cells(Plan(BUDGETS["smoke"], configs=("attention-gqa",)))
+    )
     good = subprocess.run(
         [*command, "--kv-backend", "numpy", *select], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert good.returncode == 0, good.stdout
-    assert "6 passed" in good.stdout
+    assert f"{count} passed" in good.stdout
     bad = subprocess.run(
         [*command, "--kv-backend", f"{SUBJECTS}:WithoutReset", *select],
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
-    assert "5 passed, 1 skipped" in bad.stdout
+    assert f"{count - 1} passed, 1 skipped" in bad.stdout
     assert "claims no reset" in bad.stdout
     wrong = subprocess.run(
         [*command, "--kv-backend", f"{SUBJECTS}:PrintsAndIsWrong", "-k", "attention-gqa and definition.attention"],

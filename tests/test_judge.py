@@ -119,7 +119,7 @@ def test_a_wrong_shape_or_dtype_is_found_before_any_number(change: Callable[...,
 
 def test_lengths_are_tokens() -> None:
     def more(number: int, trace: Trace) -> Trace:
-        return (*trace[:1], replace(trace[1], length=(6, 7)))
+        return (*trace[:1], replace(trace[1], told={"length": (6, 7)}))
 
     found = judged(Case((BASE,)), Relation.LENGTHS, more).finding
     assert found is not None

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvconform_specs.claims import Claims
+from kvconform_specs.claims import ABILITIES, Claims
 from kvconform_specs.clauses import ALL
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
@@ -19,7 +19,10 @@ from kvconform_specs.program import (
     Close,
     Fork,
     Full,
+    Keep,
+    Poison,
     Program,
+    Read,
     Reject,
     Reorder,
     Reset,
@@ -28,10 +31,9 @@ from kvconform_specs.program import (
 
 CONFIG = POINTS["attention-gqa"]
 EVERYTHING = Claims(
-    profiles=("attention", "decoder"),
-    abilities=("full", "length", "truncate", "fork", "reorder", "reset", "ragged"),
-    overflow="refused",
-)
+    profiles=("attention", "decoder"), abilities=tuple(ABILITIES), overflow="refused", padding=("right", "left"),
+    dead_slots="any", page=4, max_graphs=9, kv_bits=8, residual=4,
+)  # fmt: skip
 
 
 @given(st.data())
@@ -54,6 +56,12 @@ def test_every_step_of_the_language_survives_its_own_json() -> None:
             Reset("a"),
             Reject(Truncate("a", 5)),
             Reject(Append("a", (41, 41, 41), 3)),
+            Reject(Append("a", (1, 1, 1), 3), "heads"),
+            Reject(Reorder("a", (3,))),
+            Append("a", (2, 1, 0), 3, hidden=((0, 1),), pad=("left", 4), layout="sliced", shared=True, metered=True),
+            Keep("b", "c"),
+            Read("c"),
+            Poison("b", "junk", "nan"),
             Close("a"),
         ),
     )
@@ -101,7 +109,34 @@ def test_every_step_of_the_language_survives_its_own_json() -> None:
             ],
             r"steps\[1\]\.step\.counts: 2 rows for sequence 'a' of 1 rows; a rejected append exceeds the capacity",
         ),
-        ([{"op": "reject", "step": {"op": "close", "seq": "a"}}], r"steps\[0\]\.step: only append and truncate"),
+        (
+            [{"op": "append", "seq": "a", "counts": [2], "seed": 0, "layout": "diagonal"}],
+            r"steps\[0\]\.layout: unknown value 'diagonal'; known: contiguous, transposed",
+        ),
+        (
+            [{"op": "append", "seq": "a", "counts": [2], "seed": 0, "hidden": [[0, 2]]}],
+            r"steps\[0\]\.hidden: no token at row 0, position 2",
+        ),
+        (
+            [{"op": "append", "seq": "a", "counts": [2], "seed": 7 << 48}],
+            r"steps\[0\]\.seed: a seed's bits from 48 on name one of 4 manners",
+        ),
+        (
+            [{"op": "append", "seq": "a", "counts": [2], "seed": 0}, {"op": "poison", "seq": "a", "keys": "acid"}],
+            r"steps\[1\]\.keys: unknown poison 'acid'",
+        ),
+        (
+            [{"op": "reject", "wrong": "smell", "step": {"op": "append", "seq": "a", "counts": [2], "seed": 0}}],
+            r"steps\[0\]\.wrong: unknown value 'smell' for an append; known: dtype, rank",
+        ),
+        (
+            [{"op": "reject", "wrong": "rank", "step": {"op": "append", "seq": "a", "counts": [41], "seed": 0}}],
+            r"steps\[0\]\.step\.counts: length 41 exceeds .* a malformed append is legal but for its inputs",
+        ),
+        (
+            [{"op": "reject", "step": {"op": "close", "seq": "a"}}],
+            r"steps\[0\]\.step: only append, truncate and reorder",
+        ),
     ],
 )
 def test_a_step_that_is_not_legal_is_refused_with_its_place(steps: list[object], words: str) -> None:
@@ -116,7 +151,7 @@ def test_a_step_that_is_not_legal_is_refused_with_its_place(steps: list[object],
         ({"kv_heads": 4}, r"config\.kv_heads: 4 KV heads do not divide 6 query heads"),
         ({"window": 0}, r"config\.window: want an integer of at least 1, got 0"),
         ({"softcap": -1.0}, r"config\.softcap: must be positive"),
-        ({"layers": 2}, r"config\.layers: the attention profile is one layer"),
+        ({"layers": 2}, r"config\.layers: the attention profile is one layer whose only positions are alibi's"),
         ({"colour": 1}, r"config\.colour: unknown field"),
     ],
 )
@@ -137,7 +172,8 @@ def test_claims_that_are_not_known_are_refused() -> None:
 
 def test_the_sizes_of_a_point_are_pairwise_distinct() -> None:
     for name, config in POINTS.items():
-        sizes = [config.heads, config.kv_heads, config.head_dim, config.capacity]
+        sizes = [config.heads, config.head_dim, config.capacity]
+        sizes += [config.kv_heads] if config.group > 1 else []  # MHA is that the two are equal
         if config.profile == "decoder":
             sizes += [config.layers, config.width, config.vocabulary, *([config.mlp] if config.mlp else [])]
         assert len(set(sizes)) == len(sizes), name
@@ -151,10 +187,12 @@ def test_histories_are_what_the_steps_say() -> None:
         Truncate("a", 1),
         Append("a", (1, 2), 20),
         Reorder("a", (1, 1, 0)),
+        Keep("b", "c"),
         Reset("b"),
     ):
         histories.apply(step)
     assert histories.rows == {
         "a": (((11, 0), (21, 1), (21, 2)), ((11, 0), (21, 1), (21, 2)), ((10, 0), (20, 1))),
         "b": ((), ()),
+        "c": (((10, 0), (10, 1)), ((11, 0),)),
     }

@@ -10,10 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvconform.counterexample import frozen
-from kvconform.record import inputs_of
+from kvconform.record import feeds_of
+from kvconform_specs.errors import SpecError
 from kvconform_specs.points import POINTS, point
-from kvconform_specs.program import Append, Program
-from kvconform_specs.tensors import AIM_SCORE, Streams, rounded, weights
+from kvconform_specs.program import LAYOUTS, MALFORMED, Append, Program
+from kvconform_specs.tensors import AIM_SCORE, Streams, laid, malformed, mannered, rounded, weights
+
+
+def inputs_of(program: Program, indices: tuple[int, ...]) -> list[tuple[np.ndarray, ...]]:
+    return [inputs for inputs, _keywords in feeds_of(program, indices)]
 
 
 @pytest.mark.parametrize("name", POINTS)
@@ -80,3 +85,55 @@ def test_contents_are_exact_in_the_config_dtype() -> None:
         for part in inputs_of(Program(config, (Append("a", (5,), 1, aim=(1, 0)),)), (0,))[0]:
             assert np.array_equal(rounded(part, dtype), part)
         assert all(np.array_equal(rounded(w, dtype), w) for w in weights(point("decoder-rope", dtype)).values())
+
+
+def test_a_manner_changes_what_it_names_and_nothing_else() -> None:
+    """Queries 64 times as large; keys zero; values 16 times as large and keys a quarter: all exact."""
+    config = POINTS["attention-gqa"]
+
+    def drawn(manner: str) -> tuple[np.ndarray, ...]:
+        return inputs_of(Program(config, (Append("a", (5,), mannered(3, manner)),)), (0, 1))[0]
+
+    plain = drawn("plain")
+    for name, factors in {"loud": (64, 1, 1), "mute": (1, 0, 1), "lopsided": (1, 0.25, 16)}.items():
+        own = tuple(Streams(config, 5, (0, 1)).split(Streams(config, 5, (0, 1)).tape(mannered(3, name))))
+        assert all(np.array_equal(x[:, 0], y) for x, y in zip(drawn(name), own, strict=True))
+        sizes = [float(np.abs(x).max()) for x in own]
+        assert (sizes[1] == 0) == (name == "mute")
+        assert sizes[0] / float(np.abs(plain[0]).max()) == pytest.approx(factors[0], rel=0.3)
+        assert sizes[2] / float(np.abs(plain[2]).max()) == pytest.approx(factors[2], rel=0.3)
+
+
+def test_columns_without_a_token_are_filled_from_the_stream_and_on_the_side_that_the_step_names() -> None:
+    config = POINTS["decoder-rope"]
+    for side, column in (("right", 2), ("left", 0)):
+        filled = inputs_of(Program(config, (Append("a", (3, 2), 5, pad=(side, 9)),)), (0,))[0][0][0]
+        whole = inputs_of(Program(config, (Append("a", (3, 3), 5),)), (0,))[0][0][0]
+        pads = inputs_of(Program(config, (Append("a", (1, 1), 9),)), (0,))[0][0][0]
+        assert np.array_equal(filled[0], whole[0])
+        assert filled[1, column] == pads[1, 0]
+        assert np.array_equal(np.delete(filled[1], column), whole[1, :2])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_moves_memory_and_no_number(layout: str) -> None:
+    x = np.broadcast_to(np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4), (3, 2, 3, 4)).copy()
+    got = laid(x, layout)
+    assert np.array_equal(got, x)
+    assert got.flags.c_contiguous == (layout == "contiguous")
+    if layout == "expanded":
+        assert got.strides[0] == 0
+        with pytest.raises(SpecError, match="need rows with equal tokens"):
+            laid(np.arange(6.0).reshape(2, 3), layout)
+
+
+@pytest.mark.parametrize("profile", MALFORMED)
+def test_malformed_inputs_are_wrong_in_one_thing(profile: str) -> None:
+    config = POINTS["attention-gqa" if profile == "attention" else "decoder-rope"]
+    good = tuple(x[0] for x in inputs_of(Program(config, (Append("a", (3, 3), 5),)), (0,))[0])
+    for wrong in MALFORMED[profile]:
+        bad = malformed(good, wrong, config)
+        same = [
+            x.shape == y.shape and x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(good, bad, strict=True)
+        ]
+        assert not all(same), wrong

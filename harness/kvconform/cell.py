@@ -16,14 +16,22 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis.errors import Flaky
 
-from kvconform.budget import REBUILD_SECONDS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Budget
+from kvconform.budget import (
+    GUARANTEE_SECONDS,
+    GUARANTEE_TRIALS,
+    REBUILD_SECONDS,
+    REBUILDS,
+    SHRINK_SECONDS,
+    SHRINK_TRIALS,
+    Budget,
+)
 from kvconform.counterexample import Broken, Counterexample, attempt, frozen, replayed
 from kvconform.counterexample import sentence as said
 from kvconform.shrink import reduced_death, reduced_list
 from kvconform.subject import Death, Subject
 from kvconform.verdict import Outcome, Verdict
 from kvconform_specs import SUITE_VERSION
-from kvconform_specs.clause import Case, Clause
+from kvconform_specs.clause import Case, Clause, Level
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program
 
@@ -110,9 +118,10 @@ class _Search:
     def run(self) -> None:
         @hypothesis_seed(self.seed)
         @settings(
-            max_examples=self.budget.structures, deadline=None, database=None, print_blob=False,
+            max_examples=max(2, round(self.budget.structures * self.cell.clause.effort)),
+            deadline=None, database=None, print_blob=False,
             suppress_health_check=list(HealthCheck), verbosity=Verbosity.quiet, report_multiple_bugs=False,
-            phases=(Phase.explicit, Phase.generate, Phase.shrink),
+            phases=(Phase.generate, Phase.shrink) if self.budget.shrink else (Phase.generate,),
         )  # fmt: skip
         @given(self.cell.clause.family(self.cell.config, self.subject.claims))
         def search(case: Case) -> None:
@@ -127,7 +136,7 @@ class _Search:
         if self.best is None:
             if time.perf_counter() - self.began > self.budget.seconds and self.programs:
                 return
-            variants = tuple(range(self.budget.variants))
+            variants = tuple(range(min(self.budget.variants, self.cell.clause.variants)))
         elif self._spent():
             self.reduced = False
             return
@@ -154,14 +163,20 @@ class _Search:
 
     def _spent(self) -> bool:
         assert self.best is not None
+        if not self.budget.shrink:
+            return True
         if self.best[1].kind != "fail":
             return True  # each try costs a new process: shrink.reduced_death needs fewer
-        return self._trials >= SHRINK_TRIALS or time.perf_counter() - self._failed_at > SHRINK_SECONDS
+        must = self.cell.clause.level is Level.MUST
+        trials, seconds = (SHRINK_TRIALS, SHRINK_SECONDS) if must else (GUARANTEE_TRIALS, GUARANTEE_SECONDS)
+        return self._trials >= trials or time.perf_counter() - self._failed_at > seconds
 
     def conclude(self, folder: Path) -> Verdict:
         """Confirms the best case on a fresh process, or finds what must run before it."""
         assert self.best is not None
         case, broken = self.best
+        if not self.budget.shrink:
+            return self.verdict(self._outcome(broken), broken.sentence)
         if broken.kind != "fail":
             self.reduced = True
             case, broken = reduced_death(case, broken, self._dies)
@@ -170,17 +185,24 @@ class _Search:
         confirmed = replayed(self.cell.clause, self.subject, before, case)
         if not isinstance(confirmed, Broken):
             found = self._leak(case)
+            if found is None and self.cell.clause.level is Level.SHOULD:  # what holds at times is no guarantee
+                return self.verdict(Outcome.REFUTED, f"at times: {broken.sentence}")
             if found is None:
                 words = f"failed once and passed on fresh processes, alone and after what ran before: {broken.sentence}"
                 return self.verdict(Outcome.INCONCLUSIVE, words)
             before, confirmed = found
-        outcome, sentence = OUTCOMES[confirmed.kind], said(confirmed, before)
+        outcome, sentence = self._outcome(confirmed), said(confirmed, before)
         name = Counterexample(
             suite=SUITE_VERSION, clause=self.cell.clause.name, backend=self.subject.launch.address,
             device=self.subject.launch.device, sentence=sentence, outcome=outcome.value,
             before=[program.to_json() for program in before], case=case.to_json(), reduced=self.reduced,
         ).write(folder).name  # fmt: skip
         return self.verdict(outcome, sentence, name)
+
+    def _outcome(self, broken: Broken) -> Outcome:
+        if broken.kind == "fail" and self.cell.clause.level is Level.SHOULD:
+            return Outcome.REFUTED
+        return OUTCOMES[broken.kind]
 
     def _dies(self, case: Case) -> Broken | None:
         """One try of reducing a death, as long as its budget lasts."""
@@ -223,4 +245,5 @@ class _Search:
             outcome=outcome, sentence=sentence, counterexample=counterexample, compared=self.compared,
             programs=self.programs, structures=self.structures, worst=self.worst, found_after=self.found_after,
             seconds=round(time.perf_counter() - self.began, 3),
+            raised=self.best is not None and self.best[1].raised,
         )  # fmt: skip

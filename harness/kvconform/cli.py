@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from dataclasses import replace
+from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
@@ -12,16 +15,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvconform import __version__, gate, latency, presets, protocol, results
+from kvconform import __version__, audit, audit_record, explain, gate, latency, presets, protocol, results, spec_page
 from kvconform import counterexample as counterexamples
 from kvconform.budget import BUDGETS, DEFAULT_BUDGET
 from kvconform.counterexample import Broken
 from kvconform.doors import file_name
+from kvconform.fault import load_faults
 from kvconform.latency_record import Record
+from kvconform.ledger import EMPTY
+from kvconform.ledger import read as read_ledger
 from kvconform.pairwise import Pair
 from kvconform.registry import installed
 from kvconform.results import Results
-from kvconform.run import Plan, cells, run_backend, summary
+from kvconform.run import Plan, cells, parse_shard, path_of, run_backend, summary
+from kvconform.storage import family_of, write_atomically
 from kvconform.subject import STEP_TIMEOUT, Infrastructure, Launch, Subject
 from kvconform.verdict import Verdict
 from kvconform_specs import SUITE_VERSION
@@ -31,8 +38,8 @@ from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Program
 
 EXIT_CODES = (
-    "Exit codes: 0 conformant; 1 non-conformant; 2 usage; 3 infrastructure (backend absent, broken or unsupported "
-    "here); 4 regression; 5 only inconclusive, or core clauses without a pass."
+    "Exit codes: 0 conformant; 1 non-conformant, or a stale ledger; 2 usage; 3 infrastructure (backend absent, broken "
+    "or unsupported here); 4 regression; 5 only inconclusive, or core clauses without a pass."
 )
 app = typer.Typer(
     help=f"Conformance of KV-cache attention. A KV cache must be unobservable.\n\n{EXIT_CODES}",
@@ -40,6 +47,8 @@ app = typer.Typer(
 )  # fmt: skip
 screen, errors = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
+ZOO = "kvconform_backends.faults:FAULTS"
+"""The faults that are audited unless others are named."""
 Backends = Annotated[
     list[str], typer.Option("--backend", "-b", help="Installed name, module:Name or file.py:Name. Repeatable.")
 ]
@@ -100,15 +109,22 @@ def run(
     config: Annotated[list[str], typer.Option(help="Only configs that begin so. Repeatable.")] = [],  # noqa: B006
     python: Pythons = [],  # noqa: B006
     step_timeout: Annotated[float, typer.Option(help="Seconds without progress that make a timeout.")] = STEP_TIMEOUT,
+    ledger: Annotated[Path | None, typer.Option(help="Ledger of known failures, a TOML file.")] = None,
+    shard: Annotated[str, typer.Option(help="Only part i of n of the cells, as i/n.")] = "",
 ) -> None:
     """Judges backends by every clause; writes OUT/<backend>.json and a counterexample for each failure.
 
-    A run that was killed goes on where it stopped. With several backends the worst exit code counts.
+    A run that was killed goes on where it stopped. With several backends the worst exit code counts. A shard writes to
+    OUT/shards, for kvconform merge; it exits with 0 where nothing in it stands against conformance.
     """
     if budget not in BUDGETS:
         raise _usage(f"--budget: unknown budget {budget!r}; known: {', '.join(BUDGETS)}")
-    plan = Plan(BUDGETS[budget], seed, tuple(dtype), tuple(clause), tuple(config))
+    known = EMPTY if ledger is None else read_ledger(ledger)
+    part = parse_shard(shard) if shard else None
+    plan = Plan(BUDGETS[budget], seed, tuple(dtype), tuple(clause), tuple(config), part)
     total = sum(1 for _ in cells(plan))
+    if total == 0 and any(cells(replace(plan, shard=None))):
+        raise _usage(f"--shard {shard}: there are fewer cells than shards")
     if total == 0:
         raise _usage(f"no cell matches --clause {' '.join(clause) or '*'} and --config {' '.join(config) or '*'}")
     codes = []
@@ -121,14 +137,16 @@ def run(
                 if verdict.outcome.broken:
                     _print_failure(progress.console, name, verdict, out)
 
-            judged = run_backend(name, launch, plan, out, tell)
+            judged = run_backend(name, launch, plan, out, tell, known)
+        for words in judged.stale:
+            screen.print(escape(words))
         code, sentence = results.exit_code(judged)
         codes.append(code)
         counts = ", ".join(f"{n} {outcome}" for outcome, n in summary(judged).items() if n)
         programs = sum(verdict.programs for verdict in judged.verdicts)
         screen.print(f"{escape(name)}: {escape(sentence)}")
         if judged.verdicts:
-            screen.print(f"  {counts}; {programs} programs in {judged.seconds:.0f} s; {out / (name + '.json')}")
+            screen.print(f"  {counts}; {programs} programs in {judged.seconds:.0f} s; {path_of(name, plan, out)}")
     raise typer.Exit(_worst(codes))
 
 
@@ -195,7 +213,61 @@ def gate_command(
     raise typer.Exit(_worst(codes))
 
 
+@app.command()
+def merge(
+    files: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Results of all shards of one backend.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The results file to write.")],
+) -> None:
+    """Puts the results of a run's shards together; says what they amount to, with the exit code of the whole run."""
+    whole = results.merged([results.read(file) for file in files])
+    whole.write(out)
+    for words in whole.stale:
+        screen.print(escape(words))
+    code, sentence = results.exit_code(whole)
+    screen.print(escape(f"{whole.backend}: {sentence}"))
+    raise typer.Exit(code)
+
+
 _GATED = {gate.OK: "no regression", gate.NEW_FAILURE: "new failures", gate.REGRESSION: "regressed"}
+
+
+@app.command(name="audit")
+def audit_command(
+    names: Annotated[list[str], typer.Argument(help="Only faults, or clauses, that begin so; all if left out.")] = [],  # noqa: B006
+    faults: Annotated[str, typer.Option(help="The list of faults: module:LIST or path/file.py:LIST.")] = ZOO,
+    budget: Annotated[list[str], typer.Option(help=f"{', '.join(BUDGETS)}. Repeatable.")] = ["smoke"],  # noqa: B006
+    seed: Seed = 0,
+    clauses: Annotated[str, typer.Option(help="expected: those that a fault names; all.")] = "expected",
+    controls: Annotated[bool, typer.Option(help="Also try the list CONTROLS beside the faults: it is right.")] = False,
+    shard: Annotated[str, typer.Option(help="Only part i of n of the faults, as i/n.")] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="Faults that are tried at once.")] = os.cpu_count() or 1,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file of the kill matrix.")] = Path("results/audit.json"),
+) -> None:
+    """Tries backends that are wrong on purpose: which clauses kill them, and how fast?
+
+    0: all are killed and no control is convicted; 1: some fault survives, or a control is convicted; 3: some could not
+    run here. An exception kills no fault for a clause about numbers.
+    """
+    for name in budget:
+        if name not in BUDGETS:
+            raise _usage(f"--budget: unknown budget {name!r}; known: {', '.join(BUDGETS)}")
+    if clauses not in ("expected", "all"):
+        raise _usage(f"--clauses: want expected or all, got {clauses!r}")
+    budgets = tuple(BUDGETS[name] for name in dict.fromkeys(budget))
+    part = parse_shard(shard) if shard else None
+    plan = audit.Plan(budgets, seed, tuple(names), clauses == "all", part)
+    wrong = load_faults(faults)
+    right = load_faults(f"{faults.rpartition(':')[0]}:CONTROLS") if controls else ()
+
+    def tell(audited: audit_record.Audited) -> None:
+        for line in audit_record.lines(audited, budget):
+            screen.print(escape(line))
+
+    record = audit.audit(plan, faults, wrong, right, out, jobs, tell)
+    for line in audit_record.summary(record):
+        screen.print(escape(line))
+    screen.print(f"{len(record.audited)} faults in {record.seconds:.0f} s; {escape(str(out))}")
+    raise typer.Exit(audit_record.exit_code(record))
 
 
 @app.command()
@@ -257,7 +329,7 @@ def _collect(files: list[Path]) -> tuple[list[Results], Record | None, list[Pair
     for file in files:
         if latency.is_record(file):
             speed = latency.read(file)
-        else:
+        elif family_of(file) != audit_record.SCHEMA.partition("/")[0]:  # an audit judges clauses, no backend
             judged.append(results.read(file))
     names = [one.backend for one in judged]
     folders = {file.parent / "vectors" for file in files}
@@ -278,31 +350,49 @@ def backends() -> None:
 
 
 @app.command()
-def spec(clause: Annotated[str, typer.Argument(help="A clause or chapter; all if left out.")] = "") -> None:
-    """Prints the clauses of the spec."""
-    found = [c for c in BY_NAME.values() if c.name == clause or c.chapter == clause or not clause]
-    if not found:
-        raise _usage(f"no clause or chapter named {clause!r}; chapters: {', '.join(CHAPTERS)}")
+def spec(
+    clause: Annotated[str, typer.Argument(help="A clause or chapter; all if left out.")] = "",
+    write: Annotated[
+        Path | None, typer.Option(help="Write the spec as Markdown, or a clause's example as a file for replay.")
+    ] = None,
+) -> None:
+    """Prints the clauses of the spec, or explains one and shows a program that tries it."""
+    known = (*CHAPTERS, *BY_NAME)
+    if clause and clause not in known:
+        near = get_close_matches(clause, known) or [name for name in known if clause in name]
+        hint = f"do you mean {' or '.join(near)}?" if near else f"chapters: {', '.join(CHAPTERS)}"
+        raise _usage(f"no clause or chapter named {clause!r}; {hint}")
+    if write and clause in CHAPTERS:
+        raise _usage(f"--write: {clause} is a chapter; name a clause, or nothing for the whole spec")
+    if clause in BY_NAME:
+        if write:
+            write_atomically(write, explain.as_file(BY_NAME[clause]))
+            screen.print(escape(f"example: kvconform replay {write} -b BACKEND"))
+        else:
+            screen.print(escape(explain.explained(BY_NAME[clause])))
+        return
+    if write:
+        write_atomically(write, spec_page.page().encode())
+        screen.print(escape(f"spec: {write}"))
+        return
     screen.print(f"kvconform spec {SUITE_VERSION}: a KV cache must be unobservable")
-    chapter = ""
-    for one in found:
-        if one.chapter != chapter:
-            chapter = one.chapter
-            screen.print(escape(f"\n{chapter}: {CHAPTERS[chapter]}"))
-        screen.print(escape(f"\n  {one.name} ({one.level.value}{', core' if one.core else ''})\n    {one.text}"))
-        if clause == one.name:
-            screen.print(escape(f"    holds if {' and '.join(r.value for r in one.relations)}"))
-            screen.print(escape(f"    profiles: {', '.join(one.profiles)}; needs: {', '.join(one.needs) or 'nothing'}"))
-            for link in one.why:
-                screen.print(escape(f"    stops: {link}"))
+    for chapter in [clause] if clause else CHAPTERS:
+        screen.print(escape(f"\n{chapter}: {CHAPTERS[chapter]}"))
+        for one in (c for c in BY_NAME.values() if c.chapter == chapter):
+            screen.print(escape(f"\n  {one.name} ({one.level.value}{', core' if one.core else ''})\n    {one.text}"))
 
 
 @app.command()
-def schema() -> None:
-    """Prints the JSON Schema of a results file."""
+def schema(
+    of: Annotated[str, typer.Argument(help="results or audit.")] = "results",
+) -> None:
+    """Prints the JSON Schema of a results file, or of an audit's."""
     import json
 
-    print(json.dumps(results.schema(), indent=1))
+    schemas = {"results": results.schema, "audit": audit_record.schema}
+    if of not in schemas:
+        raise _usage(f"no file is called {of!r}; known: {', '.join(schemas)}")
+    print(json.dumps(schemas[of](), indent=1))
 
 
 @app.command()

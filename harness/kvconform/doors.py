@@ -7,6 +7,9 @@ import tempfile
 from pathlib import Path
 
 from kvconform.budget import BUDGETS
+from kvconform.ledger import EMPTY
+from kvconform.ledger import read as read_ledger
+from kvconform.registry import address_of
 from kvconform.results import Results, exit_code
 from kvconform.run import Plan, cells, run_backend
 from kvconform.subject import Launch
@@ -24,38 +27,32 @@ def conformance(
     configs: tuple[str, ...] = (),
     python: str = sys.executable,
     out: Path | str | None = None,
+    ledger: Path | str | None = None,
 ) -> Results:
     """Judges a backend: an address (installed name, ``module:Name``, ``file.py:Name``) or the class itself.
 
     Returns the results where the backend is conformant. Raises AssertionError with one line for each broken clause,
     or with the reason why there is no verdict. ``clauses`` and ``configs`` select by the beginning of their names;
     then something selected must pass, and nothing may be broken, inconclusive or not exercised. Raises ValueError
-    where they select nothing.
+    where they select nothing. ``ledger``: a file of known failures; SpecError, a ValueError, where it is malformed.
     """
-    address = backend if isinstance(backend, str) else _address(backend)
+    known = EMPTY if ledger is None else read_ledger(Path(ledger))
+    address = backend if isinstance(backend, str) else address_of(backend)
     with tempfile.TemporaryDirectory(prefix="kvconform-") as scratch:
         folder = Path(out) if out is not None else Path(scratch)
         plan = Plan(BUDGETS[budget], seed, dtypes, clauses, configs)
         if not any(cells(plan)):
             raise ValueError(f"no cell matches clauses {clauses or '*'} and configs {configs or '*'}")
         name = file_name(address)
-        results = run_backend(name, Launch(address, device, python), plan, folder)
+        results = run_backend(name, Launch(address, device, python), plan, folder, ledger=known)
         code, sentence = exit_code(results)
         outcomes = {verdict.outcome for verdict in results.verdicts}
-        part = Outcome.PASS in outcomes and outcomes <= {Outcome.PASS, Outcome.UNSUPPORTED}
+        harmless = {Outcome.PASS, Outcome.XFAIL, Outcome.REFUTED, Outcome.UNSUPPORTED}
+        part = Outcome.PASS in outcomes and outcomes <= harmless and not results.stale
         if code == 0 or (part and (clauses or configs)):
             return results
         lines = [f"{v.clause} on {address} [{v.config}]: {v.sentence}" for v in results.verdicts if v.outcome.broken]
-        raise AssertionError("\n".join([f"{address}: {sentence}", *lines]))
-
-
-def _address(backend: type) -> str:
-    module = sys.modules[backend.__module__]
-    if module.__name__ == "__main__" or module.__spec__ is None or "." not in module.__name__:
-        file = getattr(module, "__file__", None)
-        if file is not None:
-            return f"{file}:{backend.__qualname__}"
-    return f"{backend.__module__}:{backend.__qualname__}"
+        raise AssertionError("\n".join([f"{address}: {sentence}", *lines, *results.stale]))
 
 
 def file_name(address: str) -> str:

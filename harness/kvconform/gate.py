@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from kvconform.results import Results
 from kvconform.verdict import Outcome
+from kvconform_specs.claims import Claims
 
 OK, NEW_FAILURE, REGRESSION = 0, 1, 4
 
@@ -20,11 +22,12 @@ class Difference:
 
 def compare(now: Results, baseline: Results) -> list[Difference]:
     """What moved from the baseline to now: new failures, passes lost, clauses gone, claims narrowed, less compared."""
-    found = [Difference(REGRESSION, words) for words in _narrowed(now, baseline)]
-    for name in ("device", "dtypes", "budget", "seed", "suite"):
-        if getattr(now, name) != getattr(baseline, name):
-            words = f"{name} is {getattr(now, name)}, the baseline's is {getattr(baseline, name)}: not comparable"
-            found.append(Difference(REGRESSION, words))
+    found = _moved_claims(now, baseline)
+    for name in ("device", "dtypes", "budget", "seed", "suite", "shard"):
+        mine, its = (getattr(results, name) or "the whole" for results in (now, baseline))
+        if mine != its:
+            found.append(Difference(REGRESSION, f"{name} is {mine}, the baseline's is {its}: not comparable"))
+    found += [Difference(NEW_FAILURE, f"stale ledger: {words}") for words in now.stale]
     drawn = [results.environment.get("hypothesis") for results in (now, baseline)]
     if drawn[0] != drawn[1]:
         words = f"programs were drawn by hypothesis {drawn[0]}, the baseline's by {drawn[1]}: other values are compared"
@@ -57,18 +60,50 @@ def exit_code(differences: list[Difference]) -> int:
     return NEW_FAILURE if NEW_FAILURE in codes else REGRESSION if REGRESSION in codes else OK
 
 
-def _narrowed(now: Results, baseline: Results) -> list[str]:
-    """Claims of the baseline that are no longer made."""
+WIDEST_FIRST = {
+    "returns": ("all", "last"),
+    "overflow": ("refused", "undefined"),
+    "keeps": ("all", "window"),
+    "dead_slots": ("any", "finite"),
+    "memory": ("length", "pages", "capacity"),
+    "intermediates": ("single", "storage"),
+}
+"""What is claimed one of a few ways: from the claim that promises most to the one that promises least."""
+
+
+def _moved_claims(now: Results, baseline: Results) -> list[Difference]:
+    """Claims of the baseline that promise less now, and what else changed about them and blocks nothing."""
+    mine, its = ({**Claims().to_json(), **results.claims} for results in (now, baseline))
     found = []
-    for name, was in baseline.claims.items():
-        value = now.claims.get(name)
+    for name, was in its.items():
+        value = mine.get(name)
         if isinstance(was, list):
             gone = [item for item in was if item not in (value or [])]
             if gone:
-                found.append(f"{now.backend} no longer claims {name}: {', '.join(gone)}")
-        elif name.startswith("max_"):
-            if value is not None and (was is None or value < was):
-                found.append(f"{now.backend} narrowed {name} from {was or 'unlimited'} to {value}")
-        elif was in ("refused", "all") and value != was:
-            found.append(f"{now.backend} narrowed {name} from {was} to {value}")
+                words = f"{now.backend} no longer claims {name}: {', '.join(gone)}"
+                found.append(Difference(REGRESSION, words))
+        elif value != was:
+            narrowed = _narrower(name, value, was, mine)
+            words = f"{now.backend} {'narrowed' if narrowed else 'changed'} {name} from {_said(was)} to {_said(value)}"
+            found.append(Difference(REGRESSION if narrowed else OK, words))
     return found
+
+
+def _narrower(name: str, value: Any, was: Any, mine: dict[str, Any]) -> bool:
+    """Whether a claim promises less than the one that it replaces. ``None`` is: without a limit."""
+    if name in WIDEST_FIRST:
+        order = WIDEST_FIRST[name]
+        return order.index(value) > order.index(was)
+    if name in ("max_batch", "max_chunk", "max_sequences"):
+        return value is not None and (was is None or value < was)
+    if name == "max_graphs":  # a limit of the backend, not of its caller: who compiles more promises less
+        return was is not None and (value is None or value > was)
+    if name == "kv_bits":  # 0: the cache is not quantised
+        return bool(value != 0 and (was == 0 or value < was))
+    if name == "residual":
+        return bool(mine["kv_bits"] != 0 and value < was)
+    return False  # another page size promises neither more nor less
+
+
+def _said(value: Any) -> str:
+    return "unlimited" if value is None else str(value)

@@ -34,7 +34,7 @@ from kvconform.protocol import (
     WARM_SHARE,
     described,
 )  # fmt: skip
-from kvconform.storage import read_versioned, write_atomically
+from kvconform.storage import family_of, read_versioned, write_atomically
 from kvconform.subject import BUILD_TIMEOUT, Death, Infrastructure, Launch, Subject
 from kvconform.summaries import half_width, summarise, times, without
 from kvconform_specs import SUITE_VERSION
@@ -271,15 +271,7 @@ class _Run:
 
 def is_record(path: Path) -> bool:
     """Whether a file is a speed record, of any version, rather than results."""
-    try:
-        schema = msgspec.json.decode(path.read_bytes(), type=_Kind).schema
-    except (OSError, msgspec.DecodeError):
-        return False
-    return schema.startswith(SCHEMA.partition("/")[0] + "/")
-
-
-class _Kind(msgspec.Struct):
-    schema: str = ""
+    return family_of(path) == SCHEMA.partition("/")[0]
 
 
 def read(path: Path) -> Record:

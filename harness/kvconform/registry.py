@@ -31,7 +31,7 @@ def load(address: str) -> Any:
         target, named = points[address].value, True
     module, _, name = target.rpartition(":")
     try:
-        found = _module(module)
+        found = module_of(module)
     except ModuleNotFoundError as missing:
         root = (missing.name or "").partition(".")[0]
         if named and root not in module.split("."):
@@ -53,7 +53,18 @@ def _remedy(point: EntryPoint) -> str:
     return f"pip install 'kvconform[{point.name.partition('-')[0]}]'" if name == "kvconform" else f"pip install {name}"
 
 
-def _module(module: str) -> Any:
+def address_of(backend: type) -> str:
+    """The address of a class, by the file that it lies in unless its module is part of a package."""
+    module = sys.modules[backend.__module__]
+    if module.__name__ == "__main__" or module.__spec__ is None or "." not in module.__name__:
+        file = getattr(module, "__file__", None)
+        if file is not None:
+            return f"{file}:{backend.__qualname__}"
+    return f"{backend.__module__}:{backend.__qualname__}"
+
+
+def module_of(module: str) -> Any:
+    """Imports a module by its name, or by its file. Raises BackendError where there is no such file."""
     if not module.endswith(".py"):
         return importlib.import_module(module)
     path = Path(module).resolve()

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvconform.observed import Array, Observed, Outcome, at, cells, changed, located, pairs, ratio, where
+from kvconform.observed import Array, Key, Observed, Outcome, at, cells, changed, located, pairs, ratio, where
+from kvconform_specs.oracle import Expected
 
 
 def shapes(observed: Sequence[Observed]) -> Outcome:
@@ -42,11 +43,11 @@ def agreement(observed: Sequence[Observed]) -> Outcome:
             if np.array_equal(mine, its):
                 continue  # agreement to the bit needs no bound
             error = np.abs(mine - its)
-            places = ((other.want(number), row, column), (observed[0].want(there[0]), *there[1:]))
-            if bool(np.all(error <= sum(want.floor[:, r, c] for want, r, c in places))):
-                worst = max(worst, ratio(error, sum(want.likely[:, r, c] for want, r, c in places)))
+            here, base_place = (other.want(number), row, column), (observed[0].want(there[0]), *there[1:])
+            if bool(np.all(error <= _sum("floor", here, base_place))):
+                worst = max(worst, ratio(error, _sum("likely", here, base_place)))
                 continue
-            allowed = sum(want.bound[:, r, c] for want, r, c in places)
+            allowed = _sum("bound", here, base_place)
             if not bool(np.all(error <= allowed)):
                 element = int(np.argmax(np.nan_to_num(error[0] / allowed[0], nan=np.inf)))
                 bound = float(np.broadcast_to(allowed, error.shape)[0, element])
@@ -152,8 +153,14 @@ def same_token(observed: Sequence[Observed]) -> Outcome:
     return None, compared, None
 
 
+def _sum(kind: str, *places: tuple[Expected, int, int]) -> Array:
+    """That bound of the outputs at two places, together."""
+    (one, row, column), (other, its_row, its_column) = places
+    return np.asarray(one.numbers(kind)[:, row, column] + other.numbers(kind)[:, its_row, its_column])
+
+
 def _alike(
-    base: dict[object, tuple[int, int, int]], first: Observed, other: Observed
+    base: dict[Key, tuple[int, int, int]], first: Observed, other: Observed
 ) -> list[tuple[int, int, int, tuple[int, int, int], Array, Array]]:
     """Outputs of ``other`` whose history the first program has too: step, row, column, where that is, and both."""
     found = []

@@ -1,4 +1,4 @@
-"""A run: every cell of one backend, its results written as they come, resumed where it was killed."""
+"""A run: every cell of one backend or of its shard, its results written as they come, resumed where it was killed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from kvconform import pairwise
-from kvconform.budget import Budget
+from kvconform.budget import BUDGETS, DEFAULT_BUDGET, Budget
 from kvconform.cell import Cell, run_cell
+from kvconform.lattice import measured
+from kvconform.ledger import EMPTY, Known, Ledger, Stale
 from kvconform.machine import machine
 from kvconform.results import Results, read
 from kvconform.storage import write_atomically
@@ -22,24 +25,42 @@ from kvconform.subject import Infrastructure, Launch, Subject
 from kvconform.verdict import Outcome, Verdict
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clauses import ALL
-from kvconform_specs.config import Config
+from kvconform_specs.config import DTYPES, Config
 from kvconform_specs.errors import SpecError
 from kvconform_specs.points import POINTS, label, point
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. ``clauses`` and ``configs`` keep the cells whose names begin so; empty keeps all."""
+    """What to run. ``clauses`` and ``configs`` keep the cells whose names begin so; empty keeps all.
+
+    shard: ``(i, n)`` keeps every ``n``-th of these cells, from the ``i``-th on (from 1): each config's cells are dealt
+    to all shards in turn, whatever the backend.
+    """
 
     budget: Budget
     seed: int = 0
     dtypes: tuple[str, ...] = ("float32",)
     clauses: tuple[str, ...] = ()
     configs: tuple[str, ...] = ()
+    shard: tuple[int, int] | None = None
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """``2/5`` as ``(2, 5)``. Raises SpecError with one sentence where it is none."""
+    index, slash, count = text.partition("/")
+    if slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count):
+        return int(index), int(count)
+    raise SpecError("shard", f"want i/n with i from 1 to n, such as 2/5, got {text!r}")
 
 
 def cells(plan: Plan) -> Iterator[Cell]:
     """The cells of a plan, config by config: a subject is built once for each."""
+    index, count = plan.shard or (1, 1)
+    return islice(_selected(plan), index - 1, None, count)
+
+
+def _selected(plan: Plan) -> Iterator[Cell]:
     for dtype in plan.dtypes:
         for name in POINTS:
             if plan.configs and not name.startswith(plan.configs):
@@ -50,21 +71,47 @@ def cells(plan: Plan) -> Iterator[Cell]:
                     yield Cell(clause, config, label(name, dtype))
 
 
+def strangers(ledger: Ledger, backend: str) -> list[str]:
+    """One sentence for each row of a backend that is of no cell of the suite. What a run selects does not matter: a row
+    of a cell that is not judged hides nothing."""
+    return ledger.strangers(backend, cells(Plan(BUDGETS[DEFAULT_BUDGET], dtypes=DTYPES)))
+
+
+def judged(cell: Cell, subject: Subject, plan: Plan, failures: Path, known: Known | None) -> tuple[Verdict, str]:
+    """The verdict on one cell; and why its row of the ledger is stale, if it has one that is."""
+    stale = ""
+    if known is not None:
+        try:
+            return known.replay(cell, subject, failures), ""
+        except Stale as words:
+            stale = str(words)
+    return run_cell(cell, subject, plan.budget, plan.seed, failures), stale
+
+
+def path_of(name: str, plan: Plan, out: Path) -> Path:
+    """Where a backend's results go: those of shards lie apart, so that ``out`` holds one file a backend."""
+    if plan.shard is None:
+        return out / f"{name}.json"
+    return out / "shards" / f"{name}-{plan.shard[0]}-of-{plan.shard[1]}.json"
+
+
 def run_backend(
     name: str,
     launch: Launch,
     plan: Plan,
     out: Path,
     tell: Callable[[Verdict], None] = lambda verdict: None,
+    ledger: Ledger = EMPTY,
 ) -> Results:
-    """Judges every cell of a backend; ``out/<name>.json`` grows with each. A backend that cannot run here gives
+    """Judges every cell of a backend; its results (``path_of``) grow with each. A backend that cannot run here gives
     results that say why (``unavailable``)."""
     began = time.perf_counter()
-    path, failures = out / f"{name}.json", out / "failures" / name
+    path, failures = path_of(name, plan, out), out / "failures" / name
     launch.environment.setdefault("KVCONFORM_ARTEFACTS", str((out / "artefacts").resolve()))
     results = Results(
         suite=SUITE_VERSION, backend=name, device=launch.device, dtypes=list(plan.dtypes), budget=plan.budget.name,
         seed=plan.seed, started=datetime.now(UTC).isoformat(timespec="seconds"),
+        shard="/".join(map(str, plan.shard or ())),
     )  # fmt: skip
     try:
         subject = Subject(launch)
@@ -76,16 +123,18 @@ def run_backend(
         results.claims = subject.claims.to_json()
         results.environment = {**subject.environment, "hypothesis": version("hypothesis"), "machine": machine()}
         spent = _resume(results, path)
-        known = {verdict.key: verdict for verdict in results.verdicts}
+        done = {verdict.key: verdict for verdict in results.verdicts}
         results.verdicts = []
+        results.stale = strangers(ledger, name)
         for cell in cells(plan):
-            verdict = known.get((cell.clause.name, cell.config_name))
-            if verdict is not None:  # not written: the file holds more than what was gone through again so far
+            known = ledger.find(name, cell)
+            verdict = done.get((cell.clause.name, cell.config_name))
+            if verdict is not None and known is None and verdict.outcome is not Outcome.XFAIL:
                 results.verdicts.append(verdict)
                 tell(verdict)
                 continue
             try:
-                verdict = run_cell(cell, subject, plan.budget, plan.seed, failures)
+                verdict, stale = judged(cell, subject, plan, failures, known)
             except Infrastructure as sentence:
                 results.unavailable = str(sentence)
                 break
@@ -93,11 +142,17 @@ def run_backend(
             if witness:
                 results.witnesses[cell.config_name] = witness
             results.verdicts.append(verdict)
+            if known is not None and verdict.outcome is Outcome.XFAIL:
+                results.ledger.append(known.row)
+            if stale:
+                results.stale.append(stale)
             results.seconds = round(spent + time.perf_counter() - began, 3)
-            results.write(path)
+            if len(results.verdicts) > len(done):  # until then the file holds more than what was gone through again
+                results.write(path)
             tell(verdict)
         if not results.unavailable:
             _write_vectors(subject, results, out / "vectors" / f"{name}.npz")
+        results.lattice = measured(results.verdicts)
         results.finished = not results.unavailable
         results.write(path)
     return results

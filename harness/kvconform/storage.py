@@ -35,6 +35,18 @@ def read_versioned(path: Path, kind: type[Stored], schema: str, noun: str) -> St
     return found
 
 
+def family_of(path: Path) -> str:
+    """The name of the schema that a JSON file was written by, without its version; empty where it tells none."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Family).schema.partition("/")[0]
+    except (OSError, msgspec.DecodeError):
+        return ""
+
+
+class _Family(msgspec.Struct):
+    schema: str = ""
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes beside ``path`` and renames, so that a reader or a crash never meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)

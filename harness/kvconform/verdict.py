@@ -8,12 +8,18 @@ import msgspec
 
 
 class Outcome(Enum):
-    """The closed set. Only PASS is a pass."""
+    """The closed set. Only PASS is a pass.
+
+    REFUTED: a measured guarantee (``Level.SHOULD``) does not hold here. XFAIL: the cell is in the ledger of known
+    failures, and its stored counterexample still fails. Neither is broken.
+    """
 
     PASS = "pass"
     FAIL = "fail"
     CRASH = "crash"
     TIMEOUT = "timeout"
+    REFUTED = "refuted"
+    XFAIL = "known failure"
     INCONCLUSIVE = "inconclusive"
     UNSUPPORTED = "unsupported"
     NOT_EXERCISED = "not exercised"
@@ -27,10 +33,11 @@ class Outcome(Enum):
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """One cell of the matrix.
 
-    sentence: what is wrong (broken), or why there is no verdict (the others but PASS). counterexample: the name of its
-    file. compared: numbers that were compared; programs, structures: what was judged and how many shapes they had.
-    worst: largest error as a fraction of its bound, where the relation has bounds. found_after: programs judged up to
-    and with the first that broke the clause.
+    sentence: what is wrong (broken, refuted, known), or why there is no verdict (the others but PASS).
+    counterexample: the name of its file. compared: numbers that were compared; programs, structures: what was judged
+    and how many shapes they had. worst: largest error as a fraction of its bound, where the relation has bounds.
+    found_after: programs judged up to and with the first that broke the clause. raised: a fail that is an exception of
+    a legal step, so that no output was wrong.
     """
 
     clause: str
@@ -45,6 +52,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
     worst: float | None = None
     found_after: int | None = None
+    raised: bool = False
 
     def __post_init__(self) -> None:
         if self.outcome is Outcome.PASS and self.compared == 0:

@@ -18,6 +18,7 @@ def render(results: Sequence[Results]) -> str:
     """A broken cell is a failure, an inconclusive one an error, a cell that was not judged is skipped with its reason.
 
     A backend that could not run, or stopped on the way, is an error of its own: JUnit takes an empty suite for green.
+    So is a stale row of the ledger.
     """
     root = ET.Element("testsuites", name="kvconform")
     totals = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
@@ -34,6 +35,9 @@ def render(results: Sequence[Results]) -> str:
         if result.unavailable:
             case = ET.SubElement(suite, "testcase", classname=_legal(label), name="available", time="0")
             ET.SubElement(case, "error", type="unavailable", message=_legal(result.unavailable))
+        for words in result.stale:
+            case = ET.SubElement(suite, "testcase", classname=_legal(label), name="ledger", time="0")
+            ET.SubElement(case, "error", type="stale", message=_legal(words))
         for name, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
             count = sum(1 for _ in suite.iter(tag))
             suite.set(name, str(count))

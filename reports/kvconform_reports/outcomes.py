@@ -12,14 +12,16 @@ from kvconform.results import Results, exit_code
 from kvconform.verdict import Outcome, Verdict
 
 WORST_FIRST: tuple[Outcome, ...] = (
-    Outcome.FAIL, Outcome.CRASH, Outcome.TIMEOUT, Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED, Outcome.UNSUPPORTED,
-    Outcome.PASS,
+    Outcome.FAIL, Outcome.CRASH, Outcome.TIMEOUT, Outcome.INCONCLUSIVE, Outcome.XFAIL, Outcome.REFUTED,
+    Outcome.NOT_EXERCISED, Outcome.UNSUPPORTED, Outcome.PASS,
 )  # fmt: skip
 SYMBOLS = {
     Outcome.PASS: "✓",
     Outcome.FAIL: "✗",
     Outcome.CRASH: "▲",
     Outcome.TIMEOUT: "◷",
+    Outcome.REFUTED: "≠",
+    Outcome.XFAIL: "!",
     Outcome.INCONCLUSIVE: "?",
     Outcome.UNSUPPORTED: "–",
     Outcome.NOT_EXERCISED: "○",
@@ -30,6 +32,8 @@ TONES = {
     Outcome.FAIL: "f",
     Outcome.CRASH: "f",
     Outcome.TIMEOUT: "f",
+    Outcome.REFUTED: "w",
+    Outcome.XFAIL: "w",
     Outcome.INCONCLUSIVE: "w",
     Outcome.UNSUPPORTED: "n",
     Outcome.NOT_EXERCISED: "n",
@@ -77,13 +81,14 @@ class Standing:
 
 def standing(results: Results) -> Standing:
     code, sentence = exit_code(results)
-    word, like = STANDINGS[code]
+    word, like = ("part of a run", Outcome.NOT_EXERCISED) if results.shard and code == 0 else STANDINGS[code]
     sentence = sentence.removeprefix(f"{word}: ")  # the word stands above it
     notes = []
     if not results.finished:
         notes.append(f"This run did not finish: only the {len(results.verdicts)} cells below were judged.")
     if results.unavailable and results.verdicts:
         notes.append(f"It stopped after {len(results.verdicts)} cells, which are shown below.")
+    notes += [f"Stale: {words}." for words in results.stale]
     return Standing(code, word, SYMBOLS[like], TONES[like], sentence, tuple(notes))
 
 

@@ -42,7 +42,7 @@ class Relation(Enum):
     GRAPHS = "the subject has compiled no more graphs than it claims"
     BYTES = "the cache takes 2 l g s d b numbers of the storage dtype, s as claimed: length, capacity or whole pages"
     POSITIONS = "a step multiplies weights for its new tokens only"
-    AFFINE = "the multiply-adds of equal steps grow with the depth by equal amounts, those of attention"
+    AFFINE = "the multiply-adds of equal steps grow with the depth by equal amounts, attention's at most"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ halves; RMSNorm, Zhang & Sennrich 2019 (1910.07467, eq. 4); gated MLP, Shazeer 2
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -146,12 +146,17 @@ def rms_norm(x: Array, gain: Array) -> Array:
 
 
 def decoder(
-    tokens: NDArray[np.int64], weights: Mapping[str, Array], config: Config, start: int = 0, how: Arithmetic = EXACT
+    tokens: NDArray[np.int64],
+    weights: Mapping[str, Array],
+    config: Config,
+    start: int = 0,
+    how: Arithmetic = EXACT,
+    attend: Callable[..., Attended] = attention,
 ) -> Array:
     """Logits ``(..., s - start, V)`` of the positions from ``start`` on, for token ids ``(..., s)``.
 
     Pre-norm blocks: ``x += attention(norm(x))``, then ``x += mlp(norm(x))``; a final norm; an untied LM head.
-    ``weights`` are float64, named as in ``tensors.weight_shapes``.
+    ``weights`` are float64, named as in ``tensors.weight_shapes``. ``attend`` is called as ``attention``.
     """
     positions = np.arange(tokens.shape[-1])
     x = weights["embed"][tokens]  # (..., s, width)
@@ -165,7 +170,7 @@ def decoder(
         values = _heads(how.product(normed, weights[at + "value"]), config.kv_heads)
         if config.positions == "rope":
             query, keys = how.stored(rope(query, positions)), how.stored(rope(keys, positions))
-        mixed = _merged(attention(query, keys, values, config, layer=layer, how=how).output)
+        mixed = _merged(attend(query, keys, values, config, layer=layer, how=how).output)
         x = how.stored(x + how.product(mixed, weights[at + "output"]))
         if config.mlp:
             normed = how.stored(rms_norm(x, weights[at + "norm_mlp"]))

@@ -31,12 +31,13 @@ def _refused(draw: Draw, config: Config, claims: Claims) -> Case:
     fresh = appends("a", sizes, batch, seed)
     steps: list[Step] = []
     length = 0
-    for append in fresh:
+    sure = draw(st.integers(0, len(fresh) - 1))  # behind this append there is one, if any is claimed
+    for number, append in enumerate(fresh):
         steps.append(append)
         length += append.counts[0]
         refused = refusals(config, claims, "a", (length,) * batch, seed + 77)
         if refused:
-            steps += draw(st.lists(st.sampled_from(refused), max_size=2))
+            steps += draw(st.lists(st.sampled_from(refused), min_size=int(number == sure), max_size=2))
     return Case((Program(config, fresh), Program(config, tuple(steps))))
 
 
