@@ -15,7 +15,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvconform import __version__, audit, audit_record, explain, gate, latency, presets, protocol, results, spec_page
+from kvconform import (
+    __version__,
+    audit,
+    audit_record,
+    explain,
+    gate,
+    latency,
+    power,
+    presets,
+    protocol,
+    results,
+    spec_page,
+)
 from kvconform import counterexample as counterexamples
 from kvconform.budget import BUDGETS, DEFAULT_BUDGET
 from kvconform.counterexample import Broken
@@ -34,7 +46,9 @@ from kvconform.verdict import Verdict
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case
 from kvconform_specs.clauses import BY_NAME, CHAPTERS
+from kvconform_specs.config import DTYPES
 from kvconform_specs.errors import SpecError
+from kvconform_specs.points import POINTS, point
 from kvconform_specs.program import Program
 
 EXIT_CODES = (
@@ -380,6 +394,24 @@ def spec(
         screen.print(escape(f"\n{chapter}: {CHAPTERS[chapter]}"))
         for one in (c for c in BY_NAME.values() if c.chapter == chapter):
             screen.print(escape(f"\n  {one.name} ({one.level.value}{', core' if one.core else ''})\n    {one.text}"))
+
+
+@app.command(name="power")
+def power_command(
+    dtype: Annotated[str, typer.Option(help=f"Known: {', '.join(DTYPES)}.")] = "float32",
+    write: Annotated[Path | None, typer.Option(help="Compute all dtypes and write the file that is shipped.")] = None,
+) -> None:
+    """Computes the power certificate: which wrong models each clause rejects, and to which it is blind."""
+    if write is not None:
+        write_atomically(write, power.shipped_as(power.certificate(name) for name in DTYPES))
+        return
+    point(next(iter(POINTS)), dtype)  # refuses a dtype that is not known
+    for row in power.certificate(dtype):
+        if row.note:
+            screen.print(f"{row.clause:30}{row.note}")
+        elif row.cases:
+            said = f"{row.rejected} of {row.tried}" if row.tried else "within the bound everywhere"
+            screen.print(f"{row.clause:30}{row.model:28}{said}{'  blind' if row.tried and not row.rejected else ''}")
 
 
 @app.command()

@@ -96,8 +96,8 @@ def truth(config: Config, seed: int) -> Truth:
     value = decoder(ids, exact, config)
     noise, rough = bounds.Noisy(bounds.STORAGE[config.dtype], seed=len(ids)), bounds.single(exact)
     # one run after another: eight at once take ten times the memory and are no faster
-    runs = np.stack([decoder(ids, rough, config, 0, noise) for _ in range(bounds.RUNS)])
-    return Truth(columns, value, bounds.decoder_bound(runs, value, noise.gain))
+    strays = [bounds.stray(decoder(ids, rough, config, 0, noise), value) for _ in range(bounds.RUNS)]
+    return Truth(columns, value, bounds.decoder_bound(strays, bounds.RUNS, noise.gain))
 
 
 def parity(subject: Subject, preset: Preset, seed: int, known: Truth) -> tuple[str, int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.resources import files
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ from kvconform.explain import ENOUGH
 from kvconform.judge import judge
 from kvconform.record import Done
 from kvconform.wire import Traces
+from kvconform_specs import SUITE_VERSION
 from kvconform_specs.claims import ABILITIES, Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clauses import ALL
@@ -317,3 +319,27 @@ def _drawn(clause: Clause, config: Config, claims: Claims, structures: int) -> l
 
     draw()
     return cases[1:] or cases
+
+
+# --- the certificate that is shipped ---
+STORED = "certificate.json"
+FIELDS = ("clause", "model", "cases", "tried", "rejected", "note")
+
+
+def stored(dtype: str) -> list[dict[str, Any]]:
+    """The certificate of this suite as it is shipped (a test computes it anew); empty where it is of another suite."""
+    shipped = msgspec.json.decode(files("kvconform").joinpath(STORED).read_bytes())
+    if shipped["suite"] != SUITE_VERSION:
+        return []
+    return [dict(zip(FIELDS, row, strict=True)) for row in shipped["power"].get(dtype, [])]
+
+
+def shipped_as(certificates: Iterable[list[Power]]) -> bytes:
+    """The text of the file: one line for each clause and model."""
+    power = {rows[0].dtype: [[getattr(row, name) for name in FIELDS] for row in rows] for rows in certificates}
+    lines = {
+        dtype: "[\n" + ",\n".join(msgspec.json.encode(row).decode() for row in rows) + "\n]"
+        for dtype, rows in power.items()
+    }
+    body = ",\n".join(f'"{dtype}": {text}' for dtype, text in lines.items())
+    return f'{{"suite": "{SUITE_VERSION}", "power": {{\n{body}\n}}}}\n'.encode()

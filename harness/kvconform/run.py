@@ -19,6 +19,7 @@ from kvconform.cell import Cell, run_cell
 from kvconform.lattice import measured
 from kvconform.ledger import EMPTY, Known, Ledger, Stale
 from kvconform.machine import machine
+from kvconform.power import stored
 from kvconform.results import Results, read
 from kvconform.storage import write_atomically
 from kvconform.subject import Infrastructure, Launch, Subject
@@ -153,6 +154,7 @@ def run_backend(
         if not results.unavailable:
             _write_vectors(subject, results, out / "vectors" / f"{name}.npz")
         results.lattice = measured(results.verdicts)
+        results.power = {dtype: stored(dtype) for dtype in plan.dtypes}
         results.finished = not results.unavailable
         results.write(path)
     return results

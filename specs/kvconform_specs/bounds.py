@@ -23,8 +23,8 @@ than ``r_j = min(p_j (exp(e_j) Z - 1), 1)``. Weights sum to one: none strays by 
 
     r'_j = min(r_j, sum_k r_k - r_j)        strays = min(sum_j r'_j |v_j|, |o| + max|v|)
 
-and the second bound on the strays holds because the output is a mean of values: it speaks where 16-bit scores of
-several hundred say nothing about the weights.
+and the second bound on the strays holds because the output is a mean of values. It speaks where scores of several
+hundred are rounded to 16 bits; where some ``e_j`` exceeds ``HOPELESS``, the first is not asked.
 
 *Sums.* Denominator and output are sums over the ``n`` visible keys, of error ``N a`` each. ``N = sqrt(n)``, since the
 suite draws K and V independently; ``N = n`` where keys repeat (all zero) and errors may all point one way. Then two
@@ -55,7 +55,7 @@ told by the attention profile.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -223,8 +223,13 @@ def single(weights: Mapping[str, Array]) -> dict[str, Array]:
     return {name: value.astype(np.float32) for name, value in weights.items()}
 
 
-def decoder_bound(runs: Array, value: Array, gain: float) -> Array:
-    """``C sigma`` for each position, ``(..., t, 1)``, from noisy logits ``(RUNS, ..., t, V)`` about the exact ones."""
-    strays = runs - value
-    variance = np.mean(np.square(strays, out=strays), axis=(0, -1))
-    return np.asarray(C / gain * np.sqrt(variance))[..., None]
+def stray(run: Array, value: Array) -> Array:
+    """Mean square over the vocabulary of how far a noisy run ``(..., t, V)`` strays from the exact logits."""
+    error = run - value
+    return np.asarray(np.mean(np.square(error, out=error), axis=-1))
+
+
+def decoder_bound(strays: Sequence[Array], runs: int, gain: float) -> Array:
+    """``C sigma`` for each position, ``(..., t, 1)``, from the strays of noisy runs. With fewer of them than ``runs``
+    it is a lower bound of what all would give: the others are taken not to have strayed."""
+    return np.asarray(C / gain * np.sqrt(sum(strays) / runs))[..., None]

@@ -201,7 +201,7 @@ class _Solution:
         return made
 
     def _stray(self, x: Array, length: int) -> Array:
-        steps = bounds.quantisation_error(x.astype(np.float64), self.precision)  # (n, g, s, 1)
+        steps = bounds.quantisation_error(x.astype(np.float64), self.precision, self.program.config.dtype)
         return np.where(np.arange(length)[:, None] < length - self.precision.residual, steps, 0.0) + np.zeros(x.shape)
 
 
@@ -281,9 +281,9 @@ class _Decoder(_Group):
         runs = bounds.RUNS if kind == "bound" else 1
         while len(self._strays) < runs:
             run = decoder(self._tokens, self._rough, self.config, self.start, self._noise)
-            self._strays.append(np.mean(np.square(run - self._value), axis=-1))
+            self._strays.append(bounds.stray(run, self._value))
         counted = len(self._strays) if kind == "likely" else bounds.RUNS
-        return np.asarray(bounds.C / self._noise.gain * np.sqrt(sum(self._strays) / counted))[..., None]
+        return bounds.decoder_bound(self._strays, counted, self._noise.gain)
 
 
 @lru_cache(maxsize=8)
