@@ -6,25 +6,35 @@ from pathlib import Path
 
 import pytest
 
-from kvconform.budget import BUDGETS
+from kvconform.budget import BUDGETS, Budget
 from kvconform.pairwise import pairs
 from kvconform.results import Results, exit_code
 from kvconform.run import Plan, named_configs, run_backend
 from kvconform.subject import Launch
 from kvconform.verdict import Outcome
+from kvconform_specs.clause import Level
+from kvconform_specs.clauses import ALL, BY_NAME, CHAPTERS
 
 pytest.importorskip("torch", reason="the backends of the suite need torch")
 
+BRIEF = Budget("brief", structures=6, variants=3, seconds=60.0)
+"""Less than any budget that a run is offered: every cell is tried here, and the CI's own runs try harder."""
 EVERY, TWO = ("attention", "decoder"), ("attention-gqa", "decoder-rope")
 CLEAN = {
-    "numpy": (("float32",), EVERY),
-    "eager": (("float32",), EVERY),
-    "eager-static": (("float32",), TWO),
-    "onnx": (("float32",), TWO),  # an export takes seconds a config, a compilation takes more
-    "compiled": (("float32",), TWO),
+    "eager": EVERY,
+    "eager-static": EVERY,
+    "onnx": TWO,  # an export takes seconds a config, a compilation takes more
+    "compiled": ("attention-gqa", "decoder-softcap"),
+    "numpy": EVERY,
 }
-UNCLAIMED = {"compiled": {"equivalence.full-stable"}}
-"""Clauses that a backend's claims leave out: a cache-less forward would double the graphs to compile."""
+LACKS = {
+    "eager": "ragged, left padding, poison, poison-safe slots, alias, bound on graphs",
+    "eager-static": "functional, poison-safe slots, alias, bound on graphs",
+    "onnx": "ragged, left padding, work, poison, poison-safe slots, alias, bound on graphs",
+    "compiled": "full, functional, ragged, left padding, mask, work, poison, poison-safe slots, alias",
+    "numpy": "ragged, left padding, poison, poison-safe slots, alias, bound on graphs",
+}
+"""What a backend does not claim, out of what clauses need; none of these here has pages or is quantised."""
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +43,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def judged(name: str, dtypes: tuple[str, ...], configs: tuple[str, ...], folder: Path) -> Results:
-    plan = Plan(BUDGETS["smoke"], seed=7, dtypes=dtypes, configs=configs)
-    return run_backend(name, Launch(name), plan, folder)
+    # a refuted guarantee is confirmed by a new process, which compiles all over again
+    chapters = tuple(chapter for chapter in CHAPTERS if name != "compiled" or chapter != "determinism")
+    return run_backend(name, Launch(name), Plan(BRIEF, 7, dtypes, chapters, configs), folder)
 
 
 def assert_clean(results: Results) -> None:
-    left_out = UNCLAIMED.get(results.backend, set())
-    bad = [v for v in results.verdicts if v.outcome is not Outcome.PASS and v.clause not in left_out]
+    """Every cell passed but those that its claims leave out; a guarantee that is only measured may be refuted."""
+    lacks = {*LACKS[results.backend].split(", "), "pages", "quantised cache", "residual window"}
+    left_out = {clause.name for clause in ALL if lacks & {*clause.needs}}
+    bad = [
+        v
+        for v in results.verdicts
+        if v.outcome is not (Outcome.UNSUPPORTED if v.clause in left_out else Outcome.PASS)
+        and not (v.outcome is Outcome.REFUTED and BY_NAME[v.clause].level is Level.SHOULD)
+    ]
     assert not bad, "\n".join(f"{v.clause} [{v.config}]: {v.outcome.value}: {v.sentence}" for v in bad)
-    assert {v.clause for v in results.verdicts if v.outcome is Outcome.UNSUPPORTED} == left_out
-    assert exit_code(results)[0] == 0, results.unavailable
+    assert exit_code(results)[0] == 0, exit_code(results)[1]
 
 
 @pytest.mark.parametrize("name", CLEAN)
 def test_a_clean_backend_is_conformant_with_every_cell_passed(name: str, folder: Path) -> None:
-    results = judged(name, *CLEAN[name], folder)
+    results = judged(name, ("float32",), CLEAN[name], folder)
     assert_clean(results)
     for witness in results.witnesses.values():
         assert not witness.get("fallback"), witness

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kvconform_specs.bounds import Noisy, single
 from kvconform_specs.config import Config
 from kvconform_specs.definition import attention, decoder, rms_norm, rope, visible
 from kvconform_specs.oracle import expect
@@ -18,42 +19,128 @@ from kvconform_specs.tensors import Streams, weights
 RNG = np.random.default_rng(0)
 
 
-def textbook(query: np.ndarray, keys: np.ndarray, values: np.ndarray, config: Config) -> np.ndarray:
+def textbook(
+    query: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    config: Config,
+    layer: int = 0,
+    mask: np.ndarray | None = None,
+) -> np.ndarray:
     """One sequence: ``(h, t, d)`` queries at the end of ``(g, s, d)`` keys, one number at a time."""
     h, t, d = query.shape
     s = keys.shape[1]
     out = np.zeros((h, t, d))
+    windowed = config.window is not None and layer % config.window_every == 0
     for head in range(h):
         shared = head // (h // config.kv_heads)
         for row in range(t):
             position = s - t + row
             scores = {}
             for j in range(s):
-                if j > position or (config.window is not None and position - j >= config.window):
+                if j > position or (windowed and position - j >= config.window):
+                    continue
+                if mask is not None and not mask[row, j]:
                     continue
                 score = sum(query[head, row, e] * keys[shared, j, e] for e in range(d))
                 score *= 1 / math.sqrt(d) if config.scale is None else config.scale
                 if config.softcap is not None:
                     score = config.softcap * math.tanh(score / config.softcap)
+                if config.positions == "alibi":
+                    score -= 2 ** (-8 * (head + 1) / h) * (position - j)
                 scores[j] = score
             total = sum(math.exp(score) for score in scores.values())
+            if config.sink is not None:
+                total += math.exp(config.sink * (head + 1) / h)
             for j, score in scores.items():
                 out[head, row] += math.exp(score) / total * values[shared, j]
     return out
 
 
-@pytest.mark.parametrize("name", [name for name, c in POINTS.items() if c.profile == "attention"])
+def drawn(c: Config, t: int, s: int, *batch: int) -> list[np.ndarray]:
+    return [RNG.normal(size=(*batch, n, m, c.head_dim)) for n, m in ((c.heads, t), (c.kv_heads, s), (c.kv_heads, s))]
+
+
+def close(got: np.ndarray, want: np.ndarray, s: int, c: Config, values: np.ndarray) -> bool:
+    """Both sides are float64: s products and exponentials of one rounding each."""
+    return bool(np.max(np.abs(got - want)) < (s + c.head_dim) * 8 * 2.0**-53 * np.max(np.abs(values)))
+
+
+ALL = Config(
+    "attention", heads=6, kv_heads=2, head_dim=5, window=3, softcap=2.0, sink=-0.7, scale=0.6, positions="alibi"
+)
+SEMANTICS = {
+    **{name: c for name, c in POINTS.items() if c.profile == "attention"},
+    "alibi": Config("attention", heads=4, kv_heads=2, head_dim=6, positions="alibi"),
+    "sink of zero": Config("attention", heads=3, kv_heads=3, head_dim=4, sink=0.0),
+    "hybrid": replace(ALL, window_every=2),
+    "all": ALL,
+}
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("name", SEMANTICS)
 @pytest.mark.parametrize(("t", "s"), [(1, 1), (1, 9), (4, 4), (5, 12)])
-def test_attention_is_the_textbook(name: str, t: int, s: int) -> None:
-    c = POINTS[name]
-    query, keys, values = (
-        RNG.normal(size=(n, m, c.head_dim)) for n, m in ((c.heads, t), (c.kv_heads, s), (c.kv_heads, s))
-    )
-    got = attention(query, keys, values, c).output
-    # both sides are float64: s products and exponentials of one rounding each
-    assert np.max(np.abs(got - textbook(query, keys, values, c))) < (s + c.head_dim) * 8 * 2.0**-53 * np.max(
-        np.abs(values)
-    )
+def test_attention_is_the_textbook(name: str, t: int, s: int, layer: int) -> None:
+    c = SEMANTICS[name]
+    parts = drawn(c, t, s)
+    assert close(attention(*parts, c, layer=layer).output, textbook(*parts, c, layer), s, c, parts[2])
+
+
+@pytest.mark.parametrize("term", ["window", "softcap", "sink", "scale", "positions"])
+def test_each_term_of_the_config_is_in_the_result(term: str) -> None:
+    none = {"window": None, "softcap": None, "sink": None, "scale": None, "positions": "none"}
+    parts = drawn(ALL, 4, 9)
+    without = attention(*parts, replace(ALL, **{term: none[term]})).output
+    assert np.max(np.abs(without - attention(*parts, ALL).output)) > 1e-3
+
+
+@pytest.mark.parametrize("name", SEMANTICS)
+def test_a_mask_joins_causality_and_window(name: str) -> None:
+    c = SEMANTICS[name]
+    query, keys, values = drawn(c, 5, 9, 3)
+    mask = RNG.random((3, 1, 5, 9)) < 0.6
+    mask[1, :, 2] = False
+    got = attention(query, keys, values, c, mask=mask)
+    for n in range(3):
+        assert close(got.output[n], textbook(query[n], keys[n], values[n], c, mask=mask[n, 0]), 9, c, values)
+    assert np.all(got.output[1, :, 2] == 0)
+    shown = np.broadcast_to(got.visible, got.weights.shape)
+    assert np.all(got.weights[~shown] == 0)
+    assert np.all(got.weights[shown] > 0)
+    by_key = attention(query, keys, values, c, mask=mask[0, 0, 0])
+    assert np.array_equal(by_key.output, attention(query, keys, values, c, mask=mask[:1, :, :1]).output)
+
+
+@pytest.mark.parametrize("sink", [None, 1.0, -500.0])
+def test_a_query_that_sees_nothing_gives_exactly_zero(sink: float | None) -> None:
+    """Warnings are errors in these tests: there is none, either."""
+    c = replace(POINTS["attention-gqa"], sink=sink)
+    parts = drawn(c, 2, 7)
+    assert np.all(attention(*parts, c, mask=np.zeros((2, 7), bool)).output == 0)
+    assert np.all(attention(*parts, replace(c, window=2), at=20).output == 0)
+
+
+@pytest.mark.parametrize("name", SEMANTICS)
+def test_blocks_of_queries_are_the_whole(name: str) -> None:
+    c = SEMANTICS[name]
+    query, keys, values = drawn(c, 13, 13, 2)
+    mask = RNG.random((2, 1, 13, 13)) < 0.8
+    whole = attention(query, keys, values, c, mask=mask).output
+    for at, stop in ((0, 1), (0, 5), (5, 12), (12, 13)):
+        part = attention(query[:, :, at:stop], keys, values, c, at=at, mask=mask[:, :, at:stop]).output
+        assert close(part, whole[:, :, at:stop], 13, c, values)
+
+
+@pytest.mark.parametrize("name", SEMANTICS)
+def test_attention_is_causal(name: str) -> None:
+    c = SEMANTICS[name]
+    query, keys, values = drawn(c, 9, 9)
+    whole = attention(query, keys, values, c).output
+    keys[:, 6], values[:, 6] = RNG.normal(size=(2, c.kv_heads, c.head_dim))
+    moved = np.max(np.abs(attention(query, keys, values, c).output - whole), axis=(0, 2))
+    assert np.all(moved[:6] == 0)
+    assert np.all(moved[6 : 6 + (c.window or 3)] > 0)
 
 
 def test_a_window_counts_the_token_itself() -> None:
@@ -99,6 +186,45 @@ def test_the_decoder_is_causal_and_prefix_stable(name: str) -> None:
     moved = np.max(np.abs(decoder(changed, w, c) - whole), axis=-1)
     assert np.all(moved[:11] == 0)
     assert moved[11] > 0
+
+
+def test_layers_of_a_hybrid_decoder_have_their_own_window() -> None:
+    """Layers 0 and 2 of three see 5 tokens, layer 1 sees all: how far a change is felt tells which layer sees it."""
+    c = POINTS["decoder-learned"]
+    assert [c.window_of(layer) for layer in range(3)] == [5, None, 5]
+    assert _reach(c) == 20
+    assert _reach(replace(c, window_every=1)) == 3 * 4 + 1
+    assert _reach(replace(c, window_every=3)) == 20
+    assert _reach(replace(c, layers=1)) == 5
+
+
+def _reach(c: Config) -> int:
+    """How many positions, its own included, a change of token 0 moves."""
+    w = {k: v.astype(np.float64) for k, v in weights(c).items()}
+    tokens = Streams(c, 20, (0,)).tape(3)[0]
+    changed = tokens.copy()
+    changed[0] = (changed[0] + 1) % c.vocabulary
+    return int(np.count_nonzero(np.max(np.abs(decoder(changed, w, c) - decoder(tokens, w, c)), axis=-1) > 0))
+
+
+@pytest.mark.parametrize("changes", [{"sink": 1.0}, {"positions": "alibi"}, {"softcap": 1.0}])
+def test_the_decoder_uses_what_attention_does(changes: dict[str, object]) -> None:
+    c = replace(POINTS["decoder-rope"], positions="none")
+    w = {k: v.astype(np.float64) for k, v in weights(c).items()}
+    tokens = Streams(c, 12, (0,)).tape(3)[0]
+    moved = np.max(np.abs(decoder(tokens, w, replace(c, **changes)) - decoder(tokens, w, c)), axis=-1)
+    assert np.all(moved[1:] > 1e-3)
+
+
+@pytest.mark.parametrize("name", ["decoder-rope", "decoder-learned", "decoder-softcap"])
+def test_noisy_arithmetic_strays_and_no_more(name: str) -> None:
+    c = replace(POINTS[name], sink=0.5)
+    w = {k: v.astype(np.float64) for k, v in weights(c).items()}
+    tokens = Streams(c, 12, (0,)).tape(3)[0]
+    exact = decoder(tokens, w, c)
+    noisy = decoder(tokens, single(w), c, how=Noisy(2.0**-13, seed=1))
+    assert noisy.dtype == np.float32
+    assert 1e-5 < np.sqrt(np.mean(np.square(noisy - exact))) / np.sqrt(np.mean(np.square(exact))) < 1e-2
 
 
 def test_an_offset_is_a_cut() -> None:

@@ -26,22 +26,31 @@ from torch.utils._triton import has_triton
 
 from kvconform.backend import Unavailable
 from kvconform_backends.eager import Buffers, EagerStatic
-from kvconform_backends.torch_decoder import Decoder, attention, visible
+from kvconform_backends.torch_decoder import Decoder, attention, masks
 from kvconform_specs.config import Config
 
 Array = NDArray[Any]
 Step = Callable[[list[Tensor], Tensor, list[Tensor], list[Tensor]], Tensor]
 """Inputs, positions ``(t,)`` and each layer's key and value buffers, which it writes, to the output."""
 
-RECOMPILES = 64
-"""Graphs that all subjects in one process may have: the limit is per code object, and they share the step's code."""
+RECOMPILES = 128
+"""Graphs that all subjects in one process may have: the limit is per code object, and they share the step's code.
+Each config may be asked for in three dtypes, and makes four graphs in each."""
+LEFT_OUT = ("full", "ragged", "mask", "work", "poison")
 
 
 class Compiled(EagerStatic):
-    """The buffers of ``eager-static``; ``full`` is not claimed, since it would double the graphs to compile."""
+    """The buffers of ``eager-static``, whose rows grow alike here.
+
+    Not claimed: ``full``, ragged rows and the caller's mask, each of which would double the graphs to compile;
+    ``work``, which torch counts of eager operators only; ``poison``, which the same buffers answer in ``eager-static``.
+    """
 
     claims = replace(
-        EagerStatic.claims, abilities=tuple(name for name in EagerStatic.claims.abilities if name != "full")
+        EagerStatic.claims,
+        abilities=(*(name for name in EagerStatic.claims.abilities if name not in LEFT_OUT), "graphs"),
+        padding=("right",),
+        max_graphs=4,
     )
 
     def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
@@ -61,7 +70,7 @@ class Compiled(EagerStatic):
         torch._dynamo.config.recompile_limit = RECOMPILES
         # the numbers of a config are constants: dynamic=True would make inputs of them, too
         torch._dynamo.config.specialize_int = torch._dynamo.config.specialize_float = True
-        self.graphs = self.calls = self.runs = 0
+        self.built = self.calls = self.runs = 0
         self.classes: set[tuple[bool, bool]] = set()
         self.fallback: str | None = None
         step = stepper(config, self.decoder, self.places)
@@ -70,7 +79,7 @@ class Compiled(EagerStatic):
     def inductor(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         """The default backend of torch.compile, with a count of graphs and of their runs."""
         compiled: Any = compile_fx(graph, examples)
-        self.graphs += 1
+        self.built += 1
 
         def run(*args: Any) -> Any:
             self.runs += 1
@@ -79,14 +88,18 @@ class Compiled(EagerStatic):
         return run
 
     @torch.no_grad()
-    def step(self, cache: Buffers, *inputs: Array) -> tuple[Array, Buffers]:
-        t = self.admit(inputs, cache.batch, cache.length)
+    def step(self, cache: Buffers, *inputs: Array) -> tuple[Array, Buffers]:  # type: ignore[override]
+        past = cache.lengths[0]
+        t = self.admit(inputs, cache.batch, past)
         # clone: canonical strides, also of axes of size 1, where numpy's may be anything and would ask for a new graph
         given = [self.tensor(x).clone(memory_format=torch.contiguous_format) for x in inputs]
         self.prepare(cache.batch, t)
-        output = self.call(given, cache.length, t, cache)
-        cache.length += t
+        output = self.call(given, past, t, cache)
+        cache.lengths = [past + t] * cache.batch
         return self.array(output), cache
+
+    def graphs(self) -> int:
+        return self.built
 
     def prepare(self, batch: int, t: int) -> None:
         """Compiles the class of these sizes at its first use, always from the same example.
@@ -127,8 +140,8 @@ class Compiled(EagerStatic):
         return {
             **super().witness(),
             "compiler": self.compiler,
-            "graphs": self.graphs,
-            "recompilations": max(0, self.graphs - 1),
+            "graphs": self.built,
+            "recompilations": max(0, self.built - 1),
             "graph_breaks": sum(counters["graph_break"].values()),
             "graphs_from_cache": counters["inductor"]["fxgraph_cache_hit"],
             "calls": self.calls,
@@ -141,12 +154,12 @@ def stepper(config: Config, decoder: Decoder | None, places: Tensor) -> Step:
     """The step as a function of tensors alone: no Python number changes from call to call, so none becomes a guard."""
 
     def step(given: list[Tensor], positions: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        mask = visible(positions, places, config.window)  # (t, capacity)
+        made = masks(config, positions, places)  # (t, capacity) each
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys[layer].index_copy_(2, positions, key)
             values[layer].index_copy_(2, positions, value)
-            return attention(config, query, keys[layer], values[layer], mask)
+            return attention(config, query, keys[layer], values[layer], made[layer])
 
         if decoder is None:
             return attend(0, *given)

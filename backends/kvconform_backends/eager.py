@@ -5,36 +5,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.attention import SDPBackend
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from kvconform.backend import Unavailable
-from kvconform_backends.torch_decoder import DTYPES, Attend, Decoder, attention, visible
+from kvconform_backends.torch_decoder import DTYPES, Attend, Decoder, attention, masks
+from kvconform_backends.validation import check_counts, check_inputs, check_rows
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 
 Array = NDArray[Any]
+Index = tuple[Any, ...]
 
-CLAIMS = Claims(
+COMMON = Claims(
     profiles=("attention", "decoder"),
-    abilities=("full", "length", "truncate", "fork", "reorder", "reset"),
+    abilities=(
+        "full", "length", "room", "truncate", "fork", "reorder", "reset", "refusal", "mask", "contents", "bytes",
+        "work",
+    ),
     dtypes=("float32", "bfloat16", "float16"),
     devices=("cpu", "cuda"),
     overflow="refused",
-)
+)  # fmt: skip
 
 
 class Torch:
     """What both caches share: numpy to torch and back, the forward without a cache, and the witness."""
 
-    claims = CLAIMS
+    claims = COMMON
 
     def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
         if device == "cuda" and not torch.cuda.is_available():
@@ -48,51 +56,80 @@ class Torch:
         self.decoder = Decoder(config, weights, device).eval() if config.profile == "decoder" else None
         self.places = torch.arange(config.capacity, device=device)
         self.seen_on: str | None = None  # the device of the last output
+        self.counted = 0  # multiply-adds of the last metered step
 
     def full(self, *inputs: Array) -> Array:
-        t = inputs[0].shape[-1 if self.decoder else -2]
-        places = self.places[:t]
-        mask = visible(places, places, self.config.window)  # (t, t)
-        return self.run(inputs, places, lambda _layer, q, k, v: attention(self.config, q, k, v, mask))
+        places = self.places[: self.admit(inputs, None, 0)]
+        made = masks(self.config, places, places)
+        return self.run(inputs, places, lambda layer, q, k, v: attention(self.config, q, k, v, made[layer]))
+
+    def admit(self, inputs: tuple[Array, ...], batch: int | None, length: int) -> int:
+        """How many tokens come. Raises TypeError or ValueError where they are malformed or exceed the capacity."""
+        t = check_inputs(self.config, batch, inputs)
+        self.check_room(length, t)
+        return t
+
+    def check_room(self, length: int, t: int) -> None:
+        if length + t > self.config.capacity:
+            raise ValueError(f"{length} + {t} tokens exceed the capacity of {self.config.capacity}")
 
     @torch.inference_mode()
-    def run(self, inputs: tuple[Array, ...], positions: Tensor, attend: Attend) -> Array:
+    def run(self, inputs: tuple[Array, ...], positions: Tensor, attend: Attend, metered: bool = False) -> Array:
         """The new tokens' output, whose attention goes through ``attend``: layer 0 alone, or the decoder's layers."""
-        if self.decoder is None:
-            query, key, value = (self.tensor(x) for x in inputs)
-            return self.array(attend(0, query, key, value))
-        return self.array(self.decoder(self.tensor(inputs[0]), positions, attend))
+        with self.meter() if metered else nullcontext():
+            if self.decoder is None:
+                query, key, value = (self.tensor(x) for x in inputs)
+                output = attend(0, query, key, value)
+            else:
+                output = self.decoder(self.tensor(inputs[0]), positions, attend)
+        return self.array(output)
+
+    @contextmanager
+    def meter(self) -> Iterator[None]:
+        """Counts multiply-adds: every matrix product's, ``2 * m * n * k`` FLOPs being ``m * n * k`` of them.
+
+        torch's counter does not know the fused kernel of CPU attention and takes it for 0 FLOPs. A metered step
+        therefore attends by SDPA's two plain matrix products, which read the same keys.
+        """
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            yield
+        self.counted = counter.get_total_flops() // 2
+
+    def work(self) -> int:
+        return self.counted
 
     def tensor(self, x: Array) -> Tensor:
         """Without a copy where torch can share the memory; nothing below keeps or writes it."""
         shared = torch.from_numpy(x if x.flags.writeable else x.copy())  # torch warns of memory it must not write
-        return shared.to(self.device, self.dtype if shared.is_floating_point() else None)
+        return shared.to(self.device, self.dtype if shared.is_floating_point() else torch.int64)
 
     def array(self, x: Tensor) -> Array:
         self.seen_on = x.device.type
         widened: Array = x.float().cpu().numpy()
         return widened
 
-    def admit(self, inputs: tuple[Array, ...], batch: int, length: int) -> int:
-        """How many tokens come. Raises ValueError where the rows differ or the capacity is exceeded."""
-        t = int(inputs[-1].shape[-2 if len(inputs) == 3 else -1])
-        if inputs[-1].shape[0] != batch:
-            raise ValueError(f"{inputs[-1].shape[0]} rows for a cache of {batch}")
-        if length + t > self.config.capacity:
-            raise ValueError(f"{length} + {t} tokens exceed the capacity of {self.config.capacity}")
-        return t
+    def seen(self, mask: Array | None, batch: int, s: int) -> Tensor | None:
+        """The caller's mask ``(b, s)``. Raises ValueError for another shape, TypeError for another dtype."""
+        if mask is None:
+            return None
+        if mask.dtype != np.bool_:
+            raise TypeError(f"the mask is {mask.dtype}, want bool")
+        if mask.shape != (batch, s):
+            raise ValueError(f"the mask has the shape {mask.shape}, want {(batch, s)}: rows, cached and new tokens")
+        return torch.from_numpy(mask.copy()).to(self.device)
 
     def witness(self) -> dict[str, Any]:
         c = self.config
         query = torch.zeros(1, c.heads, 2, c.head_dim, dtype=self.dtype, device=self.device)
         keys = torch.zeros(1, c.kv_heads, 2, c.head_dim, dtype=self.dtype, device=self.device)
-        mask = visible(self.places[:2], self.places[:2], None)
+        mask = masks(c, self.places[:2], self.places[:2])[0]
         choice = torch._fused_sdp_choice(query, keys, keys, mask, enable_gqa=c.group > 1)
+        unfit = [name for name in ("softcap", "sink") if getattr(c, name) is not None]
         return {
             "torch": torch.__version__,
             "device": self.seen_on,
             "threads": torch.get_num_threads(),
-            "sdpa": "not used: softcap" if c.softcap is not None else SDPBackend(choice).name,
+            "sdpa": f"not used: {' and '.join(unfit)}" if unfit else SDPBackend(choice).name,
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         }
 
@@ -104,47 +141,61 @@ Past = tuple[tuple[Tensor, Tensor], ...]
 class Eager(Torch):
     """Past tuples: every step concatenates and returns new ones, none is ever written again."""
 
+    claims = replace(COMMON, abilities=(*COMMON.abilities, "functional"), memory="length")
+
     def start(self, batch: int) -> Past:
         c = self.config
         empty = torch.zeros(batch, c.kv_heads, 0, c.head_dim, dtype=self.dtype, device=self.device)
         return ((empty, empty),) * c.layers
 
-    def step(self, cache: Past, *inputs: Array) -> tuple[Array, Past]:
+    def step(self, cache: Past, *inputs: Array, mask: Array | None = None, metered: bool = False) -> tuple[Array, Past]:
         batch, _, past, _ = cache[0][0].shape
         s = past + self.admit(inputs, batch, past)
         positions = self.places[past:s]
-        mask = self.mask(positions, s)
+        made = self.masks(positions, s, self.seen(mask, batch, s))
         grown: list[tuple[Tensor, Tensor]] = []
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys = torch.cat((cache[layer][0], key), dim=2)  # (b, g, s, d)
             values = torch.cat((cache[layer][1], value), dim=2)
             grown.append((keys, values))
-            return attention(self.config, query, keys, values, mask)
+            return attention(self.config, query, keys, values, made[layer])
 
-        output = self.run(inputs, positions, attend)
+        output = self.run(inputs, positions, attend, metered)
         return output, tuple(grown)
 
-    def mask(self, positions: Tensor, s: int) -> Tensor | None:
+    def masks(self, positions: Tensor, s: int, seen: Tensor | None) -> Sequence[Tensor | None]:
         """Never ``is_causal``: torch aligns it top-left, so that on a cache a chunk would see its own future."""
-        if len(positions) == 1 and self.config.window is None:
-            return None  # the newest token sees all there is
-        return visible(positions, self.places[:s], self.config.window)
+        c = self.config
+        if len(positions) == 1 and c.window is None and c.positions != "alibi" and seen is None:
+            return [None] * c.layers  # the newest token sees all there is
+        return masks(c, positions, self.places[:s], seen)
 
     def length(self, cache: Past) -> list[int]:
         batch, _, s, _ = cache[0][0].shape
         return [s] * batch
 
+    def room(self, cache: Past) -> list[int]:
+        return [self.config.capacity - s for s in self.length(cache)]
+
+    def contents(self, cache: Past) -> list[list[tuple[Array, Array]]]:
+        return [[(copied(k), copied(v)) for k, v in zip(*layer, strict=True)] for layer in cache]
+
+    def bytes(self, cache: Past) -> int:
+        return sum(x.untyped_storage().nbytes() for layer in cache for x in layer)
+
     def truncate(self, cache: Past, length: int) -> Past:
         s = cache[0][0].shape[2]
         if not 0 <= length <= s:
             raise ValueError(f"cannot keep {length} of {s} tokens")
-        return tuple((k[:, :, :length], v[:, :, :length]) for k, v in cache)
+        # a copy: a view would keep the memory of what is forgotten
+        return tuple((k[:, :, :length].clone(), v[:, :, :length].clone()) for k, v in cache)
 
     def fork(self, cache: Past) -> Past:
         return cache
 
     def reorder(self, cache: Past, rows: list[int]) -> Past:
+        check_rows(rows, cache[0][0].shape[0])
         return tuple((k[rows], v[rows]) for k, v in cache)
 
     def reset(self, cache: Past) -> Past:
@@ -153,60 +204,121 @@ class Eager(Torch):
 
 @dataclass
 class Buffers:
-    """A static cache: keys and values of every layer, ``(b, g, capacity, d)`` each, of which ``length`` is written."""
+    """A static cache: keys and values of every layer, ``(b, g, capacity, d)`` each, and the tokens each row holds."""
 
     keys: list[Tensor]
     values: list[Tensor]
-    length: int = 0
+    lengths: list[int]
 
     @property
     def batch(self) -> int:
-        return self.keys[0].shape[0]
+        return len(self.lengths)
 
 
 class EagerStatic(Torch):
     """A buffer of ``capacity`` slots, written in place. The mask hides what slots past the length hold."""
+
+    claims = replace(
+        COMMON, abilities=(*COMMON.abilities, "ragged", "poison"), padding=("right", "left"), memory="capacity"
+    )
 
     def start(self, batch: int) -> Buffers:
         c = self.config
         shape = (batch, c.kv_heads, c.capacity, c.head_dim)
         # zeros, not empty: a masked slot weighs 0, and 0 * NaN of uninitialised memory is NaN
         made = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2 * c.layers)]
-        return Buffers(made[::2], made[1::2])
+        return Buffers(made[::2], made[1::2], [0] * batch)
 
-    def step(self, cache: Buffers, *inputs: Array) -> tuple[Array, Buffers]:
-        past = cache.length
-        s = past + self.admit(inputs, cache.batch, past)
-        positions = self.places[past:s]
-        mask = visible(positions, self.places, self.config.window)  # (t, capacity): the unwritten tail is future
+    def step(
+        self,
+        cache: Buffers,
+        *inputs: Array,
+        counts: Array | None = None,
+        padding: str = "right",
+        mask: Array | None = None,
+        metered: bool = False,
+    ) -> tuple[Array, Buffers]:
+        t = check_inputs(self.config, cache.batch, inputs)
+        added = [t] * cache.batch if counts is None else check_counts(counts, cache.batch, t)
+        for length, count in zip(cache.lengths, added, strict=True):
+            self.check_room(length, count)
+        lengths = [length + count for length, count in zip(cache.lengths, added, strict=True)]
+        seen = self.seen(mask, cache.batch, max(lengths))
+        if seen is not None:
+            seen = functional.pad(seen, (0, self.config.capacity - seen.shape[1]))
+        positions, slots, columns = self.place(cache.lengths, added, t, padding)
+        made = masks(self.config, positions, self.places, seen)  # ([b, 1,] t, capacity): the unwritten tail is future
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = cache.keys[layer], cache.values[layer]
-            keys[:, :, past:s] = key
-            values[:, :, past:s] = value
-            return attention(self.config, query, keys, values, mask)
+            keys[slots] = key[columns]
+            values[slots] = value[columns]
+            return attention(self.config, query, keys, values, made[layer])
 
-        output = self.run(inputs, positions, attend)
-        cache.length = s  # only now: a step that raised has added nothing
+        output = self.run(inputs, positions, attend, metered)
+        cache.lengths = lengths  # only now: a step that raised has added nothing
         return output, cache
 
+    def place(self, lengths: list[int], added: list[int], t: int, padding: str) -> tuple[Tensor, Index, Index]:
+        """Positions of the step's columns, the slots that are written, and the columns that are written there.
+
+        Positions are ``(t,)`` where all rows are as long and grow alike, else ``(b, t)``, 0 where there is no token.
+        """
+        every, past = slice(None), lengths[0]
+        if len(set(lengths)) == 1 and min(added) == t:
+            return self.places[past : past + t], (every, every, slice(past, past + t)), (every,)
+        old, count = torch.tensor([lengths, added], device=self.device)[:, :, None]  # (b, 1) each
+        # which of its row's new tokens a column holds, (b, t)
+        number = torch.arange(t, device=self.device) - (t - count if padding == "left" else 0)
+        held = (number >= 0) & (number < count)
+        positions = torch.where(held, old + number, 0)
+        row, column = held.nonzero(as_tuple=True)
+        return positions, (row, every, positions[row, column]), (row, every, column)
+
     def length(self, cache: Buffers) -> list[int]:
-        return [cache.length] * cache.batch
+        return list(cache.lengths)
+
+    def room(self, cache: Buffers) -> list[int]:
+        return [self.config.capacity - length for length in cache.lengths]
+
+    def contents(self, cache: Buffers) -> list[list[tuple[Array, Array]]]:
+        return [
+            [(copied(k[row, :, :s]), copied(v[row, :, :s])) for row, s in enumerate(cache.lengths)]
+            for k, v in zip(cache.keys, cache.values, strict=True)
+        ]
+
+    def poison(self, cache: Buffers, keys: float | None, values: float | None) -> None:
+        for number, buffers in ((keys, cache.keys), (values, cache.values)):
+            if number is not None:
+                for buffer in buffers:
+                    for row, length in enumerate(cache.lengths):
+                        buffer[row, :, length:] = number
+
+    def bytes(self, cache: Buffers) -> int:
+        return sum(x.untyped_storage().nbytes() for x in (*cache.keys, *cache.values))
 
     def truncate(self, cache: Buffers, length: int) -> Buffers:
-        if not 0 <= length <= cache.length:
-            raise ValueError(f"cannot keep {length} of {cache.length} tokens")
-        cache.length = length
+        if not 0 <= length <= min(cache.lengths):
+            raise ValueError(f"cannot keep {length} of {min(cache.lengths)} tokens")
+        cache.lengths = [length] * cache.batch
         return cache
 
     def fork(self, cache: Buffers) -> Buffers:
-        return Buffers([k.clone() for k in cache.keys], [v.clone() for v in cache.values], cache.length)
+        return Buffers([k.clone() for k in cache.keys], [v.clone() for v in cache.values], list(cache.lengths))
 
     def reorder(self, cache: Buffers, rows: list[int]) -> Buffers:
+        check_rows(rows, cache.batch)
         cache.keys = [k[rows] for k in cache.keys]
         cache.values = [v[rows] for v in cache.values]
+        cache.lengths = [cache.lengths[row] for row in rows]
         return cache
 
     def reset(self, cache: Buffers) -> Buffers:
-        cache.length = 0
+        cache.lengths = [0] * cache.batch
         return cache
+
+
+def copied(x: Tensor) -> Array:
+    """Floats that are nobody else's memory."""
+    made: Array = x.to("cpu", torch.float32, copy=True).numpy()
+    return made

@@ -1,48 +1,67 @@
-"""``numpy``: the simplest correct cache, in float32, to be checked by eye. It grows by concatenation."""
+"""``numpy``: the simplest correct cache, to be checked by eye. It grows by concatenation; no step changes its handle.
+
+The attention profile also stores keys and values in 16 bits, computes in float32 and rounds its outputs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from kvconform_backends.numpy_layers import Array, NumpyLayers
+from kvconform_backends.validation import check_inputs
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
+from kvconform_specs.tensors import rounded
 
-Array = NDArray[Any]
+__all__ = ["Array", "Cache", "NumpyCache"]
 
 
-@dataclass
+@dataclass(eq=False)
 class Cache:
-    """Keys and values of every layer, ``(b, g, s, d)`` each."""
+    """Keys and values of every layer, ``(b, g, s, d)`` each, as stored."""
 
-    keys: list[Array]
-    values: list[Array]
+    keys: list[Any]
+    values: list[Any]
 
     @property
     def length(self) -> int:
+        """Of the longest row."""
         return int(self.keys[0].shape[2])
 
+    @property
+    def lengths(self) -> Array:
+        """Of each row."""
+        return np.full(self.keys[0].shape[0], self.length)
 
-class NumpyCache:
+
+class NumpyCache(NumpyLayers):
     """Attention and decoder over a cache that is plain arrays."""
 
     claims = Claims(
         profiles=("attention", "decoder"),
-        abilities=("full", "length", "truncate", "fork", "reorder", "reset"),
+        abilities=(
+            "full", "length", "room", "truncate", "fork", "reorder", "reset", "functional", "mask", "contents",
+            "bytes", "work", "refusal",
+        ),
+        dtypes=("float32", "bfloat16", "float16"),
         overflow="refused",
-    )
+    )  # fmt: skip
 
-    def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
-        self.config, self.weights = config, weights
+    measured = 0  # multiply-adds of the last metered step
+
+    @classmethod
+    def refuses(cls, config: Config, device: str) -> str | None:
+        if config.profile == "decoder" and config.dtype != "float32":
+            return "the decoder computes in float32 only"
+        return None
 
     # --- lifecycle ---
     def start(self, batch: int) -> Cache:
         c = self.config
-        empty = np.zeros((batch, c.kv_heads, 0, c.head_dim), np.float32)
+        empty = self.stored(np.zeros((batch, c.kv_heads, 0, c.head_dim), np.float32))
         return Cache([empty] * c.layers, [empty] * c.layers)
 
     def truncate(self, cache: Cache, length: int) -> Cache:
@@ -54,93 +73,106 @@ class NumpyCache:
         return Cache(list(cache.keys), list(cache.values))
 
     def reorder(self, cache: Cache, rows: list[int]) -> Cache:
+        check_rows(rows, len(cache.lengths))
         return Cache([k[rows] for k in cache.keys], [v[rows] for v in cache.values])
 
     def reset(self, cache: Cache) -> Cache:
-        return self.start(cache.keys[0].shape[0])
+        return self.start(len(cache.lengths))
 
+    # --- what it tells ---
     def length(self, cache: Cache) -> list[int]:
-        return [cache.length] * cache.keys[0].shape[0]
+        return [int(n) for n in cache.lengths]
 
-    # --- arithmetic ---
-    def step(self, cache: Cache, *inputs: Array) -> tuple[Array, Cache]:
+    def room(self, cache: Cache) -> list[int]:
+        return [self.config.capacity - int(n) for n in cache.lengths]
+
+    def contents(self, cache: Cache) -> list[list[tuple[Array, Array]]]:
+        return [
+            list(zip(self.loaded(k), self.loaded(v), strict=True))
+            for k, v in zip(cache.keys, cache.values, strict=True)
+        ]
+
+    def bytes(self, cache: Cache) -> int:
+        return sum(x.nbytes for x in (*cache.keys, *cache.values))
+
+    def work(self) -> int:
+        return self.measured
+
+    def witness(self) -> dict[str, Any]:
+        return {"numpy": np.__version__}
+
+    # --- steps ---
+    def step(
+        self, cache: Cache, *inputs: Array, mask: Array | None = None, metered: bool = False
+    ) -> tuple[Array, Cache]:
+        self.admit(cache, inputs, mask=mask)
         cache = self.fork(cache)
-        if cache.length + inputs[-1].shape[-2 if len(inputs) == 3 else -1] > self.config.capacity:
-            raise ValueError(f"capacity of {self.config.capacity} tokens exceeded")
-        if len(inputs) == 3:
-            return self.attend(cache, 0, *inputs), cache
-        return self.decode(cache, inputs[0]), cache
+        output = self.run(cache, inputs, mask)
+        if metered:
+            self.measured = self.products
+        return output, cache
+
+    def admit(
+        self, cache: Cache, inputs: tuple[Array, ...], counts: Array | None = None, mask: Array | None = None
+    ) -> Array:
+        """``(b,)``: how many tokens come to each row. Raises TypeError or ValueError for what the cache cannot take,
+        before anything is written."""
+        batch = len(cache.lengths)
+        counts = check_counts(counts, batch, check_inputs(self.config, batch, inputs))
+        s = int((cache.lengths + counts).max())
+        if s > self.config.capacity:
+            raise ValueError(f"{s} tokens exceed the capacity of {self.config.capacity}")
+        if mask is not None and (mask.dtype != np.bool_ or mask.shape != (batch, s)):
+            raise ValueError(f"want a mask of bool {(batch, s)}, got {mask.dtype} {mask.shape}")
+        return counts
 
     def full(self, *inputs: Array) -> Array:
         return self.step(self.start(inputs[0].shape[0]), *inputs)[0]
 
+    def run(self, cache: Cache, inputs: tuple[Array, ...], mask: Array | None = None) -> Array:
+        """The outputs of inputs that are in order; their keys and values go into ``cache``."""
+        self.allowed, self.products = mask, 0
+        if self.config.profile == "decoder":
+            return self.decode(cache, inputs[0])
+        return rounded(self.attend(cache, 0, *inputs), self.config.dtype)
+
+    # --- keys and values ---
     def attend(self, cache: Cache, layer: int, query: Array, key: Array, value: Array) -> Array:
         """Appends key and value ``(b, g, t, d)`` to the layer and attends with query ``(b, h, t, d)``."""
-        keys, values = self.append(cache, layer, key, value)  # (b, g, s, d)
-        scores = self.scores(query, keys[:, self.kv_head()])
-        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        return np.asarray(scores / scores.sum(axis=-1, keepdims=True) @ values[:, self.kv_head()])
+        self.layer = layer
+        keys, values = self.append(cache, layer, key, value)
+        return self.attention(query, keys, values)
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         """Stores key and value ``(b, g, t, d)`` behind those that are there, and returns all of them."""
-        cache.keys[layer] = np.concatenate([cache.keys[layer], key], axis=2)
-        cache.values[layer] = np.concatenate([cache.values[layer], value], axis=2)
-        return cache.keys[layer], cache.values[layer]
+        cache.keys[layer] = np.concatenate([cache.keys[layer], self.stored(key)], axis=2)
+        cache.values[layer] = np.concatenate([cache.values[layer], self.stored(value)], axis=2)
+        return self.loaded(cache.keys[layer]), self.loaded(cache.values[layer])
 
-    def scores(self, query: Array, keys: Array) -> Array:
-        """``(b, h, t, s)``: scaled, capped, then masked."""
-        c = self.config
-        scores = query @ keys.swapaxes(-1, -2) * np.float32(c.score_scale)
-        if c.softcap is not None:
-            scores = np.float32(c.softcap) * np.tanh(scores / np.float32(c.softcap))
-        return np.where(self.mask(query.shape[2], keys.shape[2]), scores, np.float32(-np.inf))
+    def stored(self, x: Array) -> Array:
+        """float32 as it lies in the cache: in the config's dtype, bfloat16 as the upper half of a float32's bits."""
+        if self.config.dtype == "float16":
+            return x.astype(np.float16)
+        if self.config.dtype == "bfloat16":
+            return (rounded(x, "bfloat16").view(np.uint32) >> 16).astype(np.uint16)
+        return x
 
-    def kv_head(self) -> Array:
-        """Which KV head each query head reads."""
-        return np.arange(self.config.heads) // self.config.group
+    def loaded(self, x: Array) -> Array:
+        """What lies in the cache, as float32."""
+        if self.config.dtype == "bfloat16":
+            return (x.astype(np.uint32) << 16).view(np.float32)
+        return x.astype(np.float32, copy=False)
 
-    def mask(self, t: int, s: int) -> Array:
-        """``(t, s)``: which of ``s`` tokens each of the ``t`` newest sees."""
-        i, j = np.arange(s - t, s)[:, None], np.arange(s)
-        seen = j <= i
-        return seen if self.config.window is None else seen & (i - j < self.config.window)
 
-    def decode(self, cache: Cache, tokens: Array) -> Array:
-        c, w = self.config, self.weights
-        positions = self.positions(cache, tokens.shape[1])
-        x = w["embed"][tokens]  # (b, t, width)
-        if c.positions == "learned":
-            x = x + w["position"][positions]
-        for layer in range(c.layers):
-            at = f"layers.{layer}."
-            y = self.norm(x, w[at + "norm_attention"])
-            q, k, v = (self.split(y @ w[at + name]) for name in ("query", "key", "value"))
-            if c.positions == "rope":
-                q, k = self.rotate(q, positions), self.rotate(k, positions)
-            mixed = self.attend(cache, layer, q, k, v).swapaxes(1, 2).reshape(*x.shape[:2], -1)
-            x = x + mixed @ w[at + "output"]
-            if c.mlp:
-                y = self.norm(x, w[at + "norm_mlp"])
-                gate = y @ w[at + "gate"]
-                x = x + (gate / (1 + np.exp(-gate)) * (y @ w[at + "up"])) @ w[at + "down"]
-        return np.asarray(self.norm(x, w["norm_final"]) @ w["lm_head"])
+def check_counts(counts: Array | None, batch: int, t: int) -> Array:
+    """How many of the ``t`` columns hold a token in each row; None: all."""
+    if counts is None:
+        return np.full(batch, t)
+    if counts.shape != (batch,) or counts.min() < 0 or counts.max() > t:
+        raise ValueError(f"want {batch} counts of 0..{t}, got {counts.tolist()}")
+    return counts
 
-    def positions(self, cache: Cache, t: int) -> Array:
-        return np.arange(cache.length, cache.length + t)
 
-    def split(self, x: Array) -> Array:
-        """``(b, t, heads * d)`` to ``(b, heads, t, d)``."""
-        return x.reshape(*x.shape[:2], -1, self.config.head_dim).swapaxes(1, 2)
-
-    def rotate(self, x: Array, positions: Array) -> Array:
-        half = x.shape[-1] // 2
-        angle = positions[:, None] * 10000.0 ** (-np.arange(half) / half)
-        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        a, b = x[..., :half], x[..., half:]
-        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-    def norm(self, x: Array, gain: Array) -> Array:
-        return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(1e-6)) * gain)
-
-    def witness(self) -> dict[str, Any]:
-        return {"numpy": np.__version__}
+def check_rows(rows: list[int], batch: int) -> None:
+    if not rows or not all(0 <= row < batch for row in rows):
+        raise ValueError(f"want rows of 0..{batch - 1}, got {rows}")

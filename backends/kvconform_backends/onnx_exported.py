@@ -1,12 +1,14 @@
 """``onnx``: the torch decoder, exported once and run by ONNX Runtime: one graph for prefill, chunk and decode.
 
 The present outputs of a step are bound as the past inputs of the next and never leave the device. They are never
-written again, so that a fork is the same handles. Truncate and reorder go through numpy, on CUDA as well.
+written again, so that a fork is the same handles and an old handle stays good. Truncate and reorder go through numpy,
+on CUDA as well.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -28,8 +30,10 @@ from onnxruntime import InferenceSession, OrtValue
 
 from kvconform.backend import Unavailable
 from kvconform_backends import onnx_graphs, torch_decoder
+from kvconform_backends.validation import check_inputs
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
+from kvconform_specs.tensors import weights as weights_of
 
 Array = NDArray[Any]
 Past = tuple[OrtValue, ...]
@@ -38,38 +42,50 @@ Past = tuple[OrtValue, ...]
 HEAVY = ("MatMul", "Gemm", "FusedMatMul", "Attention", "MultiHeadAttention", "GroupQueryAttention", "Softmax")
 
 
+class CannotRun(Exception):
+    """CUDA is there and cannot run the graphs of this config: the reason."""
+
+
 class OnnxExported:
     """Attention is a hand-built ``Attention`` node, the decoder is exported; both keep a functional cache."""
 
     claims = Claims(
         profiles=("attention", "decoder"),
-        abilities=("full", "length", "truncate", "fork", "reorder", "reset"),
+        abilities=(
+            "full", "length", "room", "truncate", "fork", "reorder", "reset", "functional", "mask", "contents", "bytes",
+            "refusal",
+        ),
         dtypes=("float32", "float16"),  # bfloat16: ONNX Runtime has no CPU kernels, and numpy has no such type
         devices=("cpu", "cuda"),
         overflow="refused",
-    )
+        memory="length",
+    )  # fmt: skip
 
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:
-        if config.profile == "attention" and config.dtype == "float16" and device == "cpu":
-            return (
-                "ONNX Runtime's CPU kernel of Attention rounds float16 scores to float16 before the softmax, "
-                "whatever softmax_precision says (onnxruntime 1.31.1)"
-            )
-        return None
+        """On CUDA only built sessions know: it builds them, and the constructor does so again."""
+        if config.profile == "attention" and config.dtype == "float16":
+            if device == "cpu":
+                return (
+                    "ONNX Runtime's CPU kernel of Attention rounds float16 scores to float16 before the softmax, "
+                    "whatever softmax_precision says (measured on onnxruntime 1.31.1)"
+                )
+            if onnx_graphs.has_bias(config):
+                return "ONNX Runtime's kernels of Attention take the bias in the dtype of the query: float16 rounds it"
+        return unable(config, device) if device == "cuda" else None
 
     def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
         onnxruntime.set_default_logger_severity(4)  # what fails here is raised, too
         self.config, self.weights, self.device = config, weights, device
         self.dtype = np.float16 if config.dtype == "float16" else np.float32
-        self.sessions: dict[bool, InferenceSession] = {}  # with a cache, without
+        self.sessions: dict[tuple[bool, bool], InferenceSession] = {}  # with a cache or without, masked or causal
         self.files: list[str] = []
         self.seen_on: str | None = None  # the device of the last outputs
         if device == "cuda":
             self.reach_device()
             self.prove_device()
         else:
-            self.session(cached=True)
+            self.session(cached=True, masked=onnx_graphs.needs_mask(config))
 
     # --- lifecycle ---
     def start(self, batch: int) -> Past:
@@ -79,6 +95,16 @@ class OnnxExported:
     def length(self, cache: Past) -> list[int]:
         batch, _, s, _ = cache[0].shape()
         return [s] * batch
+
+    def room(self, cache: Past) -> list[int]:
+        return [self.config.capacity - length for length in self.length(cache)]
+
+    def bytes(self, cache: Past) -> int:
+        return sum(int(x.tensor_size_in_bytes()) for x in cache)
+
+    def contents(self, cache: Past) -> list[list[tuple[Array, Array]]]:
+        held = [self.array(x) for x in cache]
+        return [list(zip(*layer, strict=True)) for layer in zip(held[::2], held[1::2], strict=True)]
 
     def truncate(self, cache: Past, length: int) -> Past:
         s = cache[0].shape()[2]
@@ -90,34 +116,38 @@ class OnnxExported:
         return cache
 
     def reorder(self, cache: Past, rows: list[int]) -> Past:
+        batch = cache[0].shape()[0]
+        if not rows or not all(0 <= row < batch for row in rows):
+            raise ValueError(f"want rows of 0..{batch - 1}, got {rows}")
         return tuple(self.value(x.numpy()[rows]) for x in cache)
 
     def reset(self, cache: Past) -> Past:
         return self.start(cache[0].shape()[0])
 
     # --- arithmetic ---
-    def step(self, cache: Past, *inputs: Array) -> tuple[Array, Past]:
+    def step(self, cache: Past, *inputs: Array, mask: Array | None = None) -> tuple[Array, Past]:
         batch, _, past, _ = cache[0].shape()
-        t = inputs[-1].shape[-2 if len(inputs) == 3 else -1]
-        if inputs[-1].shape[0] != batch:
-            raise ValueError(f"{inputs[-1].shape[0]} rows for a cache of {batch}")
+        t = check_inputs(self.config, batch, inputs)
         if past + t > self.config.capacity:
             raise ValueError(f"{past} + {t} tokens exceed the capacity of {self.config.capacity}")
-        output, *present = self.run(self.session(cached=True), [*self.feeds(inputs, past, t), *cache])
+        output, *present = self.attend(True, inputs, past, t, mask, cache)
         return self.array(output), tuple(present)
 
     def full(self, *inputs: Array) -> Array:
         """A graph of its own, which has no past to read."""
-        t = inputs[-1].shape[-2 if len(inputs) == 3 else -1]
-        return self.array(self.run(self.session(cached=False), self.feeds(inputs, 0, t))[0])
+        return self.array(self.attend(False, inputs, 0, check_inputs(self.config, None, inputs), None, ())[0])
 
-    def feeds(self, inputs: tuple[Array, ...], past: int, t: int) -> list[OrtValue]:
-        """In the order of the graph's inputs."""
-        values = [self.value(x if x.dtype == np.int64 else x.astype(self.dtype, copy=False)) for x in inputs]
-        if len(inputs) == 3 and self.config.window is not None:
-            i, j = np.arange(past, past + t)[:, None], np.arange(past + t)
-            values.append(self.value((j <= i) & (i - j < self.config.window)))  # (t, s)
-        return values
+    def attend(
+        self, cached: bool, inputs: tuple[Array, ...], past: int, t: int, allowed: Array | None, cache: Past
+    ) -> list[OrtValue]:
+        """The graph's outputs; its inputs are the tokens, the mask where it takes one, and the cache."""
+        dtype = np.int64 if self.config.profile == "decoder" else self.dtype
+        feeds = [self.value(x.astype(dtype, copy=False)) for x in inputs]
+        masked = onnx_graphs.needs_mask(self.config) or allowed is not None
+        if masked:
+            mask = onnx_graphs.attention_mask(self.config, past, t, allowed)
+            feeds.append(self.value(mask if mask.dtype == np.bool_ else mask.astype(self.dtype)))
+        return self.run(self.session(cached, masked), [*feeds, *cache])
 
     def run(self, session: InferenceSession, feeds: list[OrtValue]) -> list[OrtValue]:
         binding = session.io_binding()
@@ -141,15 +171,15 @@ class OnnxExported:
         return widened
 
     # --- sessions ---
-    def session(self, cached: bool) -> InferenceSession:
-        """Built at first use: a subject that is never asked for ``full`` does not pay for its graph."""
-        if cached in self.sessions:
-            return self.sessions[cached]
+    def session(self, cached: bool, masked: bool) -> InferenceSession:
+        """Built at first use: a subject that is never asked for ``full`` or a mask does not pay for its graph."""
+        if (cached, masked) in self.sessions:
+            return self.sessions[cached, masked]
         options = onnx_graphs.session_options()
         options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))  # 0: ONNX Runtime's own choice
         source: bytes | str
         if self.config.profile == "attention":
-            source = onnx_graphs.attention_model(self.config, cached)
+            source = onnx_graphs.attention_model(self.config, cached, masked)
         else:
             source = str(self.artefact(cached))
             self.files.append(Path(source).name)  # the folder is the run's own: artefacts, beside the results
@@ -160,7 +190,7 @@ class OnnxExported:
         session.disable_fallback()
         if self.device == "cuda":
             self.prove_session(session)
-        self.sessions[cached] = session
+        self.sessions[cached, masked] = session
         return session
 
     def artefact(self, cached: bool) -> Path:
@@ -200,26 +230,32 @@ class OnnxExported:
             raise Unavailable(f"ONNX Runtime {onnxruntime.__version__} cannot use CUDA: {why}") from error
 
     def prove_session(self, session: InferenceSession) -> None:
-        """Raises Unavailable unless CUDA runs every heavy node: the session itself would fall back in silence."""
+        """Raises CannotRun unless CUDA runs every heavy node: the session itself would fall back in silence."""
         first = session.get_providers()[0]
         if first != "CUDAExecutionProvider":
             raise Unavailable(f"ONNX Runtime {onnxruntime.__version__} runs on {first}, not on CUDA")
         strays = sorted({kind for (provider, kind) in nodes(session) if kind in HEAVY and "CUDA" not in provider})
         if strays:
-            raise Unavailable(f"ONNX Runtime {onnxruntime.__version__} has no CUDA kernel for {', '.join(strays)} here")
+            raise CannotRun(f"ONNX Runtime {onnxruntime.__version__} has no CUDA kernel for {', '.join(strays)} here")
 
     def prove_device(self) -> None:
-        """Builds the session and runs one step, whose outputs must be on the GPU."""
-        c = self.config
-        probe: list[Array] = [np.zeros((1, 1), np.int64)]
-        if c.profile == "attention":
-            probe = [np.zeros((1, h, 1, c.head_dim), np.float32) for h in (c.heads, c.kv_heads, c.kv_heads)]
+        """Builds every graph and runs it: some kernels tell only then what they cannot do, such as grouped heads."""
         try:
-            self.step(self.start(1), *probe)
-        except Unavailable:
+            _, cache = self.step(self.start(1), *self.probe(2))
+            self.step(cache, *self.probe(1))
+            self.full(*self.probe(2))
+            if self.config.profile == "attention":
+                self.step(cache, *self.probe(1), mask=np.ones((1, 3), np.bool_))
+        except (Unavailable, CannotRun):
             raise
         except Exception as error:  # ONNX Runtime's errors (Fail, EPFail, ...) share no other base
-            raise Unavailable(f"ONNX Runtime {onnxruntime.__version__} cannot run on CUDA: {error}") from error
+            raise CannotRun(f"ONNX Runtime {onnxruntime.__version__} cannot run it on CUDA: {error}") from error
+
+    def probe(self, t: int) -> list[Array]:
+        c = self.config
+        if c.profile == "decoder":
+            return [np.zeros((1, t), np.int64)]
+        return [np.zeros((1, heads, t, c.head_dim), np.float32) for heads in (c.heads, c.kv_heads, c.kv_heads)]
 
     def witness(self) -> dict[str, Any]:
         return {
@@ -234,6 +270,16 @@ class OnnxExported:
             "opset": onnx_graphs.OPSET,
             "files": self.files,
         }
+
+
+@functools.cache
+def unable(config: Config, device: str) -> str | None:
+    """Why this config cannot run on the device. Raises Unavailable where nothing can."""
+    try:
+        OnnxExported(config, weights_of(config), device)
+    except CannotRun as reason:
+        return str(reason)
+    return None
 
 
 def nodes(session: InferenceSession) -> Counter[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The ONNX graphs of backend ``onnx``: the exported decoder, and one ``Attention`` node.
+"""The ONNX graphs of backend ``onnx``: the exported decoder, and the ``Attention`` node.
 
 Inputs, outputs and their order are the same in both: ``past_key_values.N.key``, ``.value`` in, ``present.N.key``,
 ``.value`` out. Opset 23 is the first with ``Attention`` and ``RMSNormalization``, which the exporter then uses
@@ -18,11 +18,11 @@ import onnx
 import onnxruntime  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.export import Dim
 
-from kvconform_backends.torch_decoder import DTYPES, Decoder, attention, visible
+from kvconform_backends.torch_decoder import DTYPES, Decoder, attention, masks
 from kvconform_specs.config import Config
 
 OPSET, IR = 23, 10
@@ -31,6 +31,7 @@ PROBES = ((1, 1, 0), (2, 1, 7), (2, 3, 4))
 SLACK = 256
 """How many eps of the largest logit a probe may stray. A specialised axis fails or is off by the logits' own size."""
 
+Array = NDArray[Any]
 Pairs = list[tuple[Tensor, Tensor]]
 
 
@@ -45,14 +46,14 @@ class Exportable(nn.Module):
         config, t = self.decoder.config, input_ids.shape[1]
         p = 0 if past is None else past[0][0].shape[2]
         positions = torch.arange(t, device=input_ids.device) + p
-        mask = visible(positions, torch.arange(p + t, device=input_ids.device), config.window)  # (t, p + t)
+        seen = masks(config, positions, torch.arange(p + t, device=input_ids.device))
         present: Pairs = []
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             if past is not None:
                 key, value = torch.cat((past[layer][0], key), dim=2), torch.cat((past[layer][1], value), dim=2)
                 present.append((key, value))
-            return attention(config, query, key, value, mask)
+            return attention(config, query, key, value, seen[layer])
 
         logits: Tensor = self.decoder(input_ids, positions, attend)
         return logits if past is None else (logits, present)
@@ -139,33 +140,70 @@ def _check_values(model: bytes, module: Exportable, config: Config, cached: bool
                 raise RuntimeError(f"the exported graph's {output.name} is not torch's for (b, t, p) = {(b, t, p)}")
 
 
-def attention_model(config: Config, cached: bool) -> bytes:
-    """One ``Attention`` node with past and present; ``is_causal`` counts from the past's end. A window needs a mask."""
+def needs_mask(config: Config) -> bool:
+    """Whether the graph always takes a mask: a hand-built ``Attention`` node that is not just causal does."""
+    return config.profile == "attention" and (config.window is not None or has_bias(config))
+
+
+def has_bias(config: Config) -> bool:
+    """Whether the mask moves scores, too: then it is a float."""
+    return config.positions == "alibi" or config.sink is not None
+
+
+def attention_mask(config: Config, past: int, t: int, allowed: Array | None) -> Array:
+    """What the ``t`` newest of ``s = past + t`` tokens see: bool ``(b, 1, t, s)``, where ``b`` may be 1.
+
+    allowed: bool ``(b, s)``, the caller's mask. Where the config has a bias it is float32 ``(b, h, t, s)``, -inf where
+    a token is not seen; a sink is one column more. The query axis is never left to broadcasting, which ONNX Runtime
+    refuses.
+    """
+    seen = None if allowed is None else torch.tensor(allowed)
+    mask = masks(config, torch.arange(past, past + t), torch.arange(past + t), seen)[0]
+    mask = mask.reshape(-1, mask.shape[-3] if mask.ndim == 4 else 1, t, past + t)
+    if config.sink is not None:
+        bias = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask
+        bias = bias.expand(-1, config.heads, -1, -1)
+        sinks = torch.arange(1, config.heads + 1) * (config.sink / config.heads)  # (h,)
+        mask = torch.cat((bias, sinks[:, None, None].expand(*bias.shape[:-1], 1)), dim=-1)
+    made: Array = mask.numpy()
+    return made
+
+
+def attention_model(config: Config, cached: bool, masked: bool) -> bytes:
+    """One ``Attention`` node with past and present.
+
+    masked: what a token sees is an input, made by ``attention_mask``; else ``is_causal``, which counts from the past's
+    end. The operator has no sink: a key and a value of zeros are put behind the others. That key's score is its bias
+    alone, and its value adds nothing: all that is left of it is its share of the softmax's denominator.
+    """
     c, kind = config, TensorProto.FLOAT16 if config.dtype == "float16" else TensorProto.FLOAT
-    s = "total" if cached else "new"
+    total = "total" if cached else "new"
 
     def heads(name: str, count: int, length: str) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, kind, ["batch", count, length, c.head_dim])
 
     inputs = [heads("query", c.heads, "new"), heads("key", c.kv_heads, "new"), heads("value", c.kv_heads, "new")]
     outputs = [heads("output", c.heads, "new")]
-    attributes: dict[str, Any] = {
-        "scale": c.score_scale,
-        "is_causal": int(c.window is None),
-        "softcap": c.softcap or 0.0,
-    }
-    if c.window is not None:
-        inputs.append(helper.make_tensor_value_info("mask", TensorProto.BOOL, ["new", s]))
+    if masked:
+        axes = ["mask_batch", "mask_heads", "new", total if c.sink is None else "total_and_sink"]
+        inputs.append(helper.make_tensor_value_info("mask", kind if has_bias(c) else TensorProto.BOOL, axes))
     if cached:
         inputs += [heads(name, c.kv_heads, "past") for name in pasts(c)]
         outputs += [heads(name, c.kv_heads, "total") for name in presents(c)]
-    node = helper.make_node(
-        "Attention",
-        ["query", "key", "value", "mask" if c.window is not None else "", *(pasts(c) if cached else [])],
-        [value.name for value in outputs],
-        **attributes,
-    )
-    graph = helper.make_graph([node], "attention", inputs, outputs)
+    names = ["query", "key", "value", "mask" if masked else "", *(pasts(c) if cached else [])]
+    made = [value.name for value in outputs]
+    nodes, constants = [], []
+    if c.sink is not None:  # the node has no past then: the zeros must come last
+        names, made = ["query", "key_and_sink", "value_and_sink", "mask"], ["output"]
+        for part, past, present in zip(("key", "value"), pasts(c), presents(c), strict=True):
+            if cached:
+                nodes.append(helper.make_node("Concat", [past, part], [present], axis=2))
+            grown = present if cached else part
+            nodes.append(helper.make_node("Pad", [grown, "one_behind", "", "axis"], [f"{part}_and_sink"]))
+        constants = [numpy_helper.from_array(np.array(x), name) for name, x in (("one_behind", [0, 1]), ("axis", [2]))]
+    attributes: dict[str, Any] = {"scale": c.score_scale, "is_causal": int(not masked), "softcap": c.softcap or 0.0}
+    nodes.append(helper.make_node("Attention", names, made, **attributes))
+    graph = helper.make_graph(nodes, "attention", inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR)
     onnx.checker.check_model(model, full_check=True)
     data: bytes = model.SerializeToString()

@@ -22,25 +22,64 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def visible(i: Tensor, j: Tensor, window: int | None) -> Tensor:
-    """``(t, s)``: which absolute positions ``j`` ``(s,)`` the tokens at ``i`` ``(t,)`` see."""
-    behind = i[:, None] - j  # (t, s)
+    """Which absolute positions ``j`` ``(s,)`` the tokens at ``i`` see: ``(t, s)`` for positions ``(t,)``, and
+    ``(b, 1, t, s)`` for positions ``(b, t)`` of each row."""
+    behind = distance(i, j)
     return behind >= 0 if window is None else (behind >= 0) & (behind < window)
 
 
+def distance(i: Tensor, j: Tensor) -> Tensor:
+    """How far the keys at ``j`` lie behind the tokens at ``i``; shapes as in ``visible``."""
+    return (i if i.ndim == 1 else i[:, None])[..., None] - j
+
+
+def masks(config: Config, i: Tensor, j: Tensor, seen: Tensor | None = None) -> list[Tensor]:
+    """Each layer's mask for ``attention``, made once for each window that occurs; ``i`` and ``j`` as in ``visible``.
+
+    It is bool, True where a token is seen; under ``alibi`` it is float32, the bias there and -inf elsewhere.
+    seen: bool ``(b, s)``, which tokens the caller lets be seen.
+    """
+    made: dict[int | None, Tensor] = {}
+    for window in dict.fromkeys(config.window_of(layer) for layer in range(config.layers)):
+        mask = visible(i, j, window)
+        if seen is not None:
+            mask = mask & seen[:, None, None]  # (b, 1, t, s)
+        made[window] = torch.where(mask, alibi(config, i, j), -torch.inf) if config.positions == "alibi" else mask
+    return [made[config.window_of(layer)] for layer in range(config.layers)]
+
+
+def alibi(config: Config, i: Tensor, j: Tensor) -> Tensor:
+    """The bias on the scores, ``(1 or b, h, t, s)`` in float32 (Press et al. 2021, 2108.12409, section 3)."""
+    slopes = [2.0 ** (-8 * (head + 1) / config.heads) for head in range(config.heads)]
+    behind = distance(i, j) if i.ndim == 2 else distance(i, j)[None, None]
+    return -torch.tensor(slopes, dtype=torch.float32, device=i.device)[:, None, None] * behind
+
+
 def attention(config: Config, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Query ``(b, h, t, d)`` on keys and values ``(b, g, s, d)`` under a bool mask ``(t, s)``: ``(b, h, t, d)``."""
-    if config.softcap is None:
+    """Query ``(b, h, t, d)`` on keys and values ``(b, g, s, d)``: ``(b, h, t, d)``.
+
+    mask: bool, True where a token is seen, or float, added to the scores; it broadcasts to ``(b, h, t, s)``.
+    A query that sees nothing gives zeros.
+    """
+    if config.softcap is None and config.sink is None:
         return functional.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, scale=config.score_scale, enable_gqa=config.group > 1
         )
-    # SDPA has no softcap. Scores and weights stay in float32, as inside its kernels.
+    # SDPA has neither. Scores and weights stay in float32, as inside its kernels.
     (b, h, t, d), (_, g, s, _) = query.shape, keys.shape
     scores = query.float().reshape(b, g, h // g * t, d) @ keys.float().mT * config.score_scale  # (b, g, h/g * t, s)
-    scores = (config.softcap * torch.tanh(scores / config.softcap)).reshape(b, h, t, s)
+    scores = scores.reshape(b, h, t, s)
+    if config.softcap is not None:
+        scores = config.softcap * torch.tanh(scores / config.softcap)
     if mask is not None:
-        scores = torch.where(mask, scores, -torch.inf)
-    weights = scores.softmax(-1).reshape(b, g, h // g * t, s)
-    return (weights @ values.float()).reshape(b, h, t, d).to(query.dtype)
+        scores = torch.where(mask, scores, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if config.sink is not None:
+        sinks = torch.arange(1, h + 1, device=query.device) * (config.sink / h)  # (h,)
+        scores = torch.cat((scores, sinks[:, None, None].expand(b, h, t, 1)), dim=-1)
+    weights = scores.softmax(-1)[..., :s]
+    if mask is not None and config.sink is None:
+        weights = weights.masked_fill(scores == -torch.inf, 0.0)  # where a query sees nothing, softmax gave NaN
+    return (weights.reshape(b, g, h // g * t, s) @ values.float()).reshape(b, h, t, d).to(query.dtype)
 
 
 class Block(nn.Module):
@@ -82,7 +121,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids ``(b, t)`` at absolute positions ``(t,)`` to logits ``(b, t, V)`` in the config's dtype."""
+    """Token ids ``(b, t)`` at absolute positions ``(t,)`` or ``(b, t)`` to logits ``(b, t, V)`` in the config's dtype.
+
+    Positions that are a bias on the scores (alibi) are the business of ``attend``.
+    """
 
     embed: Tensor
     position: Tensor
@@ -117,10 +159,10 @@ class Decoder(nn.Module):
         return functional.rms_norm(x, x.shape[-1:], self.norm_final, 1e-6) @ self.lm_head
 
     def rotation(self, positions: Tensor) -> Callable[[Tensor], Tensor]:
-        """Turns ``(b, heads, t, d)`` to its positions: pairs are ``(x_i, x_(i + d/2))``."""
+        """Turns ``(b, heads, t, d)`` to positions ``(t,)`` or ``(b, t)``: pairs are ``(x_i, x_(i + d/2))``."""
         if self.config.positions != "rope":
             return lambda x: x
-        cos, sin = self.cos[positions], self.sin[positions]  # (t, d/2)
+        cos, sin = self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)  # ([b,] 1, t, d/2)
 
         def rotate(x: Tensor) -> Tensor:
             a, b = x.float().chunk(2, dim=-1)

@@ -81,8 +81,9 @@ def kept(observed: Sequence[Observed]) -> Outcome:
                     if since == number:
                         continue
                     compared += now.size
-                    if not bool(np.all(now == was)):
-                        n, element = (int(i) for i in np.argwhere(~(now == was))[0])
+                    same = (now == was) | (np.isnan(now) & (one.claims.keeps == "window"))  # evicted by some layers
+                    if not bool(np.all(same)):
+                        n, element = (int(i) for i in np.argwhere(~same)[0])
                         words = (
                             f"{at(one.program, number)}, row {row}, position {position}, {_part(one, element)}: holds "
                             f"{now[n, element]:.9g}, and held {was[n, element]:.9g} at step {since}"

@@ -72,8 +72,7 @@ def record(
             if isinstance(step, Reject) and step.wrong:
                 given = malformed(given, step.wrong, program.config)
             call = called(step)
-            if isinstance(call, Append) and call.layout != "contiguous":
-                given = tuple(laid(x, call.layout) for x in given)
+            given = tuple(laid(x, call.layout if isinstance(call, Append) else "contiguous") for x in given)
             trace.append(_guarded(subject, caches, step, (given, keywords)))
             if trace[-1].error is not None:
                 break
@@ -181,13 +180,14 @@ def _array(output: Any) -> Array:
 
 
 def _contents(layers: Any) -> tuple[Array, tuple[int, ...]]:
-    """``(b, s, l * 2 * g * d)``: layer, key and value, head, dim; rows that hold fewer tokens end in NaN."""
-    flat = [
-        np.concatenate([x.swapaxes(0, 1).reshape(x.shape[1], -1) for layer in layers for x in layer[row]], axis=1)
-        for row in range(len(layers[0]))
-    ]
-    held = tuple(len(row) for row in flat)
-    output = np.full((len(flat), max(held), flat[0].shape[1]), np.nan, np.float32)
-    for row, tokens in zip(output, flat, strict=True):
-        row[: len(tokens)] = tokens
+    """``(b, s, l * 2 * g * d)``: layer, key and value, head, dim; rows that hold fewer tokens end in NaN. Where layers
+    hold different numbers of tokens the newest are side by side, and what a layer evicted is NaN."""
+    held = tuple(max(layer[row][0].shape[1] for layer in layers) for row in range(len(layers[0])))
+    key = layers[0][0][0]
+    width = key.shape[0] * key.shape[2]
+    output = np.full((len(held), max(held), len(layers) * 2 * width), np.nan, np.float32)
+    for row, tokens in enumerate(held):
+        for part, x in enumerate(x for layer in layers for x in layer[row]):
+            first = tokens - x.shape[1]
+            output[row, first:tokens, part * width : (part + 1) * width] = x.swapaxes(0, 1).reshape(-1, width)
     return output, held

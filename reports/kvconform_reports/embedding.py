@@ -11,27 +11,42 @@ from typing import Any
 import msgspec
 from markupsafe import Markup
 
+from kvconform import audit_record
 from kvconform.latency_record import Record
 from kvconform.pairwise import Pair
 from kvconform.results import Results
 
-SCHEMA = "kvconform-report/1"
+SCHEMA = "kvconform-report/2"
 # Beyond this the readable form gives way to a packed one: 20 000 verdicts are 5 MB of plain JSON, 0.4 MB in bz2 and
 # base64 (0.65 MB in gzip).
 PLAIN_LIMIT = 400_000
 _ELEMENT = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 
 
-def embed(results: Sequence[Results], pairs: Sequence[Pair], latency: Record | None) -> tuple[Markup, bool]:
+def embed(
+    results: Sequence[Results], pairs: Sequence[Pair], latency: Record | None, audit: audit_record.Record | None = None
+) -> tuple[Markup, bool]:
     """The text of the script element, and whether it is packed.
 
     The raw rounds of the speed record stay in its own file: they are most of its bytes, and no figure here needs them.
+    A power certificate that several results share is written once, and named by its place.
     """
     speed: dict[str, Any] | None = None
     if latency is not None:
         speed = msgspec.to_builtins(latency)
         speed["rounds"], speed["rounds_left_out"] = [], len(latency.rounds)
-    data = {"schema": SCHEMA, "results": list(results), "pairs": list(pairs), "latency": speed}
+    certificates: dict[bytes, int] = {}
+    shared = []
+    for result in results:
+        places = {
+            dtype: certificates.setdefault(msgspec.json.encode(rows), len(certificates))
+            for dtype, rows in result.power.items()
+        }
+        shared.append(msgspec.structs.replace(result, power=places))
+    data = {
+        "schema": SCHEMA, "results": shared, "certificates": [msgspec.Raw(rows) for rows in certificates],
+        "pairs": list(pairs), "latency": speed, "audit": audit,
+    }  # fmt: skip
     plain = msgspec.json.encode(data)
     packed = len(plain) > PLAIN_LIMIT
     if packed:
@@ -41,14 +56,17 @@ def embed(results: Sequence[Results], pairs: Sequence[Pair], latency: Record | N
 
 
 def extract(html: str) -> dict[str, Any]:
-    """The data of a rendered report: ``schema``, ``results``, ``pairs``, ``latency``. Raises ValueError where there is
-    none."""
+    """The data of a rendered report: ``schema``, ``results``, ``pairs``, ``latency``, ``audit``. Raises ValueError where
+    there is none."""
     found = _ELEMENT.search(html)
     if found is None:
         raise ValueError("this file holds no kvconform report data")
     data: dict[str, Any] = msgspec.json.decode(found[1])
     if "bz2" in data:
         data = msgspec.json.decode(bz2.decompress(base64.b64decode(data["bz2"])))
+    certificates = data.pop("certificates", [])
+    for result in data["results"]:
+        result["power"] = {dtype: certificates[place] for dtype, place in result["power"].items()}
     return data
 
 

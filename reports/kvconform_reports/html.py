@@ -9,14 +9,21 @@ from collections.abc import Sequence
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from kvconform import audit_record
 from kvconform.latency_record import Record
 from kvconform.pairwise import Pair
 from kvconform.results import Results
-from kvconform_reports import embedding, outcomes, speed, tables
+from kvconform_reports import certificate, embedding, matrix, mutation, outcomes, speed, tables
+from kvconform_specs.clauses import BY_NAME
 
 
 def render(
-    results: Sequence[Results], pairs: Sequence[Pair], latency: Record | None, *, folder: str = "results"
+    results: Sequence[Results],
+    pairs: Sequence[Pair],
+    latency: Record | None,
+    *,
+    folder: str = "results",
+    audit: audit_record.Record | None = None,
 ) -> str:
     """The report of one or more backends as HTML. ``folder``: the results folder that replay lines name."""
     templates = Environment(
@@ -24,14 +31,17 @@ def render(
         lstrip_blocks=True,
     )  # fmt: skip
     templates.filters.update(counted=outcomes.counted, duration=outcomes.duration)
+    templates.tests["in_spec"] = BY_NAME.__contains__
     style, script = (_source(templates, name) for name in ("style.css", "script.js"))
-    data, packed = embedding.embed(results, pairs, latency)
+    data, packed = embedding.embed(results, pairs, latency, audit)
     rows = tables.backends(results)
     return templates.get_template("report.html").render(
         policy=policy(style, script), style=style, script=script, data=data, packed=packed, headline=headline(rows),
-        runs=_runs(results), backends=rows, chapters=tables.chapters(results),
-        failures=tables.failures(results, folder), reasons=tables.reasons(results), errors=tables.errors(results),
-        pairwise=tables.pairwise(pairs), latency=latency, groups=speed.groups(latency) if latency else (),
+        runs=_runs(results), backends=rows, chapters=matrix.chapters(results), legend=matrix.legend(results),
+        failures=tables.failures(results, folder), known=tables.known(results, folder), levels=tables.levels(),
+        guarantees=tables.guarantees(results, folder), reasons=tables.reasons(results), errors=tables.errors(results),
+        pairwise=tables.pairwise(pairs), powers=certificate.powers(results),
+        mutation=mutation.mutation(audit, [result.suite for result in results]) if audit else None, latency=latency, groups=speed.groups(latency) if latency else (),
         latency_facts=_latency_facts(latency), software=_software(latency), witnesses=tables.witnesses(results),
         environment=tables.environments(results), claims=tables.claims(results),
     )  # fmt: skip

@@ -30,6 +30,9 @@ def render(results: Sequence[Results]) -> str:
         for name in ("suite", "device", "budget", "seed"):
             ET.SubElement(properties, "property", name=name, value=_legal(str(getattr(result, name))))
         ET.SubElement(properties, "property", name="verdict", value=_legal(f"{stands.word}: {stands.sentence}"))
+        for config, held in result.lattice.items():
+            words = (held.level or "none of them") + (f"; {held.refuted}: refuted" if held.refuted else "")
+            ET.SubElement(properties, "property", name=_legal(f"guarantee.{config}"), value=_legal(words))
         for verdict in result.verdicts:
             _case(suite, label, verdict)
         if result.unavailable:

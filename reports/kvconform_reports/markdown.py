@@ -6,23 +6,36 @@ import html
 import re
 from collections.abc import Sequence
 
+from kvconform import audit_record
 from kvconform.latency_record import Record
 from kvconform.pairwise import Pair
 from kvconform.results import Results
+from kvconform.verdict import Outcome
 from kvconform_reports import speed
-from kvconform_reports.outcomes import Chip, chips, counted, duration, labels, standing
+from kvconform_reports.certificate import powers
+from kvconform_reports.mutation import mutation
+from kvconform_reports.outcomes import SYMBOLS, Chip, chips, counted, duration, labels, standing
 from kvconform_reports.summary import printable
-from kvconform_reports.tables import failures
+from kvconform_reports.tables import Guarantee, failures, guarantees, known
 from kvconform_specs.clauses import CHAPTERS
 
 MOST_FAILURES = 50  # GitHub cuts a summary off at 1 MiB; the report has them all
 
 
 def render(
-    results: Sequence[Results], pairs: Sequence[Pair], latency: Record | None, *, folder: str = "results"
+    results: Sequence[Results],
+    pairs: Sequence[Pair],
+    latency: Record | None,
+    *,
+    folder: str = "results",
+    audit: audit_record.Record | None = None,
 ) -> str:
-    """Verdicts, chapters by backend, failures with their replay lines, the worst pair, and what the cache saves."""
-    parts = [_verdicts(results), _chapters(results), _failures(results, folder), _pairs(pairs), _speed(latency)]
+    """Verdicts, chapters by backend, failures with their replay lines, known failures, guarantees, the worst pair, what
+    the cache saves, and how much the clauses see."""
+    parts = [
+        _verdicts(results), _chapters(results), _failures(results, folder), _known(results, folder),
+        _guarantees(results), _pairs(pairs), _speed(latency), _power(results), _audit(audit),
+    ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -40,6 +53,7 @@ def _verdicts(results: Sequence[Results]) -> str:
         )
         words = " ".join((f"{text(stands.sentence)}{judged}.", *map(text, stands.notes)))
         lines.append(f"- {stands.symbol} **{text(label)}** {stands.word}: {words}")
+        lines += [f"  - {SYMBOLS[Outcome.FAIL]} **{text(words)}**" for words in stands.stale]
     return "\n".join(lines if results else [*lines, "No results were given."])
 
 
@@ -84,6 +98,40 @@ def _failures(results: Sequence[Results], folder: str) -> str:
     return "\n".join(lines)
 
 
+def _known(results: Sequence[Results], folder: str) -> str:
+    found = known(results, folder)
+    if not found:
+        return ""
+    lines = ["### Known failures", ""]
+    for one in found[:MOST_FAILURES]:
+        where = f"{SYMBOLS[Outcome.XFAIL]} **{text(one.clause)}** on {text(one.label)} under {text(one.config)}"
+        why = f"{one.row.reason}, until {one.row.expires} ({one.link}): " if one.row else ""
+        lines.append(f"- {where}: {text(why + one.now)}")
+    if len(found) > MOST_FAILURES:
+        lines.append(f"- and {len(found) - MOST_FAILURES} more: the report has them all")
+    return "\n".join(lines)
+
+
+def _guarantees(results: Sequence[Results]) -> str:
+    """The strongest level of each backend under each config, and the one that is refuted."""
+    found = guarantees(results, "")
+    if not found:
+        return ""
+    lines = [
+        "### Guarantees", "", f"| config | {' | '.join(text(label) for label in labels(results))} |",
+        f"|---|{'---|' * len(results)}",
+    ]  # fmt: skip
+    for config, cells in found:
+        words = [_guarantee(cell) if cell else "not measured" for cell in cells]
+        lines.append(f"| {text(config)} | {' | '.join(words)} |")
+    return "\n".join(lines)
+
+
+def _guarantee(cell: Guarantee) -> str:
+    level = text(cell.level) or "none of them"
+    return f"{level}<br>{SYMBOLS[Outcome.REFUTED]} {text(cell.refuted)}: refuted" if cell.refuted else level
+
+
 def _pairs(pairs: Sequence[Pair]) -> str:
     if not pairs:
         return ""
@@ -109,6 +157,24 @@ def _speed(latency: Record | None) -> str:
             head = f"{text(group.preset)}, batch {group.batch}, depth {depth}"
             lines.append(f"- {head}: time with the cache over time without it: {', '.join(said)}")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _power(results: Sequence[Results]) -> str:
+    lines = ["### Power of the clauses", ""]
+    for power in powers(results):
+        said = [power.fault] if power.fault else power.summary[:2]  # how much, and the weakest
+        lines.append(f"- {text(power.dtype)}: {text(' '.join(said))}")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _audit(record: audit_record.Record | None) -> str:
+    if record is None:
+        return ""
+    words = [*mutation(record).notes, *audit_record.summary(record)]
+    lines = ["### Mutation score", "", *(f"- {text(line)}" for line in words[:MOST_FAILURES])]
+    if len(words) > MOST_FAILURES:
+        lines.append(f"- and {len(words) - MOST_FAILURES} more: the report has them all")
+    return "\n".join(lines)
 
 
 def text(words: str) -> str:

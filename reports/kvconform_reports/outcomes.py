@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import PurePosixPath
 from shlex import quote
 
 from kvconform.results import Results, exit_code
-from kvconform.verdict import Outcome, Verdict
+from kvconform.verdict import Outcome
 
 WORST_FIRST: tuple[Outcome, ...] = (
     Outcome.FAIL, Outcome.CRASH, Outcome.TIMEOUT, Outcome.INCONCLUSIVE, Outcome.XFAIL, Outcome.REFUTED,
@@ -32,11 +33,22 @@ TONES = {
     Outcome.FAIL: "f",
     Outcome.CRASH: "f",
     Outcome.TIMEOUT: "f",
-    Outcome.REFUTED: "w",
+    Outcome.REFUTED: "m",
     Outcome.XFAIL: "w",
     Outcome.INCONCLUSIVE: "w",
     Outcome.UNSUPPORTED: "n",
     Outcome.NOT_EXERCISED: "n",
+}
+MEANINGS = {
+    Outcome.PASS: "it held in every program tried",
+    Outcome.FAIL: "an output or an answer was wrong, or a legal step raised",
+    Outcome.CRASH: "the worker process died",
+    Outcome.TIMEOUT: "no answer came in time",
+    Outcome.REFUTED: "a measured guarantee does not hold here, which is no failure",
+    Outcome.XFAIL: "it is broken, and the ledger says why and until when; no pass",
+    Outcome.INCONCLUSIVE: "a question without an answer",
+    Outcome.UNSUPPORTED: "an ability that the backend does not claim",
+    Outcome.NOT_EXERCISED: "nothing tried it",
 }
 STANDINGS = {
     0: ("conformant", Outcome.PASS),
@@ -69,7 +81,7 @@ def chips(outcomes: Iterable[Outcome]) -> tuple[Chip, ...]:
 @dataclass(frozen=True)
 class Standing:
     """What one backend's run amounts to: the word, symbol and sentence of its exit code. ``notes``: what else to know
-    before that sentence is believed."""
+    before that sentence is believed. ``stale``: rows of the ledger that do not hold, each an error."""
 
     code: int
     word: str
@@ -77,6 +89,7 @@ class Standing:
     tone: str
     sentence: str
     notes: tuple[str, ...]
+    stale: tuple[str, ...]
 
 
 def standing(results: Results) -> Standing:
@@ -88,8 +101,8 @@ def standing(results: Results) -> Standing:
         notes.append(f"This run did not finish: only the {len(results.verdicts)} cells below were judged.")
     if results.unavailable and results.verdicts:
         notes.append(f"It stopped after {len(results.verdicts)} cells, which are shown below.")
-    notes += [f"Stale: {words}." for words in results.stale]
-    return Standing(code, word, SYMBOLS[like], TONES[like], sentence, tuple(notes))
+    stale = tuple(f"Stale ledger: {words}" for words in results.stale)
+    return Standing(code, word, SYMBOLS[like], TONES[like], sentence, tuple(notes), stale)
 
 
 def labels(results: Sequence[Results]) -> list[str]:
@@ -102,11 +115,29 @@ def labels(results: Sequence[Results]) -> list[str]:
     return [f"{name} #{i + 1}" if seen[name] > 1 else name for i, name in enumerate(names)]
 
 
-def replay_line(backend: str, verdict: Verdict, folder: str) -> str:
+def replay_line(backend: str, counterexample: str, folder: str) -> str:
     """The command that runs a counterexample again, or nothing where there is no file."""
-    if not verdict.counterexample:
+    if not counterexample:
         return ""
-    return f"kvconform replay {quote(str(PurePosixPath(folder, 'failures', backend, verdict.counterexample)))}"
+    return f"kvconform replay {quote(str(PurePosixPath(folder, 'failures', backend, counterexample)))}"
+
+
+def short(link: str) -> str:
+    """``pytorch/executorch#2010`` of an address on GitHub; another address as it is."""
+    found = re.fullmatch(r"https://github\.com/([^/]+/[^/]+)/(?:issues|pull|discussions)/(\d+)", link)
+    return f"{found[1]}#{found[2]}" if found else link.removeprefix("https://")
+
+
+def address(bug: str) -> str:
+    """The address of a bug that is named ``owner/repository/issues/1``; nothing where it is only words."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+/(issues|pull)/\d+", bug):
+        return f"https://github.com/{bug}"
+    return bug if re.fullmatch(r"https?://\S+", bug) else ""
+
+
+def percent(part: int, whole: int) -> str:
+    """A share that says 0 % and 100 % only where it is none and all."""
+    return f"{round(100 * part / whole) if part in (0, whole) else min(max(round(100 * part / whole), 1), 99)} %"
 
 
 def counted(number: int, noun: str) -> str:

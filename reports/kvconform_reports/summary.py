@@ -25,7 +25,7 @@ def table(results: Sequence[Results]) -> str:
             [
                 printable(label), *(str(_count(result, outcome)) for outcome in shown),
                 str(sum(verdict.programs for verdict in result.verdicts)), duration(result.seconds),
-                printable("; ".join((f"{stands.symbol} {stands.word}: {stands.sentence}", *stands.notes))),
+                printable("; ".join((f"{stands.symbol} {stands.word}: {stands.sentence}", *stands.notes, *stands.stale))),
             ]
         )  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -10,12 +10,15 @@ from typing import Any
 
 import msgspec
 
+from kvconform import ledger
+from kvconform.lattice import LEVELS
 from kvconform.pairwise import Pair
 from kvconform.results import Results
 from kvconform.verdict import Outcome, Verdict
-from kvconform_reports.outcomes import WORST_FIRST, Chip, Standing, chip, chips, labels, replay_line, standing
-from kvconform_specs.clause import Level
-from kvconform_specs.clauses import BY_NAME, CHAPTERS
+from kvconform_reports.outcomes import WORST_FIRST, Chip, Standing, chip, chips, labels, replay_line, short, standing
+from kvconform_specs.clauses import BY_NAME
+
+UNJUDGED = (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED, Outcome.UNSUPPORTED)
 
 
 @dataclass(frozen=True)
@@ -41,40 +44,6 @@ class Backend:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """The configs of a cell with one outcome: (config, number of its failure or None).
-
-    None are named where they are all configs of the row, or all but those that the cell's other entries name, which
-    are the worse ones: 20 000 names are half a megabyte.
-    """
-
-    chip: Chip
-    configs: tuple[tuple[str, int | None], ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A clause. ``configs``: all that a backend was judged under. ``cells``: for each backend its entries, worst first;
-    empty where it was not run."""
-
-    clause: str
-    text: str
-    remarks: str
-    why: tuple[tuple[str, str], ...]
-    configs: tuple[str, ...]
-    cells: tuple[tuple[Entry, ...], ...]
-    broken: bool
-    short_of_pass: bool
-
-
-@dataclass(frozen=True)
-class Chapter:
-    name: str
-    text: str
-    rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True)
 class Failure:
     number: int
     label: str
@@ -82,6 +51,32 @@ class Failure:
     chip: Chip
     replay: str
     text: str
+
+
+@dataclass(frozen=True)
+class Known:
+    """A failure in the ledger. ``row`` is None where the results hold none for it. ``now``: what it gave in this
+    run."""
+
+    label: str
+    clause: str
+    config: str
+    row: ledger.Row | None
+    versions: str
+    link: str
+    now: str
+    replay: str
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """The strongest level of one backend under one config, and what refutes the next."""
+
+    level: str
+    refuted: str
+    sentence: str
+    replay: str
+    strongest: bool
 
 
 @dataclass(frozen=True)
@@ -142,60 +137,6 @@ def backends(results: Sequence[Results]) -> tuple[Backend, ...]:
     return tuple(found)
 
 
-def chapters(results: Sequence[Results]) -> tuple[Chapter, ...]:
-    """The matrix: every clause of the spec, and those that only the results know, by chapter."""
-    cells: dict[str, list[list[tuple[Verdict, int | None]]]] = {name: [[] for _ in results] for name in BY_NAME}
-    number = 0
-    for column, result in enumerate(results):
-        for verdict in result.verdicts:
-            number += verdict.outcome.broken
-            row = cells.setdefault(verdict.clause, [[] for _ in results])
-            row[column].append((verdict, number if verdict.outcome.broken else None))
-    ran = [bool(result.verdicts) for result in results]
-    by_chapter: dict[str, list[Row]] = {name: [] for name in CHAPTERS}
-    for name, row in cells.items():
-        by_chapter.setdefault(name.partition(".")[0], []).append(_row(name, row, ran))
-    return tuple(Chapter(name, CHAPTERS.get(name, ""), tuple(rows)) for name, rows in by_chapter.items() if rows)
-
-
-def _row(name: str, cells: list[list[tuple[Verdict, int | None]]], ran: list[bool]) -> Row:
-    clause = BY_NAME.get(name)
-    configs = dict.fromkeys(verdict.config for cell in cells for verdict, _ in cell)
-    entries = []
-    for cell in cells:
-        by_outcome: dict[Outcome, list[tuple[str, int | None]]] = defaultdict(list)
-        for verdict, failure in cell:
-            by_outcome[verdict.outcome].append((verdict.config, failure))
-        seen = [outcome for outcome in WORST_FIRST if outcome in by_outcome]
-        whole = {verdict.config for verdict, _ in cell} == set(configs)
-        unnamed = {o for o in seen[-1:] if whole and not o.broken}
-        entries.append(
-            tuple(Entry(chip(o, len(by_outcome[o])), () if o in unnamed else tuple(by_outcome[o])) for o in seen)
-        )
-    remarks = [] if clause is None else ["core"] * clause.core + ["should"] * (clause.level is Level.SHOULD)
-    outcomes = {verdict.outcome for cell in cells for verdict, _ in cell}
-    missing = any(expected and not cell for expected, cell in zip(ran, cells, strict=True))
-    return Row(
-        clause=name,
-        text=clause.text if clause else "This clause is not in the installed spec.",
-        remarks=", ".join(remarks),
-        why=tuple((link, _short(link)) for link in (clause.why if clause else ())),
-        configs=tuple(configs),
-        cells=tuple(entries),
-        broken=any(outcome.broken for outcome in outcomes),
-        short_of_pass=missing or bool(outcomes - {Outcome.PASS}),
-    )
-
-
-def _short(link: str) -> str:
-    """``pytorch/executorch#2010`` of an address on GitHub; another address as it is."""
-    owner, slash, rest = link.removeprefix("https://github.com/").partition("/")
-    parts = rest.split("/")
-    if link.startswith("https://github.com/") and slash and len(parts) == 3:
-        return f"{owner}/{parts[0]}#{parts[2]}"
-    return link.removeprefix("https://")
-
-
 def failures(results: Sequence[Results], folder: str) -> tuple[Failure, ...]:
     """Every broken cell, numbered in the order in which the matrix links them."""
     found: list[Failure] = []
@@ -206,19 +147,63 @@ def failures(results: Sequence[Results], folder: str) -> tuple[Failure, ...]:
                 found.append(
                     Failure(
                         len(found) + 1, label, verdict, chip(verdict.outcome, 1),
-                        replay_line(result.backend, verdict, folder), clause.text if clause else "",
+                        replay_line(result.backend, verdict.counterexample, folder), clause.text if clause else "",
                     )
                 )  # fmt: skip
     return tuple(found)
 
 
+def known(results: Sequence[Results], folder: str) -> tuple[Known, ...]:
+    """Every known failure: cells that the ledger holds, and rows of it without a cell."""
+    found = []
+    for label, result in zip(labels(results), results, strict=True):
+        rows = {(row.clause, row.config): row for row in result.ledger}
+        verdicts = {verdict.key: verdict for verdict in result.verdicts if verdict.outcome is Outcome.XFAIL}
+        for key in dict.fromkeys((*verdicts, *rows)):
+            row, verdict = rows.get(key), verdicts.get(key)
+            now, counterexample = (verdict.sentence, verdict.counterexample) if verdict else ("", "")
+            versions = ", ".join(f"{name} {version}" for name, version in row.versions.items()) if row else ""
+            link = row.link if row else ""
+            if row:  # its own columns say what the sentence begins with
+                now = now.removeprefix(f"{row.reason}, known until {row.expires}, {row.link}: ")
+            replay = replay_line(result.backend, counterexample, folder)
+            found.append(Known(label, *key, row, versions, short(link), now, replay))
+    return tuple(found)
+
+
+def guarantees(results: Sequence[Results], folder: str) -> tuple[tuple[str, tuple[Guarantee | None, ...]], ...]:
+    """For each config the guarantee of each backend, None where it measured none."""
+    configs = dict.fromkeys(config for result in results for config in result.lattice)
+    strongest = tuple(LEVELS)[-1]
+    return tuple(
+        (
+            config,
+            tuple(
+                Guarantee(
+                    held.level, held.refuted, held.sentence,
+                    replay_line(result.backend, held.counterexample, folder) if held.refuted else "",
+                    held.level == strongest,
+                )
+                if (held := result.lattice.get(config)) else None
+                for result in results
+            ),
+        )
+        for config in configs
+    )  # fmt: skip
+
+
+def levels() -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The guarantees from the weakest to the strongest, and the clauses that decide on each."""
+    return tuple(LEVELS.items())
+
+
 def reasons(results: Sequence[Results]) -> tuple[Reason, ...]:
-    """Why the cells that neither passed nor broke have no verdict, by backend, outcome and sentence."""
+    """Why cells have no verdict, by backend, outcome and sentence."""
     found: list[Reason] = []
     for label, result in zip(labels(results), results, strict=True):
         groups: dict[tuple[Outcome, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for verdict in result.verdicts:
-            if verdict.outcome is not Outcome.PASS and not verdict.outcome.broken:
+            if verdict.outcome in UNJUDGED:
                 groups[verdict.outcome, verdict.sentence][verdict.clause].append(verdict.config)
         for (outcome, sentence), cells in sorted(groups.items(), key=lambda item: WORST_FIRST.index(item[0][0])):
             count = sum(map(len, cells.values()))

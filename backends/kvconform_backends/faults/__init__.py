@@ -1,15 +1,30 @@
 """The fault zoo: backends that are wrong on purpose, each modelled on a real bug.
 
-A clause that none of them breaks is not finished. Importing this package imports no framework: the published torch
-listings are named here by their address.
+A clause that none of them breaks is not finished: ``kvconform audit`` tries them. Importing this package imports no
+framework: the published torch listings are named here by their address.
 """
 
 from __future__ import annotations
 
-from kvconform_backends.faults import causality, definition, equivalence, lifecycle, shape
-from kvconform_backends.faults.planted import GITHUB, MARKER, Fault, faults_of
+from kvconform_backends.faults import (
+    batch,
+    capacity,
+    causality,
+    contents,
+    controls,
+    definition,
+    equivalence,
+    errors,
+    layout,
+    lifecycle,
+    numerics,
+    shape,
+    window,
+)
+from kvconform_backends.faults.planted import GITHUB, Fault, faults_of
+from kvconform_backends.numpy_cache import NumpyCache
 
-__all__ = ["CONTROLS", "FAULTS", "MARKER", "Fault"]
+__all__ = ["CONTROLS", "FAULTS"]
 
 PUBLISHED = (
     Fault(
@@ -18,6 +33,7 @@ PUBLISHED = (
         ("causality.past-seen", "equivalence.decode"),
         GITHUB + "pytorch/pytorch/issues/108108",
         "A published notebook asks torch for is_causal=True always: each decode step sees the first key alone.",
+        classes=("M1",),
         configs=("attention-gqa", "decoder-rope"),
     ),
     Fault(
@@ -26,14 +42,22 @@ PUBLISHED = (
         ("causality.future-blind", "equivalence.chunks"),
         GITHUB + "QwenLM/Qwen/issues/979",
         "A published notebook asks torch for is_causal=(past_kv is None): a chunk on a cache sees its own future.",
+        classes=("M2",),
         stealth=True,
         configs=("attention-gqa", "decoder-rope"),
     ),
 )
 
+MODULES = (
+    shape, causality, equivalence, definition, lifecycle, contents, batch, window, capacity, errors, numerics, layout,
+)  # fmt: skip
 FAULTS: tuple[Fault, ...] = (
-    *(fault for module in (shape, causality, equivalence, definition, lifecycle) for fault in faults_of(module)),
+    *(fault for module in MODULES for fault in faults_of(module)),
     *PUBLISHED,
 )
-CONTROLS = tuple(f"kvconform_backends.faults.controls:{name}" for name in ("RopeFromSeven", "NewestFirst", "Static"))
-"""Equivalent mutants: backends that look wrong and are right."""
+CONTROLS: tuple[type, ...] = tuple(
+    kind
+    for kind in vars(controls).values()
+    if isinstance(kind, type) and issubclass(kind, NumpyCache) and kind.__module__ == controls.__name__
+)
+"""Equivalent mutants: backends that look wrong and are right; ``kvconform audit --controls`` tries them."""

@@ -9,10 +9,17 @@ from kvconform_backends.numpy_cache import Array, Cache
 
 SEEING = ("causality.past-seen", "causality.visibility")
 BLIND = ("causality.future-blind", "causality.visibility")
+PARITY = ("definition.attention", "definition.decoder")
+WINDOW = ("attention-window", "attention-sink", "decoder-learned")
+"""The configs that have a window, in some layer."""
 
 
+# --- causality ---
 class TopLeft(
-    Planted, breaks=(*SEEING, "equivalence.decode", "definition.attention"), bug="pytorch/pytorch/issues/108108"
+    Planted,
+    breaks=(*SEEING, "equivalence.decode", "definition.attention"),
+    kind="M1",
+    bug="pytorch/pytorch/issues/108108",
 ):
     """The causal diagonal begins at the top left, as if nothing were cached: a decode step sees the first key alone."""
 
@@ -20,7 +27,29 @@ class TopLeft(
         return self.instead(self.seen(np.arange(t), s), super().mask(t, s))
 
 
-class NoMaskWithCache(Planted, breaks=(*BLIND, "equivalence.decode"), bug="Mikyx-1/TinyLLM/issues/17"):
+class ChunkTopLeft(
+    Planted,
+    breaks=(*SEEING, "equivalence.chunks"),
+    kind="M1",
+    bug="sgl-project/sgl-kernel-xpu/issues/196",
+    stealth=True,
+):
+    """Several tokens on a cache that is not empty are masked from the top left; prompt and decode step are right."""
+
+    def mask(self, t: int, s: int) -> Array:
+        right = super().mask(t, s)
+        return self.instead(self.seen(np.arange(t), s), right) if s > t > 1 else right
+
+
+class LongDecodeTopLeft(Planted, breaks=SEEING[:1], kind="M1", bug="microsoft/onnxruntime/pull/27992", stealth=True):
+    """A decode step on more than nine tokens runs on another kernel, which masks from the top left."""
+
+    def mask(self, t: int, s: int) -> Array:
+        right = super().mask(t, s)
+        return self.instead(self.seen(np.arange(t), s), right) if t == 1 and s > 10 else right
+
+
+class NoMaskWithCache(Planted, breaks=(*BLIND, "equivalence.decode"), kind="M2", bug="Mikyx-1/TinyLLM/issues/17"):
     """The causal mask is left out wherever there is a cache: a prompt sees its own future."""
 
     def mask(self, t: int, s: int) -> Array:
@@ -28,14 +57,17 @@ class NoMaskWithCache(Planted, breaks=(*BLIND, "equivalence.decode"), bug="Mikyx
         return self.instead(np.ones((t, s), bool), right) if self.cached else right
 
 
-class AheadByOne(Planted, breaks=(*BLIND, "definition.attention"), bug="pytorch/executorch/pull/2689"):
-    """The start position is taken for a count: each token sees the next one too."""
+class ChunkMaskSquare(Planted, breaks=(*SEEING, "equivalence.chunks"), kind="M2", bug="meta-llama/llama/issues/899"):
+    """The mask of a chunk is square: it sees itself and nothing that is cached."""
 
     def mask(self, t: int, s: int) -> Array:
-        return self.instead(self.seen(np.arange(s - t, s) + 1, s), super().mask(t, s))
+        right = super().mask(t, s)
+        return self.instead(right & (np.arange(s) >= s - t), right) if s > t > 1 else right
 
 
-class ChunkSeesAhead(Planted, breaks=(*BLIND, "equivalence.chunks"), bug="QwenLM/Qwen/issues/979", stealth=True):
+class ChunkSeesAhead(
+    Planted, breaks=(*BLIND, "equivalence.chunks"), kind="M2", bug="QwenLM/Qwen/issues/979", stealth=True
+):
     """Several tokens on a cache that is not empty see one another's future."""
 
     def mask(self, t: int, s: int) -> Array:
@@ -43,20 +75,35 @@ class ChunkSeesAhead(Planted, breaks=(*BLIND, "equivalence.chunks"), bug="QwenLM
         return self.instead(right | (np.arange(s) >= s - t), right) if s > t > 1 else right
 
 
-class TileSeesAhead(Planted, breaks=BLIND[:1], bug="tenstorrent/tt-metal/issues/48899", stealth=True):
-    """Past the first 16 tokens, the causal mask is only as fine as a tile of 4 tokens."""
+class AheadByOne(Planted, breaks=(*BLIND, "definition.attention"), kind="M3", bug="pytorch/executorch/pull/2689"):
+    """The start position is taken for a count: each token sees the next one too."""
+
+    def mask(self, t: int, s: int) -> Array:
+        return self.instead(self.seen(np.arange(s - t, s) + 1, s), super().mask(t, s))
+
+
+class DecodeSeesOneLess(Planted, breaks=SEEING, kind="M3", bug="pytorch/executorch/pull/2689", stealth=True):
+    """A decode step does not see its own token."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
-        tile = np.arange(s - t, s) // 4 * 4 + 3
-        return (
-            self.instead(right | (np.arange(s) <= tile[:, None]) & (np.arange(s) >= s - t), right) if s > 16 else right
-        )
+        return self.instead(right & (np.arange(s) < s - 1), right) if s > t == 1 and right.sum() > 1 else right
 
 
+class TileSeesAhead(Planted, breaks=BLIND[:1], kind="X3", bug="tenstorrent/tt-metal/issues/48899", stealth=True):
+    """Past the first 16 tokens, the causal mask is only as fine as a tile of 4 tokens."""
+
+    def mask(self, t: int, s: int) -> Array:
+        right, slots = super().mask(t, s), np.arange(s)
+        tile = np.arange(s - t, s)[:, None] // 4 * 4 + 3
+        return self.instead(right | (slots <= tile) & (slots >= s - t), right) if s > 16 else right
+
+
+# --- the mask as a whole ---
 class LastLayerSeesAhead(
     Planted,
     breaks=BLIND,
+    kind="M4",
     bug="keras-team/keras/issues/23038",
     stealth=True,
     configs=("decoder-rope", "decoder-learned"),
@@ -65,12 +112,51 @@ class LastLayerSeesAhead(
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
-        if self.layer == self.config.layers - 1:
-            return self.instead(right | (np.arange(s) > np.arange(s - t, s)[:, None]), right)
-        return right
+        return self.instead(right | (self.behind(t, s) < 0), right) if self.layer == self.config.layers - 1 else right
 
 
-class LastRowReadsFirst(Planted, breaks=BLIND[:1], bug="onnx/onnx/pull/8353", stealth=True):
+class MaskReplacesWindow(
+    Planted, breaks=("numerics.caller-mask",), kind="M4", bug="enpasos/jax2onnx/pull/217", configs=WINDOW[:2]
+):
+    """A mask of the caller's takes the window's place, and does not join it."""
+
+    def visible(self, t: int, s: int) -> Array:
+        right = super().visible(t, s)
+        if self.allowed is None:
+            return right
+        return self.instead((self.behind(t, s) >= 0) & self.allowed[:, None, None], right)
+
+
+class ChunkMaskReplacesCausality(
+    Planted, breaks=("numerics.caller-mask",), kind="M4", bug="keras-team/keras/issues/23038", stealth=True
+):
+    """A mask of the caller's takes the place of causality, where several tokens come on a cache that is not empty."""
+
+    def visible(self, t: int, s: int) -> Array:
+        right = super().visible(t, s)
+        if self.allowed is None or not s > t > 1:
+            return right
+        return self.instead(np.broadcast_to(self.allowed[:, None, None], right.shape), right)
+
+
+class MaskFromBatch(Planted, breaks=(*BLIND, SEEING[0]), kind="M5", bug="sonos/torch-to-nnef/pull/217"):
+    """The past length that the mask is built with is read from the axis of the batch."""
+
+    def mask(self, t: int, s: int) -> Array:
+        return self.instead(self.seen(np.arange(t) + self.batch, s), super().mask(t, s))
+
+
+class CallerMaskCut(Planted, breaks=("numerics.caller-mask",), kind="M5", bug="thu-nics/C2C/pull/19", stealth=True):
+    """On a cache, the caller's mask is cut to the length of this call: what lies behind that is visible again."""
+
+    def visible(self, t: int, s: int) -> Array:
+        right = super().visible(t, s)
+        if self.allowed is None or s == t:
+            return right
+        return self.instead(self.mask(t, s) & (self.allowed[:, None, None] | (np.arange(s) >= t)), right)
+
+
+class LastRowReadsFirst(Planted, breaks=BLIND[:1], kind="H4", bug="onnx/onnx/pull/8353", stealth=True):
     """Slots past the eighth of the last row are those of row 0."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
@@ -82,46 +168,63 @@ class LastRowReadsFirst(Planted, breaks=BLIND[:1], bug="onnx/onnx/pull/8353", st
         return keys, values
 
 
-class DecodeSeesOneLess(Planted, breaks=SEEING, bug="pytorch/executorch/pull/2689", stealth=True):
-    """A decode step does not see its own token."""
-
-    def mask(self, t: int, s: int) -> Array:
-        right = super().mask(t, s)
-        return self.instead(right & (np.arange(s) < s - 1), right) if s > t == 1 and right.sum() > 1 else right
-
-
-class ChunkTopLeft(
-    Planted, breaks=(*SEEING, "equivalence.chunks"), bug="sgl-project/sgl-kernel-xpu/issues/196", stealth=True
+# --- the window ---
+class WindowTooLong(
+    Planted, breaks=(*PARITY, "causality.visibility"), kind="W1", bug="microsoft/onnxruntime/pull/25927", configs=WINDOW
 ):
-    """Several tokens on a cache that is not empty are masked from the top left; prompt and decode step are right."""
+    """The window leaves out the token itself when it counts: one token too many is visible."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
-        return self.instead(self.seen(np.arange(t), s), right) if s > t > 1 else right
+        return self.instead(right | (self.behind(t, s) == self.config.window_of(self.layer)), right)
 
 
-class LongDecodeTopLeft(Planted, breaks=SEEING[:1], bug="microsoft/onnxruntime/pull/27992", stealth=True):
-    """A decode step on more than nine tokens runs on another kernel, which masks from the top left."""
+class WindowTooShort(
+    Planted,
+    breaks=(*PARITY, "causality.past-seen"),
+    kind="W1",
+    bug="huggingface/transformers/issues/39408",
+    configs=WINDOW,
+):
+    """One token too few is visible in the window."""
+
+    def mask(self, t: int, s: int) -> Array:
+        right, window = super().mask(t, s), self.config.window_of(self.layer)
+        return right if window is None else self.instead(right & (self.behind(t, s) < window - 1), right)
+
+
+class DecodeWindowTooLong(
+    Planted,
+    breaks=(*PARITY, "equivalence.decode"),
+    kind="W1",
+    bug="vllm-project/vllm/issues/3385",
+    stealth=True,
+    configs=WINDOW,
+):
+    """The window is one token too long in decode steps alone."""
+
+    def mask(self, t: int, s: int) -> Array:
+        right, window = super().mask(t, s), self.config.window_of(self.layer)
+        return self.instead(right | (self.behind(t, s) == window), right) if s > t == 1 else right
+
+
+class DecodeWindowLost(
+    Planted, breaks=PARITY, kind="W2", bug="onnxruntime/mobius/pull/371", stealth=True, configs=WINDOW
+):
+    """Decode steps on more than nine tokens see all of them: the window does not reach that kernel."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
-        return self.instead(self.seen(np.arange(t), s), right) if t == 1 and s > 10 else right
-
-
-class ChunkMaskSquare(Planted, breaks=(*SEEING, "equivalence.chunks"), bug="meta-llama/llama/issues/899"):
-    """The mask of a chunk is square: it sees itself and nothing that is cached."""
-
-    def mask(self, t: int, s: int) -> Array:
-        right = super().mask(t, s)
-        return self.instead(right & (np.arange(s) >= s - t), right) if s > t > 1 else right
+        return self.instead(np.ones((t, s), bool), right) if t == 1 and s > 10 else right
 
 
 class EvictedEarly(
     Planted,
     breaks=("causality.visibility", "definition.attention"),
+    kind="W3",
     bug="huggingface/transformers/issues/37574",
     stealth=True,
-    configs=("attention-window",),
+    configs=WINDOW[:2],
 ):
     """The oldest token is evicted one step early, when the window is full exactly."""
 
@@ -133,9 +236,10 @@ class EvictedEarly(
 class WindowInChunk(
     Planted,
     breaks=(*SEEING, "equivalence.chunks"),
+    kind="W5",
     bug="trymirai/lalamo/pull/200",
     stealth=True,
-    configs=("attention-window", "decoder-learned"),
+    configs=WINDOW,
 ):
     """The window is counted in rows of the chunk, not in positions: on a cache it reaches back to the first token."""
 
@@ -143,4 +247,4 @@ class WindowInChunk(
         right = super().mask(t, s)
         wrong = self.seen(np.arange(t), s)
         wrong[:, s - t :] = right[:, s - t :]
-        return self.instead(wrong, right) if s > t > 1 and self.config.window else right
+        return self.instead(wrong, right) if s > t > 1 and self.config.window_of(self.layer) else right

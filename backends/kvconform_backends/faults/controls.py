@@ -1,31 +1,67 @@
-"""Caches that look wrong and are right. They must pass every clause: what convicts one of them is a false alarm."""
+"""Caches that look wrong and are right. They must pass every clause: what convicts one of them is a false alarm.
+
+``configs``: where one differs from the plain cache at all; without it, everywhere.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from kvconform_backends.numpy_cache import Array, Cache, NumpyCache
+from kvconform_backends.numpy_paged import NumpyPaged
+from kvconform_backends.numpy_static import Buffers, NumpyStatic
+from kvconform_specs.config import Config
+
+BLOCK = 3
+"""Keys in a block of the running softmax."""
 
 
 class RopeFromSeven(NumpyCache):
     """Rope counts from 7: queries and keys turn by the same angle more, which no score feels."""
 
+    configs = ("decoder-rope",)
+
     def rotate(self, x: Array, positions: Array) -> Array:
         return super().rotate(x, positions + 7)
 
 
+class DimsReversed(NumpyCache):
+    """The head dims of keys lie in reverse order in the cache, and those of queries are turned round with them."""
+
+    def attend(self, cache: Cache, layer: int, query: Array, key: Array, value: Array) -> Array:
+        return super().attend(cache, layer, query[..., ::-1], key[..., ::-1], value)
+
+    def contents(self, cache: Cache) -> list[list[tuple[Array, Array]]]:
+        return [[(keys[..., ::-1], values) for keys, values in layer] for layer in super().contents(cache)]
+
+
+class BiasByKey(NumpyCache):
+    """The bias grows with the key's position and knows no query: what a query adds is in each of its scores."""
+
+    configs = ("attention-softcap", "decoder-softcap")
+
+    def bias(self, t: int, s: int) -> Array:
+        return super().bias(t, s)[:, -1:]
+
+
 class NewestFirst(NumpyCache):
-    """The newest token lies in slot 0, and the mask is turned round with it."""
+    """The newest token lies in slot 0, and what depends on positions is turned round with it."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
-        cache.keys[layer] = np.concatenate([key[:, :, ::-1], cache.keys[layer]], axis=2)
-        cache.values[layer] = np.concatenate([value[:, :, ::-1], cache.values[layer]], axis=2)
-        return cache.keys[layer], cache.values[layer]
+        cache.keys[layer] = np.concatenate([self.stored(key)[:, :, ::-1], cache.keys[layer]], axis=2)
+        cache.values[layer] = np.concatenate([self.stored(value)[:, :, ::-1], cache.values[layer]], axis=2)
+        return self.loaded(cache.keys[layer]), self.loaded(cache.values[layer])
 
-    def mask(self, t: int, s: int) -> Array:
-        return super().mask(t, s)[:, ::-1]
+    def behind(self, t: int, s: int) -> Array:
+        return super().behind(t, s)[:, ::-1]
+
+    def visible(self, t: int, s: int) -> Array:
+        seen = self.mask(t, s)
+        return seen if self.allowed is None else seen & self.allowed[:, None, None, ::-1]
 
     def truncate(self, cache: Cache, length: int) -> Cache:
         if not 0 <= length <= cache.length:
@@ -33,45 +69,119 @@ class NewestFirst(NumpyCache):
         first = cache.length - length
         return Cache([k[:, :, first:] for k in cache.keys], [v[:, :, first:] for v in cache.values])
 
+    def contents(self, cache: Cache) -> list[list[tuple[Array, Array]]]:
+        return [[(k[:, ::-1], v[:, ::-1]) for k, v in layer] for layer in super().contents(cache)]
 
-@dataclass
-class Buffers(Cache):
-    """Keys and values of every layer, ``(b, g, capacity, d)`` each, of which ``written`` slots count."""
 
-    written: int = 0
+@dataclass(eq=False)
+class Columns(Cache):
+    """Keys are stored as ``(b, g, d, s)``."""
 
     @property
     def length(self) -> int:
-        return self.written
+        return int(self.values[0].shape[2])
 
 
-class Static(NumpyCache):
-    """Buffers of the capacity, written in place. What was forgotten stays in its slot, and is never read."""
+class KeysTransposed(NumpyCache):
+    """Keys are stored with a token a column, as their product with a query reads them."""
 
-    def start(self, batch: int) -> Buffers:
-        c = self.config
-        made = [np.zeros((batch, c.kv_heads, c.capacity, c.head_dim), np.float32) for _ in range(2 * c.layers)]
-        return Buffers(made[::2], made[1::2])
-
-    def fork(self, cache: Cache) -> Buffers:
-        return Buffers([k.copy() for k in cache.keys], [v.copy() for v in cache.values], cache.length)
+    def start(self, batch: int) -> Cache:
+        made = super().start(batch)
+        return Columns([k.swapaxes(2, 3) for k in made.keys], made.values)
 
     def truncate(self, cache: Cache, length: int) -> Cache:
-        if not 0 <= length <= cache.length:
-            raise ValueError(f"cannot keep {length} of {cache.length} tokens")
-        return Buffers(cache.keys, cache.values, length)
+        kept = super().truncate(cache, length)
+        return Columns([k[..., :length] for k in cache.keys], kept.values)
+
+    def fork(self, cache: Cache) -> Cache:
+        return Columns(list(cache.keys), list(cache.values))
 
     def reorder(self, cache: Cache, rows: list[int]) -> Cache:
-        return Buffers([k[rows] for k in cache.keys], [v[rows] for v in cache.values], cache.length)
+        moved = super().reorder(cache, rows)
+        return Columns(moved.keys, moved.values)
 
-    def reset(self, cache: Cache) -> Cache:
-        return Buffers(cache.keys, cache.values, 0)
+    def contents(self, cache: Cache) -> list[list[tuple[Array, Array]]]:
+        return [[(k.swapaxes(1, 2), v) for k, v in layer] for layer in super().contents(cache)]
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
-        assert isinstance(cache, Buffers)
-        past, s = cache.written, cache.written + key.shape[2]
-        cache.keys[layer][:, :, past:s] = key
-        cache.values[layer][:, :, past:s] = value
-        if layer == self.config.layers - 1:
-            cache.written = s
-        return cache.keys[layer][:, :, :s], cache.values[layer][:, :, :s]
+        cache.keys[layer] = np.concatenate([cache.keys[layer], self.stored(key).swapaxes(2, 3)], axis=3)
+        cache.values[layer] = np.concatenate([cache.values[layer], self.stored(value)], axis=2)
+        return self.loaded(cache.keys[layer]).swapaxes(2, 3), self.loaded(cache.values[layer])
+
+
+class MaskWhereNeeded(NumpyCache):
+    """No window while there are no more tokens than that, no mask for one token, and a prompt's from the top left."""
+
+    def mask(self, t: int, s: int) -> Array:
+        window = self.config.window_of(self.layer)
+        if window is not None and s > window:
+            return super().mask(t, s)
+        return np.ones((1, s), bool) if t == 1 else np.tri(t, s, k=0 if t == s else s - t, dtype=bool)
+
+
+class RunningSoftmax(NumpyCache):
+    """Weights are summed up block by block of keys, with a maximum that runs on (Milakov and Gimelshein 2018,
+    1805.02867)."""
+
+    def attention(self, query: Array, keys: Array, values: Array) -> Array:
+        scores = self.scores(query, keys[:, self.kv_head()])  # (b, h, t, s)
+        values, sink = values[:, self.kv_head()], self.sink()
+        top = np.broadcast_to(sink, (*scores.shape[:3], 1))
+        total, mixed = np.exp(sink - finite(sink)), np.zeros_like(query)
+        for first in range(0, scores.shape[3], BLOCK):
+            block = scores[..., first : first + BLOCK]
+            higher = np.maximum(top, block.max(axis=-1, keepdims=True))
+            shrunk, powers = np.exp(top - finite(higher)), np.exp(block - finite(higher))
+            total = total * shrunk + powers.sum(axis=-1, keepdims=True)
+            mixed = mixed * shrunk + self.product(powers, values[:, :, first : first + BLOCK])
+            top = higher
+        return np.asarray(mixed / np.where(total == 0, np.float32(1), total))
+
+
+class InPlace(NumpyStatic):
+    """Buffers of the capacity, written in place. What was forgotten stays in its slot, and is never read."""
+
+    claims = replace(
+        NumpyStatic.claims,
+        abilities=tuple(a for a in NumpyStatic.claims.abilities if a not in ("functional", "alias")),
+    )
+
+    def target(self, cache: Any, shared: bool) -> Buffers:
+        return super().target(cache, True)
+
+    def truncate(self, cache: Any, length: int) -> Buffers:
+        least = cache.written.min()
+        if not 0 <= length <= least:
+            raise ValueError(f"cannot keep {length} of {least} tokens")
+        return Buffers(cache.keys, cache.values, np.full_like(cache.written, length))
+
+    def reset(self, cache: Any) -> Buffers:
+        return Buffers(cache.keys, cache.values, np.zeros_like(cache.written))
+
+
+class StaleBehindMask(InPlace):
+    """The whole buffer takes part: what is stale has a score of minus infinity, and is multiplied by zero."""
+
+    claims = replace(InPlace.claims, dead_slots="finite")
+
+    def cleared(self, cache: Any, buffer: Array) -> Array:
+        return self.loaded(buffer)
+
+
+class ScatteredPages(NumpyPaged):
+    """Every other page of the pool is taken first, and the page that was freed last is taken last."""
+
+    def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
+        super().__init__(config, weights, device)
+        self.grow(40)
+        self.unused = self.unused[::2] + self.unused[1::2]
+
+    def take(self) -> int:
+        if self.unused:
+            self.unused.append(self.unused.pop(0))
+        return super().take()
+
+
+def finite(x: Array) -> Array:
+    """Zeros in place of minus infinities, of which one less another is no number."""
+    return np.where(np.isneginf(x), np.float32(0), x)

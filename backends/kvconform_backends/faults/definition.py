@@ -3,113 +3,30 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from kvconform_backends.faults.controls import Static
-from kvconform_backends.faults.equivalence import PLACED
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy_cache import Array, Cache
+from kvconform_backends.numpy_layers import MINUS_INFINITY, NumpyLayers
 
 PARITY = ("definition.attention", "definition.decoder")
 SOFTCAP = ("attention-softcap", "decoder-softcap")
-WINDOW = ("attention-window", "decoder-learned")
+SINK = ("attention-sink",)
+PLAIN = ("attention-gqa", "decoder-rope")
 
 
-class WindowTooLong(
-    Planted, breaks=(*PARITY, "causality.visibility"), bug="microsoft/onnxruntime/pull/25927", configs=WINDOW
-):
-    """The window leaves out the token itself when it counts: one token too many is visible."""
-
-    def mask(self, t: int, s: int) -> Array:
-        right, behind = super().mask(t, s), np.arange(s - t, s)[:, None] - np.arange(s)
-        return self.instead(right | (behind == self.config.window), right)
-
-
-class WindowTooShort(
-    Planted, breaks=(*PARITY, "causality.past-seen"), bug="huggingface/transformers/issues/39408", configs=WINDOW
-):
-    """One token too few is visible in the window."""
-
-    def mask(self, t: int, s: int) -> Array:
-        right, behind = super().mask(t, s), np.arange(s - t, s)[:, None] - np.arange(s)
-        return self.instead(right & (behind < (self.config.window or s) - 1), right) if self.config.window else right
-
-
-class DecodeWindowTooLong(
-    Planted, breaks=(*PARITY, "equivalence.decode"), bug="vllm-project/vllm/issues/3385", stealth=True, configs=WINDOW
-):
-    """The window is one token too long in decode steps alone."""
-
-    def mask(self, t: int, s: int) -> Array:
-        right, behind = super().mask(t, s), np.arange(s - t, s)[:, None] - np.arange(s)
-        return self.instead(right | (behind == self.config.window), right) if s > t == 1 else right
-
-
-class DecodeWindowLost(Planted, breaks=PARITY, bug="onnxruntime/mobius/pull/371", stealth=True, configs=WINDOW):
-    """Decode steps on more than nine tokens see all of them: the window does not reach that kernel."""
-
-    def mask(self, t: int, s: int) -> Array:
-        right = super().mask(t, s)
-        return self.instead(np.ones((t, s), bool), right) if t == 1 and s > 10 else right
-
-
-class TailAttended(Planted, Static, breaks=(*PARITY, "equivalence.chunks"), bug="meta-pytorch/gpt-fast/issues/233"):
-    """The whole static buffer is attended: zeros behind the valid tokens take their share."""
-
-    valid = 0
-
-    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
-        keys, _values = super().append(cache, layer, key, value)
-        self.valid, self.faulty = keys.shape[2], self.faulty + (keys.shape[2] < self.config.capacity)
-        return cache.keys[layer], cache.values[layer]
-
-    def mask(self, t: int, s: int) -> Array:
-        right = super().mask(t, self.valid)
-        return np.concatenate([right, np.ones((t, s - self.valid), bool)], axis=1)
-
-
-class LastTileAttended(Planted, Static, breaks=PARITY, bug="pytorch/pytorch/pull/169222", stealth=True):
-    """A decode step reads its last tile of 4 slots to the end: one stale or empty slot more, when 3 are valid."""
-
-    valid = 0
-
-    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
-        keys, values = super().append(cache, layer, key, value)
-        self.valid = s = keys.shape[2]
-        if s > key.shape[2] == 1 and s % 4 == 3:
-            self.faulty += 1
-            return cache.keys[layer][:, :, : s + 1], cache.values[layer][:, :, : s + 1]
-        return keys, values
-
-    def mask(self, t: int, s: int) -> Array:
-        return np.concatenate([super().mask(t, self.valid), np.ones((t, s - self.valid), bool)], axis=1)
-
-
-class ValuesAreKeys(Planted, breaks=PARITY, bug="awslabs/sockeye/pull/731"):
-    """The first step writes its keys as values."""
-
-    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
-        first = cache.keys[layer].shape[2] == 0
-        return super().append(cache, layer, key, self.instead(key, value) if first else value)
-
-
-class ReorderMakesValuesKeys(Planted, breaks=PARITY, bug="huggingface/transformers/issues/34232", stealth=True):
-    """Reorder rebuilds the values out of the keys."""
-
-    def reorder(self, cache: Cache, rows: list[int]) -> Cache:
-        right = super().reorder(cache, rows)
-        return Cache(right.keys, [self.instead(k, v) for k, v in zip(right.keys, right.values, strict=True)])
-
-
-class HeadsTiled(Planted, breaks=("definition.grouping", *PARITY), bug="onnx/onnx/pull/7274"):
+# --- scores and weights ---
+class HeadsTiled(Planted, breaks=("definition.grouping", *PARITY), kind="H1", bug="onnx/onnx/pull/7274"):
     """KV heads are tiled as a block, not repeated one by one."""
 
     def kv_head(self) -> Array:
         return self.instead(np.arange(self.config.heads) % self.config.kv_heads, super().kv_head())
 
 
-class HeadsByCount(Planted, breaks=("definition.grouping",), bug="PSAL-POSTECH/ONNXim/pull/34"):
+class HeadsByCount(Planted, breaks=("definition.grouping",), kind="H1", bug="PSAL-POSTECH/ONNXim/pull/34"):
     """The KV head is the query head over the number of KV heads, not over the size of their groups."""
 
     def kv_head(self) -> Array:
@@ -117,7 +34,9 @@ class HeadsByCount(Planted, breaks=("definition.grouping",), bug="PSAL-POSTECH/O
         return self.instead(np.arange(c.heads) // c.kv_heads % c.kv_heads, super().kv_head())
 
 
-class ChunkHeadsTiled(Planted, breaks=("definition.grouping",), bug="EricLBuehler/candle-vllm/pull/52", stealth=True):
+class ChunkHeadsTiled(
+    Planted, breaks=("definition.grouping",), kind="H1", bug="EricLBuehler/candle-vllm/pull/52", stealth=True
+):
     """KV heads are tiled where several tokens come on a cache that is not empty; prompt and decode step are right."""
 
     chunk = False
@@ -132,7 +51,11 @@ class ChunkHeadsTiled(Planted, breaks=("definition.grouping",), bug="EricLBuehle
 
 
 class ScaleIgnored(
-    Planted, breaks=("definition.scale",), bug="flashinfer-ai/flashinfer/issues/1023", configs=("attention-softcap",)
+    Planted,
+    breaks=("definition.scale",),
+    kind="Q1",
+    bug="flashinfer-ai/flashinfer/issues/1023",
+    configs=("attention-softcap",),
 ):
     """A scale that is given has no effect: scores are multiplied by 1 / sqrt(d) all the same."""
 
@@ -142,14 +65,16 @@ class ScaleIgnored(
         return super().scores(self.instead(query * given, query), keys)
 
 
-class ScaleTwice(Planted, breaks=("definition.scale", *PARITY), bug="sgl-project/sglang/pull/34765"):
+class ScaleTwice(Planted, breaks=("definition.scale", *PARITY), kind="M11", bug="sgl-project/sglang/pull/34765"):
     """The scale is applied when keys are written and again when they are read."""
 
     def scores(self, query: Array, keys: Array) -> Array:
         return super().scores(query, self.instead(keys * np.float32(self.config.score_scale), keys))
 
 
-class DecodeScaleTwice(Planted, breaks=("definition.scale",), bug="sgl-project/sglang/pull/34765", stealth=True):
+class DecodeScaleTwice(
+    Planted, breaks=("definition.scale",), kind="M11", bug="sgl-project/sglang/pull/34765", stealth=True
+):
     """Decode steps apply the scale twice."""
 
     def scores(self, query: Array, keys: Array) -> Array:
@@ -161,6 +86,7 @@ class DecodeScaleTwice(Planted, breaks=("definition.scale",), bug="sgl-project/s
 class ScaleOfPaddedHead(
     Planted,
     breaks=("definition.scale", "definition.decoder"),
+    kind="M11",
     bug="microsoft/onnxruntime/pull/27992",
     stealth=True,
     configs=("decoder-learned", "decoder-softcap"),
@@ -173,132 +99,224 @@ class ScaleOfPaddedHead(
         return super().scores(self.instead(wrong, query), keys)
 
 
+class AsIf(Planted):
+    """Base of what computes the scores that another config has."""
+
+    def as_if(self, query: Array, keys: Array, **changes: Any) -> Array:
+        true = self.config
+        self.config = replace(true, **changes)
+        try:
+            return NumpyLayers.scores(self, query, keys)
+        finally:
+            self.config = true
+
+    def capped(self, scores: Array) -> Array:
+        cap = np.float32(self.config.softcap or np.inf)
+        return np.asarray(cap * np.tanh(scores / cap))
+
+    def wrong(self, query: Array, keys: Array) -> Array:
+        raise NotImplementedError
+
+    def concerned(self, t: int, s: int) -> bool:
+        """Whether a step of ``t`` tokens, of ``s`` then, is one of those that the fault is in."""
+        return True
+
+    def scores(self, query: Array, keys: Array) -> Array:
+        right = super().scores(query, keys)
+        return self.instead(self.wrong(query, keys), right) if self.concerned(query.shape[2], keys.shape[2]) else right
+
+
 class SoftcapAfterMask(
-    Planted, breaks=("definition.softcap", "causality.future-blind"), bug="onnx/onnx/issues/7865", configs=SOFTCAP
+    AsIf,
+    breaks=("definition.softcap", "causality.future-blind"),
+    kind="M11",
+    bug="onnx/onnx/issues/7865",
+    configs=SOFTCAP,
 ):
     """Softcap bends the masked scores: what is masked gets the weight of -softcap."""
 
-    def scores(self, query: Array, keys: Array) -> Array:
-        right, cap = super().scores(query, keys), self.config.softcap
-        return right if cap is None or not self.bends(query, keys) else self.instead(np.maximum(right, -cap), right)
-
-    def bends(self, query: Array, keys: Array) -> bool:
-        return True
+    def wrong(self, query: Array, keys: Array) -> Array:
+        return self.capped(self.as_if(query, keys, softcap=None))
 
 
 class ChunkSoftcapAfterMask(
     SoftcapAfterMask,
     breaks=("definition.softcap",),
+    kind="M11",
     bug="microsoft/onnxruntime/pull/28370",
     stealth=True,
     configs=SOFTCAP,
 ):
     """Softcap bends the masked scores of several tokens on a cache that is not empty."""
 
-    def bends(self, query: Array, keys: Array) -> bool:
-        return bool(keys.shape[2] > query.shape[2] > 1)
+    def concerned(self, t: int, s: int) -> bool:
+        return s > t > 1
 
 
 class DecodeSoftcapLost(
-    Planted, breaks=("definition.softcap",), bug="microsoft/onnxruntime/pull/28379", stealth=True, configs=SOFTCAP
+    AsIf,
+    breaks=("definition.softcap",),
+    kind="M11",
+    bug="microsoft/onnxruntime/pull/28379",
+    stealth=True,
+    configs=SOFTCAP,
 ):
     """Decode steps have no softcap."""
 
-    def scores(self, query: Array, keys: Array) -> Array:
-        right, c = super().scores(query, keys), self.config
-        if c.softcap is None or not keys.shape[2] > query.shape[2] == 1:
-            return right
-        return self.instead(query @ keys.swapaxes(-1, -2) * np.float32(c.score_scale), right)
+    def wrong(self, query: Array, keys: Array) -> Array:
+        return self.as_if(query, keys, softcap=None)
+
+    def concerned(self, t: int, s: int) -> bool:
+        return s > t == 1
 
 
-class RopeInterleaved(
-    Planted,
-    breaks=("definition.positions", "definition.decoder"),
-    bug="vllm-project/vllm-ascend/pull/12780",
-    configs=("decoder-rope",),
+class BiasBeforeSoftcap(
+    AsIf, breaks=("definition.bias", "definition.softcap"), kind="M11", bug="onnx/onnx/pull/7867", configs=SOFTCAP
 ):
-    """Rope turns neighbours, not halves; queries and keys alike, so that the cache agrees with itself."""
+    """Softcap bends the biased scores, before the mask."""
 
-    def rotate(self, x: Array, positions: Array) -> Array:
-        d = x.shape[-1]
-        halves = np.arange(d).reshape(2, -1).T.reshape(-1)  # neighbours hold what would be d/2 apart
-        wrong = super().rotate(x[..., np.argsort(halves)], positions)[..., halves]
-        return self.instead(wrong, super().rotate(x, positions))
+    def wrong(self, query: Array, keys: Array) -> Array:
+        scores = self.capped(self.as_if(query, keys, softcap=None))
+        return np.where(self.visible(*scores.shape[2:]), scores, MINUS_INFINITY)
 
 
-class RopeInHalfPrecision(
-    Planted, breaks=("definition.positions",), bug="EleutherAI/gpt-neox/issues/1003", configs=("decoder-rope",)
-):
-    """Rope's angles are computed in half precision."""
-
-    def rotate(self, x: Array, positions: Array) -> Array:
-        half = x.shape[-1] // 2
-        angle = positions[:, None].astype(np.float16) * np.float16(10000.0) ** (-np.arange(half) / half).astype(
-            np.float16
-        )
-        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        a, b = x[..., :half], x[..., half:]
-        wrong = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-        return self.instead(wrong, super().rotate(x, positions))
-
-
-class QueryAfterUpdate(
-    Planted,
-    breaks=("definition.positions",),
-    bug="ml-explore/mlx-lm/issues/1805",
+class DecodeBiasBeforeSoftcap(
+    BiasBeforeSoftcap,
+    breaks=("definition.bias",),
+    kind="M11",
+    bug="microsoft/onnxruntime/pull/28379",
     stealth=True,
-    configs=("decoder-rope",),
+    configs=SOFTCAP,
 ):
-    """In a batch, queries turn by the offset after the update: by the chunk too far."""
+    """Softcap bends the biased scores of decode steps on more than four tokens, which run on another kernel."""
 
-    def rotate(self, x: Array, positions: Array) -> Array:
-        right = super().rotate(x, positions)
-        is_query = x.shape[1] == self.config.heads
-        late = is_query and len(x) > 1 and positions[0] > 0
-        return self.instead(super().rotate(x, positions + len(positions)), right) if late else right
+    def concerned(self, t: int, s: int) -> bool:
+        return t == 1 and s > 5
 
 
-class PositionsSaturate(
+class BiasOfNewTokens(
+    Planted, breaks=("definition.bias",), kind="P7", bug="keras-team/keras-hub/pull/2977", configs=SOFTCAP
+):
+    """The bias is built from the new tokens alone: cached keys have none."""
+
+    def bias(self, t: int, s: int) -> Array:
+        right = super().bias(t, s)
+        return self.instead(np.where(np.arange(s) < s - t, np.float32(0), right), right)
+
+
+class DecodeBiasLost(
     Planted,
-    breaks=("definition.positions", "definition.decoder"),
-    bug="huggingface/transformers/pull/38156",
+    breaks=("definition.bias", "equivalence.decode"),
+    kind="P7",
+    bug="keras-team/keras-hub/pull/2977",
     stealth=True,
-    configs=("decoder-learned",),
+    configs=SOFTCAP,
 ):
-    """Positions count on from the sliding window's length, which saturates."""
+    """A decode step's bias is that of one token, zero, and is spread over all cached keys; chunks are right."""
 
-    def positions(self, cache: Cache, t: int) -> Array:
-        past = min(cache.length, self.config.window or cache.length)
-        return self.instead(np.arange(past, past + t), super().positions(cache, t))
+    def bias(self, t: int, s: int) -> Array:
+        right = super().bias(t, s)
+        return self.instead(np.zeros_like(right), right) if t == 1 else right
 
 
-class ChunkAtLastPosition(
-    Planted, breaks=("definition.positions",), bug="NVIDIA/TransformerEngine/pull/536", stealth=True, configs=PLACED
+class ChunkBiasOfNewTokens(
+    Planted,
+    breaks=("definition.bias", "equivalence.chunks"),
+    kind="P7",
+    bug="keras-team/keras-hub/pull/2977",
+    stealth=True,
+    configs=SOFTCAP,
 ):
-    """All tokens of a chunk on a cache that is not empty get the position of its last one."""
+    """The bias of several tokens on more than seven starts anew with them: all cached keys are as far as the first."""
 
-    def positions(self, cache: Cache, t: int) -> Array:
-        right = super().positions(cache, t)
-        return self.instead(right[-1:].repeat(t), right) if cache.length else right
+    def bias(self, t: int, s: int) -> Array:
+        right = super().bias(t, s)
+        first = right[:, :, np.maximum(np.arange(s), s - t)]
+        return self.instead(first, right) if t > 1 and s - t > 7 else right
 
 
-class SecondDecodeTwice(
-    Planted, breaks=("definition.positions",), bug="skyzh/tiny-llm/pull/46", stealth=True, configs=PLACED
+class SinkScaled(
+    Planted, breaks=("definition.sink",), kind="M11", bug="openvinotoolkit/openvino/pull/36016", configs=SINK
 ):
-    """From the second decode step in a row on, the offset has advanced by all tokens and not by the new ones."""
+    """The sink joins the scores before they are scaled."""
 
-    twice = False
-    steps: tuple[Cache, int] | None = None  # the cache of the last step, and how many decode steps made it
+    def sink(self) -> Array:
+        right = super().sink()
+        return self.instead(right * np.float32(self.config.score_scale), right)
 
-    def step(self, cache: Cache, *inputs: Array) -> tuple[Array, Cache]:
-        same = self.steps is not None and self.steps[0] is cache
-        before = self.steps[1] if self.steps is not None and same else 0
-        self.twice = before > 0
-        output, grown = super().step(cache, *inputs)
-        self.steps = grown, before + (grown.length == cache.length + 1 and cache.length > 0)
-        return output, grown
 
-    def positions(self, cache: Cache, t: int) -> Array:
-        right = super().positions(cache, t)
-        far = np.minimum(right + cache.length - 1, self.config.capacity - 1)
-        return self.instead(far, right) if self.twice else right
+class SinkPerKey(
+    Planted, breaks=("definition.sink",), kind="M11", bug="openvinotoolkit/openvino/pull/36016", configs=SINK
+):
+    """The sink joins the denominator once for each visible key."""
+
+    keys = 1
+
+    def softmax(self, scores: Array) -> Array:
+        self.keys = scores.shape[-1]
+        return super().softmax(scores)
+
+    def sink(self) -> Array:
+        right = super().sink()
+        return self.instead(right + np.float32(math.log(self.keys)), right)
+
+
+class SinkOfOtherHead(
+    Planted, breaks=("definition.sink",), kind="H1", bug="openvinotoolkit/openvino/pull/36016", configs=SINK
+):
+    """Each head has the sink of the next one."""
+
+    def sink(self) -> Array:
+        right = super().sink()
+        return self.instead(np.roll(right, 1, axis=0), right)
+
+
+class DecodeSinkLost(
+    Planted,
+    breaks=("definition.sink", "equivalence.decode"),
+    kind="M11",
+    bug="NVIDIA/TensorRT-LLM/pull/2983",
+    stealth=True,
+    configs=SINK,
+):
+    """Decode steps have no sink."""
+
+    alone = False
+
+    def softmax(self, scores: Array) -> Array:
+        self.alone = scores.shape[-1] > scores.shape[-2] == 1
+        return super().softmax(scores)
+
+    def sink(self) -> Array:
+        right = super().sink()
+        return self.instead(np.full_like(right, MINUS_INFINITY), right) if self.alone else right
+
+
+class TilesAveraged(Planted, breaks=PARITY, kind="X3", bug="local-inference-lab/vllm/pull/17", configs=PLAIN):
+    """Tiles of 8 keys have a softmax each, and their results are averaged, whatever their scores sum up to."""
+
+    def softmax(self, scores: Array) -> Array:
+        right, s = super().softmax(scores), scores.shape[-1]
+        tiles = [Planted.softmax(self, scores[..., first : first + 8]) for first in range(0, s, 8)]
+        return self.instead(np.concatenate(tiles, axis=-1) / np.float32(len(tiles)), right)
+
+
+class ThirdTileUnscaled(
+    Planted,
+    breaks=PARITY[:1],
+    kind="X3",
+    bug="local-inference-lab/vllm/pull/17",
+    stealth=True,
+    configs=PLAIN,
+):
+    """When the third tile of 8 keys, or a later one, raises the maximum, what was summed up is not scaled down."""
+
+    def softmax(self, scores: Array) -> Array:
+        right, s = super().softmax(scores), scores.shape[-1]
+        ends = [scores[..., first : first + 8].max(axis=-1, keepdims=True) for first in range(0, s, 8)]
+        tops = np.maximum.accumulate(np.concatenate(ends, axis=-1), axis=-1)  # (b, h, t, tiles)
+        tops[..., :2] = tops[..., min(1, len(ends) - 1), None]
+        tops = np.where(np.isneginf(tops), np.float32(0), tops)
+        powers = np.exp(scores - np.repeat(tops, 8, axis=-1)[..., :s])
+        total = powers.sum(axis=-1, keepdims=True)
+        return self.instead(powers / np.where(total == 0, np.float32(1), total), right) if s > 16 else right

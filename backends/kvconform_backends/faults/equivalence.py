@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from kvconform_backends.faults.controls import Buffers, Static
+from kvconform_backends.faults.controls import InPlace
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy_cache import Array, Cache
+from kvconform_backends.numpy_static import NumpyStatic
 
-PLACED = ("decoder-rope", "decoder-learned")
-"""The configs whose decoder has positions."""
-
-
-@dataclass
-class Placed(Cache):
-    """A cache whose positions run ahead of its length."""
-
-    ahead: int = 0
-
-    @classmethod
-    def of(cls, cache: Cache, ahead: int) -> Placed:
-        return cls(cache.keys, cache.values, ahead)
-
-
-def ahead(cache: Cache) -> int:
-    return cache.ahead if isinstance(cache, Placed) else 0
-
-
-class PositionRestart(
-    Planted,
-    breaks=("equivalence.decode", "equivalence.chunks", "definition.positions"),
-    bug="pytorch/executorch/pull/2010",
-    configs=PLACED,
-):
-    """Each step's positions begin at 0."""
-
-    def positions(self, cache: Cache, t: int) -> Array:
-        return self.instead(np.arange(t), super().positions(cache, t))
+PARITY = ("definition.attention", "definition.decoder")
 
 
 class PageLost(
-    Planted, breaks=("equivalence.decode", "equivalence.chunks"), bug="sgl-project/sglang/issues/22819", stealth=True
+    Planted,
+    breaks=("equivalence.decode", "equivalence.chunks"),
+    kind="G1",
+    bug="sgl-project/sglang/issues/22819",
+    stealth=True,
 ):
     """When the cached length is a multiple of the page of 4 tokens, its last page is not read."""
 
@@ -53,115 +30,66 @@ class PageLost(
 
 
 class ChunkWritesAtZero(
-    Planted, Static, breaks=("equivalence.chunks",), bug="nntrainer/nntrainer/pull/3814", stealth=True
+    Planted, InPlace, breaks=("equivalence.chunks",), kind="C1", bug="nntrainer/nntrainer/pull/3814", stealth=True
 ):
-    """Several tokens on a cache that is not empty are written from slot 0 on."""
+    """Several tokens on a cache that is not empty are written once more from slot 0 on."""
+
+    def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        found, t = super().append(cache, layer, key, value), key.shape[2]
+        if t > 1 and self.places.max() >= t:
+            self.faulty += 1
+            cache.keys[layer][:, :, :t], cache.values[layer][:, :, :t] = self.stored(key), self.stored(value)
+        return found
+
+
+class TailAttended(
+    Planted,
+    NumpyStatic,
+    breaks=(*PARITY, "equivalence.chunks", "shape.first-step"),
+    kind="M6",
+    bug="meta-pytorch/gpt-fast/issues/233",
+):
+    """The whole static buffer is attended: zeros behind the valid tokens take their share."""
+
+    def mask(self, t: int, s: int) -> Array:
+        right, last = super().mask(t, s), self.places.max(axis=1)[:, None, None, None]
+        return self.instead(right | (np.arange(s) > last), right)
+
+
+class LastTileAttended(Planted, NumpyStatic, breaks=PARITY, kind="M6", bug="pytorch/pytorch/pull/169222", stealth=True):
+    """A decode step reads its last tile of 4 slots to the end: one stale or empty slot more, when 3 are valid."""
+
+    def mask(self, t: int, s: int) -> Array:
+        right, last = super().mask(t, s), self.places.max(axis=1)[:, None, None, None]
+        return self.instead(right | (last % 4 == 2) & (np.arange(s) == last + 1), right) if t == 1 else right
+
+
+class ValuesAreKeys(Planted, breaks=PARITY, kind="C1", bug="awslabs/sockeye/pull/731"):
+    """The first step writes its keys as values."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
-        keys, values = super().append(cache, layer, key, value)
-        s, t = keys.shape[2], key.shape[2]
-        if s > t > 1:
-            self.faulty += 1
-            cache.keys[layer][:, :, :t], cache.values[layer][:, :, :t] = key, value
-        return keys, values
+        first = cache.keys[layer].shape[2] == 0
+        return super().append(cache, layer, key, self.instead(key, value) if first else value)
 
 
-class TruncateIgnored(Planted, breaks=("equivalence.path", "shape.length"), bug="ml-explore/mlx-lm/pull/1109"):
-    """Truncate does nothing."""
-
-    def truncate(self, cache: Cache, length: int) -> Cache:
-        self.faulty += super().truncate(cache, length).length < cache.length
-        return cache
-
-
-class TruncateToZeroIgnored(
-    Planted,
-    breaks=("equivalence.path", "shape.length", "definition.attention", "definition.decoder"),
-    bug="huggingface/transformers/issues/47433",
-    stealth=True,
+class ReorderMakesValuesKeys(
+    Planted, breaks=(*PARITY, "lifecycle.reorder"), kind="C1", bug="huggingface/transformers/issues/34232", stealth=True
 ):
-    """Truncate to no tokens at all keeps every one."""
-
-    def truncate(self, cache: Cache, length: int) -> Cache:
-        if length == 0:
-            self.faulty += cache.length > 0
-            return cache
-        return super().truncate(cache, length)
-
-
-class TruncateByPage(
-    Planted, breaks=("equivalence.path", "shape.length"), bug="Blaizzy/mlx-vlm/pull/2036", stealth=True
-):
-    """Truncate keeps whole pages of 4 tokens."""
-
-    def truncate(self, cache: Cache, length: int) -> Cache:
-        kept = min(cache.length, -(-length // 4) * 4)
-        self.faulty += kept != length
-        return super().truncate(cache, kept)
-
-
-class TruncateKeepsPosition(
-    Planted,
-    breaks=("equivalence.path", "definition.decoder"),
-    bug="NVIDIA/kvpress/pull/114",
-    stealth=True,
-    configs=PLACED,
-):
-    """Truncate forgets keys and values, but positions count on from what was there."""
-
-    def start(self, batch: int) -> Cache:
-        return Placed.of(super().start(batch), 0)
-
-    def fork(self, cache: Cache) -> Cache:
-        return Placed.of(super().fork(cache), ahead(cache))
-
-    def reorder(self, cache: Cache, rows: list[int]) -> Cache:
-        return Placed.of(super().reorder(cache, rows), ahead(cache))
-
-    def truncate(self, cache: Cache, length: int) -> Cache:
-        return Placed.of(super().truncate(cache, length), ahead(cache) + cache.length - length)
-
-    def positions(self, cache: Cache, t: int) -> Array:
-        right = super().positions(cache, t)
-        return self.instead(np.minimum(right + ahead(cache), self.config.capacity - 1), right)
-
-
-class ForkShares(Planted, Static, breaks=("equivalence.path",), bug="ggml-org/llama.cpp/issues/3802", stealth=True):
-    """A fork has its own length, but shares the buffers: what one branch writes, the other reads."""
-
-    def fork(self, cache: Cache) -> Buffers:
-        self.faulty += cache.length > 0
-        return Buffers(cache.keys, cache.values, cache.length)
-
-
-class ReorderKeysOnly(Planted, breaks=("definition.attention", "definition.decoder"), bug="awslabs/sockeye/pull/731"):
-    """Reorder moves the keys' rows and leaves the values'."""
+    """Reorder rebuilds the values out of the keys."""
 
     def reorder(self, cache: Cache, rows: list[int]) -> Cache:
         right = super().reorder(cache, rows)
-        return Cache(right.keys, [self.instead(v, r) for v, r in zip(cache.values, right.values, strict=True)])
+        return Cache(right.keys, [self.instead(k, v) for k, v in zip(right.keys, right.values, strict=True)])
 
 
-class ReorderSkipsLastLayer(
-    Planted,
-    breaks=("equivalence.path", "definition.decoder"),
-    bug="huggingface/transformers/issues/46612",
-    stealth=True,
+class RefusedAppends(
+    Planted, breaks=("equivalence.path",), kind="C12", bug="ggml-org/llama.cpp/pull/9525", stealth=True
 ):
-    """Reorder leaves the last layer as it is."""
-
-    def reorder(self, cache: Cache, rows: list[int]) -> Cache:
-        right = super().reorder(cache, rows)
-        keys, values = self.instead(cache.keys[-1], right.keys[-1]), cache.values[-1]
-        return Cache([*right.keys[:-1], keys], [*right.values[:-1], values])
-
-
-class RefusedAppends(Planted, breaks=("equivalence.path",), bug="ggml-org/llama.cpp/pull/9525", stealth=True):
     """A call that is refused for the capacity leaves its first token in the cache."""
 
-    def step(self, cache: Cache, *inputs: Array) -> tuple[Array, Cache]:
+    def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
         try:
-            return super().step(cache, *inputs)
+            return super().step(cache, *inputs, **options)
         except ValueError:
             if cache.length < self.config.capacity:
                 self.faulty += 1
@@ -170,7 +98,7 @@ class RefusedAppends(Planted, breaks=("equivalence.path",), bug="ggml-org/llama.
             raise
 
 
-class FullUnmasked(Planted, breaks=("equivalence.full-stable",), bug="keras-team/keras/issues/23038"):
+class FullUnmasked(Planted, breaks=("equivalence.full-stable",), kind="M4", bug="keras-team/keras/issues/23038"):
     """The forward without a cache has no causal mask."""
 
     def mask(self, t: int, s: int) -> Array:
@@ -181,6 +109,7 @@ class FullUnmasked(Planted, breaks=("equivalence.full-stable",), bug="keras-team
 class FullBaseByLength(
     Planted,
     breaks=("equivalence.full-stable",),
+    kind="P5",
     bug="huggingface/transformers/issues/25104",
     stealth=True,
     configs=("decoder-rope",),
@@ -196,6 +125,7 @@ class FullBaseByLength(
 class FullGoesOn(
     Planted,
     breaks=("equivalence.full-stable",),
+    kind="P1",
     bug="OpenNMT/CTranslate2/pull/1572",
     stealth=True,
     configs=("decoder-learned",),
@@ -204,8 +134,8 @@ class FullGoesOn(
 
     last = 0
 
-    def step(self, cache: Cache, *inputs: Array) -> tuple[Array, Cache]:
-        output, cache = super().step(cache, *inputs)
+    def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
+        output, cache = super().step(cache, *inputs, **options)
         self.last = cache.length if self.cached else self.last
         return output, cache
 
@@ -215,14 +145,14 @@ class FullGoesOn(
 
 
 class FullAppends(
-    Planted, breaks=("equivalence.full-stable",), bug="huggingface/transformers/issues/37078", stealth=True
+    Planted, breaks=("equivalence.full-stable",), kind="C4", bug="huggingface/transformers/issues/37078", stealth=True
 ):
     """The forward without a cache appends its first token to the sequence of as many rows that was stepped last."""
 
     last: Cache | None = None
 
-    def step(self, cache: Cache, *inputs: Array) -> tuple[Array, Cache]:
-        output, cache = super().step(cache, *inputs)
+    def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
+        output, cache = super().step(cache, *inputs, **options)
         last = self.last
         if self.cached:
             self.last = cache

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from kvconform_backends.faults.equivalence import Placed, ahead
 from kvconform_backends.faults.planted import Planted
+from kvconform_backends.faults.positions import Placed, ahead
 from kvconform_backends.numpy_cache import Array, Cache
+from kvconform_backends.numpy_static import Buffers, NumpyStatic
+
+DECODERS = ("decoder-rope", "decoder-learned", "decoder-softcap")
 
 
+# --- reset ---
 class ResetKeepsLength(
-    Planted, breaks=("lifecycle.reset", "shape.length", "equivalence.path"), bug="huggingface/transformers/pull/48509"
+    Planted,
+    breaks=("lifecycle.reset", "shape.length", "equivalence.path"),
+    kind="C6",
+    bug="huggingface/transformers/pull/48509",
 ):
     """Reset fills keys and values with zeros, and keeps how many there are."""
 
@@ -24,6 +32,7 @@ class ResetKeepsLength(
 class ResetKeepsPosition(
     Planted,
     breaks=("lifecycle.reset",),
+    kind="C6",
     bug="rasbt/LLMs-from-scratch/pull/925",
     stealth=True,
     configs=("decoder-learned",),
@@ -44,9 +53,10 @@ class ResetKeepsPosition(
 class ResetFirstLayerOnly(
     Planted,
     breaks=("lifecycle.reset",),
+    kind="C6",
     bug="abetlen/llama-cpp-python/pull/2180",
     stealth=True,
-    configs=("decoder-rope", "decoder-learned", "decoder-softcap"),
+    configs=DECODERS,
 ):
     """Reset empties the first layer only."""
 
@@ -56,7 +66,7 @@ class ResetFirstLayerOnly(
         return Cache([right.keys[0], *cache.keys[1:]], [right.values[0], *cache.values[1:]])
 
 
-class LongResetKept(Planted, breaks=("lifecycle.reset",), bug="Lightning-AI/litgpt/pull/1596", stealth=True):
+class LongResetKept(Planted, breaks=("lifecycle.reset",), kind="C6", bug="Lightning-AI/litgpt/pull/1596", stealth=True):
     """Reset keeps the first token of a sequence of more than nine."""
 
     def reset(self, cache: Cache) -> Cache:
@@ -66,7 +76,8 @@ class LongResetKept(Planted, breaks=("lifecycle.reset",), bug="Lightning-AI/litg
         return super().reset(cache)
 
 
-class OneCacheForAll(Planted, breaks=("lifecycle.independent",), bug="rajveer43/VeloxQuant-MLX/pull/59"):
+# --- several sequences, several layers ---
+class OneCacheForAll(Planted, breaks=("lifecycle.independent",), kind="C7", bug="rajveer43/VeloxQuant-MLX/pull/59"):
     """All sequences of one batch size are one list, made once: the second begins where the first ended."""
 
     def start(self, batch: int) -> Cache:
@@ -80,7 +91,23 @@ class OneCacheForAll(Planted, breaks=("lifecycle.independent",), bug="rajveer43/
         return cache
 
 
-@dataclass
+class ClosedAreRecycled(Planted, breaks=("lifecycle.independent",), kind="C6", bug="EricLBuehler/candle-vllm/issues/6"):
+    """A sequence gets the cache of the one that was closed before it, if that has as many rows, as it was left."""
+
+    closed: Cache | None = None
+
+    def close(self, cache: Cache) -> None:
+        self.closed = cache
+
+    def start(self, batch: int) -> Cache:
+        found, self.closed = (self.closed, None) if self.cached else (None, self.closed)
+        if found is None or len(found.lengths) != batch:
+            return super().start(batch)
+        self.faulty += found.length > 0
+        return found
+
+
+@dataclass(eq=False)
 class Owned(Cache):
     """A cache that knows whose it is."""
 
@@ -91,7 +118,9 @@ def owned(cache: Cache, by: Cache) -> Cache:
     return Owned(cache.keys, cache.values, by.owner if isinstance(by, Owned) else None)
 
 
-class LastWriterWins(Planted, breaks=("lifecycle.independent",), bug="ggml-org/llama.cpp/issues/27994", stealth=True):
+class LastWriterWins(
+    Planted, breaks=("lifecycle.independent",), kind=("C7", "G2"), bug="ggml-org/llama.cpp/issues/27994", stealth=True
+):
     """Position 0 is that of whichever sequence was stepped last, if that has as many rows."""
 
     last: Cache | None = None
@@ -109,8 +138,8 @@ class LastWriterWins(Planted, breaks=("lifecycle.independent",), bug="ggml-org/l
     def reorder(self, cache: Cache, rows: list[int]) -> Cache:
         return owned(super().reorder(cache, rows), cache)
 
-    def step(self, cache: Cache, *inputs: Array) -> tuple[Array, Cache]:
-        output, cache = super().step(cache, *inputs)
+    def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
+        output, cache = super().step(cache, *inputs, **options)
         self.last = cache if self.cached else self.last
         return output, cache
 
@@ -124,9 +153,36 @@ class LastWriterWins(Planted, breaks=("lifecycle.independent",), bug="ggml-org/l
         return keys, values
 
 
+class LayersShareBuffers(
+    Planted,
+    NumpyStatic,
+    breaks=("equivalence.decode", "definition.decoder"),
+    kind="C7",
+    bug="TrenTorch/TrenTorch/pull/141",
+    stealth=True,
+    configs=DECODERS,
+):
+    """All layers write into one pair of buffers: each attends its own new tokens, and the last layer's old ones."""
+
+    def start(self, batch: int) -> Buffers:
+        return self.merged(super().start(batch))
+
+    def fork(self, cache: Any) -> Buffers:
+        return self.merged(super().fork(cache))
+
+    def reorder(self, cache: Any, rows: list[int]) -> Buffers:
+        return self.merged(super().reorder(cache, rows))
+
+    def merged(self, cache: Buffers) -> Buffers:
+        layers = self.config.layers
+        self.faulty += layers > 1 and cache.length > 0
+        return Buffers(cache.keys[-1:] * layers, cache.values[-1:] * layers, cache.written)
+
+
 class LongSessionStays(
     Planted,
     breaks=("shape.no-specialisation",),
+    kind=("P5", "C6"),
     bug="huggingface/transformers/pull/27227",
     stealth=True,
     configs=("decoder-rope",),

@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
 
+from kvconform.fault import MARKER, Fault, named, sentence
 from kvconform_backends.numpy_cache import Array, Cache, NumpyCache
 
-MARKER = "faulty"
-"""The witness of a planted fault counts under this key how often its faulty branch changed something."""
+__all__ = ["GITHUB", "MARKER", "Fault", "Planted", "faults_of"]
 
 GITHUB = "https://github.com/"
 
 
-@dataclass(frozen=True)
-class Fault:
-    """One row of the zoo.
-
-    address: of the backend that has the fault. clauses: those that must convict it. configs: the names of those that
-    it shows on; empty for every config that the clause concerns. bug: the real one that it is modelled on.
-    sentence: what is wrong, and when. stealth: whether it waits for a trigger, or else shows wherever it can.
-    """
-
-    name: str
-    address: str
-    clauses: tuple[str, ...]
-    bug: str
-    sentence: str
-    stealth: bool = False
-    configs: tuple[str, ...] = ()
-    marker: str = MARKER
-
-
 class Planted(NumpyCache):
-    """Base of the faults: a subclass that names the clauses it ``breaks`` is one, and its docstring is the sentence."""
+    """Base of the faults: a subclass that names the clauses it ``breaks`` is one, and its docstring is the sentence.
+
+    ``kind``: its class or classes, of ``classes.CLASSES``. Faults of another cache have that as their second base:
+    ``class StaleTail(Planted, NumpyStatic, breaks=...)``.
+    """
 
     fault: ClassVar[Fault]
 
@@ -45,6 +28,7 @@ class Planted(NumpyCache):
         cls,
         *,
         breaks: tuple[str, ...] = (),
+        kind: str | tuple[str, ...] = (),
         bug: str = "",
         stealth: bool = False,
         configs: tuple[str, ...] = (),
@@ -52,14 +36,11 @@ class Planted(NumpyCache):
     ) -> None:
         super().__init_subclass__(**others)
         if breaks:
-            name = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
-            sentence = " ".join(inspect.cleandoc(cls.__doc__ or "").split())
-            address = f"{cls.__module__}:{cls.__name__}"
-            cls.fault = Fault(name, address, breaks, GITHUB + bug, sentence, stealth, configs)
+            address, kinds = f"{cls.__module__}:{cls.__name__}", (kind,) if isinstance(kind, str) else kind
+            cls.fault = Fault(named(cls), address, breaks, GITHUB + bug, sentence(cls), kinds, stealth, configs)
 
     faulty = 0  # how often the fault changed something
-    layer = 0  # that is attending
-    batch = 1  # its rows
+    batch = 1  # rows of the step
     cached = True  # not in the cache-less forward
 
     def attend(self, cache: Cache, layer: int, query: Array, key: Array, value: Array) -> Array:
@@ -81,13 +62,13 @@ class Planted(NumpyCache):
     def seen(self, i: Array, s: int) -> Array:
         """``(t, s)``: which of ``s`` tokens are visible from positions ``i`` ``(t,)``: the mask, were ``i`` right."""
         behind = i[:, None] - np.arange(s)
-        return (behind >= 0) & (behind < (self.config.window or s + self.config.capacity))
+        return (behind >= 0) & (behind < (self.config.window_of(self.layer) or s + self.config.capacity))
 
     def witness(self) -> dict[str, Any]:
         return {**super().witness(), MARKER: self.faulty}
 
 
-def faults_of(module: object) -> tuple[Fault, ...]:
+def faults_of(module: ModuleType) -> tuple[Fault, ...]:
     """The faults that a module plants, in its order."""
-    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and "fault" in vars(kind)]
-    return tuple(vars(kind)["fault"] for kind in kinds)
+    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
+    return tuple(vars(kind)["fault"] for kind in kinds if "fault" in vars(kind))

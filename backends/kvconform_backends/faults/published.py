@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,17 +18,21 @@ from kvconform_specs.config import Config
 class FirstListing(Eager):
     """``is_causal=True`` always: torch aligns it top-left, so a decode step sees the first key alone."""
 
+    claims = replace(Eager.claims, abilities=tuple(x for x in Eager.claims.abilities if x not in ("mask", "work")))
     faulty = 0
 
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:
-        return "the listing has no window and no softcap" if config.window or config.softcap else None
+        for asked in ("window", "softcap", "sink"):
+            if getattr(config, asked) is not None:
+                return f"the listing has no {asked}"
+        return "the listing has no alibi" if config.positions == "alibi" else None
 
     def is_causal(self, past: int, t: int) -> bool:
         self.faulty += past > 0
         return True
 
-    def step(self, cache: Past, *inputs: Array) -> tuple[Array, Past]:
+    def step(self, cache: Past, *inputs: Array) -> tuple[Array, Past]:  # type: ignore[override]
         batch, _, past, _ = cache[0][0].shape
         t = self.admit(inputs, batch, past)
         causal, c = self.is_causal(past, t), self.config

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy_cache import Array, Cache
 
 
-class LastPositionOnly(Planted, breaks=("shape.output",), bug="huggingface/optimum/issues/1913"):
+class LastPositionOnly(Planted, breaks=("shape.output",), kind="X2", bug="huggingface/optimum/issues/1913"):
     """The decode branch serves the prompt too: only the last position's output comes back."""
 
-    def step(self, cache: Cache, *inputs: Array) -> tuple[Array, Cache]:
-        output, cache = super().step(cache, *inputs)
+    def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
+        output, cache = super().step(cache, *inputs, **options)
         return self.instead(output[..., -1:, :], output), cache
 
 
-class SingleSqueezed(Planted, breaks=("shape.output",), bug="microsoft/onnxruntime/issues/26262", stealth=True):
+class SingleSqueezed(
+    Planted, breaks=("shape.output",), kind="X2", bug="microsoft/onnxruntime/issues/26262", stealth=True
+):
     """One token of one row on a cache loses its batch axis."""
 
-    def step(self, cache: Cache, *inputs: Array) -> tuple[Array, Cache]:
+    def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
         past = cache.length
-        output, cache = super().step(cache, *inputs)
+        output, cache = super().step(cache, *inputs, **options)
         if past and output.shape[0] == output.shape[-2] == 1:
             output = self.instead(output[0], output)
         return output, cache
 
 
-class LengthCountsHeads(Planted, breaks=("shape.length",), bug="fla-org/flash-linear-attention/issues/126"):
+class LengthCountsHeads(Planted, breaks=("shape.length",), kind="H2", bug="fla-org/flash-linear-attention/issues/126"):
     """The length is read from the axis of the heads."""
 
     def length(self, cache: Cache) -> list[int]:
@@ -39,6 +43,7 @@ class LengthCountsHeads(Planted, breaks=("shape.length",), bug="fla-org/flash-li
 class LengthSaturates(
     Planted,
     breaks=("shape.length",),
+    kind="W6",
     bug="huggingface/transformers/pull/38156",
     stealth=True,
     configs=("attention-window", "decoder-learned"),
@@ -51,7 +56,7 @@ class LengthSaturates(
         return [told] * cache.keys[0].shape[0]
 
 
-class LengthAfterTruncate(Planted, breaks=("shape.length",), bug="NVIDIA/kvpress/pull/114", stealth=True):
+class LengthAfterTruncate(Planted, breaks=("shape.length",), kind="C8", bug="NVIDIA/kvpress/pull/114", stealth=True):
     """The counter that tells the length is not turned back by a truncate, only by the next append."""
 
     stale: tuple[Cache, int] | None = None
@@ -70,7 +75,7 @@ class LengthAfterTruncate(Planted, breaks=("shape.length",), bug="NVIDIA/kvpress
 
 
 class FirstTokenUnwritten(
-    Planted, breaks=("shape.first-step", "equivalence.decode"), bug="TrenTorch/TrenTorch/pull/192"
+    Planted, breaks=("shape.first-step", "equivalence.decode"), kind="C1", bug="TrenTorch/TrenTorch/pull/192"
 ):
     """The first token's key and value are never written: its slot holds zeros."""
 
@@ -80,7 +85,9 @@ class FirstTokenUnwritten(
         return super().append(cache, layer, key, value)
 
 
-class SinglePromptUnwritten(Planted, breaks=("shape.first-step",), bug="TrenTorch/TrenTorch/pull/192", stealth=True):
+class SinglePromptUnwritten(
+    Planted, breaks=("shape.first-step",), kind="C1", bug="TrenTorch/TrenTorch/pull/192", stealth=True
+):
     """A prompt of one token is not written; longer prompts are."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
@@ -89,18 +96,7 @@ class SinglePromptUnwritten(Planted, breaks=("shape.first-step",), bug="TrenTorc
         return super().append(cache, layer, key, value)
 
 
-class CapacityOffByOne(Planted, breaks=("shape.first-step",), bug="pytorch/executorch/pull/5227", stealth=True):
-    """A sequence that would fill the capacity exactly is refused."""
-
-    def step(self, cache: Cache, *inputs: Array) -> tuple[Array, Cache]:
-        output, cache = super().step(cache, *inputs)
-        if self.cached and cache.length == self.config.capacity:
-            self.faulty += 1
-            raise ValueError(f"capacity of {self.config.capacity} tokens reached")
-        return output, cache
-
-
-class PastBaked(Planted, breaks=("shape.no-specialisation",), bug="huggingface/transformers/issues/13175"):
+class PastBaked(Planted, breaks=("shape.no-specialisation",), kind="X2", bug="huggingface/transformers/issues/13175"):
     """The past length of the first step on a cache is traced as a constant: every later mask is built with it."""
 
     baked: int | None = None
@@ -113,7 +109,9 @@ class PastBaked(Planted, breaks=("shape.no-specialisation",), bug="huggingface/t
         return self.instead(self.seen(np.arange(self.baked, self.baked + t), s), right)
 
 
-class RowsOfFirstCall(Planted, breaks=("shape.no-specialisation",), bug="sonos/torch-to-nnef/pull/217", stealth=True):
+class RowsOfFirstCall(
+    Planted, breaks=("shape.no-specialisation",), kind="X2", bug="sonos/torch-to-nnef/pull/217", stealth=True
+):
     """The batch of the first call is traced as a constant: rows beyond it read its last row's keys."""
 
     baked: int | None = None
@@ -124,7 +122,9 @@ class RowsOfFirstCall(Planted, breaks=("shape.no-specialisation",), bug="sonos/t
         return super().scores(query, self.instead(keys[rows], keys))
 
 
-class CapturedByCount(Planted, breaks=("shape.no-specialisation",), bug="paiml/aprender/pull/2030", stealth=True):
+class CapturedByCount(
+    Planted, breaks=("shape.no-specialisation",), kind="X1", bug="paiml/aprender/pull/2030", stealth=True
+):
     """A captured step is found by batch and count alone, and replayed with the past length that it was captured at."""
 
     def mask(self, t: int, s: int) -> Array:

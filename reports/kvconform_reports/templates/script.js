@@ -12,8 +12,8 @@ for (const button of document.querySelectorAll(".replay button")) {
     setTimeout(() => { button.textContent = "Copy"; }, 1500);
   });
 }
-// Nobody can open a witness on paper.
-const shut = () => [...document.querySelectorAll(".witness:not([open])")];
+// Nobody can open anything on paper.
+const shut = () => [...document.querySelectorAll(":is(.witness, .paper):not([open])")];
 let opened = [];
 addEventListener("beforeprint", () => { opened = shut(); opened.forEach((d) => { d.open = true; }); });
 addEventListener("afterprint", () => { opened.forEach((d) => { d.open = false; }); });

@@ -67,5 +67,6 @@ CLAUSES = (
         ("https://github.com/lightseekorg/tokenspeed/issues/904",),
         chunks,
         Relation.BITWISE,
+        needs=("lossless cache",),
     ),
 )

@@ -1,0 +1,195 @@
+"""Faults of rows: one row's length, position or place is taken for another's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvconform_backends.faults.planted import Planted
+from kvconform_backends.numpy_cache import Array, Cache
+from kvconform_backends.numpy_static import Buffers, NumpyStatic
+
+PLACED = ("decoder-rope", "decoder-learned")
+"""Configs whose inputs know their position."""
+
+
+# --- rows of equal length: row-solo, permutation ---
+class Misplacing(Planted, NumpyStatic):
+    """Base: tokens are written where ``cells`` says."""
+
+    def cells(self, rows: Array, slots: Array) -> tuple[Array, Array]:
+        raise NotImplementedError
+
+    def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        rows, columns = np.nonzero(self.places >= 0)
+        into, slots = self.cells(rows, self.places[rows, columns])
+        for buffer, new in ((cache.keys[layer], key), (cache.values[layer], value)):
+            buffer[into, :, slots] = self.stored(new)[rows, :, columns]
+        return self.cleared(cache, cache.keys[layer]), self.cleared(cache, cache.values[layer])
+
+
+class RowsLandInFirst(
+    Misplacing, breaks=("batch.row-solo", "batch.permutation"), kind="H4", bug="Dao-AILab/flash-attention/issues/772"
+):
+    """What belongs to the last row of a batch is written into the first."""
+
+    def cells(self, rows: Array, slots: Array) -> tuple[Array, Array]:
+        return self.instead(np.where(rows == self.batch - 1, 0, rows), rows), slots
+
+
+class CellNumberWraps(
+    Misplacing, breaks=("batch.row-solo", "batch.permutation"), kind="H4", bug="pytorch/pytorch/issues/162588",
+    stealth=True,
+):  # fmt: skip
+    """Row and slot are one number, which wraps at 100: late slots of the third row lie in the first."""
+
+    def cells(self, rows: Array, slots: Array) -> tuple[Array, Array]:
+        numbers = rows * self.config.capacity + slots
+        wrapped = self.instead(numbers % 100, numbers)
+        return wrapped // self.config.capacity, wrapped % self.config.capacity
+
+
+class RowCounterRunsOn(
+    Planted, breaks=("batch.row-solo", "batch.permutation"), kind="P3", bug="turboderp/exllama/pull/101", configs=PLACED
+):
+    """Positions are counted through all rows of a step: each row begins where the one before it ended."""
+
+    def positions(self, cache: Cache, t: int) -> Array:
+        right = np.broadcast_to(super().positions(cache, t), (len(cache.lengths), t))
+        return self.instead((right + t * np.arange(len(right))[:, None]) % self.config.capacity, right)
+
+
+# --- ragged ---
+class FirstRowsLength(
+    Planted, NumpyStatic, breaks=("batch.ragged", "batch.staggered"), kind="M7", bug="microsoft/onnxruntime/pull/29247"
+):
+    """The mask of the first row, made from its length, serves every row."""
+
+    def behind(self, t: int, s: int) -> Array:
+        right = super().behind(t, s)
+        return self.instead(np.broadcast_to(right[:1], right.shape), right)
+
+
+class DecodeFirstRowsLength(
+    Planted, NumpyStatic, breaks=("batch.ragged",), kind="M7", bug="microsoft/onnxruntime/pull/29752", stealth=True
+):
+    """Decode steps whose rows all grow read the first row's length, where no row is longer than it by more than 4."""
+
+    def behind(self, t: int, s: int) -> Array:
+        right, ends = super().behind(t, s), self.places.max(axis=1)
+        if t > 1 or ends.min() < 0 or ends.max() > ends[0] + 4:
+            return right
+        return self.instead(np.broadcast_to(right[:1], right.shape), right)
+
+
+class DroppedRowStays(
+    Planted, NumpyStatic, breaks=("batch.ragged",), kind="M7", bug="jundot/omlx/issues/2172", stealth=True
+):
+    """The step after the longest row was dropped still writes where that row ended."""
+
+    dropped = 0
+
+    def start(self, batch: int) -> Buffers:
+        self.dropped = 0
+        return super().start(batch)
+
+    def reorder(self, cache: Any, rows: list[int]) -> Buffers:
+        kept, end = super().reorder(cache, rows), int(cache.written.max())
+        self.dropped = end if end > kept.length else 0
+        return kept
+
+    def place(self, lengths: Array, counts: Array, t: int, padding: str) -> Array:
+        right, end = super().place(lengths, counts, t, padding), self.dropped
+        self.dropped = 0
+        if not end:
+            return right
+        moved = np.minimum(right - lengths[:, None] + end, self.config.capacity - 1)
+        return self.instead(np.where(right >= 0, moved, -1), right)
+
+
+# --- padding ---
+class PaddingAdvances(
+    Planted, NumpyStatic, breaks=("batch.padding", "batch.ragged"), kind=("M4", "M7"), bug="jax-ml/jax/issues/23349"
+):
+    """Every row takes all columns of a step: what fills those without a token counts as tokens."""
+
+    def admit(
+        self, cache: Cache, inputs: tuple[Array, ...], counts: Array | None = None, mask: Array | None = None
+    ) -> Array:
+        right = super().admit(cache, inputs, counts, mask)
+        t = inputs[0].shape[1 if len(inputs) == 1 else 2]
+        return self.instead(np.full_like(right, t), right) if cache.length + t <= self.config.capacity else right
+
+
+class IdleRowOverwritten(
+    Planted, NumpyStatic, breaks=("batch.padding",), kind=("C1", "H4"), bug="microsoft/onnxruntime/pull/29002",
+    stealth=True,
+):  # fmt: skip
+    """A row that gets no token in a step has its newest one overwritten: its place is its new length less one."""
+
+    def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        rows = np.nonzero((self.places < 0).all(axis=1) & (cache.written > 0))[0]
+        self.faulty += len(rows)
+        for buffer, new in ((cache.keys[layer], key), (cache.values[layer], value)):
+            buffer[rows, :, cache.written[rows] - 1] = self.stored(new)[rows, :, 0]
+        return super().append(cache, layer, key, value)
+
+
+# --- left-padding ---
+class PaddingHasPositions(
+    Planted, NumpyStatic, breaks=("batch.left-padding",), kind="P3", bug="ndif-team/nnsight/pull/673", configs=PLACED
+):
+    """Positions count the columns of a step, those without a token in front included."""
+
+    def positions(self, cache: Any, t: int) -> Array:
+        right = super().positions(cache, t)
+        past = cache.written - (right >= 0).sum(axis=1)
+        counted = np.minimum(past[:, None] + np.arange(t), self.config.capacity - 1)
+        return self.instead(np.where(right >= 0, counted, right), right)
+
+
+class DecodeAtLongestPosition(
+    Planted, NumpyStatic, breaks=("batch.left-padding", "batch.ragged"), kind="P3", bug="unslothai/unsloth/pull/3795",
+    stealth=True, configs=PLACED,
+):  # fmt: skip
+    """Decode steps give every row the position of the longest."""
+
+    def positions(self, cache: Any, t: int) -> Array:
+        right = super().positions(cache, t)
+        return self.instead(np.where(right >= 0, right.max(), right), right) if t == 1 else right
+
+
+class MaskOffsetByPadding(
+    Planted, NumpyStatic, breaks=("batch.left-padding",), kind="M5", bug="lablup/mlxcel/pull/76", stealth=True
+):
+    """The mask of a left-padded step is shifted by as many positions as the row has columns without a token."""
+
+    def behind(self, t: int, s: int) -> Array:
+        right, first = super().behind(t, s), (self.places >= 0).argmax(axis=1)
+        return self.instead(right - first[:, None, None, None], right)
+
+
+# --- staggered ---
+class LateRowAtLongest(
+    Planted, NumpyStatic, breaks=("batch.staggered", "batch.ragged"), kind="M7", bug="jundot/omlx/issues/2172"
+):
+    """Each row is written where the longest one ends."""
+
+    def place(self, lengths: Array, counts: Array, t: int, padding: str) -> Array:
+        right, last = super().place(lengths, counts, t, padding), self.config.capacity - 1
+        wrong = super().place(np.full_like(lengths, lengths.max()), counts, t, padding)
+        return self.instead(np.minimum(wrong, last), right)
+
+
+class PausedRowAdvances(
+    Planted, NumpyStatic, breaks=("batch.staggered",), kind="M7", bug="huggingface/optimum/pull/1381", stealth=True
+):
+    """A row that pauses in a decode step of the others grows by a slot that nobody wrote."""
+
+    def run(self, cache: Any, inputs: tuple[Array, ...], mask: Array | None = None) -> Array:
+        output = super().run(cache, inputs, mask)
+        if self.places.shape[1] == 1:
+            longer = np.minimum(cache.written + (self.places[:, 0] < 0), self.config.capacity)
+            cache.written = self.instead(longer, cache.written)
+        return output

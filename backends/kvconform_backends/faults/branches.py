@@ -1,0 +1,314 @@
+"""Faults of what truncate, fork and reorder make of a sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvconform_backends.faults.controls import InPlace
+from kvconform_backends.faults.planted import Planted
+from kvconform_backends.faults.positions import Placed, ahead
+from kvconform_backends.numpy_cache import Array, Cache
+from kvconform_backends.numpy_static import Buffers, NumpyStatic
+
+PARITY = ("definition.attention", "definition.decoder")
+DECODERS = ("decoder-rope", "decoder-learned", "decoder-softcap")
+
+
+# --- truncate ---
+class TruncateIgnored(
+    Planted,
+    breaks=("lifecycle.truncate", "equivalence.path", "shape.length"),
+    kind=("C8", "C9"),
+    bug="ml-explore/mlx-lm/pull/1109",
+):
+    """Truncate does nothing."""
+
+    def truncate(self, cache: Cache, length: int) -> Cache:
+        self.faulty += super().truncate(cache, length).length < cache.length
+        return cache
+
+
+class TruncateDropsSoMany(
+    Planted, breaks=("lifecycle.truncate", "equivalence.path"), kind="C8", bug="ml-explore/mlx-lm/pull/1868"
+):
+    """The argument of truncate is taken for the number of tokens to drop."""
+
+    def truncate(self, cache: Cache, length: int) -> Cache:
+        right = super().truncate(cache, length)
+        self.faulty += cache.length != 2 * length
+        return super().truncate(cache, cache.length - right.length)
+
+
+class TruncateToZeroIgnored(
+    Planted,
+    breaks=("lifecycle.truncate", "equivalence.path", "shape.length", *PARITY),
+    kind="C8",
+    bug="huggingface/transformers/issues/47433",
+    stealth=True,
+):
+    """Truncate to no tokens at all keeps every one."""
+
+    def truncate(self, cache: Cache, length: int) -> Cache:
+        if length == 0:
+            self.faulty += cache.length > 0
+            return cache
+        return super().truncate(cache, length)
+
+
+class TruncateByPage(
+    Planted,
+    breaks=("lifecycle.truncate", "equivalence.path", "shape.length"),
+    kind="C3",
+    bug="Blaizzy/mlx-vlm/pull/2036",
+    stealth=True,
+):
+    """Truncate keeps whole pages of 4 tokens."""
+
+    def truncate(self, cache: Cache, length: int) -> Cache:
+        super().truncate(cache, length)  # refuses what is out of range
+        kept = min(cache.length, -(-length // 4) * 4)
+        self.faulty += kept != length
+        return super().truncate(cache, kept)
+
+
+class TruncateKeepsPosition(
+    Planted,
+    breaks=("lifecycle.truncate", "equivalence.path", "definition.decoder"),
+    kind="C8",
+    bug="NVIDIA/kvpress/pull/114",
+    stealth=True,
+    configs=("decoder-rope", "decoder-learned"),
+):
+    """Truncate forgets keys and values, but positions count on from what was there."""
+
+    def fork(self, cache: Cache) -> Cache:
+        return Placed.of(super().fork(cache), ahead(cache))
+
+    def reorder(self, cache: Cache, rows: list[int]) -> Cache:
+        return Placed.of(super().reorder(cache, rows), ahead(cache))
+
+    def truncate(self, cache: Cache, length: int) -> Cache:
+        return Placed.of(super().truncate(cache, length), ahead(cache) + cache.length - length)
+
+    def positions(self, cache: Cache, t: int) -> Array:
+        right = super().positions(cache, t)
+        return self.instead(np.minimum(right + ahead(cache), self.config.capacity - 1), right)
+
+
+class TruncateKeepsMaskOffset(
+    TruncateKeepsPosition,
+    breaks=("lifecycle.truncate",),
+    kind="M5",
+    bug="lablup/mlxcel/issues/421",
+    stealth=True,
+):
+    """The mask of a chunk after a truncate is built with an offset that only ever grows: it sees its own future."""
+
+    offset = 0
+
+    def attend(self, cache: Cache, layer: int, query: Array, key: Array, value: Array) -> Array:
+        self.offset = ahead(cache)
+        return super().attend(cache, layer, query, key, value)
+
+    def positions(self, cache: Cache, t: int) -> Array:
+        return np.arange(cache.length, cache.length + t)
+
+    def mask(self, t: int, s: int) -> Array:
+        right = super().mask(t, s)
+        return self.instead(self.seen(np.arange(s - t, s) + self.offset, s), right) if t > 1 else right
+
+
+class TruncateSlices(
+    Planted, breaks=("lifecycle.truncate-range",), kind="C8", bug="huggingface/transformers/issues/30312"
+):
+    """Truncate is a slice of Python's: a negative length counts from the end, and one beyond it keeps all."""
+
+    def truncate(self, cache: Cache, length: int) -> Cache:
+        self.faulty += not 0 <= length <= cache.length
+        return Cache([k[:, :, :length] for k in cache.keys], [v[:, :, :length] for v in cache.values])
+
+
+class TruncateBeyondKeepsAll(
+    Planted, breaks=("lifecycle.truncate-range",), kind="C8", bug="ml-explore/mlx-lm/pull/1868", stealth=True
+):
+    """Truncate to one token more than there are is taken for truncate to all; other lengths are refused."""
+
+    def truncate(self, cache: Cache, length: int) -> Cache:
+        if length != cache.length + 1:
+            return super().truncate(cache, length)
+        self.faulty += 1
+        return cache
+
+
+class RefusedTruncateForgets(
+    Planted, breaks=("lifecycle.truncate-range",), kind="C12", bug="ml-explore/mlx-lm/pull/1868", stealth=True
+):
+    """A truncate beyond the end is refused, after it has cut off the newest token."""
+
+    def truncate(self, cache: Cache, length: int) -> Cache:
+        if length > cache.length:
+            self.faulty += 1
+            cache.keys[:] = [k[:, :, :-1] for k in cache.keys]
+            cache.values[:] = [v[:, :, :-1] for v in cache.values]
+        return super().truncate(cache, length)
+
+
+# --- fork ---
+class ForkIsAlias(
+    Planted,
+    InPlace,
+    breaks=("lifecycle.fork", "equivalence.path"),
+    kind="C11",
+    bug="huggingface/transformers/issues/20299",
+):
+    """A fork is the original's own handle, and a step changes what it is given."""
+
+    def target(self, cache: Any, shared: bool) -> Buffers:
+        return cache  # type: ignore[no-any-return]
+
+    def fork(self, cache: Any) -> Buffers:
+        self.faulty += 1
+        return cache  # type: ignore[no-any-return]
+
+
+class ForkShares(
+    Planted,
+    InPlace,
+    breaks=("lifecycle.fork", "equivalence.path"),
+    kind="C11",
+    bug="ggml-org/llama.cpp/issues/3802",
+    stealth=True,
+):
+    """A fork has its own length, but shares the buffers: what one branch writes, the other reads."""
+
+    def fork(self, cache: Any) -> Buffers:
+        self.faulty += cache.length > 0
+        return Buffers(cache.keys, cache.values, cache.written.copy())
+
+
+class ForkCopiesFirstLayer(
+    Planted,
+    InPlace,
+    breaks=("lifecycle.fork", "equivalence.path"),
+    kind="C11",
+    bug="huggingface/transformers/issues/20299",
+    stealth=True,
+    configs=DECODERS,
+):
+    """A fork copies the first layer, and shares all others."""
+
+    def fork(self, cache: Any) -> Buffers:
+        own = super().fork(cache)
+        self.faulty += cache.length > 0
+        return Buffers([own.keys[0], *cache.keys[1:]], [own.values[0], *cache.values[1:]], own.written)
+
+
+# --- reorder ---
+class ReorderIgnored(Planted, breaks=("lifecycle.reorder", *PARITY), kind="C10", bug="awslabs/sockeye/pull/731"):
+    """What reorder returns is not used: the rows stay where they are, as many as are wanted."""
+
+    def reorder(self, cache: Cache, rows: list[int]) -> Cache:
+        right = super().reorder(cache, rows)
+        return Cache(*(self.unmoved(*xs, rows) for xs in ((cache.keys, right.keys), (cache.values, right.values))))
+
+    def unmoved(self, old: list[Array], right: list[Array], rows: list[int]) -> list[Array]:
+        stay = np.arange(len(rows)) % len(old[0])
+        return [self.instead(x[stay], y) for x, y in zip(old, right, strict=True)]
+
+
+class ReorderKeysOnly(
+    ReorderIgnored, breaks=("lifecycle.reorder", *PARITY), kind="C10", bug="awslabs/sockeye/pull/731"
+):
+    """Reorder moves the keys' rows and leaves the values'."""
+
+    def reorder(self, cache: Cache, rows: list[int]) -> Cache:
+        right = Planted.reorder(self, cache, rows)
+        return Cache(right.keys, self.unmoved(cache.values, right.values, rows))
+
+
+class ReorderAlongTokens(
+    ReorderIgnored, breaks=("lifecycle.reorder",), kind=("C10", "H2"), bug="PaddlePaddle/PaddleNLP/issues/6672"
+):
+    """Reorder picks tokens, not rows: it takes the axis of the tokens for that of the batch."""
+
+    def unmoved(self, old: list[Array], right: list[Array], rows: list[int]) -> list[Array]:
+        stay, s = np.arange(len(rows)) % len(old[0]), old[0].shape[2]
+        turned = [*rows, *range(len(rows), s)] if s > max(*rows, len(rows)) else list(range(s))
+        return [self.instead(x[stay][:, :, turned], y) for x, y in zip(old, right, strict=True)]
+
+
+class ReorderSkipsLastLayer(
+    ReorderIgnored,
+    breaks=("lifecycle.reorder", "equivalence.path", "definition.decoder"),
+    kind="C10",
+    bug="huggingface/transformers/issues/46612",
+    stealth=True,
+    configs=DECODERS,
+):
+    """Reorder leaves the last layer as it is."""
+
+    def reorder(self, cache: Cache, rows: list[int]) -> Cache:
+        right = Planted.reorder(self, cache, rows)
+        last = [self.unmoved(x[-1:], y[-1:], rows) for x, y in ((cache.keys, right.keys), (cache.values, right.values))]
+        return Cache([*right.keys[:-1], *last[0]], [*right.values[:-1], *last[1]])
+
+
+class ReorderInverted(
+    Planted,
+    breaks=("lifecycle.reorder", "equivalence.path"),
+    kind="C10",
+    bug="huggingface/transformers/issues/46612",
+    stealth=True,
+):
+    """Reorder puts row ``i`` where ``rows[i]`` was: the same for swaps, the reverse for a cycle of three."""
+
+    def reorder(self, cache: Cache, rows: list[int]) -> Cache:
+        right = super().reorder(cache, rows)
+        if sorted(rows) != list(range(len(cache.lengths))):
+            return right
+        self.faulty += list(np.argsort(rows)) != list(rows)
+        return super().reorder(cache, [int(row) for row in np.argsort(rows)])
+
+
+class RepeatsIgnored(
+    ReorderIgnored, breaks=("lifecycle.reorder",), kind="C10", bug="awslabs/sockeye/pull/731", stealth=True
+):
+    """Reorder does nothing where a row is to come twice."""
+
+    def reorder(self, cache: Cache, rows: list[int]) -> Cache:
+        return super().reorder(cache, rows) if len(set(rows)) < len(rows) else Planted.reorder(self, cache, rows)
+
+
+class RepeatsTiled(
+    Planted,
+    breaks=("lifecycle.reorder",),
+    kind="C11",
+    bug="jadore801120/attention-is-all-you-need-pytorch/pull/22",
+    stealth=True,
+):
+    """Rows that come twice are repeated as a block: 0 1 0 for 0 0 1."""
+
+    def reorder(self, cache: Cache, rows: list[int]) -> Cache:
+        tiled = [int(row) for row in np.resize(list(dict.fromkeys(rows)), len(rows))]
+        self.faulty += tiled != list(rows)
+        return super().reorder(cache, tiled)
+
+
+class ReorderKeepsLengths(
+    Planted,
+    NumpyStatic,
+    breaks=("shape.length",),
+    kind=("C10", "M7"),
+    bug="jundot/omlx/issues/2172",
+    stealth=True,
+):
+    """Where rows are dropped, keys and values move and the rows' lengths do not: they are those of the first rows."""
+
+    def reorder(self, cache: Any, rows: list[int]) -> Buffers:
+        right = super().reorder(cache, rows)
+        if len(rows) == len(cache.written):
+            return right
+        stay = np.arange(len(rows)) % len(cache.written)
+        return Buffers(right.keys, right.values, self.instead(cache.written[stay], right.written))

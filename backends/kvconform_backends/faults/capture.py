@@ -1,0 +1,213 @@
+"""Faults of what was captured once and replayed, of memory that past and present share, and of tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from kvconform_backends.faults.planted import Planted
+from kvconform_backends.numpy_cache import Array, Cache, NumpyCache
+from kvconform_backends.numpy_static import Buffers, NumpyStatic
+from kvconform_specs.config import Config
+
+GROWTH, ALIASING, GRAPHS = (("capture.growth",), ("capture.aliasing",), ("capture.graphs",))
+TILE = 8
+
+
+# --- replays ---
+class MemoryCaptured(
+    Planted,
+    NumpyStatic,
+    breaks=(*GROWTH, "shape.no-specialisation"),
+    kind="X1",
+    bug="NVIDIA/TensorRT-LLM/pull/18769",
+):
+    """A step reads the keys and values that its batch and count had when they were captured."""
+
+    def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        captured: dict[Hashable, tuple[Array, Array]] = self.__dict__.setdefault("_captured", {})
+        keys, values = super().append(cache, layer, key, value)
+        old_keys, old_values = captured.setdefault((layer, *key.shape), (keys, values))
+        return self.instead(old_keys, keys), self.instead(old_values, values)
+
+
+class PlanCounts(Planted, breaks=GROWTH, kind=("X1", "C7"), bug="flashinfer-ai/flashinfer/issues/2511", stealth=True):
+    """Decode steps of one batch run by one plan, which counts on from the last prompt, whichever sequence had that."""
+
+    planned: Mapping[int, int] = {}
+
+    def mask(self, t: int, s: int) -> Array:
+        right = super().mask(t, s)
+        if not self.cached:
+            return right
+        if self.layer == 0:
+            past = self.planned.get(self.batch, s - 1) + 1 if t == 1 < s else s
+            self.planned = {**self.planned, self.batch: past}
+        past = self.planned[self.batch] - t
+        return self.instead(self.seen(np.arange(past, past + t), s), right) if t == 1 < s else right
+
+
+class BucketCaptured(Planted, breaks=GROWTH, kind="X1", bug="paiml/aprender/pull/2030", stealth=True):
+    """How many tiles of eight keys a decode step reads is captured with its batch: it never reads any behind them."""
+
+    captured: Mapping[int, int] = {}
+
+    def mask(self, t: int, s: int) -> Array:
+        right = super().mask(t, s)
+        if t > 1 or s <= TILE:
+            return right
+        if self.batch not in self.captured:
+            self.captured = {**self.captured, self.batch: -(-s // TILE) * TILE}
+        return self.instead(right & (np.arange(s) < self.captured[self.batch]), right)
+
+
+# --- graphs ---
+class Captures(NumpyCache):
+    """Captures a graph for each class of sizes: one row or more, one token or more."""
+
+    claims = replace(NumpyCache.claims, abilities=(*NumpyCache.claims.abilities, "graphs"), max_graphs=4)
+
+    def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
+        super().__init__(config, weights, device)
+        self.captures: set[Hashable] = set()
+
+    def admit(self, cache: Cache, inputs: tuple[Array, ...], *others: Any, **named: Any) -> Array:
+        counts = super().admit(cache, inputs, *others, **named)
+        self.captures.add(self.shape(len(counts), int(counts[0]), cache.length))
+        return counts
+
+    def shape(self, batch: int, t: int, past: int) -> Hashable:
+        """What a graph is found by."""
+        return batch == 1, t == 1
+
+    def graphs(self) -> int:
+        return len(self.captures)
+
+
+class GraphForEachLength(Planted, Captures, breaks=GRAPHS, kind="X2", bug="huggingface/optimum/issues/1913"):
+    """The past length is a constant of the graph: each one captures another."""
+
+    def shape(self, batch: int, t: int, past: int) -> Hashable:
+        self.faulty += past > 0
+        return super().shape(batch, t, past), past
+
+
+class GraphForEachBucket(Planted, Captures, breaks=GRAPHS, kind="X2", bug="paiml/aprender/pull/2030", stealth=True):
+    """More than eight tokens need a graph of their own for each next power of two."""
+
+    def shape(self, batch: int, t: int, past: int) -> Hashable:
+        self.faulty += past + t > TILE
+        return super().shape(batch, t, past), max(past + t - 1, TILE - 1).bit_length()
+
+
+# --- past and present ---
+class PresentWithoutPast(
+    Planted,
+    NumpyStatic,
+    breaks=(*ALIASING, "equivalence.decode"),
+    kind="C5",
+    bug="microsoft/onnxruntime/pull/27108",
+):
+    """Where the present has memory of its own, the past is not copied into it: only the new tokens are there."""
+
+    def target(self, cache: Any, shared: bool) -> Buffers:
+        made = super().target(cache, shared)
+        if not shared:
+            for x in (*made.keys, *made.values):
+                self.faulty += bool(x.any())
+                x[...] = 0
+        return made
+
+
+class WrittenBeforeRead(
+    Planted, NumpyStatic, breaks=ALIASING, kind="C5", bug="microsoft/onnxruntime/pull/23315", stealth=True
+):
+    """Where past and present share memory, the new tokens are laid down over the first ones before those are read."""
+
+    shared = False
+
+    def target(self, cache: Any, shared: bool) -> Buffers:
+        self.shared = shared
+        return super().target(cache, shared)
+
+    def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        past = int(cache.written.min()) - key.shape[2]
+        if self.shared and past > 0:
+            self.faulty += 1
+            for buffer, new in ((cache.keys[layer], key), (cache.values[layer], value)):
+                buffer[:, :, : min(past, key.shape[2])] = self.stored(new)[:, :, :past]
+        return super().append(cache, layer, key, value)
+
+
+class BoundCrosswise(Planted, NumpyStatic, breaks=ALIASING, kind="C5", bug="pytorch/TensorRT/pull/4445", stealth=True):
+    """Where past and present share memory, new keys go to the buffer of the values, and new values to the keys'."""
+
+    shared = False
+
+    def target(self, cache: Any, shared: bool) -> Buffers:
+        self.shared = shared
+        return super().target(cache, shared)
+
+    def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        self.faulty += self.shared
+        return super().append(cache, layer, *((value, key) if self.shared else (key, value)))
+
+
+class PastWritten(
+    Planted,
+    NumpyStatic,
+    breaks=(*ALIASING, "contents.old-handle"),
+    kind=("C5", "C4"),
+    bug="microsoft/onnxruntime/issues/26064",
+    stealth=True,
+):
+    """The present lies in the memory of the past, also where it was told to have its own: an old handle finds the new
+    tokens."""
+
+    def target(self, cache: Any, shared: bool) -> Buffers:
+        self.faulty += not shared and bool(cache.written.any())
+        return super().target(cache, True)
+
+
+# --- tiles ---
+class ThirdTileMerged(
+    Planted,
+    breaks=("numerics.tiles", "definition.attention"),
+    kind="X3",
+    bug="local-inference-lab/vllm/pull/17",
+    stealth=True,
+):
+    """Tiles of eight keys are merged by their sums; from the third on, a tile is not scaled to the common maximum."""
+
+    def softmax(self, scores: Array) -> Array:
+        right = super().softmax(scores)
+        s = scores.shape[-1]
+        if s <= 2 * TILE:
+            return right
+        top = scores.max(axis=-1, keepdims=True)
+        tiles = np.split(scores, range(TILE, s, TILE), axis=-1)
+        own = np.concatenate([np.broadcast_to(x.max(axis=-1, keepdims=True), x.shape) for x in tiles], axis=-1)
+        own = np.where((np.arange(s) < 2 * TILE) | ~np.isfinite(own), top, own)
+        wrong = right * np.exp(np.where(np.isfinite(top), top - own, np.float32(0)))
+        total = wrong.sum(axis=-1, keepdims=True)
+        share = right.sum(axis=-1, keepdims=True) / np.where(total == 0, np.float32(1), total)
+        return self.instead((wrong * share).astype(np.float32), right)
+
+
+class StraddlingTileSkipped(
+    Planted,
+    breaks=("numerics.tiles", "causality.past-seen"),
+    kind="X3",
+    bug="pytorch/executorch/pull/9105",
+    stealth=True,
+):
+    """A chunk on a cache leaves out the tile of eight keys that the diagonal crosses, where that is not the last."""
+
+    def mask(self, t: int, s: int) -> Array:
+        right = super().mask(t, s)
+        query, key = np.arange(s - t, s)[:, None], np.arange(s)
+        crossed = (key // TILE == query // TILE) & (query % TILE < TILE - 1) & (query // TILE < (s - 1) // TILE)
+        return self.instead(right & ~crossed, right) if s > t > 1 else right

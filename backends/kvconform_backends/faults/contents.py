@@ -1,0 +1,256 @@
+"""Faults of what the cache holds: entries that are missing, crossed or moved, and slots that hold no token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvconform_backends.faults.planted import Planted
+from kvconform_backends.numpy_cache import Array, Cache
+from kvconform_backends.numpy_static import Buffers, NumpyStatic
+
+BLOCK = 8
+"""Slots that a kernel loads at once."""
+
+
+def filled(written: Array) -> Array:
+    """``(b, 1, 1, 1)``: where the last block ends that each row has begun."""
+    return np.asarray(-(-written // BLOCK) * BLOCK)[:, None, None, None]
+
+
+# --- round-trip ---
+class KeysInBothPlaces(
+    Planted, breaks=("contents.round-trip", "definition.attention"), kind="C1",
+    bug="huggingface/transformers/issues/34232",
+):  # fmt: skip
+    """The keys are stored a second time where the values belong."""
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        return super().append(cache, layer, key, self.instead(key, value))
+
+
+class ChunkTailUnwritten(
+    Planted, NumpyStatic, breaks=("contents.round-trip",), kind="C1", bug="huggingface/transformers/pull/30108",
+    stealth=True,
+):  # fmt: skip
+    """The last token of a chunk of more than four is attended, and never written back."""
+
+    def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        attended = super().append(cache, layer, key, value)
+        if key.shape[2] > 4:
+            self.faulty += 1
+            rows = np.nonzero(self.places[:, -1] >= 0)[0]
+            for buffer in (cache.keys[layer], cache.values[layer]):
+                buffer[rows, :, self.places[rows, -1]] = 0
+        return attended
+
+
+class PresentSwapped(Planted, breaks=("contents.round-trip",), kind="C5", bug="pytorch/TensorRT/pull/4445"):
+    """The two outputs of equal shape change places: what is shown as keys are the values."""
+
+    def contents(self, cache: Cache) -> list[list[tuple[Array, Array]]]:
+        self.faulty += 1
+        return [[(values, keys) for keys, values in rows] for rows in super().contents(cache)]
+
+
+class PresentLacksPast(
+    Planted, NumpyStatic, breaks=("contents.round-trip", "equivalence.decode"), kind="C5",
+    bug="microsoft/onnxruntime/pull/27108",
+):  # fmt: skip
+    """A present in memory of its own gets the new tokens alone: nobody copies the past."""
+
+    separate = True
+
+    def target(self, cache: Any, shared: bool) -> Buffers:
+        self.separate = not shared
+        return super().target(cache, shared)
+
+    def run(self, cache: Any, inputs: tuple[Array, ...], mask: Array | None = None) -> Array:
+        output = super().run(cache, inputs, mask)
+        past = cache.written - (self.places >= 0).sum(axis=1)
+        gone = np.arange(self.config.capacity)[:, None] < past[:, None, None, None]
+        if self.separate:
+            for buffers in (cache.keys, cache.values):
+                buffers[:] = [self.instead(np.where(gone, np.zeros_like(x), x), x) for x in buffers]
+        return output
+
+
+class SharedWritesBeforeReading(
+    Planted, NumpyStatic, breaks=("capture.aliasing",), kind="C5", bug="microsoft/onnxruntime/pull/23315", stealth=True
+):
+    """Where past and present share memory, the new values pass through slot 0 before the past is read."""
+
+    shared = False
+
+    def target(self, cache: Any, shared: bool) -> Buffers:
+        self.shared = shared
+        return super().target(cache, shared)
+
+    def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        if self.shared and (self.places[:, 0] > 0).all():
+            self.faulty += 1
+            cache.values[layer][:, :, 0] = self.stored(value)[:, :, 0]
+        return super().append(cache, layer, key, value)
+
+
+# --- past-unchanged ---
+class KeysTurnedAgain(
+    Planted, breaks=("contents.past-unchanged", "equivalence.decode"), kind="P5", bug="NeuraLegion/shainet/pull/110",
+    configs=("decoder-rope",),
+):  # fmt: skip
+    """Every step turns the cached keys by their positions once more."""
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        right = cache.keys[layer]
+        cache.keys[layer] = self.instead(self.rotate(right, np.arange(right.shape[2])), right)
+        return super().append(cache, layer, key, value)
+
+
+class ChunkBeginsOnLast(
+    Planted, NumpyStatic, breaks=("contents.past-unchanged",), kind="C1", bug="pytorch/executorch/pull/2689",
+    stealth=True,
+):  # fmt: skip
+    """A chunk on a cache that is not empty is placed from the last token on, not behind it."""
+
+    def place(self, lengths: Array, counts: Array, t: int, padding: str) -> Array:
+        right = super().place(lengths, counts, t, padding)
+        moved = (right >= 0) & (lengths[:, None] > 0) & (t > 1)
+        return self.instead(right - moved, right)
+
+
+class KeysStretched(
+    Planted, breaks=("contents.past-unchanged",), kind="P5", bug="huggingface/transformers/issues/25104", stealth=True,
+    configs=("decoder-rope",),
+):  # fmt: skip
+    """Cached keys are turned anew when the sequence passes 16 tokens, for a base that grows from there on."""
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        right = cache.keys[layer]
+        if right.shape[2] <= 16 < right.shape[2] + key.shape[2]:
+            cache.keys[layer] = self.instead(self.rotate(right, 0.1 * np.arange(right.shape[2])), right)
+        return super().append(cache, layer, key, value)
+
+
+# --- old-handle ---
+class StepWritesIntoPast(
+    Planted, NumpyStatic, breaks=("contents.old-handle",), kind="C4", bug="MemTensor/MemOS/pull/2303"
+):
+    """Every step writes into the buffers that it was given, though the old handle goes on."""
+
+    def target(self, cache: Any, shared: bool) -> Buffers:
+        self.faulty += not shared
+        return super().target(cache, True)
+
+
+class ValuesOfLongPastShared(
+    Planted, NumpyStatic, breaks=("contents.old-handle",), kind="C4", bug="huggingface/transformers/pull/32929",
+    stealth=True,
+):  # fmt: skip
+    """A step on more than four tokens copies what it was given, but for the last layer's values."""
+
+    def target(self, cache: Any, shared: bool) -> Buffers:
+        made = super().target(cache, shared)
+        if cache.length > 4 and not shared:
+            self.faulty += 1
+            made.values[-1] = cache.values[-1]
+        return made
+
+
+# --- dead-slots ---
+class BufferAttended(
+    Planted, NumpyStatic, breaks=("contents.dead-slots", "definition.attention"), kind="M6",
+    bug="meta-pytorch/gpt-fast/issues/233",
+):  # fmt: skip
+    """The whole buffer is attended, whatever its slots hold behind the tokens."""
+
+    dead: Array  # (b, 1, 1, capacity)
+
+    def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        super().append(cache, layer, key, value)
+        self.dead = self.attended(cache, key.shape[2]) & ~self.live(cache)[:, :, None, :, 0]
+        return self.loaded(cache.keys[layer]), self.loaded(cache.values[layer])
+
+    def attended(self, cache: Any, t: int) -> Array:
+        """``(b, 1, 1, capacity)``: the slots that the softmax runs over."""
+        return np.ones((1, 1, 1, self.config.capacity), bool)
+
+    def mask(self, t: int, s: int) -> Array:
+        right = super().mask(t, s)
+        return self.instead(right | self.dead, right)
+
+
+class LastBlockAttended(
+    BufferAttended, breaks=("contents.dead-slots",), kind="M6", bug="pytorch/pytorch/pull/169222", stealth=True
+):
+    """Decode steps attend their last block of 8 slots to its end."""
+
+    def attended(self, cache: Any, t: int) -> Array:
+        return np.asarray((np.arange(self.config.capacity) < filled(cache.written)) & (t == 1))
+
+
+# --- poison-safe ---
+class NothingCleared(
+    Planted, NumpyStatic, breaks=("contents.poison-safe",), kind="M9", bug="pytorch/pytorch/issues/101967"
+):
+    """Scores of dead slots are masked, and what lies in them is multiplied by the weight zero."""
+
+    def cleared(self, cache: Any, buffer: Array) -> Array:
+        found = self.loaded(buffer)
+        self.faulty += not np.isfinite(found).all()
+        return found
+
+
+class ValueTailLoaded(
+    Planted, NumpyStatic, breaks=("contents.poison-safe",), kind="M9", bug="Dao-AILab/flash-attention/issues/2374",
+    stealth=True,
+):  # fmt: skip
+    """Dead keys are cleared; dead values are not, in the block of 8 slots that holds the row's last token."""
+
+    def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        keys, values = super().append(cache, layer, key, value)
+        block = np.arange(self.config.capacity)[:, None] < filled(cache.written)
+        found = np.where(block, self.loaded(cache.values[layer]), values)
+        self.faulty += not np.isfinite(found).all()
+        return keys, found
+
+
+class MaskAddedToDeadKeys(
+    Planted, NumpyStatic, breaks=("contents.poison-safe",), kind=("M9", "M10"), bug="deepbeepmeep/Wan2GP/pull/1628",
+    stealth=True,
+):  # fmt: skip
+    """Decode steps add minus infinity to the scores of dead keys, which makes a number of no NaN."""
+
+    def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        _keys, values = super().append(cache, layer, key, value)
+        return self.loaded(cache.keys[layer]), values
+
+    def scores(self, query: Array, keys: Array) -> Array:
+        right = super().scores(query, keys)
+        if query.shape[2] > 1:
+            return right
+        with np.errstate(invalid="ignore"):
+            return self.instead(right + np.float32(0) * self.product(query, keys.swapaxes(-1, -2)), right)
+
+
+# --- present ---
+class CapacityShown(Planted, NumpyStatic, breaks=("contents.present",), kind="C3", bug="ROCm/hip-ep/pull/989"):
+    """The cache shows its buffers to the end: the size that they have is taken for the length."""
+
+    def contents(self, cache: Any) -> list[list[tuple[Array, Array]]]:
+        self.faulty += int(cache.written.min()) < self.config.capacity
+        return [
+            list(zip(self.loaded(k), self.loaded(v), strict=True))
+            for k, v in zip(cache.keys, cache.values, strict=True)
+        ]
+
+
+class ShownAsFirstRow(
+    Planted, NumpyStatic, breaks=("contents.present",), kind=("C3", "M7"), bug="microsoft/onnxruntime/pull/29752",
+    stealth=True,
+):  # fmt: skip
+    """The cache shows of each row as many tokens as the first row holds."""
+
+    def contents(self, cache: Any) -> list[list[tuple[Array, Array]]]:
+        first = self.instead(np.full_like(cache.written, cache.written[0]), cache.written)
+        return super().contents(Buffers(cache.keys, cache.values, first))

@@ -1,0 +1,145 @@
+"""Faults that are within every bound: the order of a sum, and so the last bits, depend on what should not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from kvconform_backends.faults.planted import Planted
+from kvconform_backends.numpy_cache import Array, Cache, NumpyCache
+from kvconform_specs.tensors import rounded
+
+DECODERS = ("decoder-rope", "decoder-learned", "decoder-softcap")
+REPEATABLE, BATCH, CHUNK, TOKEN = (
+    (f"determinism.{name}",) for name in ("repeatable", "batch-invariant", "chunk-invariant", "same-token")
+)
+
+
+class OneByOne(NumpyCache):
+    """Each token is a step of its own, whatever it came with: the bits of a prompt are those of decode steps."""
+
+    claims = replace(
+        NumpyCache.claims, abilities=tuple(a for a in NumpyCache.claims.abilities if a not in ("mask", "work"))
+    )
+    together = 1  # tokens of the call
+
+    def step(self, cache: Cache, *inputs: Array) -> tuple[Array, Cache]:  # type: ignore[override]
+        self.together = int(self.admit(cache, inputs)[0])
+        axis = -1 if self.config.profile == "decoder" else -2
+        outputs = []
+        for column in range(self.together):
+            output, cache = super().step(cache, *(np.take(x, [column], axis=axis) for x in inputs))
+            outputs.append(output)
+        return np.concatenate(outputs, axis=-2), cache
+
+
+class Splits(Planted):
+    """The values of a query are summed in parts: a merge of split keys. In how many, a fault says."""
+
+    def parts(self, s: int) -> int:
+        """Into how many parts the sum over ``s`` keys is cut."""
+        return 1
+
+    def attention(self, query: Array, keys: Array, values: Array) -> Array:
+        right, s = super().attention(query, keys, values), keys.shape[2]
+        if self.parts(s) == 1:
+            return right
+        weights, shared = self.softmax(self.scores(query, keys[:, self.kv_head()])), values[:, self.kv_head()]
+        size = -(-s // self.parts(s))
+        parts = [weights[..., at : at + size] @ shared[..., at : at + size, :] for at in range(0, s, size)]
+        return self.instead(np.asarray(sum(parts[1:], start=parts[0])), right)
+
+
+class SplitsByCall(Splits, breaks=REPEATABLE, kind="X4", bug="flashinfer-ai/flashinfer/pull/1675"):
+    """Sums are cut in one, two or three parts in turn, call by call: the same program gives other bits again."""
+
+    calls = 0
+
+    def step(self, cache: Cache, *inputs: Array, **named: Any) -> tuple[Array, Cache]:
+        self.calls += 1
+        return super().step(cache, *inputs, **named)
+
+    def parts(self, s: int) -> int:
+        return self.calls % 3 + 1
+
+
+class TunedAtFirst(Splits, breaks=REPEATABLE, kind="X4", bug="deepseek-ai/FlashMLA/issues/212", stealth=True):
+    """The first call on each batch, count and length beyond eight tries another kernel, which sums in two parts."""
+
+    tuned: frozenset[Hashable] = frozenset()
+    tuning = False
+
+    def attention(self, query: Array, keys: Array, values: Array) -> Array:
+        shapes = self.layer, query.shape, keys.shape
+        self.tuning = shapes not in self.tuned
+        self.tuned |= {shapes}
+        return super().attention(query, keys, values)
+
+    def parts(self, s: int) -> int:
+        return 2 if self.tuning and s > 8 else 1
+
+
+class SplitsByBatch(Splits, breaks=BATCH, kind="X4", bug="flashinfer-ai/flashinfer/issues/4647"):
+    """Keys are split between as many workers as a row has: the fewer rows, the more parts."""
+
+    def parts(self, s: int) -> int:
+        return max(4 - self.batch, 1)
+
+
+class LongSplitsByBatch(Splits, breaks=BATCH, kind="X4", bug="deepseek-ai/FlashMLA/issues/212", stealth=True):
+    """More than twelve keys are summed in two parts where a batch has three rows."""
+
+    def parts(self, s: int) -> int:
+        return 2 if s > 12 and self.batch > 2 else 1
+
+
+class SplitsByChunk(Splits, OneByOne, breaks=CHUNK, kind="X4", bug="lightseekorg/tokenspeed/issues/904"):
+    """Decode steps sum in two parts and prompts in one, token by token."""
+
+    def parts(self, s: int) -> int:
+        return 2 if self.together == 1 else 1
+
+
+class LongSplitsByChunk(
+    Splits, OneByOne, breaks=CHUNK, kind="X4", bug="lightseekorg/tokenspeed/issues/904", stealth=True
+):
+    """More than eight keys are summed in parts of as many keys as the call has tokens, if that is two to four."""
+
+    def parts(self, s: int) -> int:
+        return -(-s // self.together) if s > 8 and 2 <= self.together <= 4 else 1
+
+
+class DilutedByTail(
+    Planted, breaks=(*TOKEN, "definition.decoder"), kind="M6", bug="meta-pytorch/gpt-fast/issues/233", configs=DECODERS
+):
+    """The softmax's denominator counts the slots of the buffer that no token has filled yet, at a score of zero."""
+
+    def softmax(self, scores: Array) -> Array:
+        right = super().softmax(scores)
+        top = scores.max(axis=-1, keepdims=True)
+        total = np.exp(scores - top).sum(axis=-1, keepdims=True)
+        tail = (self.config.capacity - scores.shape[-1]) * np.exp(-top)
+        return self.instead((right * total / (total + tail)).astype(np.float32), right)
+
+
+class RopeTablesInHalf(
+    Planted,
+    breaks=TOKEN,
+    kind="P4",
+    bug="huggingface/transformers/issues/25681",
+    stealth=True,
+    configs=("decoder-rope",),
+):
+    """Rope's tables of cosines and sines are kept in bfloat16."""
+
+    def rotate(self, x: Array, positions: Array) -> Array:
+        half = x.shape[-1] // 2
+        angle = positions[:, None] * 10000.0 ** (-np.arange(half) / half)
+        cos, sin = (rounded(table.astype(np.float32), "bfloat16") for table in (np.cos(angle), np.sin(angle)))
+        a, b = x[..., :half], x[..., half:]
+        return self.instead(
+            np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1), super().rotate(x, positions)
+        )

@@ -1,0 +1,105 @@
+"""Faults of refusals: calls that make no sense and are taken, and refused ones that leave a trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvconform_backends.faults.planted import Planted
+from kvconform_backends.numpy_cache import Array, Cache
+from kvconform_backends.numpy_static import Buffers, NumpyStatic
+
+DECODERS = ("decoder-rope", "decoder-learned", "decoder-softcap")
+
+
+# --- malformed ---
+class AxisGuessed(Planted, breaks=("errors.malformed",), kind="H2", bug="ByteDance-Seed/VeOmni/pull/162"):
+    """Inputs that lack an axis are taken for one row, and given to every row."""
+
+    def step(
+        self, cache: Cache, *inputs: Array, mask: Array | None = None, metered: bool = False
+    ) -> tuple[Array, Cache]:
+        axes = 2 if self.config.profile == "decoder" else 4
+        if inputs[0].ndim == axes - 1:
+            self.faulty += 1
+            inputs = tuple(np.broadcast_to(x, (len(cache.lengths), *x.shape)) for x in inputs)
+        return super().step(cache, *inputs, mask=mask, metered=metered)
+
+
+class SurplusHeadsCut(
+    Planted, breaks=("errors.malformed",), kind="H1", bug="facebookresearch/lingua/issues/44", stealth=True
+):
+    """KV heads beyond those that the config has are cut off without a word."""
+
+    def step(
+        self, cache: Cache, *inputs: Array, mask: Array | None = None, metered: bool = False
+    ) -> tuple[Array, Cache]:
+        if self.config.profile == "attention" and inputs[1].ndim == 4 and inputs[1].shape[1] > self.config.kv_heads:
+            self.faulty += 1
+            inputs = (inputs[0], *(x[:, : self.config.kv_heads] for x in inputs[1:]))
+        return super().step(cache, *inputs, mask=mask, metered=metered)
+
+
+# --- unchanged ---
+class LengthBeforeCheck(
+    Planted, NumpyStatic, breaks=("errors.unchanged",), kind="C12", bug="ggml-org/llama.cpp/pull/9525"
+):
+    """The length is advanced before a step is looked at, and not turned back where it is refused."""
+
+    def admit(
+        self, cache: Any, inputs: tuple[Array, ...], counts: Array | None = None, mask: Array | None = None
+    ) -> Array:
+        try:
+            return super().admit(cache, inputs, counts, mask)
+        except (TypeError, ValueError):
+            longer = np.minimum(cache.written + 1, self.config.capacity)
+            cache.written = self.instead(longer, cache.written)
+            raise
+
+
+class UnknownTokenInLastLayer(
+    Planted, breaks=("errors.unchanged",), kind="C12", bug="huggingface/transformers/issues/37078", stealth=True,
+    configs=DECODERS,
+):  # fmt: skip
+    """Where a token id is refused, the last layer has taken a token: each layer is advanced by itself."""
+
+    def step(
+        self, cache: Cache, *inputs: Array, mask: Array | None = None, metered: bool = False
+    ) -> tuple[Array, Cache]:
+        try:
+            return super().step(cache, *inputs, mask=mask, metered=metered)
+        except ValueError:
+            if inputs[0].ndim == 2 and inputs[0].max() >= self.config.vocabulary and cache.length:
+                self.faulty += 1
+                for held in (cache.keys, cache.values):
+                    held[-1] = np.concatenate([held[-1], held[-1][:, :, -1:]], axis=2)
+            raise
+
+
+class RefusedTruncateGrows(
+    Planted, NumpyStatic, breaks=("errors.unchanged", "lifecycle.truncate-range"), kind=("C12", "C8"),
+    bug="ml-explore/mlx-lm/pull/1868", stealth=True,
+):  # fmt: skip
+    """Truncate sets the length before it looks whether there are so many tokens."""
+
+    def truncate(self, cache: Any, length: int) -> Buffers:
+        try:
+            return super().truncate(cache, length)
+        except ValueError:
+            if 0 <= length <= self.config.capacity:
+                cache.written = self.instead(np.full_like(cache.written, length), cache.written)
+            raise
+
+
+class NegativeTruncateSlices(
+    Planted, breaks=("errors.unchanged", "lifecycle.truncate-range"), kind="C8",
+    bug="huggingface/transformers/issues/47433", stealth=True,
+):  # fmt: skip
+    """A negative length counts from the end, as a slice does."""
+
+    def truncate(self, cache: Cache, length: int) -> Cache:
+        if -cache.length <= length < 0:
+            self.faulty += 1
+            length += cache.length
+        return super().truncate(cache, length)

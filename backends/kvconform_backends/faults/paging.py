@@ -1,0 +1,204 @@
+"""Faults of pages: where a token lies, where a page ends, and who else reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvconform_backends.faults.planted import Planted
+from kvconform_backends.numpy_cache import Array
+from kvconform_backends.numpy_paged import PAGE, NumpyPaged, Tables
+
+PLACED = ("paging.placement",)
+ENDED = ("paging.boundary",)
+SHARED = ("paging.copy-on-write",)
+
+
+class PoolReadInOrder(Planted, NumpyPaged, breaks=(*PLACED, *SHARED), kind="G2", bug="golang-design/accel/issues/10"):
+    """The block table says where tokens are written; they are read from the pages behind its first one, in order."""
+
+    def read(self, pool: Array, table: list[int], n: int) -> Array:
+        first = table[0] if table else 0
+        inside = [min(page, len(pool) - 1) for page in range(first, first + len(table))]
+        return self.instead(super().read(pool, inside, n), super().read(pool, table, n))
+
+
+class ChunkPlacedFromStart(
+    Planted,
+    NumpyPaged,
+    breaks=(*PLACED, "equivalence.chunks"),
+    kind="G2",
+    bug="vllm-project/vllm/pull/36580",
+    stealth=True,
+):
+    """A chunk's pages are looked up by the numbers of its own tokens: from the beginning of the table on."""
+
+    def write(self, pool: Array, table: list[int], positions: Array, new: Array) -> None:
+        if len(positions) > 1 and positions[0] >= PAGE:
+            self.faulty += 1
+            positions = positions - positions[0] // PAGE * PAGE
+        super().write(pool, table, positions, new)
+
+
+class ChunkPlacedOnPage(
+    Planted,
+    NumpyPaged,
+    breaks=(*PLACED, *ENDED),
+    kind=("G1", "G2"),
+    bug="tanishqkumar/ssd/pull/22",
+    stealth=True,
+):
+    """A chunk that begins in the middle of a page is written from the beginning of that page on."""
+
+    def write(self, pool: Array, table: list[int], positions: Array, new: Array) -> None:
+        if len(positions) > 1 and positions[0] % PAGE:
+            self.faulty += 1
+            positions = positions - positions[0] % PAGE
+        super().write(pool, table, positions, new)
+
+
+class MaskByPlace(Planted, NumpyPaged, breaks=PLACED, kind="G2", bug="pytorch/pytorch/issues/182593", stealth=True):
+    """Causality compares where tokens lie in the pool: right as long as a sequence's pages lie in order."""
+
+    table: list[int]
+
+    def read(self, pool: Array, table: list[int], n: int) -> Array:
+        self.table = table
+        return super().read(pool, table, n)
+
+    def mask(self, t: int, s: int) -> Array:
+        right = super().mask(t, s)
+        place = np.array(self.table)[np.arange(s) // PAGE] * PAGE + np.arange(s) % PAGE
+        return self.instead(right & (place <= place[s - t :, None]), right)
+
+
+class WeakPrefixHash(
+    Planted,
+    NumpyPaged,
+    breaks=PLACED,
+    kind="G3",
+    bug="openvinotoolkit/openvino.genai/issues/3722",
+    stealth=True,
+    configs=("decoder-rope", "decoder-learned"),
+):
+    """A prompt's first page is shared with another prompt's whose tokens had the same hash, one of eight."""
+
+    def step(  # type: ignore[override]  # as in NumpyPaged
+        self, cache: Any, *inputs: Array, counts: Array | None = None
+    ) -> tuple[Array, Tables]:
+        fresh = cache.written == 0
+        output, cache = super().step(cache, *inputs, counts=counts)
+        known: dict[int, int] = self.__dict__.setdefault("_known", {})
+        for row in np.flatnonzero(fresh & (cache.written >= PAGE)):
+            own, key = cache.tables[row][0], int(inputs[0][row, :PAGE].sum()) % 8
+            page = known.setdefault(key, own)
+            if page != own and self.uses[page]:
+                self.faulty += any(not np.array_equal(pool[page], pool[own]) for pool in self.keys)
+                self.share([page])
+                self.release([own])
+                cache.tables[row][0] = page
+            else:
+                known[key] = own
+        return output, cache
+
+    def release(self, pages: Any) -> None:
+        super().release(pages)
+        known: dict[int, int] = self.__dict__.setdefault("_known", {})
+        for key in [key for key, page in known.items() if not self.uses[page]]:
+            del known[key]
+
+
+class LastPageReadWhole(
+    Planted, NumpyPaged, breaks=(*ENDED, "equivalence.decode"), kind=("G1", "M6"), bug="pytorch/pytorch/pull/160861"
+):
+    """The last page is read whole: its slots that hold no token take part in the softmax."""
+
+    held = 0
+
+    def read(self, pool: Array, table: list[int], n: int) -> Array:
+        self.held = int(n)
+        return super().read(pool, table, len(table) * PAGE)
+
+    def behind(self, t: int, s: int) -> Array:
+        right = np.arange(self.held - t, self.held)[:, None] - np.arange(s)
+        return self.instead(np.where(np.arange(s) < self.held, right, 0), right)
+
+
+class FullPageForgotten(Planted, NumpyPaged, breaks=ENDED, kind="G1", bug="vllm-project/vllm/pull/7380", stealth=True):
+    """A chunk that fills its last page exactly leaves that page to the next step, which does not come back to it."""
+
+    def write(self, pool: Array, table: list[int], positions: Array, new: Array) -> None:
+        end = int(positions[-1]) + 1
+        if len(positions) > 1 and end % PAGE == 0:
+            self.faulty += 1
+            written = positions < end - PAGE
+            positions, new = positions[written], new[:, written]
+        super().write(pool, table, positions, new)
+
+
+class TruncateFreesOpenPage(
+    Planted, NumpyPaged, breaks=ENDED, kind="G1", bug="sgl-project/sglang/issues/22819", stealth=True
+):
+    """Truncating to a length in the middle of a page takes another page in place of that one."""
+
+    def truncate(self, cache: Any, length: int) -> Tables:
+        kept = super().truncate(cache, length)
+        if length % PAGE:
+            for table in kept.tables:
+                fresh = self.take()
+                self.release(table[-1:])
+                table[-1] = fresh
+                self.faulty += 1
+        return kept
+
+
+class ForkNotCounted(
+    Planted, NumpyPaged, breaks=(*SHARED, "lifecycle.fork"), kind=("G3", "C11"), bug="ggml-org/llama.cpp/issues/3802"
+):
+    """A fork takes the pages without counting that it uses them: both write into the page that is half full."""
+
+    def fork(self, cache: Any) -> Tables:
+        self.faulty += cache.length > 0
+        return self.opened([list(table) for table in cache.tables], cache.written.copy())
+
+
+class CloseFreesShared(
+    Planted,
+    NumpyPaged,
+    breaks=(*SHARED, "lifecycle.fork"),
+    kind="G3",
+    bug="sgl-project/sglang/issues/38319",
+    stealth=True,
+):
+    """A sequence that ends returns its pages to the pool, also those that a fork of it still reads."""
+
+    def close(self, cache: Any) -> None:
+        held = {page for table in cache.tables for page in table}
+        super().close(cache)
+        shared = [page for page in held if self.uses[page]]
+        self.faulty += bool(shared)
+        self.unused += shared
+
+    def take(self) -> int:
+        page = super().take()
+        self.unused = [other for other in self.unused if other != page]
+        return page
+
+
+class CopyWithoutValues(
+    Planted,
+    NumpyPaged,
+    breaks=(*SHARED, "lifecycle.fork"),
+    kind="G3",
+    bug="ggml-org/llama.cpp/pull/9525",
+    stealth=True,
+):
+    """Copy on write copies the keys of a shared page, and leaves in the copy whatever values were there."""
+
+    def copied(self, page: int) -> int:
+        before = [pool.copy() for pool in self.values]
+        copy = super().copied(page)
+        for pool, old in zip(self.values, before, strict=True):
+            pool[copy] = self.instead(old[copy] if copy < len(old) else np.zeros_like(pool[copy]), pool[copy])
+        return copy

@@ -1,0 +1,245 @@
+"""Faults of the places that tokens are counted to be at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvconform_backends.faults.planted import Planted
+from kvconform_backends.numpy_cache import Array, Cache
+from kvconform_specs.tensors import rounded
+
+PLACED = ("decoder-rope", "decoder-learned")
+"""The configs whose decoder has positions."""
+ROPE = ("decoder-rope",)
+
+
+@dataclass(eq=False)
+class Placed(Cache):
+    """A cache whose positions run ahead of its length."""
+
+    ahead: int = 0
+
+    @classmethod
+    def of(cls, cache: Cache, ahead: int) -> Placed:
+        return cls(cache.keys, cache.values, ahead)
+
+
+def ahead(cache: Cache) -> int:
+    return cache.ahead if isinstance(cache, Placed) else 0
+
+
+class PositionRestart(
+    Planted,
+    breaks=("equivalence.decode", "equivalence.chunks", "definition.positions"),
+    kind="P1",
+    bug="pytorch/executorch/pull/2010",
+    configs=PLACED,
+):
+    """Each step's positions begin at 0."""
+
+    def positions(self, cache: Cache, t: int) -> Array:
+        return self.instead(np.arange(t), super().positions(cache, t))
+
+
+class RopeInterleaved(
+    Planted,
+    breaks=("definition.positions", "definition.decoder"),
+    kind="P6",
+    bug="vllm-project/vllm-ascend/pull/12780",
+    configs=ROPE,
+):
+    """Rope turns neighbours, not halves; queries and keys alike, so that the cache agrees with itself."""
+
+    def rotate(self, x: Array, positions: Array) -> Array:
+        d = x.shape[-1]
+        halves = np.arange(d).reshape(2, -1).T.reshape(-1)  # neighbours hold what would be d/2 apart
+        wrong = super().rotate(x[..., np.argsort(halves)], positions)[..., halves]
+        return self.instead(wrong, super().rotate(x, positions))
+
+
+class RopeInHalfPrecision(
+    Planted, breaks=("definition.positions",), kind="P4", bug="EleutherAI/gpt-neox/issues/1003", configs=ROPE
+):
+    """Rope's angles are computed in half precision."""
+
+    def rotate(self, x: Array, positions: Array) -> Array:
+        half = x.shape[-1] // 2
+        angle = positions[:, None].astype(np.float16) * np.float16(10000.0) ** (-np.arange(half) / half).astype(
+            np.float16
+        )
+        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        a, b = x[..., :half], x[..., half:]
+        wrong = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        return self.instead(wrong, super().rotate(x, positions))
+
+
+class QueryAfterUpdate(
+    Planted,
+    breaks=("definition.positions",),
+    kind="P2",
+    bug="ml-explore/mlx-lm/issues/1805",
+    stealth=True,
+    configs=ROPE,
+):
+    """In a batch, queries turn by the offset after the update: by the chunk too far."""
+
+    def rotate(self, x: Array, positions: Array) -> Array:
+        right = super().rotate(x, positions)
+        is_query = x.shape[1] == self.config.heads
+        late = is_query and len(x) > 1 and positions[0] > 0
+        return self.instead(super().rotate(x, positions + len(positions)), right) if late else right
+
+
+class PositionsSaturate(
+    Planted,
+    breaks=("definition.positions", "definition.decoder"),
+    kind="W6",
+    bug="huggingface/transformers/pull/38156",
+    stealth=True,
+    configs=("decoder-learned",),
+):
+    """Positions count on from the sliding window's length, which saturates."""
+
+    def positions(self, cache: Cache, t: int) -> Array:
+        past = min(cache.length, self.config.window or cache.length)
+        return self.instead(np.arange(past, past + t), super().positions(cache, t))
+
+
+class ChunkAtLastPosition(
+    Planted,
+    breaks=("definition.positions",),
+    kind="P1",
+    bug="NVIDIA/TransformerEngine/pull/536",
+    stealth=True,
+    configs=PLACED,
+):
+    """All tokens of a chunk on a cache that is not empty get the position of its last one."""
+
+    def positions(self, cache: Cache, t: int) -> Array:
+        right = super().positions(cache, t)
+        return self.instead(right[-1:].repeat(t), right) if cache.length else right
+
+
+class SecondDecodeTwice(
+    Planted, breaks=("definition.positions",), kind="P2", bug="skyzh/tiny-llm/pull/46", stealth=True, configs=PLACED
+):
+    """From the second decode step in a row on, the offset has advanced by all tokens and not by the new ones."""
+
+    twice = False
+    steps: tuple[Cache, int] | None = None  # the cache of the last step, and how many decode steps made it
+
+    def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
+        same = self.steps is not None and self.steps[0] is cache
+        before = self.steps[1] if self.steps is not None and same else 0
+        self.twice = before > 0
+        output, grown = super().step(cache, *inputs, **options)
+        self.steps = grown, before + (grown.length == cache.length + 1 and cache.length > 0)
+        return output, grown
+
+    def positions(self, cache: Cache, t: int) -> Array:
+        right = super().positions(cache, t)
+        far = np.minimum(right + cache.length - 1, self.config.capacity - 1)
+        return self.instead(far, right) if self.twice else right
+
+
+class PositionsAdvanceTwice(
+    Planted,
+    breaks=("definition.positions", "equivalence.decode"),
+    kind="P2",
+    bug="skyzh/tiny-llm/pull/46",
+    configs=PLACED,
+):
+    """The offset is advanced once by the cache and once by the model."""
+
+    def positions(self, cache: Cache, t: int) -> Array:
+        right = super().positions(cache, t)
+        return self.instead(np.minimum(right + cache.length, self.config.capacity - 1), right)
+
+
+class CachedKeysTurnAgain(
+    Planted,
+    breaks=("definition.positions", "equivalence.decode"),
+    kind="P5",
+    bug="NeuraLegion/shainet/pull/110",
+    configs=ROPE,
+):
+    """Each step turns the cached keys once more, by their own positions."""
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        past = cache.keys[layer]
+        cache.keys[layer] = self.instead(self.rotate(past, np.arange(past.shape[2])), past)
+        return super().append(cache, layer, key, value)
+
+
+class BaseGrowsWithLength(
+    Planted,
+    breaks=("definition.positions", "equivalence.decode"),
+    kind="P5",
+    bug="huggingface/transformers/issues/25104",
+    stealth=True,
+    configs=ROPE,
+):
+    """Beyond 10 tokens rope is stretched by the length; cached keys stay as they were turned before."""
+
+    def rotate(self, x: Array, positions: Array) -> Array:
+        right, s = super().rotate(x, positions), int(positions[-1]) + 1
+        return self.instead(super().rotate(x, positions * 10 / s), right) if s > 10 else right
+
+
+class RopeTableGrownInHalf(
+    Planted,
+    breaks=("shape.first-step",),
+    kind="P4",
+    bug="huggingface/transformers/issues/25681",
+    stealth=True,
+    configs=ROPE,
+):
+    """The table of cosines and sines is right up to position 16; what is added to it later is in bfloat16."""
+
+    def rotate(self, x: Array, positions: Array) -> Array:
+        half = x.shape[-1] // 2
+        angle = positions[:, None] * 10000.0 ** (-np.arange(half) / half)
+        table = np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
+        cos, sin = np.where(positions[:, None] < 16, table, rounded(table, "bfloat16"))
+        a, b = x[..., :half], x[..., half:]
+        return self.instead(
+            np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1), super().rotate(x, positions)
+        )
+
+
+class RopeOfHeadDim(
+    Planted,
+    breaks=("definition.positions", "definition.decoder"),
+    kind="P6",
+    bug="huggingface/transformers/issues/48630",
+    configs=ROPE,
+):
+    """Frequencies fall as if twice as many dimensions turned: theta to the power of -i / d, not of -2 i / d."""
+
+    def rotate(self, x: Array, positions: Array) -> Array:
+        half = x.shape[-1] // 2
+        angle = positions[:, None] * 10000.0 ** (-np.arange(half) / (2 * half))
+        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        a, b = x[..., :half], x[..., half:]
+        return self.instead(
+            np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1), super().rotate(x, positions)
+        )
+
+
+class LastPairStays(
+    Planted,
+    breaks=("definition.positions", "definition.decoder"),
+    kind="P6",
+    bug="huggingface/transformers/issues/48630",
+    stealth=True,
+    configs=ROPE,
+):
+    """The last pair of dimensions, which turns slowest, is not turned at all: only far tokens feel it."""
+
+    def rotate(self, x: Array, positions: Array) -> Array:
+        right, half = super().rotate(x, positions), x.shape[-1] // 2
+        still = np.arange(x.shape[-1]) % half == half - 1
+        return self.instead(np.where(still, x, right), right)

@@ -1,0 +1,150 @@
+"""Faults of caches that hold integers: which scale a token has, and which tokens are exact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from kvconform_backends.faults.planted import Planted
+from kvconform_backends.numpy_cache import Array, Cache
+from kvconform_backends.numpy_int8 import LARGEST, RESIDUAL, NumpyInt8, Tokens
+
+PROMPT, DECODE, SCALES, NEWEST = (f"quantised.{name}" for name in ("prefill", "decode", "scales", "residual"))
+
+
+class ScaleIgnored(
+    Planted, NumpyInt8, breaks=(PROMPT, DECODE, SCALES), kind="Q1", bug="flashinfer-ai/flashinfer/issues/1023"
+):
+    """Scales are handed over and not applied: the integers themselves are attended."""
+
+    def dequantised(self, x: Tokens) -> Array:
+        return self.instead(super().dequantised(replace(x, steps=np.ones_like(x.steps))), super().dequantised(x))
+
+
+class ScaleInverted(
+    Planted, NumpyInt8, breaks=(PROMPT, DECODE, SCALES), kind="Q1", bug="vllm-project/vllm-xpu-kernels/pull/475"
+):
+    """Writing divides by the scale, and so does reading."""
+
+    def dequantised(self, x: Tokens) -> Array:
+        steps = 1 / np.where(x.steps == 0, np.float32(1), x.steps)
+        return self.instead(super().dequantised(replace(x, steps=steps)), super().dequantised(x))
+
+
+class ValuesByKeyScale(Planted, NumpyInt8, breaks=(SCALES, PROMPT), kind="Q1", bug="sgl-project/sglang/pull/26852"):
+    """Values are read with the keys' scale."""
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        keys, values = super().append(cache, layer, key, value)
+        crossed = replace(cache.values[layer], steps=cache.keys[layer].steps)
+        return keys, self.instead(self.dequantised(crossed), values)
+
+
+class DecodeByKeyScale(
+    Planted, NumpyInt8, breaks=(SCALES, DECODE), kind="Q1", bug="vllm-project/vllm/pull/55557", stealth=True
+):
+    """A value that is quantised by a decode step gets the key's scale to be read with."""
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        before = cache.keys[layer].codes.shape[2]
+        keys, values = super().append(cache, layer, key, value)
+        held = cache.values[layer]
+        if key.shape[2] == 1 and held.codes.shape[2] > before:
+            mine = cache.keys[layer].steps[:, :, before:]
+            cache.values[layer] = replace(held, steps=np.concatenate([held.steps[:, :, :before], mine], axis=2))
+            values = self.instead(self.dequantised(cache.values[layer]), values)
+        return keys, values
+
+
+class FirstScaleKept(
+    Planted, NumpyInt8, breaks=(DECODE, NEWEST), kind="Q1", bug="sgl-project/sglang/pull/34765", stealth=True
+):
+    """The scale of the first token that is quantised serves every later one, which it may clip."""
+
+    first: Array | None = None
+
+    def grown(self, past: Tokens, new: Array) -> Tokens:
+        self.first = past.steps[:, :, :1] if past.steps.shape[2] else None
+        return super().grown(past, new)
+
+    def steps(self, x: Array) -> Array:
+        right = super().steps(x)
+        return right if self.first is None else self.instead(np.broadcast_to(self.first, right.shape), right)
+
+    def quantised(self, x: Array, steps: Array) -> Array:
+        safe = np.where(steps == 0, np.float32(1), steps)
+        return super().quantised(np.clip(x, -LARGEST * safe, LARGEST * safe), steps)
+
+
+class OneScaleForPrompt(
+    Planted, NumpyInt8, breaks=(PROMPT,), kind="Q1", bug="huggingface/transformers/issues/35185", stealth=True
+):
+    """Tokens that are quantised together share the scale of the largest: the small ones lose bits."""
+
+    def steps(self, x: Array) -> Array:
+        right = super().steps(x)
+        return self.instead(np.broadcast_to(right.max(axis=2, keepdims=True, initial=0), right.shape), right)
+
+
+class PromptQuantisedWhole(
+    Planted, NumpyInt8, breaks=(NEWEST, PROMPT), kind="Q2", bug="huggingface/transformers/issues/35185"
+):
+    """Whatever the residual window, a prompt of several tokens is quantised to its last one."""
+
+    def grown(self, past: Tokens, new: Array) -> Tokens:
+        right = super().grown(past, new)
+        if new.shape[2] == 1:
+            return right
+        steps = self.steps(right.recent)
+        self.faulty += 1
+        return Tokens(
+            np.concatenate([right.codes, self.quantised(right.recent, steps)], axis=2),
+            np.concatenate([right.steps, steps], axis=2),
+            right.recent[:, :, :0],
+        )
+
+
+class DoubledOnLeaving(Planted, NumpyInt8, breaks=(NEWEST, DECODE), kind="Q2", bug="rajveer43/VeloxQuant-MLX/pull/89"):
+    """The token that leaves the residual window is lost, and the one behind it stands in both places."""
+
+    def grown(self, past: Tokens, new: Array) -> Tokens:
+        right = super().grown(past, new)
+        leaving = right.codes.shape[2] - past.codes.shape[2]
+        if not leaving:
+            return right
+        recent = np.concatenate([past.recent, new], axis=2)[:, :, 1 : leaving + 1]
+        steps = self.steps(recent)
+        codes = np.concatenate([past.codes, self.quantised(recent, steps)], axis=2)
+        return replace(right, codes=self.instead(codes, right.codes), steps=np.concatenate([past.steps, steps], axis=2))
+
+
+class WindowOfTheStep(
+    Planted, NumpyInt8, breaks=(NEWEST, DECODE), kind="Q2", bug="rajveer43/VeloxQuant-MLX/issues/86", stealth=True
+):
+    """The residual window is compared with the step's tokens, not with the row's: a decode step leaves one exact."""
+
+    def grown(self, past: Tokens, new: Array) -> Tokens:
+        right = super().grown(past, new)
+        early = max(right.recent.shape[2] - new.shape[2], 0)
+        steps = self.steps(right.recent[:, :, :early])
+        self.faulty += early > 0
+        return Tokens(
+            np.concatenate([right.codes, self.quantised(right.recent[:, :, :early], steps)], axis=2),
+            np.concatenate([right.steps, steps], axis=2),
+            right.recent[:, :, early:],
+        )
+
+
+class ShortPromptQuantised(
+    Planted, NumpyInt8, breaks=(NEWEST,), kind="Q2", bug="huggingface/transformers/issues/35185", stealth=True
+):
+    """A first step of fewer tokens than the residual window has is quantised."""
+
+    def grown(self, past: Tokens, new: Array) -> Tokens:
+        right = super().grown(past, new)
+        if past.shape[2] or new.shape[2] >= RESIDUAL:
+            return right
+        steps = self.steps(new)
+        self.faulty += 1
+        return Tokens(self.quantised(new, steps), steps, new[:, :, :0])

@@ -1,0 +1,130 @@
+"""Attention and a decoder in numpy and float32: what the ``numpy-*`` backends share, whatever their caches are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvconform_specs.config import Config
+
+Array = NDArray[Any]
+MINUS_INFINITY = np.float32(-np.inf)
+
+
+class NumpyLayers:
+    """The arithmetic. A cache brings ``attend``, and ``behind`` and ``positions`` where its rows differ in length."""
+
+    layer = 0  # that is attending
+    allowed: Array | None = None  # the caller's mask (b, s) in this step
+    products = 0  # multiply-adds of this step so far
+
+    def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
+        self.config, self.weights = config, weights
+
+    def attend(self, cache: Any, layer: int, query: Array, key: Array, value: Array) -> Array:
+        """Appends key and value ``(b, g, t, d)`` to the layer and attends with query ``(b, h, t, d)``."""
+        raise NotImplementedError
+
+    # --- attention ---
+    def attention(self, query: Array, keys: Array, values: Array) -> Array:
+        """``(b, h, t, d)``: queries ``(b, h, t, d)`` on keys and values ``(b, g, s, d)``."""
+        weights = self.softmax(self.scores(query, keys[:, self.kv_head()]))
+        return self.product(weights, values[:, self.kv_head()])
+
+    def kv_head(self) -> Array:
+        """Which KV head each query head reads."""
+        return np.arange(self.config.heads) // self.config.group
+
+    def scores(self, query: Array, keys: Array) -> Array:
+        """``(b, h, t, s)``: scaled, capped, biased, then masked."""
+        c, t, s = self.config, query.shape[2], keys.shape[2]
+        scores = self.product(query, keys.swapaxes(-1, -2)) * np.float32(c.score_scale)
+        if c.softcap is not None:
+            scores = np.float32(c.softcap) * np.tanh(scores / np.float32(c.softcap))
+        if c.positions == "alibi":
+            scores = scores + self.bias(t, s)
+        return np.where(self.visible(t, s), scores, MINUS_INFINITY)
+
+    def behind(self, t: int, s: int) -> Array:
+        """``(t, s)``: how many positions each of ``s`` tokens is behind each of the ``t`` newest."""
+        return np.arange(s - t, s)[:, None] - np.arange(s)
+
+    def bias(self, t: int, s: int) -> Array:
+        """``(h, t, s)``: ALiBi (Press et al. 2022, 2108.12409), with the slopes ``2^(-8 (i + 1) / h)``."""
+        h = self.config.heads
+        slopes = (2.0 ** (-8 * np.arange(1, h + 1) / h)).astype(np.float32)
+        return np.asarray(-slopes[:, None, None] * self.behind(t, s).astype(np.float32))
+
+    def mask(self, t: int, s: int) -> Array:
+        """``(t, s)``: which of ``s`` tokens each of the ``t`` newest may see: causality and the layer's window."""
+        behind, window = self.behind(t, s), self.config.window_of(self.layer)
+        return behind >= 0 if window is None else (behind >= 0) & (behind < window)
+
+    def visible(self, t: int, s: int) -> Array:
+        """The mask, and what the caller allows."""
+        seen = self.mask(t, s)
+        return seen if self.allowed is None else seen & self.allowed[:, None, None]
+
+    def sink(self) -> Array:
+        """``(h, 1, 1)``: the score without a value; minus infinity where there is none."""
+        h, sink = self.config.heads, self.config.sink
+        shares = np.arange(1, h + 1, dtype=np.float32) / np.float32(h)
+        return np.full((h, 1, 1), MINUS_INFINITY) if sink is None else (np.float32(sink) * shares)[:, None, None]
+
+    def softmax(self, scores: Array) -> Array:
+        """Weights of the scores, those of the sink left out. A query that sees nothing gives every key 0."""
+        sink = self.sink()
+        top = np.maximum(scores.max(axis=-1, keepdims=True), sink)
+        top = np.where(top == MINUS_INFINITY, np.float32(0), top)
+        powers = np.exp(scores - top)
+        total = powers.sum(axis=-1, keepdims=True) + np.exp(sink - top)
+        return np.asarray(powers / np.where(total == 0, np.float32(1), total))
+
+    def product(self, x: Array, w: Array) -> Array:
+        """``x @ w``, counted."""
+        result = x @ w
+        self.products += result.size * x.shape[-1]
+        return np.asarray(result)
+
+    # --- decoder ---
+    def decode(self, cache: Any, tokens: Array) -> Array:
+        c, w = self.config, self.weights
+        positions = self.positions(cache, tokens.shape[1])
+        x = w["embed"][tokens]  # (b, t, width)
+        if c.positions == "learned":
+            x = x + w["position"][positions]
+        for layer in range(c.layers):
+            at = f"layers.{layer}."
+            y = self.norm(x, w[at + "norm_attention"])
+            q, k, v = (self.split(self.product(y, w[at + name])) for name in ("query", "key", "value"))
+            if c.positions == "rope":
+                q, k = self.rotate(q, positions), self.rotate(k, positions)
+            mixed = self.attend(cache, layer, q, k, v).swapaxes(1, 2).reshape(*x.shape[:2], -1)
+            x = x + self.product(mixed, w[at + "output"])
+            if c.mlp:
+                y = self.norm(x, w[at + "norm_mlp"])
+                gate = self.product(y, w[at + "gate"])
+                hidden = gate / (1 + np.exp(-gate)) * self.product(y, w[at + "up"])
+                x = x + self.product(hidden, w[at + "down"])
+        return self.product(self.norm(x, w["norm_final"]), w["lm_head"])
+
+    def positions(self, cache: Any, t: int) -> Array:
+        """``(t,)``, or ``(b, t)`` where rows differ: the logical positions of the new tokens."""
+        return np.arange(cache.length, cache.length + t)
+
+    def split(self, x: Array) -> Array:
+        """``(b, t, heads * d)`` to ``(b, heads, t, d)``."""
+        return x.reshape(*x.shape[:2], -1, self.config.head_dim).swapaxes(1, 2)
+
+    def rotate(self, x: Array, positions: Array) -> Array:
+        half = x.shape[-1] // 2
+        angle = positions[..., None, :, None] * 10000.0 ** (-np.arange(half) / half)
+        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        a, b = x[..., :half], x[..., half:]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+    def norm(self, x: Array, gain: Array) -> Array:
+        return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(1e-6)) * gain)
