@@ -22,7 +22,7 @@ class Budget:
 
 BUDGETS = {
     budget.name: budget
-    for budget in (Budget("smoke", 16, 5, 120.0), Budget("pr", 20, 8, 120.0), Budget("nightly", 250, 20, 600.0))
+    for budget in (Budget("smoke", 16, 2, 120.0), Budget("pr", 20, 3, 120.0), Budget("nightly", 250, 20, 600.0))
 }
 DEFAULT_BUDGET = "pr"
 SHRINK_TRIALS, SHRINK_SECONDS = 400, 20.0

@@ -313,7 +313,7 @@ def bench(
 
 @app.command()
 def report(
-    files: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Results, and a speed record if any.")],
+    files: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Results; a speed record; an audit.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("reports/out/report.html"),
     junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write a Markdown summary.")] = None,
@@ -321,34 +321,38 @@ def report(
     """Writes the HTML report, and prints a short table and its path."""
     from kvconform.storage import write_atomically
 
-    judged, speed, pairs = _collect(files)
+    judged, speed, pairs, audited = _collect(files)
     renderers = {point.name: point for point in entry_points(group="kvconform.reports")}
     folder = str(files[0].parent)
-    write_atomically(out, renderers["html"].load()(judged, pairs, speed, folder=folder).encode())
+    write_atomically(out, renderers["html"].load()(judged, pairs, speed, folder=folder, audit=audited).encode())
     if junit is not None:
         write_atomically(junit, renderers["junit"].load()(judged).encode())
     if markdown is not None:
-        write_atomically(markdown, renderers["markdown"].load()(judged, pairs, speed, folder=folder).encode())
+        text = renderers["markdown"].load()(judged, pairs, speed, folder=folder, audit=audited)
+        write_atomically(markdown, text.encode())
     screen.print(escape(renderers["table"].load()(judged)))
     screen.print(f"report: {escape(str(out.resolve()))}")
 
 
-def _collect(files: list[Path]) -> tuple[list[Results], Record | None, list[Pair]]:
-    """Results, speed record, and what backends that ran beside one another agree on."""
+def _collect(files: list[Path]) -> tuple[list[Results], Record | None, list[Pair], audit_record.Record | None]:
+    """Results, speed record, what backends that ran beside one another agree on, and the audit of the clauses."""
     from kvconform import pairwise
     from kvconform.run import named_configs
 
     judged: list[Results] = []
     speed: Record | None = None
+    audited: audit_record.Record | None = None
     for file in files:
         if latency.is_record(file):
             speed = latency.read(file)
-        elif family_of(file) != audit_record.SCHEMA.partition("/")[0]:  # an audit judges clauses, no backend
+        elif family_of(file) == audit_record.SCHEMA.partition("/")[0]:
+            audited = audit_record.read(file)
+        else:
             judged.append(results.read(file))
     names = [one.backend for one in judged]
     folders = {file.parent / "vectors" for file in files}
     pairs = [pair for folder in sorted(folders) for pair in pairwise.pairs(folder, names, named_configs(judged))]
-    return judged, speed, pairs
+    return judged, speed, pairs, audited
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -94,19 +94,27 @@ def _summary(entries: Sequence[Entry], models: Sequence[str]) -> list[str]:
     if partial:
         named = "; ".join(f"{e.clause} on “{e.model}” {e.rejected}/{e.tried}" for e in partial[:WEAKEST])
         words.append(f"The weakest that are not blind: {named}.")
-    seeing = {entry.clause for entry in tried if not entry.blind}
-    spots = [f"{entry.clause} to “{entry.model}”" for entry in blind if entry.clause in seeing]
+    seen, unseen = _by_clause(entry for entry in tried if not entry.blind), _by_clause(blind)
+    spots = [
+        f"{clause} to {'all but ' if len(caught) < len(missed) else ''}{', '.join(min(caught, missed, key=len))}"
+        for clause, missed in unseen.items() if (caught := seen.get(clause))
+    ]  # fmt: skip
     if spots:
-        more = f"; and {len(spots) - WEAKEST} more" if len(spots) > WEAKEST else ""
-        words.append(f"Blind to one model and not to others: {'; '.join(spots[:WEAKEST])}{more}.")
-    dark = list(dict.fromkeys(entry.clause for entry in blind if entry.clause not in seeing))
-    if dark:
+        words.append(f"Blind to some models: {'; '.join(spots)}.")
+    if dark := [clause for clause in unseen if clause not in seen]:
         words.append(f"Blind to every model tried: {', '.join(dark)}.")
     met = {entry.model for entry in tried}
-    caught = {entry.model for entry in tried if entry.rejected}
-    missed = [f"“{model}”" for model in models if model in met and model not in caught]
-    words.append(f"No clause rejects {', '.join(missed)}." if missed else "Every model is rejected by some clause.")
+    rejected = {entry.model for entry in tried if entry.rejected}
+    free = [f"“{model}”" for model in models if model in met - rejected]
+    words.append(f"No clause rejects {', '.join(free)}." if free else "Every model is rejected by some clause.")
     return words
+
+
+def _by_clause(entries: Iterable[Entry]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        found.setdefault(entry.clause, []).append(f"“{entry.model}”")
+    return found
 
 
 def _share(entry: Entry) -> float:

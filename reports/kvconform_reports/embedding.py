@@ -56,8 +56,8 @@ def embed(
 
 
 def extract(html: str) -> dict[str, Any]:
-    """The data of a rendered report: ``schema``, ``results``, ``pairs``, ``latency``, ``audit``. Raises ValueError where
-    there is none."""
+    """The data of a rendered report: ``schema``, ``results``, ``pairs``, ``latency``, ``audit``. Raises ValueError
+    where there is none."""
     found = _ELEMENT.search(html)
     if found is None:
         raise ValueError("this file holds no kvconform report data")

@@ -107,6 +107,8 @@ def _known(results: Sequence[Results], folder: str) -> str:
         where = f"{SYMBOLS[Outcome.XFAIL]} **{text(one.clause)}** on {text(one.label)} under {text(one.config)}"
         why = f"{one.row.reason}, until {one.row.expires} ({one.link}): " if one.row else ""
         lines.append(f"- {where}: {text(why + one.now)}")
+        if one.replay:
+            lines.append(f"  <br>replay: {code(one.replay)}")
     if len(found) > MOST_FAILURES:
         lines.append(f"- and {len(found) - MOST_FAILURES} more: the report has them all")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from kvconform.audit_record import Audited, Record, Trial
 from kvconform_reports.outcomes import address, percent, short
 from kvconform_specs.clauses import BY_NAME
 
-PITCH, LEFT, TOP = 13, 232, 132  # of the matrix: between two marks, and the room for the names of faults and clauses
+PITCH, LEFT, TOP = 13, 232, 132  # pixels between two marks, and for the names of faults and clauses
 LONGEST_NAME = 36
 
 
@@ -40,17 +40,21 @@ class Missed:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Faults by clauses under one budget, as SVG paths. ``size``: width and height. ``killed``: by a clause that the
-    fault names; ``also``: by another; ``missed``: by one that it names and that did not kill it."""
+    """Faults by clauses under one budget, as SVG paths. ``killed``: by a clause that the fault names; ``also``: by
+    another; ``missed``: by one that it names and that did not kill it."""
 
     budget: str
-    size: tuple[int, int]
+    width: int
+    height: int
     clauses: tuple[tuple[int, str], ...]
     faults: tuple[tuple[int, str], ...]
     bands: tuple[int, ...]
     killed: str
     also: str
     missed: str
+    pitch: int = PITCH
+    left: int = LEFT
+    top: int = TOP
 
 
 @dataclass(frozen=True)
@@ -129,11 +133,13 @@ def _survivors(record: Record) -> Iterable[Missed]:
 
 def _missed(one: Audited, trials: Sequence[Trial], budgets: str) -> Missed:
     why = tuple((trial.clause, _why(trial)) for trial in trials)
-    return Missed(one.name, _kind(one), one.sentence, short(address(one.bug)) or one.bug, address(one.bug), budgets, why)
+    return Missed(
+        one.name, _kind(one), one.sentence, short(address(one.bug)) or one.bug, address(one.bug), budgets, why
+    )
 
 
 def _why(trial: Trial) -> str:
-    where = f" [{trial.config}]" if trial.config else ""
+    where = f" under {trial.config}" if trial.config else ""
     if trial.ran == 0:
         return f"{trial.outcome.value}{where}: the faulty path never ran"
     return f"{trial.outcome.value}{where}" + (f": {trial.sentence}" if trial.sentence else "")
@@ -150,7 +156,7 @@ def _matrix(record: Record, budget: str) -> Matrix:
     column = {name: LEFT + PITCH * i for i, name in enumerate(clauses)}
     paths: dict[str, list[str]] = {"killed": [], "also": [], "missed": []}
     for number, one in enumerate(audited):
-        y = TOP + PITCH * number
+        y = PITCH * number
         for trial in (trial for trial in one.trials if trial.budget == budget):
             x, named = column[trial.clause], not one.clauses or trial.clause in one.clauses
             if trial.kills and named:
@@ -161,10 +167,11 @@ def _matrix(record: Record, budget: str) -> Matrix:
                 paths["missed"].append(f"M{x + 3} {y + 3}l7 7m0-7l-7 7")
     return Matrix(
         budget=budget,
-        size=(LEFT + PITCH * len(clauses) + 8, TOP + PITCH * len(audited) + 4),
+        width=LEFT + PITCH * len(clauses) + 72,  # the last name leans to the right
+        height=PITCH * len(audited),
         clauses=tuple((column[name], name) for name in clauses),
-        faults=tuple((TOP + PITCH * i, _cut(one.name)) for i, one in enumerate(audited)),
-        bands=tuple(TOP + PITCH * i for i in range(0, len(audited), 2)),
+        faults=tuple((PITCH * i, _cut(one.name)) for i, one in enumerate(audited)),
+        bands=tuple(PITCH * i for i in range(0, len(audited), 2)),
         **{name: "".join(marks) for name, marks in paths.items()},
     )
 

@@ -21,11 +21,12 @@ def table(results: Sequence[Results]) -> str:
     rows = [["backend", *(outcome.value for outcome in shown), "programs", "time", "verdict"]]
     for label, result in zip(labels(results), results, strict=True):
         stands = standing(result)
+        remarks = (*stands.notes, *stands.stale)
         rows.append(
             [
                 printable(label), *(str(_count(result, outcome)) for outcome in shown),
                 str(sum(verdict.programs for verdict in result.verdicts)), duration(result.seconds),
-                printable("; ".join((f"{stands.symbol} {stands.word}: {stands.sentence}", *stands.notes, *stands.stale))),
+                printable("; ".join((f"{stands.symbol} {stands.word}: {stands.sentence}", *remarks))),
             ]
         )  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

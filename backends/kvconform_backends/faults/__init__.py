@@ -7,17 +7,24 @@ framework: the published torch listings are named here by their address.
 from __future__ import annotations
 
 from kvconform_backends.faults import (
+    accounting,
     batch,
     capacity,
+    capture,
     causality,
     contents,
     controls,
     definition,
+    determinism,
     equivalence,
     errors,
+    graphs,
     layout,
     lifecycle,
+    node_by_node,
     numerics,
+    paging,
+    quantised,
     shape,
     window,
 )
@@ -50,14 +57,20 @@ PUBLISHED = (
 
 MODULES = (
     shape, causality, equivalence, definition, lifecycle, contents, batch, window, capacity, errors, numerics, layout,
+    paging, quantised, capture, determinism, accounting, graphs,
 )  # fmt: skip
 FAULTS: tuple[Fault, ...] = (
     *(fault for module in MODULES for fault in faults_of(module)),
     *PUBLISHED,
 )
-CONTROLS: tuple[type, ...] = tuple(
-    kind
-    for kind in vars(controls).values()
-    if isinstance(kind, type) and issubclass(kind, NumpyCache) and kind.__module__ == controls.__name__
+CONTROLS: tuple[type, ...] = (
+    *(
+        kind
+        for kind in vars(controls).values()
+        if isinstance(kind, type) and issubclass(kind, NumpyCache) and kind.__module__ == controls.__name__
+    ),
+    determinism.OneByOne,
+    capture.Captures,
+    node_by_node.Graph,
 )
 """Equivalent mutants: backends that look wrong and are right; ``kvconform audit --controls`` tries them."""

@@ -19,7 +19,7 @@ PLAIN = ("attention-gqa", "decoder-rope")
 
 
 # --- scores and weights ---
-class HeadsTiled(Planted, breaks=("definition.grouping", *PARITY), kind="H1", bug="onnx/onnx/pull/7274"):
+class KvHeadsTiled(Planted, breaks=("definition.grouping", *PARITY), kind="H1", bug="onnx/onnx/pull/7274"):
     """KV heads are tiled as a block, not repeated one by one."""
 
     def kv_head(self) -> Array:
@@ -50,10 +50,10 @@ class ChunkHeadsTiled(
         return self.instead(np.arange(self.config.heads) % self.config.kv_heads, right) if self.chunk else right
 
 
-class ScaleIgnored(
+class GivenScaleIgnored(
     Planted,
     breaks=("definition.scale",),
-    kind="Q1",
+    kind="M11",
     bug="flashinfer-ai/flashinfer/issues/1023",
     configs=("attention-softcap",),
 ):
@@ -248,7 +248,7 @@ class SinkScaled(
 class SinkPerKey(
     Planted, breaks=("definition.sink",), kind="M11", bug="openvinotoolkit/openvino/pull/36016", configs=SINK
 ):
-    """The sink joins the denominator once for each visible key."""
+    """The sink joins the denominator once for each key."""
 
     keys = 1
 
@@ -264,7 +264,7 @@ class SinkPerKey(
 class SinkOfOtherHead(
     Planted, breaks=("definition.sink",), kind="H1", bug="openvinotoolkit/openvino/pull/36016", configs=SINK
 ):
-    """Each head has the sink of the next one."""
+    """Each head has the sink of the one before it."""
 
     def sink(self) -> Array:
         right = super().sink()
