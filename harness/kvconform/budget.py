@@ -27,7 +27,7 @@ BUDGETS = {
 DEFAULT_BUDGET = "pr"
 SHRINK_TRIALS, SHRINK_SECONDS = 400, 20.0
 """Shrinking a failure ends after so many trials or seconds."""
-GUARANTEE_TRIALS, GUARANTEE_SECONDS = 60, 3.0
+GUARANTEE_TRIALS, GUARANTEE_SECONDS = 60, 1.0
 """The same where a measured guarantee is refuted: many backends refute many, and that one does is what matters."""
 REBUILDS, REBUILD_SECONDS = 30, 45.0
 """Shrinking a crash or timeout, and looking for leaked state, end after so many new workers or seconds."""

@@ -96,9 +96,10 @@ def _summary(entries: Sequence[Entry], models: Sequence[str]) -> list[str]:
         words.append(f"The weakest that are not blind: {named}.")
     seen, unseen = _by_clause(entry for entry in tried if not entry.blind), _by_clause(blind)
     spots = [
-        f"{clause} to {'all but ' if len(caught) < len(missed) else ''}{', '.join(min(caught, missed, key=len))}"
-        for clause, missed in unseen.items() if (caught := seen.get(clause))
-    ]  # fmt: skip
+        f"{clause} to all but {', '.join(caught)}" if len(caught) < len(missed) else f"{clause} to {', '.join(missed)}"
+        for clause, missed in unseen.items()
+        if (caught := seen.get(clause))
+    ]
     if spots:
         words.append(f"Blind to some models: {'; '.join(spots)}.")
     if dark := [clause for clause in unseen if clause not in seen]:

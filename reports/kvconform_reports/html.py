@@ -88,18 +88,13 @@ def _runs(results: Sequence[Results]) -> tuple[tuple[str, str], ...]:
         ("budget", [result.budget for result in results]),
         ("seed", [str(result.seed) for result in results]),
         ("dtypes", [", ".join(result.dtypes) for result in results]),
-        ("started", sorted(_when(result.started) for result in results)),
+        ("started", sorted(outcomes.when(result.started) for result in results)),
     ):
         distinct = list(dict.fromkeys(values))
         if name == "started" and len(distinct) > 2:
             distinct = [distinct[0], distinct[-1]]
         found.append((name, (" to " if name == "started" else " / ").join(distinct)))
     return tuple(found)
-
-
-def _when(started: str) -> str:
-    """An ISO time as people read it."""
-    return started.replace("T", " ").replace("+00:00", " UTC")
 
 
 def _software(latency: Record | None) -> tables.Facts | None:
@@ -116,7 +111,7 @@ def _latency_facts(latency: Record | None) -> tuple[tuple[str, tuple[tuple[str, 
         return ()
     load = " at the start, ".join(f"{value:.2f}" for value in latency.load)
     run = {
-        "started": _when(latency.started), "device": latency.device, "suite": latency.suite,
+        "started": outcomes.when(latency.started), "device": latency.device, "suite": latency.suite,
         "load average": f"{load} at the end" if len(latency.load) > 1 else load or "not recorded",
         "took": outcomes.duration(latency.seconds), "raw rounds": len(latency.rounds),
     }  # fmt: skip

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from kvconform import audit_record
 from kvconform.audit_record import Audited, Record, Trial
-from kvconform_reports.outcomes import address, percent, short
+from kvconform_reports.outcomes import address, percent, short, when
 from kvconform_specs.clauses import BY_NAME
 
-PITCH, LEFT, TOP = 13, 232, 132  # pixels between two marks, and for the names of faults and clauses
+PITCH, LEFT, TOP = 13, 208, 132  # pixels between two marks, and for the names of faults and clauses
 LONGEST_NAME = 36
 
 
@@ -95,7 +95,7 @@ def mutation(record: Record, suites: Iterable[str] = ()) -> Mutation:
     return Mutation(
         facts=(
             ("faults", record.faults), ("suite", record.suite), ("seed", str(record.seed)),
-            ("clauses tried", "all" if record.every else "those that a fault names"), ("started", record.started),
+            ("clauses tried", "all" if record.every else "those that a fault names"), ("started", when(record.started)),
         ),
         notes=tuple(notes),
         scores=tuple(_score(score) for score in record.scores if score.faults),
@@ -154,17 +154,17 @@ def _matrix(record: Record, budget: str) -> Matrix:
     tried = {trial.clause for one in audited for trial in one.trials if trial.budget == budget}
     clauses = [name for name in BY_NAME if name in tried] + sorted(tried - set(BY_NAME))
     column = {name: LEFT + PITCH * i for i, name in enumerate(clauses)}
-    paths: dict[str, list[str]] = {"killed": [], "also": [], "missed": []}
+    killed, also, missed = [], [], []
     for number, one in enumerate(audited):
         y = PITCH * number
         for trial in (trial for trial in one.trials if trial.budget == budget):
             x, named = column[trial.clause], not one.clauses or trial.clause in one.clauses
             if trial.kills and named:
-                paths["killed"].append(f"M{x + 2} {y + 2}h9v9h-9z")
+                killed.append(f"M{x + 2} {y + 2}h9v9h-9z")
             elif trial.kills:
-                paths["also"].append(f"M{x + 5} {y + 5}h3v3h-3z")
+                also.append(f"M{x + 5} {y + 5}h3v3h-3z")
             elif named:
-                paths["missed"].append(f"M{x + 3} {y + 3}l7 7m0-7l-7 7")
+                missed.append(f"M{x + 3} {y + 3}l7 7m0-7l-7 7")
     return Matrix(
         budget=budget,
         width=LEFT + PITCH * len(clauses) + 72,  # the last name leans to the right
@@ -172,7 +172,9 @@ def _matrix(record: Record, budget: str) -> Matrix:
         clauses=tuple((column[name], name) for name in clauses),
         faults=tuple((PITCH * i, _cut(one.name)) for i, one in enumerate(audited)),
         bands=tuple(PITCH * i for i in range(0, len(audited), 2)),
-        **{name: "".join(marks) for name, marks in paths.items()},
+        killed="".join(killed),
+        also="".join(also),
+        missed="".join(missed),
     )
 
 

@@ -151,3 +151,8 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def when(started: str) -> str:
+    """An ISO time as people read it."""
+    return started.replace("T", " ").replace("+00:00", " UTC")

@@ -66,7 +66,7 @@ class SplitsByCall(Splits, breaks=REPEATABLE, kind="X4", bug="flashinfer-ai/flas
         return self.calls % 3 + 1
 
 
-class TunedAtFirst(Splits, breaks=REPEATABLE, kind="X4", bug="deepseek-ai/FlashMLA/issues/212", stealth=True):
+class TunedAtFirst(Splits, breaks=REPEATABLE, kind="X4", bug="flashinfer-ai/flashinfer/pull/1675", stealth=True):
     """The first call on each batch, count and length beyond eight tries another kernel, which sums in two parts."""
 
     tuned: frozenset[Hashable] = frozenset()
@@ -83,7 +83,7 @@ class TunedAtFirst(Splits, breaks=REPEATABLE, kind="X4", bug="deepseek-ai/FlashM
 
 
 class SplitsByBatch(Splits, breaks=BATCH, kind="X4", bug="flashinfer-ai/flashinfer/issues/4647"):
-    """Keys are split between as many workers as a row has: the fewer rows, the more parts."""
+    """The fewer rows a batch has, the more parts its sums over keys are cut into, one for each idle worker."""
 
     def parts(self, s: int) -> int:
         return max(4 - self.batch, 1)

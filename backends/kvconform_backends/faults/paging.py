@@ -125,7 +125,9 @@ class LastPageReadWhole(
         return self.instead(np.where(np.arange(s) < self.held, right, 0), right)
 
 
-class FullPageForgotten(Planted, NumpyPaged, breaks=ENDED, kind="G1", bug="vllm-project/vllm/pull/7380", stealth=True):
+class FullPageForgotten(
+    Planted, NumpyPaged, breaks=ENDED, kind="G1", bug="sgl-project/sglang/issues/22819", stealth=True
+):
     """A chunk that fills its last page exactly leaves that page to the next step, which does not come back to it."""
 
     def write(self, pool: Array, table: list[int], positions: Array, new: Array) -> None:
@@ -138,7 +140,7 @@ class FullPageForgotten(Planted, NumpyPaged, breaks=ENDED, kind="G1", bug="vllm-
 
 
 class TruncateFreesOpenPage(
-    Planted, NumpyPaged, breaks=ENDED, kind="G1", bug="sgl-project/sglang/issues/22819", stealth=True
+    Planted, NumpyPaged, breaks=ENDED, kind="G1", bug="Blaizzy/mlx-vlm/pull/2036", stealth=True
 ):
     """Truncating to a length in the middle of a page takes another page in place of that one."""
 
@@ -191,7 +193,7 @@ class CopyWithoutValues(
     NumpyPaged,
     breaks=(*SHARED, "lifecycle.fork"),
     kind="G3",
-    bug="ggml-org/llama.cpp/pull/9525",
+    bug="huggingface/transformers/pull/34746",
     stealth=True,
 ):
     """Copy on write copies the keys of a shared page, and leaves in the copy whatever values were there."""

@@ -62,6 +62,7 @@ CLAUSES = (
         ),
         family=_growing,
         relations=(Relation.PARITY,),
+        effort=0.5,
     ),
     Clause(
         name="capture.aliasing",

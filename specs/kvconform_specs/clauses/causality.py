@@ -93,5 +93,6 @@ CLAUSES = (
         family=_each_changed,
         relations=(Relation.UNAFFECTED, Relation.AFFECTED),
         core=True,
+        effort=0.75,
     ),
 )

@@ -60,6 +60,7 @@ CLAUSES = (
         why=("https://github.com/onnx/onnx/pull/7274", "https://github.com/ekzhang/jax-js/pull/180"),
         family=_growing,
         relations=(Relation.PARITY,),
+        effort=0.5,
         applies=lambda config: ordinary(config) and 1 < config.kv_heads < config.heads,
     ),
     Clause(
@@ -69,6 +70,7 @@ CLAUSES = (
         why=("https://github.com/onnx/onnx/issues/7865",),
         family=_growing,
         relations=(Relation.PARITY,),
+        effort=0.5,
     ),
     Clause(
         name="definition.softcap",
@@ -76,6 +78,7 @@ CLAUSES = (
         why=("https://github.com/onnx/onnx/issues/7865", "https://github.com/microsoft/onnxruntime/pull/28370"),
         family=_growing,
         relations=(Relation.PARITY,),
+        effort=0.5,
         applies=lambda config: config.softcap is not None,
     ),
     Clause(
@@ -101,6 +104,7 @@ CLAUSES = (
         ),
         family=_growing,
         relations=(Relation.PARITY,),
+        effort=0.5,
         applies=lambda config: config.sink is not None,
     ),
     Clause(

@@ -31,7 +31,7 @@ def _guarantee(
     profiles: tuple[str, ...] = ("attention", "decoder"),
     needs: tuple[str, ...] = (),
 ) -> Clause:
-    return Clause(name, text, why, family, (relation,), Level.SHOULD, profiles, needs, effort=0.5)
+    return Clause(name, text, why, family, (relation,), Level.SHOULD, profiles, needs, effort=0.5, variants=2)
 
 
 CLAUSES = (

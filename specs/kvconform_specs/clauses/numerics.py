@@ -196,7 +196,7 @@ CLAUSES = (
         family=_deep,
         relations=(Relation.PARITY,),
         applies=long,
-        effort=0.15,
+        effort=0.1,
         variants=1,
     ),
 )
