@@ -324,10 +324,10 @@ def test_what_are_not_all_shards_of_one_run_is_one_sentence(parts: list[Results]
 
 def test_merging_keeps_rows_stale_sentences_and_machines() -> None:
     mine = {"numpy": "2", "machine": "b"}
-    two = msgspec.structs.replace(TWO, environment=mine, stale=["s", "t"], lattice={"b": 2}, seconds=2.0)
-    found = merged([two, msgspec.structs.replace(ONE, stale=["s"], lattice={"a": 1}, seconds=1.0), two])
+    two = msgspec.structs.replace(TWO, environment=mine, stale=["s", "t"], power={"b": 2}, seconds=2.0)
+    found = merged([two, msgspec.structs.replace(ONE, stale=["s"], power={"a": 1}, seconds=1.0), two])
     assert [v.clause for v in found.verdicts] == ["shape.output", "shape.first-step", "shape.length"]
-    assert (found.shard, found.stale, found.lattice, found.seconds) == ("", ["s", "t"], {"a": 1, "b": 2}, 3.0)
+    assert (found.shard, found.stale, found.power, found.seconds) == ("", ["s", "t"], {"a": 1, "b": 2}, 3.0)
     assert found.environment == {"numpy": "2", "machine": ["a", "b"]}
 
 

@@ -136,7 +136,7 @@ def _done(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Audited]]:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # what runs is waited for
 
 
 def audit_fault(fault: Fault, plan: Plan) -> Audited:

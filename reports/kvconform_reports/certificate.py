@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -37,47 +37,65 @@ class Entry(msgspec.Struct, frozen=True):
         return percent(self.rejected, self.tried) if self.tried else ""
 
 
+Cell = tuple[tuple[str, Entry], ...]
+"""What a clause did with a model: entries by the dtypes that have them; no dtype is named where all have one."""
+
+
 @dataclass(frozen=True)
 class Power:
-    """The certificate of one dtype. ``labels``: the backends whose results hold it. ``rows``: by chapter, each clause
-    with its entries by model, or with the note that stands for all of them. ``fault``: why it cannot be read."""
+    """The certificates of all dtypes in one. ``summaries``: by dtype, what each amounts to; ``faults``: why one cannot
+    be read. ``chapters``: of each the clauses, each with the note that stands for its cells, or its cells by model."""
 
-    dtype: str
-    labels: tuple[str, ...]
+    summaries: tuple[tuple[str, tuple[str, ...]], ...]
+    faults: tuple[tuple[str, str], ...]
     models: tuple[str, ...]
-    chapters: tuple[tuple[str, tuple[tuple[str, str, tuple[Entry | None, ...]], ...]], ...]
-    summary: tuple[str, ...]
-    fault: str = ""
+    chapters: tuple[tuple[tuple[str, str, tuple[Cell, ...]], ...], ...]
 
 
-def powers(results: Sequence[Results]) -> tuple[Power, ...]:
-    """The certificates that the results hold. One for each dtype; more only where results of different suites came
-    together."""
-    found: dict[tuple[str, bytes], list[str]] = {}
+def power(results: Sequence[Results]) -> Power | None:
+    """What the results hold of certificates; None where they hold none. A dtype has more than one only where results
+    of different suites came together: then it is named with its backends."""
+    held: dict[str, dict[bytes, list[str]]] = {}
     for label, result in zip(labels(results), results, strict=True):
         for dtype, rows in result.power.items():
             if rows:
-                found.setdefault((dtype, msgspec.json.encode(rows)), []).append(label)
-    return tuple(_power(dtype, rows, holders) for (dtype, rows), holders in found.items())
+                held.setdefault(dtype, {}).setdefault(msgspec.json.encode(rows), []).append(label)
+    read: dict[str, list[Entry]] = {}
+    faults = []
+    for dtype, certificates in held.items():
+        for rows, holders in certificates.items():
+            name = dtype if len(certificates) == 1 else f"{dtype} of {', '.join(holders)}"
+            try:
+                read[name] = msgspec.json.decode(rows, type=list[Entry])
+            except msgspec.ValidationError as error:
+                faults.append((name, f"it cannot be read: {error}"))
+    if not held:
+        return None
+    models = tuple(dict.fromkeys(entry.model for entries in read.values() for entry in entries if entry.model))
+    summaries = tuple((name, tuple(_summary(entries, models))) for name, entries in read.items())
+    return Power(summaries, tuple(faults), models, _chapters(read, models))
 
 
-def _power(dtype: str, rows: bytes, holders: list[str]) -> Power:
-    try:
-        entries = msgspec.json.decode(rows, type=list[Entry])
-    except msgspec.ValidationError as error:
-        return Power(dtype, tuple(holders), (), (), (), f"It cannot be read: {error}.")
-    models = tuple(dict.fromkeys(entry.model for entry in entries if entry.model))
-    by_clause: dict[str, dict[str, Entry]] = {}
-    for entry in entries:
-        by_clause.setdefault(entry.clause, {})[entry.model] = entry
-    by_chapter: dict[str, list[tuple[str, str, tuple[Entry | None, ...]]]] = {}
-    for clause in (*(name for name in BY_NAME if name in by_clause), *(c for c in by_clause if c not in BY_NAME)):
-        row = by_clause[clause]
-        note = row[""].note if "" in row else ""
-        cells = () if note else tuple(row.get(model) for model in models)
+def _chapters(
+    read: Mapping[str, Sequence[Entry]], models: Sequence[str]
+) -> tuple[tuple[tuple[str, str, tuple[Cell, ...]], ...], ...]:
+    found = {name: {(entry.clause, entry.model): entry for entry in entries} for name, entries in read.items()}
+    judged = dict.fromkeys(clause for entries in found.values() for clause, _ in entries)
+    by_chapter: dict[str, list[tuple[str, str, tuple[Cell, ...]]]] = {}
+    for clause in (*(name for name in BY_NAME if name in judged), *(c for c in judged if c not in BY_NAME)):
+        notes = {entries[clause, ""].note if (clause, "") in entries else "" for entries in found.values()}
+        note = notes.pop() if len(notes) == 1 else ""
+        cells = () if note else tuple(_cell(found, clause, model) for model in models)
         by_chapter.setdefault(clause.partition(".")[0], []).append((clause, note, cells))
-    chapters = tuple((name, tuple(found)) for name, found in by_chapter.items())
-    return Power(dtype, tuple(holders), models, chapters, tuple(_summary(entries, models)))
+    return tuple(tuple(rows) for rows in by_chapter.values())
+
+
+def _cell(found: Mapping[str, Mapping[tuple[str, str], Entry]], clause: str, model: str) -> Cell:
+    groups: dict[Entry, list[str]] = {}
+    for name, entries in found.items():
+        entry = entries.get((clause, model)) or entries.get((clause, ""), Entry(clause, model))
+        groups.setdefault(entry, []).append(name)
+    return tuple((", ".join(names) if len(groups) > 1 else "", entry) for entry, names in groups.items())
 
 
 def _summary(entries: Sequence[Entry], models: Sequence[str]) -> list[str]:

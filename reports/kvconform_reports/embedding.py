@@ -15,10 +15,11 @@ from kvconform import audit_record
 from kvconform.latency_record import Record
 from kvconform.pairwise import Pair
 from kvconform.results import Results
+from kvconform.verdict import Verdict
 
 SCHEMA = "kvconform-report/2"
-# Beyond this the readable form gives way to a packed one: 20 000 verdicts are 5 MB of plain JSON, 0.4 MB in bz2 and
-# base64 (0.65 MB in gzip).
+# Beyond this the readable form gives way to a packed one: 20 000 verdicts are 5 MB of plain JSON, and in bz2 and base64
+# 0.36 MB field by field, 0.41 MB verdict by verdict (in gzip 0.65 MB).
 PLAIN_LIMIT = 400_000
 _ELEMENT = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 
@@ -50,9 +51,18 @@ def embed(
     plain = msgspec.json.encode(data)
     packed = len(plain) > PLAIN_LIMIT
     if packed:
+        plain = msgspec.json.encode({**data, "results": [_by_field(result) for result in shared]})
         text = base64.b64encode(bz2.compress(plain)).decode()
         plain = msgspec.json.encode({"schema": SCHEMA, "bz2": text})
     return _inert(plain.decode()), packed
+
+
+def _by_field(result: Results) -> dict[str, Any]:
+    """The results with one list for each field of their verdicts: like stands beside like, which packs better."""
+    found: dict[str, Any] = msgspec.to_builtins(result)
+    fields = msgspec.structs.fields(Verdict)
+    found["verdicts"] = {field.name: [verdict[field.name] for verdict in found["verdicts"]] for field in fields}
+    return found
 
 
 def extract(html: str) -> dict[str, Any]:
@@ -66,6 +76,9 @@ def extract(html: str) -> dict[str, Any]:
         data = msgspec.json.decode(bz2.decompress(base64.b64decode(data["bz2"])))
     certificates = data.pop("certificates", [])
     for result in data["results"]:
+        if isinstance(result["verdicts"], dict):
+            names, columns = result["verdicts"].keys(), result["verdicts"].values()
+            result["verdicts"] = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
         result["power"] = {dtype: certificates[place] for dtype, place in result["power"].items()}
     return data
 

@@ -40,7 +40,7 @@ def render(
         runs=_runs(results), backends=rows, chapters=matrix.chapters(results), legend=matrix.legend(results),
         failures=tables.failures(results, folder), known=tables.known(results, folder), levels=tables.levels(),
         guarantees=tables.guarantees(results, folder), reasons=tables.reasons(results), errors=tables.errors(results),
-        pairwise=tables.pairwise(pairs), powers=certificate.powers(results),
+        pairwise=tables.pairwise(pairs), power=certificate.power(results),
         mutation=mutation.mutation(audit, {result.suite for result in results}) if audit else None,
         latency=latency, groups=speed.groups(latency) if latency else (),
         latency_facts=_latency_facts(latency), software=_software(latency), witnesses=tables.witnesses(results),

@@ -31,7 +31,7 @@ def render(results: Sequence[Results]) -> str:
             ET.SubElement(properties, "property", name=name, value=_legal(str(getattr(result, name))))
         ET.SubElement(properties, "property", name="verdict", value=_legal(f"{stands.word}: {stands.sentence}"))
         for config, held in result.lattice.items():
-            words = (held.level or "none of them") + (f"; {held.refuted}: refuted" if held.refuted else "")
+            words = (held.level or "none") + (f"; {held.refuted}: refuted" if held.refuted else "")
             ET.SubElement(properties, "property", name=_legal(f"guarantee.{config}"), value=_legal(words))
         for verdict in result.verdicts:
             _case(suite, label, verdict)

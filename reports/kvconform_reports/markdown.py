@@ -12,7 +12,7 @@ from kvconform.pairwise import Pair
 from kvconform.results import Results
 from kvconform.verdict import Outcome
 from kvconform_reports import speed
-from kvconform_reports.certificate import powers
+from kvconform_reports.certificate import power
 from kvconform_reports.mutation import mutation
 from kvconform_reports.outcomes import SYMBOLS, Chip, chips, counted, duration, labels, standing
 from kvconform_reports.summary import printable
@@ -53,7 +53,7 @@ def _verdicts(results: Sequence[Results]) -> str:
         )
         words = " ".join((f"{text(stands.sentence)}{judged}.", *map(text, stands.notes)))
         lines.append(f"- {stands.symbol} **{text(label)}** {stands.word}: {words}")
-        lines += [f"  - {SYMBOLS[Outcome.FAIL]} **{text(words)}**" for words in stands.stale]
+        lines += [f"  - {SYMBOLS[Outcome.FAIL]} **stale ledger** {text(words)}" for words in stands.stale]
     return "\n".join(lines if results else [*lines, "No results were given."])
 
 
@@ -130,8 +130,9 @@ def _guarantees(results: Sequence[Results]) -> str:
 
 
 def _guarantee(cell: Guarantee) -> str:
-    level = text(cell.level) or "none of them"
-    return f"{level}<br>{SYMBOLS[Outcome.REFUTED]} {text(cell.refuted)}: refuted" if cell.refuted else level
+    if not cell.refuted:
+        return text(cell.level) or "not decided"
+    return f"{text(cell.level) or 'none'}<br>{SYMBOLS[Outcome.REFUTED]} {text(cell.refuted)}: refuted"
 
 
 def _pairs(pairs: Sequence[Pair]) -> str:
@@ -162,11 +163,13 @@ def _speed(latency: Record | None) -> str:
 
 
 def _power(results: Sequence[Results]) -> str:
-    lines = ["### Power of the clauses", ""]
-    for power in powers(results):
-        said = [power.fault] if power.fault else power.summary[:2]  # how much, and the weakest
-        lines.append(f"- {text(power.dtype)}: {text(' '.join(said))}")
-    return "\n".join(lines) if len(lines) > 2 else ""
+    """Of each certificate how much it rejects, and where it is weakest."""
+    found = power(results)
+    if found is None:
+        return ""
+    said = [(dtype, " ".join(words[:2])) for dtype, words in found.summaries]
+    lines = [f"- {text(dtype)}: {text(words)}" for dtype, words in (*said, *found.faults)]
+    return "\n".join(("### Power of the clauses", "", *lines))
 
 
 def _audit(record: audit_record.Record | None) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvconform import ledger
 from kvconform.results import Results
 from kvconform.verdict import Outcome, Verdict
-from kvconform_reports.outcomes import MEANINGS, WORST_FIRST, Chip, chip, chips, short
+from kvconform_reports.outcomes import MEANINGS, WORST_FIRST, Chip, chip, chips, given_now, short
 from kvconform_specs.clause import Level
 from kvconform_specs.clauses import BY_NAME, CHAPTERS
 
@@ -128,7 +128,7 @@ def _row(name: str, cells: list[_Cell], ran: list[bool]) -> Row:
     )
 
 
-def _entries(cell: _Cell, configs: set[str]) -> Iterable[Entry]:
+def _entries(cell: _Cell, configs: set[str]) -> Iterator[Entry]:
     by_outcome: dict[Outcome, dict[str, list[tuple[Verdict, int | None]]]] = defaultdict(lambda: defaultdict(list))
     for verdict, number in cell.verdicts:
         told_elsewhere = verdict.outcome is Outcome.PASS or verdict.outcome.broken
@@ -139,17 +139,26 @@ def _entries(cell: _Cell, configs: set[str]) -> Iterable[Entry]:
         reasons = by_outcome[outcome]
         count = sum(map(len, reasons.values()))
         rest = whole and outcome is seen[-1] and not outcome.broken and len(reasons) == 1
-        known = [row for found in reasons.values() for v, _ in found if (row := cell.known.get(v.key))]
         parts = tuple(
-            Part(
-                () if rest else tuple((verdict.config, number) for verdict, number in found), sentence,
-                next(((row.link, short(row.link)) for v, _ in found if (row := cell.known.get(v.key))), None),
-            )
+            _part(sentence, () if rest else found, next(_known(cell, found), None))
             for sentence, found in reasons.items()
-        )  # fmt: skip
+        )
+        known = [row for found in reasons.values() for row in _known(cell, found)]
         note, told = _note(outcome, tuple(reasons), known)
         alone = rest and len(seen) == 1 and told
         yield Entry(chip(outcome, count), note, () if alone else parts)
+
+
+def _known(cell: _Cell, found: Sequence[tuple[Verdict, int | None]]) -> Iterator[ledger.Row]:
+    return (cell.known[verdict.key] for verdict, _ in found if verdict.key in cell.known)
+
+
+def _part(sentence: str, found: Sequence[tuple[Verdict, int | None]], row: ledger.Row | None) -> Part:
+    configs = tuple((verdict.config, number) for verdict, number in found)
+    if row is None:
+        return Part(configs, sentence)
+    words = f"{row.reason}, known until {row.expires}: {given_now(sentence, row)}"
+    return Part(configs, words, (row.link, short(row.link)))
 
 
 def _note(outcome: Outcome, reasons: Sequence[str], known: Sequence[ledger.Row]) -> tuple[str, bool]:

@@ -48,11 +48,10 @@ class Matrix:
     height: int
     clauses: tuple[tuple[int, str], ...]
     faults: tuple[tuple[int, str], ...]
-    bands: tuple[int, ...]
+    bands: str
     killed: str
     also: str
     missed: str
-    pitch: int = PITCH
     left: int = LEFT
     top: int = TOP
 
@@ -155,6 +154,7 @@ def _matrix(record: Record, budget: str) -> Matrix:
     clauses = [name for name in BY_NAME if name in tried] + sorted(tried - set(BY_NAME))
     column = {name: LEFT + PITCH * i for i, name in enumerate(clauses)}
     killed, also, missed = [], [], []
+    width = LEFT + PITCH * len(clauses) + 72  # the last name leans to the right
     for number, one in enumerate(audited):
         y = PITCH * number
         for trial in (trial for trial in one.trials if trial.budget == budget):
@@ -167,11 +167,11 @@ def _matrix(record: Record, budget: str) -> Matrix:
                 missed.append(f"M{x + 3} {y + 3}l7 7m0-7l-7 7")
     return Matrix(
         budget=budget,
-        width=LEFT + PITCH * len(clauses) + 72,  # the last name leans to the right
+        width=width,
         height=PITCH * len(audited),
         clauses=tuple((column[name], name) for name in clauses),
         faults=tuple((PITCH * i, _cut(one.name)) for i, one in enumerate(audited)),
-        bands=tuple(PITCH * i for i in range(0, len(audited), 2)),
+        bands="".join(f"M0 {PITCH * i}h{width}v{PITCH}h-{width}z" for i in range(0, len(audited), 2)),
         killed="".join(killed),
         also="".join(also),
         missed="".join(missed),

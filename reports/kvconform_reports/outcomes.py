@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from shlex import quote
 
+from kvconform.ledger import Row
 from kvconform.results import Results, exit_code
 from kvconform.verdict import Outcome
 
@@ -101,8 +102,7 @@ def standing(results: Results) -> Standing:
         notes.append(f"This run did not finish: only the {len(results.verdicts)} cells below were judged.")
     if results.unavailable and results.verdicts:
         notes.append(f"It stopped after {len(results.verdicts)} cells, which are shown below.")
-    stale = tuple(f"Stale ledger: {words}" for words in results.stale)
-    return Standing(code, word, SYMBOLS[like], TONES[like], sentence, tuple(notes), stale)
+    return Standing(code, word, SYMBOLS[like], TONES[like], sentence, tuple(notes), tuple(results.stale))
 
 
 def labels(results: Sequence[Results]) -> list[str]:
@@ -120,6 +120,11 @@ def replay_line(backend: str, counterexample: str, folder: str) -> str:
     if not counterexample:
         return ""
     return f"kvconform replay {quote(str(PurePosixPath(folder, 'failures', backend, counterexample)))}"
+
+
+def given_now(sentence: str, row: Row) -> str:
+    """What a known failure gives now: its sentence without what its row says, which stands beside it."""
+    return sentence.removeprefix(f"{row.reason}, known until {row.expires}, {row.link}: ")
 
 
 def short(link: str) -> str:

@@ -15,7 +15,18 @@ from kvconform.lattice import LEVELS
 from kvconform.pairwise import Pair
 from kvconform.results import Results
 from kvconform.verdict import Outcome, Verdict
-from kvconform_reports.outcomes import WORST_FIRST, Chip, Standing, chip, chips, labels, replay_line, short, standing
+from kvconform_reports.outcomes import (
+    WORST_FIRST,
+    Chip,
+    Standing,
+    chip,
+    chips,
+    given_now,
+    labels,
+    replay_line,
+    short,
+    standing,
+)
 from kvconform_specs.clauses import BY_NAME
 
 UNJUDGED = (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED, Outcome.UNSUPPORTED)
@@ -164,8 +175,7 @@ def known(results: Sequence[Results], folder: str) -> tuple[Known, ...]:
             now, counterexample = (verdict.sentence, verdict.counterexample) if verdict else ("", "")
             versions = ", ".join(f"{name} {version}" for name, version in row.versions.items()) if row else ""
             link = row.link if row else ""
-            if row:  # its own columns say what the sentence begins with
-                now = now.removeprefix(f"{row.reason}, known until {row.expires}, {row.link}: ")
+            now = given_now(now, row) if row else now
             replay = replay_line(result.backend, counterexample, folder)
             found.append(Known(label, *key, row, versions, short(link), now, replay))
     return tuple(found)

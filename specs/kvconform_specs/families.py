@@ -137,8 +137,10 @@ def histories(draw: Draw, config: Config, claims: Claims) -> Program:
     """
     triples = st.tuples(st.integers(0, len(VERBS) - 1), st.integers(0, 5), st.integers(0, 63))
     drawn = draw(st.lists(triples, min_size=8, max_size=20))
-    first: int = draw(seeds)
-    return Program(config, tuple(_Interpreter(config, claims, first).steps(drawn)))
+    interpreter = _Interpreter(config, claims, draw(seeds))
+    prompt = draw(st.integers(0, 2))  # one in three begins with a long one
+    begun = interpreter.prompt(config.capacity // 2, draw(batches(claims))) if prompt == 2 else ()
+    return Program(config, (*begun, *interpreter.steps(drawn)))
 
 
 class _Interpreter:
@@ -147,6 +149,10 @@ class _Interpreter:
     def __init__(self, config: Config, claims: Claims, seed: int) -> None:
         self.config, self.claims, self.seed = config, claims, seed
         self.rows: dict[str, tuple[int, ...]] = {}
+
+    def prompt(self, size: int, batch: int) -> tuple[Append, ...]:
+        self.rows["a"] = (size,) * batch
+        return appends("a", at_once(size, self.claims), batch, self.seed)
 
     def steps(self, drawn: Iterable[tuple[int, int, int]]) -> Iterable[Step]:
         made = [step for kind, which, number in drawn if (step := self.step(kind, "aaaabc"[which], number)) is not None]
@@ -304,8 +310,9 @@ def detours(
             steps += [Reorder("a", turn), Append("a", (size,) * batch, seed, own), Reorder("a", back)]
             length += size
             continue
-        elif way == "reset" and room and not length:
+        elif way == "reset" and room:  # what it held is appended anew
             steps += [Append("a", (junk,) * batch, other), Reset("a")]
+            steps += appends("a", at_once(length, claims), batch, seed)
         elif way == "refuse" and length and claims.max_chunk is None:
             steps.append(Reject(Append("a", (config.capacity - length + 1,) * batch, other)))
         steps.append(Append("a", (size,) * batch, seed))

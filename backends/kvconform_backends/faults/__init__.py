@@ -9,6 +9,7 @@ from __future__ import annotations
 from kvconform_backends.faults import (
     accounting,
     batch,
+    branches,
     capacity,
     capture,
     causality,
@@ -24,6 +25,7 @@ from kvconform_backends.faults import (
     node_by_node,
     numerics,
     paging,
+    positions,
     quantised,
     shape,
     window,
@@ -56,8 +58,8 @@ PUBLISHED = (
 )
 
 MODULES = (
-    shape, causality, equivalence, definition, lifecycle, contents, batch, window, capacity, errors, numerics, layout,
-    paging, quantised, capture, determinism, accounting, graphs,
+    shape, causality, equivalence, definition, positions, lifecycle, branches, contents, batch, window, capacity,
+    errors, numerics, layout, paging, quantised, capture, determinism, accounting, graphs,
 )  # fmt: skip
 FAULTS: tuple[Fault, ...] = (
     *(fault for module in MODULES for fault in faults_of(module)),

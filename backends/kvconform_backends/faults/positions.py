@@ -191,7 +191,7 @@ class BaseGrowsWithLength(
 
 class RopeTableGrownInHalf(
     Planted,
-    breaks=("shape.first-step",),
+    breaks=("shape.first-step", "definition.positions", "definition.decoder"),
     kind="P4",
     bug="huggingface/transformers/issues/25681",
     stealth=True,

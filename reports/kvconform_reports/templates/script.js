@@ -1,7 +1,8 @@
-for (const button of document.querySelectorAll(".replay button")) {
-  button.hidden = false;
+for (const code of document.querySelectorAll(".replay code")) {
+  const button = document.createElement("button");
+  button.textContent = "Copy";
+  code.after(button);
   button.addEventListener("click", async () => {
-    const code = button.previousElementSibling;
     try {
       await navigator.clipboard.writeText(code.textContent);
       button.textContent = "Copied";
@@ -13,7 +14,7 @@ for (const button of document.querySelectorAll(".replay button")) {
   });
 }
 // Nobody can open anything on paper.
-const shut = () => [...document.querySelectorAll(":is(.witness, .paper):not([open])")];
+const shut = () => [...document.querySelectorAll(":is(.witness, #guarantees details, #power details):not([open])")];
 let opened = [];
 addEventListener("beforeprint", () => { opened = shut(); opened.forEach((d) => { d.open = true; }); });
 addEventListener("afterprint", () => { opened.forEach((d) => { d.open = false; }); });

@@ -45,7 +45,10 @@ def _aliased(draw: Draw, config: Config, claims: Claims) -> Case:
         mixed.append(replace(step, shared=shared))
     last = steps[-1]
     if len(steps) > 1 and claims.can("two sequences"):
-        mixed[-1:] = [Keep("a", "b"), replace(last, shared=False), replace(last, seq="b", shared=True)]
+        other = replace(last, seq="b", seed=last.seed + 77, shared=True)  # what it writes must not reach ``a``
+        mixed[-1:] = [Keep("a", "b"), replace(last, shared=False), other]
+        if sum(sizes) < config.capacity:
+            mixed.append(replace(last, counts=(1,) * len(last.counts)))
     all_shared = tuple(replace(step, shared=True) for step in steps)
     return Case((Program(config, steps), Program(config, all_shared), Program(config, tuple(mixed))))
 

@@ -22,8 +22,9 @@ def _growing(config: Config, claims: Claims) -> SearchStrategy[Case]:
 
 @st.composite
 def _decoding(draw: Draw, config: Config, claims: Claims) -> Case:
-    """A prompt, decode steps, then a chunk: positions go on from the cache in three ways."""
-    prompt, new, chunk = draw(st.integers(1, 8)), draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    """A prompt, decode steps, then a chunk: positions go on from the cache in three ways, near and far."""
+    prompt = draw(st.integers(1, 8) | st.just(config.capacity - 9))
+    new, chunk = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     sizes = (*at_once(prompt, claims), *(1,) * new, *at_once(chunk, claims))
     return Case((Program(config, appends("a", sizes, draw(batches(claims)), draw(seeds))),))
 

@@ -50,15 +50,17 @@ def _ending(draw: Draw, config: Config, claims: Claims) -> Case:
 def _sharing(draw: Draw, config: Config, claims: Claims) -> Case:
     """Two or three sequences with one prefix, whose last page may be half full, each going on with other tokens."""
     prefix, batch, seed = draw(st.integers(1, 3 * (claims.page or 1))), draw(batches(claims)), draw(seeds)
-    steps: list[Step] = [*appends("a", at_once(min(prefix, config.capacity - 18), claims), batch, seed)]
+    steps: list[Step] = [*appends("a", at_once(min(prefix, config.capacity - 20), claims), batch, seed)]
     names = "abc"[: min(draw(st.integers(2, 3)), claims.max_sequences or 3)]
     steps += [Fork("a", name) for name in names[1:]]
     for number in range(draw(st.integers(1, 2))):
         for name in draw(st.permutations(names)):
             steps.append(Append(name, (draw(counts(claims, 6)),) * batch, seed + 77 + 17 * ord(name) + number))
-        if draw(st.integers(0, 3)) == 3 and len(names) > 2:
+        if draw(st.booleans()) and len(names) > 1:
             steps.append(Close(names[-1]))
             names = names[:-1]
+    for name in names:  # far enough to need a page that the others returned
+        steps += appends(name, at_once(5, claims), batch, seed + 7)
     return Case((Program(config, tuple(steps)),))
 
 
