@@ -13,13 +13,18 @@ import report_data as given
 from report_data import HOSTILE
 
 from kvconform.latency_record import Excluded
+from kvconform.lattice import Guarantee
 from kvconform.pairwise import Pair
 from kvconform.results import Results
 from kvconform.verdict import Outcome
 from kvconform_reports.html import render
+from kvconform_specs.clauses import ALL
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-SECTIONS = ("verdict", "matrix", "failures", "unjudged", "error", "pairs", "speed", "witnesses", "environment")
+SECTIONS = (
+    "verdict", "matrix", "failures", "known", "unjudged", "guarantees", "error", "pairs", "speed", "power", "mutation",
+    "witnesses", "environment",
+)  # fmt: skip
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 800}
 
 
@@ -55,13 +60,21 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     verdicts = [
         given.other("definition.attention", name, Outcome.FAIL, name, counterexample=name),
         given.other(name, name, Outcome.UNSUPPORTED, name),
+        given.other("errors.unchanged", name, Outcome.XFAIL, name, counterexample=name),
+        given.other("determinism.repeatable", name, Outcome.REFUTED, name, counterexample=name),
     ]
-    hostile = given.results(name, verdicts, device=name, witnesses={name: tree}, environment=tree, claims=tree)
+    hostile = given.results(
+        name, verdicts, device=name, witnesses={name: tree}, environment=tree, claims=tree, stale=[name],
+        ledger=[given.row(name, clause="errors.unchanged", config=name)], power={name: given.power()},
+        lattice={name: Guarantee(level=name, refuted=name, sentence=name, counterexample=name)},
+    )  # fmt: skip
     speed = given.latency(("eager", "onnx", name))
     speed.excluded = [*speed.excluded, Excluded(name, name, name)]
     path = tmp_path_factory.mktemp("report") / "report.html"
     pairs = [*given.pairs(), Pair("attention-gqa", name, "eager", 0.5, 1e-7, 9)]
-    path.write_text(render([*given.four(), hostile], pairs, speed), encoding="utf-8")
+    audit = given.audit(name)
+    audit.audited[2].sentence = name  # it survives
+    path.write_text(render([*given.four(), hostile], pairs, speed, audit=audit), encoding="utf-8")
     return path
 
 
@@ -126,7 +139,9 @@ def test_hostile_names_are_visible_as_text(browser: Any, report: Path, scripts: 
 def test_the_report_works_without_scripts(browser: Any, report: Path) -> None:
     with Visit(browser, report, java_script_enabled=False) as visit:
         rows = visit.page.locator("#matrix tbody tr:not(.chapter):visible")
+        visit.page.locator("#show-all").check()
         every = rows.count()
+        assert every == visit.page.locator("#matrix tbody tr:not(.chapter)").count() > len(ALL)
         visit.page.locator("#show-broken").check()
         assert 0 < rows.count() < every
         assert rows.count() == visit.page.locator("#matrix tr.b").count()
@@ -135,6 +150,36 @@ def test_the_report_works_without_scripts(browser: Any, report: Path) -> None:
         cell.locator("summary").click()
         assert cell.locator("a").first.is_visible()
         assert visit.page.locator("#failures button:visible").count() == 0
+
+
+def test_chapters_that_are_not_broken_are_folded_and_open_on_a_click(browser: Any, report: Path) -> None:
+    with Visit(browser, report, java_script_enabled=False) as visit:
+        for chapter, open_at_first in (("equivalence", True), ("paging", False)):
+            row = visit.page.locator("#matrix tr:not(.chapter)", has_text=f"{chapter}.").first
+            assert row.is_visible() is open_at_first
+            visit.page.locator("#matrix .chapter label", has_text=chapter).click()
+            assert row.is_visible() is not open_at_first
+
+
+def test_a_link_to_a_clause_opens_its_chapter_and_its_text(browser: Any, report: Path) -> None:
+    with Visit(browser, report, java_script_enabled=False) as visit:
+        text = visit.page.locator("#matrix [id='determinism.repeatable']")
+        assert not text.is_visible()
+        visit.page.locator("#guarantees a", has_text="determinism.repeatable").click()
+        text.wait_for(state="visible")
+
+
+def test_what_is_folded_is_printed(browser: Any, report: Path) -> None:
+    with Visit(browser, report) as visit:
+        folded = visit.page.locator("#guarantees td p, #power table, .witness dl")
+        shown = [folded.nth(i).is_visible() for i in range(folded.count())]
+        assert not all(shown)
+        visit.page.emulate_media(media="print")
+        assert visit.page.locator("#matrix tr:visible").count() == visit.page.locator("#matrix tr").count()
+        visit.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert all(folded.nth(i).is_visible() for i in range(folded.count()))
+        visit.page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert [folded.nth(i).is_visible() for i in range(folded.count())] == shown
 
 
 def test_the_copy_buttons_appear_with_scripts_and_answer(browser: Any, report: Path) -> None:

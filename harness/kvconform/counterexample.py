@@ -84,17 +84,21 @@ def _frozen(step: Step, variant: int) -> Step:
 
 
 def attempt(clause: Clause, subject: Subject, case: Case, variants: tuple[int, ...]) -> Judged | Broken:
-    """Runs a case's programs on the live worker and judges them. The definition is computed while the worker runs."""
+    """Runs a case's programs on the live worker and judges them. The definition is computed while the worker runs, and
+    the worker has its next program before it has answered to the last."""
     traces, expected = [], []
     for number, program in enumerate(case.programs):
         try:
-            subject.send(program, variants)
+            if number == 0:
+                subject.send(program, variants)
             wants = expect(program, variants, subject.claims.precision)
             if clause.needs_numbers:
                 for want in wants:
                     if want is not None:
                         want.numbers("floor")
             expected.append(wants)
+            for following in case.programs[number + 1 : number + 2]:
+                subject.send(following, variants)
             traces.append(subject.receive(program))
         except Death as death:
             variant = variants[min(death.variant, len(variants) - 1)]

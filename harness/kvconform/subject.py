@@ -163,6 +163,7 @@ class Subject:
     def _start(self) -> Header:
         self._built.clear()
         self.log.clear()
+        self._early = bytearray()
         self.starts += 1
         path = Path(self._scratch.name) / f"progress-{self.starts}"
         path.write_bytes(bytes(PROGRESS.size))
@@ -217,29 +218,32 @@ class Subject:
         """The next frame. Raises Death when the worker ends, or makes no progress for ``timeout`` seconds."""
         assert self._process is not None and self._process.stdout is not None
         pipe = self._process.stdout.fileno()
-        data = bytearray()
+        data, self._early = self._early, bytearray()
         wanted = LENGTHS.size
         lengths: tuple[int, int] | None = None
         seen, since = self._step(), time.monotonic()
         with selectors.DefaultSelector() as selector:
             selector.register(pipe, selectors.EVENT_READ)
-            while len(data) < wanted:
+            while True:
+                if lengths is None and len(data) >= LENGTHS.size:
+                    lengths = LENGTHS.unpack_from(data)
+                    wanted = LENGTHS.size + sum(lengths)
+                if len(data) >= wanted:
+                    break
                 if selector.select(min(timeout, 0.5)):
                     piece = os.read(pipe, 1 << 20)
                     if not piece:
                         raise self._death("crash")
                     data += piece
                     since = time.monotonic()
-                    if lengths is None and len(data) >= LENGTHS.size:
-                        lengths = LENGTHS.unpack_from(data)
-                        wanted = LENGTHS.size + sum(lengths)
                 elif self._step() != seen:
                     seen, since = self._step(), time.monotonic()
                 elif time.monotonic() - since > timeout:
                     raise self._death("timeout", timeout)
         assert lengths is not None
         middle = LENGTHS.size + lengths[0]
-        return json.loads(data[LENGTHS.size : middle]), bytes(data[middle:])
+        self._early = data[wanted:]  # of the next frame: two may be under way
+        return json.loads(data[LENGTHS.size : middle]), bytes(data[middle:wanted])
 
     def _step(self) -> tuple[int, int, int]:
         count, variant, step = PROGRESS.unpack_from(self._progress, 0)

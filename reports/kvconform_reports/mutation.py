@@ -132,9 +132,8 @@ def _survivors(record: Record) -> Iterable[Missed]:
 
 def _missed(one: Audited, trials: Sequence[Trial], budgets: str) -> Missed:
     why = tuple((trial.clause, _why(trial)) for trial in trials)
-    return Missed(
-        one.name, _kind(one), one.sentence, short(address(one.bug)) or one.bug, address(one.bug), budgets, why
-    )
+    link = address(one.bug)
+    return Missed(one.name, _kind(one), one.sentence, short(link) or one.bug, link, budgets, why)
 
 
 def _why(trial: Trial) -> str:
