@@ -176,6 +176,7 @@ def test_infinity_is_no_finite_output() -> None:
 
 def test_the_token_is_compared_only_where_it_is_sure() -> None:
     """Where two logits tie within their bounds either may win; where one leads by more, it must."""
+
     class Decoder(NumpyCache):
         def __init__(self, config: object, _weights: object) -> None:
             super().__init__(DECODER, weights(DECODER))
