@@ -121,6 +121,13 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def audit(session: nox.Session) -> None:
+    """Tries every planted fault; results/audit.json, which the report shows: nox -s audit -- --budget pr."""
+    install(session, "eager", "onnx")
+    session.run("kvconform", "audit", "-o", str(RESULTS / "audit.json"), *session.posargs)
+
+
+@nox.session(default=False)
 def numpy(session: nox.Session) -> None:
     """Judges the numpy backend, the one that needs nothing."""
     install(session)
