@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
 from kvconform_specs.program import (
     MALFORMED,
@@ -141,6 +142,14 @@ def histories(draw: Draw, config: Config, claims: Claims) -> Program:
     prompt = draw(st.integers(0, 2))  # one in three begins with a long one
     begun = interpreter.prompt(config.capacity // 2, draw(batches(claims))) if prompt == 2 else ()
     return Program(config, (*begun, *interpreter.steps(drawn)))
+
+
+def any_history(config: Config, claims: Claims) -> SearchStrategy[Case]:
+    return histories(config, claims).map(lambda program: Case((program,)))
+
+
+def growing(config: Config, claims: Claims) -> SearchStrategy[Case]:
+    return straight(config, claims).map(lambda program: Case((program,)))
 
 
 class _Interpreter:

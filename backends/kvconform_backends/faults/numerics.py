@@ -43,7 +43,8 @@ class MaximumFromZero(
         powers = np.exp(scores - top)
         total = powers.sum(axis=-1, keepdims=True) + np.exp(self.sink() - top)
         wrong = powers / np.where(total == 0, np.float32(1), total)
-        return wrong if np.allclose(wrong, right, atol=1e-6) else self.instead(wrong, right)
+        self.faulty += bool(((powers.sum(axis=-1) == 0) & (right.sum(axis=-1) > 0)).any())  # all of a row underflows
+        return np.asarray(wrong)
 
 
 # --- zero keys ---

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from hypothesis import strategies as st
-from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
-from kvconform_specs.families import Draw, appends, at_once, batches, histories, landing, seeds, splits
+from kvconform_specs.families import Draw, any_history, appends, at_once, batches, landing, seeds, splits
 from kvconform_specs.program import Append, Program, Reject, Step
 
 
@@ -45,10 +44,6 @@ def _beyond(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case((Program(config, (*fresh, *more)), Program(config, (*steps, *more))))
 
 
-def _any(config: Config, claims: Claims) -> SearchStrategy[Case]:
-    return histories(config, claims).map(lambda program: Case((program,)))
-
-
 CLAUSES = (
     Clause(
         name="capacity.full",
@@ -77,7 +72,7 @@ CLAUSES = (
         name="capacity.room",
         text="The backend knows how many more tokens each row takes: the capacity less what the row holds.",
         why=("https://github.com/ROCm/hip-ep/pull/989", "https://github.com/huggingface/transformers/issues/30377"),
-        family=_any,
+        family=any_history,
         relations=(Relation.ROOM,),
         needs=("room",),
         effort=0.5,

@@ -8,12 +8,8 @@ from hypothesis.strategies import SearchStrategy
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.config import Config
-from kvconform_specs.families import Draw, appends, at_once, batches, histories, seeds, straight
+from kvconform_specs.families import Draw, any_history, appends, at_once, batches, seeds, straight
 from kvconform_specs.program import Program
-
-
-def _any(config: Config, claims: Claims) -> SearchStrategy[Case]:
-    return histories(config, claims).map(lambda program: Case((program,)))
 
 
 def _growing(config: Config, claims: Claims) -> SearchStrategy[Case]:
@@ -38,7 +34,7 @@ CLAUSES = (
             "https://github.com/microsoft/onnxruntime/pull/25927",
             "https://github.com/pytorch/pytorch/issues/112577",
         ),
-        family=_any,
+        family=any_history,
         relations=(Relation.PARITY,),
         profiles=("attention",),
         core=True,
@@ -50,7 +46,7 @@ CLAUSES = (
             "https://github.com/meta-pytorch/gpt-fast/issues/233",
             "https://github.com/huggingface/transformers/issues/34232",
         ),
-        family=_any,
+        family=any_history,
         relations=(Relation.PARITY,),
         profiles=("decoder",),
         core=True,

@@ -12,15 +12,15 @@ from kvconform_specs.clause import Case, Clause, Relation, long, ordinary
 from kvconform_specs.config import Config
 from kvconform_specs.families import (
     Draw,
+    any_history,
     appends,
     at_once,
     batches,
     counts,
-    histories,
+    growing,
     landing,
     seeds,
     splits,
-    straight,
 )
 from kvconform_specs.program import Append, Program, Read
 from kvconform_specs.tensors import mannered
@@ -70,14 +70,6 @@ def _empty(draw: Draw, config: Config, claims: Claims) -> Case:
         hidden = tuple((r, position) for r in rows for position in range(end))
         steps.append(Append("a", (size,) * batch, seed, hidden=hidden if draw(st.integers(0, 3)) else ()))
     return Case((Program(config, tuple(steps)),))
-
-
-def _any(config: Config, claims: Claims) -> SearchStrategy[Case]:
-    return histories(config, claims).map(lambda program: Case((program,)))
-
-
-def _growing(config: Config, claims: Claims) -> SearchStrategy[Case]:
-    return straight(config, claims).map(lambda program: Case((program,)))
 
 
 @st.composite
@@ -161,7 +153,7 @@ CLAUSES = (
             "https://github.com/Dao-AILab/flash-attention/issues/1745",
             "https://github.com/pytorch/pytorch/issues/103963",
         ),
-        family=_any,
+        family=any_history,
         relations=(Relation.FINITE,),
         effort=0.5,
     ),
@@ -170,7 +162,7 @@ CLAUSES = (
         text="A head dim that is no multiple of 8 is a head dim like any other: what a kernel pads, it neither scales "
         "by nor sums over.",
         why=("https://github.com/pytorch/pytorch/issues/112577", "https://github.com/pytorch/pytorch/pull/184180"),
-        family=_growing,
+        family=growing,
         relations=(Relation.PARITY,),
         applies=lambda config: ordinary(config) and config.head_dim % 8 != 0,
         effort=0.5,

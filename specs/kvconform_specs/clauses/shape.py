@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from hypothesis import strategies as st
-from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
-from kvconform_specs.families import LARGEST_BATCH, Draw, appends, at_once, batches, histories, seeds, straight
+from kvconform_specs.families import LARGEST_BATCH, Draw, any_history, appends, at_once, batches, growing, seeds
 from kvconform_specs.program import Close, Program, Step
-
-
-def _growing(config: Config, claims: Claims) -> SearchStrategy[Case]:
-    return straight(config, claims).map(lambda program: Case((program,)))
-
-
-def _any(config: Config, claims: Claims) -> SearchStrategy[Case]:
-    return histories(config, claims).map(lambda program: Case((program,)))
 
 
 @st.composite
@@ -48,7 +39,7 @@ CLAUSES = (
             "https://github.com/huggingface/transformers/pull/10651",
             "https://github.com/microsoft/onnxruntime/issues/26262",
         ),
-        family=_growing,
+        family=growing,
         relations=(Relation.SHAPES,),
         core=True,
     ),
@@ -61,7 +52,7 @@ CLAUSES = (
             "https://github.com/fla-org/flash-linear-attention/issues/126",
             "https://github.com/huggingface/transformers/issues/30377",
         ),
-        family=_any,
+        family=any_history,
         relations=(Relation.LENGTHS,),
         needs=("length",),
     ),
