@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from dataclasses import replace
 from difflib import get_close_matches
 from importlib.metadata import entry_points
@@ -51,6 +52,8 @@ from kvconform_specs.errors import SpecError
 from kvconform_specs.points import POINTS, point
 from kvconform_specs.program import Program
 
+# Hypothesis keeps tables of its own in a folder; the user's is no place for them
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir()) / "kvconform-hypothesis"))
 EXIT_CODES = (
     "Exit codes: 0 conformant; 1 non-conformant, or a stale ledger; 2 usage; 3 infrastructure (backend absent, broken "
     "or unsupported here); 4 regression; 5 only inconclusive, or core clauses without a pass."
