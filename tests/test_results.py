@@ -207,7 +207,7 @@ def test_what_is_no_results_file_is_one_sentence(tmp_path: Path) -> None:
         read(path)
     data = msgspec.to_builtins(results(verdict()))
     path.write_text(json.dumps({**data, "schema": "kvconform-results/99"}))
-    with pytest.raises(SpecError, match="unknown schema 'kvconform-results/99'; known: kvconform-results/2"):
+    with pytest.raises(SpecError, match="unknown schema 'kvconform-results/99'; known: kvconform-results/3"):
         read(path)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
+from kvconform_specs.program import Program
 
 Array = NDArray[Any]
 Cache = Any
@@ -57,6 +58,44 @@ class Backend(Protocol):
         shared (``alias``): True: write the present into the memory of the past; absent: into memory of its own.
         metered (``work``): True: count the multiply-adds of this step, for ``work``.
         """
+        ...
+
+
+class BlackBox(Backend, Protocol):
+    """A backend whose weights are its own (claim ``truth="self"``): judged by its own cache-less forward.
+
+    It is built with no weights. Profile ``hidden``: hidden states ``(b, t, width)`` to ``(b, t, config.outputs)``.
+    """
+
+    points: Mapping[str, Config]
+    """The configs that it has, by name: ``decoder-own`` or ``hidden-own``."""
+    recognised: str
+    """How it is called, in words."""
+    assumed: tuple[str, ...]
+    """What was assumed of it without being told, one sentence each."""
+    source: str
+    """The file whose change makes earlier results void; empty: none."""
+
+    def full(self, *inputs: Array) -> Array:
+        """The cache-less forward, the truth that it is judged by; it touches no cache."""
+        ...
+
+    def disturbed(self, storage: float, accumulation: float, seed: int) -> Any:
+        """The same with disturbed weights; only its ``full`` is called. Each weight, and each hidden state, becomes
+        ``w * (1 + (storage + accumulation * sqrt(n)) * xi)`` with ``xi`` uniform in (-1, 1) from the seed and ``n`` the
+        number of terms in the sums that it is part of (1 for vectors). The subject itself stays as it is."""
+        ...
+
+    def script_setup(self) -> str:
+        """Python source, at module level, that imports the target and builds it as this subject was, without this
+        package: numpy is imported as ``np`` already. It is part of a reproduction (``repro``)."""
+        ...
+
+    def script(self, program: Program, tag: str) -> str:
+        """Python source behind ``script_setup`` that runs the program step by step, each call written out.
+
+        The input of step ``i`` is the numpy array ``x<tag><i>``; the output must be assigned to ``y<tag><i>`` as a
+        float32 numpy array. A step is told by a comment at its line's end."""
         ...
 
 

@@ -86,6 +86,8 @@ def run_cell(cell: Cell, subject: Subject, budget: Budget, seed: int, folder: Pa
 def unsupported(cell: Cell, subject: Subject) -> str | None:
     """Why the backend's claims leave this cell out, or None."""
     claims, config = subject.claims, cell.config
+    if claims.truth == "self" and cell.clause.blind:
+        return "blind: it is about what the target is judged by, its own forward"
     if config.profile not in claims.profiles:
         return f"claims no {config.profile} profile"
     if config.dtype not in claims.dtypes:

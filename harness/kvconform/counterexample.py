@@ -91,7 +91,8 @@ def attempt(clause: Clause, subject: Subject, case: Case, variants: tuple[int, .
         try:
             if number == 0:
                 subject.send(program, variants)
-            wants = expect(program, variants, subject.claims.precision)
+            own = None if subject.own is None else subject.own(program.config)
+            wants = expect(program, variants, subject.claims.precision, own)
             if clause.needs_numbers:
                 for want in wants:
                     if want is not None:
@@ -103,7 +104,10 @@ def attempt(clause: Clause, subject: Subject, case: Case, variants: tuple[int, .
         except Death as death:
             variant = variants[min(death.variant, len(variants) - 1)]
             return Broken(death.kind, death.words, variant, number, death.step)
-    judged = judge(case, clause.relations, subject.claims, traces, expected)
+    try:
+        judged = judge(case, clause.relations, subject.claims, traces, expected)
+    except Death as death:  # of a black box's own forward
+        return Broken(death.kind, death.words)
     if judged.finding is not None:
         finding = judged.finding
         return Broken("fail", finding.sentence, variants[finding.variant], raised=finding.raised)

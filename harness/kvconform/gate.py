@@ -67,6 +67,7 @@ WIDEST_FIRST = {
     "dead_slots": ("any", "finite"),
     "memory": ("length", "pages", "capacity"),
     "intermediates": ("single", "storage"),
+    "truth": ("definition", "self"),
 }
 """What is claimed one of a few ways: from the claim that promises most to the one that promises least."""
 

@@ -144,7 +144,7 @@ def _shaped(program: Program, number: int, done: Done, want: Expected) -> tuple[
     if got is None:
         return f"{at(program, number)}: gave no output", None
     b, t = len(want.counts), max(want.counts)
-    shape = (b, c.heads, t, c.head_dim) if c.profile == "attention" else (b, t, c.vocabulary)
+    shape = (b, c.heads, t, c.head_dim) if c.profile == "attention" else (b, t, c.outputs)
     if got.shape[1:] != shape:
         return f"{at(program, number)}: output has the shape {got.shape[1:]}, want {shape}", None
     if got.dtype != np.float32:

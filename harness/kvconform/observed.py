@@ -79,7 +79,9 @@ def located(one: Observed) -> dict[Key, tuple[int, int, int]]:
 def pairs(observed: Sequence[Observed]) -> list[tuple[Observed, Observed, int, int, int, bool]]:
     """Each output of the base and the one at the same place of each other program; ``same``: their history is."""
     base, c = observed[0], observed[0].program.config
-    windowed = c.window is not None and all(c.window_of(layer) is not None for layer in range(c.layers))
+    # how far a black box's layers see is its own affair
+    known = c.window is not None and observed[0].claims.truth == "definition"
+    windowed = known and all(c.window_of(layer) is not None for layer in range(c.layers))
     reach = c.layers * ((c.window or 0) - 1) + 1 if windowed else None
     found = []
     for other in observed[1:]:
@@ -103,7 +105,8 @@ def where(one: Observed, number: int, row: int, column: int, element: int) -> st
     """``, row 0, position 7, head 3``: the logical position of the token, and the head or logit."""
     want, c = one.want(number), one.program.config
     later = int(np.count_nonzero(want.real[row, column:]))  # tokens of the step from this column on
-    part = f"head {element // c.head_dim}" if c.profile == "attention" else f"logit {element}"
+    parts = {"attention": f"head {element // c.head_dim}", "decoder": f"logit {element}"}
+    part = parts.get(c.profile, f"channel {element}")
     return f", row {row}, position {len(want.rows[row]) - later}, {part}"
 
 

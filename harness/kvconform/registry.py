@@ -1,15 +1,18 @@
-"""From a backend's address to its class: an installed name, ``module:Name`` or ``path/file.py:Name``."""
+"""From a backend's address to its class: an installed name, ``module:Name``, ``path/file.py:Name``, or what a person
+has, ``kind:target?{"option": ...}``: a kind of target is opened by what is installed for it."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 GROUP = "kvconform.backends"
+TARGETS = "kvconform.targets"
 
 
 class BackendError(Exception):
@@ -21,8 +24,32 @@ def installed() -> dict[str, EntryPoint]:
     return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda p: p.name)}
 
 
+def openers() -> dict[str, EntryPoint]:
+    """What opens each kind of target: ``open(target, options)`` gives a ``backend.BlackBox`` or another backend."""
+    return {point.name: point for point in sorted(entry_points(group=TARGETS), key=lambda p: p.name)}
+
+
+def open_target(kind: str, rest: str) -> Any:
+    """The backend around a target. Raises BackendError with a sentence."""
+    target, _, text = rest.partition("?")
+    try:
+        options = json.loads(text or "{}")
+    except ValueError as error:
+        raise BackendError(f"target {kind}:{rest}: its options are no JSON: {error}") from error
+    try:
+        opener = openers()[kind].load()
+    except ModuleNotFoundError as missing:
+        raise BackendError(
+            f"target {kind}:{target} needs {missing.name!r}; install it with: pip install 'kvconform[{kind}]'"
+        ) from missing
+    return opener(target, options)
+
+
 def load(address: str) -> Any:
     """The backend class behind an address. Raises BackendError with a sentence."""
+    kind, colon, rest = address.partition(":")
+    if colon and kind in openers():
+        return open_target(kind, rest)
     target, named = address, False
     if ":" not in address:
         points = installed()

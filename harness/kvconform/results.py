@@ -9,17 +9,29 @@ from typing import Any
 
 import msgspec
 
+from kvconform.diagnosis import Diagnosis
 from kvconform.lattice import Guarantee, measured
 from kvconform.ledger import Row
 from kvconform.storage import read_versioned, write_atomically
 from kvconform.verdict import Outcome, Verdict
+from kvconform.visibility import Map
 from kvconform_specs.clauses import BY_NAME
+from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
 from kvconform_specs.points import POINTS
 
-SCHEMA = "kvconform-results/2"
+SCHEMA = "kvconform-results/3"
 SAME_RUN = ("schema", "suite", "backend", "device", "dtypes", "budget", "seed", "claims", "environment")
 """What two parts of one run have in common: all that could change a verdict."""
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """A black box, which is judged by its own cache-less forward: how it is called, what was assumed of it, and its own
+    configs by name."""
+
+    recognised: str
+    assumed: list[str]
+    points: dict[str, Any]
 
 
 class Results(msgspec.Struct, kw_only=True):
@@ -29,7 +41,9 @@ class Results(msgspec.Struct, kw_only=True):
     leaves False and is resumed. witnesses: what really ran, by config. environment: versions, machine.
     shard: ``i/n`` where these are the cells of shard ``i`` of ``n``; empty: of a whole run. ledger: the rows of known
     failures that held. stale: one sentence for each row that did not. power: the suite's power certificate, by clause
-    and dtype (``power``). lattice: the guarantees measured, by config (``lattice``).
+    and dtype (``power``). lattice: the guarantees measured, by config (``lattice``). target: what was judged by itself
+    (claim ``truth``); None where the truth is the definition. maps, diagnoses: of configs under which something is
+    broken (of a black box: of each), what outputs see of tokens, and what the subject behaves like.
     """
 
     schema: str = SCHEMA
@@ -50,6 +64,9 @@ class Results(msgspec.Struct, kw_only=True):
     stale: list[str] = []
     power: dict[str, Any] = {}
     lattice: dict[str, Guarantee] = {}
+    target: Target | None = None
+    maps: dict[str, list[Map]] = {}
+    diagnoses: dict[str, Diagnosis] = {}
     seconds: float = 0.0
     finished: bool = False
 
@@ -71,6 +88,13 @@ def schema() -> dict[str, Any]:
     return msgspec.json.schema(Results)
 
 
+def points_of(results: Results) -> dict[str, Config]:
+    """The configs that a backend is asked for: the suite's, or a black box's own."""
+    if results.target is None:
+        return POINTS
+    return {name: Config.from_json(config) for name, config in results.target.points.items()}
+
+
 def missing_core(results: Results, profile: str) -> list[str]:
     """Core clauses of a profile without a PASS under any of its configs; all of them for a shard, a part of a run."""
     passed = {
@@ -81,7 +105,9 @@ def missing_core(results: Results, profile: str) -> list[str]:
     concerned = {
         name
         for name, clause in BY_NAME.items()
-        if clause.core and any(clause.concerns(c) for c in POINTS.values() if c.profile == profile)
+        if clause.core
+        and any(clause.concerns(c) for c in points_of(results).values() if c.profile == profile)
+        and not (results.target is not None and clause.blind)
     }
     return sorted(concerned - passed)
 
@@ -100,7 +126,7 @@ def exit_code(results: Results) -> tuple[int, str]:
         return 3, results.unavailable
     if not results.finished:
         return 5, f"the run did not finish: {len(results.verdicts)} cells were judged"
-    profiles = sorted({config.profile for config in POINTS.values()})
+    profiles = sorted({config.profile for config in points_of(results).values()})
     missing = {profile: missing_core(results, profile) for profile in profiles}
     good = [profile for profile in profiles if not missing[profile]]
     undecided = [v for v in results.verdicts if v.outcome in (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED)]
@@ -114,7 +140,8 @@ def exit_code(results: Results) -> tuple[int, str]:
     if not good:
         profile = min(profiles, key=lambda p: len(missing[p]))
         return 5, f"not conformant: no PASS on the core clauses {', '.join(missing[profile])} ({profile} profile)"
-    return 0, f"conformant: {' and '.join(good)} profile{more}"
+    by = ", judged by its own forward" if results.target is not None else ""
+    return 0, f"conformant: {' and '.join(good)} profile{by}{more}"
 
 
 def _counted(number: int, noun: str) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from kvconform import pairwise
@@ -20,7 +21,7 @@ from kvconform.lattice import measured
 from kvconform.ledger import EMPTY, Known, Ledger, Stale
 from kvconform.machine import machine
 from kvconform.power import stored
-from kvconform.results import Results, read
+from kvconform.results import Results, Target, read
 from kvconform.storage import write_atomically
 from kvconform.subject import Infrastructure, Launch, Subject
 from kvconform.verdict import Outcome, Verdict
@@ -55,21 +56,20 @@ def parse_shard(text: str) -> tuple[int, int]:
     raise SpecError("shard", f"want i/n with i from 1 to n, such as 2/5, got {text!r}")
 
 
-def cells(plan: Plan) -> Iterator[Cell]:
-    """The cells of a plan, config by config: a subject is built once for each."""
+def cells(plan: Plan, points: Mapping[str, Config] | None = None) -> Iterator[Cell]:
+    """The cells of a plan, config by config: a subject is built once for each. ``points``: a black box's own."""
     index, count = plan.shard or (1, 1)
-    return islice(_selected(plan), index - 1, None, count)
+    return islice(_selected(plan, points), index - 1, None, count)
 
 
-def _selected(plan: Plan) -> Iterator[Cell]:
-    for dtype in plan.dtypes:
-        for name in POINTS:
-            if plan.configs and not name.startswith(plan.configs):
-                continue
-            config = point(name, dtype)
-            for clause in ALL:
-                if clause.concerns(config) and (not plan.clauses or clause.name.startswith(plan.clauses)):
-                    yield Cell(clause, config, label(name, dtype))
+def _selected(plan: Plan, points: Mapping[str, Config] | None) -> Iterator[Cell]:
+    asked = points or {label(name, dtype): point(name, dtype) for dtype in plan.dtypes for name in POINTS}
+    for name, config in asked.items():
+        if plan.configs and not name.startswith(plan.configs):
+            continue
+        for clause in ALL:
+            if clause.concerns(config) and (not plan.clauses or clause.name.startswith(plan.clauses)):
+                yield Cell(clause, config, name)
 
 
 def strangers(ledger: Ledger, backend: str) -> list[str]:
@@ -122,12 +122,13 @@ def run_backend(
         return results
     with subject:
         results.claims = subject.claims.to_json()
+        results.target = None if subject.target is None else msgspec.convert(subject.target, Target)
         results.environment = {**subject.environment, "hypothesis": version("hypothesis"), "machine": machine()}
         spent = _resume(results, path)
         done = {verdict.key: verdict for verdict in results.verdicts}
         results.verdicts = []
         results.stale = strangers(ledger, name)
-        for cell in cells(plan):
+        for cell in cells(plan, subject.points):
             known = ledger.find(name, cell)
             verdict = done.get((cell.clause.name, cell.config_name))
             if verdict is not None and known is None and verdict.outcome is not Outcome.XFAIL:
@@ -151,10 +152,11 @@ def run_backend(
             if len(results.verdicts) > len(done):  # until then the file holds more than what was gone through again
                 results.write(path)
             tell(verdict)
-        if not results.unavailable:
+        if not results.unavailable and results.target is None:
             _write_vectors(subject, results, out / "vectors" / f"{name}.npz")
         results.lattice = measured(results.verdicts)
-        results.power = {dtype: stored(dtype) for dtype in plan.dtypes}
+        if results.target is None:  # what the clauses see in the definition's configs says nothing about others
+            results.power = {dtype: stored(dtype) for dtype in plan.dtypes}
         results.finished = not results.unavailable
         results.write(path)
     return results

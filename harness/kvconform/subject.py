@@ -12,15 +12,20 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvconform.wire import LENGTHS, PROGRESS, Header, Traces, send, unpack
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
+from kvconform_specs.oracle import Own
 from kvconform_specs.program import NAMES, Append, Full, Program, Truncate, called
 
 BUILD_TIMEOUT = 900.0
@@ -78,6 +83,8 @@ class Subject:
             raise
         self.claims = Claims.from_json(description["claims"])
         self.environment: dict[str, str] = description["environment"]
+        self.target: dict[str, Any] | None = description["target"]
+        self._truth: Subject | None = None  # of a black box: a process of its own, on which no cached step ever runs
         if launch.device not in self.claims.devices:
             self.close()
             known = ", ".join(self.claims.devices)
@@ -89,7 +96,41 @@ class Subject:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @property
+    def points(self) -> dict[str, Config]:
+        """A black box's own configs, by name; empty for a backend that takes those of the suite."""
+        named = {} if self.target is None else self.target["points"]
+        return {name: Config.from_json(config) for name, config in named.items()}
+
+    @property
+    def own(self) -> Callable[[Config], Own] | None:
+        """What a black box is judged by, for each of its configs; None where that is the definition."""
+        return None if self.target is None else lambda config: partial(self._own, config)
+
+    def _own(
+        self, config: Config, inputs: NDArray[Any], storage: float, accumulation: float, seed: int
+    ) -> NDArray[Any]:
+        """The black box's own forward (``oracle.Own``). Raises Death where it raises, or its process dies."""
+        if self._truth is None:
+            self._truth = Subject(self.launch)
+        truth = self._truth
+        reason = truth.build(config)
+        if reason is not None:
+            raise Infrastructure(reason)
+        message = {
+            "op": "own", "config": config.to_json(), "shape": list(inputs.shape), "dtype": inputs.dtype.str,
+            "storage": storage, "accumulation": accumulation, "seed": seed,
+        }  # fmt: skip
+        truth._post(message, np.ascontiguousarray(inputs).tobytes())
+        header, blob = truth._reply(self.launch.step_timeout)
+        if "error" in header:
+            raise Death("crash", f"its own cache-less forward raised {header['error']}", 0, -1)
+        return np.frombuffer(blob, header["dtype"]).reshape(header["shape"])
+
     def close(self) -> None:
+        if getattr(self, "_truth", None) is not None:
+            assert self._truth is not None
+            self._truth.close()
         self._kill()
         self._scratch.cleanup()
 
@@ -207,12 +248,12 @@ class Subject:
             raise Infrastructure(str(header["unavailable"]))
         return header, blob
 
-    def _post(self, message: Header) -> None:
+    def _post(self, message: Header, blob: bytes = b"") -> None:
         if self._process is None:
             self._start()
         assert self._process is not None and self._process.stdin is not None
         with suppress(BrokenPipeError):  # it is dead then: reading its reply says how
-            send(self._process.stdin, message)
+            send(self._process.stdin, message, blob)
 
     def _reply(self, timeout: float) -> tuple[Header, bytes]:
         """The next frame. Raises Death when the worker ends, or makes no progress for ``timeout`` seconds."""

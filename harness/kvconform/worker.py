@@ -20,6 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from kvconform.backend import Unavailable
 from kvconform.record import record
 from kvconform.registry import BackendError, load
@@ -41,9 +43,12 @@ class Worker:
         self.address, self.device, self.progress = address, device, progress
         self.backend: Any = None
         self.subjects: dict[Config, Any] = {}
+        self.disturbed: dict[tuple[Config, int], Any] = {}
         self.stopwatches: dict[tuple[Config, int], Stopwatch] = {}
 
-    def answer(self, message: Header) -> Reply:
+    def answer(self, message: Header, blob: bytes = b"") -> Reply:
+        if message["op"] == "own":
+            return self.own(message, blob)
         handlers = {
             "describe": self.describe, "build": self.build, "run": self.run, "witness": self.witness,
             "clock": self.clock,
@@ -53,7 +58,11 @@ class Worker:
     def describe(self, message: Header) -> Reply:
         self.backend = load(self.address)
         claims = self.backend.claims.to_json()
-        return {"claims": claims, "environment": environment(self.backend)}, b""
+        target = None
+        if self.backend.claims.truth == "self":
+            points = {name: config.to_json() for name, config in self.backend.points.items()}
+            target = {"recognised": self.backend.recognised, "assumed": list(self.backend.assumed), "points": points}
+        return {"claims": claims, "environment": environment(self.backend), "target": target}, b""
 
     def build(self, message: Header) -> Reply:
         config = Config.from_json(message["config"])
@@ -63,12 +72,26 @@ class Worker:
             return {"refused": str(reason)}, b""
         began = time.perf_counter()
         if config not in self.subjects:
-            self.subjects[config] = self.backend(config, weights(config), self.device)
+            held = {} if self.backend.claims.truth == "self" else weights(config)
+            self.subjects[config] = self.backend(config, held, self.device)
         return {"seconds": time.perf_counter() - began}, b""
 
     def run(self, message: Header) -> Reply:
         program = Program.from_json(message["program"])
         return pack(record(self.subjects[program.config], program, tuple(message["indices"]), self.progress))
+
+    def own(self, message: Header, blob: bytes) -> Reply:
+        """The cache-less forward of a black box, disturbed or not (``oracle.Own``)."""
+        config = Config.from_json(message["config"])
+        inputs = np.frombuffer(blob, message["dtype"]).reshape(message["shape"]).copy()
+        subject = self.subjects[config]
+        if message["seed"]:
+            key = config, message["seed"]
+            if key not in self.disturbed:
+                self.disturbed[key] = subject.disturbed(message["storage"], message["accumulation"], message["seed"])
+            subject = self.disturbed[key]
+        output = np.ascontiguousarray(subject.full(inputs))
+        return {"shape": list(output.shape), "dtype": output.dtype.str}, output.tobytes()
 
     def witness(self, message: Header) -> Reply:
         subject = self.subjects[Config.from_json(message["config"])]
@@ -90,7 +113,8 @@ def environment(backend: Any) -> dict[str, str]:
     for name in DISTRIBUTIONS:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
-    source = Path(getattr(sys.modules.get(backend.__module__), "__file__", None) or "")
+    own = getattr(sys.modules.get(backend.__module__), "__file__", None)
+    source = Path(getattr(backend, "source", None) or own or "")
     if source.is_file():
         found["source"] = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
     return found
@@ -99,7 +123,7 @@ def environment(backend: Any) -> dict[str, str]:
 def serve(worker: Worker, inbox: BinaryIO, outbox: BinaryIO) -> None:
     while (frame := receive(inbox)) is not None:
         try:
-            header, blob = worker.answer(frame[0])
+            header, blob = worker.answer(*frame)
             json.dumps(header)  # a witness may hold what is no JSON
         except (BackendError, Unavailable) as sentence:
             header, blob = {"unavailable": str(sentence)}, b""

@@ -56,6 +56,7 @@ told by the attention profile.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -221,6 +222,31 @@ def _pool() -> NDArray[np.float32]:
 def single(weights: Mapping[str, Array]) -> dict[str, Array]:
     """The weights for the noisy runs, in float32: the enlarged noise is 2^11 times its rounding."""
     return {name: value.astype(np.float32) for name, value in weights.items()}
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """How far a black box's weights are disturbed, relative to each: ``storage + accumulation * sqrt(n)`` for a weight
+    that is one of ``n`` terms of a sum. ``gain``: how much larger that is than the rounding that it stands for."""
+
+    storage: float
+    accumulation: float
+    gain: float
+
+
+def disturbance(dtype: str) -> Disturbance:
+    """A product computed in floating point is the exact product of disturbed factors (Higham, *Accuracy and Stability
+    of Numerical Algorithms*, 2nd ed., section 3.1), by about ``sqrt(n) a`` each where roundings are independent (Higham
+    and Mary 2019, doi:10.1137/18M1226312). So weights that are disturbed at random show what rounding does to what
+    follows, whoever computes it. Enlarged as in ``Noisy``, so that it stands out of the rounding of the run itself."""
+    gain = max(1.0, 2.0**-13 / STORAGE[dtype])
+    return Disturbance(STORAGE[dtype] * gain, ACCUMULATION * gain, gain)
+
+
+def own_bound(strays: Sequence[Array], runs: int, gain: float) -> Array:
+    """As ``decoder_bound``, times ``sqrt(2)``: the own forward, to which a cached step is compared, is rounded as
+    well as the step."""
+    return np.asarray(np.sqrt(2) * decoder_bound(strays, runs, gain))
 
 
 def stray(run: Array, value: Array) -> Array:

@@ -29,6 +29,9 @@ ABILITIES = {
     "refusal": "refuses malformed calls with an exception",
 }
 
+TRUTHS = ("definition", "self")
+"""What outputs are judged by: the definition, or a black box's own cache-less forward."""
+
 DERIVED: dict[str, Callable[[Claims], bool]] = {
     "overflow refused": lambda claims: claims.overflow == "refused",
     "poison-safe slots": lambda claims: claims.dead_slots == "any",
@@ -70,7 +73,8 @@ class Claims:
     unnoticed: ``finite`` numbers, or ``any``, NaN and infinities included. page: tokens a page; None: no pages.
     memory: what a sequence's bytes follow: its ``length``, the ``capacity``, or whole ``pages``.
     max_graphs: most graphs that a subject compiles or captures, whatever it is asked. intermediates, kv_bits, residual:
-    see ``Precision``.
+    see ``Precision``. truth: what the outputs are judged by (``TRUTHS``); ``self`` is of backends whose weights the
+    harness does not set.
     """
 
     profiles: tuple[str, ...] = ()
@@ -91,6 +95,7 @@ class Claims:
     intermediates: str = "single"
     kv_bits: int = 0
     residual: int = 0
+    truth: str = "definition"
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -103,7 +108,7 @@ class Claims:
         for name, allowed in (
             ("returns", ("all", "last")), ("overflow", ("refused", "undefined")), ("keeps", ("all", "window")),
             ("dead_slots", ("finite", "any")), ("memory", ("length", "capacity", "pages")),
-            ("intermediates", ("single", "storage")),
+            ("intermediates", ("single", "storage")), ("truth", TRUTHS),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise SpecError(f"claims.{name}", f"unknown value {getattr(self, name)!r}; known: {', '.join(allowed)}")

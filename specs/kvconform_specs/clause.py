@@ -112,4 +112,11 @@ class Clause:
         return bool({Relation.PARITY, Relation.AFFECTED, Relation.SAME_TOKEN} & set(self.relations))
 
     def concerns(self, config: Config) -> bool:
+        if config.profile == "hidden":  # its programs are a decoder's, but nothing is picked from its outputs
+            return "decoder" in self.profiles and Relation.SAME_TOKEN not in self.relations and self.applies(config)
         return config.profile in self.profiles and self.applies(config)
+
+    @property
+    def blind(self) -> bool:
+        """Whether it says nothing about a black box that is judged by its own forward: it is about that forward."""
+        return self.chapter == "definition"

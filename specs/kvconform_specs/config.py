@@ -12,7 +12,7 @@ from typing import Any
 
 from kvconform_specs.errors import SpecError
 
-PROFILES = ("attention", "decoder")
+PROFILES = ("attention", "decoder", "hidden")
 POSITIONS = ("none", "learned", "rope", "alibi")
 DTYPES = ("float32", "bfloat16", "float16")
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -21,7 +21,8 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Sizes and semantics of one layer (profile ``attention``) or one decoder (profile ``decoder``).
+    """Sizes and semantics of one layer (profile ``attention``), one decoder (profile ``decoder``), or what maps hidden
+    states ``(b, t, width)`` to ``(b, t, width or vocabulary)`` (profile ``hidden``, of black boxes alone).
 
     The sizes of a config are pairwise distinct wherever a clause does not want them equal, so that a swapped axis
     cannot go unnoticed. ``init_std`` is 0.3 because near-uniform attention (0.02) hides mistakes of position.
@@ -34,6 +35,7 @@ class Config:
     scale: factor of the scores; ``None`` is ``1 / sqrt(head_dim)``.
     capacity: how many tokens a sequence may hold.
     width, mlp: model width and width of the gated MLP (``mlp=0``: no MLP); read by the decoder only.
+    reserved: token ids that no program uses, such as a black box's padding.
     """
 
     profile: str
@@ -54,6 +56,7 @@ class Config:
     positions: str = "none"
     seed: int = 0
     init_std: float = 0.3
+    reserved: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("config.profile", self.profile, PROFILES)
@@ -74,6 +77,10 @@ class Config:
             _at_least("config.mlp", self.mlp, 0)
             if self.positions == "rope" and self.head_dim % 2:
                 raise SpecError("config.head_dim", f"rope needs an even head dim, got {self.head_dim}")
+            if not set(range(self.vocabulary)) - set(self.reserved):
+                raise SpecError("config.reserved", f"leaves none of {self.vocabulary} tokens")
+        elif self.profile == "hidden":
+            _at_least("config.width", self.width, 1)
         elif self.layers != 1 or self.positions not in ("none", "alibi"):
             raise SpecError("config.layers", "the attention profile is one layer whose only positions are alibi's")
 
@@ -86,6 +93,11 @@ class Config:
     def score_scale(self) -> float:
         return 1.0 / math.sqrt(self.head_dim) if self.scale is None else self.scale
 
+    @property
+    def outputs(self) -> int:
+        """Numbers that a token's output has: ``h * d``, the vocabulary, or hidden channels."""
+        return self.heads * self.head_dim if self.profile == "attention" else self.vocabulary or self.width
+
     def window_of(self, layer: int) -> int | None:
         """The window of that layer; None where it sees everything."""
         return self.window if layer % self.window_every == 0 else None
@@ -95,7 +107,8 @@ class Config:
 
     @classmethod
     def from_json(cls, data: object, at: str = "config") -> Config:
-        return cls(**take(data, at, {f.name for f in fields(cls)}))
+        known = take(data, at, {f.name for f in fields(cls)})
+        return cls(**{**known, "reserved": tuple(known.get("reserved", ()))})
 
 
 def take(data: object, at: str, known: set[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,11 +86,22 @@ def columns(step: Run) -> NDArray[np.bool_]:
     return np.arange(t) >= t - counts if left else np.arange(t) < counts
 
 
+Own = Callable[[Array, float, float, int], Array]
+"""A black box's cache-less forward: token ids ``(m, t)`` or hidden states ``(m, t, width)`` to outputs ``(m, t, e)``.
+
+The numbers behind the inputs are the relative noise of storage and of accumulation that its weights are disturbed
+by, and the seed of that; zeros: it is not disturbed (``backend.BlackBox.disturbed``).
+"""
+
+
 def expect(
-    program: Program, indices: Sequence[int] = (0,), precision: Precision = PLAIN
+    program: Program, indices: Sequence[int] = (0,), precision: Precision = PLAIN, own: Own | None = None
 ) -> tuple[Expected | None, ...]:
-    """For each step of the program what it must give, or None where it has no numbers of the definition."""
-    histories, solution = Histories(), _Solution(program, indices, precision)
+    """For each step of the program what it must give, or None where it has no numbers of the definition.
+
+    own: the truth of a black box, instead of the definition.
+    """
+    histories, solution = Histories(), _Solution(program, indices, precision, own)
     wanted: list[Expected | None] = []
     for number, step in enumerate(program.steps):
         histories.apply(step)
@@ -116,8 +128,8 @@ Request = tuple[Row, Token | None, tuple[int, ...]]
 class _Solution:
     """The numbers of one program: requests are gathered first, and solved when a number is first asked for."""
 
-    def __init__(self, program: Program, indices: Sequence[int], precision: Precision) -> None:
-        self.program, self.indices, self.precision = program, indices, precision
+    def __init__(self, program: Program, indices: Sequence[int], precision: Precision, own: Own | None) -> None:
+        self.program, self.indices, self.precision, self.own = program, indices, precision, own
         self.reads: dict[int, tuple[Row, ...]] = {}
         self._steps: dict[int, list[Request]] = {}
         self._starts: dict[Request, int] = {}  # first position wanted
@@ -181,7 +193,9 @@ class _Solution:
             mute = any(manner(seed) == "mute" for seed in {seed for seed, _position in request[0]})
             members[len(request[0]), start, request[1] is None, mute].append(request)
         homes: dict[Request, tuple[_Group, int, int]] = {}
-        kind = _Attention if self.program.config.profile == "attention" else _Decoder
+        kind: Callable[..., _Group] = _Attention if self.program.config.profile == "attention" else _Decoder
+        if self.own is not None:
+            kind = partial(_BlackBox, self.own)
         for (_length, start, _aimed, mute), requests in members.items():
             group = kind(self.program.config, self.streams, requests, start, mute, self.precision)
             homes |= {request: (group, index, start) for index, request in enumerate(requests)}
@@ -284,6 +298,36 @@ class _Decoder(_Group):
             self._strays.append(bounds.stray(run, self._value))
         counted = len(self._strays) if kind == "likely" else bounds.RUNS
         return bounds.decoder_bound(self._strays, counted, self._noise.gain)
+
+
+class _BlackBox(_Group):
+    """Judged by itself: the value is what its own forward gives, and the bound is made of what that gives when its
+    weights are disturbed by noise of the size of the rounding (``bounds.own_bound``)."""
+
+    def __init__(self, own: Own, *group: Any) -> None:
+        super().__init__(*group)
+        self._own, self._strays = own, list[Array]()
+        self._value: Array | None = None
+
+    def numbers(self, kind: str) -> Array:
+        noise = bounds.disturbance(self.config.dtype)
+        if self._value is None:
+            self._value = self._run(0.0, 0.0, 0)
+        if kind == "value":
+            return self._value
+        runs = bounds.RUNS if kind == "bound" else 1
+        while len(self._strays) < runs:
+            run = self._run(noise.storage, noise.accumulation, len(self._strays) + 1)
+            self._strays.append(bounds.stray(run, self._value))
+        counted = len(self._strays) if kind == "likely" else bounds.RUNS
+        return bounds.own_bound(self._strays, counted, noise.gain)
+
+    def _run(self, storage: float, accumulation: float, seed: int) -> Array:
+        rows = [self.streams.row(row) for row, _aim, _hidden in self.requests]
+        inputs = np.stack(rows, axis=1)  # (n, rows, s[, width])
+        n, m = inputs.shape[:2]
+        output = self._own(inputs.reshape(n * m, *inputs.shape[2:]), storage, accumulation, seed)
+        return np.asarray(output, np.float64).reshape(n, m, *output.shape[1:])[:, :, self.start :]
 
 
 @lru_cache(maxsize=8)

@@ -145,9 +145,11 @@ POISONS = {"none": None, "junk": 3.0e4, "nan": float("nan"), "inf": float("inf")
 MALFORMED = {
     "attention": ("dtype", "rank", "heads", "head dim", "batch", "lengths"),
     "decoder": ("dtype", "rank", "batch", "vocabulary"),
+    "hidden": ("dtype", "rank", "batch", "width"),
 }
 """What can be wrong with the inputs of an append: integers for floats or floats for token ids; an axis missing; a head
-more; a head dim less; a row more than the cache has; fewer values than keys; a token id that is not in the vocabulary.
+more; a head dim less; a row more than the cache has; fewer values than keys; a token id that is not in the vocabulary;
+a channel less.
 """
 NAMES = {kind: op for op, kind in OPS.items()}
 

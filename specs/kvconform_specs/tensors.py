@@ -80,7 +80,8 @@ class Streams:
         self._tapes: dict[int, NDArray[np.generic]] = {}
 
     def tape(self, seed: int) -> NDArray[np.generic]:
-        """Attention: ``(n, span, (h + 2 g) d)`` floats, query, key, value side by side. Decoder: ``(n, span)`` ids."""
+        """Attention: ``(n, span, (h + 2 g) d)`` floats, query, key, value side by side. Decoder: ``(n, span)`` ids.
+        Hidden: ``(n, span, width)`` floats, whose manner is always plain."""
         tape = self._tapes.get(seed)
         if tape is None:
             tape = self._tapes[seed] = self._make(seed)
@@ -91,12 +92,17 @@ class Streams:
         seeds = [derive(seed, index) for index in self.indices]
         if c.profile == "decoder":
             words = np.stack([raw(s, _TOKENS, 0, 4 * self.span)[::4] for s in seeds])  # one counter a token
-            return (words % np.uint64(c.vocabulary)).astype(np.int64)
-        width = (c.heads + 2 * c.kv_heads) * c.head_dim
+            if not c.reserved:
+                return (words % np.uint64(c.vocabulary)).astype(np.int64)
+            allowed = np.setdiff1d(np.arange(c.vocabulary), c.reserved)
+            return np.asarray(allowed[words % np.uint64(len(allowed))])
+        width = c.width if c.profile == "hidden" else (c.heads + 2 * c.kv_heads) * c.head_dim
         padded = -(-width // 4) * 4
         words = np.stack([raw(s, _ATTENTION, 0, padded * self.span) for s in seeds])
         made = normal(words.reshape(len(seeds), self.span, padded)[..., :width])
         factors = _FACTORS[manner(seed)]
+        if c.profile == "hidden":
+            return rounded(made, c.dtype)
         if factors != (1, 1, 1):
             sizes = (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim)
             made *= np.repeat(np.array(factors, np.float32), sizes)
@@ -129,6 +135,7 @@ class Streams:
         """What a subject is given for ``step``, ``n`` variants in front; ``grown`` are the rows after the step.
 
         Attention: query ``(n, b, h, t, d)``, key and value ``(n, b, g, t, d)``. Decoder: token ids ``(n, b, t)``.
+        Hidden: hidden states ``(n, b, t, width)``.
         Ragged rows are filled up to ``t = max(counts)`` on the side and with the stream that the step names.
         """
         t = max(step.counts)
@@ -141,7 +148,7 @@ class Streams:
                 pad = np.zeros_like(pad) if filling is None else pad
                 row = np.concatenate([row, pad] if side == "right" else [pad, row], axis=1)
             rows.append(row)
-        if self.config.profile == "decoder":
+        if self.config.profile != "attention":
             return (np.stack(rows, axis=1),)
         parts = [self.split(row) for row in rows]
         query, key, value = (np.stack([part[i] for part in parts], axis=1) for i in range(3))
@@ -185,6 +192,8 @@ def malformed(inputs: tuple[NDArray[np.generic], ...], wrong: str, config: Confi
         return tuple(np.concatenate([x, x[:1]]) for x in inputs)
     if wrong == "vocabulary":
         return tuple(np.where(np.arange(x.shape[1]) == x.shape[1] - 1, config.vocabulary, x) for x in inputs)
+    if wrong == "width":
+        return (inputs[0][..., :-1],)
     query, key, value = inputs
     if wrong == "heads":
         return query, np.concatenate([key, key[:, :1]], axis=1), np.concatenate([value, value[:, :1]], axis=1)
@@ -196,7 +205,7 @@ def malformed(inputs: tuple[NDArray[np.generic], ...], wrong: str, config: Confi
 def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a decoder's weights; matrices multiply from the right, ``y = x @ w``."""
     c = config
-    if c.profile == "attention":
+    if c.profile != "decoder":
         return {}
     shapes: dict[str, tuple[int, ...]] = {"embed": (c.vocabulary, c.width)}
     if c.positions == "learned":
