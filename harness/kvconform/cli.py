@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
 import tempfile
 from dataclasses import replace
@@ -11,15 +13,17 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from kvconform import (
     __version__,
     audit,
     audit_record,
+    check,
     explain,
     gate,
     latency,
@@ -31,6 +35,7 @@ from kvconform import (
 )
 from kvconform import counterexample as counterexamples
 from kvconform.budget import BUDGETS, DEFAULT_BUDGET
+from kvconform.check import diagnosed
 from kvconform.counterexample import Broken
 from kvconform.doors import file_name
 from kvconform.fault import load_faults
@@ -138,7 +143,7 @@ def run(
         raise _usage(f"--budget: unknown budget {budget!r}; known: {', '.join(BUDGETS)}")
     known = EMPTY if ledger is None else read_ledger(ledger)
     part = parse_shard(shard) if shard else None
-    plan = Plan(BUDGETS[budget], seed, tuple(dtype), tuple(clause), tuple(config), part)
+    plan = Plan(BUDGETS[budget], seed, tuple(dtype), tuple(clause), tuple(config), part, explain=True)
     total = sum(1 for _ in cells(plan))
     if total == 0 and any(cells(replace(plan, shard=None))):
         raise _usage(f"--shard {shard}: there are fewer cells than shards")
@@ -147,14 +152,19 @@ def run(
     codes = []
     for name, launch in _launches(backend, device, python, step_timeout).items():
         with _progress() as progress:
-            task = progress.add_task(name, total=total)
+            task = progress.add_task(name, total=None)
 
-            def tell(verdict: Verdict, progress: Progress = progress, task: object = task, name: str = name) -> None:
-                progress.advance(task)  # type: ignore[arg-type]
+            def begin(count: int, progress: Progress = progress, task: TaskID = task) -> None:
+                progress.update(task, total=count)
+
+            def tell(verdict: Verdict, progress: Progress = progress, task: TaskID = task, name: str = name) -> None:
+                progress.advance(task)
                 if verdict.outcome.broken:
                     _print_failure(progress.console, name, verdict, out)
 
-            judged = run_backend(name, launch, plan, out, tell, known)
+            judged = run_backend(name, launch, plan, out, tell, known, begin)
+        for words in diagnosed(judged):
+            screen.print(escape(words))
         for words in judged.stale:
             screen.print(escape(words))
         code, sentence = results.exit_code(judged)
@@ -167,16 +177,54 @@ def run(
     raise typer.Exit(_worst(codes))
 
 
+@app.command(name="check")
+def check_command(
+    target: Annotated[str, typer.Argument(help=check.FORMS)],
+    init: Annotated[str, typer.Option(help="Keyword arguments of the class or factory, as JSON.")] = "",
+    option: Annotated[list[str], typer.Option(help="NAME=JSON, such as cache=static. Repeatable.")] = [],  # noqa: B006
+    device: Device = "cpu",
+    seed: Seed = 0,
+    out: Out = Path("results/check"),
+    python: Annotated[str, typer.Option(help="Interpreter of the workers.")] = sys.executable,
+    step_timeout: Annotated[float, typer.Option(help="Seconds without progress that make a timeout.")] = STEP_TIMEOUT,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
+) -> None:
+    """Judges what you have: a module, an ONNX decoder, a transformers model, or a backend.
+
+    Says how it was called and what was assumed, what is broken, what it behaves like, and which tokens its outputs see.
+    """
+    judged = []
+    for address in check.addresses(target, check.options(init, option)):
+        name = file_name(address)
+        shutil.rmtree(out / "failures" / name, ignore_errors=True)  # of an earlier check
+        plan = Plan(check.BUDGET, seed, explain=True)
+        with _progress(quiet=as_json) as progress:
+            task = progress.add_task(name, total=None)
+            judged.append(
+                run_backend(
+                    name, Launch(address, device, python, step_timeout), plan, out,
+                    tell=lambda verdict, progress=progress, task=task: progress.advance(task),  # type: ignore[misc]
+                    begin=lambda count, progress=progress, task=task: progress.update(task, total=count),  # type: ignore[misc]
+                )
+            )  # fmt: skip
+        if not as_json:
+            for words in check.lines(judged[-1], out):
+                screen.print(escape(words))
+    if as_json:
+        print(json.dumps([msgspec.to_builtins(one) for one in judged], indent=1))
+    raise typer.Exit(_worst([results.exit_code(one)[0] for one in judged]))
+
+
 def _worst(codes: list[int]) -> int:
     """Broken before everything, then regressions, missing infrastructure, undecided."""
     return next((code for code in (1, 4, 3, 5) if code in codes), 0)
 
 
-def _progress() -> Progress:
+def _progress(quiet: bool = False) -> Progress:
     """A bar on a terminal, nothing elsewhere."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=screen, transient=True, disable=not screen.is_terminal,
+        console=screen, transient=True, disable=quiet or not screen.is_terminal,
     )  # fmt: skip
 
 
@@ -426,8 +474,6 @@ def schema(
     of: Annotated[str, typer.Argument(help="results or audit.")] = "results",
 ) -> None:
     """Prints the JSON Schema of a results file, or of an audit's."""
-    import json
-
     schemas = {"results": results.schema, "audit": audit_record.schema}
     if of not in schemas:
         raise _usage(f"no file is called {of!r}; known: {', '.join(schemas)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -56,5 +57,11 @@ def conformance(
 
 
 def file_name(address: str) -> str:
-    """A short name for a backend's results: the last word of its address."""
-    return address.rpartition(":")[2] if ":" in address else address
+    """A short name for a backend's results: the last word of its address, ``LlamaConfig-static`` for a target that is
+    called in several ways."""
+    target, _, text = address.partition("?")
+    kind, colon, rest = target.partition(":")
+    if colon and kind in ("onnx", "hf"):
+        rest = Path(rest).stem if kind == "onnx" else Path(rest).name
+        return "-".join([rest, *([options["cache"]] if "cache" in (options := json.loads(text or "{}")) else [])])
+    return target.rpartition(":")[2] if colon else target

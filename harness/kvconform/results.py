@@ -27,11 +27,15 @@ SAME_RUN = ("schema", "suite", "backend", "device", "dtypes", "budget", "seed", 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
     """A black box, which is judged by its own cache-less forward: how it is called, what was assumed of it, and its own
-    configs by name."""
+    configs by name.
+
+    noise: for each, how far an output may stray at most by rounding, relative to the outputs' size.
+    """
 
     recognised: str
     assumed: list[str]
     points: dict[str, Any]
+    noise: dict[str, float] = {}
 
 
 class Results(msgspec.Struct, kw_only=True):

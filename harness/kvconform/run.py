@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from kvconform import pairwise
+from kvconform import insight, pairwise
 from kvconform.budget import BUDGETS, DEFAULT_BUDGET, Budget
 from kvconform.cell import Cell, run_cell
 from kvconform.lattice import measured
@@ -26,7 +26,7 @@ from kvconform.storage import write_atomically
 from kvconform.subject import Infrastructure, Launch, Subject
 from kvconform.verdict import Outcome, Verdict
 from kvconform_specs import SUITE_VERSION
-from kvconform_specs.clauses import ALL
+from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.config import DTYPES, Config
 from kvconform_specs.errors import SpecError
 from kvconform_specs.points import POINTS, label, point
@@ -37,7 +37,7 @@ class Plan:
     """What to run. ``clauses`` and ``configs`` keep the cells whose names begin so; empty keeps all.
 
     shard: ``(i, n)`` keeps every ``n``-th of these cells, from the ``i``-th on (from 1): each config's cells are dealt
-    to all shards in turn, whatever the backend.
+    to all shards in turn, whatever the backend. explain: whether what is broken is also mapped and diagnosed.
     """
 
     budget: Budget
@@ -46,6 +46,7 @@ class Plan:
     clauses: tuple[str, ...] = ()
     configs: tuple[str, ...] = ()
     shard: tuple[int, int] | None = None
+    explain: bool = False
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -67,9 +68,13 @@ def _selected(plan: Plan, points: Mapping[str, Config] | None) -> Iterator[Cell]
     for name, config in asked.items():
         if plan.configs and not name.startswith(plan.configs):
             continue
-        for clause in ALL:
+        for clause in (_TRUTH, *(clause for clause in ALL if clause is not _TRUTH)) if points else ALL:
             if clause.concerns(config) and (not plan.clauses or clause.name.startswith(plan.clauses)):
                 yield Cell(clause, config, name)
+
+
+_TRUTH = BY_NAME["equivalence.full-stable"]
+"""What a black box is judged by must hold first; the others are not asked where it does not."""
 
 
 def strangers(ledger: Ledger, backend: str) -> list[str]:
@@ -103,9 +108,10 @@ def run_backend(
     out: Path,
     tell: Callable[[Verdict], None] = lambda verdict: None,
     ledger: Ledger = EMPTY,
+    begin: Callable[[int], None] = lambda cells: None,
 ) -> Results:
     """Judges every cell of a backend; its results (``path_of``) grow with each. A backend that cannot run here gives
-    results that say why (``unavailable``)."""
+    results that say why (``unavailable``). ``begin`` is told how many cells there are, ``tell`` each verdict."""
     began = time.perf_counter()
     path, failures = path_of(name, plan, out), out / "failures" / name
     launch.environment.setdefault("KVCONFORM_ARTEFACTS", str((out / "artefacts").resolve()))
@@ -128,6 +134,7 @@ def run_backend(
         done = {verdict.key: verdict for verdict in results.verdicts}
         results.verdicts = []
         results.stale = strangers(ledger, name)
+        begin(sum(1 for _ in cells(plan, subject.points)))
         for cell in cells(plan, subject.points):
             known = ledger.find(name, cell)
             verdict = done.get((cell.clause.name, cell.config_name))
@@ -135,8 +142,12 @@ def run_backend(
                 results.verdicts.append(verdict)
                 tell(verdict)
                 continue
+            untrue = _untrue(results, cell)
             try:
-                verdict, stale = judged(cell, subject, plan, failures, known)
+                if untrue is not None:
+                    verdict, stale = untrue, ""
+                else:
+                    verdict, stale = judged(cell, subject, plan, failures, known)
             except Infrastructure as sentence:
                 results.unavailable = str(sentence)
                 break
@@ -155,11 +166,28 @@ def run_backend(
         if not results.unavailable and results.target is None:
             _write_vectors(subject, results, out / "vectors" / f"{name}.npz")
         results.lattice = measured(results.verdicts)
+        if plan.explain and not results.unavailable:
+            asked = {cell.config_name: cell.config for cell in cells(plan, subject.points)}
+            insight.add(subject, results, asked, failures)
         if results.target is None:  # what the clauses see in the definition's configs says nothing about others
             results.power = {dtype: stored(dtype) for dtype in plan.dtypes}
         results.finished = not results.unavailable
         results.write(path)
     return results
+
+
+def _untrue(results: Results, cell: Cell) -> Verdict | None:
+    """The verdict on a cell of a black box whose own forward has been found to be no yardstick."""
+    if results.target is None:
+        return None
+    bad = [v for v in results.verdicts if v.key == (_TRUTH.name, cell.config_name) and v.outcome.broken]
+    if not bad or cell.clause.blind:
+        return None
+    words = f"not judged: its own forward, which it would be judged by, breaks {_TRUTH.name}"
+    return Verdict(
+        clause=cell.clause.name, config=cell.config_name, backend=bad[0].backend, outcome=Outcome.INCONCLUSIVE,
+        sentence=words,
+    )  # fmt: skip
 
 
 def _write_vectors(subject: Subject, results: Results, path: Path) -> None:
