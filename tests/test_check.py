@@ -181,3 +181,9 @@ def test_a_target_that_cannot_be_opened_is_one_sentence_and_exit_code_3(tmp_path
 def test_an_unknown_kind_of_option_does_not_start_a_worker() -> None:
     with pytest.raises(Infrastructure, match="its options are no JSON"):
         Subject(Launch("py:a.py:Net?{"))
+
+
+@pytest.mark.parametrize("name", ["numpy", "eager"])
+def test_a_shipped_backend_as_a_black_box_is_conformant(name: str, tmp_path: Path) -> None:
+    found = run_backend(name, Launch(f"{BOXES.with_name('wrapped.py')}:{name}"), PLAN, tmp_path)
+    assert exit_code(found) == (0, "conformant: decoder profile, judged by its own forward")
