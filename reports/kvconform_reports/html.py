@@ -13,7 +13,7 @@ from kvconform import audit_record
 from kvconform.latency_record import Record
 from kvconform.pairwise import Pair
 from kvconform.results import Results
-from kvconform_reports import certificate, embedding, matrix, mutation, outcomes, speed, tables
+from kvconform_reports import certificate, embedding, maps, matrix, mutation, outcomes, sights, speed, tables
 from kvconform_specs.clauses import BY_NAME
 
 
@@ -39,6 +39,7 @@ def render(
         policy=policy(style, script), style=style, script=script, data=data, packed=packed, headline=headline(rows),
         runs=_runs(results), backends=rows, chapters=matrix.chapters(results), legend=matrix.legend(results),
         failures=tables.failures(results, folder), known=tables.known(results, folder), levels=tables.levels(),
+        sights=sights.sights(results), legend_of_maps=maps.legend(),
         guarantees=tables.guarantees(results, folder), reasons=tables.reasons(results), errors=tables.errors(results),
         pairwise=tables.pairwise(pairs), power=certificate.power(results),
         mutation=mutation.mutation(audit, {result.suite for result in results}) if audit else None,

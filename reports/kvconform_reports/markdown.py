@@ -95,6 +95,9 @@ def _failures(results: Sequence[Results], folder: str) -> str:
             lines.append(f"  <br>replay: {code(failure.replay)}")
     if len(found) > MOST_FAILURES:
         lines.append(f"- and {len(found) - MOST_FAILURES} more: the report has them all")
+    for label, result in zip(labels(results), results, strict=True):
+        for config, diagnosis in result.diagnoses.items():
+            lines.append(f"- **{text(label)}** under {text(config)}: {text(diagnosis.sentence or diagnosis.signature)}")
     return "\n".join(lines)
 
 

@@ -27,6 +27,7 @@ from kvconform_reports.outcomes import (
     short,
     standing,
 )
+from kvconform_reports.sights import Truth, truth
 from kvconform_specs.clauses import BY_NAME
 
 UNJUDGED = (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED, Outcome.UNSUPPORTED)
@@ -45,6 +46,7 @@ class Segment:
 class Backend:
     label: str
     device: str
+    truth: Truth
     standing: Standing
     chips: tuple[Chip, ...]
     segments: tuple[Segment, ...]
@@ -141,8 +143,8 @@ def backends(results: Sequence[Results]) -> tuple[Backend, ...]:
         programs, structures = (sum(getattr(v, name) for v in result.verdicts) for name in ("programs", "structures"))
         found.append(
             Backend(
-                label, result.device, standing(result), counted, tuple(segments), len(result.verdicts), programs,
-                structures, result.seconds,
+                label, result.device, truth(result), standing(result), counted, tuple(segments), len(result.verdicts),
+                programs, structures, result.seconds,
             )
         )  # fmt: skip
     return tuple(found)
