@@ -30,7 +30,7 @@ CLEAN = {
 LACKS = {
     "eager": "ragged, left padding, poison, poison-safe slots, alias, bound on graphs",
     "eager-static": "functional, poison-safe slots, alias, bound on graphs",
-    "onnx": "ragged, left padding, work, poison, poison-safe slots, alias, bound on graphs",
+    "onnx": "generate, ragged, left padding, work, poison, poison-safe slots, alias, bound on graphs",
     "compiled": "full, functional, ragged, left padding, mask, work, poison, poison-safe slots, alias",
     "numpy": "ragged, left padding, poison, poison-safe slots, alias, bound on graphs",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from kvconform_specs.program import (
     Close,
     Fork,
     Full,
+    Generate,
     Keep,
     Poison,
     Program,
@@ -34,6 +36,7 @@ from kvconform_specs.program import (
 from kvconform_specs.tensors import manner
 
 GQA, WINDOW = POINTS["attention-gqa"], POINTS["attention-window"]
+ROPE = POINTS["decoder-rope"]
 LONG, SINK = POINTS["attention-long"], POINTS["attention-sink"]
 EVERYTHING = Claims(
     profiles=("attention", "decoder"), abilities=tuple(ABILITIES), overflow="refused", padding=("right", "left"),
@@ -150,6 +153,20 @@ def in_manner(name: str) -> Callable[[Program], bool]:
     return steps(Append, lambda s: manner(s.seed) == name)
 
 
+def generations(p: Program) -> list[Generate]:
+    return [step for step in p.steps if isinstance(step, Generate)]
+
+
+def generates_to(length: int) -> Callable[[Program], bool]:
+    return lambda p: any(step.counts[0] + step.new == length for step in generations(p))
+
+
+def generates_amid_a_sequence(p: Program) -> bool:
+    return (
+        len(p.steps) > 2 and isinstance(p.steps[0], Append) and isinstance(p.steps[-1], Append) and generations(p) != []
+    )
+
+
 W = WINDOW.window or 0
 
 
@@ -172,6 +189,12 @@ W = WINDOW.window or 0
         ("equivalence.path", GQA, not_its_own_inverse),
         ("equivalence.decode", GQA, lambda p: sum(step.counts == (1,) * 3 for step, _b, _a in lengths(p)) > 5),
         ("equivalence.full-stable", GQA, lambda p: isinstance(p.steps[1], Full)),
+        ("equivalence.generation", ROPE, lambda p: any(a.counts == b.counts for a, b in pairwise(generations(p)))),
+        ("equivalence.generation", ROPE, generates_amid_a_sequence),
+        ("equivalence.generation", ROPE, steps(Generate, lambda s: len(s.counts) == 3 and s.counts[0] == 1)),
+        ("equivalence.generation", ROPE, steps(Generate, lambda s: s.new == 8 and s.counts[0] == ROPE.capacity // 2)),
+        ("equivalence.generation", ROPE, generates_to(ROPE.capacity)),
+        *(("equivalence.generation", POINTS["decoder-learned"], generates_to(n)) for n in (4, 5, 6, 10)),
         ("definition.attention", GQA, two_live_interleaved),
         ("definition.attention", GQA, not_its_own_inverse),
         (

@@ -26,6 +26,7 @@ from kvconform_specs.program import (
     Close,
     Fork,
     Full,
+    Generate,
     Keep,
     Poison,
     Program,
@@ -186,8 +187,16 @@ def test_steps_are_told_in_words() -> None:
         (Reset("a"), "reset a"),
         (Close("c"), "close c"),
     )
-    assert {type(step) for step, _words in steps} == set(OPS.values())
+    assert {type(step) for step, _words in steps} == set(OPS.values()) - {Generate}  # only decoders generate
     assert in_words(Program(GQA, tuple(step for step, _ in steps))) == [words for _, words in steps]
+
+
+def test_generations_are_told_in_words() -> None:
+    steps = (Generate("g", (4,), 17, new=3), Generate("g", (1, 1), 8, swap=((1, 0, 9),), new=1))
+    assert in_words(Program(POINTS["decoder-rope"], steps)) == [
+        "generate 3 tokens greedily after 4 tokens (stream 17) of g",
+        "generate 1 token greedily after 1 token (streams 8, 9) of each row of g; position 0 of row 1 from stream 9",
+    ]
 
 
 # --- the command ---

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvconform.backend import Unavailable
+from kvconform_backends.greedy import greedy
 from kvconform_backends.torch_decoder import DTYPES, Attend, Decoder, attention, masks
 from kvconform_backends.validation import check_counts, check_inputs, check_rows
 from kvconform_specs.claims import Claims
@@ -31,7 +32,7 @@ COMMON = Claims(
     profiles=("attention", "decoder"),
     abilities=(
         "full", "length", "room", "truncate", "fork", "reorder", "reset", "refusal", "mask", "contents", "bytes",
-        "work",
+        "work", "generate",
     ),
     dtypes=("float32", "bfloat16", "float16"),
     devices=("cpu", "cuda"),
@@ -62,6 +63,9 @@ class Torch:
         places = self.places[: self.admit(inputs, None, 0)]
         made = masks(self.config, places, places)
         return self.run(inputs, places, lambda layer, q, k, v: attention(self.config, q, k, v, made[layer]))
+
+    def generate(self, tokens: Array, new: int) -> Array:
+        return greedy(self, tokens, new)
 
     def admit(self, inputs: tuple[Array, ...], batch: int | None, length: int) -> int:
         """How many tokens come. Raises TypeError or ValueError where they are malformed or exceed the capacity."""

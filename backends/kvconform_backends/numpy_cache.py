@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.greedy import greedy
 from kvconform_backends.numpy_layers import Array, NumpyLayers
 from kvconform_backends.validation import check_inputs
 from kvconform_specs.claims import Claims
@@ -44,7 +45,7 @@ class NumpyCache(NumpyLayers):
         profiles=("attention", "decoder"),
         abilities=(
             "full", "length", "room", "truncate", "fork", "reorder", "reset", "functional", "mask", "contents",
-            "bytes", "work", "refusal",
+            "bytes", "work", "refusal", "generate",
         ),
         dtypes=("float32", "bfloat16", "float16"),
         overflow="refused",
@@ -128,6 +129,9 @@ class NumpyCache(NumpyLayers):
 
     def full(self, *inputs: Array) -> Array:
         return self.step(self.start(inputs[0].shape[0]), *inputs)[0]
+
+    def generate(self, tokens: Array, new: int) -> Array:
+        return greedy(self, tokens, new)
 
     def run(self, cache: Cache, inputs: tuple[Array, ...], mask: Array | None = None) -> Array:
         """The outputs of inputs that are in order; their keys and values go into ``cache``."""

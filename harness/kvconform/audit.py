@@ -35,7 +35,7 @@ from kvconform_specs.points import POINTS
 
 NUMERIC = {
     Relation.PARITY, Relation.AGREEMENT, Relation.UNAFFECTED, Relation.AFFECTED, Relation.CONTENTS, Relation.KEPT,
-    Relation.BITWISE, Relation.FINITE, Relation.SAME_TOKEN,
+    Relation.BITWISE, Relation.FINITE, Relation.SAME_TOKEN, Relation.GENERATED,
 }  # fmt: skip
 """Relations between numbers: an exception breaks none of them, it only keeps them from being asked."""
 REFUSALS = ("capacity", "errors")

@@ -151,6 +151,11 @@ class Abilities(Protocol):
         """How many graphs this subject has compiled or captured so far."""
         ...
 
+    def generate(self, tokens: Array, new: int) -> Array:
+        """Greedy generation (decoder profile): for prompts ``(b, t)`` the ids of the ``new`` tokens after them,
+        ``(b, new)``, both int64. No token ends it early. It has a cache of its own and touches no sequence."""
+        ...
+
     def close(self, cache: Cache) -> None:
         """Ends the sequence (optional: without it the cache is dropped)."""
         ...

@@ -22,6 +22,7 @@ from kvconform_specs.program import (
     Append,
     Fork,
     Full,
+    Generate,
     Keep,
     Poison,
     Program,
@@ -130,6 +131,9 @@ def _said(step: Step, held: list[int]) -> str:
         case Append():
             holds = f"hold{'' if len(held) > 1 else 's'} {_alike(held)}" if any(held) else "is empty"
             return f"append {_tokens(step, 'to')}, which {holds}{_options(step)}"
+        case Generate():
+            more = f"{step.new} token{'s' if step.new > 1 else ''}"
+            return f"generate {more} greedily after {_tokens(step, 'of')}{_options(step)}"
         case Full():
             return f"compute {_tokens(step, 'of')} without a cache{_options(step)}"
         case Truncate():

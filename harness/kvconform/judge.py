@@ -18,7 +18,7 @@ from kvconform.wire import Traces
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Relation
 from kvconform_specs.oracle import Expected
-from kvconform_specs.program import Append, Program, Read, Reject
+from kvconform_specs.program import Append, Generate, Program, Read, Reject
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ RELATIONS: dict[Relation, Callable[[Sequence[Observed]], Outcome]] = {
     Relation.BITWISE: relations.bitwise,
     Relation.FINITE: relations.finite,
     Relation.SAME_TOKEN: relations.same_token,
+    Relation.GENERATED: relations.generated,
     Relation.SHAPES: relations.shapes,
     Relation.LENGTHS: bookkeeping.lengths,
     Relation.ROOM: bookkeeping.room,
@@ -127,6 +128,9 @@ def _conforming(
         if isinstance(step, Read):
             if done.output is not None and (words := _shown(program, done)) is not None:
                 return f"{at(program, number)}: {words}", wants, []
+        elif isinstance(step, Generate):
+            if (words := _picked(program, step, done)) is not None:
+                return f"{at(program, number)}: {words}", wants, []
         elif want is not None:
             if claims.returns == "last" and isinstance(step, Append):
                 want = want.last()
@@ -152,6 +156,19 @@ def _shaped(program: Program, number: int, done: Done, want: Expected) -> tuple[
     if c.profile == "attention":
         got = got.swapaxes(2, 3).reshape(len(got), b, t, -1)
     return None, got
+
+
+def _picked(program: Program, step: Generate, done: Done) -> str | None:
+    """What is wrong with generated token ids, whatever they should be, or None."""
+    got, shape = done.output, (len(step.counts), step.new)
+    if got is None:
+        return "gave no output"
+    if got.shape[1:] != shape:
+        return f"generated ids of the shape {got.shape[1:]}, want {shape}"
+    if got.dtype != np.int64:
+        return f"generated ids are {got.dtype}, want int64"
+    strange = got[(got < 0) | (got >= program.config.vocabulary)]
+    return f"generated token {strange[0]}, want ids of 0..{program.config.vocabulary - 1}" if strange.size else None
 
 
 def _shown(program: Program, done: Done) -> str | None:

@@ -31,16 +31,16 @@ from kvconform_specs.clauses import ALL
 from kvconform_specs.config import DTYPES, PROFILES, Config
 from kvconform_specs.definition import Attended, attention, decoder, rope, sinks
 from kvconform_specs.history import Histories, Row, Token
-from kvconform_specs.oracle import Expected, expect
+from kvconform_specs.oracle import Expected, Generation, expect
 from kvconform_specs.points import LONG, POINTS
-from kvconform_specs.program import Append, Full, Read, Reject, Run, Step, called
+from kvconform_specs.program import Append, Full, Generate, Read, Reject, Run, Step, called
 from kvconform_specs.tensors import Streams, rounded, weights
 
 Array = NDArray[Any]
 NUMERIC = frozenset(
     (
         Relation.PARITY, Relation.AGREEMENT, Relation.UNAFFECTED, Relation.AFFECTED, Relation.FINITE, Relation.BITWISE,
-        Relation.SAME_TOKEN,
+        Relation.SAME_TOKEN, Relation.GENERATED,
     )
 )  # fmt: skip
 """The relations that look at outputs; what a cache says and shows of itself is true of every null model."""
@@ -147,7 +147,8 @@ Request = tuple[Row, Token | None, tuple[int, ...]]
 
 
 Answers = list[list[Array | None]]
-"""Of each program and step ``(1, b, t, e)`` in float32, as ``Observed.outputs``; None where it computes nothing."""
+"""Of each program and step ``(1, b, t, e)`` in float32, as ``Observed.outputs``, or the token ids ``(1, b, new)`` that
+were generated; None where it computes nothing."""
 
 
 class _Trial:
@@ -168,7 +169,7 @@ class _Trial:
             (number, index): list(_requests(step, want))
             for number, (program, wants) in enumerate(zip(case.programs, self.wants, strict=True))
             for index, (step, want) in enumerate(zip(program.steps, wants, strict=True))
-            if want is not None and isinstance(step, Append | Full)
+            if want is not None and isinstance(step, Append | Full) and not isinstance(step, Generate)
         }
         asked = {request: count for requests in self._steps.values() for request, count in requests}
         self._batch: list[Request] = []
@@ -179,11 +180,12 @@ class _Trial:
             self._homes[request] = next(alike, len(self._batch))
             if self._homes[request] == len(self._batch):
                 self._batch.append(request)
-        self._first = min(len(r[0]) - n for requests in self._steps.values() for r, n in requests)
-        self._longest = max(len(request[0]) for request in self._batch)
+        self._first = min((len(r[0]) - n for requests in self._steps.values() for r, n in requests), default=0)
+        self._longest = max((len(request[0]) for request in self._batch), default=0)
         self._streams = Streams(self.config, max(program.span for program in case.programs), (0,))
         rows = [self._streams.row(row)[0] for row, _aim, _hidden in self._batch]
-        self._contents = np.zeros((len(rows), self._longest, *rows[0].shape[1:]), rows[0].dtype)
+        like = self._streams.tape(0)
+        self._contents = np.zeros((len(rows), self._longest, *like.shape[2:]), like.dtype)
         for padded, row in zip(self._contents, rows, strict=True):
             padded[: len(row)] = row
 
@@ -191,8 +193,13 @@ class _Trial:
         return want.last() if want is not None and self.claims.returns == "last" and isinstance(step, Append) else want
 
     def answers(self, model: Null) -> Answers:
+        given: Answers = [
+            [self._generated(model, want, step) for step, want in zip(program.steps, wants, strict=True)]
+            for program, wants in zip(self.case.programs, self.wants, strict=True)
+        ]
+        if not self._steps:
+            return given
         solved = rounded(self._solved(model), self.config.dtype)  # (batch, positions, e)
-        given: Answers = [[None] * len(program.steps) for program in self.case.programs]
         for (number, index), requests in self._steps.items():
             want = self.wants[number][index]
             assert want is not None
@@ -205,8 +212,7 @@ class _Trial:
     def _solved(self, model: Null) -> Array:
         c, first = self.config, self._first
         if c.profile == "decoder":
-            wrong = model.late and c.positions == "learned"
-            return decoder(self._contents, _weights(c, wrong), c, first, attend=model.attend)
+            return self._logits(model, self._contents, first)
         query, keys, values = (part.astype(np.float64) for part in self._streams.split(self._contents))
         query = query[:, :, first:].copy()
         mask = np.ones((len(self._batch), 1, 1, self._longest), bool)
@@ -217,15 +223,38 @@ class _Trial:
         output = model.attend(query, keys, values, c, at=first, mask=mask).output.swapaxes(1, 2)
         return output.reshape(*output.shape[:2], -1)
 
-    def wrong(self, given: Answers) -> bool:
-        """Whether an answer is outside its bound somewhere."""
+    def _logits(self, model: Null, tokens: Array, first: int) -> Array:
+        c = self.config
+        late = model.late and c.positions == "learned"
+        return decoder(tokens, _weights(c, late), c, first, attend=model.attend)
+
+    def _generated(self, model: Null, want: Expected | None, step: Step) -> Array | None:
+        if not isinstance(want, Generation) or not isinstance(step, Generate):
+            return None
+        tokens = want.prompts()  # (1, b, s)
+        for s in range(tokens.shape[-1], tokens.shape[-1] + step.new):
+            logits = rounded(self._logits(model, tokens, s - 1), self.config.dtype)
+            tokens = np.concatenate([tokens, logits.argmax(axis=-1)], axis=-1)
+        return tokens[..., -step.new :]
+
+    def wrong(self, model: Null, given: Answers) -> bool:
+        """Whether an answer is outside its bound somewhere; of what was generated the logits behind it."""
         for wants, outputs in zip(self.wants, given, strict=True):
             for want, output in zip(wants, outputs, strict=True):
-                if want is not None and output is not None:
-                    off = ~(np.abs(output - want.value) <= want.bound) & want.real[None, :, :, None]
-                    if bool(off.any()):
-                        return True
+                if want is None or output is None:
+                    continue
+                numbers, real = want.numbers, want.real[None, :, :, None]
+                if isinstance(want, Generation):
+                    numbers, real = want.along(output), np.ones((1, 1, 1, 1), bool)
+                    output = self._behind(model, want, output)
+                if bool((~(np.abs(output - numbers("value")) <= numbers("bound")) & real).any()):
+                    return True
         return False
+
+    def _behind(self, model: Null, want: Generation, ids: Array) -> Array:
+        """The logits that a model picked these tokens from."""
+        tokens = np.concatenate([want.prompts(), ids[..., :-1]], axis=-1)
+        return rounded(self._logits(model, tokens, tokens.shape[-1] - ids.shape[-1]), self.config.dtype)
 
     def rejects(self, clause: Clause, given: Answers) -> bool:
         traces = [self._traces(number, outputs) for number, outputs in enumerate(given)]
@@ -282,7 +311,7 @@ def _entries(clause: Clause, dtype: str, models: Sequence[Null]) -> list[Power]:
                 if not model.applies(config):
                     continue
                 given = trial.answers(model)
-                wrong, counted = trial.wrong(given), counts[model.name]
+                wrong, counted = trial.wrong(model, given), counts[model.name]
                 counted[0] += 1
                 counted[1] += wrong
                 counted[2] += (wrong or model is DEFINITION) and trial.rejects(clause, given)

@@ -17,6 +17,7 @@ from kvconform_specs.program import (
     Close,
     Fork,
     Full,
+    Generate,
     Keep,
     Poison,
     Program,
@@ -134,6 +135,8 @@ def _do(subject: Any, caches: dict[str, Any], step: Call, feed: Feed) -> Done:
             caches[step.seq] = subject.start(len(step.counts))
         output, caches[step.seq] = subject.step(caches[step.seq], *inputs, **keywords)
         return Done(_array(output), _told(subject, caches[step.seq], step.metered))
+    if isinstance(step, Generate):
+        return Done(_array(subject.generate(*inputs, step.new)))
     if isinstance(step, Full):
         return Done(_array(subject.full(*inputs)))
     if isinstance(step, Read):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvconform.observed import Array, Key, Observed, Outcome, at, cells, changed, located, pairs, ratio, where
-from kvconform_specs.oracle import Expected
+from kvconform_specs.oracle import Expected, Generation
 
 
 def shapes(observed: Sequence[Observed]) -> Outcome:
@@ -162,6 +162,40 @@ def same_token(observed: Sequence[Observed]) -> Outcome:
                 words = f"{place}: is the largest, but it must be logit {right[n, row, column]} by a lead of {lead:.3g}"
                 return words, compared, None
     return None, compared, None
+
+
+def generated(observed: Sequence[Observed]) -> Outcome:
+    """Each token is judged by the truth on the subject's own tokens before it. What follows a reserved one is not: no
+    program feeds it, and a truth may take it for padding."""
+    compared = 0
+    for one in observed:
+        for number, (want, done) in enumerate(zip(one.expected, one.trace, strict=True)):
+            if not isinstance(want, Generation) or done.output is None:
+                continue
+            got = done.output  # (n, b, new)
+            numbers = want.along(got)
+            value, bound = numbers("value"), np.broadcast_to(numbers("bound"), numbers("value").shape)
+            reserved = np.isin(got, one.program.config.reserved)
+            judged: Array = np.cumsum(reserved, axis=-1) - reserved == 0
+            best = value.argmax(axis=-1)
+            others = np.arange(value.shape[-1]) != best[..., None]
+            clear = ((_of(value, best) - value > _of(bound, best) + bound) | ~others).all(axis=-1)
+            compared += int(np.count_nonzero(clear & judged))
+            off = judged & ~(value - _of(value, got) <= bound + _of(bound, got)).all(axis=-1)
+            if bool(off.any()):
+                n, row, i = (int(index) for index in np.argwhere(off)[0])
+                token, right = got[n, row, i], best[n, row, i]
+                lead = value[n, row, i, right] - value[n, row, i, token]
+                within = bound[n, row, i, right] + bound[n, row, i, token]
+                place = f"{at(one.program, number)}, row {row}, position {len(want.rows[row]) + i}"
+                words = f"got token {token}, want {right}, whose logit leads by {lead:.3g} ± {within:.2g}"
+                return f"{place}: {words}", compared, None
+    return None, compared, None
+
+
+def _of(x: Array, token: Array) -> Array:
+    """``(..., 1)``: what ``x`` ``(..., V)`` has for each ``token`` ``(...)``."""
+    return np.take_along_axis(x, token[..., None], axis=-1)
 
 
 def _sum(kind: str, *places: tuple[Expected, int, int]) -> Array:

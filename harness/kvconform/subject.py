@@ -26,7 +26,7 @@ from kvconform.wire import LENGTHS, PROGRESS, Header, Traces, send, unpack
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.oracle import Own
-from kvconform_specs.program import NAMES, Append, Full, Program, Truncate, called
+from kvconform_specs.program import NAMES, Append, Full, Generate, Program, Truncate, called
 
 BUILD_TIMEOUT = 900.0
 """Seconds that a build may take: exports and first compilations are slow, and stand outside the step timeout."""
@@ -193,6 +193,15 @@ class Subject:
         witness: dict[str, Any] = reply.get("witness", {"failed": reply.get("error")})
         return witness
 
+    def script(self, config: Config, programs: Sequence[tuple[Program, str]]) -> tuple[str, list[str]] | None:
+        """How to build the black box, and each program with the tag of its names, as Python source; None where it
+        writes none. Raises Death where writing fails."""
+        self.build(config)
+        asked = [[program.to_json(), tag] for program, tag in programs]
+        message = {"op": "script", "config": config.to_json(), "programs": asked}
+        header = self.ask(message, self.launch.step_timeout)
+        return None if header["setup"] is None else (header["setup"], header["sources"])
+
     def ask(self, message: Header, timeout: float) -> Header:
         """The answer to any message; ``timeout`` in seconds. Raises Death where the worker dies or answers an error."""
         header, _ = self._ask(message, timeout)
@@ -326,7 +335,10 @@ def describe(program: Program, step: int) -> str:
     done = program.steps[step]
     inner = called(done)
     words = NAMES[type(inner)]
-    if isinstance(inner, Append | Full):
+    if isinstance(inner, Generate):
+        words += f" {inner.new} after {inner.counts[0]} to {inner.seq}"
+        words += f" of {len(inner.counts)} rows" if len(inner.counts) > 1 else ""
+    elif isinstance(inner, Append | Full):
         sizes = inner.counts
         words += f" {sizes[0] if len(set(sizes)) == 1 else list(sizes)} to {inner.seq}"
         words += f" of {len(sizes)} rows" if len(sizes) > 1 else ""

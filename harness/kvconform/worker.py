@@ -51,7 +51,7 @@ class Worker:
             return self.own(message, blob)
         handlers = {
             "describe": self.describe, "build": self.build, "run": self.run, "witness": self.witness,
-            "clock": self.clock,
+            "clock": self.clock, "script": self.script,
         }  # fmt: skip
         return handlers[message["op"]](message)
 
@@ -92,6 +92,14 @@ class Worker:
             subject = self.disturbed[key]
         output = np.ascontiguousarray(subject.full(inputs))
         return {"shape": list(output.shape), "dtype": output.dtype.str}, output.tobytes()
+
+    def script(self, message: Header) -> Reply:
+        """Programs of a black box as Python source (``backend.BlackBox.script``); null where it writes none."""
+        subject = self.subjects[Config.from_json(message["config"])]
+        if not hasattr(subject, "script_setup"):
+            return {"setup": None, "sources": []}, b""
+        sources = [subject.script(Program.from_json(program), tag) for program, tag in message["programs"]]
+        return {"setup": subject.script_setup(), "sources": sources}, b""
 
     def witness(self, message: Header) -> Reply:
         subject = self.subjects[Config.from_json(message["config"])]

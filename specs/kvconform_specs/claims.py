@@ -27,6 +27,7 @@ ABILITIES = {
     "work": "counts the multiply-adds of a step",
     "graphs": "counts the graphs that it compiled or captured",
     "refusal": "refuses malformed calls with an exception",
+    "generate": "generates greedily on its own (decoder profile)",
 }
 
 TRUTHS = ("definition", "self")

@@ -39,6 +39,9 @@ class Relation(Enum):
     FINITE = "every output is a finite number"
     BITWISE = "outputs that have the same history in both programs are the same, bit for bit, wherever they stand"
     SAME_TOKEN = "the largest logit is the definition's, wherever its lead exceeds the two bounds"
+    GENERATED = (
+        "no logit exceeds a generated token's by more than the two bounds, on the prompt and the tokens before it"
+    )
     GRAPHS = "the subject has compiled no more graphs than it claims"
     BYTES = "the cache takes 2 l g s d b numbers of the storage dtype, s as claimed: length, capacity or whole pages"
     POSITIONS = "a step multiplies weights for its new tokens only"
@@ -113,7 +116,8 @@ class Clause:
 
     def concerns(self, config: Config) -> bool:
         if config.profile == "hidden":  # its programs are a decoder's, but nothing is picked from its outputs
-            return "decoder" in self.profiles and Relation.SAME_TOKEN not in self.relations and self.applies(config)
+            picks = {Relation.SAME_TOKEN, Relation.GENERATED} & set(self.relations)
+            return "decoder" in self.profiles and not picks and self.applies(config)
         return config.profile in self.profiles and self.applies(config)
 
     @property

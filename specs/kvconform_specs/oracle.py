@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,13 @@ from kvconform_specs.claims import Precision
 from kvconform_specs.config import Config
 from kvconform_specs.definition import attention, decoder
 from kvconform_specs.history import Histories, Row, Token, after
-from kvconform_specs.program import Append, Full, Program, Read, Run
+from kvconform_specs.program import Append, Full, Generate, Program, Read, Run
 from kvconform_specs.tensors import Streams, manner, weights
 
 Array = NDArray[np.floating]
+Ids = NDArray[np.int64]
+Numbers = Callable[[str], Array]
+"""``value``, ``bound``, ``floor`` or ``likely`` (see ``Expected``), computed when first asked for."""
 PLAIN = Precision()
 BLOCK = 1 << 22
 """Scores that are computed at once; long contexts are cut into blocks of queries."""
@@ -45,7 +48,7 @@ class Expected:
     counts: tuple[int, ...]
     real: NDArray[np.bool_]
     n: int
-    numbers: Callable[[str], Array]
+    numbers: Numbers
 
     @property
     def value(self) -> Array:
@@ -79,6 +82,28 @@ class Expected:
         return Expected(self.rows, ones, real, self.n, lambda kind: self.numbers(kind)[:, rows, ends][:, :, None])
 
 
+@dataclass(frozen=True)
+class Generation(Expected):
+    """What a generation is judged by. What is expected of a token follows from those before it, and these are the
+    subject's own choice: one that differs after a tie is judged by what it led to.
+
+    The numbers are those of the prompt. prompts: their token ids ``(n, b, s)``. given: as the function of that name.
+    """
+
+    prompts: Callable[[], Ids]
+    given: Callable[[Ids, int], Numbers]
+
+    def along(self, ids: Ids) -> Numbers:
+        """The logits ``(n, b, new, V)`` that each of the generated tokens ``(n, b, new)`` is to be picked from."""
+        prompts = self.prompts()
+        return self.given(np.concatenate([prompts, ids[..., :-1]], axis=-1), prompts.shape[-1] - 1)
+
+    def variant(self, index: int) -> Generation:
+        one, cut = super().variant(index), slice(index, index + 1)
+        prompts = lambda: self.prompts()[cut]  # noqa: E731
+        return Generation(one.rows, one.counts, one.real, 1, one.numbers, prompts, self.given)
+
+
 def columns(step: Run) -> NDArray[np.bool_]:
     """``(b, t)``: which columns of a step's inputs and outputs hold a token; with ragged rows not all do."""
     counts, t = np.array(step.counts)[:, None], max(step.counts)
@@ -92,6 +117,14 @@ Own = Callable[[Array, float, float, int], Array]
 The numbers behind the inputs are the relative noise of storage and of accumulation that its weights are disturbed
 by, and the seed of that; zeros: it is not disturbed (``backend.BlackBox.disturbed``).
 """
+
+
+def given(config: Config, own: Own | None, ids: Ids, start: int = 0) -> Numbers:
+    """What a decoder must give for token ids ``(n, b, s)``: logits ``(n, b, s - start, V)`` from position ``start`` on.
+
+    own: the truth of a black box, instead of the definition.
+    """
+    return _model(config, own, lambda: ids, start).numbers
 
 
 def expect(
@@ -109,7 +142,12 @@ def expect(
         if isinstance(step, Append | Full):
             rows = histories.rows[step.seq] if isinstance(step, Append) else after(((),) * len(step.counts), step)
             solution.want(number, step, rows)
-            wanted.append(Expected(rows, step.counts, columns(step), n, numbers))
+            expected = Expected(rows, step.counts, columns(step), n, numbers)
+            if isinstance(step, Generate):
+                prompts = partial(solution.contents, rows)
+                along = partial(given, program.config, own)
+                expected = Generation(rows, step.counts, columns(step), n, numbers, prompts, along)
+            wanted.append(expected)
         elif isinstance(step, Read) and program.config.profile == "attention":
             rows = histories.rows[step.seq]
             lengths = tuple(map(len, rows))
@@ -160,6 +198,10 @@ class _Solution:
             self._streams = Streams(self.program.config, self.program.span, self.indices)
         return self._streams
 
+    def contents(self, rows: Sequence[Row]) -> NDArray[Any]:
+        """``(n, rows, s[, width])``: what a model is given for rows of one length."""
+        return np.stack([self.streams.row(row) for row in rows], axis=1)
+
     def _computed(self, number: int, kind: str) -> Array:
         if not self._placed:
             self._placed = dict(self._groups())
@@ -193,14 +235,18 @@ class _Solution:
             mute = any(manner(seed) == "mute" for seed in {seed for seed, _position in request[0]})
             members[len(request[0]), start, request[1] is None, mute].append(request)
         homes: dict[Request, tuple[_Group, int, int]] = {}
-        kind: Callable[..., _Group] = _Attention if self.program.config.profile == "attention" else _Decoder
-        if self.own is not None:
-            kind = partial(_BlackBox, self.own)
         for (_length, start, _aimed, mute), requests in members.items():
-            group = kind(self.program.config, self.streams, requests, start, mute, self.precision)
+            group = self._group(requests, start, mute)
             homes |= {request: (group, index, start) for index, request in enumerate(requests)}
         for request, home in owner.items():
             yield request, homes[home]
+
+    def _group(self, requests: list[Request], start: int, mute: bool) -> _Group:
+        config = self.program.config
+        if config.profile == "attention":
+            return _Attention(config, self.streams, requests, start, mute, self.precision)
+        rows = [row for row, _aim, _hidden in requests]
+        return _model(config, self.own, partial(self.contents, rows), start)
 
     def _read(self, number: int, kind: str) -> Array:
         """Keys and values of each row, ``(n, b, s, 2 g d)``, or how far a stored one may be from them."""
@@ -219,21 +265,20 @@ class _Solution:
         return np.where(np.arange(length)[:, None] < length - self.precision.residual, steps, 0.0) + np.zeros(x.shape)
 
 
-class _Group:
-    """Requests of one length, solved together from one position on: ``(n, rows, positions, e)``."""
+class _Group(Protocol):
+    """Rows of one length, solved together from one position on: ``(n, rows, positions, e)``."""
+
+    def numbers(self, kind: str) -> Array: ...
+
+
+class _Attention:
+    _solved: tuple[Array, Array] | None = None
 
     def __init__(
         self, config: Config, streams: Streams, requests: list[Request], start: int, mute: bool, precision: Precision
     ) -> None:
         self.config, self.streams, self.requests, self.start = config, streams, requests, start
         self.mute, self.precision = mute, precision
-
-    def numbers(self, kind: str) -> Array:
-        raise NotImplementedError
-
-
-class _Attention(_Group):
-    _solved: tuple[Array, Array] | None = None
 
     def numbers(self, kind: str) -> Array:
         if self._solved is None:
@@ -277,15 +322,26 @@ def _by_position(x: Array, rows: int) -> Array:
     return np.asarray(stacked.reshape(*stacked.shape[:3], -1))
 
 
-class _Decoder(_Group):
+Contents = Callable[[], NDArray[Any]]
+"""What a model is given: token ids ``(n, rows, s)`` or hidden states ``(n, rows, s, width)``."""
+
+
+def _model(config: Config, own: Own | None, contents: Contents, start: int) -> _Group:
+    return _Decoder(config, contents, start) if own is None else _BlackBox(config, own, contents, start)
+
+
+class _Decoder:
     """Noisy runs are made one after another, and only the first unless more are asked for: ``floor`` takes the others
     to have strayed not at all."""
 
     _value: Array | None = None
 
+    def __init__(self, config: Config, contents: Contents, start: int) -> None:
+        self.config, self.contents, self.start = config, contents, start
+
     def numbers(self, kind: str) -> Array:
         if self._value is None:
-            self._tokens = np.stack([self.streams.row(row) for row, _aim, _hidden in self.requests], axis=1)
+            self._tokens = self.contents()
             exact, self._rough = _decoder_weights(self.config)
             self._value = decoder(self._tokens, exact, self.config, self.start)  # (n, rows, t, V)
             self._noise = bounds.Noisy(bounds.STORAGE[self.config.dtype], seed=self._tokens.shape[-1])
@@ -300,12 +356,12 @@ class _Decoder(_Group):
         return bounds.decoder_bound(self._strays, counted, self._noise.gain)
 
 
-class _BlackBox(_Group):
+class _BlackBox:
     """Judged by itself: the value is what its own forward gives, and the bound is made of what that gives when its
     weights are disturbed by noise of the size of the rounding (``bounds.own_bound``)."""
 
-    def __init__(self, own: Own, *group: Any) -> None:
-        super().__init__(*group)
+    def __init__(self, config: Config, own: Own, contents: Contents, start: int) -> None:
+        self.config, self.contents, self.start = config, contents, start
         self._own, self._strays = own, list[Array]()
         self._value: Array | None = None
 
@@ -323,8 +379,7 @@ class _BlackBox(_Group):
         return bounds.own_bound(self._strays, counted, noise.gain)
 
     def _run(self, storage: float, accumulation: float, seed: int) -> Array:
-        rows = [self.streams.row(row) for row, _aim, _hidden in self.requests]
-        inputs = np.stack(rows, axis=1)  # (n, rows, s[, width])
+        inputs = self.contents()
         n, m = inputs.shape[:2]
         output = self._own(inputs.reshape(n * m, *inputs.shape[2:]), storage, accumulation, seed)
         return np.asarray(output, np.float64).reshape(n, m, *output.shape[1:])[:, :, self.start :]

@@ -54,6 +54,17 @@ class Full:
 
 
 @dataclass(frozen=True, slots=True)
+class Generate(Full):
+    """Lets the subject generate greedily, on its own, after the first ``counts[r]`` tokens of each row's stream
+    (decoder profile).
+
+    Like ``full`` it touches no sequence; all prompts are of one length. new: how many tokens each row is to get.
+    """
+
+    new: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Truncate:
     """Forgets all but the first ``length`` tokens of every row."""
 
@@ -130,8 +141,8 @@ Call = Append | Full | Truncate | Fork | Reorder | Reset | Close | Keep | Read |
 Step = Call | Reject
 Run = Append | Full
 OPS: dict[str, type[Any]] = {
-    "append": Append, "full": Full, "truncate": Truncate, "fork": Fork, "reorder": Reorder, "reset": Reset,
-    "close": Close, "keep": Keep, "read": Read, "poison": Poison, "reject": Reject,
+    "append": Append, "full": Full, "generate": Generate, "truncate": Truncate, "fork": Fork, "reorder": Reorder,
+    "reset": Reset, "close": Close, "keep": Keep, "read": Read, "poison": Poison, "reject": Reject,
 }  # fmt: skip
 MANNERS = ("plain", "loud", "mute", "lopsided")
 """What the contents of a stream are like, in bits 48 and up of its seed: independent normals; queries 64 times as
@@ -180,7 +191,8 @@ class Program:
     @property
     def size(self) -> tuple[int, int]:
         """Steps, then tokens: what shrinking makes smaller."""
-        return len(self.steps), sum(sum(s.counts) for s in self.steps if isinstance(s, Append | Full))
+        tokens = sum(sum(s.counts) for s in self.steps if isinstance(s, Append | Full))
+        return len(self.steps), tokens + sum(s.new * len(s.counts) for s in self.steps if isinstance(s, Generate))
 
     def to_json(self) -> dict[str, Any]:
         return {"config": self.config.to_json(), "steps": [step_to_json(step) for step in self.steps]}
@@ -289,6 +301,8 @@ def _illegal(config: Config, lengths: dict[str, tuple[int, ...]], step: Call) ->
         for row, position, _seed in step.swap:
             if not 0 <= row < len(new) or not 0 <= position < new[row]:
                 return "swap", f"no token at row {row}, position {position}"
+        if isinstance(step, Generate):
+            return _illegal_generation(config, step)
         return _illegal_options(config, new, step) if isinstance(step, Append) else None
     old = lengths.get(step.seq)
     if old is None:
@@ -301,6 +315,17 @@ def _illegal(config: Config, lengths: dict[str, tuple[int, ...]], step: Call) ->
         return "keys", f"unknown poison {step.keys!r} or {step.values!r}; known: {', '.join(POISONS)}"
     if isinstance(step, Reorder) and (not step.rows or not all(0 <= row < len(old) for row in step.rows)):
         return "rows", f"want rows of 0..{len(old) - 1}, got {list(step.rows)}"
+    return None
+
+
+def _illegal_generation(config: Config, step: Generate) -> tuple[str, str] | None:
+    if config.profile != "decoder":
+        return "op", "only the decoder profile generates tokens"
+    if len(set(step.counts)) > 1:
+        return "counts", f"want prompts of one length, got {list(step.counts)}"
+    if step.new < 1 or step.counts[0] + step.new > config.capacity:
+        room = config.capacity - step.counts[0]
+        return "new", f"want 1 to {room} new tokens after {step.counts[0]} of {config.capacity}, got {step.new}"
     return None
 
 

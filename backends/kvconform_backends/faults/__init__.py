@@ -19,6 +19,7 @@ from kvconform_backends.faults import (
     determinism,
     equivalence,
     errors,
+    generation,
     graphs,
     layout,
     lifecycle,
@@ -55,11 +56,40 @@ PUBLISHED = (
         stealth=True,
         configs=("attention-gqa", "decoder-rope"),
     ),
+    Fault(
+        "published-generation",
+        "kvconform_backends.faults.published:PrefillTwice",
+        ("equivalence.generation",),
+        GITHUB + "nod-ai/amd-shark-ai/pull/338",
+        "A published notebook's generation runs the prefill twice and drops the first token that it generates.",
+        classes=("L1",),
+        configs=("decoder-rope",),
+    ),
+    Fault(
+        "published-chunk",
+        "kvconform_backends.faults.published:ChunkOnCache",
+        ("shape.output",),
+        GITHUB + "rasbt/LLMs-from-scratch/pull/697",
+        "A published decoder cuts its mask to the new tokens: a chunk on a cache that is not empty raises.",
+        classes=("M5",),
+        stealth=True,
+        configs=("attention-gqa", "decoder-rope"),
+    ),
+    Fault(
+        "published-global-list",
+        "kvconform_backends.faults.published:GlobalList",
+        ("lifecycle.independent",),
+        GITHUB + "Lightning-AI/litgpt/pull/1596",
+        "A published article keeps keys and values in a global list that nobody clears: a second prompt reads the "
+        "first one's.",
+        classes=("C6", "C7"),
+        configs=("attention-gqa",),
+    ),
 )
 
 MODULES = (
-    shape, causality, equivalence, definition, positions, lifecycle, branches, contents, batch, window, capacity,
-    errors, numerics, layout, paging, quantised, capture, determinism, accounting, graphs,
+    shape, causality, equivalence, generation, definition, positions, lifecycle, branches, contents, batch, window,
+    capacity, errors, numerics, layout, paging, quantised, capture, determinism, accounting, graphs,
 )  # fmt: skip
 FAULTS: tuple[Fault, ...] = (
     *(fault for module in MODULES for fault in faults_of(module)),

@@ -56,6 +56,8 @@ CLASSES: dict[str, str] = {
     # quantised caches
     "Q1": "scale: scales are lost, swapped, inverted or shared",
     "Q2": "residual: tokens are quantised too early, too late or twice",
+    # the loop around the cache
+    "L1": "generation-loop: a token is dropped, fed or returned twice, or picked from another one's logits",
     # captured, compiled, tiled
     "X1": "capture: a captured step is replayed with an old length, mask or memory",
     "X2": "specialisation: a size that was traced is baked in",

@@ -48,6 +48,19 @@ class BiasByKey(NumpyCache):
         return super().bias(t, s)[:, -1:]
 
 
+class GeneratesWithoutACache(NumpyCache):
+    """Generation computes everything anew for each token, and picks the last one of the largest logits."""
+
+    configs = ("decoder-rope", "decoder-learned")
+
+    def generate(self, tokens: Array, new: int) -> Array:
+        prompt = tokens.shape[1]
+        for _ in range(new):
+            best = self.config.vocabulary - 1 - self.full(tokens)[:, -1:, ::-1].argmax(axis=-1)
+            tokens = np.concatenate([tokens, best], axis=1)
+        return tokens[:, prompt:]
+
+
 class NewestFirst(NumpyCache):
     """The newest token lies in slot 0, and what depends on positions is turned round with it."""
 

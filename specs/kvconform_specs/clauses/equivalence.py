@@ -5,10 +5,22 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from kvconform_specs.claims import Claims
-from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.config import Config
-from kvconform_specs.families import Draw, appends, at_once, batches, counts, detours, resplit, seeds, splits
-from kvconform_specs.program import Full, Program, Step
+from kvconform_specs.families import (
+    Draw,
+    appends,
+    at_once,
+    batches,
+    counts,
+    detours,
+    edges,
+    fitted,
+    resplit,
+    seeds,
+    splits,
+)
+from kvconform_specs.program import Full, Generate, Program, Step
 
 
 def _whole(seq: str, total: int, batch: int, seed: int, claims: Claims) -> tuple[Step, ...]:
@@ -53,6 +65,25 @@ def _full(draw: Draw, config: Config, claims: Claims) -> Case:
     after = Program(config, (*first, *second, Full("f", (prefix,) * batch, seed)))
     amid = Program(config, (*first, Full("f", (prefix + more,) * batch, seed), *second))
     return Case((after, amid))
+
+
+@st.composite
+def _generations(draw: Draw, config: Config, claims: Claims) -> Case:
+    """Some generations, one after another, some of which end where something changes; at times while a sequence is
+    open, which is then compared with one that goes on without them."""
+    half = max(config.capacity // 2, 1)
+    ends = st.sampled_from((0, 0, *edges(config)))
+    asked = st.tuples(st.integers(1, half), st.integers(1, 8), batches(claims), ends)
+    seed, steps = draw(seeds), list[Step]()
+    for number, (prompt, new, batch, end) in enumerate(draw(st.lists(asked, min_size=1, max_size=3))):
+        new = min(new, config.capacity - 1)
+        prompt = max(end - new, 1) if end else min(prompt, config.capacity - new)
+        steps.append(Generate("g", (prompt,) * batch, seed + 29 * number, new=new))
+    if not claims.can("two sequences") or not draw(st.booleans()):
+        return Case((Program(config, tuple(steps)),))
+    sizes = fitted((draw(counts(claims)), draw(counts(claims))), config.capacity)
+    first, *then = appends("a", sizes, draw(batches(claims)), seed + 77)
+    return Case((Program(config, (first, *then)), Program(config, (first, *steps, *then))))
 
 
 CLAUSES = (
@@ -104,5 +135,23 @@ CLAUSES = (
         family=_full,
         relations=(Relation.AGREEMENT,),
         needs=("full",),
+    ),
+    Clause(
+        name="equivalence.generation",
+        text="Each token that the backend generates greedily on its own is the one with the largest logit of the "
+        "cache-less forward over the prompt and the tokens generated before it, wherever its lead exceeds the bounds; "
+        "one generation does not depend on another, and open sequences stay as they are.",
+        why=(
+            "https://github.com/Lightning-AI/litgpt/issues/2307",
+            "https://github.com/nod-ai/amd-shark-ai/pull/338",
+            "https://github.com/oobabooga/textgen/pull/4145",
+            "https://github.com/casper-hansen/AutoAWQ/issues/170",
+            "https://github.com/abetlen/llama-cpp-python/pull/1179",
+        ),
+        family=_generations,
+        relations=(Relation.GENERATED, Relation.AGREEMENT),
+        profiles=("decoder",),
+        needs=("generate",),
+        applies=lambda config: ordinary(config) and config.capacity > 1,
     ),
 )

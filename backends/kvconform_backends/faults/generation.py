@@ -1,0 +1,122 @@
+"""Faults of the loop that generates: what it feeds, what it picks from, what it returns, and what it leaves behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvconform_backends.faults.planted import Planted
+from kvconform_backends.numpy_cache import Array, Cache
+
+CLAUSE = ("equivalence.generation",)
+
+
+class Loop(Planted):
+    """The loop of ``greedy``, open in two places: where it begins, and what the first token is picked from."""
+
+    used: Cache | None = None  # as the last generation left it
+
+    def begin(self, batch: int, room: int) -> Cache:
+        """A cache of ``batch`` rows that takes ``room`` tokens."""
+        return self.start(batch)
+
+    def pick(self, logits: Array) -> Array:
+        """``(b, 1)``: the first token of each row, from the prompt's logits ``(b, t, V)``."""
+        return np.asarray(logits[:, -1:].argmax(axis=-1))
+
+    def generate(self, tokens: Array, new: int) -> Array:
+        logits, cache = self.step(self.begin(len(tokens), tokens.shape[1] + new), tokens)
+        picked = [self.pick(logits)]
+        while len(picked) < new:
+            logits, cache = self.step(cache, picked[-1])
+            picked.append(logits[:, -1:].argmax(axis=-1))
+        self.used = cache
+        return np.concatenate(picked, axis=1)
+
+
+class FirstTokenDropped(Planted, breaks=CLAUSE, kind="L1", bug="Lightning-AI/litgpt/issues/2307"):
+    """The prefill runs twice, and its token is fed and never returned: what is returned begins with the second."""
+
+    def generate(self, tokens: Array, new: int) -> Array:
+        self.step(self.start(len(tokens)), tokens)
+        right = super().generate(tokens, new + 1)
+        return self.instead(right[:, 1:], right[:, :-1])
+
+
+class FirstTokenTwice(Planted, breaks=CLAUSE, kind="L1", bug="AI-Hypercomputer/jetstream-pytorch/issues/173"):
+    """The prefill returns its token, and the first decode step returns it again."""
+
+    def generate(self, tokens: Array, new: int) -> Array:
+        right = super().generate(tokens, new)
+        return self.instead(np.concatenate([right[:, :1], right[:, : new - 1]], axis=1), right)
+
+
+class LastPromptTokenTwice(Planted, breaks=CLAUSE, kind="L1", bug="oobabooga/textgen/pull/4145"):
+    """Decoding begins with the last token of the prompt, which the prefill has written already."""
+
+    def generate(self, tokens: Array, new: int) -> Array:
+        doubled = np.concatenate([tokens, tokens[:, -1:]], axis=1)
+        return self.instead(super().generate(doubled, new), super().generate(tokens, new))
+
+
+class GenerationGoesOn(Loop, breaks=CLAUSE, kind="C6", bug="casper-hansen/AutoAWQ/issues/170", stealth=True):
+    """A generation of as many rows as the one before it begins on what that has left, where it has room."""
+
+    def begin(self, batch: int, room: int) -> Cache:
+        used = self.used
+        if used is None or len(used.lengths) != batch or used.length + room > self.config.capacity:
+            return self.start(batch)
+        self.faulty += 1
+        return used
+
+
+class PickedOneEarly(Loop, breaks=CLAUSE, kind="L1", bug="abetlen/llama-cpp-python/pull/1179", stealth=True):
+    """In a batch the first token is picked from the logits of the prompt's last token but one."""
+
+    def pick(self, logits: Array) -> Array:
+        right = super().pick(logits)
+        return self.instead(super().pick(logits[:, :-1]), right) if min(logits.shape[:2]) > 1 else right
+
+
+class FirstRowForAll(Loop, breaks=CLAUSE, kind=("L1", "H4"), bug="neuralmagic/deepsparse/pull/1128", stealth=True):
+    """The first token of every row is that of the first one."""
+
+    def pick(self, logits: Array) -> Array:
+        right = super().pick(logits)
+        return self.instead(np.broadcast_to(right[:1], right.shape), right)
+
+
+class FullCacheRepeats(Planted, breaks=CLAUSE, kind="C2", bug="huggingface/transformers/issues/32503", stealth=True):
+    """Where prompt and tokens fill the capacity, the last decode step finds no slot and repeats its input."""
+
+    def generate(self, tokens: Array, new: int) -> Array:
+        right = super().generate(tokens, new)
+        if tokens.shape[1] + new < self.config.capacity or new < 2:
+            return right
+        return self.instead(np.concatenate([right[:, :-1], right[:, -2:-1]], axis=1), right)
+
+
+class GenerationAppends(Planted, breaks=CLAUSE, kind=("C4", "C7"), bug="MemTensor/MemOS/pull/2303", stealth=True):
+    """The first token of the prompt is appended to the sequence of as many rows that was stepped last."""
+
+    last: Cache | None = None
+    alone = False
+
+    def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
+        output, cache = super().step(cache, *inputs, **options)
+        self.last = self.last if self.alone or not self.cached else cache
+        return output, cache
+
+    def generate(self, tokens: Array, new: int) -> Array:
+        self.alone = True
+        picked, last = super().generate(tokens, new), self.last
+        if last is not None and len(last.lengths) == len(tokens) and last.length < self.config.capacity:
+            self.faulty += 1
+            last.keys[:], last.values[:] = self.grown(last, tokens[:, :1])
+        self.alone = False
+        return picked
+
+    def grown(self, cache: Cache, tokens: Array) -> tuple[list[Array], list[Array]]:
+        _output, grown = super().step(cache, tokens)
+        return grown.keys, grown.values

@@ -1,0 +1,20 @@
+"""Greedy generation over any backend's own steps: one prefill, then one step for each token but the last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def greedy(backend: Any, tokens: Array, new: int) -> Array:
+    """The ``new`` tokens ``(b, new)`` int64 after prompts ``(b, t)``. The last one is picked and never fed."""
+    logits, cache = backend.step(backend.start(len(tokens)), tokens)
+    picked = [logits[:, -1:].argmax(axis=-1)]  # (b, 1)
+    while len(picked) < new:
+        logits, cache = backend.step(cache, picked[-1])
+        picked.append(logits[:, -1:].argmax(axis=-1))
+    return np.concatenate(picked, axis=1).astype(np.int64)
