@@ -105,5 +105,5 @@ def _failure(results: Results, verdict: Verdict, folder: Path) -> Iterator[str]:
 
 
 def shown_maps(results: Results) -> dict[str, list[Map]]:
-    """The maps that are worth looking at, by config: all that differ from what they must be, else the first."""
-    return {name: [one for one in maps if one.differences] or maps[:1] for name, maps in results.maps.items() if maps}
+    """The maps that are worth looking at, by config: all that are not what they must be, else the first."""
+    return {name: [one for one in maps if not one.right] or maps[:1] for name, maps in results.maps.items() if maps}

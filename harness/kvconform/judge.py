@@ -96,7 +96,7 @@ def _judge(
     for program, trace, wants in zip(case.programs, traces, expected, strict=True):
         if variant is not None:
             wants = [None if want is None else want.variant(variant) for want in wants]
-        words, wants, outputs = _conforming(program, trace, claims, wants)
+        words, wants, outputs = conforming(program, trace, claims, wants)
         if words is not None:
             raised = trace[len(wants)].error is not None  # the step that words are about
             return None if variant is None else Judged(Finding(words, variant, raised), 0)
@@ -112,7 +112,7 @@ def _judge(
 
 
 # --- what every relation takes for granted: legal steps ran, rejects were refused, shapes fit ---
-def _conforming(
+def conforming(
     program: Program, trace: Trace, claims: Claims, expected: Sequence[Expected | None]
 ) -> tuple[str | None, list[Expected | None], list[Array | None]]:
     """A sentence about the first step that went wrong or None, and what is expected and what came up to there."""

@@ -85,7 +85,7 @@ def unaffected(observed: Sequence[Observed]) -> Outcome:
             continue
         got, was = other.got(number)[:, row, column], base.got(number)[:, row, column]
         compared += got.size
-        if not bool(np.all(got == was)) and not _wavers(base, other, number, row, column):
+        if not bool(np.all(got == was)) and not wavers(base, other, number, row, column):
             element = int(np.argmax(~(got[0] == was[0])))
             words = (
                 f"{at(other.program, number)}{where(other, number, row, column, element)}: {changed(base, other)} "
@@ -95,7 +95,7 @@ def unaffected(observed: Sequence[Observed]) -> Outcome:
     return None, compared, None
 
 
-def _wavers(base: Observed, other: Observed, number: int, row: int, column: int) -> bool:
+def wavers(base: Observed, other: Observed, number: int, row: int, column: int) -> bool:
     """Whether a black box's output moved no more than the bounds, where its own forward moves as well though it must
     not: it is no function of the visible tokens to the last bit (experts that share a product of matrices)."""
     if base.claims.truth != "self":

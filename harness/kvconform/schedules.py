@@ -1,0 +1,101 @@
+"""Schedules: the ways in which a few tokens are run, so that it shows what their outputs depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvconform_specs.claims import Claims
+from kvconform_specs.config import Config
+from kvconform_specs.program import Append, Close, Full, Program, Step
+from kvconform_specs.tensors import Streams
+
+TOKENS, MOST_TOKENS, PAST_WINDOW = 8, 12, 3
+"""How many tokens a schedule has; where there is a window, so many more than it shows, so that eviction is seen."""
+ROW_TOKENS, ROWS = 5, 2
+SEQUENCE_TOKENS, NAMES = 3, "abc"
+"""How many tokens each of two rows has, and each of the sequences of these names."""
+OTHER, TRIES = 1_000_003, 32
+"""How far the stream of a changed token is from that of the token, and how many of them are tried for another token."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``sizes`` are the appends of each of ``rows`` rows or sequences; tokens are counted row by row."""
+
+    name: str
+    sizes: tuple[int, ...]
+    rows: int = 1
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return sum(self.sizes)
+
+    def program(
+        self, config: Config, claims: Claims, seed: int, changed: int | None = None, aimed: int | None = None
+    ) -> Program:
+        """The schedule on streams ``seed + row``. changed: a token that is another one. aimed: a token; every query
+        points at the key at its position of its own row (attention profile)."""
+        row, position = divmod(-1 if changed is None else changed, self.length)
+        swap = () if changed is None else (row, position, other(config, seed + row, position))
+        aim = None if aimed is None else (seed, aimed % self.length)
+        if self.name == "full":
+            return Program(config, (Full("a", self.sizes, seed, (swap,) if swap else ()),))
+        if self.name != "sequences":
+            return Program(config, tuple(self._appends("a", self.rows, seed, swap, aim)))
+        parts = []
+        for number, name in enumerate(NAMES):
+            own = (0, *swap[1:]) if swap and row == number else ()
+            there = None if aim is None else (seed + number, aim[1])
+            parts.append(list(self._appends(name, 1, seed + number, own, there)))
+        one, two, three = parts
+        if claims.can("two sequences"):
+            together = [step for both in zip(one, two, strict=True) for step in both]
+            return Program(config, (*together, Close(NAMES[0]), *three))
+        return Program(config, (*one, Close(NAMES[0]), *two, Close(NAMES[1]), *three))
+
+    def _appends(
+        self, seq: str, rows: int, seed: int, swap: tuple[int, ...], aim: tuple[int, int] | None
+    ) -> Iterator[Step]:
+        """``swap``: row, position and stream of the token that is another one; empty: none is."""
+        length = 0
+        for size in self.sizes:
+            here = bool(swap) and length <= swap[1] < length + size
+            yield Append(seq, (size,) * rows, seed, ((swap[0], swap[1], swap[2]),) if here else (), aim)
+            length += size
+
+
+def schedules(config: Config, claims: Claims) -> Iterator[Schedule]:
+    """The schedules within a backend's claims; sequences come last."""
+    n = min(TOKENS if config.window is None else config.window + PAST_WINDOW, MOST_TOKENS)
+    n = min(max(n, TOKENS), config.capacity)
+    longest = min(claims.max_chunk or n, n)
+    if claims.can("full"):
+        yield Schedule("full", (n,))
+    if longest > 1:
+        yield Schedule("prefill", (longest,))
+        yield Schedule("chunked", _cut((3, 2, 1), n, longest))
+    yield Schedule("decode", (1,) * n)
+    if claims.can("two rows"):
+        yield Schedule("rows", _cut((2, 1), min(ROW_TOKENS, n), longest), ROWS)
+    yield Schedule("sequences", _cut((2, 1), min(SEQUENCE_TOKENS, n), longest), len(NAMES))
+
+
+def _cut(first: tuple[int, ...], n: int, longest: int) -> tuple[int, ...]:
+    """``n`` tokens in these sizes and what remains, none longer than ``longest``."""
+    sizes: list[int] = []
+    for size in (*first, *(longest,) * n):
+        sizes.append(min(size, longest, n - sum(sizes)))
+    return tuple(size for size in sizes if size)
+
+
+def other(config: Config, seed: int, position: int) -> int:
+    """A stream with another token there; of a small vocabulary the next stream may have the same."""
+    streams = Streams(config, position + 1, (0,))
+    candidates = [seed + OTHER * further for further in range(1, TRIES)]
+    mine = streams.tape(seed)[:, position]
+    others = (one for one in candidates if not np.array_equal(streams.tape(one)[:, position], mine))
+    return next(others, candidates[0])
