@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvconform import visibility_text
 from kvconform.budget import Budget
 from kvconform.registry import installed
 from kvconform.results import Results, exit_code
 from kvconform.verdict import Outcome, Verdict
-from kvconform.visibility import Map
 from kvconform_specs.errors import SpecError
 
 BUDGET = Budget("check", 8, 2, 20.0)
@@ -24,8 +24,8 @@ FORMS = (
     "file.py:NAME or package.module:NAME (a class, factory or function), decoder.onnx, "
     "hf:DIRECTORY or hf:CONFIG_CLASS (transformers), or the name of an installed backend"
 )
-SHOWN = 3
-"""Broken clauses that are printed in full; the others by name."""
+SHOWN, DRAWN = 3, 2
+"""Broken clauses that are printed in full, the others by name; maps that are drawn, the others in words."""
 
 
 def addresses(target: str, options: Mapping[str, Any]) -> list[str]:
@@ -83,6 +83,7 @@ def lines(results: Results, folder: Path) -> Iterator[str]:
         yield from _failure(results, verdict, folder)
     if len(broken) > SHOWN:
         yield f"also broken: {', '.join(dict.fromkeys(v.clause for v in broken[SHOWN:]))}"
+    yield from _maps(results)
     yield f"{results.backend}: {exit_code(results)[1]}"
     passed = sum(verdict.outcome is Outcome.PASS for verdict in results.verdicts)
     programs = sum(verdict.programs for verdict in results.verdicts)
@@ -104,6 +105,19 @@ def _failure(results: Results, verdict: Verdict, folder: Path) -> Iterator[str]:
         yield f"  replay: kvconform replay {file}   (--script bug.py writes it as one file)"
 
 
-def shown_maps(results: Results) -> dict[str, list[Map]]:
-    """The maps that are worth looking at, by config: all that are not what they must be, else the first."""
-    return {name: [one for one in maps if not one.right] or maps[:1] for name, maps in results.maps.items() if maps}
+def _maps(results: Results) -> Iterator[str]:
+    """Of each config the maps that are not what they must be, as pictures, and the others in words; where all are, one
+    picture of what is seen."""
+    drawn = False
+    for name, maps in results.maps.items():
+        wrong = [one for one in maps if not one.right]
+        pictures = wrong[:DRAWN] or [one for one in maps if one.schedule == "chunked"] or maps[:1]
+        right = [visibility_text.title(one) for one in maps if one.right]
+        if right:
+            yield f"visibility [{name}]: as demanded: {', '.join(right)}"
+        for one in pictures:
+            yield f"visibility [{name}]: {visibility_text.drawing(one)}"
+        yield from (f"visibility [{name}]: {visibility_text.words(one)}" for one in wrong[DRAWN:])
+        drawn = drawn or bool(pictures)
+    if drawn:
+        yield visibility_text.LEGEND

@@ -209,8 +209,8 @@ class Sight:
         response, moves = abs(now.value[:, row, column] - was.value[:, row, column]), abs(new - old)
         far = differs and not bool(np.all(moves <= bounds))
         if self.banned[cell]:
-            wavers = wavers(base.observed, other.observed, number, row, column)
-            self.leaked[cell] |= (far or bool(self.steady[cell[0]])) and not wavers
+            alike = wavers(base.observed, other.observed, number, row, column)
+            self.leaked[cell] |= (far or bool(self.steady[cell[0]])) and not alike
             return
         resolvable = response > bounds
         self.required[cell] = bool(resolvable.any())
