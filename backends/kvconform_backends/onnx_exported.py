@@ -7,12 +7,10 @@ on CUDA as well.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import inspect
-import io
 import json
 import os
 import shutil
@@ -29,7 +27,8 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession, OrtValue
 
 from kvconform.backend import Unavailable
-from kvconform_backends import onnx_graphs, torch_decoder
+from kvconform_backends import onnx_graphs, onnx_runtime, torch_decoder
+from kvconform_backends.onnx_runtime import nodes
 from kvconform_backends.validation import check_inputs
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
@@ -38,8 +37,6 @@ from kvconform_specs.tensors import weights as weights_of
 Array = NDArray[Any]
 Past = tuple[OrtValue, ...]
 """Key and value of each layer in turn, ``(b, g, s, d)`` each."""
-
-HEAVY = ("MatMul", "Gemm", "FusedMatMul", "Attention", "MultiHeadAttention", "GroupQueryAttention", "Softmax")
 
 
 class CannotRun(Exception):
@@ -147,44 +144,29 @@ class OnnxExported:
         return self.run(self.session(cached, masked), [*feeds, *cache])
 
     def run(self, session: InferenceSession, feeds: list[OrtValue]) -> list[OrtValue]:
-        binding = session.io_binding()
-        for name, value in zip((x.name for x in session.get_inputs()), feeds, strict=True):
-            binding.bind_ortvalue_input(name, value)
-        for output in session.get_outputs():
-            binding.bind_output(output.name, self.device, 0)  # bound anew: each step's outputs are their own memory
-        session.run_with_iobinding(binding)
-        values: list[OrtValue] = binding.get_outputs()
-        self.seen_on = "/".join(sorted({value.device_name() for value in values}))
-        if self.seen_on != self.device:  # asked for 'cuda', ONNX Runtime may hand back 'cpu' without a word
-            raise RuntimeError(f"outputs are on {self.seen_on}, not on {self.device}")
+        named = zip((x.name for x in session.get_inputs()), feeds, strict=True)
+        values = onnx_runtime.run(session, dict(named), self.device)
+        self.seen_on = onnx_runtime.devices(values)
         return values
 
     def value(self, x: Array) -> OrtValue:
-        """On the CPU it shares the array's memory, which must be contiguous and not change while it lives."""
-        return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x), self.device, 0)
+        return onnx_runtime.value_of(x, self.device)
 
     def array(self, value: OrtValue) -> Array:
-        widened: Array = value.numpy().astype(np.float32)  # a copy: OrtValue.numpy() is a view
-        return widened
+        return onnx_runtime.widened(value)
 
     # --- sessions ---
     def session(self, cached: bool, masked: bool) -> InferenceSession:
         """Built at first use: a subject that is never asked for ``full`` or a mask does not pay for its graph."""
         if (cached, masked) in self.sessions:
             return self.sessions[cached, masked]
-        options = onnx_graphs.session_options()
-        options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))  # 0: ONNX Runtime's own choice
         source: bytes | str
         if self.config.profile == "attention":
             source = onnx_graphs.attention_model(self.config, cached, masked)
         else:
             source = str(self.artefact(cached))
             self.files.append(Path(source).name)  # the folder is the run's own: artefacts, beside the results
-        providers: list[Any] = ["CPUExecutionProvider"]
-        if self.device == "cuda":
-            providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))  # on by default; float32 means float32
-        session = InferenceSession(source, options, providers=providers)
-        session.disable_fallback()
+        session = onnx_runtime.open_session(source, self.device)
         if self.device == "cuda":
             self.prove_session(session)
         self.sessions[cached, masked] = session
@@ -216,22 +198,12 @@ class OnnxExported:
     # --- what really runs ---
     def reach_device(self) -> None:
         """Raises Unavailable where there is no CUDA: a session asked for it would run on the CPU without a word."""
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):  # it prints what it cannot load
-            onnxruntime.preload_dlls()
-        try:
-            self.value(np.zeros(1, np.float32))
-        except RuntimeError as error:
-            reasons = [line for line in printed.getvalue().splitlines() if line.startswith("Failed")]
-            why = (reasons or [str(error).strip()])[0]
-            raise Unavailable(f"ONNX Runtime {onnxruntime.__version__} cannot use CUDA: {why}") from error
+        onnx_runtime.reach_cuda()
 
     def prove_session(self, session: InferenceSession) -> None:
         """Raises CannotRun unless CUDA runs every heavy node: the session itself would fall back in silence."""
-        first = session.get_providers()[0]
-        if first != "CUDAExecutionProvider":
-            raise Unavailable(f"ONNX Runtime {onnxruntime.__version__} runs on {first}, not on CUDA")
-        strays = sorted({kind for (provider, kind) in nodes(session) if kind in HEAVY and "CUDA" not in provider})
+        onnx_runtime.check_first(session)
+        strays = onnx_runtime.strays(nodes(session))
         if strays:
             raise CannotRun(f"ONNX Runtime {onnxruntime.__version__} has no CUDA kernel for {', '.join(strays)} here")
 
@@ -277,9 +249,3 @@ def unable(config: Config, device: str) -> str | None:
     except CannotRun as reason:
         return str(reason)
     return None
-
-
-def nodes(session: InferenceSession) -> Counter[tuple[str, str]]:
-    """How many nodes of each kind each provider runs."""
-    parts = session.get_provider_graph_assignment_info()
-    return Counter((part.ep_name, node.op_type) for part in parts for node in part.get_nodes())

@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.export import Dim
 
+from kvconform_backends.onnx_runtime import session_options
 from kvconform_backends.torch_decoder import DTYPES, Decoder, attention, masks
 from kvconform_specs.config import Config
 
@@ -208,11 +209,3 @@ def attention_model(config: Config, cached: bool, masked: bool) -> bytes:
     onnx.checker.check_model(model, full_check=True)
     data: bytes = model.SerializeToString()
     return data
-
-
-def session_options() -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the machine may be shared
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    return options

@@ -19,13 +19,15 @@ from kvconform.results import Results, read
 from kvconform.storage import write_atomically
 from kvconform.visibility import Map
 from kvconform_reports.markdown import text
-from kvconform_reports.outcomes import counted, duration, short, standing
+from kvconform_reports.outcomes import address, counted, duration, short, standing
 from kvconform_reports.summary import printable
+from kvconform_specs.clauses import ALL
 from kvconform_specs.errors import SpecError
 
 MOST_CLAUSES = 3
 """Broken clauses that are shown with their sentence; the others by name."""
-MOST_MAPS = 3
+MOST_MAPS = 2
+"""Pictures of one version; the others are in its results."""
 
 
 @dataclass(frozen=True)
@@ -236,8 +238,10 @@ def _version(version: Version, results: Results | None) -> Iterator[str]:
 
 
 def _broken(results: Results) -> Iterator[str]:
-    """What it behaves like, then the clauses that it breaks: the earliest found first."""
+    """What it behaves like, then the clauses that it breaks, core ones first."""
+    core = {clause.name for clause in ALL if clause.core}
     broken = [verdict for verdict in results.verdicts if verdict.outcome.broken]
+    broken.sort(key=lambda verdict: verdict.clause not in core)
     if not broken:
         return
     sentences = {diagnosis.sentence: diagnosis for diagnosis in results.diagnoses.values() if diagnosis.sentence}
@@ -252,19 +256,24 @@ def _broken(results: Results) -> Iterator[str]:
 
 
 def _diagnosis(diagnosis: Diagnosis) -> str:
-    link = f" ([{text(short(diagnosis.bug))}]({diagnosis.bug}))" if diagnosis.bug.startswith("https://") else ""
-    return f"> {text(diagnosis.sentence)}{link}"
+    """The sentence, in which the bug is a link."""
+    if not address(diagnosis.bug):
+        return f"> {text(diagnosis.sentence)}"
+    before, found, after = diagnosis.sentence.partition(diagnosis.bug)
+    link = f"[{text(short(diagnosis.bug))}]({diagnosis.bug})"
+    return f"> {text(before)}{link}{text(after)}" if found else f"> {text(before)} ({link})"
 
 
 def _maps(maps: Mapping[str, list[Map]]) -> Iterator[str]:
-    """Of the first config that has maps those that are not as they must be, else how chunks see."""
+    """Of the first config that has maps: what differs or stopped, else what cannot be told, else how chunks see."""
     drawn = next((found for found in maps.values() if found), [])
     if not drawn:
         yield "No map: maps are made of modules, and of what is broken."
         return
-    wrong = [one for one in drawn if not one.right]
+    wrong = [one for one in drawn if one.differences or one.stopped]
+    untold = [one for one in drawn if not one.right]
     chunked = [one for one in drawn if one.schedule == "chunked"] or drawn[:1]
-    for one in (wrong or chunked)[:MOST_MAPS]:
+    for one in (wrong or untold or chunked)[:MOST_MAPS]:
         yield _fenced(visibility_text.drawing(one), "text")
 
 

@@ -1,0 +1,28 @@
+"""Past tuples as first listed in a notebook: ``is_causal=True``, with a cache as without one.
+
+torch puts the causal triangle at the top left of the scores. A decode step has one query, whose row is the first one:
+it sees key 0 and no other. It runs, and the text reads badly. Try it:
+
+    kvconform check examples/published/past_tuples_first.py:FirstListing
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class FirstListing(nn.Module):
+    def __init__(self, d_model=32, n_heads=4):
+        super().__init__()
+        self.n_heads = n_heads
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.out = nn.Linear(d_model, d_model)
+
+    def forward(self, x, past_kv=None):  # (b, t, d_model), None or two of (b, n_heads, past, d_head)
+        b, t, d_model = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        if past_kv is not None:
+            k = torch.cat([past_kv[0], k], dim=2)
+            v = torch.cat([past_kv[1], v], dim=2)
+        y = scaled_dot_product_attention(q, k, v, is_causal=True)  # the mistake
+        return self.out(y.transpose(1, 2).reshape(b, t, d_model)), (k, v)
