@@ -1,0 +1,84 @@
+"""Subjects for diagnoses, addressed as ``tests/undiagnosed.py:Name``: what no planted fault does, and black boxes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from kvconform.registry import load
+from kvconform_backends.numpy_cache import Array, Cache, NumpyCache
+
+BlackBox: Any = load(f"{Path(__file__).parent / 'black_boxes.py'}:BlackBox")
+"""By its file: in a worker, this folder is not on the path."""
+HEADS = 3
+
+
+class DecodeOnePercent(NumpyCache):
+    """Outputs of decode steps are 1 % too large: nobody planted that."""
+
+    def attention(self, query: Array, keys: Array, values: Array) -> Array:
+        right = super().attention(query, keys, values)
+        decodes = query.shape[2] == 1 < keys.shape[2]
+        return np.asarray(right * np.float32(1.01) if decodes else right)
+
+
+class SecondHead(NumpyCache):
+    """From the second row on, head 1 is negative."""
+
+    def attention(self, query: Array, keys: Array, values: Array) -> Array:
+        right = super().attention(query, keys, values)
+        right[1:, 1] *= -1
+        return right
+
+
+class Prompt23(NumpyCache):
+    """A prompt of exactly 23 tokens gives zeros; no probe has one."""
+
+    def attention(self, query: Array, keys: Array, values: Array) -> Array:
+        right = super().attention(query, keys, values)
+        return right * np.float32(0) if query.shape[2] == keys.shape[2] == 23 else right
+
+
+class DiesOnChunks(NumpyCache):
+    def step(self, cache: Cache, *inputs: Array, **keywords: Any) -> tuple[Array, Cache]:
+        if cache.length and inputs[0].shape[2] > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(cache, *inputs, **keywords)
+
+
+class BoxTopLeft(BlackBox):
+    """Its cached steps mask from the top left: they see the first token of the past alone."""
+
+    past: ClassVar[int] = 0
+
+    def step(self, cache: tuple[Array, int], x: Array) -> tuple[Array, tuple[Array, int]]:
+        self.past = cache[0].shape[1]
+        try:
+            return super().step(cache, x)
+        finally:
+            self.past = 0
+
+    def seen(self, s: int, cached: bool) -> Array:
+        right = super().seen(s, cached)
+        if cached and self.past:
+            right[self.past :] = np.tri(s - self.past, s, dtype=bool)
+        return right
+
+
+class BoxScaled(BlackBox):
+    """Scores of cached steps are smaller than those of its own forward, in the last head."""
+
+    def attention(self, q: Array, k: Array, v: Array, cached: bool) -> Array:
+        if cached and q.shape[1] > 6:
+            q = q * np.repeat(np.float32([*[1] * (HEADS - 1), 0.7]), q.shape[2] // HEADS)
+        return super().attention(q, k, v, cached)
+
+
+class BoxRight(BlackBox):
+    def __init__(self, config: Any, weights: Mapping[str, Array], device: str) -> None:
+        super().__init__(config, weights, device)
