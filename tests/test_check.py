@@ -110,12 +110,18 @@ def test_an_error_of_a_ten_thousandth_in_the_cached_path_alone_is_convicted(tmp_
 
 
 def test_a_forward_that_is_no_yardstick_is_the_finding_and_nothing_is_judged_by_it(tmp_path: Path) -> None:
-    for name in ("NotCausal", "Disturbed"):
-        found = judged(name, tmp_path)
-        assert exit_code(found)[0] == 1
-        assert [v.clause for v in found.verdicts if v.outcome.broken] == ["equivalence.full-stable"], name
-        others = {v.outcome for v in found.verdicts if v.clause != "equivalence.full-stable"}
-        assert others == {Outcome.INCONCLUSIVE, Outcome.UNSUPPORTED}
+    found = judged("NotCausal", tmp_path)
+    assert exit_code(found)[0] == 1
+    assert [v.clause for v in found.verdicts if v.outcome.broken] == ["equivalence.full-stable"]
+    others = {v.outcome for v in found.verdicts if v.clause != "equivalence.full-stable"}
+    assert others == {Outcome.INCONCLUSIVE, Outcome.UNSUPPORTED}
+
+
+def test_a_forward_that_cached_steps_disturb_is_a_finding_and_still_a_yardstick_where_none_runs(tmp_path: Path) -> None:
+    found = outcomes(judged("Disturbed", tmp_path))
+    assert found["equivalence.full-stable"] is Outcome.FAIL
+    assert found["equivalence.chunks"] is Outcome.FAIL  # it compares with the forward in the subject's own process
+    assert found["lifecycle.reset"] is Outcome.PASS
 
 
 def test_what_wavers_in_its_last_bits_like_its_own_forward_is_no_leak(tmp_path: Path) -> None:

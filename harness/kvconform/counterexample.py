@@ -86,11 +86,12 @@ def _frozen(step: Step, variant: int) -> Step:
 def attempt(clause: Clause, subject: Subject, case: Case, variants: tuple[int, ...]) -> Judged | Broken:
     """Runs a case's programs on the live worker and judges them. The definition is computed while the worker runs, and
     the worker has its next program before it has answered to the last."""
-    traces, expected = [], []
+    traces, expected, sent = [], [], 0
     for number, program in enumerate(case.programs):
         try:
             if number == 0:
                 subject.send(program, variants)
+                sent = 1
             own = None if subject.own is None else subject.own(program.config)
             wants = expect(program, variants, subject.claims.precision, own)
             if clause.needs_numbers:
@@ -100,8 +101,10 @@ def attempt(clause: Clause, subject: Subject, case: Case, variants: tuple[int, .
             expected.append(wants)
             for following in case.programs[number + 1 : number + 2]:
                 subject.send(following, variants)
+                sent += 1
             traces.append(subject.receive(program))
         except Death as death:
+            subject.discard(case.programs[len(traces) : sent])  # where it was the truth that died
             variant = variants[min(death.variant, len(variants) - 1)]
             return Broken(death.kind, death.words, variant, number, death.step)
     try:

@@ -68,6 +68,7 @@ WIDEST_FIRST = {
     "memory": ("length", "pages", "capacity"),
     "intermediates": ("single", "storage"),
     "truth": ("definition", "self"),
+    "rounding": ("own", "shared"),
 }
 """What is claimed one of a few ways: from the claim that promises most to the one that promises least."""
 

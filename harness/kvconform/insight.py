@@ -19,6 +19,10 @@ from kvconform_specs.config import Config
 from kvconform_specs.oracle import expect
 from kvconform_specs.program import Append, Program
 
+SHARED = (
+    "an output's last bits depend on other tokens of the call, without a cache as well: what must not move may move "
+    "within the bounds"
+)
 TOKENS = 8
 """How many tokens the noise floor is measured on."""
 
@@ -32,7 +36,8 @@ def add(subject: Subject, results: Results, configs: Mapping[str, Config], failu
         if results.target is not None and ran:
             with suppress(Death, Infrastructure):
                 noise = {**results.target.noise, name: noise_floor(subject, config)}
-                results.target = msgspec.structs.replace(results.target, noise=noise)
+                assumed = [*results.target.assumed, *([SHARED] if subject.claims.rounding == "shared" else [])]
+                results.target = msgspec.structs.replace(results.target, noise=noise, assumed=assumed)
         if broken or (results.target is not None and ran):
             with suppress(Death, Infrastructure):
                 results.maps[name] = visibility.maps(subject, config)

@@ -13,6 +13,8 @@ from typing import Any
 
 GROUP = "kvconform.backends"
 TARGETS = "kvconform.targets"
+EXTRAS = {"gpt2-transformers": "hf", "module-buffers": "eager", "past-tuples": "eager", "list-cache": "eager"}
+"""What brings what a backend of ours needs, where it is not called like the backend."""
 
 
 class BackendError(Exception):
@@ -77,7 +79,8 @@ def load(address: str) -> Any:
 def _remedy(point: EntryPoint) -> str:
     """Our own backends have an extra each; what another distribution needs, its own dependencies say."""
     name = point.dist.name if point.dist is not None else "its distribution"
-    return f"pip install 'kvconform[{point.name.partition('-')[0]}]'" if name == "kvconform" else f"pip install {name}"
+    extra = EXTRAS.get(point.name, point.name.partition("-")[0])
+    return f"pip install 'kvconform[{extra}]'" if name == "kvconform" else f"pip install {name}"
 
 
 def address_of(backend: type) -> str:

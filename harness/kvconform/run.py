@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from kvconform import insight, pairwise
+from kvconform import counterexample, insight, pairwise
 from kvconform.budget import BUDGETS, DEFAULT_BUDGET, Budget
 from kvconform.cell import Cell, run_cell
 from kvconform.lattice import measured
@@ -26,10 +26,12 @@ from kvconform.storage import write_atomically
 from kvconform.subject import Infrastructure, Launch, Subject
 from kvconform.verdict import Outcome, Verdict
 from kvconform_specs import SUITE_VERSION
+from kvconform_specs.clause import Case
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.config import DTYPES, Config
 from kvconform_specs.errors import SpecError
 from kvconform_specs.points import POINTS, label, point
+from kvconform_specs.program import Full
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def run_backend(
         done = {verdict.key: verdict for verdict in results.verdicts}
         results.verdicts = []
         results.stale = strangers(ledger, name)
+        untrue: set[str] = set()
         begin(sum(1 for _ in cells(plan, subject.points)))
         for cell in cells(plan, subject.points):
             known = ledger.find(name, cell)
@@ -142,12 +145,13 @@ def run_backend(
                 results.verdicts.append(verdict)
                 tell(verdict)
                 continue
-            untrue = _untrue(results, cell)
             try:
-                if untrue is not None:
-                    verdict, stale = untrue, ""
+                if cell.config_name in untrue and not cell.clause.blind:
+                    verdict, stale = _unjudged(cell, launch.address), ""
                 else:
                     verdict, stale = judged(cell, subject, plan, failures, known)
+                if _untrue(subject, verdict, failures):
+                    untrue.add(cell.config_name)
             except Infrastructure as sentence:
                 results.unavailable = str(sentence)
                 break
@@ -176,18 +180,23 @@ def run_backend(
     return results
 
 
-def _untrue(results: Results, cell: Cell) -> Verdict | None:
-    """The verdict on a cell of a black box whose own forward has been found to be no yardstick."""
-    if results.target is None:
-        return None
-    bad = [v for v in results.verdicts if v.key == (_TRUTH.name, cell.config_name) and v.outcome.broken]
-    if not bad or cell.clause.blind:
-        return None
+def _untrue(subject: Subject, verdict: Verdict, failures: Path) -> bool:
+    """Whether a black box's own forward has been found to be no yardstick: it breaks the clause about it by itself, and
+    not only beside cached steps, which the truth's own process never runs."""
+    if subject.target is None or verdict.clause != _TRUTH.name or not verdict.counterexample or verdict.raised:
+        return False
+    case = Case.from_json(counterexample.read(failures / verdict.counterexample).case)
+    alone = [
+        replace(program, steps=tuple(s for s in program.steps if isinstance(s, Full))) for program in case.programs
+    ]
+    return isinstance(counterexample.replayed(_TRUTH, subject, [], Case(tuple(alone))), counterexample.Broken)
+
+
+def _unjudged(cell: Cell, backend: str) -> Verdict:
     words = f"not judged: its own forward, which it would be judged by, breaks {_TRUTH.name}"
     return Verdict(
-        clause=cell.clause.name, config=cell.config_name, backend=bad[0].backend, outcome=Outcome.INCONCLUSIVE,
-        sentence=words,
-    )  # fmt: skip
+        clause=cell.clause.name, config=cell.config_name, backend=backend, outcome=Outcome.INCONCLUSIVE, sentence=words
+    )
 
 
 def _write_vectors(subject: Subject, results: Results, path: Path) -> None:

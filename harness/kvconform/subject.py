@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from kvconform.wire import LENGTHS, PROGRESS, Header, Traces, send, unpack
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
-from kvconform_specs.oracle import Own
+from kvconform_specs.oracle import Own, shares_rounding
 from kvconform_specs.program import NAMES, Append, Full, Generate, Program, Truncate, called
 
 BUILD_TIMEOUT = 900.0
@@ -84,6 +84,7 @@ class Subject:
         self.claims = Claims.from_json(description["claims"])
         self.environment: dict[str, str] = description["environment"]
         self.target: dict[str, Any] | None = description["target"]
+        self._measured = False  # how a black box's own forward rounds
         self._truth: Subject | None = None  # of a black box: a process of its own, on which no cached step ever runs
         if launch.device not in self.claims.devices:
             self.close()
@@ -113,6 +114,7 @@ class Subject:
         """The black box's own forward (``oracle.Own``). Raises Death where it raises, or its process dies."""
         if self._truth is None:
             self._truth = Subject(self.launch)
+            self._truth._measured = True
         truth = self._truth
         reason = truth.build(config)
         if reason is not None:
@@ -123,6 +125,8 @@ class Subject:
         }  # fmt: skip
         truth._post(message, np.ascontiguousarray(inputs).tobytes())
         header, blob = truth._reply(self.launch.step_timeout)
+        if "unavailable" in header:
+            raise Infrastructure(str(header["unavailable"]))
         if "error" in header:
             raise Death("crash", f"its own cache-less forward raised {header['error']}", 0, -1)
         return np.frombuffer(blob, header["dtype"]).reshape(header["shape"])
@@ -159,6 +163,11 @@ class Subject:
         if "refused" in header:
             return str(header["refused"])
         self._built.add(config)
+        if self.target is not None and not self._measured:
+            self._measured = True
+            with suppress(Death, Infrastructure):  # what is wrong with its own forward is found by a clause
+                if shares_rounding(self._own, config):
+                    self.claims = replace(self.claims, rounding="shared")
         return None
 
     def run(self, program: Program, indices: Sequence[int]) -> Traces:
@@ -180,8 +189,16 @@ class Subject:
                 death.kind, f"{_place(program, death.step)}: {death.words}", death.variant, death.step
             ) from None
         if "error" in header:  # recording failed, not a step: nothing the subject could cause by raising
+            self._kill()  # it may owe other replies
             raise Death("crash", str(header["error"]), 0, -1)
         return unpack(header, blob)
+
+    def discard(self, programs: Sequence[Program]) -> None:
+        """Waits for the traces of programs that were sent, and forgets them; a dead worker owes none."""
+        for program in programs:
+            if self._process is not None:
+                with suppress(Death):
+                    self.receive(program)
 
     def witness(self, config: Config) -> dict[str, Any]:
         if config not in self._built or self._process is None:

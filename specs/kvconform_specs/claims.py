@@ -75,7 +75,8 @@ class Claims:
     memory: what a sequence's bytes follow: its ``length``, the ``capacity``, or whole ``pages``.
     max_graphs: most graphs that a subject compiles or captures, whatever it is asked. intermediates, kv_bits, residual:
     see ``Precision``. truth: what the outputs are judged by (``TRUTHS``); ``self`` is of backends whose weights the
-    harness does not set.
+    harness does not set. rounding: whether an output's last bits are its ``own`` tokens' alone, or ``shared`` with
+    other tokens of the call, cached or not (experts that share a product of matrices); of black boxes it is measured.
     """
 
     profiles: tuple[str, ...] = ()
@@ -97,6 +98,7 @@ class Claims:
     kv_bits: int = 0
     residual: int = 0
     truth: str = "definition"
+    rounding: str = "own"
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -109,7 +111,7 @@ class Claims:
         for name, allowed in (
             ("returns", ("all", "last")), ("overflow", ("refused", "undefined")), ("keeps", ("all", "window")),
             ("dead_slots", ("finite", "any")), ("memory", ("length", "capacity", "pages")),
-            ("intermediates", ("single", "storage")), ("truth", TRUTHS),
+            ("intermediates", ("single", "storage")), ("truth", TRUTHS), ("rounding", ("own", "shared")),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise SpecError(f"claims.{name}", f"unknown value {getattr(self, name)!r}; known: {', '.join(allowed)}")

@@ -30,6 +30,8 @@ Ids = NDArray[np.int64]
 Numbers = Callable[[str], Array]
 """``value``, ``bound``, ``floor`` or ``likely`` (see ``Expected``), computed when first asked for."""
 PLAIN = Precision()
+SAMPLE = 32, 8
+"""Sequences, and tokens of each, on which a black box's rounding is tried."""
 BLOCK = 1 << 22
 """Scores that are computed at once; long contexts are cut into blocks of queries."""
 
@@ -157,6 +159,19 @@ def expect(
         else:
             wanted.append(None)
     return tuple(wanted)
+
+
+def shares_rounding(own: Callable[..., Array], config: Config) -> bool:
+    """Whether changing the last token of sequences moves an earlier output of a black box's own forward by a bit.
+
+    own: ``Own`` with the config in front of its arguments.
+    """
+    tokens = min(config.capacity, SAMPLE[1])
+    streams = Streams(config, tokens, range(SAMPLE[0]))
+    base, changed = streams.tape(11).copy(), streams.tape(11).copy()
+    changed[:, -1] = streams.tape(12)[:, -1]
+    before, after = (own(config, inputs, 0.0, 0.0, 0)[:, :-1] for inputs in (base, changed))
+    return not np.array_equal(before, after, equal_nan=True)
 
 
 Request = tuple[Row, Token | None, tuple[int, ...]]
