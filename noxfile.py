@@ -6,6 +6,7 @@ torch is installed first and pinned (constraints.txt): what depends on it would 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -19,13 +20,15 @@ CONSTRAINTS = ("-c", "constraints.txt")
 RESULTS = Path("results")
 BACKENDS = ("eager", "compiled", "onnx")
 """Each in its own environment, which is also the one whose interpreter is timed."""
+TORCH = {"eager", "compiled", "onnx", "hf", "py"}
+"""Extras that need torch."""
 UNSUPPORTED_HERE = 3
 """Exit code of a backend that this machine cannot run: one sentence, and the others go on."""
 
 
 def install(session: nox.Session, *extras: str) -> None:
     """torch first, then the project as a wheel, so that nothing is read from the checkout by accident."""
-    if {"eager", "compiled", "onnx"} & set(extras):
+    if TORCH & set(extras):
         session.install(*CONSTRAINTS, "torch")
     session.install(*CONSTRAINTS, f".[{','.join(extras)}]" if extras else ".")
 
@@ -93,8 +96,8 @@ def gate(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests: the spec, the machine, the faults, the backends, packaging and the report in a browser."""
-    install(session, "eager", "compiled", "onnx")
+    """All tests: the spec, the machine, the faults, the backends, targets, packaging and the report in a browser."""
+    install(session, "eager", "compiled", "onnx", "hf")
     session.install(*CONSTRAINTS, "-r", "tests/requirements.txt")
     browser(session)
     jobs = [] if any(arg.startswith("-n") for arg in session.posargs) else ["-n", "2"]
@@ -113,11 +116,21 @@ def browser(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """ruff and mypy --strict over the four source roots."""
-    install(session, "eager", "compiled", "onnx")
+    install(session, "eager", "compiled", "onnx", "hf")
     session.install(*CONSTRAINTS, "ruff", "mypy", "-r", "tests/requirements.txt")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
+
+
+@nox.session(default=False)
+def designs(session: nox.Session) -> None:
+    """Checks four published designs, as intended and as published; docs/published-designs.md."""
+    install(session, "eager", "hf")
+    page = ["python", "-m", "kvconform_reports.designs", str(RESULTS / "designs")]
+    for command in str(session.run(*page, silent=True)).splitlines():
+        session.run(*shlex.split(command), success_codes=[0, 1])  # 1: as published, some are broken
+    session.run(*page, "-o", "docs/published-designs.md")
 
 
 @nox.session(default=False)
