@@ -147,7 +147,7 @@ def test_weights_are_spread_and_depend_on_the_seed_alone() -> None:
     assert torch.equal(tables[0], tables[1])
     assert not torch.equal(tables[0], tables[2])
     assert 0.18 < float(tables[0].detach().std()) < 0.22
-    assert first.assumed[1] == "Its weights are random (seed 3, of standard deviation 0.2, since 0.02 hides mistakes)."
+    assert first.assumed[1] == "its weights are random (seed 3, of standard deviation 0.2, since 0.02 hides mistakes)"
 
 
 def test_special_tokens_are_in_no_program() -> None:
@@ -160,12 +160,12 @@ def test_a_directory_without_weights_is_opened_at_random_and_one_with_weights_as
     random = open_hf(str(TINY), {"cache": "static"})
     config = random.points["decoder-own"]
     assert (config.heads, config.kv_heads, config.layers, config.vocabulary, config.capacity) == (6, 2, 3, 101, 40)
-    assert random.assumed[0].startswith("Its weights are random (seed 0, of standard deviation 0.2")
+    assert random.assumed[0].startswith("its weights are random (seed 0, of standard deviation 0.2")
     assert random.source == str(TINY / "config.json")
     kept = LlamaForCausalLM(LlamaConfig(**json.loads((TINY / "config.json").read_text())))
     kept.save_pretrained(tmp_path)
     backend = open_hf(str(tmp_path), {})
-    assert backend.assumed[0] == f"Its weights are those in {tmp_path}."
+    assert backend.assumed[0] == f"its weights are those in {tmp_path}"
     for mine, saved in zip(backend.made.parameters(), kept.parameters(), strict=True):
         assert torch.equal(mine, saved)
 
@@ -198,7 +198,7 @@ def test_an_address_names_target_cache_and_dtype() -> None:
 
 def test_experts_share_no_product_unless_they_are_told_to() -> None:
     apart, together = open_hf("GptOssConfig", {}), open_hf("GptOssConfig", {"experts_implementation": "grouped_mm"})
-    assert "Its experts are computed by batched_mm, since grouped_mm lets tokens share a rounding." in apart.assumed
+    assert "its experts are computed by batched_mm, since grouped_mm lets tokens share a rounding" in apart.assumed
     for backend, name in ((apart, "batched_mm"), (together, "grouped_mm")):
         subject = backend(backend.points["decoder-own"], {})
         assert subject.witness()["experts"] == name

@@ -174,7 +174,7 @@ def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
         if recipe.experts is None and _experts(model) == "grouped_mm":
             recipe = replace(recipe, experts=APART)
             model.set_experts_implementation(APART)
-            assumed = (*assumed, f"Its experts are computed by {APART}, since grouped_mm lets tokens share a rounding.")
+            assumed = (*assumed, f"its experts are computed by {APART}, since grouped_mm lets tokens share a rounding")
         point = point_of(model.config, str(chosen["dtype"]))
         with torch.no_grad():
             model(input_ids=torch.tensor([tokens_of(point, 2)]), use_cache=False)
@@ -234,20 +234,20 @@ def _recipe(target: str, options: Mapping[str, Any]) -> tuple[Recipe, tuple[str,
         weights=held, cache=options["cache"], attention=options["attn_implementation"],
         experts=options["experts_implementation"], dtype=options["dtype"], seed=options["seed"],
     )  # fmt: skip
-    assumed = [] if found else ["Its sizes are tiny, as they were chosen here."]
+    assumed = [] if found else ["its sizes are tiny, as they were chosen here"]
     spread = {recipe.fields[name] for name in ("initializer_range", "init_std") if name in recipe.fields}
     if held:
-        assumed.append(f"Its weights are those in {target}.")
+        assumed.append(f"its weights are those in {target}")
     else:
         size = f", of standard deviation {spread.pop():g}, since 0.02 hides mistakes" if spread else ""
-        assumed.append(f"Its weights are random (seed {recipe.seed}{size}).")
+        assumed.append(f"its weights are random (seed {recipe.seed}{size})")
     return recipe, tuple(assumed)
 
 
 def _assumed(point: Config) -> tuple[str, ...]:
-    said = ["It is called as generate does: an attention mask of ones, and positions that follow from it."]
+    said = ["it is called as generate does: an attention mask of ones, and positions that follow from it"]
     if point.reserved:
-        said.append(f"Tokens {', '.join(map(str, point.reserved))} are special and never used.")
+        said.append(f"tokens {', '.join(map(str, point.reserved))} are special and never used")
     return tuple(said)
 
 

@@ -16,6 +16,7 @@ from kvconform.budget import Budget
 from kvconform.registry import installed
 from kvconform.results import Results, exit_code
 from kvconform.verdict import Outcome, Verdict
+from kvconform_specs.clauses import ALL
 from kvconform_specs.errors import SpecError
 
 BUDGET = Budget("check", 8, 2, 20.0)
@@ -24,6 +25,7 @@ FORMS = (
     "file.py:NAME or package.module:NAME (a class, factory or function), decoder.onnx, "
     "hf:DIRECTORY or hf:CONFIG_CLASS (transformers), or the name of an installed backend"
 )
+CORE = {clause.name for clause in ALL if clause.core}
 SHOWN, DRAWN = 3, 2
 """Broken clauses that are printed in full, the others by name; maps that are drawn, the others in words."""
 
@@ -78,6 +80,7 @@ def lines(results: Results, folder: Path) -> Iterator[str]:
         for name, noise in results.target.noise.items():
             yield f"  noise floor [{name}]: outputs may stray by {noise:.1g} of their size at most"
     broken = [verdict for verdict in results.verdicts if verdict.outcome.broken]
+    broken.sort(key=lambda verdict: verdict.clause not in CORE)  # what matters most first
     yield from diagnosed(results)
     for verdict in broken[:SHOWN]:
         yield from _failure(results, verdict, folder)
