@@ -153,7 +153,7 @@ def test_weights_are_spread_and_depend_on_the_seed_alone() -> None:
 def test_special_tokens_are_in_no_program() -> None:
     backend = open_hf("LlamaConfig", {"config": {"eos_token_id": [5, 2], "pad_token_id": None}})
     assert backend.points["decoder-own"].reserved == (1, 2, 5)
-    assert "Tokens 1, 2, 5 are special and never used." in backend.assumed
+    assert "tokens 1, 2, 5 are special and never used" in backend.assumed
 
 
 def test_a_directory_without_weights_is_opened_at_random_and_one_with_weights_as_it_is(tmp_path: Path) -> None:

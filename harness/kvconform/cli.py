@@ -30,6 +30,7 @@ from kvconform import (
     power,
     presets,
     protocol,
+    repro,
     results,
     spec_page,
 )
@@ -242,6 +243,9 @@ def replay(
     device: Annotated[str, typer.Option(help="Another device than the file names.")] = "",
     python: Annotated[str, typer.Option(help="Interpreter of the worker.")] = sys.executable,
     step_timeout: Annotated[float, typer.Option(help="Seconds without progress that make a timeout.")] = STEP_TIMEOUT,
+    script: Annotated[
+        Path | None, typer.Option(help="Writes the failure as a Python file that needs the target and numpy only.")
+    ] = None,
 ) -> None:
     """Runs a counterexample on a fresh process and says what is wrong; exit code 1 if it still is."""
     found = counterexamples.read(file)
@@ -252,11 +256,16 @@ def replay(
     address = backend or found.backend
     with Subject(Launch(address, device or found.device, python, step_timeout)) as subject:
         tried = counterexamples.replayed(BY_NAME[found.clause], subject, before, case)
-    place = f"{found.clause} on {address}"
-    if isinstance(tried, Broken):
-        screen.print(escape(f"{place}: {counterexamples.sentence(tried, before)}"))
-        raise typer.Exit(1)
+        place = f"{found.clause} on {address}"
+        if isinstance(tried, Broken):
+            screen.print(escape(f"{place}: {counterexamples.sentence(tried, before)}"))
+            if script is not None:
+                write_atomically(script, repro.script(found, subject).encode())
+                screen.print(escape(f"  script: {repro.tried(script, python)}"))
+            raise typer.Exit(1)
     screen.print(escape(f"{place}: holds now; the file says: {found.sentence}"))
+    if script is not None:
+        screen.print("  no script: there is nothing to reproduce")
 
 
 @app.command(name="gate")
