@@ -10,10 +10,12 @@ import msgspec
 
 from kvconform import audit_record, lattice, ledger
 from kvconform.audit_record import Audited, Trial
+from kvconform.diagnosis import Diagnosis
 from kvconform.latency_record import Arm, Case, Excluded, Ratio, Record, Round, Summary
 from kvconform.pairwise import Pair
-from kvconform.results import Results
+from kvconform.results import Results, Target
 from kvconform.verdict import Outcome, Verdict
+from kvconform.visibility import Map
 from kvconform_specs.clauses import ALL
 from kvconform_specs.points import POINTS
 
@@ -208,6 +210,28 @@ def four() -> list[Results]:
             unavailable="backend 'compiled' is not installed; install it with: pip install 'kvconform[compiled]'",
         ),
     ]  # fmt: skip
+
+
+TOP_LEFT = Map(
+    schedule="decode", sizes=[1, 1, 1], wanted=["x..", "xx.", "xxx"], seen=["x..", "x..", "x.."], notes=["a note"]
+)
+AS_DEMANDED = Map(schedule="chunked", sizes=[2, 1], wanted=["x..", "xx.", "xxx"], seen=["x..", "xx.", "xxx"])
+
+
+def black_box(name: str, words: str = "behaves like a mask that begins at the top left") -> Results:
+    """A broken one, which was judged by itself, mapped and diagnosed."""
+    said = "got 0.41, want -0.18"
+    return results(
+        name, [other("equivalence.decode", "hidden-own", Outcome.FAIL, said), passed("shape.length", "hidden-own")],
+        target=Target(recognised=words, assumed=[words], points={"hidden-own": {}}, noise={"hidden-own": 4e-5}),
+        maps={"hidden-own": [AS_DEMANDED, TOP_LEFT]},
+        diagnoses={
+            "hidden-own": Diagnosis(
+                named="M1", fault=words, bug="https://github.com/pytorch/pytorch/issues/108108", sentence=words,
+                signature=words,
+            )
+        },
+    )  # fmt: skip
 
 
 def pairs() -> list[Pair]:

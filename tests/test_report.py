@@ -22,7 +22,7 @@ from kvconform.lattice import LEVELS, Guarantee, measured
 from kvconform.pairwise import Pair
 from kvconform.results import Results, exit_code
 from kvconform.verdict import Outcome
-from kvconform_reports import charts, embedding, junit, markdown, summary
+from kvconform_reports import charts, embedding, junit, maps, markdown, summary
 from kvconform_reports.html import render
 from kvconform_reports.outcomes import MEANINGS, STANDINGS, SYMBOLS, TONES, WORST_FIRST, percent
 from kvconform_specs.clauses import ALL, BY_NAME, CHAPTERS
@@ -693,3 +693,36 @@ def test_two_runs_of_one_backend_keep_apart() -> None:
     assert [line.split("  ")[0] for line in text.splitlines()[1:]] == [
         "eager (cpu)", "eager (cuda) (float32) #2", "eager (cuda) (float32) #3",
     ]  # fmt: skip
+
+
+# --- what sees what ---
+def test_what_is_broken_is_named_mapped_and_told_in_words() -> None:
+    parsed = page(render([given.black_box("mine")], [], None))
+    assert "behaves like a mask that begins at the top left" in parsed.text
+    assert "pytorch/pytorch#108108" in parsed.text
+    pictures = [attributes for tag, attributes in parsed.tags if tag == "svg" and attributes.get("class") == "map"]
+    assert len(pictures) == 2  # the legend, and the one that differs
+    assert all(attributes["role"] == "img" for attributes in pictures)
+    assert f"chunked {'+'.join(map(str, given.AS_DEMANDED.sizes))}: as demanded" in parsed.text
+    words = maps.words(given.TOP_LEFT)
+    assert "token 0" in words
+    assert parsed.text.count(words) == 2  # under the picture, and as its description
+
+
+def test_a_black_box_is_told_apart_from_what_the_definition_judged() -> None:
+    parsed = page(render([given.black_box("mine"), given.four()[0]], [], None))
+    assert parsed.text.count("judged by its own forward") >= 1
+    assert parsed.text.count("judged by the definition") == 1
+    assert "by itself" in parsed.text
+    assert "noise floor, hidden-own" in parsed.text
+
+
+def test_a_diagnosis_is_in_the_job_summary() -> None:
+    assert "begins at the top left" in markdown.render([given.black_box("mine")], [], None)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_words_of_a_target_come_out_as_text(name: str) -> None:
+    tame, wild = (page(render([given.black_box(words, words)], [], None)) for words in ("tame", name))
+    assert wild.text.count(name) >= 6
+    assert shape(wild) == shape(tame)
