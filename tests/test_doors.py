@@ -45,8 +45,9 @@ def test_a_broken_backend_exits_with_1_and_each_failure_is_two_lines(tmp_path: P
     name = f"{SUBJECTS}:PrintsAndIsWrong"
     done = kvconform("run", "-b", name, *ONE_CONFIG, "--clause", "definition.attention", folder=tmp_path)
     assert done.returncode == 1
-    fact, replay, summary, _counts = done.stdout.splitlines()
+    fact, replay, diagnosis, summary, _counts = done.stdout.splitlines()
     assert fact.startswith("definition.attention on PrintsAndIsWrong [attention-gqa]: step ")
+    assert diagnosis.startswith("diagnosis [attention-gqa]: ")
     assert summary == "PrintsAndIsWrong: non-conformant: 1 of 1 cells broken"
     again = kvconform(*replay.split()[2:], folder=tmp_path)
     assert again.returncode == 1
@@ -89,7 +90,7 @@ def test_bad_input_exits_with_2_and_one_clear_sentence(arguments: tuple[str, ...
 @pytest.mark.parametrize(
     ("backend", "words"),
     [
-        ("eagr", "no backend named 'eagr'; installed: compiled, eager, eager-static, numpy"),
+        ("eagr", "no backend named 'eagr'; installed: compiled, eager, eager-static, gpt2-transformers, list-cache,"),
         ("nowhere:Thing", "backend 'nowhere:Thing' cannot be imported: no module named 'nowhere'"),
         ("kvconform.gate:Nothing", "backend 'kvconform.gate:Nothing': kvconform.gate has no 'Nothing'"),
         ("kvconform.gate:Difference", "declares no claims"),

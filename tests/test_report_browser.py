@@ -74,7 +74,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [*given.pairs(), Pair("attention-gqa", name, "eager", 0.5, 1e-7, 9)]
     audit = given.audit(name)
     audit.audited[2].sentence = name  # it survives
-    path.write_text(render([*given.four(), hostile, given.black_box("mine", name)], pairs, speed, audit=audit), encoding="utf-8")
+    judged = [*given.four(), hostile, given.black_box("mine", name)]
+    path.write_text(render(judged, pairs, speed, audit=audit), encoding="utf-8")
     return path
 
 
