@@ -12,7 +12,8 @@ import pytest
 
 from kvconform import fingerprints
 from kvconform.advice import ADVICE
-from kvconform.diagnosis import Diagnosis, diagnose
+from kvconform.diagnosis import Diagnosis, across, diagnose
+from kvconform.edits import EDITS, Explanation, explanations, kinds
 from kvconform.examination import SIGHT
 from kvconform.fault import load_faults
 from kvconform.fingerprints import (
@@ -24,18 +25,22 @@ from kvconform.fingerprints import (
     Prints,
     catalogue,
     computed,
+    decided,
     full,
     named,
     nearest,
 )
+from kvconform.memories import Memory, remembered
 from kvconform.probes import BATTERY, OTHER, SEEN, SPREAD, changes, probes
 from kvconform.registry import load
 from kvconform.signature import Condition, condition, sighted, told
 from kvconform.subject import Launch, Subject
 from kvconform.symptoms import Cell
+from kvconform.visibility import Map
 from kvconform_backends.faults import classes
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
+from kvconform_specs.history import seen_by
 from kvconform_specs.points import POINTS
 from kvconform_specs.program import Append, Full, Program, Reject, Reset
 
@@ -142,6 +147,89 @@ def test_a_black_box_with_a_mistake_of_its_own_is_not_named() -> None:
     assert "with length after the step ≥ 7" in found.signature
 
 
+# --- what the truth gives on other tokens ---
+def explained(name: str, config: str = "attention-gqa") -> list[Explanation]:
+    subject = load(FAULTS[name].address if name in FAULTS else name)
+    found = fingerprints.examined(subject, POINTS[config], {})
+    assert found is not None
+    return explanations(found.symptoms, POINTS[config], subject.claims, None)
+
+
+@pytest.mark.parametrize(
+    ("fault", "config", "kind", "words"),
+    [
+        ("top-left", "attention-gqa", "M1", "every bad output is what the truth gives with the causal mask at the top"),
+        ("chunk-sees-ahead", "decoder-rope", "M2", "later tokens, where something is cached"),
+        ("window-too-long", "attention-window", "W1", "every bad output is what the truth gives with a window that is"),
+        ("truncate-ignored", "attention-gqa", "C8", "every bad output is what the truth gives with what a truncation"),
+        ("reorder-ignored", "attention-gqa", "C10", "33 of 42 bad outputs are what the truth gives with rows that are"),
+        ("published-global-list", "attention-gqa", "C6", "with the tokens of all that ran before in front"),
+    ],
+)
+def test_bad_outputs_are_what_the_truth_gives_on_other_tokens(fault: str, config: str, kind: str, words: str) -> None:
+    found = explained(fault, config)
+    assert words in found[0].words
+    assert kinds(found) == {kind}
+    assert found[0].right
+
+
+@pytest.mark.parametrize("name", [of("DecodeOnePercent"), "kv-heads-tiled", "scale-ignored"])
+def test_outputs_that_no_tokens_give_are_not_explained(name: str) -> None:
+    assert explained(name) == []
+    assert kinds([]) == frozenset()
+
+
+def test_the_tokens_behind_a_black_box_are_told() -> None:
+    found = diagnosed(of("BoxWithoutNewest"), "hidden-own")
+    assert found is not None
+    assert "every first bad output is what the truth gives without the newest cached token" in found.signature
+
+
+def test_a_mistake_that_nobody_planted_is_named_by_its_tokens() -> None:
+    found = diagnosed(of("BoxStale"), "hidden-own")
+    assert found is not None
+    assert (found.named, found.fault, found.bug, found.exactly) == ("C6", "", "", False)
+    assert found.sentence.startswith("the tokens that it sees are those of ")
+    assert "every bad output is what the truth gives with the tokens of all that ran before in front" in found.sentence
+    assert ADVICE["C6"] in found.sentence
+
+
+def test_edits_stand_for_known_classes_and_right_memories_change_nothing() -> None:
+    assert {kind for edit in EDITS for kind in edit.classes} <= set(classes.CLASSES)
+    assert len({edit.words for edit in EDITS}) == len(EDITS)
+    for probe in probes(POINTS["attention-window"], load("numpy-static").claims):
+        views, seen = remembered(probe.program, Memory()), seen_by(probe.program)
+        for view, rows in zip(views, seen, strict=True):
+            assert rows is None or (view is not None and tuple(tuple(t[0] for t in row) for row in view) == rows)
+
+
+def test_the_tokens_that_are_seen_weigh_more_than_likeness_and_less_than_equal_outputs() -> None:
+    assert decided("M1", True, frozenset({"C6"})) == "M1"
+    assert decided("M1", False, frozenset({"C6"})) == "C6"
+    assert decided("M1", False, frozenset({"C6", "C7"})) == "M1"
+    assert decided("", False, frozenset({"C6", "C7"})) == ""
+
+
+def test_a_map_shows_what_sequences_see_of_each_other() -> None:
+    def crossing(*pairs: tuple[int, int]) -> str:
+        wanted = ["x..", ".x.", "..x"]
+        seen = ["".join("x" if (q, k) in pairs or q == k else "." for k in range(3)) for q in range(3)]
+        return across([Map(schedule="sequences", sizes=[1], wanted=wanted, seen=seen, rows=3)])
+
+    assert crossing() == ""
+    assert crossing((1, 0), (2, 0)) == "C6"
+    assert crossing((1, 0), (0, 1)) == "C7"
+
+
+@pytest.mark.parametrize(("name", "exact"), [("published-generation", True), (of("OwnLoop"), False)])
+def test_a_loop_that_is_wrong_on_right_steps_is_named(name: str, exact: bool) -> None:
+    found = diagnosed(FAULTS[name].address if exact else name, "decoder-rope")
+    assert found is not None
+    assert (found.named, found.exactly) == ("L1", exact)
+    assert "only in greedy generation; first in tokens that the subject generates on its own: step 0" in found.sentence
+    assert found.sentence.count("step 0 (generate") == 1
+
+
 # --- the margin ---
 @lru_cache
 def zoo() -> Prints:
@@ -171,6 +259,12 @@ def test_faults_that_are_named_by_others_alone_are_hardly_ever_named_wrongly() -
     assert unseen.right > unseen.wrong
     assert elsewhere.wrong <= 0.03 * elsewhere.asked
     assert elsewhere.right > 0.3 * elsewhere.asked
+    patterns, tokens, both = (
+        catalogue().evaluation[kind] for kind in ("unseen by outputs", "by edits", "unseen, with edits")
+    )
+    assert tokens.wrong <= 0.03 * tokens.asked
+    assert both.wrong <= 0.03 * both.asked
+    assert both.right > max(patterns.right, tokens.right)
 
 
 def test_an_evaluation_says_its_shares() -> None:
@@ -310,6 +404,11 @@ def test_what_comes_near_is_told_with_its_share() -> None:
     assert told(found) == "nearly always and only with past > 0 (90%)"
 
 
+def test_what_is_off_nearly_everywhere_has_no_condition() -> None:
+    found = condition(cells("x" * 9 + "." + "x" * 10), POINTS["attention-gqa"])
+    assert told(found) == "in nearly every output (95%)"
+
+
 def test_what_follows_a_first_mistake_does_not_hide_its_condition() -> None:
     later = [replace(cell, first=False) for cell in cells("xx", q="11", past="78")]
     found = condition([*cells("..x..", q="13311", past="00555"), *later], POINTS["attention-gqa"])
@@ -322,6 +421,8 @@ def test_what_is_felt_is_told_for_prompts_chunks_and_decode_steps() -> None:
     prompt, chunk, decode = "xx..------", "xx........", "---x.xx---"
     assert sighted("..........") == ""
     words = sighted(prompt + chunk + decode * 3)
+    assert sighted(prompt.replace("x", "m") + ".........." * 4) == "prompts see their future, at times"
+    assert "decode steps see only the newest token of what is cached" in sighted("." * 20 + "----x.x---" * 3)
     assert words.startswith("prompts and chunks see their future; decode steps see only token 0 of what is cached")
 
 

@@ -51,8 +51,16 @@ class DiesOnChunks(NumpyCache):
         return super().step(cache, *inputs, **keywords)
 
 
-class BoxTopLeft(BlackBox):
-    """Its cached steps mask from the top left: they see the first token of the past alone."""
+class OwnLoop(NumpyCache):
+    """Its steps are right, and the tokens that it generates are the next ones: nobody planted that."""
+
+    def generate(self, tokens: Array, new: int) -> Array:
+        right = super().generate(tokens, new)
+        return np.asarray((right + 1) % self.config.vocabulary)
+
+
+class BoxPast(BlackBox):
+    """It knows while it steps how many tokens are cached."""
 
     past: ClassVar[int] = 0
 
@@ -62,6 +70,31 @@ class BoxTopLeft(BlackBox):
             return super().step(cache, x)
         finally:
             self.past = 0
+
+
+class BoxWithoutNewest(BoxPast):
+    """Its cached steps do not see the newest token of the past."""
+
+    def seen(self, s: int, cached: bool) -> Array:
+        right = super().seen(s, cached)
+        if cached and self.past:
+            right[self.past :, self.past - 1] = False
+        return right
+
+
+class BoxStale(BlackBox):
+    """What the process has run before is in front of every sequence of as many rows, in memory of its class."""
+
+    before: ClassVar[list[Array]] = []
+
+    def step(self, cache: tuple[Array, int], x: Array) -> tuple[Array, tuple[Array, int]]:
+        self.before.append(x)
+        rows = np.concatenate(self.before, axis=1)
+        return self.forward(rows, cached=True)[:, -x.shape[1] :], (np.concatenate([cache[0], x], axis=1), cache[1])
+
+
+class BoxTopLeft(BoxPast):
+    """Its cached steps mask from the top left: they see the first token of the past alone."""
 
     def seen(self, s: int, cached: bool) -> Array:
         right = super().seen(s, cached)

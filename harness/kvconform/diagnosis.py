@@ -2,7 +2,8 @@
 
 A fixed battery of probes says what is off (``symptoms``) and when (``signature``). The faults of the catalogue that
 show the same pattern are run on the same programs, each in a worker of its own: where one gives the subject's outputs,
-bad ones included, the subject behaves exactly like it. A black box has other weights, so that patterns must do.
+bad ones included, the subject behaves exactly like it. A black box has other weights, so that patterns must do. Where
+the bad outputs are what the truth gives on other tokens (``edits``), that is said, whether anybody planted it or not.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from itertools import count
 import msgspec
 
 from kvconform.advice import ADVICE
+from kvconform.edits import WIDE, Explanation, explanations, kinds
 from kvconform.examination import SIGHT, Examination, examine
-from kvconform.fingerprints import CONFIGS, Match, Prints, catalogue, exactly, named, nearest
+from kvconform.fingerprints import CONFIGS, Match, Prints, catalogue, decided, exactly, named, nearest
 from kvconform.probes import SEEN, Probe, changes, probes
 from kvconform.record import Done, Trace
-from kvconform.signature import condition, first, sighted, told
+from kvconform.signature import condition, first, generating, loop, sighted, told
 from kvconform.subject import Death, Infrastructure, Launch, Subject
 from kvconform.symptoms import Truth, alike, symptom
-from kvconform.visibility import Map
+from kvconform.visibility import FORBIDDEN, Map
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
 from kvconform_specs.points import POINTS
@@ -40,7 +42,8 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
     """What a subject that broke clauses under one config behaves like.
 
     named: the id of the class of mistakes (``M1``), empty where none stands out; fault: the planted fault that it
-    behaves like; bug: its real-world twin, a link; exactly: whether its outputs are that fault's, within the bounds.
+    behaves like, empty where the tokens that it sees are all that names it; bug: its real-world twin, a link.
+    exactly: whether its outputs are that fault's, within the bounds.
     signature: first bad step, position, row, head or logit, and the smallest condition that separates bad outputs from
     good ones, in words. sentence: all of it in one sentence, with what to do about it.
     """
@@ -56,6 +59,8 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
 def diagnose(subject: Subject, config: Config, cases: Sequence[Case], maps: Sequence[Map]) -> Diagnosis | None:
     """What the subject behaves like, from probes of its own; ``cases`` are the small counterexamples that were found.
     None where no probe shows anything. Raises Death where a black box's own forward does."""
+    if config.profile not in subject.claims.profiles:
+        return None
     subject.fresh()  # what ran before must not show
     try:
         if subject.build(config) is not None:
@@ -74,10 +79,27 @@ def diagnose(subject: Subject, config: Config, cases: Sequence[Case], maps: Sequ
     whole = Examination((*examination.symptoms, *found), examination.pattern)
     if not whole.off and not any(one.off for one in found):
         return None
+    own = None if subject.own is None else subject.own(config)
+    explained = explanations(whole.symptoms, config, subject.claims, own)
     likened = None
     if examination.off and run.deaths < DEATHS:
         likened = _match(subject, config, whole)
-    return _said(whole, config, likened)
+    return _said(whole, config, likened, explained, across(maps))
+
+
+def across(maps: Sequence[Map]) -> str:
+    """``C7`` where open sequences see each other's tokens, ``C6`` where one sees those of sequences before it, empty
+    where none does, or the maps do not show it."""
+    seen = [
+        (found.place(query)[0], found.place(key)[0])
+        for found in maps
+        if found.schedule == "sequences"
+        for query, key, kind in found.differences
+        if kind == FORBIDDEN
+    ]
+    if any(query < key for query, key in seen):
+        return "C7"
+    return "C6" if any(query > key for query, key in seen) else ""
 
 
 class _Patient:
@@ -160,18 +182,36 @@ def _same(address: str, config: Config, whole: Examination) -> bool:
 
 
 # --- words ---
-def _said(whole: Examination, config: Config, likened: _Likened | None) -> Diagnosis:
+ACROSS = {
+    "C6": "a sequence sees tokens of one that ran before it",
+    "C7": "sequences that are open together see each other's tokens",
+}
+
+
+def _said(
+    whole: Examination, config: Config, likened: _Likened | None, explained: Sequence[Explanation], other: str
+) -> Diagnosis:
     cells = [cell for one in whole.symptoms for cell in one.cells]
-    when = told(condition(cells, config))
+    numbers = [cell for cell in cells if cell.status != "raised"]
+    when = told(condition(cells, config) or condition(numbers, config)) or generating(whole)
     sight = sighted(whole.pattern.get(SIGHT, ""))
-    signature = "; ".join(words for words in (when, sight, first(whole)) if words)
-    if likened is None:
+    why = explained[0].words if explained and explained[0].share >= WIDE else ""
+    foreign = ACROSS.get(other, "")
+    signature = "; ".join(words for words in (why, foreign, when, sight, first(whole)) if words)
+    by_tokens = kinds(explained) or frozenset(filter(None, [other or loop(whole)]))
+    kind = decided(likened.kind if likened else "", likened is not None and likened.exact, by_tokens)
+    if not kind:
         return Diagnosis(signature=signature, sentence=f"like no known mistake: {signature}")
-    entry, kind = likened.match.found.entry, likened.kind
     mistake = catalogue().classes[kind].partition(": ")[2]
-    detail = "; ".join(words for words in (sight, when) if words) or first(whole)
-    how = "behaves exactly like" if likened.exact else f"behaves like (to {likened.match.likeness:.0%})"
-    sentence = f'{how} "{mistake}" ({kind}, {entry.bug}): {detail}. {ADVICE[kind]}'
-    return Diagnosis(
-        named=kind, fault=entry.name, bug=entry.bug, exactly=likened.exact, signature=signature, sentence=sentence
-    )
+    details = [words for words in (why, foreign, sight, when) if words]
+    if not sight and when in ("", generating(whole)) and not (explained and explained[0].share == 1):
+        details.append(first(whole))
+    if likened is not None and kind == likened.kind:
+        entry = likened.match.found.entry
+        how = "behaves exactly like" if likened.exact else f"behaves like (to {likened.match.likeness:.0%})"
+        which, known = f"{kind}, {entry.bug}", Diagnosis(fault=entry.name, bug=entry.bug, exactly=likened.exact)
+    else:
+        how = "the tokens that it sees are those of" if explained or foreign else "what it generates is that of"
+        which, known = kind, Diagnosis()
+    sentence = f'{how} "{mistake}" ({which}): {"; ".join(details)}. {ADVICE[kind]}'
+    return msgspec.structs.replace(known, named=kind, signature=signature, sentence=sentence)

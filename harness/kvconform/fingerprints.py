@@ -20,10 +20,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from kvconform.edits import explanations, kinds
 from kvconform.examination import SIGHT, Examination, examine
 from kvconform.fault import Fault, load_faults
 from kvconform.record import Trace, record
 from kvconform.registry import load, module_of
+from kvconform.signature import loop
 from kvconform.storage import write_atomically
 from kvconform.symptoms import BLANK, FINE, MISSING, UNTOLD, Truth, alike
 from kvconform.wire import pack, unpack
@@ -214,6 +216,14 @@ def exactly(matches: Sequence[Match], same: Callable[[Match], bool]) -> Match | 
     return found[0] if len(found) == 1 else None
 
 
+def decided(likened: str, exact: bool, by_tokens: frozenset[str]) -> str:
+    """The class that is named, empty for none: the tokens that outputs see, where they speak for one class, weigh more
+    than likeness, and less than equal outputs."""
+    if likened and (exact or len(by_tokens) != 1 or likened in by_tokens):
+        return likened
+    return next(iter(by_tokens)) if len(by_tokens) == 1 else ""
+
+
 # --- computing it ---
 def examined(backend: Any, config: Config, truths: dict[Any, Truth]) -> Examination | None:
     """What a backend in this process shows on the probes; None where it refuses the config."""
@@ -284,9 +294,12 @@ def evaluated(found: Catalogue) -> dict[str, Evaluation]:
 def evaluated_by_outputs(
     found: Catalogue, faults: Sequence[Fault], configs: Sequence[str] = EVALUATED
 ) -> dict[str, Evaluation]:
-    """By outputs first, and then by patterns, as a diagnosis does it. ``known``: each fault is one of the catalogue;
-    ``unseen by outputs``: its own entry is left out."""
-    names: dict[str, list[bool | None]] = {"known": [], "unseen by outputs": []}
+    """By outputs first, and then by patterns. ``known``: each fault is one of the catalogue; ``unseen by outputs``: its
+    own entry is left out. ``by edits``: by the tokens that it sees alone. ``unseen, with edits``: by all three, as a
+    diagnosis does it."""
+    names: dict[str, list[bool | None]] = {
+        kind: [] for kind in ("known", "unseen by outputs", "by edits", "unseen, with edits")
+    }
     for config in configs:
         everything, truths = Prints(list(found.prints((config,)))), dict[Any, Truth]()
         shown = {its.entry.name for its in everything.all}
@@ -296,11 +309,19 @@ def evaluated_by_outputs(
         for its in everything.all:
             mine = examinations[its.entry.name]
             assert mine is not None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the NaN that some faults make
+                found_tokens = explanations(mine.symptoms, POINTS[config], load(its.entry.address).claims, None)
+            by_tokens = kinds(found_tokens) or frozenset(filter(None, [loop(mine)]))
+            said = {"by edits": decided("", False, by_tokens)}
             for kind, without in (("known", lambda one: False), ("unseen by outputs", _unseen(its))):
                 matches = nearest(full(its), everything, without)
                 match = exactly(matches, lambda one: _same(mine, examinations[one.found.entry.name]))  # noqa: B023
                 name = (match.found.entry.classes[0],) if match is not None else named(matches)
-                names[kind].append(None if name is None else name[0] in its.entry.classes)
+                said[kind] = "" if name is None else name[0]
+                said["unseen, with edits"] = decided(said[kind], match is not None, by_tokens)
+            for kind, which in said.items():
+                names[kind].append(which in its.entry.classes if which else None)
     return {kind: _counted(got) for kind, got in names.items()}
 
 

@@ -36,6 +36,8 @@ from kvconform_specs.tensors import mannered
 
 SEEN = "sees"
 """The name of the probe whose tokens are changed one by one."""
+GENERATIONS = ("generation", "generation-rows")
+"""The names of the probes in which the subject generates."""
 SPREAD = 1000
 """The streams of one probe are those from its number times so many on."""
 OTHER = 500
@@ -315,6 +317,10 @@ def _generations(c: Config, k: Claims, s: int) -> Sequence[Step]:
     return (Generate("g", (4,), s, new=5), Generate("g", (1,), s + OTHER, new=3), Generate("g", (7,), s, new=2))
 
 
+def _generations_of_rows(c: Config, k: Claims, s: int) -> Sequence[Step]:
+    return (Generate("g", (5, 5), s, new=3), Generate("g", (2, 2, 2), s + OTHER, new=4))
+
+
 ATTENTION = ("attention",)
 BATTERY: tuple[_Plan, ...] = (
     _plain("prefill", "a prompt", 7),
@@ -397,5 +403,7 @@ BATTERY: tuple[_Plan, ...] = (
     _Plan("ragged-contents", "what the cache shows of rows of different lengths", _ragged_read, ("ragged", "contents"),
           ATTENTION),
     _Plan("generation", "tokens that the subject generates on its own", _generations, ("generate",), ("decoder",)),
+    _Plan("generation-rows", "tokens that the subject generates for several rows", _generations_of_rows,
+          ("generate", "two rows"), ("decoder",)),
 )  # fmt: skip
 """The battery. New probes go to the end: a probe's streams follow from its place."""

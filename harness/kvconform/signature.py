@@ -10,13 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvconform.examination import FORBIDDEN, SOURCES, Examination
-from kvconform.symptoms import Cell, Facts
+from kvconform.probes import GENERATIONS
+from kvconform.symptoms import BLANK, Cell, Facts
 from kvconform_specs.config import Config
+from kvconform_specs.program import Generate
 
 Flags = NDArray[np.bool_]
 NEAR = 0.8
 """A condition that separates not exactly is told from this share on: outputs that are off and meet it, of all that are
 off or meet it."""
+NEARLY = 0.9
+"""From this share of all outputs on no condition is looked for."""
 WORTH = 0.03
 """So much more must two predicates tell than one, where neither separates exactly."""
 PAST = (
@@ -41,11 +45,14 @@ class Condition:
 
 def condition(cells: Sequence[Cell], config: Config) -> Condition | None:
     """The smallest that separates bad cells from good ones, of one predicate or two; None where none comes near."""
-    if not any(cell.status != "ok" for cell in cells):
+    off = sum(cell.status != "ok" for cell in cells)
+    if not off:
         return None
     exact = _separating(cells, config, False)
     if exact is not None and exact.share == 1:
         return exact
+    if NEARLY <= off / len(cells) < 1:
+        return Condition("in nearly every output", off / len(cells), False, off, len(cells))
     first = _separating([cell for cell in cells if cell.status == "ok" or cell.first], config, True)
     if first is not None and first.share == 1:
         return first
@@ -154,7 +161,8 @@ def told(found: Condition | None) -> str:
         return ""
     words = found.words
     if found.share < 1:
-        words = f"nearly always and {words} ({min(found.share, 0.99):.0%})"
+        nearly = "nearly always and " if words.startswith("only") else ""
+        words = f"{nearly}{words} ({min(found.share, 0.99):.0%})"
     elif found.first:
         words += ", and what follows in the sequence"
     return words
@@ -163,8 +171,26 @@ def told(found: Condition | None) -> str:
 def first(examination: Examination) -> str:
     """The first probe that is off, outputs before anything else, and where: the plainest are at the front."""
     off = [one for one in examination.symptoms if one.off and one.words]
-    numbers = [one for one in off if any(cell.status != "ok" for cell in one.cells)]
-    return next((f"first in {one.probe.words}: {one.words}" for one in numbers or off), "")
+    begins = [next((cell.status for cell in one.cells if cell.status != "ok"), "") for one in off]
+    numbers, raised = ([one for one, begin in zip(off, begins, strict=True) if begin == status]
+                       for status in ("bad", "raised"))  # fmt: skip
+    return next((f"first in {one.probe.words}: {one.words}" for one in numbers or raised or off), "")
+
+
+def generating(examination: Examination) -> str:
+    """``only in greedy generation`` where nothing else is off, neither outputs nor what is told or raised."""
+    off = [one for one in examination.symptoms if one.off]
+    alone = off and all(isinstance(step, Generate) for one in off for step in one.probe.program.steps)
+    return "only in greedy generation" if alone else ""
+
+
+def loop(examination: Examination) -> str:
+    """``L1`` where the subject generates other tokens though its steps are right, and does so from a probe's first
+    generation on; else empty: what an earlier one left behind is no matter of the loop."""
+    if not generating(examination):
+        return ""
+    firsts = [examination.pattern.get(name, "")[:1] for name in GENERATIONS]
+    return "L1" if set("".join(firsts)) - BLANK else ""
 
 
 KINDS = ("prompts", "chunks", "decode steps")
@@ -182,7 +208,8 @@ def sighted(letters: str) -> str:
         wrong = {source for source, letter in zip(SOURCES, step, strict=True) if letter in "xm"}
         asked = {source for source, letter in zip(SOURCES, step, strict=True) if letter != "-"}
         if wrong:
-            words = _felt(wrong, asked)
+            steady = any(letter == "x" for letter in step)
+            words = _felt(wrong, asked) + (", at times" if not steady else "")
             said.setdefault(words, []).append(kind)
     return "; ".join(f"{' and '.join(kinds)} {words}" for words, kinds in said.items())
 
@@ -205,9 +232,11 @@ def _felt(wrong: set[str], asked: set[str]) -> str:
         said.append("do not see what is cached")
     elif "first" in asked and cached - {"first"} and cached - {"first"} <= unfelt:
         said.append("see only token 0 of what is cached")
+    elif {"first", "cached"} <= unfelt and "last cached" in asked - unfelt:
+        said.append("see only the newest token of what is cached")
     else:
         names = {"itself": "their own token", "its chunk": "the earlier tokens of their step", "first": "token 0",
-                 "last cached": "the newest cached token", "cached": "all cached tokens",
+                 "last cached": "the newest cached token", "cached": "the cached tokens between",
                  "window's edge": "the oldest token of the window"}  # fmt: skip
         missing = [names[source] for source in SOURCES if source in unfelt]
         said += [f"do not see {', '.join(missing)}"] if missing else []

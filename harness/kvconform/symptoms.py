@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvconform.observed import Array, Observed
+from kvconform.observed import Array, Observed, at
 from kvconform.probes import Probe
 from kvconform.record import Done, Trace
 from kvconform.relations import generated
@@ -60,7 +60,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Symptom:
-    """What one probe showed. ``outputs[i]``: what step ``i`` gave and its bound, ``(b, t, e)``, None where it has none;
+    """What one probe showed. ``outputs[i]``: what step ``i`` gave and its bound, ``(b, t, e)``, None where it has none
+    (token ids ``(b, new, 1)`` of a generation, and zero);
     ``words``: its first output that is off, in words, or what else is; empty where nothing is."""
 
     probe: Probe
@@ -129,7 +130,9 @@ class _Reading:
 
     def _letters(self, number: int, done: Done | None, before: Mapping[str, Sequence[int]]) -> str:
         step, want = self.probe.program.steps[number], self.expected[number]
-        if not isinstance(step, Append | Full) or isinstance(step, Generate) or want is None:
+        if isinstance(step, Generate):
+            return self._loop(number, step, done, want)
+        if not isinstance(step, Append | Full) or want is None:
             self.outputs.append(None)
             if done is None:
                 return MISSING
@@ -139,8 +142,6 @@ class _Reading:
             if isinstance(step, Reject) and done.refused is None:
                 self._say(number, "was accepted and must be refused")
                 return "A"
-            if isinstance(step, Generate) and isinstance(want, Generation):
-                return self._generated(number, step, done, want)
             return self._read(number, done, want) if isinstance(step, Read) and want is not None else FINE
         rows = len(step.counts)
         if done is None:
@@ -292,6 +293,18 @@ class _Reading:
                 return "x"
         return FINE
 
+    def _loop(self, number: int, step: Generate, done: Done | None, want: Expected | None) -> str:
+        """A generation is judged as a whole: what its tokens are picked from is not shown."""
+        got = None if done is None or done.error is not None else done.output
+        # token ids are equal or not
+        self.outputs.append(None if got is None or got.ndim != 3 else (got[0, ..., None], np.zeros((1, 1, 1))))
+        if done is None:
+            return MISSING
+        if done.error is not None:
+            self._say(number, f"raised {done.error}")
+            return "!"
+        return self._generated(number, step, done, want) if isinstance(want, Generation) else FINE
+
     def _generated(self, number: int, step: Generate, done: Done, want: Generation) -> str:
         if done.output is None or done.output.shape != (1, len(step.counts), step.new) or done.output.dtype != np.int64:
             self._say(number, "it is no list of as many tokens as were asked for")
@@ -299,7 +312,7 @@ class _Reading:
         alone = Observed(Program(self.config, (step,)), (done,), (want,), (None,), self.claims)
         words, _compared, _worst = generated([alone])
         if words is not None:
-            self._say(number, words.partition("): ")[2] or words)
+            self._say(number, words.removeprefix(f"{at(alone.program, 0)}, "))
         return FINE if words is None else "x"
 
     # --- words ---
@@ -359,7 +372,7 @@ def alike(mine: Symptom, its: Symptom) -> bool:
     if mine.pattern != its.pattern:
         return False
     for one, other in zip(mine.outputs, its.outputs, strict=True):
-        if one is None or other is None:
+        if one is None or other is None or one[0].shape != other[0].shape:
             if one is not other:
                 return False
             continue
