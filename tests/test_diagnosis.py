@@ -10,13 +10,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvconform import fingerprints
-from kvconform.advice import ADVICE
-from kvconform.diagnosis import Diagnosis, across, diagnose
-from kvconform.edits import EDITS, Explanation, explanations, kinds
-from kvconform.examination import SIGHT
-from kvconform.fault import load_faults
-from kvconform.fingerprints import (
+from kvconform.diagnosis import Diagnosis, across, diagnose, fingerprints
+from kvconform.diagnosis.advice import ADVICE
+from kvconform.diagnosis.edits import EDITS, Explanation, explanations, kinds
+from kvconform.diagnosis.examination import SIGHT
+from kvconform.diagnosis.fingerprints import (
     CONFIGS,
     FILE,
     LIKENESS,
@@ -30,12 +28,13 @@ from kvconform.fingerprints import (
     named,
     nearest,
 )
-from kvconform.memories import Memory, remembered
-from kvconform.probes import BATTERY, OTHER, SEEN, SPREAD, changes, probes
+from kvconform.diagnosis.memories import Memory, remembered
+from kvconform.diagnosis.probes import BATTERY, OTHER, SEEN, SPREAD, changes, probes
+from kvconform.diagnosis.signature import Condition, condition, sighted, told
+from kvconform.diagnosis.symptoms import Cell
+from kvconform.fault import load_faults
 from kvconform.registry import load
-from kvconform.signature import Condition, condition, sighted, told
 from kvconform.subject import Launch, Subject
-from kvconform.symptoms import Cell
 from kvconform.visibility import Map
 from kvconform_backends.faults import classes
 from kvconform_specs.clause import Case

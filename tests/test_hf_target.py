@@ -33,8 +33,8 @@ pytest.importorskip("transformers", reason="it is what is tested here")
 
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from kvconform_backends import hf_target  # noqa: E402
-from kvconform_backends.hf_target import Transformers, open_hf  # noqa: E402
+from kvconform_backends.targets import hf as hf_target  # noqa: E402
+from kvconform_backends.targets.hf import Transformers, open_hf  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("transformers")
 
@@ -220,7 +220,7 @@ def test_a_clean_model_breaks_no_clause(family: str, cache: str) -> None:
 
 
 def test_the_published_gpt2_is_conformant_in_workers_of_its_own(tmp_path: Path) -> None:
-    address = "kvconform_backends.hf_target:GPT2"
+    address = "kvconform_backends.targets.hf:GPT2"
     assert load(address) is hf_target.gpt2()
     results = run_backend("gpt2", Launch(address), Plan(BRIEF, 0, ("float32",), ("lifecycle.independent",)), tmp_path)
     assert all(v.outcome.value in ("pass", "unsupported") for v in results.verdicts), results.verdicts

@@ -28,7 +28,7 @@ from kvconform_specs.program import Append, Close, Full, Keep, Program, Reset
 
 torch = pytest.importorskip("torch", reason="modules are torch's")
 
-from kvconform_backends import conventions, module_calls, module_target  # noqa: E402
+from kvconform_backends.targets import conventions, module, module_calls  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("modules")
 
@@ -131,7 +131,7 @@ BROKEN: Mapping[str, tuple[str, set[str], set[str]]] = {
 
 def opened(name: str, **options: Any) -> Any:
     place = f"{FILE}:{name}" if ":" not in name else f"{EXAMPLES}/{name}"
-    return module_target.open_module(place, options)
+    return module.open_module(place, options)
 
 
 class InProcess:
@@ -307,9 +307,9 @@ def test_what_cannot_be_opened_is_told_in_a_sentence(name: str, options: dict[st
 def test_a_file_that_cannot_be_imported_is_told_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import no_such_package_of_anyone\n")
     with pytest.raises(BackendError, match=r"cannot be imported: ModuleNotFoundError: No module named 'no_such"):
-        module_target.open_module(f"{tmp_path}/broken.py:Net", {})
+        module.open_module(f"{tmp_path}/broken.py:Net", {})
     with pytest.raises(BackendError, match=r"py:.*absent\.py:Net: no file"):
-        module_target.open_module(f"{tmp_path}/absent.py:Net", {})
+        module.open_module(f"{tmp_path}/absent.py:Net", {})
 
 
 def test_the_adapter_that_is_shown_is_a_conformant_backend(tmp_path: Path) -> None:

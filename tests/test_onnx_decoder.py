@@ -21,7 +21,8 @@ from onnx import helper, numpy_helper
 from kvconform.backend import Unavailable
 from kvconform.record import feeds_of, record
 from kvconform.registry import load
-from kvconform_backends import onnx_runtime, onnx_weights
+from kvconform_backends import onnx_runtime
+from kvconform_backends.targets import onnx_weights
 from kvconform_specs.program import Append, Close, Full, Keep, Program, Reset
 
 

@@ -22,7 +22,7 @@ from kvconform.results import Results
 from kvconform.run import Plan, run_backend
 from kvconform.subject import Launch
 from kvconform.verdict import Outcome
-from kvconform_backends.onnx_signature import PASTS, PRESENTS, slot
+from kvconform_backends.targets.onnx_signature import PASTS, PRESENTS, slot
 
 CORE = ("shape", "causality", "equivalence", "lifecycle", "batch.row-solo", "capacity")
 

@@ -18,7 +18,7 @@ from kvconform.budget import BUDGETS
 from kvconform.cell import Cell, run_cell
 from kvconform.counterexample import Counterexample, read
 from kvconform.registry import load
-from kvconform.repro_inputs import Run, inputs, literal
+from kvconform.repro.inputs import Run, inputs, literal
 from kvconform.subject import Launch, Subject
 from kvconform_backends.faults.planted import Planted
 from kvconform_specs import SUITE_VERSION

@@ -16,11 +16,11 @@ import pytest
 
 from kvconform.fault import load_faults
 from kvconform.record import feeds_of
-from kvconform.schedules import Schedule, schedules
-from kvconform.sight import SEEDS
 from kvconform.subject import Death, Launch, Subject
 from kvconform.visibility import FORBIDDEN, REQUIRED, Map, maps
-from kvconform.visibility_text import LEGEND, MARKS, drawing, listed, title, words
+from kvconform.visibility.schedules import Schedule, schedules
+from kvconform.visibility.sight import SEEDS
+from kvconform.visibility.text import LEGEND, MARKS, drawing, listed, title, words
 from kvconform_backends.numpy_cache import Array, NumpyCache
 from kvconform_reports import maps as pictures
 from kvconform_specs.config import Config

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvconform import visibility_text
 from kvconform.budget import Budget
 from kvconform.registry import installed
 from kvconform.results import Results, exit_code
 from kvconform.verdict import Outcome, Verdict
+from kvconform.visibility import text as visibility_text
 from kvconform_specs.clauses import ALL
 from kvconform_specs.errors import SpecError
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvconform import visibility_text
 from kvconform.diagnosis import Diagnosis
 from kvconform.results import Results, read
 from kvconform.storage import write_atomically
 from kvconform.visibility import Map
+from kvconform.visibility import text as visibility_text
 from kvconform_reports.markdown import text
 from kvconform_reports.outcomes import address, counted, duration, short, standing
 from kvconform_reports.summary import printable

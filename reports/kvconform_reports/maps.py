@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 
 from markupsafe import Markup, escape
 
-from kvconform import visibility_text
 from kvconform.visibility import BLIND, FORBIDDEN, REQUIRED, SEES, UNTOLD, Map
+from kvconform.visibility import text as visibility_text
 
 CELL, LEFT, BETWEEN, TOP, EDGE = 17, 82, 34, 38, 3
 """Pixels: a cell; names and numbers of the outputs; between the pictures; names and numbers above; around it all."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvconform.repro_failure import (
+from kvconform.repro.failure import (
     CLOSE,
     Check,
     Failure,
@@ -20,8 +20,8 @@ from kvconform.repro_failure import (
     wanted,
     worst,
 )
-from kvconform.repro_inputs import WRITTEN_OUT, Array, Run, literal
-from kvconform.repro_tells import TOLD
+from kvconform.repro.inputs import WRITTEN_OUT, Array, Run, literal
+from kvconform.repro.tells import TOLD
 from kvconform_specs.clause import Relation
 from kvconform_specs.oracle import Generation
 from kvconform_specs.program import Append, Generate, Read
@@ -186,6 +186,7 @@ def _shape(failure: Failure, run: Run) -> list[str]:
         shown = f"sum(x.shape[0] * x.shape[2] for layer in {run.name('held', failure.step)} for x in layer[0])"
         return compared(shown, str(width), "got != want", "numbers that each token holds: ")
     name = run.name("y", failure.step)
+    shape: tuple[int, ...]
     if isinstance(step, Generate):
         shape, dtype = (len(step.counts), step.new), "int64"
         if "generated token" in failure.sentence:

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from kvconform.judge import conforming
 from kvconform.observed import Array, Observed, pairs
 from kvconform.relations import wavers
-from kvconform.schedules import NAMES, Schedule
 from kvconform.subject import Subject
+from kvconform.visibility.schedules import NAMES, Schedule
 from kvconform_specs.claims import Precision
 from kvconform_specs.config import Config
 from kvconform_specs.oracle import Expected, Own, expect

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from kvconform.subject import describe
-from kvconform_backends.conventions import concrete
-from kvconform_backends.module_recognised import Recognised
+from kvconform_backends.targets.conventions import concrete
+from kvconform_backends.targets.module_recognised import Recognised
 from kvconform_specs.program import Append, Close, Full, Keep, Program, Reset, Step
 
 
 class Origin(Protocol):
-    """Where a target comes from (``module_target.Source``)."""
+    """Where a target comes from (``module.Source``)."""
 
     @property
     def file(self) -> str: ...

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kvconform_backends import black_box
-from kvconform_backends.conventions import Convention
+from kvconform_backends.targets import black_box
+from kvconform_backends.targets.conventions import Convention
 
 Array = NDArray[Any]
 

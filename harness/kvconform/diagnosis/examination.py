@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvconform.diagnosis.probes import SEEN, Probe, changes, probes
+from kvconform.diagnosis.symptoms import BLANK, FINE, MISSING, Symptom, Truth, alike, flat, symptom
 from kvconform.observed import Array
-from kvconform.probes import SEEN, Probe, changes, probes
 from kvconform.record import Trace
-from kvconform.symptoms import BLANK, FINE, MISSING, Symptom, Truth, alike, flat, symptom
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.oracle import Expected

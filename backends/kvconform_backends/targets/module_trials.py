@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from kvconform_backends import conventions
-from kvconform_backends.conventions import Convention
-from kvconform_backends.module_calls import Caller
-from kvconform_backends.module_recognised import Recognised, Target
+from kvconform_backends.targets import conventions
+from kvconform_backends.targets.conventions import Convention
+from kvconform_backends.targets.module_calls import Caller
+from kvconform_backends.targets.module_recognised import Recognised, Target
 
 Array = NDArray[Any]
 

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.memories import MEMORIES, Memory, MemoryEdit, Token, remembered
+from kvconform.diagnosis.memories import MEMORIES, Memory, MemoryEdit, Token, remembered
+from kvconform.diagnosis.probes import SEEN, changes
+from kvconform.diagnosis.sights import SIGHTS, Flags, SightEdit
+from kvconform.diagnosis.symptoms import Cell, Symptom
 from kvconform.observed import Array
-from kvconform.probes import SEEN, changes
-from kvconform.sights import SIGHTS, Flags, SightEdit
-from kvconform.symptoms import Cell, Symptom
 from kvconform_specs import bounds
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config

@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvconform.counterexample import Broken, Counterexample, sentence
-from kvconform.repro_calls import cache, calls, imports_of, target
-from kvconform.repro_checks import check
-from kvconform.repro_failure import TWO, Failure, located
-from kvconform.repro_inputs import WIDTH, Run, inputs, layouts
+from kvconform.repro.calls import cache, calls, imports_of, target
+from kvconform.repro.checks import check
+from kvconform.repro.failure import TWO, Failure, located
+from kvconform.repro.inputs import WIDTH, Run, inputs, layouts
 from kvconform.subject import Death, Subject, describe
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clauses import BY_NAME

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvconform_backends import conventions
-from kvconform_backends.conventions import Convention, Signature
+from kvconform_backends.targets import conventions
+from kvconform_backends.targets.conventions import Convention, Signature
 
 Rank = tuple[bool, bool, bool, bool]
 """Whether the prompt ran, one more token ran, it agreed with the whole forward, and so did a chunk after it."""

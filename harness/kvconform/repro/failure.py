@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kvconform import observed as places
 from kvconform.judge import judge
 from kvconform.observed import Observed, cells
-from kvconform.repro_inputs import Run, literal
+from kvconform.repro.inputs import Run, literal
 from kvconform.subject import Death, Subject
 from kvconform.wire import Traces
 from kvconform_specs.clause import Case, Clause, Relation

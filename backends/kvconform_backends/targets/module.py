@@ -23,12 +23,12 @@ from torch import nn
 
 from kvconform.backend import Unavailable
 from kvconform.registry import BackendError, module_of
-from kvconform_backends import black_box, conventions, module_calls
-from kvconform_backends.module_calls import Caller, Held
-from kvconform_backends.module_recognised import Recognised, Target
-from kvconform_backends.module_recognition import Unrecognised, recognise
-from kvconform_backends.module_script import Script
-from kvconform_backends.module_trials import words_of
+from kvconform_backends.targets import black_box, conventions, module_calls
+from kvconform_backends.targets.module_calls import Caller, Held
+from kvconform_backends.targets.module_recognised import Recognised, Target
+from kvconform_backends.targets.module_recognition import Unrecognised, recognise
+from kvconform_backends.targets.module_script import Script
+from kvconform_backends.targets.module_trials import words_of
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.program import Program

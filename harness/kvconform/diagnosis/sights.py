@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.memories import Token
+from kvconform.diagnosis.memories import Token
 
 Flags = NDArray[np.bool_]
 Numbers = NDArray[np.int64]

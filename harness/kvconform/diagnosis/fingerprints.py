@@ -1,8 +1,8 @@
 """The catalogue: what each planted fault shows on the probes, so that a broken subject can be compared with all.
 
-``python -m kvconform.fingerprints --write`` computes it anew, ``--evaluate`` says how often it names the right class.
-It holds patterns of letters (``symptoms``), which depend on no sizes; it names faults by their addresses, and imports
-them only to compute it.
+``python -m kvconform.diagnosis.fingerprints --write`` computes it anew, ``--evaluate`` says how often it names the
+right class. It holds patterns of letters (``symptoms``), which depend on no sizes; it names faults by their addresses,
+and imports them only to compute it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.edits import explanations, kinds
-from kvconform.examination import SIGHT, Examination, examine
+from kvconform.diagnosis.edits import explanations, kinds
+from kvconform.diagnosis.examination import SIGHT, Examination, examine
+from kvconform.diagnosis.signature import loop
+from kvconform.diagnosis.symptoms import BLANK, FINE, MISSING, UNTOLD, Truth, alike
 from kvconform.fault import Fault, load_faults
 from kvconform.record import Trace, record
 from kvconform.registry import load, module_of
-from kvconform.signature import loop
 from kvconform.storage import write_atomically
-from kvconform.symptoms import BLANK, FINE, MISSING, UNTOLD, Truth, alike
 from kvconform.wire import pack, unpack
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.config import Config
@@ -127,7 +127,7 @@ class Print:
 @cache
 def catalogue() -> Catalogue:
     """The shipped one."""
-    return msgspec.json.decode(files("kvconform").joinpath(FILE).read_bytes(), type=Catalogue)
+    return msgspec.json.decode(files("kvconform.diagnosis").joinpath(FILE).read_bytes(), type=Catalogue)
 
 
 # --- likeness ---
@@ -348,11 +348,13 @@ def full(its: Print) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m kvconform.fingerprints", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m kvconform.diagnosis.fingerprints", description=__doc__)
     parser.add_argument("--write", action="store_true", help="compute the catalogue anew and write it")
     parser.add_argument("--evaluate", action="store_true", help="say how often patterns name the right class")
     parser.add_argument("--faults", default=ZOO, help="module:LIST of the planted faults")
-    parser.add_argument("--out", type=Path, default=Path(str(files("kvconform"))) / FILE, help="where it is written")
+    parser.add_argument(
+        "--out", type=Path, default=Path(str(files("kvconform.diagnosis"))) / FILE, help="where it is written"
+    )
     asked = parser.parse_args(arguments)
     faults = load_faults(asked.faults)
     found = computed(faults) if asked.write else catalogue()

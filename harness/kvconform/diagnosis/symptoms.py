@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvconform.diagnosis.probes import Probe
 from kvconform.observed import Array, Observed, at
-from kvconform.probes import Probe
 from kvconform.record import Done, Trace
 from kvconform.relations import generated
 from kvconform.subject import describe

@@ -25,8 +25,8 @@ from transformers import AutoConfig, DynamicCache, PreTrainedConfig, StaticCache
 
 from kvconform.backend import Unavailable
 from kvconform.registry import BackendError
-from kvconform_backends import black_box, hf_recipe
-from kvconform_backends.hf_recipe import SPREAD, Recipe, point_of, tiny, tokens_of
+from kvconform_backends.targets import black_box, hf_recipe
+from kvconform_backends.targets.hf_recipe import SPREAD, Recipe, point_of, tiny, tokens_of
 from kvconform_backends.validation import check_rows
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import DTYPES, Config

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kvconform_backends import conventions
-from kvconform_backends.conventions import Convention, Signature
-from kvconform_backends.module_beginnings import Beginnings
-from kvconform_backends.module_calls import leaves
-from kvconform_backends.module_past import contents, described, frozen, grown_axis, sizes
-from kvconform_backends.module_recognised import CAPACITY, Recognised, Target
-from kvconform_backends.module_trials import CROWD, LENGTH, PROMPT, SHORTEST, Trials, parts, words_of
+from kvconform_backends.targets import conventions
+from kvconform_backends.targets.conventions import Convention, Signature
+from kvconform_backends.targets.module_beginnings import Beginnings
+from kvconform_backends.targets.module_calls import leaves
+from kvconform_backends.targets.module_past import contents, described, frozen, grown_axis, sizes
+from kvconform_backends.targets.module_recognised import CAPACITY, Recognised, Target
+from kvconform_backends.targets.module_trials import CROWD, LENGTH, PROMPT, SHORTEST, Trials, parts, words_of
 
 Array = NDArray[Any]
 

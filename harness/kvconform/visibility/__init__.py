@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from kvconform.schedules import schedules
-from kvconform.sight import BLIND, MISSING, SEES, UNTOLD, Sight, remembered
 from kvconform.subject import Subject
+from kvconform.visibility.schedules import schedules
+from kvconform.visibility.sight import BLIND, MISSING, SEES, UNTOLD, Sight, remembered
 from kvconform_specs.config import Config
 
 __all__ = ["BLIND", "FORBIDDEN", "MISSING", "REQUIRED", "SEES", "UNTOLD", "Difference", "Map", "maps"]

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from kvconform_backends import conventions
-from kvconform_backends.conventions import Signature
-from kvconform_backends.module_recognised import CAPACITY, Target
+from kvconform_backends.targets import conventions
+from kvconform_backends.targets.conventions import Signature
+from kvconform_backends.targets.module_recognised import CAPACITY, Target
 
 
 class Beginnings:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from kvconform.repro_calls import cache
-from kvconform.repro_failure import Check, Failure, compared, rows, same, wanted, worst
-from kvconform.repro_inputs import Run
+from kvconform.repro.calls import cache
+from kvconform.repro.failure import Check, Failure, compared, rows, same, wanted, worst
+from kvconform.repro.inputs import Run
 from kvconform_specs.clause import Relation
 from kvconform_specs.program import Append
 

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession, OrtValue
 
 from kvconform.registry import BackendError
-from kvconform_backends import onnx_runtime, onnx_weights
-from kvconform_backends.onnx_script import Call, Script
-from kvconform_backends.onnx_signature import Signature, read, unknown
+from kvconform_backends import onnx_runtime
+from kvconform_backends.targets import onnx_weights
+from kvconform_backends.targets.onnx_script import Call, Script
+from kvconform_backends.targets.onnx_signature import Signature, read, unknown
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.program import Program
@@ -157,7 +158,9 @@ class OnnxDecoder:
         """On an empty past, or by the graph that takes none. Where a call gives the last output alone, it is asked for
         every prefix."""
         if self.noise is not None and self.config.profile == "hidden":
-            from kvconform_backends.black_box import disturbed_states  # needs torch, which a decoder of ids does not
+            from kvconform_backends.targets.black_box import (
+                disturbed_states,  # needs torch, which a decoder of ids does not
+            )
 
             x = disturbed_states(x, *self.noise)
         ends = range(1, x.shape[1] + 1) if self.graphs.last else [x.shape[1]]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kvconform.registry import TARGETS, installed, openers
-from kvconform.repro_inputs import WIDTH, Run, filled, layout_of
+from kvconform.repro.inputs import WIDTH, Run, filled, layout_of
 from kvconform.subject import describe
 from kvconform_specs.config import Config
 from kvconform_specs.program import (

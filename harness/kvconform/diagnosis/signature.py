@@ -9,9 +9,9 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.examination import FORBIDDEN, SOURCES, Examination
-from kvconform.probes import GENERATIONS
-from kvconform.symptoms import BLANK, Cell, Facts
+from kvconform.diagnosis.examination import FORBIDDEN, SOURCES, Examination
+from kvconform.diagnosis.probes import GENERATIONS
+from kvconform.diagnosis.symptoms import BLANK, Cell, Facts
 from kvconform_specs.config import Config
 from kvconform_specs.program import Generate
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from kvconform_backends.module_calls import leaves
+from kvconform_backends.targets.module_calls import leaves
 
 
 def contents(past: Any) -> list[tuple[tuple[int, ...], bytes]]:

@@ -104,7 +104,7 @@ class Adapter:  # kvconform.backend.Backend and BlackBox are the whole protocol
     def full(self, x): return self.step(None, x)[0]                      # without a cache
     def reset(self, past): return None
     def disturbed(self, storage, accumulation, seed):
-        from kvconform_backends.black_box import disturbed
+        from kvconform_backends.targets.black_box import disturbed
         other = Adapter(None, {}, "cpu")
         other.module = disturbed(self.module, storage, accumulation, seed)
         return other

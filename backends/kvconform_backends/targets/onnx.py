@@ -16,8 +16,8 @@ import onnxruntime  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from kvconform.registry import BackendError
-from kvconform_backends import onnx_weights
-from kvconform_backends.onnx_decoder import Graph, Graphs, OnnxDecoder, line
+from kvconform_backends.targets import onnx_weights
+from kvconform_backends.targets.onnx_decoder import Graph, Graphs, OnnxDecoder, line
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvconform.subject import describe
-from kvconform_backends.onnx_signature import Signature
+from kvconform_backends.targets.onnx_signature import Signature
 from kvconform_specs.program import Append, Close, Full, Program, Reset
 
 

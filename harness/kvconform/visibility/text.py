@@ -9,8 +9,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, groupby
 
-from kvconform.sight import listed
 from kvconform.visibility import FORBIDDEN, MISSING, REQUIRED, SEES, Map
+from kvconform.visibility.sight import listed
 
 MARKS = {FORBIDDEN: "+", REQUIRED: "-"}
 LEGEND = "x sees   . does not   ? cannot be told   + sees and must not   - does not see and must"

@@ -15,15 +15,15 @@ from itertools import count
 
 import msgspec
 
-from kvconform.advice import ADVICE
-from kvconform.edits import WIDE, Explanation, explanations, kinds
-from kvconform.examination import SIGHT, Examination, examine
-from kvconform.fingerprints import CONFIGS, Match, Prints, catalogue, decided, exactly, named, nearest
-from kvconform.probes import SEEN, Probe, changes, probes
+from kvconform.diagnosis.advice import ADVICE
+from kvconform.diagnosis.edits import WIDE, Explanation, explanations, kinds
+from kvconform.diagnosis.examination import SIGHT, Examination, examine
+from kvconform.diagnosis.fingerprints import CONFIGS, Match, Prints, catalogue, decided, exactly, named, nearest
+from kvconform.diagnosis.probes import SEEN, Probe, changes, probes
+from kvconform.diagnosis.signature import condition, first, generating, loop, sighted, told
+from kvconform.diagnosis.symptoms import Truth, alike, symptom
 from kvconform.record import Done, Trace
-from kvconform.signature import condition, first, generating, loop, sighted, told
 from kvconform.subject import Death, Infrastructure, Launch, Subject
-from kvconform.symptoms import Truth, alike, symptom
 from kvconform.visibility import FORBIDDEN, Map
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
