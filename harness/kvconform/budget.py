@@ -10,7 +10,8 @@ class Budget:
     """structures: how many shapes of program are drawn for a cell; variants: seeds tried within each, in one message.
 
     seconds: no new structure is begun after that many seconds of a cell. shrink: whether a failure is made small and
-    confirmed on a fresh process; an audit needs to know only that there was one.
+    confirmed on a fresh process; an audit needs to know only that there was one. rebuild: seconds that may go into
+    new processes for one failure (crashes, hangs, leaked state).
     """
 
     name: str
@@ -18,6 +19,7 @@ class Budget:
     variants: int
     seconds: float
     shrink: bool = True
+    rebuild: float = 45.0
 
 
 BUDGETS = {
@@ -29,5 +31,5 @@ SHRINK_TRIALS, SHRINK_SECONDS = 400, 20.0
 """Shrinking a failure ends after so many trials or seconds."""
 GUARANTEE_TRIALS, GUARANTEE_SECONDS = 60, 1.0
 """The same where a measured guarantee is refuted: many backends refute many, and that one does is what matters."""
-REBUILDS, REBUILD_SECONDS = 30, 45.0
-"""Shrinking a crash or timeout, and looking for leaked state, end after so many new workers or seconds."""
+REBUILDS = 30
+"""Shrinking a crash or timeout, and looking for leaked state, end after so many new workers or ``Budget.rebuild``."""

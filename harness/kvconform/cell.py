@@ -19,7 +19,6 @@ from hypothesis.errors import Flaky
 from kvconform.budget import (
     GUARANTEE_SECONDS,
     GUARANTEE_TRIALS,
-    REBUILD_SECONDS,
     REBUILDS,
     SHRINK_SECONDS,
     SHRINK_TRIALS,
@@ -210,7 +209,10 @@ class _Search:
     def _dies(self, case: Case) -> Broken | None:
         """One try of reducing a death, as long as its budget lasts."""
         assert self.best is not None
-        if self.subject.starts - self._starts >= REBUILDS or time.perf_counter() - self._failed_at > REBUILD_SECONDS:
+        if (
+            self.subject.starts - self._starts >= REBUILDS
+            or time.perf_counter() - self._failed_at > self.budget.rebuild
+        ):
             self.reduced = False
             return None
         tried = attempt(self.cell.clause, self.subject, case, (self.best[1].variant,))
@@ -226,7 +228,7 @@ class _Search:
         starts, began = self.subject.starts, time.perf_counter()
 
         def fails(before: list[Program]) -> Broken | None:
-            if self.subject.starts - starts > REBUILDS or time.perf_counter() - began > REBUILD_SECONDS:
+            if self.subject.starts - starts > REBUILDS or time.perf_counter() - began > self.budget.rebuild:
                 self.reduced = False
                 return None
             tried = replayed(self.cell.clause, self.subject, before, case)

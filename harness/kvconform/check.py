@@ -19,7 +19,7 @@ from kvconform.visibility import text as visibility_text
 from kvconform_specs.clauses import ALL
 from kvconform_specs.errors import SpecError
 
-BUDGET = Budget("check", 8, 2, 20.0)
+BUDGET = Budget("check", 8, 2, 20.0, rebuild=5.0)
 """A broken module shows in the first structures; the whole check of a small one is to take less than a minute."""
 FORMS = (
     "file.py:NAME or package.module:NAME (a class, factory or function), decoder.onnx, "

@@ -27,7 +27,9 @@ class Preset:
                 raise ValueError(f"preset {self.name}: no room for a step at {n} of {self.config.capacity} tokens")
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "depths": list(self.depths), "prompts": list(self.prompts)}
+        return {
+            **asdict(self), "config": self.config.to_json(), "depths": list(self.depths), "prompts": list(self.prompts),
+        }  # fmt: skip
 
 
 PRESETS: dict[str, Preset] = {

@@ -103,7 +103,7 @@ class Config:
         return self.window if layer % self.window_every == 0 else None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "reserved": list(self.reserved)}
 
     @classmethod
     def from_json(cls, data: object, at: str = "config") -> Config:
