@@ -86,6 +86,12 @@ def test_the_harness_calls_a_subject_in_one_place_and_builds_it_in_another() -> 
     assert sorted(broad) == ["record.py", "worker.py"]
 
 
+def test_code_of_others_is_expected_to_raise_in_one_place_while_a_target_is_opened() -> None:
+    targets = ROOTS["kvconform_backends"] / "targets"
+    broad = [file.name for file in targets.rglob("*.py") if "except Exception" in file.read_text()]
+    assert broad == ["foreign.py"]
+
+
 def test_a_module_is_read_in_one_sitting() -> None:
     for root in ROOTS.values():
         for file in root.rglob("*.py"):

@@ -12,11 +12,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SECTION = README.partition("## Check what you have")[2].partition("\n## ")[0]
+
+
+def section(title: str) -> str:
+    return README.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+SECTION = section("Check what you have")
 COMMANDS = [
     line.partition("#")[0].strip() for line in re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL)[0].splitlines()
 ]
-SHOWN = re.findall(r"```text\n(.*?)```", SECTION, re.DOTALL)
+SHOWN = [
+    text
+    for title in ("Check what you have", "Your own cache")
+    for text in re.findall(r"```text\n(.*?)```", section(title), re.DOTALL)
+]
 pytestmark = pytest.mark.xdist_group("examples")
 
 
@@ -49,8 +59,8 @@ def test_the_commands_of_the_readme_in_their_order_find_the_examples_conformant(
             assert " noise floor [" in done.stdout, command
 
 
-def test_what_the_readme_shows_is_what_is_printed(clone: Path) -> None:
-    (shown,) = SHOWN
+@pytest.mark.parametrize("shown", SHOWN, ids=["check", "run"])
+def test_what_the_readme_shows_is_what_is_printed(shown: str, clone: Path) -> None:
     prompt, *lines = shown.rstrip("\n").splitlines()
     assert prompt.startswith("$ ")
     done = run(prompt.removeprefix("$ "), clone)

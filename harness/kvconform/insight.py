@@ -36,7 +36,8 @@ def add(subject: Subject, results: Results, configs: Mapping[str, Config], failu
         if results.target is not None and ran:
             with suppress(Death, Infrastructure):
                 noise = {**results.target.noise, name: noise_floor(subject, config)}
-                assumed = [*results.target.assumed, *([SHARED] if subject.claims.rounding == "shared" else [])]
+                shared = [SHARED] if subject.claims.rounding == "shared" else []
+                assumed = list(dict.fromkeys((*results.target.assumed, *shared)))
                 results.target = msgspec.structs.replace(results.target, noise=noise, assumed=assumed)
         if broken or (results.target is not None and ran):
             with suppress(Death, Infrastructure):

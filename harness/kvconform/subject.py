@@ -123,10 +123,7 @@ class Subject:
             "op": "own", "config": config.to_json(), "shape": list(inputs.shape), "dtype": inputs.dtype.str,
             "storage": storage, "accumulation": accumulation, "seed": seed,
         }  # fmt: skip
-        truth._post(message, np.ascontiguousarray(inputs).tobytes())
-        header, blob = truth._reply(self.launch.step_timeout)
-        if "unavailable" in header:
-            raise Infrastructure(str(header["unavailable"]))
+        header, blob = truth._ask(message, self.launch.step_timeout, np.ascontiguousarray(inputs).tobytes())
         if "error" in header:
             raise Death("crash", f"its own cache-less forward raised {header['error']}", 0, -1)
         return np.frombuffer(blob, header["dtype"]).reshape(header["shape"])
@@ -267,8 +264,8 @@ class Subject:
             self._progress.close()
             self._process = None
 
-    def _ask(self, message: Header, timeout: float) -> tuple[Header, bytes]:
-        self._post(message)
+    def _ask(self, message: Header, timeout: float, blob: bytes = b"") -> tuple[Header, bytes]:
+        self._post(message, blob)
         header, blob = self._reply(timeout)
         if "unavailable" in header:
             raise Infrastructure(str(header["unavailable"]))

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,11 +48,9 @@ class Worker:
         self.stopwatches: dict[tuple[Config, int], Stopwatch] = {}
 
     def answer(self, message: Header, blob: bytes = b"") -> Reply:
-        if message["op"] == "own":
-            return self.own(message, blob)
-        handlers = {
+        handlers: dict[str, Callable[[Header], Reply]] = {
             "describe": self.describe, "build": self.build, "run": self.run, "witness": self.witness,
-            "clock": self.clock, "script": self.script,
+            "clock": self.clock, "script": self.script, "own": partial(self.own, blob=blob),
         }  # fmt: skip
         return handlers[message["op"]](message)
 

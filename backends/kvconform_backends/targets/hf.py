@@ -26,6 +26,7 @@ from transformers import AutoConfig, DynamicCache, PreTrainedConfig, StaticCache
 from kvconform.backend import Unavailable
 from kvconform.registry import BackendError
 from kvconform_backends.targets import black_box, hf_recipe
+from kvconform_backends.targets.foreign import Raised, foreign
 from kvconform_backends.targets.hf_recipe import SPREAD, Recipe, point_of, tiny, tokens_of
 from kvconform_backends.validation import check_rows
 from kvconform_specs.claims import Claims
@@ -169,20 +170,18 @@ def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
         if chosen[name] not in known:
             raise BackendError(f"target hf:{target}: {name} is {chosen[name]!r}; known: {', '.join(known)}")
     try:
-        recipe, assumed = _recipe(target, chosen)
-        model = recipe.model()
-        if recipe.experts is None and _experts(model) == "grouped_mm":
-            recipe = replace(recipe, experts=APART)
-            model.set_experts_implementation(APART)
-            assumed = (*assumed, f"its experts are computed by {APART}, since grouped_mm lets tokens share a rounding")
-        point = point_of(model.config, str(chosen["dtype"]))
-        with torch.no_grad():
+        with foreign(), torch.no_grad():
+            recipe, assumed = _recipe(target, chosen)
+            model = recipe.model()
+            if recipe.experts is None and _experts(model) == "grouped_mm":
+                recipe = replace(recipe, experts=APART)
+                model.set_experts_implementation(APART)
+                apart = f"its experts are computed by {APART}, since grouped_mm lets tokens share a rounding"
+                assumed = (*assumed, apart)
+            point = point_of(model.config, str(chosen["dtype"]))
             model(input_ids=torch.tensor([tokens_of(point, 2)]), use_cache=False)
-    except BackendError:
-        raise
-    except Exception as error:
-        words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise BackendError(f"target hf:{target}: transformers {transformers.__version__} says {words}") from error
+    except Raised as words:
+        raise BackendError(f"target hf:{target}: transformers {transformers.__version__} says {words}") from words
     kind = type(model).__name__
     attributes = {
         "points": {"decoder-own": point}, "made": model, "recipe": recipe, "source": recipe.source,

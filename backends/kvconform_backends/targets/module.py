@@ -24,11 +24,11 @@ from torch import nn
 from kvconform.backend import Unavailable
 from kvconform.registry import BackendError, module_of
 from kvconform_backends.targets import black_box, conventions, module_calls
+from kvconform_backends.targets.foreign import Raised, foreign
 from kvconform_backends.targets.module_calls import Caller, Held
 from kvconform_backends.targets.module_recognised import Recognised, Target
 from kvconform_backends.targets.module_recognition import Unrecognised, recognise
 from kvconform_backends.targets.module_script import Script
-from kvconform_backends.targets.module_trials import words_of
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.program import Program
@@ -70,11 +70,12 @@ class Source:
         torch.manual_seed(self.seed)
         if self._builds(found):
             try:
-                found = found(**arguments(found, self.init))
-            except Exception as error:
+                with foreign():
+                    found = found(**arguments(found, self.init))
+            except Raised as error:
                 needed = ", ".join(f'"{name}": ...' for name in required(found))
                 hint = f"; give its arguments: --init '{{{needed}}}'" if needed and not self.init else ""
-                raise BackendError(f"{self.address} cannot be built: {words_of(error)}{hint}") from error
+                raise BackendError(f"{self.address} cannot be built: {error}{hint}") from error
         elif isinstance(found, nn.Module):
             found = copy.deepcopy(found)
         if isinstance(found, nn.Module):
@@ -140,11 +141,12 @@ def open_module(target: str, options: Mapping[str, Any]) -> Any:
         raise BackendError(f"{address}: want file.py:NAME or package.module:NAME")
     source = Source(address, file, name, asked["init"], asked["seed"], DTYPES.get(asked["dtype"] or ""))
     try:
-        namespace = source.namespace()
+        with foreign():
+            namespace = source.namespace()
     except BackendError as missing:
         raise BackendError(f"{address}: {missing}") from missing
-    except Exception as error:
-        raise BackendError(f"{address} cannot be imported: {words_of(error)}") from error
+    except Raised as error:
+        raise BackendError(f"{address} cannot be imported: {error}") from error
     if name not in namespace:
         raise BackendError(f"{address}: {file} has no {name!r}")
     if hasattr(namespace[name], "claims"):

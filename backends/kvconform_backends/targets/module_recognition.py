@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from kvconform_backends.targets import conventions
 from kvconform_backends.targets.conventions import Convention, Signature
+from kvconform_backends.targets.foreign import Raised, foreign
 from kvconform_backends.targets.module_beginnings import Beginnings
 from kvconform_backends.targets.module_calls import leaves
 from kvconform_backends.targets.module_past import contents, described, frozen, grown_axis, sizes
 from kvconform_backends.targets.module_recognised import CAPACITY, Recognised, Target
-from kvconform_backends.targets.module_trials import CROWD, LENGTH, PROMPT, SHORTEST, Trials, parts, words_of
+from kvconform_backends.targets.module_trials import CROWD, LENGTH, PROMPT, SHORTEST, Trials, parts
 
 Array = NDArray[Any]
 
@@ -189,9 +190,10 @@ class Recognition(Trials):
         for rows in (None, 1) if made.convention.batched else (1,):
             made.rows = rows
             try:
-                return self._tried_once(made)
-            except Exception as error:  # noqa: BLE001 - a trial: one row, or another way of calling, may do
-                self.raised = made.refusal = words_of(error)
+                with foreign():
+                    return self._tried_once(made)
+            except Raised as error:  # one row, or another way of calling, may do
+                self.raised = made.refusal = str(error)
         return None
 
     def _tried_once(self, made: Recognised) -> Recognised | None:
@@ -311,12 +313,13 @@ class Recognition(Trials):
                 continue  # its past is required: the empty one is known
             start = replace(made.convention, call=call, empty=empty, imports=imports)
             try:
-                caller = self.caller(start)
-                held = caller.start(len(x))
-                before = contents(held.past)
-                names = caller.called(call, held, x)
-            except Exception as error:  # noqa: BLE001 - a trial
-                self.raised = words_of(error)
+                with foreign():
+                    caller = self.caller(start)
+                    held = caller.start(len(x))
+                    before = contents(held.past)
+                    names = caller.called(call, held, x)
+            except Raised as error:
+                self.raised = str(error)
                 continue
             changed = held.past is not None and contents(held.past) != before
             for output, _last in self.outputs(names["out"], x, start):
@@ -329,11 +332,12 @@ class Recognition(Trials):
         for begin, imports in self.beginnings.begins():
             start = replace(made.convention, call=call, begin=begin, imports=imports)
             try:
-                caller = self.caller(start)
-                out = caller.called(call, caller.start(len(x)), x)["out"]
-                output = next(self.outputs(out, x, start), (made.convention.whole_output, False))[0]
-            except Exception as error:  # noqa: BLE001 - a trial; that it raises is for the suite to find
-                self.raised = words_of(error)
+                with foreign():
+                    caller = self.caller(start)
+                    out = caller.called(call, caller.start(len(x)), x)["out"]
+                    output = next(self.outputs(out, x, start), (made.convention.whole_output, False))[0]
+            except Raised as error:  # that it raises is for the suite to find
+                self.raised = str(error)
                 output = made.convention.whole_output
             yield replace(start, output=output).overridden(self.overrides)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from kvconform_backends.targets import conventions
 from kvconform_backends.targets.conventions import Convention
+from kvconform_backends.targets.foreign import Raised, foreign
 from kvconform_backends.targets.module_calls import Caller
 from kvconform_backends.targets.module_recognised import Recognised, Target
 
@@ -57,12 +58,13 @@ class Trials:
             x = np.full_like(x, token)
         caller = self.caller(made.convention)
         try:
-            if cached:
-                caller.step(caller.start(len(x)), x)
-            else:
-                caller.whole(x)
-        except Exception as error:  # noqa: BLE001 - a trial
-            self.raised = words_of(error)
+            with foreign():
+                if cached:
+                    caller.step(caller.start(len(x)), x)
+                else:
+                    caller.whole(x)
+        except Raised as error:
+            self.raised = str(error)
             return False
         return True
 
@@ -71,19 +73,20 @@ class Trials:
         caller, x = self.caller(made.convention), self.sample(made, LENGTH)
         ends, ranks, start = (PROMPT, PROMPT + 1, LENGTH), [False] * 4, 0
         try:
-            wants = [caller.whole(x[:, :end]) for end in ends]  # before the sequence: it may live in the module
-            held = caller.start(len(x))
-            for number, (end, want) in enumerate(zip(ends, wants, strict=True)):
-                got, held = caller.step(held, x[:, start:end])
-                if number == 0:
-                    made.last_only = got.shape[1] == 1
-                shown = 1 if made.whole_last or made.last_only else end - start
-                agrees = close(got[:, -shown:], want[:, -shown:])
-                for index in ((0,), (1, 2), (3,))[number]:
-                    ranks[index] = agrees or index < 2
-                start = end
-        except Exception as error:  # noqa: BLE001 - a trial
-            self.raised = words_of(error)
+            with foreign():
+                wants = [caller.whole(x[:, :end]) for end in ends]  # before the sequence: it may live in the module
+                held = caller.start(len(x))
+                for number, (end, want) in enumerate(zip(ends, wants, strict=True)):
+                    got, held = caller.step(held, x[:, start:end])
+                    if number == 0:
+                        made.last_only = got.shape[1] == 1
+                    shown = 1 if made.whole_last or made.last_only else end - start
+                    agrees = close(got[:, -shown:], want[:, -shown:])
+                    for index in ((0,), (1, 2), (3,))[number]:
+                        ranks[index] = agrees or index < 2
+                    start = end
+        except Raised as error:
+            self.raised = str(error)
         made.rank = ranks[0], ranks[1], ranks[2], ranks[3]
 
     def outputs(self, out: Any, x: Array, convention: Convention) -> Iterator[tuple[str, bool]]:
@@ -119,7 +122,3 @@ def close(got: Array, want: Array) -> bool:
         return False
     scale = float(np.abs(want).max(initial=0.0))
     return bool((np.abs(got - want) <= np.sqrt(np.finfo(np.float32).eps) * scale).all())
-
-
-def words_of(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0][:200]

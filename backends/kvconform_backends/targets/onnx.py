@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from kvconform.registry import BackendError
 from kvconform_backends.targets import onnx_weights
-from kvconform_backends.targets.onnx_decoder import Graph, Graphs, OnnxDecoder, line
+from kvconform_backends.targets.foreign import Raised, foreign
+from kvconform_backends.targets.onnx_decoder import Graph, Graphs, OnnxDecoder
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 
@@ -136,10 +137,11 @@ class OnnxTarget:
         words = ""
         for device in ("cpu", "cuda"):
             try:
-                self.graphs.runner(self.whole, device)
+                with foreign():
+                    self.graphs.runner(self.whole, device)
                 return device
-            except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors share no other base
-                words = words or line(error)
+            except Raised as error:
+                words = words or str(error)
         raise BackendError(f"ONNX Runtime {onnxruntime.__version__} cannot load {self.whole.path.name}: {words}")
 
     def _tried(self, device: str, graph: Graph, t: int) -> tuple[int, ...] | str:
@@ -148,9 +150,10 @@ class OnnxTarget:
         shape = (1, t, self._width()) if signature.hidden else (1, t)
         x = np.zeros(shape, signature.tokens.dtype)
         try:
-            values = self.graphs.runner(graph, device).run(x, 0, (), self.graphs.dummy)
-        except Exception as error:  # noqa: BLE001 - as above
-            return line(error)
+            with foreign():
+                values = self.graphs.runner(graph, device).run(x, 0, (), self.graphs.dummy)
+        except Raised as error:
+            return str(error)
         return tuple(values[signature.output.name].shape())
 
     def _width(self) -> int:

@@ -21,6 +21,7 @@ from onnxruntime import InferenceSession, OrtValue
 from kvconform.registry import BackendError
 from kvconform_backends import onnx_runtime
 from kvconform_backends.targets import onnx_weights
+from kvconform_backends.targets.foreign import Raised, foreign
 from kvconform_backends.targets.onnx_script import Call, Script
 from kvconform_backends.targets.onnx_signature import Signature, read, unknown
 from kvconform_specs.claims import Claims
@@ -47,9 +48,10 @@ class Graph:
         if not path.is_file():
             raise BackendError(f"no file {path}")
         try:
-            model = onnx.load(path, load_external_data=False)
-        except Exception as error:  # protobuf's error has no public name
-            raise BackendError(f"{path} is no ONNX model: {line(error)}") from error
+            with foreign():
+                model = onnx.load(path, load_external_data=False)
+        except Raised as error:
+            raise BackendError(f"{path} is no ONNX model: {error}") from error
         return cls(path.resolve(), model, read(model, path.name))
 
     def unknown(self, why: str) -> BackendError:
@@ -211,11 +213,6 @@ class OnnxDecoder:
         }
         words = f"CUDA was asked for, and ONNX Runtime ran {', '.join(strays)} on the CPU"
         return {**found, "fallback": words} if strays else found
-
-
-def line(error: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _source(model: onnx.ModelProto, owner: object) -> str | bytes:
