@@ -11,7 +11,8 @@ class Budget:
 
     seconds: no new structure is begun after that many seconds of a cell. shrink: whether a failure is made small and
     confirmed on a fresh process; an audit needs to know only that there was one. rebuild: seconds that may go into
-    new processes for one failure (crashes, hangs, leaked state).
+    new processes for one failure (crashes, hangs, leaked state). leaks: of how many failures by leaked state the list
+    of programs that must run before is made short; that of a further one is all that ran.
     """
 
     name: str
@@ -20,6 +21,7 @@ class Budget:
     seconds: float
     shrink: bool = True
     rebuild: float = 45.0
+    leaks: int = 1000
 
 
 BUDGETS = {

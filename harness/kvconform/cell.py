@@ -234,12 +234,15 @@ class _Search:
             tried = replayed(self.cell.clause, self.subject, before, case)
             return tried if isinstance(tried, Broken) else None
 
-        length = 1
+        shorten = self.subject.leaks < self.budget.leaks
+        length = 1 if shorten else len(earlier)
         while True:
             suffix = earlier[-length:]
             broken = fails(suffix)
             if broken is not None:
-                return reduced_list(suffix, broken, fails)
+                self.subject.leaks += 1
+                self.reduced = self.reduced and shorten
+                return reduced_list(suffix, broken, fails) if shorten else (suffix, broken)
             if length >= len(earlier):
                 return None
             length *= 2

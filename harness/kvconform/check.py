@@ -19,15 +19,15 @@ from kvconform.visibility import text as visibility_text
 from kvconform_specs.clauses import ALL
 from kvconform_specs.errors import SpecError
 
-BUDGET = Budget("check", 8, 2, 20.0, rebuild=5.0)
+SHOWN, DRAWN = 3, 2
+"""Broken clauses that are printed in full, the others by name; maps that are drawn, the others in words."""
+BUDGET = Budget("check", 8, 2, 20.0, rebuild=5.0, leaks=SHOWN)
 """A broken module shows in the first structures; the whole check of a small one is to take less than a minute."""
 FORMS = (
     "file.py:NAME or package.module:NAME (a class, factory or function), decoder.onnx, "
     "hf:DIRECTORY or hf:CONFIG_CLASS (transformers), or the name of an installed backend"
 )
 CORE = {clause.name for clause in ALL if clause.core}
-SHOWN, DRAWN = 3, 2
-"""Broken clauses that are printed in full, the others by name; maps that are drawn, the others in words."""
 
 
 def addresses(target: str, options: Mapping[str, Any]) -> list[str]:

@@ -71,6 +71,7 @@ class Subject:
         self.launch = launch
         self.log: deque[tuple[Program, tuple[int, ...]]] = deque(maxlen=LOG_LENGTH)
         self.starts = 0
+        self.leaks = 0  # how many failures have needed what ran before
         self._built: set[Config] = set()
         self._failed: dict[Config, Death] = {}  # a build that failed once is not tried for every cell
         self._process: subprocess.Popen[bytes] | None = None

@@ -326,7 +326,7 @@ BATTERY: tuple[_Plan, ...] = (
     _plain("prefill", "a prompt", 7),
     _plain("decode", "decode steps from the first token on", 1, 1, 1, 1, 1),
     _plain("prompt-decode", "a prompt, then decode steps", 5, 1, 1, 1),
-    _plain("chunk", "a prompt, a chunk, a decode step", 4, 3, 1),
+    _plain("chunk", "a prompt and on it a chunk", 4, 3, 1),
     _plain("chunks", "chunks of several sizes", 2, 3, 1, 4, 2),
     _plain("long-decode", "decode steps on a longer past", 9, 1, 1, 1, 1),
     _plain("long", "a longer prompt, then all sizes", 17, 1, 5, 1),
