@@ -11,9 +11,9 @@ import msgspec
 from kvconform import audit_record, lattice, ledger
 from kvconform.audit_record import Audited, Trial
 from kvconform.diagnosis import Diagnosis
-from kvconform.latency_record import Arm, Case, Excluded, Ratio, Record, Round, Summary
 from kvconform.pairwise import Pair
 from kvconform.results import Results, Target
+from kvconform.speed.record import Arm, Case, Excluded, Ratio, Record, Round, Summary
 from kvconform.verdict import Outcome, Verdict
 from kvconform.visibility import Map
 from kvconform_specs.clauses import ALL

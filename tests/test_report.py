@@ -17,10 +17,10 @@ import report_data as given
 from report_data import HOSTILE
 
 from kvconform.audit_record import Record
-from kvconform.latency_record import Excluded
 from kvconform.lattice import LEVELS, Guarantee, measured
 from kvconform.pairwise import Pair
 from kvconform.results import Results, exit_code
+from kvconform.speed.record import Excluded
 from kvconform.verdict import Outcome
 from kvconform_reports import charts, embedding, junit, maps, markdown, summary
 from kvconform_reports.html import render

@@ -12,10 +12,10 @@ import pytest
 import report_data as given
 from report_data import HOSTILE
 
-from kvconform.latency_record import Excluded
 from kvconform.lattice import Guarantee
 from kvconform.pairwise import Pair
 from kvconform.results import Results
+from kvconform.speed.record import Excluded
 from kvconform.verdict import Outcome
 from kvconform_reports.html import render
 from kvconform_specs.clauses import ALL

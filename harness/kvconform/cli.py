@@ -26,10 +26,7 @@ from kvconform import (
     check,
     explain,
     gate,
-    latency,
     power,
-    presets,
-    protocol,
     repro,
     results,
     spec_page,
@@ -40,13 +37,14 @@ from kvconform.check import diagnosed
 from kvconform.counterexample import Broken
 from kvconform.doors import file_name
 from kvconform.fault import load_faults
-from kvconform.latency_record import Record
 from kvconform.ledger import EMPTY
 from kvconform.ledger import read as read_ledger
 from kvconform.pairwise import Pair
 from kvconform.registry import installed
 from kvconform.results import Results
 from kvconform.run import Plan, cells, parse_shard, path_of, run_backend, summary
+from kvconform.speed import controller, presets, protocol
+from kvconform.speed.record import Record
 from kvconform.storage import family_of, write_atomically
 from kvconform.subject import STEP_TIMEOUT, Infrastructure, Launch, Subject
 from kvconform.verdict import Verdict
@@ -362,7 +360,7 @@ def bench(
     if unknown:
         raise _usage(f"--preset: no preset named {unknown[0]!r}; known: {', '.join(presets.PRESETS)}")
     chosen = {name: presets.PRESETS[name] for name in preset or presets.PRESETS}
-    record = latency.bench(
+    record = controller.bench(
         _launches(backend, device, python), chosen, out, out / "speed.json", seconds_per_case=seconds, seed=seed,
         tell=lambda words: screen.print(escape(words)),
     )  # fmt: skip
@@ -403,8 +401,8 @@ def _collect(files: list[Path]) -> tuple[list[Results], Record | None, list[Pair
     speed: Record | None = None
     audited: audit_record.Record | None = None
     for file in files:
-        if latency.is_record(file):
-            speed = latency.read(file)
+        if controller.is_record(file):
+            speed = controller.read(file)
         elif family_of(file) == audit_record.SCHEMA.partition("/")[0]:
             audited = audit_record.read(file)
         else:

@@ -26,7 +26,7 @@ import numpy as np
 from kvconform.backend import Unavailable
 from kvconform.record import record
 from kvconform.registry import BackendError, load
-from kvconform.timing import Stopwatch
+from kvconform.speed.stopwatch import Stopwatch
 from kvconform.wire import PROGRESS, Header, pack, receive, send
 from kvconform_specs.config import Config
 from kvconform_specs.program import Program

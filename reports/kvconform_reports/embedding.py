@@ -12,9 +12,9 @@ import msgspec
 from markupsafe import Markup
 
 from kvconform import audit_record
-from kvconform.latency_record import Record
 from kvconform.pairwise import Pair
 from kvconform.results import Results
+from kvconform.speed.record import Record
 from kvconform.verdict import Verdict
 
 SCHEMA = "kvconform-report/2"

@@ -10,9 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from kvconform import audit_record
-from kvconform.latency_record import Record
 from kvconform.pairwise import Pair
 from kvconform.results import Results
+from kvconform.speed.record import Record
 from kvconform_reports import certificate, embedding, maps, matrix, mutation, outcomes, sights, speed, tables
 from kvconform_specs.clauses import BY_NAME
 

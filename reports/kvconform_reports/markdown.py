@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 
 from kvconform import audit_record
-from kvconform.latency_record import Record
 from kvconform.pairwise import Pair
 from kvconform.results import Results
+from kvconform.speed.record import Record
 from kvconform.verdict import Outcome
 from kvconform_reports import speed
 from kvconform_reports.certificate import power

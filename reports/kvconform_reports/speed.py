@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvconform.latency_record import Case, Excluded, Ratio, Record, Summary
+from kvconform.speed.record import Case, Excluded, Ratio, Record, Summary
 from kvconform_reports.charts import Chart, Series, log_log
 from kvconform_reports.tables import flattened
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.presets import Preset
 from kvconform.record import Done
 from kvconform.results import exit_code, missing_core, read
+from kvconform.speed.presets import Preset
+from kvconform.speed.stopwatch import tokens
 from kvconform.subject import Launch, Subject
-from kvconform.timing import tokens
 from kvconform_specs import SUITE_VERSION, bounds
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kvconform.eligibility import COLUMNS, MOST_STEPS
-from kvconform.presets import Preset
-from kvconform.summaries import BUSY, LEAST, WIDE
-from kvconform.timing import digest, tokens
+from kvconform.speed.eligibility import COLUMNS, MOST_STEPS
+from kvconform.speed.presets import Preset
+from kvconform.speed.stopwatch import digest, tokens
+from kvconform.speed.summaries import BUSY, LEAST, WIDE
 
 NAME, RESTARTS = "pair-v1", 1
 BLOCK_NS = 1_000_000

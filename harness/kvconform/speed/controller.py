@@ -19,12 +19,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from kvconform.clock import Clock, Lost
-from kvconform.eligibility import Truth, conformance, parity, room, truth, unable
-from kvconform.latency_record import SCHEMA, Arm, Case, Excluded, Record, Round
 from kvconform.machine import load_average, machine
-from kvconform.presets import Preset
-from kvconform.protocol import (
+from kvconform.speed.clock import Clock, Lost
+from kvconform.speed.eligibility import Truth, conformance, parity, room, truth, unable
+from kvconform.speed.presets import Preset
+from kvconform.speed.protocol import (
     BLOCK_NS,
     ENOUGH_ROUNDS,
     NARROW,
@@ -34,9 +33,10 @@ from kvconform.protocol import (
     WARM_SHARE,
     described,
 )  # fmt: skip
+from kvconform.speed.record import SCHEMA, Arm, Case, Excluded, Record, Round
+from kvconform.speed.summaries import half_width, summarise, times, without
 from kvconform.storage import family_of, read_versioned, write_atomically
 from kvconform.subject import BUILD_TIMEOUT, Death, Infrastructure, Launch, Subject
-from kvconform.summaries import half_width, summarise, times, without
 from kvconform_specs import SUITE_VERSION
 
 Tell = Callable[[str], None]

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvconform import latency
-from kvconform.clock import Clock
-from kvconform.eligibility import conformance
-from kvconform.latency_record import Arm, Case, Record, Round
-from kvconform.presets import PRESETS, Preset
+from kvconform.speed import controller
+from kvconform.speed.clock import Clock
+from kvconform.speed.eligibility import conformance
+from kvconform.speed.presets import PRESETS, Preset
+from kvconform.speed.record import Arm, Case, Record, Round
+from kvconform.speed.stopwatch import Stopwatch, tokens
+from kvconform.speed.summaries import LEAST, MISS, interval, rank, summarise
 from kvconform.subject import Launch
-from kvconform.summaries import LEAST, MISS, interval, rank, summarise
-from kvconform.timing import Stopwatch, tokens
 from kvconform_backends.numpy_cache import NumpyCache
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
@@ -106,7 +106,7 @@ def timed(tmp_path: Path) -> Any:
     def run(*names: str, preset: Preset = ONE, seconds: float = 0.25, **more: Any) -> Record:
         launches = {name: Launch("numpy" if name.startswith("numpy") else f"{file}:{name}") for name in names}
         out = tmp_path / "speed.json"
-        return latency.bench(launches, {preset.name: preset}, None, out, seconds_per_case=seconds, **more)
+        return controller.bench(launches, {preset.name: preset}, None, out, seconds_per_case=seconds, **more)
 
     return run
 
@@ -181,23 +181,23 @@ def test_arms_are_set_against_the_first_of_their_phase_and_decode_against_its_ow
 
 def test_summaries_and_ratios_of_a_written_record_are_those_of_its_raw_rounds(timed: Any, tmp_path: Path) -> None:
     written = timed("numpy", "numpy-again", "Sleepy", preset=TINY)
-    record = latency.read(tmp_path / "speed.json")
+    record = controller.read(tmp_path / "speed.json")
     assert record.finished
     assert len(record.rounds) > 100
     assert record == written
     assert (record.summaries, record.ratios) == summarise(record)
     assert len(record.summaries) == 2 * (3 + 6) + 3  # at two depths decode, then both phases; one prefill
-    assert latency.is_record(tmp_path / "speed.json")
+    assert controller.is_record(tmp_path / "speed.json")
 
 
 def test_a_record_of_another_version_is_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "speed.json"
     path.write_text('{"schema": "kv-latency/9"}')
-    assert latency.is_record(path)
+    assert controller.is_record(path)
     with pytest.raises(SpecError, match="holds no speed record"):
-        latency.read(path)
+        controller.read(path)
     path.write_text('{"schema": "kvconform-results/1"}')
-    assert not latency.is_record(path)
+    assert not controller.is_record(path)
 
 
 # --- the rounds ---
@@ -306,7 +306,7 @@ def test_a_backend_that_is_not_right_gets_no_time_and_is_listed(name: str, why: 
 
 
 def test_a_backend_without_conformance_results_gets_no_time(tmp_path: Path) -> None:
-    record = latency.bench({"numpy": Launch("numpy")}, {"one": ONE}, tmp_path, tmp_path / "speed.json")
+    record = controller.bench({"numpy": Launch("numpy")}, {"one": ONE}, tmp_path, tmp_path / "speed.json")
     assert record.rounds == []
     assert record.excluded[0].why.startswith("no conformance results:")
 
@@ -314,8 +314,8 @@ def test_a_backend_without_conformance_results_gets_no_time(tmp_path: Path) -> N
 def test_results_admit_only_what_is_conformant_finished_and_of_this_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvconform import eligibility
     from kvconform.results import Results
+    from kvconform.speed import eligibility
     from kvconform_specs import SUITE_VERSION
 
     def said(**fields: Any) -> str:
@@ -369,7 +369,7 @@ def test_an_interrupt_keeps_what_was_measured(
     assert not record.finished
     assert "interrupted" in lines[-1]
     assert record.rounds
-    assert latency.read(tmp_path / "speed.json") == record
+    assert controller.read(tmp_path / "speed.json") == record
     assert (record.summaries, record.ratios) == summarise(record)
 
 

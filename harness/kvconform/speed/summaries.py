@@ -16,7 +16,7 @@ from functools import lru_cache
 import msgspec
 import numpy as np
 
-from kvconform.latency_record import Case, Ratio, Record, Round, Summary
+from kvconform.speed.record import Case, Ratio, Record, Round, Summary
 
 MISS = 0.05
 """How often an interval may miss the median."""

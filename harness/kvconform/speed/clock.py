@@ -6,11 +6,11 @@ import time
 from collections.abc import Mapping
 from statistics import median
 
-from kvconform.latency_record import Arm
-from kvconform.presets import Preset
-from kvconform.protocol import WARM_AGREE, WARM_BLOCK_NS, WARM_SECONDS, WARM_STEPS
+from kvconform.speed.presets import Preset
+from kvconform.speed.protocol import WARM_AGREE, WARM_BLOCK_NS, WARM_SECONDS, WARM_STEPS
+from kvconform.speed.record import Arm
+from kvconform.speed.stopwatch import Block
 from kvconform.subject import Death, Infrastructure, Subject
-from kvconform.timing import Block
 
 
 class Lost(Exception):

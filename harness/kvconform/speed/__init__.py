@@ -1,0 +1,1 @@
+"""Speed: what is timed, how, and what the times say. Nothing is timed that is not right."""
