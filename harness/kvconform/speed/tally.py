@@ -1,0 +1,122 @@
+"""The worker's side of counting: it makes the calls that are counted, each as it is in the middle of a generation.
+
+What is counted does not depend on the numbers in the tokens, nor on when or where it runs. Nothing but numpy is needed
+here; what a framework does, the backend counts (``backend.Counting``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvconform_specs.config import Config
+from kvconform_specs.tensors import Streams
+
+Counts = dict[str, dict[str, int]]
+"""Counter, then kind, then how much; the count is the sum over its kinds."""
+STREAM = 0
+"""The seed of the counted tokens."""
+LOOP = 64
+"""Decode steps that must compile nothing."""
+WARM = 2
+"""Decode steps before those whose compilations count, after one that filled the cache."""
+
+
+class Tally:
+    """A built subject, and the tokens that it is counted on."""
+
+    def __init__(self, subject: Any, config: Config) -> None:
+        self.subject, self.config = subject, config
+        self.tokens = np.array(Streams(config, config.capacity, (0,)).tape(STREAM), np.int64)  # (1, capacity)
+        self._phases = {
+            "decode": self._decode, "prefill": self._prefill, "recompute": self._recompute, "loop": self._loop,
+        }  # fmt: skip
+
+    def count(self, phase: str, depth: int) -> Counts:
+        """The counts of one call of a phase; of ``loop``, those of a whole decode from the depth on."""
+        counted = self._phases[phase](depth)
+        return {counter: {kind: int(n) for kind, n in sorted(kinds.items())} for counter, kinds in counted.items()}
+
+    def _decode(self, n: int) -> Counts:
+        """One token at depth ``n``, after another decode step."""
+        return self._both(lambda: self._decoder(n))
+
+    def _prefill(self, n: int) -> Counts:
+        """``n`` tokens into an empty cache, for the second time."""
+        self._prefiller(n)()
+        return self._both(lambda: self._prefiller(n))
+
+    def _recompute(self, n: int) -> Counts:
+        """``n + 1`` tokens by the cache-less forward, or where the subject claims none by a prefill."""
+        if not self.subject.claims.can("full"):
+            return self._prefill(n + 1)
+
+        def call() -> None:
+            self.subject.full(self._ids(0, n + 1))
+
+        call()
+        return self._dispatched(call)
+
+    def _loop(self, n: int) -> Counts:
+        """Graphs that are there in the end, those of them that a decode loop compiled after its first steps, and what
+        the witness says of breaks; nothing of a subject that compiles none."""
+        if not self.subject.claims.can("graphs"):
+            return {}
+        last = min(n + WARM + LOOP, self.config.capacity)
+        cache = self._filled(n)
+        made = [int(self.subject.graphs())]
+        for position in range(n, last):
+            _, cache = self.subject.step(cache, self._ids(position, position + 1))
+            made.append(int(self.subject.graphs()))
+        self._close(cache)
+        before, after = made[min(WARM, len(made) - 1)], made[-1]
+        counts = {"graphs": {"": after}, "recompilations": {"": after - before}}
+        seen = self.subject.witness() if hasattr(self.subject, "witness") else {}
+        return counts | ({"graph_breaks": {"": seen["graph_breaks"]}} if "graph_breaks" in seen else {})
+
+    def _both(self, prepared: Callable[[], Callable[..., None]]) -> Counts:
+        """What the subject's meter and the backend's own counts say of a step, each of a step of its own; of
+        multiply-adds the latter, since a meter may have to take another kernel."""
+        counts: Counts = {}
+        if self.subject.claims.can("work"):
+            prepared()(metered=True)
+            counts["multiply_adds"] = {"": int(self.subject.work())}
+        return counts | (self._dispatched(prepared()) if hasattr(self.subject, "count") else {})
+
+    def _dispatched(self, call: Callable[[], None]) -> Counts:
+        """What the backend counts in a call; nothing where it counts nothing."""
+        return dict(self.subject.count(call)) if hasattr(self.subject, "count") else {}
+
+    def _decoder(self, n: int) -> Callable[..., None]:
+        cache = self._filled(n)
+
+        def call(**keywords: bool) -> None:
+            self._close(self.subject.step(cache, self._ids(n, n + 1), **keywords)[1])
+
+        return call
+
+    def _prefiller(self, n: int) -> Callable[..., None]:
+        cache = self.subject.start(1)
+
+        def call(**keywords: bool) -> None:
+            self._close(self.subject.step(cache, self._ids(0, n), **keywords)[1])
+
+        return call
+
+    def _filled(self, n: int) -> Any:
+        """A cache of ``n`` tokens whose last one came alone."""
+        cache = self.subject.start(1)
+        for start, stop in ((0, n - 1), (n - 1, n)):
+            if stop > start:
+                _, cache = self.subject.step(cache, self._ids(start, stop))
+        return cache
+
+    def _close(self, cache: Any) -> None:
+        if hasattr(self.subject, "close"):
+            self.subject.close(cache)
+
+    def _ids(self, start: int, stop: int) -> NDArray[np.int64]:
+        return self.tokens[:, start:stop].copy()
