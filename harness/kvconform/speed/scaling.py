@@ -1,0 +1,112 @@
+"""How times grow with the depth: exponents over the last two octaves, and what the formulas expect there.
+
+A correct decoder has neither slope 1 without a cache's help nor slope 0 with it: the weights cost the same at every
+depth. So an exponent stands beside the slope that the formula has over the same depths. Without a cache that is the
+slope of the multiply-adds, every token on every token, as a dense mask computes and a meter counts them. With a cache
+it is the slope of the roofline's floor, because one token's products wait for memory: ``max(bytes_min / bandwidth,
+flops / peak)``, with one bandwidth and one peak for all the depths, the geometric means of the measured. What the
+formula leaves out shows as the difference: calls that cost the same at any depth flatten the measured exponent, a cache
+that is copied in each step or outgrows the processor's steepens it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from kvconform.speed.ceilings import excess
+from kvconform.speed.costs import cost, multiply_adds
+from kvconform.speed.record import CEILINGS, MACHINE, Exponent, Record
+from kvconform_specs.config import Config
+
+OCTAVES = 2
+"""Depths from the greatest down to a fourth of it."""
+LEAST_DEPTHS = 3
+"""With fewer of them in these octaves there is no exponent: two points lie on every line."""
+RATIOS = {"recompute": "ratio", "recompute-last": "ratio-last"}
+"""The exponent of recomputing over decoding, by the phase that recomputes."""
+TIMED = ("decode", *RATIOS)
+
+Key = tuple[str, str, int, str]
+"""Preset, backend, batch and phase."""
+Rates = tuple[float, float]
+"""Nanoseconds of a byte and of a FLOP."""
+
+
+def exponents(record: Record) -> list[Exponent]:
+    """Of each backend's decode and recomputes and of their ratios, from the record's summaries and ratios."""
+    found = []
+    for (preset, backend, batch, phase), values in _points(record).items():
+        depths = last_octaves(values)
+        if depths:
+            config = Config.from_json(record.presets[preset]["config"], f"presets.{preset}.config")
+            want = expected(config, phase, depths, batch, _rates(record, config, preset, batch, depths))
+            got = slope(depths, [values[depth] for depth in depths])
+            found.append(Exponent(preset, backend, batch, phase, depths, got, want))
+    return found
+
+
+def last_octaves(depths: Mapping[int, float] | Sequence[int]) -> list[int]:
+    """Those of the last octaves in order, or none where they are too few."""
+    kept = sorted(n for n in depths if n * 2**OCTAVES >= max(depths))
+    return kept if len(kept) >= LEAST_DEPTHS else []
+
+
+def slope(depths: Sequence[int], values: Sequence[float]) -> float:
+    """Of the logarithms, by least squares."""
+    x, y = [math.log(n) for n in depths], [math.log(value) for value in values]
+    middle = math.fsum(x) / len(x)
+    return math.fsum((a - middle) * b for a, b in zip(x, y, strict=True)) / math.fsum((a - middle) ** 2 for a in x)
+
+
+def expected(config: Config, phase: str, depths: Sequence[int], batch: int, rates: Rates) -> float:
+    """The slope of a phase's formula over these depths; that of a ratio is the difference of its two."""
+    for recompute, ratio in RATIOS.items():
+        if phase == ratio:
+            over, under = (expected(config, one, depths, batch, rates) for one in (recompute, "decode"))
+            return over - under
+    if phase == "decode":
+        byte, flop = rates
+        steps = [cost(config, phase, n, batch) for n in depths]
+        return slope(depths, [max(step.bytes * byte, step.flops * flop) for step in steps])
+    last = phase == "recompute-last"
+    return slope(depths, [float(multiply_adds(config, 0, n + 1, batch, keys=n + 1, last=last)) for n in depths])
+
+
+def _points(record: Record) -> dict[Key, dict[int, float]]:
+    """By depth; where several cases time the same, the one with the most blocks."""
+    points: dict[Key, dict[int, tuple[int, float]]] = defaultdict(dict)
+
+    def put(case: int, arm: int, phase: str, n: int, value: float) -> None:
+        at = record.cases[case]
+        mine = points[at.preset, at.arms[arm].backend, at.batch, phase]
+        mine[at.depth] = max(mine.get(at.depth, (0, 0.0)), (n, value))
+
+    for one in record.summaries:
+        arm = record.cases[one.case].arms[one.arm]
+        if arm.phase in TIMED:
+            put(one.case, one.arm, arm.phase, one.n, one.median)
+    for pair in record.ratios:
+        arms = record.cases[pair.case].arms
+        under, over = arms[pair.arm], arms[pair.reference]
+        if over.phase in RATIOS and (under.backend, under.phase) == (over.backend, "decode"):
+            put(pair.case, pair.arm, RATIOS[over.phase], pair.n, 1 / pair.ratio)
+    return {key: {depth: value for depth, (_, value) in mine.items()} for key, mine in points.items()}
+
+
+def _rates(record: Record, config: Config, preset: str, batch: int, depths: Sequence[int]) -> Rates:
+    """Geometric means over the ceilings measured at these depths; where there are none, bytes alone count: a token's
+    product with a weight of four bytes is two FLOPs, less than any processor computes while it reads them."""
+    logs: dict[str, list[float]] = {phase: [] for phase in CEILINGS}
+    for one in record.summaries:
+        case = record.cases[one.case]
+        arm = case.arms[one.arm]
+        if arm.backend == MACHINE and (case.preset, case.batch) == (preset, batch) and case.depth in depths:
+            asked = cost(config, "decode", case.depth, batch)
+            amount = asked.bytes if arm.phase == "read" else asked.flops
+            logs[arm.phase].append(math.log(one.median / (amount * excess(arm.phase, asked.bytes, asked.flops))))
+    if not all(logs.values()):
+        return 1.0, 0.0
+    byte, flop = (math.exp(math.fsum(logs[phase]) / len(logs[phase])) for phase in CEILINGS)
+    return byte, flop
