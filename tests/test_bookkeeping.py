@@ -194,3 +194,24 @@ def test_the_token_is_compared_only_where_it_is_sure() -> None:
     found = judged(case, Relation.SAME_TOKEN, other, kind=Decoder).finding
     assert found is not None
     assert "row 0, position 1, logit " in found.sentence
+
+
+def test_a_step_that_gives_its_last_position_alone_may_spare_the_head_for_the_others() -> None:
+    t, head = 5, DECODER.width * DECODER.vocabulary
+    spared = []
+    for last in (False, True):
+        program = Program(DECODER, (Append("a", (t, t), 5, metered=True, last=last),))
+        (trace,) = record(NumpyCache(DECODER, weights(DECODER)), program, (0,))
+        spared.append(trace[0].told["work"][0])
+
+        def says(work: int, program: Program = program, trace: Trace = trace) -> bool:
+            told_so = unpack(*pack([told(0, "work", work)(trace)]))
+            case, expected = Case((program,)), [expect(program, (0,))]
+            return judge(case, [Relation.POSITIONS], NumpyCache.claims, [told_so], expected).finding is None
+
+        matrices = (w.size for name, w in weights(DECODER).items() if w.ndim == 2 and name != "embed")
+        least = 2 * t * sum(matrices) - last * 2 * (t - 1) * head
+        assert says(trace[0].told["work"][0])
+        assert says(least)
+        assert not says(least - 1)
+    assert spared[0] - spared[1] == 2 * (t - 1) * head

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ import pytest
 from kvconform.judge import Judged, judge
 from kvconform.record import Done, Trace, record
 from kvconform.wire import Traces, pack, unpack
-from kvconform_backends.numpy_cache import NumpyCache
+from kvconform_backends.numpy_cache import Cache, NumpyCache
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Relation
 from kvconform_specs.families import appends, swapped
 from kvconform_specs.oracle import expect
 from kvconform_specs.points import POINTS
 from kvconform_specs.program import Append, Full, Program, Reject
+from kvconform_specs.tensors import weights
 
 CONFIG = POINTS["attention-gqa"]
 BASE = Program(CONFIG, appends("a", (4, 2), 2, 5))
@@ -153,6 +155,66 @@ def test_last_outputs_only_are_judged_as_what_they_are() -> None:
     assert good.compared == 3 * 2 * 2 * CONFIG.heads * CONFIG.head_dim  # variants, rows, steps, elements
     first = judged(Case((BASE,)), Relation.PARITY, altered(1, lambda o: o[:, :, :1]), claims)
     assert first.finding is not None
+
+
+# --- the last position alone ---
+DECODER = POINTS["decoder-rope"]
+STEPS: tuple[Append | Full, ...] = (*appends("a", (4, 3, 2), 2, 5), Full("f", (6, 6), 9))
+ALONE = Case(
+    tuple(Program(DECODER, tuple(replace(s, last=i in last) for i, s in enumerate(STEPS))) for last in ((), (1, 3)))
+)
+"""The same calls, and two of them asked for the last position alone."""
+
+
+def judged_alone(relation: Relation, kind: type[NumpyCache] = NumpyCache) -> Judged:
+    made = [unpack(*pack(record(kind(DECODER, weights(DECODER)), program, (0,)))) for program in ALONE.programs]
+    return judge(ALONE, [relation], kind.claims, made, [expect(program, (0,)) for program in ALONE.programs])
+
+
+@pytest.mark.parametrize(
+    ("relation", "positions"),
+    [(Relation.PARITY, (4 + 3 + 2 + 6) + (4 + 1 + 2 + 1)), (Relation.AGREEMENT, 4 + 1 + 2 + 1)],
+)
+def test_a_call_that_is_asked_for_its_last_position_is_judged_by_it_alone(relation: Relation, positions: int) -> None:
+    fine = judged_alone(relation)
+    assert fine.finding is None
+    assert fine.compared == 2 * positions * DECODER.vocabulary  # rows, positions, logits
+
+
+class FirstInstead(NumpyCache):
+    def step(self, cache: Cache, *inputs: Any, last: bool = False, **options: Any) -> tuple[Any, Cache]:
+        output, cache = super().step(cache, *inputs, **options)
+        return output[:, :1] if last else output, cache
+
+
+class AllOfThem(NumpyCache):
+    def step(self, cache: Cache, *inputs: Any, last: bool = False, **options: Any) -> tuple[Any, Cache]:
+        return super().step(cache, *inputs, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (FirstInstead, "step 1 (append 3 to a of 2 rows), row 0, position 6, logit "),
+        (AllOfThem, "step 1 (append 3 to a of 2 rows): output has the shape (2, 3, 53), want (2, 1, 53)"),
+    ],
+)
+def test_another_position_is_found_as_the_last_one(kind: type[NumpyCache], words: str) -> None:
+    for relation in (Relation.PARITY, Relation.AGREEMENT):
+        found = judged_alone(relation, kind).finding
+        assert found is not None
+        assert found.sentence.startswith(words)
+
+
+def test_a_keyword_is_given_only_to_a_call_that_asks_for_it() -> None:
+    class Noted(NumpyCache):
+        def step(self, cache: Cache, *inputs: Any, **options: Any) -> tuple[Any, Cache]:
+            given.append(options)
+            return super().step(cache, *inputs, **options)
+
+    given: list[dict[str, Any]] = []
+    record(Noted(DECODER, weights(DECODER)), ALONE.programs[1], (0,))
+    assert given == [{}, {"last": True}, {}, {"last": True}]  # the forward without a cache is a step of this backend
 
 
 def test_traces_survive_the_wire() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -66,6 +67,34 @@ def test_every_step_of_the_language_survives_its_own_json() -> None:
         ),
     )
     assert Program.from_json(json.loads(json.dumps(program.to_json()))) == program
+
+
+def test_what_is_asked_for_its_last_position_alone_survives_its_own_json() -> None:
+    decoder = POINTS["decoder-rope"]
+    program = Program(
+        decoder, (Append("a", (3, 3), 7, last=True), Full("f", (2,), 7, last=True), Append("a", (1, 1), 7))
+    )
+    written = program.to_json()
+    assert [step.pop("last", False) for step in written["steps"]] == [True, True, False]
+    plain = tuple(replace(step, last=False) for step in program.steps if isinstance(step, Append | Full))
+    assert Program.from_json(written) == Program(decoder, plain), "a file from before there was such a step"
+    assert Program.from_json(json.loads(json.dumps(program.to_json()))) == program
+
+
+@pytest.mark.parametrize(
+    ("config", "step", "words"),
+    [
+        (CONFIG, {"op": "append"}, r"steps\[0\]\.last: the attention profile gives an output for each token"),
+        (POINTS["decoder-rope"], {"op": "full", "counts": [2, 1]}, r"steps\[0\]\.last: .* grow alike, got \[2, 1\]"),
+        (POINTS["decoder-rope"], {"op": "generate"}, r"steps\[0\]\.last: a generation .* has no last position"),
+    ],
+)
+def test_the_last_position_alone_is_asked_for_where_there_is_one(
+    config: Config, step: dict[str, object], words: str
+) -> None:
+    asked = {"seq": "a", "counts": [2, 2], "seed": 0, "last": True, **step}
+    with pytest.raises(SpecError, match=words):
+        Program.from_json({"config": config.to_json(), "steps": [asked]})
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_a_docstring_is_cut_where_it_turns_to_a_field() -> None:
     prose, told = documented(Append)
     assert prose.startswith("Appends `counts[r]` new tokens")
     assert prose.endswith("*ragged* rows.")
-    assert list(told) == ["swap", "aim", "hidden", "pad", "layout", "shared", "metered"]
+    assert list(told) == ["swap", "aim", "hidden", "pad", "layout", "shared", "metered", "last"]
     assert told["metered"] == "the multiply-adds of the step are counted."
     assert documented(Claims)[1]["max_chunk"].startswith("largest batch, longest append")
 
@@ -196,6 +196,14 @@ def test_generations_are_told_in_words() -> None:
     assert in_words(Program(POINTS["decoder-rope"], steps)) == [
         "generate 3 tokens greedily after 4 tokens (stream 17) of g",
         "generate 1 token greedily after 1 token (streams 8, 9) of each row of g; position 0 of row 1 from stream 9",
+    ]
+
+
+def test_what_is_asked_for_its_last_position_alone_is_told_in_words() -> None:
+    steps = (Append("a", (4, 4), 8, last=True), Full("f", (3,), 17, last=True))
+    assert in_words(Program(POINTS["decoder-rope"], steps)) == [
+        "append 4 tokens (streams 8, 9) to each row of a, which is empty; the last position alone",
+        "compute 3 tokens (stream 17) of f without a cache; the last position alone",
     ]
 
 

@@ -45,7 +45,7 @@ class NumpyCache(NumpyLayers):
         profiles=("attention", "decoder"),
         abilities=(
             "full", "length", "room", "truncate", "fork", "reorder", "reset", "functional", "mask", "contents",
-            "bytes", "work", "refusal", "generate",
+            "bytes", "work", "refusal", "generate", "last",
         ),
         dtypes=("float32", "bfloat16", "float16"),
         overflow="refused",
@@ -104,10 +104,10 @@ class NumpyCache(NumpyLayers):
 
     # --- steps ---
     def step(
-        self, cache: Cache, *inputs: Array, mask: Array | None = None, metered: bool = False
+        self, cache: Cache, *inputs: Array, mask: Array | None = None, metered: bool = False, last: bool = False
     ) -> tuple[Array, Cache]:
         self.admit(cache, inputs, mask=mask)
-        cache = self.fork(cache)
+        cache, self.last_only = self.fork(cache), last
         output = self.run(cache, inputs, mask)
         if metered:
             self.measured = self.products
@@ -127,8 +127,8 @@ class NumpyCache(NumpyLayers):
             raise ValueError(f"want a mask of bool {(batch, s)}, got {mask.dtype} {mask.shape}")
         return counts
 
-    def full(self, *inputs: Array) -> Array:
-        return self.step(self.start(inputs[0].shape[0]), *inputs)[0]
+    def full(self, *inputs: Array, **options: Any) -> Array:
+        return self.step(self.start(inputs[0].shape[0]), *inputs, **options)[0]
 
     def generate(self, tokens: Array, new: int) -> Array:
         return greedy(self, tokens, new)

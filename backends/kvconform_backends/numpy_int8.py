@@ -7,6 +7,7 @@ and KV head, and a residual window in full precision (Liu et al. 2024, "KIVI", 2
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -64,8 +65,8 @@ class NumpyInt8(NumpyCache):
     def contents(self, cache: Cache) -> list[list[tuple[Array, Array]]]:
         return [list(zip(self.dequantised(cache.keys[0]), self.dequantised(cache.values[0]), strict=True))]
 
-    def full(self, *inputs: Array) -> Array:
-        return NumpyCache(self.config, self.weights).full(*inputs)
+    def full(self, *inputs: Array, **options: Any) -> Array:
+        return NumpyCache(self.config, self.weights).full(*inputs, **options)
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         """A step attends what it leaves behind: it quantises first."""

@@ -20,6 +20,7 @@ class NumpyLayers:
     layer = 0  # that is attending
     allowed: Array | None = None  # the caller's mask (b, s) in this step
     products = 0  # multiply-adds of this step so far
+    last_only = False  # this step gives the logits of its last position alone
 
     def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
         self.config, self.weights = config, weights
@@ -109,7 +110,7 @@ class NumpyLayers:
                 gate = self.product(y, w[at + "gate"])
                 hidden = gate / (1 + np.exp(-gate)) * self.product(y, w[at + "up"])
                 x = x + self.product(hidden, w[at + "down"])
-        return self.product(self.norm(x, w["norm_final"]), w["lm_head"])
+        return self.product(self.norm(x[:, -1:] if self.last_only else x, w["norm_final"]), w["lm_head"])
 
     def positions(self, cache: Any, t: int) -> Array:
         """``(t,)``, or ``(b, t)`` where rows differ: the logical positions of the new tokens."""

@@ -46,7 +46,7 @@ class NumpyPaged(NumpyCache):
         profiles=("attention", "decoder"),
         abilities=(
             "full", "length", "room", "truncate", "fork", "reorder", "reset", "ragged", "contents", "poison", "bytes",
-            "refusal",
+            "refusal", "last",
         ),
         dtypes=("float32", "bfloat16", "float16"),
         overflow="refused",
@@ -179,9 +179,9 @@ class NumpyPaged(NumpyCache):
 
     # --- steps ---
     def step(  # type: ignore[override]  # its keywords are those of its claims
-        self, cache: Any, *inputs: Array, counts: Array | None = None
+        self, cache: Any, *inputs: Array, counts: Array | None = None, last: bool = False
     ) -> tuple[Array, Tables]:
-        counts = self.admit(cache, inputs, counts)
+        counts, self.last_only = self.admit(cache, inputs, counts), last
         columns = np.arange(inputs[0].shape[1 if len(inputs) == 1 else 2])
         self.places = np.where(columns < counts[:, None], cache.written[:, None] + columns, -1)
         for table, start, count in zip(cache.tables, cache.written, counts, strict=True):
@@ -189,10 +189,10 @@ class NumpyPaged(NumpyCache):
         cache.written = cache.written + counts
         return self.run(cache, inputs), cache
 
-    def full(self, *inputs: Array) -> Array:
+    def full(self, *inputs: Array, **options: Any) -> Array:
         cache = self.start(inputs[0].shape[0])
         try:
-            return self.step(cache, *inputs)[0]
+            return self.step(cache, *inputs, **options)[0]
         finally:
             self.close(cache)
 

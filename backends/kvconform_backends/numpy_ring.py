@@ -28,7 +28,7 @@ class NumpyRing(NumpyCache):
 
     claims = Claims(
         profiles=("attention", "decoder"),
-        abilities=("full", "length", "room", "fork", "reorder", "reset", "mask", "contents", "refusal"),
+        abilities=("full", "length", "room", "fork", "reorder", "reset", "mask", "contents", "refusal", "last"),
         dtypes=("float32", "bfloat16", "float16"),
         overflow="refused",
         keeps="window",
@@ -63,9 +63,9 @@ class NumpyRing(NumpyCache):
 
     # --- steps ---
     def step(  # type: ignore[override]  # its keywords are those of its claims
-        self, cache: Any, *inputs: Array, mask: Array | None = None
+        self, cache: Any, *inputs: Array, mask: Array | None = None, last: bool = False
     ) -> tuple[Array, Rings]:
-        counts = self.admit(cache, inputs, mask=mask)
+        counts, self.last_only = self.admit(cache, inputs, mask=mask), last
         output = self.run(cache, inputs, mask)
         cache.written += int(counts[0])
         return output, cache

@@ -37,7 +37,7 @@ class NumpyStatic(NumpyCache):
         profiles=("attention", "decoder"),
         abilities=(
             "full", "length", "room", "truncate", "fork", "reorder", "reset", "functional", "ragged", "mask",
-            "contents", "poison", "alias", "bytes", "refusal",
+            "contents", "poison", "alias", "bytes", "refusal", "last",
         ),
         dtypes=("float32", "bfloat16", "float16"),
         overflow="refused",
@@ -87,9 +87,9 @@ class NumpyStatic(NumpyCache):
     # --- steps ---
     def step(  # type: ignore[override]  # its keywords are those of its claims
         self, cache: Any, *inputs: Array, counts: Array | None = None, padding: str = "right",
-        mask: Array | None = None, shared: bool = False,
+        mask: Array | None = None, shared: bool = False, last: bool = False,
     ) -> tuple[Array, Buffers]:  # fmt: skip
-        counts = self.admit(cache, inputs, counts, mask)
+        counts, self.last_only = self.admit(cache, inputs, counts, mask), last
         self.places = self.place(cache.written, counts, inputs[0].shape[-1 if len(inputs) == 1 else 2], padding)
         if mask is not None:
             mask = np.pad(mask, ((0, 0), (0, self.config.capacity - mask.shape[1])))

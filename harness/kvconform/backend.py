@@ -57,6 +57,8 @@ class Backend(Protocol):
         joins causality and window; a query that sees nothing gives zeros.
         shared (``alias``): True: write the present into the memory of the past; absent: into memory of its own.
         metered (``work``): True: count the multiply-adds of this step, for ``work``.
+        last (``last``, decoder profile): True: give the last new token's logits alone, ``(b, 1, V)``. What is left in
+        the cache is the same; ``counts`` never comes with it.
         """
         ...
 
@@ -103,7 +105,10 @@ class Abilities(Protocol):
     """The methods behind ``claims.abilities``: a backend has those that it claims."""
 
     def full(self, *inputs: Array) -> Array:
-        """The cache-less forward on whole sequences, inputs and output as in ``step``; touches no cache."""
+        """The cache-less forward on whole sequences, inputs and output as in ``step``; touches no cache.
+
+        Keyword ``last`` as in ``step``.
+        """
         ...
 
     def length(self, cache: Cache) -> list[int]:

@@ -148,7 +148,8 @@ def held_bytes(observed: Sequence[Observed]) -> Outcome:
 
 
 def positions(observed: Sequence[Observed]) -> Outcome:
-    """``b t`` tokens times every weight matrix, and ``2 b h t d`` for each slot and layer that attention reads."""
+    """``b t`` tokens times every weight matrix, and ``2 b h t d`` for each slot and layer that attention reads. Where
+    the last position is asked for alone, ``lm_head`` may be left out for the others."""
     compared = 0
     for one in observed:
         for number, step, work, depth in _metered(one):
@@ -156,12 +157,14 @@ def positions(observed: Sequence[Observed]) -> Outcome:
             matrices = {name: shape for name, shape in weight_shapes(c).items() if len(shape) == 2}
             weights = sum(a * z for name, (a, z) in matrices.items() if name not in ("embed", "position"))
             linear = b * t * weights
+            spared = b * (t - 1) * c.width * c.vocabulary if step.last else 0
             attention = 2 * b * c.heads * t * c.head_dim * c.layers * _slots(one, depth)
             compared += 1
-            if not linear <= work <= linear + attention:
+            if not linear - spared <= work <= linear + attention:
                 extra = f", as for {work / (linear + attention) * t:.3g} new tokens" if work > linear else ""
                 words = (
-                    f"took {work} multiply-adds for {t} new tokens of {depth}, want {linear} to {linear + attention}"
+                    f"took {work} multiply-adds for {t} new tokens of {depth}, want {linear - spared} to "
+                    f"{linear + attention}"
                 )
                 return f"{at(one.program, number)}: {words}{extra}", compared, None
     return None, compared, None

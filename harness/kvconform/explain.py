@@ -173,6 +173,7 @@ def _options(step: Append | Full) -> str:
         said += [f"; inputs {step.layout}"] if step.layout != "contiguous" else []
         said += ["; into the memory of the past"] if step.shared else []
         said += ["; its work is counted"] if step.metered else []
+    said += ["; the last position alone"] if step.last else []
     return "".join(said)
 
 

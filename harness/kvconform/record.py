@@ -94,7 +94,8 @@ def feeds_of(program: Program, indices: tuple[int, ...]) -> list[Feed]:
             grown = after(histories.rows.get(call.seq, ((),) * len(call.counts)), call)
             feeds.append((streams.inputs(call, grown), _keywords(call, grown)))
         elif isinstance(call, Full):
-            feeds.append((streams.inputs(call, after(((),) * len(call.counts), call)), {}))
+            whole = after(((),) * len(call.counts), call)
+            feeds.append((streams.inputs(call, whole), {"last": True} if call.last else {}))
         else:
             feeds.append(((), {}))
         histories.apply(step)
@@ -110,7 +111,7 @@ def _keywords(step: Append, grown: tuple[Any, ...]) -> dict[str, Any]:
             asked["padding"] = "left"
     if step.hidden:
         asked["mask"] = mask(step, grown)
-    asked |= {name: True for name in ("shared", "metered") if getattr(step, name)}
+    asked |= {name: True for name in ("shared", "metered", "last") if getattr(step, name)}
     return asked
 
 
@@ -138,7 +139,7 @@ def _do(subject: Any, caches: dict[str, Any], step: Call, feed: Feed) -> Done:
     if isinstance(step, Generate):
         return Done(_array(subject.generate(*inputs, step.new)))
     if isinstance(step, Full):
-        return Done(_array(subject.full(*inputs)))
+        return Done(_array(subject.full(*inputs, **keywords)))
     if isinstance(step, Read):
         output, held = _contents(subject.contents(caches[step.seq]))
         return Done(output, {"held": held})

@@ -28,6 +28,7 @@ ABILITIES = {
     "graphs": "counts the graphs that it compiled or captured",
     "refusal": "refuses malformed calls with an exception",
     "generate": "generates greedily on its own (decoder profile)",
+    "last": "can give the last position's output alone (decoder profile)",
 }
 
 TRUTHS = ("definition", "self")

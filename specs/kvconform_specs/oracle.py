@@ -145,6 +145,8 @@ def expect(
             rows = histories.rows[step.seq] if isinstance(step, Append) else after(((),) * len(step.counts), step)
             solution.want(number, step, rows)
             expected = Expected(rows, step.counts, columns(step), n, numbers)
+            if step.last:
+                expected = expected.last()
             if isinstance(step, Generate):
                 prompts = partial(solution.contents, rows)
                 along = partial(given, program.config, own)

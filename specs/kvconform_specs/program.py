@@ -25,7 +25,8 @@ class Append:
     hidden: ``(row, position)``: tokens that the caller's mask hides from every query of the step (attention profile).
     pad: ``(side, seed)``: where the columns of ragged rows lie that hold no token, ``right`` or ``left``, and the
     stream that fills them; None: right, zeros. layout: how the inputs lie in memory (``LAYOUTS``). shared: the present
-    is written into the memory of the past. metered: the multiply-adds of the step are counted.
+    is written into the memory of the past. metered: the multiply-adds of the step are counted. last: the output of
+    each row's last new token alone is asked for, of rows that grow alike (decoder profile).
     """
 
     seq: str
@@ -38,19 +39,22 @@ class Append:
     layout: str = "contiguous"
     shared: bool = False
     metered: bool = False
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Full:
     """Runs the subject's own cache-less forward on the first ``counts[r]`` tokens of each row's stream.
 
-    It touches no sequence; ``seq`` names the outputs, so that they compare with those of a cached sequence.
+    It touches no sequence; ``seq`` names the outputs, so that they compare with those of a cached sequence. last: the
+    output of each row's last token alone is asked for, of rows of one length (decoder profile).
     """
 
     seq: str
     counts: tuple[int, ...]
     seed: int
     swap: tuple[tuple[int, int, int], ...] = ()
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +305,8 @@ def _illegal(config: Config, lengths: dict[str, tuple[int, ...]], step: Call) ->
         for row, position, _seed in step.swap:
             if not 0 <= row < len(new) or not 0 <= position < new[row]:
                 return "swap", f"no token at row {row}, position {position}"
+        if step.last and (problem := _illegal_last(config, step)) is not None:
+            return problem
         if isinstance(step, Generate):
             return _illegal_generation(config, step)
         return _illegal_options(config, new, step) if isinstance(step, Append) else None
@@ -315,6 +321,16 @@ def _illegal(config: Config, lengths: dict[str, tuple[int, ...]], step: Call) ->
         return "keys", f"unknown poison {step.keys!r} or {step.values!r}; known: {', '.join(POISONS)}"
     if isinstance(step, Reorder) and (not step.rows or not all(0 <= row < len(old) for row in step.rows)):
         return "rows", f"want rows of 0..{len(old) - 1}, got {list(step.rows)}"
+    return None
+
+
+def _illegal_last(config: Config, step: Run) -> tuple[str, str] | None:
+    if isinstance(step, Generate):
+        return "last", "a generation gives tokens, and has no last position"
+    if config.profile == "attention":
+        return "last", "the attention profile gives an output for each token"
+    if len(set(step.counts)) > 1:
+        return "last", f"want rows that grow alike, got {list(step.counts)}"
     return None
 
 

@@ -21,6 +21,7 @@ from kvconform_backends.faults import (
     errors,
     generation,
     graphs,
+    last_position,
     layout,
     lifecycle,
     node_by_node,
@@ -88,8 +89,8 @@ PUBLISHED = (
 )
 
 MODULES = (
-    shape, causality, equivalence, generation, definition, positions, lifecycle, branches, contents, batch, window,
-    capacity, errors, numerics, layout, paging, quantised, capture, determinism, accounting, graphs,
+    shape, causality, equivalence, generation, last_position, definition, positions, lifecycle, branches, contents,
+    batch, window, capacity, errors, numerics, layout, paging, quantised, capture, determinism, accounting, graphs,
 )  # fmt: skip
 FAULTS: tuple[Fault, ...] = (
     *(fault for module in MODULES for fault in faults_of(module)),

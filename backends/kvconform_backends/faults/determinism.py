@@ -26,14 +26,16 @@ class OneByOne(NumpyCache):
     )
     together = 1  # tokens of the call
 
-    def step(self, cache: Cache, *inputs: Array) -> tuple[Array, Cache]:  # type: ignore[override]
+    def step(  # type: ignore[override]  # its keywords are those of its claims
+        self, cache: Cache, *inputs: Array, last: bool = False
+    ) -> tuple[Array, Cache]:
         self.together = int(self.admit(cache, inputs)[0])
         axis = -1 if self.config.profile == "decoder" else -2
         outputs = []
         for column in range(self.together):
             output, cache = super().step(cache, *(np.take(x, [column], axis=axis) for x in inputs))
             outputs.append(output)
-        return np.concatenate(outputs, axis=-2), cache
+        return outputs[-1] if last else np.concatenate(outputs, axis=-2), cache
 
 
 class Splits(Planted):

@@ -17,14 +17,12 @@ DECODERS = ("decoder-rope", "decoder-learned", "decoder-softcap")
 class AxisGuessed(Planted, breaks=("errors.malformed",), kind="H2", bug="ByteDance-Seed/VeOmni/pull/162"):
     """Inputs that lack an axis are taken for one row, and given to every row."""
 
-    def step(
-        self, cache: Cache, *inputs: Array, mask: Array | None = None, metered: bool = False
-    ) -> tuple[Array, Cache]:
+    def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
         axes = 2 if self.config.profile == "decoder" else 4
         if inputs[0].ndim == axes - 1:
             self.faulty += 1
             inputs = tuple(np.broadcast_to(x, (len(cache.lengths), *x.shape)) for x in inputs)
-        return super().step(cache, *inputs, mask=mask, metered=metered)
+        return super().step(cache, *inputs, **options)
 
 
 class SurplusHeadsCut(
@@ -32,13 +30,11 @@ class SurplusHeadsCut(
 ):
     """KV heads beyond those that the config has are cut off without a word."""
 
-    def step(
-        self, cache: Cache, *inputs: Array, mask: Array | None = None, metered: bool = False
-    ) -> tuple[Array, Cache]:
+    def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
         if self.config.profile == "attention" and inputs[1].ndim == 4 and inputs[1].shape[1] > self.config.kv_heads:
             self.faulty += 1
             inputs = (inputs[0], *(x[:, : self.config.kv_heads] for x in inputs[1:]))
-        return super().step(cache, *inputs, mask=mask, metered=metered)
+        return super().step(cache, *inputs, **options)
 
 
 # --- unchanged ---
@@ -64,11 +60,9 @@ class UnknownTokenInLastLayer(
 ):  # fmt: skip
     """Where a token id is refused, the last layer has taken a token: each layer is advanced by itself."""
 
-    def step(
-        self, cache: Cache, *inputs: Array, mask: Array | None = None, metered: bool = False
-    ) -> tuple[Array, Cache]:
+    def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
         try:
-            return super().step(cache, *inputs, mask=mask, metered=metered)
+            return super().step(cache, *inputs, **options)
         except ValueError:
             if inputs[0].ndim == 2 and inputs[0].max() >= self.config.vocabulary and cache.length:
                 self.faulty += 1

@@ -27,7 +27,7 @@ class Wrong(Planted, Graph):
         self.right = Graph(config, weights, device)
 
     def run(self, cache: Cache, inputs: tuple[Array, ...], mask: Array | None = None) -> Array:
-        twin = self.fork(cache)
+        twin, self.right.last_only = self.fork(cache), self.last_only
         right = [self.right.run(twin, inputs, mask), *twin.keys, *twin.values]
         output = super().run(cache, inputs, mask)
         wrong = [output, *cache.keys, *cache.values]

@@ -60,7 +60,7 @@ class Graph(NumpyCache):
         allowed = np.ones((batch, cache.length + t), bool) if mask is None else mask
         output, *present = self.call([*inputs, allowed, *past])
         cache.keys[:], cache.values[:] = present[::2], present[1::2]
-        return output
+        return output[:, -1:] if self.last_only else output
 
     def call(self, feeds: list[Array]) -> list[Array]:
         """The graph's outputs: what the step gives, then each layer's present key and value."""

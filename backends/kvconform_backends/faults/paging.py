@@ -84,11 +84,9 @@ class WeakPrefixHash(
 ):
     """A prompt's first page is shared with another prompt's whose tokens had the same hash, one of eight."""
 
-    def step(  # type: ignore[override]  # as in NumpyPaged
-        self, cache: Any, *inputs: Array, counts: Array | None = None
-    ) -> tuple[Array, Tables]:
+    def step(self, cache: Any, *inputs: Array, **options: Any) -> tuple[Array, Tables]:
         fresh = cache.written == 0
-        output, cache = super().step(cache, *inputs, counts=counts)
+        output, cache = super().step(cache, *inputs, **options)
         known: dict[int, int] = self.__dict__.setdefault("_known", {})
         for row in np.flatnonzero(fresh & (cache.written >= PAGE)):
             own, key = cache.tables[row][0], int(inputs[0][row, :PAGE].sum()) % 8

@@ -47,10 +47,10 @@ class Planted(NumpyCache):
         self.layer, self.batch = layer, query.shape[0]
         return super().attend(cache, layer, query, key, value)
 
-    def full(self, *inputs: Array) -> Array:
+    def full(self, *inputs: Array, **options: Any) -> Array:
         self.cached = False
         try:
-            return super().full(*inputs)
+            return super().full(*inputs, **options)
         finally:
             self.cached = True
 

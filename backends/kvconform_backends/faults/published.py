@@ -7,7 +7,6 @@ them by their addresses (``faults/__init__.py``), so that importing it imports n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from kvconform_backends.list_cache import ListCache, Lists
 from kvconform_backends.module_buffers import CachedAttention, ModuleBuffers, Rows
 from kvconform_backends.numpy_cache import Array
 from kvconform_backends.past_tuples import Layer, PastTuples, grown
+from kvconform_backends.torch_decoder import Sight
 from kvconform_specs.config import Config
 
 
@@ -92,8 +92,8 @@ class PrefillTwice(Plain, PastTuples):
 class SquareMask(CachedAttention):
     """A mask of as many keys as there are queries. It fits without a cache, and one query, by broadcasting, with it."""
 
-    def mask(self, places: Tensor, start: int, t: int) -> Tensor:
-        return super().mask(places, 0, t)
+    def sight(self, start: int, t: int) -> Sight:
+        return Sight(0, start + t, torch.ones(t, t, dtype=torch.bool, device=self.sights.device).tril())
 
 
 class ChunkOnCache(Plain, ModuleBuffers):
@@ -101,10 +101,10 @@ class ChunkOnCache(Plain, ModuleBuffers):
 
     module = SquareMask
 
-    def step(self, rows: Rows, *inputs: Array, metered: bool = False) -> tuple[Array, Rows]:
+    def step(self, rows: Rows, *inputs: Array, **options: Any) -> tuple[Array, Rows]:
         before = self.held
         self.faulty += before > 0 and inputs[0].shape[-2 if len(inputs) == 3 else 1] > 1
-        return super().step(rows, *inputs, metered=metered)
+        return super().step(rows, *inputs, **options)
 
     def witness(self) -> dict[str, Any]:
         return {**super().witness(), MARKER: self.faulty}
@@ -118,10 +118,6 @@ class GlobalList(Plain, ListCache):
     """The lists are global and nobody clears them: a second prompt reads the keys of the first."""
 
     claims = replace(ListCache.claims, abilities=("full", "length"), max_batch=1, max_sequences=1, overflow="undefined")
-
-    def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
-        super().__init__(config, weights, device)
-        self.places = torch.arange(1 << 20, device=device)  # it never ends
 
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:

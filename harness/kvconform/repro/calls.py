@@ -135,7 +135,7 @@ def _called(run: Run, number: int, step: Call, subject: str, names: dict[str, st
         case Generate():
             yield f"{y} = {subject}.generate({given}, {step.new})"
         case Full():
-            yield f"{y} = {subject}.full({given})"
+            yield f"{y} = {subject}.full({given}{', last=True' if step.last else ''})"
         case Append():
             if step.seq not in names:
                 names[step.seq] = name
@@ -176,5 +176,5 @@ def _keywords(run: Run, number: int, step: Append) -> str:
         if step.pad is not None and step.pad[0] == "left":
             said.append('padding="left"')
     said += [f"mask={run.name('m', number)}"] if step.hidden else []
-    said += [f"{word}=True" for word in ("shared", "metered") if getattr(step, word)]
+    said += [f"{word}=True" for word in ("shared", "metered", "last") if getattr(step, word)]
     return "".join(f", {word}" for word in said)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.config import Config
 from kvconform_specs.families import (
+    LONGEST_CHUNK,
     Draw,
     appends,
     at_once,
@@ -20,7 +23,7 @@ from kvconform_specs.families import (
     seeds,
     splits,
 )
-from kvconform_specs.program import Full, Generate, Program, Step
+from kvconform_specs.program import Append, Full, Generate, Program, Step
 
 
 def _whole(seq: str, total: int, batch: int, seed: int, claims: Claims) -> tuple[Step, ...]:
@@ -84,6 +87,23 @@ def _generations(draw: Draw, config: Config, claims: Claims) -> Case:
     sizes = fitted((draw(counts(claims)), draw(counts(claims))), config.capacity)
     first, *then = appends("a", sizes, draw(batches(claims)), seed + 77)
     return Case((Program(config, (first, *then)), Program(config, (first, *steps, *then))))
+
+
+@st.composite
+def _last(draw: Draw, config: Config, claims: Claims) -> Case:
+    """Some steps are asked for their last position alone, at least one of them before another step; and the cache-less
+    forward of other tokens amid them."""
+    sizes: tuple[int, ...] = draw(splits(config, claims, least=2))
+    batch, seed = draw(batches(claims)), draw(seeds)
+    steps: list[Append | Full] = list(appends("a", sizes, batch, seed))
+    sure = draw(st.integers(0, max(len(steps) - 2, 0)))
+    alone = [number == sure or draw(st.booleans()) for number in range(len(steps))]
+    if claims.can("full"):
+        place, count = draw(st.integers(0, len(steps))), draw(st.integers(1, min(LONGEST_CHUNK, config.capacity)))
+        steps.insert(place, Full("f", (count,) * batch, seed + 77))
+        alone.insert(place, True)
+    asked = tuple(replace(step, last=last) for step, last in zip(steps, alone, strict=True))
+    return Case((Program(config, tuple(steps)), Program(config, asked)))
 
 
 CLAUSES = (
@@ -153,5 +173,21 @@ CLAUSES = (
         profiles=("decoder",),
         needs=("generate",),
         applies=lambda config: ordinary(config) and config.capacity > 1,
+    ),
+    Clause(
+        name="equivalence.last-position",
+        text="Asked for the last position alone, a step and the cache-less forward give each row the logits of its "
+        "last new token, those that they give it among all positions, and a step leaves the same in the cache.",
+        why=(
+            "https://github.com/pytorch/executorch/pull/16171",
+            "https://github.com/mlx-node/mlx-node/pull/47",
+            "https://github.com/tenstorrent/tt-xla/issues/5929",
+            "https://github.com/Integral2u/SharpMind/issues/57",
+            "https://github.com/mobilint/mblt-model-zoo/pull/84",
+        ),
+        family=_last,
+        relations=(Relation.AGREEMENT,),
+        profiles=("decoder",),
+        needs=("last",),
     ),
 )

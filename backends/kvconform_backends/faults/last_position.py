@@ -1,0 +1,78 @@
+"""Faults of steps that are asked for their last position alone: which logits they give, and what they leave behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvconform_backends.faults.planted import Planted
+from kvconform_backends.numpy_cache import Array, Cache
+
+CLAUSE = ("equivalence.last-position",)
+TILE = 8
+"""So many rows of the flattened hidden states are gathered from."""
+
+
+class Picks(Planted):
+    """A step with a last position of its own: of all its logits it gives those at ``index``."""
+
+    def index(self, batch: int, t: int, past: int) -> Array:
+        """``(b,)``: which of ``b t`` flattened positions each row is given, in a step on ``past`` tokens."""
+        return np.arange(batch) * t + t - 1
+
+    def step(self, cache: Cache, *inputs: Array, last: bool = False, **options: Any) -> tuple[Array, Cache]:
+        past, (output, cache) = cache.length, super().step(cache, *inputs, **options)
+        if not last:
+            return output, cache
+        batch, t, _ = output.shape
+        given = output.reshape(batch * t, -1)[self.index(batch, t, past)]
+        return self.instead(given[:, None], output[:, -1:]), cache
+
+
+class FirstForLast(Picks, breaks=CLAUSE, kind="L1", bug="pytorch/executorch/pull/16171"):
+    """Asked for the last position alone, a step gives the logits of its first."""
+
+    def index(self, batch: int, t: int, past: int) -> Array:
+        return np.arange(batch) * t
+
+
+class IndexOfThePrompt(Picks, breaks=CLAUSE, kind="L1", bug="mlx-node/mlx-node/pull/47", stealth=True):
+    """The last position is counted from the start of the prompt, and wraps in a chunk that begins later."""
+
+    def index(self, batch: int, t: int, past: int) -> Array:
+        return np.arange(batch) * t + (past + t - 1) % t
+
+
+class GatherRunsOver(Picks, breaks=CLAUSE, kind="H4", bug="tenstorrent/tt-xla/issues/5929", stealth=True):
+    """The last hidden states of a batch are gathered by a flat index, which starts again after eight positions."""
+
+    def index(self, batch: int, t: int, past: int) -> Array:
+        right = super().index(batch, t, past)
+        return right % TILE if batch > 1 else right
+
+
+class MiddleNeverCached(Planted, breaks=CLAUSE, kind="C1", bug="Integral2u/SharpMind/issues/57", stealth=True):
+    """More than two tokens of which the last position alone is asked for: those between first and last are not kept."""
+
+    def step(self, cache: Cache, *inputs: Array, last: bool = False, **options: Any) -> tuple[Array, Cache]:
+        past, (output, cache) = cache.length, super().step(cache, *inputs, last=last, **options)
+        if last:
+            for held in (cache.keys, cache.values):
+                held[:] = [self.instead(emptied(x, past + 1, cache.length - 1), x) for x in held]
+        return output, cache
+
+
+class WithoutTokensBefore(Planted, breaks=CLAUSE, kind="C1", bug="mobilint/mblt-model-zoo/pull/84", stealth=True):
+    """The forward without a cache runs its tokens one by one up to the last, and keeps nothing of those before it."""
+
+    def full(self, *inputs: Array, last: bool = False, **options: Any) -> Array:
+        right = super().full(*inputs, last=last, **options)
+        return self.instead(super().full(inputs[0][:, -1:]), right) if last else right
+
+
+def emptied(x: Array, start: int, stop: int) -> Array:
+    """The entries ``(b, g, s, d)`` with zeros from ``start`` to ``stop``."""
+    x = x.copy()
+    x[:, :, start:stop] = 0
+    return x
