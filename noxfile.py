@@ -56,9 +56,11 @@ def speed(session: nox.Session) -> None:
     ready = {name: python for name in BACKENDS if (python := interpreter(session, name)) is not None}
     if not ready:
         session.error("no backend has been judged yet: run nox -s conformance first")
-    seconds = ["--seconds", "2"] if "smoke" in session.posargs else []
+    short = ["--seconds", "0.5", "--restarts", "2"] if "smoke" in session.posargs else []
     device = ["--device", "cuda"] if "cuda" in session.posargs else []
-    command = ["kvconform", "bench", "--out", str(RESULTS), *seconds, *device]
+    command = ["kvconform", "bench", "--out", str(RESULTS), *short, *device]
+    for phase in ("prefill", "decode", "recompute", "recompute-last", "generate"):  # whole loops without a cache: no
+        command += ["--phase", phase]
     for name, python in ready.items():
         command += ["-b", name, "--python", f"{name}={python}"]
     session.run(*command, success_codes=[0, 5])  # 5: nothing was conformant, which the report shows
@@ -131,6 +133,29 @@ def designs(session: nox.Session) -> None:
     for command in str(session.run(*page, silent=True)).splitlines():
         session.run(*shlex.split(command), success_codes=[0, 1])  # 1: as published, some are broken
     session.run(*page, "-o", "docs/published-designs.md")
+
+
+COUNTED = ("numpy", "eager", "eager-static", "compiled", "onnx", "past-tuples", "module-buffers", "list-cache")
+
+
+@nox.session(default=False)
+def counters(session: nox.Session) -> None:
+    """Counts what each backend does, and compares with the baseline; results/counters.json."""
+    install(session, "eager", "compiled", "onnx")
+    chosen = [word for name in COUNTED for word in ("-b", name)]
+    session.run(
+        "kvconform", "bench", "--counters", *chosen, "--out", str(RESULTS),
+        *(session.posargs or ["--baseline", "docs/baseline/counters.json"]),
+    )  # fmt: skip
+
+
+@nox.session(default=False)
+def stopwatch(session: nox.Session) -> None:
+    """Proves the stopwatch on equal and slowed code; docs/latency.md. Leave the machine alone meanwhile."""
+    install(session)
+    samples = "docs/latency-proof.json"
+    session.run("python", "-m", "kvconform.speed.proof", "-o", samples, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run("python", "-m", "kvconform_reports.stopwatch", samples, "-o", "docs/latency.md")
 
 
 @nox.session(default=False)

@@ -34,6 +34,8 @@ from kvconform import (
 from kvconform import counterexample as counterexamples
 from kvconform.budget import BUDGETS, DEFAULT_BUDGET
 from kvconform.check import diagnosed
+from kvconform.cli_speed import bench
+from kvconform.console import Backends, Device, Out, Pythons, Seed, errors, launches, screen, usage
 from kvconform.counterexample import Broken
 from kvconform.doors import file_name
 from kvconform.fault import load_faults
@@ -43,7 +45,7 @@ from kvconform.pairwise import Pair
 from kvconform.registry import installed
 from kvconform.results import Results
 from kvconform.run import Plan, cells, parse_shard, path_of, run_backend, summary
-from kvconform.speed import controller, presets, protocol
+from kvconform.speed import controller
 from kvconform.speed.record import Record
 from kvconform.storage import family_of, write_atomically
 from kvconform.subject import STEP_TIMEOUT, Infrastructure, Launch, Subject
@@ -66,17 +68,9 @@ app = typer.Typer(
     help=f"Conformance of KV-cache attention. A KV cache must be unobservable.\n\n{EXIT_CODES}",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
-screen, errors = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
 ZOO = "kvconform_backends.faults:FAULTS"
 """The faults that are audited unless others are named."""
-Backends = Annotated[
-    list[str], typer.Option("--backend", "-b", help="Installed name, module:Name or file.py:Name. Repeatable.")
-]
-Device = Annotated[str, typer.Option(help="cpu or cuda; cuda is proven, or the run ends with exit code 3.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder of results.")]
-Pythons = Annotated[list[str], typer.Option("--python", help="Interpreter of the workers, or BACKEND=INTERPRETER.")]
-Seed = Annotated[int, typer.Option(help="Seed of the whole run.")]
 
 
 def main() -> None:
@@ -89,33 +83,6 @@ def main() -> None:
     except Infrastructure as error:
         errors.print(f"kvconform: {escape(str(error))}")
         sys.exit(3)
-
-
-def _usage(sentence: str) -> typer.Exit:
-    errors.print(f"kvconform: {escape(sentence)}")
-    return typer.Exit(2)
-
-
-def _launches(
-    backends: list[str], device: str, pythons: list[str], step_timeout: float = STEP_TIMEOUT
-) -> dict[str, Launch]:
-    """One launch for each backend, by the name of its results."""
-    if device not in ("cpu", "cuda"):
-        raise _usage(f"--device: unknown device {device!r}; known: cpu, cuda")
-    common, own = sys.executable, {}
-    for item in pythons:
-        name, equals, path = item.partition("=")
-        if equals:
-            own[name] = path
-        else:
-            common = item
-    unknown = sorted(set(own) - set(backends))
-    if unknown:
-        raise _usage(f"--python: no backend {unknown[0]!r} in this run; given: {', '.join(backends)}")
-    launches = {file_name(b): Launch(b, device, own.get(b, common), step_timeout) for b in backends}
-    if len(launches) < len(backends):
-        raise _usage(f"--backend: two of {', '.join(backends)} would write the same results")
-    return launches
 
 
 @app.command()
@@ -139,17 +106,17 @@ def run(
     OUT/shards, for kvconform merge; it exits with 0 where nothing in it stands against conformance.
     """
     if budget not in BUDGETS:
-        raise _usage(f"--budget: unknown budget {budget!r}; known: {', '.join(BUDGETS)}")
+        raise usage(f"--budget: unknown budget {budget!r}; known: {', '.join(BUDGETS)}")
     known = EMPTY if ledger is None else read_ledger(ledger)
     part = parse_shard(shard) if shard else None
     plan = Plan(BUDGETS[budget], seed, tuple(dtype), tuple(clause), tuple(config), part, explain=True)
     total = sum(1 for _ in cells(plan))
     if total == 0 and any(cells(replace(plan, shard=None))):
-        raise _usage(f"--shard {shard}: there are fewer cells than shards")
+        raise usage(f"--shard {shard}: there are fewer cells than shards")
     if total == 0:
-        raise _usage(f"no cell matches --clause {' '.join(clause) or '*'} and --config {' '.join(config) or '*'}")
+        raise usage(f"no cell matches --clause {' '.join(clause) or '*'} and --config {' '.join(config) or '*'}")
     codes = []
-    for name, launch in _launches(backend, device, python, step_timeout).items():
+    for name, launch in launches(backend, device, python, step_timeout).items():
         with _progress() as progress:
             task = progress.add_task(name, total=None)
 
@@ -248,7 +215,7 @@ def replay(
     """Runs a counterexample on a fresh process and says what is wrong; exit code 1 if it still is."""
     found = counterexamples.read(file)
     if found.clause not in BY_NAME:
-        raise _usage(f"{file}: no clause named {found.clause!r}; known: {', '.join(BY_NAME)}")
+        raise usage(f"{file}: no clause named {found.clause!r}; known: {', '.join(BY_NAME)}")
     case = Case.from_json(found.case, "case")
     before = [Program.from_json(program, f"before[{i}]") for i, program in enumerate(found.before)]
     address = backend or found.backend
@@ -322,9 +289,9 @@ def audit_command(
     """
     for name in budget:
         if name not in BUDGETS:
-            raise _usage(f"--budget: unknown budget {name!r}; known: {', '.join(BUDGETS)}")
+            raise usage(f"--budget: unknown budget {name!r}; known: {', '.join(BUDGETS)}")
     if clauses not in ("expected", "all"):
-        raise _usage(f"--clauses: want expected or all, got {clauses!r}")
+        raise usage(f"--clauses: want expected or all, got {clauses!r}")
     budgets = tuple(BUDGETS[name] for name in dict.fromkeys(budget))
     part = parse_shard(shard) if shard else None
     plan = audit.Plan(budgets, seed, tuple(names), clauses == "all", part)
@@ -342,31 +309,7 @@ def audit_command(
     raise typer.Exit(audit_record.exit_code(record))
 
 
-@app.command()
-def bench(
-    backend: Backends,
-    preset: Annotated[list[str], typer.Option(help=f"Known: {', '.join(presets.PRESETS)}. Repeatable.")] = [],  # noqa: B006
-    device: Device = "cpu",
-    out: Out = Path("results"),
-    seconds: Annotated[float, typer.Option(help="Longest time of one case.")] = protocol.SECONDS_PER_CASE,
-    seed: Seed = 0,
-    python: Pythons = [],  # noqa: B006
-) -> None:
-    """Times conformant backends against one another in paired rounds; writes OUT/speed.json.
-
-    A backend whose OUT/<backend>.json is not conformant gets no time. The first backend is the reference.
-    """
-    unknown = [name for name in preset if name not in presets.PRESETS]
-    if unknown:
-        raise _usage(f"--preset: no preset named {unknown[0]!r}; known: {', '.join(presets.PRESETS)}")
-    chosen = {name: presets.PRESETS[name] for name in preset or presets.PRESETS}
-    record = controller.bench(
-        _launches(backend, device, python), chosen, out, out / "speed.json", seconds_per_case=seconds, seed=seed,
-        tell=lambda words: screen.print(escape(words)),
-    )  # fmt: skip
-    for excluded in record.excluded:
-        screen.print(escape(f"no time: {excluded.backend}, {excluded.preset}: {excluded.why}"))
-    raise typer.Exit(0 if record.rounds else 5)
+app.command()(bench)
 
 
 @app.command()
@@ -437,9 +380,9 @@ def spec(
     if clause and clause not in known:
         near = get_close_matches(clause, known) or [name for name in known if clause in name]
         hint = f"do you mean {' or '.join(near)}?" if near else f"chapters: {', '.join(CHAPTERS)}"
-        raise _usage(f"no clause or chapter named {clause!r}; {hint}")
+        raise usage(f"no clause or chapter named {clause!r}; {hint}")
     if write and clause in CHAPTERS:
-        raise _usage(f"--write: {clause} is a chapter; name a clause, or nothing for the whole spec")
+        raise usage(f"--write: {clause} is a chapter; name a clause, or nothing for the whole spec")
     if clause in BY_NAME:
         if write:
             write_atomically(write, explain.as_file(BY_NAME[clause]))
@@ -483,7 +426,7 @@ def schema(
     """Prints the JSON Schema of a results file, or of an audit's."""
     schemas = {"results": results.schema, "audit": audit_record.schema}
     if of not in schemas:
-        raise _usage(f"no file is called {of!r}; known: {', '.join(schemas)}")
+        raise usage(f"no file is called {of!r}; known: {', '.join(schemas)}")
     print(json.dumps(schemas[of](), indent=1))
 
 

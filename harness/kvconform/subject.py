@@ -79,12 +79,12 @@ class Subject:
         self._stderr = Path(self._scratch.name) / "stderr"
         try:
             description = self._start()
+            self.claims = Claims.from_json(description["claims"])
+            self.environment: dict[str, str] = description["environment"]
+            self.target: dict[str, Any] | None = description["target"]
         except BaseException:
             self.close()  # a worker that is of no use must not live on, nor its folder
             raise
-        self.claims = Claims.from_json(description["claims"])
-        self.environment: dict[str, str] = description["environment"]
-        self.target: dict[str, Any] | None = description["target"]
         self._measured = False  # how a black box's own forward rounds
         self._truth: Subject | None = None  # of a black box: a process of its own, on which no cached step ever runs
         if launch.device not in self.claims.devices:

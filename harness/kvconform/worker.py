@@ -26,7 +26,10 @@ import numpy as np
 from kvconform.backend import Unavailable
 from kvconform.record import record
 from kvconform.registry import BackendError, load
-from kvconform.speed.stopwatch import Stopwatch
+from kvconform.speed.ceilings import Ceiling
+from kvconform.speed.device import Gpu
+from kvconform.speed.stopwatch import Stopwatch, tokens
+from kvconform.speed.tally import Tally
 from kvconform.wire import PROGRESS, Header, pack, receive, send
 from kvconform_specs.config import Config
 from kvconform_specs.program import Program
@@ -45,12 +48,13 @@ class Worker:
         self.backend: Any = None
         self.subjects: dict[Config, Any] = {}
         self.disturbed: dict[tuple[Config, int], Any] = {}
-        self.stopwatches: dict[tuple[Config, int], Stopwatch] = {}
+        self.stopwatches: dict[tuple[Config, Config, int], Stopwatch] = {}
 
     def answer(self, message: Header, blob: bytes = b"") -> Reply:
         handlers: dict[str, Callable[[Header], Reply]] = {
             "describe": self.describe, "build": self.build, "run": self.run, "witness": self.witness,
-            "clock": self.clock, "script": self.script, "own": partial(self.own, blob=blob),
+            "clock": self.clock, "device": self.device_times, "memory": self.memory, "count": self.count,
+            "script": self.script, "own": partial(self.own, blob=blob),
         }  # fmt: skip
         return handlers[message["op"]](message)
 
@@ -102,16 +106,39 @@ class Worker:
 
     def witness(self, message: Header) -> Reply:
         subject = self.subjects[Config.from_json(message["config"])]
-        return {"witness": subject.witness() if hasattr(subject, "witness") else {}}, b""
+        design = getattr(subject, "cache_design", None)
+        seen = subject.witness() if hasattr(subject, "witness") else {}
+        return {"witness": {**({} if design is None else {"cache_design": design}), **seen}}, b""
 
     def clock(self, message: Header) -> Reply:
-        """Times blocks of calls: see ``timing.Stopwatch``."""
-        key = Config.from_json(message["config"]), message["seed"]
+        """Times blocks of calls: see ``stopwatch.Stopwatch``."""
+        stopwatch = self.stopwatch(message)
+        blocks = stopwatch.blocks(*(message[name] for name in ("phase", "depth", "steps", "count", "batch", "new")))
+        return {"blocks": [block._asdict() for block in blocks], "digest": stopwatch.digest}, b""
+
+    def device_times(self, message: Header) -> Reply:
+        stopwatch = self.stopwatch(message)
+        return {"ns": stopwatch.device(*(message[name] for name in ("phase", "depth", "steps", "count", "batch")))}, b""
+
+    def memory(self, message: Header) -> Reply:
+        return {"memory": self.stopwatch(message).memory(message["depth"], message["batch"])}, b""
+
+    def stopwatch(self, message: Header) -> Stopwatch:
+        """``timed``: the config that the tokens are made for, which for a black box is not its own."""
+        config, timed = Config.from_json(message["config"]), Config.from_json(message["timed"])
+        key = config, timed, message["seed"]
         if key not in self.stopwatches:
-            self.stopwatches[key] = Stopwatch(self.subjects[key[0]], *key)
-        stopwatch = self.stopwatches[key]
-        blocks = stopwatch.blocks(message["phase"], message["depth"], message["steps"], message["count"])
-        return {"blocks": blocks, "digest": stopwatch.digest}, b""
+            ceiling = partial(Ceiling.of, timed)
+            gpu = Gpu.open() if self.device == "cuda" else None
+            self.stopwatches[key] = Stopwatch(self.subjects[config], tokens(timed, message["seed"]), ceiling, gpu)
+        return self.stopwatches[key]
+
+    def count(self, message: Header) -> Reply:
+        """Counts what one call of a phase does: see ``tally.Tally``. ``by``: what software the counts hang on."""
+        config = Config.from_json(message["config"])
+        subject = self.subjects[config]
+        counts = Tally(subject, config).count(message["phase"], message["depth"])
+        return {"counts": counts, "by": subject.counted_by() if hasattr(subject, "counted_by") else {}}, b""
 
 
 def environment(backend: Any) -> dict[str, str]:

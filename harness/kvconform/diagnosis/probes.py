@@ -8,7 +8,7 @@ next.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
@@ -321,6 +321,20 @@ def _generations_of_rows(c: Config, k: Claims, s: int) -> Sequence[Step]:
     return (Generate("g", (5, 5), s, new=3), Generate("g", (2, 2, 2), s + OTHER, new=4))
 
 
+def _last(c: Config, k: Claims, s: int) -> Sequence[Step]:
+    whole = (Full("x", (5,), s + OTHER, last=True),) if k.can("full") else ()
+    return (*_alone(4, 3, seed=s), *grown(1, seed=s), *whole, *_alone(3, 1, seed=s), *grown(2, seed=s))
+
+
+def _last_of_rows(c: Config, k: Claims, s: int) -> Sequence[Step]:
+    return (*_alone(5, 3, rows=2, seed=s), *grown(1, 2, rows=2, seed=s))
+
+
+def _alone(*sizes: int, rows: int = 1, seed: int = 0) -> tuple[Append, ...]:
+    """Appends that are asked for their last position alone."""
+    return tuple(replace(step, last=True) for step in grown(*sizes, rows=rows, seed=seed))
+
+
 ATTENTION = ("attention",)
 BATTERY: tuple[_Plan, ...] = (
     _plain("prefill", "a prompt", 7),
@@ -405,5 +419,8 @@ BATTERY: tuple[_Plan, ...] = (
     _Plan("generation", "tokens that the subject generates on its own", _generations, ("generate",), ("decoder",)),
     _Plan("generation-rows", "tokens that the subject generates for several rows", _generations_of_rows,
           ("generate", "two rows"), ("decoder",)),
+    _Plan("last", "calls that are asked for the last position alone", _last, ("last",), ("decoder",)),
+    _Plan("last-rows", "steps of two rows that are asked for the last position alone", _last_of_rows,
+          ("last", "two rows"), ("decoder",)),
 )  # fmt: skip
 """The battery. New probes go to the end: a probe's streams follow from its place."""

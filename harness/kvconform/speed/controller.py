@@ -1,45 +1,33 @@
-"""The controller of a speed run, protocol ``pair-v1`` with one start of the workers.
+"""The controller of a speed run, protocol ``pair-v1``.
 
-All workers are alive at once. In each round every arm of a case runs one block, in an order drawn anew, so that what
-else the machine does falls on all alike; ratios are paired within rounds. A worker times itself and answers numbers.
-The intervals speak of one start of the workers: how far another start lies from it, they do not know.
+All workers of a preset are alive at once, and all are started anew as often as the protocol says: the restart is the
+unit of replication. In each round every arm of a case runs one block, in an order drawn anew, so that what else the
+machine does falls on all alike; ratios are paired within rounds. A worker times itself and answers numbers.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from kvconform.machine import load_average, machine
-from kvconform.speed.clock import Clock, Lost
-from kvconform.speed.eligibility import Truth, conformance, parity, room, truth, unable
+from kvconform.speed.device import held
 from kvconform.speed.presets import Preset
-from kvconform.speed.protocol import (
-    BLOCK_NS,
-    ENOUGH_ROUNDS,
-    NARROW,
-    OVERTIME,
-    ROUNDS_WANTED,
-    SECONDS_PER_CASE,
-    WARM_SHARE,
-    described,
-)  # fmt: skip
-from kvconform.speed.record import SCHEMA, Arm, Case, Excluded, Record, Round
-from kvconform.speed.summaries import half_width, summarise, times, without
+from kvconform.speed.protocol import RESTARTS, SECONDS_PER_CASE, described
+from kvconform.speed.record import SCHEMA, Excluded, Record
+from kvconform.speed.restart import Restart
+from kvconform.speed.summaries import summarise, without
 from kvconform.storage import family_of, read_versioned, write_atomically
-from kvconform.subject import BUILD_TIMEOUT, Death, Infrastructure, Launch, Subject
+from kvconform.subject import Launch
 from kvconform_specs import SUITE_VERSION
 
 Tell = Callable[[str], None]
+Advance = Callable[[float, float], None]
 
 
 def bench(
@@ -49,26 +37,32 @@ def bench(
     out: Path,
     *,
     seconds_per_case: float = SECONDS_PER_CASE,
+    restarts: int = RESTARTS,
+    seconds: float | None = None,
+    phases: Sequence[str] = (),
     seed: int = 0,
     threads: int = 1,
     tell: Tell = lambda line: None,
+    advance: Advance = lambda done, remaining: None,
 ) -> Record:
     """Times every backend that may be timed on every preset; the file ``out`` grows with each case.
 
-    ``launches``: by name, the reference first. ``results_dir``: where the results of a conformance run are; None asks
-    for none, which the record says, and then only the outputs on the timed inputs are judged. ``seconds_per_case``:
-    wall seconds, warm-up included. ``tell`` is given one line for each thing done. An interrupt (Ctrl-C) ends the run
-    and keeps what is measured: the record that is written and returned has ``finished`` False then.
+    launches: by name, the reference first; a preset's own address takes a name's place. results_dir: where the results
+    of a conformance run are; None asks for none, which the record says, and then only the outputs on the timed inputs
+    are judged. seconds_per_case: wall seconds in one restart, warm-up included. seconds: of the whole run, from which
+    those of a case follow then. phases: keeps these (``record.PHASES``); empty keeps all. tell: is given one line for
+    each thing done; advance: the share that is done and the seconds that remain. An interrupt (Ctrl-C) ends the run and
+    keeps what is measured: the record that is written and returned has ``finished`` False then.
     """
-    chosen = list(presets.values())
-    run = _Run(chosen, results_dir, out, seconds_per_case, seed, threads, tell)
+    run = _Run(list(presets.values()), results_dir, out, seconds_per_case, restarts, seconds, seed, threads, tell)
     run.record.device = ", ".join(sorted({launch.device for launch in launches.values()}))
+    run.phases, run.advance = tuple(phases), advance
     try:
-        with ExitStack() as stack:
-            run.start(launches, stack)
-            for preset in chosen:
-                run.preset(preset)
-            run.record.finished = True
+        with held("cuda" if "cuda" in run.record.device else "cpu") as told:
+            run.record.machine |= told
+            for preset in run.presets:
+                run.preset(preset, launches)
+        run.record.finished = True
     except KeyboardInterrupt:
         tell("interrupted: what was measured is kept")
     finally:
@@ -76,196 +70,119 @@ def bench(
     return run.record
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A case before anybody is admitted: which phases, and whether only the reference and the published design do it,
+    since it takes long."""
+
+    phases: tuple[str, ...]
+    depth: int
+    batch: int = 1
+    new: int = 0
+    few: bool = False
+
+
+def plans(preset: Preset, phases: Sequence[str] = ()) -> list[Plan]:
+    """The cases of a preset, in the order in which they are run."""
+    found = []
+    for batch in preset.batches:
+        found += [Plan(("decode", "read", "multiply"), n, batch) for n in preset.depths]
+        found += [Plan(("prefill",), n, batch) for n in preset.prompts]
+        if preset.generate is not None:
+            found.append(Plan(("generate",), preset.generate[0], batch, preset.generate[1]))
+    found += [Plan(("decode", "recompute", "recompute-last"), n) for n in preset.depths]
+    if preset.generate is not None:
+        loops = ("generate", "regenerate", "regenerate-last")
+        found.append(Plan(loops, preset.generate[0], 1, preset.generate[1], few=True))
+    return [plan for plan in found if not phases or _asked(plan, phases)]
+
+
+def _asked(plan: Plan, phases: Sequence[str]) -> bool:
+    """Cases that compare a cached phase with uncached ones are asked for by the uncached."""
+    first, *others = (phase for phase in plan.phases if phase not in ("read", "multiply"))
+    return any(phase in phases for phase in others) if others else first in phases
+
+
 class _Run:
     """The state of one run."""
 
+    phases: tuple[str, ...] = ()
+    advance: Advance
+
     def __init__(
-        self, presets: Sequence[Preset], results_dir: Path | None, out: Path, seconds: float, seed: int, threads: int,
-        tell: Tell,
+        self, presets: list[Preset], results_dir: Path | None, out: Path, seconds_per_case: float, restarts: int,
+        seconds: float | None, seed: int, threads: int, tell: Tell,
     ) -> None:  # fmt: skip
         self.presets, self.results_dir, self.out = presets, results_dir, out
-        self.seconds, self.seed, self.tell = seconds, seed, tell
+        self.seconds_per_case, self.restarts, self.seconds = seconds_per_case, restarts, seconds
+        self.seed, self.threads, self.tell = seed, threads, tell
         self.began = time.perf_counter()
-        self.threads = threads
-        self.subjects: dict[str, Subject] = {}  # the reference first
-        self.build_order: list[str] = []
-        self.load = load_average()
+        self.done = 0  # cases
+        self.spent = 0.0  # seconds of these
         self.record = Record(
             suite=SUITE_VERSION, started=datetime.now(UTC).isoformat(timespec="seconds"), device="",
-            machine=machine(), software={}, load=[self.load],
+            machine=machine(), software={}, load=[load_average()],
             presets={preset.name: preset.to_json() for preset in presets},
-            protocol=described(presets, results_dir, seconds, seed, threads),
+            protocol=described(presets, results_dir, seconds_per_case, seed, threads, restarts),
         )  # fmt: skip
-        self.clock = Clock(self.subjects, seed, self.record.protocol["input_digest"])
 
-    def start(self, launches: Mapping[str, Launch], stack: ExitStack) -> None:
-        """Starts the workers of the backends whose conformance results do not forbid it.
+    def preset(self, preset: Preset, launches: Mapping[str, Launch]) -> None:
+        """All restarts of a preset. Who is lost in one is not in the next."""
+        cases = plans(preset, self.phases)
+        for number in range(self.restarts):
+            lost = {one.backend for one in self.record.excluded if one.preset == preset.name and not one.phase}
+            with Restart(self, preset, number) as restart:
+                restart.start({name: launch for name, launch in launches.items() if name not in lost})
+                for plan in cases if restart.admitted else ():
+                    began = time.perf_counter()
+                    restart.cell(plan)
+                    self.spent += time.perf_counter() - began
+                    self.done += 1
+                    self.advance(self.share(), self.remaining())
+                restart.conclude()
+            self.record.load.append(load_average())
+            self.write()
+            if self.record.machine != machine():
+                for arm in {arm.backend for case in self.record.cases for arm in case.arms}:
+                    self.exclude(arm, preset, "the machine has changed while it was timed")
 
-        They start and build in an order drawn by the seed: of equal workers, those that came first were 2 to 5 %
-        slower on weights of 100 MB (where their pages lie), and the reference must not always be the first.
-        """
-        drawn = [list(launches)[i] for i in np.random.default_rng(self.seed).permutation(len(launches))]
-        started: dict[str, Subject] = {}
-        for name in drawn:
-            subject = self.started(name, launches[name], stack)
-            if subject is not None:
-                started[name] = subject
-        self.build_order = list(started)
-        self.record.protocol["start_order"] = self.build_order
-        self.subjects.update({name: started[name] for name in launches if name in started})
+    # --- time ---
+    def total(self) -> int:
+        """Cases of the whole run."""
+        return self.restarts * sum(len(plans(preset, self.phases)) for preset in self.presets)
 
-    def started(self, name: str, launch: Launch, stack: ExitStack) -> Subject | None:
-        threads = {key: str(self.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-        artefacts = {"KVCONFORM_ARTEFACTS": str((self.out.parent / "artefacts").resolve())}
-        launch = replace(launch, environment={**artefacts, **launch.environment, **threads})
-        why = "" if self.results_dir is None else conformance(name, launch, self.results_dir)
-        if not why:
-            try:
-                subject = stack.enter_context(Subject(launch))
-            except Infrastructure as sentence:
-                why = str(sentence)
-        if why:
-            for preset in self.presets:
-                self.exclude(name, preset, why)
-            return None
-        self.record.software[name] = {
-            "address": launch.address, "device": launch.device, "interpreter": launch.python,
-            "environment": subject.environment, "variables": launch.environment,
-            "build_seconds": {}, "first_call_seconds": {}, "compared": {}, "witness": {},
-        }  # fmt: skip
-        return subject
+    def share(self) -> float:
+        return self.done / max(1, self.total())
 
+    def remaining(self) -> float:
+        """Seconds, from what has been done so far: starting and building counts with the cases."""
+        return (time.perf_counter() - self.began) / max(1, self.done) * (self.total() - self.done)
+
+    def case_seconds(self) -> float:
+        """What one case may take in one restart."""
+        if self.seconds is None:
+            return self.seconds_per_case
+        elapsed = time.perf_counter() - self.began
+        apart = elapsed - self.spent  # starting and building so far, which every restart needs again
+        starts = len({(one.preset, one.restart) for one in self.record.once}) or 1
+        to_come = self.restarts * len(self.presets) - starts
+        left = self.seconds - elapsed - apart / starts * to_come
+        return max(0.05, left / max(1, self.total() - self.done))
+
+    # --- who is left out ---
     def exclude(self, name: str, preset: Preset, why: str, phase: str = "") -> None:
         self.record.excluded.append(Excluded(name, preset.name, why, phase))
-        if not phase and name in self.record.software:
-            for kind in ("build_seconds", "first_call_seconds"):
-                self.record.software[name][kind].pop(preset.name, None)
         self.tell(f"{preset.name}: no time for {name}{' ' * bool(phase)}{phase}: {why}")
-
-    def preset(self, preset: Preset) -> None:
-        """Admits, times, and asks afterwards what really ran."""
-        with ThreadPoolExecutor(1) as beside:  # the definition is computed while workers build and compile
-            known = beside.submit(truth, preset.config, self.seed)
-            built = {name for name in self.build_order if self.build(name, preset)}
-            admitted = [n for n in self.subjects if n in built and self.admit(n, preset, known.result())]
-        cells = [(phases, n) for n in preset.depths for phases in (("decode",), ("decode", "recompute"))]
-        cells += [(("prefill",), n) for n in preset.prompts]
-        for phases, depth in cells:
-            self.cell(preset, admitted, phases, depth)
-            self.write()
-        for name in list(admitted):
-            why = self.witness(name, preset)
-            if why:
-                self.expel(name, preset, why)
-        self.write()
-
-    def build(self, name: str, preset: Preset) -> bool:
-        """Builds the subject and makes its first calls, which compile. Whether that went well."""
-        subject, notes = self.subjects[name], self.record.software[name]
-        began = time.perf_counter()
-        try:
-            why = unable(subject.claims, preset) or subject.build(preset.config)
-            notes["build_seconds"][preset.name] = round(time.perf_counter() - began, 3)
-            if not why:
-                notes["first_call_seconds"][preset.name] = self.first_calls(name, preset)
-        except (Death, Infrastructure, Lost) as words:
-            why = str(words)
-        if why:
-            self.exclude(name, preset, why)
-            return False
-        self.tell(f"{preset.name}: {name} is built and warm after {time.perf_counter() - began:.1f} s")
-        return True
-
-    def first_calls(self, name: str, preset: Preset) -> dict[str, float]:
-        """Seconds until each arm's first block was done: preparation, compilation and first calls together."""
-        calls = [("prefill", n) for n in preset.prompts]
-        calls += [(phase, n) for phase in ("decode", "recompute") for n in preset.depths]
-        seconds = {}
-        for phase, n in calls:
-            began = time.perf_counter()
-            self.clock.blocks(preset, Arm(name, phase), n, 1, 1, BUILD_TIMEOUT)
-            seconds[f"{phase}({n})"] = round(time.perf_counter() - began, 4)
-        return seconds
-
-    def admit(self, name: str, preset: Preset, known: Truth) -> bool:
-        """Whether the subject is right on the timed inputs, and is what its name says."""
-        subject = self.subjects[name]
-        try:
-            why, compared = parity(subject, preset, self.seed, known)
-            why = why or self.witness(name, preset)
-        except (Death, Infrastructure) as words:
-            why, compared = str(words), 0
-        if why:
-            self.exclude(name, preset, why)
-            return False
-        self.record.software[name]["compared"][preset.name] = compared
-        self.record.software[name]["recompute"] = "full" if subject.claims.can("full") else "prefill of all tokens"
-        return True
-
-    def cell(self, preset: Preset, admitted: list[str], phases: tuple[str, ...], depth: int) -> None:
-        """One case, begun anew without a backend that is lost."""
-        while admitted:
-            arms = [Arm(name, phase) for phase in phases for name in admitted]
-            cases, rounds = len(self.record.cases), len(self.record.rounds)
-            try:
-                self.case(preset, arms, depth)
-            except Lost as lost:
-                del self.record.cases[cases:], self.record.rounds[rounds:]
-                admitted.remove(lost.backend)
-                self.expel(lost.backend, preset, lost.why)
-            else:
-                return
-
-    def case(self, preset: Preset, arms: list[Arm], depth: int) -> None:
-        began = time.perf_counter()
-        slowest = max(self.clock.warm(preset, arm, depth, self.seconds * WARM_SHARE / len(arms)) for arm in arms)
-        steps = max(1, min(int(BLOCK_NS // slowest), room(preset.config, depth)))
-        case = Case(preset.name, depth, 1, arms, steps)
-        index = len(self.record.cases)
-        mine: list[Round] = []
-        self.record.cases.append(case)
-        order = np.random.default_rng((self.seed, index))
-        number = 0
-        while (spent := time.perf_counter() - began) < self.seconds or (
-            number < ROUNDS_WANTED and spent < OVERTIME * self.seconds
-        ):
-            for place, arm in enumerate(int(i) for i in order.permutation(len(arms))):
-                ((ns, cpu_ns, switched),) = self.clock.blocks(preset, arms[arm], depth, steps, 1)
-                mine.append(Round(index, number, place, arm, ns, cpu_ns, switched))
-                self.record.rounds.append(mine[-1])
-            number += 1
-            enough = number >= ENOUGH_ROUNDS and number % 5 == 0
-            if enough and half_width(case, times(case, mine)) <= NARROW:
-                break
-        width = half_width(case, times(case, mine))
-        phases = " and ".join(dict.fromkeys(arm.phase for arm in arms))
-        half = f"intervals ± {width:.1%}" if width < math.inf else "too few rounds for an interval"
-        self.tell(f"{preset.name}: {phases} at {depth}: {number} rounds of {len(arms)} arms, k = {steps}, {half}")
-
-    def witness(self, name: str, preset: Preset) -> str:
-        """Keeps what really ran. Returns why that must have no time, or nothing."""
-        try:
-            seen = self.subjects[name].witness(preset.config)
-        except (Death, Infrastructure) as words:
-            return f"died when it was asked what really ran: {words}"
-        self.record.software[name]["witness"][preset.name] = seen
-        if seen.get("fallback"):
-            return f"not what its name says: {seen['fallback']}"
-        if seen.get("threads", self.threads) != self.threads:
-            return f"ran on {seen['threads']} threads, not on {self.threads}"
-        return ""
 
     def expel(self, name: str, preset: Preset, why: str) -> None:
         """Excludes a backend and takes out what was measured of it on this preset."""
         self.exclude(name, preset, why)
-        record = self.record
-        record.cases, record.rounds = without(record.cases, record.rounds, name, preset.name)
+        without(self.record, name, preset.name)
 
     def write(self) -> None:
         record = self.record
-        record.load = [self.load, load_average()]
         record.seconds = round(time.perf_counter() - self.began, 3)
-        record.summaries, record.ratios = summarise(record)
+        summarise(record)
         write_atomically(self.out, msgspec.json.format(msgspec.json.encode(record), indent=1))
 
 

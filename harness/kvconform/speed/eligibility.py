@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from kvconform.record import Done
 from kvconform.results import exit_code, missing_core, read
 from kvconform.speed.presets import Preset
-from kvconform.speed.stopwatch import tokens
+from kvconform.speed.stopwatch import digest, tokens
 from kvconform.subject import Launch, Subject
 from kvconform_specs import SUITE_VERSION, bounds
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
-from kvconform_specs.definition import decoder
+from kvconform_specs.definition import Arithmetic, Attended, attention, decoder
 from kvconform_specs.errors import SpecError
+from kvconform_specs.oracle import Own
 from kvconform_specs.program import Append, Close, Full, Program, Step, Truncate
 from kvconform_specs.tensors import weights
 
@@ -33,6 +34,8 @@ Array = NDArray[np.floating]
 
 COLUMNS = 1024
 """Logits that are judged at each position, if the vocabulary has more."""
+BLOCK = 512
+"""Queries that the definition's attention takes at a time."""
 MOST_STEPS = 16
 """Decode steps that are judged at each depth, and the most that are timed in one block."""
 
@@ -61,6 +64,8 @@ def conformance(name: str, launch: Launch, results_dir: Path) -> str:
 def unable(claims: Claims, preset: Preset) -> str:
     """Why the backend's claims leave the preset out, or nothing."""
     longest = max(*preset.depths, *preset.prompts)
+    if claims.max_batch is not None and claims.max_batch < max(preset.batches):
+        return f"claims no batch of more than {claims.max_batch}, the preset needs {max(preset.batches)}"
     if "decoder" not in claims.profiles:
         return "claims no decoder profile"
     if preset.config.dtype not in claims.dtypes:
@@ -77,8 +82,8 @@ def room(config: Config, depth: int) -> int:
 
 @dataclass(frozen=True)
 class Truth:
-    """What the definition says at every position of the timed tokens: ``value`` ``(positions, columns)`` of the
-    drawn ``columns`` of the logits, ``bound`` ``(positions, 1)``."""
+    """What must come out at every position of the timed tokens: ``value`` ``(positions, columns)`` of the drawn
+    ``columns`` of the logits, ``bound`` ``(positions, 1)``."""
 
     columns: NDArray[np.int64]
     value: Array
@@ -86,31 +91,64 @@ class Truth:
 
 
 def truth(config: Config, seed: int) -> Truth:
-    """Takes seconds: eight noisy runs of the definition over a whole context."""
-    drawn = np.random.default_rng(seed).permutation(config.vocabulary)[:COLUMNS]
-    columns = np.sort(drawn).astype(np.int64)
+    """By the definition. Takes seconds to minutes: eight noisy runs of it over a whole context."""
+    columns = _drawn(config, seed)
     exact: dict[str, Array] = {}
     for name, weight in weights(config).items():
         exact[name] = (weight[:, columns] if name == "lm_head" else weight).astype(np.float64)
     ids = tokens(config, seed)[0]
-    value = decoder(ids, exact, config)
+    value = decoder(ids, exact, config, attend=blockwise)
     noise, rough = bounds.Noisy(bounds.STORAGE[config.dtype], seed=len(ids)), bounds.single(exact)
     # one run after another: eight at once take ten times the memory and are no faster
-    strays = [bounds.stray(decoder(ids, rough, config, 0, noise), value) for _ in range(bounds.RUNS)]
+    strays = [bounds.stray(decoder(ids, rough, config, 0, noise, blockwise), value) for _ in range(bounds.RUNS)]
     return Truth(columns, value, bounds.decoder_bound(strays, bounds.RUNS, noise.gain))
 
 
-def parity(subject: Subject, preset: Preset, seed: int, known: Truth) -> tuple[str, int]:
+def own_truth(own: Own, config: Config, seed: int) -> Truth:
+    """Of a black box, by its own forward without a cache. Raises Death where that raises."""
+    columns = _drawn(config, seed)
+    ids: NDArray[Any] = tokens(config, seed)
+    value = own(ids, 0.0, 0.0, 0)[0].astype(np.float64)
+    noise = bounds.disturbance(config.dtype)
+    strays = [
+        bounds.stray(own(ids, noise.storage, noise.accumulation, 1 + run)[0], value) for run in range(bounds.RUNS)
+    ]
+    return Truth(columns, value[:, columns], bounds.own_bound(strays, bounds.RUNS, noise.gain))
+
+
+def _drawn(config: Config, seed: int) -> NDArray[np.int64]:
+    drawn = np.random.default_rng(seed).permutation(config.vocabulary)[:COLUMNS]
+    return np.sort(drawn).astype(np.int64)
+
+
+def blockwise(query: Array, keys: Array, values: Array, config: Config, *, layer: int, how: Arithmetic) -> Attended:
+    """``definition.attention`` of all tokens in blocks of queries, each on the keys that it can see at all: a context
+    of 8192 tokens has more scores than fit into memory. Only ``output`` is of use."""
+    s = keys.shape[-2]
+    parts = [
+        attention(
+            query[..., at : at + BLOCK, :], keys[..., : at + BLOCK, :], values[..., : at + BLOCK, :], config,
+            layer=layer, at=at, how=how,
+        )
+        for at in range(0, s, BLOCK)
+    ]  # fmt: skip
+    return parts[-1]._replace(output=np.concatenate([part.output for part in parts], axis=-2))
+
+
+def parity(subject: Subject, preset: Preset, config: Config, seed: int, known: Truth) -> tuple[str, int]:
     """What is wrong with the subject's outputs on the timed inputs, or nothing; and how many numbers were compared.
 
-    Raises Death and Infrastructure where the subject cannot be asked.
+    ``config``: what the subject is built for, the preset's or a black box's own. Raises Death and Infrastructure where
+    the subject cannot be asked.
     """
+    if config is not preset.config and digest(tokens(config, seed)) != digest(tokens(preset.config, seed)):
+        return "its tokens are others than those of the preset: another vocabulary, or other special tokens", 0
     compared = 0
     for n in sorted({*preset.depths, *preset.prompts}):
         calls = list(_calls(preset, subject.claims, n, seed))
-        trace = subject.run(Program(preset.config, tuple(step for step, _ in calls)), (0,)).apart()[0]
+        trace = subject.run(Program(config, tuple(step for step, _ in calls)), (0,)).apart()[0]
         for (step, first), done in zip(calls, trace, strict=False):  # a trace ends where a step raised
-            words, count = _wrong(step, first, done, preset.config, subject.claims, known)
+            words, count = _wrong(step, first, done, config, subject.claims, known)
             compared += count
             if words:
                 return f"not conformant on the timed inputs: {_name(step, first)}: {words}", compared
@@ -129,20 +167,16 @@ def _calls(preset: Preset, claims: Claims, n: int, seed: int) -> Iterator[tuple[
             yield Append("timed", (1,), seed), n
     yield Close("timed"), 0
     if n in preset.depths:
-        yield recomputed(claims, n, seed), 0
-        if not claims.can("full"):
-            yield Close("whole"), 0
-
-
-def recomputed(claims: Claims, n: int, seed: int) -> Append | Full:
-    """The step that a recompute at depth ``n`` is."""
-    return (Full if claims.can("full") else Append)("whole", (n + 1,), seed)
+        for last in (False, True) if claims.can("last") else (False,):
+            yield (Full if claims.can("full") else Append)("whole", (n + 1,), seed, last=last), 0
+            if not claims.can("full"):
+                yield Close("whole"), 0
 
 
 def _name(step: Step, first: int) -> str:
     """As the phases are called in a record."""
     if isinstance(step, Append | Full) and step.seq == "whole":
-        return f"recompute({step.counts[0] - 1})"
+        return f"recompute{'-last' * step.last}({step.counts[0] - 1})"
     if isinstance(step, Append):
         return f"prefill({step.counts[0]})" if first == 0 else f"decode({first})"
     return type(step).__name__.lower()
@@ -154,7 +188,7 @@ def _wrong(step: Step, first: int, done: Done, config: Config, claims: Claims, k
     if not isinstance(step, Append | Full):
         return "", 0
     t, got = step.counts[0], done.output
-    if claims.returns == "last" and isinstance(step, Append):
+    if step.last or (claims.returns == "last" and isinstance(step, Append)):
         first, t = first + t - 1, 1
     shape: tuple[Any, ...] = (1, 1, t, config.vocabulary)  # of one variant, one row
     if got is None or got.shape != shape or got.dtype != np.float32:

@@ -1,36 +1,82 @@
-"""What is timed: a decoder's config, and how many tokens are in its cache when."""
+"""What is timed: a decoder's config, how many tokens are in its cache when, who takes part, and what was published."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kvconform_specs.config import Config
 
 
 @dataclass(frozen=True)
+class Published:
+    """Figures that somebody published: what was done, seconds or tokens a second with the cache and without it, and
+    how many times faster that is. ``arm``: the backend that has the design here; ``phases``: what corresponds to the
+    figures, with the cache and without. ``differs``: sentences."""
+
+    what: str
+    cached: str
+    uncached: str
+    ratio: float
+    machine: str
+    source: str
+    arm: str
+    phases: tuple[str, str]
+    differs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Preset:
     """``depths``: tokens in the cache where a decode step is timed, and recomputed without it; ``prompts``: lengths of
-    a timed prefill. All in tokens, batch 1. ``about``: one sentence."""
+    a timed prefill; ``batches``: rows, each with the same tokens. ``generate``: tokens of the prompt, and how many are
+    generated after it, with the cache and without. All in tokens. ``about``: one sentence.
+
+    backends: who is timed where nobody is named, the reference first. addresses: of those that are no installed
+    backend, or are at other sizes; the conformance results that they need are those of the name.
+    """
 
     name: str
     config: Config
     depths: tuple[int, ...]
     prompts: tuple[int, ...]
     about: str
+    batches: tuple[int, ...] = (1,)
+    generate: tuple[int, int] | None = None
+    backends: tuple[str, ...] = ("eager-static", "eager", "compiled", "onnx")
+    addresses: dict[str, str] = field(default_factory=dict, hash=False)
+    published: tuple[Published, ...] = ()
 
     def __post_init__(self) -> None:
         if self.config.profile != "decoder":
             raise ValueError(f"preset {self.name}: only decoders are timed")
-        for n in (*self.depths, *self.prompts):
+        generated = () if self.generate is None else (sum(self.generate) - 1,)
+        for n in (*self.depths, *self.prompts, *generated):
             if not 0 < n < self.config.capacity:
                 raise ValueError(f"preset {self.name}: no room for a step at {n} of {self.config.capacity} tokens")
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self), "config": self.config.to_json(), "depths": list(self.depths), "prompts": list(self.prompts),
-        }  # fmt: skip
+        """As it is read back: lists for tuples."""
+        told: dict[str, Any] = json.loads(json.dumps({**asdict(self), "config": self.config.to_json()}))
+        return told
 
+
+def _gpt2(capacity: int) -> Config:
+    """The shape of GPT-2 124M; its MLP is gated here, with as many weights. Reserved are the special
+    tokens of a model that is made of a transformers config here."""
+    return Config(
+        "decoder", heads=12, kv_heads=12, head_dim=64, layers=12, width=768, mlp=2048, vocabulary=50257,
+        positions="learned", capacity=capacity, init_std=0.02, reserved=(0, 1, 2),
+    )  # fmt: skip
+
+
+SIZES = {
+    "n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_positions": 1032, "initializer_range": 0.02,
+}  # fmt: skip
+GPT2 = f"hf:GPT2Config?{json.dumps({'config': SIZES})}"
+SHAPE = "ours is a decoder of the same shape with as many weights: gated MLP, RMS norm, no biases, an untied LM head"
+ON_CPU = "one thread of a CPU here"
+GATED = "the decoder around the cache is ours, of the same shape with as many weights"
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
@@ -44,6 +90,8 @@ PRESETS: dict[str, Preset] = {
             depths=(64, 128, 256, 512),
             prompts=(64, 256, 512),
             about="four layers of a usual decoder: how each phase grows with the depth",
+            batches=(1, 4),
+            generate=(64, 64),
         ),
         Preset(
             "past-tuples",
@@ -54,6 +102,85 @@ PRESETS: dict[str, Preset] = {
             depths=(128, 192, 255),
             prompts=(128,),
             about="one layer under GPT-2's vocabulary, prompt 128, 128 tokens generated: the LM head weighs most",
+            generate=(128, 128),
+            backends=("eager-static", "past-tuples", "compiled", "onnx"),
+            published=(
+                Published(
+                    "128 tokens after a prompt of 128", "0.0315 s", "0.0997 s", 3.17, "A100",
+                    "a notebook on KV caches: one attention layer, width 512, 8 heads, vocabulary 50257",
+                    "past-tuples", ("generate", "regenerate"),
+                    (ON_CPU, "its cached loop ran the prefill twice and dropped a token",
+                     "which positions its uncached loop projects decides the ratio: both are timed here"),
+                ),
+            ),
+        ),
+        Preset(
+            "module-buffers", _gpt2(256),
+            depths=(128, 192), prompts=(4, 128),
+            about="the shape of GPT-2 124M, a prompt of 4 tokens, 200 new ones",
+            generate=(4, 200),
+            backends=("eager-static", "module-buffers"),
+            published=(
+                Published(
+                    "200 tokens after a prompt of 4", "110 tokens/s", "27 tokens/s", 110 / 27, "Apple M4",
+                    "LLMs from scratch, chapter 4, bonus on KV caches: GPT-124M", "module-buffers",
+                    ("generate", "regenerate"), (ON_CPU, GATED),
+                ),
+            ),
+        ),
+        Preset(
+            "gpt2-transformers", _gpt2(1032),
+            depths=(128, 512, 1000), prompts=(128,),
+            about="GPT-2 124M through transformers, random weights, 1000 new tokens",
+            generate=(4, 1000),
+            backends=("eager-static", "gpt2-transformers"),
+            addresses={"gpt2-transformers": GPT2},
+            published=(
+                Published(
+                    "1000 new tokens, 10 runs", "11.885 ± 0.272 s", "56.197 ± 1.855 s", 4.73, "T4",
+                    "an article on KV caching: GPT-2 through transformers", "gpt2-transformers",
+                    ("generate", "regenerate"), (ON_CPU, SHAPE),
+                ),
+            ),
+        ),
+        Preset(
+            "gpt2-transformers-short", _gpt2(136),
+            depths=(64, 128), prompts=(64,),
+            about="as gpt2-transformers, with 100 new tokens: what one thread of a CPU does in minutes",
+            generate=(4, 100),
+            backends=("eager-static", "gpt2-transformers"),
+            addresses={"gpt2-transformers": GPT2},
+            published=(
+                Published(
+                    "1000 new tokens, 10 runs", "11.885 ± 0.272 s", "56.197 ± 1.855 s", 4.73, "T4",
+                    "an article on KV caching: GPT-2 through transformers", "gpt2-transformers",
+                    ("generate", "regenerate"),
+                    (ON_CPU, "100 new tokens here, not 1000: the ratio grows with them", SHAPE),
+                ),
+            ),
+        ),
+        Preset(
+            "gqa",
+            Config(
+                "decoder", heads=16, kv_heads=2, head_dim=64, layers=4, width=512, mlp=1024, vocabulary=1024,
+                positions="rope", capacity=1040,
+            ),
+            depths=(128, 256, 512, 1024),
+            prompts=(128,),
+            about="eight query heads share a KV head: a cache an eighth as large",
+            batches=(1, 4),
+            backends=("eager-static", "eager", "compiled", "onnx"),
+        ),
+        Preset(
+            "long",
+            Config(
+                "decoder", heads=8, kv_heads=2, head_dim=64, layers=2, width=256, mlp=512, vocabulary=1024,
+                positions="rope", capacity=8208,
+            ),
+            depths=(1024, 2048, 4096, 8192),
+            prompts=(1024,),
+            about="where the cache weighs more than the weights",
+            backends=("eager-static", "eager"),
         ),
     )
 }  # fmt: skip

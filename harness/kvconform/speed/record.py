@@ -8,54 +8,139 @@ import msgspec
 
 SCHEMA = "kv-latency/1"
 
+PHASES = {
+    "prefill": "n tokens into an empty cache",
+    "decode": "one token at depth n, with the cache",
+    "recompute": "n + 1 tokens without a cache, all positions projected to logits",
+    "recompute-last": "n + 1 tokens without a cache, the last position alone projected to logits",
+    "generate": "greedy generation with the cache: a prefill of n tokens, then a decode step for each but the last",
+    "regenerate": "greedy generation without a cache, all positions projected to logits each time",
+    "regenerate-last": "greedy generation without a cache, the last position alone projected to logits",
+    "read": "the machine's ceiling: reads once as many bytes as a decode step must at least",
+    "multiply": "the machine's ceiling: as many multiply-adds as a decode step at least, on small matrices",
+}
+"""What one timed step is. ``n``: the case's depth. The ceilings are the machine's, measured in the worker of the
+reference."""
+CEILINGS = ("read", "multiply")
+MACHINE = "machine"
+"""The backend of an arm that is a ceiling."""
+
 
 class Arm(msgspec.Struct, frozen=True):
-    """Who does what: ``prefill`` of n tokens into an empty cache, ``decode`` of one token at depth n, ``recompute`` of
-    all n + 1 tokens anew (all positions projected to logits): by the backend's own cache-less forward, or where it
-    claims none by a prefill into an empty cache."""
+    """Who does what (``PHASES``). A recompute is the backend's own cache-less forward, or where it claims none a
+    prefill into an empty cache."""
 
     backend: str
     phase: str
 
 
 class Case(msgspec.Struct, frozen=True):
-    """Arms that are timed against one another in the same rounds. ``depth``: n. ``steps``: k, calls in one block."""
+    """Arms that are timed against one another in the same rounds. ``depth``: n. ``steps``: k, calls in one block.
+    ``new``: tokens that a generating phase makes; a block is one whole generation then."""
 
     preset: str
     depth: int
     batch: int
     arms: list[Arm]
     steps: int
+    new: int = 0
 
 
 class Round(msgspec.Struct, frozen=True, array_like=True):
-    """One timed block: indices of case, round, place in the round's random order, and arm; then wall and CPU
-    nanoseconds of the block's k steps, and involuntary context switches meanwhile (recorded, never filtered)."""
+    """One timed block: indices of case, restart, round, place in the round's random order, and arm; then wall and CPU
+    nanoseconds of the block's k steps, and involuntary context switches meanwhile (recorded, never filtered). On a GPU
+    also the device's own nanoseconds and its SM clock in MHz; 0: not measured."""
 
     case: int
+    restart: int
     round: int
     place: int
     arm: int
     ns: int
     cpu_ns: int
     nivcsw: int
+    device_ns: int = 0
+    sm_mhz: int = 0
+
+
+class Tokens(msgspec.Struct, frozen=True, array_like=True):
+    """When the tokens of a generation came: nanoseconds from its beginning, one for each token."""
+
+    case: int
+    restart: int
+    round: int
+    arm: int
+    ns: list[int]
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """What the cache of one backend takes at a depth, in bytes. ``analytic``: ``2 l g n d itemsize b``; ``reported``:
+    the backend's own count; ``resident``: growth of the process while the cache was filled; ``allocated``: peak growth
+    of the GPU's allocator. None: not measured."""
+
+    preset: str
+    backend: str
+    depth: int
+    batch: int
+    analytic: int
+    reported: int | None = None
+    resident: int | None = None
+    allocated: int | None = None
+
+
+class Once(msgspec.Struct, frozen=True):
+    """What happens once in a restart: seconds from starting the worker until it answers (``load``), of building the
+    subject (``build``), and of the first call of each phase, which compiles (``compile``)."""
+
+    preset: str
+    backend: str
+    restart: int
+    load: float
+    build: float
+    compile: dict[str, float]
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """One arm of one case: nanoseconds per step. ``low``, ``high``: 95 % order-statistic interval of the median."""
+    """One arm of one case: nanoseconds per step, from n blocks in so many restarts.
+
+    median: the geometric mean over restarts of each restart's median; low, high: its 95 % interval over restarts, or
+    with one restart that of the median within it. q1, q3, p90, p99: of all blocks; None where n allows none.
+    spread: standard deviation between restarts, of the logarithm; None with one restart. device: as median, of the
+    device's own time; None: not measured.
+    """
 
     case: int
     arm: int
     n: int
+    restarts: int
     median: float
     q1: float
     q3: float
     low: float
     high: float
+    spread: float | None = None
+    p90: float | None = None
+    p99: float | None = None
+    device: float | None = None
+
+
+class Generation(msgspec.Struct, frozen=True):
+    """One generating arm of one case, nanoseconds, medians over its blocks. ttft: from the prompt to the first token;
+    tpot: ``(end - ttft) / (new - 1)``; itl: p50 of the times between tokens; itl_p99: None where there are too few;
+    throughput: ``batch / tpot`` in tokens a second."""
+
+    case: int
+    arm: int
+    ttft: float
+    tpot: float
+    itl: float
+    itl_p99: float | None
+    throughput: float
 
 
 class Ratio(msgspec.Struct, frozen=True):
-    """Median of the paired ratios time(arm) / time(reference) within rounds, with its 95 % interval."""
+    """time(arm) / time(reference), paired within rounds: the geometric mean over restarts of each restart's median
+    ratio, with its 95 % interval over restarts. ``spread``: standard deviation between restarts, of the logarithm."""
 
     case: int
     arm: int
@@ -64,8 +149,41 @@ class Ratio(msgspec.Struct, frozen=True):
     low: float
     high: float
     n: int
+    restarts: int
     valid: bool
     why_invalid: str = ""
+    spread: float | None = None
+
+
+class Roof(msgspec.Struct, frozen=True):
+    """A decode arm against what the machine allows: ``floor`` nanoseconds is the larger of bytes_min / measured read
+    bandwidth and flops / measured peak. fraction: floor / time, with its interval; ``flag`` says why there is none.
+    bytes_expected: what the backend's cache design moves; None where nobody knows."""
+
+    case: int
+    arm: int
+    bytes_min: int
+    bytes_expected: int | None
+    flops: int
+    floor: float
+    fraction: float | None
+    low: float | None = None
+    high: float | None = None
+    flag: str = ""
+
+
+class Exponent(msgspec.Struct, frozen=True):
+    """How the time of one backend's phase grows with the depth: slope of log time on log depth over the last two
+    octaves, and the slope that the formula has there: multiply-adds without a cache, the roofline's floor with one.
+    ``phase`` ``ratio``, ``ratio-last``: recompute, recompute-last over decode."""
+
+    preset: str
+    backend: str
+    batch: int
+    phase: str
+    depths: list[int]
+    exponent: float
+    expected: float
 
 
 class Excluded(msgspec.Struct, frozen=True):
@@ -81,7 +199,8 @@ class Excluded(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct, kw_only=True):
-    """One speed run. ``load``: 1-minute load average at start and end. ``software``: versions by backend."""
+    """One speed run. ``load``: 1-minute load average at the start and after each restart. ``software``: versions by
+    backend. Summaries, generations, ratios, roofs and exponents follow from the raw rounds (``summaries``)."""
 
     schema: str = SCHEMA
     suite: str
@@ -94,8 +213,14 @@ class Record(msgspec.Struct, kw_only=True):
     presets: dict[str, Any]
     cases: list[Case] = []
     rounds: list[Round] = []
+    tokens: list[Tokens] = []
+    once: list[Once] = []
+    memory: list[Memory] = []
     summaries: list[Summary] = []
+    generations: list[Generation] = []
     ratios: list[Ratio] = []
+    roofs: list[Roof] = []
+    exponents: list[Exponent] = []
     excluded: list[Excluded] = []
     seconds: float = 0.0
     finished: bool = False

@@ -1,0 +1,200 @@
+"""``kvconform bench``: times, and only of what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+
+from kvconform.budget import BUDGETS
+from kvconform.console import Device, Out, Pythons, Seed, launches, screen, usage
+from kvconform.gate import exit_code
+from kvconform.run import Plan, run_backend
+from kvconform.speed import controller, counters, false_alarms, pingpong, presets, protocol
+from kvconform.speed.device import Busy
+from kvconform.speed.environments import environment
+from kvconform.speed.presets import Preset
+from kvconform.speed.record import PHASES, Record
+from kvconform.subject import Infrastructure, Launch
+
+TIMED = [phase for phase in PHASES if phase not in ("read", "multiply")]
+DEFAULT_PRESETS = ("small", "past-tuples")
+HISTORY = "gate-history.jsonl"
+
+
+def bench(
+    backend: Annotated[
+        list[str], typer.Option("--backend", "-b", help="Backends, the reference first; the preset's if none is named.")
+    ] = [],  # noqa: B006
+    preset: Annotated[list[str], typer.Option(help=f"Known: {', '.join(presets.PRESETS)}. Repeatable.")] = [],  # noqa: B006
+    device: Device = "cpu",
+    out: Out = Path("results"),
+    seconds: Annotated[
+        float, typer.Option(help="Longest time of one case in one restart.")
+    ] = protocol.SECONDS_PER_CASE,
+    budget: Annotated[float | None, typer.Option(help="Seconds of the whole run, instead of --seconds.")] = None,
+    restarts: Annotated[int, typer.Option(min=1, help="How often all workers start anew.")] = protocol.RESTARTS,
+    phase: Annotated[list[str], typer.Option(help=f"Only these: {', '.join(TIMED)}. Repeatable.")] = [],  # noqa: B006
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each worker.")] = 1,
+    seed: Seed = 0,
+    python: Pythons = [],  # noqa: B006
+    gate: Annotated[
+        bool, typer.Option("--gate", help="Is HEAD slower than BASE? Exit code 4 where that is confirmed.")
+    ] = False,
+    base: Annotated[str, typer.Option(help="A git ref, '.' for the working tree, or an interpreter.")] = "HEAD",
+    head: Annotated[str, typer.Option(help="As --base.")] = ".",
+    self_test: Annotated[
+        bool,
+        typer.Option("--self-test", help="With --gate: HEAD against itself; are its false alarms as rare as stated?"),
+    ] = False,
+    runs: Annotated[int, typer.Option(min=1, help="Of the self-test.")] = 20,
+    history: Annotated[Path | None, typer.Option(help="Of the self-test; OUT/gate-history.jsonl if none.")] = None,
+    count: Annotated[
+        bool,
+        typer.Option("--counters", help="Counts instead of timing, which cannot flake; exit code 4 on more work."),
+    ] = False,
+    baseline: Annotated[Path | None, typer.Option(help="Counters that these are compared with.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Prints the record's JSON Schema and ends.")] = False,
+) -> None:
+    """Times conformant backends against one another in paired rounds; writes OUT/speed.json.
+
+    A backend that has no results in OUT is judged first, at the smoke budget; one that is not conformant gets no time.
+    """
+    if schema:
+        screen.print_json(json_schema().decode())
+        return
+    if (self_test or history) and not gate:
+        raise usage("--self-test and --history are of the gate: add --gate")
+    if baseline and not count:
+        raise usage("--baseline is of counters: add --counters")
+    unknown = [name for name in preset if name not in presets.PRESETS]
+    if unknown:
+        raise usage(f"--preset: no preset named {unknown[0]!r}; known: {', '.join(presets.PRESETS)}")
+    strange = [name for name in phase if name not in TIMED]
+    if strange:
+        raise usage(f"--phase: no phase named {strange[0]!r}; known: {', '.join(TIMED)}")
+    chosen = {name: presets.PRESETS[name] for name in preset or DEFAULT_PRESETS}
+    named = launches(backend or _default(chosen.values()), device, python)
+    if count:
+        raise typer.Exit(_counts(named, chosen, out, baseline))
+    if gate:
+        if python:
+            raise usage("--python: the gate takes interpreters as --base and --head")
+        common = {"seconds_per_case": seconds / 2, "seed": seed, "threads": threads}
+        if self_test:
+            raise typer.Exit(_self_tests(named, chosen, head, runs, out, history or out / HISTORY, common))
+        raise typer.Exit(_gates(named, chosen, base, head, out, {**common, "seconds": budget}))
+    _judge(named, out)
+    with _Shown() as shown, _one_at_a_time():
+        record = controller.bench(
+            named, chosen, out, out / "speed.json", seconds_per_case=seconds, restarts=restarts, seconds=budget,
+            phases=phase, seed=seed, threads=threads, tell=shown.tell, advance=shown.advance,
+        )  # fmt: skip
+    for excluded in record.excluded:
+        screen.print(escape(f"no time: {excluded.backend}, {excluded.preset}: {excluded.why}"))
+    raise typer.Exit(0 if record.rounds else 5)
+
+
+def _counts(named: Mapping[str, Launch], chosen: Mapping[str, Preset], out: Path, baseline: Path | None) -> int:
+    before = None if baseline is None else counters.read(baseline)
+    record = counters.count(named, chosen, out / "counters.json", _say)
+    found = counters.broken(record) + ([] if before is None else counters.compare(before, record))
+    for words in counters.lines(found):
+        _say(words)
+    return exit_code(found)
+
+
+def _gates(
+    named: Mapping[str, Launch], chosen: Mapping[str, Preset], base: str, head: str, out: Path, common: dict[str, Any]
+) -> int:
+    """The worst exit code of the backends."""
+    codes = []
+    with TemporaryDirectory(prefix="kvconform-") as folder:
+        sides = {ref: environment(ref, Path(folder), _say) for ref in dict.fromkeys((base, head))}
+        for name, launch in named.items():
+            before, after = (sides[ref].launch(launch.address, launch.device) for ref in (base, head))
+            record = pingpong.gate(
+                before, after, chosen, name, out / "gate" / f"{name}.json", tell=_say,
+                environments={"base": sides[base], "head": sides[head]}, **common,
+            )  # fmt: skip
+            for words in record.lines():
+                _say(f"{name}: {words}")
+            codes.append(record.exit_code)
+    return max(codes)
+
+
+def _self_tests(
+    named: Mapping[str, Launch], chosen: Mapping[str, Preset], head: str, runs: int, out: Path, history: Path,
+    common: dict[str, Any],
+) -> int:  # fmt: skip
+    """0, or 1 where there were more false alarms than the stated rate lets expect."""
+    told = []
+    with TemporaryDirectory(prefix="kvconform-") as folder:
+        side = environment(head, Path(folder), _say)
+        for name, launch in named.items():
+            mine = side.launch(launch.address, launch.device)
+            place = out / "gate" / name
+            told.append(false_alarms.self_test(mine, chosen, name, place, history, runs=runs, tell=_say, **common))
+    return int(any(one.verdict == false_alarms.EXCEEDED for one in told))
+
+
+def _say(words: str) -> None:
+    screen.print(escape(words))
+
+
+def _default(chosen: Iterable[Preset]) -> list[str]:
+    return list(dict.fromkeys(name for one in chosen for name in one.backends))
+
+
+def _judge(named: dict[str, Launch], out: Path) -> None:
+    """Judges whom nobody has judged yet."""
+    for name, launch in named.items():
+        if not (out / f"{name}.json").exists():
+            screen.print(escape(f"{name}: there are no results in {out}: it is judged first (smoke budget)"))
+            run_backend(name, replace(launch, environment={}), Plan(BUDGETS["smoke"]), out)
+
+
+def json_schema() -> bytes:
+    """Of the record ``kv-latency/1``."""
+    import msgspec
+
+    return msgspec.json.encode(msgspec.json.schema(Record))
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """A GPU that another benchmark holds is missing infrastructure."""
+    try:
+        yield
+    except Busy as sentence:
+        raise Infrastructure(str(sentence)) from None
+
+
+class _Shown:
+    """Lines, and on a terminal a bar with the time that remains."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
+            TextColumn("{task.fields[left]}"), console=screen, transient=True, disable=not screen.is_terminal,
+        )  # fmt: skip
+        self.task = self.progress.add_task("bench", total=1.0, left="")
+        self.tell: Callable[[str], None] = lambda words: self.progress.console.print(escape(words))
+
+    def __enter__(self) -> _Shown:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.progress.stop()
+
+    def advance(self, done: float, remaining: float) -> None:
+        minutes, seconds = divmod(round(remaining), 60)
+        self.progress.update(self.task, completed=done, left=f"{minutes} min {seconds:02} s left")
