@@ -13,7 +13,6 @@ from kvconform.audit_record import Audited, Trial
 from kvconform.diagnosis import Diagnosis
 from kvconform.pairwise import Pair
 from kvconform.results import Results, Target
-from kvconform.speed.record import Arm, Case, Excluded, Ratio, Record, Round, Summary
 from kvconform.verdict import Outcome, Verdict
 from kvconform.visibility import Map
 from kvconform_specs.clauses import ALL
@@ -240,54 +239,3 @@ def pairs() -> list[Pair]:
     off = {("attention-window", a, b): 29340.0 for a, b in two if "eager-static" in (a, b)}
     keys = [(config, a, b) for config in POINTS for a, b in two]
     return [Pair(*key, off.get(key, draw.random() * 0.3), 1e-6, 1008) for key in keys]
-
-
-def latency(names: tuple[str, ...] = ("eager", "onnx", "numpy")) -> Record:
-    """Two presets; recomputing grows with depth, a cached step hardly. The deepest numpy case is too noisy."""
-    draw, why = random.Random(3), "half-width 13.1 % of the interval is over 10 %"
-    cases: list[Case] = []
-    summaries: list[Summary] = []
-    ratios: list[Ratio] = []
-    rounds: list[Round] = []
-    for preset, base in (("decoder-small", 90e3), ("decoder-wide", 700e3)):
-        for depth in (16, 64, 256, 1024, 2048):
-            number = len(cases)
-            arms = [Arm(name, phase) for name in names for phase in ("prefill", "decode", "recompute")]
-            cases.append(Case(preset, depth, 1, arms, 8))
-            for i, arm in enumerate(arms):
-                slow = (1.0, 0.7, 3.1)[names.index(arm.backend) % 3] * draw.uniform(0.95, 1.05)
-                cost = {"prefill": 0.9 * depth / 8 + 1, "decode": 1 + depth / 4000, "recompute": 1 + depth / 8}
-                median = base * slow * cost[arm.phase]
-                half = median * draw.uniform(0.01, 0.06)
-                bounds = (median - 2 * half, median + 2 * half, median - half, median + half)
-                summaries.append(Summary(number, i, 90, median, *bounds))
-                rounds += [Round(number, r, 0, i, round(median), round(median), 0) for r in range(3)]
-            for i, arm in enumerate(arms):
-                noisy = arm.backend == names[-1] and depth == 2048
-                middle = {s.arm: s.median for s in summaries if s.case == number}
-                for reference, kind in enumerate(arms):
-                    same_phase = kind.phase == arm.phase and kind.backend == names[0] != arm.backend
-                    itself = kind.backend == arm.backend and (arm.phase, kind.phase) == ("decode", "recompute")
-                    if same_phase or itself:
-                        ratio = middle[i] / middle[reference]
-                        ratios.append(
-                            Ratio(
-                                number, i, reference, ratio, ratio * 0.98, ratio * 1.02, 90, not noisy,
-                                why if noisy else "",
-                            )
-                        )  # fmt: skip
-    return Record(
-        suite="0.1.0", started="2026-11-21T23:00:00+00:00", device="cpu",
-        machine={"cpu": "AMD EPYC 9B14", "cores": 2, "memory_gib": 16},
-        software={name: {"python": "3.11.7", "torch": "2.13.0"} for name in names},
-        protocol={"name": "pair-v1", "order": "random in each round", "restarts": 3, "clock": "perf_counter_ns",
-                  "stop": {"blocks": 60, "half_width": 0.02, "seconds": 8}, "threads": 1, "seed": 11},
-        load=[0.42, 1.17],
-        presets={"decoder-small": {"config": {"layers": 4, "heads": 8, "window": None}, "about": "a small decoder"},
-                 "decoder-wide": {"config": {"layers": 8, "heads": 16, "window": None}, "about": "a wide decoder"}},
-        cases=cases, rounds=rounds, summaries=summaries, ratios=ratios,
-        excluded=[Excluded("eager-static", "decoder-small", "not conformant: 4 of 95 cells broken"),
-                  Excluded("compiled", "decoder-wide", "not installed"),
-                  Excluded("onnx", "decoder-wide", "claims no full", "recompute")],
-        seconds=312.0, finished=True,
-    )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import report_data as given
 from report_data import HOSTILE
+from speed_data import latency
 
 from kvconform.lattice import Guarantee
 from kvconform.pairwise import Pair
@@ -68,7 +69,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ledger=[given.row(name, clause="errors.unchanged", config=name)], power={name: given.power()},
         lattice={name: Guarantee(level=name, refuted=name, sentence=name, counterexample=name)},
     )  # fmt: skip
-    speed = given.latency(("eager", "onnx", name))
+    speed = latency(("eager", "onnx", name))
     speed.excluded = [*speed.excluded, Excluded(name, name, name)]
     path = tmp_path_factory.mktemp("report") / "report.html"
     pairs = [*given.pairs(), Pair("attention-gqa", name, "eager", 0.5, 1e-7, 9)]
@@ -172,7 +173,7 @@ def test_a_link_to_a_clause_opens_its_chapter_and_its_text(browser: Any, report:
 
 def test_what_is_folded_is_printed(browser: Any, report: Path) -> None:
     with Visit(browser, report) as visit:
-        folded = visit.page.locator("#guarantees td p, #power table, .witness dl")
+        folded = visit.page.locator("#guarantees td p, #power table, #speed details table, .witness dl")
         shown = [folded.nth(i).is_visible() for i in range(folded.count())]
         assert not all(shown)
         visit.page.emulate_media(media="print")

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-WIDTH, HEIGHT = 760, 400
-LEFT, RIGHT, TOP, BOTTOM = 66, 200, 14, 52
-LABEL_GAP, LABEL_CHARACTERS = 16, 26
+from kvconform_reports.figures import Unit
+
+WIDTH, HEIGHT = 780, 400
+LEFT, RIGHT, TOP, BOTTOM = 66, 220, 14, 52
+LABEL_GAP, LABEL_CHARACTERS = 16, 29
+BEYOND = 3.0
+"""How far past the outermost point an interval may stretch the axis; a longer one ends at the frame."""
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "bar")
 TONES = len(MARKERS)
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: ``points`` are (x, y, low, high). ``kin``: lines of one kin share colour and marker."""
+    """One line: ``points`` are (x, y, low, high). ``kin``: lines of one kin share colour and marker; a negative one is
+    a bound and has no marks. ``stroke``: solid, dashed or dotted."""
 
     name: str
     kin: int
-    dashed: bool
+    stroke: str
     points: tuple[tuple[float, float, float, float], ...]
 
 
@@ -36,8 +41,8 @@ class Mark:
 class Line:
     name: str
     short: str
-    tone: int
-    dashed: bool
+    tone: str
+    stroke: str
     path: str
     marks: tuple[Mark, ...]
     label_y: float
@@ -64,9 +69,8 @@ class Chart:
     lines: tuple[Line, ...]
 
 
-def log_log(series: Sequence[Series], units: str) -> Chart | None:
-    """The chart of series whose y are nanoseconds, ticks in ``units`` ("ms" or "µs"); None where nothing can lie on
-    logarithmic axes."""
+def log_log(series: Sequence[Series], unit: Unit) -> Chart | None:
+    """The chart of series whose y are nanoseconds, ticks in ``unit``; None where nothing can lie on such axes."""
     kept = [
         (one, points)
         for one in series
@@ -75,43 +79,58 @@ def log_log(series: Sequence[Series], units: str) -> Chart | None:
     if not kept:
         return None
     xs = sorted({p[0] for _, points in kept for p in points})
-    ys = [v for _, points in kept for p in points for v in p[1:]]
+    ys = [p[1] for _, points in kept for p in points]
+    ends = [v for _, points in kept for p in points for v in p[2:]]
+    least, most = max(min(ys + ends), min(ys) / BEYOND), min(max(ys + ends), max(ys) * BEYOND)
+    height = max(HEIGHT, TOP + BOTTOM + LABEL_GAP * len(kept))
     x_of = _scale(xs[0] / 1.12, xs[-1] * 1.12, LEFT, WIDTH - RIGHT)
-    bottom, top = _rounded(min(ys) / 1.05, down=True), _rounded(max(ys) * 1.05, down=False)
-    y_of = _scale(bottom, top, HEIGHT - BOTTOM, TOP)
+    bottom, top = _rounded(least / 1.05, down=True), _rounded(most * 1.05, down=False)
+    y_of = _scale(bottom, top, height - BOTTOM, TOP)
     lines = [_line(one, points, x_of, y_of) for one, points in kept]
-    right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
+    right, floor = WIDTH - RIGHT, height - BOTTOM
     return Chart(
-        WIDTH, HEIGHT, LEFT, right, TOP, floor, _x_ticks(xs, x_of), _y_ticks(bottom, top, y_of, units),
+        WIDTH, height, LEFT, right, TOP, floor, _x_ticks(xs, x_of), _y_ticks(bottom, top, y_of, unit),
         _apart(lines, TOP + 6, floor),
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """From a value to where it lies, logarithmically."""
+    """From a value to where it lies, logarithmically; what lies outside lies at the edge."""
 
     low: float
-    factor: float
+    high: float
     start: float
+    end: float
 
     def __call__(self, value: float) -> float:
-        return round(self.start + (math.log(value) - self.low) * self.factor, 1)
+        share = (math.log(value) - self.low) / (self.high - self.low)
+        return round(self.start + min(max(share, 0.0), 1.0) * (self.end - self.start), 1)
 
 
 def _scale(low: float, high: float, start: float, end: float) -> _Scale:
-    return _Scale(math.log(low), (end - start) / (math.log(high) - math.log(low)), start)
+    return _Scale(math.log(low), math.log(high), start, end)
 
 
 def _line(one: Series, points: list[tuple[float, float, float, float]], x_of: _Scale, y_of: _Scale) -> Line:
-    marker = MARKERS[one.kin % TONES]
+    places = [(x_of(x), y_of(y)) for x, y, *_ in points]
+    marker, tone = MARKERS[one.kin % TONES], "bound" if one.kin < 0 else f"t{one.kin % TONES}"
     marks = tuple(
-        Mark(x_of(x), y_of(y), y_of(low), y_of(high), _marker(marker, x_of(x), y_of(y))) for x, y, low, high in points
+        Mark(x, y, y_of(low), y_of(high), _marker(marker, x, y))
+        for (x, y), (_, _, low, high) in zip(places, points, strict=True)
+        if one.kin >= 0
     )
-    path = "M" + "L".join(f"{mark.x} {mark.y}" for mark in marks)
-    short = one.name if len(one.name) <= LABEL_CHARACTERS else one.name[: LABEL_CHARACTERS - 1] + "…"
-    last = marks[-1]
-    return Line(one.name, short, one.kin % TONES, one.dashed, path, marks, last.y, (last.x, last.y))
+    path = "M" + "L".join(f"{x} {y}" for x, y in places)
+    return Line(one.name, _short(one.name), tone, one.stroke, path, marks, places[-1][1], places[-1])
+
+
+def _short(name: str) -> str:
+    """Cut before its last word, which tells lines of one backend apart."""
+    if len(name) <= LABEL_CHARACTERS:
+        return name
+    head, _, tail = name.rpartition(" ")
+    room = LABEL_CHARACTERS - len(tail) - 2
+    return f"{head[:room]}… {tail}" if room > 0 else f"{name[: LABEL_CHARACTERS - 1]}…"
 
 
 def _marker(kind: str, x: float, y: float) -> str:
@@ -143,10 +162,7 @@ def _apart(lines: list[Line], top: float, bottom: float) -> tuple[Line, ...]:
     for i in reversed(range(len(places))):
         ceiling = places[i] = min(places[i], ceiling - LABEL_GAP)
     at = dict(zip(order, places, strict=True))
-    return tuple(
-        Line(one.name, one.short, one.tone, one.dashed, one.path, one.marks, round(at[i], 1), one.end)
-        for i, one in enumerate(lines)
-    )
+    return tuple(replace(one, label_y=round(at[i], 1)) for i, one in enumerate(lines))
 
 
 def _rounded(value: float, *, down: bool) -> float:
@@ -166,8 +182,7 @@ def _x_ticks(xs: list[float], x_of: _Scale) -> tuple[Tick, ...]:
     return tuple(ticks)
 
 
-def _y_ticks(bottom: float, top: float, y_of: _Scale, units: str) -> tuple[Tick, ...]:
-    per = 1e6 if units == "ms" else 1e3
+def _y_ticks(bottom: float, top: float, y_of: _Scale, unit: Unit) -> tuple[Tick, ...]:
     decades = math.log10(top / bottom)
     shown = (1, 2, 5) if decades <= 2.5 else (1,)
     ticks = []
@@ -175,5 +190,5 @@ def _y_ticks(bottom: float, top: float, y_of: _Scale, units: str) -> tuple[Tick,
         for m in (1, 2, 5):
             value = m * 10.0**power
             if bottom * 0.999 <= value <= top * 1.001:
-                ticks.append(Tick(y_of(value), f"{value / per:g}" if m in shown else "", m == 1))
+                ticks.append(Tick(y_of(value), f"{value / unit.ns:g}" if m in shown else "", m == 1))
     return tuple(ticks)

@@ -29,13 +29,15 @@ def embed(
 ) -> tuple[Markup, bool]:
     """The text of the script element, and whether it is packed.
 
-    The raw rounds of the speed record stay in its own file: they are most of its bytes, and no figure here needs them.
+    The raw rounds and tokens of the speed record stay in its own file: they are most of its bytes, and no figure here
+    needs them.
     A power certificate that several results share is written once, and named by its place.
     """
     speed: dict[str, Any] | None = None
     if latency is not None:
         speed = msgspec.to_builtins(latency)
-        speed["rounds"], speed["rounds_left_out"] = [], len(latency.rounds)
+        for raw in ("rounds", "tokens"):
+            speed[raw], speed[f"{raw}_left_out"] = [], len(speed[raw])
     certificates: dict[bytes, int] = {}
     shared = []
     for result in results:

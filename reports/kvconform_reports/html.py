@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -26,12 +27,7 @@ def render(
     audit: audit_record.Record | None = None,
 ) -> str:
     """The report of one or more backends as HTML. ``folder``: the results folder that replay lines name."""
-    templates = Environment(
-        loader=PackageLoader("kvconform_reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    templates.filters.update(counted=outcomes.counted, duration=outcomes.duration)
-    templates.tests["in_spec"] = BY_NAME.__contains__
+    templates = _templates()
     style, script = (_source(templates, name) for name in ("style.css", "script.js"))
     data, packed = embedding.embed(results, pairs, latency, audit)
     rows = tables.backends(results)
@@ -43,10 +39,22 @@ def render(
         guarantees=tables.guarantees(results, folder), reasons=tables.reasons(results), errors=tables.errors(results),
         pairwise=tables.pairwise(pairs), power=certificate.power(results),
         mutation=mutation.mutation(audit, {result.suite for result in results}) if audit else None,
-        latency=latency, groups=speed.groups(latency) if latency else (),
+        latency=latency, presets=speed.sections(latency) if latency else (),
         latency_facts=_latency_facts(latency), software=_software(latency), witnesses=tables.witnesses(results),
         environment=tables.environments(results), claims=tables.claims(results),
     )  # fmt: skip
+
+
+@cache
+def _templates() -> Environment:
+    """Compiled once in a process."""
+    templates = Environment(
+        loader=PackageLoader("kvconform_reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    templates.filters.update(counted=outcomes.counted, duration=outcomes.duration)
+    templates.tests["in_spec"] = BY_NAME.__contains__
+    return templates
 
 
 def headline(rows: Sequence[tables.Backend]) -> str:
@@ -110,11 +118,19 @@ def _software(latency: Record | None) -> tables.Facts | None:
 def _latency_facts(latency: Record | None) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
     if latency is None:
         return ()
-    load = " at the start, ".join(f"{value:.2f}" for value in latency.load)
     run = {
         "started": outcomes.when(latency.started), "device": latency.device, "suite": latency.suite,
-        "load average": f"{load} at the end" if len(latency.load) > 1 else load or "not recorded",
-        "took": outcomes.duration(latency.seconds), "raw rounds": len(latency.rounds),
+        "load average": _load(latency.load), "took": outcomes.duration(latency.seconds),
+        "raw rounds": len(latency.rounds),
     }  # fmt: skip
     parts = (("Run", run), ("Protocol", latency.protocol), ("Machine", latency.machine))
     return tuple((title, tuple(tables.flattened(part))) for title, part in parts if part)
+
+
+def _load(values: Sequence[float]) -> str:
+    """At the start, after each restart but the last, and at the end."""
+    if not values:
+        return "not recorded"
+    first, *between, last = [f"{value:.2f}" for value in values] if len(values) > 1 else [f"{values[0]:.2f}", ""]
+    after = f"{', '.join(between)} after restarts, " if between else ""
+    return f"{first} at the start, {after}{last} at the end" if last else f"{first} at the start"

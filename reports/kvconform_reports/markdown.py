@@ -149,20 +149,50 @@ def _pairs(pairs: Sequence[Pair]) -> str:
 
 
 def _speed(latency: Record | None) -> str:
-    """For each preset, at its greatest depth, the time with the cache over the time without it."""
+    """For each preset and batch the answer in a sentence and a table; what was published; who has no time."""
     if latency is None:
         return ""
     lines = ["### Speed", ""]
-    for group in speed.groups(latency):
-        cached = [(depth, [(row.backend, p) for row in rows for p in row.cached]) for depth, _, rows in group.depths]
-        for depth, found in [place for place in cached if place[1]][-1:]:
-            said = [
-                f"{text(backend)} {f'invalid ({text(p.why)})' if p.why else f'{p.text} ({p.interval})'}"
-                for backend, p in found
-            ]
-            head = f"{text(group.preset)}, batch {group.batch}, depth {depth}"
-            lines.append(f"- {head}: time with the cache over time without it: {', '.join(said)}")
-    return "\n".join(lines) if len(lines) > 2 else ""
+    for section in speed.sections(latency):
+        for group in section.groups:
+            lines += _answer(group, f"{section.preset}, batch {group.batch}")
+        lines += _published(section)
+        for one in section.excluded:
+            who = " ".join(part for part in (one.backend, one.phase) if part)
+            lines.append(f"- {text(section.preset)}: no time for {text(who)}: {text(one.why)}")
+        lines += [""] if lines[-1] else []
+    if not latency.finished:
+        lines += ["This speed run did not finish.", ""]
+    return "\n".join(lines[:-1]) if len(lines) > 2 else ""
+
+
+def _answer(group: speed.Group, where: str) -> list[str]:
+    if group.answer is None:
+        return [f"**{text(where)}**: no decode step has a time.", ""]
+    heads = (
+        "backend", f"{group.unit.name} per {'token' if group.batch == 1 else 'step'}", "ratio to the reference",
+        "cached / recomputed, all positions", "cached / recomputed, last position", "of the roofline",
+    )  # fmt: skip
+    lines = [f"**{text(where)}**: {text(group.answer.sentence)}", "", f"| {' | '.join(heads)} |"]
+    lines.append("|---" * len(heads) + "|")
+    for row in group.answer.rows:
+        timing = row.timing
+        time = f"{timing.median} ({timing.interval})" if timing.interval else timing.median
+        to = ", ".join(p.words for p in timing.to) or "–"
+        cells = (timing.backend, time, to, row.every.words, row.last.words, row.roof.words)
+        lines.append(f"| {' | '.join(map(text, cells))} |")
+    return [*lines, ""]
+
+
+def _published(section: speed.Section) -> list[str]:
+    """How much longer without the cache: as published, and measured here."""
+    if section.published is None:
+        return []
+    found = [f"published {one.ratio or 'without a ratio'} ({one.source})" for one in section.published.published]
+    for one in section.published.measured:
+        found.append(f"{one.kind} by {one.backend} {one.every.words}, last position alone {one.last.words}")
+    found += [section.published.missing] if section.published.missing else []
+    return [f"- {text(section.preset)}, time without the cache over time with it: {text('; '.join(found))}"]
 
 
 def _power(results: Sequence[Results]) -> str:
