@@ -30,8 +30,8 @@ CLEAN = {
 LACKS = {
     "eager": "ragged, left padding, poison, poison-safe slots, alias, bound on graphs",
     "eager-static": "functional, poison-safe slots, alias, bound on graphs",
-    "onnx": "generate, ragged, left padding, work, poison, poison-safe slots, alias, bound on graphs",
-    "compiled": "full, functional, ragged, left padding, mask, work, poison, poison-safe slots, alias",
+    "onnx": "generate, last, ragged, left padding, work, poison, poison-safe slots, alias, bound on graphs",
+    "compiled": "full, last, functional, ragged, left padding, mask, work, poison, poison-safe slots, alias",
     "numpy": "ragged, left padding, poison, poison-safe slots, alias, bound on graphs",
 }
 """What a backend does not claim, out of what clauses need; none of these here has pages or is quantised."""

@@ -120,6 +120,8 @@ MORE = (
     ("causality:DecodeSeesOneLess", "causality.past-seen", GQA),  # off by a part in a thousand
     ("window:ChunkWindowShort", "window.width", "attention-window"),  # arrays in base64
     ("batch:PaddingAdvances", "batch.ragged", ROPE),
+    ("last_position:FirstForLast", "equivalence.last-position", ROPE),
+    ("last_position:WithoutTokensBefore", "equivalence.last-position", ROPE),
 )
 
 

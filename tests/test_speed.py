@@ -19,7 +19,7 @@ from kvconform.speed.eligibility import conformance
 from kvconform.speed.presets import PRESETS, Preset
 from kvconform.speed.record import MACHINE, PHASES, Arm, Case, Record, Round, Tokens
 from kvconform.speed.stopwatch import Stopwatch, tokens
-from kvconform.speed.summaries import LEAST, MISS, T95, interval, rank, reaches, student, summarise, t95
+from kvconform.speed.summaries import LEAST, MISS, T95, interval, pairs, rank, reaches, student, summarise, t95
 from kvconform.subject import Launch
 from kvconform_backends.numpy_cache import NumpyCache
 from kvconform_specs.claims import Claims
@@ -239,6 +239,9 @@ def test_arms_are_set_against_the_first_of_their_phase_and_decode_against_its_ow
     assert {(r.arm, r.reference): round(r.ratio, 9) for r in ratios} == {(3, 2): 2, (1, 2): 0.5}
     alone = record_of(arms[:2], [[10, 20]] * 6).ratios
     assert {(r.arm, r.reference): round(r.ratio, 9) for r in alone} == {(1, 0): 2}
+    three = [Arm(name, "decode") for name in ("a", "b", "c")]
+    assert pairs(Case("p", 8, 1, three, 1)) == [(1, 0), (2, 0)]
+    assert pairs(Case("p", 8, 1, three, 1), ["b"]) == [(1, 0), (2, 0), (2, 1)]
     both = [Arm("a", "generate"), Arm("a", "regenerate"), Arm("a", "regenerate-last"), Arm(MACHINE, "read")]
     loops = record_of(both, [[10, 40, 20, 1]] * 6).ratios
     assert {(r.arm, r.reference): round(r.ratio, 9) for r in loops} == {(0, 1): 0.25, (0, 2): 0.5}

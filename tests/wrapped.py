@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.registry import load
+from kvconform.registry import installed, load
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.points import POINTS
@@ -69,8 +69,8 @@ class Wrapped:
 
 def __getattr__(name: str) -> type[Wrapped]:
     """The wrapped backend of an installed name; ``numpy_paged`` is ``numpy-paged``."""
-    if name.startswith("__"):
-        raise AttributeError(name)
+    if name.replace("_", "-") not in installed():
+        raise AttributeError(name)  # what inspects a module asks for much
     kind = load(name.replace("_", "-"))
     own = replace(
         kind.claims, profiles=("decoder",), truth="self", dtypes=("float32",),

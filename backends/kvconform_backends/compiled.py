@@ -2,6 +2,9 @@
 
 torch.compile gives sizes of 1 graphs of their own, so that a subject has at most four: batch 1 or more, tokens 1 or
 more. Every other size is dynamic and the past is only a tensor of positions, so that a decode loop compiles nothing.
+A step therefore attends to the whole buffer, of which the mask hides what is not filled: a view of the filled slots is
+of another kind when the buffer is full, which costs each class a second graph. On CUDA a decode step of one row has no
+dynamic size: inductor records its launches as a CUDA graph, once for each cache, and replays them.
 Past its recompile limit torch.compile runs eagerly without a word; the runs of the graphs are counted to notice it.
 """
 
@@ -25,6 +28,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils._triton import has_triton
 
 from kvconform.backend import Unavailable
+from kvconform_backends.counting import CountedGraphs
 from kvconform_backends.eager import Buffers, EagerStatic
 from kvconform_backends.torch_decoder import Decoder, attention, masks
 from kvconform_specs.config import Config
@@ -36,16 +40,20 @@ Step = Callable[[list[Tensor], Tensor, list[Tensor], list[Tensor]], Tensor]
 RECOMPILES = 128
 """Graphs that all subjects in one process may have: the limit is per code object, and they share the step's code.
 Each config may be asked for in three dtypes, and makes four graphs in each."""
-LEFT_OUT = ("full", "ragged", "mask", "work", "poison")
+LEFT_OUT = ("full", "ragged", "mask", "last", "work", "poison")
+REPLAYED = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
+"""On CUDA: what ``mode="reduce-overhead"`` sets, for graphs without a dynamic size. Another would be recorded anew for
+each size."""
 
 
-class Compiled(EagerStatic):
+class Compiled(CountedGraphs, EagerStatic):
     """The buffers of ``eager-static``, whose rows grow alike here.
 
-    Not claimed: ``full``, ragged rows and the caller's mask, each of which would double the graphs to compile;
+    Not claimed: ``full``, ragged rows, the caller's mask and ``last``, each of which would add graphs to compile;
     ``work``, which torch counts of eager operators only; ``poison``, which the same buffers answer in ``eager-static``.
     """
 
+    cache_design = "capacity"
     claims = replace(
         EagerStatic.claims,
         abilities=(*(name for name in EagerStatic.claims.abilities if name not in LEFT_OUT), "graphs"),
@@ -70,6 +78,8 @@ class Compiled(EagerStatic):
         torch._dynamo.config.recompile_limit = RECOMPILES
         # the numbers of a config are constants: dynamic=True would make inputs of them, too
         torch._dynamo.config.specialize_int = torch._dynamo.config.specialize_float = True
+        self.places = torch.arange(config.capacity, device=device)
+        self.options: dict[str, Any] | None = REPLAYED if device == "cuda" else None
         self.built = self.calls = self.runs = 0
         self.classes: set[tuple[bool, bool]] = set()
         self.fallback: str | None = None
@@ -78,7 +88,7 @@ class Compiled(EagerStatic):
 
     def inductor(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         """The default backend of torch.compile, with a count of graphs and of their runs."""
-        compiled: Any = compile_fx(graph, examples)
+        compiled: Any = compile_fx(graph, examples, config_patches=self.options)
         self.built += 1
 
         def run(*args: Any) -> Any:
@@ -86,6 +96,13 @@ class Compiled(EagerStatic):
             return compiled(*args)
 
         return run
+
+    def start(self, batch: int) -> Buffers:
+        cache = super().start(batch)
+        if self.device == "cuda":
+            for buffer in (*cache.keys, *cache.values):  # written where they are; another address is recorded anew
+                torch._dynamo.mark_static_address(buffer, guard=False)
+        return cache
 
     @torch.no_grad()
     def step(self, cache: Buffers, *inputs: Array) -> tuple[Array, Buffers]:  # type: ignore[override]
@@ -127,6 +144,9 @@ class Compiled(EagerStatic):
         positions = torch.arange(past, past + t, device=self.device)
         before = self.runs
         self.calls += 1
+        if self.device == "cuda":
+            # nobody needs the output of the step before: its memory is the recording's
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         try:
             output = self.compiled(given, positions, cache.keys, cache.values)
         except FailOnRecompileLimitHit:

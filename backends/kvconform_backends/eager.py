@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvconform.backend import Unavailable
+from kvconform_backends import cuda_timing
+from kvconform_backends.counting import Counted
 from kvconform_backends.greedy import greedy
-from kvconform_backends.torch_decoder import DTYPES, Attend, Decoder, attention, masks
+from kvconform_backends.torch_decoder import DTYPES, Attend, Decoder, Positions, Sights, attend_to
 from kvconform_backends.validation import check_counts, check_inputs, check_rows
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
@@ -32,7 +33,7 @@ COMMON = Claims(
     profiles=("attention", "decoder"),
     abilities=(
         "full", "length", "room", "truncate", "fork", "reorder", "reset", "refusal", "mask", "contents", "bytes",
-        "work", "generate",
+        "work", "generate", "last",
     ),
     dtypes=("float32", "bfloat16", "float16"),
     devices=("cpu", "cuda"),
@@ -40,7 +41,7 @@ COMMON = Claims(
 )  # fmt: skip
 
 
-class Torch:
+class Torch(Counted):
     """What both caches share: numpy to torch and back, the forward without a cache, and the witness."""
 
     claims = COMMON
@@ -55,14 +56,17 @@ class Torch:
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self.config, self.device, self.dtype = config, device, DTYPES[config.dtype]
         self.decoder = Decoder(config, weights, device).eval() if config.profile == "decoder" else None
-        self.places = torch.arange(config.capacity, device=device)
+        self.sights = Sights(config, device)
         self.seen_on: str | None = None  # the device of the last output
         self.counted = 0  # multiply-adds of the last metered step
+        self.device_time = cuda_timing.DeviceTime(device, self)
+        self.allocator = cuda_timing.Allocator()
 
-    def full(self, *inputs: Array) -> Array:
-        places = self.places[: self.admit(inputs, None, 0)]
-        made = masks(self.config, places, places)
-        return self.run(inputs, places, lambda layer, q, k, v: attention(self.config, q, k, v, made[layer]))
+    def full(self, *inputs: Array, last: bool = False) -> Array:
+        t = self.admit(inputs, None, 0)
+        sights = self.sights.of(slice(0, t), t)
+        attend: Attend = lambda layer, q, k, v: attend_to(self.config, sights[layer], q, k, v)  # noqa: E731
+        return self.run(inputs, slice(0, t), attend, last=last)
 
     def generate(self, tokens: Array, new: int) -> Array:
         return greedy(self, tokens, new)
@@ -78,14 +82,22 @@ class Torch:
             raise ValueError(f"{length} + {t} tokens exceed the capacity of {self.config.capacity}")
 
     @torch.inference_mode()
-    def run(self, inputs: tuple[Array, ...], positions: Tensor, attend: Attend, metered: bool = False) -> Array:
-        """The new tokens' output, whose attention goes through ``attend``: layer 0 alone, or the decoder's layers."""
+    def run(
+        self,
+        inputs: tuple[Array, ...],
+        positions: Positions,
+        attend: Attend,
+        metered: bool = False,
+        last: bool = False,
+    ) -> Array:
+        """The new tokens' output, or the last one's alone, whose attention goes through ``attend``: layer 0 alone, or
+        the decoder's layers."""
         with self.meter() if metered else nullcontext():
             if self.decoder is None:
                 query, key, value = (self.tensor(x) for x in inputs)
                 output = attend(0, query, key, value)
             else:
-                output = self.decoder(self.tensor(inputs[0]), positions, attend)
+                output = self.decoder(self.tensor(inputs[0]), positions, attend, last)
         return self.array(output)
 
     @contextmanager
@@ -101,6 +113,15 @@ class Torch:
 
     def work(self) -> int:
         return self.counted
+
+    def synchronise(self) -> None:
+        cuda_timing.synchronise(self.device)
+
+    def device_ns(self, call: Callable[[int], object], steps: int) -> int | None:
+        return self.device_time.ns(call, steps)
+
+    def allocated(self) -> int | None:
+        return self.allocator.grown() if self.device == "cuda" else None
 
     def tensor(self, x: Array) -> Tensor:
         """Without a copy where torch can share the memory; nothing below keeps or writes it."""
@@ -126,7 +147,7 @@ class Torch:
         c = self.config
         query = torch.zeros(1, c.heads, 2, c.head_dim, dtype=self.dtype, device=self.device)
         keys = torch.zeros(1, c.kv_heads, 2, c.head_dim, dtype=self.dtype, device=self.device)
-        mask = masks(c, self.places[:2], self.places[:2])[0]
+        mask = torch.ones(2, 2, dtype=torch.bool, device=self.device).tril()
         choice = torch._fused_sdp_choice(query, keys, keys, mask, enable_gqa=c.group > 1)
         unfit = [name for name in ("softcap", "sink") if getattr(c, name) is not None]
         return {
@@ -134,7 +155,8 @@ class Torch:
             "device": self.seen_on,
             "threads": torch.get_num_threads(),
             "sdpa": f"not used: {' and '.join(unfit)}" if unfit else SDPBackend(choice).name,
-            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "precision": cuda_timing.precision(self.dtype, self.device),
+            "device_time": self.device_time.said,
         }
 
 
@@ -145,6 +167,7 @@ Past = tuple[tuple[Tensor, Tensor], ...]
 class Eager(Torch):
     """Past tuples: every step concatenates and returns new ones, none is ever written again."""
 
+    cache_design = "concatenation"
     claims = replace(COMMON, abilities=(*COMMON.abilities, "functional"), memory="length")
 
     def start(self, batch: int) -> Past:
@@ -152,28 +175,22 @@ class Eager(Torch):
         empty = torch.zeros(batch, c.kv_heads, 0, c.head_dim, dtype=self.dtype, device=self.device)
         return ((empty, empty),) * c.layers
 
-    def step(self, cache: Past, *inputs: Array, mask: Array | None = None, metered: bool = False) -> tuple[Array, Past]:
+    def step(
+        self, cache: Past, *inputs: Array, mask: Array | None = None, metered: bool = False, last: bool = False
+    ) -> tuple[Array, Past]:
         batch, _, past, _ = cache[0][0].shape
         s = past + self.admit(inputs, batch, past)
-        positions = self.places[past:s]
-        made = self.masks(positions, s, self.seen(mask, batch, s))
+        sights = self.sights.of(slice(past, s), s, self.seen(mask, batch, s))
         grown: list[tuple[Tensor, Tensor]] = []
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys = torch.cat((cache[layer][0], key), dim=2)  # (b, g, s, d)
             values = torch.cat((cache[layer][1], value), dim=2)
             grown.append((keys, values))
-            return attention(self.config, query, keys, values, made[layer])
+            return attend_to(self.config, sights[layer], query, keys, values)
 
-        output = self.run(inputs, positions, attend, metered)
+        output = self.run(inputs, slice(past, s), attend, metered, last)
         return output, tuple(grown)
-
-    def masks(self, positions: Tensor, s: int, seen: Tensor | None) -> Sequence[Tensor | None]:
-        """Never ``is_causal``: torch aligns it top-left, so that on a cache a chunk would see its own future."""
-        c = self.config
-        if len(positions) == 1 and c.window is None and c.positions != "alibi" and seen is None:
-            return [None] * c.layers  # the newest token sees all there is
-        return masks(c, positions, self.places[:s], seen)
 
     def length(self, cache: Past) -> list[int]:
         batch, _, s, _ = cache[0][0].shape
@@ -220,8 +237,9 @@ class Buffers:
 
 
 class EagerStatic(Torch):
-    """A buffer of ``capacity`` slots, written in place. The mask hides what slots past the length hold."""
+    """A buffer of ``capacity`` slots, written in place. A step attends to the slots that are filled: a view of them."""
 
+    cache_design = "in-place"
     claims = replace(
         COMMON, abilities=(*COMMON.abilities, "ragged", "poison"), padding=("right", "left"), memory="capacity"
     )
@@ -229,7 +247,7 @@ class EagerStatic(Torch):
     def start(self, batch: int) -> Buffers:
         c = self.config
         shape = (batch, c.kv_heads, c.capacity, c.head_dim)
-        # zeros, not empty: a masked slot weighs 0, and 0 * NaN of uninitialised memory is NaN
+        # zeros, not empty: of ragged rows the longest counts, and 0 * NaN of uninitialised memory is NaN
         made = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2 * c.layers)]
         return Buffers(made[::2], made[1::2], [0] * batch)
 
@@ -241,36 +259,36 @@ class EagerStatic(Torch):
         padding: str = "right",
         mask: Array | None = None,
         metered: bool = False,
+        last: bool = False,
     ) -> tuple[Array, Buffers]:
         t = check_inputs(self.config, cache.batch, inputs)
         added = [t] * cache.batch if counts is None else check_counts(counts, cache.batch, t)
+        lengths = [length + count for length, count in zip(cache.lengths, added, strict=True)]
         for length, count in zip(cache.lengths, added, strict=True):
             self.check_room(length, count)
-        lengths = [length + count for length, count in zip(cache.lengths, added, strict=True)]
-        seen = self.seen(mask, cache.batch, max(lengths))
-        if seen is not None:
-            seen = functional.pad(seen, (0, self.config.capacity - seen.shape[1]))
+        s = max(lengths)
         positions, slots, columns = self.place(cache.lengths, added, t, padding)
-        made = masks(self.config, positions, self.places, seen)  # ([b, 1,] t, capacity): the unwritten tail is future
+        sights = self.sights.of(positions, s, self.seen(mask, cache.batch, s))
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = cache.keys[layer], cache.values[layer]
             keys[slots] = key[columns]
             values[slots] = value[columns]
-            return attention(self.config, query, keys, values, made[layer])
+            return attend_to(self.config, sights[layer], query, keys, values)
 
-        output = self.run(inputs, positions, attend, metered)
+        output = self.run(inputs, positions, attend, metered, last)
         cache.lengths = lengths  # only now: a step that raised has added nothing
         return output, cache
 
-    def place(self, lengths: list[int], added: list[int], t: int, padding: str) -> tuple[Tensor, Index, Index]:
+    def place(self, lengths: list[int], added: list[int], t: int, padding: str) -> tuple[Positions, Index, Index]:
         """Positions of the step's columns, the slots that are written, and the columns that are written there.
 
-        Positions are ``(t,)`` where all rows are as long and grow alike, else ``(b, t)``, 0 where there is no token.
+        Positions are a slice where all rows are as long and grow alike, else ``(b, t)``, 0 where there is no token.
         """
         every, past = slice(None), lengths[0]
         if len(set(lengths)) == 1 and min(added) == t:
-            return self.places[past : past + t], (every, every, slice(past, past + t)), (every,)
+            new = slice(past, past + t)
+            return new, (every, every, new), (every,)
         old, count = torch.tensor([lengths, added], device=self.device)[:, :, None]  # (b, 1) each
         # which of its row's new tokens a column holds, (b, t)
         number = torch.arange(t, device=self.device) - (t - count if padding == "left" else 0)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvconform_backends.eager import COMMON, Torch, copied
-from kvconform_backends.torch_decoder import attention, masks
+from kvconform_backends.torch_decoder import attend_to
 from kvconform_backends.validation import check_rows
 
 Array = NDArray[Any]
@@ -39,25 +39,25 @@ class Lists:
 class ListCache(Torch):
     """A layer or a decoder around lists of tokens."""
 
+    cache_design = "concatenation"
     claims = replace(COMMON, abilities=tuple(a for a in COMMON.abilities if a != "mask"))
 
     def start(self, batch: int) -> Lists:
         return Lists(batch, [[] for _ in range(self.config.layers)], [[] for _ in range(self.config.layers)])
 
-    def step(self, cache: Lists, *inputs: Array, metered: bool = False) -> tuple[Array, Lists]:
+    def step(self, cache: Lists, *inputs: Array, metered: bool = False, last: bool = False) -> tuple[Array, Lists]:
         start = cache.length
         s = start + self.admit(inputs, cache.batch, start)
-        positions = self.places[start:s]
-        made = masks(self.config, positions, self.places[:s])
+        sights = self.sights.of(slice(start, s), s)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             # t entries of (b, g, d); views would keep the memory of the queries
             cache.keys[layer] += [token.clone() for token in key.unbind(2)]
             cache.values[layer] += [token.clone() for token in value.unbind(2)]
             keys, values = torch.stack(cache.keys[layer], dim=2), torch.stack(cache.values[layer], dim=2)
-            return attention(self.config, query, keys, values, made[layer])
+            return attend_to(self.config, sights[layer], query, keys, values)
 
-        return self.run(inputs, positions, attend, metered), cache
+        return self.run(inputs, slice(start, s), attend, metered, last), cache
 
     def length(self, cache: Lists) -> list[int]:
         return [cache.length] * cache.batch

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, cat, nn
 
 from kvconform_backends.eager import COMMON, Torch, copied
-from kvconform_backends.torch_decoder import attention, masks
+from kvconform_backends.torch_decoder import Attend, Sight, Sights, attend_to
 from kvconform_backends.validation import check_rows
 from kvconform_specs.config import Config
 
@@ -30,9 +30,9 @@ class CachedAttention(nn.Module):
     cache_k: Tensor | None
     cache_v: Tensor | None
 
-    def __init__(self, config: Config, layer: int) -> None:
+    def __init__(self, config: Config, layer: int, sights: Sights) -> None:
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config, self.layer, self.sights = config, layer, sights
         self.reset_cache()
 
     def reset_cache(self) -> None:
@@ -43,8 +43,7 @@ class CachedAttention(nn.Module):
         self.register_buffer("cache_v", values, persistent=False)
         self.position = 0 if keys is None else keys.shape[2]  # of the next token
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, places: Tensor, use_cache: bool = True) -> Tensor:
-        """``places``: the positions of all slots, from 0 to the capacity."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, use_cache: bool = True) -> Tensor:
         start, t = self.position if use_cache else 0, query.shape[2]
         if use_cache:
             if self.cache_k is not None and self.cache_v is not None:
@@ -52,41 +51,40 @@ class CachedAttention(nn.Module):
             else:
                 key, value = key.clone(), value.clone()  # views would keep the memory of the queries
             self.fill(key, value)
-        return attention(self.config, query, key, value, self.mask(places, start, t))
+        return attend_to(self.config, self.sight(start, t), query, key, value)
 
-    def mask(self, places: Tensor, start: int, t: int) -> Tensor:
-        """Rows ``start`` to ``start + t`` of the causal triangle, for ``t`` tokens behind ``start`` cached ones."""
-        return masks(self.config, places[start : start + t], places[: start + t])[self.layer]
+    def sight(self, start: int, t: int) -> Sight:
+        """What ``t`` tokens behind ``start`` cached ones see."""
+        return self.sights.of_layer(self.layer, slice(start, start + t), start + t)
 
 
 class ModuleBuffers(Torch):
     """A layer or a decoder whose attention modules own the cache."""
 
+    cache_design = "concatenation"
     claims = replace(COMMON, abilities=tuple(a for a in COMMON.abilities if a not in ("fork", "mask")), max_sequences=1)
     module: ClassVar[type[CachedAttention]] = CachedAttention
 
     def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
         super().__init__(config, weights, device)
-        self.layers = [self.module(config, layer).eval() for layer in range(config.layers)]
+        self.layers = [self.module(config, layer, self.sights).eval() for layer in range(config.layers)]
 
-    def full(self, *inputs: Array) -> Array:
-        return self.through(inputs, self.admit(inputs, None, 0), use_cache=False)
+    def full(self, *inputs: Array, last: bool = False) -> Array:
+        return self.through(inputs, self.admit(inputs, None, 0), use_cache=False, last=last)
 
     def start(self, batch: int) -> Rows:
         return self.reset(batch)
 
-    def step(self, rows: Rows, *inputs: Array, metered: bool = False) -> tuple[Array, Rows]:
-        return self.through(inputs, self.admit(inputs, rows, self.held), metered=metered), rows
+    def step(self, rows: Rows, *inputs: Array, metered: bool = False, last: bool = False) -> tuple[Array, Rows]:
+        return self.through(inputs, self.admit(inputs, rows, self.held), True, metered, last), rows
 
-    def through(self, inputs: tuple[Array, ...], t: int, use_cache: bool = True, metered: bool = False) -> Array:
+    def through(
+        self, inputs: tuple[Array, ...], t: int, use_cache: bool, metered: bool = False, last: bool = False
+    ) -> Array:
         """The output for ``t`` tokens, on the cache or without one."""
         start = self.held if use_cache else 0
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            mixed: Tensor = self.layers[layer](query, key, value, self.places, use_cache)
-            return mixed
-
-        return self.run(inputs, self.places[start : start + t], attend, metered)
+        attend: Attend = lambda layer, q, k, v: self.layers[layer](q, k, v, use_cache)  # noqa: E731
+        return self.run(inputs, slice(start, start + t), attend, metered, last)
 
     @property
     def held(self) -> int:

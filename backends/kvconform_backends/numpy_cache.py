@@ -41,6 +41,7 @@ class Cache:
 class NumpyCache(NumpyLayers):
     """Attention and decoder over a cache that is plain arrays."""
 
+    cache_design: str | None = "concatenation"
     claims = Claims(
         profiles=("attention", "decoder"),
         abilities=(

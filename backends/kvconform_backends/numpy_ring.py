@@ -26,6 +26,7 @@ class Rings(Cache):
 class NumpyRing(NumpyCache):
     """Tokens are evicted for good, so that nothing can be truncated. A step changes the handle that it is given."""
 
+    cache_design = None  # nobody has counted what it moves
     claims = Claims(
         profiles=("attention", "decoder"),
         abilities=("full", "length", "room", "fork", "reorder", "reset", "mask", "contents", "refusal", "last"),

@@ -33,6 +33,7 @@ class Buffers(Cache):
 class NumpyStatic(NumpyCache):
     """A step writes into a copy of the buffers, or into the given ones where it is told that they are ``shared``."""
 
+    cache_design = None  # nobody has counted what it moves
     claims = Claims(
         profiles=("attention", "decoder"),
         abilities=(

@@ -16,8 +16,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession, OrtValue
 
 from kvconform.backend import Unavailable
-from kvconform_backends import onnx_graphs, onnx_runtime, torch_decoder
+from kvconform_backends import cuda_timing, onnx_graphs, onnx_runtime, torch_decoder
+from kvconform_backends.onnx_counting import CountedSessions
 from kvconform_backends.onnx_runtime import nodes
 from kvconform_backends.validation import check_inputs
 from kvconform_specs.claims import Claims
@@ -43,9 +43,10 @@ class CannotRun(Exception):
     """CUDA is there and cannot run the graphs of this config: the reason."""
 
 
-class OnnxExported:
+class OnnxExported(CountedSessions):
     """Attention is a hand-built ``Attention`` node, the decoder is exported; both keep a functional cache."""
 
+    cache_design = "concatenation"
     claims = Claims(
         profiles=("attention", "decoder"),
         abilities=(
@@ -75,6 +76,7 @@ class OnnxExported:
         self.sessions: dict[tuple[bool, bool], InferenceSession] = {}  # with a cache or without, masked or causal
         self.files: list[str] = []
         self.seen_on: str | None = None  # the device of the last outputs
+        self.device_time = cuda_timing.DeviceTime(device)
         if device == "cuda":
             self.reach_device()
             self.prove_device()
@@ -155,6 +157,14 @@ class OnnxExported:
     def array(self, value: OrtValue) -> Array:
         return onnx_runtime.widened(value)
 
+    # --- timing ---
+    def synchronise(self) -> None:
+        """A session waits for its stream at the end of each run: nothing is left to do."""
+        cuda_timing.synchronise(self.device)
+
+    def device_ns(self, call: Callable[[int], object], steps: int) -> int | None:
+        return self.device_time.ns(call, steps)
+
     # --- sessions ---
     def session(self, cached: bool, masked: bool) -> InferenceSession:
         """Built at first use: a subject that is never asked for ``full`` or a mask does not pay for its graph."""
@@ -229,13 +239,9 @@ class OnnxExported:
     def witness(self) -> dict[str, Any]:
         return {
             **{name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript")},
-            "onnxruntime": onnxruntime.__version__,
-            "providers": sorted({name for session in self.sessions.values() for name in session.get_providers()}),
-            "nodes": {
-                f"{provider}:{kind}": count
-                for (provider, kind), count in sorted(sum(map(nodes, self.sessions.values()), Counter()).items())
-            },
+            **onnx_runtime.witness(self.sessions.values(), self.config.dtype, self.device),
             "device": self.seen_on,
+            "device_time": self.device_time.said,
             "opset": onnx_graphs.OPSET,
             "files": self.files,
         }

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvconform_backends.eager import COMMON, Torch, copied
-from kvconform_backends.torch_decoder import alibi, attention
+from kvconform_backends.torch_decoder import Attend, attend_to
 from kvconform_backends.validation import check_rows
 
 Array = NDArray[Any]
@@ -28,16 +28,18 @@ Past = tuple[int, Sequence[Layer | None]]
 class PastTuples(Torch):
     """A layer or a decoder around tuples that nobody writes again, so that whoever holds one can go on from it."""
 
+    cache_design = "concatenation"
     claims = replace(COMMON, abilities=tuple(a for a in (*COMMON.abilities, "functional") if a != "mask"))
 
     def start(self, batch: int) -> Past:
         return batch, (None,) * self.config.layers
 
-    def full(self, *inputs: Array) -> Array:
+    def full(self, *inputs: Array, last: bool = False) -> Array:
         t = self.admit(inputs, None, 0)
-        return self.run(inputs, self.places[:t], lambda layer, q, k, v: self.attend(layer, q, k, v, None)[0])
+        attend: Attend = lambda layer, q, k, v: self.attend(layer, q, k, v, None)[0]  # noqa: E731
+        return self.run(inputs, slice(0, t), attend, last=last)
 
-    def step(self, past: Past, *inputs: Array, metered: bool = False) -> tuple[Array, Past]:
+    def step(self, past: Past, *inputs: Array, metered: bool = False, last: bool = False) -> tuple[Array, Past]:
         batch, layers = past
         start = tokens(past)
         t = self.admit(inputs, batch, start)
@@ -48,24 +50,16 @@ class PastTuples(Torch):
             present.append(made)
             return output
 
-        return self.run(inputs, self.places[start : start + t], attend, metered), (batch, present)
+        return self.run(inputs, slice(start, start + t), attend, metered, last), (batch, present)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, past_kv: Layer | None
     ) -> tuple[Tensor, Layer]:
         """One layer's attention: what it mixed, ``(b, h, t, d)``, and its present."""
         keys, values = present = grown(key, value, past_kv)
-        return attention(self.config, query, keys, values, self.mask(layer, query.shape[2], keys.shape[2])), present
-
-    def mask(self, layer: int, t: int, s: int) -> Tensor:
-        """``(t, s)``: the causal triangle at the bottom right, ``s - t`` columns being past, cut by the window."""
-        every = torch.ones(t, s, dtype=torch.bool, device=self.device)
-        seen, window = every.tril(s - t), self.config.window_of(layer)
-        if window is not None:
-            seen = seen & ~every.tril(s - t - window)
-        if self.config.positions == "alibi":
-            return torch.where(seen, alibi(self.config, self.places[s - t : s], self.places[:s]), -torch.inf)
-        return seen
+        s = keys.shape[2]
+        sight = self.sights.of_layer(layer, slice(s - query.shape[2], s), s)
+        return attend_to(self.config, sight, query, keys, values), present
 
     def length(self, past: Past) -> list[int]:
         return [tokens(past)] * past[0]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from kvconform_specs.config import Config
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``(layer, query (b, h, t, d), key (b, g, t, d), value (b, g, t, d))`` to the mixed heads ``(b, h, t, d)``."""
+Positions = Tensor | slice
+"""Of new tokens: a slice where all rows are as long and grow alike, so that tables are cut and not gathered; else
+``(t,)``, or ``(b, t)`` of each row."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,13 +43,17 @@ def masks(config: Config, i: Tensor, j: Tensor, seen: Tensor | None = None) -> l
     It is bool, True where a token is seen; under ``alibi`` it is float32, the bias there and -inf elsewhere.
     seen: bool ``(b, s)``, which tokens the caller lets be seen.
     """
-    made: dict[int | None, Tensor] = {}
-    for window in dict.fromkeys(config.window_of(layer) for layer in range(config.layers)):
-        mask = visible(i, j, window)
-        if seen is not None:
-            mask = mask & seen[:, None, None]  # (b, 1, t, s)
-        made[window] = torch.where(mask, alibi(config, i, j), -torch.inf) if config.positions == "alibi" else mask
-    return [made[config.window_of(layer)] for layer in range(config.layers)]
+    windows = [config.window_of(layer) for layer in range(config.layers)]
+    made = {window: mask_of(config, window, i, j, seen) for window in dict.fromkeys(windows)}
+    return [made[window] for window in windows]
+
+
+def mask_of(config: Config, window: int | None, i: Tensor, j: Tensor, seen: Tensor | None) -> Tensor:
+    """The mask of a layer with that window, as in ``masks``."""
+    mask = visible(i, j, window)
+    if seen is not None:
+        mask = mask & seen[:, None, None]  # (b, 1, t, s)
+    return torch.where(mask, alibi(config, i, j), -torch.inf) if config.positions == "alibi" else mask
 
 
 def alibi(config: Config, i: Tensor, j: Tensor) -> Tensor:
@@ -55,18 +63,88 @@ def alibi(config: Config, i: Tensor, j: Tensor) -> Tensor:
     return -torch.tensor(slopes, dtype=torch.float32, device=i.device)[:, None, None] * behind
 
 
-def attention(config: Config, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a step's tokens see of one layer: the slots ``first`` to ``stop``, and of these what the mask says.
+
+    mask: as in ``attention``, or None: all of them; causal: as many queries as keys, each sees those up to its own.
+    """
+
+    first: int
+    stop: int
+    mask: Tensor | None = None
+    causal: bool = False
+
+    def cut(self, x: Tensor) -> Tensor:
+        """A view of the slots that are seen, of keys or values ``(b, g, any, d)``."""
+        return x if self.first == 0 and self.stop == x.shape[2] else x[:, :, self.first : self.stop]
+
+
+class Sights:
+    """Chooses what is seen: slots that nobody sees are cut off, and a mask is made only where that is not enough.
+
+    So a decode step, where all rows are as long, never has one; alibi's bias is cut from a table then.
+    """
+
+    def __init__(self, config: Config, device: str) -> None:
+        self.config, self.device = config, device
+        self.windows = [config.window_of(layer) for layer in range(config.layers)]
+        places = torch.arange(config.capacity, device=device)
+        # the newest token's bias on s keys is the end of its bias on as many as there can be, (1, h, 1, capacity)
+        self.newest = alibi(config, places[-1:], places) if config.positions == "alibi" else None
+        # SDPA alone knows is_causal, and aligns it top-left: it is right only where there is no past
+        self.fused = config.softcap is None and config.sink is None and self.newest is None
+
+    def of(self, at: Positions, s: int, seen: Tensor | None = None) -> list[Sight]:
+        """Of each layer, for tokens at ``at`` whose rows hold at most ``s`` tokens with them.
+
+        seen: bool ``(b, s)``, which tokens the caller lets be seen.
+        """
+        made = {window: self._of(window, at, s, seen) for window in dict.fromkeys(self.windows)}
+        return [made[window] for window in self.windows]
+
+    def of_layer(self, layer: int, at: Positions, s: int) -> Sight:
+        return self._of(self.windows[layer], at, s, None)
+
+    def _of(self, window: int | None, at: Positions, s: int, seen: Tensor | None) -> Sight:
+        if isinstance(at, Tensor):
+            every = torch.arange(s, device=self.device)
+            return Sight(0, s, mask_of(self.config, window, at, every, seen))
+        first = 0 if window is None else max(0, at.start + 1 - window)  # the oldest that the first new token sees
+        if seen is None and s - at.start == 1:
+            # contiguous: a GPU's kernels ask for a mask that is aligned
+            return Sight(first, s, None if self.newest is None else self.newest[..., first - s :].contiguous())
+        if seen is None and at.start == 0 and self.fused and (window is None or s <= window):
+            return Sight(0, s, causal=True)
+        new, every = torch.arange(at.start, s, device=self.device), torch.arange(first, s, device=self.device)
+        return Sight(first, s, mask_of(self.config, window, new, every, None if seen is None else seen[:, first:]))
+
+
+def attend_to(config: Config, sight: Sight, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """As ``attention``, on what is seen of all keys and values that there are."""
+    return attention(config, query, sight.cut(keys), sight.cut(values), sight.mask, sight.causal)
+
+
+def attention(
+    config: Config, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False
+) -> Tensor:
     """Query ``(b, h, t, d)`` on keys and values ``(b, g, s, d)``: ``(b, h, t, d)``.
 
     mask: bool, True where a token is seen, or float, added to the scores; it broadcasts to ``(b, h, t, s)``.
-    A query that sees nothing gives zeros.
+    causal: in place of a mask, of SDPA alone, where ``t == s``. A query that sees nothing gives zeros.
     """
-    if config.softcap is None and config.sink is None:
-        return functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, scale=config.score_scale, enable_gqa=config.group > 1
-        )
-    # SDPA has neither. Scores and weights stay in float32, as inside its kernels.
     (b, h, t, d), (_, g, s, _) = query.shape, keys.shape
+    if config.softcap is None and config.sink is None:
+        if t == 1 and h > g:
+            # the query heads of a KV head are rows of it: its keys are read once, and no kernel has to repeat them
+            query = query.reshape(b, g, h // g, d)
+            mask = mask if mask is None or mask.ndim == 2 or mask.shape[1] == 1 else mask.reshape(-1, g, h // g, s)
+        mixed = functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=causal, scale=config.score_scale,
+            enable_gqa=query.shape[1] > g,
+        )  # fmt: skip
+        return mixed.reshape(b, h, t, d)
+    # SDPA has neither. Scores and weights stay in float32, as inside its kernels.
     scores = query.float().reshape(b, g, h // g * t, d) @ keys.float().mT * config.score_scale  # (b, g, h/g * t, s)
     scores = scores.reshape(b, h, t, s)
     if config.softcap is not None:
@@ -100,12 +178,12 @@ class Block(nn.Module):
         self.config, self.number = config, number
         w = {name.removeprefix(f"layers.{number}."): weight for name, weight in weights.items()}
         self.register_buffer("norm_attention", w["norm_attention"])
-        self.register_buffer("query_key_value", torch.cat([w["query"], w["key"], w["value"]], dim=1))
-        self.register_buffer("output", w["output"])
+        self.register_buffer("query_key_value", laid_out(torch.cat([w["query"], w["key"], w["value"]], dim=1)))
+        self.register_buffer("output", laid_out(w["output"]))
         if config.mlp:
             self.register_buffer("norm_mlp", w["norm_mlp"])
-            self.register_buffer("gate_up", torch.cat([w["gate"], w["up"]], dim=1))
-            self.register_buffer("down", w["down"])
+            self.register_buffer("gate_up", laid_out(torch.cat([w["gate"], w["up"]], dim=1)))
+            self.register_buffer("down", laid_out(w["down"]))
 
     def forward(self, x: Tensor, rotate: Callable[[Tensor], Tensor], attend: Attend) -> Tensor:
         h, g, d = self.config.heads, self.config.kv_heads, self.config.head_dim
@@ -121,7 +199,8 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids ``(b, t)`` at absolute positions ``(t,)`` or ``(b, t)`` to logits ``(b, t, V)`` in the config's dtype.
+    """Token ids ``(b, t)`` at absolute positions to logits ``(b, t, V)`` in the config's dtype; with ``last`` to those
+    of the last position alone, ``(b, 1, V)``.
 
     Positions that are a bias on the scores (alibi) are the business of ``attend``.
     """
@@ -140,32 +219,48 @@ class Decoder(nn.Module):
         held = {name: torch.tensor(weight).to(device, dtype) for name, weight in weights.items()}
         for name, weight in held.items():
             if "." not in name:
-                self.register_buffer(name, weight)
+                self.register_buffer(name, laid_out(weight) if name == "lm_head" else weight)
         self.blocks = nn.ModuleList(Block(config, number, held) for number in range(config.layers))
         if config.positions == "rope":
             half = config.head_dim // 2
             angle = np.arange(config.capacity)[:, None] * 10000.0 ** (-np.arange(half) / half)
+            cos, sin = np.tile(np.cos(angle), 2), np.concatenate((-np.sin(angle), np.sin(angle)), axis=1)
             # float32 in every dtype: a rotated head is rounded once, when it is stored
-            self.register_buffer("cos", torch.tensor(np.cos(angle), dtype=torch.float32, device=device))
-            self.register_buffer("sin", torch.tensor(np.sin(angle), dtype=torch.float32, device=device))
+            self.register_buffer("cos", torch.tensor(cos, dtype=torch.float32, device=device))  # (capacity, d)
+            self.register_buffer("sin", torch.tensor(sin, dtype=torch.float32, device=device))
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Positions, attend: Attend, last: bool = False) -> Tensor:
         x = functional.embedding(tokens, self.embed)  # (b, t, width)
         if self.config.positions == "learned":
             x = x + self.position[positions]
         rotate = self.rotation(positions)
         for block in self.blocks:
             x = block(x, rotate, attend)
+        if last:
+            x = x[:, -1:]
         return functional.rms_norm(x, x.shape[-1:], self.norm_final, 1e-6) @ self.lm_head
 
-    def rotation(self, positions: Tensor) -> Callable[[Tensor], Tensor]:
-        """Turns ``(b, heads, t, d)`` to positions ``(t,)`` or ``(b, t)``: pairs are ``(x_i, x_(i + d/2))``."""
+    def rotation(self, positions: Positions) -> Callable[[Tensor], Tensor]:
+        """Turns ``(b, heads, t, d)`` to the positions: pairs are ``(x_i, x_(i + d/2))``."""
         if self.config.positions != "rope":
             return lambda x: x
-        cos, sin = self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)  # ([b,] 1, t, d/2)
+        cos, sin = self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)  # ([b,] 1, t, d)
 
         def rotate(x: Tensor) -> Tensor:
-            a, b = x.float().chunk(2, dim=-1)
-            return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+            x32 = x.float()
+            other = x32.roll(x.shape[-1] // 2, -1)  # each number's partner; the first half's sines are negative
+            return torch.addcmul(x32 * cos, other, sin).to(x.dtype)
 
         return rotate
+
+
+def laid_out(matrix: Tensor) -> Tensor:
+    """The matrix ``(in, out)`` in the order of memory in which a decode step's product of one row reads it fastest.
+
+    On a CPU in float32 that is along the longer axis, since the inner loops are; otherwise along ``in``, the order of
+    ``nn.Linear``, without which a CPU's float16 falls back to a plain loop. Products of many rows do not mind.
+    """
+    wide = matrix.shape[1] >= matrix.shape[0]
+    if matrix.device.type == "cpu" and matrix.dtype == torch.float32 and wide:
+        return matrix
+    return matrix.T.contiguous().T

@@ -6,7 +6,7 @@ backend lives in a worker that may be another interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,7 +31,7 @@ class Backend(Protocol):
     ``weights`` are float32 arrays named and shaped as in ``kvconform_specs.tensors.weight_shapes`` (none for the
     attention profile), already rounded to ``config.dtype``. The constructor raises ``Unavailable`` where the machine
     lacks something. An optional classmethod ``refuses(config, device)`` returns the reason why a config is not
-    supported, or None.
+    supported, or None. An optional attribute ``cache_design`` says what a step moves (``speed.costs.DESIGNS``).
     """
 
     claims: Claims
@@ -154,6 +154,28 @@ class Abilities(Protocol):
 
     def graphs(self) -> int:
         """How many graphs this subject has compiled or captured so far."""
+        ...
+
+    def count(self, call: Callable[[], None]) -> Mapping[str, Mapping[str, int]]:
+        """Runs the call and counts what it does (optional, claimed by having it): by counter (``speed.counts.COUNTERS``),
+        and within it by kind, such as ``{"operators": {"aten.mm": 17}}``."""
+        ...
+
+    def counted_by(self) -> Mapping[str, str]:
+        """The versions that operators, allocations and graphs hang on (optional)."""
+        ...
+
+    def synchronise(self) -> None:
+        """Waits until the device has done all that was asked (optional): a timed region ends with it."""
+        ...
+
+    def device_ns(self, call: Callable[[int], object], steps: int) -> int | None:
+        """The device's own nanoseconds of so many steps (optional); None where they cannot be measured. ``call(copy)``
+        makes one step on that copy of the cache, and can be made again."""
+        ...
+
+    def allocated(self) -> int | None:
+        """By how many bytes the device's allocator has grown at most since this was asked last (optional)."""
         ...
 
     def generate(self, tokens: Array, new: int) -> Array:

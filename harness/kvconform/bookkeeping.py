@@ -171,7 +171,8 @@ def positions(observed: Sequence[Observed]) -> Outcome:
 
 
 def affine(observed: Sequence[Observed]) -> Outcome:
-    """``w(s)`` of steps of equal size at three depths lies on a line, whose slope is attention's at most."""
+    """``w(s)`` of steps of equal size at three depths lies on a line, whose slope is attention's at most; where a
+    window is full it may be less."""
     compared = 0
     for one in observed:
         c = one.program.config
@@ -184,7 +185,9 @@ def affine(observed: Sequence[Observed]) -> Outcome:
             (s0, w0, _), (s1, w1, _), (s2, w2, _) = points[-3:]
             most = 2 * len(step.counts) * c.heads * max(step.counts) * c.head_dim * c.layers
             compared += 1
-            if (w1 - w0) * (s2 - s1) != (w2 - w1) * (s1 - s0) or not 0 <= w1 - w0 <= most * (s1 - s0):
+            before, after = (w1 - w0) * (s2 - s1), (w2 - w1) * (s1 - s0)
+            bent = c.window is not None and s2 > c.window and 0 <= after < before  # a full window grows no more
+            if not (after == before or bent) or not 0 <= w1 - w0 <= most * (s1 - s0):
                 words = f"took {w0}, {w1}, {w2} multiply-adds at the depths {s0}, {s1}, {s2}"
                 return (
                     f"{at(one.program, number)}: equal steps {words}: not a line of slope {most} at most",

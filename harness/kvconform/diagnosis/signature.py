@@ -135,6 +135,7 @@ def predicates(config: Config) -> Iterator[tuple[str, Callable[[Facts], bool]]]:
     yield "with keys that are zero", has("mute")
     yield "with small keys and large values", has("lopsided")
     yield "with the present in the memory of the past", has("shared")
+    yield "where the last position is asked for alone", has("alone")
     for name in ("first", "last"):
         yield f"at the {name} token of the step", has(f"{name} token of the step")
         yield (

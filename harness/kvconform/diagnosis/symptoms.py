@@ -221,6 +221,7 @@ class _Reading:
             "hidden": isinstance(step, Append) and bool(step.hidden), "loud": manner == "loud",
             "layout": isinstance(step, Append) and step.layout != "contiguous", "mute": manner == "mute",
             "lopsided": manner == "lopsided", "shared": isinstance(step, Append) and step.shared,
+            "alone": step.last,
         }  # fmt: skip
 
     def _parts(self, off: Array) -> tuple[int, ...]:

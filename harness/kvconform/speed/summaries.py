@@ -86,10 +86,10 @@ def interval(samples: Sequence[float]) -> tuple[float, float, float]:
     return float(np.median(ordered)), ordered[j - 1], ordered[-j]
 
 
-def pairs(case: Case) -> list[tuple[int, int]]:
-    """Which arm is set against which: each against the first of its phase; but a backend's cached phase only against
-    its own uncached ones in a case that has them. Recomputing leaves few rounds, and decodes have a case of their
-    own."""
+def pairs(case: Case, designs: Sequence[str] = ()) -> list[tuple[int, int]]:
+    """Which arm is set against which: each against the first of its phase, and against those of published ``designs``;
+    but a backend's cached phase only against its own uncached ones in a case that has them. Recomputing leaves few
+    rounds, and decodes have a case of their own."""
     first: dict[str, int] = {}
     uncached: dict[str, list[int]] = defaultdict(list)
     for index, arm in enumerate(case.arms):
@@ -99,8 +99,13 @@ def pairs(case: Case) -> list[tuple[int, int]]:
     for index, arm in enumerate(case.arms):
         if arm.backend == MACHINE:
             continue
-        if first.setdefault(arm.phase, index) != index and not (arm.phase == "decode" and uncached):
-            found.append((index, first[arm.phase]))
+        if arm.phase == "decode" and uncached:
+            continue
+        reference = first.setdefault(arm.phase, index)
+        if index == reference:
+            continue  # of it and a design there is the ratio of the design to it
+        theirs = [other for other, one in enumerate(case.arms) if one.phase == arm.phase and one.backend in designs]
+        found += [(index, other) for other in dict.fromkeys((reference, *theirs)) if other != index]
     return found + [
         (index, other)
         for index, arm in enumerate(case.arms)
@@ -182,13 +187,18 @@ def summarise(record: Record) -> None:
                 record.summaries += [] if summary is None else [summary]
             if came.get((number, arm)):
                 record.generations.append(_generation(number, arm, case, came[number, arm]))
-        for arm, reference in pairs(case):
+        for arm, reference in pairs(case, designs(record, case.preset)):
             logs = log_ratios(found, arm, reference)
             if logs:
                 mixed = classes(_witnesses(record, case, arm, reference))
                 against = "; ".join(words for words in (busy, mixed) if words)
                 record.ratios.append(ratio_of(number, arm, reference, logs, against))
     record.roofs, record.exponents = roofs(record), exponents(record)
+
+
+def designs(record: Record, preset: str) -> list[str]:
+    """The arms that have a published design."""
+    return [one["arm"] for one in record.presets[preset].get("published", ())]
 
 
 def _witnesses(record: Record, case: Case, *arms: int) -> dict[str, dict[str, Any]]:

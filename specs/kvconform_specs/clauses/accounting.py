@@ -75,8 +75,8 @@ CLAUSES = (
     ),
     Clause(
         name="accounting.affine",
-        text="The multiply-adds of equal steps grow with the depth by equal amounts, those of attention, or not at "
-        "all where all slots are read.",
+        text="The multiply-adds of equal steps grow with the depth by equal amounts, those of attention, less "
+        "where a window is full, or not at all where all slots are read.",
         why=("https://github.com/huggingface/transformers/pull/32929",),
         family=_at_depths,
         relations=(Relation.AFFINE,),
