@@ -269,6 +269,8 @@ def test_summaries_and_ratios_of_a_written_record_are_those_of_its_raw_rounds(ti
 def test_the_schema_of_the_record_is_one() -> None:
     schema = msgspec.json.decode(json_schema())
     assert set(schema["$defs"]["Record"]["properties"]) == {field.name for field in msgspec.structs.fields(Record)}
+    stored = Path(__file__).parents[1] / "docs/schema/kv-latency-1.json"  # kvconform bench --schema > that
+    assert msgspec.json.decode(stored.read_bytes()) == schema
 
 
 def test_a_record_of_another_version_is_one_sentence(tmp_path: Path) -> None:

@@ -157,8 +157,8 @@ class Abilities(Protocol):
         ...
 
     def count(self, call: Callable[[], None]) -> Mapping[str, Mapping[str, int]]:
-        """Runs the call and counts what it does (optional, claimed by having it): by counter (``speed.counts.COUNTERS``),
-        and within it by kind, such as ``{"operators": {"aten.mm": 17}}``."""
+        """Runs the call and counts what it does (optional, claimed by having it): by counter (``COUNTERS`` in
+        ``speed/counts.py``), and within it by kind, such as ``{"operators": {"aten.mm": 17}}``."""
         ...
 
     def counted_by(self) -> Mapping[str, str]:
