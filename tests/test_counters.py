@@ -82,12 +82,11 @@ class CountsNothing(numpy_cache.NumpyCache):
 
 ON_TORCH = '''
 from kvconform_backends import eager
-from kvconform_backends.counting import Counted
 
-class Plain(Counted, eager.Eager):
+class Plain(eager.Eager):
     pass
 
-class Static(Counted, eager.EagerStatic):
+class Static(eager.EagerStatic):
     pass
 
 class Copies(Static):
@@ -111,10 +110,9 @@ class Scratch(Static):
 '''
 
 ON_ONNX = """
-from kvconform_backends.onnx_counting import CountedSessions
 from kvconform_backends.onnx_exported import OnnxExported
 
-class Onnx(CountedSessions, OnnxExported):
+class Onnx(OnnxExported):
     pass
 """
 
@@ -158,11 +156,8 @@ def test_multiply_adds_are_those_of_the_formula(name: str, counted: Any) -> None
 
 @pytest.mark.parametrize("backend", [eager.Eager, eager.EagerStatic])
 def test_multiply_adds_of_the_fused_kernel_are_those_of_a_metered_step(backend: type[eager.Torch]) -> None:
-    class Subject(counting.Counted, backend):  # type: ignore[misc,valid-type]
-        pass
-
     made = weights(TINY.config)
-    counts = Tally(Subject(TINY.config, made), TINY.config).count("decode", 12)["multiply_adds"]
+    counts = Tally(backend(TINY.config, made), TINY.config).count("decode", 12)["multiply_adds"]
     subject = backend(TINY.config, made)
     cache = subject.start(1)  # type: ignore[attr-defined]
     ids = Tally(subject, TINY.config).tokens
@@ -176,8 +171,7 @@ def test_multiply_adds_of_the_fused_kernel_are_those_of_a_metered_step(backend: 
 def test_a_concatenating_cache_allocates_itself_anew_and_a_static_one_nothing_that_grows(dtype: str) -> None:
     config = msgspec.convert({**TINY.config.to_json(), "dtype": dtype}, Config)
     for backend, token in ((eager.Eager, 2 * 2 * 2 * 6 * ITEMSIZE[dtype]), (eager.EagerStatic, 0)):
-        subject = type("Subject", (counting.Counted, backend), {})(config, weights(config))
-        tally = Tally(subject, config)
+        tally = Tally(backend(config, weights(config)), config)
         first, last = (sum(tally.count("decode", n)["allocated"].values()) for n in (7, 21))
         assert last - first == 14 * token
 

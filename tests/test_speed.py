@@ -433,7 +433,7 @@ def test_a_backend_without_a_full_forward_recomputes_by_a_prefill_and_the_record
 def test_every_worker_gets_the_same_threads_before_it_starts(timed: Any) -> None:
     record = timed("TellsItsVariables", threads=3)
     seen = record.software["TellsItsVariables"]["witness"]["one"]
-    assert seen == {"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3"}
+    assert {"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3"}.items() <= seen.items()
     assert record.protocol["threads"] == 3
 
 

@@ -45,10 +45,10 @@ class Wrapped:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def full(self, ids: Array) -> Array:
+    def full(self, ids: Array, **asked: Any) -> Array:
         if hasattr(self.inner, "full"):
-            return np.asarray(self.inner.full(ids))
-        return np.asarray(self.inner.step(self.inner.start(len(ids)), ids)[0])
+            return np.asarray(self.inner.full(ids, **asked))
+        return np.asarray(self.inner.step(self.inner.start(len(ids)), ids, **asked)[0])
 
     def disturbed(self, storage: float, accumulation: float, seed: int) -> Any:
         drawn, held = np.random.default_rng(seed), {}
