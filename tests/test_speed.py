@@ -201,6 +201,7 @@ def test_the_table_of_t_is_the_distribution() -> None:
         weights_[1:-1:2], weights_[2:-1:2] = 4, 2
         assert 2 * float((density * weights_).sum() * (x[1] - x[0]) / 3) == pytest.approx(0.95, abs=5e-5)
     assert t95(500) == T95[-1]  # wider than it need be
+    assert [round(t95(n - 1) / math.sqrt(n), 2) for n in (3, 5)] == [2.48, 1.24]  # as protocol.RESTARTS says
 
 
 def test_a_quantile_is_told_where_the_samples_reach_beyond_it() -> None:

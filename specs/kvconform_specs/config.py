@@ -77,7 +77,7 @@ class Config:
             _at_least("config.mlp", self.mlp, 0)
             if self.positions == "rope" and self.head_dim % 2:
                 raise SpecError("config.head_dim", f"rope needs an even head dim, got {self.head_dim}")
-            if not set(range(self.vocabulary)) - set(self.reserved):
+            if len({token for token in self.reserved if 0 <= token < self.vocabulary}) == self.vocabulary:
                 raise SpecError("config.reserved", f"leaves none of {self.vocabulary} tokens")
         elif self.profile == "hidden":
             _at_least("config.width", self.width, 1)
