@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,12 @@ TINY = Preset(
     Config("decoder", heads=4, kv_heads=2, head_dim=6, width=10, vocabulary=13, positions="rope", capacity=30),
     depths=(7, 12), prompts=(9,), about="as small as it can be", generate=(5, 6),
 )  # fmt: skip
+BATCHES = replace(TINY, name="batches", batches=(1, 3))
 ONE = Preset("one", TINY.config, depths=(12,), prompts=(9,), about="one depth")
 
 SUBJECTS = '''
 import os, time
+from dataclasses import replace
 import numpy as np
 from kvconform_backends.numpy_cache import NumpyCache
 from kvconform_specs.claims import Claims
@@ -90,6 +93,23 @@ class TellsItsVariables(NumpyCache):
 
 class NoFull(NumpyCache):
     claims = Claims(profiles=("decoder",), abilities=("length", "truncate"))
+
+class OneAtATime(NumpyCache):
+    """One sequence lives in it, as in a module's buffers: a new one ends the one before."""
+    claims = replace(NumpyCache.claims, max_sequences=1)
+    live = None
+    def start(self, batch):
+        self.live = super().start(batch)
+        return self.live
+    def step(self, cache, *inputs, **more):
+        assert cache is self.live
+        output, self.live = super().step(cache, *inputs, **more)
+        return output, self.live
+    def truncate(self, cache, length):
+        self.live = super().truncate(cache, length)
+        return self.live
+    def length(self, cache):
+        return super().length(self.live)
 
 class ShortOfBreath(NumpyCache):
     claims = Claims(profiles=("decoder",), max_chunk=4)
@@ -429,6 +449,12 @@ def test_a_backend_without_a_full_forward_recomputes_by_a_prefill_and_the_record
     }  # fmt: skip
     assert record.software["numpy"]["recompute"] == "full"
     assert record.software["NoFull"]["recompute"] == "prefill of all tokens"
+
+
+def test_what_holds_one_sequence_at_a_time_is_timed_at_every_batch(timed: Any) -> None:
+    record = timed("OneAtATime", preset=BATCHES)
+    assert record.excluded == []
+    assert {case.batch for case in record.cases} == {1, 3}
 
 
 def test_every_worker_gets_the_same_threads_before_it_starts(timed: Any) -> None:

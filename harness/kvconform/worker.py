@@ -81,6 +81,9 @@ class Worker:
 
     def run(self, message: Header) -> Reply:
         program = Program.from_json(message["program"])
+        for (config, *_), stopwatch in self.stopwatches.items():
+            if config == program.config:
+                stopwatch.drop()
         return pack(record(self.subjects[program.config], program, tuple(message["indices"]), self.progress))
 
     def own(self, message: Header, blob: bytes) -> Reply:

@@ -97,7 +97,7 @@ class Stopwatch:
         says why. After the last block of this worker: a profiler may stay in the process."""
         if not hasattr(self.subject, "device_ns"):
             return [0] * count
-        self._drop()
+        self.drop()
         self._phase, caches = phase, dict[int, Any]()
         call = self._again(depth, batch, caches)
         found = [self.subject.device_ns(call, steps) or 0 for _ in range(count)]
@@ -127,7 +127,7 @@ class Stopwatch:
 
     def memory(self, depth: int, batch: int) -> dict[str, int | None]:
         """Bytes of a cache of ``depth`` tokens: as the subject counts them, and how the process grew meanwhile."""
-        self._drop()
+        self.drop()
         gc.collect()
         allocator = self.subject.allocated if hasattr(self.subject, "allocated") else lambda: None
         allocator()  # growth is counted from here
@@ -141,7 +141,7 @@ class Stopwatch:
 
     def _prefill(self, n: int, steps: int, batch: int, new: int) -> Block:
         """Into an empty cache, which is opened inside the timed region and closed outside."""
-        self._drop()
+        self.drop()
         prompt = self._ids(0, n, batch)
         total = Block(0, 0, 0)
         for _ in range(steps):
@@ -162,7 +162,7 @@ class Stopwatch:
         """From depth ``n`` on. An untimed step leads to depth ``n``, so that the timed ones find what those of a
         generation find: a cache that a step has made, and warm processor caches."""
         if self.kept is None or self.kept[:2] != (batch, n - 1):
-            self._drop()
+            self.drop()
             cache = self.subject.start(batch)
             if n > 1:
                 _, cache = self.subject.step(cache, self._ids(0, n - 1, batch))
@@ -187,7 +187,9 @@ class Stopwatch:
         return taken
 
     def _recompute(self, n: int, steps: int, batch: int, new: int) -> Block:
-        """All ``n + 1`` tokens anew."""
+        """All ``n + 1`` tokens anew. The kept cache stays, unless there is room for one sequence alone."""
+        if self.subject.claims.max_sequences == 1:
+            self.drop()
         whole, forward = self._ids(0, n + 1, batch), self._forward()
 
         def call() -> None:
@@ -206,7 +208,7 @@ class Stopwatch:
 
     def _generate(self, n: int, steps: int, batch: int, new: int) -> Block:
         """Greedy: ``new`` tokens after a prompt of ``n``, each picked from the newest logits; the last is never fed."""
-        self._drop()
+        self.drop()
         ids = np.empty((batch, n + new), np.int64)
         ids[:, :n] = self.tokens[:, :n]
         came: list[int] = []
@@ -279,7 +281,8 @@ class Stopwatch:
         if hasattr(self.subject, "close"):
             self.subject.close(cache)
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Ends the kept cache: others want the subject, and some hold one sequence at a time."""
         if self.kept is not None:
             _, length, cache = self.kept
             self.kept = None
