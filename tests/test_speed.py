@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -462,6 +464,22 @@ def test_every_worker_gets_the_same_threads_before_it_starts(timed: Any) -> None
     seen = record.software["TellsItsVariables"]["witness"]["one"]
     assert {"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3"}.items() <= seen.items()
     assert record.protocol["threads"] == 3
+
+
+def test_times_of_a_machine_that_changes_are_taken_out_and_a_gpu_beside_it_is_no_change(
+    timed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def held(device: str) -> Iterator[dict[str, Any]]:
+        yield {"gpu": "one"}
+
+    monkeypatch.setattr(controller, "held", held)
+    assert timed("numpy", restarts=2).excluded == []
+    told = iter([{"cores": 2}, {"cores": 2}])
+    monkeypatch.setattr(controller, "machine", lambda: next(told, {"cores": 1}))
+    record = timed("numpy", restarts=3)
+    assert record.rounds == record.cases == []
+    assert [one.why for one in record.excluded] == ["the machine has changed while it was timed"]
 
 
 # --- interrupted ---

@@ -37,8 +37,12 @@ def bench(
     device: Device = "cpu",
     out: Out = Path("results"),
     seconds: Annotated[
-        float, typer.Option(help="Longest time of one case in one restart.")
-    ] = protocol.SECONDS_PER_CASE,
+        float | None,
+        typer.Option(
+            help=f"Longest time of one case in one restart; {protocol.SECONDS_PER_CASE:g}, or "
+            f"{pingpong.SECONDS_PER_CASE:g} with --gate."
+        ),
+    ] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds of the whole run, instead of --seconds.")] = None,
     restarts: Annotated[int, typer.Option(min=1, help="How often all workers start anew.")] = protocol.RESTARTS,
     phase: Annotated[list[str], typer.Option(help=f"Only these: {', '.join(TIMED)}. Repeatable.")] = [],  # noqa: B006
@@ -87,15 +91,16 @@ def bench(
     if gate:
         if python:
             raise usage("--python: the gate takes interpreters as --base and --head")
-        common = {"seconds_per_case": seconds / 2, "seed": seed, "threads": threads}
+        common = {"seed": seed, "threads": threads} | ({} if seconds is None else {"seconds_per_case": seconds})
         if self_test:
             raise typer.Exit(_self_tests(named, chosen, head, runs, out, history or out / HISTORY, common))
         raise typer.Exit(_gates(named, chosen, base, head, out, {**common, "seconds": budget}))
     _judge(named, out)
     with _Shown() as shown, _one_at_a_time():
         record = controller.bench(
-            named, chosen, out, out / "speed.json", seconds_per_case=seconds, restarts=restarts, seconds=budget,
-            phases=phase, seed=seed, threads=threads, tell=shown.tell, advance=shown.advance,
+            named, chosen, out, out / "speed.json", seconds_per_case=seconds or protocol.SECONDS_PER_CASE,
+            restarts=restarts, seconds=budget, phases=phase, seed=seed, threads=threads, tell=shown.tell,
+            advance=shown.advance,
         )  # fmt: skip
     for excluded in record.excluded:
         screen.print(escape(f"no time: {excluded.backend}, {excluded.preset}: {excluded.why}"))

@@ -19,7 +19,7 @@ from kvconform.machine import load_average, machine
 from kvconform.speed.device import held
 from kvconform.speed.presets import Preset
 from kvconform.speed.protocol import RESTARTS, SECONDS_PER_CASE, described
-from kvconform.speed.record import SCHEMA, Excluded, Record
+from kvconform.speed.record import MACHINE, SCHEMA, Excluded, Record
 from kvconform.speed.restart import Restart
 from kvconform.speed.summaries import summarise, without
 from kvconform.storage import family_of, read_versioned, write_atomically
@@ -142,9 +142,10 @@ class _Run:
                 restart.conclude()
             self.record.load.append(load_average())
             self.write()
-            if self.record.machine != machine():
-                for arm in {arm.backend for case in self.record.cases for arm in case.arms}:
-                    self.exclude(arm, preset, "the machine has changed while it was timed")
+            if not machine().items() <= self.record.machine.items():  # which may tell of a GPU as well
+                timed = {arm.backend for case in self.record.cases if case.preset == preset.name for arm in case.arms}
+                for name in sorted(timed - {MACHINE}):
+                    self.expel(name, preset, "the machine has changed while it was timed")
 
     # --- time ---
     def total(self) -> int:

@@ -31,11 +31,11 @@ from kvconform.speed.protocol import (
 from kvconform.speed.record import CEILINGS, MACHINE, Arm, Case, Memory, Once, Round, Tokens
 from kvconform.speed.summaries import half_width, times
 from kvconform.subject import BUILD_TIMEOUT, Death, Infrastructure, Launch, Subject
+from kvconform_specs.config import ITEMSIZE
 
 if TYPE_CHECKING:
     from kvconform.speed.controller import Plan, _Run
 
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 LONG = 4 * 3600.0
 """Seconds that one block may take: a generation without a cache is one."""
 
@@ -50,6 +50,7 @@ class Restart:
         self.subjects: dict[str, Subject] = {}  # the reference first
         self.clock = Clock(self.subjects, run.seed, run.record.protocol["input_digest"])
         self.admitted: list[str] = []
+        self.loaded: dict[str, float] = {}  # seconds from starting a worker until it answered
         self.stack = ExitStack()
 
     def __enter__(self) -> Restart:
@@ -93,7 +94,6 @@ class Restart:
         if why:
             run.exclude(name, self.preset, why)
             return None
-        self.loaded = getattr(self, "loaded", {})
         self.loaded[name] = round(time.perf_counter() - began, 3)
         self.record.software.setdefault(name, {
             "address": launch.address, "device": launch.device, "interpreter": launch.python,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -64,7 +65,7 @@ def digest(ids: Ids) -> str:
 def resident() -> int | None:
     """Bytes of this process that are in memory; None where the system does not tell."""
     told = Path("/proc/self/statm")
-    return int(told.read_text().split()[1]) * 4096 if told.exists() else None
+    return int(told.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if told.exists() else None
 
 
 class Stopwatch:

@@ -1,9 +1,9 @@
 """What the raw rounds of a speed run say: summaries, generations and ratios, and nothing else is needed for them.
 
-The unit of replication is the restart of the workers. Blocks of one process are alike and those of two are not: equal
-code differed by 37 % from process to process where the standard error within one was 1.8 %. So each restart gives one
-number, the median of its blocks or of its paired ratios, and an interval speaks of the restarts: Student's t on their
-logarithms (a bootstrap over three values never leaves their range, and covers three times of four at best).
+The unit of replication is the restart of the workers. Blocks of one process are alike and those of two are not
+(``docs/latency.md`` shows by how much). So each restart gives one number, the median of its blocks or of its paired
+ratios, and an interval speaks of the restarts: Student's t on their logarithms (a bootstrap over three values never
+leaves their range, and covers three times of four at best).
 
 Within one restart the interval of a median is that of order statistics: for ``n`` independent samples of any continuous
 distribution the median lies between the ``j``-th smallest and the ``j``-th largest but with probability
