@@ -124,7 +124,7 @@ class _Run:
         for k, name in enumerate(self.names):
             for phase, slope in (*zip(STEPS, (0.21, 1.85, 1.71), strict=True), ("ratio", 1.64)):
                 self.record.exponents.append(
-                    Exponent(preset, name, batch, phase, depths, slope + k / 50, slope + 0.005)
+                    Exponent(preset, name, batch, phase, depths, slope + k / 50, slope + 0.005, slope - 1, slope + 1)
                 )
 
     def memory(self, preset: str, batch: int) -> None:

@@ -88,6 +88,8 @@ FIELDS = [
     ("once", "compile", {"prefill(64)": 8765.4}, ("8765",)),
     ("exponents", "exponent", 8.77, ("8.77",)),
     ("exponents", "expected", 8.77, ("expected 8.77",)),
+    ("exponents", "low", -8.77, ("[-8.77",)),
+    ("exponents", "high", 8.77, ("8.77]",)),
 ]  # fmt: skip
 
 
@@ -134,7 +136,7 @@ def test_every_summary_ratio_generation_and_start_of_the_record_is_shown() -> No
         assert len(loads) == RESTARTS
         assert " · ".join(loads) in text
     for e in record.exponents:
-        assert f"{e.exponent:.2f} (expected {e.expected:.2f})" in text
+        assert f"{e.exponent:.2f} [{e.low:.2f}, {e.high:.2f}] (expected {e.expected:.2f})" in text
     for one in record.excluded:
         assert one.why in text
 
@@ -383,8 +385,8 @@ def test_exponents_of_other_depths_name_them() -> None:
     assert "growth with depth from 1024 to 2048" in said(record)
     record.exponents.append(Exponent("decoder-small", "onnx", 1, "decode", [16, 64], 0.5, 0.25))
     text = said(record)
-    assert "0.50 (expected 0.25 from 16 to 64)" in text
-    assert "(expected 0.21 from 1024 to 2048)" in text
+    assert "0.50 (expected 0.25) from 16 to 64" in text
+    assert "(expected 0.21) from 1024 to 2048" in text
 
 
 def test_a_chart_has_a_line_for_each_backend_and_phase_and_one_for_the_floor() -> None:

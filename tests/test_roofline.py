@@ -15,9 +15,10 @@ import pytest
 from kvconform.speed import ceilings
 from kvconform.speed.ceilings import COLUMNS, PIECE, SIDE, WAYS, Ceiling, excess, fastest, floats, products
 from kvconform.speed.costs import DESIGNS, bytes_expected, bytes_min, cost, multiply_adds, weights_read
+from kvconform.speed.intervals import times
+from kvconform.speed.ratios import WIDE
 from kvconform.speed.record import MACHINE, Arm, Case, Record, Roof, Round
 from kvconform.speed.roofline import OVER, roofs
-from kvconform.speed.summaries import WIDE
 from kvconform_backends.numpy_cache import NumpyCache
 from kvconform_backends.numpy_static import NumpyStatic
 from kvconform_specs.config import Config
@@ -292,13 +293,19 @@ def times_of(fraction: float, read: float = 1e6, multiply: float = 1e5) -> dict[
     return {0: floor / fraction, 1: 2 * floor / fraction, 2: read, 3: multiply}
 
 
+def roofs_of(record: Record) -> list[Roof]:
+    """As a summary has them."""
+    taken = [times(case, (r for r in record.rounds if r.case == number)) for number, case in enumerate(record.cases)]
+    return roofs(record, taken)
+
+
 def first(record: Record) -> Roof:
-    return roofs(record)[0]
+    return roofs_of(record)[0]
 
 
 @pytest.mark.parametrize("fraction", [0.07, 0.7, 1.0])
 def test_the_fraction_is_the_floor_over_the_time_whatever_slows_both(fraction: float) -> None:
-    static, grows = roofs(timed(times_of(fraction)))
+    static, grows = roofs_of(timed(times_of(fraction)))
     assert (static.case, static.arm, grows.arm) == (0, 0, 1)
     # nanoseconds are whole: a part in 10^5 of the shortest block here
     assert static.fraction == pytest.approx(fraction, rel=1e-5)
@@ -311,7 +318,7 @@ def test_the_fraction_is_the_floor_over_the_time_whatever_slows_both(fraction: f
 
 
 def test_a_roof_tells_what_the_step_needs_and_what_its_design_moves() -> None:
-    static, grows = roofs(timed(times_of(0.5)))
+    static, grows = roofs_of(timed(times_of(0.5)))
     for roof in (static, grows):
         assert (roof.bytes_min, roof.flops) == LEAST
     assert static.bytes_expected == bytes_expected(GROUPED, DEPTH, BATCH, "in-place") == LEAST.bytes
@@ -358,7 +365,7 @@ def test_a_fraction_that_is_no_valid_ratio_says_why_instead() -> None:
 
 def test_a_ceiling_of_the_processor_in_float32_is_none_of_another_device_or_dtype() -> None:
     on_gpu = {"static": {"device": "cuda"}, "grows": {"device": "cpu"}}
-    static, grows = roofs(timed(times_of(0.5), software=on_gpu))
+    static, grows = roofs_of(timed(times_of(0.5), software=on_gpu))
     assert (static.fraction, grows.flag) == (None, "")
     assert "it ran on cuda" in static.flag
     half = replace(GROUPED, dtype="bfloat16")
@@ -369,4 +376,4 @@ def test_a_ceiling_of_the_processor_in_float32_is_none_of_another_device_or_dtyp
 def test_without_both_ceilings_there_is_no_roof() -> None:
     for missing in (2, 3):
         some = {arm: ns for arm, ns in times_of(0.5).items() if arm != missing}
-        assert roofs(timed(some)) == []
+        assert roofs_of(timed(some)) == []

@@ -12,6 +12,7 @@ import pytest
 
 from kvconform.speed.ceilings import excess
 from kvconform.speed.costs import cost, multiply_adds
+from kvconform.speed.intervals import student
 from kvconform.speed.record import MACHINE, Arm, Case, Exponent, Record, Round
 from kvconform.speed.scaling import expected, last_octaves, slope
 from kvconform.speed.summaries import summarise
@@ -117,6 +118,31 @@ def test_batches_have_exponents_of_their_own_and_the_machine_has_none() -> None:
     assert [(one.backend, one.batch, round(one.exponent, 6)) for one in record.exponents] == [
         ("a", 1, 0.5), ("a", 4, 0.9)
     ]  # fmt: skip
+
+
+def test_the_interval_of_an_exponent_is_that_of_the_slopes_of_its_restarts() -> None:
+    slopes = (0.5, 0.6, 0.9)
+    record = timed({Arm("a", "decode"): power(0.5), Arm("a", "recompute"): power(1.5)}, restarts=1)
+    for number, exponent in enumerate(slopes[1:], start=1):
+        more = timed({Arm("a", "decode"): power(exponent), Arm("a", "recompute"): power(1.5)}, restarts=1)
+        record.rounds += [msgspec.structs.replace(one, restart=number) for one in more.rounds]
+    seen = found(record)
+    for phase, values in (("decode", slopes), ("ratio", [1.5 - one for one in slopes])):
+        one = seen["a", phase]
+        assert (one.exponent, one.low, one.high) == pytest.approx(student(values), abs=1e-5)
+
+
+def test_one_restart_has_an_exponent_without_an_interval() -> None:
+    one = found(timed({Arm("a", "decode"): power(0.5)}, restarts=1))["a", "decode"]
+    assert one.exponent == pytest.approx(0.5, abs=1e-6)
+    assert one.low is None is one.high
+
+
+def test_a_restart_that_lacks_a_depth_has_no_slope() -> None:
+    record = timed({Arm("a", "decode"): power(0.5)}, restarts=2)
+    record.rounds = [one for one in record.rounds if (one.case, one.restart) != (3, 1)]
+    one = found(record)["a", "decode"]
+    assert (one.exponent, one.low) == (pytest.approx(0.5, abs=1e-6), None)
 
 
 # --- what is expected ---

@@ -19,10 +19,13 @@ from kvconform.cli_speed import json_schema
 from kvconform.speed import controller
 from kvconform.speed.clock import Clock
 from kvconform.speed.eligibility import conformance
+from kvconform.speed.intervals import LEAST, MISS, T95, interval, rank, reaches, student, t95
 from kvconform.speed.presets import PRESETS, Preset
+from kvconform.speed.protocol import variables
+from kvconform.speed.ratios import pairs
 from kvconform.speed.record import MACHINE, PHASES, Arm, Case, Record, Round, Tokens
 from kvconform.speed.stopwatch import Stopwatch, tokens
-from kvconform.speed.summaries import LEAST, MISS, T95, interval, pairs, rank, reaches, student, summarise, t95
+from kvconform.speed.summaries import summarise
 from kvconform.subject import Launch
 from kvconform_backends.numpy_cache import NumpyCache
 from kvconform_specs.claims import Claims
@@ -91,7 +94,7 @@ class TwoThreads(NumpyCache):
 
 class TellsItsVariables(NumpyCache):
     def witness(self):
-        return {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        return {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GLIBC_TUNABLES")}
 
 class NoFull(NumpyCache):
     claims = Claims(profiles=("decoder",), abilities=("length", "truncate"))
@@ -464,6 +467,21 @@ def test_every_worker_gets_the_same_threads_before_it_starts(timed: Any) -> None
     seen = record.software["TellsItsVariables"]["witness"]["one"]
     assert {"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3"}.items() <= seen.items()
     assert record.protocol["threads"] == 3
+    assert seen["GLIBC_TUNABLES"] == record.protocol["variables"]["GLIBC_TUNABLES"] != ""
+
+
+def test_large_allocations_of_a_timed_worker_lie_on_huge_pages_unless_the_caller_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for own, wanted in (
+        ("", "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.check=1", "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+    ):
+        monkeypatch.setenv("GLIBC_TUNABLES", own)
+        assert variables(2)["GLIBC_TUNABLES"] == wanted
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    assert variables(2)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
 
 
 def test_times_of_a_machine_that_changes_are_taken_out_and_a_gpu_beside_it_is_no_change(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kvconform.speed.record import Arm, Memory, Once, Record
+from kvconform.speed.record import Arm, Exponent, Memory, Once, Record
 from kvconform_reports.figures import Unit, digits, octets, operations, roofline
 from kvconform_reports.findings import GENERATING, Findings, Numbered
 
@@ -29,16 +29,15 @@ def scaling(record: Record, preset: str, batch: int) -> Grid | None:
     phases = tuple(dict.fromkeys(e.phase for e in found))
     spans = list(dict.fromkeys(_depths(e.depths) for e in found))
     same = spans[0] if len(spans) == 1 else ""
-    texts = {
-        (
-            e.backend,
-            e.phase,
-        ): f"{e.exponent:.2f} (expected {e.expected:.2f}{'' if same else ' from ' + _depths(e.depths)})"
-        for e in found
-    }
+    texts = {(e.backend, e.phase): _exponent(e) + ("" if same else f" from {_depths(e.depths)}") for e in found}
     rows = [(name, tuple(texts.get((name, p), "") for p in phases)) for name in dict.fromkeys(e.backend for e in found)]
     heads = tuple("recompute / decode" if phase == "ratio" else phase for phase in phases)
     return _grid(f"Exponent of the growth with depth{same and f' from {same}'}", ("Backend",), heads, [("", rows)])
+
+
+def _exponent(e: Exponent) -> str:
+    ends = "" if e.low is None or e.high is None else f" [{e.low:.2f}, {e.high:.2f}]"
+    return f"{e.exponent:.2f}{ends} (expected {e.expected:.2f})"
 
 
 def _depths(depths: Sequence[int]) -> str:

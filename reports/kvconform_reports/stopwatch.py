@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from kvconform.speed.intervals import t95
 from kvconform.speed.proof import CONDITIONS, PLANTED, Proof, read
 from kvconform.speed.protocol import ENOUGH_ROUNDS, NARROW
 from kvconform.speed.rules import ALPHA, RULES
 from kvconform.speed.signs import CONFIRM, LEVEL, RESTARTS, SCREEN, SMALLEST
-from kvconform.speed.summaries import t95
 from kvconform.speed.trials import (
     AFTER,
     COMPARED,

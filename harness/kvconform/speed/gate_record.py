@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
+from kvconform.speed.intervals import interval, rank
 from kvconform.speed.signs import CONFIRM, NOT_COMPARABLE, PASS, REGRESSION, SCREEN, VERDICTS, Finding, find
-from kvconform.speed.summaries import interval, rank
 from kvconform.storage import family_of, read_versioned, write_atomically
 
 SCHEMA = "kv-gate/1"

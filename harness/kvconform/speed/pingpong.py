@@ -30,6 +30,7 @@ from kvconform.speed.protocol import (
     OVERTIME,
     ROUNDS_WANTED,
     WARM_SHARE,
+    variables,
 )
 from kvconform.speed.record import Arm
 from kvconform.speed.signs import LEVEL, PROTOCOL, RATE, RESTARTS, SMALLEST, play
@@ -40,7 +41,6 @@ from kvconform_specs import SUITE_VERSION
 Tell = Callable[[str], None]
 SECONDS_PER_CASE = 1.0
 """Of one case in one restart, warm-up included: the spread between restarts is the larger part of the error."""
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class _TimeUp(Exception):
@@ -95,13 +95,12 @@ class _Gate:
         self.presets = {name: replace(preset, batches=(1,)) for name, preset in presets.items()}
         self.out, self.seed, self.threads, self.tell = out, seed, threads, tell
         self.per_case, self.limit, self.began = seconds_per_case, seconds, time.perf_counter()
-        variables = dict.fromkeys(THREADS, str(threads))
         self.launches = {
             side: replace(
                 launch,
                 environment={
                     "KVCONFORM_ARTEFACTS": str((out.parent / "artefacts" / side).resolve()),
-                    **launch.environment, **variables,
+                    **launch.environment, **variables(threads),
                 },
             )
             for side, launch in launches.items()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from kvconform.speed.eligibility import COLUMNS, MOST_STEPS
 from kvconform.speed.presets import Preset
+from kvconform.speed.ratios import APART, BUSY, WIDE
 from kvconform.speed.stopwatch import digest, tokens
-from kvconform.speed.summaries import APART, BUSY, WIDE
 
 NAME, RESTARTS = "pair-v1", 5
 """How often all workers are started anew. Of equal spread, five starts give an interval half as wide as three:
@@ -33,6 +34,23 @@ SECONDS_PER_CASE = 2.0
 """Of one restart. The protocol as it was tried has eight; most cases are done with 60 narrow rounds before two."""
 
 
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+TUNABLES = "GLIBC_TUNABLES"
+
+
+def variables(threads: int) -> dict[str, str]:
+    """What the environment of every timed worker says: its threads, and that large allocations lie on huge pages.
+
+    numpy, which reads the ceilings, asks for huge pages by itself; torch and ONNX Runtime do not, and read a large
+    matrix from small pages more slowly, by how these lie in each start. glibc asks for all (from 2.35 on, where the
+    system leaves it to programs). Where the caller's environment says so or otherwise, that holds.
+    """
+    tunables = [own for own in (os.environ.get(TUNABLES),) if own]
+    if "glibc.malloc.hugetlb" not in "".join(tunables):
+        tunables.append("glibc.malloc.hugetlb=1")
+    return {**dict.fromkeys(THREADS, str(threads)), TUNABLES: ":".join(tunables)}
+
+
 def described(
     presets: Iterable[Preset], results_dir: Path | None, seconds: float, seed: int, threads: int, restarts: int
 ) -> dict[str, Any]:
@@ -42,6 +60,7 @@ def described(
         "name": NAME,
         "restarts": restarts,
         "threads": threads,
+        "variables": variables(threads),
         "order_seed": seed,
         "input_seed": seed,
         "input_digest": {preset.name: digest(tokens(preset.config, seed)) for preset in presets},

@@ -175,7 +175,8 @@ class Roof(msgspec.Struct, frozen=True):
 class Exponent(msgspec.Struct, frozen=True):
     """How the time of one backend's phase grows with the depth: slope of log time on log depth over the last two
     octaves, and the slope that the formula has there: multiply-adds without a cache, the roofline's floor with one.
-    ``phase`` ``ratio``, ``ratio-last``: recompute, recompute-last over decode."""
+    ``phase`` ``ratio``, ``ratio-last``: recompute, recompute-last over decode. ``low``, ``high``: the 95 % interval
+    over restarts; None with one restart."""
 
     preset: str
     backend: str
@@ -184,6 +185,8 @@ class Exponent(msgspec.Struct, frozen=True):
     depths: list[int]
     exponent: float
     expected: float
+    low: float | None = None
+    high: float | None = None
 
 
 class Excluded(msgspec.Struct, frozen=True):

@@ -18,6 +18,7 @@ import numpy as np
 from kvconform.speed.clock import Clock, Lost, config_of
 from kvconform.speed.device import unfit
 from kvconform.speed.eligibility import Truth, conformance, own_truth, parity, room, truth, unable
+from kvconform.speed.intervals import times
 from kvconform.speed.presets import Preset
 from kvconform.speed.protocol import (
     BLOCK_NS,
@@ -27,9 +28,10 @@ from kvconform.speed.protocol import (
     OVERTIME,
     ROUNDS_WANTED,
     WARM_SHARE,
+    variables,
 )
+from kvconform.speed.ratios import half_width
 from kvconform.speed.record import CEILINGS, MACHINE, Arm, Case, Memory, Once, Round, Tokens
-from kvconform.speed.summaries import half_width, times
 from kvconform.subject import BUILD_TIMEOUT, Death, Infrastructure, Launch, Subject
 from kvconform_specs.config import ITEMSIZE
 
@@ -79,11 +81,10 @@ class Restart:
 
     def _started(self, name: str, launch: Launch) -> Subject | None:
         run, began = self.run, time.perf_counter()
-        threads = {key: str(run.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         artefacts = {"KVCONFORM_ARTEFACTS": str((run.out.parent / "artefacts").resolve())}
         launch = replace(
             launch, address=self.preset.addresses.get(name, launch.address),
-            environment={**artefacts, **launch.environment, **threads},
+            environment={**artefacts, **launch.environment, **variables(run.threads)},
         )  # fmt: skip
         why = "" if run.results_dir is None else conformance(name, launch, run.results_dir)
         if not why:

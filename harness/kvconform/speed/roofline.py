@@ -9,13 +9,14 @@ within rounds, one median for each restart, Student's t over restarts.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvconform.speed.ceilings import excess
 from kvconform.speed.costs import bytes_expected, cost
-from kvconform.speed.record import CEILINGS, MACHINE, Case, Record, Roof, Round
-from kvconform.speed.summaries import Times, busy_words, log_ratios, medians, ratio_of, student, times
+from kvconform.speed.intervals import Times, by_restart, log_ratios, medians, student
+from kvconform.speed.ratios import busy_words, ratio_of
+from kvconform.speed.record import CEILINGS, MACHINE, Case, Record, Roof
 from kvconform_specs.config import Config
 
 OVER = 1.05
@@ -30,14 +31,10 @@ class Bound(NamedTuple):
     share: float
 
 
-def roofs(record: Record) -> list[Roof]:
-    """One for each decode arm in each case that has both ceilings."""
-    by_case: dict[int, list[Round]] = defaultdict(list)
-    for block in record.rounds:
-        by_case[block.case].append(block)
+def roofs(record: Record, cases: Sequence[Times]) -> list[Roof]:
+    """One for each decode arm in each case that has both ceilings. ``cases``: the times of each case."""
     busy, found = busy_words(record), []
-    for number, case in enumerate(record.cases):
-        taken = times(case, by_case[number])
+    for number, (case, taken) in enumerate(zip(record.cases, cases, strict=True)):
         bound = binding(record, case, taken)
         if bound is not None:
             found += [
@@ -66,10 +63,7 @@ def binding(record: Record, case: Case, taken: Times) -> Bound | None:
 
 def nanoseconds(taken: Times, arm: int) -> float:
     """Of one step of an arm: the geometric mean over restarts of each one's median."""
-    by_restart: dict[int, list[float]] = defaultdict(list)
-    for (restart, _), ns in taken[arm].items():
-        by_restart[restart].append(math.log(ns))
-    return math.exp(student(medians(by_restart))[0])
+    return math.exp(student(medians(by_restart(taken[arm])))[0])
 
 
 def config_of(record: Record, preset: str) -> Config:

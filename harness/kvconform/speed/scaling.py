@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
 
 from kvconform.speed.ceilings import excess
 from kvconform.speed.costs import cost, multiply_adds
-from kvconform.speed.record import CEILINGS, MACHINE, Exponent, Record
+from kvconform.speed.intervals import Times, by_restart, log_ratios, student
+from kvconform.speed.ratios import pairs
+from kvconform.speed.record import CEILINGS, MACHINE, Arm, Case, Exponent, Record
 from kvconform_specs.config import Config
 
 OCTAVES = 2
@@ -34,20 +38,26 @@ Rates = tuple[float, float]
 """Nanoseconds of a byte and of a FLOP."""
 
 
-def exponents(record: Record) -> list[Exponent]:
-    """Of each backend's decode and recomputes and of their ratios, from the record's summaries and ratios."""
+def exponents(record: Record, cases: Sequence[Times]) -> list[Exponent]:
+    """Of each backend's decode and recomputes and of their ratios. ``cases``: the times of each case.
+
+    Each restart that timed all the depths gives one slope; the interval is Student's t over these.
+    """
     found = []
-    for (preset, backend, batch, phase), values in _points(record).items():
+    for (preset, backend, batch, phase), values in _points(record, cases).items():
         depths = last_octaves(values)
-        if depths:
+        whole = set.intersection(*(set(values[depth]) for depth in depths)) if depths else set()
+        if whole:
             config = Config.from_json(record.presets[preset]["config"], f"presets.{preset}.config")
             want = expected(config, phase, depths, batch, _rates(record, config, preset, batch, depths))
-            got = slope(depths, [values[depth] for depth in depths])
-            found.append(Exponent(preset, backend, batch, phase, depths, got, want))
+            slopes = [slope(depths, [math.exp(values[depth][restart]) for depth in depths]) for restart in whole]
+            got, low, high = student(slopes)
+            ends = (low, high) if len(slopes) > 1 else (None, None)
+            found.append(Exponent(preset, backend, batch, phase, depths, got, want, *ends))
     return found
 
 
-def last_octaves(depths: Mapping[int, float] | Sequence[int]) -> list[int]:
+def last_octaves(depths: Collection[int]) -> list[int]:
     """Those of the last octaves in order, or none where they are too few."""
     kept = sorted(n for n in depths if n * 2**OCTAVES >= max(depths))
     return kept if len(kept) >= LEAST_DEPTHS else []
@@ -74,25 +84,25 @@ def expected(config: Config, phase: str, depths: Sequence[int], batch: int, rate
     return slope(depths, [float(multiply_adds(config, 0, n + 1, batch, keys=n + 1, last=last)) for n in depths])
 
 
-def _points(record: Record) -> dict[Key, dict[int, float]]:
-    """By depth; where several cases time the same, the one with the most blocks."""
-    points: dict[Key, dict[int, tuple[int, float]]] = defaultdict(dict)
+def _points(record: Record, cases: Sequence[Times]) -> dict[Key, dict[int, dict[int, float]]]:
+    """By depth and restart the logarithm of the median; where several cases time the same, of the one with the most
+    blocks."""
+    points: dict[Key, dict[int, tuple[int, dict[int, float]]]] = defaultdict(dict)
 
-    def put(case: int, arm: int, phase: str, n: int, value: float) -> None:
-        at = record.cases[case]
-        mine = points[at.preset, at.arms[arm].backend, at.batch, phase]
-        mine[at.depth] = max(mine.get(at.depth, (0, 0.0)), (n, value))
+    def put(case: Case, arm: Arm, phase: str, logs: Mapping[int, list[float]]) -> None:
+        mine, n = points[case.preset, arm.backend, case.batch, phase], sum(map(len, logs.values()))
+        if n > mine.get(case.depth, (0, {}))[0]:
+            mine[case.depth] = n, {restart: float(np.median(samples)) for restart, samples in logs.items()}
 
-    for one in record.summaries:
-        arm = record.cases[one.case].arms[one.arm]
-        if arm.phase in TIMED:
-            put(one.case, one.arm, arm.phase, one.n, one.median)
-    for pair in record.ratios:
-        arms = record.cases[pair.case].arms
-        under, over = arms[pair.arm], arms[pair.reference]
-        if over.phase in RATIOS and (under.backend, under.phase) == (over.backend, "decode"):
-            put(pair.case, pair.arm, RATIOS[over.phase], pair.n, 1 / pair.ratio)
-    return {key: {depth: value for depth, (_, value) in mine.items()} for key, mine in points.items()}
+    for case, taken in zip(record.cases, cases, strict=True):
+        for number, arm in enumerate(case.arms):
+            if arm.phase in TIMED and arm.backend != MACHINE and taken.get(number):
+                put(case, arm, arm.phase, by_restart(taken[number]))
+        for under, over in pairs(case):
+            theirs, ours = case.arms[over], case.arms[under]
+            if theirs.phase in RATIOS and (ours.backend, ours.phase) == (theirs.backend, "decode"):
+                put(case, ours, RATIOS[theirs.phase], log_ratios(taken, over, under))
+    return {key: {depth: logs for depth, (_, logs) in mine.items()} for key, mine in points.items()}
 
 
 def _rates(record: Record, config: Config, preset: str, batch: int, depths: Sequence[int]) -> Rates:

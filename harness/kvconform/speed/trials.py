@@ -14,11 +14,11 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from kvconform.speed.intervals import interval, rank, student
 from kvconform.speed.proof import PLANTED, Proof, Restart, Series, unpacked
 from kvconform.speed.protocol import ENOUGH_ROUNDS, NARROW
 from kvconform.speed.rules import ALPHA, RULES, Rule, Samples, least, mean, middle, ranked_slower, resampled_slower
 from kvconform.speed.signs import CONFIRM, REGRESSION, RESTARTS, SCREEN, find
-from kvconform.speed.summaries import interval, rank, student
 
 Values = NDArray[np.float64]
 Draws = NDArray[np.int64]
