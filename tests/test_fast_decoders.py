@@ -171,3 +171,28 @@ def test_the_order_of_memory_changes_no_number(dtype: torch.dtype) -> None:
         assert torch.equal(made, matrix)
         along = 1 if dtype == torch.float32 and shape == (3, 7) else 0
         assert made.stride(along) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's imports use what torch has deprecated
+def test_a_large_lm_head_is_read_by_a_loop_where_one_token_meets_it_and_gives_the_same_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from kvconform_backends import compiled
+
+    config = replace(ROPE, width=48, vocabulary=1031)
+    small = compiled.Looped(config, weights(config))
+    assert not small.looped  # a library reads what lies in a cache faster
+    monkeypatch.setattr(compiled, "LARGE", small.lm_head.nbytes)
+    large = compiled.Looped(config, weights(config))
+    project = torch.compile(large.project, dynamic=True, fullgraph=True)
+    for rows, t in ((1, 1), (1, 3), (2, 1)):
+        x = torch.randn(rows, t, config.width, generator=torch.Generator().manual_seed(t))
+        with torch.no_grad(), Calls() as made:
+            large.project(x)
+        assert ("aten.mm.default" in {str(function) for function, *_ in made.made}) == (rows * t > 1)
+        exact = x.double() @ large.lm_head.double()
+        # a sum of n products in any order: n roundings at most each (Higham 2002, section 3.1)
+        bound = config.width * torch.finfo(torch.float32).eps * (x.abs().double() @ large.lm_head.abs().double())
+        for got in (large.project(x), project(x)):
+            assert got.shape == (rows, t, config.vocabulary)
+            assert ((got - exact).abs() <= bound).all()

@@ -46,6 +46,26 @@ REPLAYED = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": T
 each size."""
 
 
+LARGE = 16 * 2**20
+"""Bytes of an LM head that no cache of a core holds, so that a decode step waits for the memory to bring it."""
+
+
+class Looped(Decoder):
+    """The decoder whose large LM head is read by a loop that inductor writes, a row for each logit, where one token
+    meets it on a CPU in float32: at the memory's pace, which the library's matrix-vector product is slower than."""
+
+    def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
+        super().__init__(config, weights, device)
+        self.looped = device == "cpu" and self.lm_head.dtype == torch.float32 and self.lm_head.nbytes >= LARGE
+        if self.looped:
+            self.lm_head = self.lm_head.T.contiguous().T
+
+    def project(self, x: Tensor) -> Tensor:
+        if not self.looped or x.shape[0] * x.shape[1] > 1:
+            return super().project(x)
+        return (x * self.lm_head.T).sum(-1, keepdim=True).mT  # (1, V, width) to (1, 1, V)
+
+
 class Compiled(CountedGraphs, EagerStatic):
     """The buffers of ``eager-static``, whose rows grow alike here.
 
@@ -54,6 +74,7 @@ class Compiled(CountedGraphs, EagerStatic):
     """
 
     cache_design = "capacity"
+    family = Looped
     claims = replace(
         EagerStatic.claims,
         abilities=(*(name for name in EagerStatic.claims.abilities if name not in LEFT_OUT), "graphs"),

@@ -45,6 +45,7 @@ class Torch(Counted):
     """What both caches share: numpy to torch and back, the forward without a cache, and the witness."""
 
     claims = COMMON
+    family: type[Decoder] = Decoder
 
     def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
         if device == "cuda" and not torch.cuda.is_available():
@@ -55,7 +56,7 @@ class Torch(Counted):
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self.config, self.device, self.dtype = config, device, DTYPES[config.dtype]
-        self.decoder = Decoder(config, weights, device).eval() if config.profile == "decoder" else None
+        self.decoder = self.family(config, weights, device).eval() if config.profile == "decoder" else None
         self.sights = Sights(config, device)
         self.seen_on: str | None = None  # the device of the last output
         self.counted = 0  # multiply-adds of the last metered step

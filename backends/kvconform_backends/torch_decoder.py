@@ -238,7 +238,11 @@ class Decoder(nn.Module):
             x = block(x, rotate, attend)
         if last:
             x = x[:, -1:]
-        return functional.rms_norm(x, x.shape[-1:], self.norm_final, 1e-6) @ self.lm_head
+        return self.project(functional.rms_norm(x, x.shape[-1:], self.norm_final, 1e-6))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Normed ``(b, t, width)`` to logits ``(b, t, V)``."""
+        return x @ self.lm_head
 
     def rotation(self, positions: Positions) -> Callable[[Tensor], Tensor]:
         """Turns ``(b, heads, t, d)`` to the positions: pairs are ``(x_i, x_(i + d/2))``."""

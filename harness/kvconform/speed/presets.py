@@ -85,7 +85,7 @@ LONG_GENERATION = Preset(
     depths=(128, 512, 1000), prompts=(128,),
     about="GPT-2 124M through transformers, random weights, 1000 new tokens",
     generate=(4, 1000),
-    backends=("eager-static", "gpt2-transformers"),
+    backends=("eager-static", "gpt2-transformers", "compiled"),
     addresses={"gpt2-transformers": GPT2},
     published=(
         Published(
@@ -136,7 +136,7 @@ PRESETS: dict[str, Preset] = {
             depths=(128, 192), prompts=(4, 128),
             about="the shape of GPT-2 124M, a prompt of 4 tokens, 200 new ones",
             generate=(4, 200),
-            backends=("eager-static", "module-buffers"),
+            backends=("eager-static", "module-buffers", "compiled"),
             published=(
                 Published(
                     "200 tokens after a prompt of 4", "110 tokens/s", "27 tokens/s", 110 / 27, "Apple M4",
