@@ -264,6 +264,12 @@ def test_a_preset_of_which_nothing_was_timed_still_says_why() -> None:
     assert "not conformant: 4 of 95 cells broken" in text
 
 
+def test_what_a_record_notes_is_said() -> None:
+    record = latency(("eager",))
+    record.notes = ["4 of 36 blocks were slow"]
+    assert "4 of 36 blocks were slow." in said(record)
+
+
 def test_an_unfinished_run_says_so_and_loads_are_told_apart() -> None:
     record = latency(("eager",))
     assert "did not finish" not in said(record) + markdown.render([], [], record)

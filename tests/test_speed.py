@@ -145,7 +145,7 @@ def backends_timed(record: Record) -> set[str]:
 
 def summarised(record: Record) -> Record:
     """The same record, its summaries made anew from its raw rounds."""
-    bare = msgspec.structs.replace(record, summaries=[], ratios=[], generations=[], roofs=[], exponents=[])
+    bare = msgspec.structs.replace(record, summaries=[], ratios=[], generations=[], roofs=[], exponents=[], notes=[])
     summarise(bare)
     return bare
 
@@ -257,6 +257,25 @@ def test_a_ratio_that_means_nothing_says_why(record: Record, why: str) -> None:
     (ratio,) = record.ratios
     assert not ratio.valid
     assert why in ratio.why_invalid
+
+
+def test_a_record_notes_how_many_blocks_a_slow_clock_took_and_device_times_of_two_kinds() -> None:
+    record = record_of(PAIR, *([[100, 100]] * 9 for _ in range(2)))
+    record.presets, record.machine["default_mhz"] = {"p": {}}, 1000
+    record.software = {
+        "a": {"witness": {"p": {"device_time": ["graph"]}}},
+        "b": {"witness": {"p": {"device_time": ["cupti"]}}},
+    }
+    summarise(record)
+    assert record.notes == []  # nobody asked for device times, and no clock is known
+    record.rounds = [
+        msgspec.structs.replace(one, device_ns=90, sm_mhz=749 if one.round == 0 else 750) for one in record.rounds
+    ]
+    summarise(record)
+    assert record.notes == [
+        "4 of 36 blocks ran below 75% of the device's default clock and are left out",
+        "p: device times were measured in different ways: a: graph; b: cupti",
+    ]
 
 
 def test_arms_are_set_against_the_first_of_their_phase_and_decode_against_its_own_recompute() -> None:

@@ -203,7 +203,8 @@ class Excluded(msgspec.Struct, frozen=True):
 
 class Record(msgspec.Struct, kw_only=True):
     """One speed run. ``load``: 1-minute load average at the start and after each restart. ``software``: versions by
-    backend. Summaries, generations, ratios, roofs and exponents follow from the raw rounds (``summaries``)."""
+    backend. Summaries, generations, ratios, roofs, exponents and notes, which are sentences about the times of a device,
+    follow from the raw rounds (``summaries``)."""
 
     schema: str = SCHEMA
     suite: str
@@ -224,6 +225,7 @@ class Record(msgspec.Struct, kw_only=True):
     ratios: list[Ratio] = []
     roofs: list[Roof] = []
     exponents: list[Exponent] = []
+    notes: list[str] = []
     excluded: list[Excluded] = []
     seconds: float = 0.0
     finished: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kvconform.speed.device import classes, kept
+from kvconform.speed.device import SLOW, classes, kept, methods
 from kvconform.speed.intervals import by_restart, interval, log_ratios, medians, rank, reaches, spread, student, times
 from kvconform.speed.ratios import busy_words, designs, pairs, ratio_of
 from kvconform.speed.record import MACHINE, Case, Generation, Record, Round, Summary, Tokens
@@ -19,7 +19,7 @@ from kvconform.speed.scaling import exponents
 
 def summarise(record: Record) -> None:
     """Fills in what follows from the raw rounds: an arm of one restart with fewer than six blocks has no summary."""
-    by_case, came = _sorted(record)
+    by_case, came, slow = _sorted(record)
     taken = [times(case, by_case[number]) for number, case in enumerate(record.cases)]
     busy = busy_words(record)
     record.summaries, record.ratios, record.generations = [], [], []
@@ -37,6 +37,7 @@ def summarise(record: Record) -> None:
                 mixed = classes(_witnesses(record, case, arm, reference))
                 against = "; ".join(words for words in (busy, mixed) if words)
                 record.ratios.append(ratio_of(number, arm, reference, logs, against))
+    record.notes = _notes(record, slow)
     record.roofs, record.exponents = roofs(record, taken), exponents(record, taken)
 
 
@@ -45,15 +46,29 @@ def _witnesses(record: Record, case: Case, *arms: int) -> dict[str, dict[str, An
     return {name: record.software.get(name, {}).get("witness", {}).get(case.preset, {}) for name in names}
 
 
-def _sorted(record: Record) -> tuple[dict[int, list[Round]], dict[tuple[int, int], list[Tokens]]]:
+def _notes(record: Record, slow: int) -> list[str]:
+    """What a reader of device times must know. ``slow``: how many blocks are left out."""
+    said = []
+    if slow:
+        said.append(
+            f"{slow} of {len(record.rounds)} blocks ran below {SLOW:.0%} of the device's default clock and are left out"
+        )
+    if any(block.device_ns for block in record.rounds):
+        for preset in record.presets:
+            witnesses = {name: notes.get("witness", {}).get(preset, {}) for name, notes in record.software.items()}
+            said += [f"{preset}: {words}" for words in (methods(witnesses),) if words]
+    return said
+
+
+def _sorted(record: Record) -> tuple[dict[int, list[Round]], dict[tuple[int, int], list[Tokens]], int]:
     by_case: dict[int, list[Round]] = defaultdict(list)
-    fast, _ = kept(record.rounds, int(record.machine.get("default_mhz", 0)))
+    fast, slow = kept(record.rounds, int(record.machine.get("default_mhz", 0)))
     for block in fast:
         by_case[block.case].append(block)
     came: dict[tuple[int, int], list[Tokens]] = defaultdict(list)
     for one in record.tokens:
         came[one.case, one.arm].append(one)
-    return by_case, came
+    return by_case, came, slow
 
 
 def _summary(
