@@ -203,8 +203,8 @@ class Excluded(msgspec.Struct, frozen=True):
 
 class Record(msgspec.Struct, kw_only=True):
     """One speed run. ``load``: 1-minute load average at the start and after each restart. ``software``: versions by
-    backend. Summaries, generations, ratios, roofs, exponents and notes, which are sentences about the times of a device,
-    follow from the raw rounds (``summaries``)."""
+    backend. Summaries, generations, ratios, roofs, exponents and notes (sentences about the times of a device) follow
+    from the raw rounds (``summaries``)."""
 
     schema: str = SCHEMA
     suite: str
