@@ -155,7 +155,8 @@ def stopwatch(session: nox.Session) -> None:
     install(session)
     samples = "docs/latency-proof.json"
     session.run("python", "-m", "kvconform.speed.proof", "-o", samples, *session.posargs, env={"OMP_NUM_THREADS": "1"})
-    session.run("python", "-m", "kvconform_reports.stopwatch", samples, "-o", "docs/latency.md")
+    history = ("--history", "docs/gate-history.jsonl")
+    session.run("python", "-m", "kvconform_reports.stopwatch", samples, *history, "-o", "docs/latency.md")
 
 
 @nox.session(default=False)

@@ -19,6 +19,7 @@ import pytest
 
 from kvconform.speed import proof as proofs
 from kvconform.speed import rules, trials
+from kvconform.speed.false_alarms import SelfTest, history
 from kvconform.speed.proof import ADDRESSES, PLANTED, Proof, Restart, Series, collect, others, packed, read, unpacked
 from kvconform.speed.protocol import ENOUGH_ROUNDS
 from kvconform.speed.signs import RATE
@@ -333,6 +334,24 @@ def test_the_page_prints_what_the_samples_say(page: str) -> None:
     assert "| quiet | 3.0 % in 2.00 s | 3.0 % in 1.00 s | 0 % to 50 % | " in page
 
 
+def test_the_page_has_a_row_for_each_test_of_the_gate_against_itself() -> None:
+    tests = [
+        SelfTest(
+            date="2026-01-02T03:04:05+00:00", machine={"cpu": "a cpu", "cores": 2}, suite="1", backend="eager",
+            presets=["small"], runs=20, cases=140, alarms=alarms, improvements=0, inconclusive=3, alarmed=alarms,
+            stated=5e-4, p=1.0, simulated={"runs": 1000, "cases": 7000, "alarms": 2}, bias=0.0, spread=0.021,
+            verdict=verdict,
+        )
+        for alarms, verdict in ((0, "kept"), (4, "exceeded"))
+    ]  # fmt: skip
+    page = stopwatch.render(proof(*EXACT.restarts), tests)[""]
+    for alarms, verdict in ((0, "kept"), (4, "exceeded")):
+        row = f"| 20 | 140 | {alarms} | 0 | 3 | 2.1 % | 2 / 7000 | {verdict} |"
+        assert f"| 2026-01-02 | a cpu, 2 cores | eager on small {row}" in page
+    assert "--runs 20 --history docs/gate-history.jsonl" in page
+    assert "against itself" not in stopwatch.render(proof(*EXACT.restarts))[""]
+
+
 def test_other_samples_make_other_figures(page: str) -> None:
     other = stopwatch.render(proof(*EXACT.restarts))[""]
     tables = [[line for line in text.splitlines() if line.startswith("| random rounds")] for text in (page, other)]
@@ -360,7 +379,8 @@ def test_every_start_is_a_dot(written: dict[str, str]) -> None:
 def test_the_page_in_the_documents_is_that_of_the_samples_beside_it() -> None:
     samples = ROOT / "docs" / "latency-proof.json"
     assert samples.stat().st_size < 1_000_000
-    for name, text in stopwatch.render(read(samples)).items():
+    tests = history(ROOT / "docs" / stopwatch.HISTORY)
+    for name, text in stopwatch.render(read(samples), tests).items():
         assert (ROOT / "docs" / (name or "latency.md")).read_text() == text, name or "latency.md"
 
 

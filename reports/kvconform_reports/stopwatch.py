@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from kvconform.speed.false_alarms import SelfTest, history
 from kvconform.speed.intervals import t95
 from kvconform.speed.proof import CONDITIONS, PLANTED, Proof, read
 from kvconform.speed.protocol import ENOUGH_ROUNDS, NARROW
 from kvconform.speed.rules import ALPHA, RULES
-from kvconform.speed.signs import CONFIRM, LEVEL, RESTARTS, SCREEN, SMALLEST
+from kvconform.speed.signs import CONFIRM, LEVEL, RATE, RESTARTS, SCREEN, SMALLEST
 from kvconform.speed.trials import (
     AFTER,
     COMPARED,
@@ -39,7 +40,7 @@ from kvconform.speed.trials import (
 from kvconform.storage import write_atomically
 from kvconform_reports.strips import lines, strips
 
-STARTS, SAMPLES = "latency-starts.svg", "latency-samples.svg"
+STARTS, SAMPLES, HISTORY = "latency-starts.svg", "latency-samples.svg", "gate-history.jsonl"
 WORDS = {"quiet": "nothing is added to what the machine does", "busy": "a second process works all the time"}
 
 BUSY_ANYWAY = (
@@ -48,8 +49,9 @@ BUSY_ANYWAY = (
 )
 
 
-def render(proof: Proof) -> dict[str, str]:
-    """The page (``""``) and its drawings, by file name. Raises ValueError where there are too few restarts."""
+def render(proof: Proof, tests: Sequence[SelfTest] = ()) -> dict[str, str]:
+    """The page (``""``) and its drawings, by file name. ``tests``: of the gate against itself, oldest first. Raises
+    ValueError where there are too few restarts."""
     found = pools(proof)
     told = {pool.name: alarms(pool) for pool in found}
     parts = [
@@ -78,10 +80,11 @@ def render(proof: Proof) -> dict[str, str]:
         _kinds(),
         "### What the rules are",
         _rules(),
+        *_history(tests),
         "## Where ours is weak",
         *_weak(found, told),
         "## Again, on your machine",
-        _again(proof),
+        _again(proof, tests),
     ]  # fmt: skip
     return {"": "\n\n".join(parts) + "\n", STARTS: strips(_dots(found)), SAMPLES: lines(_curves(found), _nominal())}
 
@@ -219,6 +222,31 @@ def _rules() -> str:
     return "\n".join(said)
 
 
+def _history(tests: Sequence[SelfTest]) -> Iterator[str]:
+    """Runs of the gate with one environment on both sides, where every alarm is a false one."""
+    if not tests:
+        return
+    yield "## The gate against itself"
+    yield (
+        f"`kvconform bench --gate --self-test` runs the gate with one environment on both sides. A case may alarm in "
+        f"at most {_percent(RATE)} of the runs, each way; each line of [{HISTORY}]({HISTORY}) is one such test. The "
+        "simulated gates draw the magnitudes of the real restarts and a coin for each sign."
+    )
+    heads = (
+        "date", "machine", "timed", "runs", "cases", "false regressions", "false improvements", "inconclusive",
+        "spread of a restart", "simulated: alarms / cases", "stated rate",
+    )  # fmt: skip
+    yield _rows(heads, [
+        (
+            one.date[:10], f"{one.machine['cpu']}, {one.machine['cores']} cores",
+            f"{one.backend} on {', '.join(one.presets)}", str(one.runs), str(one.cases), str(one.alarms),
+            str(one.improvements), str(one.inconclusive), "" if one.spread is None else _percent(one.spread),
+            f"{one.simulated['alarms']} / {one.simulated['cases']}", one.verdict,
+        )
+        for one in tests
+    ])  # fmt: skip
+
+
 def _weak(found: Sequence[Pool], told: Mapping[str, list[Alarms]]) -> Iterator[str]:
     power = "; ".join(
         f"{pool.name}: " + ", ".join(f"{arm} in {_percent(told[pool.name][-1].share[arm])}" for arm in SLOWED)
@@ -247,14 +275,19 @@ def _weak(found: Sequence[Pool], told: Mapping[str, list[Alarms]]) -> Iterator[s
     )
 
 
-def _again(proof: Proof) -> str:
+def _again(proof: Proof, tests: Sequence[SelfTest]) -> str:
     minutes = f"{proof.seconds / 60:.0f}"
     given = proof.protocol
     return "\n".join((
         "```sh",
         f"python -m kvconform.speed.proof -o docs/latency-proof.json --restarts {given['restarts']} "
         f"--rounds {given['rounds']} --alone {given['alone']}  # {minutes} minutes here",
-        "python -m kvconform_reports.stopwatch docs/latency-proof.json -o docs/latency.md",
+        *(
+            f"kvconform bench --gate --self-test -b {one.backend} --preset {' --preset '.join(one.presets)} "
+            f"--runs {one.runs} --history docs/{HISTORY}"
+            for one in tests[-1:]
+        ),
+        f"python -m kvconform_reports.stopwatch docs/latency-proof.json --history docs/{HISTORY} -o docs/latency.md",
         "```",
     ))  # fmt: skip
 
@@ -305,8 +338,8 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value < 9.995 else f"{value:.0f} s"
 
 
-def write(proof: Proof, page: Path) -> None:
-    for name, text in render(proof).items():
+def write(proof: Proof, page: Path, tests: Sequence[SelfTest] = ()) -> None:
+    for name, text in render(proof, tests).items():
         write_atomically(page.parent / name if name else page, text.encode())
 
 
@@ -314,8 +347,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kvconform_reports.stopwatch", description=__doc__)
     parser.add_argument("proof", type=Path, help="the samples (python -m kvconform.speed.proof)")
     parser.add_argument("-o", "--out", type=Path, required=True, help="the page; its drawings come beside it")
+    parser.add_argument("--history", type=Path, help="tests of the gate against itself, a line of JSON each")
     given = parser.parse_args()
-    write(read(given.proof), given.out)
+    write(read(given.proof), given.out, [] if given.history is None else history(given.history))
 
 
 if __name__ == "__main__":
