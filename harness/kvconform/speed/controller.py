@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import msgspec
 
 from kvconform.machine import load_average, machine
 from kvconform.speed.device import held
+from kvconform.speed.plans import plans
 from kvconform.speed.presets import Preset
 from kvconform.speed.protocol import RESTARTS, SECONDS_PER_CASE, described
 from kvconform.speed.record import MACHINE, SCHEMA, Excluded, Record
@@ -68,39 +68,6 @@ def bench(
     finally:
         run.write()
     return run.record
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A case before anybody is admitted: which phases, and whether only the reference and the published design do it,
-    since it takes long."""
-
-    phases: tuple[str, ...]
-    depth: int
-    batch: int = 1
-    new: int = 0
-    few: bool = False
-
-
-def plans(preset: Preset, phases: Sequence[str] = ()) -> list[Plan]:
-    """The cases of a preset, in the order in which they are run."""
-    found = []
-    for batch in preset.batches:
-        found += [Plan(("decode", "read", "multiply"), n, batch) for n in preset.depths]
-        found += [Plan(("prefill",), n, batch) for n in preset.prompts]
-        if preset.generate is not None:
-            found.append(Plan(("generate",), preset.generate[0], batch, preset.generate[1]))
-    found += [Plan(("decode", "recompute", "recompute-last"), n) for n in preset.depths]
-    if preset.generate is not None:
-        loops = ("generate", "regenerate", "regenerate-last")
-        found.append(Plan(loops, preset.generate[0], 1, preset.generate[1], few=True))
-    return [plan for plan in found if not phases or _asked(plan, phases)]
-
-
-def _asked(plan: Plan, phases: Sequence[str]) -> bool:
-    """Cases that compare a cached phase with uncached ones are asked for by the uncached."""
-    first, *others = (phase for phase in plan.phases if phase not in ("read", "multiply"))
-    return any(phase in phases for phase in others) if others else first in phases
 
 
 class _Run:

@@ -19,6 +19,7 @@ from kvconform.speed.clock import Clock, Lost, config_of
 from kvconform.speed.device import unfit
 from kvconform.speed.eligibility import Truth, conformance, own_truth, parity, room, truth, unable
 from kvconform.speed.intervals import times
+from kvconform.speed.plans import Plan, plans, steps
 from kvconform.speed.presets import Preset
 from kvconform.speed.protocol import (
     BLOCK_NS,
@@ -36,7 +37,7 @@ from kvconform.subject import BUILD_TIMEOUT, Death, Infrastructure, Launch, Subj
 from kvconform_specs.config import ITEMSIZE
 
 if TYPE_CHECKING:
-    from kvconform.speed.controller import Plan, _Run
+    from kvconform.speed.controller import _Run
 
 LONG = 4 * 3600.0
 """Seconds that one block may take: a generation without a cache is one."""
@@ -122,13 +123,9 @@ class Restart:
 
     def _first_calls(self, name: str) -> dict[str, float]:
         """Seconds until each arm's first block was done: preparation, compilation and first calls together."""
-        preset, subject = self.preset, self.subjects[name]
-        cached = [("prefill", n) for n in preset.prompts] + [("decode", n) for n in preset.depths]
-        whole = self._offered(subject, ("recompute", "recompute-last"))
-        uncached = [(phase, n) for phase in whole for n in preset.depths]
-        seconds = {}
-        for batch in preset.batches:
-            for phase, n in cached + (uncached if batch == preset.batches[0] else []):
+        preset, seconds = self.preset, {}
+        for phase, n, batch in steps(plans(preset, self.run.phases)):
+            if self._offered(self.subjects[name], (phase,)):
                 began = time.perf_counter()
                 self.clock.blocks(preset, Arm(name, phase), n, 1, 1, batch=batch, timeout=BUILD_TIMEOUT)
                 rows = f" x {batch}" if batch > 1 else ""
