@@ -135,7 +135,9 @@ def designs(session: nox.Session) -> None:
     session.run(*page, "-o", "docs/published-designs.md")
 
 
-COUNTED = ("numpy", "eager", "eager-static", "compiled", "onnx", "past-tuples", "module-buffers", "list-cache")
+COUNTED = (
+    "numpy", "eager", "eager-static", "compiled", "onnx", "onnx-shared", "past-tuples", "module-buffers", "list-cache",
+)  # fmt: skip
 
 
 @nox.session(default=False)

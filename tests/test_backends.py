@@ -23,6 +23,7 @@ EVERY, TWO = ("attention", "decoder"), ("attention-gqa", "decoder-rope")
 CLEAN = {
     "eager": EVERY,
     "eager-static": EVERY,
+    "onnx-shared": TWO,
     "onnx": TWO,  # an export takes seconds a config, a compilation takes more
     "compiled": ("attention-gqa", "decoder-softcap"),
     "numpy": EVERY,
@@ -30,7 +31,8 @@ CLEAN = {
 LACKS = {
     "eager": "ragged, left padding, poison, poison-safe slots, alias, bound on graphs",
     "eager-static": "functional, poison-safe slots, alias, bound on graphs",
-    "onnx": "generate, last, ragged, left padding, work, poison, poison-safe slots, alias, bound on graphs",
+    "onnx": "generate, ragged, left padding, work, poison, poison-safe slots, alias, bound on graphs",
+    "onnx-shared": "generate, functional, ragged, left padding, mask, bytes, work, alias, bound on graphs",
     "compiled": "full, last, functional, ragged, left padding, mask, work, poison, poison-safe slots, alias",
     "numpy": "ragged, left padding, poison, poison-safe slots, alias, bound on graphs",
 }
@@ -71,7 +73,7 @@ def test_a_clean_backend_is_conformant_with_every_cell_passed(name: str, folder:
         if name == "compiled":
             assert 1 <= witness["graphs"] <= 4
             assert witness["graph_runs"] == witness["calls"]
-        if name == "onnx":
+        if name.startswith("onnx"):
             assert witness["providers"] == ["CPUExecutionProvider"]
             assert witness["device"] == "cpu"
             assert all((folder / "artefacts" / file).is_file() for file in witness["files"])
@@ -97,7 +99,12 @@ def test_without_a_compiler_the_compiled_backend_is_one_sentence(folder: Path) -
 
 @pytest.mark.parametrize(
     ("name", "dtype", "configs"),
-    [("eager", "bfloat16", TWO), ("eager", "float16", TWO[1:]), ("onnx", "float16", TWO[1:])],
+    [
+        ("eager", "bfloat16", TWO),
+        ("eager", "float16", TWO[1:]),
+        ("onnx", "float16", TWO[1:]),
+        ("onnx-shared", "float16", TWO),
+    ],
 )
 def test_a_clean_backend_is_conformant_in_sixteen_bits(
     name: str, dtype: str, configs: tuple[str, ...], folder: Path

@@ -22,6 +22,8 @@ from kvconform_specs.config import ITEMSIZE, Config
 from kvconform_specs.errors import SpecError
 from kvconform_specs.tensors import weights
 
+pytestmark = pytest.mark.xdist_group("counters")  # each subject is counted once
+
 TINY = Preset(
     "tiny",
     Config(

@@ -17,6 +17,8 @@ from kvconform.speed.signs import NOT_COMPARABLE, REGRESSION
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
 
+pytestmark = pytest.mark.xdist_group("environments")  # each ref is installed once
+
 TINY = Preset(
     "tiny",
     Config("decoder", heads=4, kv_heads=2, head_dim=6, width=10, vocabulary=13, positions="rope", capacity=30),

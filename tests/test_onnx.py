@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +16,9 @@ pytest.importorskip("onnxruntime", reason="the ONNX backend runs on it")
 import onnx  # noqa: E402
 
 from kvconform.backend import Unavailable  # noqa: E402
-from kvconform_backends import onnx_exported, onnx_graphs  # noqa: E402
-from kvconform_backends.onnx_exported import CannotRun, OnnxExported  # noqa: E402
+from kvconform_backends import onnx_graphs, onnx_subject  # noqa: E402
+from kvconform_backends.onnx_exported import OnnxExported  # noqa: E402
+from kvconform_backends.onnx_subject import CannotRun  # noqa: E402
 from kvconform_backends.torch_decoder import Decoder  # noqa: E402
 from kvconform_specs.config import Config  # noqa: E402
 from kvconform_specs.points import point  # noqa: E402
@@ -81,26 +82,50 @@ def test_an_axis_that_the_export_made_a_constant_is_an_error() -> None:
     value = onnx.helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["batch", 3])
     model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [value], []))
     with pytest.raises(RuntimeError, match=r"specialised input_ids: axes \['batch', 3\], want"):
-        onnx_graphs._check_symbolic(model)
+        onnx_graphs.check_symbolic(model, {"input_ids": {0: "batch", 1: "new"}}, {0: "batch", 2: "past"})
 
 
-def test_an_export_is_compared_with_the_module_it_was_made_from() -> None:
-    made = onnx_graphs.decoder_model(SMALL, weights(SMALL), cached=True)
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnnxExported]:
+    """Its files are kept, so that each graph is exported once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVCONFORM_ARTEFACTS", str(tmp_path_factory.mktemp("artefacts")))
+        yield OnnxExported(SMALL, weights(SMALL))
+
+
+def test_an_export_is_compared_with_the_module_it_was_made_from(small: OnnxExported) -> None:
+    made = small.artefact(cached=True).read_bytes()
     for other in (replace(SMALL, window_every=1), replace(SMALL, window=2), replace(SMALL, positions="none")):
         module = onnx_graphs.Exportable(Decoder(other, weights(SMALL)))
         with pytest.raises(RuntimeError, match=r"the exported graph's .* is not torch's for \(b, t, p\)"):
             onnx_graphs._check_values(made, module, other, cached=True)
 
 
-def test_a_decoder_has_one_graph_for_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KVCONFORM_ARTEFACTS", str(tmp_path))
+def test_a_decoder_has_one_graph_for_each_step_whichever_logits_are_asked_for(small: OnnxExported) -> None:
     subject = OnnxExported(SMALL, weights(SMALL))
     cache = subject.start(2)
-    for t in (3, 1, 2):
-        _, cache = subject.step(cache, np.ones((2, t), np.int64))
-    assert subject.length(cache) == [6, 6]
-    assert subject.witness()["files"] == [file.name for file in tmp_path.iterdir()]
+    for t, last in ((3, False), (1, False), (2, True), (1, True)):
+        _, cache = subject.step(cache, np.ones((2, t), np.int64), last=last)
+    assert subject.length(cache) == [7, 7]
+    assert subject.witness()["files"] == [small.artefact(cached=True).name]
     assert len(subject.sessions) == 1
+
+
+def test_the_last_positions_logits_are_those_among_all_and_only_its_row_is_multiplied(small: OnnxExported) -> None:
+    ids = np.arange(10).reshape(2, 5)
+    every, last = small.full(ids), small.full(ids, last=True)
+    _, cache = small.step(small.start(2), ids[:, :2])
+    stepped, _ = small.step(cache, ids[:, 2:], last=True)
+    assert last.shape == stepped.shape == (2, 1, SMALL.vocabulary)
+    # the products of one row and of many are summed in other orders: a few eps of float32 of the largest logit
+    slack = 64 * np.finfo(np.float32).eps * np.abs(every).max()
+    assert np.abs(last - every[:, -1:]).max() <= slack
+    assert np.abs(stepped - every[:, -1:]).max() <= slack
+    whole, one = (
+        small.count(lambda asked=asked: small.full(ids, last=asked))["multiply_adds"]["MatMul"]
+        for asked in (False, True)
+    )
+    assert whole - one == 2 * 4 * SMALL.width * SMALL.vocabulary  # two rows, four of five tokens
 
 
 # --- CUDA: a missing kernel concerns a config, a missing device concerns the backend ---
@@ -108,9 +133,9 @@ def test_a_decoder_has_one_graph_for_each_step(tmp_path: Path, monkeypatch: pyte
 def reached(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a GPU were there; what is built in this test is forgotten."""
     monkeypatch.setattr(OnnxExported, "reach_device", lambda self: None)
-    onnx_exported.unable.cache_clear()
+    onnx_subject.unable.cache_clear()
     yield
-    onnx_exported.unable.cache_clear()
+    onnx_subject.unable.cache_clear()
 
 
 class Session:
@@ -123,7 +148,7 @@ class Session:
 @pytest.mark.usefixtures("reached")
 def test_a_config_whose_heavy_node_strays_from_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Counter({("CUDAExecutionProvider", "MatMul"): 3, ("CPUExecutionProvider", "Attention"): 1})
-    monkeypatch.setattr(onnx_exported, "nodes", lambda session: counted)
+    monkeypatch.setattr(onnx_subject, "nodes", lambda session: counted)
     monkeypatch.setattr(OnnxExported, "prove_device", lambda self: self.prove_session(Session()))
     reason = OnnxExported.refuses(point("attention-gqa"), "cuda")
     assert reason is not None

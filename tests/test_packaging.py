@@ -15,6 +15,7 @@ from kvconform.results import read
 from kvconform.verdict import Outcome
 
 CHECKOUT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("packaging")  # one wheel and one foreign interpreter
 
 
 def python_of(place: Path) -> str:
@@ -52,7 +53,6 @@ def test_the_wheel_holds_four_packages_their_data_and_nothing_else(wheel: Path) 
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-@pytest.mark.xdist_group("foreign")
 def test_a_worker_runs_under_an_interpreter_that_has_numpy_and_the_package_alone(foreign: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kvconform", "run", "-b", "numpy", "--python", foreign, "--budget", "smoke"]
     done = subprocess.run(
@@ -63,7 +63,6 @@ def test_a_worker_runs_under_an_interpreter_that_has_numpy_and_the_package_alone
     assert "ModuleNotFoundError" in absent.stderr
 
 
-@pytest.mark.xdist_group("foreign")
 def test_the_backend_of_contributing_runs_from_another_distribution_exactly_as_printed(
     foreign: str, tmp_path: Path
 ) -> None:

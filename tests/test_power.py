@@ -11,6 +11,7 @@ from kvconform_specs.config import DTYPES
 
 MODELS = (DEFINITION, *NULLS)
 ZEROS, MEAN, DROPPED, STALE, WIDE, NARROW, LATE, TILED, NEWEST, FIRST = (model.name for model in NULLS)
+pytestmark = pytest.mark.xdist_group("power")  # the certificate is computed once
 
 
 @pytest.fixture(scope="module")

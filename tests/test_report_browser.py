@@ -21,6 +21,8 @@ from kvconform.verdict import Outcome
 from kvconform_reports.html import render
 from kvconform_specs.clauses import ALL
 
+pytestmark = pytest.mark.xdist_group("browser")  # started once
+
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SECTIONS = (
     "verdict", "matrix", "failures", "known", "unjudged", "guarantees", "error", "pairs", "speed", "power", "mutation",

@@ -86,7 +86,7 @@ def counts(ran: Iterable[Node]) -> Counts:
     for node in ran:
         kind = node["op_name"]
         operators[kind] += 1
-        allocated[kind] += int(node["output_size"])
+        allocated[kind] += fresh(node)
         work = multiply_adds(node)
         products = None if work is None or products is None else {**products, kind: products.get(kind, 0) + work}
     made: Counts = {
@@ -97,6 +97,18 @@ def counts(ran: Iterable[Node]) -> Counts:
     if products is not None:
         made["multiply_adds"] = {kind: number for kind, number in products.items() if number}
     return made
+
+
+def fresh(node: Node) -> int:
+    """Bytes of a node's outputs; a present of ``GroupQueryAttention`` that is no longer than its past is the past's
+    memory."""
+    size = int(node["output_size"])
+    if node["op_name"] != "GroupQueryAttention":
+        return size
+    numbers = [math.prod(shape) for shape in shapes(node["output_type_shape"])]
+    outputs, inputs = node["output_type_shape"], node["input_type_shape"]
+    kept = sum(count for count, told in zip(numbers[1:], outputs[1:], strict=True) if told in inputs)
+    return size * (sum(numbers) - kept) // sum(numbers)
 
 
 def multiply_adds(node: Node) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,14 +21,16 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.nn import functional
 
 from kvconform_backends.onnx_runtime import session_options
 from kvconform_backends.torch_decoder import DTYPES, Decoder, attention, masks
 from kvconform_specs.config import Config
 
 OPSET, IR = 23, 10
-PROBES = ((1, 1, 0), (2, 1, 7), (2, 3, 4))
-"""(batch, new, past) of the check after export: sizes of 0 and 1 are those that torch.export likes to specialise."""
+PROBES = ((1, 1, 0, True), (2, 1, 7, True), (2, 3, 4, True), (2, 3, 4, False))
+"""(batch, new, past, all logits or the last) of the check after export: sizes of 0 and 1 are those that torch.export
+likes to specialise."""
 SLACK = 256
 """How many eps of the largest logit a probe may stray. A specialised axis fails or is off by the logits' own size."""
 
@@ -37,14 +39,20 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 
 class Exportable(nn.Module):
-    """The decoder with its past as plain inputs: token ids ``(b, t)``, per layer key and value ``(b, g, p, d)``."""
+    """The decoder with its past as plain inputs: token ids ``(b, t)``, per layer key and value ``(b, g, p, d)``.
+
+    logit_positions: which of the ``t`` new tokens give logits, ``(k,)``: all of them, or the last one alone. One graph
+    does both.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, input_ids: Tensor, past: Pairs | None = None) -> tuple[Tensor, Pairs] | Tensor:
-        config, t = self.decoder.config, input_ids.shape[1]
+    def forward(
+        self, input_ids: Tensor, logit_positions: Tensor, past: Pairs | None = None
+    ) -> tuple[Tensor, Pairs] | Tensor:
+        decoder, config, t = self.decoder, self.decoder.config, input_ids.shape[1]
         p = 0 if past is None else past[0][0].shape[2]
         positions = torch.arange(t, device=input_ids.device) + p
         seen = masks(config, positions, torch.arange(p + t, device=input_ids.device))
@@ -56,8 +64,41 @@ class Exportable(nn.Module):
                 present.append((key, value))
             return attention(config, query, key, value, seen[layer])
 
-        logits: Tensor = self.decoder(input_ids, positions, attend)
+        x = embedded(decoder, input_ids, positions)
+        rotate = rotation(decoder, positions.expand(input_ids.shape))
+        for block in decoder.blocks:
+            x = block(x, rotate, attend)
+        logits = projected(decoder, x, logit_positions)
         return logits if past is None else (logits, present)
+
+
+def embedded(decoder: Decoder, input_ids: Tensor, positions: Tensor) -> Tensor:
+    """The first layer's input ``(b, t, width)`` for token ids ``(b, t)``."""
+    x = functional.embedding(input_ids, decoder.embed)
+    return x + decoder.position[positions] if decoder.config.positions == "learned" else x
+
+
+def projected(decoder: Decoder, x: Tensor, logit_positions: Tensor) -> Tensor:
+    """The logits ``(b, k, V)`` of some columns of what the last layer gave, ``(b, t, width)``."""
+    x = x.index_select(1, logit_positions)
+    return functional.rms_norm(x, x.shape[-1:], decoder.norm_final, 1e-6) @ decoder.lm_head
+
+
+def rotation(decoder: Decoder, positions: Tensor) -> Callable[[Tensor], Tensor]:
+    """As ``Decoder.rotation`` for positions ``(b, t)``, by one node: opset 23 has the operator, for heads ``(b, heads,
+    t, d)`` and for rows of them, ``(b, t, heads * d)``."""
+    config = decoder.config
+    if config.positions != "rope":
+        return lambda x: x
+    half = config.head_dim // 2
+    cos, sin = decoder.cos[:, :half], decoder.sin[:, half:]  # (capacity, d / 2)
+
+    def rotate(x: Tensor) -> Tensor:
+        heads = 0 if x.ndim == 4 else x.shape[-1] // config.head_dim
+        # in float32 in every dtype: a rotated head is rounded once, when it is stored
+        return torch.onnx.ops.rotary_embedding(x.float(), cos, sin, positions, num_heads=heads).to(x.dtype)
+
+    return rotate
 
 
 def pasts(config: Config) -> list[str]:
@@ -72,9 +113,29 @@ def decoder_model(config: Config, weights: Mapping[str, NDArray[np.float32]], ca
     """The exported decoder, checked against torch; without ``cached`` it has neither past nor present."""
     module = Exportable(Decoder(config, weights)).eval()
     # every size is 2 or more, and no two are equal: torch.export takes a 1 for a constant, and equal sizes for one axis
-    example = _example(config, 2, 3, 5, cached)
+    given = example(config, 2, 3, 5, [0, 2, 1, 1], cached)
     b, t, p = Dim("batch"), Dim("new"), Dim("past")
-    shapes = {"input_ids": {0: b, 1: t}, "past": [({0: b, 2: p}, {0: b, 2: p})] * config.layers}
+    shapes = {
+        "input_ids": {0: b, 1: t}, "logit_positions": {0: Dim("asked")},
+        "past": [({0: b, 2: p}, {0: b, 2: p})] * config.layers,
+    }  # fmt: skip
+    model = exported(
+        module, given, {name: shapes[name] for name in given},
+        ["input_ids", "logit_positions", *(pasts(config) if cached else [])],
+        ["logits", *(presents(config) if cached else [])],
+    )  # fmt: skip
+    check_symbolic(
+        model, {"input_ids": {0: "batch", 1: "new"}, "logit_positions": {0: "asked"}}, {0: "batch", 2: "past"}
+    )
+    data: bytes = model.SerializeToString()
+    _check_values(data, module, config, cached)
+    return data
+
+
+def exported(
+    module: nn.Module, given: dict[str, Any], shapes: dict[str, Any], inputs: list[str], outputs: list[str]
+) -> onnx.ModelProto:
+    """The module's graph. ``given``: its arguments; ``shapes``: of each the axes that are dynamic."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)  # one line for each torchvision operator that is not installed
@@ -83,40 +144,40 @@ def decoder_model(config: Config, weights: Mapping[str, NDArray[np.float32]], ca
             warnings.simplefilter("ignore")  # torch.export copies its own deprecated classes
             program = torch.onnx.export(
                 module,
-                kwargs=example,
+                kwargs=given,
                 dynamo=True,
-                dynamic_shapes={name: shapes[name] for name in example},
+                dynamic_shapes=shapes,
                 opset_version=OPSET,
-                input_names=["input_ids", *(pasts(config) if cached else [])],
-                output_names=["logits", *(presents(config) if cached else [])],
+                input_names=inputs,
+                output_names=outputs,
                 verbose=False,
             )
     finally:
         log.setLevel(level)
     assert program is not None  # dynamo=True returns the program
-    model = program.model_proto
+    model: onnx.ModelProto = program.model_proto
     model.ir_version = IR
-    _check_symbolic(model)
-    data: bytes = model.SerializeToString()
-    _check_values(data, module, config, cached)
-    return data
+    return model
 
 
-def _example(config: Config, b: int, t: int, p: int, cached: bool) -> dict[str, Tensor | Pairs]:
+def example(config: Config, b: int, t: int, p: int, asked: list[int], cached: bool) -> dict[str, Any]:
+    """The module's arguments for ``t`` tokens behind ``p`` others, whose keys and values are random."""
     made = torch.Generator().manual_seed(b * 100 + t * 10 + p)
     ids = torch.randint(config.vocabulary, (b, t), generator=made)
+    fresh = {"input_ids": ids, "logit_positions": torch.tensor(asked)}
     if not cached:
-        return {"input_ids": ids}
+        return fresh
     shape = (b, config.kv_heads, p, config.head_dim)
     halves = [torch.randn(shape, generator=made).to(DTYPES[config.dtype]) for _ in range(2 * config.layers)]
-    return {"input_ids": ids, "past": list(zip(halves[::2], halves[1::2], strict=True))}
+    return {**fresh, "past": list(zip(halves[::2], halves[1::2], strict=True))}
 
 
-def _check_symbolic(model: onnx.ModelProto) -> None:
-    """Raises RuntimeError where the export turned a dynamic axis into a constant."""
+def check_symbolic(model: onnx.ModelProto, known: Mapping[str, Mapping[int, str]], cache: Mapping[int, str]) -> None:
+    """Raises RuntimeError where the export turned a dynamic axis into a constant. ``known``: the dynamic axes of inputs
+    by their names; ``cache``: of all others."""
     for value in model.graph.input:
         axes = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
-        wanted = {0: "batch", 1: "new"} if value.name == "input_ids" else {0: "batch", 2: "past"}
+        wanted = known.get(value.name, cache)
         if any(axes[axis] != name for axis, name in wanted.items()):
             raise RuntimeError(f"torch.onnx.export specialised {value.name}: axes {axes}, want {wanted}")
 
@@ -124,21 +185,26 @@ def _check_symbolic(model: onnx.ModelProto) -> None:
 def _check_values(model: bytes, module: Exportable, config: Config, cached: bool) -> None:
     """Raises RuntimeError where the graph and the module it was exported from disagree on a probe."""
     session = onnxruntime.InferenceSession(model, session_options(), providers=["CPUExecutionProvider"])
-    for b, t, p in PROBES:
+    for b, t, p, every in PROBES:
         t = min(t, config.capacity)
         p = min(p, config.capacity - t)
-        feeds = _example(config, b, t, p, cached)
+        feeds = example(config, b, t, p, list(range(t)) if every else [t - 1], cached)
         with torch.no_grad():
             result = module(**feeds)
         wanted = [result] if not cached else [result[0], *itertools.chain(*result[1])]
-        flat = [feeds["input_ids"], *itertools.chain(*feeds.get("past", []))]
+        flat = [feeds["input_ids"], feeds["logit_positions"], *itertools.chain(*feeds.get("past", []))]
         names = [value.name for value in session.get_inputs()]
         got = session.run(None, {name: x.numpy() for name, x in zip(names, flat, strict=True)})
         for output, have, want in zip(session.get_outputs(), got, wanted, strict=True):
-            slack = SLACK * torch.finfo(want.dtype).eps * float(want.abs().max())
-            exact = want.float().numpy()
-            if have.shape != exact.shape or not (np.abs(have.astype(np.float32) - exact) <= slack).all():
+            if not close(have, want):
                 raise RuntimeError(f"the exported graph's {output.name} is not torch's for (b, t, p) = {(b, t, p)}")
+
+
+def close(have: Array, want: Tensor) -> bool:
+    """Whether they are no further apart than two orders of the same sums may leave them."""
+    slack = SLACK * torch.finfo(want.dtype).eps * float(want.abs().max())
+    exact = want.float().numpy()
+    return have.shape == exact.shape and bool((np.abs(have.astype(np.float32) - exact) <= slack).all())
 
 
 def needs_mask(config: Config) -> bool:

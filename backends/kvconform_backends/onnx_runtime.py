@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from onnxruntime import InferenceSession, OrtValue
+from onnxruntime import InferenceSession, IOBinding, OrtValue
 
 from kvconform.backend import Unavailable
 
@@ -29,6 +29,7 @@ _SOURCES: WeakKeyDictionary[InferenceSession, str | bytes] = WeakKeyDictionary()
 """The model of each session on CUDA: its graph is looked at when somebody asks for it, once."""
 _COPIES: WeakKeyDictionary[InferenceSession, int] = WeakKeyDictionary()
 """Its copying nodes then."""
+_NAMES: WeakKeyDictionary[InferenceSession, tuple[list[str], list[str]]] = WeakKeyDictionary()
 
 
 def session_options() -> onnxruntime.SessionOptions:
@@ -178,17 +179,30 @@ def strays(counted: Mapping[tuple[str, str], int]) -> list[str]:
     return sorted({kind for (provider, kind) in counted if kind in HEAVY and "CUDA" not in provider})
 
 
+def names(session: InferenceSession) -> tuple[list[str], list[str]]:
+    """Of its inputs and of its outputs, in their order; read once."""
+    if session not in _NAMES:
+        _NAMES[session] = [x.name for x in session.get_inputs()], [x.name for x in session.get_outputs()]
+    return _NAMES[session]
+
+
 def run(session: InferenceSession, feeds: Mapping[str, OrtValue], device: str) -> list[OrtValue]:
     """The graph's outputs, in their order, on the device: their memory is nobody else's."""
     binding = session.io_binding()
     for name, value in feeds.items():
         binding.bind_ortvalue_input(name, value)
-    for output in session.get_outputs():
-        binding.bind_output(output.name, device, 0)  # bound anew: each step's outputs are their own memory
+    for name in names(session)[1]:
+        binding.bind_output(name, device, 0)  # bound anew: each step's outputs are their own memory
     session.run_with_iobinding(binding)
+    return given(binding, device)
+
+
+def given(binding: IOBinding, device: str) -> list[OrtValue]:
+    """What a run left in its binding. Raises RuntimeError where it is not on the device: asked for 'cuda', ONNX Runtime
+    may hand back 'cpu' without a word."""
     values: list[OrtValue] = binding.get_outputs()
     seen_on = devices(values)
-    if seen_on != device:  # asked for 'cuda', ONNX Runtime may hand back 'cpu' without a word
+    if seen_on != device:
         raise RuntimeError(f"outputs are on {seen_on}, not on {device}")
     return values
 

@@ -120,7 +120,7 @@ PRESETS: dict[str, Preset] = {
             prompts=(128,),
             about="one layer under GPT-2's vocabulary, prompt 128, 128 tokens generated: the LM head weighs most",
             generate=(128, 128),
-            backends=("eager-static", "past-tuples", "compiled", "onnx"),
+            backends=("eager-static", "past-tuples", "compiled", "onnx", "onnx-shared"),
             published=(
                 Published(
                     "128 tokens after a prompt of 128", "0.0315 s", "0.0997 s", 3.17, "A100",
@@ -161,7 +161,7 @@ PRESETS: dict[str, Preset] = {
             prompts=(128,),
             about="eight query heads share a KV head: a cache an eighth as large",
             batches=(1, 4),
-            backends=("eager-static", "eager", "compiled", "onnx"),
+            backends=("eager-static", "eager", "compiled", "onnx", "onnx-shared"),
         ),
         Preset(
             "long",
@@ -172,7 +172,7 @@ PRESETS: dict[str, Preset] = {
             depths=(1024, 2048, 4096, 8192),
             prompts=(1024,),
             about="where the cache weighs more than the weights",
-            backends=("eager-static", "eager"),
+            backends=("eager-static", "eager", "onnx", "onnx-shared"),
         ),
     )
 }  # fmt: skip
