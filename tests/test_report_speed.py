@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from itertools import pairwise
+from statistics import fmean, stdev
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ from report_data import HOSTILE
 from report_page import page, section, shape
 from speed_data import DEPTHS, FLAG, PUBLISHED, RESTARTS, latency
 
-from kvconform.speed.record import MACHINE, Exponent, Ratio, Record, Round, Summary
+from kvconform.speed.record import MACHINE, Arm, Exponent, Ratio, Record, Round, Summary
 from kvconform_reports import charts, markdown
 from kvconform_reports.figures import UNITS, digits, octets, percent, unit
 from kvconform_reports.html import render
@@ -306,6 +307,24 @@ def test_published_reproduced_and_ours_stand_side_by_side() -> None:
     assert "published 3.17 ×" in short
     assert "reproduced by numpy" in short
     assert "ours by onnx" in short
+
+
+def test_a_mean_of_several_runs_is_told_as_it_was_published() -> None:
+    record = latency()
+    assert "As published" not in said(record)  # one run has no deviation
+    record.presets["decoder-small"]["published"][0]["runs"] = 10
+    parts, means = [], []
+    for phase, words in (("generate", "with"), ("regenerate", "without")):
+        arm = Arm("numpy", phase)
+        runs = [
+            block.ns / 1e6 for block in record.rounds
+            if (case := record.cases[block.case]).batch == 1 and case.new and case.arms[block.arm] == arm
+        ]  # fmt: skip
+        means.append(fmean(runs))
+        parts.append(f"{digits(means[-1])} ± {digits(stdev(runs))} ms {words} the cache ({len(runs)} runs)")
+    text = said(record)
+    assert f"As published, mean ± standard deviation of single runs: numpy {', '.join(parts)}: " in text
+    assert f"{digits(means[1] / means[0])} ×." in text
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from kvconform.speed import controller
 from kvconform.speed.clock import Clock
 from kvconform.speed.eligibility import conformance
 from kvconform.speed.intervals import LEAST, MISS, T95, interval, rank, reaches, student, t95
-from kvconform.speed.presets import PRESETS, Preset
+from kvconform.speed.presets import PRESETS, Preset, Published
 from kvconform.speed.protocol import variables
 from kvconform.speed.ratios import pairs
 from kvconform.speed.record import MACHINE, PHASES, Arm, Case, Record, Round, Tokens
@@ -473,6 +473,16 @@ def test_a_backend_without_a_full_forward_recomputes_by_a_prefill_and_the_record
     }  # fmt: skip
     assert record.software["numpy"]["recompute"] == "full"
     assert record.software["NoFull"]["recompute"] == "prefill of all tokens"
+
+
+def test_a_generation_is_run_as_often_as_the_published_one(timed: Any) -> None:
+    loop = ("generate", "regenerate")
+    known = Published("4 tokens", "1 s", "2 s", 2.0, "here", "somewhere", "numpy", loop, (), runs=5)
+    preset = replace(ONE, generate=(4, 4), published=(known,))
+    record = timed("numpy", preset=preset, restarts=2, seconds=0.0, phases=("generate",))
+    (case,) = {block.case for block in record.rounds}
+    assert record.cases[case].new == 4
+    assert len(record.rounds) == 2 * 3  # 5 runs in 2 restarts
 
 
 def test_what_holds_one_sequence_at_a_time_is_timed_at_every_batch(timed: Any) -> None:

@@ -29,13 +29,13 @@ def scaling(record: Record, preset: str, batch: int) -> Grid | None:
     phases = tuple(dict.fromkeys(e.phase for e in found))
     spans = list(dict.fromkeys(_depths(e.depths) for e in found))
     same = spans[0] if len(spans) == 1 else ""
-    texts = {(e.backend, e.phase): _exponent(e) + ("" if same else f" from {_depths(e.depths)}") for e in found}
+    texts = {(e.backend, e.phase): exponent(e) + ("" if same else f" from {_depths(e.depths)}") for e in found}
     rows = [(name, tuple(texts.get((name, p), "") for p in phases)) for name in dict.fromkeys(e.backend for e in found)]
     heads = tuple("recompute / decode" if phase == "ratio" else phase for phase in phases)
     return _grid(f"Exponent of the growth with depth{same and f' from {same}'}", ("Backend",), heads, [("", rows)])
 
 
-def _exponent(e: Exponent) -> str:
+def exponent(e: Exponent) -> str:
     ends = "" if e.low is None or e.high is None else f" [{e.low:.2f}, {e.high:.2f}]"
     return f"{e.exponent:.2f}{ends} (expected {e.expected:.2f})"
 

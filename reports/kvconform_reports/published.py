@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
 from kvconform.speed.record import Arm, Summary
@@ -44,12 +45,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``missing``: why there is nothing reproduced, or empty."""
+    """``missing``: why there is nothing reproduced, or empty. ``theirs``: the reproduced, told as it was published."""
 
     published: tuple[Published, ...]
     measured: tuple[Measured, ...]
     machine: str
     missing: str
+    theirs: tuple[str, ...] = ()
 
 
 def compare(findings: Findings, preset: str, batches: Sequence[int]) -> Comparison | None:
@@ -73,7 +75,27 @@ def compare(findings: Findings, preset: str, batches: Sequence[int]) -> Comparis
         tuple(_published(entry) for entry in entries),
         tuple(sorted(rows, key=lambda row: row.kind != "reproduced")), str(machine),
         f"This record has no time of the published design ({', '.join(missing)})." if missing else "",
+        tuple(words for entry in entries for words in (_theirs(findings, preset, batches, entry),) if words),
     )  # fmt: skip
+
+
+def _theirs(findings: Findings, preset: str, batches: Sequence[int], entry: Mapping[str, Any]) -> str:
+    """Mean and standard deviation over single runs, without restarts or pairs, where the publication tells those; of
+    whole generations, each of which is one run here."""
+    phases, wanted = _phases(entry), entry.get("runs", 1)
+    name = str(entry.get("arm") or preset)
+    told, means = [], []
+    for phase, words in zip(phases, ("with", "without"), strict=False):
+        cases = [item for item in findings.cases(preset, batches[0], (phase,)) if item[1].new] if batches else []
+        places = set(findings.places(cases, Arm(name, phase)))
+        runs = [block.ns for block in findings.record.rounds if (block.case, block.arm) in places]
+        if wanted < 2 or len(runs) < 2:
+            return ""
+        one = unit([fmean(runs)])
+        told.append(f"{one.of(fmean(runs))} ± {one.of(stdev(runs))} {one.name} {words} the cache ({len(runs)} runs)")
+        means.append(fmean(runs))
+    ratio = f": {digits(means[1] / means[0])} ×" if len(means) == 2 else ""
+    return f"As published, mean ± standard deviation of single runs: {name} {', '.join(told)}{ratio}." if told else ""
 
 
 def _cases(

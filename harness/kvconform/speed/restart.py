@@ -208,10 +208,11 @@ class Restart:
         case = self.record.cases[index]
         mine: list[Round] = []
         order = np.random.default_rng((self.run.seed, self.number, index))
-        number = 0
+        runs = max((one.runs for one in preset.published), default=1) if plan.new else 1
+        number, least = 0, -(-runs // self.run.restarts)  # as many generations as were published
         while (spent := time.perf_counter() - began) < seconds or (
             number < ROUNDS_WANTED and spent < OVERTIME * seconds
-        ) or number == 0:  # fmt: skip
+        ) or number < least:  # fmt: skip
             for place, arm in enumerate(int(i) for i in order.permutation(len(arms))):
                 (block,) = self.clock.blocks(
                     preset, arms[arm], plan.depth, case.steps, 1, batch=plan.batch, new=plan.new, timeout=LONG
