@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from kvconform.speed.clock import Clock
 from kvconform.speed.eligibility import conformance
 from kvconform.speed.intervals import LEAST, MISS, T95, interval, rank, reaches, student, t95
 from kvconform.speed.presets import PRESETS, Preset, Published
-from kvconform.speed.protocol import variables
+from kvconform.speed.protocol import processors, variables
 from kvconform.speed.ratios import pairs
 from kvconform.speed.record import MACHINE, PHASES, Arm, Case, Record, Round, Tokens
 from kvconform.speed.stopwatch import Stopwatch, tokens
@@ -95,6 +96,13 @@ class TwoThreads(NumpyCache):
 class TellsItsVariables(NumpyCache):
     def witness(self):
         return {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GLIBC_TUNABLES")}
+
+class TellsItsProcessors(NumpyCache):
+    def witness(self):
+        return {"processors": sorted(os.sched_getaffinity(0))}
+
+class TellsItsProcessors2(TellsItsProcessors):
+    pass
 
 class NoFull(NumpyCache):
     claims = Claims(profiles=("decoder",), abilities=("length", "truncate"))
@@ -497,6 +505,23 @@ def test_every_worker_gets_the_same_threads_before_it_starts(timed: Any) -> None
     assert {"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3"}.items() <= seen.items()
     assert record.protocol["threads"] == 3
     assert seen["GLIBC_TUNABLES"] == record.protocol["variables"]["GLIBC_TUNABLES"] != ""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not tell its processors")
+def test_all_workers_of_a_restart_share_a_processor_and_the_next_restart_has_another(
+    timed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = sorted(os.sched_getaffinity(0))
+    record = timed("TellsItsProcessors", "TellsItsProcessors2")
+    seen = [
+        record.software[name]["witness"]["one"]["processors"] for name in ("TellsItsProcessors", "TellsItsProcessors2")
+    ]
+    assert seen == ([mine[:1]] * 2 if len(mine) > 1 else [mine] * 2)
+    assert sorted(os.sched_getaffinity(0)) == mine  # the controller goes wherever it went
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 8})
+    assert [processors(1, number) for number in range(4)] == [(3,), (5,), (8,), (3,)]
+    assert [processors(2, number) for number in range(2)] == [(3, 5), (8, 3)]
+    assert processors(3, 0) is None
 
 
 def test_large_allocations_of_a_timed_worker_lie_on_huge_pages_unless_the_caller_says_otherwise(

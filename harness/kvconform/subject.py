@@ -12,8 +12,8 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -55,13 +55,15 @@ class Death(Exception):
 
 @dataclass
 class Launch:
-    """How to start workers of one backend."""
+    """How to start workers of one backend. ``cpus``: on which processors, where the system lets a parent say so; None:
+    on any."""
 
     address: str
     device: str = "cpu"
     python: str = sys.executable
     step_timeout: float = STEP_TIMEOUT
     environment: dict[str, str] = field(default_factory=dict)
+    cpus: tuple[int, ...] | None = None
 
 
 class Subject:
@@ -236,7 +238,7 @@ class Subject:
             self._progress = mmap.mmap(file.fileno(), PROGRESS.size)
         launch = self.launch
         try:
-            with self._stderr.open("wb") as stderr:
+            with self._stderr.open("wb") as stderr, _pinned(launch.cpus):
                 self._process = subprocess.Popen(
                     [launch.python, "-m", "kvconform.worker", launch.address, launch.device, str(path)],
                     stdin=subprocess.PIPE,
@@ -329,6 +331,20 @@ class Subject:
     def _last_words(self) -> str:
         lines = [line.strip() for line in self._stderr.read_text(errors="replace").splitlines() if line.strip()]
         return f" ({lines[-1][:200]})" if lines else ""
+
+
+@contextmanager
+def _pinned(cpus: tuple[int, ...] | None) -> Iterator[None]:
+    """A process that this thread starts meanwhile inherits these processors."""
+    if cpus is None or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def _variables() -> dict[str, str]:

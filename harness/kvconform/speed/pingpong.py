@@ -30,6 +30,7 @@ from kvconform.speed.protocol import (
     OVERTIME,
     ROUNDS_WANTED,
     WARM_SHARE,
+    processors,
     variables,
 )
 from kvconform.speed.record import Arm
@@ -132,7 +133,7 @@ class _Gate:
             mine = [case for case, known in enumerate(self.record.cases) if known.preset == name]
             with ExitStack() as stack:
                 try:
-                    subjects = self.started(preset, SIDES, stack)
+                    subjects = self.started(preset, SIDES, 0, stack)
                     for side, subject in subjects.items():
                         known = self.record.sides[side]
                         self.record.sides[side] = Side(known.name, known.commit, known.python, subject.environment)
@@ -199,7 +200,7 @@ class _Gate:
         order = [SIDES[i] for i in drawn.permutation(len(SIDES))]
         with ExitStack() as stack:
             try:
-                clock = Clock(self.started(self.presets[name], order, stack), self.seed, self.digests)
+                clock = Clock(self.started(self.presets[name], order, number, stack), self.seed, self.digests)
             except Lost as lost:
                 self.last(cases, lost)
                 return found
@@ -245,12 +246,13 @@ class _Gate:
         assert made is not None  # at least one whole round was run
         return made.d
 
-    def started(self, preset: Preset, order: Sequence[str], stack: ExitStack) -> dict[str, Subject]:
-        """Both workers, started in this order. Raises Lost."""
+    def started(self, preset: Preset, order: Sequence[str], number: int, stack: ExitStack) -> dict[str, Subject]:
+        """Both workers, started in this order, on the processors of that restart. Raises Lost."""
         subjects = {}
         for side in order:
             launch = self.launches[side]
-            launch = replace(launch, address=preset.addresses.get(self.record.backend, launch.address))
+            address = preset.addresses.get(self.record.backend, launch.address)
+            launch = replace(launch, address=address, cpus=processors(self.threads, number))
             try:
                 subjects[side] = stack.enter_context(Subject(launch))
             except Infrastructure as sentence:

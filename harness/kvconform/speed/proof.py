@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from kvconform.machine import load_average, machine
 from kvconform.speed.clock import Clock
 from kvconform.speed.presets import Preset
-from kvconform.speed.protocol import variables
+from kvconform.speed.protocol import processors, variables
 from kvconform.speed.record import Arm
 from kvconform.speed.stopwatch import digest, tokens
 from kvconform.storage import read_versioned, write_atomically
@@ -189,7 +189,7 @@ def _restart(proof: Proof, condition: str, number: int, seed: tuple[int, ...]) -
     marks = [time.perf_counter()]
     with ExitStack() as stack:
         for index in drawn.permutation(len(arms)):  # of equal workers the first ones may lie elsewhere in memory
-            launch = Launch(ADDRESSES[PLANTED[arms[index]]], environment=variables(1))
+            launch = Launch(ADDRESSES[PLANTED[arms[index]]], environment=variables(1), cpus=processors(1, number))
             subject = subjects[arms[index]] = stack.enter_context(Subject(launch))
             refused = subject.build(PRESET.config)
             if refused is not None:

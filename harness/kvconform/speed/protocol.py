@@ -51,6 +51,19 @@ def variables(threads: int) -> dict[str, str]:
     return {**dict.fromkeys(THREADS, str(threads)), TUNABLES: ":".join(tunables)}
 
 
+def processors(threads: int, restart: int) -> tuple[int, ...] | None:
+    """On which processors all workers of a restart run, those of the next restart beside them; None: on any, where
+    there are no more than threads, or the system does not tell.
+
+    One worker runs at a time. If each had the processor that it happens to start on, what else loads that one (another
+    machine on the same core, or whose core is warm) would lie on one arm alone, for as long as its process lives.
+    """
+    known = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(known) <= threads:
+        return None
+    return tuple(known[(restart * threads + i) % len(known)] for i in range(threads))
+
+
 def described(
     presets: Iterable[Preset], results_dir: Path | None, seconds: float, seed: int, threads: int, restarts: int
 ) -> dict[str, Any]:
@@ -61,6 +74,7 @@ def described(
         "restarts": restarts,
         "threads": threads,
         "variables": variables(threads),
+        "processors": "all workers of a restart on the same, one for each thread; the next restart on those beside them",
         "order_seed": seed,
         "input_seed": seed,
         "input_digest": {preset.name: digest(tokens(preset.config, seed)) for preset in presets},

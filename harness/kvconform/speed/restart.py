@@ -29,6 +29,7 @@ from kvconform.speed.protocol import (
     OVERTIME,
     ROUNDS_WANTED,
     WARM_SHARE,
+    processors,
     variables,
 )
 from kvconform.speed.ratios import half_width
@@ -86,6 +87,7 @@ class Restart:
         launch = replace(
             launch, address=self.preset.addresses.get(name, launch.address),
             environment={**artefacts, **launch.environment, **variables(run.threads)},
+            cpus=processors(run.threads, self.number),
         )  # fmt: skip
         why = "" if run.results_dir is None else conformance(name, launch, run.results_dir)
         if not why:
