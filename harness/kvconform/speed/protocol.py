@@ -74,7 +74,7 @@ def described(
         "restarts": restarts,
         "threads": threads,
         "variables": variables(threads),
-        "processors": "all workers of a restart on the same, one for each thread; the next restart on those beside them",
+        "processors": "all workers of a restart on the same, one a thread; the next restart on those beside",
         "order_seed": seed,
         "input_seed": seed,
         "input_digest": {preset.name: digest(tokens(preset.config, seed)) for preset in presets},
