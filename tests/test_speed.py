@@ -16,7 +16,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from kvconform import cli_speed
 from kvconform.cli_speed import json_schema
+from kvconform.results import Results
 from kvconform.speed import controller
 from kvconform.speed.clock import Clock
 from kvconform.speed.eligibility import conformance
@@ -418,6 +420,20 @@ def test_a_subject_that_loses_count_of_its_tokens_is_not_timed() -> None:
 
 
 # --- no time without conformance ---
+def test_who_was_not_judged_to_the_end_is_judged_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def results(name: str, finished: bool) -> None:
+        common = {"suite": "1", "device": "cpu", "dtypes": [], "budget": "smoke", "seed": 0, "started": ""}
+        Results(**common, backend=name, finished=finished).write(tmp_path / f"{name}.json")
+
+    results("done", True)
+    results("cut", False)
+    (tmp_path / "broken.json").write_text("{")  # told by who reads it for the bench
+    asked: list[str] = []
+    monkeypatch.setattr(cli_speed, "run_backend", lambda name, launch, plan, out: asked.append(name))
+    cli_speed._judge({name: Launch(name) for name in ("done", "cut", "broken", "absent")}, tmp_path)
+    assert asked == ["cut", "absent"]
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [
@@ -453,7 +469,6 @@ def test_a_backend_without_conformance_results_gets_no_time(tmp_path: Path) -> N
 def test_results_admit_only_what_is_conformant_finished_and_of_this_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvconform.results import Results
     from kvconform.speed import eligibility
     from kvconform_specs import SUITE_VERSION
 

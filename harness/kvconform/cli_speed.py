@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from kvconform.budget import BUDGETS
 from kvconform.console import Device, Out, Pythons, Seed, launches, screen, usage
 from kvconform.gate import exit_code
+from kvconform.results import read
 from kvconform.run import Plan, run_backend
 from kvconform.speed import controller, counters, false_alarms, pingpong, presets, protocol
 from kvconform.speed.device import Busy
@@ -23,6 +24,7 @@ from kvconform.speed.environments import environment
 from kvconform.speed.presets import Preset
 from kvconform.speed.record import PHASES, Record
 from kvconform.subject import Infrastructure, Launch
+from kvconform_specs.errors import SpecError
 
 TIMED = [phase for phase in PHASES if phase not in ("read", "multiply")]
 DEFAULT_PRESETS = ("small", "past-tuples")
@@ -159,11 +161,21 @@ def _default(chosen: Iterable[Preset]) -> list[str]:
 
 
 def _judge(named: dict[str, Launch], out: Path) -> None:
-    """Judges whom nobody has judged yet."""
+    """Judges whom nobody has judged yet, or not to the end."""
     for name, launch in named.items():
-        if not (out / f"{name}.json").exists():
-            screen.print(escape(f"{name}: there are no results in {out}: it is judged first (smoke budget)"))
-            run_backend(name, replace(launch, environment={}), Plan(BUDGETS["smoke"]), out)
+        path = out / f"{name}.json"
+        if path.exists() and not _cut_short(path):
+            continue
+        there = f"the results in {out} are not finished" if path.exists() else f"there are no results in {out}"
+        screen.print(escape(f"{name}: {there}: it is judged first (smoke budget)"))
+        run_backend(name, replace(launch, environment={}), Plan(BUDGETS["smoke"]), out)
+
+
+def _cut_short(path: Path) -> bool:
+    """Whether a run was interrupted; what cannot be read is told by who reads it for the bench."""
+    with suppress(SpecError):
+        return not read(path).finished
+    return False
 
 
 def json_schema() -> bytes:
