@@ -23,6 +23,13 @@ def test_the_page_in_the_documents_is_that_of_the_records_beside_it() -> None:
     assert (ROOT / "docs" / "speed.md").read_text() == render({path.name: read(path) for path in records})
 
 
+def test_a_published_record_names_no_place_of_the_machine_that_made_it() -> None:
+    for path in (ROOT / "docs" / "evidence").glob("*.json"):
+        for name, notes in read(path).software.items():
+            for place in (notes["interpreter"], *notes["variables"].values()):
+                assert not Path(place).is_absolute(), (path.name, name, place)
+
+
 def test_every_decode_step_and_every_valid_ratio_of_one_is_on_the_page() -> None:
     record = latency()
     page = render({"a.json": record})

@@ -21,7 +21,7 @@ from kvconform_reports.grids import exponent
 from kvconform_reports.markdown import text
 from kvconform_reports.published import Comparison, compare
 
-WORKERS = ("torch", "onnxruntime", "transformers", "numpy", "python")
+WORKERS = ("torch", "onnxruntime-gpu", "onnxruntime", "transformers", "numpy", "python")
 """Versions that are named, where a timed worker tells them."""
 
 
