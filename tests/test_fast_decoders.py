@@ -18,7 +18,7 @@ from kvconform_backends.eager import Eager, EagerStatic, Torch  # noqa: E402
 from kvconform_backends.list_cache import ListCache  # noqa: E402
 from kvconform_backends.module_buffers import ModuleBuffers  # noqa: E402
 from kvconform_backends.past_tuples import PastTuples  # noqa: E402
-from kvconform_backends.torch_decoder import Sights, attend_to, attention, laid_out, masks  # noqa: E402
+from kvconform_backends.torch_decoder import Decoder, Sights, attend_to, attention, laid_out, masks  # noqa: E402
 from kvconform_specs.config import Config  # noqa: E402
 from kvconform_specs.tensors import weights  # noqa: E402
 
@@ -174,7 +174,7 @@ def test_the_order_of_memory_changes_no_number(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's imports use what torch has deprecated
-def test_a_large_lm_head_is_read_by_a_loop_where_one_token_meets_it_and_gives_the_same_logits(
+def test_large_matrices_are_read_by_loops_where_one_token_meets_them_and_give_the_same_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from kvconform_backends import compiled
@@ -182,17 +182,25 @@ def test_a_large_lm_head_is_read_by_a_loop_where_one_token_meets_it_and_gives_th
     config = replace(ROPE, width=48, vocabulary=1031)
     small = compiled.Looped(config, weights(config))
     assert not small.looped  # a library reads what lies in a cache faster
-    monkeypatch.setattr(compiled, "LARGE", small.lm_head.nbytes)
+    monkeypatch.setattr(compiled.Looped, "large", sum(matrix.nbytes for matrix in matrices(small)))
     large = compiled.Looped(config, weights(config))
-    project = torch.compile(large.project, dynamic=True, fullgraph=True)
-    for rows, t in ((1, 1), (1, 3), (2, 1)):
-        x = torch.randn(rows, t, config.width, generator=torch.Generator().manual_seed(t))
-        with torch.no_grad(), Calls() as made:
-            large.project(x)
-        assert ("aten.mm.default" in {str(function) for function, *_ in made.made}) == (rows * t > 1)
-        exact = x.double() @ large.lm_head.double()
-        # a sum of n products in any order: n roundings at most each (Higham 2002, section 3.1)
-        bound = config.width * torch.finfo(torch.float32).eps * (x.abs().double() @ large.lm_head.abs().double())
-        for got in (large.project(x), project(x)):
-            assert got.shape == (rows, t, config.vocabulary)
-            assert ((got - exact).abs() <= bound).all()
+    for matrix, as_before in zip(matrices(large), matrices(small), strict=True):
+        assert torch.equal(matrix, as_before)
+        multiply = torch.compile(lambda x, matrix=matrix: large.multiply(x, matrix), dynamic=True, fullgraph=True)
+        for rows, t in ((1, 1), (1, 3), (2, 1)):
+            x = torch.randn(rows, t, len(matrix), generator=torch.Generator().manual_seed(t))
+            with torch.no_grad(), Calls() as made:
+                large.multiply(x, matrix)
+            assert ("aten.mm.default" in {str(function) for function, *_ in made.made}) == (rows * t > 1)
+            exact = x.double() @ matrix.double()
+            # a sum of n products in any order: n roundings at most each (Higham 2002, section 3.1)
+            bound = len(matrix) * torch.finfo(torch.float32).eps * (x.abs().double() @ matrix.abs().double())
+            for got in (large.multiply(x, matrix), multiply(x)):
+                assert got.shape == (rows, t, matrix.shape[1])
+                assert ((got - exact).abs() <= bound).all()
+
+
+def matrices(decoder: Decoder) -> list[torch.Tensor]:
+    """All but the embeddings, of each layer and then the LM head."""
+    names = ("query_key_value", "output", "gate_up", "down")
+    return [*(getattr(block, name) for block in decoder.blocks for name in names), decoder.lm_head]

@@ -1,7 +1,8 @@
 """``compiled``: the static-cache step under ``torch.compile`` (inductor), one graph for each class of sizes.
 
-torch.compile gives sizes of 1 graphs of their own, so that a subject has at most four: batch 1 or more, tokens 1 or
-more. Every other size is dynamic and the past is only a tensor of positions, so that a decode loop compiles nothing.
+torch.compile gives sizes of 1 graphs of their own, and so do we to a chunk of which the last position alone is asked: a
+subject has at most six, batch 1 or more by one token, a chunk or its last position. Every other size is dynamic and the
+past is only a tensor of positions, so that a decode loop compiles nothing.
 A step therefore attends to the whole buffer, of which the mask hides what is not filled: a view of the filled slots is
 of another kind when the buffer is full, which costs each class a second graph. On CUDA a decode step of one row has no
 dynamic size: inductor records its launches as a CUDA graph, once for each cache, and replays them.
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import torch._dynamo
 import torch._inductor.config
+import torch._inductor.inductor_prims  # registers torch.ops.prims.inductor_*
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
@@ -34,42 +36,53 @@ from kvconform_backends.torch_decoder import Decoder, attention, masks
 from kvconform_specs.config import Config
 
 Array = NDArray[Any]
-Step = Callable[[list[Tensor], Tensor, list[Tensor], list[Tensor]], Tensor]
-"""Inputs, positions ``(t,)`` and each layer's key and value buffers, which it writes, to the output."""
+Step = Callable[[list[Tensor], Tensor, list[Tensor], list[Tensor], bool], Tensor]
+"""Inputs, positions ``(t,)`` and each layer's key and value buffers, which it writes, to the output: every token's, or
+the last one's alone."""
 
 RECOMPILES = 128
 """Graphs that all subjects in one process may have: the limit is per code object, and they share the step's code.
-Each config may be asked for in three dtypes, and makes four graphs in each."""
-LEFT_OUT = ("full", "ragged", "mask", "last", "work", "poison")
+Each config may be asked for in three dtypes, and makes six graphs in each."""
+MATRICES = ("query_key_value", "output", "gate_up", "down", "lm_head")
+LEFT_OUT = ("full", "ragged", "mask", "work", "poison")
 REPLAYED = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
 """On CUDA: what ``mode="reduce-overhead"`` sets, for graphs without a dynamic size. Another would be recorded anew for
 each size."""
 
 
-LARGE = 16 * 2**20
-"""Bytes of an LM head that no cache of a core holds, so that a decode step waits for the memory to bring it."""
-
-
 class Looped(Decoder):
-    """The decoder whose large LM head is read by a loop that inductor writes, a row for each logit, where one token
-    meets it on a CPU in float32: at the memory's pace, which the library's matrix-vector product is slower than."""
+    """The decoder whose matrices, where they are large together, are read by loops that inductor writes, where one
+    token meets them on a CPU in float32: at nearly the memory's pace; the library's matrix-vector product is slower."""
+
+    large = 16 * 2**20
+    """Bytes of matrices that no cache of a core holds, so that a decode step waits for the memory to bring them."""
 
     def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
         super().__init__(config, weights, device)
-        self.looped = device == "cpu" and self.lm_head.dtype == torch.float32 and self.lm_head.nbytes >= LARGE
+        held = {
+            (module, name): matrix
+            for module in (self, *self.blocks)
+            for name, matrix in module.named_buffers(recurse=False)
+            if name in MATRICES
+        }
+        much = sum(matrix.nbytes for matrix in held.values()) >= self.large
+        self.looped = much and device == "cpu" and self.lm_head.dtype == torch.float32
         if self.looped:
-            self.lm_head = self.lm_head.T.contiguous().T
+            for (module, name), matrix in held.items():
+                setattr(module, name, matrix.T.contiguous().T)  # a row in memory for each number of the output
 
-    def project(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, matrix: Tensor) -> Tensor:
         if not self.looped or x.shape[0] * x.shape[1] > 1:
-            return super().project(x)
-        return (x * self.lm_head.T).sum(-1, keepdim=True).mT  # (1, V, width) to (1, 1, V)
+            return super().multiply(x, matrix)
+        # made in full: inductor would compute what x is made of anew for each row of the matrix
+        made: Tensor = torch.ops.prims.inductor_force_stride_order(x, x.stride())
+        return (made * matrix.T).sum(-1, keepdim=True).mT  # (1, out, in) to (1, 1, out)
 
 
 class Compiled(CountedGraphs, EagerStatic):
     """The buffers of ``eager-static``, whose rows grow alike here.
 
-    Not claimed: ``full``, ragged rows, the caller's mask and ``last``, each of which would add graphs to compile;
+    Not claimed: ``full``, ragged rows and the caller's mask, each of which would add graphs to compile;
     ``work``, which torch counts of eager operators only; ``poison``, which the same buffers answer in ``eager-static``.
     """
 
@@ -79,7 +92,7 @@ class Compiled(CountedGraphs, EagerStatic):
         EagerStatic.claims,
         abilities=(*(name for name in EagerStatic.claims.abilities if name not in LEFT_OUT), "graphs"),
         padding=("right",),
-        max_graphs=4,
+        max_graphs=6,
     )
 
     def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
@@ -102,7 +115,7 @@ class Compiled(CountedGraphs, EagerStatic):
         self.places = torch.arange(config.capacity, device=device)
         self.options: dict[str, Any] | None = REPLAYED if device == "cuda" else None
         self.built = self.calls = self.runs = 0
-        self.classes: set[tuple[bool, bool]] = set()
+        self.classes: set[tuple[bool, bool, bool]] = set()
         self.fallback: str | None = None
         step = stepper(config, self.decoder, self.places)
         self.compiled: Step = torch.compile(step, backend=self.inductor, dynamic=True, fullgraph=True)
@@ -126,25 +139,26 @@ class Compiled(CountedGraphs, EagerStatic):
         return cache
 
     @torch.no_grad()
-    def step(self, cache: Buffers, *inputs: Array) -> tuple[Array, Buffers]:  # type: ignore[override]
+    def step(self, cache: Buffers, *inputs: Array, last: bool = False) -> tuple[Array, Buffers]:  # type: ignore[override]
         past = cache.lengths[0]
         t = self.admit(inputs, cache.batch, past)
         # clone: canonical strides, also of axes of size 1, where numpy's may be anything and would ask for a new graph
         given = [self.tensor(x).clone(memory_format=torch.contiguous_format) for x in inputs]
-        self.prepare(cache.batch, t)
-        output = self.call(given, past, t, cache)
+        last = last and t > 1
+        self.prepare(cache.batch, t, last)
+        output = self.call(given, past, t, cache, last)
         cache.lengths = [past + t] * cache.batch
         return self.array(output), cache
 
     def graphs(self) -> int:
         return self.built
 
-    def prepare(self, batch: int, t: int) -> None:
+    def prepare(self, batch: int, t: int, last: bool) -> None:
         """Compiles the class of these sizes at its first use, always from the same example.
 
         From the first real input, two sizes that happen to be equal would be taken for one, and compiled again later.
         """
-        kind = (batch == 1, t == 1)
+        kind = (batch == 1, t == 1, last)
         if kind in self.classes:
             return
         c, rows, new = self.config, 1 if batch == 1 else 5, 1 if t == 1 else min(3, self.config.capacity)
@@ -158,10 +172,10 @@ class Compiled(CountedGraphs, EagerStatic):
                 torch._dynamo.mark_static(x, [1, 3])
         else:
             given = [torch.zeros(rows, new, dtype=torch.int64, device=self.device)]
-        self.call(given, 0, new, scratch)
+        self.call(given, 0, new, scratch, last)
         self.classes.add(kind)
 
-    def call(self, given: list[Tensor], past: int, t: int, cache: Buffers) -> Tensor:
+    def call(self, given: list[Tensor], past: int, t: int, cache: Buffers, last: bool) -> Tensor:
         positions = torch.arange(past, past + t, device=self.device)
         before = self.runs
         self.calls += 1
@@ -169,7 +183,7 @@ class Compiled(CountedGraphs, EagerStatic):
             # nobody needs the output of the step before: its memory is the recording's
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         try:
-            output = self.compiled(given, positions, cache.keys, cache.values)
+            output = self.compiled(given, positions, cache.keys, cache.values, last)
         except FailOnRecompileLimitHit:
             self.fallback = f"torch.compile hit its recompile limit of {RECOMPILES} graphs"
             raise
@@ -192,9 +206,10 @@ class Compiled(CountedGraphs, EagerStatic):
 
 
 def stepper(config: Config, decoder: Decoder | None, places: Tensor) -> Step:
-    """The step as a function of tensors alone: no Python number changes from call to call, so none becomes a guard."""
+    """The step as a function of tensors alone: no Python number changes from call to call, so none
+    becomes a guard; ``last`` does, for a graph of its own."""
 
-    def step(given: list[Tensor], positions: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    def step(given: list[Tensor], positions: Tensor, keys: list[Tensor], values: list[Tensor], last: bool) -> Tensor:
         made = masks(config, positions, places)  # (t, capacity) each
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -204,7 +219,7 @@ def stepper(config: Config, decoder: Decoder | None, places: Tensor) -> Step:
 
         if decoder is None:
             return attend(0, *given)
-        output: Tensor = decoder(given[0], positions, attend)
+        output: Tensor = decoder(given[0], positions, attend, last)
         return output
 
     return step

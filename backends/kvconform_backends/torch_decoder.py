@@ -18,6 +18,8 @@ from kvconform_specs.config import Config
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``(layer, query (b, h, t, d), key (b, g, t, d), value (b, g, t, d))`` to the mixed heads ``(b, h, t, d)``."""
+Multiply = Callable[[Tensor, Tensor], Tensor]
+"""As ``Decoder.multiply``."""
 Positions = Tensor | slice
 """Of new tokens: a slice where all rows are as long and grow alike, so that tables are cut and not gathered; else
 ``(t,)``, or ``(b, t)`` of each row."""
@@ -185,16 +187,19 @@ class Block(nn.Module):
             self.register_buffer("gate_up", laid_out(torch.cat([w["gate"], w["up"]], dim=1)))
             self.register_buffer("down", laid_out(w["down"]))
 
-    def forward(self, x: Tensor, rotate: Callable[[Tensor], Tensor], attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, rotate: Callable[[Tensor], Tensor], attend: Attend, multiply: Multiply = torch.matmul
+    ) -> Tensor:
         h, g, d = self.config.heads, self.config.kv_heads, self.config.head_dim
-        y = functional.rms_norm(x, x.shape[-1:], self.norm_attention, 1e-6) @ self.query_key_value
+        y = multiply(functional.rms_norm(x, x.shape[-1:], self.norm_attention, 1e-6), self.query_key_value)
         heads = y.reshape(*x.shape[:2], h + 2 * g, d).transpose(1, 2)  # (b, h + 2 g, t, d): queries, keys, values
         turned = rotate(heads[:, : h + g])
         mixed = attend(self.number, turned[:, :h], turned[:, h:], heads[:, h + g :])  # (b, h, t, d)
-        x = x + mixed.transpose(1, 2).flatten(2) @ self.output
+        x = x + multiply(mixed.transpose(1, 2).flatten(2), self.output)
         if self.config.mlp:
-            gate, up = (functional.rms_norm(x, x.shape[-1:], self.norm_mlp, 1e-6) @ self.gate_up).chunk(2, dim=-1)
-            x = x + (functional.silu(gate) * up) @ self.down
+            normed = functional.rms_norm(x, x.shape[-1:], self.norm_mlp, 1e-6)
+            gate, up = multiply(normed, self.gate_up).chunk(2, dim=-1)
+            x = x + multiply(functional.silu(gate) * up, self.down)
         return x  # (b, t, width)
 
 
@@ -235,14 +240,14 @@ class Decoder(nn.Module):
             x = x + self.position[positions]
         rotate = self.rotation(positions)
         for block in self.blocks:
-            x = block(x, rotate, attend)
+            x = block(x, rotate, attend, self.multiply)
         if last:
             x = x[:, -1:]
-        return self.project(functional.rms_norm(x, x.shape[-1:], self.norm_final, 1e-6))
+        return self.multiply(functional.rms_norm(x, x.shape[-1:], self.norm_final, 1e-6), self.lm_head)
 
-    def project(self, x: Tensor) -> Tensor:
-        """Normed ``(b, t, width)`` to logits ``(b, t, V)``."""
-        return x @ self.lm_head
+    def multiply(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """``(b, t, in)`` by one of the decoder's matrices ``(in, out)``: ``(b, t, out)``."""
+        return x @ matrix
 
     def rotation(self, positions: Positions) -> Callable[[Tensor], Tensor]:
         """Turns ``(b, heads, t, d)`` to the positions: pairs are ``(x_i, x_(i + d/2))``."""
