@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from kvconform.speed.clock import Clock
 from kvconform.speed.eligibility import conformance
 from kvconform.speed.intervals import LEAST, MISS, T95, interval, rank, reaches, student, t95
 from kvconform.speed.presets import PRESETS, Preset, Published
-from kvconform.speed.protocol import processors, variables
+from kvconform.speed.protocol import ROUNDS_WANTED, processors, variables
 from kvconform.speed.ratios import pairs
 from kvconform.speed.record import MACHINE, PHASES, Arm, Case, Record, Round, Tokens
 from kvconform.speed.stopwatch import Stopwatch, tokens
@@ -140,10 +141,10 @@ def timed(tmp_path: Path) -> Any:
     file = tmp_path / "timed.py"
     file.write_text(SUBJECTS)
 
-    def run(*names: str, preset: Preset = ONE, seconds: float = 0.2, restarts: int = 1, **more: Any) -> Record:
+    def run(*names: str, preset: Preset = ONE, per_case: float = 0.2, restarts: int = 1, **more: Any) -> Record:
         launches = {name: Launch("numpy" if name.startswith("numpy") else f"{file}:{name}") for name in names}
         out = tmp_path / "speed.json"
-        common = {"seconds_per_case": seconds, "restarts": restarts}
+        common = {"seconds_per_case": per_case, "restarts": restarts}
         return controller.bench(launches, {preset.name: preset}, None, out, **{**common, **more})
 
     return run
@@ -340,7 +341,7 @@ def test_a_record_of_another_version_is_one_sentence(tmp_path: Path) -> None:
 
 # --- the rounds ---
 def test_work_done_twice_takes_twice_the_time(timed: Any) -> None:
-    record = timed("Sleepy", "Twice", seconds=1.0, restarts=2)
+    record = timed("Sleepy", "Twice", per_case=1.0, restarts=2)
     for ratio in record.ratios:
         case = record.cases[ratio.case]
         arm, reference = case.arms[ratio.arm], case.arms[ratio.reference]
@@ -449,7 +450,7 @@ def test_who_was_not_judged_to_the_end_is_judged_first(tmp_path: Path, monkeypat
     ],
 )
 def test_a_backend_that_is_not_right_gets_no_time_and_is_listed(name: str, why: str, timed: Any) -> None:
-    record = timed("numpy", name, "numpy-again", seconds=0.2)
+    record = timed("numpy", name, "numpy-again", per_case=0.2)
     assert record.finished
     assert backends_timed(record) == {"numpy", "numpy-again"}
     assert name not in {arm.backend for case in record.cases for arm in case.arms}
@@ -502,10 +503,21 @@ def test_a_generation_is_run_as_often_as_the_published_one(timed: Any) -> None:
     loop = ("generate", "regenerate")
     known = Published("4 tokens", "1 s", "2 s", 2.0, "here", "somewhere", "numpy", loop, (), runs=5)
     preset = replace(ONE, generate=(4, 4), published=(known,))
-    record = timed("numpy", preset=preset, restarts=2, seconds=0.0, phases=("generate",))
+    record = timed("numpy", preset=preset, restarts=2, per_case=0.0, phases=("generate",))
     (case,) = {block.case for block in record.rounds}
     assert record.cases[case].new == 4
     assert len(record.rounds) == 2 * 3  # 5 runs in 2 restarts
+
+
+@pytest.mark.parametrize("budget", [None, 1e-3])
+def test_filling_the_caches_takes_no_rounds_away_but_of_a_budget(
+    budget: float | None, timed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm = Clock.warm
+    monkeypatch.setattr(Clock, "warm", lambda *args: time.sleep(0.2) or warm(*args))
+    record = timed("numpy", per_case=0.05, phases=("decode",), seconds=budget)
+    rounds = Counter((block.case, block.arm) for block in record.rounds)
+    assert all((count >= ROUNDS_WANTED) == (budget is None) for count in rounds.values()), rounds
 
 
 def test_what_holds_one_sequence_at_a_time_is_timed_at_every_batch(timed: Any) -> None:
@@ -584,7 +596,7 @@ def test_an_interrupt_keeps_what_was_measured(
 
     monkeypatch.setattr(Clock, "blocks", interrupted)
     lines: list[str] = []
-    record = timed("numpy", "numpy-again", preset=TINY, seconds=60.0, tell=lines.append)
+    record = timed("numpy", "numpy-again", preset=TINY, per_case=60.0, tell=lines.append)
     assert not record.finished
     assert "interrupted" in lines[-1]
     assert record.rounds

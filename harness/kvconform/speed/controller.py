@@ -47,12 +47,13 @@ def bench(
 ) -> Record:
     """Times every backend that may be timed on every preset; the file ``out`` grows with each case.
 
-    launches: by name, the reference first; a preset's own address takes a name's place. results_dir: where the results
-    of a conformance run are; None asks for none, which the record says, and then only the outputs on the timed inputs
-    are judged. seconds_per_case: wall seconds in one restart, warm-up included. seconds: of the whole run, from which
-    those of a case follow then. phases: keeps these (``record.PHASES``); empty keeps all. tell: is given one line for
-    each thing done; advance: the share that is done and the seconds that remain. An interrupt (Ctrl-C) ends the run and
-    keeps what is measured: the record that is written and returned has ``finished`` False then.
+    launches: by name, the reference first; a preset's own address takes a name's place. results_dir: where the
+    results of a conformance run are; None asks for none, which the record says, and then only the outputs on the
+    timed inputs are judged. seconds_per_case: wall seconds in one restart after the warm-up. seconds: of the whole
+    run, from which those of a case follow then, warm-up included. phases: keeps these (``record.PHASES``); empty
+    keeps all. tell: is given one line for each thing done; advance: the share that is done and the seconds that
+    remain. An interrupt (Ctrl-C) ends the run and keeps what is measured: the record that is written and returned
+    has ``finished`` False then.
     """
     run = _Run(list(presets.values()), results_dir, out, seconds_per_case, restarts, seconds, seed, threads, tell)
     run.record.device = ", ".join(sorted({launch.device for launch in launches.values()}))

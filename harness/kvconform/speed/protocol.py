@@ -83,7 +83,7 @@ def described(
         "warm_up": f"3 block medians within {WARM_AGREE:.0%}, or {WARM_SECONDS:g} s an arm, "
         f"or {WARM_SHARE:.0%} of the case's time for all arms",
         "stop_rule": f"{ENOUGH_ROUNDS} rounds and all half-widths <= {NARROW:.0%}, or {seconds:g} s a case and restart "
-        f"(up to {OVERTIME:g} times that for the first {ROUNDS_WANTED} rounds)",
+        f"after the warm-up (up to {OVERTIME:g} times that for the first {ROUNDS_WANTED} rounds)",
         "recompute": "a backend without a cache-less forward prefills all tokens instead",
         "seconds_per_case": seconds,
         "validity": f"at least 2 restarts, half-width <= {WIDE:.0%}, standard deviation between restarts "

@@ -206,6 +206,8 @@ class Restart:
         if not plan.new:
             limit = seconds * WARM_SHARE / len(arms)
             slowest = max(self.clock.warm(preset, arm, plan.depth, limit, plan.batch) for arm in arms)
+            if self.run.seconds is None:  # a deep cache takes long to fill; a budget counts that, a case's own time not
+                began = time.perf_counter()
         index = self._place(plan, arms, slowest)
         case = self.record.cases[index]
         mine: list[Round] = []
