@@ -56,7 +56,8 @@ def speed(session: nox.Session) -> None:
     ready = {name: python for name in BACKENDS if (python := interpreter(session, name)) is not None}
     if not ready:
         session.error("no backend has been judged yet: run nox -s conformance first")
-    short = ["--seconds", "0.5", "--restarts", "2"] if "smoke" in session.posargs else []
+    smoke = "smoke" in session.posargs
+    short = ["--seconds", "0.5", "--restarts", "2"] if smoke else ["--budget", "360"]
     device = ["--device", "cuda"] if "cuda" in session.posargs else []
     command = ["kvconform", "bench", "--out", str(RESULTS), *short, *device]
     for phase in ("prefill", "decode", "recompute", "recompute-last", "generate"):  # whole loops without a cache: no
