@@ -517,6 +517,7 @@ def test_filling_the_caches_takes_no_rounds_away_but_of_a_budget(
     monkeypatch.setattr(Clock, "warm", lambda *args: time.sleep(0.2) or warm(*args))
     record = timed("numpy", per_case=0.05, phases=("decode",), seconds=budget)
     rounds = Counter((block.case, block.arm) for block in record.rounds)
+    assert rounds
     assert all((count >= ROUNDS_WANTED) == (budget is None) for count in rounds.values()), rounds
 
 

@@ -42,7 +42,7 @@ the last one's alone."""
 
 RECOMPILES = 128
 """Graphs that all subjects in one process may have: the limit is per code object, and they share the step's code.
-Each config may be asked for in three dtypes, and makes six graphs in each."""
+Each config may be asked for in three dtypes, and a decoder makes six graphs in each."""
 MATRICES = ("query_key_value", "output", "gate_up", "down", "lm_head")
 LEFT_OUT = ("full", "ragged", "mask", "work", "poison")
 REPLAYED = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}

@@ -41,8 +41,8 @@ def bench(
     seconds: Annotated[
         float | None,
         typer.Option(
-            help=f"Longest time of one case in one restart; {protocol.SECONDS_PER_CASE:g}, or "
-            f"{pingpong.SECONDS_PER_CASE:g} with --gate."
+            help=f"Longest time of one case in one restart; {protocol.SECONDS_PER_CASE:g} after its warm-up, or "
+            f"{pingpong.SECONDS_PER_CASE:g} with it for --gate."
         ),
     ] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds of the whole run, instead of --seconds.")] = None,
