@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import time
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -149,6 +150,24 @@ class WithoutReset(NumpyCache):
 class FallsBack(NumpyCache):
     def witness(self) -> dict[str, Any]:
         return {"fallback": "the fast path gave up and the slow one ran"}
+
+
+class ClaimsCuda(NumpyCache):
+    """Claims a GPU, computes on the CPU, and says nothing of it."""
+
+    claims = replace(NumpyCache.claims, devices=("cpu", "cuda"))
+    tells: ClassVar[dict[str, Any]] = {}
+
+    def witness(self) -> dict[str, Any]:
+        return self.tells
+
+
+class TellsTheCpu(ClaimsCuda):
+    tells: ClassVar[dict[str, Any]] = {"device": "cpu"}
+
+
+class TellsItsGpu(ClaimsCuda):
+    tells: ClassVar[dict[str, Any]] = {"device": "cuda:1"}
 
 
 class FallsBackAndRaises(FallsBack):

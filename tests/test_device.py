@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvconform.speed import device
-from kvconform.speed.device import SLOW, Busy, Gpu, NoGpu, classes, held, kept, methods, unfit
+from kvconform.speed.device import REASONS, SLOW, Busy, Gpu, NoGpu, classes, held, kept, methods, unfit, unproven, ways
 from kvconform.speed.record import Round
 from kvconform.speed.stopwatch import Block, Stopwatch, tokens
 from kvconform_backends.numpy_cache import NumpyCache
@@ -112,7 +112,7 @@ def test_clocks_are_read_and_never_set() -> None:
     cuda, nvml, called = libraries(bits=0x4)
     found = Gpu(cuda, nvml)
     found.sm_mhz()
-    found.throttled()
+    found.throttle()
     found.fingerprint()
     assert "nvmlDeviceGetClockInfo" in called
     assert {name for name in called if name.startswith("nvmlDevice") and "Get" not in name} == set()
@@ -127,12 +127,14 @@ def test_clocks_are_read_and_never_set() -> None:
 def test_what_holds_the_clock_down_is_told_in_words_and_idleness_is_none_of_it(
     bits: int, words: list[str], old: bool
 ) -> None:
-    assert gpu(bits=bits, old=old).throttled() == words
+    held_down = gpu(bits=bits, old=old).throttle()
+    assert [said for bit, said in REASONS.items() if held_down & bit] == words
+    assert bool(held_down) == bool(words)
 
 
 def test_a_clock_that_nvml_does_not_tell_is_0_and_the_fingerprint_says_so() -> None:
     found = gpu(failing={"nvmlDeviceGetClockInfo": 3, "nvmlDeviceGetCurrentClocksEventReasons": 3})
-    assert (found.sm_mhz(), found.throttled()) == (0, [])
+    assert (found.sm_mhz(), found.throttle()) == (0, 0)
     assert found.fingerprint()["clock"] == "NVML tells none: no block can be dropped"
 
 
@@ -193,10 +195,14 @@ def test_a_step_is_made_again_on_any_copy_and_none_is_counted_twice(phase: str) 
 
 def test_the_clock_is_read_after_each_block_and_never_inside_it() -> None:
     config = Config("decoder", 2, 1, 4, layers=1, width=8, vocabulary=11, capacity=6)
-    subject, found = NumpyCache(config, weights(config), "cpu"), gpu(mhz=1234)
-    subject.synchronise = lambda: None  # type: ignore[attr-defined]
-    (block,) = Stopwatch(subject, tokens(config, 0), gpu=found).blocks("decode", 3, 1, 1)
-    assert block.sm_mhz == 1234
+    found = gpu(mhz=1234, bits=0x5)
+    for waits in (True, False):
+        subject = NumpyCache(config, weights(config), "cpu")
+        if waits:
+            subject.synchronise = lambda: None  # type: ignore[attr-defined]
+        for phase in ("decode", "prefill"):
+            (block,) = Stopwatch(subject, tokens(config, 0), gpu=found).blocks(phase, 3, 1, 1)
+            assert (block.sm_mhz, block.throttle) == (1234, 0x4)
 
 
 # --- the lock ---
@@ -279,7 +285,7 @@ def test_a_run_without_a_gpu_goes_on_and_tells_why(monkeypatch: pytest.MonkeyPat
 # --- what is kept, and compared ---
 @given(st.lists(st.integers(1, 4000)), st.integers(1, 3000))
 def test_blocks_under_three_quarters_of_the_default_clock_are_dropped_and_counted(mhz: list[int], default: int) -> None:
-    blocks = [Block(1, 1, 0, 0, clock) for clock in mhz]
+    blocks = [Block(1, 1, 0, clock) for clock in mhz]
     stay, dropped = kept(blocks, default)
     assert [block.sm_mhz for block in stay] == [clock for clock in mhz if 4 * clock >= 3 * default]
     assert len(stay) + dropped == len(blocks)
@@ -300,8 +306,17 @@ def test_classes_of_precision_are_never_mixed() -> None:
     assert classes({"onnx": fast}) is None
 
 
+def test_on_a_gpu_the_witness_tells_the_device() -> None:
+    assert unproven({}, "cpu") is None
+    assert unproven({"device": "cuda:0"}, "cuda") is None
+    assert unproven({"device": None}, "cuda") == (
+        "cuda was asked for, and its witness does not tell on what device it ran"
+    )
+
+
 def test_an_arm_that_does_not_tell_its_class_is_compared_on_a_cpu_alone() -> None:
     plain = {"device": "cuda", "precision": "float32"}
+    assert classes({"eager": plain, "hf": {"device": "cuda:0"}}) == "does not tell its class of precision: hf"
     assert classes({"eager": plain, "mine": {"device": "cuda"}}) == "does not tell its class of precision: mine"
     assert classes({"eager": {"precision": "float32"}, "numpy": {}}) is None
     assert classes({"mine": {"device": "cuda"}}) is None
@@ -313,6 +328,10 @@ def test_device_times_measured_in_two_ways_are_not_compared() -> None:
     assert methods({"eager": cold, "onnx": warm}) == (
         "device times were measured in different ways: eager: graph: L2 flushed; onnx: cupti: L2 warm"
     )
+    assert ways({"eager": cold, "eager-static": cold, "numpy": {}}) == (
+        "device times of eager, eager-static: graph: L2 flushed"
+    )
+    assert ways({"numpy": {}}) is None
 
 
 def test_a_graph_that_copies_between_host_and_device_gets_no_time() -> None:

@@ -11,6 +11,7 @@ from speed_data import latency
 
 from kvconform.speed.controller import read
 from kvconform.speed.record import Excluded
+from kvconform.speed.summaries import summarise
 from kvconform_reports.evidence import render
 from kvconform_reports.figures import digits
 
@@ -21,6 +22,14 @@ def test_the_page_in_the_documents_is_that_of_the_records_beside_it() -> None:
     records = sorted((ROOT / "docs" / "evidence").glob("*.json"))
     assert records
     assert (ROOT / "docs" / "speed.md").read_text() == render({path.name: read(path) for path in records})
+
+
+def test_what_a_published_record_says_follows_from_its_raw_rounds() -> None:
+    for path in (ROOT / "docs" / "evidence").glob("*.json"):
+        stored, again = read(path), read(path)
+        summarise(again)
+        assert again.rounds
+        assert again == stored, path.name
 
 
 def test_a_published_record_names_no_place_of_the_machine_that_made_it() -> None:
@@ -63,10 +72,11 @@ def test_what_is_not_valid_has_its_reason_and_no_number() -> None:
 
 def test_who_has_no_time_and_a_run_that_was_cut_are_told() -> None:
     record = latency()
-    record.finished = False
+    record.finished, record.notes = False, ["one block was slow"]
     record.excluded = [Excluded("mine", next(iter(record.presets)), "it is wrong")]
     page = render({"a.json": record})
     assert "did not finish" in page
+    assert "one block was slow." in page
     assert "No time for mine: it is wrong" in page
 
 

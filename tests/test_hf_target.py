@@ -34,7 +34,7 @@ pytest.importorskip("transformers", reason="it is what is tested here")
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from kvconform_backends.targets import hf as hf_target  # noqa: E402
-from kvconform_backends.targets.hf import Transformers, open_hf  # noqa: E402
+from kvconform_backends.targets.hf import Transformers, open_hf, tokens_of  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("transformers")
 
@@ -194,6 +194,10 @@ def test_an_address_names_target_cache_and_dtype() -> None:
     assert backend.recognised == "transformers Qwen3ForCausalLM, StaticCache, eager"
     assert backend.claims.dtypes == ("bfloat16",)
     assert backend.made.dtype == torch.bfloat16
+    subject = backend(backend.points["decoder-own"], {})
+    assert (subject.witness()["device"], subject.witness()["precision"]) == (None, "bfloat16")
+    subject.full(np.array([tokens_of(subject.config, 2)]))
+    assert subject.witness()["device"] == "cpu"
 
 
 def test_experts_share_no_product_unless_they_are_told_to() -> None:

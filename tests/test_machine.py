@@ -109,6 +109,26 @@ def test_what_ran_as_a_fallback_was_not_tested(name: str, tmp_path: Path) -> Non
     assert verdict.sentence == "not tested: the fast path gave up and the slow one ran"
 
 
+@pytest.mark.parametrize(
+    ("name", "device", "outcome", "sentence"),
+    [
+        ("ClaimsCuda", "cpu", Outcome.PASS, ""),
+        ("ClaimsCuda", "cuda", Outcome.NOT_EXERCISED, "cuda was asked for, and its witness does not tell on what"),
+        ("TellsTheCpu", "cuda", Outcome.NOT_EXERCISED, "not tested: cuda was asked for, and it ran on cpu"),
+        ("TellsItsGpu", "cuda", Outcome.PASS, ""),
+        ("TellsItsGpu", "cpu", Outcome.NOT_EXERCISED, "not tested: cpu was asked for, and it ran on cuda:1"),
+    ],
+)
+def test_a_result_is_of_the_device_that_its_witness_tells(
+    name: str, device: str, outcome: Outcome, sentence: str, tmp_path: Path
+) -> None:
+    with Subject(Launch(address(name), device=device)) as subject:
+        cell = Cell(BY_NAME["shape.output"], point("attention-gqa"), "attention-gqa")
+        verdict = run_cell(cell, subject, BUDGETS["smoke"], 0, tmp_path)
+    assert verdict.outcome is outcome
+    assert verdict.sentence.startswith(sentence)
+
+
 @pytest.mark.parametrize("name", ["WitnessRaises", "WitnessIsNoJson", "WitnessDies"])
 def test_a_witness_that_fails_is_no_pass(name: str, tmp_path: Path) -> None:
     verdict = judged(name, tmp_path)

@@ -249,6 +249,10 @@ def test_arguments_seed_and_dtype_make_the_target() -> None:
                for seed in (3, 3, 4)]  # fmt: skip
     assert np.array_equal(outputs[0], outputs[1])
     assert not np.array_equal(outputs[0], outputs[2])
+    subject = target(config, {}, "cpu")
+    assert (subject.witness()["device"], subject.witness()["precision"]) == (None, "bfloat16")
+    subject.full(x)
+    assert subject.witness()["device"] == "cpu"
 
 
 def test_a_config_class_is_made_from_a_json_object() -> None:

@@ -53,7 +53,9 @@ def test_heavy_nodes_that_stray_from_cuda_are_a_fallback(tmp_path: Path, monkeyp
     runner = target.graphs.runner(target.later, "cpu")
     monkeypatch.setattr(runner, "nodes", seen)
     monkeypatch.setattr(subject, "device", "cuda")
+    monkeypatch.setattr(onnx_runtime, "memcpy_nodes", lambda session: 2)
     target.graphs.runners = {(target.later.path, "cuda"): runner}
+    assert subject.witness()["memcpy_nodes"] == 2
     assert subject.witness()["fallback"] == "CUDA was asked for, and ONNX Runtime ran Softmax on the CPU"
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 import kvconform
 from kvconform.speed import false_alarms, gate_record, pingpong
+from kvconform.speed.device import Busy
 from kvconform.speed.gate_record import CaseVerdict, GateBlock, GateCase, GateRecord, Lasting, Side
 from kvconform.speed.presets import Preset
 from kvconform.speed.signs import (
@@ -46,6 +48,7 @@ TINY = Preset(
 
 SUBJECTS = """
 import gc, os
+from dataclasses import replace
 from kvconform_backends.numpy_cache import NumpyCache
 
 class Wrong(NumpyCache):
@@ -62,6 +65,27 @@ class DiesWhenTimed(NumpyCache):
 class FallsBack(NumpyCache):
     def witness(self):
         return {"fallback": "numpy ran instead"}
+
+class Tf32(NumpyCache):
+    def witness(self):
+        return {"precision": "float32 by tf32"}
+
+class Float32(NumpyCache):
+    def witness(self):
+        return {"precision": "float32"}
+
+class OnCuda(NumpyCache):
+    claims = replace(NumpyCache.claims, devices=("cpu", "cuda"))
+    def witness(self):
+        return {"device": "cuda", "precision": "float32"}
+
+class Copies(OnCuda):
+    def witness(self):
+        return {**super().witness(), "providers": [], "memcpy_nodes": 3}
+
+class Silent(OnCuda):
+    def witness(self):
+        return {}
 """
 
 
@@ -236,6 +260,18 @@ def test_a_restart_counts_whole_rounds_and_too_few_of_them_are_noise() -> None:
     assert (record.trials[0].half_width, record.verdicts[0].verdict) == (None, INCONCLUSIVE)
 
 
+def test_a_block_under_the_clock_is_kept_in_the_record_and_is_in_no_trial() -> None:
+    record = record_of({SCREEN: [SAME]}, rounds=5)
+    record.machine = {"default_mhz": 1000}
+    record.blocks += [
+        GateBlock(0, SCREEN, restart, 5, side, side, 2, 10**6 * (1 + 99 * side), 0, 0, 1000 - 251 * side)
+        for restart in range(6) for side in (0, 1)
+    ]  # fmt: skip
+    record.conclude()
+    assert [one.rounds for one in record.trials] == [5] * 6
+    assert [one.d for one in record.trials] == pytest.approx(SAME, abs=1e-5)
+
+
 def test_a_pass_that_compared_nothing_and_an_unknown_verdict_cannot_be_built(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must have compared something"):
         CaseVerdict(0, PASS)
@@ -294,6 +330,77 @@ def test_a_side_of_another_version_or_machine_is_not_compared(
     assert record.exit_code == 0
 
 
+def test_classes_of_precision_are_not_compared_and_a_gpu_must_be_proven(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "subjects.py").write_text(SUBJECTS)
+    monkeypatch.setattr(pingpong, "held", lambda device: nullcontext({"gpu": f"of {device}"}))
+
+    def why(base: str, head: str, device: str) -> set[str]:
+        launches = [Launch(f"{tmp_path / 'subjects.py'}:{name}", device=device) for name in (base, head)]
+        record = compared(tmp_path, *launches, seconds=0.0)
+        assert record.machine["gpu"] == f"of {device}"
+        return {one.why.partition("): ")[2] for one in record.verdicts if one.verdict == NOT_COMPARABLE}
+
+    assert why("Float32", "Tf32", "cpu") == {"classes of precision differ: base: float32; head: float32 by tf32"}
+    assert why("OnCuda", "Copies", "cuda") == {
+        "its graphs have 3 Memcpy nodes: they copy between host and device in every step"
+    }
+    assert why("OnCuda", "Silent", "cuda") == {
+        "cuda was asked for, and its witness does not tell on what device it ran"
+    }
+    assert why("OnCuda", "OnCuda", "cuda") == set()
+
+
+@pytest.mark.parametrize(("mhz", "verdicts"), [(1000, {PASS, INCONCLUSIVE}), (700, {NOT_COMPARABLE})])
+def test_rounds_of_a_slow_clock_make_no_verdict(
+    mhz: int, verdicts: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = pingpong.ask
+    monkeypatch.setattr(pingpong, "ask", lambda *args: (*ask(*args)[:3], mhz, 0x4))
+    monkeypatch.setattr(pingpong, "held", lambda device: nullcontext({"default_mhz": 1000}))
+    record = compared(tmp_path, Launch("numpy"), Launch("numpy"))
+    assert {one.verdict for one in record.verdicts} <= verdicts
+    assert {(block.sm_mhz, block.throttle) for block in record.blocks} == {(mhz, 0x4)}
+    if mhz < 1000:
+        assert {one.why.partition("): ")[2] for one in record.verdicts} == {
+            "no round of a restart had both blocks near the device's default clock"
+        }
+
+
+def test_a_self_test_counts_the_runs_before_somebody_took_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = record_of({SCREEN: [SAME]})
+    done.conclude()
+    given: list[GateRecord] = [done]
+
+    def gate(*args: Any, **more: Any) -> GateRecord:
+        if not given:
+            raise Busy("it is being timed")
+        return given.pop()
+
+    monkeypatch.setattr(false_alarms, "gate", gate)
+    common = (Launch("numpy", device="cuda"), {"tiny": TINY}, "b", tmp_path / "runs", tmp_path / "history.jsonl")
+    told = false_alarms.self_test(*common, runs=3, simulate=10)
+    assert (told.runs, told.device) == (1, "cuda")
+    with pytest.raises(Busy):
+        false_alarms.self_test(*common, runs=3, simulate=10)
+
+
+def test_the_gate_waits_for_nobody_who_holds_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def busy(device: str) -> Iterator[None]:
+        raise Busy("it is being timed")
+        yield
+
+    monkeypatch.setattr(pingpong, "held", busy)
+    (tmp_path / "gate.json").write_text("of before")
+    with pytest.raises(Busy, match="it is being timed"):
+        compared(tmp_path, Launch("numpy"), Launch("numpy"))
+    assert (tmp_path / "gate.json").read_text() == "of before"
+
+
 def test_what_was_not_decided_in_time_is_inconclusive(tmp_path: Path) -> None:
     told: list[str] = []
     record = compared(tmp_path, Launch("numpy"), Launch("numpy"), seconds=0.01, tell=told.append)
@@ -327,6 +434,9 @@ def test_a_gate_that_alarms_too_often_is_found_out() -> None:
     often = told(*[calm] * 17, *[alarmed] * 3)
     assert (often.verdict, often.alarmed) == ("exceeded", 3)
     assert told().verdict == "untested"
+    calm.machine = {"cpu": "a CPU", "gpu": "a GPU"}
+    assert (told(calm).device, told(calm).machine["gpu"]) == ("cpu", "a GPU")
+    assert false_alarms.conclude([], "b", ["p"], 100, 0, "cuda").device == "cuda"
 
 
 def test_simulated_gates_keep_the_rate_even_where_restarts_differ_much() -> None:

@@ -236,7 +236,7 @@ def test_an_arm_without_a_median_says_why_it_has_none() -> None:
     assert "too few blocks" not in said(record)
     record.summaries, record.ratios = [], []
     text = said(record)
-    assert text.count("too few blocks") == arms
+    assert text.count("too few blocks") == arms + 1  # once more beside what was published
     assert "No decode step has a time." in text
     record.rounds = []
     assert said(record).count("too few blocks") == 0
@@ -282,6 +282,26 @@ def test_an_unfinished_run_says_so_and_loads_are_told_apart() -> None:
 
 
 # --- published, reproduced, ours ---
+def test_what_differs_begins_with_the_device_of_the_record() -> None:
+    def first_of(record: Record) -> str:
+        text = said(record)
+        return text[text.index("What differs") :]
+
+    record = latency()
+    assert "one thread of a CPU here" in first_of(record)
+    for entry in record.presets["decoder-small"]["published"]:
+        entry["differs"] = ("its cached loop ran the prefill twice",)
+    assert "one thread of a CPU here" in first_of(record)
+    record.protocol["threads"] = 4
+    assert "4 threads of a CPU here" in first_of(record)
+    record.device, record.machine["gpu"] = "cuda", "a GPU of ours"
+    told = first_of(record)
+    assert "a GPU here" in told
+    assert "of a CPU here" not in told
+    table = said(record)
+    assert "a GPU of ours" in table[table.index("Published, reproduced, ours") : table.index("What differs")]
+
+
 def test_published_reproduced_and_ours_stand_side_by_side() -> None:
     record = latency()
     text = said(record)

@@ -191,6 +191,17 @@ def test_a_step_that_takes_what_its_formula_says_has_the_expected_exponent() -> 
             assert one.exponent == pytest.approx(one.expected, abs=1e-6)
 
 
+def test_ceilings_of_the_processor_expect_nothing_of_another_device() -> None:
+    record = timed({
+        Arm("a", "decode"): power(0.5), Arm(MACHINE, "read"): power(0.0), Arm(MACHINE, "multiply"): power(0.0, 1e9),
+    })  # fmt: skip
+    on_cpu = found(record)["a", "decode"].expected
+    record.device = "cuda"
+    on_gpu = found(record)["a", "decode"]
+    assert on_gpu.expected == pytest.approx(expected(SHAPE, "decode", on_gpu.depths, 1, BYTES_ALONE))
+    assert on_cpu != pytest.approx(on_gpu.expected)
+
+
 def test_bandwidth_and_peak_are_those_of_the_batch_and_the_means_of_its_depths() -> None:
     """Bytes bind at the mean bandwidth and not at that of the first depth, nor among another batch's ceilings."""
 

@@ -20,7 +20,7 @@ import pytest
 from kvconform import cli_speed
 from kvconform.cli_speed import json_schema
 from kvconform.results import Results
-from kvconform.speed import controller
+from kvconform.speed import clock, controller
 from kvconform.speed.clock import Clock
 from kvconform.speed.eligibility import conformance
 from kvconform.speed.intervals import LEAST, MISS, T95, interval, rank, reaches, student, t95
@@ -28,10 +28,11 @@ from kvconform.speed.presets import PRESETS, Preset, Published
 from kvconform.speed.protocol import ROUNDS_WANTED, processors, variables
 from kvconform.speed.ratios import pairs
 from kvconform.speed.record import MACHINE, PHASES, Arm, Case, Record, Round, Tokens
-from kvconform.speed.stopwatch import Stopwatch, tokens
+from kvconform.speed.stopwatch import Block, Stopwatch, tokens
 from kvconform.speed.summaries import summarise
 from kvconform.subject import Launch
 from kvconform_backends.numpy_cache import NumpyCache
+from kvconform_reports.findings import Findings
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
@@ -270,6 +271,32 @@ def test_a_ratio_that_means_nothing_says_why(record: Record, why: str) -> None:
     assert why in ratio.why_invalid
 
 
+def test_a_time_by_itself_that_means_nothing_says_why() -> None:
+    sure, vague = record_of(PAIR, *([[100, 100 * (1 + r)]] * 9 for r in range(3))).summaries
+    assert sure.why_invalid == ""
+    assert "over 25%" in vague.why_invalid
+    found = Findings(record_of(PAIR, *([[100, 100 * (1 + r)]] * 9 for r in range(3))))
+    assert list(found.summaries) == [(0, 0)]
+    assert found.timeless([(0, 1)]) == f"not valid: {vague.why_invalid}"
+
+
+def test_tokens_of_a_block_under_the_clock_do_not_count_and_what_held_it_down_is_told() -> None:
+    record = record_of([Arm("a", "generate")], [[1000]] * 2)
+    record.cases[0] = msgspec.structs.replace(record.cases[0], new=3)
+    record.machine["default_mhz"] = 1000
+    record.rounds = [
+        msgspec.structs.replace(one, sm_mhz=1000 - 600 * one.round, throttle=0x4 * one.round) for one in record.rounds
+    ]
+    record.tokens = [Tokens(0, 0, 0, 0, [100, 110, 120]), Tokens(0, 0, 1, 0, [900, 990, 1080])]
+    summarise(record)
+    (made,) = record.generations
+    assert (made.ttft, made.tpot) == (100, 10)
+    assert record.notes == [
+        "1 of 2 blocks ran below 75% of the device's default clock and are left out",
+        "after 1 of 2 blocks the device's clock was held down: power cap",
+    ]
+
+
 def test_a_record_notes_how_many_blocks_a_slow_clock_took_and_device_times_of_two_kinds() -> None:
     record = record_of(PAIR, *([[100, 100]] * 9 for _ in range(2)))
     record.presets, record.machine["default_mhz"] = {"p": {}}, 1000
@@ -283,7 +310,11 @@ def test_a_record_notes_how_many_blocks_a_slow_clock_took_and_device_times_of_tw
         msgspec.structs.replace(one, device_ns=90, sm_mhz=749 if one.round == 0 else 750) for one in record.rounds
     ]
     summarise(record)
-    assert record.notes == [
+    told = record.notes
+    record.software["b"]["witness"]["p"]["device_time"] = ["graph"]
+    summarise(record)
+    assert record.notes[1:] == ["p: device times of a, b: graph"]
+    assert told == [
         "4 of 36 blocks ran below 75% of the device's default clock and are left out",
         "p: device times were measured in different ways: a: graph; b: cupti",
     ]
@@ -507,6 +538,41 @@ def test_a_generation_is_run_as_often_as_the_published_one(timed: Any) -> None:
     (case,) = {block.case for block in record.rounds}
     assert record.cases[case].new == 4
     assert len(record.rounds) == 2 * 3  # 5 runs in 2 restarts
+    assert record.protocol["phases"] == ["generate"]
+
+
+def test_a_budget_goes_before_the_published_runs(timed: Any) -> None:
+    known = Published("4 tokens", "1 s", "2 s", 2.0, "here", "somewhere", "Sleepy", ("generate",), (), runs=400)
+    preset = replace(ONE, generate=(4, 4), published=(known,))
+    record = timed("Sleepy", preset=preset, restarts=2, phases=("generate",), seconds=1e-3)
+    assert 0 < len(record.rounds) < 100  # 50 ms a restart at least, of generations that sleep for 6
+    assert record.protocol["seconds"] == 1e-3
+
+
+def test_a_device_that_is_not_the_processor_has_none_of_its_ceilings(
+    timed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = controller._Run.preset
+
+    def elsewhere(run: Any, *args: Any) -> None:
+        run.record.device = "cuda"
+        began(run, *args)
+
+    monkeypatch.setattr(controller._Run, "preset", elsewhere)
+    record = timed("numpy", phases=("decode",))
+    assert {arm.phase for case in record.cases for arm in case.arms} == {"decode"}
+    assert record.rounds
+    (roof,) = record.roofs
+    assert (roof.floor, roof.fraction) == (None, None)
+    assert roof.bytes_expected
+    assert "ceilings are the processor's" in roof.flag
+
+
+def test_a_block_of_a_worker_of_another_version_is_understood_by_its_names() -> None:
+    older = {"ns": 5, "cpu_ns": 4, "nivcsw": 1, "device_ns": 0, "sm_mhz": 1200, "tokens": [3, 5]}
+    assert clock._block(older) == Block(5, 4, 1, sm_mhz=1200, tokens=(3, 5))
+    with pytest.raises(TypeError, match="cpu_ns"):
+        clock._block({"ns": 5, "tokens": []})
 
 
 @pytest.mark.parametrize("budget", [None, 1e-3])

@@ -76,7 +76,7 @@ def precision(dtype: torch.dtype, device: str) -> str:
     reduced = {
         torch.bfloat16: cuda.allow_bf16_reduced_precision_reduction,
         torch.float16: cuda.allow_fp16_reduced_precision_reduction,
-    }[dtype]
+    }.get(dtype, False)
     return f"{name}, sums in {name}" if device == "cuda" and reduced else name
 
 

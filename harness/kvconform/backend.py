@@ -188,9 +188,12 @@ class Abilities(Protocol):
         ...
 
     def witness(self) -> dict[str, Any]:
-        """What really ran since the backend was built (optional): versions, providers, graphs, device of outputs.
+        """What really ran since the backend was built (optional, but on a GPU): versions, providers, graphs.
 
-        A key ``fallback`` with a sentence says that something else ran than the backend's name promises: whatever
-        was judged until then was *not tested*.
+        ``device``: of the outputs, as torch names it (``cpu``, ``cuda``, ``cuda:1``); another than was asked for is a
+        fallback, and on a GPU nothing passes and nothing is timed without it. ``precision``: the class in which matrix
+        products are computed (``float32``, ``float32 by tf32``); on a GPU no times are compared without it. A key
+        ``fallback`` with a sentence says that something else ran than the backend's name promises: whatever was judged
+        until then was *not tested*.
         """
         ...

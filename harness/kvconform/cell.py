@@ -27,6 +27,7 @@ from kvconform.budget import (
 from kvconform.counterexample import Broken, Counterexample, attempt, frozen, replayed
 from kvconform.counterexample import sentence as said
 from kvconform.shrink import reduced_death, reduced_list
+from kvconform.speed.device import unproven
 from kvconform.subject import Death, Subject
 from kvconform.verdict import Outcome, Verdict
 from kvconform_specs import SUITE_VERSION
@@ -75,10 +76,11 @@ def run_cell(cell: Cell, subject: Subject, budget: Budget, seed: int, folder: Pa
         return search.verdict(Outcome.NOT_EXERCISED, f"not tested: {fallback}")
     if search.best is not None:
         return search.conclude(folder)
-    if "failed" in witness:
-        return search.verdict(Outcome.NOT_EXERCISED, f"nobody knows what ran: its witness failed: {witness['failed']}")
-    if search.compared == 0:
-        return search.verdict(Outcome.NOT_EXERCISED, "nothing was compared")
+    unknown = unproven(witness, subject.launch.device)
+    if search.compared == 0 and "failed" not in witness:
+        unknown = "nothing was compared"
+    if unknown:
+        return search.verdict(Outcome.NOT_EXERCISED, unknown)
     return search.verdict(Outcome.PASS)
 
 

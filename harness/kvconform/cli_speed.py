@@ -29,6 +29,8 @@ from kvconform_specs.errors import SpecError
 TIMED = [phase for phase in PHASES if phase not in ("read", "multiply")]
 DEFAULT_PRESETS = ("small", "past-tuples")
 HISTORY = "gate-history.jsonl"
+NOTHING = 5
+"""Exit code: nobody was timed, or counted."""
 
 
 def bench(
@@ -45,8 +47,12 @@ def bench(
             f"{pingpong.SECONDS_PER_CASE:g} with it for --gate."
         ),
     ] = None,
-    budget: Annotated[float | None, typer.Option(help="Seconds of the whole run, instead of --seconds.")] = None,
-    restarts: Annotated[int, typer.Option(min=1, help="How often all workers start anew.")] = protocol.RESTARTS,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds of the whole run once all are judged, instead of --seconds.")
+    ] = None,
+    restarts: Annotated[
+        int | None, typer.Option(min=1, help=f"How often all workers start anew; {protocol.RESTARTS} if none.")
+    ] = None,
     phase: Annotated[list[str], typer.Option(help=f"Only these: {', '.join(TIMED)}. Repeatable.")] = [],  # noqa: B006
     threads: Annotated[int, typer.Option(min=1, help="Threads of each worker.")] = 1,
     seed: Seed = 0,
@@ -93,20 +99,25 @@ def bench(
     if gate:
         if python:
             raise usage("--python: the gate takes interpreters as --base and --head")
+        if phase or restarts:
+            raise usage("--phase and --restarts are not of the gate: it has its own")
+        if self_test and budget is not None:
+            raise usage("--budget: a self-test has --runs, each of them whole")
         common = {"seed": seed, "threads": threads} | ({} if seconds is None else {"seconds_per_case": seconds})
-        if self_test:
-            raise typer.Exit(_self_tests(named, chosen, head, runs, out, history or out / HISTORY, common))
-        raise typer.Exit(_gates(named, chosen, base, head, out, {**common, "seconds": budget}))
+        with _one_at_a_time():
+            if self_test:
+                raise typer.Exit(_self_tests(named, chosen, head, runs, out, history or out / HISTORY, common))
+            raise typer.Exit(_gates(named, chosen, base, head, out, {**common, "seconds": budget}))
     _judge(named, out)
     with _Shown() as shown, _one_at_a_time():
         record = controller.bench(
             named, chosen, out, out / "speed.json", seconds_per_case=seconds or protocol.SECONDS_PER_CASE,
-            restarts=restarts, seconds=budget, phases=phase, seed=seed, threads=threads, tell=shown.tell,
-            advance=shown.advance,
+            restarts=restarts or protocol.RESTARTS, seconds=budget, phases=phase, seed=seed, threads=threads,
+            tell=shown.tell, advance=shown.advance,
         )  # fmt: skip
     for excluded in record.excluded:
         screen.print(escape(f"no time: {excluded.backend}, {excluded.preset}: {excluded.why}"))
-    raise typer.Exit(0 if record.rounds else 5)
+    raise typer.Exit(0 if record.rounds else NOTHING)
 
 
 def _counts(named: Mapping[str, Launch], chosen: Mapping[str, Preset], out: Path, baseline: Path | None) -> int:
@@ -115,7 +126,7 @@ def _counts(named: Mapping[str, Launch], chosen: Mapping[str, Preset], out: Path
     found = counters.broken(record) + ([] if before is None else counters.compare(before, record))
     for words in counters.lines(found):
         _say(words)
-    return exit_code(found)
+    return exit_code(found) if found or record.counts else NOTHING
 
 
 def _gates(

@@ -201,6 +201,7 @@ class Subject:
                     self.receive(program)
 
     def witness(self, config: Config) -> dict[str, Any]:
+        """What really ran. One that tells the other device than was asked for is a fallback, whatever else it tells."""
         if config not in self._built or self._process is None:
             return {}
         try:
@@ -208,6 +209,9 @@ class Subject:
         except Death as death:
             return {"failed": death.words}
         witness: dict[str, Any] = reply.get("witness", {"failed": reply.get("error")})
+        told = str(witness.get("device"))
+        if told.partition(":")[0] in {"cpu", "cuda"} - {self.launch.device}:
+            witness.setdefault("fallback", f"{self.launch.device} was asked for, and it ran on {told}")
         return witness
 
     def script(self, config: Config, programs: Sequence[tuple[Program, str]]) -> tuple[str, list[str]] | None:

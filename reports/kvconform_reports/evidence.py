@@ -16,7 +16,7 @@ from kvconform.speed.ratios import designs
 from kvconform.speed.record import Record
 from kvconform.storage import write_atomically
 from kvconform_reports.figures import roofline, unit
-from kvconform_reports.findings import STEPS, Findings
+from kvconform_reports.findings import STEPS, Findings, device_of
 from kvconform_reports.grids import exponent
 from kvconform_reports.markdown import text
 from kvconform_reports.published import Comparison, compare
@@ -42,10 +42,11 @@ def render(records: Mapping[str, Record], folder: str = "evidence") -> str:
 def _preset(record: Record, preset: str, path: str) -> Iterator[str]:
     findings = Findings(record)
     batches = sorted({case.batch for case in record.cases if case.preset == preset})
-    yield f"## {preset} on {record.machine.get('cpu') if record.device == 'cpu' else record.device}"
+    yield f"## {preset} on {device_of(record)}"
     yield f"{text(str(record.presets[preset].get('about', '')))}. {_made(record)} [The record]({path})."
     if not record.finished:
         yield "**This run did not finish.**"
+    yield from (f"{text(words)}." for words in record.notes)
     comparison = compare(findings, preset, batches)
     if comparison is not None:
         yield _published(comparison)
@@ -99,7 +100,8 @@ def _decode(findings: Findings, preset: str, batch: int) -> Iterator[str]:
             timed = findings.summary(here, arm)
             ratios = [findings.ratio(here, arm, other) for other in against if other != arm]
             rows.append((
-                str(depth), arm.backend, "" if timed is None else f"{one.of(timed.median)} ({one.interval(timed)})",
+                str(depth), arm.backend, findings.timeless(findings.places(here, arm)) if timed is None else
+                f"{one.of(timed.median)} ({one.interval(timed)})",
                 roofline(findings.roof(here, arm)).words, "; ".join(ratio.words for ratio in ratios if ratio),
                 *(findings.without(here, arm.backend, phase).words for phase in STEPS[1:]),
             ))  # fmt: skip

@@ -19,13 +19,32 @@ Numbered = tuple[int, Case]
 """A case with its place in the record."""
 
 
+def device_of(record: Record) -> str:
+    """What the times are of: the processor by its name, or the GPU."""
+    kind = "cpu" if record.device == "cpu" else "gpu"
+    return str(record.machine.get(kind) or record.device)
+
+
+def runs_on(record: Record) -> str:
+    """How that is used: a CPU by so many threads of each worker."""
+    if record.device != "cpu":
+        return "a GPU here"
+    threads = record.protocol.get("threads", 1)
+    return "one thread of a CPU here" if threads == 1 else f"{threads} threads of a CPU here"
+
+
 class Findings:
     """What a record says of each arm, found by its case and place in it."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
-        self.summaries: dict[tuple[int, int], Summary] = {(s.case, s.arm): s for s in record.summaries}
-        self.generations: dict[tuple[int, int], Generation] = {(g.case, g.arm): g for g in record.generations}
+        self.summaries: dict[tuple[int, int], Summary] = {
+            (s.case, s.arm): s for s in record.summaries if not s.why_invalid
+        }
+        self._vague = {(s.case, s.arm): f"not valid: {s.why_invalid}" for s in record.summaries if s.why_invalid}
+        self.generations: dict[tuple[int, int], Generation] = {
+            (g.case, g.arm): g for g in record.generations if (g.case, g.arm) not in self._vague
+        }
         self.roofs: dict[tuple[int, int], Roof] = {(r.case, r.arm): r for r in record.roofs}
         self.blocks = Counter((r.case, r.arm) for r in record.rounds)
         self._ratios: dict[int, list[Ratio]] = defaultdict(list)
@@ -59,6 +78,12 @@ class Findings:
         """Of the most blocks, where several of these cases time the arm."""
         found = [self.summaries[place] for place in self.places(cases, arm) if place in self.summaries]
         return max(found, key=lambda s: s.n, default=None)
+
+    def timeless(self, places: Iterable[tuple[int, int]]) -> str:
+        """Why an arm has no time in any of these places."""
+        found = list(places)
+        vague = next((self._vague[place] for place in found if place in self._vague), "")
+        return vague or ("too few blocks" if any(self.blocks[place] for place in found) else "not measured")
 
     def generation(self, cases: Iterable[Numbered], arm: Arm) -> Generation | None:
         """Of the most blocks, as ``summary``."""

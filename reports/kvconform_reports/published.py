@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from kvconform.speed.device import kept
 from kvconform.speed.record import Arm, Summary
 from kvconform_reports.figures import Proportion, Unit, digits, unit
-from kvconform_reports.findings import UNCACHED, Findings, Numbered
+from kvconform_reports.findings import UNCACHED, Findings, Numbered, device_of, runs_on
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,10 @@ def compare(findings: Findings, preset: str, batches: Sequence[int]) -> Comparis
     one = unit(summary.median for *_, summary in timed if summary is not None)
     rows = [_measured(findings, cases, arm, summary, designs, one) for cases, arm, summary in timed]
     missing = [name for name in designs if not any(row.backend == name for row in rows)]
-    machine = findings.record.machine.get("cpu") or findings.record.device
+    here = runs_on(findings.record)
     return Comparison(
-        tuple(_published(entry) for entry in entries),
-        tuple(sorted(rows, key=lambda row: row.kind != "reproduced")), str(machine),
+        tuple(_published(entry, here) for entry in entries),
+        tuple(sorted(rows, key=lambda row: row.kind != "reproduced")), device_of(findings.record),
         f"This record has no time of the published design ({', '.join(missing)})." if missing else "",
         tuple(words for entry in entries for words in (_theirs(findings, preset, batches, entry),) if words),
     )  # fmt: skip
@@ -84,11 +85,12 @@ def _theirs(findings: Findings, preset: str, batches: Sequence[int], entry: Mapp
     whole generations, each of which is one run here."""
     phases, wanted = _phases(entry), entry.get("runs", 1)
     name = str(entry.get("arm") or preset)
+    rounds, _ = kept(findings.record.rounds, int(findings.record.machine.get("default_mhz", 0)))
     told, means = [], []
     for phase, words in zip(phases, ("with", "without"), strict=False):
         cases = [item for item in findings.cases(preset, batches[0], (phase,)) if item[1].new] if batches else []
         places = set(findings.places(cases, Arm(name, phase)))
-        runs = [block.ns for block in findings.record.rounds if (block.case, block.arm) in places]
+        runs = [block.ns for block in rounds if (block.case, block.arm) in places]
         if wanted < 2 or len(runs) < 2:
             return ""
         one = unit([fmean(runs)])
@@ -120,25 +122,26 @@ def _phases(entry: Mapping[str, Any]) -> tuple[str, ...]:
 def _measured(
     findings: Findings, cases: list[Numbered], arm: Arm, summary: Summary | None, designs: Mapping[str, None], one: Unit
 ) -> Measured:
-    case = cases[0][1]
+    case, places = cases[0][1], findings.places(cases, arm)
     every, last = (findings.without(cases, arm.backend, phase, invert=True) for phase in UNCACHED[arm.phase])
     over = [findings.ratio(cases, arm, Arm(name, arm.phase)) for name in designs if name != arm.backend]
     what = f"generate {case.new} after {case.depth}" if case.new else f"decode at depth {case.depth}"
     return Measured(
         "reproduced" if arm.backend in designs else "ours", arm.backend, what,
-        "not measured" if summary is None else f"{one.of(summary.median)} {one.name}",
+        findings.timeless(places) if summary is None else f"{one.of(summary.median)} {one.name}",
         "" if summary is None else one.interval(summary), every, last, next((r for r in over if r is not None), None),
     )  # fmt: skip
 
 
-def _published(entry: Mapping[str, Any]) -> Published:
+def _published(entry: Mapping[str, Any], here: str) -> Published:
+    """``here``: where this record was made, the first of what differs."""
     differs = entry.get("differs") or ()
     every, last = (any(phase in _phases(entry) for phase in column) for column in zip(*UNCACHED.values(), strict=True))
     sentences = [differs] if isinstance(differs, str) else differs if isinstance(differs, list | tuple) else ()
     return Published(
         _said(entry.get("what")), _said(entry.get("cached"), " s"), _said(entry.get("uncached"), " s"),
         _said(entry.get("ratio"), " ×"), _said(entry.get("machine")), _said(entry.get("source")),
-        every, last, tuple(str(sentence) for sentence in sentences),
+        every, last, tuple(dict.fromkeys([here, *map(str, sentences)])),
     )  # fmt: skip
 
 

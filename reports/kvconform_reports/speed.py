@@ -190,9 +190,8 @@ def _answer(findings: Findings, steps: list[Numbered], batch: int, one: Unit) ->
         summary = findings.summary(cases, arm)
         if not ratios and arm.backend in references:
             ratios = {"": Proportion(absent="the reference")}
-        blocks = sum(findings.blocks[place] for place in findings.places(cases, arm))
         row = Standing(
-            _timing(arm, summary, one, blocks, tuple(ratios.values())),
+            _timing(findings, arm, summary, one, findings.places(cases, arm), tuple(ratios.values())),
             findings.without(cases, arm.backend, "recompute"),
             findings.without(cases, arm.backend, "recompute-last"),
             roofline(findings.roof(cases, arm)),
@@ -226,12 +225,12 @@ def _sentence(row: Standing, slower: Sequence[Proportion], depth: int, batch: in
 
 
 def _timing(
-    arm: Arm, summary: Summary | None, one: Unit, blocks: int, to: tuple[Proportion, ...],
-    cached: tuple[Proportion, ...] = (),
+    findings: Findings, arm: Arm, summary: Summary | None, one: Unit, places: Sequence[tuple[int, int]],
+    to: tuple[Proportion, ...], cached: tuple[Proportion, ...] = (),
 ) -> Timing:  # fmt: skip
     if summary is None:
-        why = "too few blocks" if blocks else "not measured"
-        return Timing(arm.backend, arm.phase, why, blocks=blocks, to=to, cached=cached)
+        blocks = sum(findings.blocks[place] for place in places)
+        return Timing(arm.backend, arm.phase, findings.timeless(places), blocks=blocks, to=to, cached=cached)
     return Timing(
         arm.backend, arm.phase, one.of(summary.median), one.interval(summary),
         f"{one.of(summary.q1)} to {one.of(summary.q3)}", one.of(summary.p90), one.of(summary.p99),
@@ -244,7 +243,7 @@ def _timings(findings: Findings, cases: list[Numbered], phases: Sequence[str], o
     for number, case in cases:
         rows = [
             _timing(
-                arm, findings.summaries.get((number, i)), one, findings.blocks[number, i], findings.others(number, i),
+                findings, arm, findings.summaries.get((number, i)), one, [(number, i)], findings.others(number, i),
                 findings.itself(number, i),
             )
             for i, arm in enumerate(case.arms) if arm.phase in phases
@@ -271,9 +270,11 @@ def _series(findings: Findings, cases: list[Numbered]) -> list[Series]:
         line = tuple((float(depth), s.median, s.low, s.high) for depth, s in points if s is not None)
         found.append(Series(f"{arm.backend} {arm.phase}", kin[arm.backend], STROKES[arm.phase], line))
     roofs = [(depth, findings.roof(at[depth], arm)) for depth in depths for arm in arms if arm.phase == "decode"]
-    floors = {float(depth): roof.floor for depth, roof in reversed(roofs) if roof is not None}
+    floors = {
+        float(depth): roof.floor for depth, roof in reversed(roofs) if roof is not None and roof.floor is not None
+    }
     floor = tuple((depth, value, value, value) for depth, value in floors.items())
-    return [*found, Series("floor of the roofline", -1, "solid", floor)]
+    return [*found, Series("floor of the roofline", -1, "solid", floor)] if floor else found
 
 
 def _generating(findings: Findings, cases: list[Numbered]) -> Generating:
@@ -287,7 +288,7 @@ def _generating(findings: Findings, cases: list[Numbered]) -> Generating:
     parts: dict[int, list[Generated]] = {}
     for place, arm in places:
         timing = _timing(
-            arm, summaries[place], whole, findings.blocks[place], findings.others(*place), findings.itself(*place)
+            findings, arm, summaries[place], whole, [place], findings.others(*place), findings.itself(*place)
         )
         one, texts = found[place], ("", "", "", "", "")
         if one is not None:

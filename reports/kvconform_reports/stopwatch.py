@@ -113,7 +113,7 @@ def _short(found: Sequence[Pool], told: Mapping[str, list[Alarms]]) -> str:
     """The page in one table."""
     rows = []
     for pool in found:
-        loop, *_, one, _three, _six = errors(pool)
+        loop, *_, one, _several, _six = errors(pool)
         *others, gate = told[pool.name]
         false = [other.share[EQUAL] for other in others if other.samples == AFTER]
         rows.append([
@@ -239,13 +239,18 @@ def _history(tests: Sequence[SelfTest]) -> Iterator[str]:
     )  # fmt: skip
     yield _rows(heads, [
         (
-            one.date[:10], f"{one.machine['cpu']}, {one.machine['cores']} cores",
+            one.date[:10], _timed_on(one),
             f"{one.backend} on {', '.join(one.presets)}", str(one.runs), str(one.cases), str(one.alarms),
             str(one.improvements), str(one.inconclusive), "" if one.spread is None else _percent(one.spread),
             f"{one.simulated['alarms']} / {one.simulated['cases']}", one.verdict,
         )
         for one in tests
     ])  # fmt: skip
+
+
+def _timed_on(one: SelfTest) -> str:
+    cpu = f"{one.machine['cpu']}, {one.machine['cores']} cores"
+    return cpu if one.device == "cpu" else f"{one.device}: {one.machine.get('gpu', 'unknown')}; {cpu}"
 
 
 def _weak(found: Sequence[Pool], told: Mapping[str, list[Alarms]]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from transformers import AutoConfig, DynamicCache, PreTrainedConfig, StaticCache
 
 from kvconform.backend import Unavailable
 from kvconform.registry import BackendError
+from kvconform_backends import cuda_timing
 from kvconform_backends.targets import black_box, hf_recipe
 from kvconform_backends.targets.foreign import Raised, foreign
 from kvconform_backends.targets.hf_recipe import SPREAD, Recipe, point_of, tiny, tokens_of
@@ -75,6 +76,7 @@ class Transformers:
         torch.set_float32_matmul_precision("highest")  # float32 means float32: no TF32
         self.config, self.device = config, device
         self.model: Any = self.made.to(device)
+        self.seen_on: str | None = None  # the device of the last logits
         self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
 
     # --- the cache ---
@@ -100,7 +102,7 @@ class Transformers:
         )  # fmt: skip
         output = self.model(**inputs, return_dict=True)
         sequence.cache = output.past_key_values
-        return black_box.widened(output.logits), sequence
+        return self._given(output.logits), sequence
 
     def length(self, sequence: Sequence) -> list[int]:
         return [int(sequence.cache.get_seq_length())] * sequence.batch
@@ -136,7 +138,11 @@ class Transformers:
     @torch.no_grad()
     def full(self, tokens: Array) -> Array:
         ids = torch.from_numpy(tokens).to(self.device)
-        return black_box.widened(self.model(input_ids=ids, use_cache=False, return_dict=True).logits)
+        return self._given(self.model(input_ids=ids, use_cache=False, return_dict=True).logits)
+
+    def _given(self, logits: torch.Tensor) -> Array:
+        self.seen_on = logits.device.type
+        return black_box.widened(logits)
 
     def disturbed(self, storage: float, accumulation: float, seed: int) -> Transformers:
         other = copy.copy(self)
@@ -150,8 +156,11 @@ class Transformers:
             "transformers": transformers.__version__, "torch": torch.__version__, "model": type(self.model).__name__,
             "cache": type(cache).__name__, "layers": [type(layer).__name__ for layer in cache.layers],
             "attention": self.model.config._attn_implementation, "experts": _experts(self.model),
-            "device": str(self.model.device),
+            "device": self.seen_on, "precision": cuda_timing.precision(self.model.dtype, self.device),
         }  # fmt: skip
+
+    def synchronise(self) -> None:
+        cuda_timing.synchronise(self.device)
 
     def script_setup(self) -> str:
         return self.recipe.setup(self.config.capacity, self.takes_positions)

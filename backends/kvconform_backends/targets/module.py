@@ -23,6 +23,7 @@ from torch import nn
 
 from kvconform.backend import Unavailable
 from kvconform.registry import BackendError, module_of
+from kvconform_backends import cuda_timing
 from kvconform_backends.targets import black_box, conventions, module_calls
 from kvconform_backends.targets.foreign import Raised, foreign
 from kvconform_backends.targets.module_calls import Caller, Held
@@ -268,9 +269,13 @@ class ModuleSubject:
         return other
 
     def witness(self) -> dict[str, Any]:
-        device = self.caller.device
-        name = torch.cuda.get_device_name() if device == "cuda" else device
-        return {"torch": torch.__version__, "device": name, "call": self.caller.convention.call}
+        return {
+            "torch": torch.__version__, "device": self.caller.seen_on, "call": self.caller.convention.call,
+            "precision": cuda_timing.precision(self.target.dtype, self.caller.device),
+        }  # fmt: skip
+
+    def synchronise(self) -> None:
+        cuda_timing.synchronise(self.caller.device)
 
     def script_setup(self) -> str:
         return self.source.setup()

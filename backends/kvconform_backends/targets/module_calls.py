@@ -43,6 +43,7 @@ class Caller:
         self._fixed = {"torch": torch, "np": np, "module": module, "device": device}
         self._fixed |= {name: namespace[name] for name in convention.imports}
         self._code: dict[str, types.CodeType] = {}
+        self.seen_on: str | None = None  # the device of the last output
 
     def on(self, module: Any) -> Caller:
         """The same calls of another module."""
@@ -103,6 +104,7 @@ class Caller:
 
     def numbers(self, y: Any) -> Array:
         """An output ``(b, t, e)`` as float32."""
+        self.seen_on = y.device.type if isinstance(y, Tensor) else "cpu"
         made = black_box.widened(y) if isinstance(y, Tensor) else np.array(y, np.float32)
         return made if self.convention.batched else made[None]
 

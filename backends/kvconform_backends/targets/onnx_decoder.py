@@ -200,11 +200,10 @@ class OnnxDecoder:
         runners = {path.name: runner for (path, on), runner in self.graphs.runners.items() if on == self.device}
         counted = sum((runner.nodes for runner in runners.values()), Counter[tuple[str, str]]())
         strays = onnx_runtime.strays(counted) if self.device == "cuda" else []
+        sessions = [runner.session for runner in runners.values()]
         found = {
             "onnx": importlib.metadata.version("onnx"),
-            "onnxruntime": onnxruntime.__version__,
-            "providers": sorted({name for runner in runners.values() for name in runner.session.get_providers()}),
-            "nodes": {f"{provider}:{kind}": count for (provider, kind), count in sorted(counted.items())},
+            **onnx_runtime.witness(sessions, self.config.dtype, self.device),
             "device": "/".join(sorted({runner.seen_on for runner in runners.values() if runner.seen_on})),
             "opset": max(
                 entry.version for entry in self.graphs.later.model.opset_import if entry.domain in ("", "ai.onnx")

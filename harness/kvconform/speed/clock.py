@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
 from kvconform.speed.presets import Preset
 from kvconform.speed.protocol import WARM_AGREE, WARM_BLOCK_NS, WARM_SECONDS, WARM_STEPS
@@ -49,7 +50,7 @@ class Clock:
         reply = self._ask(preset, arm, depth, {**asked, "batch": batch}, timeout)
         if reply["digest"] != self.digests[preset.name]:
             raise Lost(arm.backend, "its interpreter makes other tokens of the same seed")
-        return [Block(**{**block, "tokens": tuple(block["tokens"])}) for block in reply["blocks"]]
+        return [_block(told) for told in reply["blocks"]]
 
     def device(self, preset: Preset, arm: Arm, depth: int, steps: int, count: int, *, batch: int = 1) -> list[int]:
         """The device's own nanoseconds of ``count`` blocks: see ``Stopwatch.device``. Raises Lost."""
@@ -83,6 +84,12 @@ class Clock:
             at_rest = len(last) == 3 and max(last) <= (1 + WARM_AGREE) * min(last)
             if at_rest or time.perf_counter() > deadline:
                 return median(last)
+
+
+def _block(told: Mapping[str, Any]) -> Block:
+    """What a worker of another version tells beyond this one's fields is left out; what it must tell, it must."""
+    known = {name: told[name] for name in Block._fields if name in told}
+    return Block(**{**known, "tokens": tuple(told["tokens"])})
 
 
 def config_of(subject: Subject, preset: Preset) -> Config:

@@ -53,37 +53,36 @@ def bench(
     run, from which those of a case follow then, warm-up included. phases: keeps these (``record.PHASES``); empty
     keeps all. tell: is given one line for each thing done; advance: the share that is done and the seconds that
     remain. An interrupt (Ctrl-C) ends the run and keeps what is measured: the record that is written and returned
-    has ``finished`` False then.
+    has ``finished`` False then. Raises ``device.Busy`` where another benchmark holds the GPU.
     """
-    run = _Run(list(presets.values()), results_dir, out, seconds_per_case, restarts, seconds, seed, threads, tell)
+    run = _Run(
+        list(presets.values()), results_dir, out, seconds_per_case, restarts, seconds, seed, threads, tell,
+        tuple(phases), advance,
+    )  # fmt: skip
     run.record.device = ", ".join(sorted({launch.device for launch in launches.values()}))
-    run.phases, run.advance = tuple(phases), advance
-    try:
-        with held("cuda" if "cuda" in run.record.device else "cpu") as told:
-            run.record.machine |= told
+    with held("cuda" if "cuda" in run.record.device else "cpu") as told:
+        run.record.machine |= told
+        try:
             for preset in run.presets:
                 run.preset(preset, launches)
-        run.record.finished = True
-    except KeyboardInterrupt:
-        tell("interrupted: what was measured is kept")
-    finally:
-        run.write()
+            run.record.finished = True
+        except KeyboardInterrupt:
+            tell("interrupted: what was measured is kept")
+        finally:
+            run.write()
     return run.record
 
 
 class _Run:
     """The state of one run."""
 
-    phases: tuple[str, ...] = ()
-    advance: Advance
-
     def __init__(
         self, presets: list[Preset], results_dir: Path | None, out: Path, seconds_per_case: float, restarts: int,
-        seconds: float | None, seed: int, threads: int, tell: Tell,
+        seconds: float | None, seed: int, threads: int, tell: Tell, phases: tuple[str, ...], advance: Advance,
     ) -> None:  # fmt: skip
         self.presets, self.results_dir, self.out = presets, results_dir, out
         self.seconds_per_case, self.restarts, self.seconds = seconds_per_case, restarts, seconds
-        self.seed, self.threads, self.tell = seed, threads, tell
+        self.seed, self.threads, self.tell, self.phases, self.advance = seed, threads, tell, phases, advance
         self.began = time.perf_counter()
         self.done = 0  # cases
         self.spent = 0.0  # seconds of these
@@ -91,7 +90,7 @@ class _Run:
             suite=SUITE_VERSION, started=datetime.now(UTC).isoformat(timespec="seconds"), device="",
             machine=machine(), software={}, load=[load_average()],
             presets={preset.name: preset.to_json() for preset in presets},
-            protocol=described(presets, results_dir, seconds_per_case, seed, threads, restarts),
+            protocol=described(presets, results_dir, seconds_per_case, seed, threads, restarts, phases, seconds),
         )  # fmt: skip
 
     def preset(self, preset: Preset, launches: Mapping[str, Launch]) -> None:

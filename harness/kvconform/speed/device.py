@@ -91,16 +91,17 @@ class Gpu:
         asked = ctypes.c_int(CLOCK_SM), ctypes.byref(mhz)
         return mhz.value if self.clocked and self._code("nvmlDeviceGetClockInfo", self._handle, *asked) == 0 else 0
 
-    def throttled(self) -> list[str]:
-        """What holds the clock down at this moment, in words; empty: nothing, or NVML does not tell."""
+    def throttle(self) -> int:
+        """What holds the clock down at this moment, to be read right after a block: bits of ``REASONS``; 0: nothing,
+        or NVML does not tell."""
         bits = ctypes.c_ulonglong()
         # drivers before R535 have the older name alone
         for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
             if hasattr(self._nvml, name):
                 if self._code(name, self._handle, ctypes.byref(bits)) != 0:
-                    return []
+                    return 0
                 break
-        return [words for bit, words in REASONS.items() if bits.value & bit]
+        return bits.value & sum(REASONS)
 
     def fingerprint(self) -> dict[str, Any]:
         """What a record tells of the GPU; times of two of them are never compared."""
@@ -212,7 +213,7 @@ else:
 
 # --- what may be summarised, and compared ---
 class Clocked(Protocol):
-    """A timed block: ``stopwatch.Block`` or ``record.Round``."""
+    """A timed block: ``stopwatch.Block``, ``record.Round`` or ``gate_record.GateBlock``."""
 
     @property
     def sm_mhz(self) -> int: ...
@@ -222,22 +223,37 @@ Timed = TypeVar("Timed", bound=Clocked)
 
 
 def kept(blocks: Iterable[Timed], default_mhz: int) -> tuple[list[Timed], int]:
-    """The blocks that ran at ``SLOW`` of the default clock or above, in their order, and how many did not. A block
-    without a clock (0: on a CPU, or NVML tells none) is kept."""
+    """The blocks that count (``fast``), in their order, and how many do not."""
     every = list(blocks)
-    fast = [block for block in every if block.sm_mhz == 0 or block.sm_mhz >= SLOW * default_mhz]
-    return fast, len(every) - len(fast)
+    found = [block for block in every if fast(block, default_mhz)]
+    return found, len(every) - len(found)
+
+
+def fast(block: Clocked, default_mhz: int) -> bool:
+    """Whether a block ran at ``SLOW`` of the default clock or above, or without a clock (0: on a CPU, or NVML tells
+    none)."""
+    return block.sm_mhz == 0 or block.sm_mhz >= SLOW * default_mhz
 
 
 Witnesses = Mapping[str, Mapping[str, Any]]
 """What really ran, by backend (``Backend.witness``)."""
 
 
+def unproven(witness: Mapping[str, Any], device: str) -> str | None:
+    """Why nobody knows what ran: the witness failed, or did not tell the device, which on a GPU it must. None: it told
+    all that is needed."""
+    if "failed" in witness:
+        return f"nobody knows what ran: its witness failed: {witness['failed']}"
+    if device == "cpu" or _on_gpu(witness):
+        return None
+    return f"{device} was asked for, and its witness does not tell on what device it ran"
+
+
 def classes(witnesses: Witnesses) -> str | None:
     """Why arms must not be compared, in one sentence: they compute in different classes of precision (TF32 is three
     digits and several times the speed), or on a GPU one does not tell its own. None: nothing is against it."""
     told = {name: str(seen["precision"]) for name, seen in witnesses.items() if "precision" in seen}
-    silent = [name for name, seen in witnesses.items() if name not in told and seen.get("device") == "cuda"]
+    silent = [name for name, seen in witnesses.items() if name not in told and _on_gpu(seen)]
     if len(witnesses) > 1 and silent:
         return f"does not tell its class of precision: {', '.join(silent)}"
     return _differing(told, "classes of precision differ")
@@ -246,8 +262,21 @@ def classes(witnesses: Witnesses) -> str | None:
 def methods(witnesses: Witnesses) -> str | None:
     """Why the device times of arms must not be compared: they were measured in different ways, or with L2 in another
     state. Step wall is not concerned."""
-    told = {name: " and ".join(seen["device_time"]) for name, seen in witnesses.items() if seen.get("device_time")}
-    return _differing(told, "device times were measured in different ways")
+    return _differing(_ways(witnesses), "device times were measured in different ways")
+
+
+def ways(witnesses: Witnesses) -> str | None:
+    """How device times came about, where that was the same for all that tell: the way, and the state of L2."""
+    told = _ways(witnesses)
+    return f"device times of {', '.join(told)}: {next(iter(told.values()))}" if told else None
+
+
+def _ways(witnesses: Witnesses) -> dict[str, str]:
+    return {name: " and ".join(seen["device_time"]) for name, seen in witnesses.items() if seen.get("device_time")}
+
+
+def _on_gpu(witness: Mapping[str, Any]) -> bool:
+    return str(witness.get("device")).startswith("cuda")
 
 
 def _differing(told: Mapping[str, str], what: str) -> str | None:
@@ -259,7 +288,7 @@ def _differing(told: Mapping[str, str], what: str) -> str | None:
 def unfit(witness: Mapping[str, Any]) -> str | None:
     """Why an arm on a GPU gets no time though its outputs are right: ONNX Runtime put nodes into its graph that copy
     between host and device in every step, or nobody has counted them. None: nothing is against it."""
-    if witness.get("device") != "cuda" or "providers" not in witness:
+    if not _on_gpu(witness) or "providers" not in witness:
         return None
     count = witness.get("memcpy_nodes")
     if count is None:

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from kvconform.machine import machine
+from kvconform.speed.device import Busy
 from kvconform.speed.gate_record import GateRecord
 from kvconform.speed.pingpong import SECONDS_PER_CASE, gate
 from kvconform.speed.presets import Preset
@@ -42,11 +43,12 @@ KEPT, EXCEEDED, UNTESTED = "kept", "exceeded", "untested"
 
 
 class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
-    """One self-test, a line of the history. ``cases``: cases that got a verdict, over all runs. ``alarms``,
-    ``improvements``, ``inconclusive``: how many of them got which; ``alarmed``: runs with a regression or an
-    improvement. ``stated``: the most that a case may alarm, one way. ``p``: of so many alarmed runs under it.
-    ``simulated``: runs and alarms (both ways) of gates simulated from the real restarts. ``bias``, ``spread``: mean
-    and standard deviation of their d. ``verdict``: ``kept``, ``exceeded``, or ``untested`` where nothing was timed."""
+    """One self-test, a line of the history. ``machine``: with its GPU, if ``device`` is one. ``cases``: cases that
+    got a verdict, over all runs. ``alarms``, ``improvements``, ``inconclusive``: how many of them got which;
+    ``alarmed``: runs with a regression or an improvement. ``stated``: the most that a case may alarm, one way. ``p``:
+    of so many alarmed runs under it. ``simulated``: runs and alarms (both ways) of gates simulated from the real
+    restarts. ``bias``, ``spread``: mean and standard deviation of their d. ``verdict``: ``kept``, ``exceeded``, or
+    ``untested`` where nothing was timed."""
 
     date: str
     machine: dict[str, Any]
@@ -65,6 +67,7 @@ class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
     bias: float | None
     spread: float | None
     verdict: str
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return (
@@ -94,17 +97,23 @@ def self_test(
     Their records go to ``folder``, one line of JSON is appended to ``history``. An interrupt ends it, and what was
     finished counts.
     """
-    records = []
+    records: list[GateRecord] = []
     for number in range(runs):
         tell(f"A/A run {number + 1} of {runs}")
-        record = gate(
-            launch, launch, presets, backend, folder / f"a-a-{number + 1:03}.json", seconds_per_case=seconds_per_case,
-            seed=seed + number, threads=threads, tell=tell,
-        )  # fmt: skip
+        try:
+            record = gate(
+                launch, launch, presets, backend, folder / f"a-a-{number + 1:03}.json",
+                seconds_per_case=seconds_per_case, seed=seed + number, threads=threads, tell=tell,
+            )  # fmt: skip
+        except Busy as sentence:  # somebody has taken the GPU between two runs
+            if not records:
+                raise
+            tell(str(sentence))
+            break
         if not record.finished:
             break
         records.append(record)
-    told = conclude(records, backend, list(presets), simulate, seed)
+    told = conclude(records, backend, list(presets), simulate, seed, launch.device)
     history.parent.mkdir(parents=True, exist_ok=True)
     with history.open("ab") as file:
         file.write(msgspec.json.encode(told) + b"\n")
@@ -112,7 +121,9 @@ def self_test(
     return told
 
 
-def conclude(records: Sequence[GateRecord], backend: str, presets: Sequence[str], simulate: int, seed: int) -> SelfTest:
+def conclude(
+    records: Sequence[GateRecord], backend: str, presets: Sequence[str], simulate: int, seed: int, device: str = "cpu"
+) -> SelfTest:
     """What the records of A/A runs say of the stated rate.
 
     The runs are independent, the cases of one are not: so runs with an alarm are counted, each of which has
@@ -130,13 +141,15 @@ def conclude(records: Sequence[GateRecord], backend: str, presets: Sequence[str]
         for one in record.trials:
             if one.stage == SCREEN:
                 by_case[one.case].append(one.d)
+    ran = records[0].machine if records else machine()
     return SelfTest(
-        date=datetime.now(UTC).isoformat(timespec="seconds"), machine=machine(), suite=SUITE_VERSION, backend=backend,
+        date=datetime.now(UTC).isoformat(timespec="seconds"), machine=ran, suite=SUITE_VERSION, backend=backend,
         presets=list(presets), runs=len(records), cases=timed, alarms=count[REGRESSION],
         improvements=count[IMPROVEMENT], inconclusive=count[INCONCLUSIVE], alarmed=alarmed, stated=RATE, p=p,
         simulated=simulated(list(by_case.values()), simulate, seed), bias=fmean(d) if d else None,
         spread=stdev(d) if len(d) > 1 else None,
         verdict=UNTESTED if not timed else EXCEEDED if p <= REJECTED else KEPT,
+        device=device,
     )  # fmt: skip
 
 

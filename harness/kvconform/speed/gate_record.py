@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from kvconform.speed.device import kept
 from kvconform.speed.intervals import interval, rank
 from kvconform.speed.signs import CONFIRM, NOT_COMPARABLE, PASS, REGRESSION, SCREEN, VERDICTS, Finding, find
 from kvconform.storage import family_of, read_versioned, write_atomically
@@ -35,7 +36,8 @@ class GateCase(msgspec.Struct, frozen=True):
 
 class GateBlock(msgspec.Struct, frozen=True, array_like=True):
     """One timed block: case, stage, restart, round, place in the round's random order, side (0 base, 1 head), steps in
-    the block (the same for both sides of a restart), wall and CPU nanoseconds, involuntary context switches."""
+    the block (the same for both sides of a restart), wall and CPU nanoseconds, involuntary context switches; on a GPU
+    its clock and what held it down, as in ``record.Round``."""
 
     case: int
     stage: str
@@ -47,6 +49,8 @@ class GateBlock(msgspec.Struct, frozen=True, array_like=True):
     ns: int
     cpu_ns: int
     nivcsw: int
+    sm_mhz: int = 0
+    throttle: int = 0
 
 
 class Trial(msgspec.Struct, frozen=True, array_like=True):
@@ -122,8 +126,13 @@ class GateRecord(msgspec.Struct, kw_only=True):
 
     def conclude(self) -> None:
         """Trials and verdicts from the raw blocks."""
-        self.trials = trials(self.blocks)
+        self.trials = trials(kept(self.blocks, self.default_mhz)[0])
         self.verdicts = verdicts(self)
+
+    @property
+    def default_mhz(self) -> int:
+        """Of the GPU; 0 on a CPU. Blocks that ran far below it are kept here, and are in no trial (``device.fast``)."""
+        return int(self.machine.get("default_mhz", 0))
 
     def write(self, path: Path) -> None:
         self.conclude()

@@ -14,14 +14,16 @@ from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kvconform.machine import load_average, machine
 from kvconform.speed.clock import Clock, Lost, config_of
+from kvconform.speed.device import classes, held, kept, unfit, unproven
 from kvconform.speed.eligibility import Truth, own_truth, parity, room, truth, unable
 from kvconform.speed.environments import Environment
-from kvconform.speed.gate_record import BASE, HEAD, SIDES, GateBlock, GateCase, GateRecord, Lasting, Side, trial
+from kvconform.speed.gate_record import BASE, HEAD, SIDES, GateBlock, GateCase, GateRecord, Lasting, Side, Trial, trial
 from kvconform.speed.presets import Preset
 from kvconform.speed.protocol import (
     BLOCK_NS,
@@ -66,23 +68,25 @@ def gate(
 
     ``backend``: its name in the record. ``seconds``: of the whole run, None for no limit; what is not decided then is
     inconclusive, and so after an interrupt (Ctrl-C). ``environments``: what ``base`` and ``head`` were made from, for
-    the record. ``tell`` is given one line for each thing done.
+    the record. ``tell`` is given one line for each thing done. Raises ``device.Busy`` where the GPU is being timed.
     """
     run = _Gate({BASE: base, HEAD: head}, presets, backend, out, seconds_per_case, seed, threads, tell, seconds)
     for name, known in environments.items():
         run.record.sides[name] = Side(known.name, known.commit, known.python)
-    try:
-        run.admit()
-        blocked = {lasting.case for lasting in run.record.lasting}
-        play([case for case in range(len(run.record.cases)) if case not in blocked], run.restart)
-        run.record.finished = True
-    except _TimeUp:
-        tell(f"the {seconds:g} s are used: what is not decided is inconclusive")
-    except KeyboardInterrupt:
-        tell("interrupted: what was measured is kept")
-    finally:
-        run.record.load.append(load_average())
-        run.write()
+    with held(run.record.device) as told:
+        run.record.machine |= told
+        try:
+            run.admit()
+            blocked = {lasting.case for lasting in run.record.lasting}
+            play([case for case in range(len(run.record.cases)) if case not in blocked], run.restart)
+            run.record.finished = True
+        except _TimeUp:
+            tell(f"the {seconds:g} s are used: what is not decided is inconclusive")
+        except KeyboardInterrupt:
+            tell("interrupted: what was measured is kept")
+        finally:
+            run.record.load.append(load_average())
+            run.write()
     return run.record
 
 
@@ -150,6 +154,7 @@ class _Gate:
         if base != head:
             raise Lost(HEAD, f"it runs on {head}, the base on {base}")
         defined: Truth | None = None
+        witnesses: dict[str, dict[str, Any]] = {}
         for side, subject in subjects.items():
             config = config_of(subject, preset)
             try:
@@ -168,8 +173,13 @@ class _Gate:
                 why = f"not what its name says: {seen['fallback']}"
             if seen.get("threads", self.threads) != self.threads:
                 why = f"ran on {seen['threads']} threads, not on {self.threads}"
+            why = why or unproven(seen, subject.launch.device) or unfit(seen)
             if why:
                 raise Lost(side, why)
+            witnesses[side] = seen
+        mixed = classes(witnesses)
+        if mixed:
+            raise Lost(HEAD, mixed)
 
     # --- one restart ---
     def restart(self, stage: str, number: int, cases: Sequence[int]) -> dict[int, float]:
@@ -180,7 +190,7 @@ class _Gate:
         for name in dict.fromkeys(self.record.cases[case].preset for case in cases):
             self.in_time()
             mine = [case for case in cases if self.record.cases[case].preset == name]
-            if machine() != self.record.machine:
+            if not machine().items() <= self.record.machine.items():  # which may tell of a GPU as well
                 self.last(mine, Lost(HEAD, "the machine is no longer the one that the run began on"))
                 continue
             found |= self.start(stage, number, name, mine)
@@ -229,21 +239,25 @@ class _Gate:
         steps = max(1, min(int(BLOCK_NS // slowest), room(preset.config, case.depth)))
         drawn = self.rng(stage, restart, len(self.presets) + index)
         mine: list[GateBlock] = []
+        made: Trial | None = None  # of the blocks that count
         number = 0
         while (spent := time.perf_counter() - began) < self.per_case or (
-            number < ROUNDS_WANTED and spent < OVERTIME * self.per_case
+            (made is None or made.rounds < ROUNDS_WANTED) and spent < OVERTIME * self.per_case
         ):
             for place, at in enumerate(int(i) for i in drawn.permutation(len(SIDES))):
                 block = ask(clock, preset, arms[SIDES[at]], case.depth, steps)
                 mine.append(GateBlock(index, stage, restart, number, place, at, steps, *block))
             number += 1
-            if number >= ENOUGH_ROUNDS and number % 5 == 0:
-                half = said.half_width if (said := trial(index, stage, restart, mine)) else None
-                if half is not None and half <= NARROW:
-                    break
+            if number > ROUNDS_WANTED and number % 5 != 0:
+                continue  # a trial sorts all rounds
+            made = trial(index, stage, restart, kept(mine, self.record.default_mhz)[0])
+            half = made.half_width if made is not None and made.rounds >= ENOUGH_ROUNDS else None
+            if half is not None and half <= NARROW:
+                break
         self.record.blocks += mine
-        made = trial(index, stage, restart, mine)
-        assert made is not None  # at least one whole round was run
+        made = trial(index, stage, restart, kept(mine, self.record.default_mhz)[0])
+        if made is None:  # on a CPU at least one whole round was run
+            raise Lost(HEAD, "no round of a restart had both blocks near the device's default clock")
         return made.d
 
     def started(self, preset: Preset, order: Sequence[str], number: int, stack: ExitStack) -> dict[str, Subject]:
@@ -288,11 +302,11 @@ def build(clock: Clock, preset: Preset, side: str) -> None:
 
 def ask(
     clock: Clock, preset: Preset, arm: Arm, depth: int, steps: int, timeout: float | None = None
-) -> tuple[int, int, int]:
-    """One block: wall and CPU nanoseconds, involuntary switches. Raises Lost."""
+) -> tuple[int, int, int, int, int]:
+    """One block: wall and CPU nanoseconds, involuntary switches, the GPU's clock and what held it down. Raises Lost."""
     try:
         (block,) = clock.blocks(preset, arm, depth, steps, 1, timeout=timeout)
-        return int(block[0]), int(block[1]), int(block[2])
+        return int(block.ns), int(block.cpu_ns), int(block.nivcsw), int(block.sm_mhz), int(block.throttle)
     except (KeyError, TypeError, ValueError) as error:  # of another version
         words = f"its worker answers no block that this version understands: {type(error).__name__}: {error}"
         raise Lost(arm.backend, words) from error

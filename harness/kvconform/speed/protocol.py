@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvconform.speed.eligibility import COLUMNS, MOST_STEPS
 from kvconform.speed.presets import Preset
-from kvconform.speed.ratios import APART, BUSY, WIDE
+from kvconform.speed.ratios import APART, BUSY, VAGUE, WIDE
 from kvconform.speed.stopwatch import digest, tokens
 
 NAME, RESTARTS = "pair-v1", 5
@@ -65,9 +65,13 @@ def processors(threads: int, restart: int) -> tuple[int, ...] | None:
 
 
 def described(
-    presets: Iterable[Preset], results_dir: Path | None, seconds: float, seed: int, threads: int, restarts: int
-) -> dict[str, Any]:
+    presets: Iterable[Preset], results_dir: Path | None, seconds: float, seed: int, threads: int, restarts: int,
+    phases: Sequence[str] = (), budget: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What a record says about how it was made."""
+    a_case = f"{seconds:g} s a case and restart after the warm-up"
+    if budget is not None:
+        a_case = f"a case's part of {budget:g} s, warm-up included"
     results = "conformance results were not asked for" if results_dir is None else f"exit code 0 in {results_dir}"
     return {
         "name": NAME,
@@ -82,12 +86,14 @@ def described(
         "steps_rule": f"k = max(1, floor({BLOCK_NS / 1e6:g} ms / slowest arm's median step)), at most {MOST_STEPS}",
         "warm_up": f"3 block medians within {WARM_AGREE:.0%}, or {WARM_SECONDS:g} s an arm, "
         f"or {WARM_SHARE:.0%} of the case's time for all arms",
-        "stop_rule": f"{ENOUGH_ROUNDS} rounds and all half-widths <= {NARROW:.0%}, or {seconds:g} s a case and restart "
-        f"after the warm-up (up to {OVERTIME:g} times that for the first {ROUNDS_WANTED} rounds)",
+        "stop_rule": f"{ENOUGH_ROUNDS} rounds and all half-widths <= {NARROW:.0%}, or {a_case} "
+        f"(up to {OVERTIME:g} times that for the first {ROUNDS_WANTED} rounds)",
         "recompute": "a backend without a cache-less forward prefills all tokens instead",
-        "seconds_per_case": seconds,
+        "seconds_per_case": seconds if budget is None else None,
+        "seconds": budget,
+        "phases": list(phases) or "all",
         "validity": f"at least 2 restarts, half-width <= {WIDE:.0%}, standard deviation between restarts "
-        f"<= {APART:.0%}, load average <= {BUSY:g} x cores",
+        f"<= {APART:.0%}, load average <= {BUSY:g} x cores; of a time by itself: half-width <= {VAGUE:.0%}",
         "interval": "95 %, Student's t over the restarts' median log ratios",
         "conformance": f"{results}; outputs at every position of the timed inputs within the bound, "
         f"on at most {COLUMNS} drawn logits, in each restart",

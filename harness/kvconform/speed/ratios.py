@@ -11,6 +11,9 @@ from kvconform.speed.record import MACHINE, Case, Ratio, Record
 
 WIDE = 0.10
 """Half-width of a ratio's interval, in its logarithm, above which it is not valid."""
+VAGUE = 0.25
+"""The same for a time by itself: it holds what the machine did meanwhile, which a paired ratio leaves out, so that
+intervals of 10 to 20 % are usual on a shared machine. At 25 % its ends lie a factor of 1.6 apart."""
 APART = 0.15
 """Standard deviation between restarts, of the logarithm, above which a ratio is not valid."""
 BUSY = 2.0

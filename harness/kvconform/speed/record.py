@@ -49,7 +49,8 @@ class Case(msgspec.Struct, frozen=True):
 class Round(msgspec.Struct, frozen=True, array_like=True):
     """One timed block: indices of case, restart, round, place in the round's random order, and arm; then wall and CPU
     nanoseconds of the block's k steps, and involuntary context switches meanwhile (recorded, never filtered). On a GPU
-    also the device's own nanoseconds and its SM clock in MHz; 0: not measured."""
+    also the device's own nanoseconds and its SM clock in MHz (0: not measured), and what held that down
+    (``device.REASONS``)."""
 
     case: int
     restart: int
@@ -61,6 +62,7 @@ class Round(msgspec.Struct, frozen=True, array_like=True):
     nivcsw: int
     device_ns: int = 0
     sm_mhz: int = 0
+    throttle: int = 0
 
 
 class Tokens(msgspec.Struct, frozen=True, array_like=True):
@@ -106,7 +108,7 @@ class Summary(msgspec.Struct, frozen=True):
     median: the geometric mean over restarts of each restart's median; low, high: its 95 % interval over restarts, or
     with one restart that of the median within it. q1, q3, p90, p99: of all blocks; None where n allows none.
     spread: standard deviation between restarts, of the logarithm; None with one restart. device: as median, of the
-    device's own time; None: not measured.
+    device's own time; None: not measured. why_invalid: a sentence, empty where the median is worth its digits.
     """
 
     case: int
@@ -122,6 +124,7 @@ class Summary(msgspec.Struct, frozen=True):
     p90: float | None = None
     p99: float | None = None
     device: float | None = None
+    why_invalid: str = ""
 
 
 class Generation(msgspec.Struct, frozen=True):
@@ -157,7 +160,8 @@ class Ratio(msgspec.Struct, frozen=True):
 
 class Roof(msgspec.Struct, frozen=True):
     """A decode arm against what the machine allows: ``floor`` nanoseconds is the larger of bytes_min / measured read
-    bandwidth and flops / measured peak. fraction: floor / time, with its interval; ``flag`` says why there is none.
+    bandwidth and flops / measured peak; None where the ceilings are another device's. fraction: floor / time, with its
+    interval; ``flag`` says why there is none.
     bytes_expected: what the backend's cache design moves; None where nobody knows."""
 
     case: int
@@ -165,7 +169,7 @@ class Roof(msgspec.Struct, frozen=True):
     bytes_min: int
     bytes_expected: int | None
     flops: int
-    floor: float
+    floor: float | None
     fraction: float | None
     low: float | None = None
     high: float | None = None

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from kvconform.speed.clock import Clock, Lost, config_of
-from kvconform.speed.device import unfit
+from kvconform.speed.device import fast, kept, unfit, unproven
 from kvconform.speed.eligibility import Truth, conformance, own_truth, parity, room, truth, unable
 from kvconform.speed.intervals import times
 from kvconform.speed.plans import Plan, plans, steps
@@ -167,12 +167,13 @@ class Restart:
             return f"not what its name says: {seen['fallback']}"
         if seen.get("threads", self.run.threads) != self.run.threads:
             return f"ran on {seen['threads']} threads, not on {self.run.threads}"
-        return unfit(seen) or ""
+        return unproven(seen, self.subjects[name].launch.device) or unfit(seen) or ""
 
     # --- the rounds ---
     def cell(self, plan: Plan) -> None:
         """One case, begun anew without a backend that is lost."""
         while self.admitted:
+            plan = self._here(plan)
             arms = self._arms(plan)
             if len({arm.phase for arm in arms}) < min(2, len(plan.phases)):
                 return
@@ -184,6 +185,12 @@ class Restart:
                 self._lose(lost.backend if lost.backend != MACHINE else self.admitted[0], lost.why)
             else:
                 return
+
+    def _here(self, plan: Plan) -> Plan:
+        """Without the ceilings where they would be another device's than the steps'."""
+        if self.record.device == "cpu":
+            return plan
+        return replace(plan, phases=tuple(phase for phase in plan.phases if phase not in CEILINGS))
 
     def _arms(self, plan: Plan) -> list[Arm]:
         designs = {one.arm for one in self.preset.published}
@@ -211,25 +218,31 @@ class Restart:
         index = self._place(plan, arms, slowest)
         case = self.record.cases[index]
         mine: list[Round] = []
+        counted: list[Round] = []  # without those of a slow clock
+        default = int(self.record.machine.get("default_mhz", 0))
         order = np.random.default_rng((self.run.seed, self.number, index))
-        runs = max((one.runs for one in preset.published), default=1) if plan.new else 1
+        runs = max((one.runs for one in preset.published), default=1) if plan.new and self.run.seconds is None else 1
         number, least = 0, -(-runs // self.run.restarts)  # as many generations as were published
         while (spent := time.perf_counter() - began) < seconds or (
-            number < ROUNDS_WANTED and spent < OVERTIME * seconds
+            len(counted) < ROUNDS_WANTED * len(arms) and spent < OVERTIME * seconds
         ) or number < least:  # fmt: skip
             for place, arm in enumerate(int(i) for i in order.permutation(len(arms))):
                 (block,) = self.clock.blocks(
                     preset, arms[arm], plan.depth, case.steps, 1, batch=plan.batch, new=plan.new, timeout=LONG
                 )
-                mine.append(Round(index, self.number, number, place, arm, *block[:5]))
+                mine.append(Round(
+                    index, self.number, number, place, arm, block.ns, block.cpu_ns, block.nivcsw,
+                    sm_mhz=block.sm_mhz, throttle=block.throttle,
+                ))  # fmt: skip
                 self.record.rounds.append(mine[-1])
                 if block.tokens:
                     self.record.tokens.append(Tokens(index, self.number, number, arm, list(block.tokens)))
             number += 1
-            enough = number >= ENOUGH_ROUNDS and number % 5 == 0
-            if enough and half_width(case, times(case, mine)) <= NARROW:
+            counted = kept(mine, default)[0]
+            enough = len(counted) >= ENOUGH_ROUNDS * len(arms) and number % 5 == 0
+            if enough and half_width(case, times(case, counted)) <= NARROW:
                 break
-        self.run.tell(self._told(case, mine, number))
+        self.run.tell(self._told(case, counted, number))
 
     def _place(self, plan: Plan, arms: list[Arm], slowest: float) -> int:
         """Where the case is in the record: the restart before has made it, or it is new."""
@@ -271,12 +284,13 @@ class Restart:
                 self._lose(name, why)
 
     def _device_times(self, name: str) -> None:
-        """Put beside the wall times of this restart's first rounds, after all of these."""
+        """Put beside the wall times of this restart's first rounds that count, after all of these."""
+        default = int(self.record.machine.get("default_mhz", 0))
         for index, case in enumerate(self.record.cases):
             for arm, one in enumerate(case.arms):
                 mine = [
                     at for at, block in enumerate(self.record.rounds)
-                    if (block.case, block.restart, block.arm) == (index, self.number, arm)
+                    if (block.case, block.restart, block.arm) == (index, self.number, arm) and fast(block, default)
                 ][:DEVICE_BLOCKS]  # fmt: skip
                 if one.backend != name or case.preset != self.preset.name or case.new or not mine:
                     continue

@@ -32,11 +32,12 @@ class Bound(NamedTuple):
 
 
 def roofs(record: Record, cases: Sequence[Times]) -> list[Roof]:
-    """One for each decode arm in each case that has both ceilings. ``cases``: the times of each case."""
+    """One for each decode arm in each case that has both ceilings, or that is not the processor's. ``cases``: the times
+    of each case."""
     busy, found = busy_words(record), []
     for number, (case, taken) in enumerate(zip(record.cases, cases, strict=True)):
         bound = binding(record, case, taken)
-        if bound is not None:
+        if bound is not None or record.device != "cpu":
             found += [
                 _roof(record, number, arm, bound, taken, busy)
                 for arm, who in enumerate(case.arms)
@@ -70,16 +71,19 @@ def config_of(record: Record, preset: str) -> Config:
     return Config.from_json(record.presets[preset]["config"], f"presets.{preset}.config")
 
 
-def _roof(record: Record, number: int, arm: int, bound: Bound, taken: Times, busy: str) -> Roof:
+def _roof(record: Record, number: int, arm: int, bound: Bound | None, taken: Times, busy: str) -> Roof:
     case = record.cases[number]
     config, notes = config_of(record, case.preset), record.software.get(case.arms[arm].backend, {})
     asked = cost(config, "decode", case.depth, case.batch)
+    witness = notes.get("witness", {}).get(case.preset, {})
+    needed = number, arm, asked.bytes, bytes_expected(config, case.depth, case.batch, witness.get("cache_design"))
+    device = notes.get("device", "cpu")
+    if bound is None or device != "cpu":
+        return Roof(*needed, asked.flops, None, None, flag=f"it ran on {device}, and ceilings are the processor's")
     shifted = {
         restart: [value + math.log(bound.share) for value in logs]
         for restart, logs in log_ratios(taken, bound.arm, arm).items()
     }
-    witness = notes.get("witness", {}).get(case.preset, {})
-    expected = bytes_expected(config, case.depth, case.batch, witness.get("cache_design"))
     flags, fraction, low, high = [], None, None, None
     if not shifted:
         flags.append("no round has both the step and its ceiling")
@@ -89,12 +93,8 @@ def _roof(record: Record, number: int, arm: int, bound: Bound, taken: Times, bus
         if not fraction <= OVER:
             flags.append(f"over the measured ceiling by more than {OVER - 1:.0%}: what was measured is not the limit")
         flags += [] if paired.valid else [paired.why_invalid]
-    if notes.get("device", "cpu") != "cpu":
-        flags.append(f"it ran on {notes['device']}, and the ceilings are the processor's")
     if case.arms[bound.arm].phase == "multiply" and config.dtype != "float32":
         flags.append(f"the products bind, and their ceiling is that of float32, not of {config.dtype}")
     if flags:
         fraction = low = high = None
-    return Roof(
-        number, arm, asked.bytes, expected, asked.flops, bound.floor, fraction, low, high, "; ".join(flags)
-    )  # fmt: skip
+    return Roof(*needed, asked.flops, bound.floor, fraction, low, high, "; ".join(flags))

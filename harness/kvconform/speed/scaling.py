@@ -106,8 +106,11 @@ def _points(record: Record, cases: Sequence[Times]) -> dict[Key, dict[int, dict[
 
 
 def _rates(record: Record, config: Config, preset: str, batch: int, depths: Sequence[int]) -> Rates:
-    """Geometric means over the ceilings measured at these depths; where there are none, bytes alone count: a token's
-    product with a weight of four bytes is two FLOPs, less than any processor computes while it reads them."""
+    """Geometric means over the ceilings measured at these depths; where there are none of this device, bytes alone
+    count: a token's product with a weight of four bytes is two FLOPs, less than any device computes while it reads
+    them."""
+    if record.device != "cpu":
+        return 1.0, 0.0
     logs: dict[str, list[float]] = {phase: [] for phase in CEILINGS}
     for one in record.summaries:
         case = record.cases[one.case]

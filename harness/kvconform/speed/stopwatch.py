@@ -28,14 +28,15 @@ Ids = NDArray[np.int64]
 
 
 class Block(NamedTuple):
-    """Wall nanoseconds, CPU nanoseconds of all threads, involuntary context switches; on a GPU the device's own
-    nanoseconds and its clock in MHz (0: not measured); when the tokens of a generation came, from its beginning."""
+    """Wall nanoseconds, CPU nanoseconds of all threads, involuntary context switches; on a GPU its clock in MHz right
+    after the block (0: not read) and what holds that down (``device.REASONS``); when the tokens of a generation came,
+    from its beginning."""
 
     ns: int
     cpu_ns: int
     nivcsw: int
-    device_ns: int = 0
     sm_mhz: int = 0
+    throttle: int = 0
     tokens: tuple[int, ...] = ()
 
 
@@ -153,8 +154,8 @@ class Stopwatch:
 
             taken = self._timed(call)
             total = Block(
-                total.ns + taken.ns, total.cpu_ns + taken.cpu_ns, total.nivcsw + taken.nivcsw,
-                total.device_ns + taken.device_ns, taken.sm_mhz,
+                total.ns + taken.ns, total.cpu_ns + taken.cpu_ns, total.nivcsw + taken.nivcsw, taken.sm_mhz,
+                total.throttle | taken.throttle,
             )  # fmt: skip
             self._close(opened[0], n)
         return total
@@ -256,6 +257,12 @@ class Stopwatch:
 
     def _timed(self, call: Callable[[], None]) -> Block:
         """One timed region of the subject. What a device still has to do is waited for inside it."""
+        taken = self._waited(call)
+        if self.gpu is None:
+            return taken
+        return taken._replace(sm_mhz=self.gpu.sm_mhz(), throttle=self.gpu.throttle())
+
+    def _waited(self, call: Callable[[], None]) -> Block:
         if not hasattr(self.subject, "synchronise"):
             return timed(call)
 
@@ -264,8 +271,7 @@ class Stopwatch:
             self.subject.synchronise()
 
         self.subject.synchronise()
-        taken = timed(waited)
-        return taken if self.gpu is None else taken._replace(sm_mhz=self.gpu.sm_mhz())
+        return timed(waited)
 
     def _ids(self, start: int, stop: int, batch: int) -> Ids:
         """Contiguous and writable: no arm pays for a copy that others don't."""

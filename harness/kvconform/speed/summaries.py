@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from kvconform.speed.device import SLOW, classes, kept, methods
+from kvconform.speed.device import REASONS, SLOW, classes, kept, methods, ways
 from kvconform.speed.intervals import by_restart, interval, log_ratios, medians, rank, reaches, spread, student, times
-from kvconform.speed.ratios import busy_words, designs, pairs, ratio_of
+from kvconform.speed.ratios import VAGUE, busy_words, designs, pairs, ratio_of
 from kvconform.speed.record import MACHINE, Case, Generation, Record, Round, Summary, Tokens
 from kvconform.speed.roofline import roofs
 from kvconform.speed.scaling import exponents
@@ -42,21 +43,25 @@ def summarise(record: Record) -> None:
 
 
 def _witnesses(record: Record, case: Case, *arms: int) -> dict[str, dict[str, Any]]:
-    names = {case.arms[arm].backend for arm in arms}
-    return {name: record.software.get(name, {}).get("witness", {}).get(case.preset, {}) for name in names}
+    return _seen(record, case.preset, {case.arms[arm].backend for arm in arms})
+
+
+def _seen(record: Record, preset: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    return {name: record.software.get(name, {}).get("witness", {}).get(preset, {}) for name in names}
 
 
 def _notes(record: Record, slow: int) -> list[str]:
-    """What a reader of device times must know. ``slow``: how many blocks are left out."""
-    said = []
+    """What a reader of a device's times must know. ``slow``: how many blocks are left out."""
+    said, every = [], len(record.rounds)
     if slow:
-        said.append(
-            f"{slow} of {len(record.rounds)} blocks ran below {SLOW:.0%} of the device's default clock and are left out"
-        )
+        said.append(f"{slow} of {every} blocks ran below {SLOW:.0%} of the device's default clock and are left out")
+    for bit, words in REASONS.items():
+        count = sum(bool(block.throttle & bit) for block in record.rounds)
+        said += [f"after {count} of {every} blocks the device's clock was held down: {words}"] if count else []
     if any(block.device_ns for block in record.rounds):
         for preset in record.presets:
-            witnesses = {name: notes.get("witness", {}).get(preset, {}) for name, notes in record.software.items()}
-            said += [f"{preset}: {words}" for words in (methods(witnesses),) if words]
+            seen = _seen(record, preset, record.software)
+            said += [f"{preset}: {words}" for words in (methods(seen) or ways(seen),) if words]
     return said
 
 
@@ -66,9 +71,15 @@ def _sorted(record: Record) -> tuple[dict[int, list[Round]], dict[tuple[int, int
     for block in fast:
         by_case[block.case].append(block)
     came: dict[tuple[int, int], list[Tokens]] = defaultdict(list)
+    left_out = {_place(block) for block in record.rounds} - {_place(block) for block in fast}
     for one in record.tokens:
-        came[one.case, one.arm].append(one)
+        if _place(one) not in left_out:
+            came[one.case, one.arm].append(one)
     return by_case, came, slow
+
+
+def _place(one: Round | Tokens) -> tuple[int, int, int, int]:
+    return one.case, one.restart, one.round, one.arm
 
 
 def _summary(
@@ -82,10 +93,12 @@ def _summary(
         middle, low, high = interval(samples)
     else:
         return None
+    half = math.log(high / low) / 2
     q1, q3, p90, p99 = (float(q) for q in np.quantile(samples, (0.25, 0.75, 0.9, 0.99)))
     return Summary(
         case, arm, n, restarts, middle, q1, q3, low, high, spread(logs), p90 if reaches(n, 0.9) else None,
         p99 if reaches(n, 0.99) else None, math.exp(student(medians(by_restart(device)))[0]) if device else None,
+        f"the interval's half-width is {half:.0%}, over {VAGUE:.0%}" if half > VAGUE else "",
     )  # fmt: skip
 
 

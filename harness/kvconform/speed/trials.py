@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from kvconform.speed import protocol
 from kvconform.speed.intervals import interval, rank, student
 from kvconform.speed.proof import PLANTED, Proof, Restart, Series, unpacked
 from kvconform.speed.protocol import ENOUGH_ROUNDS, NARROW
@@ -25,7 +26,7 @@ Draws = NDArray[np.int64]
 
 REFERENCE, EQUAL, *SLOWED = PLANTED
 COMPARED = (EQUAL, *SLOWED)
-REPORTED, GATED = 3, RESTARTS[SCREEN]
+REPORTED, GATED = protocol.RESTARTS, RESTARTS[SCREEN]
 """Restarts of a report, and of a gate's screen."""
 DRAWS, RESAMPLES = 1000, 500
 EVERY = 5
