@@ -20,9 +20,9 @@ import pytest
 from kvconform import cli_speed
 from kvconform.cli_speed import json_schema
 from kvconform.results import Results
-from kvconform.speed import clock, controller
+from kvconform.speed import clock, controller, restart
 from kvconform.speed.clock import Clock
-from kvconform.speed.eligibility import conformance
+from kvconform.speed.eligibility import conformance, outdated
 from kvconform.speed.intervals import LEAST, MISS, T95, interval, rank, reaches, student, t95
 from kvconform.speed.presets import PRESETS, Preset, Published
 from kvconform.speed.protocol import ROUNDS_WANTED, processors, variables
@@ -517,6 +517,31 @@ def test_results_admit_only_what_is_conformant_finished_and_of_this_device(
     assert "not finished" in said(finished=False)
     assert "of device cuda, not cpu" in said(device="cuda")
     assert "of suite 0" in said(suite="0")
+
+    def past(same_file: bool = True, **environment: str) -> str:
+        said(environment={"torch": "2.11.0", "source": "aa", "hypothesis": "6"})
+        return outdated("b", tmp_path, environment, same_file=same_file)
+
+    assert past(torch="2.11.0", source="aa", numpy="2.4.6") == ""
+    assert "are of torch 2.11.0, this is 2.13.0: judge it again (kvconform run -b b)" in past(torch="2.13.0")
+    assert "are of another state of its file" in past(source="bb")
+    assert past(source="bb", same_file=False) == ""
+
+
+def test_results_of_other_software_admit_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restart, "conformance", lambda *args: "")
+
+    def excluded(environment: dict[str, Any]) -> list[str]:
+        common = {"suite": "1", "device": "cpu", "dtypes": [], "budget": "smoke", "seed": 0, "started": ""}
+        Results(**common, backend="numpy", environment=environment).write(tmp_path / "numpy.json")
+        preset, more = {"one": ONE}, {"restarts": 1, "phases": ("prefill",), "seconds_per_case": 0.05}
+        record = controller.bench({"numpy": Launch("numpy")}, preset, tmp_path, tmp_path / "speed.json", **more)
+        assert bool(record.rounds) != bool(record.excluded)
+        return [one.why for one in record.excluded]
+
+    assert excluded({}) == []
+    (why,) = excluded({"numpy": "1.0"})
+    assert f"are of numpy 1.0, this is {np.__version__}" in why
 
 
 def test_a_backend_without_a_full_forward_recomputes_by_a_prefill_and_the_record_says_so(timed: Any) -> None:

@@ -77,7 +77,8 @@ def bench(
 ) -> None:
     """Times conformant backends against one another in paired rounds; writes OUT/speed.json.
 
-    A backend that has no results in OUT is judged first, at the smoke budget; one that is not conformant gets no time.
+    A backend that has no results in OUT is judged first, at the smoke budget; one that is not conformant gets no time,
+    nor one whose results are of other versions or of another state of its file.
     """
     if schema:
         screen.print_json(json_schema().decode())

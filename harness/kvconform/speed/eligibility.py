@@ -8,7 +8,7 @@ are those of a decoder with a smaller vocabulary, whose bound holds as it stands
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,19 @@ def conformance(name: str, launch: Launch, results_dir: Path) -> str:
         return f"its conformance results are of suite {results.suite}, this is {SUITE_VERSION}"
     if results.device != launch.device:
         return f"its conformance results are of device {results.device}, not {launch.device}"
+    return ""
+
+
+def outdated(name: str, results_dir: Path, environment: Mapping[str, str], *, same_file: bool = True) -> str:
+    """Why the results ``results_dir/<name>.json`` say nothing of a worker with this ``environment``, or nothing: they
+    were made with other versions, or another state of the backend's file. ``same_file``: False where a preset has
+    another address in the name's place."""
+    told = read(results_dir / f"{name}.json").environment
+    for key, now in environment.items():
+        was = told.get(key, now)
+        if was != now and (same_file or key != "source"):
+            words = "another state of its file" if key == "source" else f"{key} {was}, this is {now}"
+            return f"its conformance results are of {words}: judge it again (kvconform run -b {name})"
     return ""
 
 

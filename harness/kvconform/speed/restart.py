@@ -17,7 +17,7 @@ import numpy as np
 
 from kvconform.speed.clock import Clock, Lost, config_of
 from kvconform.speed.device import fast, kept, unfit, unproven
-from kvconform.speed.eligibility import Truth, conformance, own_truth, parity, room, truth, unable
+from kvconform.speed.eligibility import Truth, conformance, outdated, own_truth, parity, room, truth, unable
 from kvconform.speed.intervals import times
 from kvconform.speed.plans import Plan, plans, steps
 from kvconform.speed.presets import Preset
@@ -95,6 +95,10 @@ class Restart:
                 subject = self.stack.enter_context(Subject(launch))
             except Infrastructure as sentence:
                 why = str(sentence)
+            else:
+                why = "" if run.results_dir is None else outdated(
+                    name, run.results_dir, subject.environment, same_file=name not in self.preset.addresses
+                )  # fmt: skip
         if why:
             run.exclude(name, self.preset, why)
             return None
