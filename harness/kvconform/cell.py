@@ -27,8 +27,7 @@ from kvconform.budget import (
 from kvconform.counterexample import Broken, Counterexample, attempt, frozen, replayed
 from kvconform.counterexample import sentence as said
 from kvconform.shrink import reduced_death, reduced_list
-from kvconform.speed.device import unproven
-from kvconform.subject import Death, Subject
+from kvconform.subject import Death, Subject, unproven
 from kvconform.verdict import Outcome, Verdict
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case, Clause, Level

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -64,6 +64,15 @@ class Launch:
     step_timeout: float = STEP_TIMEOUT
     environment: dict[str, str] = field(default_factory=dict)
     cpus: tuple[int, ...] | None = None
+
+
+def unproven(witness: Mapping[str, Any], device: str) -> str:
+    """Why nobody knows what ran, or nothing: the witness failed, or did not tell the device, which on a GPU it must."""
+    if "failed" in witness:
+        return f"nobody knows what ran: its witness failed: {witness['failed']}"
+    if device == "cpu" or str(witness.get("device")).startswith(device):
+        return ""
+    return f"{device} was asked for, and its witness does not tell on what device it ran"
 
 
 class Subject:

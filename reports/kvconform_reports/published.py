@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from kvconform.speed.device import kept
+from kvconform.speed.device import default_mhz, kept
 from kvconform.speed.record import Arm, Summary
 from kvconform_reports.figures import Proportion, Unit, digits, unit
 from kvconform_reports.findings import UNCACHED, Findings, Numbered, device_of, runs_on
@@ -85,7 +85,7 @@ def _theirs(findings: Findings, preset: str, batches: Sequence[int], entry: Mapp
     whole generations, each of which is one run here."""
     phases, wanted = _phases(entry), entry.get("runs", 1)
     name = str(entry.get("arm") or preset)
-    rounds, _ = kept(findings.record.rounds, int(findings.record.machine.get("default_mhz", 0)))
+    rounds, _ = kept(findings.record.rounds, default_mhz(findings.record.machine))
     told, means = [], []
     for phase, words in zip(phases, ("with", "without"), strict=False):
         cases = [item for item in findings.cases(preset, batches[0], (phase,)) if item[1].new] if batches else []

@@ -222,6 +222,11 @@ class Clocked(Protocol):
 Timed = TypeVar("Timed", bound=Clocked)
 
 
+def default_mhz(machine: Mapping[str, Any]) -> int:
+    """Of the GPU that a record's ``machine`` tells of (``Gpu.fingerprint``); 0 without one."""
+    return int(machine.get("default_mhz", 0))
+
+
 def kept(blocks: Iterable[Timed], default_mhz: int) -> tuple[list[Timed], int]:
     """The blocks that count (``fast``), in their order, and how many do not."""
     every = list(blocks)
@@ -237,16 +242,6 @@ def fast(block: Clocked, default_mhz: int) -> bool:
 
 Witnesses = Mapping[str, Mapping[str, Any]]
 """What really ran, by backend (``Backend.witness``)."""
-
-
-def unproven(witness: Mapping[str, Any], device: str) -> str | None:
-    """Why nobody knows what ran: the witness failed, or did not tell the device, which on a GPU it must. None: it told
-    all that is needed."""
-    if "failed" in witness:
-        return f"nobody knows what ran: its witness failed: {witness['failed']}"
-    if device == "cpu" or _on_gpu(witness):
-        return None
-    return f"{device} was asked for, and its witness does not tell on what device it ran"
 
 
 def classes(witnesses: Witnesses) -> str | None:

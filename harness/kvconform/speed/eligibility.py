@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from kvconform.record import Done
 from kvconform.results import exit_code, missing_core, read
+from kvconform.speed.device import unfit
 from kvconform.speed.presets import Preset
 from kvconform.speed.stopwatch import digest, tokens
-from kvconform.subject import Launch, Subject
+from kvconform.subject import Launch, Subject, unproven
 from kvconform_specs import SUITE_VERSION, bounds
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
@@ -86,6 +87,16 @@ def unable(claims: Claims, preset: Preset) -> str:
     if claims.max_chunk is not None and claims.max_chunk < longest:
         return f"claims no append of more than {claims.max_chunk} tokens, the preset needs {longest}"
     return ""
+
+
+def misfit(witness: Mapping[str, Any], threads: int, device: str) -> str:
+    """Why what really ran gets no time, or nothing: it is not what its name says, or not on so many threads, nobody
+    knows what it is, or it copies in every step."""
+    if witness.get("fallback"):
+        return f"not what its name says: {witness['fallback']}"
+    if witness.get("threads", threads) != threads:
+        return f"ran on {witness['threads']} threads, not on {threads}"
+    return unproven(witness, device) or unfit(witness) or ""
 
 
 def room(config: Config, depth: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from kvconform.speed.device import kept
+from kvconform.speed.device import default_mhz, kept
 from kvconform.speed.intervals import interval, rank
 from kvconform.speed.signs import CONFIRM, NOT_COMPARABLE, PASS, REGRESSION, SCREEN, VERDICTS, Finding, find
 from kvconform.storage import family_of, read_versioned, write_atomically
@@ -125,14 +125,9 @@ class GateRecord(msgspec.Struct, kw_only=True):
     finished: bool = False
 
     def conclude(self) -> None:
-        """Trials and verdicts from the raw blocks."""
-        self.trials = trials(kept(self.blocks, self.default_mhz)[0])
+        """Trials and verdicts from the raw blocks; those of a slow clock are kept here, and are in no trial."""
+        self.trials = trials(kept(self.blocks, default_mhz(self.machine))[0])
         self.verdicts = verdicts(self)
-
-    @property
-    def default_mhz(self) -> int:
-        """Of the GPU; 0 on a CPU. Blocks that ran far below it are kept here, and are in no trial (``device.fast``)."""
-        return int(self.machine.get("default_mhz", 0))
 
     def write(self, path: Path) -> None:
         self.conclude()

@@ -20,8 +20,8 @@ import numpy as np
 
 from kvconform.machine import load_average, machine
 from kvconform.speed.clock import Clock, Lost, config_of
-from kvconform.speed.device import classes, held, kept, unfit, unproven
-from kvconform.speed.eligibility import Truth, own_truth, parity, room, truth, unable
+from kvconform.speed.device import classes, default_mhz, held, kept
+from kvconform.speed.eligibility import Truth, misfit, own_truth, parity, room, truth, unable
 from kvconform.speed.environments import Environment
 from kvconform.speed.gate_record import BASE, HEAD, SIDES, GateBlock, GateCase, GateRecord, Lasting, Side, Trial, trial
 from kvconform.speed.presets import Preset
@@ -169,11 +169,7 @@ class _Gate:
                 seen = {} if why else subject.witness(config)
             except (Death, Infrastructure) as words:
                 raise Lost(side, str(words)) from words
-            if seen.get("fallback"):
-                why = f"not what its name says: {seen['fallback']}"
-            if seen.get("threads", self.threads) != self.threads:
-                why = f"ran on {seen['threads']} threads, not on {self.threads}"
-            why = why or unproven(seen, subject.launch.device) or unfit(seen)
+            why = why or misfit(seen, self.threads, subject.launch.device)
             if why:
                 raise Lost(side, why)
             witnesses[side] = seen
@@ -250,12 +246,12 @@ class _Gate:
             number += 1
             if number > ROUNDS_WANTED and number % 5 != 0:
                 continue  # a trial sorts all rounds
-            made = trial(index, stage, restart, kept(mine, self.record.default_mhz)[0])
+            made = trial(index, stage, restart, kept(mine, default_mhz(self.record.machine))[0])
             half = made.half_width if made is not None and made.rounds >= ENOUGH_ROUNDS else None
             if half is not None and half <= NARROW:
                 break
         self.record.blocks += mine
-        made = trial(index, stage, restart, kept(mine, self.record.default_mhz)[0])
+        made = trial(index, stage, restart, kept(mine, default_mhz(self.record.machine))[0])
         if made is None:  # on a CPU at least one whole round was run
             raise Lost(HEAD, "no round of a restart had both blocks near the device's default clock")
         return made.d

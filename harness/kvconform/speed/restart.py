@@ -16,8 +16,8 @@ import msgspec
 import numpy as np
 
 from kvconform.speed.clock import Clock, Lost, config_of
-from kvconform.speed.device import fast, kept, unfit, unproven
-from kvconform.speed.eligibility import Truth, conformance, outdated, own_truth, parity, room, truth, unable
+from kvconform.speed.device import default_mhz, fast
+from kvconform.speed.eligibility import Truth, conformance, misfit, outdated, own_truth, parity, room, truth, unable
 from kvconform.speed.intervals import times
 from kvconform.speed.plans import Plan, plans, steps
 from kvconform.speed.presets import Preset
@@ -167,11 +167,7 @@ class Restart:
         except (Death, Infrastructure) as words:
             return f"died when it was asked what really ran: {words}"
         self.record.software[name]["witness"][self.preset.name] = seen
-        if seen.get("fallback"):
-            return f"not what its name says: {seen['fallback']}"
-        if seen.get("threads", self.run.threads) != self.run.threads:
-            return f"ran on {seen['threads']} threads, not on {self.run.threads}"
-        return unproven(seen, self.subjects[name].launch.device) or unfit(seen) or ""
+        return misfit(seen, self.run.threads, self.subjects[name].launch.device)
 
     # --- the rounds ---
     def cell(self, plan: Plan) -> None:
@@ -221,9 +217,8 @@ class Restart:
                 began = time.perf_counter()
         index = self._place(plan, arms, slowest)
         case = self.record.cases[index]
-        mine: list[Round] = []
         counted: list[Round] = []  # without those of a slow clock
-        default = int(self.record.machine.get("default_mhz", 0))
+        default = default_mhz(self.record.machine)
         order = np.random.default_rng((self.run.seed, self.number, index))
         runs = max((one.runs for one in preset.published), default=1) if plan.new and self.run.seconds is None else 1
         number, least = 0, -(-runs // self.run.restarts)  # as many generations as were published
@@ -234,15 +229,15 @@ class Restart:
                 (block,) = self.clock.blocks(
                     preset, arms[arm], plan.depth, case.steps, 1, batch=plan.batch, new=plan.new, timeout=LONG
                 )
-                mine.append(Round(
+                timed = Round(
                     index, self.number, number, place, arm, block.ns, block.cpu_ns, block.nivcsw,
                     sm_mhz=block.sm_mhz, throttle=block.throttle,
-                ))  # fmt: skip
-                self.record.rounds.append(mine[-1])
+                )  # fmt: skip
+                self.record.rounds.append(timed)
+                counted += [timed] if fast(timed, default) else []
                 if block.tokens:
                     self.record.tokens.append(Tokens(index, self.number, number, arm, list(block.tokens)))
             number += 1
-            counted = kept(mine, default)[0]
             enough = len(counted) >= ENOUGH_ROUNDS * len(arms) and number % 5 == 0
             if enough and half_width(case, times(case, counted)) <= NARROW:
                 break
@@ -289,7 +284,7 @@ class Restart:
 
     def _device_times(self, name: str) -> None:
         """Put beside the wall times of this restart's first rounds that count, after all of these."""
-        default = int(self.record.machine.get("default_mhz", 0))
+        default = default_mhz(self.record.machine)
         for index, case in enumerate(self.record.cases):
             for arm, one in enumerate(case.arms):
                 mine = [

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kvconform.speed.device import REASONS, SLOW, classes, kept, methods, ways
+from kvconform.speed.device import REASONS, SLOW, classes, default_mhz, kept, methods, ways
 from kvconform.speed.intervals import by_restart, interval, log_ratios, medians, rank, reaches, spread, student, times
 from kvconform.speed.ratios import VAGUE, busy_words, designs, pairs, ratio_of
 from kvconform.speed.record import MACHINE, Case, Generation, Record, Round, Summary, Tokens
@@ -67,7 +67,7 @@ def _notes(record: Record, slow: int) -> list[str]:
 
 def _sorted(record: Record) -> tuple[dict[int, list[Round]], dict[tuple[int, int], list[Tokens]], int]:
     by_case: dict[int, list[Round]] = defaultdict(list)
-    fast, slow = kept(record.rounds, int(record.machine.get("default_mhz", 0)))
+    fast, slow = kept(record.rounds, default_mhz(record.machine))
     for block in fast:
         by_case[block.case].append(block)
     came: dict[tuple[int, int], list[Tokens]] = defaultdict(list)
