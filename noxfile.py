@@ -104,7 +104,9 @@ def tests(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, "-r", "tests/requirements.txt")
     browser(session)
     jobs = [] if any(arg.startswith("-n") for arg in session.posargs) else ["-n", "2"]
-    session.run("pytest", *jobs, "--dist", "loadgroup", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run(
+        "pytest", *jobs, "--dist", "loadgroup", *session.posargs, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": STUDIES}
+    )
 
 
 def browser(session: nox.Session) -> None:
@@ -130,7 +132,7 @@ def lint(session: nox.Session) -> None:
 def designs(session: nox.Session) -> None:
     """Checks four published designs, as intended and as published; docs/published-designs.md."""
     install(session, "eager", "hf")
-    page = ["python", "-m", "kvconform_reports.designs", str(RESULTS / "designs")]
+    page = ["python", "-m", "published_designs", str(RESULTS / "designs")]
     for command in str(session.run(*page, silent=True)).splitlines():
         session.run(*shlex.split(command), success_codes=[0, 1])  # 1: as published, some are broken
     session.run(*page, "-o", "docs/published-designs.md")
@@ -157,9 +159,17 @@ def stopwatch(session: nox.Session) -> None:
     """Proves the stopwatch on equal and slowed code; docs/latency.md. Leave the machine alone meanwhile."""
     install(session)
     samples = "docs/latency-proof.json"
-    session.run("python", "-m", "kvconform.speed.proof", "-o", samples, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run(
+        "python",
+        "-m",
+        "timing.collect",
+        "-o",
+        samples,
+        *session.posargs,
+        env={"OMP_NUM_THREADS": "1", "PYTHONPATH": STUDIES},
+    )
     history = ("--history", "docs/gate-history.jsonl")
-    session.run("python", "-m", "kvconform_reports.stopwatch", samples, *history, "-o", "docs/latency.md")
+    session.run("python", "-m", "timing.page", samples, *history, "-o", "docs/latency.md")
 
 
 @nox.session(default=False)

@@ -12,15 +12,15 @@ __version__ = "0.1.0"
 __all__ = ["Claims", "Unavailable", "conformance"]
 
 if TYPE_CHECKING:
+    from kvconform.api import conformance
     from kvconform.backend import Unavailable
-    from kvconform.doors import conformance
     from kvconform_specs.claims import Claims
 
 
 def __getattr__(name: str) -> Any:
     """Loads the public names when they are asked for: a worker needs numpy and nothing more."""
     if name == "conformance":
-        from kvconform.doors import conformance
+        from kvconform.api import conformance
 
         return conformance
     if name == "Unavailable":

@@ -1,6 +1,6 @@
 """``python -m kvconform``."""
 
-from kvconform.cli import main
+from kvconform.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -10,11 +10,11 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from kvconform import audit_record
-from kvconform.pairwise import Pair
-from kvconform.results import Results
-from kvconform.speed.record import Record
-from kvconform_reports import certificate, embedding, maps, matrix, mutation, outcomes, sights, speed, tables
+from kvconform.bench.record import Record
+from kvconform.mutation import record as audit_record
+from kvconform.results.results import Results
+from kvconform.run.cross_backend import Pair
+from kvconform_reports.view import embedding, explanations, maps, matrix, mutation, null_models, outcomes, speed, tables
 from kvconform_specs.clauses import BY_NAME
 
 
@@ -35,9 +35,9 @@ def render(
         policy=policy(style, script), style=style, script=script, data=data, packed=packed, headline=headline(rows),
         runs=_runs(results), backends=rows, chapters=matrix.chapters(results), legend=matrix.legend(results),
         failures=tables.failures(results, folder), known=tables.known(results, folder), levels=tables.levels(),
-        sights=sights.sights(results), legend_of_maps=maps.legend(),
+        sights=explanations.sights(results), legend_of_maps=maps.legend(),
         guarantees=tables.guarantees(results, folder), reasons=tables.reasons(results), errors=tables.errors(results),
-        pairwise=tables.pairwise(pairs), power=certificate.power(results),
+        pairwise=tables.pairwise(pairs), power=null_models.power(results),
         mutation=mutation.mutation(audit, {result.suite for result in results}) if audit else None,
         latency=latency, presets=speed.sections(latency) if latency else (),
         latency_facts=_latency_facts(latency), software=_software(latency), witnesses=tables.witnesses(results),

@@ -6,9 +6,9 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
-from kvconform.results import Results
-from kvconform.verdict import Outcome, Verdict
-from kvconform_reports.outcomes import labels, standing
+from kvconform.judging.verdict import Outcome, Verdict
+from kvconform.results.results import Results
+from kvconform_reports.view.outcomes import labels, standing
 
 # All but what XML 1.0 calls a character: no escape makes these legal.
 _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -6,17 +6,17 @@ import html
 import re
 from collections.abc import Sequence
 
-from kvconform import audit_record
-from kvconform.pairwise import Pair
-from kvconform.results import Results
-from kvconform.speed.record import Record
-from kvconform.verdict import Outcome
-from kvconform_reports import speed
-from kvconform_reports.certificate import power
-from kvconform_reports.mutation import mutation
-from kvconform_reports.outcomes import SYMBOLS, Chip, chips, counted, duration, labels, standing
-from kvconform_reports.summary import printable
-from kvconform_reports.tables import Guarantee, failures, guarantees, known
+from kvconform.bench.record import Record
+from kvconform.judging.verdict import Outcome
+from kvconform.mutation import record as audit_record
+from kvconform.results.results import Results
+from kvconform.run.cross_backend import Pair
+from kvconform_reports.terminal import printable
+from kvconform_reports.view import speed
+from kvconform_reports.view.mutation import mutation
+from kvconform_reports.view.null_models import power
+from kvconform_reports.view.outcomes import SYMBOLS, Chip, chips, counted, duration, labels, standing
+from kvconform_reports.view.tables import Guarantee, failures, guarantees, known
 from kvconform_specs.clauses import CHAPTERS
 
 MOST_FAILURES = 50  # GitHub cuts a summary off at 1 MiB; the report has them all

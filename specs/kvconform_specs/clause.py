@@ -11,8 +11,8 @@ from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
+from kvconform_specs.configs import LONG
 from kvconform_specs.errors import SpecError
-from kvconform_specs.points import LONG
 from kvconform_specs.program import Program
 
 

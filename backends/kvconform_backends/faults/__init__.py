@@ -33,7 +33,7 @@ from kvconform_backends.faults import (
     window,
 )
 from kvconform_backends.faults.planted import GITHUB, Fault, faults_of
-from kvconform_backends.numpy_cache import NumpyCache
+from kvconform_backends.numpy.cache import NumpyCache
 
 __all__ = ["CONTROLS", "FAULTS"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from kvconform_backends.faults.planted import Planted
-from kvconform_backends.numpy_cache import Array, Cache, NumpyCache
-from kvconform_backends.numpy_paged import PAGE, NumpyPaged
+from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
+from kvconform_backends.numpy.paged import PAGE, NumpyPaged
 
 COST = ("accounting.positions", "accounting.affine")
 

@@ -9,8 +9,8 @@ import numpy as np
 from kvconform_backends.faults.controls import InPlace
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.faults.positions import Placed, ahead
-from kvconform_backends.numpy_cache import Array, Cache
-from kvconform_backends.numpy_static import Buffers, NumpyStatic
+from kvconform_backends.numpy.cache import Array, Cache
+from kvconform_backends.numpy.static import Buffers, NumpyStatic
 
 PARITY = ("definition.attention", "definition.decoder")
 DECODERS = ("decoder-rope", "decoder-learned", "decoder-softcap")

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from kvconform_backends.faults.planted import Planted
-from kvconform_backends.numpy_cache import Array, Cache, check_counts
-from kvconform_backends.numpy_static import NumpyStatic
+from kvconform_backends.numpy.cache import Array, Cache, check_counts
+from kvconform_backends.numpy.static import NumpyStatic
 from kvconform_backends.validation import check_inputs
 
 

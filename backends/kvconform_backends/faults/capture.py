@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from kvconform_backends.faults.planted import Planted
-from kvconform_backends.numpy_cache import Array, Cache, NumpyCache
-from kvconform_backends.numpy_static import Buffers, NumpyStatic
+from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
+from kvconform_backends.numpy.static import Buffers, NumpyStatic
 from kvconform_specs.config import Config
 
 GROWTH, ALIASING, GRAPHS = (("capture.growth",), ("capture.aliasing",), ("capture.graphs",))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvconform_backends.faults.planted import Planted
-from kvconform_backends.numpy_cache import Array, Cache
+from kvconform_backends.numpy.cache import Array, Cache
 
 SEEING = ("causality.past-seen", "causality.visibility")
 BLIND = ("causality.future-blind", "causality.visibility")

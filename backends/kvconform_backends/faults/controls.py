@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from kvconform_backends.numpy_cache import Array, Cache, NumpyCache
-from kvconform_backends.numpy_paged import NumpyPaged
-from kvconform_backends.numpy_static import Buffers, NumpyStatic
+from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
+from kvconform_backends.numpy.paged import NumpyPaged
+from kvconform_backends.numpy.static import Buffers, NumpyStatic
 from kvconform_specs.config import Config
 
 BLOCK = 3

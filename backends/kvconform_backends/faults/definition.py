@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from kvconform_backends.faults.planted import Planted
-from kvconform_backends.numpy_cache import Array, Cache
-from kvconform_backends.numpy_layers import MINUS_INFINITY, NumpyLayers
+from kvconform_backends.numpy.cache import Array, Cache
+from kvconform_backends.numpy.layers import MINUS_INFINITY, NumpyLayers
 
 PARITY = ("definition.attention", "definition.decoder")
 SOFTCAP = ("attention-softcap", "decoder-softcap")

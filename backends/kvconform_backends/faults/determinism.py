@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvconform_backends.faults.planted import Planted
-from kvconform_backends.numpy_cache import Array, Cache, NumpyCache
+from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 from kvconform_specs.tensors import rounded
 
 DECODERS = ("decoder-rope", "decoder-learned", "decoder-softcap")

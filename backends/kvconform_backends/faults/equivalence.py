@@ -8,8 +8,8 @@ import numpy as np
 
 from kvconform_backends.faults.controls import InPlace
 from kvconform_backends.faults.planted import Planted
-from kvconform_backends.numpy_cache import Array, Cache
-from kvconform_backends.numpy_static import NumpyStatic
+from kvconform_backends.numpy.cache import Array, Cache
+from kvconform_backends.numpy.static import NumpyStatic
 
 PARITY = ("definition.attention", "definition.decoder")
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from kvconform_backends.faults.planted import Planted
-from kvconform_backends.numpy_cache import Array, Cache
-from kvconform_backends.numpy_static import Buffers, NumpyStatic
+from kvconform_backends.numpy.cache import Array, Cache
+from kvconform_backends.numpy.static import Buffers, NumpyStatic
 
 DECODERS = ("decoder-rope", "decoder-learned", "decoder-softcap")
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvconform_backends.faults.planted import Planted
-from kvconform_backends.numpy_cache import Array, Cache
+from kvconform_backends.numpy.cache import Array, Cache
 
 CLAUSE = ("equivalence.generation",)
 

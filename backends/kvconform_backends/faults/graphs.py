@@ -9,7 +9,7 @@ import numpy as np
 
 from kvconform_backends.faults.node_by_node import Graph, Nodes, tokens
 from kvconform_backends.faults.planted import Planted
-from kvconform_backends.numpy_cache import Array, Cache
+from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_specs.config import Config
 
 ATTENTION, DECODERS, WINDOWED = (

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from kvconform_backends.faults.planted import Planted
-from kvconform_backends.numpy_cache import Array, Cache
+from kvconform_backends.numpy.cache import Array, Cache
 
 ATTENTION = ("attention-gqa", "attention-window", "attention-softcap", "attention-sink")
 

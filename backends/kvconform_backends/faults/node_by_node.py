@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvconform.backend import Unavailable
-from kvconform_backends.numpy_cache import Array, Cache, NumpyCache
+from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 from kvconform_specs.config import Config
 
 OPSET, IR = 20, 10

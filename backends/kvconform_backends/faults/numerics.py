@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from kvconform_backends.faults.planted import Planted
-from kvconform_backends.numpy_cache import Array, Cache
-from kvconform_backends.numpy_layers import MINUS_INFINITY
-from kvconform_backends.numpy_static import Buffers, NumpyStatic
+from kvconform_backends.numpy.cache import Array, Cache
+from kvconform_backends.numpy.layers import MINUS_INFINITY
+from kvconform_backends.numpy.static import Buffers, NumpyStatic
 
 UNCAPPED = ("attention-gqa", "attention-window", "attention-sink")
 SOFTCAP = ("attention-softcap", "decoder-softcap")

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from kvconform_backends.faults.planted import Planted
-from kvconform_backends.numpy_cache import Array
-from kvconform_backends.numpy_paged import PAGE, NumpyPaged, Tables
+from kvconform_backends.numpy.cache import Array
+from kvconform_backends.numpy.paged import PAGE, NumpyPaged, Tables
 
 PLACED = ("paging.placement",)
 ENDED = ("paging.boundary",)

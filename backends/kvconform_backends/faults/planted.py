@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kvconform.fault import MARKER, Fault, named, sentence
-from kvconform_backends.numpy_cache import Array, Cache, NumpyCache
+from kvconform.mutation.fault import MARKER, Fault, named, sentence
+from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 
 __all__ = ["GITHUB", "MARKER", "Fault", "Planted", "faults_of"]
 

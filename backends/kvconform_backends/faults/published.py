@@ -17,11 +17,11 @@ from torch.nn import functional
 
 from kvconform_backends.faults.planted import MARKER
 from kvconform_backends.greedy import greedy
-from kvconform_backends.list_cache import ListCache, Lists
-from kvconform_backends.module_buffers import CachedAttention, ModuleBuffers, Rows
-from kvconform_backends.numpy_cache import Array
-from kvconform_backends.past_tuples import Layer, PastTuples, grown
-from kvconform_backends.torch_decoder import Sight
+from kvconform_backends.numpy.cache import Array
+from kvconform_backends.published.list_cache import ListCache, Lists
+from kvconform_backends.published.module_buffers import CachedAttention, ModuleBuffers, Rows
+from kvconform_backends.published.past_tuples import Layer, PastTuples, grown
+from kvconform_backends.torch.decoder import Sight
 from kvconform_specs.config import Config
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from kvconform_backends.faults.planted import Planted
-from kvconform_backends.numpy_cache import Array, Cache
-from kvconform_backends.numpy_int8 import LARGEST, RESIDUAL, NumpyInt8, Tokens
+from kvconform_backends.numpy.cache import Array, Cache
+from kvconform_backends.numpy.int8 import LARGEST, RESIDUAL, NumpyInt8, Tokens
 
 PROMPT, DECODE, SCALES, NEWEST = (f"quantised.{name}" for name in ("prefill", "decode", "scales", "residual"))
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from kvconform_backends.faults.planted import Planted
-from kvconform_backends.numpy_cache import Array
-from kvconform_backends.numpy_ring import NumpyRing, Rings
+from kvconform_backends.numpy.cache import Array
+from kvconform_backends.numpy.ring import NumpyRing, Rings
 from kvconform_specs.config import Config
 
 WINDOWS = ("attention-window", "attention-sink", "decoder-learned")

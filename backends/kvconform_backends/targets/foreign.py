@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kvconform.registry import BackendError
+from kvconform.worker.registry import BackendError
 
 LONGEST = 300
 """Characters of a message that are told."""

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
-from kvconform_specs.families import Draw, appends, at_once, batches, counts, seeds, splits
 from kvconform_specs.program import Append, Program, Reorder, Reset, Step, Truncate
+from kvconform_specs.strategies import Draw, appends, at_once, batches, counts, seeds, splits
 
 
 @st.composite

@@ -10,8 +10,8 @@ from hypothesis.strategies import SearchStrategy
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.config import Config
-from kvconform_specs.families import LARGEST_BATCH, Draw, alone, appends, arranged, counts, seeds, splits, uneven
 from kvconform_specs.program import Append, Program, Reorder, Step
+from kvconform_specs.strategies import LARGEST_BATCH, Draw, alone, appends, arranged, counts, seeds, splits, uneven
 
 
 def _largest(claims: Claims) -> int:

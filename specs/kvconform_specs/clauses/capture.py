@@ -10,8 +10,8 @@ from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clauses.shape import sweep
 from kvconform_specs.config import Config
-from kvconform_specs.families import Draw, appends, at_once, batches, seeds, splits
 from kvconform_specs.program import Keep, Program, Step
+from kvconform_specs.strategies import Draw, appends, at_once, batches, seeds, splits
 
 
 @st.composite

@@ -10,9 +10,9 @@ from hypothesis.strategies import SearchStrategy
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
-from kvconform_specs.families import Draw, appends, batches, counts, histories, seeds, splits
 from kvconform_specs.history import Histories
 from kvconform_specs.program import Append, Keep, Poison, Program, Read, Reorder, Reset, Step, Truncate
+from kvconform_specs.strategies import Draw, appends, batches, counts, histories, seeds, splits
 
 
 def _read(config: Config, claims: Claims) -> SearchStrategy[Case]:

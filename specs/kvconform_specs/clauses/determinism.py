@@ -11,7 +11,7 @@ from kvconform_specs.clause import Case, Clause, Level, Relation
 from kvconform_specs.clauses.batch import rows_alone
 from kvconform_specs.clauses.equivalence import chunks
 from kvconform_specs.config import Config
-from kvconform_specs.families import any_history, straight
+from kvconform_specs.strategies import any_history, straight
 
 
 def _twice(config: Config, claims: Claims) -> SearchStrategy[Case]:

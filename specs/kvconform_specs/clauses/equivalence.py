@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.config import Config
-from kvconform_specs.families import (
+from kvconform_specs.program import Append, Full, Generate, Program, Step
+from kvconform_specs.strategies import (
     LONGEST_CHUNK,
     Draw,
     appends,
@@ -23,7 +24,6 @@ from kvconform_specs.families import (
     seeds,
     splits,
 )
-from kvconform_specs.program import Append, Full, Generate, Program, Step
 
 
 def _whole(seq: str, total: int, batch: int, seed: int, claims: Claims) -> tuple[Step, ...]:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
-from kvconform_specs.families import Draw, arranged, at_once, batches, counts, fitted, seeds, splits
-from kvconform_specs.families import appends as plain
 from kvconform_specs.program import LAYOUTS, Program
+from kvconform_specs.strategies import Draw, arranged, at_once, batches, counts, fitted, seeds, splits
+from kvconform_specs.strategies import appends as plain
 
 
 @st.composite

@@ -10,7 +10,8 @@ from hypothesis.strategies import SearchStrategy
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, long, ordinary
 from kvconform_specs.config import Config
-from kvconform_specs.families import (
+from kvconform_specs.program import Append, Program, Read
+from kvconform_specs.strategies import (
     Draw,
     any_history,
     appends,
@@ -22,7 +23,6 @@ from kvconform_specs.families import (
     seeds,
     splits,
 )
-from kvconform_specs.program import Append, Program, Read
 from kvconform_specs.tensors import mannered
 
 TILES = (16, 64, 128)

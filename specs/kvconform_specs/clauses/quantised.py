@@ -8,8 +8,8 @@ from hypothesis.strategies import SearchStrategy
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
-from kvconform_specs.families import Draw, appends, at_once, batches, fitted, seeds, splits
 from kvconform_specs.program import Program, Read, Step
+from kvconform_specs.strategies import Draw, appends, at_once, batches, fitted, seeds, splits
 from kvconform_specs.tensors import mannered
 
 

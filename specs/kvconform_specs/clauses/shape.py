@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
-from kvconform_specs.families import LARGEST_BATCH, Draw, any_history, appends, at_once, batches, growing, seeds
 from kvconform_specs.program import Close, Program, Step
+from kvconform_specs.strategies import LARGEST_BATCH, Draw, any_history, appends, at_once, batches, growing, seeds
 
 
 @st.composite

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.config import Config
-from kvconform_specs.families import (
+from kvconform_specs.program import Program
+from kvconform_specs.strategies import (
     Draw,
     appends,
     at_once,
@@ -19,7 +20,6 @@ from kvconform_specs.families import (
     splits,
     swapped,
 )
-from kvconform_specs.program import Program
 
 
 def _windowed(config: Config) -> bool:

@@ -1,0 +1,1 @@
+"""Reference caches in numpy."""

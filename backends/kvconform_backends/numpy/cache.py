@@ -1,0 +1,183 @@
+"""``numpy``: the simplest correct cache, to be checked by eye. It grows by concatenation; no step changes its handle.
+
+The attention profile also stores keys and values in 16 bits, computes in float32 and rounds its outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvconform_backends.greedy import greedy
+from kvconform_backends.numpy.layers import Array, NumpyLayers
+from kvconform_backends.validation import check_inputs
+from kvconform_specs.claims import Claims
+from kvconform_specs.config import Config
+from kvconform_specs.tensors import rounded
+
+__all__ = ["Array", "Cache", "NumpyCache"]
+
+
+@dataclass(eq=False)
+class Cache:
+    """Keys and values of every layer, ``(b, g, s, d)`` each, as stored."""
+
+    keys: list[Any]
+    values: list[Any]
+
+    @property
+    def length(self) -> int:
+        """Of the longest row."""
+        return int(self.keys[0].shape[2])
+
+    @property
+    def lengths(self) -> Array:
+        """Of each row."""
+        return np.full(self.keys[0].shape[0], self.length)
+
+
+class NumpyCache(NumpyLayers):
+    """Attention and decoder over a cache that is plain arrays."""
+
+    cache_design: str | None = "concatenation"
+    claims = Claims(
+        profiles=("attention", "decoder"),
+        abilities=(
+            "full", "length", "room", "truncate", "fork", "reorder", "reset", "functional", "mask", "contents",
+            "bytes", "work", "refusal", "generate", "last",
+        ),
+        dtypes=("float32", "bfloat16", "float16"),
+        overflow="refused",
+    )  # fmt: skip
+
+    measured = 0  # multiply-adds of the last metered step
+
+    @classmethod
+    def refuses(cls, config: Config, device: str) -> str | None:
+        if config.profile == "decoder" and config.dtype != "float32":
+            return "the decoder computes in float32 only"
+        return None
+
+    # --- lifecycle ---
+    def start(self, batch: int) -> Cache:
+        c = self.config
+        empty = self.stored(np.zeros((batch, c.kv_heads, 0, c.head_dim), np.float32))
+        return Cache([empty] * c.layers, [empty] * c.layers)
+
+    def truncate(self, cache: Cache, length: int) -> Cache:
+        if not 0 <= length <= cache.length:
+            raise ValueError(f"cannot keep {length} of {cache.length} tokens")
+        return Cache([k[:, :, :length] for k in cache.keys], [v[:, :, :length] for v in cache.values])
+
+    def fork(self, cache: Cache) -> Cache:
+        return Cache(list(cache.keys), list(cache.values))
+
+    def reorder(self, cache: Cache, rows: list[int]) -> Cache:
+        check_rows(rows, len(cache.lengths))
+        return Cache([k[rows] for k in cache.keys], [v[rows] for v in cache.values])
+
+    def reset(self, cache: Cache) -> Cache:
+        return self.start(len(cache.lengths))
+
+    # --- what it tells ---
+    def length(self, cache: Cache) -> list[int]:
+        return [int(n) for n in cache.lengths]
+
+    def room(self, cache: Cache) -> list[int]:
+        return [self.config.capacity - int(n) for n in cache.lengths]
+
+    def contents(self, cache: Cache) -> list[list[tuple[Array, Array]]]:
+        return [
+            list(zip(self.loaded(k), self.loaded(v), strict=True))
+            for k, v in zip(cache.keys, cache.values, strict=True)
+        ]
+
+    def bytes(self, cache: Cache) -> int:
+        return sum(x.nbytes for x in (*cache.keys, *cache.values))
+
+    def work(self) -> int:
+        return self.measured
+
+    def witness(self) -> dict[str, Any]:
+        return {"numpy": np.__version__}
+
+    # --- steps ---
+    def step(
+        self, cache: Cache, *inputs: Array, mask: Array | None = None, metered: bool = False, last: bool = False
+    ) -> tuple[Array, Cache]:
+        self.admit(cache, inputs, mask=mask)
+        cache, self.last_only = self.fork(cache), last
+        output = self.run(cache, inputs, mask)
+        if metered:
+            self.measured = self.products
+        return output, cache
+
+    def admit(
+        self, cache: Cache, inputs: tuple[Array, ...], counts: Array | None = None, mask: Array | None = None
+    ) -> Array:
+        """``(b,)``: how many tokens come to each row. Raises TypeError or ValueError for what the cache cannot take,
+        before anything is written."""
+        batch = len(cache.lengths)
+        counts = check_counts(counts, batch, check_inputs(self.config, batch, inputs))
+        s = int((cache.lengths + counts).max())
+        if s > self.config.capacity:
+            raise ValueError(f"{s} tokens exceed the capacity of {self.config.capacity}")
+        if mask is not None and (mask.dtype != np.bool_ or mask.shape != (batch, s)):
+            raise ValueError(f"want a mask of bool {(batch, s)}, got {mask.dtype} {mask.shape}")
+        return counts
+
+    def full(self, *inputs: Array, **options: Any) -> Array:
+        return self.step(self.start(inputs[0].shape[0]), *inputs, **options)[0]
+
+    def generate(self, tokens: Array, new: int) -> Array:
+        return greedy(self, tokens, new)
+
+    def run(self, cache: Cache, inputs: tuple[Array, ...], mask: Array | None = None) -> Array:
+        """The outputs of inputs that are in order; their keys and values go into ``cache``."""
+        self.allowed, self.products = mask, 0
+        if self.config.profile == "decoder":
+            return self.decode(cache, inputs[0])
+        return rounded(self.attend(cache, 0, *inputs), self.config.dtype)
+
+    # --- keys and values ---
+    def attend(self, cache: Cache, layer: int, query: Array, key: Array, value: Array) -> Array:
+        """Appends key and value ``(b, g, t, d)`` to the layer and attends with query ``(b, h, t, d)``."""
+        self.layer = layer
+        keys, values = self.append(cache, layer, key, value)
+        return self.attention(query, keys, values)
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        """Stores key and value ``(b, g, t, d)`` behind those that are there, and returns all of them."""
+        cache.keys[layer] = np.concatenate([cache.keys[layer], self.stored(key)], axis=2)
+        cache.values[layer] = np.concatenate([cache.values[layer], self.stored(value)], axis=2)
+        return self.loaded(cache.keys[layer]), self.loaded(cache.values[layer])
+
+    def stored(self, x: Array) -> Array:
+        """float32 as it lies in the cache: in the config's dtype, bfloat16 as the upper half of a float32's bits."""
+        if self.config.dtype == "float16":
+            return x.astype(np.float16)
+        if self.config.dtype == "bfloat16":
+            return (rounded(x, "bfloat16").view(np.uint32) >> 16).astype(np.uint16)
+        return x
+
+    def loaded(self, x: Array) -> Array:
+        """What lies in the cache, as float32."""
+        if self.config.dtype == "bfloat16":
+            return (x.astype(np.uint32) << 16).view(np.float32)
+        return x.astype(np.float32, copy=False)
+
+
+def check_counts(counts: Array | None, batch: int, t: int) -> Array:
+    """How many of the ``t`` columns hold a token in each row; None: all."""
+    if counts is None:
+        return np.full(batch, t)
+    if counts.shape != (batch,) or counts.min() < 0 or counts.max() > t:
+        raise ValueError(f"want {batch} counts of 0..{t}, got {counts.tolist()}")
+    return counts
+
+
+def check_rows(rows: list[int], batch: int) -> None:
+    if not rows or not all(0 <= row < batch for row in rows):
+        raise ValueError(f"want rows of 0..{batch - 1}, got {rows}")

@@ -1,0 +1,98 @@
+"""``numpy-int8``: keys and values in 8 bits, but for the newest tokens of a row.
+
+Symmetric absmax quantisation (Dettmers et al. 2022, "LLM.int8()", 2208.07339, section 2) with one scale for each token
+and KV head, and a residual window in full precision (Liu et al. 2024, "KIVI", 2402.02750).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvconform_backends.numpy.cache import Array, Cache, NumpyCache, check_rows
+from kvconform_specs.claims import Claims
+
+LARGEST = 127
+RESIDUAL = 4
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Keys or values of a layer: the older tokens are ``codes * steps``, the newest, ``RESIDUAL`` at most, as given."""
+
+    codes: Array  # (b, g, s - r, d) int8
+    steps: Array  # (b, g, s - r, 1) float32
+    recent: Array  # (b, g, r, d) float32
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        b, g, r, d = self.recent.shape
+        return b, g, self.codes.shape[2] + r, d
+
+
+class NumpyInt8(NumpyCache):
+    """What left the residual window stays quantised, so that nothing can be truncated: the newest would not be exact.
+
+    The forward without a cache quantises nothing.
+    """
+
+    cache_design = None  # nobody has counted what it moves
+    claims = Claims(
+        profiles=("attention",),
+        abilities=(
+            "full", "length", "room", "fork", "reorder", "reset", "functional", "mask", "contents", "work", "refusal",
+        ),
+        overflow="refused",
+        kv_bits=8,
+        residual=RESIDUAL,
+    )  # fmt: skip
+
+    def start(self, batch: int) -> Cache:
+        shape = (batch, self.config.kv_heads, 0, self.config.head_dim)
+        recent = np.zeros(shape, np.float32)
+        empty = Tokens(recent.astype(np.int8), recent[..., :1], recent)
+        return Cache([empty], [empty])
+
+    def truncate(self, cache: Cache, length: int) -> Cache:
+        raise NotImplementedError("the newest tokens that are left would not be exact")
+
+    def reorder(self, cache: Cache, rows: list[int]) -> Cache:
+        check_rows(rows, len(cache.lengths))
+        keys, values = (Tokens(x.codes[rows], x.steps[rows], x.recent[rows]) for x in (cache.keys[0], cache.values[0]))
+        return Cache([keys], [values])
+
+    def contents(self, cache: Cache) -> list[list[tuple[Array, Array]]]:
+        return [list(zip(self.dequantised(cache.keys[0]), self.dequantised(cache.values[0]), strict=True))]
+
+    def full(self, *inputs: Array, **options: Any) -> Array:
+        return NumpyCache(self.config, self.weights).full(*inputs, **options)
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        """A step attends what it leaves behind: it quantises first."""
+        cache.keys[layer] = self.grown(cache.keys[layer], key)
+        cache.values[layer] = self.grown(cache.values[layer], value)
+        return self.dequantised(cache.keys[layer]), self.dequantised(cache.values[layer])
+
+    def grown(self, past: Tokens, new: Array) -> Tokens:
+        recent = np.concatenate([past.recent, new], axis=2)
+        leaving = max(recent.shape[2] - RESIDUAL, 0)
+        steps = self.steps(recent[:, :, :leaving])
+        codes = self.quantised(recent[:, :, :leaving], steps)
+        return Tokens(
+            np.concatenate([past.codes, codes], axis=2),
+            np.concatenate([past.steps, steps], axis=2),
+            recent[:, :, leaving:],
+        )
+
+    def steps(self, x: Array) -> Array:
+        """``(b, g, t, 1)``: one of ``LARGEST`` equal parts of the largest number of each token and head."""
+        return np.asarray(np.abs(x).max(axis=-1, keepdims=True) / np.float32(LARGEST))
+
+    def quantised(self, x: Array, steps: Array) -> Array:
+        return np.rint(x / np.where(steps == 0, np.float32(1), steps)).astype(np.int8)
+
+    def dequantised(self, x: Tokens) -> Array:
+        """``(b, g, s, d)`` float32."""
+        return np.concatenate([x.codes * x.steps, x.recent], axis=2)

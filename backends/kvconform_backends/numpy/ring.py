@@ -1,0 +1,107 @@
+"""``numpy-ring``: a layer with a window keeps that many tokens, in a ring; a layer without one keeps everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvconform_backends.numpy.cache import Array, Cache, NumpyCache, check_rows
+from kvconform_specs.claims import Claims
+from kvconform_specs.config import Config
+
+
+@dataclass
+class Rings(Cache):
+    """Layers with a window: ``(b, g, window, d)``, position ``p`` in slot ``p % window``; others: ``(b, g, s, d)``."""
+
+    written: int
+
+    @property
+    def length(self) -> int:
+        return self.written
+
+
+class NumpyRing(NumpyCache):
+    """Tokens are evicted for good, so that nothing can be truncated. A step changes the handle that it is given."""
+
+    cache_design = None  # nobody has counted what it moves
+    claims = Claims(
+        profiles=("attention", "decoder"),
+        abilities=("full", "length", "room", "fork", "reorder", "reset", "mask", "contents", "refusal", "last"),
+        dtypes=("float32", "bfloat16", "float16"),
+        overflow="refused",
+        keeps="window",
+    )
+
+    @classmethod
+    def refuses(cls, config: Config, device: str) -> str | None:
+        if config.window is None:
+            return "there is nothing to evict: the config has no window"
+        return super().refuses(config, device)
+
+    # --- lifecycle ---
+    def start(self, batch: int) -> Rings:
+        c = self.config
+        shapes = [(batch, c.kv_heads, c.window_of(layer) or 0, c.head_dim) for layer in range(c.layers)]
+        keys, values = ([self.stored(np.zeros(shape, np.float32)) for shape in shapes] for _ in range(2))
+        return Rings(keys, values, 0)
+
+    def truncate(self, cache: Any, length: int) -> Rings:
+        raise NotImplementedError("what was evicted is gone")
+
+    def fork(self, cache: Any) -> Rings:
+        return Rings([k.copy() for k in cache.keys], [v.copy() for v in cache.values], cache.written)
+
+    def reorder(self, cache: Any, rows: list[int]) -> Rings:
+        check_rows(rows, len(cache.lengths))
+        return Rings([k[rows] for k in cache.keys], [v[rows] for v in cache.values], cache.written)
+
+    def contents(self, cache: Any) -> list[list[tuple[Array, Array]]]:
+        shown = [[self.held(cache, layer, x[layer]) for x in (cache.keys, cache.values)] for layer in self.layers()]
+        return [list(zip(keys, values, strict=True)) for keys, values in shown]
+
+    # --- steps ---
+    def step(  # type: ignore[override]  # its keywords are those of its claims
+        self, cache: Any, *inputs: Array, mask: Array | None = None, last: bool = False
+    ) -> tuple[Array, Rings]:
+        counts, self.last_only = self.admit(cache, inputs, mask=mask), last
+        output = self.run(cache, inputs, mask)
+        cache.written += int(counts[0])
+        return output, cache
+
+    def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        """Returns what is held and the new tokens behind it: a chunk is attended before it evicts."""
+        if self.config.window_of(layer) is None:
+            return super().append(cache, layer, key, value)
+        keys = np.concatenate([self.held(cache, layer, cache.keys[layer]), key], axis=2)
+        values = np.concatenate([self.held(cache, layer, cache.values[layer]), value], axis=2)
+        self.write(cache, layer, cache.keys[layer], key)
+        self.write(cache, layer, cache.values[layer], value)
+        return keys, values
+
+    def held(self, cache: Any, layer: int, buffer: Array) -> Array:
+        """The layer's tokens in logical order, as float32."""
+        window = self.config.window_of(layer)
+        if window is None:
+            return self.loaded(buffer)
+        positions = np.arange(max(cache.written - window, 0), cache.written)
+        return self.loaded(buffer[:, :, self.slots(positions, window)])
+
+    def write(self, cache: Any, layer: int, ring: Array, new: Array) -> None:
+        """Puts the new tokens ``(b, g, t, d)`` into their slots, as many as there are slots: the newest."""
+        window, t = ring.shape[2], new.shape[2]
+        columns = np.arange(max(t - window, 0), t)
+        ring[:, :, self.slots(cache.written + columns, window)] = self.stored(new[:, :, columns])
+
+    def slots(self, positions: Array, window: int) -> Array:
+        return positions % window
+
+    def visible(self, t: int, s: int) -> Array:
+        """The caller's mask is about all positions, the keys are the newest ``s``."""
+        seen = self.mask(t, s)
+        return seen if self.allowed is None else seen & self.allowed[:, None, None, -s:]
+
+    def layers(self) -> range:
+        return range(self.config.layers)

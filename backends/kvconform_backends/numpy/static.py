@@ -1,0 +1,130 @@
+"""``numpy-static``: buffers of the capacity that are written in place; each row has a length of its own.
+
+A step attends the whole buffer. What lies in slots without a token is replaced, never multiplied by zero, so that it
+may be anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvconform_backends.numpy.cache import Array, Cache, NumpyCache, check_rows
+from kvconform_specs.claims import Claims
+
+
+@dataclass
+class Buffers(Cache):
+    """Keys and values of every layer, ``(b, g, capacity, d)``: of row ``r`` the first ``written[r]`` slots count."""
+
+    written: Array
+
+    @property
+    def length(self) -> int:
+        return int(self.written.max())
+
+    @property
+    def lengths(self) -> Array:
+        return self.written
+
+
+class NumpyStatic(NumpyCache):
+    """A step writes into a copy of the buffers, or into the given ones where it is told that they are ``shared``."""
+
+    cache_design = None  # nobody has counted what it moves
+    claims = Claims(
+        profiles=("attention", "decoder"),
+        abilities=(
+            "full", "length", "room", "truncate", "fork", "reorder", "reset", "functional", "ragged", "mask",
+            "contents", "poison", "alias", "bytes", "refusal", "last",
+        ),
+        dtypes=("float32", "bfloat16", "float16"),
+        overflow="refused",
+        padding=("right", "left"),
+        dead_slots="any",
+        memory="capacity",
+    )  # fmt: skip
+
+    places: Array  # (b, t): the position of each column of this step, -1 where it holds no token
+
+    # --- lifecycle ---
+    def start(self, batch: int) -> Buffers:
+        c = self.config
+        shape = (batch, c.kv_heads, c.capacity, c.head_dim)
+        made = [self.stored(np.zeros(shape, np.float32)) for _ in range(2 * c.layers)]
+        return Buffers(made[::2], made[1::2], np.zeros(batch, np.int64))
+
+    def truncate(self, cache: Any, length: int) -> Buffers:
+        least = cache.written.min()
+        if not 0 <= length <= least:
+            raise ValueError(f"cannot keep {length} of {least} tokens")
+        kept = self.fork(cache)
+        kept.written[:] = length
+        return kept
+
+    def fork(self, cache: Any) -> Buffers:
+        return Buffers([k.copy() for k in cache.keys], [v.copy() for v in cache.values], cache.written.copy())
+
+    def reorder(self, cache: Any, rows: list[int]) -> Buffers:
+        check_rows(rows, len(cache.written))
+        return Buffers([k[rows] for k in cache.keys], [v[rows] for v in cache.values], cache.written[rows])
+
+    # --- what it tells ---
+    def contents(self, cache: Any) -> list[list[tuple[Array, Array]]]:
+        return [
+            [(k[row, :, :n], v[row, :, :n]) for row, n in enumerate(cache.written)]
+            for k, v in ((self.loaded(k), self.loaded(v)) for k, v in zip(cache.keys, cache.values, strict=True))
+        ]
+
+    def poison(self, cache: Any, keys: float | None, values: float | None) -> None:
+        for number, buffers in ((keys, cache.keys), (values, cache.values)):
+            if number is not None:
+                filling = self.stored(np.full(1, number, np.float32))
+                for x in buffers:
+                    x[...] = np.where(self.live(cache), x, filling)
+
+    # --- steps ---
+    def step(  # type: ignore[override]  # its keywords are those of its claims
+        self, cache: Any, *inputs: Array, counts: Array | None = None, padding: str = "right",
+        mask: Array | None = None, shared: bool = False, last: bool = False,
+    ) -> tuple[Array, Buffers]:  # fmt: skip
+        counts, self.last_only = self.admit(cache, inputs, counts, mask), last
+        self.places = self.place(cache.written, counts, inputs[0].shape[-1 if len(inputs) == 1 else 2], padding)
+        if mask is not None:
+            mask = np.pad(mask, ((0, 0), (0, self.config.capacity - mask.shape[1])))
+        grown = self.target(cache, shared)
+        grown.written = cache.written + counts
+        return self.run(grown, inputs, mask), grown
+
+    def place(self, lengths: Array, counts: Array, t: int, padding: str) -> Array:
+        first = t - counts if padding == "left" else np.zeros_like(counts)
+        number = np.arange(t) - first[:, None]  # of the row's new tokens
+        return np.where((number >= 0) & (number < counts[:, None]), lengths[:, None] + number, -1)
+
+    def target(self, cache: Any, shared: bool) -> Buffers:
+        """The buffers that the step writes into."""
+        return Buffers(cache.keys, cache.values, cache.written) if shared else self.fork(cache)
+
+    def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        rows, columns = np.nonzero(self.places >= 0)
+        slots = self.places[rows, columns]
+        for buffer, new in ((cache.keys[layer], key), (cache.values[layer], value)):
+            buffer[rows, :, slots] = self.stored(new)[rows, :, columns]
+        return self.cleared(cache, cache.keys[layer]), self.cleared(cache, cache.values[layer])
+
+    def live(self, cache: Any) -> Array:
+        """``(b, 1, capacity, 1)``: which slots hold a token."""
+        return np.asarray(np.arange(self.config.capacity)[:, None] < cache.written[:, None, None, None])
+
+    def cleared(self, cache: Any, buffer: Array) -> Array:
+        """The buffer as float32, with zeros where it holds no token."""
+        return np.where(self.live(cache), self.loaded(buffer), np.float32(0))
+
+    def behind(self, t: int, s: int) -> Array:
+        """``(b, 1, t, s)``: negative, so invisible, for slots without a token and for columns without one."""
+        return self.places[:, None, :, None] - np.arange(s)
+
+    def positions(self, cache: Any, t: int) -> Array:
+        return self.places

@@ -1,0 +1,1 @@
+"""Published cache designs as backends."""

@@ -1,0 +1,129 @@
+"""``module-buffers``: the attention modules own the cache, as in the decoder of *LLMs from scratch* (chapter 4, bonus).
+
+Each keeps one cache in its buffers ``cache_k`` and ``cache_v``, which grow by concatenation, and counts its tokens. So
+one sequence lives in a model at a time, of any number of rows, until the cache is reset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, cat, nn
+
+from kvconform_backends.torch.decoder import Attend, Sight, Sights, attend_to
+from kvconform_backends.torch.eager import COMMON, Torch, copied
+from kvconform_backends.validation import check_rows
+from kvconform_specs.config import Config
+
+Array = NDArray[Any]
+Rows = int
+"""The handle of a sequence is its number of rows: all else is in the modules."""
+
+
+class CachedAttention(nn.Module):
+    """One layer's attention and its cache ``(b, g, s, d)``; both buffers are None while it is empty."""
+
+    cache_k: Tensor | None
+    cache_v: Tensor | None
+
+    def __init__(self, config: Config, layer: int, sights: Sights) -> None:
+        super().__init__()
+        self.config, self.layer, self.sights = config, layer, sights
+        self.reset_cache()
+
+    def reset_cache(self) -> None:
+        self.fill(None, None)
+
+    def fill(self, keys: Tensor | None, values: Tensor | None) -> None:
+        self.register_buffer("cache_k", keys, persistent=False)
+        self.register_buffer("cache_v", values, persistent=False)
+        self.position = 0 if keys is None else keys.shape[2]  # of the next token
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, use_cache: bool = True) -> Tensor:
+        start, t = self.position if use_cache else 0, query.shape[2]
+        if use_cache:
+            if self.cache_k is not None and self.cache_v is not None:
+                key, value = cat((self.cache_k, key), dim=2), cat((self.cache_v, value), dim=2)  # (b, g, s, d)
+            else:
+                key, value = key.clone(), value.clone()  # views would keep the memory of the queries
+            self.fill(key, value)
+        return attend_to(self.config, self.sight(start, t), query, key, value)
+
+    def sight(self, start: int, t: int) -> Sight:
+        """What ``t`` tokens behind ``start`` cached ones see."""
+        return self.sights.of_layer(self.layer, slice(start, start + t), start + t)
+
+
+class ModuleBuffers(Torch):
+    """A layer or a decoder whose attention modules own the cache."""
+
+    cache_design = "concatenation"
+    claims = replace(COMMON, abilities=tuple(a for a in COMMON.abilities if a not in ("fork", "mask")), max_sequences=1)
+    module: ClassVar[type[CachedAttention]] = CachedAttention
+
+    def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
+        super().__init__(config, weights, device)
+        self.layers = [self.module(config, layer, self.sights).eval() for layer in range(config.layers)]
+
+    def full(self, *inputs: Array, last: bool = False) -> Array:
+        return self.through(inputs, self.admit(inputs, None, 0), use_cache=False, last=last)
+
+    def start(self, batch: int) -> Rows:
+        return self.reset(batch)
+
+    def step(self, rows: Rows, *inputs: Array, metered: bool = False, last: bool = False) -> tuple[Array, Rows]:
+        return self.through(inputs, self.admit(inputs, rows, self.held), True, metered, last), rows
+
+    def through(
+        self, inputs: tuple[Array, ...], t: int, use_cache: bool, metered: bool = False, last: bool = False
+    ) -> Array:
+        """The output for ``t`` tokens, on the cache or without one."""
+        start = self.held if use_cache else 0
+        attend: Attend = lambda layer, q, k, v: self.layers[layer](q, k, v, use_cache)  # noqa: E731
+        return self.run(inputs, slice(start, start + t), attend, metered, last)
+
+    @property
+    def held(self) -> int:
+        """How many tokens the cache holds."""
+        return self.layers[0].position
+
+    def length(self, rows: Rows) -> list[int]:
+        return [self.held] * rows
+
+    def room(self, rows: Rows) -> list[int]:
+        return [self.config.capacity - self.held] * rows
+
+    def buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer; of none while the cache is empty."""
+        return [(x.cache_k, x.cache_v) for x in self.layers if x.cache_k is not None and x.cache_v is not None]
+
+    def contents(self, rows: Rows) -> list[list[tuple[Array, Array]]]:
+        nothing = np.zeros((self.config.kv_heads, 0, self.config.head_dim), np.float32)
+        held = [[(copied(k), copied(v)) for k, v in zip(*layer, strict=True)] for layer in self.buffers()]
+        return held or [[(nothing, nothing)] * rows] * len(self.layers)
+
+    def bytes(self, rows: Rows) -> int:
+        return sum(x.untyped_storage().nbytes() for layer in self.buffers() for x in layer)
+
+    def truncate(self, rows: Rows, length: int) -> Rows:
+        if not 0 <= length <= self.held:
+            raise ValueError(f"cannot keep {length} of {self.held} tokens")
+        for module, (k, v) in zip(self.layers, self.buffers(), strict=bool(self.held)):
+            # copies: views would keep the memory of what is forgotten
+            module.fill(k[:, :, :length].clone(), v[:, :, :length].clone())
+        return rows
+
+    def reorder(self, rows: Rows, order: list[int]) -> Rows:
+        check_rows(order, rows)
+        for module, (k, v) in zip(self.layers, self.buffers(), strict=bool(self.held)):
+            module.fill(k[order], v[order])
+        return len(order)
+
+    def reset(self, rows: Rows) -> Rows:
+        for module in self.layers:
+            module.reset_cache()
+        return rows

@@ -1,0 +1,1 @@
+"""Targets ``hf:``: models of transformers."""

@@ -1,0 +1,295 @@
+"""``hf:`` addresses: a causal language model of transformers as a black box, judged by its own forward without a cache.
+
+The target is a local directory with a ``config.json``, or the name of a config class (``LlamaConfig``), of which a tiny
+instance is made. Nothing is downloaded. A step is what ``generate`` does between two tokens, for any number of them:
+``prepare_inputs_for_generation`` with an attention mask of ones and the positions that follow from it, then the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from transformers import AutoConfig, DynamicCache, PreTrainedConfig, StaticCache
+
+from kvconform.backend import Unavailable
+from kvconform.worker.registry import BackendError
+from kvconform_backends.targets import black_box
+from kvconform_backends.targets.foreign import Raised, foreign
+from kvconform_backends.targets.hf import recipe
+from kvconform_backends.targets.hf.recipe import SPREAD, Recipe, point_of, tiny, tokens_of
+from kvconform_backends.torch import device_time
+from kvconform_backends.validation import check_rows
+from kvconform_specs.claims import Claims
+from kvconform_specs.config import DTYPES, Config
+from kvconform_specs.program import Program
+
+Array = NDArray[Any]
+
+CACHES = ("dynamic", "static")
+OPTIONS: Mapping[str, Any] = MappingProxyType(
+    {
+        "cache": "dynamic", "config": {}, "attn_implementation": None, "experts_implementation": None,
+        "dtype": "float32", "seed": 0,
+    }
+)  # fmt: skip
+"""What may stand behind the ``?`` of an address, and what holds where it does not. ``config``: fields of the model's
+config. ``attn_implementation``: None is the model's own choice. ``experts_implementation``: None is ``APART`` for a
+model with experts. ``seed``: of random weights."""
+APART = "batched_mm"
+"""How experts are computed: a product for each token. With ``grouped_mm``, transformers' own choice, the tokens of an
+expert share one, and what other tokens choose moves a token's output by rounding (116 of 200 tries, 4e-6 at most)."""
+
+
+@dataclass
+class Sequence:
+    """A cache of transformers, which knows its length but not always its batch."""
+
+    cache: Any
+    batch: int
+
+
+class Transformers:
+    """One model and one cache design; ``open_hf`` makes a subclass that has the class attributes."""
+
+    claims: Claims
+    points: Mapping[str, Config]
+    recognised: str
+    assumed: tuple[str, ...]
+    source: str
+    recipe: Recipe
+    made: Any
+
+    def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise Unavailable(f"torch {torch.__version__} finds no CUDA device on this machine")
+        torch.set_float32_matmul_precision("highest")  # float32 means float32: no TF32
+        self.config, self.device = config, device
+        self.model: Any = self.made.to(device)
+        self.seen_on: str | None = None  # the device of the last logits
+        self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+
+    # --- the cache ---
+    def cache(self) -> Any:
+        """An empty cache, as ``generate`` makes it."""
+        text = self.model.config.get_text_config(decoder=True)
+        if self.recipe.cache == "static":
+            return StaticCache(config=text, max_cache_len=self.config.capacity)
+        return DynamicCache(config=text)
+
+    def start(self, batch: int) -> Sequence:
+        return Sequence(self.cache(), batch)
+
+    @torch.no_grad()
+    def step(self, sequence: Sequence, tokens: Array) -> tuple[Array, Sequence]:
+        ids = torch.from_numpy(tokens).to(self.device)
+        past = int(sequence.cache.get_seq_length())
+        mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.long, device=self.device)
+        positions = {"position_ids": mask.cumsum(-1) - 1} if self.takes_positions else {}
+        inputs = self.model.prepare_inputs_for_generation(
+            ids, past_key_values=sequence.cache, attention_mask=mask, use_cache=True, is_first_iteration=past == 0,
+            **positions,
+        )  # fmt: skip
+        output = self.model(**inputs, return_dict=True)
+        sequence.cache = output.past_key_values
+        return self._given(output.logits), sequence
+
+    def length(self, sequence: Sequence) -> list[int]:
+        return [int(sequence.cache.get_seq_length())] * sequence.batch
+
+    def reset(self, sequence: Sequence) -> Sequence:
+        sequence.cache.reset()
+        return sequence
+
+    def truncate(self, sequence: Sequence, length: int) -> Sequence:
+        """``crop`` takes the number of tokens to forget, and forgets all of them where there are fewer."""
+        held = int(sequence.cache.get_seq_length())
+        if not 0 <= length <= held:
+            raise ValueError(f"cannot keep {length} of {held} tokens")
+        if length < held:
+            sequence.cache.crop(length - held)
+        return sequence
+
+    @torch.no_grad()
+    def reorder(self, sequence: Sequence, rows: list[int]) -> Sequence:
+        """An empty cache keeps the batch that it was made for (transformers#42454): it is made anew."""
+        check_rows(rows, sequence.batch)
+        if not sequence.cache.get_seq_length():
+            return self.start(len(rows))
+        sequence.cache.reorder_cache(torch.tensor(rows, device=self.device))
+        sequence.batch = len(rows)
+        return sequence
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """As prefixes are reused in the field: by a deep copy of the cache."""
+        return copy.deepcopy(sequence)
+
+    # --- the truth ---
+    @torch.no_grad()
+    def full(self, tokens: Array) -> Array:
+        ids = torch.from_numpy(tokens).to(self.device)
+        return self._given(self.model(input_ids=ids, use_cache=False, return_dict=True).logits)
+
+    def _given(self, logits: torch.Tensor) -> Array:
+        self.seen_on = logits.device.type
+        return black_box.widened(logits)
+
+    def disturbed(self, storage: float, accumulation: float, seed: int) -> Transformers:
+        other = copy.copy(self)
+        other.model = black_box.disturbed(self.model, storage, accumulation, seed)
+        return other
+
+    # --- what ran ---
+    def witness(self) -> dict[str, Any]:
+        cache = self.cache()
+        return {
+            "transformers": transformers.__version__, "torch": torch.__version__, "model": type(self.model).__name__,
+            "cache": type(cache).__name__, "layers": [type(layer).__name__ for layer in cache.layers],
+            "attention": self.model.config._attn_implementation, "experts": _experts(self.model),
+            "device": self.seen_on, "precision": device_time.precision(self.model.dtype, self.device),
+        }  # fmt: skip
+
+    def synchronise(self) -> None:
+        device_time.synchronise(self.device)
+
+    def script_setup(self) -> str:
+        return self.recipe.setup(self.config.capacity, self.takes_positions)
+
+    def script(self, program: Program, tag: str) -> str:
+        return recipe.steps(program, tag)
+
+
+def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
+    """The backend around a target. Raises BackendError with a sentence."""
+    for name in options:
+        if name not in OPTIONS:
+            raise BackendError(f"target hf:{target}: no option {name!r}; known: {', '.join(OPTIONS)}")
+    chosen = {**OPTIONS, **options}
+    for name, known in (("cache", CACHES), ("dtype", DTYPES)):
+        if chosen[name] not in known:
+            raise BackendError(f"target hf:{target}: {name} is {chosen[name]!r}; known: {', '.join(known)}")
+    try:
+        with foreign(), torch.no_grad():
+            recipe, assumed = _recipe(target, chosen)
+            model = recipe.model()
+            if recipe.experts is None and _experts(model) == "grouped_mm":
+                recipe = replace(recipe, experts=APART)
+                model.set_experts_implementation(APART)
+                apart = f"its experts are computed by {APART}, since grouped_mm lets tokens share a rounding"
+                assumed = (*assumed, apart)
+            point = point_of(model.config, str(chosen["dtype"]))
+            model(input_ids=torch.tensor([tokens_of(point, 2)]), use_cache=False)
+    except Raised as words:
+        raise BackendError(f"target hf:{target}: transformers {transformers.__version__} says {words}") from words
+    kind = type(model).__name__
+    attributes = {
+        "points": {"decoder-own": point}, "made": model, "recipe": recipe, "source": recipe.source,
+        "recognised": f"transformers {kind}, {recipe.cache_class}, {model.config._attn_implementation}",
+        "assumed": (*assumed, *_assumed(point)), "claims": _claims(point, recipe, ()),
+        "__module__": __name__, "__doc__": f"{kind} of {target}.",
+    }  # fmt: skip
+    backend: type[Transformers] = type(kind, (Transformers,), attributes)
+    backend.claims = _claims(point, recipe, _offered(backend(point, {})))
+    return backend
+
+
+@lru_cache(maxsize=1)
+def gpt2() -> type[Transformers]:
+    """The published design ``gpt2-transformers``: GPT-2 through transformers with the cache that it has by itself.
+    Published: 124 million parameters, 1000 new tokens; here: tiny, since a cache is right or wrong at any size."""
+    return open_hf("GPT2Config", {})
+
+
+def __getattr__(name: str) -> Any:
+    """``GPT2`` is made when it is asked for: nothing happens at import."""
+    if name == "GPT2":
+        return gpt2()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _recipe(target: str, options: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
+    """How the target is made, and what was assumed of it on the way."""
+    directory = Path(target).resolve()
+    found = (directory / "config.json").is_file()
+    kind = getattr(transformers, target, None)
+    if found:
+        plain = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        held = any(file.suffix == ".safetensors" or file.match("pytorch_model*.bin") for file in directory.iterdir())
+        fields = {} if held else {name: SPREAD for name in ("initializer_range", "init_std") if hasattr(plain, name)}
+    elif isinstance(kind, type) and issubclass(kind, PreTrainedConfig):
+        plain, held = kind(), False
+        fields = tiny(plain)
+    else:
+        raise BackendError(
+            f"target hf:{target}: neither a local directory with a config.json nor a config class of transformers "
+            f"{transformers.__version__} such as LlamaConfig; nothing is downloaded"
+        )
+    for name in options["config"]:
+        if not hasattr(plain, name):
+            raise BackendError(f"target hf:{target}: {type(plain).__name__} has no field {name!r}")
+    recipe = Recipe(
+        origin=str(directory) if found else target, directory=found, fields={**fields, **options["config"]},
+        weights=held, cache=options["cache"], attention=options["attn_implementation"],
+        experts=options["experts_implementation"], dtype=options["dtype"], seed=options["seed"],
+    )  # fmt: skip
+    assumed = [] if found else ["its sizes are tiny, as they were chosen here"]
+    spread = {recipe.fields[name] for name in ("initializer_range", "init_std") if name in recipe.fields}
+    if held:
+        assumed.append(f"its weights are those in {target}")
+    else:
+        size = f", of standard deviation {spread.pop():g}, since 0.02 hides mistakes" if spread else ""
+        assumed.append(f"its weights are random (seed {recipe.seed}{size})")
+    return recipe, tuple(assumed)
+
+
+def _assumed(point: Config) -> tuple[str, ...]:
+    said = ["it is called as generate does: an attention mask of ones, and positions that follow from it"]
+    if point.reserved:
+        said.append(f"tokens {', '.join(map(str, point.reserved))} are special and never used")
+    return tuple(said)
+
+
+def _claims(point: Config, recipe: Recipe, offered: tuple[str, ...]) -> Claims:
+    return Claims(
+        profiles=("decoder",), abilities=("full", "length", "reset", "fork", *offered), dtypes=(point.dtype,),
+        devices=("cpu", "cuda"), memory="capacity" if recipe.cache == "static" else "length", truth="self",
+    )  # fmt: skip
+
+
+def _experts(model: Any) -> str | None:
+    """How a model's experts are computed; None where it has none, or no choice."""
+    told = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else {}
+    return dict(told).get("")
+
+
+def _offered(subject: Transformers) -> tuple[str, ...]:
+    """What this cache offers of what not every cache does, by trying it on a full one: sliding layers, which have
+    forgotten what was before their window, and static ones cannot be cropped. Where a step raises nothing is offered,
+    and the step is for the clauses to find."""
+    tokens = np.array([tokens_of(subject.config, subject.config.capacity)] * 2)
+    offered = []
+    for ability, attempt in (("truncate", _cropped), ("reorder", _reordered)):
+        with suppress(Exception):
+            _, sequence = subject.step(subject.start(2), tokens)
+            attempt(subject, sequence)
+            offered.append(ability)
+    return tuple(offered)
+
+
+def _cropped(subject: Transformers, sequence: Sequence) -> None:
+    subject.truncate(sequence, subject.config.capacity - 1)
+
+
+def _reordered(subject: Transformers, sequence: Sequence) -> None:
+    subject.reorder(sequence, [1, 0])

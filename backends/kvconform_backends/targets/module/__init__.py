@@ -1,0 +1,1 @@
+"""Targets ``py:``: modules and functions."""

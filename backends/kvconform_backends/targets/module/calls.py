@@ -1,0 +1,181 @@
+"""Runs a convention's expressions on a module, a function or an object, with numpy arrays in and out."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kvconform_backends.targets import black_box
+from kvconform_backends.targets.module.conventions import Convention
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Held:
+    """One sequence: what the target returned as its past, kept as it is, and how many rows and tokens there are."""
+
+    past: Any
+    batch: int
+    tokens: int = 0
+
+
+class Caller:
+    """A target that is called by a convention. ``dtype`` is that of hidden states; ``namespace``: what its file has."""
+
+    def __init__(
+        self,
+        module: Any,
+        convention: Convention,
+        namespace: Mapping[str, Any],
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
+        self.module, self.convention, self.dtype, self.device = module, convention, dtype, device
+        self._fixed = {"torch": torch, "np": np, "module": module, "device": device}
+        self._fixed |= {name: namespace[name] for name in convention.imports}
+        self._code: dict[str, types.CodeType] = {}
+        self.seen_on: str | None = None  # the device of the last output
+
+    def on(self, module: Any) -> Caller:
+        """The same calls of another module."""
+        other = copy.copy(self)
+        other.module, other._fixed = module, {**self._fixed, "module": module}
+        return other
+
+    @torch.no_grad()
+    def start(self, batch: int) -> Held:
+        names = {"batch": batch, "new": 0, "cached": 0}
+        if self.convention.begin:
+            self._value(self.convention.begin, names)
+        return Held(self._value(self.convention.empty, names), batch)
+
+    @torch.no_grad()
+    def step(self, held: Held, x: Array) -> tuple[Array, Held]:
+        names = self.called(self.convention.call, held, x)
+        y = self._value(self.convention.output, names)
+        past = self._value(self.convention.present, names) if self.convention.present else None
+        return self.numbers(y), Held(past, held.batch, held.tokens + x.shape[1])
+
+    @torch.no_grad()
+    def whole(self, x: Array) -> Array:
+        """The forward without a cache; where there is none, the first call of a sequence."""
+        names = self.called(self.convention.whole, self.first(len(x)), x)
+        return self.numbers(self._value(self.convention.whole_output, names))
+
+    @torch.no_grad()
+    def first(self, batch: int) -> Held:
+        """What ``whole`` is called with: an empty past, or a sequence that is begun where there is no other call."""
+        if self.convention.always:
+            return self.start(batch)
+        return Held(self._value(self.convention.empty, {"batch": batch, "new": 0, "cached": 0}), batch)
+
+    @torch.no_grad()
+    def called(self, expression: str, held: Held, x: Array) -> dict[str, Any]:
+        """All names after a call, ``out`` among them."""
+        names = {"x": self._into(x), "past": held.past, "batch": x.shape[0], "new": x.shape[1], "cached": held.tokens}
+        return {**names, "out": self._value(expression, names)}
+
+    def length(self, held: Held) -> int:
+        """The tokens in the past, read off its shape."""
+        return int(self._value(self.convention.length, {"past": held.past})) if held.tokens else 0
+
+    def _value(self, expression: str, names: Mapping[str, Any]) -> Any:
+        if expression not in self._code:
+            self._code[expression] = compile(expression, "<convention>", "eval")
+        return eval(self._code[expression], {**self._fixed, **names})
+
+    def _into(self, x: Array) -> Any:
+        x = np.array(x)  # of its own: torch warns of memory that is not to be written
+        if not self.convention.batched:
+            x = x[0]
+        if self.convention.arrays == "numpy":
+            return x
+        given = torch.from_numpy(x).to(self.device)
+        return given.to(self.dtype) if self.convention.takes == "states" else given
+
+    def numbers(self, y: Any) -> Array:
+        """An output ``(b, t, e)`` as float32."""
+        self.seen_on = y.device.type if isinstance(y, Tensor) else "cpu"
+        made = black_box.widened(y) if isinstance(y, Tensor) else np.array(y, np.float32)
+        return made if self.convention.batched else made[None]
+
+
+def disturbed(target: Any, storage: float, accumulation: float, seed: int) -> Any:
+    """A copy of any target whose weights are disturbed (``black_box.disturbed``). Of a function, the weights are the
+    modules and floating-point matrices that its file holds; of another object, those among its attributes."""
+    noise = storage, accumulation, seed
+    if isinstance(target, nn.Module):
+        return black_box.disturbed(target, *noise)
+    if isinstance(target, types.FunctionType):
+        return _rebound(target, {k: _disturbed_value(v, *noise) for k, v in target.__globals__.items()})
+    other = copy.copy(target)
+    for name, value in vars(target).items():
+        setattr(other, name, _disturbed_value(value, *noise))
+    return other
+
+
+def _disturbed_value(value: Any, storage: float, accumulation: float, seed: int) -> Any:
+    if isinstance(value, nn.Module):
+        return black_box.disturbed(value, storage, accumulation, seed)
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim > 1:
+        made = _disturbed_value(torch.from_numpy(np.array(value)), storage, accumulation, seed)
+        return np.asarray(made.numpy(), value.dtype)
+    if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1:
+        held = nn.Module()
+        held.weight = nn.Parameter(value.detach().clone(), requires_grad=False)
+        return black_box.disturbed(held, storage, accumulation, seed).weight
+    if isinstance(value, dict | list) and any(_is_weight(item) for item in _items(value)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        made = {key: _disturbed_value(item, storage, accumulation, seed) for key, item in pairs}
+        return made if isinstance(value, dict) else list(made.values())
+    return value
+
+
+def _items(value: dict[Any, Any] | list[Any]) -> Iterator[Any]:
+    yield from value.values() if isinstance(value, dict) else value
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, nn.Module | Tensor | np.ndarray)
+
+
+def _rebound(function: types.FunctionType, names: dict[str, Any]) -> types.FunctionType:
+    """The function over other globals, and with it the functions of its file that it calls."""
+    for name, value in function.__globals__.items():
+        if isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__:
+            names[name] = _over(value, names)
+    return _over(function, names)
+
+
+def _over(function: types.FunctionType, names: dict[str, Any]) -> types.FunctionType:
+    made = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def leaves(value: Any, deep: int = 6) -> list[Any]:
+    """Every array in a past, whatever it is made of, in order."""
+    if isinstance(value, Tensor | np.ndarray):
+        return [value]
+    if deep == 0 or value is None or isinstance(value, str | int | float | type):
+        return []
+    if isinstance(value, dict):
+        inner = list(value.values())
+    elif isinstance(value, list | tuple | set):
+        inner = list(value)
+    elif isinstance(value, nn.Module):
+        inner = [*value.buffers(), *(v for k, v in vars(value).items() if not k.startswith("_"))]
+    elif hasattr(value, "__dict__"):
+        inner = list(vars(value).values())
+    else:
+        inner = [getattr(value, name) for name in getattr(value, "__slots__", ()) if hasattr(value, name)]
+    return [leaf for item in inner for leaf in leaves(item, deep - 1)]

@@ -1,0 +1,186 @@
+"""A target's calls as Python source without this package: what is pasted in an issue upstream."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from kvconform.worker.client import describe
+from kvconform_backends.targets.module.conventions import concrete
+from kvconform_backends.targets.module.recognised import Recognised
+from kvconform_specs.program import Append, Close, Full, Keep, Program, Reset, Step
+
+
+class Origin(Protocol):
+    """Where a target comes from (``module.Source``)."""
+
+    @property
+    def file(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def init(self) -> Mapping[str, Any]: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype | None: ...
+
+
+class Script:
+    """Source for one build of a target. ``built``: how its name is called, and the names that this uses; None where it
+    is the target itself."""
+
+    def __init__(
+        self,
+        source: Origin,
+        found: Recognised,
+        module: Any,
+        built: tuple[str, tuple[str, ...]] | None,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        self.source, self.found, self.convention = source, found, found.convention
+        self.device, self.dtype, self.module, self.built = device, dtype, module, built
+        self.callee = source.name if built is None and not isinstance(module, nn.Module) else "module"
+
+    def setup(self) -> str:
+        source = self.source
+        used = () if self.built is None else self.built[1]
+        names = ", ".join(dict.fromkeys((source.name, *used, *self.convention.imports)))
+        path = Path(source.file).resolve()
+        lines = ["import sys", "", "import torch", ""]
+        if not source.file.endswith(".py"):
+            lines += [f"torch.manual_seed({source.seed})", f"from {source.file} import {names}"]
+        elif path.stem.isidentifier() and path.stem not in sys.stdlib_module_names:
+            lines += [
+                f"sys.path.insert(0, {str(path.parent)!r})", f"torch.manual_seed({source.seed})",
+                f"from {path.stem} import {names}",
+            ]  # fmt: skip
+        else:  # a name that cannot be imported, or that is taken
+            lines += [
+                "import runpy", f"torch.manual_seed({source.seed})", f"names = runpy.run_path({str(path)!r})",
+                *(f"{name} = names[{name!r}]" for name in names.split(", ")),
+            ]  # fmt: skip
+        lines += ["", f"torch.manual_seed({source.seed})"]
+        if self.callee == "module":
+            lines.append(f"module = {source.name if self.built is None else self.built[0]}")
+        if isinstance(self.module, nn.Module):
+            lines.append("module.eval()")
+            if source.dtype is not None:
+                lines.append(f"module.to({source.dtype})")
+            if self.device != "cpu":
+                lines.append(f"module.to({self.device!r})")
+        if "device" in self.convention.empty + self.convention.begin:
+            lines.append(f"device = {self.device!r}")
+        return "\n".join([*lines, "torch.set_grad_enabled(False)", ""])
+
+    def steps(self, program: Program, tag: str) -> str:
+        lines: list[str] = []
+        held: dict[str, tuple[int, int]] = {}  # rows and tokens of each sequence
+        for number, step in enumerate(program.steps):
+            *first, last = self._step(number, step, tag, held)
+            lines += [*first, f"{last}  # step {number}: {describe(program, number)}"]
+        return "\n".join(lines) + "\n"
+
+    def _step(self, number: int, step: Step, tag: str, held: dict[str, tuple[int, int]]) -> Iterator[str]:
+        name = f"{tag}{number}"
+        if isinstance(step, Append):
+            batch, cached = held.get(step.seq, (len(step.counts), 0))
+            if step.seq not in held:
+                yield from self._begun(step.seq, batch)
+            held[step.seq] = batch, cached + step.counts[0]
+            yield from self._called(name, past_of(step.seq), batch, step.counts[0], cached)
+        elif type(step) is Full:
+            yield from self._whole(name, len(step.counts), step.counts[0])
+        elif isinstance(step, Reset):
+            held[step.seq] = held[step.seq][0], 0
+            yield from list(self._begun(step.seq, held[step.seq][0]))
+        elif isinstance(step, Keep):
+            held[step.into] = held[step.seq]
+            yield f"{past_of(step.into)} = {past_of(step.seq)}"
+        elif isinstance(step, Close):
+            del held[step.seq]
+            yield f"{past_of(step.seq)} = None"
+        else:
+            raise ValueError(f"steps[{number}]: a module that is called by a convention takes no {type(step).__name__}")
+
+    def _begun(self, seq: str, batch: int) -> Iterator[str]:
+        convention, numbers = self.convention, {"batch": batch, "new": 0, "cached": 0}
+        if convention.begin:
+            yield self._text(convention.begin, numbers)
+        if not convention.owned:
+            yield f"{past_of(seq)} = {self._text(convention.empty, numbers)}"
+        elif not convention.begin:
+            yield f"# {seq} begins: nothing empties the cache"
+
+    def _called(self, name: str, past: str, batch: int, new: int, cached: int) -> Iterator[str]:
+        c, numbers = self.convention, {"batch": batch, "new": new, "cached": cached}
+        call = self._text(c.call, {**numbers, "past": past})
+        x = self._into(f"x{name}")
+        if (c.output, c.present) == ("out[0]", "out[1]") and c.arrays == "torch" and c.batched:
+            yield f"y{name}, {past} = {_fed(call, x)}"
+        elif c.output == "out" and c.present in ("", "past"):
+            yield f"y{name} = {_fed(call, x)}"
+        else:
+            yield f"out = {_fed(call, x)}"
+            if c.present not in ("", "past"):
+                yield f"{past} = {c.present}"
+            yield f"y{name} = {c.output}"
+        yield f"y{name} = {self._out(f'y{name}')}"
+
+    def _whole(self, name: str, batch: int, new: int) -> Iterator[str]:
+        c, numbers = self.convention, {"batch": batch, "new": new, "cached": 0}
+        if c.always and c.begin:
+            yield self._text(c.begin, numbers)
+        if self.found.whole_last:
+            yield from self._prefixes(name, batch, new)
+            return
+        call = self._text(c.whole, {**numbers, "past": c.empty})
+        part = c.whole_output.removeprefix("out")  # of what it returns
+        yield f"y{name} = {_fed(call, self._into(f'x{name}'))}{part}"
+        yield f"y{name} = {self._out(f'y{name}')}"
+
+    def _prefixes(self, name: str, batch: int, new: int) -> Iterator[str]:
+        """The whole forward of each prefix, where it gives the last output alone."""
+        c = self.convention
+        call = self._text(c.whole, {"batch": batch, "new": "n", "cached": 0, "past": c.empty})
+        yield f"y{name} = []"
+        yield f"for n in range(1, {new + 1}):"
+        yield f"    out = {_fed(call, self._into(f'x{name}[:, :n]'))}"
+        yield f"    y{name}.append(np.array({self._out(c.whole_output)})[:, -1:])"
+        yield f"y{name} = np.concatenate(y{name}, axis=1)"
+
+    def _text(self, expression: str, numbers: Mapping[str, int | str]) -> str:
+        text = concrete(expression, numbers, self.device)
+        return re.sub(r"(?<![\w.])module(?!\w)", self.callee, text)
+
+    def _into(self, x: str) -> str:
+        row = x if self.convention.batched else f"{x}[0]"
+        if self.convention.arrays == "numpy":
+            return row
+        text = f"torch.from_numpy({row})"
+        if self.convention.takes == "states" and self.dtype is not torch.float32:
+            text += f".to({self.dtype})"
+        return text if self.device == "cpu" else f"{text}.to({self.device!r})"
+
+    def _out(self, y: str) -> str:
+        plain = self.device == "cpu" and self.dtype is torch.float32
+        text = f"{y}.numpy()" if plain else f"{y}.float().cpu().numpy()"
+        text = y if self.convention.arrays == "numpy" else text
+        return text if self.convention.batched else f"{text}[None]"
+
+
+def past_of(seq: str) -> str:
+    """The variable that holds a sequence's past."""
+    return f"past_{seq}" if seq.isidentifier() else f"past_{seq.encode().hex()}"
+
+
+def _fed(call: str, x: str) -> str:
+    """The call with the input written out."""
+    return re.sub(r"(?<![\w.])x(?![\w=])", lambda _found: x, call)

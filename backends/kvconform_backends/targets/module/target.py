@@ -1,0 +1,285 @@
+"""``py:`` addresses: a module, a function or a factory of one's own as a black box, judged by its own forward.
+
+The target is ``file.py:NAME`` or ``package.module:NAME``. How it is called is found out by trial
+(``module_recognition``); what nobody can tell is one sentence, and the adapter to write instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_type_hints
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from kvconform.backend import Unavailable
+from kvconform.worker.registry import BackendError, module_of
+from kvconform_backends.targets import black_box
+from kvconform_backends.targets.foreign import Raised, foreign
+from kvconform_backends.targets.module import calls, conventions
+from kvconform_backends.targets.module.calls import Caller, Held
+from kvconform_backends.targets.module.recognised import Recognised, Target
+from kvconform_backends.targets.module.recognition import Unrecognised, recognise
+from kvconform_backends.targets.module.script import Script
+from kvconform_backends.torch import device_time
+from kvconform_specs.claims import Claims
+from kvconform_specs.config import Config
+from kvconform_specs.program import Program
+
+Array = NDArray[Any]
+
+OPTIONS: Mapping[str, Any] = MappingProxyType({"init": {}, "seed": 0, "dtype": None, "convention": {}})
+"""What may stand behind the ``?`` of an address. ``init``: keyword arguments of a class or factory; ``seed``: of its
+random weights; ``dtype``: what it is turned into; ``convention``: fields of ``conventions.Convention``."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a target comes from, and how it is built anew."""
+
+    address: str
+    file: str
+    name: str
+    init: Mapping[str, Any]
+    seed: int
+    dtype: torch.dtype | None
+
+    def namespace(self) -> dict[str, Any]:
+        """What the file has, executed anew where it is one: no trial leaves anything in its globals."""
+        torch.manual_seed(self.seed)
+        if not self.file.endswith(".py"):
+            namespace: dict[str, Any] = vars(importlib.import_module(self.file))
+            return namespace
+        folder = str(Path(self.file).resolve().parent)
+        if folder not in sys.path:
+            sys.path.insert(0, folder)  # a file's neighbours are importable, as when it is run
+        namespace = vars(module_of(self.file))
+        return namespace
+
+    def made(self, namespace: Mapping[str, Any]) -> Any:
+        """The target, built, and ready to be called. Raises BackendError where that fails."""
+        found = namespace[self.name]
+        torch.manual_seed(self.seed)
+        if self._builds(found):
+            try:
+                with foreign():
+                    found = found(**arguments(found, self.init))
+            except Raised as error:
+                needed = ", ".join(f'"{name}": ...' for name in required(found))
+                hint = f"; give its arguments: --init '{{{needed}}}'" if needed and not self.init else ""
+                raise BackendError(f"{self.address} cannot be built: {error}{hint}") from error
+        elif isinstance(found, nn.Module):
+            found = copy.deepcopy(found)
+        if isinstance(found, nn.Module):
+            found.eval()
+            if self.dtype is not None:
+                found.to(self.dtype)
+        return found
+
+    def written(self, namespace: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:
+        """How ``made`` calls the name, and the names that this uses; None where it is the target itself."""
+        found = namespace[self.name]
+        if not self._builds(found):
+            return None
+        given = arguments(found, self.init)
+        classes = tuple(type(value).__name__ for value in given.values() if is_dataclass(value))
+        return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in given.items())})", classes
+
+    def _builds(self, found: Any) -> bool:
+        """Whether the name is called to get the target: a class, or a function that takes no tokens and no past."""
+        if isinstance(found, type):
+            return True
+        if isinstance(found, nn.Module) or not inspect.isfunction(found):
+            return False
+        if self.init:
+            return True
+        return not required(found) and not set(inspect.signature(found).parameters) & conventions.PASTS
+
+
+def required(found: Any) -> list[str]:
+    """The parameters without a default."""
+    parameters = inspect.signature(found).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def arguments(found: Any, init: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with those that are annotated as a dataclass made into one."""
+    given = dict(init)
+    for name, hint in _hints(found).items():
+        if is_dataclass(hint) and isinstance(hint, type) and name in required(found):
+            value = given.get(name, {})
+            given[name] = hint(**value) if isinstance(value, Mapping) else value
+    return given
+
+
+def _hints(found: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(inspect.getattr_static(found, "__init__") if isinstance(found, type) else found)
+    except (NameError, TypeError):  # names that exist for a type checker alone
+        return {}
+
+
+def open_module(target: str, options: Mapping[str, Any]) -> Any:
+    """The black box around a target; a ``kvconform.backend.Backend`` as it is. Raises BackendError with a sentence."""
+    address = f"py:{target}"
+    for option in options:
+        if option not in OPTIONS:
+            raise BackendError(f"{address}: unknown option {option!r}; known: {', '.join(OPTIONS)}")
+    asked = {**OPTIONS, **options}
+    if asked["dtype"] not in (None, *DTYPES):
+        raise BackendError(f"{address}: unknown dtype {asked['dtype']!r}; known: {', '.join(DTYPES)}")
+    file, colon, name = target.rpartition(":")
+    if not colon:
+        raise BackendError(f"{address}: want file.py:NAME or package.module:NAME")
+    source = Source(address, file, name, asked["init"], asked["seed"], DTYPES.get(asked["dtype"] or ""))
+    try:
+        with foreign():
+            namespace = source.namespace()
+    except BackendError as missing:
+        raise BackendError(f"{address}: {missing}") from missing
+    except Raised as error:
+        raise BackendError(f"{address} cannot be imported: {error}") from error
+    if name not in namespace:
+        raise BackendError(f"{address}: {file} has no {name!r}")
+    if hasattr(namespace[name], "claims"):
+        return namespace[name]
+    module = source.made(namespace)
+    if hasattr(module, "claims"):
+        return module
+    if not callable(module):
+        raise BackendError(f"{address} is a {type(module).__name__}, which cannot be called")
+    floats = (p.dtype for p in module.parameters() if p.is_floating_point()) if isinstance(module, nn.Module) else ()
+    dtype = source.dtype or next(iter(floats), torch.float32)
+    probed = Target(module, name, namespace, asked["init"], dtype)
+    try:
+        found = recognise(probed, asked["convention"])
+    except Unrecognised as words:
+        raise BackendError(
+            f"{address}: cannot tell how its cache works: found {words}; the known conventions are "
+            f"{conventions.KNOWN}. For any other call an adapter is written, such as:\n\n{conventions.ADAPTER}"
+        ) from words
+    except ValueError as error:
+        raise BackendError(f"{address}: {error}") from error
+    return ModuleTarget(source, module, found, dtype)
+
+
+class ModuleTarget:
+    """A recognised target; called with a config it builds the target anew."""
+
+    def __init__(self, source: Source, module: Any, found: Recognised, dtype: torch.dtype) -> None:
+        convention = found.convention
+        abilities = {
+            "full": not convention.always,
+            "reset": found.restarts,
+            "length": bool(convention.length),
+            "functional": found.functional,
+        }
+        profile = "decoder" if convention.takes == "tokens" else "hidden"
+        stored = next((name for name, kind in DTYPES.items() if kind is dtype), "float32")
+        self.claims = Claims(
+            profiles=(profile,),
+            abilities=tuple(name for name, has in abilities.items() if has),
+            dtypes=(stored,),
+            devices=("cpu", "cuda") if isinstance(module, nn.Module) else ("cpu",),
+            max_batch=1 if found.batch == 1 else found.rows,
+            max_sequences=1 if convention.owned else None,
+            returns="last" if found.last_only else "all",
+            truth="self",
+        )
+        reserved = sorted({*range(found.vocabulary, found.outputs), *found.reserved}) if profile == "decoder" else ()
+        own = Config(
+            profile, found.heads, found.kv_heads, found.head_dim, found.capacity, dtype=stored, layers=found.layers,
+            width=found.width or found.heads * found.head_dim,
+            vocabulary=found.outputs if profile == "decoder" or found.outputs != found.width else 0,
+            reserved=tuple(reserved),
+        )  # fmt: skip
+        self.points = {f"{profile}-own": own}
+        self.recognised = found.words
+        self.assumed = (_built(source), *found.assumed)
+        self.source = source.file if source.file.endswith(".py") else str(sys.modules[source.file].__file__ or "")
+        self.dtype, self.found, self._source = dtype, found, source
+
+    def __call__(self, config: Config, weights: Mapping[str, Any], device: str) -> ModuleSubject:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise Unavailable(f"torch {torch.__version__} finds no CUDA device on this machine")
+        torch.set_float32_matmul_precision("highest")  # float32 means float32: no TF32
+        namespace = self._source.namespace()
+        module = self._source.made(namespace)
+        if device != "cpu":
+            module.to(device)
+        caller = Caller(module, self.found.convention, namespace, self.dtype, device)
+        built = self._source.written(namespace)
+        script = Script(self._source, self.found, module, built, self.dtype, device)
+        return ModuleSubject(self, caller, script)
+
+
+def _built(source: Source) -> str:
+    """How the target is made, as a sentence."""
+    given = ", ".join(f"{name}={value!r}" for name, value in source.init.items())
+    of = f" with {given}" if given else ""
+    return f"it is built{of} after torch.manual_seed({source.seed}), in eval mode, with the weights that it then has"
+
+
+class ModuleSubject:
+    """One build of a target on one device."""
+
+    def __init__(self, target: ModuleTarget, caller: Caller, source: Script) -> None:
+        self.claims, self.target, self.caller, self.source = target.claims, target, caller, source
+        self.noise: tuple[float, float, int] | None = None
+        """What its hidden states are disturbed by."""
+
+    def start(self, batch: int) -> Held:
+        return self.caller.start(batch)
+
+    def step(self, held: Held, x: Array) -> tuple[Array, Held]:
+        return self.caller.step(held, x)
+
+    def full(self, x: Array) -> Array:
+        """``(b, t, e)``, as many rows at a time as it takes, and by prefixes where it gives the last output."""
+        if self.noise is not None and self.caller.convention.takes == "states":
+            x = black_box.disturbed_states(x, *self.noise)
+        rows = self.claims.max_batch or len(x)
+        return np.concatenate([self._whole(x[row : row + rows]) for row in range(0, len(x), rows)])
+
+    def _whole(self, x: Array) -> Array:
+        if self.target.found.whole_last:
+            return np.concatenate([self.caller.whole(x[:, : t + 1])[:, -1:] for t in range(x.shape[1])], axis=1)
+        return self.caller.whole(x)
+
+    def length(self, held: Held) -> list[int]:
+        return [self.caller.length(held)] * held.batch
+
+    def reset(self, held: Held) -> Held:
+        return self.caller.start(held.batch)
+
+    def disturbed(self, storage: float, accumulation: float, seed: int) -> ModuleSubject:
+        noise = storage, accumulation, seed
+        caller = self.caller.on(calls.disturbed(self.caller.module, *noise))
+        other = ModuleSubject(self.target, caller, self.source)
+        other.noise = noise
+        return other
+
+    def witness(self) -> dict[str, Any]:
+        return {
+            "torch": torch.__version__, "device": self.caller.seen_on, "call": self.caller.convention.call,
+            "precision": device_time.precision(self.target.dtype, self.caller.device),
+        }  # fmt: skip
+
+    def synchronise(self) -> None:
+        device_time.synchronise(self.caller.device)
+
+    def script_setup(self) -> str:
+        return self.source.setup()
+
+    def script(self, program: Program, tag: str) -> str:
+        return self.source.steps(program, tag)

@@ -1,0 +1,1 @@
+"""Targets ``onnx:``: exported decoders."""

@@ -1,0 +1,131 @@
+"""A program on an ONNX decoder, written out in Python that needs onnxruntime and numpy alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvconform.worker.client import describe
+from kvconform_backends.targets.onnx.signature import Signature
+from kvconform_specs.program import Append, Close, Full, Program, Reset
+
+
+@dataclass(frozen=True)
+class Call:
+    """A graph, and its name in the script."""
+
+    name: str
+    path: Path
+    signature: Signature
+
+    def feeds(self, x: str, batch: int, past: int, t: int | str, held: str) -> str:
+        """What it is given for ``t`` tokens ``x`` behind ``past`` others, which ``held`` holds; ``t`` may be a name."""
+        s = self.signature
+        feeds = {s.tokens.name: f"{x}.astype(np.{s.tokens.dtype})"}
+        end = past + t if isinstance(t, int) else t
+        if s.mask is not None:
+            feeds[s.mask.name] = f"np.ones(({batch}, {end}), {_scalar(s.mask.dtype)})"
+        for tensor in (s.positions, s.cache_position):
+            if tensor is not None:
+                rows = 1 if tensor.axes[0] == 1 else batch
+                counted = f"np.arange({past}, {end}, dtype={_scalar(tensor.dtype)})"
+                feeds[tensor.name] = counted if len(tensor.axes) == 1 else f"np.tile({counted}, ({rows}, 1))"
+        if s.branch is not None:
+            feeds[s.branch.name] = f"np.full({(1,) * len(s.branch.axes)}, {past > 0})"
+        if s.kept is not None:
+            feeds[s.kept.name] = f"np.zeros({(1,) * len(s.kept.axes)}, {_scalar(s.kept.dtype)})"
+        told = [f"{_text(name)}: {value}" for name, value in feeds.items()]
+        if s.pasts:
+            told.append(f"**dict(zip(PASTS, {held}))")
+        return f"{{{', '.join(told)}}}"
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a script must know of a target. first: the graph of the first step of a sequence; later: of all others;
+    whole: the one whose output on all tokens is the truth. dummy, last: as of ``onnx_decoder.Graphs``."""
+
+    first: Call
+    later: Call
+    whole: Call
+    device: str
+    dummy: int
+    last: bool
+
+    def setup(self) -> str:
+        cuda = '("CUDAExecutionProvider", {"use_tf32": "0"}), ' if self.device == "cuda" else ""
+        lines = ["import onnxruntime", "", f'PROVIDERS = [{cuda}"CPUExecutionProvider"]']
+        calls = {call.name: call for call in (self.later, self.first, self.whole)}
+        for name, call in calls.items():
+            lines.append(f"{name} = onnxruntime.InferenceSession({_text(str(call.path))}, providers=PROVIDERS)")
+        pasts = self.later.signature.pasts
+        lines += _listed("PASTS", [past.tensor.name for past in pasts])
+        for name in dict.fromkeys((self.later.name, self.first.name)):
+            presents = [calls[name].signature.present(past.slot) or "" for past in pasts]
+            lines += _listed(f"{name}_PRESENTS", presents)
+        lines += ["", "", "def nothing(batch):", '    """The past of a sequence without tokens."""']
+        made = []
+        for past in pasts:
+            shape = ", ".join(str(size) for size in past.shape("batch", self.dummy))
+            made.append(f"np.zeros(({shape}), {_scalar(past.tensor.dtype)})")
+        if len(set(made)) == 1:
+            lines.append(f"    return [{made[0]} for _ in PASTS]")
+        else:
+            lines += ["    return [", *(f"        {zeros}," for zeros in made), "    ]"]
+        return "\n".join([*lines, ""])
+
+    def steps(self, program: Program, tag: str) -> str:
+        """Raises ValueError where a step needs what no ONNX target claims."""
+        lines, lengths = [f"past{tag} = {{}}"], dict[str, int]()
+        for number, step in enumerate(program.steps):
+            x, y, words = f"x{tag}{number}", f"y{tag}{number}", f"  # {describe(program, number)}"
+            if isinstance(step, Append):
+                held, past = f"past{tag}[{_text(step.seq)}]", lengths.get(step.seq, 0)
+                lines.append(self._append(x, y, step, held, past) + words)
+                lines.append(f"{y} = {y}.astype(np.float32)")
+                call = self.later if past else self.first
+                lines[-1] += "[:, None]" * (len(call.signature.output.axes) == 2)
+                lengths[step.seq] = past + max(step.counts)
+            elif type(step) is Full:
+                lines.append(f"{y} = {self._whole(x, len(step.counts), max(step.counts))}{words}")
+                lines.append(f"{y} = {y}.astype(np.float32)")
+            elif isinstance(step, Reset | Close):
+                lines.append(f"past{tag}.pop({_text(step.seq)}, None){words}")
+                lengths.pop(step.seq, None)
+            else:
+                raise ValueError(f"an ONNX target claims no {type(step).__name__.lower()}")
+        return "\n".join([*lines, ""])
+
+    def _append(self, x: str, y: str, step: Append, held: str, past: int) -> str:
+        call, batch, t = self.later if past else self.first, len(step.counts), max(step.counts)
+        outputs = f"[{_text(call.signature.output.name)}, *{call.name}_PRESENTS]"
+        feeds = call.feeds(x, batch, past, t, held if past else f"nothing({batch})")
+        line = f"{y}, *{held} = {call.name}.run({outputs}, {feeds})"
+        return (
+            line if len(line) <= 100 else line.replace(f"({outputs}, {feeds})", f"(\n    {outputs},\n    {feeds},\n)")
+        )
+
+    def _whole(self, x: str, batch: int, t: int) -> str:
+        call, held = self.whole, f"nothing({batch})"
+        outputs = f"[{_text(call.signature.output.name)}]"
+        if not self.last:
+            return f"{call.name}.run({outputs}, {call.feeds(x, batch, 0, t, held)})[0]"
+        axis = "stack" if len(call.signature.output.axes) == 2 else "concatenate"
+        one = f"{call.name}.run({outputs}, {call.feeds(f'{x}[:, :n]', batch, 0, 'n', held)})[0]"
+        return f"np.{axis}([{one} for n in range(1, {t} + 1)], axis=1)"
+
+
+def _listed(name: str, texts: Sequence[str]) -> list[str]:
+    """An assignment of a list, a line for each where one line does not hold it."""
+    line = f"{name} = [{', '.join(map(_text, texts))}]"
+    return [line] if len(line) <= 100 else [f"{name} = [", *(f"    {_text(text)}," for text in texts), "]"]
+
+
+def _text(x: str) -> str:
+    return json.dumps(x, ensure_ascii=False)
+
+
+def _scalar(dtype: str) -> str:
+    return "np.bool_" if dtype == "bool" else f"np.{dtype}"

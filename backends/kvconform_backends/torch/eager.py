@@ -1,0 +1,347 @@
+"""``eager`` and ``eager-static``: PyTorch's scaled dot-product attention over the two usual caches.
+
+``eager`` grows tuples of past keys and values by concatenation, ``eager-static`` writes into a buffer of fixed size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from kvconform.backend import Unavailable
+from kvconform_backends.greedy import greedy
+from kvconform_backends.torch import device_time
+from kvconform_backends.torch.counting import Counted
+from kvconform_backends.torch.decoder import DTYPES, Attend, Decoder, Positions, Sights, attend_to
+from kvconform_backends.validation import check_counts, check_inputs, check_rows
+from kvconform_specs.claims import Claims
+from kvconform_specs.config import Config
+
+Array = NDArray[Any]
+Index = tuple[Any, ...]
+
+COMMON = Claims(
+    profiles=("attention", "decoder"),
+    abilities=(
+        "full", "length", "room", "truncate", "fork", "reorder", "reset", "refusal", "mask", "contents", "bytes",
+        "work", "generate", "last",
+    ),
+    dtypes=("float32", "bfloat16", "float16"),
+    devices=("cpu", "cuda"),
+    overflow="refused",
+)  # fmt: skip
+
+
+class Torch(Counted):
+    """What both caches share: numpy to torch and back, the forward without a cache, and the witness."""
+
+    claims = COMMON
+    family: type[Decoder] = Decoder
+
+    def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise Unavailable(f"torch {torch.__version__} finds no CUDA device on this machine")
+        torch.set_float32_matmul_precision("highest")  # float32 means float32: no TF32, no bf16x3 passes
+        if device == "cuda":
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        self.config, self.device, self.dtype = config, device, DTYPES[config.dtype]
+        self.decoder = self.family(config, weights, device).eval() if config.profile == "decoder" else None
+        self.sights = Sights(config, device)
+        self.seen_on: str | None = None  # the device of the last output
+        self.counted = 0  # multiply-adds of the last metered step
+        self.device_time = device_time.DeviceTime(device, self)
+        self.allocator = device_time.Allocator()
+
+    def full(self, *inputs: Array, last: bool = False) -> Array:
+        t = self.admit(inputs, None, 0)
+        sights = self.sights.of(slice(0, t), t)
+        attend: Attend = lambda layer, q, k, v: attend_to(self.config, sights[layer], q, k, v)  # noqa: E731
+        return self.run(inputs, slice(0, t), attend, last=last)
+
+    def generate(self, tokens: Array, new: int) -> Array:
+        return greedy(self, tokens, new)
+
+    def admit(self, inputs: tuple[Array, ...], batch: int | None, length: int) -> int:
+        """How many tokens come. Raises TypeError or ValueError where they are malformed or exceed the capacity."""
+        t = check_inputs(self.config, batch, inputs)
+        self.check_room(length, t)
+        return t
+
+    def check_room(self, length: int, t: int) -> None:
+        if length + t > self.config.capacity:
+            raise ValueError(f"{length} + {t} tokens exceed the capacity of {self.config.capacity}")
+
+    @torch.inference_mode()
+    def run(
+        self,
+        inputs: tuple[Array, ...],
+        positions: Positions,
+        attend: Attend,
+        metered: bool = False,
+        last: bool = False,
+    ) -> Array:
+        """The new tokens' output, or the last one's alone, whose attention goes through ``attend``: layer 0 alone, or
+        the decoder's layers."""
+        with self.meter() if metered else nullcontext():
+            if self.decoder is None:
+                query, key, value = (self.tensor(x) for x in inputs)
+                output = attend(0, query, key, value)
+            else:
+                output = self.decoder(self.tensor(inputs[0]), positions, attend, last)
+        return self.array(output)
+
+    @contextmanager
+    def meter(self) -> Iterator[None]:
+        """Counts multiply-adds: every matrix product's, ``2 * m * n * k`` FLOPs being ``m * n * k`` of them.
+
+        torch's counter does not know the fused kernel of CPU attention and takes it for 0 FLOPs. A metered step
+        therefore attends by SDPA's two plain matrix products, which read the same keys.
+        """
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            yield
+        self.counted = counter.get_total_flops() // 2
+
+    def work(self) -> int:
+        return self.counted
+
+    def synchronise(self) -> None:
+        device_time.synchronise(self.device)
+
+    def device_ns(self, call: Callable[[int], object], steps: int) -> int | None:
+        return self.device_time.ns(call, steps)
+
+    def allocated(self) -> int | None:
+        return self.allocator.grown() if self.device == "cuda" else None
+
+    def tensor(self, x: Array) -> Tensor:
+        """Without a copy where torch can share the memory; nothing below keeps or writes it."""
+        shared = torch.from_numpy(x if x.flags.writeable else x.copy())  # torch warns of memory it must not write
+        return shared.to(self.device, self.dtype if shared.is_floating_point() else torch.int64)
+
+    def array(self, x: Tensor) -> Array:
+        self.seen_on = x.device.type
+        widened: Array = x.float().cpu().numpy()
+        return widened
+
+    def seen(self, mask: Array | None, batch: int, s: int) -> Tensor | None:
+        """The caller's mask ``(b, s)``. Raises ValueError for another shape, TypeError for another dtype."""
+        if mask is None:
+            return None
+        if mask.dtype != np.bool_:
+            raise TypeError(f"the mask is {mask.dtype}, want bool")
+        if mask.shape != (batch, s):
+            raise ValueError(f"the mask has the shape {mask.shape}, want {(batch, s)}: rows, cached and new tokens")
+        return torch.from_numpy(mask.copy()).to(self.device)
+
+    def witness(self) -> dict[str, Any]:
+        c = self.config
+        query = torch.zeros(1, c.heads, 2, c.head_dim, dtype=self.dtype, device=self.device)
+        keys = torch.zeros(1, c.kv_heads, 2, c.head_dim, dtype=self.dtype, device=self.device)
+        mask = torch.ones(2, 2, dtype=torch.bool, device=self.device).tril()
+        choice = torch._fused_sdp_choice(query, keys, keys, mask, enable_gqa=c.group > 1)
+        unfit = [name for name in ("softcap", "sink") if getattr(c, name) is not None]
+        return {
+            "torch": torch.__version__,
+            "device": self.seen_on,
+            "threads": torch.get_num_threads(),
+            "sdpa": f"not used: {' and '.join(unfit)}" if unfit else SDPBackend(choice).name,
+            "precision": device_time.precision(self.dtype, self.device),
+            "device_time": self.device_time.said,
+        }
+
+
+Past = tuple[tuple[Tensor, Tensor], ...]
+"""For each layer the keys and values so far, ``(b, g, s, d)`` each."""
+
+
+class Eager(Torch):
+    """Past tuples: every step concatenates and returns new ones, none is ever written again."""
+
+    cache_design = "concatenation"
+    claims = replace(COMMON, abilities=(*COMMON.abilities, "functional"), memory="length")
+
+    def start(self, batch: int) -> Past:
+        c = self.config
+        empty = torch.zeros(batch, c.kv_heads, 0, c.head_dim, dtype=self.dtype, device=self.device)
+        return ((empty, empty),) * c.layers
+
+    def step(
+        self, cache: Past, *inputs: Array, mask: Array | None = None, metered: bool = False, last: bool = False
+    ) -> tuple[Array, Past]:
+        batch, _, past, _ = cache[0][0].shape
+        s = past + self.admit(inputs, batch, past)
+        sights = self.sights.of(slice(past, s), s, self.seen(mask, batch, s))
+        grown: list[tuple[Tensor, Tensor]] = []
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys = torch.cat((cache[layer][0], key), dim=2)  # (b, g, s, d)
+            values = torch.cat((cache[layer][1], value), dim=2)
+            grown.append((keys, values))
+            return attend_to(self.config, sights[layer], query, keys, values)
+
+        output = self.run(inputs, slice(past, s), attend, metered, last)
+        return output, tuple(grown)
+
+    def length(self, cache: Past) -> list[int]:
+        batch, _, s, _ = cache[0][0].shape
+        return [s] * batch
+
+    def room(self, cache: Past) -> list[int]:
+        return [self.config.capacity - s for s in self.length(cache)]
+
+    def contents(self, cache: Past) -> list[list[tuple[Array, Array]]]:
+        return [[(copied(k), copied(v)) for k, v in zip(*layer, strict=True)] for layer in cache]
+
+    def bytes(self, cache: Past) -> int:
+        return sum(x.untyped_storage().nbytes() for layer in cache for x in layer)
+
+    def truncate(self, cache: Past, length: int) -> Past:
+        s = cache[0][0].shape[2]
+        if not 0 <= length <= s:
+            raise ValueError(f"cannot keep {length} of {s} tokens")
+        # a copy: a view would keep the memory of what is forgotten
+        return tuple((k[:, :, :length].clone(), v[:, :, :length].clone()) for k, v in cache)
+
+    def fork(self, cache: Past) -> Past:
+        return cache
+
+    def reorder(self, cache: Past, rows: list[int]) -> Past:
+        check_rows(rows, cache[0][0].shape[0])
+        return tuple((k[rows], v[rows]) for k, v in cache)
+
+    def reset(self, cache: Past) -> Past:
+        return self.start(cache[0][0].shape[0])
+
+
+@dataclass
+class Buffers:
+    """A static cache: keys and values of every layer, ``(b, g, capacity, d)`` each, and the tokens each row holds."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    lengths: list[int]
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+
+class EagerStatic(Torch):
+    """A buffer of ``capacity`` slots, written in place. A step attends to the slots that are filled: a view of them."""
+
+    cache_design = "in-place"
+    claims = replace(
+        COMMON, abilities=(*COMMON.abilities, "ragged", "poison"), padding=("right", "left"), memory="capacity"
+    )
+
+    def start(self, batch: int) -> Buffers:
+        c = self.config
+        shape = (batch, c.kv_heads, c.capacity, c.head_dim)
+        # zeros, not empty: of ragged rows the longest counts, and 0 * NaN of uninitialised memory is NaN
+        made = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2 * c.layers)]
+        return Buffers(made[::2], made[1::2], [0] * batch)
+
+    def step(
+        self,
+        cache: Buffers,
+        *inputs: Array,
+        counts: Array | None = None,
+        padding: str = "right",
+        mask: Array | None = None,
+        metered: bool = False,
+        last: bool = False,
+    ) -> tuple[Array, Buffers]:
+        t = check_inputs(self.config, cache.batch, inputs)
+        added = [t] * cache.batch if counts is None else check_counts(counts, cache.batch, t)
+        lengths = [length + count for length, count in zip(cache.lengths, added, strict=True)]
+        for length, count in zip(cache.lengths, added, strict=True):
+            self.check_room(length, count)
+        s = max(lengths)
+        positions, slots, columns = self.place(cache.lengths, added, t, padding)
+        sights = self.sights.of(positions, s, self.seen(mask, cache.batch, s))
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = cache.keys[layer], cache.values[layer]
+            keys[slots] = key[columns]
+            values[slots] = value[columns]
+            return attend_to(self.config, sights[layer], query, keys, values)
+
+        output = self.run(inputs, positions, attend, metered, last)
+        cache.lengths = lengths  # only now: a step that raised has added nothing
+        return output, cache
+
+    def place(self, lengths: list[int], added: list[int], t: int, padding: str) -> tuple[Positions, Index, Index]:
+        """Positions of the step's columns, the slots that are written, and the columns that are written there.
+
+        Positions are a slice where all rows are as long and grow alike, else ``(b, t)``, 0 where there is no token.
+        """
+        every, past = slice(None), lengths[0]
+        if len(set(lengths)) == 1 and min(added) == t:
+            new = slice(past, past + t)
+            return new, (every, every, new), (every,)
+        old, count = torch.tensor([lengths, added], device=self.device)[:, :, None]  # (b, 1) each
+        # which of its row's new tokens a column holds, (b, t)
+        number = torch.arange(t, device=self.device) - (t - count if padding == "left" else 0)
+        held = (number >= 0) & (number < count)
+        positions = torch.where(held, old + number, 0)
+        row, column = held.nonzero(as_tuple=True)
+        return positions, (row, every, positions[row, column]), (row, every, column)
+
+    def length(self, cache: Buffers) -> list[int]:
+        return list(cache.lengths)
+
+    def room(self, cache: Buffers) -> list[int]:
+        return [self.config.capacity - length for length in cache.lengths]
+
+    def contents(self, cache: Buffers) -> list[list[tuple[Array, Array]]]:
+        return [
+            [(copied(k[row, :, :s]), copied(v[row, :, :s])) for row, s in enumerate(cache.lengths)]
+            for k, v in zip(cache.keys, cache.values, strict=True)
+        ]
+
+    def poison(self, cache: Buffers, keys: float | None, values: float | None) -> None:
+        for number, buffers in ((keys, cache.keys), (values, cache.values)):
+            if number is not None:
+                for buffer in buffers:
+                    for row, length in enumerate(cache.lengths):
+                        buffer[row, :, length:] = number
+
+    def bytes(self, cache: Buffers) -> int:
+        return sum(x.untyped_storage().nbytes() for x in (*cache.keys, *cache.values))
+
+    def truncate(self, cache: Buffers, length: int) -> Buffers:
+        if not 0 <= length <= min(cache.lengths):
+            raise ValueError(f"cannot keep {length} of {min(cache.lengths)} tokens")
+        cache.lengths = [length] * cache.batch
+        return cache
+
+    def fork(self, cache: Buffers) -> Buffers:
+        return Buffers([k.clone() for k in cache.keys], [v.clone() for v in cache.values], list(cache.lengths))
+
+    def reorder(self, cache: Buffers, rows: list[int]) -> Buffers:
+        check_rows(rows, cache.batch)
+        cache.keys = [k[rows] for k in cache.keys]
+        cache.values = [v[rows] for v in cache.values]
+        cache.lengths = [cache.lengths[row] for row in rows]
+        return cache
+
+    def reset(self, cache: Buffers) -> Buffers:
+        cache.lengths = [0] * cache.batch
+        return cache
+
+
+def copied(x: Tensor) -> Array:
+    """Floats that are nobody else's memory."""
+    made: Array = x.to("cpu", torch.float32, copy=True).numpy()
+    return made

@@ -1,0 +1,98 @@
+"""The controller's side of one block: it asks a worker to time itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+from kvconform.bench.presets import Preset
+from kvconform.bench.protocol import WARM_AGREE, WARM_BLOCK_NS, WARM_SECONDS, WARM_STEPS
+from kvconform.bench.record import CEILINGS, Arm
+from kvconform.bench.worker.timer import Block
+from kvconform.worker.client import BUILD_TIMEOUT, Death, Infrastructure, Subject
+from kvconform.worker.protocol import Header
+from kvconform_specs.config import Config
+
+
+class Lost(Exception):
+    """A backend can no longer be timed on a preset: which, and why."""
+
+    def __init__(self, backend: str, why: str) -> None:
+        super().__init__(why)
+        self.backend, self.why = backend, why
+
+
+class Clock:
+    """``subjects``: the live ones by name, the reference first: the machine's ceilings are measured in its worker.
+    ``digests``: of the tokens that each preset's arms must be timed on, made from ``seed``."""
+
+    def __init__(self, subjects: Mapping[str, Subject], seed: int, digests: Mapping[str, str]) -> None:
+        self.subjects, self.seed, self.digests = subjects, seed, digests
+
+    def blocks(
+        self,
+        preset: Preset,
+        arm: Arm,
+        depth: int,
+        steps: int,
+        count: int,
+        *,
+        batch: int = 1,
+        new: int = 0,
+        timeout: float | None = None,
+    ) -> list[Block]:
+        """``count`` blocks of ``steps`` calls each, or of a generation; ``timeout`` in seconds, the step timeout if
+        None. Raises Lost."""
+        asked = {"op": "clock", "phase": arm.phase, "depth": depth, "steps": steps, "count": count, "new": new}
+        reply = self._ask(preset, arm, depth, {**asked, "batch": batch}, timeout)
+        if reply["digest"] != self.digests[preset.name]:
+            raise Lost(arm.backend, "its interpreter makes other tokens of the same seed")
+        return [_block(told) for told in reply["blocks"]]
+
+    def device(self, preset: Preset, arm: Arm, depth: int, steps: int, count: int, *, batch: int = 1) -> list[int]:
+        """The device's own nanoseconds of ``count`` blocks: see ``Stopwatch.device``. Raises Lost."""
+        asked = {"op": "device", "phase": arm.phase, "depth": depth, "steps": steps, "count": count, "batch": batch}
+        found: list[int] = self._ask(preset, arm, depth, asked, BUILD_TIMEOUT)["ns"]
+        return found
+
+    def memory(self, preset: Preset, backend: str, depth: int, batch: int) -> dict[str, int | None]:
+        """What the cache of a backend takes: see ``Stopwatch.memory``. Raises Lost."""
+        message = {"op": "memory", "depth": depth, "batch": batch}
+        found: dict[str, int | None] = self._ask(preset, Arm(backend, "prefill"), depth, message, None)["memory"]
+        return found
+
+    def _ask(self, preset: Preset, arm: Arm, depth: int, message: dict[str, object], timeout: float | None) -> Header:
+        subject = next(iter(self.subjects.values())) if arm.phase in CEILINGS else self.subjects[arm.backend]
+        common = {"config": config_of(subject, preset).to_json(), "timed": preset.config.to_json(), "seed": self.seed}
+        try:
+            return subject.ask({**common, **message}, timeout or subject.launch.step_timeout)
+        except (Death, Infrastructure) as words:
+            raise Lost(arm.backend, f"{arm.phase}({depth}): {words}") from words
+
+    def warm(self, preset: Preset, arm: Arm, depth: int, limit: float, batch: int = 1) -> float:
+        """Runs an arm until it has come to rest, at most ``limit`` seconds. Returns nanoseconds per step."""
+        deadline = time.perf_counter() + min(WARM_SECONDS, limit)
+        medians: list[float] = []
+        count = 1
+        while True:
+            medians.append(median(block.ns for block in self.blocks(preset, arm, depth, 1, count, batch=batch)))
+            count = max(1, min(WARM_STEPS, int(WARM_BLOCK_NS // medians[-1])))
+            last = medians[-3:]
+            at_rest = len(last) == 3 and max(last) <= (1 + WARM_AGREE) * min(last)
+            if at_rest or time.perf_counter() > deadline:
+                return median(last)
+
+
+def _block(told: Mapping[str, Any]) -> Block:
+    """What a worker of another version tells beyond this one's fields is left out; what it must tell, it must."""
+    known = {name: told[name] for name in Block._fields if name in told}
+    return Block(**{**known, "tokens": tuple(told["tokens"])})
+
+
+def config_of(subject: Subject, preset: Preset) -> Config:
+    """What a subject is built for: the preset's config; a black box's own, with the preset's capacity."""
+    own = list(subject.points.values())
+    return preset.config if not own else replace(own[0], capacity=preset.config.capacity)

@@ -1,0 +1,1 @@
+"""Exact counts of what a step does, compared with a baseline."""

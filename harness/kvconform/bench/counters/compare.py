@@ -1,0 +1,222 @@
+"""Counts of a decoder's steps, ``kv-counters/1``: what does not flake, so that every change can be gated on it.
+
+A count is the program's, not the machine's. Some say by themselves that a cache is none (``broken``); all say against
+a baseline what has grown (``compare``). How they are made: ``tally``, and what the backend counts itself.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kvconform.bench.counters.record import (
+    COUNTERS,
+    Count,
+    Missing,
+    Record,
+    attention_of,
+    growth,
+    is_record,
+    positions,
+    read,
+    written,
+)
+from kvconform.bench.eligibility import unable
+from kvconform.bench.presets import Preset
+from kvconform.files import write_atomically
+from kvconform.results.gate import OK, REGRESSION, Difference
+from kvconform.worker.client import BUILD_TIMEOUT, Death, Infrastructure, Launch, Subject
+from kvconform_specs.config import Config
+
+__all__ = ["Count", "Missing", "Record", "broken", "compare", "count", "is_record", "lines", "read"]
+
+OF_VERSIONS = ("operators", "allocated", "graphs")
+"""Counters that another version of the framework may change though the backend is the same."""
+NEVER = ("memcpy", "bend", "recompilations", "graph_breaks")
+"""Counters that are zero where a cache works as it should."""
+
+
+# --- counting ---
+def count(
+    launches: Mapping[str, Launch], presets: Mapping[str, Preset], out: Path, tell: Callable[[str], None] = print
+) -> Record:
+    """Counts every backend on every preset and writes ``out``. One backend after another: nothing here is a time."""
+    record = Record(presets={name: sizes(preset) for name, preset in presets.items()})
+    for name, launch in launches.items():
+        artefacts = {"KVCONFORM_ARTEFACTS": str((out.parent / "artefacts").resolve()), "OMP_NUM_THREADS": "1"}
+        try:
+            with Subject(replace(launch, environment={**artefacts, **launch.environment})) as subject:
+                record.claims[name] = {"memory": subject.claims.memory, "page": subject.claims.page}
+                for preset in presets.values():
+                    why = _counted(record, name, subject, preset)
+                    _note(record, preset.name, name, why, tell)
+        except Infrastructure as sentence:
+            for preset_name in presets:
+                _note(record, preset_name, name, str(sentence), tell)
+    write_atomically(out, written(record))
+    return record
+
+
+def sizes(preset: Preset) -> dict[str, Any]:
+    """What a preset's counts are of."""
+    return {
+        "config": preset.config.to_json(), "depths": list(_spread(preset.depths)), "prompt": min(preset.prompts),
+    }  # fmt: skip
+
+
+def _spread(depths: Iterable[int]) -> tuple[int, ...]:
+    """The first, a middle and the last of the depths: what a line is checked on."""
+    known = sorted(set(depths))
+    return tuple(sorted({known[0], known[len(known) // 2], known[-1]}))
+
+
+def _note(record: Record, preset: str, backend: str, why: str, tell: Callable[[str], None]) -> None:
+    if why:
+        record.counts = [one for one in record.counts if (one.preset, one.backend) != (preset, backend)]
+        record.missing.append(Missing(preset, backend, why))
+    tell(f"{preset}: {backend}: {f'no counts: {why}' if why else 'counted'}")
+
+
+def _counted(record: Record, name: str, subject: Subject, preset: Preset) -> str:
+    """Why the backend has no counts on the preset, or nothing."""
+    try:
+        config = subject.points.get("decoder-own", preset.config)
+        why = unable(subject.claims, preset) or subject.build(config)
+        if why:
+            return why
+        depths, prompt = _spread(preset.depths), min(preset.prompts)
+        cells = [("loop", depths[0])]  # first: nothing has been compiled yet that it would compile
+        cells += [("decode", n) for n in depths] + [("prefill", prompt), ("recompute", depths[0])]
+        for phase, depth in cells:
+            message = {"op": "count", "config": config.to_json(), "phase": phase, "depth": depth}
+            reply = subject.ask(message, BUILD_TIMEOUT)
+            record.by[name] = {**reply["by"], "device": subject.launch.device}
+            unknown = [counter for counter in reply["counts"] if counter not in COUNTERS]
+            if unknown:
+                return f"counts {unknown[0]!r}, which is not known; known: {', '.join(COUNTERS)}"
+            for counter, kinds in reply["counts"].items():
+                parts = {kind: n for kind, n in kinds.items() if kind}
+                record.counts.append(Count(preset.name, name, phase, depth, counter, sum(kinds.values()), parts))
+    except (Death, Infrastructure) as words:
+        return str(words)
+    mine = [one for one in record.counts if (one.preset, one.backend, one.phase) == (preset.name, name, "decode")]
+    if not any((one.preset, one.backend) == (preset.name, name) for one in record.counts):
+        return "it counts nothing"
+    if subject.claims.truth == "definition":
+        record.counts += [positions(one, config, subject.claims) for one in mine if one.counter == "multiply_adds"]
+    record.counts += growth(mine)
+    return ""
+
+
+# --- what the counts say ---
+def broken(record: Record) -> list[Difference]:
+    """Counts that no cached decode has, whatever a baseline says."""
+    found = []
+    for one in record.counts:
+        sentence = _law(one, record)
+        if sentence:
+            found.append(Difference(REGRESSION, f"{one.words} {_number(one)}: {sentence}"))
+    return found
+
+
+def _law(one: Count, record: Record) -> str:
+    if one.counter == "positions" and one.value != 1:
+        return "a cached step computes one query position for each new token"
+    if one.counter in NEVER and one.value:
+        return "a decode that stays on its line and compiles and copies nothing has 0"
+    if one.phase != "growth":
+        return ""
+    if one.counter == "operators" and one.value:
+        return "a step does not need more operators at a greater depth"
+    if one.counter == "allocated" and one.value > 0 and record.claims[one.backend]["memory"] == "capacity":
+        return "a cache of fixed size needs no more memory at a greater depth"
+    if one.counter == "multiply_adds":
+        preset = record.presets[one.preset]
+        config = Config.from_json(preset["config"])
+        most = attention_of(config) * (preset["depths"][-1] - preset["depths"][0])
+        if not 0 <= one.value <= most and any(_is_positions(other, one) for other in record.counts):
+            return f"one query position's attention grows by {most} at most"
+    return ""
+
+
+def _is_positions(other: Count, one: Count) -> bool:
+    return (other.preset, other.backend, other.counter) == (one.preset, one.backend, "positions")
+
+
+def compare(base: Record, head: Record) -> list[Difference]:
+    """What moved from the baseline: counts that grew, and what is no longer counted, are regressions."""
+    found: list[Difference] = []
+    apart = {name for name in base.presets if name in head.presets and base.presets[name] != head.presets[name]}
+    found += [
+        Difference(REGRESSION, f"{name}: its sizes are not the baseline's: not comparable") for name in sorted(apart)
+    ]
+    bound = set()  # backends whose frameworks differ
+    for name in base.by:
+        was, now = base.by[name], head.by.get(name)
+        if now is not None and now != was:
+            bound.add(name)
+            found.append(Difference(OK, f"{name}: {_versions(now)}, the baseline has {_versions(was)}: {_UNLIKE}"))
+    before, after = ({one.key: one for one in record.counts} for record in (base, head))
+    gone: dict[tuple[str, str], list[Count]] = defaultdict(list)
+    for key, was_count in before.items():
+        if was_count.preset in apart or (was_count.backend in bound and was_count.counter in OF_VERSIONS):
+            continue
+        if key not in after:
+            gone[was_count.preset, was_count.backend].append(was_count)
+        elif after[key].value != was_count.value:
+            found.append(_moved(was_count, after[key]))
+    found += _lost(gone, head)
+    had = {(one.preset, one.backend) for one in base.counts}
+    for preset, backend in sorted({(one.preset, one.backend) for one in head.counts} - had):
+        found.append(Difference(OK, f"{preset}, {backend}: is new; {_UPDATE}"))
+    fresh = [one for key, one in after.items() if key not in before and (one.preset, one.backend) in had]
+    fresh = [one for one in fresh if one.preset not in apart]
+    return found + [Difference(OK, f"{one.words} {_number(one)}: is new; {_UPDATE}") for one in fresh]
+
+
+_UPDATE = "update the baseline"
+_UNLIKE = f"{', '.join(OF_VERSIONS)} are not comparable"
+
+
+def _moved(was: Count, now: Count) -> Difference:
+    shares = {kind: now.kinds.get(kind, 0) - was.kinds.get(kind, 0) for kind in {*was.kinds, *now.kinds}}
+    told = sorted(((n, kind) for kind, n in shares.items() if n), key=lambda share: (-abs(share[0]), share[1]))
+    kinds = f" ({', '.join(f'{kind} {n:+}' for n, kind in told[:_TOLD])})" if told else ""
+    change = f"{now.words} {was.value} -> {now.value}{kinds}"
+    if now.value > was.value:
+        return Difference(REGRESSION, change)
+    return Difference(OK, f"{change}: an improvement; {_UPDATE}")
+
+
+_TOLD = 4
+"""Kinds that a sentence names, those that moved most."""
+
+
+def _lost(gone: Mapping[tuple[str, str], list[Count]], head: Record) -> Iterator[Difference]:
+    """One sentence for a backend that is gone from a preset, or one for each of its counts."""
+    reasons = {(one.preset, one.backend): one.why for one in head.missing}
+    left = {(one.preset, one.backend) for one in head.counts}
+    for (preset, backend), counts in gone.items():
+        if (preset, backend) in left:
+            yield from (Difference(REGRESSION, f"{one.words} was {one.value}, is no longer counted") for one in counts)
+        else:
+            why = reasons.get((preset, backend), "it was not asked for")
+            yield Difference(REGRESSION, f"{preset}, {backend}: is no longer counted: {why}")
+
+
+def lines(differences: Iterable[Difference]) -> list[str]:
+    """What a person reads: regressions first, then what blocks nothing."""
+    ordered = sorted(differences, key=lambda one: one.code != REGRESSION)
+    return [f"{'regression' if one.code == REGRESSION else 'note'}: {one.words}" for one in ordered]
+
+
+def _number(one: Count) -> str:
+    kinds = sorted(one.kinds.items(), key=lambda kind: (-abs(kind[1]), kind[0]))[:_TOLD]
+    return f"{one.value}" + (f" ({', '.join(f'{kind} {n}' for kind, n in kinds)})" if kinds else "")
+
+
+def _versions(by: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(by.items())) or "no versions"

@@ -1,0 +1,138 @@
+"""The record of counts, ``kv-counters/1``, and what follows from them by arithmetic alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kvconform.files import family_of, read_versioned
+from kvconform_specs.claims import Claims
+from kvconform_specs.config import Config
+from kvconform_specs.tensors import weight_shapes
+
+SCHEMA = "kv-counters/1"
+
+COUNTERS = {
+    "multiply_adds": "multiply-adds of matrix products",
+    "positions": "query positions whose multiply-adds a step takes for each new token",
+    "operators": "operators dispatched, or nodes run",
+    "allocated": "bytes newly allocated",
+    "memcpy": "copies between devices",
+    "bend": "how far multiply-adds at three depths are from a line",
+    "graphs": "graphs compiled",
+    "recompilations": "graphs compiled along a decode loop",
+    "graph_breaks": "graph breaks",
+}
+"""What is counted, in the order in which it is told. Who does not count it has none of it."""
+PHASES = {
+    "decode": "one token at a depth, with the cache",
+    "prefill": "all tokens into an empty cache",
+    "recompute": "one token more than the depth, without a cache",
+    "growth": "from the first depth of a decode step to the last",
+    "loop": "decode steps one after another",
+}
+
+
+class Count(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``depth``: tokens in the cache, in the prompt, or 0 where a count is about several depths. ``kinds``: what the
+    value is made of, by operator or node; empty where it has no parts."""
+
+    preset: str
+    backend: str
+    phase: str
+    depth: int
+    counter: str
+    value: int
+    kinds: dict[str, int] = {}
+
+    @property
+    def key(self) -> tuple[str, str, str, int, str]:
+        return self.preset, self.backend, self.phase, self.depth, self.counter
+
+    @property
+    def words(self) -> str:
+        """``small, eager: decode at 64: operators``."""
+        where = f" at {self.depth}" if self.depth else ""
+        return f"{self.preset}, {self.backend}: {self.phase}{where}: {self.counter}"
+
+
+class Missing(msgspec.Struct, frozen=True):
+    """A backend that has no counts on a preset, and why."""
+
+    preset: str
+    backend: str
+    why: str
+
+
+class Record(msgspec.Struct, kw_only=True):
+    """What was counted. ``presets``: config and depths of each; ``claims``: by backend; ``by``: the software that a
+    backend's counts hang on, by backend. Counting again gives the same record, to the byte."""
+
+    schema: str = SCHEMA
+    presets: dict[str, dict[str, Any]]
+    claims: dict[str, dict[str, Any]] = {}
+    by: dict[str, dict[str, str]] = {}
+    counts: list[Count] = []
+    missing: list[Missing] = []
+
+
+def read(path: Path) -> Record:
+    """Raises SpecError with one sentence where there is none of this version."""
+    return read_versioned(path, Record, SCHEMA, "counts")
+
+
+def is_record(path: Path) -> bool:
+    return family_of(path) == SCHEMA.partition("/")[0]
+
+
+def written(record: Record) -> bytes:
+    """The record as JSON, one count a line: what moved shows in a diff."""
+    head = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(record, counts=[])), indent=1)
+    lines = b",\n  ".join(map(msgspec.json.encode, record.counts))
+    return head.replace(b'\n "counts": []', b'\n "counts": [\n  ' + lines + b"\n ]", 1) + b"\n"
+
+
+def weights_of(config: Config) -> int:
+    """Multiply-adds of one position outside attention: the numbers in all matrices that it is multiplied with."""
+    matrices = {name: shape for name, shape in weight_shapes(config).items() if len(shape) == 2}
+    return sum(a * z for name, (a, z) in matrices.items() if name not in ("embed", "position"))
+
+
+def attention_of(config: Config) -> int:
+    """Multiply-adds of one position's attention for each slot that it reads: two products in each layer."""
+    return 2 * config.heads * config.head_dim * config.layers
+
+
+def positions(decode: Count, config: Config, claims: Claims) -> Count:
+    """How many query positions a decode step's multiply-adds are those of, rounded up: 1, or it computes more than the
+    new token. The slots that one position reads are as claimed; a window lets it read fewer."""
+    slots = {
+        "length": decode.depth + 1,
+        "capacity": config.capacity,
+        "pages": -(-(decode.depth + 1) // (claims.page or 1)) * (claims.page or 1),
+    }[claims.memory]
+    one = weights_of(config) + attention_of(config) * slots
+    return msgspec.structs.replace(decode, counter="positions", value=-(-decode.value // one), kinds={})
+
+
+def growth(decodes: Iterable[Count]) -> Iterator[Count]:
+    """How much each count of a decode step grows from the first depth to the last, and ``bend``: how far a middle one
+    is from the line between these, times their distance so that it is an integer. Affine counts have none."""
+    found: dict[str, list[Count]] = defaultdict(list)
+    for one in decodes:
+        found[one.counter].append(one)
+    for counter, (first, *middle, last) in ((name, each) for name, each in found.items() if len(each) > 1):
+        kinds = {kind: last.kinds.get(kind, 0) - first.kinds.get(kind, 0) for kind in {*first.kinds, *last.kinds}}
+        grown = {kind: n for kind, n in sorted(kinds.items()) if n}
+        rise = last.value - first.value
+        yield msgspec.structs.replace(first, phase="growth", depth=0, value=rise, kinds=grown)
+        if counter == "multiply_adds":
+            bends = [
+                abs((one.value - first.value) * (last.depth - first.depth) - rise * (one.depth - first.depth))
+                for one in middle
+            ]
+            yield Count(first.preset, first.backend, "growth", 0, "bend", max(bends, default=0))

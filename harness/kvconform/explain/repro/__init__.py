@@ -1,0 +1,220 @@
+"""A failure as one Python file that needs the target and numpy only: what one pastes in an issue upstream.
+
+It gives the target the counterexample's inputs, call by call, prints what came and what must come, and exits with 1
+while the bug is there and with 0 once it is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import textwrap
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from kvconform.explain.repro.calls import cache, calls, imports_of, target
+from kvconform.explain.repro.checks import check
+from kvconform.explain.repro.failure import TWO, Failure, located
+from kvconform.explain.repro.inputs import WIDTH, Run, inputs, layouts
+from kvconform.search.counterexample import Broken, Counterexample, sentence
+from kvconform.worker.client import Death, Subject, describe
+from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clauses import BY_NAME
+from kvconform_specs.config import Config
+from kvconform_specs.program import Close, Full, Program, Read, Reject
+
+PATIENCE = 120
+"""Seconds after which a file says that the target hangs."""
+OUTPUTS = {*TWO, Relation.PARITY, Relation.FINITE, Relation.SAME_TOKEN, Relation.GENERATED}
+"""The relations that look at outputs alone; the others ask for what only the backend protocol tells."""
+TOLD = ("length", "room", "bytes")
+"""What a backend that claims to know is asked for after each step about a sequence (``record``)."""
+
+
+def script(found: Counterexample, subject: Subject) -> str:
+    """The file for a counterexample, as it breaks its clause on this subject now.
+
+    Raises SpecError where it does not.
+    """
+    clause = BY_NAME[found.clause]
+    before = [Program.from_json(program, f"before[{i}]") for i, program in enumerate(found.before)]
+    failure, before = located(clause, subject, before, Case.from_json(found.case, "case"))
+    programs = [*before, *(one.program for one in failure.observed)]
+    if failure.step >= 0:
+        programs[-1] = replace(programs[-1], steps=programs[-1].steps[: failure.step + 1])
+    single = len(programs) == 1
+    runs = [Run(program, "" if single else f"{number}_") for number, program in enumerate(programs)]
+    body, imports = _body(failure, runs, subject)
+    words = sentence(Broken("fail", failure.sentence), before)
+    return "\n".join([*_header(clause, words, subject), *_imports(imports, body), *body]) + "\n"
+
+
+def tried(file: Path, python: str) -> str:
+    """Runs a file once, and says in words what came of it."""
+    try:
+        done = subprocess.run(
+            [python, file], capture_output=True, text=True, timeout=2 * PATIENCE, check=False,
+            env={"OMP_NUM_THREADS": "1", **os.environ},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"{file} does not end by itself"
+    if done.returncode == 1 and "got: " in done.stdout:
+        return f"python {file} shows it, and exits with 1 until it is mended"
+    last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+    return f"python {file} does not show it by itself: exit code {done.returncode}, {' '.join(last)}"
+
+
+# --- the file ---
+def _header(clause: Clause, words: str, subject: Subject) -> list[str]:
+    versions = {k: v for k, v in subject.environment.items() if k not in ("platform", "source", "kvconform")}
+    where = f"{subject.launch.address} on {subject.launch.device}"
+    with_ = ", ".join(f"{name} {version}" for name, version in versions.items())
+    text = clause.text.replace("`", "")
+    paragraphs = [
+        f"{words}.",
+        "",
+        f"This breaks {clause.name}: {text}",
+        f"Target: {where}; {with_}, {subject.environment.get('platform', '')}.",
+        "Run it with OMP_NUM_THREADS=1: it exits with 1 while the bug is there, with 0 once it is gone.",
+    ]
+    lines = [line for p in paragraphs for line in textwrap.wrap(p, WIDTH - 3, break_long_words=False) or [""]]
+    safe = "\n".join(lines).replace("\\", "\\\\").replace('"""', "'''")
+    return [*f'"""{safe}\n"""'.splitlines(), ""]
+
+
+def _imports(wanted: Sequence[str], body: Sequence[str]) -> list[str]:
+    """What the lines need; ``wanted``: further modules of the standard library."""
+    text = "\n".join(body)
+    names = {"base64": "base64.", "subprocess": "subprocess.", "sys": "sys."}
+    standard = sorted({*wanted, *(name for name, used in names.items() if used in text)})
+    lines = [*(f"import {name}" for name in standard), "", "import numpy as np"]
+    if "= Config(" in text:  # a kvconform backend: it is built from these
+        lines.append("from kvconform_specs.config import Config")
+    if "weights(config" in text:
+        lines.append("from kvconform_specs.tensors import weights")
+    return [*lines, ""]
+
+
+def _body(failure: Failure, runs: list[Run], subject: Subject) -> tuple[list[str], list[str]]:
+    """The lines behind the imports, and which modules they need beyond numpy."""
+    names = _names(runs)
+    box = _black_box(failure, runs, subject)
+    if box is None:
+        address = subject.launch.address
+        setup = target(address, names, subject.launch.device, subject.claims.truth)
+        steps = [calls(run, names[run.program.config], run is not runs[-1]) for run in runs]
+        sources, imports = [[line for step in program for line in step] for program in steps], imports_of(address)
+        last, earlier = steps[-1][-1], [x for step in steps[-1][:-1] for x in step]
+        if failure.kind == "raised":
+            last = [*last, *_asked(runs[-1], names[runs[-1].program.config], subject)]
+    else:
+        setup, imports = [line for line in box[0].strip().splitlines() if line != "import sys"], []
+        while not setup[0]:
+            del setup[0]
+        sources = [source.strip().splitlines() for source in box[1]]
+        last, earlier = sources[-1], []
+    given = inputs(runs, box is None)
+    lines = _watched() if failure.kind == "died" else []
+    lines += ["# the target", *setup, "", "# what it is given", *given]
+    for run, source in zip(runs, sources, strict=True):
+        whole = run is not runs[-1] or isinstance(failure.kind, Relation) or failure.kind in ("died", "shape")
+        lines += ["", f"# program {run.tag.rstrip('_')}" if run.tag else "# the steps"]
+        lines += source if whole else earlier
+    subject_name = names[runs[-1].program.config]
+    if failure.kind in ("raised", "accepted", "died"):
+        lines += _outcome(failure, runs[-1], last)
+    else:
+        relation = failure.kind.value if isinstance(failure.kind, Relation) else "what an output is like"
+        if subject.claims.truth == "self":
+            relation = relation.replace("the definition's value", "what it gives for the same tokens without a cache")
+        compared = runs[-len(failure.observed) :]
+        said = textwrap.wrap(f"what must hold: {relation}", WIDTH - 2)
+        lines += ["", *(f"# {line}" for line in said), *check(failure, compared, subject_name)]
+    return [*_tools(runs, lines), *lines, 'print("holds: the bug is gone")'], imports
+
+
+def _names(runs: Sequence[Run]) -> dict[Config, str]:
+    """A variable for the subject of each config."""
+    configs = list(dict.fromkeys(run.program.config for run in runs))
+    return {config: f"subject{number or ''}" for number, config in enumerate(configs)}
+
+
+def _black_box(failure: Failure, runs: Sequence[Run], subject: Subject) -> tuple[str, list[str]] | None:
+    """What the target's own adapter writes; None where it cannot say it without the backend protocol."""
+    if subject.claims.truth != "self" or failure.kind == "accepted":
+        return None
+    if isinstance(failure.kind, Relation) and failure.kind not in OUTPUTS:
+        return None
+    try:
+        return subject.script(runs[0].program.config, [(run.program, run.tag) for run in runs])
+    except Death:
+        return None
+
+
+def _asked(run: Run, name: str, subject: Subject) -> list[str]:
+    """What the last step's sequence is asked for, which may raise as well."""
+    step = run.program.steps[-1]
+    if isinstance(step, Full | Read | Close | Reject):
+        return []
+    return [f"{name}.{ability}({cache(step.seq)})" for ability in TOLD if subject.claims.can(ability)]
+
+
+def _tools(runs: Sequence[Run], lines: Sequence[str]) -> list[str]:
+    """Functions that the lines call."""
+    functions = layouts(runs)
+    if any(" = raw(" in line for line in lines):
+        functions.append(
+            [
+                "def raw(text, dtype, shape):",
+                "    return np.frombuffer(base64.b64decode(text), dtype).reshape(shape).copy()",
+            ]
+        )
+    if any(line.startswith("close(subject") for line in lines):
+        functions.append(
+            [
+                "def close(subject, cache, *others):",
+                '    if hasattr(subject, "close") and not any(cache is other for other in others):',
+                "        subject.close(cache)",
+            ]
+        )
+    spaced = [line for function in functions for line in ["", *function, ""]]
+    return [*spaced, ""] if spaced else []
+
+
+def _outcome(failure: Failure, run: Run, last: Sequence[str]) -> list[str]:
+    """The end of a failure that has no numbers."""
+    if failure.kind == "died":
+        return []
+    if failure.kind == "accepted":
+        flag = run.name("refused", failure.step)
+        what = describe(run.program, failure.step)
+        return [
+            *last,
+            f"if not {flag}:",
+            f'    print("got:  {what} was accepted\\nwant: it is refused with an exception")',
+            "    sys.exit(1)",
+        ]
+    return [
+        "try:",
+        *(f"    {line}" if line else "" for line in last),
+        "except Exception as error:",
+        '    print(f"got:  {type(error).__name__}: {error}\\nwant: no exception")',
+        "    sys.exit(1)",
+    ]
+
+
+def _watched() -> list[str]:
+    """The file starts itself a second time, as the process that dies."""
+    return [
+        "if len(sys.argv) == 1:  # a second process makes the calls below, and dies of them",
+        "    try:",
+        f'        code = subprocess.run([sys.executable, __file__, "child"], timeout={PATIENCE}).returncode',
+        "    except subprocess.TimeoutExpired:",
+        f'        code = "no end within {PATIENCE} s"',
+        "    if code == 0:",
+        "        sys.exit(0)",
+        '    print(f"got:  exit status {code}\\nwant: 0, of a process that runs to its end")',
+        "    sys.exit(1)",
+        "",
+    ]

@@ -1,0 +1,260 @@
+"""A failure that is to be written as Python source, the places in it, and what every comparison ends with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvconform.explain.repro.inputs import Run, literal
+from kvconform.judging import observed as places
+from kvconform.judging.judge import judge
+from kvconform.judging.observed import Observed, cells
+from kvconform.worker.client import Death, Subject
+from kvconform.worker.protocol import Traces
+from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.config import Config
+from kvconform_specs.errors import SpecError
+from kvconform_specs.history import Histories, Row, seen_by
+from kvconform_specs.program import Append, Full, Program, Reject
+from kvconform_specs.reference.oracle import Expected, expect
+
+Array = NDArray[Any]
+TWO = {Relation.AGREEMENT, Relation.UNAFFECTED, Relation.AFFECTED, Relation.BITWISE}
+"""The relations that compare the first program of a case with each of the others."""
+MARGIN = 2.0
+"""One bound is written for all numbers if some is off by so many times the largest of them."""
+CLOSE = 1.0051
+"""A bound is rounded up to three digits; where that would hide the failure it is written to the last digit."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What broke, and where: a relation, or ``died``, ``raised``, ``accepted`` or ``shape``.
+
+    observed: the programs that were compared, one or two; the last is the one that ``step`` is of.
+    """
+
+    kind: Relation | str
+    sentence: str
+    step: int
+    observed: tuple[Observed, ...] = ()
+
+    @property
+    def one(self) -> Observed:
+        return self.observed[-1]
+
+    @property
+    def base(self) -> Observed:
+        return self.observed[0]
+
+    @property
+    def want(self) -> str:
+        """The end of its own sentence."""
+        return self.sentence.rpartition("want ")[2]
+
+    def number(self, name: str) -> int:
+        """``row`` or ``position``, as the sentence says."""
+        found = re.search(rf", {name} (\d+)", self.sentence)
+        assert found is not None, self.sentence
+        return int(found[1])
+
+
+Check = Callable[[Failure, Sequence[Run], str], list[str]]
+"""The lines that compare: of a failure, of the runs of ``Failure.observed``, on the subject of that name."""
+
+
+# --- where a case breaks ---
+def located(clause: Clause, subject: Subject, before: list[Program], case: Case) -> tuple[Failure, list[Program]]:
+    """The first thing that breaks on a fresh process, and the programs that must run before those it is about."""
+    found = _failure(clause, subject, before, case)
+    if found is None:
+        raise SpecError("", f"{clause.name} holds on {subject.launch.address} now: there is nothing to reproduce")
+    failure, ran = found
+    alone = [program for program in ran if any(program is one.program for one in failure.observed)]
+    if len(alone) < len(ran) and isinstance(failure.kind, Relation) and not before:
+        again = _failure(clause, subject, [], Case(tuple(alone)))
+        if again is not None and again[0].kind == failure.kind and len(again[1]) == len(alone):
+            return again[0], []
+    return failure, [program for program in ran if not any(program is one.program for one in failure.observed)]
+
+
+def _failure(
+    clause: Clause, subject: Subject, before: list[Program], case: Case
+) -> tuple[Failure, list[Program]] | None:
+    """What breaks, and all programs that ran up to there; None where nothing does."""
+    if subject.log:
+        subject.fresh()
+    traces: list[Traces] = []
+    programs = [*before, *case.programs]
+    for number, program in enumerate(programs):
+        try:
+            traces.append(subject.run(program, (0,)))
+        except Death as death:
+            step = death.step if "could not be built" not in death.words else -1
+            dead = Observed(program, (), (), (), subject.claims)
+            return Failure("died", death.words, step, (dead,)), programs[: number + 1]
+    traces = traces[len(before) :]
+    own = None if subject.own is None else subject.own(case.programs[0].config)
+    expected = [expect(program, (0,), subject.claims.precision, own) for program in case.programs]
+    observed = [
+        _observed(program, ran, wants, subject)
+        for program, ran, wants in zip(case.programs, traces, expected, strict=True)
+    ]
+
+    def words_of(relation: Relation, *numbers: int) -> str | None:
+        asked = Case(tuple(case.programs[i] for i in numbers))
+        judged = judge(asked, (relation,), subject.claims, [traces[i] for i in numbers], [expected[i] for i in numbers])
+        return None if judged.finding is None else judged.finding.sentence
+
+    every = range(len(case.programs))
+    # legal steps ran, rejects were refused, shapes fit: no relation is asked before
+    asked: list[tuple[Relation, tuple[int, ...]]] = [(Relation.SHAPES, (number,)) for number in every]
+    for relation in clause.relations:
+        if relation in TWO:
+            asked += [(relation, (0, other)) for other in every[1:]]
+        else:
+            asked += [(relation, (number,)) for number in every]
+    try:
+        for relation, numbers in asked:
+            words = words_of(relation, *numbers)
+            if words is not None:
+                compared = tuple(observed[number] for number in numbers)
+                kind = _kind(words, compared[0]) if relation is Relation.SHAPES else relation
+                return Failure(kind, words, _step_of(words), compared), [*before, *case.programs[: numbers[-1] + 1]]
+    except Death as death:  # a black box's own forward
+        whole = Observed(_whole(case), (), (), (), subject.claims)
+        return Failure("raised" if " raised " in death.words else "died", death.words, 0, (whole,)), [whole.program]
+    return None
+
+
+def _kind(words: str, one: Observed) -> str:
+    """What went wrong before any relation was asked."""
+    step = _step_of(words)
+    error = one.trace[step].error
+    if error is not None:
+        return "shape" if error.startswith("TypeError: the step gave ") else "raised"
+    return "accepted" if isinstance(one.program.steps[step], Reject) else "shape"
+
+
+def _observed(program: Program, traces: Traces, wants: Sequence[Expected | None], subject: Subject) -> Observed:
+    """As relations see it, without what is judged before them."""
+    trace = traces.apart()[0]
+    asked, outputs = [], []
+    for step, done, want in zip(program.steps, trace, wants, strict=False):
+        if want is not None and isinstance(step, Append) and subject.claims.returns == "last":
+            want = want.last()
+        got = done.output if isinstance(step, Append | Full) else None
+        if got is not None and program.config.profile == "attention" and got.ndim == 5:
+            n, b, _h, t, _d = got.shape
+            got = got.swapaxes(2, 3).reshape(n, b, t, -1)
+        asked.append(want)
+        outputs.append(got)
+    return Observed(program, trace, asked, outputs, subject.claims)
+
+
+def _step_of(sentence: str) -> int:
+    found = re.match(r"step (\d+) \(", sentence)
+    assert found is not None, sentence
+    return int(found[1])
+
+
+def _whole(case: Case) -> Program:
+    """The longest of its rows, computed without a cache."""
+    rows = [row for program in case.programs for seen in seen_by(program) for row in seen or ()]
+    row = max(rows, key=len)
+    swap = tuple((0, position, seed) for position, (seed, _at) in enumerate(row) if seed != row[0][0])
+    return Program(case.programs[0].config, (Full("a", (len(row),), row[0][0], swap),))
+
+
+# --- places ---
+def rows(one: Observed, step: int, seq: str) -> tuple[Row, ...]:
+    """The histories of a sequence behind that step."""
+    histories = Histories()
+    for done in one.program.steps[: step + 1]:
+        histories.apply(done)
+    return histories.rows[seq]
+
+
+def place_of(failure: Failure) -> tuple[int, int]:
+    """Row and column of the token that the sentence names."""
+    row, position = failure.number("row"), failure.number("position")
+    found = cells(failure.one, failure.step)
+    return next((r, column) for r, column, key in found if r == row and len(key[0]) == position + 1)
+
+
+def same_history(failure: Failure) -> tuple[int, int, int]:
+    """Step, row and column of the base's output that the failing one is compared with."""
+    place = place_of(failure)
+    key = next(key for row, column, key in cells(failure.one, failure.step) if (row, column) == place)
+    return places.located(failure.base)[key]
+
+
+def token_of(config: Config, name: str, row: int, column: int) -> str:
+    """The output of one token, ``(e,)``."""
+    return f"{name}[{row}, :, {column}].ravel()" if config.profile == "attention" else f"{name}[{row}, {column}]"
+
+
+def native(x: Array, config: Config) -> Array:
+    """``(b, t, e)`` as a backend gives it: ``(b, h, t, d)`` in the attention profile."""
+    if config.profile != "attention":
+        return x
+    b, t, _e = x.shape
+    return x.reshape(b, t, config.heads, config.head_dim).swapaxes(1, 2)
+
+
+def wanted(got: Array, value: Array, bound: Array) -> list[str]:
+    """``want`` and ``bound``, in as few digits, and of bounds as few, as still tell that ``got`` is off."""
+    value, bound = np.asarray(value, np.float64), np.broadcast_to(bound, value.shape)
+    short, up = shortened(value, 10), shortened(bound * CLOSE, 3)
+    wide = np.max(up, initial=0.0)
+    error = np.abs(got - short)
+    near = ~(np.abs(short - value) > (CLOSE - 1) * bound)  # else ten digits are too few; NaN: no token
+    if bool(near.all()) and not np.all((error <= MARGIN * wide) | np.isnan(short)):
+        return [f"want = {literal(short)}", f"bound = {wide}  # the largest of these numbers' bounds"]
+    if not (near.all() and np.array_equal(error <= up, np.abs(got - value) <= bound)):
+        short, up = value, bound
+    return [f"want = {literal(short)}", f"bound = {literal(up) if up.any() else '0.0'}"]
+
+
+def shortened(x: Array, digits: int) -> Array:
+    """The numbers rounded to so many decimal digits."""
+    return np.asarray(np.vectorize(lambda n: float(f"{n:.{digits}g}"), otypes=[np.float64])(x))
+
+
+# --- how a comparison ends ---
+def worst() -> list[str]:
+    """Behind ``got``, ``want``, ``bound`` and ``off``: the number that is furthest off."""
+    return [
+        "if off.any():",
+        "    bound = np.broadcast_to(bound, off.shape)",
+        "    i = np.unravel_index(np.argmax(np.where(off, np.abs(got - want) / (bound + 1e-300), -1)), off.shape)",
+        '    print(f"got:  {got[i]:.9g}\\nwant: {want[i]:.9g} ± {bound[i]:.2g}")',
+        '    print(f"{off.sum()} of {off.size} numbers are off; this is the worst")',
+        "    sys.exit(1)",
+    ]
+
+
+def same(words: str) -> list[str]:
+    """Behind ``got`` and ``want``: they are the same to the bit."""
+    return [
+        "off = ~(got == want)",
+        "if off.any():",
+        "    i = int(np.argmax(off))",
+        f'    print(f"got:  {{got[i]:.9g}}\\nwant: {{want[i]:.9g}}, {words}")',
+        "    sys.exit(1)",
+    ]
+
+
+def compared(got: str, want: str, broken: str, words: str = "") -> list[str]:
+    """Two expressions and the condition, over ``got`` and ``want``, under which they are a failure."""
+    return [
+        f"got, want = ({got}), ({want})",
+        f"if {broken}:",
+        f'    print(f"got:  {{got}}\\nwant: {words}{{want}}")',
+        "    sys.exit(1)",
+    ]

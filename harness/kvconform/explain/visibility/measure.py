@@ -1,0 +1,255 @@
+"""Looking: one schedule of one subject, run as it is and with each token changed.
+
+Every cell is measured directly, by runs of the same shapes: the schedule as it is, once more to see whether outputs
+repeat, then once for each token with that token changed. A cell that must not be seen is compared bit for bit. A cell
+that must be seen is judged only where the truth moves by more than the two bounds together; where it does not, other
+contents are tried, then, in the attention profile, needles. Those tell there, too, whether a token sees itself: its own
+query, which would move the output as well, is then the needle's and stays. In other profiles a token always moves its
+own output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, groupby, pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvconform.explain.visibility.schedules import NAMES, Schedule
+from kvconform.judging.judge import conforming
+from kvconform.judging.observed import Array, Observed, pairs
+from kvconform.judging.outputs import wavers
+from kvconform.worker.client import Subject
+from kvconform_specs.claims import Precision
+from kvconform_specs.config import Config
+from kvconform_specs.program import Append, Full, Program
+from kvconform_specs.reference.oracle import Expected, Own, expect
+
+SEEDS = (3, 1_409, 2_718)
+"""Contents that are tried one after another while a cell is not resolved."""
+SEES, BLIND, UNTOLD, MISSING = "x", ".", "?", " "
+
+
+def remembered(own: Own) -> Own:
+    """A black box's own forward, run once for each input: all schedules have one truth."""
+    known: dict[tuple[bytes, tuple[int, ...], float, float, int], Array] = {}
+
+    def asked(inputs: Array, storage: float, accumulation: float, seed: int) -> Array:
+        key = inputs.tobytes(), inputs.shape, storage, accumulation, seed
+        if key not in known:
+            known[key] = own(inputs, storage, accumulation, seed)
+        return known[key]
+
+    return asked
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """A program as relations look at it. Outputs from step ``stop`` on are missing, and NaN here; ``words`` say why."""
+
+    observed: Observed
+    stop: int
+    words: str
+
+
+class Sight:
+    """What one schedule shows: ``wanted`` and ``seen`` after ``look``, arrays ``(n, n)``, outputs by tokens.
+
+    starts: how often the subject had been started before anything was looked at. fresh: each run is on a fresh process,
+    and of three sequences only the first one's tokens are changed. unsteady: outputs changed from run to run, by more
+    than the bounds, though no token did.
+    """
+
+    def __init__(
+        self, subject: Subject, config: Config, own: Own | None, schedule: Schedule, starts: int, fresh: bool
+    ) -> None:
+        self.subject, self.config, self.own, self.schedule = subject, config, own, schedule
+        self.starts, self.fresh = starts, fresh
+        self.length = schedule.length
+        self.n = n = schedule.rows * self.length
+        self.needles = config.profile == "attention" and schedule.name != "full" and not fresh
+        self.stopped, self.notes, self.unsteady, self.tried = "", list[str](), False, 0
+        # cells: an output is asked for; it came
+        self.asked, self.came = np.zeros((n, n), bool), np.zeros((n, n), bool)
+        # its history is the same; it moved nevertheless
+        self.banned, self.leaked = np.zeros((n, n), bool), np.zeros((n, n), bool)
+        # the truth moves by more than the bounds; the output moved as well
+        self.required, self.felt = np.zeros((n, n), bool), np.zeros((n, n), bool)
+        # the truth has not moved by a bit yet; the output has; by more than the bounds
+        self.still, self.moved, self.far = np.ones((n, n), bool), np.zeros((n, n), bool), np.zeros((n, n), bool)
+        # outputs: repeat to the bit; cannot be told; are no numbers. tokens: were changed
+        self.steady, self.untold = np.ones(n, bool), np.zeros(n, bool)
+        self.infinite, self.changed = np.zeros(n, bool), np.zeros(n, bool)
+
+    def look(self) -> None:
+        for seed in SEEDS:
+            first = seed == SEEDS[0]
+            tokens = list(range(self.n)) if first else self.open_tokens()
+            if not tokens or self.unsteady:
+                break
+            base = self.run(seed)
+            if first and base.words and self.subject.starts == self.starts:
+                self.subject.fresh()  # what earlier programs left behind may be in the way
+                self.stopped, base = "", self.run(seed)
+            if first:
+                self.repeat(base, self.run(seed))
+            for token in tokens:
+                looked = not self.unsteady and (not self.fresh or token < self.length)
+                self.changed[token] |= looked
+                self.compare(base, self.run(seed, token, looked=looked), token)
+            self.tried += 1
+        if self.needles:
+            for token in self.open_tokens(aimed=True):
+                self.compare(self.run(SEEDS[0], aimed=token), self.run(SEEDS[0], token, aimed=token), token, aimed=True)
+        if self.infinite.any():
+            self.untold |= self.infinite
+            self.notes.append(f"no finite numbers: {_outputs(self.infinite)}")
+        if self.fresh:
+            self.notes.append("each run is on a fresh process; only the first sequence's tokens were changed")
+
+    def open_tokens(self, aimed: bool = False) -> list[int]:
+        """The tokens with a cell that must perhaps be seen and is not resolved."""
+        unresolved = self.came & ~self.banned & ~self.required & ~self.untold[:, None]
+        if self.needles and not aimed:
+            np.fill_diagonal(unresolved, False)
+        return [int(token) for token in np.flatnonzero(unresolved.any(axis=0))]
+
+    def wanted(self) -> NDArray[np.str_]:
+        # a black box's own forward that never moved does not look there: of its windows nothing else is known
+        unseen = self.still & ~self.required & (self.own is not None) & (self.tried == len(SEEDS))
+        return np.select([~self.asked, self.banned | unseen, self.required], [MISSING, BLIND, SEES], UNTOLD)
+
+    def seen(self) -> NDArray[np.str_]:
+        which = [self.banned, self.required, self.wanted() == BLIND]
+        sees = np.select(which, [self.leaked, self.felt, self.far], self.moved)
+        untold = self.asked & (self.untold[:, None] | ~self.changed)
+        return np.select([untold, ~self.came], [UNTOLD, MISSING], np.where(sees, SEES, BLIND))
+
+    # --- running ---
+    def run(self, seed: int, changed: int | None = None, aimed: int | None = None, looked: bool = True) -> _Ran:
+        """A run of the schedule; ``looked`` False: only what must come of it."""
+        claims = self.subject.claims
+        program = self.schedule.program(self.config, claims, seed, changed, aimed)
+        if self.fresh and looked:
+            self.subject.fresh()
+        trace = self.subject.run(program, (0,)).apart()[0] if looked else ()
+        expected = self.truth(program)
+        words, wants, outputs = conforming(program, trace, claims, expected)
+        stop = len(wants)
+        if words is not None:
+            _words, wants, outputs = conforming(program, trace[:stop], claims, expected)
+            words = words if changed is None else f"with token {changed} changed: {words}"
+            self.stopped = self.stopped or words
+        for want in expected[stop:]:
+            last = want is not None and claims.returns == "last" and self.schedule.name != "full"
+            wants.append(want.last() if want is not None and last else want)
+            shape = None if want is None else (1, len(want.counts), 1 if last else max(want.counts))
+            outputs.append(None if shape is None else np.full((*shape, self.config.outputs), np.nan))
+        return _Ran(Observed(program, trace, wants, outputs, claims), stop, words or "")
+
+    def truth(self, program: Program) -> tuple[Expected | None, ...]:
+        """What must come of the program. A row has one truth, computed once and cut, however it is run."""
+        precision, step = self.subject.claims.precision, program.steps[0]
+        if self.own is not None:
+            return expect(program, (0,), precision, self.own)
+        if self.schedule.rows > 1 or precision.residual:
+            return _defined(program, precision)
+        assert isinstance(step, Append | Full)
+        swaps = tuple(swap for one in program.steps if isinstance(one, Append | Full) for swap in one.swap)
+        aim = step.aim if isinstance(step, Append) else None
+        (want,) = _defined(Program(self.config, (Append("a", (self.length,), step.seed, swaps, aim),)), precision)
+        assert want is not None
+        stops = list(accumulate(self.schedule.sizes))
+        return tuple(_part(want, start, stop) for start, stop in pairwise((0, *stops)))
+
+    # --- comparing ---
+    def repeat(self, base: _Ran, again: _Ran) -> None:
+        """Tells outputs that differ from run to run though nothing was changed."""
+        worse = np.zeros(self.n, bool)
+        for _base, _again, number, row, column, _same in pairs((base.observed, again.observed)):
+            query = self.query(base.observed, number, row, column)
+            if number >= min(base.stop, again.stop):
+                worse[query] = base.stop != again.stop
+                continue
+            mine, its = base.observed.got(number)[:, row, column], again.observed.got(number)[:, row, column]
+            self.steady[query] = np.array_equal(mine, its, equal_nan=True)
+            if not self.steady[query]:
+                worse[query] = not bool(np.all(abs(mine - its) <= 2 * base.observed.want(number).bound[:, row, column]))
+        self.untold |= worse
+        self.unsteady = bool(worse.any())
+        if self.unsteady:
+            self.notes.append(f"changes from run to run, though no token does: {_outputs(worse)}")
+        elif not self.steady.all():
+            self.notes.append(f"differs from run to run, but within its bound: {_outputs(~self.steady)}")
+
+    def compare(self, base: _Ran, other: _Ran, token: int, aimed: bool = False) -> None:
+        for _base, _other, number, row, column, same in pairs((base.observed, other.observed)):
+            cell = self.query(base.observed, number, row, column), token
+            self.asked[cell], self.banned[cell] = True, same
+            came = number < min(base.stop, other.stop)
+            self.came[cell] |= came
+            waits = came and self.needles and not aimed and cell[0] == token
+            if not self.required[cell] and not waits:
+                self._judge(base, other, number, row, column, cell)
+
+    def _judge(self, base: _Ran, other: _Ran, number: int, row: int, column: int, cell: tuple[int, int]) -> None:
+        was, now = base.observed.want(number), other.observed.want(number)
+        old, new = base.observed.got(number)[:, row, column], other.observed.got(number)[:, row, column]
+        came = number < min(base.stop, other.stop)
+        if came and not (np.isfinite(old).all() and np.isfinite(new).all()):
+            came = False
+            self.infinite[cell[0]] = True
+        differs = came and not np.array_equal(old, new)
+        if self.banned[cell] and not differs:
+            return
+        bounds = now.bound[:, row, column] + was.bound[:, row, column]
+        response, moves = abs(now.value[:, row, column] - was.value[:, row, column]), abs(new - old)
+        far = differs and not bool(np.all(moves <= bounds))
+        if self.banned[cell]:
+            alike = wavers(base.observed, other.observed, number, row, column)
+            self.leaked[cell] |= (far or bool(self.steady[cell[0]])) and not alike
+            return
+        resolvable = response > bounds
+        self.required[cell] = bool(resolvable.any())
+        # as much as it must, or more than rounding can: how much a wrong output moves says nothing about its mask
+        self.felt[cell] = far or (came and bool(np.all((moves >= response - bounds) | ~resolvable)))
+        self.still[cell] &= not response.any()
+        self.moved[cell] |= differs
+        self.far[cell] |= far
+
+    def query(self, one: Observed, number: int, row: int, column: int) -> int:
+        """The token that an output belongs to."""
+        want, step = one.want(number), one.program.steps[number]
+        assert isinstance(step, Append | Full)
+        place = NAMES.index(step.seq) if self.schedule.name == "sequences" else row
+        later = int(np.count_nonzero(want.real[row, column:]))  # tokens of the step from this column on
+        return place * self.length + len(want.rows[row]) - later
+
+
+@lru_cache(maxsize=512)
+def _defined(program: Program, precision: Precision) -> tuple[Expected | None, ...]:
+    """The definition's; the same programs are run on one subject after another."""
+    return expect(program, (0,), precision)
+
+
+def _part(want: Expected, start: int, stop: int) -> Expected:
+    """What an append of these tokens of the one row must give."""
+    (row,), part = want.rows, slice(start, stop)
+    return Expected((row[:stop],), (stop - start,), want.real[:, part], 1, lambda kind: want.numbers(kind)[:, :, part])
+
+
+def _outputs(tokens: NDArray[np.bool_]) -> str:
+    return f"the output of token{'s' if tokens.sum() > 1 else ''} {listed(np.flatnonzero(tokens).tolist())}"
+
+
+def listed(numbers: Iterable[int]) -> str:
+    """``0–2, 5 and 7``."""
+    numbered = enumerate(sorted(numbers))
+    runs = [[number for _index, number in run] for _key, run in groupby(numbered, lambda pair: pair[1] - pair[0])]
+    parts = [
+        part for run in runs for part in ([f"{run[0]}–{run[-1]}"] if len(run) > 2 else [str(number) for number in run])
+    ]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

@@ -1,0 +1,1 @@
+"""From recorded steps and expected values to a verdict."""

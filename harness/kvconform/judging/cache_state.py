@@ -1,0 +1,233 @@
+"""The relations that look at what a subject says and shows of its cache: lengths, contents, bytes, work, graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from kvconform.judging.observed import Array, Observed, Outcome, at
+from kvconform_specs.config import ITEMSIZE, Config
+from kvconform_specs.history import Histories, Row
+from kvconform_specs.program import Append, Close, Step
+from kvconform_specs.tensors import weight_shapes
+
+
+def lengths(observed: Sequence[Observed]) -> Outcome:
+    return _told(observed, "length", "says that its rows hold {} tokens, want {}", lambda one, n: n)
+
+
+def room(observed: Sequence[Observed]) -> Outcome:
+    return _told(
+        observed, "room", "says that its rows take {} more tokens, want {}", lambda o, n: o.program.config.capacity - n
+    )
+
+
+def _told(observed: Sequence[Observed], name: str, words: str, want_of: Callable[[Observed, int], int]) -> Outcome:
+    compared = 0
+    for one in observed:
+        for number, _step, rows in _after(one):
+            told = one.trace[number].told.get(name)
+            if told is None:
+                continue
+            want = tuple(want_of(one, len(row)) for row in rows)
+            compared += len(want)
+            if told != want:
+                return f"{at(one.program, number)}: {words.format(list(told), list(want))}", compared, None
+    return None, compared, None
+
+
+def contents(observed: Sequence[Observed]) -> Outcome:
+    compared, worst = 0, 0.0
+    for one in observed:
+        for number in one.reads():
+            got, want, held = one.trace[number].output, one.want(number), one.trace[number].told["held"]
+            assert got is not None
+            for row, history in enumerate(want.rows):
+                shown = min(held[row], len(history))
+                mine = got[:, row, held[row] - shown : held[row]]
+                first = len(history) - shown
+                value = want.value[:, row, first : first + shown]
+                bound = want.bound[:, row, first : first + shown]
+                compared += mine.size
+                off = ~(np.abs(mine - value) <= bound)
+                if bool(off.any()):
+                    n, slot, element = (int(i) for i in np.argwhere(off)[0])
+                    words = (
+                        f"{at(one.program, number)}, row {row}, position {first + slot}, {_part(one, element)}: holds "
+                        f"{mine[n, slot, element]:.6g}, want {value[n, slot, element]:.6g}"
+                        + (f" ± {bound[n, slot, element]:.2g}" if bound[n, slot, element] else "")
+                    )
+                    return words, compared, None
+                worst = max(worst, float(np.max(np.abs(mine - value) / np.where(bound > 0, bound, 1), initial=0.0)))
+    return None, compared, worst if compared else None
+
+
+def kept(observed: Sequence[Observed]) -> Outcome:
+    """A token is known by its history, so that rows may move."""
+    compared = 0
+    for one in observed:
+        known: dict[Row, tuple[int, Array]] = {}
+        for number, _step, rows in _after(one):
+            output, told = one.trace[number].output, one.trace[number].told
+            if output is None or "held" not in told:
+                continue
+            for row, history in enumerate(rows):
+                shown = min(told["held"][row], len(history))
+                for slot in range(shown):
+                    position = len(history) - shown + slot
+                    now = output[:, row, told["held"][row] - shown + slot]
+                    since, was = known.setdefault(history[: position + 1], (number, now))
+                    if since == number:
+                        continue
+                    compared += now.size
+                    same = (now == was) | (np.isnan(now) & (one.claims.keeps == "window"))  # evicted by some layers
+                    if not bool(np.all(same)):
+                        n, element = (int(i) for i in np.argwhere(~same)[0])
+                        words = (
+                            f"{at(one.program, number)}, row {row}, position {position}, {_part(one, element)}: holds "
+                            f"{now[n, element]:.9g}, and held {was[n, element]:.9g} at step {since}"
+                        )
+                        return words, compared, None
+    return None, compared, None
+
+
+def held(observed: Sequence[Observed]) -> Outcome:
+    compared = 0
+    for one in observed:
+        window = _shown(one.program.config) if one.claims.keeps == "window" else None
+        for number, _step, rows in _after(one):
+            told = one.trace[number].told.get("held")
+            if told is None:
+                continue
+            compared += len(rows)
+            for row, history in enumerate(rows):
+                least = len(history) if window is None else min(len(history), window - 1)
+                if not least <= told[row] <= len(history):
+                    want = f"{least}" if least == len(history) else f"{least} to {len(history)}"
+                    return (
+                        f"{at(one.program, number)}, row {row}: shows {told[row]} tokens, want {want}",
+                        compared,
+                        None,
+                    )
+    return None, compared, None
+
+
+def _shown(config: Config) -> int | None:
+    """The widest window of any layer; None where one sees everything."""
+    windows = [config.window_of(layer) for layer in range(config.layers)]
+    return None if None in windows else config.window
+
+
+def graphs(observed: Sequence[Observed]) -> Outcome:
+    compared = 0
+    for one in observed:
+        for number, done in enumerate(one.trace):
+            for made in done.told.get("graphs", ()):
+                compared += 1
+                if made > (one.claims.max_graphs or 0):
+                    words = f"has made {made} graphs, and claims no more than {one.claims.max_graphs}"
+                    return f"{at(one.program, number)}: {words}", compared, None
+    return None, compared, None
+
+
+def held_bytes(observed: Sequence[Observed]) -> Outcome:
+    compared = 0
+    for one in observed:
+        c = one.program.config
+        token = 2 * c.layers * c.kv_heads * c.head_dim * ITEMSIZE[c.dtype]
+        for number, _step, rows in _after(one):
+            told = one.trace[number].told.get("bytes")
+            if told is None:
+                continue
+            compared += 1
+            want = token * sum(_slots(one, len(row)) for row in rows)
+            if told != (want,):
+                return f"{at(one.program, number)}: says that it takes {told[0]} bytes, want {want}", compared, None
+    return None, compared, None
+
+
+def positions(observed: Sequence[Observed]) -> Outcome:
+    """``b t`` tokens times every weight matrix, and ``2 b h t d`` for each slot and layer that attention reads. Where
+    the last position is asked for alone, ``lm_head`` may be left out for the others."""
+    compared = 0
+    for one in observed:
+        for number, step, work, depth in _metered(one):
+            c, b, t = one.program.config, len(step.counts), max(step.counts)
+            matrices = {name: shape for name, shape in weight_shapes(c).items() if len(shape) == 2}
+            weights = sum(a * z for name, (a, z) in matrices.items() if name not in ("embed", "position"))
+            linear = b * t * weights
+            spared = b * (t - 1) * c.width * c.vocabulary if step.last else 0
+            attention = 2 * b * c.heads * t * c.head_dim * c.layers * _slots(one, depth)
+            compared += 1
+            if not linear - spared <= work <= linear + attention:
+                extra = f", as for {work / (linear + attention) * t:.3g} new tokens" if work > linear else ""
+                words = (
+                    f"took {work} multiply-adds for {t} new tokens of {depth}, want {linear - spared} to "
+                    f"{linear + attention}"
+                )
+                return f"{at(one.program, number)}: {words}{extra}", compared, None
+    return None, compared, None
+
+
+def affine(observed: Sequence[Observed]) -> Outcome:
+    """``w(s)`` of steps of equal size at three depths lies on a line, whose slope is attention's at most; where a
+    window is full it may be less."""
+    compared = 0
+    for one in observed:
+        c = one.program.config
+        alike: dict[tuple[str, tuple[int, ...]], list[tuple[int, int, int]]] = {}
+        for number, step, work, depth in _metered(one):
+            points = alike.setdefault((step.seq, step.counts), [])
+            points.append((depth, work, number))
+            if len(points) < 3:
+                continue
+            (s0, w0, _), (s1, w1, _), (s2, w2, _) = points[-3:]
+            most = 2 * len(step.counts) * c.heads * max(step.counts) * c.head_dim * c.layers
+            compared += 1
+            before, after = (w1 - w0) * (s2 - s1), (w2 - w1) * (s1 - s0)
+            bent = c.window is not None and s2 > c.window and 0 <= after < before  # a full window grows no more
+            if not (after == before or bent) or not 0 <= w1 - w0 <= most * (s1 - s0):
+                words = f"took {w0}, {w1}, {w2} multiply-adds at the depths {s0}, {s1}, {s2}"
+                return (
+                    f"{at(one.program, number)}: equal steps {words}: not a line of slope {most} at most",
+                    compared,
+                    None,
+                )
+    return None, compared, None
+
+
+def _metered(one: Observed) -> Iterator[tuple[int, Append, int, int]]:
+    """Steps whose work was told: number, step, multiply-adds, tokens a row holds afterwards."""
+    for number, step, rows in _after(one):
+        told = one.trace[number].told.get("work")
+        if told is not None and isinstance(step, Append):
+            yield number, step, told[0], max(map(len, rows))
+
+
+def _slots(one: Observed, length: int) -> int:
+    """How many slots a row of that length takes, as claimed."""
+    if one.claims.memory == "capacity":
+        return one.program.config.capacity
+    if one.claims.memory == "pages":
+        return -(-length // (one.claims.page or 1)) * (one.claims.page or 1)
+    return length
+
+
+def _after(one: Observed) -> Iterator[tuple[int, Step, tuple[Row, ...]]]:
+    """Each step that ran, with the histories of the sequence that it was about after it."""
+    histories = Histories()
+    for number, step in enumerate(one.program.steps[: len(one.trace)]):
+        histories.apply(step)
+        rows = histories.rows.get(getattr(step, "seq", ""))
+        if rows is not None and not isinstance(step, Close):
+            yield number, step, rows
+
+
+def _part(one: Observed, element: int) -> str:
+    """``layer 0, value of KV head 1``."""
+    c = one.program.config
+    size = c.kv_heads * c.head_dim
+    layer, rest = divmod(element, 2 * size)
+    kind, rest = divmod(rest, size)
+    return f"layer {layer}, {('key', 'value')[kind]} of KV head {rest // c.head_dim}"

@@ -1,0 +1,127 @@
+"""What the relations look at: a program with what was done and what had to be, and the words for a place in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvconform.worker.client import describe
+from kvconform.worker.execute import Trace
+from kvconform_specs.claims import Claims
+from kvconform_specs.history import Row, Token
+from kvconform_specs.program import Append, Program, Read
+from kvconform_specs.reference.oracle import Expected
+
+Array = NDArray[Any]
+Outcome = tuple[str | None, int, float | None]
+"""A sentence or None, how many numbers were compared, and the largest error as a fraction of its bound."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One program of a case: what was done and what had to be, all variants stacked.
+
+    ``outputs[i]`` is ``(n, b, t, e)`` as in ``oracle.Expected``, None where step ``i`` computes nothing.
+    """
+
+    program: Program
+    trace: Trace
+    expected: Sequence[Expected | None]
+    outputs: Sequence[Array | None]
+    claims: Claims
+
+    def want(self, number: int) -> Expected:
+        expected = self.expected[number]
+        assert expected is not None
+        return expected
+
+    def got(self, number: int) -> Array:
+        output = self.outputs[number]
+        assert output is not None
+        return output
+
+    def computed(self) -> list[int]:
+        """The steps that have outputs."""
+        return [number for number, output in enumerate(self.outputs) if output is not None]
+
+    def reads(self) -> list[int]:
+        return [number for number, step in enumerate(self.program.steps) if isinstance(step, Read)]
+
+
+# --- where outputs are ---
+Key = tuple[Row, Token | None, tuple[int, ...]]
+"""What an output is a function of: the history up to its token, where a needle aimed its query, what was hidden."""
+
+
+def cells(one: Observed, number: int) -> list[tuple[int, int, Key]]:
+    """Row, column within the step's outputs, and key of each output of a step."""
+    want, step = one.want(number), one.program.steps[number]
+    aim, hidden = (step.aim, step.hidden) if isinstance(step, Append) else (None, ())
+    found: list[tuple[int, int, Key]] = []
+    for row, (history, count) in enumerate(zip(want.rows, want.counts, strict=True)):
+        target = None if aim is None else (aim[0] + row, aim[1])
+        unseen = tuple(sorted(position for of, position in hidden if of == row))
+        columns = np.flatnonzero(want.real[row])
+        start = len(history) - count
+        found += [(row, int(c), (history[: start + p + 1], target, unseen)) for p, c in enumerate(columns)]
+    return found
+
+
+def located(one: Observed) -> dict[Key, tuple[int, int, int]]:
+    """Step, row and column of each output, by its key."""
+    return {key: (number, row, column) for number in one.computed() for row, column, key in cells(one, number)}
+
+
+def pairs(observed: Sequence[Observed]) -> list[tuple[Observed, Observed, int, int, int, bool]]:
+    """Each output of the base and the one at the same place of each other program; ``same``: their history is."""
+    base, c = observed[0], observed[0].program.config
+    # how far a black box's layers see is its own affair
+    known = c.window is not None and observed[0].claims.truth == "definition"
+    windowed = known and all(c.window_of(layer) is not None for layer in range(c.layers))
+    reach = c.layers * ((c.window or 0) - 1) + 1 if windowed else None
+    found = []
+    for other in observed[1:]:
+        for number in base.computed():
+            for (row, column, key), (_r, _c, its) in zip(cells(base, number), cells(other, number), strict=True):
+                found.append((base, other, number, row, column, _felt(key, reach) == _felt(its, reach)))
+    return found
+
+
+def _felt(key: Key, reach: int | None) -> Key:
+    """The part of a history that an output can depend on: each layer reaches ``window - 1`` tokens further back."""
+    return key if reach is None else (key[0][-reach:], *key[1:])
+
+
+# --- words ---
+def at(program: Program, number: int) -> str:
+    return f"step {number} ({describe(program, number)})"
+
+
+def where(one: Observed, number: int, row: int, column: int, element: int) -> str:
+    """``, row 0, position 7, head 3``: the logical position of the token, and the head or logit."""
+    want, c = one.want(number), one.program.config
+    later = int(np.count_nonzero(want.real[row, column:]))  # tokens of the step from this column on
+    parts = {"attention": f"head {element // c.head_dim}", "decoder": f"logit {element}"}
+    part = parts.get(c.profile, f"channel {element}")
+    return f", row {row}, position {len(want.rows[row]) - later}, {part}"
+
+
+def ratio(error: Array, bound: Array) -> float:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.nanmax(np.where(error == 0, 0.0, error / bound), initial=0.0))
+
+
+def changed(base: Observed, other: Observed) -> str:
+    """``changing the token at row 0, position 3``."""
+    for mine, its in zip(base.program.steps, other.program.steps, strict=True):
+        if isinstance(its, Append) and isinstance(mine, Append):
+            if its.swap != mine.swap:
+                row, position, _seed = its.swap[-1]
+                return f"changing the token at row {row}, position {position}"
+            if its.pad != mine.pad:
+                return "what fills the columns without a token"
+    return "the change"

@@ -1,0 +1,1 @@
+"""Planted faults: which clauses detect them, and which wrong models each clause rejects."""

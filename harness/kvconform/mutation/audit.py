@@ -1,0 +1,193 @@
+"""The audit: do the clauses convict backends that are wrong on purpose? Faults by clauses, by what, and how fast.
+
+A fault *survives* a budget where no clause that it names kills it. A clause kills where it breaks, where the faulty
+path ran, and where it broke for its own reason: an exception is none for a clause about numbers.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from kvconform.host import machine
+from kvconform.judging.verdict import Outcome
+from kvconform.mutation.fault import Fault
+from kvconform.mutation.record import Audited, Record, Trial, scores
+from kvconform.search.cell import Cell, run_cell
+from kvconform.search.effort import Budget
+from kvconform.worker.client import Infrastructure, Launch, Subject
+from kvconform_specs import SUITE_VERSION
+from kvconform_specs.clause import Clause, Relation
+from kvconform_specs.clauses import ALL, BY_NAME
+from kvconform_specs.configs import POINTS
+from kvconform_specs.errors import SpecError
+
+NUMERIC = {
+    Relation.PARITY, Relation.AGREEMENT, Relation.UNAFFECTED, Relation.AFFECTED, Relation.CONTENTS, Relation.KEPT,
+    Relation.BITWISE, Relation.FINITE, Relation.SAME_TOKEN, Relation.GENERATED,
+}  # fmt: skip
+"""Relations between numbers: an exception breaks none of them, it only keeps them from being asked."""
+REFUSALS = ("capacity", "errors")
+"""Chapters that are about what may be refused: there, a legal step that raises is the very mistake."""
+UNBROKEN = (Outcome.PASS, Outcome.INCONCLUSIVE, Outcome.UNSUPPORTED, Outcome.NOT_EXERCISED)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to audit. ``names`` keeps the faults, or the clauses of each, whose names begin so; empty keeps all.
+
+    every: try all clauses, not only those that a fault names. shard: ``(i, n)`` keeps each n-th from the i-th on.
+    """
+
+    budgets: tuple[Budget, ...]
+    seed: int = 0
+    names: tuple[str, ...] = ()
+    every: bool = False
+    shard: tuple[int, int] | None = None
+
+    def clauses(self, fault: Fault) -> list[str]:
+        """The clauses to be tried on a fault."""
+        tried = fault.clauses if fault.clauses and not self.every else [clause.name for clause in ALL]
+        whole = not self.names or fault.name.startswith(self.names)
+        return [name for name in tried if whole or name.startswith(self.names)]
+
+    def tasks(self, faults: Sequence[Fault], controls: Sequence[Fault] = ()) -> list[Task]:
+        """What there is to do; controls are tried by every clause. Raises SpecError where there is nothing, or where a
+        fault names an unknown clause or config."""
+        for fault in (*faults, *controls):
+            for words, names, known in (("clause", fault.clauses, BY_NAME), ("config", fault.configs, POINTS)):
+                for name in names:
+                    if name not in known:
+                        raise SpecError(f"fault {fault.name}", f"no {words} named {name!r}; known: {', '.join(known)}")
+        every = replace(self, every=True)
+        found = [Task(fault, self, False) for fault in faults if self.clauses(fault)]
+        found += [Task(control, every, True) for control in controls if every.clauses(control)]
+        if not found:
+            raise SpecError("audit", f"no fault, and no clause of one, begins with {' or '.join(self.names)}")
+        index, count = self.shard or (1, 1)
+        if index > len(found):
+            raise SpecError("shard", f"{index}/{count} holds nothing: there are {len(found)} faults")
+        return found[index - 1 :: count]
+
+
+class Task(NamedTuple):
+    """One fault or control, to be tried as a plan says."""
+
+    fault: Fault
+    plan: Plan
+    control: bool
+
+
+def audit(
+    plan: Plan,
+    address: str,
+    faults: Sequence[Fault],
+    controls: Sequence[Fault],
+    out: Path,
+    jobs: int = 1,
+    tell: Callable[[Audited], None] = lambda audited: None,
+) -> Record:
+    """Audits the faults and controls that the plan keeps.
+
+    ``out`` is written after each; ``tell`` gets each fault as it is done. Raises SpecError where the plan does not fit.
+    """
+    began = time.perf_counter()
+    tasks = plan.tasks(faults, controls)
+    record = Record(
+        suite=SUITE_VERSION, faults=address, budgets=[budget.name for budget in plan.budgets], seed=plan.seed,
+        names=list(plan.names), every=plan.every, shard="/".join(map(str, plan.shard or ())),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        environment={"hypothesis": version("hypothesis"), "numpy": np.__version__, "machine": machine()},
+    )  # fmt: skip
+    found: dict[int, Audited] = {}
+    for number, audited in _done(tasks, jobs):
+        found[number] = audited
+        record.audited = [found[i] for i in sorted(found) if not tasks[i].control]
+        record.controls = [found[i] for i in sorted(found) if tasks[i].control]
+        record.scores = scores(record)
+        record.seconds = round(time.perf_counter() - began, 3)
+        record.finished = len(found) == len(tasks)
+        record.write(out)
+        if not tasks[number].control:
+            tell(audited)
+    return record
+
+
+def _done(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Audited]]:
+    """Number and result of each task, as they are done. Each runs in a process: Hypothesis is for one thread."""
+    if jobs == 1:
+        yield from ((number, audit_fault(task.fault, task.plan)) for number, task in enumerate(tasks))
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes that are started below inherit it
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(audit_fault, task.fault, task.plan): number for number, task in enumerate(tasks)}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # what runs is waited for
+
+
+def audit_fault(fault: Fault, plan: Plan) -> Audited:
+    """Tries a fault under each clause, on a fresh process: what it did under one must not help or hide another."""
+    audited = Audited(
+        name=fault.name, address=fault.address, stealth=fault.stealth, classes=fault.classes,
+        clauses=fault.clauses, bug=fault.bug, sentence=fault.sentence,
+    )  # fmt: skip
+    try:
+        with Subject(Launch(fault.address)) as subject:
+            for budget in plan.budgets:
+                for clause in plan.clauses(fault):
+                    if audited.trials:
+                        subject.fresh()
+                    brief = replace(budget, shrink=False)
+                    audited.trials.append(_try(fault, BY_NAME[clause], subject, brief, plan.seed))
+    except Infrastructure as sentence:
+        audited.unavailable = str(sentence)
+    return audited
+
+
+def cells(fault: Fault, clause: Clause) -> Iterator[Cell]:
+    """The cells of a clause, on the configs that the fault names, or on all that the clause concerns."""
+    for name, config in POINTS.items():
+        if (not fault.configs or name in fault.configs) and clause.concerns(config):
+            yield Cell(clause, config, name)
+
+
+def _try(fault: Fault, clause: Clause, subject: Subject, budget: Budget, seed: int) -> Trial:
+    """Config by config up to the first that kills; else the first that was broken, else the last that was judged."""
+    best = Trial(
+        budget=budget.name, clause=clause.name, outcome=Outcome.UNSUPPORTED,
+        sentence="it concerns none of the fault's configs",
+    )  # fmt: skip
+    programs, seconds = 0, 0.0
+    for cell in cells(fault, clause):
+        verdict = run_cell(cell, subject, budget, seed, Path())  # without shrinking, nothing is written
+        programs += verdict.found_after or verdict.programs
+        seconds += verdict.seconds
+        broke = verdict.outcome not in UNBROKEN
+        raised = verdict.raised or verdict.outcome in (Outcome.CRASH, Outcome.TIMEOUT)
+        ran = subject.witness(cell.config).get(fault.marker)
+        own = not raised or clause.chapter in REFUSALS or not NUMERIC & set(clause.relations)
+        charged = verdict.outcome.broken or clause.name in fault.clauses  # a guarantee may be refuted by right backends
+        trial = msgspec.structs.replace(
+            best, outcome=verdict.outcome, kills=broke and own and charged and ran != 0, config=cell.config_name,
+            by="" if not broke else "exception" if raised else "judgement", ran=ran, sentence=verdict.sentence,
+            programs=programs, seconds=round(seconds, 3),
+        )  # fmt: skip
+        if trial.kills:
+            return trial
+        if broke or (not best.by and (not best.config or verdict.outcome is not Outcome.UNSUPPORTED)):
+            best = trial
+    return msgspec.structs.replace(best, programs=programs, seconds=round(seconds, 3))

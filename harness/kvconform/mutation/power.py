@@ -1,0 +1,374 @@
+"""The power certificate: which wrong models each clause rejects, and to which it is blind.
+
+A *null model* is the definition with one mistake: it answers every step of a program as a function of the histories,
+in float64, rounded to the config's dtype, and tells its lengths truthfully. It stands in the place of a subject, and
+the same ``judge`` decides. A clause that compares programs with one another must be blind to a
+mistake that all of them make; the certificate says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+import msgspec
+import numpy as np
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import seed as hypothesis_seed
+from numpy.typing import NDArray
+
+from kvconform.judging.judge import judge
+from kvconform.spec_docs.clause import ENOUGH
+from kvconform.worker.execute import Done
+from kvconform.worker.protocol import Traces
+from kvconform_specs import SUITE_VERSION
+from kvconform_specs.claims import ABILITIES, Claims
+from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clauses import ALL
+from kvconform_specs.config import DTYPES, PROFILES, Config
+from kvconform_specs.configs import LONG, POINTS
+from kvconform_specs.history import Histories, Row, Token
+from kvconform_specs.program import Append, Full, Generate, Read, Reject, Run, Step, called
+from kvconform_specs.reference.definition import Attended, attention, decoder, rope, sinks
+from kvconform_specs.reference.oracle import Expected, Generation, expect
+from kvconform_specs.tensors import Streams, rounded, weights
+
+Array = NDArray[Any]
+NUMERIC = frozenset(
+    (
+        Relation.PARITY, Relation.AGREEMENT, Relation.UNAFFECTED, Relation.AFFECTED, Relation.FINITE, Relation.BITWISE,
+        Relation.SAME_TOKEN, Relation.GENERATED,
+    )
+)  # fmt: skip
+"""The relations that look at outputs; what a cache says and shows of itself is true of every null model."""
+BOOKKEEPING = "judges no numbers"
+STRUCTURES = 6
+"""Cases that are drawn for each clause at least, as many on each config that it concerns."""
+
+
+class Power(msgspec.Struct, frozen=True, kw_only=True):
+    """How often a clause rejects a null model in a dtype.
+
+    cases: programs, or sets of them, that were drawn on configs where the model is a mistake. tried: those in which it
+    is outside the bound somewhere. note: why there is nothing to count, or nothing.
+    """
+
+    clause: str
+    dtype: str
+    model: str = ""
+    cases: int = 0
+    tried: int = 0
+    rejected: int = 0
+    note: str = ""
+
+    @property
+    def power(self) -> float | None:
+        """Share of the cases tried that were rejected; None where the model was never wrong."""
+        return self.rejected / self.tried if self.tried else None
+
+
+# --- null models ---
+def _same(config: Config) -> Config:
+    return config
+
+
+def _always(config: Config) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Null:
+    """A mistake. ``changed``: the config that attention is computed with. ``counts``: how often each key counts, by its
+    ``rank`` among the ``n`` visible ones, the oldest being 1. ``applies``: the configs on which it is one."""
+
+    name: str
+    applies: Callable[[Config], bool] = _always
+    changed: Callable[[Config], Config] = _same
+    counts: Callable[[Array, Array], Array] | None = None
+    late: bool = False  # queries' positions are one too large
+    tiled: bool = False  # query head i reads KV head i % g
+
+    def attend(self, query: Array, keys: Array, values: Array, config: Config, **options: Any) -> Attended:
+        """As ``definition.attention``; of the result only the output counts."""
+        if self.tiled:
+            heads = np.arange(config.heads) % config.kv_heads
+            keys, values, config = (
+                keys[..., heads, :, :],
+                values[..., heads, :, :],
+                replace(config, kv_heads=config.heads),
+            )
+        if self.late and config.positions == "rope":
+            query = rope(query, np.ones(query.shape[-2], np.int64))
+        config = self.changed(config)
+        right = attention(query, keys, values, config, **options)
+        if self.counts is None:
+            return right
+        rank = np.cumsum(right.visible, axis=-1)
+        powers = right.weights * right.total * self.counts(rank, rank[..., -1:])
+        total = powers.sum(axis=-1, keepdims=True)
+        if config.sink is not None:
+            total = total + np.exp(sinks(config) - right.top)
+        wrong = powers / np.where(total == 0, 1.0, total)
+        shared = np.repeat(values, config.group, axis=-3)
+        return right._replace(output=wrong @ shared, weights=wrong)
+
+
+def _narrower(config: Config) -> Config:
+    return replace(config, window=(config.window or 1) - 1)
+
+
+def _stale(rank: Array, n: Array) -> Array:
+    return np.where(n < 2, 1, 1 - (rank == n // 2) + (rank == n // 2 + 1))
+
+
+DEFINITION = Null("definition")
+"""No mistake: what no clause may reject."""
+NULLS = (
+    Null("zeros", counts=lambda rank, n: rank * 0),
+    Null("mean of the visible values", changed=lambda c: replace(c, scale=0.0, positions="none", sink=None)),
+    Null("one visible token dropped", counts=lambda rank, n: rank != n // 2),
+    Null("one visible token stale: its slot holds the next one", counts=_stale),
+    Null("window one too wide", lambda c: c.window is not None, lambda c: replace(c, window=(c.window or 0) + 1)),
+    Null("window one too narrow", lambda c: (c.window or 0) > 1, _narrower),
+    Null("queries' positions one too large", lambda c: c.positions in ("rope", "learned"), late=True),
+    Null("KV head i % g", lambda c: 1 < c.kv_heads < c.heads, tiled=True),
+    Null("newest visible token only", counts=lambda rank, n: rank == n),
+    Null("first token only", changed=lambda c: replace(c, window=None), counts=lambda rank, n: rank == 1),
+)
+"""Alibi's bias with a query's position one too large is the same softmax: that is no mistake."""
+
+
+# --- their answers ---
+Request = tuple[Row, Token | None, tuple[int, ...]]
+"""As in the oracle: a history, where a needle aims its queries, and which of its tokens the caller hides."""
+
+
+Answers = list[list[Array | None]]
+"""Of each program and step ``(1, b, t, e)`` in float32, as ``Observed.outputs``, or the token ids ``(1, b, new)`` that
+were generated; None where it computes nothing."""
+
+
+class _Trial:
+    """A case that one model after another answers.
+
+    All histories of its programs are one batch, padded at the end, since models are causal; a history that another
+    begins with is cut from it. So a model's answer is a function of the history, to the bit.
+    """
+
+    def __init__(self, case: Case, claims: Claims) -> None:
+        self.case, self.claims, self.config = case, claims, case.programs[0].config
+        self.expected = [expect(program, (0,), claims.precision) for program in case.programs]
+        self.wants = [
+            [self._wanted(step, want) for step, want in zip(program.steps, wants, strict=True)]
+            for program, wants in zip(case.programs, self.expected, strict=True)
+        ]
+        self._steps = {
+            (number, index): list(_requests(step, want))
+            for number, (program, wants) in enumerate(zip(case.programs, self.wants, strict=True))
+            for index, (step, want) in enumerate(zip(program.steps, wants, strict=True))
+            if want is not None and isinstance(step, Append | Full) and not isinstance(step, Generate)
+        }
+        asked = {request: count for requests in self._steps.values() for request, count in requests}
+        self._batch: list[Request] = []
+        self._homes: dict[Request, int] = {}
+        for request in sorted(asked, key=lambda r: -len(r[0])):
+            row, plain = request[0], request[1:] == (None, ())
+            alike = (i for i, r in enumerate(self._batch) if plain and r[1:] == (None, ()) and r[0][: len(row)] == row)
+            self._homes[request] = next(alike, len(self._batch))
+            if self._homes[request] == len(self._batch):
+                self._batch.append(request)
+        self._first = min((len(r[0]) - n for requests in self._steps.values() for r, n in requests), default=0)
+        self._longest = max((len(request[0]) for request in self._batch), default=0)
+        self._streams = Streams(self.config, max(program.span for program in case.programs), (0,))
+        rows = [self._streams.row(row)[0] for row, _aim, _hidden in self._batch]
+        like = self._streams.tape(0)
+        self._contents = np.zeros((len(rows), self._longest, *like.shape[2:]), like.dtype)
+        for padded, row in zip(self._contents, rows, strict=True):
+            padded[: len(row)] = row
+
+    def _wanted(self, step: Step, want: Expected | None) -> Expected | None:
+        return want.last() if want is not None and self.claims.returns == "last" and isinstance(step, Append) else want
+
+    def answers(self, model: Null) -> Answers:
+        given: Answers = [
+            [self._generated(model, want, step) for step, want in zip(program.steps, wants, strict=True)]
+            for program, wants in zip(self.case.programs, self.wants, strict=True)
+        ]
+        if not self._steps:
+            return given
+        solved = rounded(self._solved(model), self.config.dtype)  # (batch, positions, e)
+        for (number, index), requests in self._steps.items():
+            want = self.wants[number][index]
+            assert want is not None
+            output = given[number][index] = np.zeros((1, *want.real.shape, solved.shape[-1]), np.float32)
+            for row, (request, count) in enumerate(requests):
+                stop = len(request[0]) - self._first
+                output[0, row, want.real[row]] = solved[self._homes[request], stop - count : stop]
+        return given
+
+    def _solved(self, model: Null) -> Array:
+        c, first = self.config, self._first
+        if c.profile == "decoder":
+            return self._logits(model, self._contents, first)
+        query, keys, values = (part.astype(np.float64) for part in self._streams.split(self._contents))
+        query = query[:, :, first:].copy()
+        mask = np.ones((len(self._batch), 1, 1, self._longest), bool)
+        for index, (_row, aim, hidden) in enumerate(self._batch):
+            if aim is not None:
+                query[index] = self._streams.needle(aim)[0]
+            mask[index, ..., list(hidden)] = False
+        output = model.attend(query, keys, values, c, at=first, mask=mask).output.swapaxes(1, 2)
+        return output.reshape(*output.shape[:2], -1)
+
+    def _logits(self, model: Null, tokens: Array, first: int) -> Array:
+        c = self.config
+        late = model.late and c.positions == "learned"
+        return decoder(tokens, _weights(c, late), c, first, attend=model.attend)
+
+    def _generated(self, model: Null, want: Expected | None, step: Step) -> Array | None:
+        if not isinstance(want, Generation) or not isinstance(step, Generate):
+            return None
+        tokens = want.prompts()  # (1, b, s)
+        for s in range(tokens.shape[-1], tokens.shape[-1] + step.new):
+            logits = rounded(self._logits(model, tokens, s - 1), self.config.dtype)
+            tokens = np.concatenate([tokens, logits.argmax(axis=-1)], axis=-1)
+        return tokens[..., -step.new :]
+
+    def wrong(self, model: Null, given: Answers) -> bool:
+        """Whether an answer is outside its bound somewhere; of what was generated the logits behind it."""
+        for wants, outputs in zip(self.wants, given, strict=True):
+            for want, output in zip(wants, outputs, strict=True):
+                if want is None or output is None:
+                    continue
+                numbers, real = want.numbers, want.real[None, :, :, None]
+                if isinstance(want, Generation):
+                    numbers, real = want.along(output), np.ones((1, 1, 1, 1), bool)
+                    output = self._behind(model, want, output)
+                if bool((~(np.abs(output - numbers("value")) <= numbers("bound")) & real).any()):
+                    return True
+        return False
+
+    def _behind(self, model: Null, want: Generation, ids: Array) -> Array:
+        """The logits that a model picked these tokens from."""
+        tokens = np.concatenate([want.prompts(), ids[..., :-1]], axis=-1)
+        return rounded(self._logits(model, tokens, tokens.shape[-1] - ids.shape[-1]), self.config.dtype)
+
+    def rejects(self, clause: Clause, given: Answers) -> bool:
+        traces = [self._traces(number, outputs) for number, outputs in enumerate(given)]
+        return judge(self.case, clause.relations, self.claims, traces, self.expected).finding is not None
+
+    def _traces(self, number: int, outputs: Sequence[Array | None]) -> Traces:
+        c, histories, trace = self.config, Histories(), []
+        for step, want, output in zip(self.case.programs[number].steps, self.wants[number], outputs, strict=True):
+            histories.apply(step)
+            lengths = tuple(map(len, histories.rows.get(called(step).seq, ())))
+            told = {"length": lengths, "room": tuple(c.capacity - n for n in lengths)} if lengths else {}
+            if output is not None and c.profile == "attention":
+                output = output.reshape(*output.shape[:3], c.heads, c.head_dim).swapaxes(2, 3)
+            if isinstance(step, Read):
+                told, width = {"held": lengths}, c.layers * 2 * c.kv_heads * c.head_dim
+                shown = np.zeros((1, len(lengths), max(lengths), width)) if want is None else want.value
+                output = shown.astype(np.float32)
+            trace.append(Done(output, told, refused="refused" if isinstance(step, Reject) else None))
+        return Traces(1, tuple(trace))
+
+
+def _requests(step: Run, want: Expected) -> Iterator[tuple[Request, int]]:
+    """What each row of a step asks for, and how many outputs it wants."""
+    aim, hidden = (step.aim, step.hidden) if isinstance(step, Append) else (None, ())
+    for index, (row, count) in enumerate(zip(want.rows, want.counts, strict=True)):
+        target = None if aim is None else (aim[0] + index, aim[1])
+        yield (row, target, tuple(sorted(position for of, position in hidden if of == index))), count
+
+
+@lru_cache(maxsize=16)
+def _weights(config: Config, late: bool) -> dict[str, Array]:
+    exact: dict[str, Array] = {name: value.astype(np.float64) for name, value in weights(config).items()}
+    if late:
+        exact["position"] = np.roll(exact["position"], -1, axis=0)
+    return exact
+
+
+# --- the certificate ---
+def certificate(dtype: str, clauses: Iterable[Clause] = ALL, models: Sequence[Null] = NULLS) -> list[Power]:
+    """Every clause against every model, in one dtype; the same each time."""
+    return [entry for clause in clauses for entry in _entries(clause, dtype, models)]
+
+
+def _entries(clause: Clause, dtype: str, models: Sequence[Null]) -> list[Power]:
+    if not NUMERIC & set(clause.relations):
+        return [Power(clause=clause.name, dtype=dtype, note=BOOKKEEPING)]
+    counts = {model.name: [0, 0, 0] for model in models}
+    configs = [replace(point, dtype=dtype) for point in POINTS.values() if clause.concerns(point)]
+    for config in configs:
+        claims = _everything(clause, config)
+        for case in _drawn(clause, config, claims, -(-STRUCTURES // len(configs))):
+            trial = _Trial(case, claims)
+            for model in models:
+                if not model.applies(config):
+                    continue
+                given = trial.answers(model)
+                wrong, counted = trial.wrong(model, given), counts[model.name]
+                counted[0] += 1
+                counted[1] += wrong
+                counted[2] += (wrong or model is DEFINITION) and trial.rejects(clause, given)
+    return [
+        Power(clause=clause.name, dtype=dtype, model=name, cases=cases, tried=tried, rejected=rejected)
+        for name, (cases, tried, rejected) in counts.items()
+    ]
+
+
+def _everything(clause: Clause, config: Config) -> Claims:
+    """Every ability, and of what excludes something else what the clause needs. Of long contexts only the last outputs:
+    all of them would take gigabytes."""
+    claimed: dict[str, Any] = {"overflow": "refused", "dead_slots": "any", "padding": ("right", "left"), "page": 4}
+    for need in clause.needs:
+        claimed |= ENOUGH.get(need, {})
+    if config.capacity >= LONG:
+        claimed["returns"] = "last"
+    claimed |= {"profiles": PROFILES, "abilities": tuple(ABILITIES), "dtypes": DTYPES, "max_graphs": 8}
+    return Claims(**claimed)
+
+
+def _drawn(clause: Clause, config: Config, claims: Claims, structures: int) -> list[Case]:
+    """The first that Hypothesis draws is the simplest, and is left out."""
+    cases: list[Case] = []
+
+    @hypothesis_seed(0)
+    @settings(
+        max_examples=structures + 1, deadline=None, database=None, verbosity=Verbosity.quiet,
+        phases=(Phase.generate,), suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(clause.family(config, claims))
+    def draw(case: Case) -> None:
+        cases.append(case)
+
+    draw()
+    return cases[1:] or cases
+
+
+# --- the certificate that is shipped ---
+STORED = "power_table.json"
+FIELDS = ("clause", "model", "cases", "tried", "rejected", "note")
+
+
+def stored(dtype: str) -> list[dict[str, Any]]:
+    """The certificate of this suite as it is shipped (a test computes it anew); empty where it is of another suite."""
+    shipped = msgspec.json.decode(files("kvconform.mutation").joinpath(STORED).read_bytes())
+    if shipped["suite"] != SUITE_VERSION:
+        return []
+    return [dict(zip(FIELDS, row, strict=True)) for row in shipped["power"].get(dtype, [])]
+
+
+def shipped_as(certificates: Iterable[list[Power]]) -> bytes:
+    """The text of the file: one line for each clause and model."""
+    power = {rows[0].dtype: [[getattr(row, name) for name in FIELDS] for row in rows] for rows in certificates}
+    lines = {
+        dtype: "[\n" + ",\n".join(msgspec.json.encode(row).decode() for row in rows) + "\n]"
+        for dtype, rows in power.items()
+    }
+    body = ",\n".join(f'"{dtype}": {text}' for dtype, text in lines.items())
+    return f'{{"suite": "{SUITE_VERSION}", "power": {{\n{body}\n}}}}\n'.encode()

@@ -1,0 +1,100 @@
+"""The suite as pytest items: one for each backend and cell.
+
+A PASS is green, and so is a known failure by its row of the ledger (``xfailed``). UNSUPPORTED and REFUTED, which say
+nothing against conformance, skip with their reason; everything else fails, and so does a stale row.
+
+xdist's ``--dist loadgroup`` keeps a backend and config in one process, so that each subject is built once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvconform.api import file_name
+from kvconform.judging.verdict import Outcome
+from kvconform.results.known_failures import EMPTY, Ledger
+from kvconform.results.known_failures import read as read_ledger
+from kvconform.run.run import Plan, cells, judged, strangers
+from kvconform.search.cell import Cell
+from kvconform.search.effort import BUDGETS
+from kvconform.worker.client import Infrastructure, Launch, Subject
+from kvconform_specs.errors import SpecError
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    option = metafunc.config.getoption
+    backends: list[str] = option("--kv-backend")
+    if not backends:
+        raise pytest.UsageError("--kv-backend: name at least one backend to judge")
+    budget: str = option("--kv-budget")
+    if budget not in BUDGETS:
+        raise pytest.UsageError(f"--kv-budget: unknown budget {budget!r}; known: {', '.join(BUDGETS)}")
+    known = ledger_of(metafunc.config)
+    stale = [words for backend in backends for words in strangers(known, file_name(backend))]
+    if stale:
+        raise pytest.UsageError("\n".join(stale))
+    params = [
+        pytest.param(
+            backend, cell, id=f"{cell.clause.name}-{backend}-{cell.config_name}",
+            marks=pytest.mark.xdist_group(f"{backend}-{cell.config_name}"),
+        )
+        for backend in backends for cell in cells(plan_of(metafunc.config))
+    ]  # fmt: skip
+    metafunc.parametrize(("backend", "cell"), params)
+
+
+def plan_of(config: pytest.Config) -> Plan:
+    option = config.getoption
+    return Plan(BUDGETS[option("--kv-budget")], option("--kv-seed"), tuple(option("--kv-dtype") or ["float32"]))
+
+
+def ledger_of(config: pytest.Config) -> Ledger:
+    file: str = config.getoption("--kv-ledger")
+    try:
+        return read_ledger(Path(file)) if file else EMPTY
+    except SpecError as sentence:
+        raise pytest.UsageError(f"--kv-ledger: {sentence}") from sentence
+
+
+@pytest.fixture(scope="session")
+def ledger(pytestconfig: pytest.Config) -> Ledger:
+    return ledger_of(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def subjects(request: pytest.FixtureRequest) -> Iterator[dict[str, Subject]]:
+    opened: dict[str, Subject] = {}
+    yield opened
+    for subject in opened.values():
+        subject.close()
+
+
+def test_clause(
+    backend: str, cell: Cell, subjects: dict[str, Subject], ledger: Ledger, request: pytest.FixtureRequest
+) -> None:
+    option = request.config.getoption
+    out, name = Path(option("--kv-out")), file_name(backend)
+    folder = out / "failures" / name
+    try:
+        if backend not in subjects:
+            artefacts = {"KVCONFORM_ARTEFACTS": str((out / "artefacts").resolve())}
+            subjects[backend] = Subject(Launch(backend, option("--kv-device"), environment=artefacts))
+        plan = plan_of(request.config)
+        verdict, stale = judged(cell, subjects[backend], plan, folder, ledger.find(name, cell))
+    except Infrastructure as sentence:
+        pytest.fail(f"{backend}: {sentence}", pytrace=False)
+    words = f"{verdict.outcome.value}: {verdict.sentence}"
+    if verdict.outcome is Outcome.XFAIL:
+        pytest.xfail(f"{backend}: {words}")
+    lines = [stale] if stale else []
+    if verdict.outcome not in (Outcome.PASS, Outcome.UNSUPPORTED, Outcome.REFUTED):
+        lines.append(f"{verdict.clause} on {backend} [{verdict.config}]: {words}")
+        if verdict.counterexample:
+            lines.append(f"  replay: kvconform replay {folder / verdict.counterexample}")
+    if lines:
+        pytest.fail("\n".join(lines), pytrace=False)
+    if verdict.outcome is not Outcome.PASS:
+        pytest.skip(f"{backend}: {words if verdict.outcome is Outcome.REFUTED else verdict.sentence}")

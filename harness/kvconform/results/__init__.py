@@ -1,0 +1,1 @@
+"""Results files: reading, merging, comparing with a baseline, known failures."""

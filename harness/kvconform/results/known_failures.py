@@ -1,0 +1,209 @@
+"""The ledger of known failures: a TOML file, written by hand, of cells that break for a reason that is known.
+
+    schema = "kvconform-ledger/1"
+
+    [[known]]
+    backend = "eager"                                   # as its results are called
+    clause = "numerics.zero-keys"
+    config = "attention-gqa"                            # one cell: there is no wildcard
+    reason = "bug in a library"                         # one of REASONS
+    link = "https://github.com/pytorch/pytorch/issues/103082"
+    versions = { torch = "2.11.*" }                     # under which it is known
+    expires = 2027-03-31                                # the last day, at most a year ahead
+    counterexample = "known/numerics.zero-keys-1a2b3c4d.json"   # beside the ledger
+
+A cell with a row is replayed, not searched: XFAIL if its counterexample still fails. A row hides nothing: past its day,
+under other versions, where it no longer fails or where there is no such cell, the row is *stale*. Then the cell is
+searched as any other, and the run ends with exit code 1.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import tomllib
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+
+import msgspec
+
+from kvconform.judging.verdict import Outcome, Verdict
+from kvconform.search.cell import Cell, unsupported
+from kvconform.search.counterexample import Broken, Counterexample, replayed, sentence
+from kvconform.search.counterexample import read as read_counterexample
+from kvconform.worker.client import Death, Subject
+from kvconform_specs.clause import Case
+from kvconform_specs.errors import SpecError
+from kvconform_specs.program import Program
+
+SCHEMA = "kvconform-ledger/1"
+REASONS = (
+    "bug in the backend", "bug in a library", "bug in a compiler", "bug in a driver", "limit of the hardware",
+    "cause not yet known",
+)  # fmt: skip
+LONGEST = timedelta(days=366)
+"""How far ahead a row's last day may lie: what is known must be looked at once a year."""
+VERSION = re.compile(r"[\w.!+-]*\w(\.\*)?")
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One known failure; the fields are explained at the head of this module.
+
+    versions: by the names that results record in their ``environment``; exact, or a prefix that ends in ``.*``.
+    counterexample: a file, relative to the ledger.
+    """
+
+    backend: str
+    clause: str
+    config: str
+    reason: str
+    link: str
+    versions: dict[str, str]
+    expires: date
+    counterexample: str
+
+    def __post_init__(self) -> None:
+        if self.reason not in REASONS:
+            raise ValueError(f"unknown reason {self.reason!r}; known: {', '.join(REASONS)}")
+        if not re.fullmatch(r"https?://\S+", self.link):
+            raise ValueError(f"link: want the address of an issue, got {self.link!r}")
+        if not self.versions:
+            raise ValueError("versions: want at least one, such as { torch = '2.11.*' }")
+        for name, version in self.versions.items():
+            if not VERSION.fullmatch(version):
+                raise ValueError(f"versions.{name}: want a version such as 2.11.0 or 2.11.*, got {version!r}")
+
+    @property
+    def place(self) -> str:
+        return f"{self.clause} on {self.backend} [{self.config}]"
+
+    def outdated(self, environment: Mapping[str, object], today: date) -> str:
+        """Why the row no longer speaks of this day and these versions, or nothing."""
+        if self.expires < today:
+            return f"expired on {self.expires}: mend the failure, or look at it again and give the row another day"
+        for name, version in self.versions.items():
+            if name not in environment:
+                return f"is known under {name} {version}, and no version of {name} is recorded here"
+            if not _is_version(str(environment[name]), version):
+                return f"is known under {name} {version}, and here is {environment[name]}: see whether it still fails"
+        return ""
+
+
+def _is_version(installed: str, wanted: str) -> bool:
+    """Whether a version is the wanted one; a local part (``+cpu``) counts only where it is wanted."""
+    installed = installed if "+" in wanted else installed.partition("+")[0]
+    return installed == wanted or (wanted.endswith(".*") and f"{installed}.".startswith(wanted[:-1]))
+
+
+class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    schema: str
+    known: list[Row] = []
+
+
+class Stale(Exception):
+    """A row does not hold here, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A row and what its counterexample holds. ``today``: the day that its last one is compared with."""
+
+    row: Row
+    stored: Counterexample
+    before: list[Program]
+    case: Case
+    today: date
+
+    def replay(self, cell: Cell, subject: Subject, folder: Path) -> Verdict:
+        """Replays the counterexample on a fresh worker, and keeps a copy of it in ``folder``.
+
+        Raises Stale where the row does not hold here, Infrastructure where the backend cannot run here at all.
+        """
+        began = time.perf_counter()
+        self._check(cell, subject)
+        tried = replayed(cell.clause, subject, self.before, self.case)
+        fallback = subject.witness(cell.config).get("fallback")
+        if fallback:
+            return self._verdict(subject, began, Outcome.NOT_EXERCISED, f"not tested: {fallback}")
+        if not isinstance(tried, Broken):
+            raise Stale(f"{self.row.place}: the known failure no longer fails: remove the row")
+        words = sentence(tried, self.before)
+        was = "fail" if self.stored.outcome == Outcome.REFUTED.value else self.stored.outcome
+        if tried.kind != was:
+            raise Stale(f"{self.row.place}: the known {was} is a {tried.kind} now: {words}")
+        words = f"{self.row.reason}, known until {self.row.expires}, {self.row.link}: {words}"
+        return self._verdict(subject, began, Outcome.XFAIL, words, self.stored.write(folder).name)
+
+    def _check(self, cell: Cell, subject: Subject) -> None:
+        """Raises Stale where the row speaks of another day, other versions or another cell than is judged here."""
+        words = self.row.outdated(subject.environment, self.today)
+        if not words and any(program.config != cell.config for program in self.case.programs):
+            words = f"has a counterexample of another config than {cell.config_name}: replace it"
+        if not words:
+            reason = unsupported(cell, subject)
+            if reason is None:
+                with suppress(Death):  # that it cannot be built may be what is known
+                    reason = subject.build(cell.config)
+            words = f"is of a cell that is unsupported ({reason}): remove the row" if reason else ""
+        if words:
+            raise Stale(f"{self.row.place}: the known failure {words}")
+
+    def _verdict(
+        self, subject: Subject, began: float, outcome: Outcome, words: str, counterexample: str = ""
+    ) -> Verdict:
+        return Verdict(
+            clause=self.row.clause, config=self.row.config, backend=subject.launch.address, outcome=outcome,
+            sentence=words, counterexample=counterexample, programs=len(self.before) + len(self.case.programs),
+            structures=1, seconds=round(time.perf_counter() - began, 3),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Known failures by backend, clause and config."""
+
+    known: Mapping[tuple[str, str, str], Known]
+
+    def find(self, backend: str, cell: Cell) -> Known | None:
+        return self.known.get((backend, cell.clause.name, cell.config_name))
+
+    def strangers(self, backend: str, cells: Iterable[Cell]) -> list[str]:
+        """One sentence for each row of a backend that is of none of these cells."""
+        found = {(backend, cell.clause.name, cell.config_name) for cell in cells}
+        return [
+            f"{known.row.place}: the suite has no such cell: remove the row, or mend its names"
+            for key, known in self.known.items()
+            if key[0] == backend and key not in found
+        ]
+
+
+EMPTY = Ledger({})
+
+
+def read(path: Path, today: date | None = None) -> Ledger:
+    """The ledger in a file, with its counterexamples. Raises SpecError with one sentence where it is malformed."""
+    today = today or date.today()
+    try:
+        file = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _File)
+    except OSError as error:
+        raise SpecError(str(path), f"cannot be read: {error.strerror}") from error
+    except ValueError as error:  # of TOML, of msgspec, of a row
+        raise SpecError(str(path), f"holds no ledger: {error}") from error
+    if file.schema != SCHEMA:
+        raise SpecError(f"{path}.schema", f"unknown schema {file.schema!r}; known: {SCHEMA}")
+    known: dict[tuple[str, str, str], Known] = {}
+    for number, row in enumerate(file.known):
+        at, key = f"{path}.known[{number}]", (row.backend, row.clause, row.config)
+        if key in known:
+            raise SpecError(at, f"a second row of {row.place}")
+        if row.expires > today + LONGEST:
+            raise SpecError(f"{at}.expires", f"{row.expires} is more than a year ahead")
+        stored = read_counterexample(path.parent / row.counterexample)
+        if stored.clause != row.clause:
+            raise SpecError(f"{at}.counterexample", f"is of {stored.clause}, not of {row.clause}")
+        before = [Program.from_json(program, f"{at}.before[{i}]") for i, program in enumerate(stored.before)]
+        known[key] = Known(row, stored, before, Case.from_json(stored.case, f"{at}.case"), today)
+    return Ledger(known)

@@ -1,0 +1,1 @@
+"""Runs the suite on a backend or a target."""

@@ -1,0 +1,88 @@
+"""Reducers of our own, for what Hypothesis cannot shrink: failures that cost a new process for each try.
+
+Hypothesis shrinks what fails; a death is reduced here, step by step, since a process that dies tells where it was.
+So is the list of programs that a leaked state needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from kvconform.search.counterexample import Broken
+from kvconform_specs.clause import Case
+from kvconform_specs.errors import SpecError
+from kvconform_specs.program import Append, Full, Program, Step
+
+Try = Callable[[Case], Broken | None]
+"""Runs a case; what broke, or None, also where the budget of tries is spent."""
+
+
+def reduced_death(case: Case, broken: Broken, dies: Try) -> tuple[Case, Broken]:
+    """The program that killed the process alone, cut behind the fatal step, then greedily made smaller."""
+    program = case.programs[broken.program]
+    if not 0 <= broken.step < len(program.steps):
+        return case, broken
+    best, words = case, broken
+    current = replace(program, steps=program.steps[: broken.step + 1])
+    again = dies(Case((current,)))
+    if again is None or again.kind != broken.kind:
+        return best, words
+    best, words = Case((current,)), again
+    candidates = smaller(current)
+    while (candidate := next(candidates, None)) is not None:
+        again = dies(Case((candidate,)))
+        if again is not None and again.kind == broken.kind:
+            best, words = Case((candidate,)), again
+            candidates = smaller(candidate)
+    return best, words
+
+
+def smaller(program: Program) -> Iterator[Program]:
+    """Legal programs with a step less, with one row, or with shorter appends."""
+    steps = program.steps
+    drafts = [steps[:i] + steps[i + 1 :] for i in range(len(steps) - 1)]
+    runs = [i for i, step in enumerate(steps) if isinstance(step, Append | Full)]
+    if any(len(_run(steps[i]).counts) > 1 for i in runs):
+        drafts.insert(
+            0, tuple(_resized(step, _run(step).counts[:1]) if i in runs else step for i, step in enumerate(steps))
+        )
+    for i in runs:
+        counts = _run(steps[i]).counts
+        for count in sorted({1, max(counts) // 2, max(counts) - 1} - {0}):
+            if count < max(counts):
+                shorter = tuple(min(count, c) for c in counts)
+                drafts.append((*steps[:i], _resized(steps[i], shorter), *steps[i + 1 :]))
+    for draft in drafts:
+        try:
+            yield replace(program, steps=draft)
+        except SpecError:
+            continue  # a step that another one needs cannot go
+
+
+def _run(step: Step) -> Append | Full:
+    assert isinstance(step, Append | Full)
+    return step
+
+
+def _resized(step: Step, counts: tuple[int, ...]) -> Step:
+    return replace(_run(step), counts=counts, swap=())
+
+
+def reduced_list(
+    programs: list[Program], broken: Broken, fails: Callable[[list[Program]], Broken | None]
+) -> tuple[list[Program], Broken]:
+    """Leaves out every program, and every step at the end of one, that the failure does not need."""
+    kept = list(programs)
+    for program in programs:
+        shorter = [other for other in kept if other is not program]
+        if shorter and (still := fails(shorter)) is not None:
+            kept, broken = shorter, still
+    for index, program in enumerate(kept):
+        while len(kept[index].steps) > 1:
+            shorter = [*kept]
+            shorter[index] = replace(program, steps=kept[index].steps[:-1])
+            if (still := fails(shorter)) is None:
+                break
+            kept, broken = shorter, still
+    return kept, broken

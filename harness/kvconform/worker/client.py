@@ -1,0 +1,391 @@
+"""The parent's side of a subject: a worker process that is started, asked, watched and, when it dies, replaced."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvconform.worker.protocol import LENGTHS, PROGRESS, Header, Traces, send, unpack
+from kvconform_specs.claims import Claims
+from kvconform_specs.config import Config
+from kvconform_specs.program import NAMES, Append, Full, Generate, Program, Truncate, called
+from kvconform_specs.reference.oracle import Own, shares_rounding
+
+BUILD_TIMEOUT = 900.0
+"""Seconds that a build may take: exports and first compilations are slow, and stand outside the step timeout."""
+STEP_TIMEOUT = 120.0
+"""Seconds without progress that make a timeout. A compilation within a step takes 5 to 15 s, and more under load."""
+LOG_LENGTH = 512
+"""How many messages a worker's log remembers, for failures that need what ran before."""
+
+
+class Infrastructure(Exception):
+    """The backend is absent or broken, or this machine lacks what it needs: one sentence, exit code 3."""
+
+
+@dataclass
+class Death(Exception):
+    """The worker died or hung while it ran a program. ``variant`` and ``step`` say where."""
+
+    kind: str  # "crash" or "timeout"
+    words: str
+    variant: int
+    step: int
+
+    def __str__(self) -> str:
+        return self.words
+
+
+@dataclass
+class Launch:
+    """How to start workers of one backend. ``cpus``: on which processors, where the system lets a parent say so; None:
+    on any."""
+
+    address: str
+    device: str = "cpu"
+    python: str = sys.executable
+    step_timeout: float = STEP_TIMEOUT
+    environment: dict[str, str] = field(default_factory=dict)
+    cpus: tuple[int, ...] | None = None
+
+
+def unproven(witness: Mapping[str, Any], device: str) -> str:
+    """Why nobody knows what ran, or nothing: the witness failed, or did not tell the device, which on a GPU it must."""
+    if "failed" in witness:
+        return f"nobody knows what ran: its witness failed: {witness['failed']}"
+    if device == "cpu" or str(witness.get("device")).startswith(device):
+        return ""
+    return f"{device} was asked for, and its witness does not tell on what device it ran"
+
+
+class Subject:
+    """One backend in a worker. Builds are kept by config; ``log`` is what the live worker has run, oldest first."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.log: deque[tuple[Program, tuple[int, ...]]] = deque(maxlen=LOG_LENGTH)
+        self.starts = 0
+        self.leaks = 0  # how many failures have needed what ran before
+        self._built: set[Config] = set()
+        self._failed: dict[Config, Death] = {}  # a build that failed once is not tried for every cell
+        self._process: subprocess.Popen[bytes] | None = None
+        self._scratch = tempfile.TemporaryDirectory(prefix="kvconform-")
+        self._stderr = Path(self._scratch.name) / "stderr"
+        try:
+            description = self._start()
+            self.claims = Claims.from_json(description["claims"])
+            self.environment: dict[str, str] = description["environment"]
+            self.target: dict[str, Any] | None = description["target"]
+        except BaseException:
+            self.close()  # a worker that is of no use must not live on, nor its folder
+            raise
+        self._measured = False  # how a black box's own forward rounds
+        self._truth: Subject | None = None  # of a black box: a process of its own, on which no cached step ever runs
+        if launch.device not in self.claims.devices:
+            self.close()
+            known = ", ".join(self.claims.devices)
+            raise Infrastructure(f"backend {launch.address!r} does not run on {launch.device}; it claims: {known}")
+
+    def __enter__(self) -> Subject:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def points(self) -> dict[str, Config]:
+        """A black box's own configs, by name; empty for a backend that takes those of the suite."""
+        named = {} if self.target is None else self.target["points"]
+        return {name: Config.from_json(config) for name, config in named.items()}
+
+    @property
+    def own(self) -> Callable[[Config], Own] | None:
+        """What a black box is judged by, for each of its configs; None where that is the definition."""
+        return None if self.target is None else lambda config: partial(self._own, config)
+
+    def _own(
+        self, config: Config, inputs: NDArray[Any], storage: float, accumulation: float, seed: int
+    ) -> NDArray[Any]:
+        """The black box's own forward (``oracle.Own``). Raises Death where it raises, or its process dies."""
+        if self._truth is None:
+            self._truth = Subject(self.launch)
+            self._truth._measured = True
+        truth = self._truth
+        reason = truth.build(config)
+        if reason is not None:
+            raise Infrastructure(reason)
+        message = {
+            "op": "own", "config": config.to_json(), "shape": list(inputs.shape), "dtype": inputs.dtype.str,
+            "storage": storage, "accumulation": accumulation, "seed": seed,
+        }  # fmt: skip
+        header, blob = truth._ask(message, self.launch.step_timeout, np.ascontiguousarray(inputs).tobytes())
+        if "error" in header:
+            raise Death("crash", f"its own cache-less forward raised {header['error']}", 0, -1)
+        return np.frombuffer(blob, header["dtype"]).reshape(header["shape"])
+
+    def close(self) -> None:
+        if getattr(self, "_truth", None) is not None:
+            assert self._truth is not None
+            self._truth.close()
+        self._kill()
+        self._scratch.cleanup()
+
+    def fresh(self) -> None:
+        """Replaces the worker by a new process: whatever a program may have left behind is gone."""
+        self._kill()
+        self._start()
+
+    def build(self, config: Config) -> str | None:
+        """Builds the subject for a config, once a worker. Returns the reason where the backend refuses it.
+
+        Raises Infrastructure where the machine lacks something, Death where building fails or kills the worker.
+        """
+        if config in self._failed:
+            raise self._failed[config]
+        if config in self._built and self._process is not None:
+            return None
+        try:
+            header, _ = self._ask({"op": "build", "config": config.to_json()}, BUILD_TIMEOUT)
+        except Death as death:
+            self._failed[config] = Death(death.kind, f"could not be built: {death.words}", 0, -1)
+            raise self._failed[config] from None
+        if "error" in header:
+            self._failed[config] = Death("crash", f"could not be built: {header['error']}", 0, -1)
+            raise self._failed[config]
+        if "refused" in header:
+            return str(header["refused"])
+        self._built.add(config)
+        if self.target is not None and not self._measured:
+            self._measured = True
+            with suppress(Death, Infrastructure):  # what is wrong with its own forward is found by a clause
+                if shares_rounding(self._own, config):
+                    self.claims = replace(self.claims, rounding="shared")
+        return None
+
+    def run(self, program: Program, indices: Sequence[int]) -> Traces:
+        self.send(program, indices)
+        return self.receive(program)
+
+    def send(self, program: Program, indices: Sequence[int]) -> None:
+        """Sends a program; the worker runs it while the caller computes what must come out."""
+        self.build(program.config)
+        self.log.append((program, tuple(indices)))
+        self._post({"op": "run", "program": program.to_json(), "indices": list(indices)})
+
+    def receive(self, program: Program) -> Traces:
+        """The traces of the program sent last. Raises Death."""
+        try:
+            header, blob = self._reply(self.launch.step_timeout)
+        except Death as death:
+            raise Death(
+                death.kind, f"{_place(program, death.step)}: {death.words}", death.variant, death.step
+            ) from None
+        if "error" in header:  # recording failed, not a step: nothing the subject could cause by raising
+            self._kill()  # it may owe other replies
+            raise Death("crash", str(header["error"]), 0, -1)
+        return unpack(header, blob)
+
+    def discard(self, programs: Sequence[Program]) -> None:
+        """Waits for the traces of programs that were sent, and forgets them; a dead worker owes none."""
+        for program in programs:
+            if self._process is not None:
+                with suppress(Death):
+                    self.receive(program)
+
+    def witness(self, config: Config) -> dict[str, Any]:
+        """What really ran. One that tells the other device than was asked for is a fallback, whatever else it tells."""
+        if config not in self._built or self._process is None:
+            return {}
+        try:
+            reply = self._ask({"op": "witness", "config": config.to_json()}, self.launch.step_timeout)[0]
+        except Death as death:
+            return {"failed": death.words}
+        witness: dict[str, Any] = reply.get("witness", {"failed": reply.get("error")})
+        told = str(witness.get("device"))
+        if told.partition(":")[0] in {"cpu", "cuda"} - {self.launch.device}:
+            witness.setdefault("fallback", f"{self.launch.device} was asked for, and it ran on {told}")
+        return witness
+
+    def script(self, config: Config, programs: Sequence[tuple[Program, str]]) -> tuple[str, list[str]] | None:
+        """How to build the black box, and each program with the tag of its names, as Python source; None where it
+        writes none. Raises Death where writing fails."""
+        self.build(config)
+        asked = [[program.to_json(), tag] for program, tag in programs]
+        message = {"op": "script", "config": config.to_json(), "programs": asked}
+        header = self.ask(message, self.launch.step_timeout)
+        return None if header["setup"] is None else (header["setup"], header["sources"])
+
+    def ask(self, message: Header, timeout: float) -> Header:
+        """The answer to any message; ``timeout`` in seconds. Raises Death where the worker dies or answers an error."""
+        header, _ = self._ask(message, timeout)
+        if "error" in header:
+            raise Death("crash", str(header["error"]), 0, -1)
+        return header
+
+    # --- the process ---
+    def _start(self) -> Header:
+        self._built.clear()
+        self.log.clear()
+        self._early = bytearray()
+        self.starts += 1
+        path = Path(self._scratch.name) / f"progress-{self.starts}"
+        path.write_bytes(bytes(PROGRESS.size))
+        with path.open("r+b") as file:
+            self._progress = mmap.mmap(file.fileno(), PROGRESS.size)
+        launch = self.launch
+        try:
+            with self._stderr.open("wb") as stderr, _pinned(launch.cpus):
+                self._process = subprocess.Popen(
+                    [launch.python, "-m", "kvconform.worker.server", launch.address, launch.device, str(path)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    env={**os.environ, **_variables(), **launch.environment},
+                )
+        except OSError as error:
+            raise Infrastructure(f"interpreter {launch.python!r} cannot be started: {error.strerror}") from error
+        try:
+            description = self._ask({"op": "describe"}, BUILD_TIMEOUT)[0]
+        except Death as death:
+            raise Infrastructure(f"the worker of {launch.address!r} did not start: {death}") from death
+        if "error" in description:
+            raise Infrastructure(f"backend {launch.address!r} is installed but failed to load: {description['error']}")
+        return description
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                assert pipe is not None
+                with suppress(BrokenPipeError):  # the worker may have died with a message still in the pipe
+                    pipe.close()
+            self._progress.close()
+            self._process = None
+
+    def _ask(self, message: Header, timeout: float, blob: bytes = b"") -> tuple[Header, bytes]:
+        self._post(message, blob)
+        header, blob = self._reply(timeout)
+        if "unavailable" in header:
+            raise Infrastructure(str(header["unavailable"]))
+        return header, blob
+
+    def _post(self, message: Header, blob: bytes = b"") -> None:
+        if self._process is None:
+            self._start()
+        assert self._process is not None and self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it is dead then: reading its reply says how
+            send(self._process.stdin, message, blob)
+
+    def _reply(self, timeout: float) -> tuple[Header, bytes]:
+        """The next frame. Raises Death when the worker ends, or makes no progress for ``timeout`` seconds."""
+        assert self._process is not None and self._process.stdout is not None
+        pipe = self._process.stdout.fileno()
+        data, self._early = self._early, bytearray()
+        wanted = LENGTHS.size
+        lengths: tuple[int, int] | None = None
+        seen, since = self._step(), time.monotonic()
+        with selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            while True:
+                if lengths is None and len(data) >= LENGTHS.size:
+                    lengths = LENGTHS.unpack_from(data)
+                    wanted = LENGTHS.size + sum(lengths)
+                if len(data) >= wanted:
+                    break
+                if selector.select(min(timeout, 0.5)):
+                    piece = os.read(pipe, 1 << 20)
+                    if not piece:
+                        raise self._death("crash")
+                    data += piece
+                    since = time.monotonic()
+                elif self._step() != seen:
+                    seen, since = self._step(), time.monotonic()
+                elif time.monotonic() - since > timeout:
+                    raise self._death("timeout", timeout)
+        assert lengths is not None
+        middle = LENGTHS.size + lengths[0]
+        self._early = data[wanted:]  # of the next frame: two may be under way
+        return json.loads(data[LENGTHS.size : middle]), bytes(data[middle:wanted])
+
+    def _step(self) -> tuple[int, int, int]:
+        count, variant, step = PROGRESS.unpack_from(self._progress, 0)
+        return count, variant, step
+
+    def _death(self, kind: str, timeout: float = 0.0) -> Death:
+        assert self._process is not None
+        _count, variant, step = self._step()
+        if kind == "timeout":
+            words = f"no answer within {timeout:g} s"
+        else:
+            code = self._process.wait()
+            how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+            words = f"the process {how}{self._last_words()}"
+        self._kill()
+        return Death(kind, words, variant, step)
+
+    def _last_words(self) -> str:
+        lines = [line.strip() for line in self._stderr.read_text(errors="replace").splitlines() if line.strip()]
+        return f" ({lines[-1][:200]})" if lines else ""
+
+
+@contextmanager
+def _pinned(cpus: tuple[int, ...] | None) -> Iterator[None]:
+    """A process that this thread starts meanwhile inherits these processors."""
+    if cpus is None or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def _variables() -> dict[str, str]:
+    """What every worker's environment has. One thread unless the caller says otherwise: the suite's tensors are small,
+    and the parent computes the definition on another core meanwhile."""
+    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
+    return {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", **threads}
+
+
+def _place(program: Program, step: int) -> str:
+    """``step 2 (append 1 to a)``."""
+    if not 0 <= step < len(program.steps):
+        return "before the first step"
+    return f"step {step} ({describe(program, step)})"
+
+
+def describe(program: Program, step: int) -> str:
+    """One step in words."""
+    done = program.steps[step]
+    inner = called(done)
+    words = NAMES[type(inner)]
+    if isinstance(inner, Generate):
+        words += f" {inner.new} after {inner.counts[0]} to {inner.seq}"
+        words += f" of {len(inner.counts)} rows" if len(inner.counts) > 1 else ""
+    elif isinstance(inner, Append | Full):
+        sizes = inner.counts
+        words += f" {sizes[0] if len(set(sizes)) == 1 else list(sizes)} to {inner.seq}"
+        words += f" of {len(sizes)} rows" if len(sizes) > 1 else ""
+    else:
+        words += f" {inner.seq}" + (f" to {inner.length}" if isinstance(inner, Truncate) else "")
+    return f"reject {words}" if inner is not done else words

@@ -1,0 +1,190 @@
+"""The process that a subject lives in: ``python -m kvconform.worker.server ADDRESS DEVICE PROGRESS_FILE``.
+
+It may run under another interpreter: it needs numpy and this package, nothing more. It answers on a private copy of
+its standard output, so that a subject may print what it likes, and it may die: the parent reads from the progress
+file where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from kvconform.backend import Unavailable
+from kvconform.bench.counters.collect import Tally
+from kvconform.bench.worker.ceilings import Ceiling
+from kvconform.bench.worker.gpu import Gpu
+from kvconform.bench.worker.timer import Stopwatch, tokens
+from kvconform.worker.execute import record
+from kvconform.worker.protocol import PROGRESS, Header, pack, receive, send
+from kvconform.worker.registry import BackendError, load
+from kvconform_specs.config import Config
+from kvconform_specs.program import Program
+from kvconform_specs.tensors import weights
+
+Reply = tuple[Header, bytes]
+DISTRIBUTIONS = ("kvconform", "numpy", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "transformers")
+"""Whose versions every record names, where they are installed; none of them is imported for it."""
+
+
+class Worker:
+    """One backend, its built subjects by config, and the messages it understands."""
+
+    def __init__(self, address: str, device: str, progress: Callable[[int, int], None]) -> None:
+        self.address, self.device, self.progress = address, device, progress
+        self.backend: Any = None
+        self.subjects: dict[Config, Any] = {}
+        self.disturbed: dict[tuple[Config, int], Any] = {}
+        self.stopwatches: dict[tuple[Config, Config, int], Stopwatch] = {}
+
+    def answer(self, message: Header, blob: bytes = b"") -> Reply:
+        handlers: dict[str, Callable[[Header], Reply]] = {
+            "describe": self.describe, "build": self.build, "run": self.run, "witness": self.witness,
+            "clock": self.clock, "device": self.device_times, "memory": self.memory, "count": self.count,
+            "script": self.script, "own": partial(self.own, blob=blob),
+        }  # fmt: skip
+        return handlers[message["op"]](message)
+
+    def describe(self, message: Header) -> Reply:
+        self.backend = load(self.address)
+        claims = self.backend.claims.to_json()
+        target = None
+        if self.backend.claims.truth == "self":
+            points = {name: config.to_json() for name, config in self.backend.points.items()}
+            target = {"recognised": self.backend.recognised, "assumed": list(self.backend.assumed), "points": points}
+        return {"claims": claims, "environment": environment(self.backend), "target": target}, b""
+
+    def build(self, message: Header) -> Reply:
+        config = Config.from_json(message["config"])
+        refuses = getattr(self.backend, "refuses", None)
+        reason = refuses(config, self.device) if refuses is not None else None
+        if reason is not None:
+            return {"refused": str(reason)}, b""
+        began = time.perf_counter()
+        if config not in self.subjects:
+            held = {} if self.backend.claims.truth == "self" else weights(config)
+            self.subjects[config] = self.backend(config, held, self.device)
+        return {"seconds": time.perf_counter() - began}, b""
+
+    def run(self, message: Header) -> Reply:
+        program = Program.from_json(message["program"])
+        for (config, *_), stopwatch in self.stopwatches.items():
+            if config == program.config:
+                stopwatch.drop()
+        return pack(record(self.subjects[program.config], program, tuple(message["indices"]), self.progress))
+
+    def own(self, message: Header, blob: bytes) -> Reply:
+        """The cache-less forward of a black box, disturbed or not (``oracle.Own``)."""
+        config = Config.from_json(message["config"])
+        inputs = np.frombuffer(blob, message["dtype"]).reshape(message["shape"]).copy()
+        subject = self.subjects[config]
+        if message["seed"]:
+            key = config, message["seed"]
+            if key not in self.disturbed:
+                self.disturbed[key] = subject.disturbed(message["storage"], message["accumulation"], message["seed"])
+            subject = self.disturbed[key]
+        output = np.ascontiguousarray(subject.full(inputs))
+        return {"shape": list(output.shape), "dtype": output.dtype.str}, output.tobytes()
+
+    def script(self, message: Header) -> Reply:
+        """Programs of a black box as Python source (``backend.BlackBox.script``); null where it writes none."""
+        subject = self.subjects[Config.from_json(message["config"])]
+        if not hasattr(subject, "script_setup"):
+            return {"setup": None, "sources": []}, b""
+        sources = [subject.script(Program.from_json(program), tag) for program, tag in message["programs"]]
+        return {"setup": subject.script_setup(), "sources": sources}, b""
+
+    def witness(self, message: Header) -> Reply:
+        subject = self.subjects[Config.from_json(message["config"])]
+        design = getattr(subject, "cache_design", None)
+        seen = subject.witness() if hasattr(subject, "witness") else {}
+        return {"witness": {**({} if design is None else {"cache_design": design}), **seen}}, b""
+
+    def clock(self, message: Header) -> Reply:
+        """Times blocks of calls: see ``stopwatch.Stopwatch``."""
+        stopwatch = self.stopwatch(message)
+        blocks = stopwatch.blocks(*(message[name] for name in ("phase", "depth", "steps", "count", "batch", "new")))
+        return {"blocks": [block._asdict() for block in blocks], "digest": stopwatch.digest}, b""
+
+    def device_times(self, message: Header) -> Reply:
+        stopwatch = self.stopwatch(message)
+        return {"ns": stopwatch.device(*(message[name] for name in ("phase", "depth", "steps", "count", "batch")))}, b""
+
+    def memory(self, message: Header) -> Reply:
+        return {"memory": self.stopwatch(message).memory(message["depth"], message["batch"])}, b""
+
+    def stopwatch(self, message: Header) -> Stopwatch:
+        """``timed``: the config that the tokens are made for, which for a black box is not its own."""
+        config, timed = Config.from_json(message["config"]), Config.from_json(message["timed"])
+        key = config, timed, message["seed"]
+        if key not in self.stopwatches:
+            ceiling = partial(Ceiling.of, timed)
+            gpu = Gpu.open() if self.device == "cuda" else None
+            self.stopwatches[key] = Stopwatch(self.subjects[config], tokens(timed, message["seed"]), ceiling, gpu)
+        return self.stopwatches[key]
+
+    def count(self, message: Header) -> Reply:
+        """Counts what one call of a phase does: see ``tally.Tally``. ``by``: what software the counts hang on."""
+        config = Config.from_json(message["config"])
+        subject = self.subjects[config]
+        counts = Tally(subject, config).count(message["phase"], message["depth"])
+        return {"counts": counts, "by": subject.counted_by() if hasattr(subject, "counted_by") else {}}, b""
+
+
+def environment(backend: Any) -> dict[str, str]:
+    """What bears on a backend's results here: versions of what is installed, by name, and a digest of its own file."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in DISTRIBUTIONS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    own = getattr(sys.modules.get(backend.__module__), "__file__", None)
+    source = Path(getattr(backend, "source", None) or own or "")
+    if source.is_file():
+        found["source"] = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    return found
+
+
+def serve(worker: Worker, inbox: BinaryIO, outbox: BinaryIO) -> None:
+    while (frame := receive(inbox)) is not None:
+        try:
+            header, blob = worker.answer(*frame)
+            json.dumps(header)  # a witness may hold what is no JSON
+        except (BackendError, Unavailable) as sentence:
+            header, blob = {"unavailable": str(sentence)}, b""
+        except Exception as raised:  # noqa: BLE001 - importing and building run a subject's code: its words go back
+            words = f"{type(raised).__name__}: {raised}"[:500].encode(errors="replace").decode()
+            header, blob = {"error": words}, b""
+        send(outbox, header, blob)
+
+
+def main() -> None:
+    address, device, path = sys.argv[1:4]
+    inbox, outbox = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # what a subject prints goes to the log, never between two frames
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), PROGRESS.size) as shared:
+        count = 0
+
+        def progress(variant: int, step: int) -> None:
+            nonlocal count
+            count = (count + 1) & 0xFFFFFFFF
+            PROGRESS.pack_into(shared, 0, count, variant, step)
+
+        serve(Worker(address, device, progress), inbox, outbox)
+
+
+if __name__ == "__main__":
+    main()

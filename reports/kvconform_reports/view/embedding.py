@@ -1,0 +1,92 @@
+"""The data of a report inside the report: JSON in a script element that no browser runs, and the way back out."""
+
+from __future__ import annotations
+
+import base64
+import bz2
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from markupsafe import Markup
+
+from kvconform.bench.record import Record
+from kvconform.judging.verdict import Verdict
+from kvconform.mutation import record as audit_record
+from kvconform.results.results import Results
+from kvconform.run.cross_backend import Pair
+
+SCHEMA = "kvconform-report/2"
+# Beyond this the readable form gives way to a packed one: 20 000 verdicts are 5 MB of plain JSON, and in bz2 and base64
+# 0.36 MB field by field, 0.41 MB verdict by verdict (in gzip 0.65 MB).
+PLAIN_LIMIT = 400_000
+_ELEMENT = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
+
+
+def embed(
+    results: Sequence[Results], pairs: Sequence[Pair], latency: Record | None, audit: audit_record.Record | None = None
+) -> tuple[Markup, bool]:
+    """The text of the script element, and whether it is packed.
+
+    The raw rounds and tokens of the speed record stay in its own file: they are most of its bytes, and no figure here
+    needs them.
+    A power certificate that several results share is written once, and named by its place.
+    """
+    speed: dict[str, Any] | None = None
+    if latency is not None:
+        speed = msgspec.to_builtins(latency)
+        for raw in ("rounds", "tokens"):
+            speed[raw], speed[f"{raw}_left_out"] = [], len(speed[raw])
+    certificates: dict[bytes, int] = {}
+    shared = []
+    for result in results:
+        places = {
+            dtype: certificates.setdefault(msgspec.json.encode(rows), len(certificates))
+            for dtype, rows in result.power.items()
+        }
+        shared.append(msgspec.structs.replace(result, power=places))
+    data = {
+        "schema": SCHEMA, "results": shared, "certificates": [msgspec.Raw(rows) for rows in certificates],
+        "pairs": list(pairs), "latency": speed, "audit": audit,
+    }  # fmt: skip
+    plain = msgspec.json.encode(data)
+    packed = len(plain) > PLAIN_LIMIT
+    if packed:
+        plain = msgspec.json.encode({**data, "results": [_by_field(result) for result in shared]})
+        text = base64.b64encode(bz2.compress(plain)).decode()
+        plain = msgspec.json.encode({"schema": SCHEMA, "bz2": text})
+    return _inert(plain.decode()), packed
+
+
+def _by_field(result: Results) -> dict[str, Any]:
+    """The results with one list for each field of their verdicts: like stands beside like, which packs better."""
+    found: dict[str, Any] = msgspec.to_builtins(result)
+    fields = msgspec.structs.fields(Verdict)
+    found["verdicts"] = {field.name: [verdict[field.name] for verdict in found["verdicts"]] for field in fields}
+    return found
+
+
+def extract(html: str) -> dict[str, Any]:
+    """The data of a rendered report: ``schema``, ``results``, ``pairs``, ``latency``, ``audit``. Raises ValueError
+    where there is none."""
+    found = _ELEMENT.search(html)
+    if found is None:
+        raise ValueError("this file holds no kvconform report data")
+    data: dict[str, Any] = msgspec.json.decode(found[1])
+    if "bz2" in data:
+        data = msgspec.json.decode(bz2.decompress(base64.b64decode(data["bz2"])))
+    certificates = data.pop("certificates", [])
+    for result in data["results"]:
+        if isinstance(result["verdicts"], dict):
+            names, columns = result["verdicts"].keys(), result["verdicts"].values()
+            result["verdicts"] = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        result["power"] = {dtype: certificates[place] for dtype, place in result["power"].items()}
+    return data
+
+
+def _inert(json: str) -> Markup:
+    """JSON in which no ``</script>``, comment or entity can begin; it means the same."""
+    for character in "<>&\u2028\u2029":
+        json = json.replace(character, f"\\u{ord(character):04x}")
+    return Markup(json)  # nothing is left in it that HTML reads as anything but text

@@ -1,0 +1,191 @@
+"""The audit, to be read: mutation scores, what survives, and the kill matrix of faults by clauses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from kvconform.mutation import record as audit_record
+from kvconform.mutation.record import Audited, Record, Trial
+from kvconform_reports.view.outcomes import address, percent, short, when
+from kvconform_specs.clauses import BY_NAME
+
+PITCH, LEFT, TOP = 13, 208, 132  # pixels between two marks, and for the names of faults and clauses
+LONGEST_NAME = 36
+
+
+@dataclass(frozen=True)
+class Score:
+    budget: str
+    kind: str
+    killed: int
+    faults: int
+    share: str
+    programs: str
+    seconds: str
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A fault, or a control, with the clauses that should have done otherwise. ``trials``: (clause, why)."""
+
+    name: str
+    kind: str
+    sentence: str
+    bug: str
+    link: str
+    budgets: str
+    trials: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Faults by clauses under one budget, as SVG paths. ``killed``: by a clause that the fault names; ``also``: by
+    another; ``missed``: by one that it names and that did not kill it."""
+
+    budget: str
+    width: int
+    height: int
+    clauses: tuple[tuple[int, str], ...]
+    faults: tuple[tuple[int, str], ...]
+    bands: str
+    killed: str
+    also: str
+    missed: str
+    left: int = LEFT
+    top: int = TOP
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault in words, for each budget: (what killed it first, the others that did, those that should have)."""
+
+    name: str
+    kind: str
+    sentence: str
+    bug: str
+    link: str
+    budgets: tuple[tuple[str, Trial | None, tuple[str, ...], tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    facts: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    scores: tuple[Score, ...]
+    survivors: tuple[Missed, ...]
+    alarms: tuple[Missed, ...]
+    controls: int
+    unavailable: tuple[tuple[str, str], ...]
+    matrices: tuple[Matrix, ...]
+    faults: tuple[Fault, ...]
+
+
+def mutation(record: Record, suites: Iterable[str] = ()) -> Mutation:
+    """``suites``: of the results beside which the audit is shown."""
+    notes = [] if record.finished else ["This audit did not finish: what follows is a part of it."]
+    if record.shard:
+        notes.append(f"This is shard {record.shard} of an audit.")
+    if record.names:
+        notes.append(f"Only what begins with {' or '.join(record.names)} was audited.")
+    if others := sorted(set(suites) - {record.suite}):
+        notes.append(f"The audit is of suite {record.suite}, results are of suite {', '.join(others)}.")
+    every = (*record.audited, *record.controls)
+    return Mutation(
+        facts=(
+            ("faults", record.faults), ("suite", record.suite), ("seed", str(record.seed)),
+            ("clauses tried", "all" if record.every else "those that a fault names"), ("started", when(record.started)),
+        ),
+        notes=tuple(notes),
+        scores=tuple(_score(score) for score in record.scores if score.faults),
+        survivors=tuple(_survivors(record)),
+        alarms=tuple(_missed(one, one.alarms, "") for one in record.controls if one.alarms),
+        controls=sum(not one.unavailable for one in record.controls),
+        unavailable=tuple((one.name, one.unavailable) for one in every if one.unavailable),
+        matrices=tuple(_matrix(record, budget) for budget in record.budgets if any(a.trials for a in record.audited)),
+        faults=tuple(_fault(one, record.budgets) for one in record.audited if not one.unavailable),
+    )  # fmt: skip
+
+
+def _score(score: audit_record.Score) -> Score:
+    programs, seconds = (
+        f"{form.format(pair[0])}, at most {form.format(pair[1])}" if pair else ""
+        for pair, form in ((score.programs, "{:g}"), (score.seconds, "{:.2f}"))
+    )
+    kind, share = "stealth" if score.stealth else "blatant", percent(score.killed, score.faults)
+    return Score(score.budget, kind, score.killed, score.faults, share, programs, seconds)
+
+
+def _survivors(record: Record) -> Iterable[Missed]:
+    """Faults that some budget did not kill, with the trials under the last of these."""
+    budgets: dict[str, list[str]] = {}
+    faults = {}
+    for budget in record.budgets:
+        for one in audit_record.survivors(record, budget):
+            budgets.setdefault(one.name, []).append(budget)
+            faults[one.name] = one
+    for name, one in faults.items():
+        last = budgets[name][-1]
+        tried = [trial for trial in one.trials if trial.budget == last and trial.clause in (one.clauses or ())]
+        yield _missed(one, tried, ", ".join(budgets[name]))
+
+
+def _missed(one: Audited, trials: Sequence[Trial], budgets: str) -> Missed:
+    why = tuple((trial.clause, _why(trial)) for trial in trials)
+    link = address(one.bug)
+    return Missed(one.name, _kind(one), one.sentence, short(link) or one.bug, link, budgets, why)
+
+
+def _why(trial: Trial) -> str:
+    where = f" under {trial.config}" if trial.config else ""
+    if trial.ran == 0:
+        return f"{trial.outcome.value}{where}: the faulty path never ran"
+    return f"{trial.outcome.value}{where}" + (f": {trial.sentence}" if trial.sentence else "")
+
+
+def _kind(one: Audited) -> str:
+    return ", ".join(("stealth" if one.stealth else "blatant", *one.classes))
+
+
+def _matrix(record: Record, budget: str) -> Matrix:
+    audited = [one for one in record.audited if not one.unavailable]
+    tried = {trial.clause for one in audited for trial in one.trials if trial.budget == budget}
+    clauses = [name for name in BY_NAME if name in tried] + sorted(tried - set(BY_NAME))
+    column = {name: LEFT + PITCH * i for i, name in enumerate(clauses)}
+    killed, also, missed = [], [], []
+    width = LEFT + PITCH * len(clauses) + 72  # the last name leans to the right
+    for number, one in enumerate(audited):
+        y = PITCH * number
+        for trial in (trial for trial in one.trials if trial.budget == budget):
+            x, named = column[trial.clause], not one.clauses or trial.clause in one.clauses
+            if trial.kills and named:
+                killed.append(f"M{x + 2} {y + 2}h9v9h-9z")
+            elif trial.kills:
+                also.append(f"M{x + 5} {y + 5}h3v3h-3z")
+            elif named:
+                missed.append(f"M{x + 3} {y + 3}l7 7m0-7l-7 7")
+    return Matrix(
+        budget=budget,
+        width=width,
+        height=PITCH * len(audited),
+        clauses=tuple((column[name], name) for name in clauses),
+        faults=tuple((PITCH * i, _cut(one.name)) for i, one in enumerate(audited)),
+        bands="".join(f"M0 {PITCH * i}h{width}v{PITCH}h-{width}z" for i in range(0, len(audited), 2)),
+        killed="".join(killed),
+        also="".join(also),
+        missed="".join(missed),
+    )
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
+def _fault(one: Audited, budgets: Sequence[str]) -> Fault:
+    found = []
+    for budget in budgets:
+        first = one.kill(budget)
+        others = (t.clause for t in one.trials if t.kills and t.budget == budget and (not first or t is not first))
+        found.append((budget, first, tuple(others), tuple(trial.clause for trial in one.missed(budget))))
+    link = address(one.bug)
+    return Fault(one.name, _kind(one), one.sentence, short(link) or one.bug, link, tuple(found))

@@ -1,0 +1,140 @@
+"""The power certificate, to be read: clause by null model, and where a clause is weak or blind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from kvconform.results.results import Results
+from kvconform_reports.view.outcomes import labels, percent
+from kvconform_specs.clauses import BY_NAME
+
+WEAKEST = 6  # clauses and models that the summary names
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """What results hold of ``kvconform.mutation.power.Power``, of one dtype."""
+
+    clause: str
+    model: str = ""
+    cases: int = 0
+    tried: int = 0
+    rejected: int = 0
+    note: str = ""
+
+    @property
+    def blind(self) -> bool:
+        return self.tried > 0 and self.rejected == 0
+
+    @property
+    def partial(self) -> bool:
+        return 0 < self.rejected < self.tried
+
+    @property
+    def share(self) -> str:
+        return percent(self.rejected, self.tried) if self.tried else ""
+
+
+Cell = tuple[tuple[str, Entry], ...]
+"""What a clause did with a model: entries by the dtypes that have them; no dtype is named where all have one."""
+
+
+@dataclass(frozen=True)
+class Power:
+    """The certificates of all dtypes in one. ``summaries``: by dtype, what each amounts to; ``faults``: why one cannot
+    be read. ``chapters``: of each the clauses, each with the note that stands for its cells, or its cells by model."""
+
+    summaries: tuple[tuple[str, tuple[str, ...]], ...]
+    faults: tuple[tuple[str, str], ...]
+    models: tuple[str, ...]
+    chapters: tuple[tuple[tuple[str, str, tuple[Cell, ...]], ...], ...]
+
+
+def power(results: Sequence[Results]) -> Power | None:
+    """What the results hold of certificates; None where they hold none. A dtype has more than one only where results
+    of different suites came together: then it is named with its backends."""
+    held: dict[str, dict[bytes, list[str]]] = {}
+    for label, result in zip(labels(results), results, strict=True):
+        for dtype, rows in result.power.items():
+            if rows:
+                held.setdefault(dtype, {}).setdefault(msgspec.json.encode(rows), []).append(label)
+    read: dict[str, list[Entry]] = {}
+    faults = []
+    for dtype, certificates in held.items():
+        for rows, holders in certificates.items():
+            name = dtype if len(certificates) == 1 else f"{dtype} of {', '.join(holders)}"
+            try:
+                read[name] = msgspec.json.decode(rows, type=list[Entry])
+            except msgspec.ValidationError as error:
+                faults.append((name, f"it cannot be read: {error}"))
+    if not held:
+        return None
+    models = tuple(dict.fromkeys(entry.model for entries in read.values() for entry in entries if entry.model))
+    summaries = tuple((name, tuple(_summary(entries, models))) for name, entries in read.items())
+    return Power(summaries, tuple(faults), models, _chapters(read, models))
+
+
+def _chapters(
+    read: Mapping[str, Sequence[Entry]], models: Sequence[str]
+) -> tuple[tuple[tuple[str, str, tuple[Cell, ...]], ...], ...]:
+    found = {name: {(entry.clause, entry.model): entry for entry in entries} for name, entries in read.items()}
+    judged = dict.fromkeys(clause for entries in found.values() for clause, _ in entries)
+    by_chapter: dict[str, list[tuple[str, str, tuple[Cell, ...]]]] = {}
+    for clause in (*(name for name in BY_NAME if name in judged), *(c for c in judged if c not in BY_NAME)):
+        notes = {entries[clause, ""].note if (clause, "") in entries else "" for entries in found.values()}
+        note = notes.pop() if len(notes) == 1 else ""
+        cells = () if note else tuple(_cell(found, clause, model) for model in models)
+        by_chapter.setdefault(clause.partition(".")[0], []).append((clause, note, cells))
+    return tuple(tuple(rows) for rows in by_chapter.values())
+
+
+def _cell(found: Mapping[str, Mapping[tuple[str, str], Entry]], clause: str, model: str) -> Cell:
+    groups: dict[Entry, list[str]] = {}
+    for name, entries in found.items():
+        entry = entries.get((clause, model)) or entries.get((clause, ""), Entry(clause, model))
+        groups.setdefault(entry, []).append(name)
+    return tuple((", ".join(names) if len(groups) > 1 else "", entry) for entry, names in groups.items())
+
+
+def _summary(entries: Sequence[Entry], models: Sequence[str]) -> list[str]:
+    """What the table amounts to: how much is rejected, what is weakest, who is blind, what nobody rejects."""
+    tried = [entry for entry in entries if entry.tried]
+    if not tried:
+        return ["No null model was tried."]
+    blind, partial = [e for e in tried if e.blind], sorted((e for e in tried if e.partial), key=_share)
+    whole = len(tried) - len(blind) - len(partial)
+    words = [
+        f"Of {len(tried)} pairs of a clause and a null model that were tried, {whole} reject it in every case, "
+        f"{len(partial)} in some, {len(blind)} in none."
+    ]
+    if partial:
+        named = "; ".join(f"{e.clause} on “{e.model}” {e.rejected}/{e.tried}" for e in partial[:WEAKEST])
+        words.append(f"The weakest that are not blind: {named}.")
+    seen, unseen = _by_clause(entry for entry in tried if not entry.blind), _by_clause(blind)
+    spots = [
+        f"{clause} to all but {', '.join(caught)}" if len(caught) < len(missed) else f"{clause} to {', '.join(missed)}"
+        for clause, missed in unseen.items()
+        if (caught := seen.get(clause))
+    ]
+    if spots:
+        words.append(f"Blind to some models: {'; '.join(spots)}.")
+    if dark := [clause for clause in unseen if clause not in seen]:
+        words.append(f"Blind to every model tried: {', '.join(dark)}.")
+    met = {entry.model for entry in tried}
+    rejected = {entry.model for entry in tried if entry.rejected}
+    free = [f"“{model}”" for model in models if model in met - rejected]
+    words.append(f"No clause rejects {', '.join(free)}." if free else "Every model is rejected by some clause.")
+    return words
+
+
+def _by_clause(entries: Iterable[Entry]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        found.setdefault(entry.clause, []).append(f"“{entry.model}”")
+    return found
+
+
+def _share(entry: Entry) -> float:
+    return entry.rejected / entry.tried

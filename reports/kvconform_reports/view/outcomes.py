@@ -1,0 +1,163 @@
+"""How outcomes look and read: a symbol and a word for each, worst first."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from shlex import quote
+
+from kvconform.judging.verdict import Outcome
+from kvconform.results.known_failures import Row
+from kvconform.results.results import Results, exit_code
+
+WORST_FIRST: tuple[Outcome, ...] = (
+    Outcome.FAIL, Outcome.CRASH, Outcome.TIMEOUT, Outcome.INCONCLUSIVE, Outcome.XFAIL, Outcome.REFUTED,
+    Outcome.NOT_EXERCISED, Outcome.UNSUPPORTED, Outcome.PASS,
+)  # fmt: skip
+SYMBOLS = {
+    Outcome.PASS: "✓",
+    Outcome.FAIL: "✗",
+    Outcome.CRASH: "▲",
+    Outcome.TIMEOUT: "◷",
+    Outcome.REFUTED: "≠",
+    Outcome.XFAIL: "!",
+    Outcome.INCONCLUSIVE: "?",
+    Outcome.UNSUPPORTED: "–",
+    Outcome.NOT_EXERCISED: "○",
+}
+# One letter, because 20 000 cells carry it: the class that the style sheet colours.
+TONES = {
+    Outcome.PASS: "p",
+    Outcome.FAIL: "f",
+    Outcome.CRASH: "f",
+    Outcome.TIMEOUT: "f",
+    Outcome.REFUTED: "m",
+    Outcome.XFAIL: "w",
+    Outcome.INCONCLUSIVE: "w",
+    Outcome.UNSUPPORTED: "n",
+    Outcome.NOT_EXERCISED: "n",
+}
+MEANINGS = {
+    Outcome.PASS: "it held in every program tried",
+    Outcome.FAIL: "an output or an answer was wrong, or a legal step raised",
+    Outcome.CRASH: "the worker process died",
+    Outcome.TIMEOUT: "no answer came in time",
+    Outcome.REFUTED: "a measured guarantee does not hold here, which is no failure",
+    Outcome.XFAIL: "it is broken, and the ledger says why and until when; no pass",
+    Outcome.INCONCLUSIVE: "a question without an answer",
+    Outcome.UNSUPPORTED: "an ability that the backend does not claim",
+    Outcome.NOT_EXERCISED: "nothing tried it",
+}
+STANDINGS = {
+    0: ("conformant", Outcome.PASS),
+    1: ("non-conformant", Outcome.FAIL),
+    3: ("unavailable", Outcome.UNSUPPORTED),
+    5: ("undecided", Outcome.INCONCLUSIVE),
+}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A count of cells with one outcome. ``tone``: the class that colours it."""
+
+    symbol: str
+    word: str
+    tone: str
+    count: int
+
+
+def chip(outcome: Outcome, count: int) -> Chip:
+    return Chip(SYMBOLS[outcome], outcome.value, TONES[outcome], count)
+
+
+def chips(outcomes: Iterable[Outcome]) -> tuple[Chip, ...]:
+    """How many cells had each outcome that occurs, worst first."""
+    counts = Counter(outcomes)
+    return tuple(chip(outcome, counts[outcome]) for outcome in WORST_FIRST if counts[outcome])
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What one backend's run amounts to: the word, symbol and sentence of its exit code. ``notes``: what else to know
+    before that sentence is believed. ``stale``: rows of the ledger that do not hold, each an error."""
+
+    code: int
+    word: str
+    symbol: str
+    tone: str
+    sentence: str
+    notes: tuple[str, ...]
+    stale: tuple[str, ...]
+
+
+def standing(results: Results) -> Standing:
+    code, sentence = exit_code(results)
+    word, like = ("part of a run", Outcome.NOT_EXERCISED) if results.shard and code == 0 else STANDINGS[code]
+    sentence = sentence.removeprefix(f"{word}: ")  # the word stands above it
+    notes = []
+    if not results.finished:
+        notes.append(f"This run did not finish: only the {len(results.verdicts)} cells below were judged.")
+    if results.unavailable and results.verdicts:
+        notes.append(f"It stopped after {len(results.verdicts)} cells, which are shown below.")
+    return Standing(code, word, SYMBOLS[like], TONES[like], sentence, tuple(notes), tuple(results.stale))
+
+
+def labels(results: Sequence[Results]) -> list[str]:
+    """The name of each column: the backend, and where two have one name also its device, dtypes, or place."""
+    names = [result.backend for result in results]
+    for tell in ([result.device for result in results], [", ".join(result.dtypes) for result in results]):
+        seen = Counter(names)
+        names = [f"{name} ({more})" if seen[name] > 1 else name for name, more in zip(names, tell, strict=True)]
+    seen = Counter(names)
+    return [f"{name} #{i + 1}" if seen[name] > 1 else name for i, name in enumerate(names)]
+
+
+def replay_line(backend: str, counterexample: str, folder: str) -> str:
+    """The command that runs a counterexample again, or nothing where there is no file."""
+    if not counterexample:
+        return ""
+    return f"kvconform replay {quote(str(PurePosixPath(folder, 'failures', backend, counterexample)))}"
+
+
+def given_now(sentence: str, row: Row) -> str:
+    """What a known failure gives now: its sentence without what its row says, which stands beside it."""
+    return sentence.removeprefix(f"{row.reason}, known until {row.expires}, {row.link}: ")
+
+
+def short(link: str) -> str:
+    """``pytorch/executorch#2010`` of an address on GitHub; another address as it is."""
+    found = re.fullmatch(r"https://github\.com/([^/]+/[^/]+)/(?:issues|pull|discussions)/(\d+)", link)
+    return f"{found[1]}#{found[2]}" if found else link.removeprefix("https://")
+
+
+def address(bug: str) -> str:
+    """The address of a bug that is named ``owner/repository/issues/1``; nothing where it is only words."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+/(issues|pull)/\d+", bug):
+        return f"https://github.com/{bug}"
+    return bug if re.fullmatch(r"https?://\S+", bug) else ""
+
+
+def percent(part: int, whole: int) -> str:
+    """A share that says 0 % and 100 % only where it is none and all."""
+    return f"{round(100 * part / whole) if part in (0, whole) else min(max(round(100 * part / whole), 1), 99)} %"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 cell``, ``12 640 cells``: groups of three, parted by a narrow space that does not break."""
+    grouped = f"{number:,}".replace(",", "\u202f")
+    return f"{grouped} {noun}" if number == 1 else f"{grouped} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def when(started: str) -> str:
+    """An ISO time as people read it."""
+    return started.replace("T", " ").replace("+00:00", " UTC")

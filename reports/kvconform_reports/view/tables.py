@@ -1,0 +1,309 @@
+"""Rows for the template: what the results say, sorted and counted, in words."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from kvconform.judging.verdict import Outcome, Verdict
+from kvconform.results import known_failures
+from kvconform.results.guarantees import LEVELS
+from kvconform.results.results import Results
+from kvconform.run.cross_backend import Pair
+from kvconform_reports.view.explanations import Truth, truth
+from kvconform_reports.view.outcomes import (
+    WORST_FIRST,
+    Chip,
+    Standing,
+    chip,
+    chips,
+    given_now,
+    labels,
+    replay_line,
+    short,
+    standing,
+)
+from kvconform_specs.clauses import BY_NAME
+
+UNJUDGED = (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED, Outcome.UNSUPPORTED)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a bar, in percent of its length."""
+
+    tone: str
+    start: float
+    length: float
+
+
+@dataclass(frozen=True)
+class Backend:
+    label: str
+    device: str
+    truth: Truth
+    standing: Standing
+    chips: tuple[Chip, ...]
+    segments: tuple[Segment, ...]
+    cells: int
+    programs: int
+    structures: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    number: int
+    label: str
+    verdict: Verdict
+    chip: Chip
+    replay: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Known:
+    """A failure in the ledger. ``row`` is None where the results hold none for it. ``now``: what it gave in this
+    run."""
+
+    label: str
+    clause: str
+    config: str
+    row: known_failures.Row | None
+    versions: str
+    link: str
+    now: str
+    replay: str
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """The strongest level of one backend under one config, and what refutes the next."""
+
+    level: str
+    refuted: str
+    sentence: str
+    replay: str
+    strongest: bool
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why cells of one backend have no verdict. ``cells``: (clause, its configs)."""
+
+    label: str
+    chip: Chip
+    sentence: str
+    cells: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A number that should stay under 1. ``length``: of its bar, in percent of the bound."""
+
+    text: str
+    length: float
+    over: bool
+    beside: str = ""
+
+
+@dataclass(frozen=True)
+class Pairwise:
+    configs: tuple[str, ...]
+    rows: tuple[tuple[str, str, tuple[Share | None, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A comparison: for each name, one text for each column."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Witness:
+    configs: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
+
+
+def backends(results: Sequence[Results]) -> tuple[Backend, ...]:
+    found = []
+    for label, result in zip(labels(results), results, strict=True):
+        counted, start, segments = chips(v.outcome for v in result.verdicts), 0.0, []
+        for part in reversed(counted):
+            length = 100 * part.count / len(result.verdicts)
+            segments.append(Segment(part.tone, round(start, 2), round(length, 2)))
+            start += length
+        programs, structures = (sum(getattr(v, name) for v in result.verdicts) for name in ("programs", "structures"))
+        found.append(
+            Backend(
+                label, result.device, truth(result), standing(result), counted, tuple(segments), len(result.verdicts),
+                programs, structures, result.seconds,
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def failures(results: Sequence[Results], folder: str) -> tuple[Failure, ...]:
+    """Every broken cell, numbered in the order in which the matrix links them."""
+    found: list[Failure] = []
+    for label, result in zip(labels(results), results, strict=True):
+        for verdict in result.verdicts:
+            if verdict.outcome.broken:
+                clause = BY_NAME.get(verdict.clause)
+                found.append(
+                    Failure(
+                        len(found) + 1, label, verdict, chip(verdict.outcome, 1),
+                        replay_line(result.backend, verdict.counterexample, folder), clause.text if clause else "",
+                    )
+                )  # fmt: skip
+    return tuple(found)
+
+
+def known(results: Sequence[Results], folder: str) -> tuple[Known, ...]:
+    """Every known failure: cells that the ledger holds, and rows of it without a cell."""
+    found = []
+    for label, result in zip(labels(results), results, strict=True):
+        rows = {(row.clause, row.config): row for row in result.ledger}
+        verdicts = {verdict.key: verdict for verdict in result.verdicts if verdict.outcome is Outcome.XFAIL}
+        for key in dict.fromkeys((*verdicts, *rows)):
+            row, verdict = rows.get(key), verdicts.get(key)
+            now, counterexample = (verdict.sentence, verdict.counterexample) if verdict else ("", "")
+            versions = ", ".join(f"{name} {version}" for name, version in row.versions.items()) if row else ""
+            link = row.link if row else ""
+            now = given_now(now, row) if row else now
+            replay = replay_line(result.backend, counterexample, folder)
+            found.append(Known(label, *key, row, versions, short(link), now, replay))
+    return tuple(found)
+
+
+def guarantees(results: Sequence[Results], folder: str) -> tuple[tuple[str, tuple[Guarantee | None, ...]], ...]:
+    """For each config the guarantee of each backend, None where it measured none."""
+    configs = dict.fromkeys(config for result in results for config in result.lattice)
+    strongest = tuple(LEVELS)[-1]
+    return tuple(
+        (
+            config,
+            tuple(
+                Guarantee(
+                    held.level, held.refuted, held.sentence,
+                    replay_line(result.backend, held.counterexample, folder) if held.refuted else "",
+                    held.level == strongest,
+                )
+                if (held := result.lattice.get(config)) else None
+                for result in results
+            ),
+        )
+        for config in configs
+    )  # fmt: skip
+
+
+def levels() -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The guarantees from the weakest to the strongest, and the clauses that decide on each."""
+    return tuple(LEVELS.items())
+
+
+def reasons(results: Sequence[Results]) -> tuple[Reason, ...]:
+    """Why cells have no verdict, by backend, outcome and sentence."""
+    found: list[Reason] = []
+    for label, result in zip(labels(results), results, strict=True):
+        groups: dict[tuple[Outcome, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for verdict in result.verdicts:
+            if verdict.outcome in UNJUDGED:
+                groups[verdict.outcome, verdict.sentence][verdict.clause].append(verdict.config)
+        for (outcome, sentence), cells in sorted(groups.items(), key=lambda item: WORST_FIRST.index(item[0][0])):
+            count = sum(map(len, cells.values()))
+            by_clause = tuple((clause, tuple(configs)) for clause, configs in cells.items())
+            found.append(Reason(label, chip(outcome, count), sentence, by_clause))
+    return tuple(found)
+
+
+def errors(results: Sequence[Results]) -> tuple[tuple[str, tuple[Share | None, ...]], ...]:
+    """For each config the largest error of each backend as a fraction of its bound, and the clause where it was."""
+    worst: dict[str, list[tuple[float, str] | None]] = {}
+    for column, result in enumerate(results):
+        for verdict in result.verdicts:
+            if verdict.worst is None:
+                continue
+            row = worst.setdefault(verdict.config, [None] * len(results))
+            was = row[column]
+            if was is None or not verdict.worst <= was[0]:
+                row[column] = verdict.worst, verdict.clause
+    return tuple(
+        (config, tuple(None if at is None else share(at[0], beside=at[1]) for at in row))
+        for config, row in worst.items()
+    )
+
+
+def pairwise(pairs: Sequence[Pair]) -> Pairwise:
+    """Rows are pairs of backends, columns configs: the largest difference over the sum of the two bounds."""
+    configs = tuple(dict.fromkeys(pair.config for pair in pairs))
+    rows: dict[tuple[str, str], dict[str, Share]] = defaultdict(dict)
+    for pair in pairs:
+        rows[pair.one, pair.other][pair.config] = share(pair.ratio)
+    return Pairwise(configs, tuple((*names, tuple(row.get(c) for c in configs)) for names, row in rows.items()))
+
+
+def share(value: float, beside: str = "") -> Share:
+    """A fraction of a bound, to be read and drawn. What is not a number is over every bound."""
+    over = not value <= 1
+    if not math.isfinite(value):
+        return Share("not finite", 100, True, beside)
+    text = f"{value:.3f}" if value < 10 else f"{value:.0f}×"
+    return Share("< 0.001" if 0 < value < 0.0005 else text, round(100 * min(value, 1), 1), over, beside)
+
+
+def environments(results: Sequence[Results]) -> Facts:
+    return beside(labels(results), [result.environment for result in results])
+
+
+def claims(results: Sequence[Results]) -> Facts:
+    """What each backend declares; a limit of None is none."""
+    declared = [
+        {name: "unlimited" if name.startswith("max_") and value is None else value for name, value in r.claims.items()}
+        for r in results
+    ]
+    return beside(labels(results), declared)
+
+
+def beside(columns: Sequence[str], trees: Sequence[Mapping[str, Any]]) -> Facts:
+    """Trees of JSON beside one another; a name that a tree lacks is an empty text."""
+    flat = [dict(flattened(tree)) for tree in trees]
+    names = list(dict.fromkeys(name for facts in flat for name in facts))
+    return Facts(tuple(columns), tuple((n, tuple(facts.get(n, "") for facts in flat)) for n in names))
+
+
+def witnesses(results: Sequence[Results]) -> tuple[tuple[str, tuple[Witness, ...]], ...]:
+    """For each backend what really ran; configs with the same witness stand together."""
+    found = []
+    for label, result in zip(labels(results), results, strict=True):
+        groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
+        for config, witness in result.witnesses.items():
+            groups.setdefault(tuple(flattened(witness)), []).append(config)
+        found.append((label, tuple(Witness(tuple(configs), facts) for facts, configs in groups.items())))
+    return tuple(found)
+
+
+def flattened(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Names with dots and texts of a tree of JSON; a list of plain values is one text."""
+    if isinstance(value, Mapping) and (value or not name):
+        return [pair for key, item in value.items() for pair in flattened(item, f"{name}.{key}" if name else str(key))]
+    if isinstance(value, list | tuple):
+        if any(isinstance(item, Mapping) for item in value):
+            return [pair for i, item in enumerate(value) for pair in flattened(item, f"{name}[{i}]")]
+        return [(name or "value", ", ".join(_text(item) for item in value) or "none")]
+    return [(name or "value", _text(value))]
+
+
+def _text(value: Any) -> str:
+    if value is None or value == {}:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()

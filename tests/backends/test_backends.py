@@ -1,0 +1,136 @@
+"""The shipped backends are conformant, and what they witness is true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvconform.judging.verdict import Outcome
+from kvconform.results.results import Results, exit_code
+from kvconform.run.cross_backend import pairs
+from kvconform.run.run import Plan, named_configs, run_backend
+from kvconform.search.effort import BUDGETS, Budget
+from kvconform.worker.client import Launch
+from kvconform_specs.clause import Level
+from kvconform_specs.clauses import ALL, BY_NAME, CHAPTERS
+
+pytest.importorskip("torch", reason="the backends of the suite need torch")
+
+BRIEF = Budget("brief", structures=6, variants=3, seconds=60.0)
+"""Less than any budget that a run is offered: every cell is tried here, and the CI's own runs try harder."""
+EVERY, TWO = ("attention", "decoder"), ("attention-gqa", "decoder-rope")
+CLEAN = {
+    "eager": EVERY,
+    "eager-static": EVERY,
+    "onnx-shared": TWO,
+    "onnx": TWO,  # an export takes seconds a config, a compilation takes more
+    "compiled": ("attention-gqa", "decoder-softcap"),
+    "numpy": EVERY,
+}
+LACKS = {
+    "eager": "ragged, left padding, poison, poison-safe slots, alias, bound on graphs",
+    "eager-static": "functional, poison-safe slots, alias, bound on graphs",
+    "onnx": "generate, ragged, left padding, work, poison, poison-safe slots, alias, bound on graphs",
+    "onnx-shared": "generate, functional, ragged, left padding, mask, bytes, work, alias, bound on graphs",
+    "compiled": "full, functional, ragged, left padding, mask, work, poison, poison-safe slots, alias",
+    "numpy": "ragged, left padding, poison, poison-safe slots, alias, bound on graphs",
+}
+"""What a backend does not claim, out of what clauses need; none of these here has pages or is quantised."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("backends")
+
+
+def judged(name: str, dtypes: tuple[str, ...], configs: tuple[str, ...], folder: Path) -> Results:
+    # a refuted guarantee is confirmed by a new process, which compiles all over again
+    chapters = tuple(chapter for chapter in CHAPTERS if name != "compiled" or chapter != "determinism")
+    return run_backend(name, Launch(name), Plan(BRIEF, 7, dtypes, chapters, configs), folder)
+
+
+def assert_clean(results: Results) -> None:
+    """Every cell passed but those that its claims leave out; a guarantee that is only measured may be refuted."""
+    lacks = {*LACKS[results.backend].split(", "), "pages", "quantised cache", "residual window"}
+    left_out = {clause.name for clause in ALL if lacks & {*clause.needs}}
+    bad = [
+        v
+        for v in results.verdicts
+        if v.outcome is not (Outcome.UNSUPPORTED if v.clause in left_out else Outcome.PASS)
+        and not (v.outcome is Outcome.REFUTED and BY_NAME[v.clause].level is Level.SHOULD)
+    ]
+    assert not bad, "\n".join(f"{v.clause} [{v.config}]: {v.outcome.value}: {v.sentence}" for v in bad)
+    assert exit_code(results)[0] == 0, exit_code(results)[1]
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_a_clean_backend_is_conformant_with_every_cell_passed(name: str, folder: Path) -> None:
+    results = judged(name, ("float32",), CLEAN[name], folder)
+    assert_clean(results)
+    for witness in results.witnesses.values():
+        assert not witness.get("fallback"), witness
+        if name == "compiled":
+            assert 1 <= witness["graphs"] <= 6
+            assert witness["graph_runs"] == witness["calls"]
+        if name.startswith("onnx"):
+            assert witness["providers"] == ["CPUExecutionProvider"]
+            assert witness["device"] == "cpu"
+            assert all((folder / "artefacts" / file).is_file() for file in witness["files"])
+
+
+def test_the_loops_over_large_matrices_are_conformant(folder: Path) -> None:
+    looped = folder / "looped.py"
+    looped.write_text(
+        "from kvconform_backends.torch.compiled import Compiled, Looped\n"
+        "class Always(Looped):\n    large = 0\n"
+        "class Loops(Compiled):\n    family = Always\n"
+        "    def witness(self): return {**super().witness(), 'looped': self.decoder.looped}\n"
+    )
+    clauses = ("equivalence.decode", "equivalence.last-position")
+    plan = Plan(BRIEF, clauses=clauses, configs=("decoder-rope",))
+    results = run_backend(f"{looped}:Loops", Launch(f"{looped}:Loops"), plan, folder / "looped")
+    assert [verdict.outcome for verdict in results.verdicts] == [Outcome.PASS] * 2
+    assert {witness["looped"] for witness in results.witnesses.values()} == {True}
+
+
+def test_torch_compile_that_runs_eagerly_was_not_tested(folder: Path) -> None:
+    plan = Plan(BUDGETS["smoke"], clauses=("shape.output",), configs=("attention-gqa",))
+    launch = Launch("compiled", environment={"TORCHDYNAMO_DISABLE": "1"})
+    (verdict,) = run_backend("compiled", launch, plan, folder / "disabled").verdicts
+    assert verdict.outcome is Outcome.NOT_EXERCISED
+    assert verdict.sentence == "not tested: a step ran eagerly: no compiled graph was executed"
+
+
+def test_without_a_compiler_the_compiled_backend_is_one_sentence(folder: Path) -> None:
+    nowhere = {"PATH": str(folder / "nowhere"), "CXX": ""}
+    plan = Plan(BUDGETS["smoke"], configs=("attention-gqa",))
+    results = run_backend("compiled", Launch("compiled", environment=nowhere), plan, folder / "bare")
+    code, sentence = exit_code(results)
+    assert code == 3
+    assert "needs a C++ compiler" in sentence
+    assert "apt-get install g++" in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "configs"),
+    [
+        ("eager", "bfloat16", TWO),
+        ("eager", "float16", TWO[1:]),
+        ("onnx", "float16", TWO[1:]),
+        ("onnx-shared", "float16", TWO),
+    ],
+)
+def test_a_clean_backend_is_conformant_in_sixteen_bits(
+    name: str, dtype: str, configs: tuple[str, ...], folder: Path
+) -> None:
+    assert_clean(judged(name, (dtype,), configs, folder / dtype))
+
+
+def test_backends_with_the_same_weights_agree_with_one_another(folder: Path) -> None:
+    plan = Plan(BUDGETS["smoke"], clauses=("shape.output",), configs=("decoder-rope",))
+    both = [run_backend(name, Launch(name), plan, folder / "pair") for name in ("numpy", "eager")]
+    (pair,) = pairs(folder / "pair" / "vectors", ["numpy", "eager"], named_configs(both))
+    assert (pair.one, pair.other, pair.config) == ("eager", "numpy", "decoder-rope")
+    assert 0 < pair.ratio < 1
+    assert pair.compared == 2 * 14 * 53  # rows, tokens, vocabulary

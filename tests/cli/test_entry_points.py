@@ -1,0 +1,288 @@
+"""Three doors to one function: command line, pytest suite, ``conformance()``. Every exit code is tried."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from places import SUPPORT
+
+from kvconform import conformance
+from kvconform.judging.verdict import Outcome
+from kvconform.results.results import read
+from kvconform.run.run import Plan, cells
+from kvconform.search.effort import BUDGETS
+from kvconform_specs.clauses import BY_NAME
+from kvconform_specs.configs import POINTS
+
+SUBJECTS = SUPPORT / "subjects.py"
+ONE_CONFIG = ("--budget", "smoke", "--config", "attention-gqa")
+CORE = [c.name for c in BY_NAME.values() if c.core and c.concerns(POINTS["attention-gqa"])]
+ONLY_CORE = (*ONE_CONFIG, *(word for name in CORE for word in ("--clause", name)))
+
+
+def kvconform(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvconform", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+
+
+def test_a_conformant_backend_exits_with_0(tmp_path: Path) -> None:
+    done = kvconform("run", "-b", "numpy", *ONLY_CORE, folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("numpy: conformant: attention profile\n")
+    found = read(tmp_path / "results" / "numpy.json")
+    assert found.finished
+    assert {verdict.clause: verdict.outcome for verdict in found.verdicts} == dict.fromkeys(CORE, Outcome.PASS)
+    assert f"{sum(v.programs for v in found.verdicts)} programs" in done.stdout
+
+
+def test_a_broken_backend_exits_with_1_and_each_failure_is_two_lines(tmp_path: Path) -> None:
+    name = f"{SUBJECTS}:PrintsAndIsWrong"
+    done = kvconform("run", "-b", name, *ONE_CONFIG, "--clause", "definition.attention", folder=tmp_path)
+    assert done.returncode == 1
+    fact, replay, diagnosis, summary, _counts = done.stdout.splitlines()
+    assert fact.startswith("definition.attention on PrintsAndIsWrong [attention-gqa]: step ")
+    assert diagnosis.startswith("diagnosis [attention-gqa]: ")
+    assert summary == "PrintsAndIsWrong: non-conformant: 1 of 1 cells broken"
+    again = kvconform(*replay.split()[2:], folder=tmp_path)
+    assert again.returncode == 1
+    assert again.stdout.startswith(f"definition.attention on {name}: step ")
+    assert fact.partition("]: ")[2] in again.stdout
+    healthy = kvconform(*replay.split()[2:], "-b", "numpy", folder=tmp_path)
+    assert healthy.returncode == 0
+    assert "holds now" in healthy.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", "-b", "numpy", "--budget", "lots"), "--budget: unknown budget 'lots'; known: smoke, pr, nightly"),
+        (("run", "-b", "numpy", "--device", "tpu"), "--device: unknown device 'tpu'; known: cpu, cuda"),
+        (("run", "-b", "numpy", "--clause", "nope"), "no cell matches --clause nope and --config *"),
+        (("run", "-b", "numpy", "--python", "eager=py"), "--python: no backend 'eager' in this run; given: numpy"),
+        (("run", "-b", "a.py:X", "-b", "b.py:X"), "would write the same results"),
+        (("run", "-b", "numpy", "--shard", "3/2"), "shard: want i/n with i from 1 to n, such as 2/5, got '3/2'"),
+        (
+            ("run", "-b", "numpy", *ONE_CONFIG, "--clause", "shape.output", "--shard", "2/2"),
+            "--shard 2/2: there are fewer cells than shards",
+        ),
+        (("run", "-b", "numpy", "--ledger", "none.toml"), "none.toml: cannot be read: No such file or directory"),
+        (("merge", "none.json", "-o", "x.json"), "none.json: cannot be read: No such file or directory"),
+        (("spec", "poetry"), "no clause or chapter named 'poetry'; chapters: shape, causality"),
+        (("replay", "none.json"), "none.json: cannot be read: No such file or directory"),
+        (("bench", "-b", "numpy", "--preset", "huge"), "--preset: no preset named 'huge'; known: "),
+        (("bench", "-b", "numpy", "--gate", "--phase", "decode"), "--phase and --restarts are not of the gate"),
+        (("bench", "-b", "numpy", "--gate", "--restarts", "3"), "--phase and --restarts are not of the gate"),
+        (("bench", "-b", "numpy", "--gate", "--self-test", "--budget", "9"), "--budget: a self-test has --runs"),
+        (("report", "none.json"), "none.json: cannot be read: No such file or directory"),
+        (("run",), "Missing option"),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_clear_sentence(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    done = kvconform(*arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_counters_that_count_nothing_are_no_success(tmp_path: Path) -> None:
+    done = kvconform("bench", "--counters", "-b", "missing.py:Thing", "--preset", "small", folder=tmp_path)
+    assert done.returncode == 5
+    assert "no counts: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [
+        ("eagr", "no backend named 'eagr'; installed: compiled, eager, eager-static, gpt2-transformers, list-cache,"),
+        ("nowhere:Thing", "backend 'nowhere:Thing' cannot be imported: no module named 'nowhere'"),
+        (
+            "kvconform.results.gate:Nothing",
+            "backend 'kvconform.results.gate:Nothing': kvconform.results.gate has no 'Nothing'",
+        ),
+        ("kvconform.results.gate:Difference", "declares no claims"),
+        (f"{SUBJECTS}:CannotRunHere", "this backend needs a quantum computer; install one"),
+        ("missing.py:Thing", "no file missing.py"),
+    ],
+)
+def test_what_is_absent_or_broken_exits_with_3_and_one_clear_sentence(backend: str, words: str, tmp_path: Path) -> None:
+    done = kvconform("run", "-b", backend, *ONE_CONFIG, folder=tmp_path)
+    assert done.returncode == 3
+    assert words in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_module_that_fails_to_load_is_said_to_be_broken_not_absent(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("raise OSError('libmagic.so.1: cannot open shared object file')\n")
+    done = kvconform("run", "-b", "broken.py:Thing", *ONE_CONFIG, folder=tmp_path)
+    assert done.returncode == 3
+    assert "is installed but failed to load: OSError: libmagic.so.1" in done.stdout
+
+
+def test_the_gate_exits_with_4_on_a_lost_pass_and_0_on_none(tmp_path: Path) -> None:
+    kvconform("run", "-b", "numpy", *ONE_CONFIG, "--clause", "shape", folder=tmp_path)
+    results = tmp_path / "results" / "numpy.json"
+    baseline = tmp_path / "baseline.json"
+    baseline.write_bytes(results.read_bytes())
+    same = kvconform("gate", str(results), "--baseline", str(baseline), folder=tmp_path)
+    assert (same.returncode, same.stdout) == (0, "numpy: no regression\n")
+    data = json.loads(results.read_text())
+    del data["verdicts"][0]
+    results.write_text(json.dumps(data))
+    lost = kvconform("gate", str(results), "--baseline", str(baseline), folder=tmp_path)
+    assert lost.returncode == 4
+    assert "regression: numpy: shape.output [attention-gqa]: was pass, is gone" in lost.stdout
+
+
+def test_shards_exit_with_0_and_their_merge_concludes(tmp_path: Path) -> None:
+    asked = ("run", "-b", "numpy", *ONE_CONFIG, "--clause", "shape", "--clause", "lifecycle.reset")
+    for shard in ("1/2", "2/2"):
+        done = kvconform(*asked, "--shard", shard, folder=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"numpy: shard {shard}: " in done.stdout
+        assert "conformant:" not in done.stdout
+    parts = [f"results/shards/numpy-{index}-of-2.json" for index in (1, 2)]
+    half = kvconform("merge", parts[1], "-o", "half.json", folder=tmp_path)
+    assert (half.returncode, half.stderr) == (2, "kvconform: merge: shard 1/2 is missing\n")
+    assert not (tmp_path / "half.json").exists()
+    whole = kvconform("merge", *parts, "-o", "results/numpy.json", folder=tmp_path)
+    assert whole.returncode == 5
+    assert "numpy: not conformant: no PASS on the core clauses causality" in whole.stdout
+    assert read(tmp_path / "results" / "numpy.json").shard == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("ClaimsNothing", "no PASS on the core clauses"), ("WithoutReset", "lifecycle.reset")]
+)
+def test_an_empty_or_partial_claim_exits_with_5_and_names_what_is_missing(
+    name: str, words: str, tmp_path: Path
+) -> None:
+    done = kvconform("run", "-b", f"{SUBJECTS}:{name}", *ONLY_CORE, folder=tmp_path)
+    assert done.returncode == 5
+    assert words in done.stdout
+
+
+def test_a_run_that_was_killed_goes_on_without_repeating_what_is_done(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kvconform", "run", "-b", "numpy", *ONLY_CORE]
+    path = tmp_path / "results" / "numpy.json"
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        deadline = time.monotonic() + 60
+        while not (path.exists() and len(read(path).verdicts) >= 3):
+            assert time.monotonic() < deadline, "no three verdicts within a minute"
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+    killed = read(path)
+    assert not killed.finished
+    done = subprocess.run(command, cwd=tmp_path, check=False, stdout=subprocess.DEVNULL)
+    assert done.returncode == 0
+    resumed = read(path)
+    assert resumed.finished
+    count = len(killed.verdicts)
+    assert resumed.verdicts[:count] == killed.verdicts  # seconds and all: they were not judged again
+    assert len(resumed.verdicts) > count
+
+
+def test_the_spec_prints_every_clause_and_explains_one(tmp_path: Path) -> None:
+    whole = kvconform("spec", folder=tmp_path).stdout
+    one = kvconform("spec", "causality.future-blind", folder=tmp_path).stdout
+    assert "lifecycle.independent (must)" in whole
+    assert "causality.future-blind (must, core)" in one
+    assert "stops: https://github.com/QwenLM/Qwen/issues/979" in one
+    assert "lifecycle" not in one
+
+
+def test_backends_are_listed_with_what_they_claim(tmp_path: Path) -> None:
+    listed = kvconform("backends", folder=tmp_path).stdout
+    assert "numpy: ready (attention, decoder; float32" in listed
+    assert {line.partition(":")[0] for line in listed.splitlines()} >= {"numpy", "eager", "compiled", "onnx"}
+
+
+def test_the_pytest_door_judges_each_cell_as_an_item(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "-rs",
+        "--pyargs",
+        "kvconform.pytest_plugin.suite",
+    ]
+    select = ["-k", "attention-gqa and (shape or lifecycle.reset or lifecycle.truncate)"]
+    count = sum(
+        cell.clause.name.startswith(("shape", "lifecycle.reset", "lifecycle.truncate"))
+        for cell in cells(Plan(BUDGETS["smoke"], configs=("attention-gqa",)))
+    )
+    good = subprocess.run(
+        [*command, "--kv-backend", "numpy", *select], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert good.returncode == 0, good.stdout
+    assert f"{count} passed" in good.stdout
+    bad = subprocess.run(
+        [*command, "--kv-backend", f"{SUBJECTS}:WithoutReset", *select],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert f"{count - 1} passed, 1 skipped" in bad.stdout
+    assert "claims no reset" in bad.stdout
+    wrong = subprocess.run(
+        [*command, "--kv-backend", f"{SUBJECTS}:PrintsAndIsWrong", "-k", "attention-gqa and definition.attention"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert wrong.returncode == 1
+    assert "replay: kvconform replay results/failures/PrintsAndIsWrong/definition.attention-" in wrong.stdout
+
+
+def test_the_pytest_door_without_a_backend_is_a_usage_error(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "--pyargs",
+        "kvconform.pytest_plugin.suite",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "--kv-backend: name at least one backend to judge" in done.stdout + done.stderr
+
+
+def test_the_importable_door_returns_results_or_raises_each_sentence(tmp_path: Path) -> None:
+    good = conformance("numpy", configs=("attention-gqa",), clauses=("shape",))
+    assert len(good.verdicts) == 4
+    with pytest.raises(AssertionError, match=r"definition\.attention on .*PrintsAndIsWrong \[attention-gqa\]: step"):
+        conformance(f"{SUBJECTS}:PrintsAndIsWrong", configs=("attention-gqa",), clauses=("definition",), out=tmp_path)
+    with pytest.raises(AssertionError, match="no PASS on the core clauses"):
+        conformance(f"{SUBJECTS}:ClaimsNothing")
+
+
+def test_the_importable_door_is_not_green_for_nothing() -> None:
+    with pytest.raises(ValueError, match="no cell matches clauses"):
+        conformance("numpy", clauses=("equivalnce",))
+    with pytest.raises(AssertionError, match="no PASS on the core clauses"):
+        conformance(f"{SUBJECTS}:WithoutReset", configs=("attention-gqa",), clauses=("lifecycle.reset",))
+
+
+def test_the_importable_door_takes_a_class() -> None:
+    from kvconform_backends.numpy.cache import NumpyCache
+
+    assert conformance(NumpyCache, configs=("attention-gqa",), clauses=("shape.output",)).backend == "NumpyCache"
+
+
+def test_cuda_without_a_gpu_exits_with_3_and_one_sentence(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    for backend in ("eager", "onnx"):
+        done = kvconform("run", "-b", backend, "--device", "cuda", *ONE_CONFIG, folder=tmp_path)
+        assert done.returncode == 3, done.stdout
+        assert "CUDA" in done.stdout
+        assert "Traceback" not in done.stdout + done.stderr

@@ -1,0 +1,217 @@
+"""The relations that look at what a subject says and shows: what they accuse, and what they let pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kvconform.judging.judge import RELATIONS, Judged, judge
+from kvconform.worker.execute import Trace, record
+from kvconform.worker.protocol import pack, unpack
+from kvconform_backends.numpy.cache import NumpyCache
+from kvconform_backends.numpy.static import NumpyStatic
+from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case, Relation
+from kvconform_specs.configs import POINTS
+from kvconform_specs.program import Append, Program, Read, Reorder
+from kvconform_specs.reference.oracle import expect
+from kvconform_specs.strategies import alone, appends, arranged
+from kvconform_specs.tensors import weights
+
+CONFIG, DECODER = POINTS["attention-gqa"], POINTS["decoder-rope"]
+GROWING = Program(CONFIG, (Append("a", (4, 4), 5), Read("a"), Reorder("a", (1, 0)), Append("a", (2, 2), 5), Read("a")))
+METERED = Program(CONFIG, tuple(Append("a", (2,), 5, metered=True) for _ in range(4)))
+Spoil = Callable[[Trace], Trace]
+
+
+def judged(
+    case: Case,
+    relation: Relation,
+    spoil: Spoil = lambda t: t,
+    claims: Claims = NumpyCache.claims,
+    kind: type = NumpyCache,
+) -> Judged:
+    """The verdict on a numpy cache's traces, those of the last program changed by ``spoil``."""
+    config = case.programs[0].config
+    subject, traces = kind(config, {}), []
+    for number, program in enumerate(case.programs):
+        made = record(subject, program, (0, 1))
+        if number == len(case.programs) - 1:
+            made = [spoil(trace) for trace in made]
+        traces.append(unpack(*pack(made)))
+    return judge(case, [relation], claims, traces, [expect(p, (0, 1), claims.precision) for p in case.programs])
+
+
+def told(step: int, name: str, *numbers: int) -> Spoil:
+    def change(trace: Trace) -> Trace:
+        return tuple(
+            replace(done, told={**done.told, name: numbers}) if i == step else done for i, done in enumerate(trace)
+        )
+
+    return change
+
+
+def shown(step: int, row: int, slot: int, element: int, value: float) -> Spoil:
+    def change(trace: Trace) -> Trace:
+        output = np.array(trace[step].output)
+        output[row, slot, element] = value
+        return (*trace[:step], replace(trace[step], output=output), *trace[step + 1 :])
+
+    return change
+
+
+def test_every_relation_is_judged() -> None:
+    assert set(RELATIONS) == set(Relation)
+
+
+@pytest.mark.parametrize(
+    ("relation", "program", "spoil", "words"),
+    [
+        (Relation.ROOM, GROWING, told(3, "room", 34, 33), "takes|take [34, 33] more tokens, want [34, 34]"),
+        (Relation.LENGTHS, GROWING, told(2, "length", 4, 5), "hold [4, 5] tokens, want [4, 4]"),
+        (Relation.HELD, GROWING, told(4, "held", 6, 5), "row 1: shows 5 tokens, want 6"),
+        (Relation.CONTENTS, GROWING, shown(1, 1, 3, 9, 0.5), "row 1, position 3, layer 0, key of KV head 1: holds 0.5"),
+        (Relation.CONTENTS, GROWING, shown(4, 0, 5, 24, np.nan), "position 5, layer 0, value of KV head 0: holds nan"),
+        (Relation.KEPT, GROWING, shown(4, 1, 2, 0, 0.5), "row 1, position 2, layer 0, key of KV head 0: holds 0.5"),
+        (Relation.BYTES, GROWING, told(3, "bytes", 6 * 2 * 6 * 3 * 8 * 4), "bytes, want 2304"),
+        (
+            Relation.POSITIONS,
+            METERED,
+            told(3, "work", 2 * 6 * 8 * 8 * 8),
+            "multiply-adds for 2 new tokens of 8, want 0",
+        ),
+        (Relation.AFFINE, METERED, told(3, "work", 2 * 6 * 2 * 8 * 7), "not a line of slope 192 at most"),
+    ],
+)
+def test_a_wrong_book_is_found_and_a_right_one_is_not(
+    relation: Relation, program: Program, spoil: Spoil, words: str
+) -> None:
+    clean = judged(Case((program,)), relation)
+    assert clean.finding is None
+    assert clean.compared > 0
+    found = judged(Case((program,)), relation, spoil).finding
+    assert found is not None
+    assert words.partition("|")[2] in found.sentence if "|" in words else words in found.sentence
+
+
+def test_bytes_follow_the_claim() -> None:
+    """A buffer of the capacity is not what its length says, and the other way round."""
+    program = Program(CONFIG, (Append("a", (3,), 5),))
+    assert judged(Case((program,)), Relation.BYTES, claims=NumpyStatic.claims, kind=NumpyStatic).finding is None
+    wrong = replace(NumpyStatic.claims, memory="length")
+    assert judged(Case((program,)), Relation.BYTES, claims=wrong, kind=NumpyStatic).finding is not None
+
+
+def test_more_graphs_than_claimed_are_found() -> None:
+    claims = replace(NumpyCache.claims, max_graphs=2)
+    case = Case((Program(CONFIG, (Append("a", (3,), 5),)),))
+    assert judged(case, Relation.GRAPHS, told(0, "graphs", 2), claims).finding is None
+    found = judged(case, Relation.GRAPHS, told(0, "graphs", 3), claims).finding
+    assert found is not None
+    assert "has made 3 graphs, and claims no more than 2" in found.sentence
+
+
+def test_a_cache_that_evicts_may_show_less_and_no_less_than_the_window() -> None:
+    window = POINTS["attention-window"]
+    case = Case((Program(window, (Append("a", (9,), 5), Read("a"))),))
+    claims = replace(NumpyCache.claims, keeps="window")
+
+    def evicted(held: int) -> Spoil:
+        def change(trace: Trace) -> Trace:
+            output = np.array(trace[1].output)[:, -held:]
+            return (trace[0], replace(trace[1], output=output, told={"held": (held,)}))
+
+        return change
+
+    assert judged(case, Relation.HELD, evicted(4), claims).finding is None
+    assert judged(case, Relation.CONTENTS, evicted(4), claims).finding is None
+    assert judged(case, Relation.HELD, evicted(3), claims).finding is not None
+    assert judged(case, Relation.HELD, evicted(4)).finding is not None  # who claims to keep all must show all
+
+
+def test_bitwise_takes_no_bound() -> None:
+    base = Program(CONFIG, appends("a", (4, 2), 2, 5))
+    case = Case((base, alone(base, 1)))
+    assert judged(case, Relation.AGREEMENT).finding is None
+
+    def last_bit(trace: Trace) -> Trace:
+        output = np.array(trace[1].output)
+        output[0, 2, 1, 3] = np.nextafter(output[0, 2, 1, 3], np.float32(9))
+        return (trace[0], replace(trace[1], output=output))
+
+    assert judged(case, Relation.AGREEMENT, last_bit).finding is None
+    found = judged(case, Relation.BITWISE, last_bit).finding
+    assert found is not None
+    assert "row 0, position 5, head 2" in found.sentence
+    assert "must be the same to the bit" in found.sentence
+
+
+def test_a_permuted_batch_is_compared_row_by_row() -> None:
+    base = Program(CONFIG, appends("a", (4, 2), 3, 5))
+    turned = Program(CONFIG, arranged("a", (4, 2), (2, 0, 1), 5))
+    assert judged(Case((base, turned)), Relation.AGREEMENT).compared == 2 * 3 * 6 * 48  # variants, rows, tokens, h d
+
+    def unturned(trace: Trace) -> Trace:
+        return tuple(replace(done, output=np.array(done.output)[[1, 2, 0]]) for done in trace)
+
+    assert judged(Case((base, turned)), Relation.AGREEMENT, unturned).finding is not None
+
+
+def test_infinity_is_no_finite_output() -> None:
+    case = Case((Program(CONFIG, appends("a", (4,), 2, 5)),))
+
+    def infinite(trace: Trace) -> Trace:
+        output = np.array(trace[0].output)
+        output[1, 0, 0, 0] = np.inf
+        return (replace(trace[0], output=output),)
+
+    assert judged(case, Relation.FINITE).finding is None
+    found = judged(case, Relation.FINITE, infinite).finding
+    assert found is not None
+    assert "row 1, position 0, head 0: got inf from finite inputs" in found.sentence
+
+
+def test_the_token_is_compared_only_where_it_is_sure() -> None:
+    """Where two logits tie within their bounds either may win; where one leads by more, it must."""
+
+    class Decoder(NumpyCache):
+        def __init__(self, config: object, _weights: object) -> None:
+            super().__init__(DECODER, weights(DECODER))
+
+    case = Case((Program(DECODER, appends("a", (4,), 2, 5)),))
+    clean = judged(case, Relation.SAME_TOKEN, kind=Decoder)
+    assert clean.finding is None
+    assert 0 < clean.compared <= 2 * 2 * 4
+
+    def other(trace: Trace) -> Trace:
+        output = np.array(trace[0].output)
+        output[0, 1, output[0, 1].argmin()] = 1e3
+        return (replace(trace[0], output=output),)
+
+    found = judged(case, Relation.SAME_TOKEN, other, kind=Decoder).finding
+    assert found is not None
+    assert "row 0, position 1, logit " in found.sentence
+
+
+def test_a_step_that_gives_its_last_position_alone_may_spare_the_head_for_the_others() -> None:
+    t, head = 5, DECODER.width * DECODER.vocabulary
+    spared = []
+    for last in (False, True):
+        program = Program(DECODER, (Append("a", (t, t), 5, metered=True, last=last),))
+        (trace,) = record(NumpyCache(DECODER, weights(DECODER)), program, (0,))
+        spared.append(trace[0].told["work"][0])
+
+        def says(work: int, program: Program = program, trace: Trace = trace) -> bool:
+            told_so = unpack(*pack([told(0, "work", work)(trace)]))
+            case, expected = Case((program,)), [expect(program, (0,))]
+            return judge(case, [Relation.POSITIONS], NumpyCache.claims, [told_so], expected).finding is None
+
+        matrices = (w.size for name, w in weights(DECODER).items() if w.ndim == 2 and name != "embed")
+        least = 2 * t * sum(matrices) - last * 2 * (t - 1) * head
+        assert says(trace[0].told["work"][0])
+        assert says(least)
+        assert not says(least - 1)
+    assert spared[0] - spared[1] == 2 * (t - 1) * head

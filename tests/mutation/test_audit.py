@@ -1,0 +1,348 @@
+"""The audit: whose faults it reads, what counts as a kill, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from places import SUPPORT
+
+from kvconform.judging.verdict import Outcome, Verdict
+from kvconform.mutation import audit as audits
+from kvconform.mutation.audit import Plan, audit, audit_fault
+from kvconform.mutation.fault import Fault, load_faults
+from kvconform.mutation.record import Audited, Record, Trial, exit_code, lines, read, scores, summary
+from kvconform.search.cell import Cell, run_cell
+from kvconform.search.effort import Budget
+from kvconform.worker.client import Launch, Subject
+from kvconform_specs.clauses import ALL, BY_NAME
+from kvconform_specs.configs import POINTS
+from kvconform_specs.errors import SpecError
+
+ELSEWHERE = str(SUPPORT / "third_party_faults.py")
+BRIEF = Budget("brief", 4, 2, 60.0)
+BROUGHT = {fault.name: fault for fault in load_faults(f"{ELSEWHERE}:ALL")}
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "kvconform", *words], capture_output=True, text=True, check=False)
+
+
+# --- lists ---
+def test_a_list_holds_classes_addresses_faults_and_what_looks_like_one() -> None:
+    by_class, by_address, by_fault, by_attributes = load_faults(f"{ELSEWHERE}:MIXED")
+    assert by_class == Fault(
+        "last-output-only", f"{ELSEWHERE}:LastOutputOnly", ("shape.output",),
+        "https://github.com/huggingface/optimum/issues/1913", "Only the last position's output comes back.",
+        configs=("attention-gqa",),
+    )  # fmt: skip
+    assert (by_address.name, by_address.clauses, by_address.classes) == (
+        "doubled",
+        ("definition.attention", "shape.length"),
+        ("M11",),
+    )
+    assert by_address.stealth
+    assert by_fault.name == "by-fault"
+    assert (by_attributes.name, by_attributes.clauses) == ("by-attributes", ("shape.output",))
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("FAULTS", "want module:LIST or path/file.py:LIST, got 'FAULTS'"),
+        ("no_such_module:LIST", "no_such_module cannot be imported: No module named 'no_such_module'"),
+        ("no_such.py:LIST", "no_such.py cannot be imported: no file no_such.py"),
+        (f"{ELSEWHERE}:ABSENT", "has no 'ABSENT'"),
+        (f"{ELSEWHERE}:EMPTY", "is no list of faults: want a list or tuple that holds at least one"),
+        (f"{ELSEWHERE}:NUMBER", "is no list of faults: want a list or tuple that holds at least one"),
+        (f"{ELSEWHERE}:TWICE", "holds two faults named 'right'"),
+        (f"{ELSEWHERE}:NOT_A_FAULT", r"NOT_A_FAULT\[1\]: want a backend class, its address or a Fault, got 7"),
+        (f"{ELSEWHERE}:NOT_A_BACKEND", r"\[0\]: NoBackend declares no claims, so it is no backend"),
+        (f"{ELSEWHERE}:NOT_THERE", r"\[0\]: backend .* has no 'Absent'"),
+        (f"{ELSEWHERE}:HIDDEN", r"\[0\]: local.<locals>.Hidden is not at the top of .*: a worker cannot import it"),
+        (f"{ELSEWHERE}:ONE_STRING", r"string.clauses: want a tuple of strings, got 'shape.output'"),
+    ],
+)
+def test_what_is_wrong_with_a_list_is_one_sentence(address: str, words: str) -> None:
+    with pytest.raises(SpecError, match=words) as caught:
+        load_faults(address)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("UNKNOWN_CLAUSE", "fault odd: no clause named 'shape.colour'; known: shape.output"),
+        ("UNKNOWN_CONFIG", "fault odd: no config named 'attention-cubic'; known: attention-gqa"),
+    ],
+)
+def test_a_fault_names_clauses_and_configs_that_there_are(name: str, words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        Plan((BRIEF,)).tasks(load_faults(f"{ELSEWHERE}:{name}"))
+
+
+# --- plans ---
+def test_shards_are_the_whole_in_parts() -> None:
+    faults = tuple(BROUGHT.values())
+    parts = [Plan((BRIEF,), shard=(i, 4)).tasks(faults) for i in (1, 2, 3, 4)]
+    assert sorted(task.fault.name for part in parts for task in part) == sorted(BROUGHT)
+    assert all(parts)
+    with pytest.raises(SpecError, match="9/9 holds nothing: there are 6 faults"):
+        Plan((BRIEF,), shard=(9, 9)).tasks(faults)
+
+
+def test_names_keep_faults_or_clauses_that_begin_so() -> None:
+    faults = tuple(BROUGHT.values())
+    by_fault = Plan((BRIEF,), names=("raises",))
+    assert [task.fault.name for task in by_fault.tasks(faults)] == ["raises"]
+    assert by_fault.clauses(BROUGHT["raises"]) == list(BROUGHT["raises"].clauses)
+    by_clause = Plan((BRIEF,), names=("shape",))
+    assert [task.fault.name for task in by_clause.tasks(faults)] == ["last-output-only", "doubled", "raises", "right"]
+    assert by_clause.clauses(BROUGHT["raises"]) == ["shape.output"]
+    with pytest.raises(SpecError, match="no fault, and no clause of one, begins with nowhere"):
+        Plan((BRIEF,), names=("nowhere",)).tasks(faults)
+
+
+def test_a_fault_is_tried_by_what_it_names_or_by_all() -> None:
+    every = [clause.name for clause in ALL]
+    assert Plan((BRIEF,), every=True).clauses(BROUGHT["raises"]) == every
+    assert Plan((BRIEF,)).clauses(Fault("nameless", "a:B")) == every
+
+
+# --- kills ---
+def test_a_judgement_kills_and_what_is_right_survives() -> None:
+    killed = audit_fault(BROUGHT["doubled"], Plan((BRIEF,)))
+    attention, length = killed.trials
+    assert (attention.clause, attention.outcome, attention.by) == ("definition.attention", Outcome.FAIL, "judgement")
+    assert attention.kills
+    assert attention.config == "attention-gqa"
+    assert attention.programs > 0
+    assert attention.seconds > 0
+    assert "x the bound" in attention.sentence
+    assert (length.clause, length.outcome, length.by, length.kills) == ("shape.length", Outcome.PASS, "", False)
+    assert killed.kill("brief") is attention
+    assert killed.missed("brief") == [length]
+    assert audit_fault(BROUGHT["right"], Plan((BRIEF,))).kill("brief") is None
+
+
+def test_an_exception_kills_for_no_clause_about_numbers() -> None:
+    attention, output, full = audit_fault(BROUGHT["raises"], Plan((BRIEF,))).trials
+    assert {trial.by for trial in (attention, output, full)} == {"exception"}
+    assert "the cache is haunted" in attention.sentence
+    assert not attention.kills
+    assert output.kills
+    assert full.kills  # there, what is refused is the question
+
+
+def test_a_death_kills_for_no_clause_about_numbers() -> None:
+    audited = audit_fault(BROUGHT["dies"], Plan((BRIEF,)))
+    assert [(trial.outcome, trial.by, trial.kills) for trial in audited.trials] == [(Outcome.CRASH, "exception", False)]
+    assert audited.kill("brief") is None
+    assert "exception: " in next(lines(audited, ["brief"]))
+
+
+def test_what_breaks_without_the_planted_path_is_no_kill() -> None:
+    audited = audit_fault(BROUGHT["never-ran"], Plan((BRIEF,)))
+    assert [(trial.by, trial.ran, trial.kills) for trial in audited.trials] == [("judgement", 0, False)]
+    assert "the faulty path never ran" in next(lines(audited, ["brief"]))
+
+
+class Told:
+    """A subject that was never started: its witness is all that is asked."""
+
+    def __init__(self, ran: int | None) -> None:
+        self.ran = ran
+
+    def witness(self, config: object) -> dict[str, Any]:
+        return {} if self.ran is None else {"faulty": self.ran}
+
+
+@pytest.mark.parametrize(
+    ("clause", "outcome", "raised", "ran", "kills"),
+    [
+        ("definition.attention", Outcome.FAIL, False, 3, True),
+        ("definition.attention", Outcome.FAIL, False, None, True),
+        ("definition.attention", Outcome.FAIL, False, 0, False),
+        ("definition.attention", Outcome.FAIL, True, 3, False),
+        ("definition.attention", Outcome.TIMEOUT, False, None, False),
+        ("numerics.finite", Outcome.FAIL, True, 3, False),
+        ("shape.length", Outcome.FAIL, True, 3, True),
+        ("capacity.full", Outcome.CRASH, False, None, True),
+        ("errors.unchanged", Outcome.FAIL, True, 3, True),
+        ("definition.attention", Outcome.PASS, False, 3, False),
+        ("definition.attention", Outcome.INCONCLUSIVE, False, 3, False),
+        ("determinism.repeatable", Outcome.REFUTED, False, 3, False),  # named by no fault here
+    ],
+)
+def test_what_counts_as_a_kill(
+    clause: str, outcome: Outcome, raised: bool, ran: int | None, kills: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdict = Verdict(
+        clause=clause, config="attention-gqa", backend="x", outcome=outcome, sentence="so", raised=raised, compared=1
+    )
+    monkeypatch.setattr(audits, "run_cell", lambda *_: verdict)
+    trial = audits._try(Fault("x", "a:X"), BY_NAME[clause], cast(Subject, Told(ran)), BRIEF, 0)
+    assert trial.kills is kills
+    assert bool(trial.by) is (outcome not in (Outcome.PASS, Outcome.INCONCLUSIVE))
+
+
+def test_a_refuted_guarantee_kills_a_fault_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "determinism.repeatable"
+    verdict = Verdict(clause=name, config="attention-gqa", backend="x", outcome=Outcome.REFUTED, sentence="so")
+    monkeypatch.setattr(audits, "run_cell", lambda *_: verdict)
+    trial = audits._try(Fault("x", "a:X", (name,)), BY_NAME[name], cast(Subject, Told(1)), BRIEF, 0)
+    assert (trial.kills, trial.by) == (True, "judgement")
+
+
+def test_a_search_without_shrinking_writes_nothing_and_starts_nothing(tmp_path: Path) -> None:
+    cell = Cell(BY_NAME["definition.attention"], POINTS["attention-gqa"], "attention-gqa")
+    with Subject(Launch(BROUGHT["doubled"].address)) as subject:
+        verdict = run_cell(cell, subject, replace(BRIEF, shrink=False), 0, tmp_path)
+        assert subject.starts == 1
+    assert (verdict.outcome, verdict.raised) == (Outcome.FAIL, False)
+    assert verdict.found_after == verdict.programs > 0
+    assert not list(tmp_path.iterdir())
+
+
+# --- records ---
+def audited(name: str, *trials: Trial, **known: Any) -> Audited:
+    fields = {"address": "a:B", "stealth": False, "classes": (), "clauses": (), "bug": "", "sentence": f"It is {name}."}
+    return Audited(**{"name": name, "trials": list(trials), **fields, **known})
+
+
+def trial(kills: bool, programs: int = 1, budget: str = "smoke", clause: str = "shape.output", **known: Any) -> Trial:
+    outcome = Outcome.FAIL if kills else Outcome.PASS
+    seconds = programs / 10
+    return Trial(
+        budget=budget, clause=clause, outcome=outcome, kills=kills, programs=programs, seconds=seconds, **known
+    )
+
+
+def record(*faults: Audited, controls: tuple[Audited, ...] = (), budgets: tuple[str, ...] = ("smoke",)) -> Record:
+    made = Record(
+        suite="0", faults="a:L", budgets=list(budgets), seed=0, names=[], every=False, shard="", started="",
+        audited=list(faults), controls=list(controls),
+    )  # fmt: skip
+    made.scores = scores(made)
+    return made
+
+
+def test_the_score_tells_blatant_from_stealth_and_budget_from_budget() -> None:
+    both = record(
+        audited("one", trial(True, 5), trial(True, 3, clause="shape.length"), trial(True, 50, "pr")),
+        audited("two", trial(True, 9), trial(True, 9, "pr")),
+        audited("three", trial(True, 20), trial(False, 40, "pr"), stealth=True),
+        audited("away", unavailable="no torch"),
+        budgets=("smoke", "pr"),
+    )
+    told = [(s.budget, s.stealth, s.killed, s.faults, s.programs, s.seconds) for s in both.scores]
+    assert told == [
+        ("smoke", False, 2, 2, (6, 9), (0.6, 0.9)),  # of one fault, the clause that needed the fewest programs
+        ("smoke", True, 1, 1, (20, 20), (2.0, 2.0)),
+        ("pr", False, 2, 2, (29.5, 50), (2.95, 5.0)),
+        ("pr", True, 0, 1, None, None),
+    ]
+    words = list(summary(both))
+    assert words[0] == (
+        "smoke, blatant: 2 of 2 killed; programs to the kill: median 6, at most 9; seconds: median 0.60, at most 0.90"
+    )
+    assert "survives pr: three: It is three." in words
+    assert "not audited: away: no torch" in words
+
+
+@pytest.mark.parametrize(
+    ("made", "code"),
+    [
+        (record(audited("killed", trial(True))), 0),
+        (record(audited("survivor", trial(False))), 1),
+        (record(audited("other", trial(True, clause="shape.length"), clauses=("shape.output",))), 1),
+        (record(audited("killed", trial(True)), controls=(audited("alarm", trial(True)),)), 1),
+        (record(audited("killed", trial(True)), controls=(audited("fine", trial(False)),)), 0),
+        (record(audited("killed", trial(True)), audited("away", unavailable="no torch")), 3),
+        (record(audited("survivor", trial(False)), audited("away", unavailable="no torch")), 1),
+    ],
+    ids=["killed", "survivor", "killed-by-another", "alarm", "quiet-control", "absent", "survivor-and-absent"],
+)
+def test_the_exit_code_is_that_of_the_worst(made: Record, code: int) -> None:
+    assert exit_code(made) == code
+
+
+def test_an_alarm_is_told() -> None:
+    made = record(audited("killed", trial(True)), controls=(audited("fine", trial(True, config="attention-gqa")),))
+    assert any(
+        words.startswith("false alarm: fine (It is fine.): shape.output [attention-gqa]") for words in summary(made)
+    )
+
+
+def test_the_file_is_whole_after_each_fault(tmp_path: Path) -> None:
+    out, seen = tmp_path / "audit.json", []
+
+    def tell(audited: Audited) -> None:
+        now = read(out)
+        seen.append((now.finished, [one.name for one in now.audited]))
+        assert list(tmp_path.iterdir()) == [out]
+
+    faults = [BROUGHT["last-output-only"], BROUGHT["right"]]
+    made = audit(Plan((BRIEF,)), "elsewhere", faults, [], out, tell=tell)
+    assert seen == [(False, ["last-output-only"]), (True, ["last-output-only", "right"])]
+    assert read(out) == made
+
+
+def test_a_fault_that_cannot_run_here_is_told(tmp_path: Path) -> None:
+    here = str(SUPPORT / "subjects.py")
+    faults = [Fault("absent", "no_such_module:Name", ("shape.output",)), Fault("quantum", f"{here}:CannotRunHere")]
+    made = audit(Plan((BRIEF,)), "elsewhere", faults, [], tmp_path / "audit.json")
+    assert "no module named 'no_such_module'" in made.audited[0].unavailable
+    assert "quantum computer" in made.audited[1].unavailable
+    assert exit_code(made) == 3
+
+
+# --- the command ---
+def test_the_command_tells_survivors_and_exits_with_1(tmp_path: Path) -> None:
+    out = tmp_path / "audit.json"
+    done = command("audit", "--faults", f"{ELSEWHERE}:SURVIVING", "--jobs", "2", "-o", str(out))
+    assert done.returncode == 1, done.stderr
+    assert "survives smoke: right: Nothing is wrong with it." in done.stdout
+    assert "last-output-only (blatant): shape.output [attention-gqa] after " in done.stdout
+    found = read(out)
+    assert [one.name for one in found.audited] == ["last-output-only", "right"]
+    assert found.finished
+    assert command("audit", "last-output", "--faults", f"{ELSEWHERE}:SURVIVING", "-o", str(out)).returncode == 0
+
+
+def test_a_control_is_tried_by_every_clause_and_what_breaks_is_an_alarm(tmp_path: Path) -> None:
+    wrong = BROUGHT["doubled"]
+    plan = Plan((BRIEF,), names=("shape",))
+    assert [plan.clauses(wrong), replace(plan, every=True).clauses(wrong)] == [
+        ["shape.length"],
+        [clause.name for clause in ALL if clause.chapter == "shape"],
+    ]
+    made = audit(plan, "elsewhere", [BROUGHT["right"]], [wrong], tmp_path / "audit.json")
+    assert [one.name for one in made.audited] == ["right"]
+    assert {alarm.clause for alarm in made.controls[0].alarms} == {"shape.first-step", "shape.no-specialisation"}
+    assert len(made.controls[0].trials) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--faults", "nowhere:LIST"], "nowhere cannot be imported"),
+        (["--budget", "endless"], "unknown budget 'endless'"),
+        (["--clauses", "some"], "want expected or all, got 'some'"),
+    ],
+)
+def test_bad_usage_is_one_sentence(words: list[str], sentence: str, tmp_path: Path) -> None:
+    done = command("audit", *words, "-o", str(tmp_path / "audit.json"))
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_schema_of_an_audit_is_printed() -> None:
+    printed = json.loads(command("schema", "audit").stdout)
+    assert "Trial" in printed["$defs"]

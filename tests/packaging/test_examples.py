@@ -1,0 +1,70 @@
+"""The README's commands on the examples, run as they stand there, and what it says that they print."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def section(title: str) -> str:
+    return README.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+SECTION = section("Check what you have")
+COMMANDS = [
+    line.partition("#")[0].strip() for line in re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL)[0].splitlines()
+]
+SHOWN = [
+    text
+    for title in ("Check what you have", "Your own cache")
+    for text in re.findall(r"```text\n(.*?)```", section(title), re.DOTALL)
+]
+pytestmark = pytest.mark.xdist_group("examples")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the examples alone."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    return folder
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    words = shlex.split(command)
+    start = [sys.executable, "-m", "kvconform"] if words[0] == "kvconform" else [sys.executable]
+    return subprocess.run([*start, *words[1:]], capture_output=True, text=True, check=False, cwd=folder)
+
+
+def test_the_readme_names_a_command_for_each_kind_of_target() -> None:
+    assert len(COMMANDS) == 5
+    for target in ("attention.py:", "buffers.py:", "check decoder.onnx", "check hf:"):
+        assert any(target in command for command in COMMANDS), target
+
+
+def test_the_commands_of_the_readme_in_their_order_find_the_examples_conformant(clone: Path) -> None:
+    for command in COMMANDS:
+        done = run(command, clone)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        if command.startswith("kvconform check"):
+            assert ": conformant: " in done.stdout, command
+            assert " noise floor [" in done.stdout, command
+
+
+@pytest.mark.parametrize("shown", SHOWN, ids=["check", "run"])
+def test_what_the_readme_shows_is_what_is_printed(shown: str, clone: Path) -> None:
+    prompt, *lines = shown.rstrip("\n").splitlines()
+    assert prompt.startswith("$ ")
+    done = run(prompt.removeprefix("$ "), clone)
+    assert done.returncode == 1, done.stdout + done.stderr
+    printed = done.stdout.splitlines()
+    for line in lines:
+        assert line == "..." or line in printed, line

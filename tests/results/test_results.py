@@ -1,0 +1,357 @@
+"""Results are whole or not there, and the gate moves when they do, both ways."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import msgspec
+import pytest
+from places import SUPPORT
+
+from kvconform.files import write_atomically
+from kvconform.judging.verdict import Outcome, Verdict
+from kvconform.results import gate
+from kvconform.results.results import Results, exit_code, merged, missing_core, read, schema
+from kvconform.run.run import Plan, cells, parse_shard, path_of, run_backend
+from kvconform.search.cell import Cell, run_cell
+from kvconform.search.counterexample import read as read_counterexample
+from kvconform.search.effort import BUDGETS, GUARANTEE_SECONDS, GUARANTEE_TRIALS, SHRINK_SECONDS, SHRINK_TRIALS, Budget
+from kvconform.worker.client import Launch, Subject
+from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Level
+from kvconform_specs.clauses import BY_NAME
+from kvconform_specs.config import DTYPES
+from kvconform_specs.configs import point
+from kvconform_specs.errors import SpecError
+
+
+def verdict(clause: str = "shape.output", outcome: Outcome = Outcome.PASS, **more: Any) -> Verdict:
+    words = "" if outcome is Outcome.PASS else "it broke"
+    fields: dict[str, Any] = {"compared": 10, "sentence": words, **more}
+    return Verdict(clause=clause, config="attention-gqa", backend="x", outcome=outcome, **fields)
+
+
+CLAIMS: dict[str, Any] = {"abilities": ["full", "reset"], "max_batch": None, "overflow": "refused"}
+
+
+def results(*verdicts: Verdict, **more: Any) -> Results:
+    fields: dict[str, Any] = {
+        "claims": {"abilities": ["full", "reset"], "max_batch": None, "overflow": "refused"},
+        **more,
+    }
+    return Results(
+        suite="0", backend="x", device="cpu", dtypes=["float32"], budget="smoke", seed=0, started="now", finished=True,
+        verdicts=list(verdicts), **fields,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("now", "code", "words"),
+    [
+        (results(verdict()), 0, ""),
+        (results(verdict(compared=11)), 0, ""),
+        (results(verdict(outcome=Outcome.FAIL)), 1, "shape.output [attention-gqa]: pass -> fail: it broke"),
+        (results(verdict(), verdict("shape.length", Outcome.CRASH)), 1, "shape.length [attention-gqa]: absent -> cr"),
+        (results(verdict(outcome=Outcome.UNSUPPORTED)), 4, "pass -> unsupported: it broke"),
+        (results(verdict(outcome=Outcome.INCONCLUSIVE)), 4, "pass -> inconclusive"),
+        (results(verdict(outcome=Outcome.NOT_EXERCISED)), 4, "pass -> not exercised"),
+        (results(verdict(compared=9)), 4, "compared 9 values, was 10"),
+        (results(), 4, "shape.output [attention-gqa]: was pass, is gone"),
+        (results(verdict(), claims={**CLAIMS, "abilities": ["full"]}), 4, "no longer claims abilities: reset"),
+        (results(verdict(), claims={**CLAIMS, "max_batch": 2}), 4, "narrowed max_batch from unlimited to 2"),
+        (results(verdict(), claims={**CLAIMS, "overflow": "undefined"}), 4, "narrowed overflow from refused"),
+        (results(verdict(outcome=Outcome.REFUTED)), 4, "pass -> refuted: it broke"),
+        (results(verdict(outcome=Outcome.XFAIL)), 4, "pass -> known failure: it broke"),
+        (results(verdict(), stale=["a row no longer holds"]), 1, "stale ledger: a row no longer holds"),
+        (results(verdict(), shard="1/2"), 4, "shard is 1/2, the baseline's is the whole: not comparable"),
+        (results(unavailable="no compiler"), 4, "no longer available: no compiler"),
+        (results(verdict(), verdict("shape.length")), 0, "absent -> pass"),
+    ],
+)  # fmt: skip
+def test_the_gate_moves_with_the_results(now: Results, code: int, words: str) -> None:
+    differences = gate.compare(now, results(verdict()))
+    assert gate.exit_code(differences) == code
+    assert (words in "\n".join(d.words for d in differences)) if words else not differences
+
+
+@pytest.mark.parametrize(
+    ("claim", "much", "less"),
+    [
+        ("padding", ["right", "left"], ["right"]),
+        ("max_chunk", None, 4),
+        ("max_sequences", 3, 2),
+        ("returns", "all", "last"),
+        ("overflow", "refused", "undefined"),
+        ("keeps", "all", "window"),
+        ("dead_slots", "any", "finite"),
+        ("memory", "length", "pages"),
+        ("memory", "pages", "capacity"),
+        ("max_graphs", 2, 3),
+        ("max_graphs", 2, None),
+        ("intermediates", "single", "storage"),
+        ("kv_bits", 0, 8),
+        ("kv_bits", 8, 4),
+    ],
+)
+def test_a_claim_that_promises_less_is_a_regression_and_one_that_promises_more_is_none(
+    claim: str, much: Any, less: Any
+) -> None:
+    wide, narrow = (results(verdict(), claims={claim: value}) for value in (much, less))
+    narrowed = gate.compare(narrow, wide)
+    assert gate.exit_code(narrowed) == 4
+    assert claim in narrowed[0].words
+    assert gate.exit_code(gate.compare(wide, narrow)) == 0
+    assert gate.compare(narrow, narrow) == []
+
+
+def test_a_residual_window_promises_something_only_of_a_quantised_cache() -> None:
+    def quantised(bits: int, residual: int) -> Results:
+        return results(verdict(), claims={"kv_bits": bits, "residual": residual})
+
+    assert gate.exit_code(gate.compare(quantised(8, 2), quantised(8, 4))) == 4
+    assert gate.exit_code(gate.compare(quantised(8, 4), quantised(8, 2))) == 0
+    assert gate.exit_code(gate.compare(quantised(0, 0), quantised(8, 4))) == 0
+
+
+def test_another_page_size_is_told_and_blocks_nothing() -> None:
+    told = gate.compare(results(verdict(), claims={"page": 8}), results(verdict(), claims={"page": 4}))
+    assert [(d.code, d.words) for d in told] == [(0, "x changed page from 4 to 8")]
+
+
+def test_the_gate_knows_every_claim_of_one_value() -> None:
+    """A claim that is added must say what narrows it."""
+    values = {name for name, value in Claims().to_json().items() if not isinstance(value, list)}
+    ruled = {*gate.WIDEST_FIRST, "max_batch", "max_chunk", "max_sequences", "max_graphs", "kv_bits", "residual", "page"}
+    assert values == ruled
+    for name, order in gate.WIDEST_FIRST.items():
+        for value in order:
+            Claims(**{name: value})
+
+
+def test_results_of_another_device_or_budget_are_not_comparable() -> None:
+    for change in ({"device": "cuda"}, {"budget": "nightly"}, {"seed": 1}, {"dtypes": ["float16"]}):
+        differences = gate.compare(msgspec.structs.replace(results(verdict()), **change), results(verdict()))
+        assert gate.exit_code(differences) == 4
+        assert "not comparable" in differences[0].words
+
+
+def test_a_failure_that_the_baseline_knows_is_not_new() -> None:
+    broken = results(verdict(outcome=Outcome.FAIL))
+    assert gate.exit_code(gate.compare(broken, broken)) == 0
+    fixed = gate.compare(results(verdict()), broken)
+    assert gate.exit_code(fixed) == 0
+    assert "fail -> pass" in fixed[0].words
+
+
+def test_only_conformance_exits_with_zero() -> None:
+    assert exit_code(msgspec.structs.replace(results(verdict()), finished=False))[1].startswith(
+        "the run did not finish"
+    )
+    assert exit_code(results(unavailable="no GPU")) == (3, "no GPU")
+    assert exit_code(results(verdict(outcome=Outcome.FAIL)))[0] == 1
+    assert exit_code(results(verdict(outcome=Outcome.FAIL), unavailable="no GPU"))[0] == 1
+    assert exit_code(results(verdict(outcome=Outcome.INCONCLUSIVE)))[0] == 5
+    assert "not exercised" in exit_code(results(verdict(outcome=Outcome.NOT_EXERCISED)))[1]
+    code, sentence = exit_code(results(verdict()))
+    assert code == 5
+    assert "no PASS on the core clauses" in sentence
+    assert "lifecycle.reset" in sentence
+
+
+CORE = [verdict(name) for name, clause in BY_NAME.items() if clause.core and "attention" in clause.profiles]
+
+
+def test_a_refuted_guarantee_and_a_known_failure_are_no_failure_and_no_pass() -> None:
+    more = [verdict("definition.scale", outcome) for outcome in (Outcome.REFUTED, Outcome.XFAIL)]
+    assert exit_code(results(*CORE)) == (0, "conformant: attention profile")
+    assert exit_code(results(*CORE, *more)) == (0, "conformant: attention profile, but 1 known failure")
+    for one in more:
+        assert not one.outcome.broken
+        code, sentence = exit_code(results(*CORE[1:], verdict(CORE[0].clause, one.outcome)))
+        assert code == 5
+        assert CORE[0].clause in sentence
+
+
+def test_a_stale_ledger_is_not_conformant() -> None:
+    code, sentence = exit_code(results(*CORE, stale=["one", "two"]))
+    assert (code, sentence) == (1, "stale ledger: 2 rows of known failures to mend or to remove")
+
+
+def test_a_shard_concludes_nothing() -> None:
+    part = results(*CORE, shard="1/3")
+    assert exit_code(part) == (0, f"shard 1/3: {len(CORE)} cells, nothing broken; merge the shards to conclude")
+    assert missing_core(part, "attention") == sorted(v.clause for v in CORE)
+    assert exit_code(results(*CORE, verdict(outcome=Outcome.FAIL), shard="1/3"))[0] == 1
+    assert exit_code(results(*CORE, verdict(outcome=Outcome.NOT_EXERCISED), shard="1/3"))[0] == 5
+    assert exit_code(results(*CORE, shard="1/3", stale=["one"]))[0] == 1
+
+
+def test_a_results_file_fits_its_own_json_schema(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    results(verdict(), verdict("shape.length", Outcome.FAIL)).write(path)
+    jsonschema.validate(json.loads(path.read_text()), schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**json.loads(path.read_text()), "verdicts": [{"clause": 3}]}, schema())
+
+
+def test_what_is_no_results_file_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    with pytest.raises(SpecError, match="cannot be read: No such file"):
+        read(path)
+    path.write_text("{")
+    with pytest.raises(SpecError, match="holds no results"):
+        read(path)
+    data = msgspec.to_builtins(results(verdict()))
+    path.write_text(json.dumps({**data, "schema": "kvconform-results/99"}))
+    with pytest.raises(SpecError, match="unknown schema 'kvconform-results/99'; known: kvconform-results/3"):
+        read(path)
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    write_atomically(path, b"first")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk gone")))
+    with pytest.raises(OSError, match="disk gone"):
+        write_atomically(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_run_goes_on_where_an_unfinished_one_stopped_and_only_there(tmp_path: Path) -> None:
+    plan = Plan(BUDGETS["smoke"], clauses=("shape.output", "shape.length"), configs=("attention-gqa",))
+    whole = run_backend("numpy", Launch("numpy"), plan, tmp_path)
+    assert [v.outcome for v in whole.verdicts] == [Outcome.PASS, Outcome.PASS]
+    marked = msgspec.structs.replace(whole.verdicts[0], compared=123456)
+    msgspec.structs.replace(whole, verdicts=[marked], finished=False).write(tmp_path / "numpy.json")
+    resumed = run_backend("numpy", Launch("numpy"), plan, tmp_path)
+    assert [v.compared for v in resumed.verdicts] == [123456, whole.verdicts[1].compared]
+    again = run_backend("numpy", Launch("numpy"), plan, tmp_path)  # it was finished: begins anew
+    assert [v.compared for v in again.verdicts] == [v.compared for v in whole.verdicts]
+    msgspec.structs.replace(again, verdicts=[marked], finished=False, seed=1).write(tmp_path / "numpy.json")
+    other = run_backend("numpy", Launch("numpy"), plan, tmp_path)  # another run's: not taken over
+    assert [v.compared for v in other.verdicts] == [v.compared for v in whole.verdicts]
+
+
+def test_a_run_is_not_resumed_once_the_backend_has_changed(tmp_path: Path) -> None:
+    source = "from kvconform_backends.numpy.cache import NumpyCache\n\n\nclass Mine(NumpyCache):\n    pass\n"
+    file = tmp_path / "mine.py"
+    file.write_text(source)
+    plan = Plan(BUDGETS["smoke"], clauses=("shape.output",), configs=("attention-gqa",))
+    first = run_backend("mine", Launch(f"{file}:Mine"), plan, tmp_path)
+    marked = msgspec.structs.replace(first.verdicts[0], compared=123456)
+    msgspec.structs.replace(first, verdicts=[marked], finished=False).write(tmp_path / "mine.json")
+    file.write_text(source + "# mended\n")
+    assert (
+        run_backend("mine", Launch(f"{file}:Mine"), plan, tmp_path).verdicts[0].compared == first.verdicts[0].compared
+    )
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_shards_part_the_cells_evenly_config_by_config(count: int) -> None:
+    plan = Plan(BUDGETS["smoke"], dtypes=DTYPES)
+    whole = [(cell.config_name, cell.clause.name) for cell in cells(plan)]
+    shards = [
+        [(cell.config_name, cell.clause.name) for cell in cells(replace(plan, shard=(index, count)))]
+        for index in range(1, count + 1)
+    ]
+    assert sorted(cell for shard in shards for cell in shard) == sorted(whole)
+    assert len(set(whole)) == len(whole)
+    for config in {config for config, _ in whole}:
+        sizes = [sum(cell[0] == config for cell in shard) for shard in shards]
+        assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("text", ["", "2", "0/2", "3/2", "-1/2", "a/b", "1/2/3", "1/"])
+def test_what_is_no_shard_is_one_sentence(text: str) -> None:
+    assert parse_shard("2/3") == (2, 3)
+    with pytest.raises(SpecError, match="want i/n with i from 1 to n, such as 2/5"):
+        parse_shard(text)
+
+
+def test_merged_shards_are_the_whole_run(tmp_path: Path) -> None:
+    tiny = Budget("tiny", 3, 2, 60.0)
+    plan = Plan(tiny, clauses=("shape", "lifecycle.reset"), configs=("attention-gqa", "attention-window"))
+    whole = run_backend("numpy", Launch("numpy"), plan, tmp_path)
+    parts = [replace(plan, shard=(index, 3)) for index in (1, 2, 3)]
+    for part in parts:
+        run_backend("numpy", Launch("numpy"), part, tmp_path)
+    found = merged([read(path_of("numpy", part, tmp_path)) for part in reversed(parts)])
+    assert len({v.config for v in found.verdicts}) == 2
+    assert [timeless(v) for v in found.verdicts] == [timeless(v) for v in whole.verdicts]
+    assert found.same_run(whole)
+    assert found.finished
+    assert exit_code(found) == exit_code(whole)
+    assert read(path_of("numpy", plan, tmp_path)) == whole  # shards wrote beside it, not over it
+
+
+def timeless(one: Verdict) -> Verdict:
+    return msgspec.structs.replace(one, seconds=0.0)
+
+
+ONE = results(verdict("shape.output"), verdict("shape.length"), shard="1/2", environment={"numpy": "2", "machine": "a"})
+TWO = msgspec.structs.replace(ONE, verdicts=[verdict("shape.first-step")], shard="2/2")
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ([results(verdict())], "results of x: are of a whole run, not of a shard"),
+        ([TWO], "merge: shard 1/2 is missing"),
+        ([ONE, msgspec.structs.replace(ONE, seed=0, seconds=1.0), TWO], "shard 1/2: is given twice, and differs"),
+        ([ONE, msgspec.structs.replace(TWO, seed=1)], "merge: seed of shard 1/2 is 0, of shard 2/2 1"),
+        ([ONE, msgspec.structs.replace(TWO, backend="y")], "merge: backend of shard 1/2 is x, of shard 2/2 y"),
+        ([ONE, msgspec.structs.replace(TWO, shard="2/3")], "shards 1/2 and 2/3 are not of one division"),
+        ([ONE, msgspec.structs.replace(TWO, environment={"numpy": "1"})], "environment.numpy of shard 1/2 is 2, of"),
+        ([ONE, msgspec.structs.replace(TWO, claims={})], "claims.abilities of shard 1/2 is"),
+        ([ONE, msgspec.structs.replace(TWO, finished=False)], "shard 2/2: did not finish: run it again, it goes on"),
+        ([ONE, msgspec.structs.replace(TWO, unavailable="no GPU")], "shard 2/2: no GPU"),
+        ([ONE, msgspec.structs.replace(TWO, verdicts=[])], "shard 1/2: has 2 cells, its part of 2 is 1: not one selec"),
+        ([ONE, msgspec.structs.replace(TWO, verdicts=[verdict("shape.output")])], "shape.output [attention-gqa] is in"),
+        (
+            [msgspec.structs.replace(ONE, power={"a": 1}), msgspec.structs.replace(TWO, power={"a": 2})],
+            "merge: power.a differs between shards",
+        ),
+    ],
+)
+def test_what_are_not_all_shards_of_one_run_is_one_sentence(parts: list[Results], words: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(words)):
+        merged(parts)
+
+
+def test_merging_keeps_rows_stale_sentences_and_machines() -> None:
+    mine = {"numpy": "2", "machine": "b"}
+    two = msgspec.structs.replace(TWO, environment=mine, stale=["s", "t"], power={"b": 2}, seconds=2.0)
+    found = merged([two, msgspec.structs.replace(ONE, stale=["s"], power={"a": 1}, seconds=1.0), two])
+    assert [v.clause for v in found.verdicts] == ["shape.output", "shape.first-step", "shape.length"]
+    assert (found.shard, found.stale, found.power, found.seconds) == ("", ["s", "t"], {"a": 1, "b": 2}, 3.0)
+    assert found.environment == {"numpy": "2", "machine": ["a", "b"]}
+
+
+@pytest.mark.parametrize(("backend", "outcome"), [("PrintsAndIsWrong", Outcome.REFUTED), ("Segfaults", Outcome.CRASH)])
+def test_a_broken_guarantee_is_refuted_unless_the_process_dies(backend: str, outcome: Outcome, tmp_path: Path) -> None:
+    must = BY_NAME["definition.attention"]
+    address = f"{(SUPPORT / 'subjects.py')}:{backend}"
+    cell = Cell(replace(must, level=Level.SHOULD), point("attention-gqa"), "attention-gqa")
+    with Subject(Launch(address)) as subject:
+        found = run_cell(cell, subject, BUDGETS["smoke"], 0, tmp_path)
+    assert found.outcome is outcome
+    assert found.sentence
+    assert read_counterexample(tmp_path / found.counterexample).outcome == outcome.value
+
+
+def test_a_guarantee_is_given_less_shrinking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    must = BY_NAME["definition.attention"]
+    monkeypatch.setattr("kvconform.search.cell.GUARANTEE_TRIALS", 1)
+    reduced = {}
+    with Subject(Launch(f"{(SUPPORT / 'subjects.py')}:PrintsAndIsWrong")) as subject:
+        for level in Level:
+            cell = Cell(replace(must, level=level), point("attention-gqa"), "attention-gqa")
+            found = run_cell(cell, subject, BUDGETS["smoke"], 0, tmp_path)
+            reduced[level] = read_counterexample(tmp_path / found.counterexample).reduced
+    assert reduced == {Level.MUST: True, Level.SHOULD: False}
+    assert (GUARANTEE_TRIALS, GUARANTEE_SECONDS) < (SHRINK_TRIALS, SHRINK_SECONDS)

@@ -1,0 +1,227 @@
+"""A program is data: legal or refused with one sentence, and it survives its own JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvconform_specs.claims import ABILITIES, Claims
+from kvconform_specs.clauses import ALL
+from kvconform_specs.config import Config
+from kvconform_specs.configs import POINTS, point
+from kvconform_specs.errors import SpecError
+from kvconform_specs.history import Histories
+from kvconform_specs.program import (
+    Append,
+    Close,
+    Fork,
+    Full,
+    Keep,
+    Poison,
+    Program,
+    Read,
+    Reject,
+    Reorder,
+    Reset,
+    Truncate,
+)
+
+CONFIG = POINTS["attention-gqa"]
+EVERYTHING = Claims(
+    profiles=("attention", "decoder"), abilities=tuple(ABILITIES), overflow="refused", padding=("right", "left"),
+    dead_slots="any", page=4, max_graphs=9, kv_bits=8, residual=4,
+)  # fmt: skip
+
+
+@given(st.data())
+def test_a_program_survives_its_own_json(data: st.DataObject) -> None:
+    config = data.draw(st.sampled_from(list(POINTS.values())), label="config")
+    clause = data.draw(st.sampled_from([c for c in ALL if c.concerns(config)]), label="clause")
+    for program in data.draw(clause.family(config, EVERYTHING), label="case").programs:
+        assert Program.from_json(json.loads(json.dumps(program.to_json()))) == program
+
+
+def test_every_step_of_the_language_survives_its_own_json() -> None:
+    program = Program(
+        CONFIG,
+        (
+            Append("a", (3, 2), 7, swap=((1, 0, 9),), aim=(7, 1)),
+            Full("f", (4,), 8),
+            Fork("a", "b"),
+            Truncate("a", 1),
+            Reorder("a", (1, 1, 0)),
+            Reset("a"),
+            Reject(Truncate("a", 5)),
+            Reject(Append("a", (41, 41, 41), 3)),
+            Reject(Append("a", (1, 1, 1), 3), "heads"),
+            Reject(Reorder("a", (3,))),
+            Append("a", (2, 1, 0), 3, hidden=((0, 1),), pad=("left", 4), layout="sliced", shared=True, metered=True),
+            Keep("b", "c"),
+            Read("c"),
+            Poison("b", "junk", "nan"),
+            Close("a"),
+        ),
+    )
+    assert Program.from_json(json.loads(json.dumps(program.to_json()))) == program
+
+
+def test_what_is_asked_for_its_last_position_alone_survives_its_own_json() -> None:
+    decoder = POINTS["decoder-rope"]
+    program = Program(
+        decoder, (Append("a", (3, 3), 7, last=True), Full("f", (2,), 7, last=True), Append("a", (1, 1), 7))
+    )
+    written = program.to_json()
+    assert [step.pop("last", False) for step in written["steps"]] == [True, True, False]
+    plain = tuple(replace(step, last=False) for step in program.steps if isinstance(step, Append | Full))
+    assert Program.from_json(written) == Program(decoder, plain), "a file from before there was such a step"
+    assert Program.from_json(json.loads(json.dumps(program.to_json()))) == program
+
+
+@pytest.mark.parametrize(
+    ("config", "step", "words"),
+    [
+        (CONFIG, {"op": "append"}, r"steps\[0\]\.last: the attention profile gives an output for each token"),
+        (POINTS["decoder-rope"], {"op": "full", "counts": [2, 1]}, r"steps\[0\]\.last: .* grow alike, got \[2, 1\]"),
+        (POINTS["decoder-rope"], {"op": "generate"}, r"steps\[0\]\.last: a generation .* has no last position"),
+    ],
+)
+def test_the_last_position_alone_is_asked_for_where_there_is_one(
+    config: Config, step: dict[str, object], words: str
+) -> None:
+    asked = {"seq": "a", "counts": [2, 2], "seed": 0, "last": True, **step}
+    with pytest.raises(SpecError, match=words):
+        Program.from_json({"config": config.to_json(), "steps": [asked]})
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ([{"op": "apend"}], r"program\.steps\[0\]\.op: unknown op 'apend'; known: append, close, fork"),
+        (
+            [{"op": "append", "seq": "a", "counts": [2], "sed": 1}],
+            r"steps\[0\]\.sed: unknown field; known: aim, counts",
+        ),
+        ([{"op": "append", "seq": "a"}], r"steps\[0\]: append wants the fields seq, counts, seed"),
+        (
+            [{"op": "append", "seq": "a", "counts": [41], "seed": 0}],
+            r"steps\[0\]\.counts: length 41 exceeds the capacity",
+        ),
+        ([{"op": "append", "seq": "a", "counts": [], "seed": 0}], r"steps\[0\]\.counts: want at least one row"),
+        ([{"op": "truncate", "seq": "a", "length": 0}], r"steps\[0\]\.seq: no open sequence 'a'; open: none"),
+        (
+            [{"op": "append", "seq": "a", "counts": [2], "seed": 0}, {"op": "truncate", "seq": "a", "length": 3}],
+            r"steps\[1\]\.length: cannot keep 3 of 2 tokens",
+        ),
+        (
+            [{"op": "append", "seq": "a", "counts": [2], "seed": 0}, {"op": "reorder", "seq": "a", "rows": [1]}],
+            r"steps\[1\]\.rows: want rows of 0\.\.0",
+        ),
+        (
+            [
+                {"op": "append", "seq": "a", "counts": [2], "seed": 0},
+                {"op": "append", "seq": "a", "counts": [1, 1], "seed": 0},
+            ],
+            r"steps\[1\]\.counts: 2 rows for sequence 'a' of 1 rows",
+        ),
+        (
+            [{"op": "reject", "step": {"op": "append", "seq": "a", "counts": [1], "seed": 0}}],
+            r"steps\[0\]\.step: is legal; a reject step holds a call that must be refused",
+        ),
+        (
+            [
+                {"op": "append", "seq": "a", "counts": [2], "seed": 0},
+                {"op": "reject", "step": {"op": "append", "seq": "a", "counts": [1, 1], "seed": 0}},
+            ],
+            r"steps\[1\]\.step\.counts: 2 rows for sequence 'a' of 1 rows; a rejected append exceeds the capacity",
+        ),
+        (
+            [{"op": "append", "seq": "a", "counts": [2], "seed": 0, "layout": "diagonal"}],
+            r"steps\[0\]\.layout: unknown value 'diagonal'; known: contiguous, transposed",
+        ),
+        (
+            [{"op": "append", "seq": "a", "counts": [2], "seed": 0, "hidden": [[0, 2]]}],
+            r"steps\[0\]\.hidden: no token at row 0, position 2",
+        ),
+        (
+            [{"op": "append", "seq": "a", "counts": [2], "seed": 7 << 48}],
+            r"steps\[0\]\.seed: a seed's bits from 48 on name one of 4 manners",
+        ),
+        (
+            [{"op": "append", "seq": "a", "counts": [2], "seed": 0}, {"op": "poison", "seq": "a", "keys": "acid"}],
+            r"steps\[1\]\.keys: unknown poison 'acid'",
+        ),
+        (
+            [{"op": "reject", "wrong": "smell", "step": {"op": "append", "seq": "a", "counts": [2], "seed": 0}}],
+            r"steps\[0\]\.wrong: unknown value 'smell' for an append; known: dtype, rank",
+        ),
+        (
+            [{"op": "reject", "wrong": "rank", "step": {"op": "append", "seq": "a", "counts": [41], "seed": 0}}],
+            r"steps\[0\]\.step\.counts: length 41 exceeds .* a malformed append is legal but for its inputs",
+        ),
+        (
+            [{"op": "reject", "step": {"op": "close", "seq": "a"}}],
+            r"steps\[0\]\.step: only append, truncate and reorder",
+        ),
+    ],
+)
+def test_a_step_that_is_not_legal_is_refused_with_its_place(steps: list[object], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        Program.from_json({"config": CONFIG.to_json(), "steps": steps})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"profile": "encoder"}, r"config\.profile: unknown value 'encoder'; known: attention, decoder"),
+        ({"kv_heads": 4}, r"config\.kv_heads: 4 KV heads do not divide 6 query heads"),
+        ({"window": 0}, r"config\.window: want an integer of at least 1, got 0"),
+        ({"softcap": -1.0}, r"config\.softcap: must be positive"),
+        ({"layers": 2}, r"config\.layers: the attention profile is one layer whose only positions are alibi's"),
+        ({"colour": 1}, r"config\.colour: unknown field"),
+    ],
+)
+def test_a_config_that_means_nothing_is_refused_with_its_place(change: dict[str, object], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        Config.from_json({**CONFIG.to_json(), **change})
+
+
+def test_an_unknown_config_name_lists_the_known() -> None:
+    with pytest.raises(SpecError, match=r"no config named 'attention-mqa'; known: attention-gqa, "):
+        point("attention-mqa")
+
+
+def test_claims_that_are_not_known_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"claims\.abilities: unknown value 'fly'; known: full, length"):
+        Claims(abilities=("fly",))
+
+
+def test_the_sizes_of_a_point_are_pairwise_distinct() -> None:
+    for name, config in POINTS.items():
+        sizes = [config.heads, config.head_dim, config.capacity]
+        sizes += [config.kv_heads] if config.group > 1 else []  # MHA is that the two are equal
+        if config.profile == "decoder":
+            sizes += [config.layers, config.width, config.vocabulary, *([config.mlp] if config.mlp else [])]
+        assert len(set(sizes)) == len(sizes), name
+
+
+def test_histories_are_what_the_steps_say() -> None:
+    histories = Histories()
+    for step in (
+        Append("a", (2, 1), 10),
+        Fork("a", "b"),
+        Truncate("a", 1),
+        Append("a", (1, 2), 20),
+        Reorder("a", (1, 1, 0)),
+        Keep("b", "c"),
+        Reset("b"),
+    ):
+        histories.apply(step)
+    assert histories.rows == {
+        "a": (((11, 0), (21, 1), (21, 2)), ((11, 0), (21, 1), (21, 2)), ((10, 0), (20, 1))),
+        "b": ((), ()),
+        "c": (((10, 0), (10, 1)), ((11, 0),)),
+    }

@@ -1,0 +1,139 @@
+"""Contents come from seeds: cut, derived and rounded as the spec says."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvconform.search.counterexample import frozen
+from kvconform.worker.execute import feeds_of
+from kvconform_specs.configs import POINTS, point
+from kvconform_specs.errors import SpecError
+from kvconform_specs.program import LAYOUTS, MALFORMED, Append, Program
+from kvconform_specs.tensors import AIM_SCORE, Streams, laid, malformed, mannered, rounded, weights
+
+
+def inputs_of(program: Program, indices: tuple[int, ...]) -> list[tuple[np.ndarray, ...]]:
+    return [inputs for inputs, _keywords in feeds_of(program, indices)]
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_the_same_tokens_come_however_they_are_cut(name: str) -> None:
+    config = POINTS[name]
+    axis = 3 if config.profile == "attention" else 2
+    whole = inputs_of(Program(config, (Append("a", (9, 9), 5),)), (0, 1))[0]
+    parts = inputs_of(Program(config, (Append("a", (4, 4), 5), Append("a", (5, 5), 5))), (0, 1))
+    for index, want in enumerate(whole):
+        assert np.array_equal(np.concatenate([part[index] for part in parts], axis=axis), want)
+
+
+def test_row_r_alone_is_the_stream_of_seed_plus_r() -> None:
+    config = POINTS["attention-gqa"]
+    both = inputs_of(Program(config, (Append("a", (4, 4), 5),)), (0, 3))[0]
+    alone = inputs_of(Program(config, (Append("a", (4,), 6),)), (0, 3))[0]
+    assert all(np.array_equal(b[:, 1:2], a) for b, a in zip(both, alone, strict=True))
+
+
+@given(st.integers(0, 40))
+def test_a_frozen_variant_is_the_variant(variant: int) -> None:
+    config = POINTS["attention-window"]
+    program = Program(config, (Append("a", (3, 3), 5, swap=((1, 2, 99),), aim=(5, 1)), Append("a", (2, 2), 8)))
+    for a, b in zip(inputs_of(program, (variant,)), inputs_of(frozen(program, variant), (0,)), strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_needle_gives_its_key_the_stated_score() -> None:
+    config = POINTS["attention-gqa"]
+    program = Program(config, (Append("a", (6,), 5), Append("a", (1,), 5, aim=(5, 2))))
+    (_q, key, _v), (query, _k, _w) = inputs_of(program, (0,))
+    scores = np.einsum("bhd,bhd->bh", query[0, :, :, 0], np.repeat(key[0, :, :, 2], config.group, axis=1))
+    assert np.allclose(
+        scores * config.score_scale, AIM_SCORE, rtol=8 * 2.0**-24, atol=0
+    )  # d products, one rounding each
+
+
+def test_contents_are_the_same_on_every_machine() -> None:
+    """A raw word becomes a number by integer arithmetic and one rounding; these bytes must never move."""
+    stream = Streams(POINTS["attention-gqa"], 7, (0, 1)).tape(3)
+    tokens = Streams(POINTS["decoder-rope"], 7, (0, 1)).tape(3)
+    drawn = [hashlib.sha256(np.ascontiguousarray(a).tobytes()).hexdigest()[:16] for a in (stream, tokens)]
+    drawn.append(
+        hashlib.sha256(b"".join(w.tobytes() for w in weights(POINTS["decoder-rope"]).values())).hexdigest()[:16]
+    )
+    assert drawn == ["089ee9a9cd787737", "e145c567c27c2143", "e9309e4ac40c1e02"]
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float32", 24), ("bfloat16", 8), ("float16", 11)])
+def test_rounding_keeps_the_bits_of_the_dtype_and_rounds_to_nearest_even(dtype: str, bits: int) -> None:
+    x = np.linspace(1, 2, 4097, dtype=np.float32)[:-1] + np.float32(2.0**-20)
+    got = rounded(x, dtype)
+    ulp = 2.0 ** (1 - bits)
+    assert np.all(np.abs(got - x) <= ulp / 2)
+    assert np.array_equal(got, np.rint(got.astype(np.float64) / ulp) * ulp)
+    tie = np.array([1 + ulp / 2, 1 + 3 * ulp / 2])
+    if dtype != "float32":
+        assert rounded(tie, dtype).tolist() == [1.0, 1 + 2 * ulp]
+
+
+def test_contents_are_exact_in_the_config_dtype() -> None:
+    for dtype in ("bfloat16", "float16"):
+        config = point("attention-gqa", dtype)
+        for part in inputs_of(Program(config, (Append("a", (5,), 1, aim=(1, 0)),)), (0,))[0]:
+            assert np.array_equal(rounded(part, dtype), part)
+        assert all(np.array_equal(rounded(w, dtype), w) for w in weights(point("decoder-rope", dtype)).values())
+
+
+def test_a_manner_changes_what_it_names_and_nothing_else() -> None:
+    """Queries 64 times as large; keys zero; values 16 times as large and keys a quarter: all exact."""
+    config = POINTS["attention-gqa"]
+
+    def drawn(manner: str) -> tuple[np.ndarray, ...]:
+        return inputs_of(Program(config, (Append("a", (5,), mannered(3, manner)),)), (0, 1))[0]
+
+    plain = drawn("plain")
+    for name, factors in {"loud": (64, 1, 1), "mute": (1, 0, 1), "lopsided": (1, 0.25, 16)}.items():
+        own = tuple(Streams(config, 5, (0, 1)).split(Streams(config, 5, (0, 1)).tape(mannered(3, name))))
+        assert all(np.array_equal(x[:, 0], y) for x, y in zip(drawn(name), own, strict=True))
+        sizes = [float(np.abs(x).max()) for x in own]
+        assert (sizes[1] == 0) == (name == "mute")
+        assert sizes[0] / float(np.abs(plain[0]).max()) == pytest.approx(factors[0], rel=0.3)
+        assert sizes[2] / float(np.abs(plain[2]).max()) == pytest.approx(factors[2], rel=0.3)
+
+
+def test_columns_without_a_token_are_filled_from_the_stream_and_on_the_side_that_the_step_names() -> None:
+    config = POINTS["decoder-rope"]
+    for side, column in (("right", 2), ("left", 0)):
+        filled = inputs_of(Program(config, (Append("a", (3, 2), 5, pad=(side, 9)),)), (0,))[0][0][0]
+        whole = inputs_of(Program(config, (Append("a", (3, 3), 5),)), (0,))[0][0][0]
+        pads = inputs_of(Program(config, (Append("a", (1, 1), 9),)), (0,))[0][0][0]
+        assert np.array_equal(filled[0], whole[0])
+        assert filled[1, column] == pads[1, 0]
+        assert np.array_equal(np.delete(filled[1], column), whole[1, :2])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_moves_memory_and_no_number(layout: str) -> None:
+    x = np.broadcast_to(np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4), (3, 2, 3, 4)).copy()
+    got = laid(x, layout)
+    assert np.array_equal(got, x)
+    assert got.flags.c_contiguous == (layout == "contiguous")
+    if layout == "expanded":
+        assert got.strides[0] == 0
+        with pytest.raises(SpecError, match="need rows with equal tokens"):
+            laid(np.arange(6.0).reshape(2, 3), layout)
+
+
+@pytest.mark.parametrize("profile", MALFORMED)
+def test_malformed_inputs_are_wrong_in_one_thing(profile: str) -> None:
+    config = POINTS["attention-gqa" if profile == "attention" else "decoder-rope"]
+    good = tuple(x[0] for x in inputs_of(Program(config, (Append("a", (3, 3), 5),)), (0,))[0])
+    for wrong in MALFORMED[profile]:
+        bad = malformed(good, wrong, config)
+        same = [
+            x.shape == y.shape and x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(good, bad, strict=True)
+        ]
+        assert not all(same), wrong

@@ -1,0 +1,238 @@
+"""The published designs: right as intended, wrong as published for the one reason that their source gives, and a page
+that shows both."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import published_designs
+import pytest
+from report_data import HOSTILE, everywhere, other, passed, results
+
+from kvconform.explain.diagnosis import Diagnosis
+from kvconform.explain.visibility import Map
+from kvconform.judging.verdict import Outcome
+from kvconform.results.results import Results, Target, exit_code
+from kvconform.run import check
+from kvconform.run.run import Plan, run_backend
+from kvconform.search.effort import Budget
+from kvconform.worker.client import Launch
+from kvconform.worker.registry import installed
+from kvconform_backends.faults import FAULTS
+from kvconform_specs.clauses import ALL
+from kvconform_specs.config import Config
+from kvconform_specs.configs import POINTS
+
+pytest.importorskip("torch", reason="the designs are in torch")
+
+ROOT = Path(__file__).parents[2]
+BRIEF = Budget("brief", structures=4, variants=2, seconds=60.0, shrink=False)
+ZOO = "kvconform_backends.faults.published"
+INTENDED = ("module-buffers", "past-tuples", "list-cache")
+CORNERS = ("attention-softcap", "decoder-learned")
+"""A bias with a softcap, and grouped heads with a window in some layers: what a mask can get wrong."""
+CHAPTERS = (
+    "shape", "causality", "equivalence", "definition.attention", "definition.decoder", "lifecycle", "contents",
+    "capacity", "errors", "accounting",
+)  # fmt: skip
+
+
+# --- as intended ---
+@pytest.mark.parametrize("name", INTENDED)
+def test_a_design_as_intended_holds_in_every_corner(name: str, tmp_path: Path) -> None:
+    plan = Plan(BRIEF, 3, ("float32",), CHAPTERS, CORNERS)
+    found = run_backend(name, Launch(name), plan, tmp_path)
+    bad = [v for v in found.verdicts if v.outcome not in (Outcome.PASS, Outcome.UNSUPPORTED)]
+    assert not bad, "\n".join(f"{v.clause} [{v.config}]: {v.sentence}" for v in bad)
+    assert {v.config for v in found.verdicts if v.outcome is Outcome.PASS} == set(CORNERS)
+    assert exit_code(found)[0] == 0, exit_code(found)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "lacks"),
+    [
+        # whoever owns the cache is one sequence; whoever writes in place cannot go on from an older handle
+        ("module-buffers", {"fork", "functional"}),
+        ("past-tuples", set()),
+        ("list-cache", {"functional"}),
+    ],
+)
+def test_a_design_claims_what_it_can_and_no_more(name: str, lacks: set[str]) -> None:
+    claims = installed()[name].load().claims
+    could = {"full", "length", "room", "reset", "truncate", "reorder", "fork", "functional", "generate", "contents"}
+    assert could - set(claims.abilities) == lacks & could
+    assert claims.max_sequences == (1 if name == "module-buffers" else None)
+
+
+# --- as published ---
+MISTAKES = {
+    # a prompt is right; all but chunks is right; every step is right; all but chunks is right; shapes are right
+    "FirstListing": ("attention-gqa", "equivalence.decode", "of the program it must agree with", "shape.first-step"),
+    "SecondListing": ("attention-gqa", "equivalence.chunks", "of the program it must agree with", "equivalence.decode"),
+    "PrefillTwice": ("decoder-rope", "equivalence.generation", "got token", "equivalence.chunks"),
+    "ChunkOnCache": ("decoder-rope", "shape.output", "RuntimeError", "equivalence.decode"),
+    "GlobalList": ("attention-gqa", "lifecycle.independent", "of the program it must agree with", "shape.output"),
+}
+"""By fault: a config, the clause that names the mistake, words of its sentence, and a clause that must not mind."""
+
+
+@pytest.mark.parametrize("fault", MISTAKES)
+def test_a_published_mistake_is_named_by_its_clause_and_is_no_other(fault: str, tmp_path: Path) -> None:
+    config, names, words, minds_not = MISTAKES[fault]
+    budget = Budget("brief", 16, 2, 60.0, shrink=False)
+    plan = Plan(budget, 0, clauses=(names, minds_not), configs=(config,))
+    found = {v.clause: v for v in run_backend("design", Launch(f"{ZOO}:{fault}"), plan, tmp_path).verdicts}
+    assert found[names].outcome is Outcome.FAIL
+    assert words in found[names].sentence
+    assert found[names].raised is (fault == "ChunkOnCache")
+    assert found[minds_not].outcome is Outcome.PASS, found[minds_not].sentence
+
+
+# --- the same as a person's own files ---
+EXAMPLES = {version.name: version for version in published_designs.VERSIONS if ".py:" in version.target}
+CONVICTED = {
+    "past-tuples-first": {"equivalence.decode"},
+    "past-tuples-second": {"equivalence.chunks"},
+    # these two cannot have a sequence open beside the forward that judges them, which is asked first
+    "module-buffers-published": {"equivalence.full-stable", "equivalence.chunks"},
+    "list-cache-published": {"equivalence.full-stable", "lifecycle.independent"},
+}
+"""As published: clauses of which a file breaks one. All others are as intended."""
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_file_in_the_style_of_its_source_is_judged_by_itself(name: str, tmp_path: Path) -> None:
+    version = EXAMPLES[name]
+    options = {"init": version.init} if version.init else {}
+    (address,) = check.addresses(str(ROOT / version.target), options)
+    clauses = ("shape.output", "equivalence", "lifecycle.independent", "lifecycle.reset")
+    found = run_backend("design", Launch(address), Plan(BRIEF, 0, clauses=clauses), tmp_path)
+    assert not found.unavailable, found.unavailable
+    broken = {verdict.clause for verdict in found.verdicts if verdict.outcome.broken}
+    if name in CONVICTED:
+        assert CONVICTED[name] & broken
+    else:
+        assert not broken
+        assert {v.outcome for v in found.verdicts} <= {Outcome.PASS, Outcome.UNSUPPORTED}
+
+
+# --- the page ---
+WANTED = ["x.......", "xx......", "xxx.....", "xxxx....", "xxxxx...", "xxxxxx..", "xxxxxxx.", "xxxxxxxx"]
+TOP_LEFT = [*WANTED[:3], *("x......." for _ in range(5))]
+SEEN = Map(schedule="decode", sizes=[1] * 8, wanted=WANTED, seen=TOP_LEFT)
+RIGHT = Map(schedule="chunked", sizes=[3, 2, 1, 2], wanted=WANTED, seen=WANTED)
+STOPPED = Map(
+    schedule="chunked", sizes=[3, 2, 1, 2], wanted=WANTED, seen=[*WANTED[:3], *(" " * 8 for _ in range(5))],
+    stopped="RuntimeError: shapes",
+)  # fmt: skip
+OWN = Config("hidden", heads=4, kv_heads=4, head_dim=8, width=32, capacity=40)
+BUG = "https://github.com/pytorch/pytorch/issues/108108"
+
+
+def published(sentence: str = "behaves like a top-left mask: decode steps see token 0", **more: object) -> Results:
+    verdicts = [
+        passed("shape.output", "hidden-own"),
+        other("equivalence.decode", "hidden-own", Outcome.FAIL, "step 1: got -1.9, want -0.03"),
+        other("equivalence.chunks", "hidden-own", Outcome.FAIL, "step 2: got 0.1, want 0.2"),
+        other("equivalence.path", "hidden-own", Outcome.FAIL, "step 3: got 0.1, want 0.2"),
+        other("lifecycle.reset", "hidden-own", Outcome.FAIL, "step 4: got 0.1, want 0.2"),
+    ]
+    settings = {
+        "target": Target(recognised="a past passed and returned", assumed=[], points={"hidden-own": OWN.to_json()}),
+        "maps": {"hidden-own": [RIGHT, SEEN]},
+        "diagnoses": {"hidden-own": Diagnosis(named="M1", bug=BUG, sentence=sentence)},
+    }
+    return results("FirstListing", **({"verdicts": verdicts} | settings | more))
+
+
+def section(page: str, name: str) -> str:
+    """The part of the page about one version."""
+    _, heading, rest = page.partition(f"### {name}: ")
+    assert heading, name
+    return rest.partition("\n## ")[0].partition("\n### ")[0]
+
+
+def test_the_page_has_every_version_with_its_command_and_says_which_were_not_run() -> None:
+    page = published_designs.render({})
+    for version in published_designs.VERSIONS:
+        part = section(page, version.name)
+        assert f"$ {shlex.join(version.command)}" in part
+        assert "it was not run" in part
+    assert page.count("| not run |") == len(published_designs.VERSIONS)
+
+
+def test_a_published_version_shows_its_verdict_its_sentence_and_what_it_sees() -> None:
+    part = section(published_designs.render({"past-tuples-first": published()}), "past-tuples-first")
+    assert "non-conformant" in part
+    assert f"> behaves like a top-left mask: decode steps see token 0 ([pytorch/pytorch\\#108108]({BUG}))" in part
+    assert "**equivalence.decode** [hidden-own]: step 1: got -1.9" in part
+    assert "also broken: equivalence.path" in part  # the only one that is not core
+    assert "Recognised: a past passed and returned." in part
+    assert "decode: tokens 3–7 do not see the tokens from 1 to their own, only token 0" in part
+    assert "x - - - - - - -  <" in part
+    assert "chunked 3+2+1+2" not in part  # what is right is not drawn beside what is wrong
+
+
+def test_a_link_in_a_sentence_is_a_link_once() -> None:
+    found = {"past-tuples-first": published(f"behaves like a top-left mask (M1, {BUG}): align it")}
+    part = section(published_designs.render(found), "past-tuples-first")
+    assert f"> behaves like a top-left mask (M1, [pytorch/pytorch\\#108108]({BUG})): align it" in part
+    assert part.count("108108") == 2
+
+
+def test_a_version_that_stopped_shows_where() -> None:
+    found = {"module-buffers-published": published(maps={"decoder-own": [RIGHT, STOPPED]})}
+    part = section(published_designs.render(found), "module-buffers-published")
+    assert "stopped at RuntimeError: shapes" in part
+
+
+def test_an_intended_version_shows_how_its_chunks_see_or_that_there_is_no_map() -> None:
+    right = results("past-tuples", everywhere())
+    core = [passed(clause.name, "hidden-own") for clause in ALL if clause.concerns(OWN) and not clause.blind]
+    whole = Map(schedule="full", sizes=[8], wanted=WANTED, seen=WANTED)
+    own = published(verdicts=core, diagnoses={}, maps={"hidden-own": [whole, RIGHT]})
+    page = published_designs.render({"past-tuples": right, "past-tuples-module": own})
+    assert "✓ conformant" in section(page, "past-tuples")
+    assert "No map: maps are made of modules, and of what is broken." in section(page, "past-tuples")
+    assert "chunked 3+2+1+2: as demanded" in section(page, "past-tuples-module")
+    assert "full: as demanded" not in section(page, "past-tuples-module")
+    assert "No diagnosis" not in page
+
+
+def test_where_results_hold_no_diagnosis_the_page_says_so() -> None:
+    part = section(published_designs.render({"past-tuples-first": published(diagnoses={})}), "past-tuples-first")
+    assert "No diagnosis" in part
+
+
+@pytest.mark.parametrize("words", [*HOSTILE, "```\n# a heading", "[a](javascript:b)"])
+def test_what_a_subject_says_stays_words(words: str) -> None:
+    hostile = Map(schedule="chunked", sizes=[8], wanted=WANTED, seen=WANTED, stopped=words)
+    found = published(words, maps={"hidden-own": [hostile]})
+    part = section(published_designs.render({"past-tuples-first": found}), "past-tuples-first")
+    prose, *_ = part.split("````" if "```" in words else "```text\nchunked")
+    assert "<img" not in prose
+    assert "<script" not in prose
+    assert "\n# a heading" not in prose
+    assert "[a](" not in prose
+
+
+def test_results_are_found_by_the_folder_that_their_command_names(tmp_path: Path) -> None:
+    for version, command in zip(published_designs.VERSIONS, published_designs.commands(tmp_path), strict=True):
+        assert command[: len(version.command)] == version.command
+        out = Path(command[-1])
+        out.mkdir()
+        published().write(out / "AnyName.json")
+    assert set(published_designs.gathered(tmp_path)) == {version.name for version in published_designs.VERSIONS}
+    assert published_designs.gathered(tmp_path / "elsewhere") == {}
+
+
+def test_every_target_of_the_page_exists() -> None:
+    zoo = {fault.address for fault in FAULTS}
+    for version in published_designs.VERSIONS:
+        file, _, name = version.target.rpartition(":")
+        if file.endswith(".py"):
+            assert f"class {name}(" in (ROOT / file).read_text()
+        else:
+            assert version.target in {*installed(), *zoo}
+    assert {version.config for version in published_designs.VERSIONS} <= {"", *POINTS}

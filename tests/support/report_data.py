@@ -1,0 +1,242 @@
+"""Results, pairs and speed records that were never measured, for the tests of the report."""
+
+from __future__ import annotations
+
+import random
+from datetime import date
+from typing import Any
+
+import msgspec
+
+from kvconform.explain.diagnosis import Diagnosis
+from kvconform.explain.visibility import Map
+from kvconform.judging.verdict import Outcome, Verdict
+from kvconform.mutation import record as audit_record
+from kvconform.mutation.record import Audited, Trial
+from kvconform.results import guarantees, known_failures
+from kvconform.results.results import Results, Target
+from kvconform.run.cross_backend import Pair
+from kvconform_specs.clauses import ALL
+from kvconform_specs.configs import POINTS
+
+HOSTILE = ("<img src=x onerror=alert(1)>", '"><script>alert(1)</script>', "</script>", "'onload='alert(1)", "{{ 7*7 }}")
+
+
+def passed(clause: str, config: str, seed: int = 0) -> Verdict:
+    draw = random.Random(f"{clause} {config} {seed}")
+    return Verdict(
+        clause=clause, config=config, backend="", outcome=Outcome.PASS, compared=draw.randrange(100, 10**6),
+        programs=320, structures=16, seconds=round(draw.random(), 3), worst=draw.random() * 0.4,
+    )  # fmt: skip
+
+
+def other(clause: str, config: str, outcome: Outcome, sentence: str, **more: Any) -> Verdict:
+    return Verdict(
+        clause=clause, config=config, backend="", outcome=outcome, sentence=sentence, programs=40, structures=2, **more
+    )
+
+
+def everywhere(seed: int = 0) -> list[Verdict]:
+    """A pass in every cell of the suite."""
+    cells = [(clause.name, name) for name, config in POINTS.items() for clause in ALL if clause.concerns(config)]
+    return [passed(clause, config, seed) for clause, config in cells]
+
+
+def results(backend: str, verdicts: list[Verdict], **more: Any) -> Results:
+    settings: dict[str, Any] = {
+        "suite": "0.1.0", "backend": backend, "device": "cpu", "dtypes": ["float32"], "budget": "pr", "seed": 0,
+        "started": "2026-11-21T22:07:34+00:00", "seconds": 41.5, "finished": True,
+        "environment": {"python": "3.11.7", "numpy": "2.4.6", "machine": {"system": "Linux", "cpus": 2}},
+        "claims": {"profiles": ["attention", "decoder"], "abilities": ["full", "length"], "max_batch": None},
+        "witnesses": {name: {"numpy": "2.4.6"} for name in POINTS},
+    }  # fmt: skip
+    return Results(verdicts=verdicts, **(settings | more))
+
+
+def broken(verdicts: list[Verdict], seed: int = 0) -> list[Verdict]:
+    """The same cells with a failure of each kind, and cells without a verdict."""
+    changed = {
+        ("equivalence.chunks", "attention-window"): other(
+            "equivalence.chunks", "attention-window", Outcome.FAIL,
+            "program 2, step 2 out[0] at row 1, head 3: got -0.4482, want -0.4266 ± 7.4e-07 (29340x the bound)",
+            counterexample="equivalence.chunks-3f2a91c0.json", found_after=17, worst=0.21,
+        ),
+        ("equivalence.chunks", "decoder-learned"): other(
+            "equivalence.chunks", "decoder-learned", Outcome.FAIL,
+            "program 1, step 1 out[0] at row 0, token 2: got 1.0931, want 1.1807 ± 2.2e-05 (3981x the bound)",
+            counterexample="equivalence.chunks-90bb1d02.json", found_after=3,
+        ),
+        ("lifecycle.reset", "attention-gqa"): other(
+            "lifecycle.reset", "attention-gqa", Outcome.CRASH,
+            "step 3 reset: the worker died with signal 11 (segmentation fault)",
+            counterexample="lifecycle.reset-0c51ff2e.json", found_after=1,
+        ),
+        ("shape.no-specialisation", "decoder-rope"): other(
+            "shape.no-specialisation", "decoder-rope", Outcome.TIMEOUT,
+            "step 2 append: no answer within 30 s", counterexample="shape.no-specialisation-77aa0e11.json",
+        ),
+        ("causality.visibility", "decoder-softcap"): other(
+            "causality.visibility", "decoder-softcap", Outcome.INCONCLUSIVE,
+            "failed once and passed on fresh processes, alone and after what ran before: step 1 out[0] moved",
+        ),
+    }  # fmt: skip
+    return [changed.get(verdict.key, verdict) for verdict in verdicts]
+
+
+def lacking(verdicts: list[Verdict]) -> list[Verdict]:
+    """The same cells of a backend without the decoder profile and without a cache-less forward."""
+    found = []
+    for verdict in verdicts:
+        if verdict.config.startswith("decoder"):
+            verdict = other(verdict.clause, verdict.config, Outcome.UNSUPPORTED, "claims no decoder profile")
+        elif verdict.clause == "equivalence.full-stable":
+            verdict = other(verdict.clause, verdict.config, Outcome.UNSUPPORTED, "claims no full")
+        elif verdict.clause == "shape.no-specialisation":
+            sentence = "not tested: 3 nodes fell back to CPUExecutionProvider"
+            verdict = other(verdict.clause, verdict.config, Outcome.NOT_EXERCISED, sentence)
+        found.append(verdict)
+    return found
+
+
+KNOWN = "numerics.zero-keys", "attention-gqa"
+
+
+def row(backend: str, **more: Any) -> known_failures.Row:
+    settings: dict[str, Any] = {
+        "backend": backend, "clause": KNOWN[0], "config": KNOWN[1], "reason": "bug in a library",
+        "link": "https://github.com/pytorch/pytorch/issues/103082", "versions": {"torch": "2.11.*"},
+        "expires": date(2027, 3, 31), "counterexample": "known/numerics.zero-keys-1a2b3c4d.json",
+    }  # fmt: skip
+    return known_failures.Row(**(settings | more))
+
+
+def known(backend: str, verdicts: list[Verdict]) -> dict[str, Any]:
+    """The same cells with one in the ledger: the verdicts and the ledger of their results."""
+    entry = row(backend)
+    sentence = f"{entry.reason}, known until {entry.expires}, {entry.link}: step 0 out[0]: got nan, want 0.25"
+    failure = other(*KNOWN, Outcome.XFAIL, sentence, counterexample="numerics.zero-keys-1a2b3c4d.json")
+    return {"verdicts": [failure if v.key == KNOWN else v for v in verdicts], "ledger": [entry]}
+
+
+def refuted(verdicts: list[Verdict], clause: str = "determinism.chunk-invariant") -> list[Verdict]:
+    """The same cells with one guarantee refuted wherever it was measured."""
+    return [
+        other(v.clause, v.config, Outcome.REFUTED, f"step 1 out[0] under {v.config}: got 0.6555021, but 0.6555020",
+              counterexample=f"{v.clause}-{v.config}.json") if v.clause == clause else v
+        for v in verdicts
+    ]  # fmt: skip
+
+
+MODELS = (
+    "zeros", "one visible token dropped", "window one too wide", "KV head i % g", "mean of the visible values",
+    "one visible token stale: its slot holds the next one", "window one too narrow", "newest visible token only",
+    "queries' positions one too large", "first token only",
+)  # fmt: skip
+
+
+def power() -> list[dict[str, Any]]:
+    """What results hold of a power certificate: the first clause judges no numbers, the second is blind, the third is
+    weak on the first model, the others reject all. The third model is a mistake where there is a window, the fourth
+    never shows in one chapter."""
+    first, blind, weak, *_ = (clause.name for clause in ALL)
+    rows = []
+    for name in (clause.name for clause in ALL):
+        models = ("",) if name == first else MODELS
+        for model in models:
+            cases = 0 if name == first or (model == MODELS[2] and not name.startswith("window")) else 8
+            tried = 0 if model == MODELS[3] and name.startswith("errors") else cases
+            caught = 0 if name == blind else 3 if (name, model) == (weak, MODELS[0]) else tried
+            note = "judges no numbers" if name == first else ""
+            rows.append(
+                {"clause": name, "model": model, "cases": cases, "tried": tried, "rejected": caught, "note": note}
+            )
+    return rows
+
+
+def _trial(clause: str, kills: bool, budget: str = "smoke", **more: Any) -> Trial:
+    sentence = "step 1 out[0]: got 0.5, want 0.25" if kills else ""
+    return Trial(
+        budget=budget, clause=clause, outcome=Outcome.FAIL if kills else Outcome.PASS, kills=kills,
+        by="judgement" if kills else "", config="attention-gqa", programs=12, seconds=0.25, ran=3, sentence=sentence,
+        **more,
+    )  # fmt: skip
+
+
+def audit(name: str = "top-left") -> audit_record.Record:
+    """Four faults under two budgets: one is killed, one by a clause that it does not name, too, one survives the
+    smaller budget, one could not run; and two controls, of which one is convicted."""
+
+    def fault(name: str, stealth: bool, trials: list[Trial], **more: Any) -> Audited:
+        settings: dict[str, Any] = {
+            "address": f"faults:{name}", "classes": ("M1",), "clauses": ("causality.past-seen", "equivalence.decode"),
+            "bug": "pytorch/pytorch/issues/108108", "sentence": f"The mask of {name} begins at the top left.",
+        }  # fmt: skip
+        return Audited(name=name, stealth=stealth, trials=trials, **(settings | more))
+
+    both = ("smoke", "pr")
+    seen, decode, decoder = "causality.past-seen", "equivalence.decode", "definition.decoder"
+    record = audit_record.Record(
+        suite="0.1.0", faults="faults:FAULTS", budgets=list(both), seed=0, names=[], every=False, shard="",
+        started="2026-11-21T23:30:00+00:00", seconds=12.5, finished=True,
+        audited=[
+            fault(name, False, [_trial(clause, True, budget) for budget in both for clause in (seen, decode)]),
+            fault("tail-attended", True, [_trial(c, c != decode, b) for b in both for c in (seen, decode, decoder)]),
+            fault("stealthy-mask", True, [_trial(seen, budget == "pr", budget) for budget in both], bug="a report"),
+            fault("gpu-only", True, [], unavailable="it needs a GPU"),
+        ],
+        controls=[
+            fault("right", False, [_trial(clause.name, False) for clause in ALL], clauses=()),
+            fault("right-too", False, [_trial(seen, True)], clauses=(), sentence="It is right."),
+        ],
+    )  # fmt: skip
+    record.scores = audit_record.scores(record)
+    return record
+
+
+def four() -> list[Results]:
+    """One backend of each standing."""
+    ort = {
+        "providers": ["CUDAExecutionProvider", "CPUExecutionProvider"], "nodes": {"MatMul": 24, "Softmax": 2},
+        "memcpy_nodes": 0, "onnxruntime": "1.31.1",
+    }  # fmt: skip
+    certificate = {"float32": power()}
+    first = known("eager", refuted(everywhere(1)))
+    return [
+        results("eager", **first, power=certificate, lattice=guarantees.measured(first["verdicts"])),
+        results("eager-static", broken(everywhere(2)), power=msgspec.json.decode(msgspec.json.encode(certificate))),
+        results("onnx", lacking(everywhere(3)), device="cuda", witnesses=dict.fromkeys(POINTS, ort)),
+        results(
+            "compiled", [], environment={}, claims={}, witnesses={}, seconds=0.0,
+            unavailable="backend 'compiled' is not installed; install it with: pip install 'kvconform[compiled]'",
+        ),
+    ]  # fmt: skip
+
+
+TOP_LEFT = Map(
+    schedule="decode", sizes=[1, 1, 1], wanted=["x..", "xx.", "xxx"], seen=["x..", "x..", "x.."], notes=["a note"]
+)
+AS_DEMANDED = Map(schedule="chunked", sizes=[2, 1], wanted=["x..", "xx.", "xxx"], seen=["x..", "xx.", "xxx"])
+
+
+def black_box(name: str, words: str = "behaves like a mask that begins at the top left") -> Results:
+    """A broken one, which was judged by itself, mapped and diagnosed."""
+    said = "got 0.41, want -0.18"
+    return results(
+        name, [other("equivalence.decode", "hidden-own", Outcome.FAIL, said), passed("shape.length", "hidden-own")],
+        target=Target(recognised=words, assumed=[words], points={"hidden-own": {}}, noise={"hidden-own": 4e-5}),
+        maps={"hidden-own": [AS_DEMANDED, TOP_LEFT]},
+        diagnoses={
+            "hidden-own": Diagnosis(
+                named="M1", fault=words, bug="https://github.com/pytorch/pytorch/issues/108108", sentence=words,
+                signature=words,
+            )
+        },
+    )  # fmt: skip
+
+
+def pairs() -> list[Pair]:
+    draw = random.Random(5)
+    two = [("eager", "onnx"), ("eager", "eager-static"), ("eager-static", "onnx")]
+    off = {("attention-window", a, b): 29340.0 for a, b in two if "eager-static" in (a, b)}
+    keys = [(config, a, b) for config in POINTS for a, b in two]
+    return [Pair(*key, off.get(key, draw.random() * 0.3), 1e-6, 1008) for key in keys]

@@ -1,0 +1,117 @@
+"""Subjects for diagnoses, addressed as ``tests/support/undiagnosed_faults.py:Name``."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from kvconform.worker.registry import load
+from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
+
+BlackBox: Any = load(f"{Path(__file__).parent / 'black_boxes.py'}:BlackBox")
+"""By its file: in a worker, this folder is not on the path."""
+HEADS = 3
+
+
+class DecodeOnePercent(NumpyCache):
+    """Outputs of decode steps are 1 % too large: nobody planted that."""
+
+    def attention(self, query: Array, keys: Array, values: Array) -> Array:
+        right = super().attention(query, keys, values)
+        decodes = query.shape[2] == 1 < keys.shape[2]
+        return np.asarray(right * np.float32(1.01) if decodes else right)
+
+
+class SecondHead(NumpyCache):
+    """From the second row on, head 1 is negative."""
+
+    def attention(self, query: Array, keys: Array, values: Array) -> Array:
+        right = super().attention(query, keys, values)
+        right[1:, 1] *= -1
+        return right
+
+
+class Prompt23(NumpyCache):
+    """A prompt of exactly 23 tokens gives zeros; no probe has one."""
+
+    def attention(self, query: Array, keys: Array, values: Array) -> Array:
+        right = super().attention(query, keys, values)
+        return right * np.float32(0) if query.shape[2] == keys.shape[2] == 23 else right
+
+
+class DiesOnChunks(NumpyCache):
+    def step(self, cache: Cache, *inputs: Array, **keywords: Any) -> tuple[Array, Cache]:
+        if cache.length and inputs[0].shape[2] > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(cache, *inputs, **keywords)
+
+
+class OwnLoop(NumpyCache):
+    """Its steps are right, and the tokens that it generates are the next ones: nobody planted that."""
+
+    def generate(self, tokens: Array, new: int) -> Array:
+        right = super().generate(tokens, new)
+        return np.asarray((right + 1) % self.config.vocabulary)
+
+
+class BoxPast(BlackBox):
+    """It knows while it steps how many tokens are cached."""
+
+    past: ClassVar[int] = 0
+
+    def step(self, cache: tuple[Array, int], x: Array) -> tuple[Array, tuple[Array, int]]:
+        self.past = cache[0].shape[1]
+        try:
+            return super().step(cache, x)
+        finally:
+            self.past = 0
+
+
+class BoxWithoutNewest(BoxPast):
+    """Its cached steps do not see the newest token of the past."""
+
+    def seen(self, s: int, cached: bool) -> Array:
+        right = super().seen(s, cached)
+        if cached and self.past:
+            right[self.past :, self.past - 1] = False
+        return right
+
+
+class BoxStale(BlackBox):
+    """What the process has run before is in front of every sequence of as many rows, in memory of its class."""
+
+    before: ClassVar[list[Array]] = []
+
+    def step(self, cache: tuple[Array, int], x: Array) -> tuple[Array, tuple[Array, int]]:
+        self.before.append(x)
+        rows = np.concatenate(self.before, axis=1)
+        return self.forward(rows, cached=True)[:, -x.shape[1] :], (np.concatenate([cache[0], x], axis=1), cache[1])
+
+
+class BoxTopLeft(BoxPast):
+    """Its cached steps mask from the top left: they see the first token of the past alone."""
+
+    def seen(self, s: int, cached: bool) -> Array:
+        right = super().seen(s, cached)
+        if cached and self.past:
+            right[self.past :] = np.tri(s - self.past, s, dtype=bool)
+        return right
+
+
+class BoxScaled(BlackBox):
+    """Scores of cached steps are smaller than those of its own forward, in the last head."""
+
+    def attention(self, q: Array, k: Array, v: Array, cached: bool) -> Array:
+        if cached and q.shape[1] > 6:
+            q = q * np.repeat(np.float32([*[1] * (HEADS - 1), 0.7]), q.shape[2] // HEADS)
+        return super().attention(q, k, v, cached)
+
+
+class BoxRight(BlackBox):
+    def __init__(self, config: Any, weights: Mapping[str, Array], device: str) -> None:
+        super().__init__(config, weights, device)

@@ -1,0 +1,196 @@
+"""``kvconform check``: targets, the truth that a black box is judged by, and what a person reads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import SUPPORT
+
+from kvconform.judging.verdict import Outcome
+from kvconform.results.results import Results, exit_code, read
+from kvconform.run import check
+from kvconform.run.run import Plan, run_backend
+from kvconform.search.effort import Budget
+from kvconform.worker.client import Infrastructure, Launch, Subject
+from kvconform_specs.clauses import BY_NAME
+from kvconform_specs.errors import SpecError
+from kvconform_specs.program import Append, Program
+from kvconform_specs.reference.oracle import expect
+
+BOXES = SUPPORT / "black_boxes.py"
+PLAN = Plan(Budget("tiny", 6, 2, 20.0))
+pytestmark = pytest.mark.xdist_group("check")
+
+
+def judged(name: str, folder: Path) -> Results:
+    return run_backend(name, Launch(f"{BOXES}:{name}"), PLAN, folder)
+
+
+def outcomes(results: Results) -> dict[str, Outcome]:
+    return {verdict.clause: verdict.outcome for verdict in results.verdicts}
+
+
+def kvconform(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvconform", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+
+
+# --- what a target is ---
+def test_each_kind_of_target_has_its_addresses(tmp_path: Path) -> None:
+    file, onnx = tmp_path / "a.py", tmp_path / "decoder.onnx"
+    file.touch()
+    onnx.touch()
+    assert check.addresses(f"{file}:Net", {}) == [f"py:{file}:Net"]
+    assert check.addresses("package.module:Net", {"init": {"d": 3}}) == ['py:package.module:Net?{"init": {"d": 3}}']
+    assert check.addresses(str(onnx), {}) == [f"onnx:{onnx}"]
+    assert check.addresses("numpy", {}) == ["numpy"]
+    assert check.addresses("hf:GPT2Config", {}) == [
+        f'hf:GPT2Config?{{"cache": "{cache}"}}' for cache in ("dynamic", "static")
+    ]
+    assert check.addresses("hf:GPT2Config", {"cache": "static"}) == ['hf:GPT2Config?{"cache": "static"}']
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("numpi", "'numpi' is nothing that is known; known: file.py:NAME"),
+        ("absent.py:Net", "no file absent.py"),
+        ("absent.onnx", "no file absent.onnx"),
+        ("a.py:not a name", "nothing that is known"),
+    ],
+)
+def test_what_is_no_target_is_one_sentence_that_lists_the_forms(target: str, words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        check.addresses(target, {})
+
+
+def test_options_are_json_and_a_bare_word_is_a_word() -> None:
+    assert check.options('{"d": 3}', ["cache=static", "seed=4"]) == {"init": {"d": 3}, "cache": "static", "seed": 4}
+    for init, others, words in (
+        ("{", [], "init: init is no JSON"),
+        ("[1]", [], "init: want a JSON object"),
+        ("", ["cache"], "option: want NAME=JSON, got 'cache'"),
+        ("", ["config={1}"], "option: config is no JSON"),
+    ):
+        with pytest.raises(SpecError, match=words):
+            check.options(init, others)
+
+
+# --- judged by itself ---
+def test_a_correct_black_box_is_conformant_by_its_own_forward(tmp_path: Path) -> None:
+    found = judged("BlackBox", tmp_path)
+    assert exit_code(found) == (0, "conformant: hidden profile, judged by its own forward")
+    assert found.target is not None
+    assert found.target.recognised == "hidden states in and out, written for a test"
+    worst = max(verdict.worst or 0.0 for verdict in found.verdicts)
+    assert 0.0 < worst < 0.2  # as DESIGN.md says
+
+
+def test_what_the_own_forward_cannot_show_is_unsupported_and_says_blind(tmp_path: Path) -> None:
+    blind = [name for name, clause in BY_NAME.items() if clause.blind and "decoder" in clause.profiles]
+    assert blind
+    for verdict in judged("BlackBox", tmp_path).verdicts:
+        if verdict.clause in blind:
+            assert verdict.outcome is Outcome.UNSUPPORTED
+            assert verdict.sentence.startswith("blind: ")
+
+
+def test_a_token_that_the_cached_path_drops_is_convicted(tmp_path: Path) -> None:
+    found = outcomes(judged("DropsOldest", tmp_path))
+    assert {name for name, outcome in found.items() if outcome.broken} >= {
+        "equivalence.decode", "equivalence.chunks", "causality.past-seen",
+    }  # fmt: skip
+
+
+def test_an_error_of_a_ten_thousandth_in_the_cached_path_alone_is_convicted(tmp_path: Path) -> None:
+    assert outcomes(judged("OffBy", tmp_path))["equivalence.decode"] is Outcome.FAIL
+
+
+def test_a_forward_that_is_no_yardstick_is_the_finding_and_nothing_is_judged_by_it(tmp_path: Path) -> None:
+    found = judged("NotCausal", tmp_path)
+    assert exit_code(found)[0] == 1
+    assert [v.clause for v in found.verdicts if v.outcome.broken] == ["equivalence.full-stable"]
+    others = {v.outcome for v in found.verdicts if v.clause != "equivalence.full-stable"}
+    assert others == {Outcome.INCONCLUSIVE, Outcome.UNSUPPORTED}
+
+
+def test_a_forward_that_cached_steps_disturb_is_a_finding_and_still_a_yardstick_where_none_runs(tmp_path: Path) -> None:
+    found = outcomes(judged("Disturbed", tmp_path))
+    assert found["equivalence.full-stable"] is Outcome.FAIL
+    assert found["equivalence.chunks"] is Outcome.FAIL  # it compares with the forward in the subject's own process
+    assert found["lifecycle.reset"] is Outcome.PASS
+
+
+def test_what_wavers_in_its_last_bits_like_its_own_forward_is_no_leak(tmp_path: Path) -> None:
+    found = outcomes(judged("Wavers", tmp_path))
+    assert found["causality.future-blind"] is Outcome.PASS
+    assert not any(outcome.broken for outcome in found.values())
+
+
+def test_an_own_forward_that_raises_is_told_and_not_taken_for_a_wrong_cache(tmp_path: Path) -> None:
+    broken = [verdict for verdict in judged("Raises", tmp_path).verdicts if verdict.outcome.broken]
+    assert broken
+    assert all("at most nine tokens" in verdict.sentence for verdict in broken)
+
+
+def test_no_cached_step_ever_runs_where_the_truth_is_computed() -> None:
+    """``Disturbed`` would show it: after a step in the subject, its truth is still that of a fresh process."""
+    with Subject(Launch(f"{BOXES}:Disturbed")) as subject, Subject(Launch(f"{BOXES}:BlackBox")) as right:
+        (config,) = subject.points.values()
+        program = Program(config, (Append("a", (5, 5), 1),))
+        for one in (subject, right):
+            one.build(config)
+            one.run(program, (0,))
+        values = []
+        for one in (subject, right):
+            assert one.own is not None
+            (want,) = expect(program, own=one.own(config))
+            assert want is not None
+            values.append(want.value)
+        assert (values[0] == values[1]).all()
+
+
+# --- what a person reads ---
+def test_a_check_says_how_it_was_called_what_was_assumed_and_what_is_wrong(tmp_path: Path) -> None:
+    done = kvconform("check", f"{BOXES}:DropsOldest", folder=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    first, second, *others = done.stdout.splitlines()
+    assert first == "DropsOldest: hidden states in and out, written for a test"
+    assert second == "  assumed: no more than 24 tokens are tried"
+    assert any(line.startswith("  noise floor [hidden-own]: outputs may stray by ") for line in others)
+    replays = [line.split("kvconform ", 1)[1].split("   ")[0] for line in others if "replay: " in line]
+    assert len(replays) == check.SHOWN
+    assert kvconform(*replays[0].split(), folder=tmp_path).returncode == 1
+    found = read(tmp_path / "results" / "check" / "DropsOldest.json")
+    assert found.maps["hidden-own"]
+    assert "DropsOldest: non-conformant: " in done.stdout
+
+
+def test_a_check_as_json_prints_the_results_and_nothing_else(tmp_path: Path) -> None:
+    done = kvconform("check", f"{BOXES}:BlackBox", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads(done.stdout)
+    assert found["target"]["assumed"] == ["no more than 24 tokens are tried"]
+    assert found["claims"]["truth"] == "self"
+
+
+def test_a_target_that_cannot_be_opened_is_one_sentence_and_exit_code_3(tmp_path: Path) -> None:
+    done = kvconform("check", f"{BOXES}:Absent", folder=tmp_path)
+    assert done.returncode == 3
+    assert "Absent" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_an_unknown_kind_of_option_does_not_start_a_worker() -> None:
+    with pytest.raises(Infrastructure, match="its options are no JSON"):
+        Subject(Launch("py:a.py:Net?{"))
+
+
+@pytest.mark.parametrize("name", ["numpy", "eager"])
+def test_a_shipped_backend_as_a_black_box_is_conformant(name: str, tmp_path: Path) -> None:
+    found = run_backend(name, Launch(f"{BOXES.with_name('wrapped_backends.py')}:{name}"), PLAN, tmp_path)
+    assert exit_code(found) == (0, "conformant: decoder profile, judged by its own forward")

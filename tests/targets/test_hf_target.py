@@ -1,0 +1,333 @@
+"""``hf:`` targets: models of transformers are opened, run as ``generate`` runs them, judged by their own forward."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from numpy.typing import NDArray
+from places import ROOT
+
+from kvconform.results.results import exit_code
+from kvconform.run.run import Plan, run_backend
+from kvconform.search.counterexample import Broken, attempt
+from kvconform.search.effort import Budget
+from kvconform.worker.client import Launch
+from kvconform.worker.execute import feeds_of, record
+from kvconform.worker.protocol import Traces, pack, unpack
+from kvconform.worker.registry import BackendError, load
+from kvconform_specs.clause import Case, Level
+from kvconform_specs.clauses import ALL, BY_NAME
+from kvconform_specs.config import Config
+from kvconform_specs.program import Append, Close, Fork, Full, Program, Reject, Reorder, Reset, Truncate
+from kvconform_specs.reference.oracle import Own, expect
+
+torch = pytest.importorskip("torch", reason="transformers runs on it")
+pytest.importorskip("transformers", reason="it is what is tested here")
+
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from kvconform_backends.targets.hf import target as hf_target  # noqa: E402
+from kvconform_backends.targets.hf.target import Transformers, open_hf, tokens_of  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("transformers")
+
+FAMILIES = {
+    "GPT2Config": "GPT2LMHeadModel", "LlamaConfig": "LlamaForCausalLM", "MistralConfig": "MistralForCausalLM",
+    "Gemma2Config": "Gemma2ForCausalLM", "Gemma3TextConfig": "Gemma3ForCausalLM", "Qwen3Config": "Qwen3ForCausalLM",
+    "GPTNeoXConfig": "GPTNeoXForCausalLM", "FalconConfig": "FalconForCausalLM", "OPTConfig": "OPTForCausalLM",
+    "BloomConfig": "BloomForCausalLM", "PhiConfig": "PhiForCausalLM", "GptOssConfig": "GptOssForCausalLM",
+}  # fmt: skip
+WINDOWED = {"MistralConfig", "Gemma2Config", "Gemma3TextConfig", "GptOssConfig"}
+MIXED = WINDOWED - {"MistralConfig"}
+TINY = ROOT / "examples" / "tiny_llama"
+BRIEF = Budget("brief", structures=2, variants=2, seconds=60.0)
+
+
+class InProcess:
+    """What ``attempt`` needs of a subject, without a worker: importing transformers takes seconds."""
+
+    def __init__(self, backend: type[Transformers]) -> None:
+        (self.config,) = backend.points.values()
+        self.claims, self.subject = backend.claims, backend(self.config, {})
+        self.disturbed: dict[int, Transformers] = {}
+        self.traces: deque[Traces] = deque()
+
+    def own(self, config: Config) -> Own:
+        return self._own
+
+    def _own(self, inputs: NDArray[Any], storage: float, accumulation: float, seed: int) -> NDArray[Any]:
+        if seed and seed not in self.disturbed:
+            self.disturbed[seed] = self.subject.disturbed(storage, accumulation, seed)
+        return (self.disturbed[seed] if seed else self.subject).full(inputs)
+
+    def send(self, program: Program, variants: Sequence[int]) -> None:
+        self.traces.append(unpack(*pack(record(self.subject, program, tuple(variants)))))
+
+    def receive(self, program: Program) -> Traces:
+        return self.traces.popleft()
+
+
+def broken(backend: type[Transformers], clauses: Sequence[str], examples: int) -> dict[str, str]:
+    """The sentence of each of these clauses that a few programs break."""
+    subject, found = InProcess(backend), {}
+
+    for name in clauses:
+        clause = BY_NAME[name]
+
+        @settings(
+            max_examples=examples, deadline=None, database=None, derandomize=True, phases=(Phase.generate,),
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        @given(clause.family(subject.config, subject.claims))
+        def tried(case: Case) -> None:
+            subject.traces.clear()
+            judged = attempt(clause, subject, case, (0, 1))  # noqa: B023 - it is called here
+            if isinstance(judged, Broken):
+                found.setdefault(name, judged.sentence)  # noqa: B023
+
+        tried()
+    return found
+
+
+def asked(backend: type[Transformers]) -> list[str]:
+    """The clauses about this target whose failure would be one."""
+    (config,) = backend.points.values()
+    claims = backend.claims
+    return [
+        clause.name
+        for clause in ALL
+        if clause.level is Level.MUST and not clause.blind and clause.applies(config)
+        and all(map(claims.can, clause.needs)) and (not clause.needs_any or any(map(claims.can, clause.needs_any)))
+    ]  # fmt: skip
+
+
+# --- opening ---
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_opens_and_decodes_what_its_own_forward_gives(family: str, cache: str) -> None:
+    backend = open_hf(family, {"cache": cache})
+    assert backend.recognised.startswith(f"transformers {FAMILIES[family]}, {cache.title()}Cache, ")
+    subject = InProcess(backend)
+    assert subject.config.window == (5 if family in WINDOWED else None)
+    assert subject.config.window_every == (2 if family in MIXED else 1)
+    assert len(subject.subject.witness()["layers"]) == subject.config.layers == (4 if family in MIXED else 2)
+    program = Program(subject.config, tuple(Append("a", (size, size), 7) for size in (4, 1, 6, 1, 1, 3)))
+    subject.send(program, (0, 1))
+    done = subject.receive(program)
+    assert done.stacked is not None, "a step raised"
+    for step, want in zip(done.stacked, expect(program, (0, 1), own=subject.own(subject.config)), strict=True):
+        assert want is not None
+        assert (np.abs(step.output - want.value) <= want.bound).all()
+
+
+def test_what_a_cache_offers_is_found_by_trying() -> None:
+    everything, common = {"full", "length", "reset", "fork", "reorder", "truncate"}, {"full", "length", "reset", "fork"}
+    assert {*open_hf("LlamaConfig", {}).claims.abilities} == everything
+    assert {*open_hf("LlamaConfig", {"cache": "static"}).claims.abilities} == everything - {"truncate"}
+    # a layer that has forgotten what was before its window cannot be cropped, one whose window never fills can be
+    assert {*open_hf("MistralConfig", {}).claims.abilities} == common | {"reorder"}
+    wide = open_hf("MistralConfig", {"config": {"sliding_window": 64}})
+    assert {*wide.claims.abilities} == everything
+    assert wide.points["decoder-own"].window is None
+
+
+def test_weights_are_spread_and_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, again, other = (open_hf("OPTConfig", {"seed": seed}) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    tables = [backend.made.get_input_embeddings().weight[3:] for backend in (first, again, other)]
+    assert torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[0], tables[2])
+    assert 0.18 < float(tables[0].detach().std()) < 0.22
+    assert first.assumed[1] == "its weights are random (seed 3, of standard deviation 0.2, since 0.02 hides mistakes)"
+
+
+def test_special_tokens_are_in_no_program() -> None:
+    backend = open_hf("LlamaConfig", {"config": {"eos_token_id": [5, 2], "pad_token_id": None}})
+    assert backend.points["decoder-own"].reserved == (1, 2, 5)
+    assert "tokens 1, 2, 5 are special and never used" in backend.assumed
+
+
+def test_a_directory_without_weights_is_opened_at_random_and_one_with_weights_as_it_is(tmp_path: Path) -> None:
+    random = open_hf(str(TINY), {"cache": "static"})
+    config = random.points["decoder-own"]
+    assert (config.heads, config.kv_heads, config.layers, config.vocabulary, config.capacity) == (6, 2, 3, 101, 40)
+    assert random.assumed[0].startswith("its weights are random (seed 0, of standard deviation 0.2")
+    assert random.source == str(TINY / "config.json")
+    kept = LlamaForCausalLM(LlamaConfig(**json.loads((TINY / "config.json").read_text())))
+    kept.save_pretrained(tmp_path)
+    backend = open_hf(str(tmp_path), {})
+    assert backend.assumed[0] == f"its weights are those in {tmp_path}"
+    for mine, saved in zip(backend.made.parameters(), kept.parameters(), strict=True):
+        assert torch.equal(mine, saved)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "words"),
+    [
+        ("gpt2", {}, "neither a local directory with a config.json nor a config class .* nothing is downloaded"),
+        ("LlamaForCausalLM", {}, "neither a local directory"),
+        ("LlamaConfig", {"caches": "static"}, "no option 'caches'; known: cache, config, attn_implementation, exp"),
+        ("LlamaConfig", {"cache": "paged"}, "cache is 'paged'; known: dynamic, static"),
+        ("LlamaConfig", {"dtype": "float8"}, "dtype is 'float8'; known: float32, bfloat16, float16"),
+        ("LlamaConfig", {"config": {"hiden_size": 3}}, "LlamaConfig has no field 'hiden_size'"),
+        ("Gemma2Config", {"attn_implementation": "sdpa"}, "transformers .* says ValueError: Gemma2For"),
+        ("LlamaConfig", {"config": {"head_dim": 7}}, "transformers .* says Strict.* even rotary dimension"),
+        ("ViTConfig", {}, "transformers .* says ValueError: Unrecognized configuration class"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_opened_gets_one_sentence(target: str, options: Mapping[str, Any], words: str) -> None:
+    with pytest.raises(BackendError, match=f"^target hf:{target}: .*{words}"):
+        open_hf(target, options)
+
+
+def test_an_address_names_target_cache_and_dtype() -> None:
+    backend = load('hf:Qwen3Config?{"cache": "static", "dtype": "bfloat16", "attn_implementation": "eager"}')
+    assert backend.recognised == "transformers Qwen3ForCausalLM, StaticCache, eager"
+    assert backend.claims.dtypes == ("bfloat16",)
+    assert backend.made.dtype == torch.bfloat16
+    subject = backend(backend.points["decoder-own"], {})
+    assert (subject.witness()["device"], subject.witness()["precision"]) == (None, "bfloat16")
+    subject.full(np.array([tokens_of(subject.config, 2)]))
+    assert subject.witness()["device"] == "cpu"
+
+
+def test_experts_share_no_product_unless_they_are_told_to() -> None:
+    apart, together = open_hf("GptOssConfig", {}), open_hf("GptOssConfig", {"experts_implementation": "grouped_mm"})
+    assert "its experts are computed by batched_mm, since grouped_mm lets tokens share a rounding" in apart.assumed
+    for backend, name in ((apart, "batched_mm"), (together, "grouped_mm")):
+        subject = backend(backend.points["decoder-own"], {})
+        assert subject.witness()["experts"] == name
+        assert (f"model.set_experts_implementation({name!r})" in subject.script_setup()) is True
+    assert broken(apart, ["causality.future-blind"], 3) == {}
+
+
+# --- judging ---
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [("LlamaConfig", "dynamic"), ("LlamaConfig", "static"), ("MistralConfig", "dynamic"), ("MistralConfig", "static")],
+)
+def test_a_clean_model_breaks_no_clause(family: str, cache: str) -> None:
+    backend = open_hf(family, {"cache": cache})
+    clauses = asked(backend)
+    assert {"equivalence.decode", "lifecycle.reset", "causality.past-seen", "lifecycle.fork"} <= {*clauses}
+    assert ("window.hybrid" in clauses, "window.width" in clauses) == (False, family == "MistralConfig")
+    assert broken(backend, clauses, 2) == {}
+
+
+def test_the_published_gpt2_is_conformant_in_workers_of_its_own(tmp_path: Path) -> None:
+    address = "kvconform_backends.targets.hf.target:GPT2"
+    assert load(address) is hf_target.gpt2()
+    results = run_backend("gpt2", Launch(address), Plan(BRIEF, 0, ("float32",), ("lifecycle.independent",)), tmp_path)
+    assert all(v.outcome.value in ("pass", "unsupported") for v in results.verdicts), results.verdicts
+    assert exit_code(results)[0] == 5, "one clause is not the core"
+    (witness,) = results.witnesses.values()
+    assert (witness["model"], witness["cache"], witness["attention"]) == ("GPT2LMHeadModel", "DynamicCache", "sdpa")
+    assert witness["layers"] == ["DynamicLayer"] * 2
+
+
+class Forgetful(DynamicCache):
+    """From the fifth token on the value of the oldest is lost."""
+
+    def update(self, *given: Any, **more: Any) -> Any:
+        keys, values = super().update(*given, **more)
+        if values.shape[-2] > 4:
+            values[..., 0, :] = 0.0
+        return keys, values
+
+
+class Restarting(DynamicCache):
+    """Says that it is empty, so that positions start again at each step."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+class HalfTurned(DynamicCache):
+    """A reorder turns keys and leaves values as they are."""
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        for layer in self.layers:
+            layer.keys = layer.keys[beam_idx]
+            layer.values = layer.values[: len(beam_idx)].clone()
+
+
+class HalfCropped(DynamicCache):
+    """A crop forgets the tokens of the first layer alone."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.layers[0].crop(tokens_to_remove)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["LlamaConfig", "Gemma2Config"])
+def test_an_empty_cache_takes_any_number_of_rows(family: str, cache: str) -> None:
+    backend = open_hf(family, {"cache": cache})
+    (config,) = backend.points.values()
+    steps = [Append("a", (7, 7), 5), Reset("a"), Reorder("a", (0, 1, 1)), Append("a", (2, 2, 2), 6), Reorder("a", (2,))]
+    if backend.claims.can("truncate"):
+        steps += [Truncate("a", 0), Reorder("a", (0, 0)), Append("a", (3, 3), 7)]
+    (trace,) = record(backend(config, {}), Program(config, tuple(steps)), (0,))
+    assert [done.error for done in trace] == [None] * len(steps)
+
+
+@pytest.mark.parametrize(
+    ("cache", "clause"),
+    [
+        (Forgetful, "equivalence.decode"),
+        (Forgetful, "causality.past-seen"),
+        (Restarting, "equivalence.chunks"),
+        (Restarting, "shape.length"),
+        (HalfTurned, "lifecycle.reorder"),
+        (HalfCropped, "lifecycle.truncate"),
+    ],
+)
+def test_a_broken_cache_is_convicted_by_the_clause_about_it(cache: type[DynamicCache], clause: str) -> None:
+    backend = type("Broken", (open_hf("LlamaConfig", {}),), {"cache": lambda self: cache(config=self.model.config)})
+    assert {*broken(backend, [clause, "equivalence.full-stable", "shape.output"], 12)} == {clause}
+
+
+def test_a_copy_of_a_cache_that_shares_its_layers_is_no_fork() -> None:
+    shallow = {"fork": lambda self, sequence: copy.copy(sequence)}
+    backend = type("Shallow", (open_hf("GPT2Config", {}),), shallow)
+    assert {*broken(backend, ["lifecycle.fork", "equivalence.decode"], 8)} == {"lifecycle.fork"}
+
+
+# --- reproductions ---
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [("OPTConfig", {}), ("BloomConfig", {"seed": 4}), (str(TINY), {"cache": "static", "config": {"head_dim": 8}})],
+)
+def test_the_script_of_a_program_gives_what_the_backend_gave(target: str, options: Mapping[str, Any]) -> None:
+    backend = open_hf(target, options)
+    (config,) = backend.points.values()
+    steps = [
+        Append("a", (3, 3), 5), Append("a", (1, 1), 5), Fork("a", "b"), Append("b", (2, 2), 9), Reorder("a", (1, 1, 0)),
+        Append("a", (1, 1, 1), 11), Close("b"), Reset("a"), Append("a", (4, 4, 4), 13), Full("c", (6,), 15),
+        Append("b", (2,), 17),
+    ]  # fmt: skip
+    if backend.claims.can("truncate"):
+        steps += [Truncate("b", 1), Reject(Truncate("b", 9)), Append("b", (2,), 19), Truncate("b", 0)]
+        steps += [Reorder("b", (0, 0)), Append("b", (1, 1), 21)]
+    program = Program(config, tuple(steps))
+    subject = backend(config, {})
+    (trace,) = record(subject, program, (0,))
+    assert [done.error for done in trace] == [None] * len(steps)
+    x = {f"x7_{number}": given[0][0] for number, (given, _) in enumerate(feeds_of(program, (0,))) if given}
+    names: dict[str, Any] = {"np": np, **x}
+    with torch.random.fork_rng(), torch.no_grad():
+        exec(subject.script_setup() + subject.script(program, "7_"), names)
+    outputs = {f"y7_{number}": done.output for number, done in enumerate(trace) if done.output is not None}
+    assert {*outputs} == {name for name in names if name.startswith("y7_")}
+    for name, output in outputs.items():
+        assert np.array_equal(names[name], output), name
+        assert names[name].dtype == np.float32

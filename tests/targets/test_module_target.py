@@ -1,0 +1,433 @@
+"""``py:`` targets: modules written in many ways are recognised, called as they ask, and judged by their own forward."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from numpy.typing import NDArray
+from places import SUPPORT
+
+from kvconform.api import conformance
+from kvconform.search.counterexample import Broken, attempt
+from kvconform.worker.execute import feeds_of, record
+from kvconform.worker.protocol import Traces, pack, unpack
+from kvconform.worker.registry import BackendError, load
+from kvconform_specs.clause import Case
+from kvconform_specs.clauses import BY_NAME
+from kvconform_specs.config import Config
+from kvconform_specs.program import Append, Close, Full, Keep, Program, Reset
+from kvconform_specs.reference.oracle import Own, expect
+
+torch = pytest.importorskip("torch", reason="modules are torch's")
+
+from kvconform_backends.targets.module import calls, conventions  # noqa: E402
+from kvconform_backends.targets.module import target as module  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("modules")
+
+
+HERE = SUPPORT
+FILE = HERE / "third_party_modules.py"
+EXAMPLES = HERE.parents[1] / "examples"
+ASKED = (
+    "shape.output", "shape.length", "shape.first-step", "causality.future-blind", "causality.past-seen",
+    "equivalence.decode", "equivalence.chunks", "equivalence.full-stable", "contents.old-handle",
+    "lifecycle.reset", "lifecycle.independent", "batch.row-solo",
+)  # fmt: skip
+"""Clauses about any target, of every chapter that concerns one."""
+
+STATES, PAIR = "hidden states in, ", "as one (key, value) pair, (b, h, s, d); called as module(x, "
+CORRECT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "attention.py:Attention": (f"{STATES}past_kv passed and returned {PAIR}past_kv=past)", {}),
+    "buffers.py:Decoder": (
+        "token ids in, the cache lives in the module and is emptied by module.reset_kv_cache(); called as "
+        "module(x, use_cache=True)",
+        {"capacity": 32, "vocabulary": 61, "heads": 4, "layers": 2, "head_dim": 8},
+    ),
+    "LayerPast": (
+        f"{STATES}layer_past passed and returned as one (key, value) pair, (b, s, h, d); called as "
+        "module(x, layer_past=past, use_cache=True)",
+        {"width": 24, "heads": 3, "kv_heads": 3, "head_dim": 8},
+    ),
+    "ready": (f"{STATES}layer_past passed and returned as one (key, value) pair, (b, s, h, d)", {"heads": 3}),
+    "TwoPasts": (f"{STATES}past_k and past_v passed and returned {PAIR}past_k=past[0], past_v=past[1])", {}),
+    "Stacked": (f"{STATES}kv_cache passed and returned as one array, (..., h, s, d)", {"head_dim": 8}),
+    "MaskFromCaller": (
+        f"{STATES}past passed and returned {PAIR}past=past, "
+        "mask=torch.ones(new, cached + new, dtype=torch.bool).tril(cached))",
+        {},
+    ),
+    "CacheObject": (f"{STATES}cache passed and changed in place, an object of class KVCache, (b, h, s, d)", {}),
+    "MakesCache": (
+        f"{STATES}kv_cache passed and changed in place, a dict of 'k', 'v', 'length', of a size that does not change",
+        {"capacity": 30},
+    ),
+    "Rotary": (f"{STATES}past passed and returned {PAIR}past=past, pos=cached)", {}),
+    "QueryKeyValue": (f"{STATES}past passed and returned as one (key, value) pair, (b, h, s, d); called as "
+                      "module(x, x, x, past=past)", {}),
+    "OneRow": (f"{STATES}past passed and returned as one array, (b, s, d); called as module(x, past=past)", {}),
+    "attend": (
+        f"{STATES[:-2]}, without a batch axis, past passed and returned as one (key, value) pair, (s, d)",
+        {"width": 16, "vocabulary": 0},
+    ),
+    "in_numpy": (f"{STATES[:-2]}, without a batch axis, numpy arrays, past passed and returned as one (key, value) "
+                 "pair, (s, d)", {"width": 16}),
+    "LikeTransformers": (
+        "token ids in, past_key_values passed and returned as a tuple of 2 (key, value) pairs, (b, h, s, d); called "
+        "as module(x, past_key_values=past, use_cache=True)",
+        {"capacity": 24, "vocabulary": 53, "layers": 2, "heads": 2, "head_dim": 10},
+    ),
+    "ListOfPasts": (
+        "token ids in, kv_caches passed and returned as a list of 2 (key, value) pairs, (b, h, s, d); called as "
+        "module(x, kv_caches=past)",
+        {"capacity": 24, "vocabulary": 53},
+    ),
+    "ModuleBuffers": (
+        f"{STATES}the cache lives in the module and is emptied by module.reset_cache(); called as "
+        "module(x, use_cache=True)",
+        {"width": 20},
+    ),
+    "AlwaysCaches": (
+        f"{STATES}the cache lives in the module and is emptied by module.reset_cache(); called as module(x)", {},
+    ),
+    "StartPos": (f"{STATES}the cache lives in the module; called as module(x, start_pos=cached)", {"capacity": 26}),
+    "FourRows": (f"{STATES}the cache lives in the module; called as module(x, start_pos=cached)", {"capacity": 26}),
+    "SetsCache": (
+        f"{STATES}the cache lives in the module and is emptied by module.set_kv_cache(batch_size=batch); called as "
+        "module(x, input_pos=torch.arange(cached, cached + new))",
+        {"capacity": 22},
+    ),
+    "NamesItItsOwn": (f"{STATES}pantry passed and changed in place, an object of class KVCache, (b, h, s, d)", {}),
+    "InputPos": (
+        f"{STATES}the cache lives in the module and is emptied by "
+        "module.setup_caches(max_batch_size=batch, max_seq_length=26); called as "
+        "module(x, input_pos=torch.arange(cached, cached + new))",
+        {"capacity": 26},
+    ),
+}  # fmt: skip
+"""How each is called, in words, and what its config says."""
+
+BROKEN: Mapping[str, tuple[str, set[str], set[str]]] = {
+    "attention_broken.py:Attention": ("past_kv", {"equivalence.decode", "causality.past-seen"}, {"shape.first-step"}),
+    "ChunkSeesFuture": ("past_kv", {"causality.future-blind", "equivalence.chunks"}, {"equivalence.decode"}),
+    "NeverReset": ("module.reset_cache()", {"lifecycle.reset"}, set()),
+    "SquareMask": ("module.reset_cache()", {"equivalence.chunks"}, {"equivalence.decode", "shape.first-step"}),
+    "GlobalList": ("lives in the module;", {"lifecycle.independent"}, set()),
+    "RestartedPositions": ("past", {"equivalence.decode"}, {"shape.first-step", "causality.future-blind"}),
+    "RotatedTwice": ("past", {"equivalence.decode", "equivalence.chunks"}, {"shape.first-step"}),
+    "ForgetsOrder": ("past", {"equivalence.decode"}, {"shape.first-step"}),
+    "SharedRow": ("layer_past", {"batch.row-solo"}, {"shape.first-step"}),
+    "Overwrites": ("layer_past", {"contents.old-handle"}, {"equivalence.decode", "lifecycle.reset"}),
+    "OffByOne": ("changed in place", {"equivalence.decode"}, {"shape.first-step"}),
+}
+"""Words of how each is called, clauses that it breaks, and clauses that it does not."""
+
+
+def opened(name: str, **options: Any) -> Any:
+    place = f"{FILE}:{name}" if ":" not in name else f"{EXAMPLES}/{name}"
+    return module.open_module(place, options)
+
+
+class InProcess:
+    """What ``attempt`` needs of a subject, without workers: importing torch takes seconds."""
+
+    def __init__(self, target: Any) -> None:
+        (self.config,) = target.points.values()
+        self.claims = target.claims
+        self.subject, self.truth = (target(self.config, {}, "cpu") for _ in range(2))  # built apart, as in processes
+        self.disturbed: dict[int, Any] = {}
+        self.traces: deque[Traces] = deque()
+
+    def own(self, config: Config) -> Own:
+        return self._own
+
+    def _own(self, inputs: NDArray[Any], storage: float, accumulation: float, seed: int) -> NDArray[Any]:
+        if seed and seed not in self.disturbed:
+            self.disturbed[seed] = self.truth.disturbed(storage, accumulation, seed)
+        made: NDArray[Any] = (self.disturbed[seed] if seed else self.truth).full(inputs)
+        return made
+
+    def send(self, program: Program, variants: Sequence[int]) -> None:
+        self.traces.append(unpack(*pack(record(self.subject, program, tuple(variants)))))
+
+    def receive(self, program: Program) -> Traces:
+        return self.traces.popleft()
+
+
+def broken(target: Any, clauses: Sequence[str] = ASKED, examples: int = 5) -> dict[str, str]:
+    """The sentence of each of these clauses that a few programs break, and that the target's claims let be asked."""
+    found: dict[str, str] = {}
+    for name in clauses:
+        clause, subject = BY_NAME[name], InProcess(target)
+        if not all(map(subject.claims.can, clause.needs)):
+            continue
+
+        @settings(
+            max_examples=examples, deadline=None, database=None, derandomize=True, phases=(Phase.generate,),
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        @given(clause.family(subject.config, subject.claims))
+        def tried(case: Case) -> None:
+            subject.traces.clear()  # noqa: B023 - it is called here
+            judged = attempt(clause, subject, case, (0, 1))  # noqa: B023
+            if isinstance(judged, Broken):
+                found.setdefault(name, judged.sentence)  # noqa: B023
+
+        tried()
+    return found
+
+
+# --- recognition ---
+@pytest.mark.parametrize("name", CORRECT)
+def test_a_convention_is_recognised_without_a_word_and_what_is_correct_breaks_nothing(name: str) -> None:
+    target = opened(name)
+    words, fields = CORRECT[name]
+    assert target.recognised.startswith(words)
+    (config,) = target.points.values()
+    assert {field: getattr(config, field) for field in fields} == fields
+    assert broken(target) == {}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_bug_is_found_and_not_taken_for_a_convention(name: str) -> None:
+    target = opened(name)
+    words, breaks, keeps = BROKEN[name]
+    assert words in target.recognised
+    found = set(broken(target, examples=9))
+    assert breaks <= found
+    assert not keeps & found
+
+
+def test_what_a_step_raises_is_the_suites_to_find() -> None:
+    words = broken(opened("SquareMask"), ("equivalence.chunks",), 12)["equivalence.chunks"]
+    assert "raised RuntimeError: The size of tensor a" in words
+
+
+def test_what_a_default_does_is_judged_and_the_remedy_is_told() -> None:
+    assumed = opened("ForgetsOrder").assumed
+    given = "torch.arange(cached, cached + new)"
+    assert f"position_ids is left out; given as {given}, cached calls would agree" in assumed
+    assert "position_ids is left out" in opened("LikeTransformers").assumed
+
+
+def test_claims_are_what_the_target_itself_offers() -> None:
+    abilities = {name: set(opened(name).claims.abilities) for name in ("LayerPast", "CacheObject", "MakesCache")}
+    assert abilities["LayerPast"] == {"full", "length", "reset", "functional"}
+    assert abilities["CacheObject"] == abilities["MakesCache"] == {"full", "length", "reset"}
+    owned, always, position = (opened(name).claims for name in ("ModuleBuffers", "AlwaysCaches", "StartPos"))
+    assert set(owned.abilities) == {"full", "reset"}
+    assert set(always.abilities) == set(position.abilities) == {"reset"}  # there is no call without the cache
+    assert set(opened("GlobalList").claims.abilities) == {"full"}
+    assert owned.max_sequences == always.max_sequences == 1
+    assert opened("OneRow").claims.max_batch == opened("attend").claims.max_batch == 1
+    assert opened("FourRows").claims.max_batch == 4
+    assert set(opened("SetsCache").claims.abilities) == {"full", "reset"}
+    assert opened("ListOfPasts").claims.returns == "last"
+    assert opened("LayerPast").claims.devices == ("cpu", "cuda")
+    assert opened("attend").claims.devices == ("cpu",)
+
+
+def test_a_window_hides_how_many_tokens_the_past_has_seen() -> None:
+    assert "length" not in opened("LayerPast", init={"width": 24, "heads": 3, "window": 4}).claims.abilities
+
+
+# --- options ---
+def test_arguments_seed_and_dtype_make_the_target() -> None:
+    target = opened("LayerPast", init={"width": 30, "heads": 5}, seed=3, dtype="bfloat16")
+    (config,) = target.points.values()
+    assert (config.width, config.heads, config.dtype, target.claims.dtypes) == (30, 5, "bfloat16", ("bfloat16",))
+    assert target.assumed[0].startswith("it is built with width=30, heads=5 after torch.manual_seed(3)")
+    assert broken(target, ("equivalence.decode",)) == {}
+    x = np.ones((1, 2, 30), np.float32)
+    outputs = [opened("LayerPast", init={"width": 30, "heads": 5}, seed=seed)(config, {}, "cpu").full(x)
+               for seed in (3, 3, 4)]  # fmt: skip
+    assert np.array_equal(outputs[0], outputs[1])
+    assert not np.array_equal(outputs[0], outputs[2])
+    subject = target(config, {}, "cpu")
+    assert (subject.witness()["device"], subject.witness()["precision"]) == (None, "bfloat16")
+    subject.full(x)
+    assert subject.witness()["device"] == "cpu"
+
+
+def test_a_config_class_is_made_from_a_json_object() -> None:
+    (config,) = opened("LikeTransformers", init={"config": {"vocab_size": 31, "n_layer": 3}}).points.values()
+    assert (config.vocabulary, config.layers) == (31, 3)
+
+
+def test_a_convention_can_be_told() -> None:
+    told = {"call": "module(x, position_ids=torch.arange(cached, cached + new), past=past)", "present": "out[1]",
+            "output": "out[0]"}  # fmt: skip
+    target = opened("ForgetsOrder", convention=told)
+    assert f"called as {told['call']}" in target.recognised
+    assert broken(target) == {}
+
+
+def test_an_address_opens_a_target_and_a_backend_stays_what_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("class Mine:\n    claims = 'my own'\n")
+    assert load(f"py:{file}:Mine").claims == "my own"
+    options = json.dumps({"init": {"width": 30, "heads": 5}})
+    assert load(f"py:{FILE}:LayerPast?{options}").points["hidden-own"].width == 30
+    assert load("py:third_party_modules:ready").recognised.startswith(STATES)
+    assert load("py:third_party_modules:ready").source == str(FILE)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        (
+            "Strange",
+            {},
+            "found Strange.forward(x: 'Tensor', ledger: 'dict'), and nothing says what 'ledger' should be ",
+        ),
+        ("NoCache", {}, "found NoCache.forward(x: 'Tensor'), whose calls show no cache; the known conventions are a p"),
+        ("Absent", {}, "has no 'Absent'"),
+        (
+            "Layer",
+            {"init": {"width": 5, "heads": 3}},
+            "found Layer.forward(x: 'Tensor', past: 'tuple[Tensor, Tensor] |",
+        ),
+        ("Layer", {"init": {"depth": 5}}, "cannot be built: TypeError: Projections.__init__() got an unexpected keyw"),
+        ("Needs", {}, "give its arguments: --init '{\"width\": ...}'"),
+        ("KV_CACHE", {}, "is a list, which cannot be called"),
+        ("LayerPast", {"dtype": "int8"}, "unknown dtype 'int8'; known: float32, bfloat16, float16"),
+        ("LayerPast", {"colour": 1}, "unknown option 'colour'; known: init, seed, dtype, convention"),
+        ("LayerPast", {"convention": {"calls": ""}}, "convention.calls: unknown field; known: always, arrays, batched"),
+    ],
+)
+def test_what_cannot_be_opened_is_told_in_a_sentence(name: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(BackendError) as caught:
+        opened(name, **options)
+    assert str(caught.value).startswith(f"py:{FILE}:{name}")
+    assert words in str(caught.value)
+
+
+def test_a_file_that_cannot_be_imported_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import no_such_package_of_anyone\n")
+    with pytest.raises(BackendError, match=r"cannot be imported: ModuleNotFoundError: No module named 'no_such"):
+        module.open_module(f"{tmp_path}/broken.py:Net", {})
+    with pytest.raises(BackendError, match=r"py:.*absent\.py:Net: no file"):
+        module.open_module(f"{tmp_path}/absent.py:Net", {})
+
+
+def test_the_adapter_that_is_shown_is_a_conformant_backend(tmp_path: Path) -> None:
+    """With its one import of the reader's own code turned to an example's."""
+    with pytest.raises(BackendError) as caught:
+        opened("NoCache")
+    shown = str(caught.value).partition("\n\n")[2]
+    assert shown == conventions.ADAPTER
+    sizes = "heads=6, kv_heads=2, head_dim=8, width=48"
+    text = shown.replace("heads=4, kv_heads=4, head_dim=8, width=32", sizes)
+    text = text.replace("from my_file", f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\nfrom attention")
+    (tmp_path / "adapter.py").write_text(text)
+    target = load(f"{tmp_path}/adapter.py:Adapter")
+    assert broken(target) == {}
+
+
+# --- noise ---
+@pytest.mark.parametrize("name", ["LayerPast", "LikeTransformers", "attend", "in_numpy", "ModuleBuffers"])
+def test_disturbed_weights_move_the_outputs_by_about_the_noise_and_leave_the_target_as_it_was(name: str) -> None:
+    target = opened(name)
+    (config,) = target.points.values()
+    subject = target(config, {}, "cpu")
+    x = np.arange(5)[None] if config.profile == "decoder" else np.ones((1, 5, config.width), np.float32)
+    before, noise = subject.full(x), 1e-4
+    moved = [subject.disturbed(noise, 0.0, seed).full(x) for seed in (1, 1, 2)]
+    assert np.array_equal(subject.full(x), before)
+    assert np.array_equal(moved[0], moved[1])
+    assert not np.array_equal(moved[0], moved[2])
+    relative = np.abs(moved[0] - before).mean() / np.abs(before).mean()
+    assert noise / 10 < relative < noise * 10
+    calls.disturbed(subject.caller.module, 1.0, 0.0, 1)
+    assert np.array_equal(subject.full(x), before)
+
+
+# --- reproductions ---
+def test_scripts_make_the_same_calls_without_this_package(tmp_path: Path) -> None:
+    """A correct target's script ends with 0, a broken one's with 1; all in one process, in which this package cannot be
+    imported."""
+    wanted = {}
+    for name in (*CORRECT, "attention_broken.py:Attention", "RotatedTwice", "SharedRow"):
+        subject = InProcess(opened(name))
+        program = Program(subject.config, _steps(subject.claims))
+        setup, steps = subject.subject.script_setup(), subject.subject.script(program, "a")
+        file = tmp_path / f"{name.replace(':', '_').replace('.', '_')}.py"
+        arrays: dict[str, NDArray[Any]] = {}
+        checks = []
+        feeds, wants = feeds_of(program, (0,)), expect(program, (0,), own=subject.own(subject.config))
+        for number, ((inputs, _), want) in enumerate(zip(feeds, wants, strict=True)):
+            if want is None:
+                continue
+            arrays[f"xa{number}"] = inputs[0][0]
+            want = want.last() if subject.claims.returns == "last" and type(program.steps[number]) is Append else want
+            arrays[f"want{number}"], arrays[f"bound{number}"] = want.value[0], want.bound[0]
+            checks.append(f"off |= not (abs(ya{number} - given['want{number}']) <= given['bound{number}']).all()")
+        np.savez(file.with_suffix(".npz"), allow_pickle=False, **arrays)
+        given = [f"given = np.load({str(file.with_suffix('.npz'))!r})", "off = False"]
+        given += [f"{key} = given[{key!r}]" for key in arrays if key.startswith("xa")]
+        file.write_text("\n".join(["import sys", "import numpy as np", *given, setup, steps, *checks, "sys.exit(off)"]))
+        assert steps.splitlines()[-1].endswith(f"# step {len(program.steps) - 1}: close a")
+        wanted[str(file)] = int(name not in CORRECT)
+    driver = (
+        "import json, runpy, sys, warnings\n"
+        "for name in ('kvconform', 'kvconform_specs', 'kvconform_backends'): sys.modules[name] = None\n"
+        "codes = {}\n"
+        "for file in sys.argv[1:]:\n"
+        "    try: runpy.run_path(file)\n"
+        "    except SystemExit as end: codes[file] = int(end.code)\n"
+        "print(json.dumps(codes))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", driver, *wanted], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout) == wanted
+
+
+def _steps(claims: Any) -> tuple[Any, ...]:
+    rows = min(claims.max_batch or 2, 2)
+    kept = (Keep("a", "b"), Append("a", (2,) * rows, 3), Append("b", (1,) * rows, 4), Close("b")) * claims.can(
+        "functional"
+    )
+    whole = (Full("whole", (4,) * rows, 5),) * claims.can("full")
+    first = (Append("a", (3,) * rows, 1), Append("a", (1,) * rows, 1), *whole, Append("a", (2,) * rows, 1), *kept)
+    return (*first, *((Reset("a"), Append("a", (2,) * rows, 6)) * claims.can("reset")), Close("a"))
+
+
+def test_a_script_reads_like_a_persons_calls() -> None:
+    subject = InProcess(opened("attention.py:Attention")).subject
+    steps = (Append("a", (2,), 0), Append("a", (1,), 0), Reset("a"), Append("a", (1,), 0))
+    (config,) = opened("attention.py:Attention").points.values()
+    assert subject.script_setup() == (
+        "import sys\n\nimport torch\n\n"
+        f"sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        "torch.manual_seed(0)\nfrom attention import Attention\n\n"
+        "torch.manual_seed(0)\nmodule = Attention()\nmodule.eval()\ntorch.set_grad_enabled(False)\n"
+    )
+    assert subject.script(Program(config, steps), "") == (
+        "past_a = None\n"
+        "y0, past_a = module(torch.from_numpy(x0), past_kv=past_a)\n"
+        "y0 = y0.numpy()  # step 0: append 2 to a\n"
+        "y1, past_a = module(torch.from_numpy(x1), past_kv=past_a)\n"
+        "y1 = y1.numpy()  # step 1: append 1 to a\n"
+        "past_a = None  # step 2: reset a\n"
+        "y3, past_a = module(torch.from_numpy(x3), past_kv=past_a)\n"
+        "y3 = y3.numpy()  # step 3: append 1 to a\n"
+    )
+
+
+# --- the whole machine ---
+def test_the_examples_are_judged_through_workers(tmp_path: Path) -> None:
+    clauses = ("equivalence.decode",)
+    results = conformance(f"py:{EXAMPLES}/buffers.py:Decoder", clauses=clauses, out=tmp_path)
+    assert results.target is not None
+    assert results.target.recognised.startswith("token ids in, the cache lives in the module")
+    with pytest.raises(AssertionError, match=r"equivalence\.decode on .*attention_broken.py:Attention \[hidden-own\]"):
+        conformance(f"py:{EXAMPLES}/attention_broken.py:Attention", clauses=clauses, out=tmp_path)

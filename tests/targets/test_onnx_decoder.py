@@ -1,0 +1,196 @@
+"""The subject of targets ``onnx:``: what it witnesses, how its weights are disturbed, and its scripts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime", reason="targets of ONNX run on it")
+
+import onnx
+from decoder_graphs import CONVENTIONS, LAYERS, WIDTH, Style, decoder, merged, saved
+from onnx import helper, numpy_helper
+
+from kvconform.backend import Unavailable
+from kvconform.worker.execute import feeds_of, record
+from kvconform.worker.registry import load
+from kvconform_backends.onnx import runtime as onnx_runtime
+from kvconform_backends.targets.onnx import weights
+from kvconform_specs.program import Append, Close, Full, Keep, Program, Reset
+
+
+def opened(style: Style, folder: Path, **options: Any) -> Any:
+    return load(f"onnx:{saved(decoder(style), folder)}?{json.dumps(options)}")
+
+
+def built(target: Any) -> Any:
+    (config,) = target.points.values()
+    return target(config, {}, "cpu")
+
+
+# --- CUDA ---
+def test_cuda_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object) -> None:
+        raise RuntimeError("no CUDA-capable device is detected")
+
+    monkeypatch.setattr("onnxruntime.OrtValue.ortvalue_from_numpy", unreachable)
+    with pytest.raises(Unavailable, match=r"cannot use CUDA: "):
+        onnx_runtime.reach_cuda()
+
+
+def test_heavy_nodes_that_stray_from_cuda_are_a_fallback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = opened(Style(), tmp_path)
+    subject = built(target)
+    assert "fallback" not in subject.witness()
+    seen = Counter({("CUDAExecutionProvider", "MatMul"): 3, ("CPUExecutionProvider", "Softmax"): 2})
+    runner = target.graphs.runner(target.later, "cpu")
+    monkeypatch.setattr(runner, "nodes", seen)
+    monkeypatch.setattr(subject, "device", "cuda")
+    monkeypatch.setattr(onnx_runtime, "memcpy_nodes", lambda session: 2)
+    target.graphs.runners = {(target.later.path, "cuda"): runner}
+    assert subject.witness()["memcpy_nodes"] == 2
+    assert subject.witness()["fallback"] == "CUDA was asked for, and ONNX Runtime ran Softmax on the CPU"
+
+
+def test_the_witness_tells_what_ran(tmp_path: Path) -> None:
+    subject = built(opened(Style(), tmp_path))
+    subject.full(np.ones((1, 3), np.int64))
+    witness = subject.witness()
+    assert (witness["providers"], witness["device"], witness["opset"]) == (["CPUExecutionProvider"], "cpu", 21)
+    assert witness["nodes"]["CPUExecutionProvider:Softmax"] == LAYERS
+    assert witness["files"] == ["decoder.onnx"]
+
+
+# --- disturbed weights ---
+def test_only_weights_are_disturbed_and_by_the_length_of_their_sums() -> None:
+    made = {
+        "wide": np.full((4, 9), 0.3), "turned": np.full((9, 4), 0.3), "gemm": np.full((4, 9), 0.3),
+        "table": np.full((5, 4), 0.3), "gain": np.full(9, 0.3), "scale": np.array([0.3]),
+        "mask": np.full((3, 3), -3e38), "range": np.arange(9.0), "held": np.full((4, 9), 3), "step": np.array(0.5),
+    }  # fmt: skip
+    kinds = {name: np.int8 if name == "held" else np.float32 for name in made}
+    node = helper.make_node
+    nodes = [
+        node("MatMul", ["x", "wide"], ["a"]), node("Transpose", ["turned"], ["t"]), node("MatMul", ["x", "t"], ["b"]),
+        node("Gemm", ["y", "gemm"], ["c"], transB=1), node("Gather", ["table", "ids"], ["d"]),
+        node("Mul", ["a", "gain"], ["e"]), node("Mul", ["e", "scale"], ["f"]), node("Add", ["f", "mask"], ["g"]),
+        node("Add", ["g", "range"], ["h"]), node("DequantizeLinear", ["held", "step"], ["q"]),
+        node("MatMul", ["x", "q"], ["i"]),
+    ]  # fmt: skip
+    tensors = [numpy_helper.from_array(x.astype(kinds[name]), name) for name, x in made.items()]
+    model = helper.make_model(helper.make_graph(nodes, "g", [], [], tensors))
+    new = weights.disturbed(model, 0.0, 0.01, seed=1)
+    moved = {x.name: np.abs(numpy_helper.to_array(x) / made[x.name] - 1).max() for x in new.graph.initializer[:6]}
+    moved["step"] = abs(float(numpy_helper.to_array(new.graph.initializer[9])) / 0.5 - 1)
+    terms = {"wide": 4, "turned": 4, "gemm": 9, "table": 4, "gain": 1, "step": 4}
+    for name, n in terms.items():
+        assert 0 < moved[name] <= 0.0101 * np.sqrt(n), name
+    for name in ("wide", "turned", "gemm", "table"):  # the largest of at least 20 draws comes near the end
+        assert moved[name] > 0.008 * np.sqrt(terms[name]), name
+    assert list(new.graph.initializer[5:9]) == list(model.graph.initializer[5:9])
+    assert new == weights.disturbed(model, 0.0, 0.01, seed=1)
+    assert new != weights.disturbed(model, 0.0, 0.01, seed=2)
+
+
+def test_a_graph_without_weights_has_no_bound() -> None:
+    model = helper.make_model(helper.make_graph([], "g", [], [], [numpy_helper.from_array(np.arange(4), "range")]))
+    with pytest.raises(ValueError, match="the graph holds no floating-point weights"):
+        weights.disturbed(model, 0.1, 0.1, seed=1)
+
+
+def test_scales_of_weights_are_disturbed_and_those_of_activations_are_not() -> None:
+    node = helper.make_node
+    nodes = [
+        node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"]), node("Mul", ["xs", "weight"], ["both"]),
+        node("QuantizeLinear", ["x", "activation"], ["y"]), node("DequantizeLinear", ["y", "activation"], ["z"]),
+        node("Gather", ["table", "ids"], ["rows"]), node("DequantizeLinear", ["rows", "embedding"], ["w"]),
+    ]  # fmt: skip
+    names = ("weight", "activation", "embedding")
+    tensors = [numpy_helper.from_array(np.array(0.5, np.float32), name) for name in names]
+    graph = helper.make_graph(
+        nodes, "g", [], [], [*tensors, numpy_helper.from_array(np.ones((3, 2), np.int8), "table")]
+    )
+    new = weights.disturbed(helper.make_model(graph), 0.1, 0.0, seed=1)
+    moved = {x.name for x, old in zip(new.graph.initializer, graph.initializer, strict=True) if x != old}
+    assert moved == {"weight", "embedding"}
+
+
+@pytest.mark.parametrize("form", [decoder, merged])
+def test_disturbed_weights_move_the_own_forward_and_leave_the_subject_alone(form: Any, tmp_path: Path) -> None:
+    path = tmp_path / "decoder.onnx"
+    onnx.save_model(form(Style()), path, save_as_external_data=True, location="decoder.data", size_threshold=256)
+    subject = built(load(f"onnx:{path}"))
+    ids = np.arange(8).reshape(2, 4)
+    before = subject.full(ids)
+    moved = [np.abs(subject.disturbed(2.0**-13, 0.0, seed).full(ids) - before).max() for seed in (1, 2)]
+    assert moved[0] != moved[1]
+    assert all(2.0**-16 < x < 2.0**-6 for x in moved)  # of logits of size 1
+    assert (subject.full(ids) == before).all()
+
+
+def test_disturbed_hidden_states_are_inputs(tmp_path: Path) -> None:
+    subject = built(opened(Style(hidden=True), tmp_path))
+    x = np.ones((1, 3, WIDTH), np.float32)
+    still = subject.disturbed(0.0, 0.0, 1)
+    assert (still.full(x) == subject.full(x)).all()
+    assert (subject.disturbed(2.0**-13, 0.0, 1).full(x) != subject.full(x)).any()
+
+
+# --- scripts ---
+HIDE = """
+import sys
+for name in ("kvconform", "kvconform_specs", "kvconform_backends", "onnx", "torch"):
+    sys.modules[name] = None
+import numpy as np
+globals().update(np.load("inputs.npz"))
+"""
+KEEP = "np.savez('outputs.npz', **{name: x for name, x in list(globals().items()) if name.startswith('y_')})"
+
+
+def ran(subject: Any, program: Program, folder: Path) -> None:
+    """Runs the program's script where nothing of ours can be imported: it must compute what was recorded."""
+    (trace,) = record(subject, program, (0,))
+    inputs = {f"x_{n}": given[0][0] for n, (given, _) in enumerate(feeds_of(program, (0,))) if given}
+    np.savez(folder / "inputs.npz", **inputs)
+    lines = [HIDE, subject.script_setup(), subject.script(program, "_"), KEEP]
+    (folder / "script.py").write_text("\n".join(lines))
+    subprocess.run([sys.executable, "script.py"], cwd=folder, check=True, timeout=60)
+    got = np.load(folder / "outputs.npz")
+    assert len(got.files) == len(inputs)
+    for name in got.files:
+        assert got[name].dtype == np.float32
+        np.testing.assert_array_equal(got[name], trace[int(name[2:])].output)
+
+
+@pytest.mark.parametrize("name", [*CONVENTIONS, "merged", "two files"])
+def test_a_script_computes_the_same_without_this_package(name: str, tmp_path: Path) -> None:
+    if name == "two files":
+        saved(decoder(Style(cached=False)), tmp_path, "decoder_model.onnx")
+        path = saved(decoder(Style(needs_past=True)), tmp_path, "decoder_with_past_model.onnx")
+    else:
+        model = merged(Style(mask=True, needs_past=True)) if name == "merged" else decoder(CONVENTIONS[name])
+        path = saved(model, tmp_path)
+    subject = built(load(f"onnx:{path}"))
+    steps = (
+        Append("a", (3, 3), 5), Append("a", (1, 1), 5), Full("f", (4, 4), 5), Append("b", (2,), 9), Reset("a"),
+        Append("a", (2, 2), 1), Append("a", (2, 2), 1), Close("b"), Append("b", (1,), 3),
+    )  # fmt: skip
+    ran(subject, Program(subject.config, steps), tmp_path)
+    text = subject.script(Program(subject.config, steps), "")
+    assert [line.partition("  # ")[2] for line in text.splitlines() if "  # " in line] == [
+        "append 3 to a of 2 rows", "append 1 to a of 2 rows", "full 4 to f of 2 rows", "append 2 to b", "reset a",
+        "append 2 to a of 2 rows", "append 2 to a of 2 rows", "close b", "append 1 to b",
+    ]  # fmt: skip
+
+
+def test_a_script_of_what_no_target_claims_is_an_error(tmp_path: Path) -> None:
+    subject = built(opened(Style(), tmp_path))
+    with pytest.raises(ValueError, match="an ONNX target claims no keep"):
+        subject.script(Program(subject.config, (Append("a", (1,), 0), Keep("a", "b"))), "")

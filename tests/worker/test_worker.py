@@ -1,0 +1,183 @@
+"""The machine survives whatever a subject does, and says in one line what it did."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import SUPPORT
+
+from kvconform.judging.verdict import Outcome, Verdict
+from kvconform.search.cell import Cell, run_cell
+from kvconform.search.counterexample import read
+from kvconform.search.effort import BUDGETS, Budget
+from kvconform.worker.client import Infrastructure, Launch, Subject
+from kvconform_specs.clauses import BY_NAME
+from kvconform_specs.configs import point
+from kvconform_specs.program import Program
+
+SUBJECTS = SUPPORT / "subjects.py"
+
+
+def address(name: str) -> str:
+    return f"{SUBJECTS}:{name}"
+
+
+def judged(
+    name: str,
+    folder: Path,
+    clause: str = "definition.attention",
+    config: str = "attention-gqa",
+    step_timeout: float = 60.0,
+    budget: Budget = BUDGETS["smoke"],
+) -> Verdict:
+    with Subject(Launch(address(name), step_timeout=step_timeout)) as subject:
+        return run_cell(Cell(BY_NAME[clause], point(config), config), subject, budget, 0, folder)
+
+
+def replay(folder: Path, verdict: Verdict, *more: str) -> subprocess.CompletedProcess[str]:
+    file = folder / verdict.counterexample
+    command = [sys.executable, "-m", "kvconform", "replay", str(file), *more]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome", "words"),
+    [
+        ("Raises", Outcome.FAIL, "raised RuntimeError: the cache is haunted"),
+        ("Segfaults", Outcome.CRASH, "the process died of SIGSEGV"),
+        ("Exits", Outcome.CRASH, "the process ended with exit status 7"),
+        ("Hangs", Outcome.TIMEOUT, "no answer within 0.5 s"),
+        ("PrintsAndIsWrong", Outcome.FAIL, "x the bound"),
+    ],
+)
+def test_misbehaviour_is_a_verdict_with_a_shrunk_counterexample_that_replays(
+    name: str, outcome: Outcome, words: str, tmp_path: Path
+) -> None:
+    verdict = judged(name, tmp_path, step_timeout=0.5)
+    assert verdict.outcome is outcome
+    assert words in verdict.sentence
+    assert verdict.sentence.startswith("step 0 (")
+    found = read(tmp_path / verdict.counterexample)
+    assert found.sentence == verdict.sentence
+    programs = [Program.from_json(program) for program in found.case]
+    if name != "PrintsAndIsWrong":
+        assert max(program.size[0] for program in programs) <= 2
+        assert max(program.size[1] for program in programs) <= 4  # the trigger is the fourth token
+    again = replay(tmp_path, verdict, "--step-timeout", "0.5")
+    assert again.returncode == 1
+    assert verdict.sentence in again.stdout
+
+
+def test_words_that_are_no_text_can_still_be_written_down(tmp_path: Path) -> None:
+    verdict = judged("RaisesSurrogates", tmp_path)
+    assert read(tmp_path / verdict.counterexample).sentence == verdict.sentence
+    assert "raised RuntimeError: half a ? pair" in verdict.sentence
+
+
+def test_a_subject_that_prints_is_judged_as_if_it_were_silent(tmp_path: Path) -> None:
+    verdict = judged("Prints", tmp_path)
+    assert verdict.outcome is Outcome.PASS
+    assert verdict.compared > 0
+
+
+def test_leaked_state_is_a_list_of_two_programs_that_replays_in_a_fresh_process(tmp_path: Path) -> None:
+    verdict = judged("GlobalCache", tmp_path, clause="shape.first-step")
+    assert verdict.outcome is Outcome.FAIL
+    assert "state leaked" in verdict.sentence
+    found = read(tmp_path / verdict.counterexample)
+    assert len(found.before) == 1
+    assert len(found.case) == 1
+    again = replay(tmp_path, verdict)
+    assert again.returncode == 1
+    assert verdict.sentence in again.stdout
+
+
+def test_after_a_crash_the_next_cell_is_judged(tmp_path: Path) -> None:
+    with Subject(Launch(address("Segfaults"))) as subject:
+        cells = [Cell(BY_NAME[c], point("attention-gqa"), "attention-gqa") for c in ("shape.output", "shape.length")]
+        verdicts = [run_cell(cell, subject, BUDGETS["smoke"], 0, tmp_path) for cell in cells]
+    assert [verdict.outcome for verdict in verdicts] == [Outcome.CRASH, Outcome.CRASH]
+
+
+@pytest.mark.parametrize("name", ["FallsBack", "FallsBackAndRaises"])
+def test_what_ran_as_a_fallback_was_not_tested(name: str, tmp_path: Path) -> None:
+    verdict = judged(name, tmp_path)
+    assert verdict.outcome is Outcome.NOT_EXERCISED
+    assert verdict.sentence == "not tested: the fast path gave up and the slow one ran"
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "outcome", "sentence"),
+    [
+        ("ClaimsCuda", "cpu", Outcome.PASS, ""),
+        ("ClaimsCuda", "cuda", Outcome.NOT_EXERCISED, "cuda was asked for, and its witness does not tell on what"),
+        ("TellsTheCpu", "cuda", Outcome.NOT_EXERCISED, "not tested: cuda was asked for, and it ran on cpu"),
+        ("TellsItsGpu", "cuda", Outcome.PASS, ""),
+        ("TellsItsGpu", "cpu", Outcome.NOT_EXERCISED, "not tested: cpu was asked for, and it ran on cuda:1"),
+    ],
+)
+def test_a_result_is_of_the_device_that_its_witness_tells(
+    name: str, device: str, outcome: Outcome, sentence: str, tmp_path: Path
+) -> None:
+    with Subject(Launch(address(name), device=device)) as subject:
+        cell = Cell(BY_NAME["shape.output"], point("attention-gqa"), "attention-gqa")
+        verdict = run_cell(cell, subject, BUDGETS["smoke"], 0, tmp_path)
+    assert verdict.outcome is outcome
+    assert verdict.sentence.startswith(sentence)
+
+
+@pytest.mark.parametrize("name", ["WitnessRaises", "WitnessIsNoJson", "WitnessDies"])
+def test_a_witness_that_fails_is_no_pass(name: str, tmp_path: Path) -> None:
+    verdict = judged(name, tmp_path)
+    assert verdict.outcome is Outcome.NOT_EXERCISED
+    assert verdict.sentence.startswith("nobody knows what ran: its witness failed: ")
+
+
+def test_a_step_that_gives_no_array_is_a_failure(tmp_path: Path) -> None:
+    verdict = judged("GivesADictionary", tmp_path)
+    assert verdict.outcome is Outcome.FAIL
+    assert "raised TypeError: the step gave dict, want an array of numbers" in verdict.sentence
+
+
+def test_a_backend_that_cannot_be_built_leaves_a_counterexample_and_is_built_once(tmp_path: Path) -> None:
+    with Subject(Launch(address("CannotBeBuilt"))) as subject:
+        cells = [Cell(BY_NAME[c], point("attention-gqa"), "attention-gqa") for c in ("shape.output", "shape.length")]
+        verdicts = [run_cell(cell, subject, BUDGETS["smoke"], 0, tmp_path) for cell in cells]
+    for verdict in verdicts:
+        assert verdict.outcome is Outcome.CRASH
+        assert verdict.sentence == "could not be built: RuntimeError: no weights for me"
+        again = replay(tmp_path, verdict)
+        assert again.returncode == 1
+        assert verdict.sentence in again.stdout
+
+
+def test_what_a_program_leaves_open_is_closed(tmp_path: Path) -> None:
+    assert judged("OneSlot", tmp_path).outcome is Outcome.PASS
+
+
+def test_what_the_machine_lacks_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(Infrastructure, match="needs a quantum computer; install one"):
+        judged("CannotRunHere", tmp_path)
+
+
+def test_an_undeclared_ability_is_unsupported(tmp_path: Path) -> None:
+    verdict = judged("WithoutReset", tmp_path, clause="lifecycle.reset")
+    assert verdict.outcome is Outcome.UNSUPPORTED
+    assert verdict.sentence == "claims no reset"
+
+
+def test_a_pass_that_compared_nothing_cannot_be_built() -> None:
+    with pytest.raises(ValueError, match="a pass must have compared something"):
+        Verdict(clause="shape.output", config="attention-gqa", backend="x", outcome=Outcome.PASS)
+
+
+def test_the_frozen_variant_is_the_one_that_replays(tmp_path: Path) -> None:
+    """The stored seeds are the derived ones: the file needs no index beside it."""
+    verdict = judged("PrintsAndIsWrong", tmp_path, clause="definition.attention")
+    data = json.loads((tmp_path / verdict.counterexample).read_text())
+    assert data["outcome"] == "fail"
+    assert replay(tmp_path, verdict).stdout.startswith(f"definition.attention on {address('PrintsAndIsWrong')}: step")
