@@ -22,6 +22,8 @@ BACKENDS = ("eager", "compiled", "onnx")
 """Each in its own environment, which is also the one whose interpreter is timed."""
 TORCH = {"eager", "compiled", "onnx", "hf", "py"}
 """Extras that need torch."""
+STUDIES = "docs/studies"
+"""Studies and page generators; they are not part of the wheel."""
 UNSUPPORTED_HERE = 3
 """Exit code of a backend that this machine cannot run: one sentence, and the others go on."""
 
@@ -132,7 +134,7 @@ def lint(session: nox.Session) -> None:
 def designs(session: nox.Session) -> None:
     """Checks four published designs, as intended and as published; docs/published-designs.md."""
     install(session, "eager", "hf")
-    page = ["python", "-m", "published_designs", str(RESULTS / "designs")]
+    page = ["python", f"{STUDIES}/published_designs.py", str(RESULTS / "designs")]
     for command in str(session.run(*page, silent=True)).splitlines():
         session.run(*shlex.split(command), success_codes=[0, 1])  # 1: as published, some are broken
     session.run(*page, "-o", "docs/published-designs.md")
@@ -169,7 +171,7 @@ def stopwatch(session: nox.Session) -> None:
         env={"OMP_NUM_THREADS": "1", "PYTHONPATH": STUDIES},
     )
     history = ("--history", "docs/gate-history.jsonl")
-    session.run("python", "-m", "timing.page", samples, *history, "-o", "docs/latency.md")
+    session.run("python", "-m", "timing.page", samples, *history, "-o", "docs/latency.md", env=quiet)
 
 
 @nox.session(default=False)
