@@ -161,15 +161,8 @@ def stopwatch(session: nox.Session) -> None:
     """Proves the stopwatch on equal and slowed code; docs/latency.md. Leave the machine alone meanwhile."""
     install(session)
     samples = "docs/latency-proof.json"
-    session.run(
-        "python",
-        "-m",
-        "timing.collect",
-        "-o",
-        samples,
-        *session.posargs,
-        env={"OMP_NUM_THREADS": "1", "PYTHONPATH": STUDIES},
-    )
+    quiet = {"OMP_NUM_THREADS": "1", "PYTHONPATH": STUDIES}
+    session.run("python", "-m", "timing.collect", "-o", samples, *session.posargs, env=quiet)
     history = ("--history", "docs/gate-history.jsonl")
     session.run("python", "-m", "timing.page", samples, *history, "-o", "docs/latency.md", env=quiet)
 
