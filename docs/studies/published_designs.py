@@ -62,7 +62,7 @@ class Design:
     versions: tuple[Version, ...]
 
 
-ZOO, EXAMPLES = "kvconform_backends.faults.published", "examples/published"
+CATALOGUE, EXAMPLES = "kvconform_backends.faults.published", "examples/published"
 DESIGNS = (
     Design(
         "past-tuples",
@@ -98,7 +98,7 @@ DESIGNS = (
                 "past-tuples-generation", "As published, the generation",
                 "The loop runs the prefill twice, and goes on from the token that it gave without keeping it. A map "
                 "shows nothing of it: every step is right.",
-                f"{ZOO}:PrefillTwice", config="decoder-rope",
+                f"{CATALOGUE}:PrefillTwice", config="decoder-rope",
             ),
         ),
     ),

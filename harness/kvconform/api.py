@@ -9,11 +9,11 @@ from pathlib import Path
 
 from kvconform.judging.verdict import Outcome
 from kvconform.results.known_failures import EMPTY
-from kvconform.results.known_failures import read as read_ledger
+from kvconform.results.known_failures import read as read_known_failures
 from kvconform.results.results import Results, exit_code
 from kvconform.run.run import Plan, cells, run_backend
 from kvconform.search.effort import BUDGETS
-from kvconform.worker.client import Launch
+from kvconform.worker.client import WorkerSpec
 from kvconform.worker.registry import address_of
 
 
@@ -28,16 +28,16 @@ def conformance(
     configs: tuple[str, ...] = (),
     python: str = sys.executable,
     out: Path | str | None = None,
-    ledger: Path | str | None = None,
+    known_failures: Path | str | None = None,
 ) -> Results:
     """Judges a backend: an address (installed name, ``module:Name``, ``file.py:Name``) or the class itself.
 
     Returns the results where the backend is conformant. Raises AssertionError with one line for each broken clause,
     or with the reason why there is no verdict. ``clauses`` and ``configs`` select by the beginning of their names;
     then something selected must pass, and nothing may be broken, inconclusive or not exercised. Raises ValueError
-    where they select nothing. ``ledger``: a file of known failures; SpecError, a ValueError, where it is malformed.
+    where they select nothing. ``known_failures``: a file of known failures; SpecError, a ValueError, where it is malformed.
     """
-    known = EMPTY if ledger is None else read_ledger(Path(ledger))
+    known = EMPTY if known_failures is None else read_known_failures(Path(known_failures))
     address = backend if isinstance(backend, str) else address_of(backend)
     with tempfile.TemporaryDirectory(prefix="kvconform-") as scratch:
         folder = Path(out) if out is not None else Path(scratch)
@@ -45,7 +45,7 @@ def conformance(
         if not any(cells(plan)):
             raise ValueError(f"no cell matches clauses {clauses or '*'} and configs {configs or '*'}")
         name = file_name(address)
-        results = run_backend(name, Launch(address, device, python), plan, folder, ledger=known)
+        results = run_backend(name, WorkerSpec(address, device, python), plan, folder, known_failures=known)
         code, sentence = exit_code(results)
         outcomes = {verdict.outcome for verdict in results.verdicts}
         harmless = {Outcome.PASS, Outcome.XFAIL, Outcome.REFUTED, Outcome.UNSUPPORTED}

@@ -56,7 +56,7 @@ class Backend(Protocol):
         mask (``mask``, attention profile): bool ``(b, s)`` over logical positions, True where a query may attend. It
         joins causality and window; a query that sees nothing gives zeros.
         shared (``alias``): True: write the present into the memory of the past; absent: into memory of its own.
-        metered (``work``): True: count the multiply-adds of this step, for ``work``.
+        count_macs (``work``): True: count the multiply-adds of this step, for ``work``.
         last (``last``, decoder profile): True: give the last new token's logits alone, ``(b, 1, V)``. What is left in
         the cache is the same; ``counts`` never comes with it.
         """
@@ -64,13 +64,13 @@ class Backend(Protocol):
 
 
 class BlackBox(Backend, Protocol):
-    """A backend whose weights are its own (claim ``truth="self"``): judged by its own cache-less forward.
+    """A backend whose weights are its own (claim ``reference="self"``): judged by its own cache-less forward.
 
     It is built with no weights. Profile ``hidden``: hidden states ``(b, t, width)`` to ``(b, t, config.outputs)``.
     """
 
-    points: Mapping[str, Config]
-    """The configs that it has, by name: ``decoder-own`` or ``hidden-own``."""
+    configs: Mapping[str, Config]
+    """The configs that it has, by name: ``decoder-self`` or ``hidden-self``."""
     recognised: str
     """How it is called, in words."""
     assumed: tuple[str, ...]
@@ -78,12 +78,12 @@ class BlackBox(Backend, Protocol):
     source: str
     """The file whose change makes earlier results void; empty: none."""
 
-    def full(self, *inputs: Array) -> Array:
+    def uncached_forward(self, *inputs: Array) -> Array:
         """The cache-less forward, the truth that it is judged by; it touches no cache."""
         ...
 
-    def disturbed(self, storage: float, accumulation: float, seed: int) -> Any:
-        """The same with disturbed weights; only its ``full`` is called. Each weight, and each hidden state, becomes
+    def perturbed(self, storage: float, accumulation: float, seed: int) -> Any:
+        """The same with perturbed weights; only its ``full`` is called. Each weight, and each hidden state, becomes
         ``w * (1 + (storage + accumulation * sqrt(n)) * xi)`` with ``xi`` uniform in (-1, 1) from the seed and ``n`` the
         number of terms in the sums that it is part of (1 for vectors). The subject itself stays as it is."""
         ...
@@ -104,7 +104,7 @@ class BlackBox(Backend, Protocol):
 class Abilities(Protocol):
     """The methods behind ``claims.abilities``: a backend has those that it claims."""
 
-    def full(self, *inputs: Array) -> Array:
+    def uncached_forward(self, *inputs: Array) -> Array:
         """The cache-less forward on whole sequences, inputs and output as in ``step``; touches no cache.
 
         Keyword ``last`` as in ``step``.
@@ -131,7 +131,7 @@ class Abilities(Protocol):
         """Empties every row and keeps the batch."""
         ...
 
-    def room(self, cache: Cache) -> list[int]:
+    def free_slots(self, cache: Cache) -> list[int]:
         """How many more tokens each row takes."""
         ...
 
@@ -148,11 +148,11 @@ class Abilities(Protocol):
         """Bytes that the keys and values of the sequence take, all layers together."""
         ...
 
-    def work(self) -> int:
-        """Multiply-adds of the last metered step."""
+    def macs(self) -> int:
+        """Multiply-adds of the last count_macs step."""
         ...
 
-    def graphs(self) -> int:
+    def graph_count(self) -> int:
         """How many graphs this subject has compiled or captured so far."""
         ...
 
@@ -187,7 +187,7 @@ class Abilities(Protocol):
         """Ends the sequence (optional: without it the cache is dropped)."""
         ...
 
-    def witness(self) -> dict[str, Any]:
+    def runtime_info(self) -> dict[str, Any]:
         """What really ran since the backend was built (optional, but on a GPU): versions, providers, graphs.
 
         ``device``: of the outputs, as torch names it (``cpu``, ``cuda``, ``cuda:1``); another than was asked for is a

@@ -40,7 +40,7 @@ def render(
         pairwise=tables.pairwise(pairs), power=null_models.power(results),
         mutation=mutation.mutation(audit, {result.suite for result in results}) if audit else None,
         latency=latency, presets=speed.sections(latency) if latency else (),
-        latency_facts=_latency_facts(latency), software=_software(latency), witnesses=tables.witnesses(results),
+        latency_facts=_latency_facts(latency), software=_software(latency), runtime_info=tables.runtime_info(results),
         environment=tables.environments(results), claims=tables.claims(results),
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ def render(results: Sequence[Results]) -> str:
     """A broken cell is a failure, an inconclusive one an error, a cell that was not judged is skipped with its reason.
 
     A backend that could not run, or stopped on the way, is an error of its own: JUnit takes an empty suite for green.
-    So is a stale row of the ledger.
+    So is a stale row of the known failures.
     """
     root = ET.Element("testsuites", name="kvconform")
     totals = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
@@ -30,7 +30,7 @@ def render(results: Sequence[Results]) -> str:
         for name in ("suite", "device", "budget", "seed"):
             ET.SubElement(properties, "property", name=name, value=_legal(str(getattr(result, name))))
         ET.SubElement(properties, "property", name="verdict", value=_legal(f"{stands.word}: {stands.sentence}"))
-        for config, held in result.lattice.items():
+        for config, held in result.guarantees.items():
             words = (held.level or "none") + (f"; {held.refuted}: refuted" if held.refuted else "")
             ET.SubElement(properties, "property", name=_legal(f"guarantee.{config}"), value=_legal(words))
         for verdict in result.verdicts:
@@ -39,7 +39,7 @@ def render(results: Sequence[Results]) -> str:
             case = ET.SubElement(suite, "testcase", classname=_legal(label), name="available", time="0")
             ET.SubElement(case, "error", type="unavailable", message=_legal(result.unavailable))
         for words in result.stale:
-            case = ET.SubElement(suite, "testcase", classname=_legal(label), name="ledger", time="0")
+            case = ET.SubElement(suite, "testcase", classname=_legal(label), name="known_failures", time="0")
             ET.SubElement(case, "error", type="stale", message=_legal(words))
         for name, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
             count = sum(1 for _ in suite.iter(tag))

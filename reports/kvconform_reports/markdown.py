@@ -53,7 +53,7 @@ def _verdicts(results: Sequence[Results]) -> str:
         )
         words = " ".join((f"{text(stands.sentence)}{judged}.", *map(text, stands.notes)))
         lines.append(f"- {stands.symbol} **{text(label)}** {stands.word}: {words}")
-        lines += [f"  - {SYMBOLS[Outcome.FAIL]} **stale ledger** {text(words)}" for words in stands.stale]
+        lines += [f"  - {SYMBOLS[Outcome.FAIL]} **stale known failure** {text(words)}" for words in stands.stale]
     return "\n".join(lines if results else [*lines, "No results were given."])
 
 
@@ -196,7 +196,7 @@ def _published(section: speed.Section) -> list[str]:
 
 
 def _power(results: Sequence[Results]) -> str:
-    """Of each certificate how much it rejects, and where it is weakest."""
+    """Of each power_table how much it rejects, and where it is weakest."""
     found = power(results)
     if found is None:
         return ""

@@ -21,7 +21,7 @@ def table(results: Sequence[Results]) -> str:
     rows = [["backend", *(outcome.value for outcome in shown), "programs", "time", "verdict"]]
     for label, result in zip(labels(results), results, strict=True):
         stands = standing(result)
-        remarks = (*stands.notes, *(f"stale ledger: {words}" for words in stands.stale))
+        remarks = (*stands.notes, *(f"stale known failure: {words}" for words in stands.stale))
         rows.append(
             [
                 printable(label), *(str(_count(result, outcome)) for outcome in shown),

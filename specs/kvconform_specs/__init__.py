@@ -1,7 +1,7 @@
 """The spec of a KV cache: what must hold, stated as data and arithmetic.
 
 Only ``numpy`` is needed to import ``config``, ``program``, ``claims``, ``history``, ``tensors``, ``definition``,
-``bounds`` and ``oracle``; the families of programs in ``clauses`` need ``hypothesis`` as well.
+``bounds`` and ``oracle``; the strategies of programs in ``clauses`` need ``hypothesis`` as well.
 """
 
 SUITE_VERSION = "0.4.0"

@@ -53,7 +53,7 @@ AMBIGUITIES: tuple[Ambiguity, ...] = (
         question="May slots that are masked or were never written hold NaN or infinities?",
         settled="Finite numbers in slots that hold no token never matter; NaN and infinities do not matter either "
         "where that is claimed.",
-        by=("contents.dead-slots", "contents.poison-safe", "claims.dead_slots"),
+        by=("contents.dead-slots", "contents.poison-safe", "claims.unused_slots"),
         default="finite: only finite numbers need to be harmless.",
     ),
     Ambiguity(
@@ -136,7 +136,7 @@ AMBIGUITIES: tuple[Ambiguity, ...] = (
         question="What does the present hold: all tokens, the new ones, a whole buffer or the window?",
         settled="What is read are the newest tokens of each row in logical order: all of them, or at least those that "
         "a later query may see where the claim keeps is window; slots without a token are not shown.",
-        by=("contents.present", "contents.round-trip", "claims.keeps", "backend.contents"),
+        by=("contents.present", "contents.round-trip", "claims.retention", "backend.contents"),
         default="all: every token of the row is shown.",
     ),
     Ambiguity(

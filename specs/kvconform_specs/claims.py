@@ -10,39 +10,39 @@ from kvconform_specs.config import DTYPES, PROFILES, take
 from kvconform_specs.errors import SpecError
 
 ABILITIES = {
-    "full": "has a cache-less forward of its own",
+    "uncached_forward": "has a cache-less forward of its own",
     "length": "tells how many tokens each row holds",
-    "room": "tells how many more tokens each row takes",
+    "free_slots": "tells how many more tokens each row takes",
     "truncate": "can forget the end of a sequence",
     "fork": "can copy a sequence",
     "reorder": "can permute and repeat the rows of a sequence",
     "reset": "can empty a sequence and keep its handle",
-    "functional": "leaves the handle that a step was given as it was, so that both can go on",
+    "immutable": "leaves the handle that a step was given as it was, so that both can go on",
     "ragged": "takes rows that grow by different counts",
     "mask": "takes a mask of the caller's, which joins causality and window (attention profile)",
     "contents": "shows the keys and values that it holds",
     "poison": "can fill the slots that hold no token with a number",
-    "alias": "can write the present into the memory of the past, or into memory of its own, as it is told",
+    "in_place": "can write the present into the memory of the past, or into memory of its own, as it is told",
     "bytes": "tells how many bytes the keys and values of a sequence take",
-    "work": "counts the multiply-adds of a step",
-    "graphs": "counts the graphs that it compiled or captured",
+    "macs": "counts the multiply-adds of a step",
+    "graph_count": "counts the graphs that it compiled or captured",
     "refusal": "refuses malformed calls with an exception",
     "generate": "generates greedily on its own (decoder profile)",
-    "last": "can give the last position's output alone (decoder profile)",
+    "last_only": "can give the last position's output alone (decoder profile)",
 }
 
-TRUTHS = ("definition", "self")
+REFERENCES = ("definition", "self")
 """What outputs are judged by: the definition, or a black box's own cache-less forward."""
 
 DERIVED: dict[str, Callable[[Claims], bool]] = {
     "overflow refused": lambda claims: claims.overflow == "refused",
-    "poison-safe slots": lambda claims: claims.dead_slots == "any",
+    "poison-safe slots": lambda claims: claims.unused_slots == "any",
     "left padding": lambda claims: "left" in claims.padding and claims.can("ragged"),
     "pages": lambda claims: claims.page is not None,
     "quantised cache": lambda claims: claims.kv_bits > 0,
     "lossless cache": lambda claims: claims.kv_bits == 0,
     "residual window": lambda claims: claims.kv_bits > 0 and claims.residual > 0,
-    "bound on graphs": lambda claims: claims.max_graphs is not None and claims.can("graphs"),
+    "bound on graphs": lambda claims: claims.max_graphs is not None and claims.can("graph_count"),
     "two rows": lambda claims: (claims.max_batch or 2) > 1,
     "two sequences": lambda claims: (claims.max_sequences or 2) > 1,
 }
@@ -71,11 +71,11 @@ class Claims:
     returns: ``all``: an append gives an output for each new token; ``last``: for the last one only.
     overflow: what one token more than ``capacity`` does: ``refused`` (an exception) or ``undefined``.
     padding: on which sides of ragged rows the columns may lie that hold no token.
-    keeps: ``all`` tokens, or those that the ``window`` still shows. dead_slots: what slots without a token may hold
+    retention: ``all`` tokens, or those that the ``window`` still shows. unused_slots: what slots without a token may hold
     unnoticed: ``finite`` numbers, or ``any``, NaN and infinities included. page: tokens a page; None: no pages.
     memory: what a sequence's bytes follow: its ``length``, the ``capacity``, or whole ``pages``.
     max_graphs: most graphs that a subject compiles or captures, whatever it is asked. intermediates, kv_bits, residual:
-    see ``Precision``. truth: what the outputs are judged by (``TRUTHS``); ``self`` is of backends whose weights the
+    see ``Precision``. reference: what the outputs are judged by (``REFERENCES``); ``self`` is of backends whose weights the
     harness does not set. rounding: whether an output's last bits are its ``own`` tokens' alone, or ``shared`` with
     other tokens of the call, cached or not (experts that share a product of matrices); of black boxes it is measured.
     """
@@ -90,15 +90,15 @@ class Claims:
     returns: str = "all"
     overflow: str = "undefined"
     padding: tuple[str, ...] = ("right",)
-    keeps: str = "all"
-    dead_slots: str = "finite"
+    retention: str = "all"
+    unused_slots: str = "finite"
     page: int | None = None
     memory: str = "length"
     max_graphs: int | None = None
     intermediates: str = "single"
     kv_bits: int = 0
     residual: int = 0
-    truth: str = "definition"
+    reference: str = "definition"
     rounding: str = "own"
 
     def __post_init__(self) -> None:
@@ -110,9 +110,9 @@ class Claims:
                 if value not in known:
                     raise SpecError(f"claims.{name}", f"unknown value {value!r}; known: {', '.join(known)}")
         for name, allowed in (
-            ("returns", ("all", "last")), ("overflow", ("refused", "undefined")), ("keeps", ("all", "window")),
-            ("dead_slots", ("finite", "any")), ("memory", ("length", "capacity", "pages")),
-            ("intermediates", ("single", "storage")), ("truth", TRUTHS), ("rounding", ("own", "shared")),
+            ("returns", ("all", "last")), ("overflow", ("refused", "undefined")), ("retention", ("all", "window")),
+            ("unused_slots", ("finite", "any")), ("memory", ("length", "capacity", "pages")),
+            ("intermediates", ("single", "storage")), ("reference", REFERENCES), ("rounding", ("own", "shared")),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise SpecError(f"claims.{name}", f"unknown value {getattr(self, name)!r}; known: {', '.join(allowed)}")

@@ -28,14 +28,16 @@ class Relation(Enum):
 
     PARITY = "each output is within its bound of the definition's value"
     AGREEMENT = "outputs that have the same history in both programs differ by no more than the sum of their bounds"
-    UNAFFECTED = "outputs that have the same history in both programs are the same, bit for bit"
-    AFFECTED = "outputs whose history was changed move, wherever the definition moves more than both bounds"
-    SHAPES = "outputs have the shape and dtype that the config and the step demand"
+    INSENSITIVE = "outputs that have the same history in both programs are the same, bit for bit"
+    SENSITIVE = "outputs whose history was changed move, wherever the definition moves more than both bounds"
+    SHAPE = "outputs have the shape and dtype that the config and the step demand"
     LENGTHS = "after each step the subject tells the number of tokens that each row holds"
     ROOM = "after each step the subject tells how many more tokens each row takes: the capacity less its length"
     CONTENTS = "a read gives each row's keys and values as they were appended, within half a step of quantisation"
-    KEPT = "what two reads show of the same token is the same, bit for bit"
-    HELD = "a read shows each row's newest tokens, all that a later query may see, and no more than the row holds"
+    STABLE_CONTENTS = "what two reads show of the same token is the same, bit for bit"
+    RETAINED_COUNT = (
+        "a read shows each row's newest tokens, all that a later query may see, and no more than the row holds"
+    )
     FINITE = "every output is a finite number"
     BITWISE = "outputs that have the same history in both programs are the same, bit for bit, wherever they stand"
     SAME_TOKEN = "the largest logit is the definition's, wherever its lead exceeds the two bounds"
@@ -45,7 +47,7 @@ class Relation(Enum):
     GRAPHS = "the subject has compiled no more graphs than it claims"
     BYTES = "the cache takes 2 l g s d b numbers of the storage dtype, s as claimed: length, capacity or whole pages"
     POSITIONS = "a step multiplies weights for its new tokens only"
-    AFFINE = "the multiply-adds of equal steps grow with the depth by equal amounts, attention's at most"
+    LINEAR_COST = "the multiply-adds of equal steps grow with the depth by equal amounts, attention's at most"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ class Clause:
     name: stable, ``chapter.words``. text: the normative sentence. why: real bugs that it stops, as links.
     needs: what a backend must claim (``claims.ABILITIES``, ``claims.DERIVED``), else the clause is *unsupported*
     there; needs_any: at least one of these. applies: whether it says anything about a config. core: without a PASS
-    here no profile of a backend is conformant. family: the programs, drawn for a config within a backend's claims.
+    here no profile of a backend is conformant. strategy: the programs, drawn for a config within a backend's claims.
     effort: how many structures are drawn, as a fraction of the budget's, and variants: how many seeds of each are tried
     at most: less where programs are long, or few shapes matter.
     """
@@ -94,7 +96,7 @@ class Clause:
     name: str
     text: str
     why: tuple[str, ...]
-    family: Callable[[Config, Claims], SearchStrategy[Case]]
+    strategy: Callable[[Config, Claims], SearchStrategy[Case]]
     relations: tuple[Relation, ...]
     level: Level = Level.MUST
     profiles: tuple[str, ...] = ("attention", "decoder")
@@ -112,7 +114,7 @@ class Clause:
     @property
     def needs_numbers(self) -> bool:
         """Whether a pass always needs the definition's numbers; agreement to the bit does not."""
-        return bool({Relation.PARITY, Relation.AFFECTED, Relation.SAME_TOKEN} & set(self.relations))
+        return bool({Relation.PARITY, Relation.SENSITIVE, Relation.SAME_TOKEN} & set(self.relations))
 
     def concerns(self, config: Config) -> bool:
         if config.profile == "hidden":  # its programs are a decoder's, but nothing is picked from its outputs

@@ -12,7 +12,7 @@ from dataclasses import replace
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
 
-POINTS: dict[str, Config] = {
+CONFIGS: dict[str, Config] = {
     "attention-gqa": Config("attention", heads=6, kv_heads=3, head_dim=8),
     "attention-window": Config("attention", heads=8, kv_heads=2, head_dim=16, window=5),
     "attention-softcap": Config(
@@ -37,11 +37,11 @@ LONG = 1024
 """From this capacity on a config is for clauses about long contexts, and for no other: its programs take long."""
 
 
-def point(name: str, dtype: str = "float32") -> Config:
+def config_named(name: str, dtype: str = "float32") -> Config:
     """The config of that name in a dtype. Raises SpecError where there is none."""
-    if name not in POINTS:
-        raise SpecError("config", f"no config named {name!r}; known: {', '.join(POINTS)}")
-    return replace(POINTS[name], dtype=dtype)
+    if name not in CONFIGS:
+        raise SpecError("config", f"no config named {name!r}; known: {', '.join(CONFIGS)}")
+    return replace(CONFIGS[name], dtype=dtype)
 
 
 def label(name: str, dtype: str) -> str:

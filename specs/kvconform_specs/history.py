@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from kvconform_specs.program import Append, Close, Fork, Full, Keep, Program, Reorder, Reset, Run, Step, Truncate
+from kvconform_specs.program import (
+    AliasHandle,
+    Append,
+    Close,
+    Fork,
+    Program,
+    Reorder,
+    Reset,
+    Run,
+    Step,
+    Truncate,
+    UncachedForward,
+)
 
 Token = tuple[int, int]
 """``(seed, position)``: the token at that position of that stream."""
@@ -21,7 +33,7 @@ class Histories:
             self.rows[step.seq] = after(self.rows.get(step.seq, ((),) * len(step.counts)), step)
         elif isinstance(step, Truncate):
             self.rows[step.seq] = tuple(row[: step.length] for row in self.rows[step.seq])
-        elif isinstance(step, Fork | Keep):
+        elif isinstance(step, Fork | AliasHandle):
             self.rows[step.into] = self.rows[step.seq]
         elif isinstance(step, Reorder):
             self.rows[step.seq] = tuple(self.rows[step.seq][row] for row in step.rows)
@@ -33,7 +45,7 @@ class Histories:
 
 def after(rows: tuple[Row, ...], step: Run) -> tuple[Row, ...]:
     """The rows with the new tokens of ``step`` behind them."""
-    swapped = {(row, position): seed for row, position, seed in step.swap}
+    swapped = {(row, position): seed for row, position, seed in step.substitutions}
     grown = []
     for index, (row, count) in enumerate(zip(rows, step.counts, strict=True)):
         new = range(len(row), len(row) + count)
@@ -49,7 +61,7 @@ def seen_by(program: Program) -> list[tuple[Row, ...] | None]:
         histories.apply(step)
         if isinstance(step, Append):
             seen.append(histories.rows[step.seq])
-        elif isinstance(step, Full):
+        elif isinstance(step, UncachedForward):
             seen.append(after(((),) * len(step.counts), step))
         else:
             seen.append(None)

@@ -20,45 +20,45 @@ class Append:
     """Appends ``counts[r]`` new tokens to row ``r``: prefill, chunk and decode are this step with another count.
 
     The first append to a name opens the sequence with ``len(counts)`` rows. Unequal counts are *ragged* rows.
-    swap: ``(row, position, seed)``: the token at that logical position of that row comes from another stream.
-    aim: ``(seed, position)``: every query of the step points at that token's key (attention profile), a *needle*.
-    hidden: ``(row, position)``: tokens that the caller's mask hides from every query of the step (attention profile).
+    substitutions: ``(row, position, seed)``: the token at that logical position of that row comes from another stream.
+    needle: ``(seed, position)``: every query of the step points at that token's key (attention profile), a *needle*.
+    masked: ``(row, position)``: tokens that the caller's mask hides from every query of the step (attention profile).
     pad: ``(side, seed)``: where the columns of ragged rows lie that hold no token, ``right`` or ``left``, and the
-    stream that fills them; None: right, zeros. layout: how the inputs lie in memory (``LAYOUTS``). shared: the present
-    is written into the memory of the past. metered: the multiply-adds of the step are counted. last: the output of
+    stream that fills them; None: right, zeros. layout: how the inputs lie in memory (``LAYOUTS``). in_place: the present
+    is written into the memory of the past. count_macs: the multiply-adds of the step are counted. last_only: the output of
     each row's last new token alone is asked for, of rows that grow alike (decoder profile).
     """
 
     seq: str
     counts: tuple[int, ...]
     seed: int
-    swap: tuple[tuple[int, int, int], ...] = ()
-    aim: tuple[int, int] | None = None
-    hidden: tuple[tuple[int, int], ...] = ()
+    substitutions: tuple[tuple[int, int, int], ...] = ()
+    needle: tuple[int, int] | None = None
+    masked: tuple[tuple[int, int], ...] = ()
     pad: tuple[str, int] | None = None
     layout: str = "contiguous"
-    shared: bool = False
-    metered: bool = False
-    last: bool = False
+    in_place: bool = False
+    count_macs: bool = False
+    last_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Full:
+class UncachedForward:
     """Runs the subject's own cache-less forward on the first ``counts[r]`` tokens of each row's stream.
 
-    It touches no sequence; ``seq`` names the outputs, so that they compare with those of a cached sequence. last: the
+    It touches no sequence; ``seq`` names the outputs, so that they compare with those of a cached sequence. last_only: the
     output of each row's last token alone is asked for, of rows of one length (decoder profile).
     """
 
     seq: str
     counts: tuple[int, ...]
     seed: int
-    swap: tuple[tuple[int, int, int], ...] = ()
-    last: bool = False
+    substitutions: tuple[tuple[int, int, int], ...] = ()
+    last_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Generate(Full):
+class Generate(UncachedForward):
     """Lets the subject generate greedily, on its own, after the first ``counts[r]`` tokens of each row's stream
     (decoder profile).
 
@@ -107,7 +107,7 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
+class AliasHandle:
     """Gives the handle of ``seq`` a second name, ``into``, without a call: both go on from it, independently."""
 
     seq: str
@@ -115,7 +115,7 @@ class Keep:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class ReadCache:
     """Asks for the keys and values that the sequence holds."""
 
     seq: str
@@ -141,17 +141,17 @@ class Reject:
     wrong: str = ""
 
 
-Call = Append | Full | Truncate | Fork | Reorder | Reset | Close | Keep | Read | Poison
+Call = Append | UncachedForward | Truncate | Fork | Reorder | Reset | Close | AliasHandle | ReadCache | Poison
 Step = Call | Reject
-Run = Append | Full
+Run = Append | UncachedForward
 OPS: dict[str, type[Any]] = {
-    "append": Append, "full": Full, "generate": Generate, "truncate": Truncate, "fork": Fork, "reorder": Reorder,
-    "reset": Reset, "close": Close, "keep": Keep, "read": Read, "poison": Poison, "reject": Reject,
+    "append": Append, "uncached_forward": UncachedForward, "generate": Generate, "truncate": Truncate, "fork": Fork, "reorder": Reorder,
+    "reset": Reset, "close": Close, "alias_handle": AliasHandle, "read_cache": ReadCache, "poison": Poison, "reject": Reject,
 }  # fmt: skip
-MANNERS = ("plain", "loud", "mute", "lopsided")
+DISTRIBUTIONS = ("normal", "large_queries", "zero_keys", "small_keys_large_values")
 """What the contents of a stream are like, in bits 48 and up of its seed: independent normals; queries 64 times as
-large; all keys zero; values 16 times as large and keys a quarter. Token ids know no manner."""
-MANNER_BIT = 48
+large; all keys zero; values 16 times as large and keys a quarter. Token ids know no distribution."""
+DISTRIBUTION_BIT = 48
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
 """How inputs lie in memory: dense; token axis before head axis; every other element of a larger array; one row that
 all rows share with a stride of 0 (their tokens must be equal)."""
@@ -190,12 +190,12 @@ class Program:
     def span(self) -> int:
         """How many positions of its streams the program can reach."""
         asked = [called(step) for step in self.steps]
-        return sum(max(step.counts) for step in asked if isinstance(step, Append | Full))
+        return sum(max(step.counts) for step in asked if isinstance(step, Append | UncachedForward))
 
     @property
     def size(self) -> tuple[int, int]:
         """Steps, then tokens: what shrinking makes smaller."""
-        tokens = sum(sum(s.counts) for s in self.steps if isinstance(s, Append | Full))
+        tokens = sum(sum(s.counts) for s in self.steps if isinstance(s, Append | UncachedForward))
         return len(self.steps), tokens + sum(s.new * len(s.counts) for s in self.steps if isinstance(s, Generate))
 
     def to_json(self) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def _advance(config: Config, lengths: dict[str, tuple[int, ...]], step: Step, at
         lengths[step.seq] = tuple(a + b for a, b in zip(old, step.counts, strict=True))
     elif isinstance(step, Truncate):
         lengths[step.seq] = (step.length,) * len(lengths[step.seq])
-    elif isinstance(step, Fork | Keep):
+    elif isinstance(step, Fork | AliasHandle):
         lengths[step.into] = lengths[step.seq]
     elif isinstance(step, Reorder):
         lengths[step.seq] = tuple(lengths[step.seq][row] for row in step.rows)
@@ -290,7 +290,7 @@ def _rejectable(config: Config, lengths: dict[str, tuple[int, ...]], step: Rejec
 
 def _illegal(config: Config, lengths: dict[str, tuple[int, ...]], step: Call) -> tuple[str, str] | None:
     """The field that is wrong and what is wrong with it, or None."""
-    if isinstance(step, Append | Full):
+    if isinstance(step, Append | UncachedForward):
         if not step.counts or min(step.counts) < 0 or max(step.counts) < 1:
             return "counts", f"want at least one row and one token, got {list(step.counts)}"
         old = lengths.get(step.seq) if isinstance(step, Append) else None
@@ -299,13 +299,16 @@ def _illegal(config: Config, lengths: dict[str, tuple[int, ...]], step: Call) ->
         new = [a + b for a, b in zip(old or (0,) * len(step.counts), step.counts, strict=True)]
         if max(new) > config.capacity:
             return "counts", f"length {max(new)} exceeds the capacity of {config.capacity}"
-        seeds = (step.seed, *(seed for _row, _position, seed in step.swap))
-        if not all(0 <= seed >> MANNER_BIT < len(MANNERS) for seed in seeds):
-            return "seed", f"a seed's bits from {MANNER_BIT} on name one of {len(MANNERS)} manners, got {step.seed}"
-        for row, position, _seed in step.swap:
+        seeds = (step.seed, *(seed for _row, _position, seed in step.substitutions))
+        if not all(0 <= seed >> DISTRIBUTION_BIT < len(DISTRIBUTIONS) for seed in seeds):
+            return (
+                "seed",
+                f"a seed's bits from {DISTRIBUTION_BIT} on name one of {len(DISTRIBUTIONS)} distributions, got {step.seed}",
+            )
+        for row, position, _seed in step.substitutions:
             if not 0 <= row < len(new) or not 0 <= position < new[row]:
-                return "swap", f"no token at row {row}, position {position}"
-        if step.last and (problem := _illegal_last(config, step)) is not None:
+                return "substitutions", f"no token at row {row}, position {position}"
+        if step.last_only and (problem := _illegal_last(config, step)) is not None:
             return problem
         if isinstance(step, Generate):
             return _illegal_generation(config, step)
@@ -315,7 +318,7 @@ def _illegal(config: Config, lengths: dict[str, tuple[int, ...]], step: Call) ->
         return "seq", f"no open sequence {step.seq!r}; open: {', '.join(sorted(lengths)) or 'none'}"
     if isinstance(step, Truncate) and not 0 <= step.length <= min(old):
         return "length", f"cannot keep {step.length} of {min(old)} tokens"
-    if isinstance(step, Fork | Keep) and step.into in lengths:
+    if isinstance(step, Fork | AliasHandle) and step.into in lengths:
         return "into", f"sequence {step.into!r} is open already"
     if isinstance(step, Poison) and (step.keys not in POISONS or step.values not in POISONS):
         return "keys", f"unknown poison {step.keys!r} or {step.values!r}; known: {', '.join(POISONS)}"
@@ -326,11 +329,11 @@ def _illegal(config: Config, lengths: dict[str, tuple[int, ...]], step: Call) ->
 
 def _illegal_last(config: Config, step: Run) -> tuple[str, str] | None:
     if isinstance(step, Generate):
-        return "last", "a generation gives tokens, and has no last position"
+        return "last_only", "a generation gives tokens, and has no last position"
     if config.profile == "attention":
-        return "last", "the attention profile gives an output for each token"
+        return "last_only", "the attention profile gives an output for each token"
     if len(set(step.counts)) > 1:
-        return "last", f"want rows that grow alike, got {list(step.counts)}"
+        return "last_only", f"want rows that grow alike, got {list(step.counts)}"
     return None
 
 
@@ -346,11 +349,11 @@ def _illegal_generation(config: Config, step: Generate) -> tuple[str, str] | Non
 
 
 def _illegal_options(config: Config, new: list[int], step: Append) -> tuple[str, str] | None:
-    if (step.hidden or step.aim) and config.profile != "attention":
-        return "hidden" if step.hidden else "aim", "only the attention profile has it"
-    for row, position in step.hidden:
+    if (step.masked or step.needle) and config.profile != "attention":
+        return "masked" if step.masked else "needle", "only the attention profile has it"
+    for row, position in step.masked:
         if not 0 <= row < len(new) or not 0 <= position < new[row]:
-            return "hidden", f"no token at row {row}, position {position}"
+            return "masked", f"no token at row {row}, position {position}"
     if step.pad is not None and step.pad[0] not in ("right", "left"):
         return "pad", f"unknown side {step.pad[0]!r}; known: right, left"
     if step.layout not in LAYOUTS:

@@ -19,10 +19,10 @@ from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
 from kvconform_specs.program import (
     MALFORMED,
+    AliasHandle,
     Append,
     Close,
     Fork,
-    Keep,
     Program,
     Reject,
     Reorder,
@@ -99,7 +99,7 @@ def at_once(total: int, claims: Claims) -> tuple[int, ...]:
 def appends(
     seq: str, sizes: Iterable[int], batch: int, seed: int, aim: tuple[int, int] | None = None
 ) -> tuple[Append, ...]:
-    return tuple(Append(seq, (size,) * batch, seed, aim=aim) for size in sizes)
+    return tuple(Append(seq, (size,) * batch, seed, needle=aim) for size in sizes)
 
 
 def swapped(program: Program, seq: str, row: int, position: int, seed: int) -> Program:
@@ -109,7 +109,7 @@ def swapped(program: Program, seq: str, row: int, position: int, seed: int) -> P
     for step in program.steps:
         if isinstance(step, Append) and step.seq == seq:
             if length <= position < length + step.counts[row]:
-                step = Append(seq, step.counts, step.seed, (*step.swap, (row, position, seed)), step.aim)
+                step = Append(seq, step.counts, step.seed, (*step.substitutions, (row, position, seed)), step.needle)
             length += step.counts[row]
         steps.append(step)
     return Program(program.config, tuple(steps))
@@ -189,7 +189,7 @@ class _Interpreter:
             if not free or len(self.rows) >= (self.claims.max_sequences or 3):
                 return None
             self.rows[free[0]] = rows
-            return Fork(seq, free[0]) if verb == "fork" else Keep(seq, free[0])
+            return Fork(seq, free[0]) if verb == "fork" else AliasHandle(seq, free[0])
         if verb == "reorder":
             kept = len(rows) if number % 4 else 1 + number // 4 % min(self.claims.max_batch or 3, 3)
             picked = tuple((number // 4**i) % len(rows) for i in range(kept))
@@ -239,8 +239,8 @@ def alone(program: Program, row: int) -> Program:
     steps = []
     for step in program.steps:
         assert isinstance(step, Append)
-        swap = tuple((0, position, seed) for of, position, seed in step.swap if of == row)
-        steps.append(replace(step, counts=step.counts[row : row + 1], seed=step.seed + row, swap=swap))
+        swap = tuple((0, position, seed) for of, position, seed in step.substitutions if of == row)
+        steps.append(replace(step, counts=step.counts[row : row + 1], seed=step.seed + row, substitutions=swap))
     return Program(program.config, tuple(step for step in steps if step.counts != (0,)))
 
 

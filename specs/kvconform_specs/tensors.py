@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
 from kvconform_specs.history import Row, Token
-from kvconform_specs.program import MANNER_BIT, MANNERS, Append, Run
+from kvconform_specs.program import DISTRIBUTION_BIT, DISTRIBUTIONS, Append, Run
 
 Array = NDArray[np.float32]
 
@@ -25,8 +25,13 @@ _SPREAD = np.float32(1.0 / (65536.0 * np.sqrt(4.0 / 12.0)))  # 1 / sd of the sum
 AIM_SCORE = 24.0
 """The score that a needle gives its key: e^24 outweighs 4 096 other keys unless one is nearly parallel."""
 
-_FACTORS = {"plain": (1, 1, 1), "loud": (64, 1, 1), "mute": (1, 0, 1), "lopsided": (1, 0.25, 16)}
-"""Query, key and value of each manner; powers of two, which no dtype rounds."""
+_FACTORS = {
+    "normal": (1, 1, 1),
+    "large_queries": (64, 1, 1),
+    "zero_keys": (1, 0, 1),
+    "small_keys_large_values": (1, 0.25, 16),
+}
+"""Query, key and value of each distribution; powers of two, which no dtype rounds."""
 
 _philox = np.random.Philox(key=0)
 _state = _philox.state
@@ -37,13 +42,13 @@ def derive(seed: int, index: int) -> int:
     return seed + (index << 32)
 
 
-def mannered(seed: int, manner: str) -> int:
-    """The stream of that manner behind a plain seed."""
-    return seed + (MANNERS.index(manner) << MANNER_BIT)
+def distributed(seed: int, distribution: str) -> int:
+    """The stream of that distribution behind a plain seed."""
+    return seed + (DISTRIBUTIONS.index(distribution) << DISTRIBUTION_BIT)
 
 
-def manner(seed: int) -> str:
-    return MANNERS[seed >> MANNER_BIT]
+def distribution(seed: int) -> str:
+    return DISTRIBUTIONS[seed >> DISTRIBUTION_BIT]
 
 
 def raw(seed: int, purpose: int, start: int, words: int) -> NDArray[np.uint64]:
@@ -81,7 +86,7 @@ class Streams:
 
     def tape(self, seed: int) -> NDArray[np.generic]:
         """Attention: ``(n, span, (h + 2 g) d)`` floats, query, key, value side by side. Decoder: ``(n, span)`` ids.
-        Hidden: ``(n, span, width)`` floats, whose manner is always plain."""
+        Hidden: ``(n, span, width)`` floats, whose distribution is always plain."""
         tape = self._tapes.get(seed)
         if tape is None:
             tape = self._tapes[seed] = self._make(seed)
@@ -100,7 +105,7 @@ class Streams:
         padded = -(-width // 4) * 4
         words = np.stack([raw(s, _ATTENTION, 0, padded * self.span) for s in seeds])
         made = normal(words.reshape(len(seeds), self.span, padded)[..., :width])
-        factors = _FACTORS[manner(seed)]
+        factors = _FACTORS[distribution(seed)]
         if c.profile == "hidden":
             return rounded(made, c.dtype)
         if factors != (1, 1, 1):
@@ -152,8 +157,8 @@ class Streams:
             return (np.stack(rows, axis=1),)
         parts = [self.split(row) for row in rows]
         query, key, value = (np.stack([part[i] for part in parts], axis=1) for i in range(3))
-        if isinstance(step, Append) and step.aim is not None:
-            seed, position = step.aim
+        if isinstance(step, Append) and step.needle is not None:
+            seed, position = step.needle
             needles = [self.needle((seed + r, position)) for r in range(len(rows))]
             query = np.broadcast_to(np.stack(needles, axis=1), query.shape)
         return query, key, value
@@ -162,7 +167,7 @@ class Streams:
 def mask(step: Append, grown: tuple[Row, ...]) -> NDArray[np.bool_]:
     """The caller's mask ``(b, s)`` over logical positions, True where a query may attend."""
     seen = np.ones((len(grown), max(map(len, grown))), bool)
-    for row, position in step.hidden:
+    for row, position in step.masked:
         seen[row, position] = False
     return seen
 

@@ -1,4 +1,4 @@
-"""The shipped backends are conformant, and what they witness is true."""
+"""The shipped backends are conformant, and what they runtime_info is true."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvconform.results.results import Results, exit_code
 from kvconform.run.cross_backend import pairs
 from kvconform.run.run import Plan, named_configs, run_backend
 from kvconform.search.effort import BUDGETS, Budget
-from kvconform.worker.client import Launch
+from kvconform.worker.client import WorkerSpec
 from kvconform_specs.clause import Level
 from kvconform_specs.clauses import ALL, BY_NAME, CHAPTERS
 
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def judged(name: str, dtypes: tuple[str, ...], configs: tuple[str, ...], folder: Path) -> Results:
     # a refuted guarantee is confirmed by a new process, which compiles all over again
     chapters = tuple(chapter for chapter in CHAPTERS if name != "compiled" or chapter != "determinism")
-    return run_backend(name, Launch(name), Plan(BRIEF, 7, dtypes, chapters, configs), folder)
+    return run_backend(name, WorkerSpec(name), Plan(BRIEF, 7, dtypes, chapters, configs), folder)
 
 
 def assert_clean(results: Results) -> None:
@@ -68,15 +68,15 @@ def assert_clean(results: Results) -> None:
 def test_a_clean_backend_is_conformant_with_every_cell_passed(name: str, folder: Path) -> None:
     results = judged(name, ("float32",), CLEAN[name], folder)
     assert_clean(results)
-    for witness in results.witnesses.values():
-        assert not witness.get("fallback"), witness
+    for runtime_info in results.runtime_info.values():
+        assert not runtime_info.get("fallback"), runtime_info
         if name == "compiled":
-            assert 1 <= witness["graphs"] <= 6
-            assert witness["graph_runs"] == witness["calls"]
+            assert 1 <= runtime_info["graphs"] <= 6
+            assert runtime_info["graph_runs"] == runtime_info["calls"]
         if name.startswith("onnx"):
-            assert witness["providers"] == ["CPUExecutionProvider"]
-            assert witness["device"] == "cpu"
-            assert all((folder / "artefacts" / file).is_file() for file in witness["files"])
+            assert runtime_info["providers"] == ["CPUExecutionProvider"]
+            assert runtime_info["device"] == "cpu"
+            assert all((folder / "artefacts" / file).is_file() for file in runtime_info["files"])
 
 
 def test_the_loops_over_large_matrices_are_conformant(folder: Path) -> None:
@@ -85,18 +85,18 @@ def test_the_loops_over_large_matrices_are_conformant(folder: Path) -> None:
         "from kvconform_backends.torch.compiled import Compiled, Looped\n"
         "class Always(Looped):\n    large = 0\n"
         "class Loops(Compiled):\n    family = Always\n"
-        "    def witness(self): return {**super().witness(), 'looped': self.decoder.looped}\n"
+        "    def runtime_info(self): return {**super().runtime_info(), 'looped': self.decoder.looped}\n"
     )
     clauses = ("equivalence.decode", "equivalence.last-position")
     plan = Plan(BRIEF, clauses=clauses, configs=("decoder-rope",))
-    results = run_backend(f"{looped}:Loops", Launch(f"{looped}:Loops"), plan, folder / "looped")
+    results = run_backend(f"{looped}:Loops", WorkerSpec(f"{looped}:Loops"), plan, folder / "looped")
     assert [verdict.outcome for verdict in results.verdicts] == [Outcome.PASS] * 2
-    assert {witness["looped"] for witness in results.witnesses.values()} == {True}
+    assert {runtime_info["looped"] for runtime_info in results.runtime_info.values()} == {True}
 
 
 def test_torch_compile_that_runs_eagerly_was_not_tested(folder: Path) -> None:
     plan = Plan(BUDGETS["smoke"], clauses=("shape.output",), configs=("attention-gqa",))
-    launch = Launch("compiled", environment={"TORCHDYNAMO_DISABLE": "1"})
+    launch = WorkerSpec("compiled", environment={"TORCHDYNAMO_DISABLE": "1"})
     (verdict,) = run_backend("compiled", launch, plan, folder / "disabled").verdicts
     assert verdict.outcome is Outcome.NOT_EXERCISED
     assert verdict.sentence == "not tested: a step ran eagerly: no compiled graph was executed"
@@ -105,7 +105,7 @@ def test_torch_compile_that_runs_eagerly_was_not_tested(folder: Path) -> None:
 def test_without_a_compiler_the_compiled_backend_is_one_sentence(folder: Path) -> None:
     nowhere = {"PATH": str(folder / "nowhere"), "CXX": ""}
     plan = Plan(BUDGETS["smoke"], configs=("attention-gqa",))
-    results = run_backend("compiled", Launch("compiled", environment=nowhere), plan, folder / "bare")
+    results = run_backend("compiled", WorkerSpec("compiled", environment=nowhere), plan, folder / "bare")
     code, sentence = exit_code(results)
     assert code == 3
     assert "needs a C++ compiler" in sentence
@@ -129,7 +129,7 @@ def test_a_clean_backend_is_conformant_in_sixteen_bits(
 
 def test_backends_with_the_same_weights_agree_with_one_another(folder: Path) -> None:
     plan = Plan(BUDGETS["smoke"], clauses=("shape.output",), configs=("decoder-rope",))
-    both = [run_backend(name, Launch(name), plan, folder / "pair") for name in ("numpy", "eager")]
+    both = [run_backend(name, WorkerSpec(name), plan, folder / "pair") for name in ("numpy", "eager")]
     (pair,) = pairs(folder / "pair" / "vectors", ["numpy", "eager"], named_configs(both))
     assert (pair.one, pair.other, pair.config) == ("eager", "numpy", "decoder-rope")
     assert 0 < pair.ratio < 1

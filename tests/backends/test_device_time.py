@@ -121,7 +121,7 @@ class Steps:
             self.caches[copy] = self.backend.step(self.backend.start(1), IDS)[1]
         self.log.append((copy, self.backend.decoder))
         _, after = self.backend.step(self.caches[copy], IDS[:, :1].copy())
-        if not self.backend.claims.can("functional"):
+        if not self.backend.claims.can("immutable"):
             self.backend.truncate(after, IDS.shape[1])
 
 
@@ -430,7 +430,7 @@ def test_nodes_that_copy_between_host_and_device_are_counted(runtime: Any) -> No
 
 def test_a_session_witnesses_what_it_runs_and_in_which_class(runtime: Any) -> None:
     session = runtime.open_session(model(branch=False), "cpu")
-    told = runtime.witness([session], "float32", "cpu")
+    told = runtime.runtime_info([session], "float32", "cpu")
     assert told["precision"] == "float32"
     assert told["nodes"] == {"CPUExecutionProvider:MatMul": 1}
     assert runtime.memcpy_nodes(session) == 0
@@ -456,6 +456,6 @@ def test_a_session_on_cuda_is_counted_once_from_the_graph_that_it_writes(
     assert [runtime.memcpy_nodes(session), runtime.memcpy_nodes(session)] == [2, 2]
     assert len(counted) == 1
     assert not counted[0].parent.exists()
-    told = runtime.witness([session], "float32", "cuda")
+    told = runtime.runtime_info([session], "float32", "cuda")
     assert told["memcpy_nodes"] == 2
     assert told["stream"] == "not torch's: {None}"

@@ -98,12 +98,12 @@ def test_the_last_position_alone_is_projected_and_is_what_it_is_among_all(
 ) -> None:
     subject = design(ROPE, weights(ROPE))
     prompt, chunk = ids(ROPE, 2, 5), ids(ROPE, 2, 3)
-    whole = subject.full(np.concatenate((prompt, chunk), axis=1))
-    last = subject.full(np.concatenate((prompt, chunk), axis=1), last=True)
+    whole = subject.uncached_forward(np.concatenate((prompt, chunk), axis=1))
+    last = subject.uncached_forward(np.concatenate((prompt, chunk), axis=1), last_only=True)
     assert last.shape == (2, 1, ROPE.vocabulary)
-    _, cache = subject.step(subject.start(2), prompt, last=True)
+    _, cache = subject.step(subject.start(2), prompt, last_only=True)
     with calls(monkeypatch) as made:
-        given, cache = subject.step(cache, chunk, last=True)
+        given, cache = subject.step(cache, chunk, last_only=True)
     rows = [out.numel() // ROPE.vocabulary for *_, out in made.made if getattr(out, "shape", (0,))[-1:] == (37,)]
     assert set(rows) == {2}  # of two rows one position each
     # the products of one row and of many are summed in other orders: a few eps of float32 of the largest logit

@@ -22,7 +22,7 @@ from kvconform_backends.onnx.backend import CannotRun  # noqa: E402
 from kvconform_backends.onnx.exported import OnnxExported  # noqa: E402
 from kvconform_backends.torch.decoder import Decoder  # noqa: E402
 from kvconform_specs.config import Config  # noqa: E402
-from kvconform_specs.configs import point  # noqa: E402
+from kvconform_specs.configs import config_named  # noqa: E402
 from kvconform_specs.tensors import weights  # noqa: E402
 
 SMALL = Config("decoder", 2, 1, 4, layers=2, width=6, vocabulary=11, positions="alibi", window=3, window_every=2)
@@ -47,7 +47,7 @@ def tensors(config: Config, batch: int, t: int) -> list[np.ndarray]:
 def test_attention_is_causal_or_has_a_mask_that_leaves_no_query_to_broadcasting(
     name: str, masked: bool, operators: list[str], dtype: type | None, columns: int
 ) -> None:
-    config = point(name)
+    config = config_named(name)
     graph = onnx.load_from_string(onnx_graphs.attention_model(config, cached=True, masked=masked)).graph
     assert [node.op_type for node in graph.node] == operators
     attributes = {attribute.name: attribute.i for attribute in graph.node[-1].attribute}
@@ -59,7 +59,7 @@ def test_attention_is_causal_or_has_a_mask_that_leaves_no_query_to_broadcasting(
 
 def test_a_query_that_the_callers_mask_leaves_nothing_gives_exactly_zero() -> None:
     for name in ("attention-gqa", "attention-window", "attention-softcap", "attention-sink"):
-        config = point(name)
+        config = config_named(name)
         subject = OnnxExported(config, {})
         query, key, value = tensors(config, 2, 3)
         blind = np.array([[False, False, False], [True, True, True]])
@@ -70,7 +70,7 @@ def test_a_query_that_the_callers_mask_leaves_nothing_gives_exactly_zero() -> No
 
 
 def test_rows_that_are_not_there_cannot_be_reordered() -> None:
-    subject = OnnxExported(point("attention-gqa"), {})
+    subject = OnnxExported(config_named("attention-gqa"), {})
     _, cache = subject.step(subject.start(2), *tensors(subject.config, 2, 3))
     for rows in ([-1, 0], [0, 2], []):
         with pytest.raises(ValueError, match=r"want rows of 0\.\.1, got"):
@@ -106,17 +106,17 @@ def test_a_decoder_has_one_graph_for_each_step_whichever_logits_are_asked_for(sm
     subject = OnnxExported(SMALL, weights(SMALL))
     cache = subject.start(2)
     for t, last in ((3, False), (1, False), (2, True), (1, True)):
-        _, cache = subject.step(cache, np.ones((2, t), np.int64), last=last)
+        _, cache = subject.step(cache, np.ones((2, t), np.int64), last_only=last)
     assert subject.length(cache) == [7, 7]
-    assert subject.witness()["files"] == [small.artefact(cached=True).name]
+    assert subject.runtime_info()["files"] == [small.artefact(cached=True).name]
     assert len(subject.sessions) == 1
 
 
 def test_the_last_positions_logits_are_those_among_all_and_only_its_row_is_multiplied(small: OnnxExported) -> None:
     ids = np.arange(10).reshape(2, 5)
-    every, last = small.full(ids), small.full(ids, last=True)
+    every, last = small.full(ids), small.full(ids, last_only=True)
     _, cache = small.step(small.start(2), ids[:, :2])
-    stepped, _ = small.step(cache, ids[:, 2:], last=True)
+    stepped, _ = small.step(cache, ids[:, 2:], last_only=True)
     assert last.shape == stepped.shape == (2, 1, SMALL.vocabulary)
     # the products of one row and of many are summed in other orders: a few eps of float32 of the largest logit
     slack = 64 * np.finfo(np.float32).eps * np.abs(every).max()
@@ -151,11 +151,11 @@ def test_a_config_whose_heavy_node_strays_from_cuda_is_refused(monkeypatch: pyte
     counted = Counter({("CUDAExecutionProvider", "MatMul"): 3, ("CPUExecutionProvider", "Attention"): 1})
     monkeypatch.setattr(onnx_subject, "nodes", lambda session: counted)
     monkeypatch.setattr(OnnxExported, "prove_device", lambda self: self.prove_session(Session()))
-    reason = OnnxExported.refuses(point("attention-gqa"), "cuda")
+    reason = OnnxExported.refuses(config_named("attention-gqa"), "cuda")
     assert reason is not None
     assert reason.endswith("has no CUDA kernel for Attention here")
     del counted["CPUExecutionProvider", "Attention"]
-    assert OnnxExported.refuses(point("attention-window"), "cuda") is None
+    assert OnnxExported.refuses(config_named("attention-window"), "cuda") is None
 
 
 @pytest.mark.usefixtures("reached")
@@ -165,15 +165,15 @@ def test_a_config_that_a_cuda_kernel_refuses_at_run_time_is_refused(monkeypatch:
 
     monkeypatch.setattr(OnnxExported, "start", lambda self, batch: ())
     monkeypatch.setattr(OnnxExported, "step", step)
-    reason = OnnxExported.refuses(point("attention-softcap"), "cuda")
+    reason = OnnxExported.refuses(config_named("attention-softcap"), "cuda")
     assert reason is not None
     assert reason.endswith("cannot run it on CUDA: softcap is not supported yet")
     with pytest.raises(CannotRun):
-        OnnxExported(point("attention-softcap"), {}, "cuda")
+        OnnxExported(config_named("attention-softcap"), {}, "cuda")
 
 
 def test_a_session_that_fell_back_to_the_cpu_is_no_cuda_at_all() -> None:
-    subject = OnnxExported(point("attention-gqa"), {})
+    subject = OnnxExported(config_named("attention-gqa"), {})
     with pytest.raises(Unavailable, match="runs on CPUExecutionProvider, not on CUDA"):
         subject.prove_session(subject.session(cached=True, masked=False))
 
@@ -181,10 +181,10 @@ def test_a_session_that_fell_back_to_the_cpu_is_no_cuda_at_all() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_backend_is_unavailable_and_no_config_is_refused() -> None:
     with pytest.raises(Unavailable, match="cannot use CUDA"):
-        OnnxExported.refuses(point("attention-gqa"), "cuda")
+        OnnxExported.refuses(config_named("attention-gqa"), "cuda")
 
 
 def test_sixteen_bit_attention_is_refused_where_the_kernel_rounds_the_bias() -> None:
-    assert OnnxExported.refuses(point("attention-gqa", "float16"), "cpu") is None
-    assert "float16 rounds it" in (OnnxExported.refuses(point("attention-sink", "float16"), "cuda") or "")
-    assert OnnxExported.refuses(point("decoder-rope", "float16"), "cpu") is None
+    assert OnnxExported.refuses(config_named("attention-gqa", "float16"), "cpu") is None
+    assert "float16 rounds it" in (OnnxExported.refuses(config_named("attention-sink", "float16"), "cuda") or "")
+    assert OnnxExported.refuses(config_named("decoder-rope", "float16"), "cpu") is None

@@ -138,8 +138,8 @@ def test_prompt_chunk_and_decode_attend_as_scaled_dot_product_attention_does(nam
 def test_the_last_positions_logits_are_those_among_all(rope: OnnxShared) -> None:
     prompt, chunk = ids(2, 4), ids(2, 3)
     whole = rope.full(np.concatenate((prompt, chunk), axis=1))
-    first, cache = rope.step(rope.start(2), prompt, last=True)
-    then, _ = rope.step(cache, chunk, last=True)
+    first, cache = rope.step(rope.start(2), prompt, last_only=True)
+    then, _ = rope.step(cache, chunk, last_only=True)
     assert first.shape == then.shape == (2, 1, ROPE.vocabulary)
     assert np.abs(first - whole[:, 3:4]).max() <= slack(whole)
     assert np.abs(then - whole[:, -1:]).max() <= slack(whole)

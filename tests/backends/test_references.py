@@ -10,11 +10,11 @@ import pytest
 
 from kvconform.worker.registry import installed, load
 from kvconform_specs.config import Config
-from kvconform_specs.configs import POINTS
+from kvconform_specs.configs import CONFIGS
 from kvconform_specs.tensors import rounded, weights
 
 NAMES = ("numpy", "numpy-static", "numpy-ring", "numpy-paged", "numpy-int8")
-GQA, WINDOW, SINK = (POINTS[f"attention-{name}"] for name in ("gqa", "window", "sink"))
+GQA, WINDOW, SINK = (CONFIGS[f"attention-{name}"] for name in ("gqa", "window", "sink"))
 
 
 def built(name: str, config: Config) -> Any:
@@ -82,16 +82,16 @@ def test_sixteen_bits_take_half_the_bytes_and_lose_nothing(name: str, dtype: str
 
 
 def test_a_decoder_in_sixteen_bits_is_refused_with_a_reason() -> None:
-    config = replace(POINTS["decoder-rope"], dtype="float16")
+    config = replace(CONFIGS["decoder-rope"], dtype="float16")
     assert all("float32" in load(name).refuses(config, "cpu") for name in ("numpy", "numpy-static", "numpy-paged"))
 
 
 def test_work_is_the_multiply_adds_of_the_last_metered_step() -> None:
     subject, c = built("numpy", GQA), GQA
-    _output, cache = subject.step(subject.start(2), *inputs(c, 2, 5), metered=True)
-    _output, cache = subject.step(cache, *inputs(c, 2, 3), metered=True)
+    _output, cache = subject.step(subject.start(2), *inputs(c, 2, 5), count_macs=True)
+    _output, cache = subject.step(cache, *inputs(c, 2, 3), count_macs=True)
     grown(subject, 2, 4, cache=cache)
-    assert subject.work() == 2 * c.heads * 3 * 8 * c.head_dim * 2  # rows, heads, queries, keys, dim; scores and values
+    assert subject.macs() == 2 * c.heads * 3 * 8 * c.head_dim * 2  # rows, heads, queries, keys, dim; scores and values
 
 
 # --- static ---
@@ -99,7 +99,7 @@ def test_static_writes_into_the_given_buffers_only_where_it_is_told_to() -> None
     subject = built("numpy-static", GQA)
     past = grown(subject, 2, 5)
     before = subject.contents(past)
-    _output, shared = subject.step(past, *inputs(GQA, 2, 1), shared=True)
+    _output, shared = subject.step(past, *inputs(GQA, 2, 1), in_place=True)
     _output, apart = subject.step(past, *inputs(GQA, 2, 1))
     assert np.shares_memory(past.keys[0], shared.keys[0])
     assert not np.shares_memory(past.keys[0], apart.keys[0])
@@ -134,7 +134,7 @@ def test_left_padding_is_not_written() -> None:
 
 # --- ring ---
 def test_a_ring_has_as_many_slots_as_its_window_and_layers_without_one_keep_everything() -> None:
-    subject = built("numpy-ring", POINTS["decoder-learned"])
+    subject = built("numpy-ring", CONFIGS["decoder-learned"])
     cache = grown(subject, 2, 7, 1, 9, 1)
     assert [k.shape[2] for k in cache.keys] == [5, 18, 5]
     assert [layer[0][0].shape[1] for layer in subject.contents(cache)] == [5, 18, 5]
@@ -190,7 +190,7 @@ def test_closed_sequences_leave_every_page_unused() -> None:
     subject = built("numpy-paged", GQA)
     cache = grown(subject, 2, 6)
     other = subject.reorder(subject.fork(cache), [1, 1, 0])
-    subject.full(*inputs(GQA, 2, 9))
+    subject.uncached_forward(*inputs(GQA, 2, 9))
     for open_one in (subject.reset(cache), grown(subject, 3, 2, cache=other)):
         subject.close(open_one)
     assert not any(subject.uses)

@@ -20,19 +20,19 @@ from places import ROOT
 
 from kvconform.bench import client, restart
 from kvconform.bench import runner as controller
-from kvconform.bench.analysis.intervals import LEAST, MISS, T95, interval, rank, reaches, student, t95
+from kvconform.bench.analysis.intervals import ALPHA, MIN_SAMPLES, T95, interval, rank, reaches, student, t95
 from kvconform.bench.analysis.ratios import pairs
 from kvconform.bench.analysis.summarize import summarise
-from kvconform.bench.client import Clock
+from kvconform.bench.client import TimingClient
 from kvconform.bench.eligibility import conformance, outdated
 from kvconform.bench.presets import PRESETS, Preset, Published
 from kvconform.bench.protocol import ROUNDS_WANTED, processors, variables
 from kvconform.bench.record import MACHINE, PHASES, Arm, Case, Record, Round, Tokens
-from kvconform.bench.worker.timer import Block, Stopwatch, tokens
+from kvconform.bench.worker.timer import Block, Timer, tokens
 from kvconform.cli.bench import json_schema
 from kvconform.cli.main import bench
 from kvconform.results.results import Results
-from kvconform.worker.client import Launch
+from kvconform.worker.client import WorkerSpec
 from kvconform_backends.numpy.cache import NumpyCache
 from kvconform_reports.view.findings import Findings
 from kvconform_specs.claims import Claims
@@ -76,8 +76,8 @@ class ForgetsToForget(NumpyCache):
         return np.arange(cache.length, cache.length + t) + (cache.length == 12)
 
 class WrongWithoutCache(NumpyCache):
-    def full(self, *inputs, **more):
-        return super().full(*inputs, **more) * np.float32(1.01)
+    def uncached_forward(self, *inputs, **more):
+        return super().uncached_forward(*inputs, **more) * np.float32(1.01)
 
 class DiesLater(NumpyCache):
     """Right until it has been asked often."""
@@ -91,20 +91,20 @@ class DiesLater(NumpyCache):
 class FallsBack(NumpyCache):
     """Ends on another engine than its name says, and tells when it is asked for the second time."""
     asked = 0
-    def witness(self):
+    def runtime_info(self):
         self.asked += 1
         return {"fallback": "numpy ran instead"} if self.asked > 1 else {}
 
 class TwoThreads(NumpyCache):
-    def witness(self):
+    def runtime_info(self):
         return {"threads": 2}
 
 class TellsItsVariables(NumpyCache):
-    def witness(self):
+    def runtime_info(self):
         return {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GLIBC_TUNABLES")}
 
 class TellsItsProcessors(NumpyCache):
-    def witness(self):
+    def runtime_info(self):
         return {"processors": sorted(os.sched_getaffinity(0))}
 
 class TellsItsProcessors2(TellsItsProcessors):
@@ -145,7 +145,7 @@ def timed(tmp_path: Path) -> Any:
     file.write_text(SUBJECTS)
 
     def run(*names: str, preset: Preset = ONE, per_case: float = 0.2, restarts: int = 1, **more: Any) -> Record:
-        launches = {name: Launch("numpy" if name.startswith("numpy") else f"{file}:{name}") for name in names}
+        launches = {name: WorkerSpec("numpy" if name.startswith("numpy") else f"{file}:{name}") for name in names}
         out = tmp_path / "speed.json"
         common = {"seconds_per_case": per_case, "restarts": restarts}
         return controller.bench(launches, {preset.name: preset}, None, out, **{**common, **more})
@@ -172,9 +172,14 @@ def test_the_interval_of_a_median_is_the_narrowest_pair_of_order_statistics_that
 
     for n in range(1, 300):
         j = rank(n)
-        assert missed(n, j) <= MISS if j else n < LEAST
-        assert missed(n, j + 1) > MISS
-    assert (LEAST, rank(5), rank(6), rank(100)) == (6, 0, 1, 40)  # 100 samples: the 40th and the 61st, the textbook's
+        assert missed(n, j) <= ALPHA if j else n < MIN_SAMPLES
+        assert missed(n, j + 1) > ALPHA
+    assert (MIN_SAMPLES, rank(5), rank(6), rank(100)) == (
+        6,
+        0,
+        1,
+        40,
+    )  # 100 samples: the 40th and the 61st, the textbook's
 
 
 @pytest.mark.parametrize("n", [6, 11, 60])
@@ -182,8 +187,8 @@ def test_the_interval_covers_the_median_as_often_as_it_says(n: int) -> None:
     trials, rng = 4000, np.random.default_rng(n)
     samples = np.exp(rng.normal(size=(trials, n)))  # log-normal: its median is 1, its mean is not
     covered = sum(low <= 1.0 <= high for _, low, high in (interval(list(row)) for row in samples))
-    slack = 4 * math.sqrt(MISS * (1 - MISS) / trials)  # four standard deviations of the binomial count: p < 4e-5
-    assert covered / trials >= 1 - MISS - slack
+    slack = 4 * math.sqrt(ALPHA * (1 - ALPHA) / trials)  # four standard deviations of the binomial count: p < 4e-5
+    assert covered / trials >= 1 - ALPHA - slack
 
 
 def record_of(arms: list[Arm], *restarts: list[list[int]], load: float = 0.5, steps: int = 1) -> Record:
@@ -303,8 +308,8 @@ def test_a_record_notes_how_many_blocks_a_slow_clock_took_and_device_times_of_tw
     record = record_of(PAIR, *([[100, 100]] * 9 for _ in range(2)))
     record.presets, record.machine["default_mhz"] = {"p": {}}, 1000
     record.software = {
-        "a": {"witness": {"p": {"device_time": ["graph"]}}},
-        "b": {"witness": {"p": {"device_time": ["cupti"]}}},
+        "a": {"runtime_info": {"p": {"device_time": ["graph"]}}},
+        "b": {"runtime_info": {"p": {"device_time": ["cupti"]}}},
     }
     summarise(record)
     assert record.notes == []  # nobody asked for device times, and no clock is known
@@ -313,7 +318,7 @@ def test_a_record_notes_how_many_blocks_a_slow_clock_took_and_device_times_of_tw
     ]
     summarise(record)
     told = record.notes
-    record.software["b"]["witness"]["p"]["device_time"] = ["graph"]
+    record.software["b"]["runtime_info"]["p"]["device_time"] = ["graph"]
     summarise(record)
     assert record.notes[1:] == ["p: device times of a, b: graph"]
     assert told == [
@@ -428,7 +433,7 @@ def test_decode_runs_at_the_depth_that_it_says(truncates: bool) -> None:
     spy = Spy()
     if not truncates:
         spy.claims = Claims(profiles=("decoder",), abilities=("length",))
-    blocks = Stopwatch(spy, IDS).blocks("decode", 12, 3, 4)
+    blocks = Timer(spy, IDS).blocks("decode", 12, 3, 4)
     assert [call[:2] for call in spy.calls if call[2]] == [(12, 1), (13, 1), (14, 1)] * 4
     prefills = [(0, 11, False)] * (1 if truncates else 4)
     assert [call for call in spy.calls if not call[2] and call[1] > 1] == prefills
@@ -439,7 +444,7 @@ def test_decode_runs_at_the_depth_that_it_says(truncates: bool) -> None:
 
 def test_prefill_starts_from_nothing_and_recompute_takes_all_tokens() -> None:
     spy = Spy()
-    stopwatch = Stopwatch(spy, IDS)
+    stopwatch = Timer(spy, IDS)
     stopwatch.blocks("prefill", 9, 2, 1)
     assert spy.calls == [(0, 9, True)] * 2
     stopwatch.blocks("recompute", 12, 1, 1)
@@ -450,7 +455,7 @@ def test_a_subject_that_loses_count_of_its_tokens_is_not_timed() -> None:
     spy = Spy()
     spy.length = lambda cache: [3]  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match=r"says that it holds \[3\] tokens after 13"):
-        Stopwatch(spy, IDS).blocks("decode", 12, 1, 1)
+        Timer(spy, IDS).blocks("decode", 12, 1, 1)
 
 
 # --- no time without conformance ---
@@ -464,7 +469,7 @@ def test_who_was_not_judged_to_the_end_is_judged_first(tmp_path: Path, monkeypat
     (tmp_path / "broken.json").write_text("{")  # told by who reads it for the bench
     asked: list[str] = []
     monkeypatch.setattr(bench, "run_backend", lambda name, launch, plan, out: asked.append(name))
-    bench._judge({name: Launch(name) for name in ("done", "cut", "broken", "absent")}, tmp_path)
+    bench._judge({name: WorkerSpec(name) for name in ("done", "cut", "broken", "absent")}, tmp_path)
     assert asked == ["cut", "absent"]
 
 
@@ -495,7 +500,7 @@ def test_a_backend_that_is_not_right_gets_no_time_and_is_listed(name: str, why: 
 
 
 def test_a_backend_without_conformance_results_gets_no_time(tmp_path: Path) -> None:
-    record = controller.bench({"numpy": Launch("numpy")}, {"one": ONE}, tmp_path, tmp_path / "speed.json")
+    record = controller.bench({"numpy": WorkerSpec("numpy")}, {"one": ONE}, tmp_path, tmp_path / "speed.json")
     assert record.rounds == []
     assert record.excluded[0].why.startswith("no conformance results:")
 
@@ -509,7 +514,7 @@ def test_results_admit_only_what_is_conformant_finished_and_of_this_device(
     def said(**fields: Any) -> str:
         common = {"suite": SUITE_VERSION, "backend": "b", "device": "cpu", "dtypes": [], "budget": "", "seed": 0}
         Results(**{**common, "started": "", "finished": True, **fields}).write(tmp_path / "b.json")
-        return conformance("b", Launch("b"), tmp_path)
+        return conformance("b", WorkerSpec("b"), tmp_path)
 
     assert "core clauses" in said()
     monkeypatch.setattr(eligibility, "exit_code", lambda results: (0, "conformant"))
@@ -537,7 +542,7 @@ def test_results_of_other_software_admit_nobody(tmp_path: Path, monkeypatch: pyt
         common = {"suite": "1", "device": "cpu", "dtypes": [], "budget": "smoke", "seed": 0, "started": ""}
         Results(**common, backend="numpy", environment=environment).write(tmp_path / "numpy.json")
         preset, more = {"one": ONE}, {"restarts": 1, "phases": ("prefill",), "seconds_per_case": 0.05}
-        record = controller.bench({"numpy": Launch("numpy")}, preset, tmp_path, tmp_path / "speed.json", **more)
+        record = controller.bench({"numpy": WorkerSpec("numpy")}, preset, tmp_path, tmp_path / "speed.json", **more)
         assert bool(record.rounds) != bool(record.excluded)
         return [one.why for one in record.excluded]
 
@@ -606,8 +611,8 @@ def test_a_block_of_a_worker_of_another_version_is_understood_by_its_names() -> 
 def test_filling_the_caches_takes_no_rounds_away_but_of_a_budget(
     budget: float | None, timed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    warm = Clock.warm
-    monkeypatch.setattr(Clock, "warm", lambda *args: time.sleep(0.2) or warm(*args))
+    warm = TimingClient.warm
+    monkeypatch.setattr(TimingClient, "warm", lambda *args: time.sleep(0.2) or warm(*args))
     record = timed("numpy", per_case=0.05, phases=("decode",), seconds=budget)
     rounds = Counter((block.case, block.arm) for block in record.rounds)
     assert rounds
@@ -622,7 +627,7 @@ def test_what_holds_one_sequence_at_a_time_is_timed_at_every_batch(timed: Any) -
 
 def test_every_worker_gets_the_same_threads_before_it_starts(timed: Any) -> None:
     record = timed("TellsItsVariables", threads=3)
-    seen = record.software["TellsItsVariables"]["witness"]["one"]
+    seen = record.software["TellsItsVariables"]["runtime_info"]["one"]
     assert {"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3"}.items() <= seen.items()
     assert record.protocol["threads"] == 3
     assert seen["GLIBC_TUNABLES"] == record.protocol["variables"]["GLIBC_TUNABLES"] != ""
@@ -635,7 +640,8 @@ def test_all_workers_of_a_restart_share_a_processor_and_the_next_restart_has_ano
     mine = sorted(os.sched_getaffinity(0))
     record = timed("TellsItsProcessors", "TellsItsProcessors2")
     seen = [
-        record.software[name]["witness"]["one"]["processors"] for name in ("TellsItsProcessors", "TellsItsProcessors2")
+        record.software[name]["runtime_info"]["one"]["processors"]
+        for name in ("TellsItsProcessors", "TellsItsProcessors2")
     ]
     assert seen == ([mine[:1]] * 2 if len(mine) > 1 else [mine] * 2)
     assert sorted(os.sched_getaffinity(0)) == mine  # the controller goes wherever it went
@@ -680,15 +686,15 @@ def test_times_of_a_machine_that_changes_are_taken_out_and_a_gpu_beside_it_is_no
 def test_an_interrupt_keeps_what_was_measured(
     blocks: int, timed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, real = Counter(), Clock.blocks
+    asked, real = Counter(), TimingClient.blocks
 
-    def interrupted(self: Clock, *args: Any, **more: Any) -> Any:
+    def interrupted(self: TimingClient, *args: Any, **more: Any) -> Any:
         asked["blocks"] += 1
         if asked["blocks"] > blocks:
             raise KeyboardInterrupt
         return real(self, *args, **more)
 
-    monkeypatch.setattr(Clock, "blocks", interrupted)
+    monkeypatch.setattr(TimingClient, "blocks", interrupted)
     lines: list[str] = []
     record = timed("numpy", "numpy-again", preset=TINY, per_case=60.0, tell=lines.append)
     assert not record.finished

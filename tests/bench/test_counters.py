@@ -17,7 +17,7 @@ from kvconform.bench.counters.compare import Count, Missing, Record
 from kvconform.bench.counters.record import COUNTERS, PHASES, growth, written
 from kvconform.bench.presets import Preset
 from kvconform.results.gate import OK, REGRESSION
-from kvconform.worker.client import Launch
+from kvconform.worker.client import WorkerSpec
 from kvconform_backends.onnx import counting as onnx_counting
 from kvconform_backends.torch import counting, eager
 from kvconform_specs.config import ITEMSIZE, Config
@@ -46,14 +46,14 @@ from kvconform_backends import numpy_cache
 
 class NoCache(numpy_cache.NumpyCache):
     """Keeps the tokens and computes all of them anew."""
-    claims = replace(numpy_cache.NumpyCache.claims, abilities=("full", "work"))
+    claims = replace(numpy_cache.NumpyCache.claims, abilities=("uncached_forward", "macs"))
     def start(self, batch):
         return super().start(batch), None
-    def step(self, cache, tokens, metered=False):
+    def step(self, cache, tokens, count_macs=False):
         empty, before = cache
         tokens = tokens if before is None else np.concatenate([before, tokens], axis=1)
-        return super().step(empty, tokens, metered=metered)[0], (empty, tokens)
-    def full(self, tokens):
+        return super().step(empty, tokens, count_macs=count_macs)[0], (empty, tokens)
+    def uncached_forward(self, tokens):
         return self.step(self.start(1), tokens)[0]
 
 class Twice(numpy_cache.NumpyCache):
@@ -65,14 +65,14 @@ class Twice(numpy_cache.NumpyCache):
 
 class CompilesEach(numpy_cache.NumpyCache):
     """Has a graph for each number of cached tokens."""
-    claims = replace(numpy_cache.NumpyCache.claims, abilities=(*numpy_cache.NumpyCache.claims.abilities, "graphs"))
+    claims = replace(numpy_cache.NumpyCache.claims, abilities=(*numpy_cache.NumpyCache.claims.abilities, "graph_count"))
     made = frozenset()
     def step(self, cache, *inputs, **keywords):
         self.made |= {cache.length}
         return super().step(cache, *inputs, **keywords)
-    def graphs(self):
+    def graph_count(self):
         return len(self.made)
-    def witness(self):
+    def runtime_info(self):
         return {"graph_breaks": 3}
 
 class CountsApples(numpy_cache.NumpyCache):
@@ -133,7 +133,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def count(name: str) -> Record:
         if name not in known:
             file = next((file for file, source in files.items() if f"class {name}(" in source), "counted_numpy.py")
-            launches = {"subject": Launch("numpy" if name == "numpy" else f"{folder / file}:{name}")}
+            launches = {"subject": WorkerSpec("numpy" if name == "numpy" else f"{folder / file}:{name}")}
             known[name] = counters.count(launches, {"tiny": TINY}, folder / f"{name}.json", lambda line: None)
             assert counters.read(folder / f"{name}.json") == known[name]
         return known[name]
@@ -150,7 +150,7 @@ def values(record: Record, counter: str) -> dict[tuple[str, int], int]:
 def test_multiply_adds_are_those_of_the_formula(name: str, counted: Any) -> None:
     want = {("decode", n): WEIGHTS + SLOT * (n + 1) for n in TINY.depths}
     want |= {("prefill", 9): 9 * (WEIGHTS + SLOT * 9), ("growth", 0): SLOT * 14}
-    if name != "numpy":  # which counts metered steps alone
+    if name != "numpy":  # which counts count_macs steps alone
         want[("recompute", 7)] = 8 * (WEIGHTS + SLOT * 8)
     record = counted(name)
     assert values(record, "multiply_adds") == want
@@ -166,9 +166,9 @@ def test_multiply_adds_of_the_fused_kernel_are_those_of_a_metered_step(backend: 
     cache = subject.start(1)  # type: ignore[attr-defined]
     ids = Tally(subject, TINY.config).tokens
     _, cache = subject.step(cache, ids[:, :12])  # type: ignore[attr-defined]
-    subject.step(cache, ids[:, 12:13], metered=True)  # type: ignore[attr-defined]
+    subject.step(cache, ids[:, 12:13], count_macs=True)  # type: ignore[attr-defined]
     assert str(counting.FLASH) in counts
-    assert sum(counts.values()) == subject.work()
+    assert sum(counts.values()) == subject.macs()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -238,7 +238,7 @@ def test_a_compiled_step_is_counted_as_it_runs_compiled() -> None:
 def test_counting_twice_writes_the_same_bytes(counted: Any, tmp_path: Path) -> None:
     first, file = counted("Plain"), tmp_path / "counted.py"
     file.write_text(ON_TORCH)
-    again = counters.count({"subject": Launch(f"{file}:Plain")}, {"tiny": TINY}, tmp_path / "again.json", str)
+    again = counters.count({"subject": WorkerSpec(f"{file}:Plain")}, {"tiny": TINY}, tmp_path / "again.json", str)
     assert (tmp_path / "again.json").read_bytes() == written(first)
     assert counters.compare(first, again) == counters.compare(again, first) == []
 

@@ -37,8 +37,8 @@ from kvconform.bench.gate.sign_flip import (
     sign_flip,
 )
 from kvconform.bench.presets import Preset
-from kvconform.bench.worker.gpu import Busy
-from kvconform.worker.client import Launch
+from kvconform.bench.worker.gpu import GpuBusy
+from kvconform.worker.client import WorkerSpec
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
 
@@ -65,28 +65,28 @@ class DiesWhenTimed(NumpyCache):
         return super().step(cache, *inputs, **more)
 
 class FallsBack(NumpyCache):
-    def witness(self):
+    def runtime_info(self):
         return {"fallback": "numpy ran instead"}
 
 class Tf32(NumpyCache):
-    def witness(self):
+    def runtime_info(self):
         return {"precision": "float32 by tf32"}
 
 class Float32(NumpyCache):
-    def witness(self):
+    def runtime_info(self):
         return {"precision": "float32"}
 
 class OnCuda(NumpyCache):
     claims = replace(NumpyCache.claims, devices=("cpu", "cuda"))
-    def witness(self):
+    def runtime_info(self):
         return {"device": "cuda", "precision": "float32"}
 
 class Copies(OnCuda):
-    def witness(self):
-        return {**super().witness(), "providers": [], "memcpy_nodes": 3}
+    def runtime_info(self):
+        return {**super().runtime_info(), "providers": [], "memcpy_nodes": 3}
 
 class Silent(OnCuda):
-    def witness(self):
+    def runtime_info(self):
         return {}
 """
 
@@ -285,7 +285,7 @@ def test_a_pass_that_compared_nothing_and_an_unknown_verdict_cannot_be_built(tmp
 
 
 # --- live ---
-def compared(tmp_path: Path, base: Launch, head: Launch, **more: Any) -> GateRecord:
+def compared(tmp_path: Path, base: WorkerSpec, head: WorkerSpec, **more: Any) -> GateRecord:
     return pingpong.gate(base, head, {"tiny": TINY}, "b", tmp_path / "gate.json", **{"seconds_per_case": 0.05, **more})
 
 
@@ -300,7 +300,7 @@ def compared(tmp_path: Path, base: Launch, head: Launch, **more: Any) -> GateRec
 )
 def test_a_side_that_is_not_right_gets_no_time(name: str, why: str, tmp_path: Path) -> None:
     (tmp_path / "subjects.py").write_text(SUBJECTS)
-    record = compared(tmp_path, Launch("numpy"), Launch(f"{tmp_path / 'subjects.py'}:{name}"))
+    record = compared(tmp_path, WorkerSpec("numpy"), WorkerSpec(f"{tmp_path / 'subjects.py'}:{name}"))
     assert {one.verdict for one in record.verdicts} == {NOT_COMPARABLE}
     assert all(why in one.why and one.why.startswith("head (") for one in record.verdicts)
     assert all(one.ratio is None for one in record.verdicts)
@@ -325,8 +325,8 @@ def test_a_side_of_another_version_or_machine_is_not_compared(
     text = (package / file).read_text()
     assert old in text
     (package / file).write_text(text.replace(old, new))
-    older = Launch("numpy", environment={"PYTHONPATH": str(tmp_path / "older")})
-    record = compared(tmp_path, older, Launch("numpy"))
+    older = WorkerSpec("numpy", environment={"PYTHONPATH": str(tmp_path / "older")})
+    record = compared(tmp_path, older, WorkerSpec("numpy"))
     assert {one.verdict for one in record.verdicts} == {NOT_COMPARABLE}
     assert all(why in one.why for one in record.verdicts)
     assert record.exit_code == 0
@@ -339,7 +339,7 @@ def test_classes_of_precision_are_not_compared_and_a_gpu_must_be_proven(
     monkeypatch.setattr(pingpong, "held", lambda device: nullcontext({"gpu": f"of {device}"}))
 
     def why(base: str, head: str, device: str) -> set[str]:
-        launches = [Launch(f"{tmp_path / 'subjects.py'}:{name}", device=device) for name in (base, head)]
+        launches = [WorkerSpec(f"{tmp_path / 'subjects.py'}:{name}", device=device) for name in (base, head)]
         record = compared(tmp_path, *launches, seconds=0.0)
         assert record.machine["gpu"] == f"of {device}"
         return {one.why.partition("): ")[2] for one in record.verdicts if one.verdict == NOT_COMPARABLE}
@@ -349,7 +349,7 @@ def test_classes_of_precision_are_not_compared_and_a_gpu_must_be_proven(
         "its graphs have 3 Memcpy nodes: they copy between host and device in every step"
     }
     assert why("OnCuda", "Silent", "cuda") == {
-        "cuda was asked for, and its witness does not tell on what device it ran"
+        "cuda was asked for, and its runtime_info does not tell on what device it ran"
     }
     assert why("OnCuda", "OnCuda", "cuda") == set()
 
@@ -361,7 +361,7 @@ def test_rounds_of_a_slow_clock_make_no_verdict(
     ask = pingpong.ask
     monkeypatch.setattr(pingpong, "ask", lambda *args: (*ask(*args)[:3], mhz, 0x4))
     monkeypatch.setattr(pingpong, "held", lambda device: nullcontext({"default_mhz": 1000}))
-    record = compared(tmp_path, Launch("numpy"), Launch("numpy"))
+    record = compared(tmp_path, WorkerSpec("numpy"), WorkerSpec("numpy"))
     assert {one.verdict for one in record.verdicts} <= verdicts
     assert {(block.sm_mhz, block.throttle) for block in record.blocks} == {(mhz, 0x4)}
     if mhz < 1000:
@@ -379,33 +379,33 @@ def test_a_self_test_counts_the_runs_before_somebody_took_the_gpu(
 
     def gate(*args: Any, **more: Any) -> GateRecord:
         if not given:
-            raise Busy("it is being timed")
+            raise GpuBusy("it is being timed")
         return given.pop()
 
     monkeypatch.setattr(self_test, "gate", gate)
-    common = (Launch("numpy", device="cuda"), {"tiny": TINY}, "b", tmp_path / "runs", tmp_path / "history.jsonl")
+    common = (WorkerSpec("numpy", device="cuda"), {"tiny": TINY}, "b", tmp_path / "runs", tmp_path / "history.jsonl")
     told = self_test.self_test(*common, runs=3, simulate=10)
     assert (told.runs, told.device) == (1, "cuda")
-    with pytest.raises(Busy):
+    with pytest.raises(GpuBusy):
         self_test.self_test(*common, runs=3, simulate=10)
 
 
 def test_the_gate_waits_for_nobody_who_holds_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def busy(device: str) -> Iterator[None]:
-        raise Busy("it is being timed")
+        raise GpuBusy("it is being timed")
         yield
 
     monkeypatch.setattr(pingpong, "held", busy)
     (tmp_path / "gate.json").write_text("of before")
-    with pytest.raises(Busy, match="it is being timed"):
-        compared(tmp_path, Launch("numpy"), Launch("numpy"))
+    with pytest.raises(GpuBusy, match="it is being timed"):
+        compared(tmp_path, WorkerSpec("numpy"), WorkerSpec("numpy"))
     assert (tmp_path / "gate.json").read_text() == "of before"
 
 
 def test_what_was_not_decided_in_time_is_inconclusive(tmp_path: Path) -> None:
     told: list[str] = []
-    record = compared(tmp_path, Launch("numpy"), Launch("numpy"), seconds=0.01, tell=told.append)
+    record = compared(tmp_path, WorkerSpec("numpy"), WorkerSpec("numpy"), seconds=0.01, tell=told.append)
     assert [one.verdict for one in record.verdicts] == [INCONCLUSIVE] * 2
     assert not record.finished
     assert told[-1].startswith("the 0.01 s are used")
@@ -453,7 +453,14 @@ def test_simulated_gates_keep_the_rate_even_where_restarts_differ_much() -> None
 def test_a_self_test_runs_one_environment_against_itself_and_leaves_a_line(tmp_path: Path) -> None:
     log = tmp_path / "history" / "gate.jsonl"
     told = self_test.self_test(
-        Launch("numpy"), {"tiny": TINY}, "numpy", tmp_path / "runs", log, runs=1, simulate=100, seconds_per_case=0.05
+        WorkerSpec("numpy"),
+        {"tiny": TINY},
+        "numpy",
+        tmp_path / "runs",
+        log,
+        runs=1,
+        simulate=100,
+        seconds_per_case=0.05,
     )
     (line,) = self_test.history(log)
     assert line == told

@@ -21,8 +21,20 @@ from hypothesis import strategies as st
 
 from kvconform.bench.record import Round
 from kvconform.bench.worker import gpu as gpu_module
-from kvconform.bench.worker.gpu import REASONS, SLOW, Busy, Gpu, NoGpu, classes, held, kept, methods, unfit, ways
-from kvconform.bench.worker.timer import Block, Stopwatch, tokens
+from kvconform.bench.worker.gpu import (
+    MIN_CLOCK_FRACTION,
+    REASONS,
+    Gpu,
+    GpuBusy,
+    NoGpu,
+    classes,
+    held,
+    kept,
+    methods,
+    unfit,
+    ways,
+)
+from kvconform.bench.worker.timer import Block, Timer, tokens
 from kvconform.worker.client import unproven
 from kvconform_backends.numpy.cache import NumpyCache
 from kvconform_specs.config import Config
@@ -187,11 +199,11 @@ class Counting(NumpyCache):
 def test_a_step_is_made_again_on_any_copy_and_none_is_counted_twice(phase: str) -> None:
     config = Config("decoder", 2, 1, 4, layers=1, width=8, vocabulary=11, capacity=6)
     subject = Counting(config, weights(config), "cpu")
-    stopwatch = Stopwatch(subject, tokens(config, 0))
+    stopwatch = Timer(subject, tokens(config, 0))
     assert stopwatch.device(phase, 5, 3, 2) == [21, 21]  # room for one step: each forgets what it added
     assert len(subject.made) == 12
     subject.made.clear()
-    assert Stopwatch(NumpyCache(config, weights(config), "cpu"), tokens(config, 0)).device(phase, 5, 3, 2) == [0, 0]
+    assert Timer(NumpyCache(config, weights(config), "cpu"), tokens(config, 0)).device(phase, 5, 3, 2) == [0, 0]
 
 
 def test_the_clock_is_read_after_each_block_and_never_inside_it() -> None:
@@ -202,7 +214,7 @@ def test_the_clock_is_read_after_each_block_and_never_inside_it() -> None:
         if waits:
             subject.synchronise = lambda: None  # type: ignore[attr-defined]
         for phase in ("decode", "prefill"):
-            (block,) = Stopwatch(subject, tokens(config, 0), gpu=found).blocks(phase, 3, 1, 1)
+            (block,) = Timer(subject, tokens(config, 0), gpu=found).blocks(phase, 3, 1, 1)
             assert (block.sm_mhz, block.throttle) == (1234, 0x4)
 
 
@@ -226,7 +238,7 @@ def test_one_process_at_a_time_holds_a_gpu_and_a_dead_one_does_not(tmp_path: Pat
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(Busy, match=f"is being timed by another process, {other.pid}; see"), found.lock(tmp_path):
+        with pytest.raises(GpuBusy, match=f"is being timed by another process, {other.pid}; see"), found.lock(tmp_path):
             pytest.fail("two processes held one GPU")
         other.kill()
         other.wait()
@@ -238,7 +250,7 @@ def test_one_process_at_a_time_holds_a_gpu_and_a_dead_one_does_not(tmp_path: Pat
 def test_a_lock_is_given_back_and_another_gpu_has_its_own(tmp_path: Path) -> None:
     found, beside = gpu(), gpu()
     beside.uuid = "GPU-another"
-    with found.lock(tmp_path), beside.lock(tmp_path), pytest.raises(Busy), gpu().lock(tmp_path):
+    with found.lock(tmp_path), beside.lock(tmp_path), pytest.raises(GpuBusy), gpu().lock(tmp_path):
         pytest.fail("one GPU was held twice")
     with found.lock(tmp_path):
         pass
@@ -255,7 +267,7 @@ def test_the_lock_file_of_another_user_is_only_read(tmp_path: Path, monkeypatch:
         return really(at, flags, *mode)
 
     monkeypatch.setattr(os, "open", refused)
-    with found.lock(tmp_path), pytest.raises(Busy, match="another process, 4711"), gpu().lock(tmp_path):
+    with found.lock(tmp_path), pytest.raises(GpuBusy, match="another process, 4711"), gpu().lock(tmp_path):
         pytest.fail("one GPU was held twice")
     assert path.read_text() == "4711\n"
 
@@ -268,7 +280,7 @@ def test_a_run_on_cuda_holds_its_gpu_and_the_record_tells_which(
     monkeypatch.setattr(Gpu, "reach", lambda: found)
     with held("cuda") as told:
         assert told["uuid"] == UUID
-        with pytest.raises(Busy), held("cuda"):
+        with pytest.raises(GpuBusy), held("cuda"):
             pytest.fail("one GPU was held twice")
         with held("cpu") as nothing:
             assert nothing == {}
@@ -290,7 +302,7 @@ def test_blocks_under_three_quarters_of_the_default_clock_are_dropped_and_counte
     stay, dropped = kept(blocks, default)
     assert [block.sm_mhz for block in stay] == [clock for clock in mhz if 4 * clock >= 3 * default]
     assert len(stay) + dropped == len(blocks)
-    assert SLOW == 3 / 4
+    assert MIN_CLOCK_FRACTION == 3 / 4
 
 
 def test_rounds_without_a_clock_are_kept() -> None:
@@ -311,7 +323,7 @@ def test_on_a_gpu_the_witness_tells_the_device() -> None:
     assert unproven({}, "cpu") == ""
     assert unproven({"device": "cuda:0"}, "cuda") == ""
     assert unproven({"device": None}, "cuda") == (
-        "cuda was asked for, and its witness does not tell on what device it ran"
+        "cuda was asked for, and its runtime_info does not tell on what device it ran"
     )
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from kvconform.bench.analysis.costs import DESIGNS, bytes_expected, bytes_min, cost, multiply_adds, weights_read
 from kvconform.bench.analysis.intervals import times
-from kvconform.bench.analysis.ratios import WIDE
-from kvconform.bench.analysis.roofline import OVER, roofs
+from kvconform.bench.analysis.ratios import MAX_RATIO_HALF_WIDTH
+from kvconform.bench.analysis.roofline import MAX_ROOFLINE_FRACTION, roofs
 from kvconform.bench.record import MACHINE, Arm, Case, Record, Roof, Round
 from kvconform.bench.worker import ceilings
 from kvconform.bench.worker.ceilings import COLUMNS, PIECE, SIDE, WAYS, Ceiling, excess, fastest, floats, products
@@ -34,14 +34,14 @@ STEPS = [(0, 1), (0, 9), (5, 1), (5, 3), (20, 1)]
 """Cached and new tokens."""
 
 
-def metered(subject: Any, config: Config, past: int, new: int, batch: int, **options: Any) -> int:
+def count_macs(subject: Any, config: Config, past: int, new: int, batch: int, **options: Any) -> int:
     """The multiply-adds that a backend counts in a step."""
     ids = np.repeat(np.array(Streams(config, config.capacity, (0,)).tape(1), np.int64), batch, axis=0)
     cache = subject.start(batch)
     if past:
         _, cache = subject.step(cache, ids[:, :past].copy())
-    subject.step(cache, ids[:, past : past + new].copy(), metered=True, **options)
-    return int(subject.work())
+    subject.step(cache, ids[:, past : past + new].copy(), count_macs=True, **options)
+    return int(subject.macs())
 
 
 # --- multiply-adds ---
@@ -50,15 +50,15 @@ def metered(subject: Any, config: Config, past: int, new: int, batch: int, **opt
 def test_multiply_adds_under_a_dense_mask_are_those_that_numpy_counts(config: Config, batch: int) -> None:
     subject = NumpyCache(config, weights(config))
     for past, new in STEPS:
-        assert multiply_adds(config, past, new, batch, keys=past + new) == metered(subject, config, past, new, batch)
+        assert multiply_adds(config, past, new, batch, keys=past + new) == count_macs(subject, config, past, new, batch)
 
 
 @CONFIGS
 def test_multiply_adds_with_the_last_logits_alone_are_those_that_numpy_counts(config: Config) -> None:
     subject = NumpyCache(config, weights(config))
     for past, new in STEPS:
-        counted = metered(subject, config, past, new, 2, last=True)
-        assert multiply_adds(config, past, new, 2, keys=past + new, last=True) == counted
+        counted = count_macs(subject, config, past, new, 2, last_only=True)
+        assert multiply_adds(config, past, new, 2, keys=past + new, last_only=True) == counted
 
 
 @CONFIGS
@@ -78,7 +78,7 @@ def test_the_decode_steps_of_torch_multiply_what_is_seen_and_nothing_else(config
     subject = getattr(eager, name)(config, weights(config))
     for past, new in STEPS:
         if new == 1:
-            assert multiply_adds(config, past, new, 2) == metered(subject, config, past, new, 2)
+            assert multiply_adds(config, past, new, 2) == count_macs(subject, config, past, new, 2)
 
 
 def test_without_a_window_a_token_sees_as_many_keys_as_a_dense_mask_has() -> None:
@@ -116,7 +116,7 @@ def test_a_cached_generation_computes_one_query_position_for_each_new_token() ->
     subject.generate(np.array([[3, 1, 4, 1, 5]]), 6)
     assert asked == [5] * GROUPED.layers + [1] * GROUPED.layers * 5
     # and the meter sees no other product: a step's work is that of one position
-    assert metered(subject, GROUPED, 8, 1, 1) == cost(GROUPED, "decode", 8).flops // 2
+    assert count_macs(subject, GROUPED, 8, 1, 1) == cost(GROUPED, "decode", 8).flops // 2
 
 
 def test_phases_cost_what_their_steps_cost() -> None:
@@ -263,7 +263,7 @@ ARMS = [Arm("static", "decode"), Arm("grows", "decode"), Arm(MACHINE, "read"), A
 
 
 SOFTWARE = {
-    "static": {"device": "cpu", "witness": {"p": {"cache_design": "in-place"}}}, "grows": {"device": "cpu"}
+    "static": {"device": "cpu", "runtime_info": {"p": {"cache_design": "in-place"}}}, "grows": {"device": "cpu"}
 }  # fmt: skip
 
 
@@ -338,7 +338,7 @@ def test_the_ceiling_that_takes_longer_is_the_floor() -> None:
 
 
 def test_a_fraction_over_the_ceiling_is_flagged_and_no_number() -> None:
-    for fraction, over in ((OVER - 0.01, False), (OVER + 0.01, True), (1.46, True)):
+    for fraction, over in ((MAX_ROOFLINE_FRACTION - 0.01, False), (MAX_ROOFLINE_FRACTION + 0.01, True), (1.46, True)):
         roof = first(timed(times_of(fraction)))
         assert (roof.fraction is None) == (roof.low is None) == (roof.high is None) == over
         assert roof.flag.startswith("over the measured ceiling") == over
@@ -360,7 +360,7 @@ def test_a_fraction_that_is_no_valid_ratio_says_why_instead() -> None:
         msgspec.structs.replace(one, ns=one.ns * 3 // 2) if (one.restart, one.arm) == (1, 0) else one
         for one in wavering.rounds
     ]
-    assert f"over {WIDE:.0%}" in flag(wavering)
+    assert f"over {MAX_RATIO_HALF_WIDTH:.0%}" in flag(wavering)
     apart = timed(times_of(0.5))
     apart.rounds = [one for one in apart.rounds if (one.round < 4) == (one.arm == 0)]
     assert flag(apart) == "no round has both the step and its ceiling"

@@ -19,11 +19,11 @@ from kvconform.results.results import read
 from kvconform.run.run import Plan, cells
 from kvconform.search.effort import BUDGETS
 from kvconform_specs.clauses import BY_NAME
-from kvconform_specs.configs import POINTS
+from kvconform_specs.configs import CONFIGS
 
 SUBJECTS = SUPPORT / "subjects.py"
 ONE_CONFIG = ("--budget", "smoke", "--config", "attention-gqa")
-CORE = [c.name for c in BY_NAME.values() if c.core and c.concerns(POINTS["attention-gqa"])]
+CORE = [c.name for c in BY_NAME.values() if c.core and c.concerns(CONFIGS["attention-gqa"])]
 ONLY_CORE = (*ONE_CONFIG, *(word for name in CORE for word in ("--clause", name)))
 
 
@@ -72,7 +72,10 @@ def test_a_broken_backend_exits_with_1_and_each_failure_is_two_lines(tmp_path: P
             ("run", "-b", "numpy", *ONE_CONFIG, "--clause", "shape.output", "--shard", "2/2"),
             "--shard 2/2: there are fewer cells than shards",
         ),
-        (("run", "-b", "numpy", "--ledger", "none.toml"), "none.toml: cannot be read: No such file or directory"),
+        (
+            ("run", "-b", "numpy", "--known-failures", "none.toml"),
+            "none.toml: cannot be read: No such file or directory",
+        ),
         (("merge", "none.json", "-o", "x.json"), "none.json: cannot be read: No such file or directory"),
         (("spec", "poetry"), "no clause or chapter named 'poetry'; chapters: shape, causality"),
         (("replay", "none.json"), "none.json: cannot be read: No such file or directory"),

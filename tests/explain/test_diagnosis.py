@@ -15,9 +15,9 @@ from kvconform.explain.diagnosis import Diagnosis, across, diagnose, fingerprint
 from kvconform.explain.diagnosis.cache_edits import Memory, remembered
 from kvconform.explain.diagnosis.edits import EDITS, Explanation, explanations, kinds
 from kvconform.explain.diagnosis.fingerprints import (
-    CONFIGS,
     FILE,
     LIKENESS,
+    SHORT_CONFIGS,
     Evaluation,
     Match,
     Prints,
@@ -35,22 +35,22 @@ from kvconform.explain.diagnosis.signature import Condition, condition, sighted,
 from kvconform.explain.diagnosis.symptoms import Cell
 from kvconform.explain.visibility import Map
 from kvconform.mutation.fault import load_faults
-from kvconform.worker.client import Launch, Subject
+from kvconform.worker.client import Subject, WorkerSpec
 from kvconform.worker.registry import load
 from kvconform_backends.faults import classes
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
-from kvconform_specs.configs import POINTS
+from kvconform_specs.configs import CONFIGS
 from kvconform_specs.history import seen_by
-from kvconform_specs.program import Append, Full, Program, Reject, Reset
+from kvconform_specs.program import Append, Program, Reject, Reset, UncachedForward
 
 HERE = SUPPORT
-FAULTS = {fault.name: fault for fault in load_faults(fingerprints.ZOO)}
+FAULTS = {fault.name: fault for fault in load_faults(fingerprints.CATALOGUE)}
 
 
 def diagnosed(address: str, config: str = "attention-gqa", cases: tuple[Case, ...] = ()) -> Diagnosis | None:
-    with Subject(Launch(address)) as subject:
-        return diagnose(subject, subject.points.get(config) or POINTS[config], cases, [])
+    with Subject(WorkerSpec(address)) as subject:
+        return diagnose(subject, subject.configs.get(config) or CONFIGS[config], cases, [])
 
 
 def of(name: str) -> str:
@@ -84,7 +84,7 @@ def test_a_planted_fault_is_named_by_its_outputs(fault: str, config: str, kind: 
 
 def test_a_fault_is_found_under_a_config_that_the_catalogue_lacks() -> None:
     config = Config("attention", heads=4, kv_heads=2, head_dim=6, capacity=32, seed=9)
-    with Subject(Launch(FAULTS["chunk-sees-ahead"].address)) as subject:
+    with Subject(WorkerSpec(FAULTS["chunk-sees-ahead"].address)) as subject:
         found = diagnose(subject, config, [], [])
     assert found is not None
     assert (found.named, found.exactly) == ("M2", True)
@@ -119,7 +119,7 @@ def test_a_subject_that_dies_has_a_signature() -> None:
 
 
 def test_a_counterexample_speaks_where_no_probe_does() -> None:
-    case = Case((Program(POINTS["attention-gqa"], (Append("a", (23,), 0), Append("a", (1,), 0))),))
+    case = Case((Program(CONFIGS["attention-gqa"], (Append("a", (23,), 0), Append("a", (1,), 0))),))
     assert diagnosed(of("Prompt23")) is None
     found = diagnosed(of("Prompt23"), cases=(case,))
     assert found is not None
@@ -129,7 +129,7 @@ def test_a_counterexample_speaks_where_no_probe_does() -> None:
 
 # --- black boxes ---
 def test_a_black_box_is_named_by_its_pattern() -> None:
-    found = diagnosed(of("BoxTopLeft"), "hidden-own")
+    found = diagnosed(of("BoxTopLeft"), "hidden-self")
     assert found is not None
     assert (found.named, found.exactly) == ("M1", False)
     assert found.sentence.startswith("behaves like (to ")
@@ -137,11 +137,11 @@ def test_a_black_box_is_named_by_its_pattern() -> None:
 
 
 def test_a_clean_black_box_gets_no_diagnosis() -> None:
-    assert diagnosed(of("BoxRight"), "hidden-own") is None
+    assert diagnosed(of("BoxRight"), "hidden-self") is None
 
 
 def test_a_black_box_with_a_mistake_of_its_own_is_not_named() -> None:
-    found = diagnosed(of("BoxScaled"), "hidden-own")
+    found = diagnosed(of("BoxScaled"), "hidden-self")
     assert found is not None
     assert found.named == ""
     assert "with length after the step ≥ 7" in found.signature
@@ -150,9 +150,9 @@ def test_a_black_box_with_a_mistake_of_its_own_is_not_named() -> None:
 # --- what the truth gives on other tokens ---
 def explained(name: str, config: str = "attention-gqa") -> list[Explanation]:
     subject = load(FAULTS[name].address if name in FAULTS else name)
-    found = fingerprints.examined(subject, POINTS[config], {})
+    found = fingerprints.examined(subject, CONFIGS[config], {})
     assert found is not None
-    return explanations(found.symptoms, POINTS[config], subject.claims, None)
+    return explanations(found.symptoms, CONFIGS[config], subject.claims, None)
 
 
 @pytest.mark.parametrize(
@@ -180,13 +180,13 @@ def test_outputs_that_no_tokens_give_are_not_explained(name: str) -> None:
 
 
 def test_the_tokens_behind_a_black_box_are_told() -> None:
-    found = diagnosed(of("BoxWithoutNewest"), "hidden-own")
+    found = diagnosed(of("BoxWithoutNewest"), "hidden-self")
     assert found is not None
     assert "every first bad output is what the truth gives without the newest cached token" in found.signature
 
 
 def test_a_mistake_that_nobody_planted_is_named_by_its_tokens() -> None:
-    found = diagnosed(of("BoxStale"), "hidden-own")
+    found = diagnosed(of("BoxStale"), "hidden-self")
     assert found is not None
     assert (found.named, found.fault, found.bug, found.exactly) == ("C6", "", "", False)
     assert found.sentence.startswith("the tokens that it sees are those of ")
@@ -197,7 +197,7 @@ def test_a_mistake_that_nobody_planted_is_named_by_its_tokens() -> None:
 def test_edits_stand_for_known_classes_and_right_memories_change_nothing() -> None:
     assert {kind for edit in EDITS for kind in edit.classes} <= set(classes.CLASSES)
     assert len({edit.words for edit in EDITS}) == len(EDITS)
-    for probe in probes(POINTS["attention-window"], load("numpy-static").claims):
+    for probe in probes(CONFIGS["attention-window"], load("numpy-static").claims):
         views, seen = remembered(probe.program, Memory()), seen_by(probe.program)
         for view, rows in zip(views, seen, strict=True):
             assert rows is None or (view is not None and tuple(tuple(t[0] for t in row) for row in view) == rows)
@@ -232,19 +232,21 @@ def test_a_loop_that_is_wrong_on_right_steps_is_named(name: str, exact: bool) ->
 
 # --- the margin ---
 @lru_cache
-def zoo() -> Prints:
+def prints_of_catalogue() -> Prints:
     return Prints(list(catalogue().prints()))
 
 
 def test_a_pattern_is_most_like_itself() -> None:
-    for its in zoo().all[::97]:
-        likeness = zoo().likeness(full(its))
-        assert likeness[zoo().all.index(its)] == 1 == likeness.max()
+    for its in prints_of_catalogue().all[::97]:
+        likeness = prints_of_catalogue().likeness(full(its))
+        assert likeness[prints_of_catalogue().all.index(its)] == 1 == likeness.max()
 
 
 def test_below_the_margin_nothing_is_named() -> None:
-    top, chunk = (next(p for p in zoo().all if p.entry.name == name) for name in ("top-left", "chunk-sees-ahead"))
-    diagonal = next(p for p in zoo().all if p.entry.name == "diagonal-from-zero")
+    top, chunk = (
+        next(p for p in prints_of_catalogue().all if p.entry.name == name) for name in ("top-left", "chunk-sees-ahead")
+    )
+    diagonal = next(p for p in prints_of_catalogue().all if p.entry.name == "diagonal-from-zero")
     alone, twice = [Match(1.0, top), Match(0.5, chunk)], [Match(1.0, top), Match(0.9, diagonal), Match(0.5, chunk)]
     assert named(alone) is None
     assert named(twice) == ("M1", twice[0])
@@ -254,13 +256,13 @@ def test_below_the_margin_nothing_is_named() -> None:
 
 
 def test_faults_that_are_named_by_others_alone_are_hardly_ever_named_wrongly() -> None:
-    unseen, elsewhere = (catalogue().evaluation[kind] for kind in ("unseen", "elsewhere"))
+    unseen, elsewhere = (prints_of_catalogue().evaluation[kind] for kind in ("unseen", "elsewhere"))
     assert unseen.wrong <= 0.03 * unseen.asked
     assert unseen.right > unseen.wrong
     assert elsewhere.wrong <= 0.03 * elsewhere.asked
     assert elsewhere.right > 0.3 * elsewhere.asked
     patterns, tokens, both = (
-        catalogue().evaluation[kind] for kind in ("unseen by outputs", "by edits", "unseen, with edits")
+        prints_of_catalogue().evaluation[kind] for kind in ("unseen by outputs", "by edits", "unseen, with edits")
     )
     assert tokens.wrong <= 0.03 * tokens.asked
     assert both.wrong <= 0.03 * both.asked
@@ -272,26 +274,30 @@ def test_an_evaluation_says_its_shares() -> None:
 
 
 def test_the_stored_evaluation_is_that_of_the_stored_patterns() -> None:
-    few = msgspec.structs.replace(catalogue(), entries=catalogue().entries[::6])
+    few = msgspec.structs.replace(prints_of_catalogue(), entries=prints_of_catalogue().entries[::6])
     found = fingerprints.evaluated(few)
     assert found["unseen"].asked == sum(len(entry.shown) for entry in few.entries)
-    matches = nearest(full(zoo().all[0]), zoo(), lambda its: its.entry.name == zoo().all[0].entry.name)
-    assert all(match.found.entry.name != zoo().all[0].entry.name for match in matches)
+    matches = nearest(
+        full(prints_of_catalogue().all[0]),
+        prints_of_catalogue(),
+        lambda its: its.entry.name == prints_of_catalogue().all[0].entry.name,
+    )
+    assert all(match.found.entry.name != prints_of_catalogue().all[0].entry.name for match in matches)
 
 
 # --- the catalogue ---
 def test_the_catalogue_holds_every_planted_fault() -> None:
-    assert {(e.name, e.address, e.classes, e.bug) for e in catalogue().entries} == {
+    assert {(e.name, e.address, e.classes, e.bug) for e in prints_of_catalogue().entries} == {
         (f.name, f.address, f.classes, f.bug) for f in FAULTS.values()
     }
-    assert catalogue().classes == classes.CLASSES
+    assert prints_of_catalogue().classes == classes.CLASSES
 
 
 def test_a_sample_of_the_catalogue_is_current() -> None:
     sample = [FAULTS[name] for name in ("top-left", "truncate-ignored", "ring-one-slot-more", "places-from-zero")]
-    again = computed(sample, CONFIGS)
+    again = computed(sample, SHORT_CONFIGS)
     mine = {(p.entry.name, p.config): (dict(p.pattern), p.asked) for p in again.prints()}
-    stored = {(p.entry.name, p.config): (dict(p.pattern), p.asked) for p in catalogue().prints()}
+    stored = {(p.entry.name, p.config): (dict(p.pattern), p.asked) for p in prints_of_catalogue().prints()}
     assert len(mine) > 15
     assert mine == {key: value for key, value in stored.items() if key[0] in {fault.name for fault in sample}}
 
@@ -310,12 +316,12 @@ def test_every_class_has_one_sentence_of_advice() -> None:
 @pytest.mark.parametrize("config", ["attention-window", "decoder-rope"])
 def test_probes_ask_for_what_is_claimed_alone(backend: str, config: str) -> None:
     claims = load(backend).claims
-    asked = probes(POINTS[config], claims)
+    asked = probes(CONFIGS[config], claims)
     assert len(asked) >= 24
     for step in (step for probe in asked for step in probe.program.steps):
         if isinstance(step, Reset):
             assert claims.can("reset")
-        if isinstance(step, Append | Full):
+        if isinstance(step, Append | UncachedForward):
             assert claims.can("ragged") or len(set(step.counts)) == 1
         if isinstance(step, Reject):
             assert claims.can("overflow refused") or claims.can("refusal") or claims.can("truncate")
@@ -323,7 +329,7 @@ def test_probes_ask_for_what_is_claimed_alone(backend: str, config: str) -> None
 
 def test_one_row_one_sequence_and_short_chunks_are_enough_to_probe() -> None:
     claims = replace(load("numpy").claims, max_batch=1, max_sequences=1, max_chunk=3, abilities=("length",))
-    asked = probes(POINTS["decoder-rope"], claims)
+    asked = probes(CONFIGS["decoder-rope"], claims)
     assert {"decode", "many", "to-capacity"} <= {probe.name for probe in asked}
     appends = [step for probe in asked for step in probe.program.steps if isinstance(step, Append)]
     assert max(max(step.counts) for step in appends) <= 3
@@ -336,16 +342,16 @@ def test_every_probe_has_a_name_and_streams_of_its_own() -> None:
     claims = load("numpy-static").claims
     seen: dict[int, str] = {}
     for config in ("attention-window", "decoder-learned"):
-        for probe in probes(POINTS[config], claims):
+        for probe in probes(CONFIGS[config], claims):
             for step in probe.program.steps:
-                if isinstance(step, Append | Full):
+                if isinstance(step, Append | UncachedForward):
                     for row in range(len(step.counts)):
                         assert seen.setdefault(step.seed + row, probe.name) == probe.name
     assert SPREAD > OTHER
 
 
 def test_changed_tokens_cover_first_and_last_and_leave_the_sizes() -> None:
-    probe = next(probe for probe in probes(POINTS["decoder-rope"], load("numpy").claims) if probe.name == SEEN)
+    probe = next(probe for probe in probes(CONFIGS["decoder-rope"], load("numpy").claims) if probe.name == SEEN)
     changed = changes(probe)
     positions = [position for position, _program in changed]
     assert positions == list(range(10))
@@ -379,39 +385,39 @@ def cells(off: str, **facts: str) -> list[Cell]:
     ],
 )
 def test_the_smallest_condition_separates_bad_from_good(off: str, facts: dict[str, str], words: str) -> None:
-    found = condition(cells(off, **facts), POINTS["attention-gqa"])
+    found = condition(cells(off, **facts), CONFIGS["attention-gqa"])
     assert found is not None
     assert (found.words, found.share) == (words, 1)
 
 
 def test_a_window_is_a_condition_where_the_config_has_one() -> None:
-    found = condition(cells("...xx", position="23456"), POINTS["attention-window"])
+    found = condition(cells("...xx", position="23456"), CONFIGS["attention-window"])
     assert found is not None
     assert found.words == "only once length > window"
 
 
 def test_where_nothing_separates_nothing_is_said() -> None:
-    assert condition(cells("x.x.x."), POINTS["attention-gqa"]) is None
-    assert condition(cells("....", past="0123"), POINTS["attention-gqa"]) is None
+    assert condition(cells("x.x.x."), CONFIGS["attention-gqa"]) is None
+    assert condition(cells("....", past="0123"), CONFIGS["attention-gqa"]) is None
     assert told(None) == ""
 
 
 def test_what_comes_near_is_told_with_its_share() -> None:
     found = condition(
-        cells("." + "x" * 9 + "." * 9, q="2" + "12" * 9, past="1" * 10 + "0" * 9), POINTS["attention-gqa"]
+        cells("." + "x" * 9 + "." * 9, q="2" + "12" * 9, past="1" * 10 + "0" * 9), CONFIGS["attention-gqa"]
     )
     assert found == Condition("only with past > 0", 0.9, False, 9, 19)
     assert told(found) == "nearly always and only with past > 0 (90%)"
 
 
 def test_what_is_off_nearly_everywhere_has_no_condition() -> None:
-    found = condition(cells("x" * 9 + "." + "x" * 10), POINTS["attention-gqa"])
+    found = condition(cells("x" * 9 + "." + "x" * 10), CONFIGS["attention-gqa"])
     assert told(found) == "in nearly every output (95%)"
 
 
 def test_what_follows_a_first_mistake_does_not_hide_its_condition() -> None:
     later = [replace(cell, first=False) for cell in cells("xx", q="11", past="78")]
-    found = condition([*cells("..x..", q="13311", past="00555"), *later], POINTS["attention-gqa"])
+    found = condition([*cells("..x..", q="13311", past="00555"), *later], CONFIGS["attention-gqa"])
     assert found is not None
     assert told(found) == "only with q > 1 and past > 0, and what follows in the sequence"
 
@@ -427,7 +433,7 @@ def test_what_is_felt_is_told_for_prompts_chunks_and_decode_steps() -> None:
 
 
 def test_a_pattern_of_letters_knows_no_sizes() -> None:
-    config = POINTS["attention-gqa"]
+    config = CONFIGS["attention-gqa"]
     other = replace(config, heads=4, kv_heads=2, head_dim=6, capacity=24)
     mine, its = (
         fingerprints.examined(load(FAULTS["top-left"].address), one, {}) for one in (config, other)

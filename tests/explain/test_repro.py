@@ -19,15 +19,15 @@ from kvconform.explain.repro.inputs import Run, inputs, literal
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import Counterexample, read
 from kvconform.search.effort import BUDGETS
-from kvconform.worker.client import Launch, Subject
+from kvconform.worker.client import Subject, WorkerSpec
 from kvconform.worker.registry import load
 from kvconform_backends.faults.planted import Planted
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case, Relation
 from kvconform_specs.clauses import BY_NAME
-from kvconform_specs.configs import POINTS
+from kvconform_specs.configs import CONFIGS
 from kvconform_specs.errors import SpecError
-from kvconform_specs.program import Append, Full, Program, Step
+from kvconform_specs.program import Append, Program, Step, UncachedForward
 
 EXAMPLES = ROOT / "examples"
 SUBJECTS = SUPPORT / "subjects.py"
@@ -40,8 +40,8 @@ PACKAGES = ("kvconform", "kvconform_specs", "kvconform_backends")
 
 def found(address: str, clause: str, config: str, folder: Path, **launch: Any) -> tuple[str, Counterexample]:
     """The file of the failure that a search finds, and its counterexample."""
-    with Subject(Launch(address, **launch)) as subject:
-        verdict = run_cell(Cell(BY_NAME[clause], POINTS[config], config), subject, BUDGETS["smoke"], 0, folder)
+    with Subject(WorkerSpec(address, **launch)) as subject:
+        verdict = run_cell(Cell(BY_NAME[clause], CONFIGS[config], config), subject, BUDGETS["smoke"], 0, folder)
         assert verdict.counterexample, f"{verdict.outcome}: {verdict.sentence}"
         known = read(folder / verdict.counterexample)
         return repro.script(known, subject), known
@@ -49,8 +49,8 @@ def found(address: str, clause: str, config: str, folder: Path, **launch: Any) -
 
 def written(address: str, clause: str, *steps: tuple[Step, ...], **launch: Any) -> str:
     """The file of a failure whose programs were written by hand: a search takes long on what is slow to start."""
-    with Subject(Launch(address, **launch)) as subject:
-        (config,) = subject.points.values() or (POINTS[GQA],)
+    with Subject(WorkerSpec(address, **launch)) as subject:
+        (config,) = subject.configs.values() or (CONFIGS[GQA],)
         known = Counterexample(
             suite=SUITE_VERSION, clause=clause, backend=address, device="cpu", sentence="", outcome="fail",
             before=[], case=Case(tuple(Program(config, program) for program in steps)).to_json(), reduced=True,
@@ -58,9 +58,9 @@ def written(address: str, clause: str, *steps: tuple[Step, ...], **launch: Any) 
         return repro.script(known, subject)
 
 
-DECODED = (Full("a", (6,), 0),), (Append("a", (3,), 0), *(Append("a", (1,), 0) for _ in range(3)))
+DECODED = (UncachedForward("a", (6,), 0),), (Append("a", (3,), 0), *(Append("a", (1,), 0) for _ in range(3)))
 """The whole at once, and a prefill and three decode steps."""
-SWAPPED = (Append("a", (3,), 0),), (Append("a", (3,), 0, swap=((0, 2, 96),)),)
+SWAPPED = (Append("a", (3,), 0),), (Append("a", (3,), 0, substitutions=((0, 2, 96),)),)
 """The same prefill with another last token, whose first channel has another sign."""
 
 
@@ -72,7 +72,7 @@ def run(
     place.mkdir(exist_ok=True)
     file = place / "issue.py"
     file.write_text(text)
-    code = ["-c", ALONE.format(hidden=PACKAGES, file=str(file))] if alone else [str(file)]
+    code = ["-c", ALONE.format(masked=PACKAGES, file=str(file))] if alone else [str(file)]
     return subprocess.run(
         [sys.executable, *code], capture_output=True, text=True, check=False, cwd=place, env=environment
     )
@@ -98,21 +98,21 @@ def mended(text: str) -> str:
 BROKEN = {
     Relation.PARITY: ("causality:TopLeft", "definition.attention", GQA),
     Relation.AGREEMENT: ("causality:TopLeft", "equivalence.decode", GQA),
-    Relation.UNAFFECTED: ("causality:NoMaskWithCache", "causality.future-blind", GQA),
-    Relation.AFFECTED: ("causality:TopLeft", "causality.past-seen", GQA),
+    Relation.INSENSITIVE: ("causality:NoMaskWithCache", "causality.future-blind", GQA),
+    Relation.SENSITIVE: ("causality:TopLeft", "causality.past-seen", GQA),
     Relation.BITWISE: ("determinism:SplitsByChunk", "determinism.chunk-invariant", GQA),
-    Relation.SHAPES: ("shape:LastPositionOnly", "shape.output", GQA),
+    Relation.SHAPE: ("shape:LastPositionOnly", "shape.output", GQA),
     Relation.LENGTHS: ("shape:LengthCountsHeads", "shape.length", GQA),
     Relation.ROOM: ("capacity:RoomOfAllocation", "capacity.room", GQA),
     Relation.CONTENTS: ("contents:PresentSwapped", "contents.round-trip", GQA),
-    Relation.KEPT: ("contents:KeysTurnedAgain", "contents.past-unchanged", ROPE),
-    Relation.HELD: ("contents:CapacityShown", "contents.present", GQA),
+    Relation.STABLE_CONTENTS: ("contents:KeysTurnedAgain", "contents.past-unchanged", ROPE),
+    Relation.RETAINED_COUNT: ("contents:CapacityShown", "contents.present", GQA),
     Relation.FINITE: ("numerics:BuffersUninitialised", "numerics.finite", GQA),
     Relation.SAME_TOKEN: ("determinism:DilutedByTail", "determinism.same-token", ROPE),
     Relation.GENERATED: ("generation:LastPromptTokenTwice", "equivalence.generation", ROPE),
     Relation.BYTES: ("accounting:RepeatedHeadsStored", "accounting.bytes", GQA),
     Relation.POSITIONS: ("accounting:Recomputed", "accounting.positions", ROPE),
-    Relation.AFFINE: ("accounting:Recomputed", "accounting.affine", ROPE),
+    Relation.LINEAR_COST: ("accounting:Recomputed", "accounting.affine", ROPE),
 }
 """A fault, a clause and a config for each relation."""
 MORE = (
@@ -205,14 +205,14 @@ from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 
 class Mean:
-    claims = Claims(profiles=("hidden",), abilities=("full",), truth="self")
-    points = {{"hidden-own": Config("hidden", heads=1, kv_heads=1, head_dim=6, width=6)}}
+    claims = Claims(profiles=("hidden",), abilities=("uncached_forward",), reference="self")
+    configs = {{"hidden-self": Config("hidden", heads=1, kv_heads=1, head_dim=6, width=6)}}
     recognised, assumed, source = "a function", (), __file__
     def __init__(self, config, weights, device): self.factor = 1
     def start(self, batch): return None
     def step(self, cache, x): return mean(x, cache)
-    def full(self, x): return mean(self.factor * x)[0]
-    def disturbed(self, storage, accumulation, seed):
+    def uncached_forward(self, x): return mean(self.factor * x)[0]
+    def perturbed(self, storage, accumulation, seed):
         other = Mean(None, None, None)
         other.factor = 1 + storage * seed
         return other
@@ -220,7 +220,7 @@ class Mean:
     def script(self, program, tag):
         lines = ["past = None"]
         for i, step in enumerate(program.steps):
-            if type(step).__name__ == "Full": lines.append(f"y{{tag}}{{i}} = mean(x{{tag}}{{i}})[0]  # step {{i}}")
+            if type(step).__name__ == "UncachedForward": lines.append(f"y{{tag}}{{i}} = mean(x{{tag}}{{i}})[0]  # step {{i}}")
             else: lines.append(f"y{{tag}}{{i}}, past = mean(x{{tag}}{{i}}, past)  # step {{i}}")
         return "\\n".join(lines)
 """
@@ -355,10 +355,10 @@ def test_an_array_survives_its_own_literal(dtype: type, shape: tuple[int, ...]) 
 
 
 def test_a_token_is_written_once_and_cut_from_there() -> None:
-    config = POINTS[ROPE]
-    at_once = Program(config, (Full("a", (5,), 3),))
+    config = CONFIGS[ROPE]
+    at_once = Program(config, (UncachedForward("a", (5,), 3),))
     in_chunks = Program(config, (Append("a", (3,), 3), Append("a", (1,), 3), Append("a", (1,), 3)))
-    swapped = Program(config, (Append("a", (5,), 3, swap=((0, 1, 99),)),))
+    swapped = Program(config, (Append("a", (5,), 3, substitutions=((0, 1, 99),)),))
     lines = inputs([Run(at_once, "0_"), Run(in_chunks, "1_"), Run(swapped, "2_")], seeded=False)
     assert lines[0].startswith("tokens = np.array([")
     assert lines[1] == "tokens2 = tokens.copy()"
@@ -390,10 +390,10 @@ def test_replay_writes_the_script_and_says_that_it_shows_the_bug(tmp_path: Path)
 
 
 def test_what_holds_has_no_script(tmp_path: Path) -> None:
-    program = Program(POINTS[GQA], (Append("a", (1,), 0),))
+    program = Program(CONFIGS[GQA], (Append("a", (1,), 0),))
     known = Counterexample(
         suite=SUITE_VERSION, clause="shape.output", backend="numpy", device="cpu", sentence="none", outcome="fail",
         before=[], case=Case((program,)).to_json(), reduced=True,
     )  # fmt: skip
-    with Subject(Launch("numpy")) as subject, pytest.raises(SpecError, match=r"shape\.output holds on numpy now"):
+    with Subject(WorkerSpec("numpy")) as subject, pytest.raises(SpecError, match=r"shape\.output holds on numpy now"):
         repro.script(known, subject)

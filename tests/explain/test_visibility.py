@@ -19,22 +19,22 @@ from kvconform.explain.visibility.measure import SEEDS
 from kvconform.explain.visibility.schedules import Schedule, schedules
 from kvconform.explain.visibility.text import LEGEND, MARKS, drawing, listed, title, words
 from kvconform.mutation.fault import load_faults
-from kvconform.worker.client import Death, Launch, Subject
+from kvconform.worker.client import Subject, WorkerDied, WorkerSpec
 from kvconform.worker.execute import feeds_of
 from kvconform_backends.numpy.cache import Array, NumpyCache
 from kvconform_reports.view import maps as pictures
 from kvconform_specs.config import Config
-from kvconform_specs.configs import LONG, POINTS
+from kvconform_specs.configs import CONFIGS, LONG
 from kvconform_specs.program import Program
 
-SHORT = {name: config for name, config in POINTS.items() if config.capacity < LONG}
+SHORT = {name: config for name, config in CONFIGS.items() if config.capacity < LONG}
 """A map has 12 tokens at most: of a long context it shows nothing that a short one does not."""
 FAULTS, SUBJECTS = "kvconform_backends.faults", str(SUPPORT / "mapped_subjects.py")
 
 
 def mapped(address: str, config: str | Config = "attention-gqa") -> dict[str, Map]:
-    with Subject(Launch(address)) as subject:
-        wanted = {**POINTS, **subject.points}[config] if isinstance(config, str) else config
+    with Subject(WorkerSpec(address)) as subject:
+        wanted = {**CONFIGS, **subject.configs}[config] if isinstance(config, str) else config
         return {one.schedule: one for one in maps(subject, wanted)}
 
 
@@ -49,7 +49,7 @@ CLEAN += [control.address for control in load_faults(f"{FAULTS}:CONTROLS")]
 
 @pytest.mark.parametrize("address", CLEAN, ids=lambda address: address.rpartition(":")[2])
 def test_what_is_right_sees_what_it_must_under_every_schedule_and_config(address: str) -> None:
-    with Subject(Launch(address)) as subject:
+    with Subject(WorkerSpec(address)) as subject:
         looked = 0
         for name, config in SHORT.items():
             for one in maps(subject, config):
@@ -61,7 +61,7 @@ def test_what_is_right_sees_what_it_must_under_every_schedule_and_config(address
 
 
 def test_a_right_black_box_is_right_and_its_window_is_read_off_its_own_forward() -> None:
-    found = mapped(f"{SUBJECTS}:Box", "decoder-own")
+    found = mapped(f"{SUBJECTS}:Box", "decoder-self")
     assert [one.right for one in found.values()] == [True] * 6
     banded = ["".join("x" if 0 <= i - j < 4 else "." for j in range(8)) for i in range(8)]
     assert all(found[name].wanted == found[name].seen == banded for name in ("full", "prefill", "chunked", "decode"))
@@ -176,8 +176,8 @@ def test_an_exception_leaves_the_outputs_blank_from_there_on() -> None:
 
 
 def test_what_ends_the_process_is_raised() -> None:
-    with Subject(Launch(f"{SUBJECTS}:Dies")) as subject, pytest.raises(Death, match=r"step 0 \(full 8 to a\)"):
-        maps(subject, POINTS["attention-gqa"])
+    with Subject(WorkerSpec(f"{SUBJECTS}:Dies")) as subject, pytest.raises(WorkerDied, match=r"step 0 \(full 8 to a\)"):
+        maps(subject, CONFIGS["attention-gqa"])
 
 
 def test_outputs_that_are_no_numbers_cannot_be_told() -> None:
@@ -209,7 +209,7 @@ def test_schedules_stay_within_the_claims() -> None:
 
 def test_schedules_are_longer_than_a_window_and_no_longer_than_the_capacity() -> None:
     def sizes(**changes: Any) -> list[int]:
-        config = replace(POINTS["attention-window"], **changes)
+        config = replace(CONFIGS["attention-window"], **changes)
         return [schedule.length for schedule in schedules(config, NumpyCache.claims) if schedule.rows == 1]
 
     assert sizes(window=None) == sizes(window=5) == [8] * 4
@@ -219,17 +219,17 @@ def test_schedules_are_longer_than_a_window_and_no_longer_than_the_capacity() ->
 
 
 def test_what_a_backend_does_not_take_has_no_maps() -> None:
-    with Subject(Launch("numpy-ring")) as subject:
-        assert maps(subject, POINTS["attention-gqa"]) == []
-        assert maps(subject, replace(POINTS["decoder-learned"], dtype="bfloat16")) == []
-        assert maps(subject, mapped_subjects.Box.points["decoder-own"]) == []
+    with Subject(WorkerSpec("numpy-ring")) as subject:
+        assert maps(subject, CONFIGS["attention-gqa"]) == []
+        assert maps(subject, replace(CONFIGS["decoder-learned"], dtype="bfloat16")) == []
+        assert maps(subject, mapped_subjects.Box.configs["decoder-self"]) == []
 
 
 # --- what can be resolved ---
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_needles_resolve_what_has_no_weight_else_and_without_them_it_is_neither_right_nor_wrong(dtype: str) -> None:
     sharp = Config("attention", heads=4, kv_heads=2, head_dim=8, scale=60.0, dtype=dtype)
-    with Subject(Launch("numpy")) as subject:
+    with Subject(WorkerSpec("numpy")) as subject:
         found = {one.schedule: one for one in maps(subject, sharp)}
     assert all(one.right for one in found.values())
     assert {name for name, one in found.items() if one.unresolved} == {"full"}  # whose queries nothing can aim
@@ -240,7 +240,7 @@ def test_needles_resolve_what_has_no_weight_else_and_without_them_it_is_neither_
 
 @pytest.mark.parametrize("vocabulary", [2, 3])
 def test_a_changed_token_is_another_one_however_few_there_are(vocabulary: int) -> None:
-    config = replace(POINTS["decoder-rope"], vocabulary=vocabulary)
+    config = replace(CONFIGS["decoder-rope"], vocabulary=vocabulary)
     schedule = Schedule("decode", (1,) * 8)
     for seed in SEEDS:
         tokens = fed(schedule.program(config, NumpyCache.claims, seed))
@@ -256,7 +256,7 @@ def fed(program: Program) -> Array:
 
 # --- black boxes ---
 def test_a_black_box_is_wrong_where_it_is_not_its_own_forward() -> None:
-    found = mapped(f"{SUBJECTS}:BoxTopLeft", "decoder-own")
+    found = mapped(f"{SUBJECTS}:BoxTopLeft", "decoder-self")
     assert found["full"].right
     assert words(found["decode"]) == (
         "decode: tokens 4–7 do not see the tokens from 3 back to the one before; "
@@ -265,13 +265,13 @@ def test_a_black_box_is_wrong_where_it_is_not_its_own_forward() -> None:
 
 
 def test_a_black_box_whose_cache_shows_more_than_its_own_forward_is_seen_to() -> None:
-    found = mapped(f"{SUBJECTS}:BoxWithALongerWindow", "decoder-own")
+    found = mapped(f"{SUBJECTS}:BoxWithALongerWindow", "decoder-self")
     assert found["prefill"].right
     assert found["decode"].differences == [(i, i - 4, FORBIDDEN) for i in range(4, 8)]
 
 
 def test_a_truth_that_sees_the_future_is_a_finding() -> None:
-    found = mapped(f"{SUBJECTS}:BoxWithoutAMask", "decoder-own")
+    found = mapped(f"{SUBJECTS}:BoxWithoutAMask", "decoder-self")
     ahead = cells(FORBIDDEN, *((i, range(i + 1, 8)) for i in range(7)))
     assert set(found["full"].differences) == set(found["prefill"].differences) == ahead
     assert words(found["full"]) == "full: tokens 0–6 see the tokens from the next one to 7 (their future)"

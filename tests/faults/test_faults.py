@@ -1,4 +1,4 @@
-"""Every planted fault is convicted by its clauses, for what was planted; clean caches are not."""
+"""Every planted fault is detected by its clauses, for what was planted; clean caches are not."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from kvconform.mutation.audit import Plan, audit_fault, cells
 from kvconform.mutation.fault import Fault, load_faults
 from kvconform.search.cell import run_cell
 from kvconform.search.effort import BUDGETS, Budget
-from kvconform.worker.client import Launch, Subject
+from kvconform.worker.client import Subject, WorkerSpec
 from kvconform_backends.faults import CONTROLS, FAULTS
 from kvconform_backends.faults.classes import CLASSES, NOT_EXPRESSIBLE
 from kvconform_specs.clauses import ALL, BY_NAME
-from kvconform_specs.configs import POINTS
+from kvconform_specs.configs import CONFIGS
 
 SMOKE = BUDGETS["smoke"]
 BRIEF = Budget("brief", 4, 4, 60.0)
@@ -36,23 +36,23 @@ def test_each_clause_that_a_fault_names_kills_it_for_what_was_planted(fault: Fau
     audited = audit_fault(fault, Plan((SMOKE,)))
     assert [trial.clause for trial in audited.trials] == list(fault.clauses), audited.unavailable
     assert not audited.missed(SMOKE.name), fault.sentence
-    assert any(trial.ran for trial in audited.trials), f"its witness has no {fault.marker!r}"
+    assert any(trial.ran for trial in audited.trials), f"its runtime_info has no {fault.marker!r}"
 
 
 @pytest.mark.parametrize(("control", "config"), CLEAN, ids=lambda word: getattr(word, "name", word))
 def test_what_only_looks_wrong_breaks_no_clause(control: Fault, config: str, tmp_path: Path) -> None:
     clean = replace(control, configs=(config,))
-    with Subject(Launch(control.address)) as subject:
+    with Subject(WorkerSpec(control.address)) as subject:
         verdicts = [run_cell(cell, subject, BRIEF, 0, tmp_path) for clause in ALL for cell in cells(clean, clause)]
     quiet = {Outcome.PASS, Outcome.UNSUPPORTED, Outcome.REFUTED}
     assert not [verdict for verdict in verdicts if verdict.outcome not in quiet]
     assert any(verdict.outcome is Outcome.PASS for verdict in verdicts)
 
 
-@pytest.mark.parametrize("stealth", [False, True], ids=["blatant", "stealth"])
+@pytest.mark.parametrize("conditional", [False, True], ids=["unconditional", "conditional"])
 @pytest.mark.parametrize("clause", [clause.name for clause in ALL])
-def test_every_clause_has_a_fault_that_it_must_convict(clause: str, stealth: bool) -> None:
-    assert [fault.name for fault in FAULTS if clause in fault.clauses and fault.stealth is stealth]
+def test_every_clause_has_a_fault_that_it_must_convict(clause: str, conditional: bool) -> None:
+    assert [fault.name for fault in FAULTS if clause in fault.clauses and fault.conditional is conditional]
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -90,7 +90,7 @@ def test_a_fault_names_a_real_bug_and_what_it_is(fault: Fault) -> None:
     assert path[3].isdigit()
     assert fault.sentence.endswith(".")
     assert set(fault.clauses) <= set(BY_NAME)
-    assert set(fault.configs) <= set(POINTS)
+    assert set(fault.configs) <= set(CONFIGS)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

@@ -20,21 +20,21 @@ from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import frozen
 from kvconform.search.effort import Budget
 from kvconform.search.shrink import smaller
-from kvconform.worker.client import Launch, Subject
-from kvconform.worker.execute import Done, record
+from kvconform.worker.client import Subject, WorkerSpec
+from kvconform.worker.execute import StepResult, execute
 from kvconform.worker.protocol import Traces, pack, unpack
 from kvconform_backends.numpy.cache import NumpyCache
 from kvconform_specs.clause import Case, Relation
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.config import Config
-from kvconform_specs.configs import POINTS
+from kvconform_specs.configs import CONFIGS
 from kvconform_specs.errors import SpecError
-from kvconform_specs.program import Append, Full, Generate, Program
+from kvconform_specs.program import Append, Generate, Program, UncachedForward
 from kvconform_specs.reference.definition import decoder
-from kvconform_specs.reference.oracle import Expected, Generation, Own, columns, expect, given
+from kvconform_specs.reference.oracle import Expected, Generation, ReferenceForward, columns, expect, given
 from kvconform_specs.tensors import Streams, derive, weights
 
-ROPE, LEARNED = POINTS["decoder-rope"], POINTS["decoder-learned"]
+ROPE, LEARNED = CONFIGS["decoder-rope"], CONFIGS["decoder-learned"]
 STEP = Generate("g", (6, 6), 11, new=5)
 PROGRAM = Program(ROPE, (STEP,))
 CLAUSE = BY_NAME["equivalence.generation"]
@@ -43,7 +43,7 @@ FAULTS = "kvconform_backends.faults.generation:"
 
 def judged(program: Program, *outputs: Any, expected: tuple[Expected | None, ...] | None = None) -> Judged:
     """The verdict on what the steps of a program gave, of one variant."""
-    traces = unpack(*pack([tuple(Done(None if o is None else np.asarray(o)) for o in outputs)]))
+    traces = unpack(*pack([tuple(StepResult(None if o is None else np.asarray(o)) for o in outputs)]))
     wants = expect(program) if expected is None else expected
     return judge(Case((program,)), [Relation.GENERATED], NumpyCache.claims, [traces], [wants])
 
@@ -66,8 +66,8 @@ def prompts(program: Program, step: Generate) -> np.ndarray:
     return np.stack([streams.tape(step.seed + row)[0, :n] for row, n in enumerate(step.counts)])
 
 
-def definition(config: Config) -> Own:
-    """A black box whose weights happen to be the definition's; disturbed, its logits are off by as much as is asked."""
+def definition(config: Config) -> ReferenceForward:
+    """A black box whose weights happen to be the definition's; perturbed, its logits are off by as much as is asked."""
 
     def own(ids: np.ndarray, storage: float, accumulation: float, seed: int) -> np.ndarray:
         exact = logits(config, ids)
@@ -168,8 +168,8 @@ def test_what_are_no_ids_is_found_before_any_is_judged(ids: Any, words: str) -> 
 # --- the truth along the subject's own tokens ---
 @pytest.mark.parametrize("name", ["decoder-rope", "decoder-learned", "decoder-softcap"])
 def test_the_loop_without_a_cache_is_right_and_every_token_of_it_counts(name: str) -> None:
-    program = Program(POINTS[name], (STEP,))
-    right = judged(program, loop(POINTS[name], prompts(program, STEP), STEP.new))
+    program = Program(CONFIGS[name], (STEP,))
+    right = judged(program, loop(CONFIGS[name], prompts(program, STEP), STEP.new))
     assert (right.finding, right.compared) == (None, 2 * STEP.new)
 
 
@@ -204,7 +204,7 @@ def _blurred(exact: Callable[..., Any], ids: np.ndarray, start: int, *, at: int,
 def test_ids_are_judged_as_the_stream_that_holds_them(own: bool) -> None:
     """Value and bound, to the bit, of the definition and of a black box's own forward."""
     truth = definition(ROPE) if own else None
-    program = Program(ROPE, (Full("f", (9, 9, 9), 5),))
+    program = Program(ROPE, (UncachedForward("f", (9, 9, 9), 5),))
     (want,) = expect(program, (0, 1, 2), own=truth)
     assert want is not None
     streams = Streams(ROPE, 9, (0, 1, 2))
@@ -238,7 +238,7 @@ def test_a_black_box_is_judged_by_its_own_forward() -> None:
 
 # --- the step ---
 def test_a_generation_survives_its_own_json() -> None:
-    steps = (STEP, Append("a", (2,), 3), Generate("g", (1, 1, 1), 4, swap=((2, 0, 8),)))
+    steps = (STEP, Append("a", (2,), 3), Generate("g", (1, 1, 1), 4, substitutions=((2, 0, 8),)))
     program = Program(ROPE, steps)
     assert Program.from_json(json.loads(json.dumps(program.to_json()))) == program
     assert program.to_json()["steps"][0] == {"op": "generate", "seq": "g", "counts": (6, 6), "seed": 11, "new": 5}
@@ -247,7 +247,7 @@ def test_a_generation_survives_its_own_json() -> None:
 @pytest.mark.parametrize(
     ("config", "step", "words"),
     [
-        (POINTS["attention-gqa"], STEP, r"steps\[0\]\.op: only the decoder profile generates tokens"),
+        (CONFIGS["attention-gqa"], STEP, r"steps\[0\]\.op: only the decoder profile generates tokens"),
         (ROPE, Generate("g", (2, 3), 0, new=1), r"steps\[0\]\.counts: want prompts of one length, got \[2, 3\]"),
         (ROPE, Generate("g", (2,), 0, new=0), r"steps\[0\]\.new: want 1 to 38 new tokens after 2 of 40, got 0"),
         (ROPE, Generate("g", (33,), 0, new=8), r"steps\[0\]\.new: want 1 to 7 new tokens after 33 of 40, got 8"),
@@ -265,7 +265,7 @@ def test_a_generation_up_to_the_capacity_is_legal_and_touches_no_sequence() -> N
 
 
 def test_ids_survive_the_wire_as_what_they_are() -> None:
-    traces = record(NumpyCache(ROPE, weights(ROPE)), PROGRAM, (0, 1, 2))
+    traces = execute(NumpyCache(ROPE, weights(ROPE)), PROGRAM, (0, 1, 2))
     got = unpack(*pack(traces))
     assert isinstance(got, Traces)
     assert got.stacked is not None
@@ -290,7 +290,7 @@ def test_a_generation_that_kills_is_made_smaller() -> None:
 def test_only_decoders_are_asked_to_generate() -> None:
     hidden = Config("hidden", heads=2, kv_heads=1, head_dim=4, width=8)
     assert not CLAUSE.concerns(hidden)
-    assert not CLAUSE.concerns(POINTS["attention-gqa"])
+    assert not CLAUSE.concerns(CONFIGS["attention-gqa"])
     assert not CLAUSE.concerns(replace(ROPE, capacity=1))
     assert CLAUSE.concerns(ROPE)
 
@@ -300,7 +300,7 @@ def test_only_decoders_are_asked_to_generate() -> None:
 def test_what_clean_backends_generate_is_right(address: str, tmp_path: Path) -> None:
     if address != "numpy":
         pytest.importorskip("torch", reason="eager needs torch")
-    with Subject(Launch(address)) as subject:
+    with Subject(WorkerSpec(address)) as subject:
         verdict = run_cell(Cell(CLAUSE, LEARNED, "decoder-learned"), subject, Budget("brief", 6, 3, 60.0), 0, tmp_path)
     assert verdict.outcome is Outcome.PASS, verdict.sentence
     assert verdict.compared > 100
@@ -308,7 +308,7 @@ def test_what_clean_backends_generate_is_right(address: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("fault", ["FirstTokenDropped", "FirstRowForAll"])
 def test_a_wrong_token_is_a_counterexample_that_replay_runs(fault: str, tmp_path: Path) -> None:
-    with Subject(Launch(FAULTS + fault)) as subject:
+    with Subject(WorkerSpec(FAULTS + fault)) as subject:
         verdict = run_cell(Cell(CLAUSE, ROPE, "decoder-rope"), subject, Budget("brief", 10, 3, 60.0), 0, tmp_path)
         assert verdict.outcome is Outcome.FAIL, verdict.sentence
         held = counterexample.read(tmp_path / verdict.counterexample)
@@ -320,7 +320,7 @@ def test_a_wrong_token_is_a_counterexample_that_replay_runs(fault: str, tmp_path
 
 def test_what_the_first_generation_leaves_is_found_in_the_second(tmp_path: Path) -> None:
     left = Program(ROPE, (Generate("g", (4,), 1, new=4), Generate("g", (5,), 2, new=4)))
-    with Subject(Launch(FAULTS + "GenerationGoesOn")) as subject:
+    with Subject(WorkerSpec(FAULTS + "GenerationGoesOn")) as subject:
         first = counterexample.attempt(CLAUSE, subject, Case((Program(ROPE, left.steps[:1]),)), (0,))
         subject.fresh()
         both = counterexample.attempt(CLAUSE, subject, Case((left,)), (0,))

@@ -9,21 +9,23 @@ import numpy as np
 import pytest
 
 from kvconform.judging.judge import RELATIONS, Judged, judge
-from kvconform.worker.execute import Trace, record
+from kvconform.worker.execute import Trace, execute
 from kvconform.worker.protocol import pack, unpack
 from kvconform_backends.numpy.cache import NumpyCache
 from kvconform_backends.numpy.static import NumpyStatic
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Relation
-from kvconform_specs.configs import POINTS
-from kvconform_specs.program import Append, Program, Read, Reorder
+from kvconform_specs.configs import CONFIGS
+from kvconform_specs.program import Append, Program, ReadCache, Reorder
 from kvconform_specs.reference.oracle import expect
 from kvconform_specs.strategies import alone, appends, arranged
 from kvconform_specs.tensors import weights
 
-CONFIG, DECODER = POINTS["attention-gqa"], POINTS["decoder-rope"]
-GROWING = Program(CONFIG, (Append("a", (4, 4), 5), Read("a"), Reorder("a", (1, 0)), Append("a", (2, 2), 5), Read("a")))
-METERED = Program(CONFIG, tuple(Append("a", (2,), 5, metered=True) for _ in range(4)))
+CONFIG, DECODER = CONFIGS["attention-gqa"], CONFIGS["decoder-rope"]
+GROWING = Program(
+    CONFIG, (Append("a", (4, 4), 5), ReadCache("a"), Reorder("a", (1, 0)), Append("a", (2, 2), 5), ReadCache("a"))
+)
+METERED = Program(CONFIG, tuple(Append("a", (2,), 5, count_macs=True) for _ in range(4)))
 Spoil = Callable[[Trace], Trace]
 
 
@@ -38,7 +40,7 @@ def judged(
     config = case.programs[0].config
     subject, traces = kind(config, {}), []
     for number, program in enumerate(case.programs):
-        made = record(subject, program, (0, 1))
+        made = execute(subject, program, (0, 1))
         if number == len(case.programs) - 1:
             made = [spoil(trace) for trace in made]
         traces.append(unpack(*pack(made)))
@@ -48,7 +50,7 @@ def judged(
 def told(step: int, name: str, *numbers: int) -> Spoil:
     def change(trace: Trace) -> Trace:
         return tuple(
-            replace(done, told={**done.told, name: numbers}) if i == step else done for i, done in enumerate(trace)
+            replace(done, told={**done.reported, name: numbers}) if i == step else done for i, done in enumerate(trace)
         )
 
     return change
@@ -72,10 +74,15 @@ def test_every_relation_is_judged() -> None:
     [
         (Relation.ROOM, GROWING, told(3, "room", 34, 33), "takes|take [34, 33] more tokens, want [34, 34]"),
         (Relation.LENGTHS, GROWING, told(2, "length", 4, 5), "hold [4, 5] tokens, want [4, 4]"),
-        (Relation.HELD, GROWING, told(4, "held", 6, 5), "row 1: shows 5 tokens, want 6"),
+        (Relation.RETAINED_COUNT, GROWING, told(4, "token_counts", 6, 5), "row 1: shows 5 tokens, want 6"),
         (Relation.CONTENTS, GROWING, shown(1, 1, 3, 9, 0.5), "row 1, position 3, layer 0, key of KV head 1: holds 0.5"),
         (Relation.CONTENTS, GROWING, shown(4, 0, 5, 24, np.nan), "position 5, layer 0, value of KV head 0: holds nan"),
-        (Relation.KEPT, GROWING, shown(4, 1, 2, 0, 0.5), "row 1, position 2, layer 0, key of KV head 0: holds 0.5"),
+        (
+            Relation.STABLE_CONTENTS,
+            GROWING,
+            shown(4, 1, 2, 0, 0.5),
+            "row 1, position 2, layer 0, key of KV head 0: holds 0.5",
+        ),
         (Relation.BYTES, GROWING, told(3, "bytes", 6 * 2 * 6 * 3 * 8 * 4), "bytes, want 2304"),
         (
             Relation.POSITIONS,
@@ -83,7 +90,7 @@ def test_every_relation_is_judged() -> None:
             told(3, "work", 2 * 6 * 8 * 8 * 8),
             "multiply-adds for 2 new tokens of 8, want 0",
         ),
-        (Relation.AFFINE, METERED, told(3, "work", 2 * 6 * 2 * 8 * 7), "not a line of slope 192 at most"),
+        (Relation.LINEAR_COST, METERED, told(3, "work", 2 * 6 * 2 * 8 * 7), "not a line of slope 192 at most"),
     ],
 )
 def test_a_wrong_book_is_found_and_a_right_one_is_not(
@@ -115,21 +122,21 @@ def test_more_graphs_than_claimed_are_found() -> None:
 
 
 def test_a_cache_that_evicts_may_show_less_and_no_less_than_the_window() -> None:
-    window = POINTS["attention-window"]
-    case = Case((Program(window, (Append("a", (9,), 5), Read("a"))),))
-    claims = replace(NumpyCache.claims, keeps="window")
+    window = CONFIGS["attention-window"]
+    case = Case((Program(window, (Append("a", (9,), 5), ReadCache("a"))),))
+    claims = replace(NumpyCache.claims, retention="window")
 
     def evicted(held: int) -> Spoil:
         def change(trace: Trace) -> Trace:
             output = np.array(trace[1].output)[:, -held:]
-            return (trace[0], replace(trace[1], output=output, told={"held": (held,)}))
+            return (trace[0], replace(trace[1], output=output, told={"token_counts": (held,)}))
 
         return change
 
-    assert judged(case, Relation.HELD, evicted(4), claims).finding is None
+    assert judged(case, Relation.RETAINED_COUNT, evicted(4), claims).finding is None
     assert judged(case, Relation.CONTENTS, evicted(4), claims).finding is None
-    assert judged(case, Relation.HELD, evicted(3), claims).finding is not None
-    assert judged(case, Relation.HELD, evicted(4)).finding is not None  # who claims to keep all must show all
+    assert judged(case, Relation.RETAINED_COUNT, evicted(3), claims).finding is not None
+    assert judged(case, Relation.RETAINED_COUNT, evicted(4)).finding is not None  # who claims to keep all must show all
 
 
 def test_bitwise_takes_no_bound() -> None:
@@ -200,9 +207,9 @@ def test_a_step_that_gives_its_last_position_alone_may_spare_the_head_for_the_ot
     t, head = 5, DECODER.width * DECODER.vocabulary
     spared = []
     for last in (False, True):
-        program = Program(DECODER, (Append("a", (t, t), 5, metered=True, last=last),))
-        (trace,) = record(NumpyCache(DECODER, weights(DECODER)), program, (0,))
-        spared.append(trace[0].told["work"][0])
+        program = Program(DECODER, (Append("a", (t, t), 5, count_macs=True, last_only=last),))
+        (trace,) = execute(NumpyCache(DECODER, weights(DECODER)), program, (0,))
+        spared.append(trace[0].reported["work"][0])
 
         def says(work: int, program: Program = program, trace: Trace = trace) -> bool:
             told_so = unpack(*pack([told(0, "work", work)(trace)]))
@@ -211,7 +218,7 @@ def test_a_step_that_gives_its_last_position_alone_may_spare_the_head_for_the_ot
 
         matrices = (w.size for name, w in weights(DECODER).items() if w.ndim == 2 and name != "embed")
         least = 2 * t * sum(matrices) - last * 2 * (t - 1) * head
-        assert says(trace[0].told["work"][0])
+        assert says(trace[0].reported["work"][0])
         assert says(least)
         assert not says(least - 1)
     assert spared[0] - spared[1] == 2 * (t - 1) * head

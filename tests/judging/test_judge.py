@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from kvconform.judging.judge import Judged, judge
-from kvconform.worker.execute import Done, Trace, record
+from kvconform.worker.execute import StepResult, Trace, execute
 from kvconform.worker.protocol import Traces, pack, unpack
 from kvconform_backends.numpy.cache import Cache, NumpyCache
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Relation
-from kvconform_specs.configs import POINTS
-from kvconform_specs.program import Append, Full, Program, Reject
+from kvconform_specs.configs import CONFIGS
+from kvconform_specs.program import Append, Program, Reject, UncachedForward
 from kvconform_specs.reference.oracle import expect
 from kvconform_specs.strategies import appends, swapped
 from kvconform_specs.tensors import weights
 
-CONFIG = POINTS["attention-gqa"]
+CONFIG = CONFIGS["attention-gqa"]
 BASE = Program(CONFIG, appends("a", (4, 2), 2, 5))
 VARIANTS = (0, 1, 2)
 Spoil = Callable[[int, Trace], Trace]
@@ -32,7 +32,7 @@ def judged(case: Case, relation: Relation, spoil: Spoil = lambda i, t: t, claims
     subject = NumpyCache(CONFIG, {})
     traces = []
     for number, program in enumerate(case.programs):
-        made = [spoil(number, trace) for trace in record(subject, program, VARIANTS)]
+        made = [spoil(number, trace) for trace in execute(subject, program, VARIANTS)]
         traces.append(unpack(*pack(made)))
     return judge(case, [relation], claims, traces, [expect(program, VARIANTS) for program in case.programs])
 
@@ -71,7 +71,7 @@ def test_nan_is_never_within_a_bound(relation: Relation) -> None:
 
 
 def test_agreement_matches_outputs_by_their_history() -> None:
-    other = Program(CONFIG, (Append("x", (3, 3), 99), Full("full", (6, 6), 5)))
+    other = Program(CONFIG, (Append("x", (3, 3), 99), UncachedForward("full", (6, 6), 5)))
     fine = judged(Case((BASE, other)), Relation.AGREEMENT)
     assert fine.finding is None
     assert fine.compared == 3 * 2 * 6 * CONFIG.heads * CONFIG.head_dim  # variants, rows, positions, elements
@@ -90,18 +90,18 @@ def test_unaffected_is_bit_for_bit() -> None:
         up = altered(0, lambda o: np.nextafter(o, np.float32(9)))
         return up(number, trace) if number == 1 else trace
 
-    assert judged(case, Relation.UNAFFECTED).finding is None
-    found = judged(case, Relation.UNAFFECTED, nudge).finding
+    assert judged(case, Relation.INSENSITIVE).finding is None
+    found = judged(case, Relation.INSENSITIVE, nudge).finding
     assert found is not None
     assert "changing the token at row 1, position 5 must not be seen here" in found.sentence
 
 
 def test_affected_accuses_outputs_that_stay() -> None:
     case = Case((BASE, swapped(BASE, "a", 1, 0, 77)))
-    still = record(NumpyCache(CONFIG, {}), BASE, VARIANTS)
-    assert judged(case, Relation.AFFECTED).finding is None
+    still = execute(NumpyCache(CONFIG, {}), BASE, VARIANTS)
+    assert judged(case, Relation.SENSITIVE).finding is None
     calls = iter(range(2 * len(VARIANTS)))
-    found = judged(case, Relation.AFFECTED, lambda number, trace: still[next(calls) % len(VARIANTS)]).finding
+    found = judged(case, Relation.SENSITIVE, lambda number, trace: still[next(calls) % len(VARIANTS)]).finding
     assert found is not None
     assert "changing the token at row 1, position 0 must move the output by" in found.sentence
 
@@ -114,7 +114,7 @@ def test_affected_accuses_outputs_that_stay() -> None:
     ],
 )
 def test_a_wrong_shape_or_dtype_is_found_before_any_number(change: Callable[..., np.ndarray], words: str) -> None:
-    found = judged(Case((BASE,)), Relation.SHAPES, altered(1, change)).finding
+    found = judged(Case((BASE,)), Relation.SHAPE, altered(1, change)).finding
     assert found is not None
     assert words in found.sentence
 
@@ -131,7 +131,7 @@ def test_lengths_are_tokens() -> None:
 def test_a_rejected_call_must_be_refused() -> None:
     program = Program(CONFIG, (*BASE.steps, Reject(Append("a", (35, 35), 5))))
     assert judged(Case((program,)), Relation.PARITY).finding is None
-    accepts = judged(Case((program,)), Relation.PARITY, lambda n, trace: (*trace[:2], Done()))
+    accepts = judged(Case((program,)), Relation.PARITY, lambda n, trace: (*trace[:2], StepResult()))
     assert accepts.finding is not None
     assert "step 2 (reject append 35 to a of 2 rows): was accepted and must be refused" in accepts.finding.sentence
 
@@ -158,8 +158,8 @@ def test_last_outputs_only_are_judged_as_what_they_are() -> None:
 
 
 # --- the last position alone ---
-DECODER = POINTS["decoder-rope"]
-STEPS: tuple[Append | Full, ...] = (*appends("a", (4, 3, 2), 2, 5), Full("f", (6, 6), 9))
+DECODER = CONFIGS["decoder-rope"]
+STEPS: tuple[Append | UncachedForward, ...] = (*appends("a", (4, 3, 2), 2, 5), UncachedForward("f", (6, 6), 9))
 ALONE = Case(
     tuple(Program(DECODER, tuple(replace(s, last=i in last) for i, s in enumerate(STEPS))) for last in ((), (1, 3)))
 )
@@ -167,7 +167,7 @@ ALONE = Case(
 
 
 def judged_alone(relation: Relation, kind: type[NumpyCache] = NumpyCache) -> Judged:
-    made = [unpack(*pack(record(kind(DECODER, weights(DECODER)), program, (0,)))) for program in ALONE.programs]
+    made = [unpack(*pack(execute(kind(DECODER, weights(DECODER)), program, (0,)))) for program in ALONE.programs]
     return judge(ALONE, [relation], kind.claims, made, [expect(program, (0,)) for program in ALONE.programs])
 
 
@@ -182,13 +182,13 @@ def test_a_call_that_is_asked_for_its_last_position_is_judged_by_it_alone(relati
 
 
 class FirstInstead(NumpyCache):
-    def step(self, cache: Cache, *inputs: Any, last: bool = False, **options: Any) -> tuple[Any, Cache]:
+    def step(self, cache: Cache, *inputs: Any, last_only: bool = False, **options: Any) -> tuple[Any, Cache]:
         output, cache = super().step(cache, *inputs, **options)
-        return output[:, :1] if last else output, cache
+        return output[:, :1] if last_only else output, cache
 
 
 class AllOfThem(NumpyCache):
-    def step(self, cache: Cache, *inputs: Any, last: bool = False, **options: Any) -> tuple[Any, Cache]:
+    def step(self, cache: Cache, *inputs: Any, last_only: bool = False, **options: Any) -> tuple[Any, Cache]:
         return super().step(cache, *inputs, **options)
 
 
@@ -213,14 +213,19 @@ def test_a_keyword_is_given_only_to_a_call_that_asks_for_it() -> None:
             return super().step(cache, *inputs, **options)
 
     given: list[dict[str, Any]] = []
-    record(Noted(DECODER, weights(DECODER)), ALONE.programs[1], (0,))
-    assert given == [{}, {"last": True}, {}, {"last": True}]  # the forward without a cache is a step of this backend
+    execute(Noted(DECODER, weights(DECODER)), ALONE.programs[1], (0,))
+    assert given == [
+        {},
+        {"last_only": True},
+        {},
+        {"last_only": True},
+    ]  # the forward without a cache is a step of this backend
 
 
 def test_traces_survive_the_wire() -> None:
     """Alike or not: variants that end differently are sent one by one."""
-    traces = record(NumpyCache(CONFIG, {}), BASE, VARIANTS)
-    uneven = [*traces[:2], (traces[2][0], Done(error="RuntimeError: no"))]
+    traces = execute(NumpyCache(CONFIG, {}), BASE, VARIANTS)
+    uneven = [*traces[:2], (traces[2][0], StepResult(error="RuntimeError: no"))]
     for sent in (traces, uneven):
         got = unpack(*pack(sent))
         assert isinstance(got, Traces)

@@ -19,9 +19,9 @@ from kvconform.mutation.fault import Fault, load_faults
 from kvconform.mutation.record import Audited, Record, Trial, exit_code, lines, read, scores, summary
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.effort import Budget
-from kvconform.worker.client import Launch, Subject
+from kvconform.worker.client import Subject, WorkerSpec
 from kvconform_specs.clauses import ALL, BY_NAME
-from kvconform_specs.configs import POINTS
+from kvconform_specs.configs import CONFIGS
 from kvconform_specs.errors import SpecError
 
 ELSEWHERE = str(SUPPORT / "third_party_faults.py")
@@ -46,7 +46,7 @@ def test_a_list_holds_classes_addresses_faults_and_what_looks_like_one() -> None
         ("definition.attention", "shape.length"),
         ("M11",),
     )
-    assert by_address.stealth
+    assert by_address.conditional
     assert by_fault.name == "by-fault"
     assert (by_attributes.name, by_attributes.clauses) == ("by-attributes", ("shape.output",))
 
@@ -153,12 +153,12 @@ def test_what_breaks_without_the_planted_path_is_no_kill() -> None:
 
 
 class Told:
-    """A subject that was never started: its witness is all that is asked."""
+    """A subject that was never started: its runtime_info is all that is asked."""
 
     def __init__(self, ran: int | None) -> None:
         self.ran = ran
 
-    def witness(self, config: object) -> dict[str, Any]:
+    def runtime_info(self, config: object) -> dict[str, Any]:
         return {} if self.ran is None else {"faulty": self.ran}
 
 
@@ -200,8 +200,8 @@ def test_a_refuted_guarantee_kills_a_fault_that_names_it(monkeypatch: pytest.Mon
 
 
 def test_a_search_without_shrinking_writes_nothing_and_starts_nothing(tmp_path: Path) -> None:
-    cell = Cell(BY_NAME["definition.attention"], POINTS["attention-gqa"], "attention-gqa")
-    with Subject(Launch(BROUGHT["doubled"].address)) as subject:
+    cell = Cell(BY_NAME["definition.attention"], CONFIGS["attention-gqa"], "attention-gqa")
+    with Subject(WorkerSpec(BROUGHT["doubled"].address)) as subject:
         verdict = run_cell(cell, subject, replace(BRIEF, shrink=False), 0, tmp_path)
         assert subject.starts == 1
     assert (verdict.outcome, verdict.raised) == (Outcome.FAIL, False)
@@ -211,7 +211,14 @@ def test_a_search_without_shrinking_writes_nothing_and_starts_nothing(tmp_path: 
 
 # --- records ---
 def audited(name: str, *trials: Trial, **known: Any) -> Audited:
-    fields = {"address": "a:B", "stealth": False, "classes": (), "clauses": (), "bug": "", "sentence": f"It is {name}."}
+    fields = {
+        "address": "a:B",
+        "conditional": False,
+        "classes": (),
+        "clauses": (),
+        "bug": "",
+        "sentence": f"It is {name}.",
+    }
     return Audited(**{"name": name, "trials": list(trials), **fields, **known})
 
 
@@ -236,11 +243,11 @@ def test_the_score_tells_blatant_from_stealth_and_budget_from_budget() -> None:
     both = record(
         audited("one", trial(True, 5), trial(True, 3, clause="shape.length"), trial(True, 50, "pr")),
         audited("two", trial(True, 9), trial(True, 9, "pr")),
-        audited("three", trial(True, 20), trial(False, 40, "pr"), stealth=True),
+        audited("three", trial(True, 20), trial(False, 40, "pr"), conditional=True),
         audited("away", unavailable="no torch"),
         budgets=("smoke", "pr"),
     )
-    told = [(s.budget, s.stealth, s.killed, s.faults, s.programs, s.seconds) for s in both.scores]
+    told = [(s.budget, s.conditional, s.killed, s.faults, s.programs, s.seconds) for s in both.scores]
     assert told == [
         ("smoke", False, 2, 2, (6, 9), (0.6, 0.9)),  # of one fault, the clause that needed the fewest programs
         ("smoke", True, 1, 1, (20, 20), (2.0, 2.0)),
@@ -249,7 +256,7 @@ def test_the_score_tells_blatant_from_stealth_and_budget_from_budget() -> None:
     ]
     words = list(summary(both))
     assert words[0] == (
-        "smoke, blatant: 2 of 2 killed; programs to the kill: median 6, at most 9; seconds: median 0.60, at most 0.90"
+        "smoke, unconditional: 2 of 2 killed; programs to the kill: median 6, at most 9; seconds: median 0.60, at most 0.90"
     )
     assert "survives pr: three: It is three." in words
     assert "not audited: away: no torch" in words
@@ -308,7 +315,7 @@ def test_the_command_tells_survivors_and_exits_with_1(tmp_path: Path) -> None:
     done = command("audit", "--faults", f"{ELSEWHERE}:SURVIVING", "--jobs", "2", "-o", str(out))
     assert done.returncode == 1, done.stderr
     assert "survives smoke: right: Nothing is wrong with it." in done.stdout
-    assert "last-output-only (blatant): shape.output [attention-gqa] after " in done.stdout
+    assert "last-output-only (unconditional): shape.output [attention-gqa] after " in done.stdout
     found = read(out)
     assert [one.name for one in found.audited] == ["last-output-only", "right"]
     assert found.finished

@@ -1,22 +1,22 @@
-"""The power certificate rejects what it must, is blind where it must be, and never rejects the definition."""
+"""The null-model power table rejects what it must, is blind where it must be, and never rejects the definition."""
 
 from __future__ import annotations
 
 import pytest
 
-from kvconform.mutation.power import BOOKKEEPING, DEFINITION, FIELDS, NULLS, NUMERIC, Power, certificate, stored
+from kvconform.mutation.power import BOOKKEEPING, DEFINITION, FIELDS, NULLS, NUMERIC, Power, power_table, stored
 from kvconform_specs.clause import Level, Relation
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.config import DTYPES
 
 MODELS = (DEFINITION, *NULLS)
 ZEROS, MEAN, DROPPED, STALE, WIDE, NARROW, LATE, TILED, NEWEST, FIRST = (model.name for model in NULLS)
-pytestmark = pytest.mark.xdist_group("power")  # the certificate is computed once
+pytestmark = pytest.mark.xdist_group("power")  # the power_table is computed once
 
 
 @pytest.fixture(scope="module")
 def entries() -> dict[tuple[str, str], Power]:
-    return {(entry.clause, entry.model): entry for entry in certificate("float32", models=MODELS)}
+    return {(entry.clause, entry.model): entry for entry in power_table("float32", models=MODELS)}
 
 
 def test_every_clause_has_an_entry_for_each_model_or_says_that_it_judges_no_numbers(
@@ -93,8 +93,8 @@ def test_each_model_is_rejected_by_a_clause_that_must_hold(entries: dict[tuple[s
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_it_is_the_same_each_time(dtype: str) -> None:
     clauses = [BY_NAME["definition.positions"], BY_NAME["causality.visibility"]]
-    first = certificate(dtype, clauses)
-    assert first == certificate(dtype, clauses)
+    first = power_table(dtype, clauses)
+    assert first == power_table(dtype, clauses)
     assert {entry.dtype for entry in first} == {dtype}
     assert all(entry.power == 1 for entry in first if entry.tried)
 

@@ -106,7 +106,7 @@ def test_design_states_how_often_the_diagnosis_names_the_right_class() -> None:
     )
     assert words in text
     right, wrong, silent = _shares(stored["known"])
-    assert f"With its twin in the zoo: {right} %, {wrong} %, {silent.removesuffix('.0')} %." in text
+    assert f"With its upstream bug in the catalogue: {right} %, {wrong} %, {silent.removesuffix('.0')} %." in text
 
 
 def _shares(found: dict[str, int]) -> tuple[str, str, str]:

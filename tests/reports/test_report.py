@@ -27,7 +27,7 @@ from kvconform_reports.html import render
 from kvconform_reports.view import embedding, maps
 from kvconform_reports.view.outcomes import MEANINGS, STANDINGS, SYMBOLS, TONES, WORST_FIRST, percent
 from kvconform_specs.clauses import ALL, BY_NAME, CHAPTERS
-from kvconform_specs.configs import POINTS
+from kvconform_specs.configs import CONFIGS
 
 
 def hostile(name: str) -> list[Results]:
@@ -41,9 +41,9 @@ def hostile(name: str) -> list[Results]:
     row = given.row(name, clause="errors.unchanged", config=name, versions={name: "1.0"}, counterexample=name)
     power = [{"clause": name, "model": name, "cases": 3, "tried": 3, "rejected": 1, "note": ""}]
     one = given.results(
-        name, [fail, skip, good, held, weak], device=name, budget=name, started=name, witnesses={name: tree},
-        environment=tree, claims=tree, ledger=[row], stale=[name], power={name: power},
-        lattice={name: Guarantee(level=name, refuted=name, sentence=name, counterexample=name)},
+        name, [fail, skip, good, held, weak], device=name, budget=name, started=name, runtime_info={name: tree},
+        environment=tree, claims=tree, known_failures=[row], stale=[name], power={name: power},
+        guarantees={name: Guarantee(level=name, refuted=name, sentence=name, counterexample=name)},
     )  # fmt: skip
     return [one, given.results(name, [], device="cuda", unavailable=name)]
 
@@ -143,7 +143,7 @@ def crowd() -> list[Results]:
             verdicts[i] = given.other(*verdicts[i].key, Outcome.FAIL, sentence, counterexample=f"{i:08x}.json")
         verdicts = given.refuted(verdicts) if place % 2 else verdicts
         power = {dtype: given.power() for dtype in ("float32", "bfloat16", "float16")}
-        found.append(given.results(f"backend-{place}", verdicts, power=power, lattice=measured(verdicts)))
+        found.append(given.results(f"backend-{place}", verdicts, power=power, guarantees=measured(verdicts)))
     return found
 
 
@@ -251,7 +251,7 @@ def test_every_config_of_a_cell_can_be_read() -> None:
     source = render([given.results("eager", given.broken(given.everywhere()))], [], None)
     row = source[source.index("<code>equivalence.chunks</code>") :]
     row = row[: row.index("</tr>")]
-    concerned = [name for name, config in POINTS.items() if BY_NAME["equivalence.chunks"].concerns(config)]
+    concerned = [name for name, config in CONFIGS.items() if BY_NAME["equivalence.chunks"].concerns(config)]
     for config in concerned:
         mixed = config in ("attention-window", "decoder-learned")
         assert row.count(config) == 1 + mixed  # in the clause's list, and where it broke
@@ -288,7 +288,7 @@ def test_a_long_reason_is_cut_in_the_cell_and_whole_when_it_is_opened() -> None:
 
 def test_a_refuted_guarantee_is_told_apart_from_a_failure() -> None:
     verdicts = given.refuted(given.everywhere())
-    result = given.results("eager", verdicts, lattice=measured(verdicts))
+    result = given.results("eager", verdicts, guarantees=measured(verdicts))
     source = render([result], [], None)
     row = matrix_row(source, "determinism.chunk-invariant")
     assert row.startswith("≠ refuted 7 measured, no failure")
@@ -301,14 +301,14 @@ def test_a_refuted_guarantee_is_told_apart_from_a_failure() -> None:
 def test_a_guarantee_has_its_level_and_what_refutes_the_next_with_its_replay_line() -> None:
     first = given.refuted(given.everywhere())
     second = given.refuted(given.everywhere(), "determinism.repeatable")
-    results = [given.results(n, v, lattice=measured(v)) for n, v in (("eager", first), ("onnx", second))]
-    results.append(given.results("whole", given.everywhere(), lattice=measured(given.everywhere())))
+    results = [given.results(n, v, guarantees=measured(v)) for n, v in (("eager", first), ("onnx", second))]
+    results.append(given.results("whole", given.everywhere(), guarantees=measured(given.everywhere())))
     source, short = render(results, [], None), markdown.render(results, [], None)
     text = section(source, "guarantees")
     for name in LEVELS:
         assert name in text
     for result in results[:2]:
-        for config, held in result.lattice.items():
+        for config, held in result.guarantees.items():
             replay = f"kvconform replay results/failures/{result.backend}/{held.counterexample}"
             assert f"{held.level} ≠ {held.refuted}: refuted {held.sentence} {replay}" in text
             assert f"| {config} | batch-invariant<br>≠ chunk-invariant: refuted | within bound<br>≠ " in short
@@ -319,7 +319,7 @@ def test_a_guarantee_has_its_level_and_what_refutes_the_next_with_its_replay_lin
 
 def test_a_guarantee_on_which_nothing_decided_says_why() -> None:
     held = Guarantee(level="within bound", sentence="claims one row only")
-    source = render([given.results("eager", given.everywhere(), lattice={"attention-gqa": held})], [], None)
+    source = render([given.results("eager", given.everywhere(), guarantees={"attention-gqa": held})], [], None)
     assert "within bound the next is not decided claims one row only" in section(source, "guarantees")
     assert "No guarantee was measured" in section(render([], [], None), "guarantees")
 
@@ -327,7 +327,7 @@ def test_a_guarantee_on_which_nothing_decided_says_why() -> None:
 def test_a_known_failure_shows_reason_link_versions_last_day_and_replay_line() -> None:
     result = given.results("eager", **given.known("eager", given.everywhere()))
     source, short = render([result], [], None), markdown.render([result], [], None)
-    text, row = section(source, "known"), result.ledger[0]
+    text, row = section(source, "known"), result.known_failures[0]
     replay = "kvconform replay results/failures/eager/numerics.zero-keys-1a2b3c4d.json"
     for words in (row.reason, "pytorch/pytorch#103082", "torch 2.11.*", "2027-03-31", "got nan, want 0.25", replay):
         assert words in text
@@ -345,9 +345,9 @@ def test_a_stale_row_is_an_error_before_everything_else() -> None:
     words = "numerics.zero-keys on eager [attention-gqa]: the known failure no longer fails: remove the row"
     result = given.results("eager", given.everywhere(), stale=[words])
     source, short = render([result], [], None), markdown.render([result], [], None)
-    assert source.index("✗</i> stale ledger") < source.index(words) < source.index('class="backends"')
+    assert source.index("✗</i> stale known failure") < source.index(words) < source.index('class="backends"')
     assert words in page(source).text
-    assert short.index("stale ledger") < short.index("| chapter |")
+    assert short.index("stale known failure") < short.index("| chapter |")
     assert words in terminal.table([result])
     error = ET.fromstring(junit.render([result])).find(".//error")
     assert error is not None
@@ -419,15 +419,15 @@ def test_the_audit_shows_scores_survivors_alarms_and_what_did_not_run() -> None:
         markdown.render([], [], None, audit=given.audit()),
     )
     text = section(source, "mutation")
-    assert "smoke blatant 1 of 1 100 %" in text
-    assert "smoke stealth 1 of 2 50 %" in text
-    assert "pr stealth 2 of 2 100 %" in text
-    assert "stealthy-mask stealth, M1 · a report · survives smoke" in text
+    assert "smoke unconditional 1 of 1 100 %" in text
+    assert "smoke conditional 1 of 2 50 %" in text
+    assert "pr conditional 2 of 2 100 %" in text
+    assert "conditional-mask conditional, M1 · a report · survives smoke" in text
     assert "causality.past-seen pass under attention-gqa" in text
     assert "gpu-only : it needs a GPU" in text
     assert "2 right backends tried by every clause: ✗ 1 false alarm" in text
-    assert "right-too blatant, M1 · pytorch/pytorch#108108" in text
-    for words in ("smoke, stealth: 1 of 2 killed", "survives smoke: stealthy-mask", "false alarm: right-too"):
+    assert "right-too unconditional, M1 · pytorch/pytorch#108108" in text
+    for words in ("smoke, conditional: 1 of 2 killed", "survives smoke: conditional-mask", "false alarm: right-too"):
         assert words in short
     assert "No audit was given" in section(render([], [], None), "mutation")
 
@@ -441,7 +441,7 @@ def test_the_kill_matrix_has_a_mark_for_each_trial() -> None:
     # Under smoke top-left is killed by both, tail-attended by one and by one that it does not name.
     assert marks == {"killed": [3, 4], "also": [1, 1], "missed-mark": [2, 1]}
     text = section(source, "mutation")
-    assert "top-left blatant, M1 · pytorch/pytorch#108108 The mask of top-left" in text
+    assert "top-left unconditional, M1 · pytorch/pytorch#108108 The mask of top-left" in text
     assert "causality.past-seen attention-gqa, 12 programs, smoke" in text
 
 
@@ -583,7 +583,7 @@ def test_a_black_box_is_told_apart_from_what_the_definition_judged() -> None:
     assert parsed.text.count("judged by its own forward") >= 1
     assert parsed.text.count("judged by the definition") == 1
     assert "by itself" in parsed.text
-    assert "noise floor, hidden-own" in parsed.text
+    assert "noise floor, hidden-self" in parsed.text
 
 
 def test_a_diagnosis_is_in_the_job_summary() -> None:

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("browser")  # started once
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SECTIONS = (
     "verdict", "matrix", "failures", "known", "unjudged", "guarantees", "error", "pairs", "speed", "power", "mutation",
-    "witnesses", "environment",
+    "runtime_info", "environment",
 )  # fmt: skip
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 800}
 
@@ -67,9 +67,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         given.other("determinism.repeatable", name, Outcome.REFUTED, name, counterexample=name),
     ]
     hostile = given.results(
-        name, verdicts, device=name, witnesses={name: tree}, environment=tree, claims=tree, stale=[name],
-        ledger=[given.row(name, clause="errors.unchanged", config=name)], power={name: given.power()},
-        lattice={name: Guarantee(level=name, refuted=name, sentence=name, counterexample=name)},
+        name, verdicts, device=name, runtime_info={name: tree}, environment=tree, claims=tree, stale=[name],
+        known_failures=[given.row(name, clause="errors.unchanged", config=name)], power={name: given.power()},
+        guarantees={name: Guarantee(level=name, refuted=name, sentence=name, counterexample=name)},
     )  # fmt: skip
     speed = latency(("eager", "onnx", name))
     speed.excluded = [*speed.excluded, Excluded(name, name, name)]
@@ -175,7 +175,7 @@ def test_a_link_to_a_clause_opens_its_chapter_and_its_text(browser: Any, report:
 
 def test_what_is_folded_is_printed(browser: Any, report: Path) -> None:
     with Visit(browser, report) as visit:
-        folded = visit.page.locator("#guarantees td p, #power table, #speed details table, .witness dl")
+        folded = visit.page.locator("#guarantees td p, #power table, #speed details table, .runtime_info dl")
         shown = [folded.nth(i).is_visible() for i in range(folded.count())]
         assert not all(shown)
         visit.page.emulate_media(media="print")

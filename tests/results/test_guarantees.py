@@ -1,4 +1,4 @@
-"""The guarantee lattice: the strongest level whose every lower level holds, and what refutes the next."""
+"""The guarantee guarantees: the strongest level whose every lower level holds, and what refutes the next."""
 
 from __future__ import annotations
 

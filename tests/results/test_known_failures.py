@@ -1,4 +1,4 @@
-"""The ledger of known failures hides nothing: a row is replayed, and where it does not hold the run is not green."""
+"""The known failures hides nothing: a row is replayed, and where it does not hold the run is not green."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from kvconform.results.results import Results, exit_code, read
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.counterexample import Counterexample
 from kvconform.search.effort import Budget
-from kvconform.worker.client import Launch
+from kvconform.worker.client import WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case
-from kvconform_specs.configs import point
+from kvconform_specs.configs import config_named
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Append, Program
 
@@ -48,7 +48,7 @@ class Dies(NumpyCache):
 
 
 class FallsBack(Mine):
-    def witness(self):
+    def runtime_info(self):
         return {"fallback": "another kernel ran"}
 
 
@@ -73,7 +73,7 @@ PLAN = replace(CELL, clauses=("definition.attention", "shape.output"))
 
 
 def toml(**changes: Any) -> str:
-    """A ledger of one row; a change to None leaves the field out."""
+    """A known_failures of one row; a change to None leaves the field out."""
     row = {name: value for name, value in {**ROW, **changes}.items() if value is not None}
     lines = [f"{name} = {_value(value)}" for name, value in row.items()]
     return "\n".join([f'schema = "{known_failures.SCHEMA}"', "[[known]]", *lines, ""])
@@ -87,7 +87,7 @@ def _value(value: Any) -> str:
 
 def stored(clause: str = "definition.attention", config: str = "attention-gqa", outcome: str = "fail") -> bytes:
     """A counterexample: a prefill of two tokens."""
-    case = Case((Program(point(config), (Append("a", (2,), 0),)),))
+    case = Case((Program(config_named(config), (Append("a", (2,), 0),)),))
     return msgspec.json.encode(
         Counterexample(
             suite=SUITE_VERSION, clause=clause, backend="mine.py:Mine", device="cpu", sentence="off by one",
@@ -98,16 +98,16 @@ def stored(clause: str = "definition.attention", config: str = "attention-gqa", 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with the backend, its ledger and the counterexample."""
+    """A folder with the backend, its known_failures and the counterexample."""
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "stored.json").write_bytes(stored())
-    (tmp_path / "ledger.toml").write_text(toml())
+    (tmp_path / "known_failures.toml").write_text(toml())
     return tmp_path
 
 
 def run(place: Path, backend: str = "Mine", today: date | None = None, plan: Plan = PLAN) -> Results:
-    known = known_failures.read(place / "ledger.toml", today)
-    return run_backend("mine", Launch(f"{place / 'mine.py'}:{backend}"), plan, place / "out", ledger=known)
+    known = known_failures.read(place / "known_failures.toml", today)
+    return run_backend("mine", WorkerSpec(f"{place / 'mine.py'}:{backend}"), plan, place / "out", known_failures=known)
 
 
 def outcomes(found: Results) -> dict[str, Outcome]:
@@ -122,7 +122,7 @@ def test_a_known_failure_is_replayed_and_says_why_it_is_known(place: Path) -> No
     why = f"bug in the backend, known until {ROW['expires']}, {ROW['link']}: "
     assert known.sentence.startswith(f"{why}step 0 (append 2 to a)")
     assert (place / "out" / "failures" / "mine" / known.counterexample).exists()
-    assert found.ledger == [msgspec.convert(ROW, Row)]
+    assert found.known_failures == [msgspec.convert(ROW, Row)]
     assert not found.stale
     assert read(place / "out" / "mine.json") == found
     code, words = exit_code(found)
@@ -146,14 +146,14 @@ def test_a_known_failure_is_replayed_and_says_why_it_is_known(place: Path) -> No
 def test_a_stale_row_excuses_nothing_and_the_cell_is_searched(
     backend: str, row: dict[str, Any], file: dict[str, str], outcome: Outcome, words: str, place: Path
 ) -> None:
-    (place / "ledger.toml").write_text(toml(**row))
+    (place / "known_failures.toml").write_text(toml(**row))
     (place / "stored.json").write_bytes(stored(**file))
     found = run(place, backend, plan=CELL)
     assert outcomes(found) == {"definition.attention": outcome}
     assert len(found.stale) == 1
     assert found.stale[0].startswith(PLACE)
     assert words in found.stale[0]
-    assert found.ledger == []
+    assert found.known_failures == []
     assert exit_code(found)[0] == 1
 
 
@@ -169,7 +169,7 @@ def test_what_ran_instead_of_the_backend_is_no_known_failure(place: Path) -> Non
 
 @pytest.mark.parametrize("names", [{"clause": "definition.poetry"}, {"config": "decoder-rope"}, {"config": "*"}])
 def test_a_row_of_no_cell_of_the_suite_is_stale(names: dict[str, str], place: Path) -> None:
-    (place / "ledger.toml").write_text(toml(**names))
+    (place / "known_failures.toml").write_text(toml(**names))
     (place / "stored.json").write_bytes(stored(names.get("clause", ROW["clause"])))
     found = run(place)
     assert "the suite has no such cell: remove the row, or mend its names" in found.stale[0]
@@ -178,9 +178,9 @@ def test_a_row_of_no_cell_of_the_suite_is_stale(names: dict[str, str], place: Pa
 
 def test_rows_of_what_is_not_judged_hide_nothing_and_are_no_error(place: Path) -> None:
     assert run(place, plan=replace(CELL, clauses=("shape.output",))).stale == []
-    (place / "ledger.toml").write_text(toml(backend="another"))
+    (place / "known_failures.toml").write_text(toml(backend="another"))
     found = run(place)
-    assert (found.stale, found.ledger) == ([], [])
+    assert (found.stale, found.known_failures) == ([], [])
     assert outcomes(found)["definition.attention"] is Outcome.FAIL
 
 
@@ -193,18 +193,21 @@ def test_a_resumed_run_asks_its_ledger_again(place: Path) -> None:
     assert {v.clause: v.seconds == 12345.0 for v in again.verdicts} == {
         "shape.output": True, "definition.attention": False,
     }  # fmt: skip
-    assert again.ledger == found.ledger
+    assert again.known_failures == found.known_failures
     msgspec.structs.replace(found, verdicts=marked, finished=False).write(path)
-    (place / "ledger.toml").write_text(f'schema = "{known_failures.SCHEMA}"\n')
+    (place / "known_failures.toml").write_text(f'schema = "{known_failures.SCHEMA}"\n')
     assert outcomes(run(place))["definition.attention"] is Outcome.FAIL
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("schema = ", "holds no ledger: Invalid value"),
-        ("known = []", "holds no ledger: Object missing required field `schema`"),
-        ('schema = "kvconform-ledger/9"', "unknown schema 'kvconform-ledger/9'; known: kvconform-ledger/1"),
+        ("schema = ", "holds no known failures: Invalid value"),
+        ("known = []", "holds no known failures: Object missing required field `schema`"),
+        (
+            'schema = "kvconform-known_failures/9"',
+            "unknown schema 'kvconform-known_failures/9'; known: kvconform-known-failures/1",
+        ),
         (toml(reason="works for me"), "unknown reason 'works for me'; known: bug in the backend, bug in a library"),
         (toml(link="see Slack"), "link: want the address of an issue, got 'see Slack'"),
         (toml(link=None), "missing required field `link`"),
@@ -214,15 +217,15 @@ def test_a_resumed_run_asks_its_ledger_again(place: Path) -> None:
         (toml(expires=date.today() + timedelta(days=400)), "is more than a year ahead"),
         (toml(note="hush"), "unknown field `note`"),
         (toml(counterexample="none.json"), "none.json: cannot be read: No such file or directory"),
-        (toml(counterexample="ledger.toml"), "ledger.toml: holds no counterexample"),
+        (toml(counterexample="known_failures.toml"), "known_failures.toml: holds no counterexample"),
         (toml(clause="shape.output"), "counterexample: is of definition.attention, not of shape.output"),
         (toml() + toml().partition("\n")[2], "known[1]: a second row of definition.attention on mine [attention-gqa]"),
     ],
 )
 def test_a_malformed_ledger_is_one_sentence(text: str, words: str, place: Path) -> None:
-    (place / "ledger.toml").write_text(text)
+    (place / "known_failures.toml").write_text(text)
     with pytest.raises(SpecError, match=re.escape(words)) as raised:
-        known_failures.read(place / "ledger.toml")
+        known_failures.read(place / "known_failures.toml")
     assert "\n" not in str(raised.value)
 
 
@@ -252,36 +255,36 @@ def tool(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_line_says_what_is_stale_and_exits_with_1(place: Path) -> None:
-    (place / "ledger.toml").write_text(toml(backend="Mine"))
+    (place / "known_failures.toml").write_text(toml(backend="Mine"))
     asked = ("kvconform", "run", "-b", "mine.py:Mine", "--config", "attention-gqa", "--clause", "definition.attention")
-    known = tool(*asked, "--budget", "smoke", "--ledger", "ledger.toml", folder=place)
+    known = tool(*asked, "--budget", "smoke", "--known-failures", "known_failures.toml", folder=place)
     assert known.returncode == 5, known.stdout + known.stderr
     assert "1 known failure; 1 programs" in known.stdout
-    (place / "ledger.toml").write_text(toml(backend="Mine", clause="definition.poetry"))
+    (place / "known_failures.toml").write_text(toml(backend="Mine", clause="definition.poetry"))
     (place / "stored.json").write_bytes(stored("definition.poetry"))
-    stale = tool(*asked, "--budget", "smoke", "--ledger", "ledger.toml", folder=place)
+    stale = tool(*asked, "--budget", "smoke", "--known-failures", "known_failures.toml", folder=place)
     assert stale.returncode == 1
     assert "definition.poetry on Mine [attention-gqa]: the suite has no such cell" in stale.stdout
-    malformed = tool(*asked, "--ledger", "none.toml", folder=place)
+    malformed = tool(*asked, "--known-failures", "none.toml", folder=place)
     assert malformed.returncode == 2
     assert malformed.stderr == "kvconform: none.toml: cannot be read: No such file or directory\n"
 
 
 def test_in_pytest_a_known_failure_is_green_and_a_stale_row_is_not(place: Path) -> None:
-    (place / "ledger.toml").write_text(toml(backend="Mine"))
+    (place / "known_failures.toml").write_text(toml(backend="Mine"))
     asked = ["pytest", "-p", "no:cacheprovider", "-q", "-rxf", "--pyargs", "kvconform.pytest_plugin.suite"]
-    asked += ["--kv-backend", "mine.py:Mine", "--kv-ledger", "ledger.toml"]
+    asked += ["--kv-backend", "mine.py:Mine", "--kv-known-failures", "known_failures.toml"]
     asked += ["-k", "attention-gqa and (definition.attention or shape.output)"]
     known = tool(*asked, folder=place)
     assert known.returncode == 0, known.stdout
     assert "1 passed" in known.stdout
     assert "1 xfailed" in known.stdout
     assert "https://github.com/o/r/issues/1" in known.stdout
-    (place / "ledger.toml").write_text(toml(backend="Mine", versions={"python": "2.7"}))
+    (place / "known_failures.toml").write_text(toml(backend="Mine", versions={"python": "2.7"}))
     stale = tool(*asked, folder=place)
     assert stale.returncode == 1
     assert "is known under python 2.7" in stale.stdout
-    (place / "ledger.toml").write_text(toml(backend="Mine", config="attention-poetry"))
+    (place / "known_failures.toml").write_text(toml(backend="Mine", config="attention-poetry"))
     stranger = tool(*asked, folder=place)
     assert stranger.returncode not in (0, 1)
     assert "the suite has no such cell" in stranger.stdout + stranger.stderr
@@ -289,9 +292,9 @@ def test_in_pytest_a_known_failure_is_green_and_a_stale_row_is_not(place: Path) 
 
 def test_the_importable_door_takes_a_ledger_and_raises_what_is_stale(place: Path) -> None:
     only: dict[str, Any] = {"configs": ("attention-gqa",), "clauses": ("definition.attention", "shape.output")}
-    (place / "ledger.toml").write_text(toml(backend="Mine"))
-    found = conformance(f"{place / 'mine.py'}:Mine", ledger=place / "ledger.toml", **only)
+    (place / "known_failures.toml").write_text(toml(backend="Mine"))
+    found = conformance(f"{place / 'mine.py'}:Mine", known_failures=place / "known_failures.toml", **only)
     assert outcomes(found)["definition.attention"] is Outcome.XFAIL
-    (place / "ledger.toml").write_text(toml(backend="NumpyCache"))
+    (place / "known_failures.toml").write_text(toml(backend="NumpyCache"))
     with pytest.raises(AssertionError, match="no longer fails: remove the row"):
-        conformance(f"{place / 'mine.py'}:NumpyCache", ledger=place / "ledger.toml", **only)
+        conformance(f"{place / 'mine.py'}:NumpyCache", known_failures=place / "known_failures.toml", **only)

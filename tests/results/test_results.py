@@ -21,12 +21,12 @@ from kvconform.run.run import Plan, cells, parse_shard, path_of, run_backend
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import read as read_counterexample
 from kvconform.search.effort import BUDGETS, GUARANTEE_SECONDS, GUARANTEE_TRIALS, SHRINK_SECONDS, SHRINK_TRIALS, Budget
-from kvconform.worker.client import Launch, Subject
+from kvconform.worker.client import Subject, WorkerSpec
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Level
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.config import DTYPES
-from kvconform_specs.configs import point
+from kvconform_specs.configs import config_named
 from kvconform_specs.errors import SpecError
 
 
@@ -67,7 +67,7 @@ def results(*verdicts: Verdict, **more: Any) -> Results:
         (results(verdict(), claims={**CLAIMS, "overflow": "undefined"}), 4, "narrowed overflow from refused"),
         (results(verdict(outcome=Outcome.REFUTED)), 4, "pass -> refuted: it broke"),
         (results(verdict(outcome=Outcome.XFAIL)), 4, "pass -> known failure: it broke"),
-        (results(verdict(), stale=["a row no longer holds"]), 1, "stale ledger: a row no longer holds"),
+        (results(verdict(), stale=["a row no longer holds"]), 1, "stale known failure: a row no longer holds"),
         (results(verdict(), shard="1/2"), 4, "shard is 1/2, the baseline's is the whole: not comparable"),
         (results(unavailable="no compiler"), 4, "no longer available: no compiler"),
         (results(verdict(), verdict("shape.length")), 0, "absent -> pass"),
@@ -87,8 +87,8 @@ def test_the_gate_moves_with_the_results(now: Results, code: int, words: str) ->
         ("max_sequences", 3, 2),
         ("returns", "all", "last"),
         ("overflow", "refused", "undefined"),
-        ("keeps", "all", "window"),
-        ("dead_slots", "any", "finite"),
+        ("retention", "all", "window"),
+        ("unused_slots", "any", "finite"),
         ("memory", "length", "pages"),
         ("memory", "pages", "capacity"),
         ("max_graphs", 2, 3),
@@ -179,7 +179,7 @@ def test_a_refuted_guarantee_and_a_known_failure_are_no_failure_and_no_pass() ->
 
 def test_a_stale_ledger_is_not_conformant() -> None:
     code, sentence = exit_code(results(*CORE, stale=["one", "two"]))
-    assert (code, sentence) == (1, "stale ledger: 2 rows of known failures to mend or to remove")
+    assert (code, sentence) == (1, "stale known failure: 2 rows of known failures to mend or to remove")
 
 
 def test_a_shard_concludes_nothing() -> None:
@@ -224,16 +224,16 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_run_goes_on_where_an_unfinished_one_stopped_and_only_there(tmp_path: Path) -> None:
     plan = Plan(BUDGETS["smoke"], clauses=("shape.output", "shape.length"), configs=("attention-gqa",))
-    whole = run_backend("numpy", Launch("numpy"), plan, tmp_path)
+    whole = run_backend("numpy", WorkerSpec("numpy"), plan, tmp_path)
     assert [v.outcome for v in whole.verdicts] == [Outcome.PASS, Outcome.PASS]
     marked = msgspec.structs.replace(whole.verdicts[0], compared=123456)
     msgspec.structs.replace(whole, verdicts=[marked], finished=False).write(tmp_path / "numpy.json")
-    resumed = run_backend("numpy", Launch("numpy"), plan, tmp_path)
+    resumed = run_backend("numpy", WorkerSpec("numpy"), plan, tmp_path)
     assert [v.compared for v in resumed.verdicts] == [123456, whole.verdicts[1].compared]
-    again = run_backend("numpy", Launch("numpy"), plan, tmp_path)  # it was finished: begins anew
+    again = run_backend("numpy", WorkerSpec("numpy"), plan, tmp_path)  # it was finished: begins anew
     assert [v.compared for v in again.verdicts] == [v.compared for v in whole.verdicts]
     msgspec.structs.replace(again, verdicts=[marked], finished=False, seed=1).write(tmp_path / "numpy.json")
-    other = run_backend("numpy", Launch("numpy"), plan, tmp_path)  # another run's: not taken over
+    other = run_backend("numpy", WorkerSpec("numpy"), plan, tmp_path)  # another run's: not taken over
     assert [v.compared for v in other.verdicts] == [v.compared for v in whole.verdicts]
 
 
@@ -242,12 +242,13 @@ def test_a_run_is_not_resumed_once_the_backend_has_changed(tmp_path: Path) -> No
     file = tmp_path / "mine.py"
     file.write_text(source)
     plan = Plan(BUDGETS["smoke"], clauses=("shape.output",), configs=("attention-gqa",))
-    first = run_backend("mine", Launch(f"{file}:Mine"), plan, tmp_path)
+    first = run_backend("mine", WorkerSpec(f"{file}:Mine"), plan, tmp_path)
     marked = msgspec.structs.replace(first.verdicts[0], compared=123456)
     msgspec.structs.replace(first, verdicts=[marked], finished=False).write(tmp_path / "mine.json")
     file.write_text(source + "# mended\n")
     assert (
-        run_backend("mine", Launch(f"{file}:Mine"), plan, tmp_path).verdicts[0].compared == first.verdicts[0].compared
+        run_backend("mine", WorkerSpec(f"{file}:Mine"), plan, tmp_path).verdicts[0].compared
+        == first.verdicts[0].compared
     )
 
 
@@ -276,10 +277,10 @@ def test_what_is_no_shard_is_one_sentence(text: str) -> None:
 def test_merged_shards_are_the_whole_run(tmp_path: Path) -> None:
     tiny = Budget("tiny", 3, 2, 60.0)
     plan = Plan(tiny, clauses=("shape", "lifecycle.reset"), configs=("attention-gqa", "attention-window"))
-    whole = run_backend("numpy", Launch("numpy"), plan, tmp_path)
+    whole = run_backend("numpy", WorkerSpec("numpy"), plan, tmp_path)
     parts = [replace(plan, shard=(index, 3)) for index in (1, 2, 3)]
     for part in parts:
-        run_backend("numpy", Launch("numpy"), part, tmp_path)
+        run_backend("numpy", WorkerSpec("numpy"), part, tmp_path)
     found = merged([read(path_of("numpy", part, tmp_path)) for part in reversed(parts)])
     assert len({v.config for v in found.verdicts}) == 2
     assert [timeless(v) for v in found.verdicts] == [timeless(v) for v in whole.verdicts]
@@ -336,8 +337,8 @@ def test_merging_keeps_rows_stale_sentences_and_machines() -> None:
 def test_a_broken_guarantee_is_refuted_unless_the_process_dies(backend: str, outcome: Outcome, tmp_path: Path) -> None:
     must = BY_NAME["definition.attention"]
     address = f"{(SUPPORT / 'subjects.py')}:{backend}"
-    cell = Cell(replace(must, level=Level.SHOULD), point("attention-gqa"), "attention-gqa")
-    with Subject(Launch(address)) as subject:
+    cell = Cell(replace(must, level=Level.SHOULD), config_named("attention-gqa"), "attention-gqa")
+    with Subject(WorkerSpec(address)) as subject:
         found = run_cell(cell, subject, BUDGETS["smoke"], 0, tmp_path)
     assert found.outcome is outcome
     assert found.sentence
@@ -348,9 +349,9 @@ def test_a_guarantee_is_given_less_shrinking(tmp_path: Path, monkeypatch: pytest
     must = BY_NAME["definition.attention"]
     monkeypatch.setattr("kvconform.search.cell.GUARANTEE_TRIALS", 1)
     reduced = {}
-    with Subject(Launch(f"{(SUPPORT / 'subjects.py')}:PrintsAndIsWrong")) as subject:
+    with Subject(WorkerSpec(f"{(SUPPORT / 'subjects.py')}:PrintsAndIsWrong")) as subject:
         for level in Level:
-            cell = Cell(replace(must, level=level), point("attention-gqa"), "attention-gqa")
+            cell = Cell(replace(must, level=level), config_named("attention-gqa"), "attention-gqa")
             found = run_cell(cell, subject, BUDGETS["smoke"], 0, tmp_path)
             reduced[level] = read_counterexample(tmp_path / found.counterexample).reduced
     assert reduced == {Level.MUST: True, Level.SHOULD: False}

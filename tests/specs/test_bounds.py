@@ -11,7 +11,7 @@ import pytest
 
 from kvconform_specs.claims import Precision
 from kvconform_specs.config import Config
-from kvconform_specs.configs import POINTS, point
+from kvconform_specs.configs import CONFIGS, config_named
 from kvconform_specs.program import Append, Program
 from kvconform_specs.reference import bounds
 from kvconform_specs.reference.definition import attention, decoder, expand, sinks, slopes
@@ -44,20 +44,20 @@ class Problem:
         return np.max(np.abs(got - attended.output) / bound, axis=(1, 2, 3))
 
 
-def problem(rng: np.random.Generator, config: Config, n: int, t: int, s: int, manner: str = "plain") -> Problem:
+def problem(rng: np.random.Generator, config: Config, n: int, t: int, s: int, distribution: str = "normal") -> Problem:
     sizes = ((config.heads, t), (config.kv_heads, s), (config.kv_heads, s))
     query, keys, values = (rng.standard_normal((n, heads, m, config.head_dim)) for heads, m in sizes)
-    if manner == "loud":
+    if distribution == "large_queries":
         query *= 64
-    elif manner == "mute":
+    elif distribution == "zero_keys":
         keys *= 0
-    elif manner == "lopsided":
+    elif distribution == "small_keys_large_values":
         keys, values = keys / 4, values * 16
-    return Problem(config, *(rounded(x, config.dtype) for x in (query, keys, values)), manner == "mute")
+    return Problem(config, *(rounded(x, config.dtype) for x in (query, keys, values)), distribution == "zero_keys")
 
 
 def problems(dtype: str, seed: int) -> Iterator[Problem]:
-    """``DRAWS`` problems of drawn sizes, semantics and manner."""
+    """``DRAWS`` problems of drawn sizes, semantics and distribution."""
     rng = np.random.default_rng(seed)
     for _ in range(DRAWS):
         kv_heads, group = rng.integers(1, 3, 2)
@@ -69,8 +69,8 @@ def problems(dtype: str, seed: int) -> Iterator[Problem]:
             scale=[None, None, 0.37, 1.0][rng.integers(4)], positions=["none", "none", "alibi"][rng.integers(3)],
         )  # fmt: skip
         s = int(rng.choice((1, 2, 3, 9, 30, 100, 300)))
-        manner = ("plain", "plain", "loud", "mute", "lopsided")[rng.integers(5)]
-        yield problem(rng, config, CASES, min(s, int(rng.integers(1, 3))), s, manner)
+        distribution = ("normal", "normal", "large_queries", "zero_keys", "small_keys_large_values")[rng.integers(5)]
+        yield problem(rng, config, CASES, min(s, int(rng.integers(1, 3))), s, distribution)
 
 
 def computed(
@@ -158,8 +158,8 @@ def test_torch_stays_inside(dtype: str) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     rng = np.random.default_rng(4)
-    for manner in ("plain", "loud", "mute", "lopsided"):
-        p = problem(rng, point("attention-gqa", dtype), CASES, 30, 30, manner)
+    for distribution in ("normal", "large_queries", "zero_keys", "small_keys_large_values"):
+        p = problem(rng, config_named("attention-gqa", dtype), CASES, 30, 30, distribution)
         arrays = (p.query, expand(p.keys, 2), expand(p.values, 2))
         parts = [torch.from_numpy(np.array(x)).to(getattr(torch, dtype)) for x in arrays]
         for kernel, claim in ((SDPBackend.FLASH_ATTENTION, Precision()), (SDPBackend.MATH, Precision("storage"))):
@@ -168,15 +168,15 @@ def test_torch_stays_inside(dtype: str) -> None:
             assert np.all(p.ratio(got.to(torch.float32).numpy(), claim) <= 1)
 
 
-def growing(dtype: str, manner: str = "plain", seed: int = 5) -> Problem:
+def growing(dtype: str, distribution: str = "normal", seed: int = 5) -> Problem:
     """``CASES`` cases of 30 tokens each, the queries of all of them."""
-    return problem(np.random.default_rng(seed), point("attention-gqa", dtype), CASES, 30, 30, manner)
+    return problem(np.random.default_rng(seed), config_named("attention-gqa", dtype), CASES, 30, 30, distribution)
 
 
-@pytest.mark.parametrize("manner", ["plain", "loud"])
+@pytest.mark.parametrize("distribution", ["normal", "large_queries"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_scale_that_is_one_percent_off_is_outside(dtype: str, manner: str) -> None:
-    p = growing(dtype, manner)
+def test_a_scale_that_is_one_percent_off_is_outside(dtype: str, distribution: str) -> None:
+    p = growing(dtype, distribution)
     wrong = replace(p, config=replace(p.config, scale=p.config.score_scale * 1.01))
     assert np.mean(p.ratio(computed(wrong)) > 1) >= 0.99
 
@@ -184,7 +184,7 @@ def test_a_scale_that_is_one_percent_off_is_outside(dtype: str, manner: str) -> 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_one_dropped_token_of_4096_is_outside(dtype: str) -> None:
     """A needle points at it: every query's score with its key is ``AIM_SCORE``."""
-    config = replace(point("attention-long", dtype), head_dim=32)  # in few dimensions other keys score as high
+    config = replace(config_named("attention-long", dtype), head_dim=32)  # in few dimensions other keys score as high
     p = problem(np.random.default_rng(6), config, 20, 1, 4096)
     place = 1234
     key = p.keys[:, :, place : place + 1]
@@ -195,15 +195,15 @@ def test_one_dropped_token_of_4096_is_outside(dtype: str) -> None:
     assert np.mean(aimed.ratio(computed(dropped)) > 1) >= 0.99
 
 
-@pytest.mark.parametrize("manner", ["plain", "loud"])
-def test_keys_kept_in_bfloat16_are_outside_a_float32_claim(manner: str) -> None:
-    p = growing("float32", manner)
+@pytest.mark.parametrize("distribution", ["normal", "large_queries"])
+def test_keys_kept_in_bfloat16_are_outside_a_float32_claim(distribution: str) -> None:
+    p = growing("float32", distribution)
     assert np.mean(p.ratio(computed(replace(p, keys=rounded(p.keys, "bfloat16")))) > 1) >= 0.99
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_softmax_in_bfloat16_is_outside_where_intermediates_are_claimed_single(dtype: str) -> None:
-    p = growing(dtype, "loud")
+    p = growing(dtype, "large_queries")
     rough = computed(p, scores_in="bfloat16", weights_in="bfloat16")
     assert np.mean(p.ratio(rough) > 1) >= 0.99
     if dtype == "bfloat16":
@@ -211,9 +211,9 @@ def test_a_softmax_in_bfloat16_is_outside_where_intermediates_are_claimed_single
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("manner", ["plain", "loud"])
-def test_a_quantisation_step_twice_too_large_is_outside(bits: int, manner: str) -> None:
-    p = growing("float32", manner)
+@pytest.mark.parametrize("distribution", ["normal", "large_queries"])
+def test_a_quantisation_step_twice_too_large_is_outside(bits: int, distribution: str) -> None:
+    p = growing("float32", distribution)
     coarse = replace(p, keys=quantised(p.keys, bits, "float32", 2.0), values=quantised(p.values, bits, "float32", 2.0))
     assert np.mean(p.ratio(computed(coarse), Precision(kv_bits=bits)) > 1) >= 0.99
 
@@ -235,7 +235,7 @@ def test_nan_is_outside() -> None:
 
 
 def test_a_row_that_sees_nothing_has_no_tolerance() -> None:
-    config = replace(POINTS["attention-sink"], positions="alibi")
+    config = replace(CONFIGS["attention-sink"], positions="alibi")
     p = problem(np.random.default_rng(7), config, 3, 4, 9)
     exact = [x.astype(np.float64) for x in (p.query, p.keys, p.values)]
     mask = np.ones((3, 1, 4, 9), bool)
@@ -249,7 +249,7 @@ def test_a_row_that_sees_nothing_has_no_tolerance() -> None:
 
 def test_weights_that_cannot_stray_do_not() -> None:
     """The first token sees itself alone: however rough its score, its weight is 1."""
-    p = growing("float32", "loud")
+    p = growing("float32", "large_queries")
     exact = [x.astype(np.float64) for x in (p.query, p.keys, p.values)]
     bound = bounds.attention_bound(*exact, attention(*exact, p.config), p.config, Precision("storage", kv_bits=4))
     values = expand(np.abs(exact[2]), p.config.group)[:, :, 0]
@@ -257,7 +257,7 @@ def test_weights_that_cannot_stray_do_not() -> None:
 
 
 def test_a_hopeless_row_may_be_any_mean_of_values_and_no_more() -> None:
-    p = growing("float32", "loud")
+    p = growing("float32", "large_queries")
     p = replace(p, query=p.query * 64)
     exact = [x.astype(np.float64) for x in (p.query, p.keys, p.values)]
     attended = attention(*exact, p.config)
@@ -279,10 +279,10 @@ def test_blocks_of_rows_have_the_bounds_of_the_whole() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", [name for name, c in POINTS.items() if c.profile == "decoder"])
+@pytest.mark.parametrize("name", [name for name, c in CONFIGS.items() if c.profile == "decoder"])
 def test_the_decoder_with_its_noise_stays_inside_and_a_dropped_token_does_not(name: str, dtype: str) -> None:
     """Noise of other seeds than the bound's own plays the correct implementation."""
-    config = point(name, dtype)
+    config = config_named(name, dtype)
     tokens = Streams(config, 12, VARIANTS).tape(4)
     exact = {key: value.astype(np.float64) for key, value in weights(config).items()}
     want = expect(Program(config, (Append("a", (12,), 4),)), VARIANTS)[0]
@@ -310,10 +310,10 @@ def test_c_is_the_stated_quantile_of_student_t() -> None:
     assert 1 - inside == pytest.approx(bounds.FALSE_ALARM, rel=0.05)
 
 
-@pytest.mark.parametrize("name", [name for name, c in POINTS.items() if c.profile == "decoder"])
+@pytest.mark.parametrize("name", [name for name, c in CONFIGS.items() if c.profile == "decoder"])
 def test_no_logit_strays_much_more_than_its_position(name: str) -> None:
     """What the pooled sigma takes for granted, measured with many more runs than the bound has."""
-    config = POINTS[name]
+    config = CONFIGS[name]
     tokens = Streams(config, 12, (0,)).tape(4)
     exact = {key: value.astype(np.float64) for key, value in weights(config).items()}
     noisy = bounds.Noisy(bounds.STORAGE["float32"], seed=5)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kvconform_specs.config import Config
-from kvconform_specs.configs import POINTS
-from kvconform_specs.program import Append, Full, Program, Truncate
+from kvconform_specs.configs import CONFIGS
+from kvconform_specs.program import Append, Program, Truncate, UncachedForward
 from kvconform_specs.reference.bounds import Noisy, single
 from kvconform_specs.reference.definition import attention, decoder, rms_norm, rope, visible
 from kvconform_specs.reference.oracle import expect
@@ -70,7 +70,7 @@ ALL = Config(
     "attention", heads=6, kv_heads=2, head_dim=5, window=3, softcap=2.0, sink=-0.7, scale=0.6, positions="alibi"
 )
 SEMANTICS = {
-    **{name: c for name, c in POINTS.items() if c.profile == "attention"},
+    **{name: c for name, c in CONFIGS.items() if c.profile == "attention"},
     "alibi": Config("attention", heads=4, kv_heads=2, head_dim=6, positions="alibi"),
     "sink of zero": Config("attention", heads=3, kv_heads=3, head_dim=4, sink=0.0),
     "hybrid": replace(ALL, window_every=2),
@@ -115,7 +115,7 @@ def test_a_mask_joins_causality_and_window(name: str) -> None:
 @pytest.mark.parametrize("sink", [None, 1.0, -500.0])
 def test_a_query_that_sees_nothing_gives_exactly_zero(sink: float | None) -> None:
     """Warnings are errors in these tests: there is none, either."""
-    c = replace(POINTS["attention-gqa"], sink=sink)
+    c = replace(CONFIGS["attention-gqa"], sink=sink)
     parts = drawn(c, 2, 7)
     assert np.all(attention(*parts, c, mask=np.zeros((2, 7), bool)).output == 0)
     assert np.all(attention(*parts, replace(c, window=2), at=20).output == 0)
@@ -172,10 +172,10 @@ def test_rms_norm_has_the_gain_as_its_root_mean_square() -> None:
     assert np.sqrt(np.mean(rms_norm(x, np.full(16, 3.0)) ** 2, axis=-1)) == pytest.approx([3.0] * 4, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name, c in POINTS.items() if c.profile == "decoder"])
+@pytest.mark.parametrize("name", [name for name, c in CONFIGS.items() if c.profile == "decoder"])
 def test_the_decoder_is_causal_and_prefix_stable(name: str) -> None:
     """The oracle computes histories that begin alike at their longest: this is what allows it."""
-    c = POINTS[name]
+    c = CONFIGS[name]
     w = {k: v.astype(np.float64) for k, v in weights(c).items()}
     tokens = Streams(c, 20, (0,)).tape(3)[0]
     whole = decoder(tokens, w, c)
@@ -190,7 +190,7 @@ def test_the_decoder_is_causal_and_prefix_stable(name: str) -> None:
 
 def test_layers_of_a_hybrid_decoder_have_their_own_window() -> None:
     """Layers 0 and 2 of three see 5 tokens, layer 1 sees all: how far a change is felt tells which layer sees it."""
-    c = POINTS["decoder-learned"]
+    c = CONFIGS["decoder-learned"]
     assert [c.window_of(layer) for layer in range(3)] == [5, None, 5]
     assert _reach(c) == 20
     assert _reach(replace(c, window_every=1)) == 3 * 4 + 1
@@ -209,7 +209,7 @@ def _reach(c: Config) -> int:
 
 @pytest.mark.parametrize("changes", [{"sink": 1.0}, {"positions": "alibi"}, {"softcap": 1.0}])
 def test_the_decoder_uses_what_attention_does(changes: dict[str, object]) -> None:
-    c = replace(POINTS["decoder-rope"], positions="none")
+    c = replace(CONFIGS["decoder-rope"], positions="none")
     w = {k: v.astype(np.float64) for k, v in weights(c).items()}
     tokens = Streams(c, 12, (0,)).tape(3)[0]
     moved = np.max(np.abs(decoder(tokens, w, replace(c, **changes)) - decoder(tokens, w, c)), axis=-1)
@@ -218,7 +218,7 @@ def test_the_decoder_uses_what_attention_does(changes: dict[str, object]) -> Non
 
 @pytest.mark.parametrize("name", ["decoder-rope", "decoder-learned", "decoder-softcap"])
 def test_noisy_arithmetic_strays_and_no_more(name: str) -> None:
-    c = replace(POINTS[name], sink=0.5)
+    c = replace(CONFIGS[name], sink=0.5)
     w = {k: v.astype(np.float64) for k, v in weights(c).items()}
     tokens = Streams(c, 12, (0,)).tape(3)[0]
     exact = decoder(tokens, w, c)
@@ -228,19 +228,19 @@ def test_noisy_arithmetic_strays_and_no_more(name: str) -> None:
 
 
 def test_an_offset_is_a_cut() -> None:
-    c = POINTS["decoder-rope"]
+    c = CONFIGS["decoder-rope"]
     w = {k: v.astype(np.float64) for k, v in weights(c).items()}
     tokens = Streams(c, 9, (0,)).tape(3)[0]
     assert np.allclose(decoder(tokens, w, c, start=6), decoder(tokens, w, c)[6:], rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", POINTS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_oracle_gives_each_step_what_the_whole_history_gives(name: str) -> None:
-    c = POINTS[name]
+    c = CONFIGS[name]
     program = Program(c, (Append("a", (5, 5), 1), Append("a", (2, 2), 1), Truncate("a", 3), Append("a", (4, 4), 9)))
     first, second, none, last = expect(program, (0, 1))
     assert none is None
-    whole = expect(Program(c, (Full("f", (7, 7), 1),)), (0, 1))[0]
+    whole = expect(Program(c, (UncachedForward("f", (7, 7), 1),)), (0, 1))[0]
     assert first is not None
     assert second is not None
     assert last is not None
@@ -251,7 +251,7 @@ def test_the_oracle_gives_each_step_what_the_whole_history_gives(name: str) -> N
 
 
 def test_ragged_rows_are_each_their_own_history() -> None:
-    c = POINTS["attention-gqa"]
+    c = CONFIGS["attention-gqa"]
     ragged = expect(Program(c, (Append("a", (4, 2), 1), Append("a", (1, 3), 1))))[1]
     alone = expect(Program(c, (Append("a", (2,), 2), Append("a", (3,), 2))))[1]
     assert ragged is not None
@@ -262,7 +262,7 @@ def test_ragged_rows_are_each_their_own_history() -> None:
 
 
 def test_no_visible_weight_is_lost() -> None:
-    c = replace(POINTS["attention-softcap"], window=3)
+    c = replace(CONFIGS["attention-softcap"], window=3)
     q, k, v = (RNG.normal(size=(n, 9, c.head_dim)) for n in (c.heads, c.kv_heads, c.kv_heads))
     attended = attention(q, k, v, c)
     assert np.sum(attended.weights, axis=-1) == pytest.approx(np.ones((c.heads, 9)), abs=1e-14)

@@ -1,4 +1,4 @@
-"""The families of programs reach the situations that they claim to reach: one line for each."""
+"""The strategies of programs reach the situations that they claim to reach: one line for each."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from kvconform_specs.claims import ABILITIES, Claims
 from kvconform_specs.clause import Case
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.config import Config
-from kvconform_specs.configs import POINTS
+from kvconform_specs.configs import CONFIGS
 from kvconform_specs.history import Histories
 from kvconform_specs.program import (
     LAYOUTS,
     MALFORMED,
+    AliasHandle,
     Append,
     Close,
     Fork,
-    Full,
     Generate,
-    Keep,
     Poison,
     Program,
     Reject,
     Reorder,
     Reset,
     Truncate,
+    UncachedForward,
 )
-from kvconform_specs.tensors import manner
+from kvconform_specs.tensors import distribution
 
-GQA, WINDOW = POINTS["attention-gqa"], POINTS["attention-window"]
-ROPE = POINTS["decoder-rope"]
-LONG, SINK = POINTS["attention-long"], POINTS["attention-sink"]
+GQA, WINDOW = CONFIGS["attention-gqa"], CONFIGS["attention-window"]
+ROPE = CONFIGS["decoder-rope"]
+LONG, SINK = CONFIGS["attention-long"], CONFIGS["attention-sink"]
 EVERYTHING = Claims(
     profiles=("attention", "decoder"), abilities=tuple(ABILITIES), overflow="refused", padding=("right", "left"),
-    dead_slots="any", page=4, max_graphs=9, kv_bits=8, residual=4,
+    unused_slots="any", page=4, max_graphs=9, kv_bits=8, residual=4,
 )  # fmt: skip
 POOR = Claims(profiles=("attention", "decoder"), max_batch=1, max_chunk=4, max_sequences=1)
 
@@ -138,20 +138,20 @@ def other_tokens_after_truncating_to(kept: Callable[[int, int], bool]) -> Callab
 
 
 def needle_among(depth: int) -> Callable[[Program], bool]:
-    return lambda p: any(step.aim is not None and max(after) >= depth for step, _before, after in lengths(p))
+    return lambda p: any(step.needle is not None and max(after) >= depth for step, _before, after in lengths(p))
 
 
 def sees_nothing(p: Program) -> bool:
     """Some query of some row: everything up to its token is hidden."""
     return any(
-        {position for of, position in step.hidden if of == row} >= set(range(before[row] + 1))
+        {position for of, position in step.masked if of == row} >= set(range(before[row] + 1))
         for step, before, _after in lengths(p)
         for row in range(len(step.counts))
     )
 
 
 def in_manner(name: str) -> Callable[[Program], bool]:
-    return steps(Append, lambda s: manner(s.seed) == name)
+    return steps(Append, lambda s: distribution(s.seed) == name)
 
 
 def generations(p: Program) -> list[Generate]:
@@ -198,16 +198,16 @@ W = WINDOW.window or 0
         ),
         ("equivalence.path", GQA, not_its_own_inverse),
         ("equivalence.decode", GQA, lambda p: sum(step.counts == (1,) * 3 for step, _b, _a in lengths(p)) > 5),
-        ("equivalence.full-stable", GQA, lambda p: isinstance(p.steps[1], Full)),
+        ("equivalence.full-stable", GQA, lambda p: isinstance(p.steps[1], UncachedForward)),
         ("equivalence.generation", ROPE, lambda p: any(a.counts == b.counts for a, b in pairwise(generations(p)))),
         ("equivalence.generation", ROPE, generates_amid_a_sequence),
         ("equivalence.generation", ROPE, steps(Generate, lambda s: len(s.counts) == 3 and s.counts[0] == 1)),
         ("equivalence.generation", ROPE, steps(Generate, lambda s: s.new == 8 and s.counts[0] == ROPE.capacity // 2)),
         ("equivalence.generation", ROPE, generates_to(ROPE.capacity)),
-        *(("equivalence.generation", POINTS["decoder-learned"], generates_to(n)) for n in (4, 5, 6, 10)),
+        *(("equivalence.generation", CONFIGS["decoder-learned"], generates_to(n)) for n in (4, 5, 6, 10)),
         ("equivalence.last-position", ROPE, asked_alone_before_another),
         ("equivalence.last-position", ROPE, steps(Append, lambda s: s.last and len(s.counts) == 3)),
-        ("equivalence.last-position", ROPE, steps(Full, lambda s: s.last)),
+        ("equivalence.last-position", ROPE, steps(UncachedForward, lambda s: s.last)),
         ("definition.attention", GQA, two_live_interleaved),
         ("definition.attention", GQA, not_its_own_inverse),
         (
@@ -215,7 +215,7 @@ W = WINDOW.window or 0
             GQA,
             lambda p: any(isinstance(s, Reorder) and len(set(s.rows)) < len(s.rows) for s in p.steps),
         ),
-        ("definition.decoder", POINTS["decoder-rope"], chunk_on_a_cache),
+        ("definition.decoder", CONFIGS["decoder-rope"], chunk_on_a_cache),
         ("lifecycle.reset", GQA, chunk_on_a_cache),
         ("lifecycle.independent", GQA, two_live_interleaved),
         ("lifecycle.independent", GQA, second_sequence_shorter),
@@ -237,7 +237,7 @@ W = WINDOW.window or 0
         ("lifecycle.reorder", GQA, steps(Reorder, lambda s: len(s.rows) < 3)),
         *(("window.step-by-step", WINDOW, reaches(n)) for n in (W - 1, W, W + 1, 2 * W)),
         ("window.long-chunk", WINDOW, lambda p: any(max(s.counts) > W and max(b) > 0 for s, b, _a in lengths(p))),
-        ("window.hybrid", POINTS["decoder-learned"], reaches(W + 1)),
+        ("window.hybrid", CONFIGS["decoder-learned"], reaches(W + 1)),
         *(
             ("errors.malformed", GQA, steps(Reject, lambda s, wrong=wrong: s.wrong == wrong))
             for wrong in MALFORMED["attention"]
@@ -253,25 +253,25 @@ W = WINDOW.window or 0
         *(("layout.strides", GQA, steps(Append, lambda s, kind=kind: s.layout == kind)) for kind in LAYOUTS),
         *(("numerics.tiles", LONG, reaches(n)) for tile in (16, 64, 128) for n in (tile - 1, tile, tile + 1)),
         *(("numerics.long-context", LONG, needle_among(depth)) for depth in (1024, 4096)),
-        ("numerics.large-scores", GQA, in_manner("loud")),
-        ("numerics.zero-keys", GQA, in_manner("mute")),
-        ("quantised.scales", GQA, in_manner("lopsided")),
+        ("numerics.large-scores", GQA, in_manner("large_queries")),
+        ("numerics.zero-keys", GQA, in_manner("zero_keys")),
+        ("quantised.scales", GQA, in_manner("small_keys_large_values")),
         ("numerics.empty-row", SINK, sees_nothing),
         ("numerics.empty-row", WINDOW, sees_nothing),
         ("contents.dead-slots", GQA, steps(Poison, lambda s: s.keys == "junk" and s.values == "none")),
         ("contents.poison-safe", GQA, steps(Poison, lambda s: s.values == "nan" and s.keys == "none")),
-        ("contents.old-handle", GQA, steps(Keep)),
+        ("contents.old-handle", GQA, steps(AliasHandle)),
         ("paging.boundary", GQA, reaches(4)),
         ("paging.boundary", GQA, reaches(5)),
         ("paging.copy-on-write", GQA, steps(Fork)),
         ("quantised.residual", GQA, reaches(5)),
         ("capture.growth", GQA, two_live_interleaved),
-        ("capture.aliasing", GQA, steps(Append, lambda s: s.shared)),
-        ("accounting.affine", GQA, steps(Append, lambda s: s.metered)),
+        ("capture.aliasing", GQA, steps(Append, lambda s: s.in_place)),
+        ("accounting.affine", GQA, steps(Append, lambda s: s.count_macs)),
     ],
 )
 def test_the_family_reaches(clause: str, config: Config, situation: Callable[[Program], bool]) -> None:
-    family = BY_NAME[clause].family(config, EVERYTHING)
+    family = BY_NAME[clause].strategy(config, EVERYTHING)
     calm = settings(max_examples=3000, database=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
     try:
         case = find(family, lambda case: any(situation(p) for p in case.programs), settings=calm)
@@ -284,22 +284,22 @@ def test_a_needle_points_at_every_slot() -> None:
     seen: set[int] = set()
 
     def every(case: Case) -> bool:
-        aims = {step.aim for step in case.programs[0].steps if isinstance(step, Append)}
+        aims = {step.needle for step in case.programs[0].steps if isinstance(step, Append)}
         seen.update(aim[1] for aim in aims if aim is not None)
         return seen >= set(range(GQA.capacity))
 
     calm = settings(max_examples=3000, database=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
     with suppress(NoSuchExample):
-        find(BY_NAME["causality.past-seen"].family(GQA, EVERYTHING), every, settings=calm)
+        find(BY_NAME["causality.past-seen"].strategy(GQA, EVERYTHING), every, settings=calm)
     assert seen == set(range(GQA.capacity))
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_families_stay_within_the_claims(data: st.DataObject) -> None:
-    config = data.draw(st.sampled_from(list(POINTS.values())), label="config")
+    config = data.draw(st.sampled_from(list(CONFIGS.values())), label="config")
     clause = data.draw(st.sampled_from([c for c in ALL if c.concerns(config) and not c.needs]), label="clause")
-    case: Case = data.draw(clause.family(config, POOR), label="case")
+    case: Case = data.draw(clause.strategy(config, POOR), label="case")
     for program in case.programs:
         live: set[str] = set()
         for step in program.steps:
@@ -315,12 +315,12 @@ def test_families_stay_within_the_claims(data: st.DataObject) -> None:
 
 def test_every_clause_concerns_a_config() -> None:
     for clause in ALL:
-        assert any(clause.concerns(config) for config in POINTS.values()), clause.name
+        assert any(clause.concerns(config) for config in CONFIGS.values()), clause.name
 
 
 def test_the_configs_cover_what_the_suite_speaks_of() -> None:
     """Deeper than one layer, head dims of every kind, and each option on and off."""
-    configs = list(POINTS.values())
+    configs = list(CONFIGS.values())
     assert any(c.layers >= 2 for c in configs)
     assert any(c.head_dim % 8 for c in configs)
     assert {c.group == 1 for c in configs} == {True, False}

@@ -12,36 +12,36 @@ from hypothesis import strategies as st
 from kvconform_specs.claims import ABILITIES, Claims
 from kvconform_specs.clauses import ALL
 from kvconform_specs.config import Config
-from kvconform_specs.configs import POINTS, point
+from kvconform_specs.configs import CONFIGS, config_named
 from kvconform_specs.errors import SpecError
 from kvconform_specs.history import Histories
 from kvconform_specs.program import (
+    AliasHandle,
     Append,
     Close,
     Fork,
-    Full,
-    Keep,
     Poison,
     Program,
-    Read,
+    ReadCache,
     Reject,
     Reorder,
     Reset,
     Truncate,
+    UncachedForward,
 )
 
-CONFIG = POINTS["attention-gqa"]
+CONFIG = CONFIGS["attention-gqa"]
 EVERYTHING = Claims(
     profiles=("attention", "decoder"), abilities=tuple(ABILITIES), overflow="refused", padding=("right", "left"),
-    dead_slots="any", page=4, max_graphs=9, kv_bits=8, residual=4,
+    unused_slots="any", page=4, max_graphs=9, kv_bits=8, residual=4,
 )  # fmt: skip
 
 
 @given(st.data())
 def test_a_program_survives_its_own_json(data: st.DataObject) -> None:
-    config = data.draw(st.sampled_from(list(POINTS.values())), label="config")
+    config = data.draw(st.sampled_from(list(CONFIGS.values())), label="config")
     clause = data.draw(st.sampled_from([c for c in ALL if c.concerns(config)]), label="clause")
-    for program in data.draw(clause.family(config, EVERYTHING), label="case").programs:
+    for program in data.draw(clause.strategy(config, EVERYTHING), label="case").programs:
         assert Program.from_json(json.loads(json.dumps(program.to_json()))) == program
 
 
@@ -49,8 +49,8 @@ def test_every_step_of_the_language_survives_its_own_json() -> None:
     program = Program(
         CONFIG,
         (
-            Append("a", (3, 2), 7, swap=((1, 0, 9),), aim=(7, 1)),
-            Full("f", (4,), 8),
+            Append("a", (3, 2), 7, substitutions=((1, 0, 9),), needle=(7, 1)),
+            UncachedForward("f", (4,), 8),
             Fork("a", "b"),
             Truncate("a", 1),
             Reorder("a", (1, 1, 0)),
@@ -59,9 +59,11 @@ def test_every_step_of_the_language_survives_its_own_json() -> None:
             Reject(Append("a", (41, 41, 41), 3)),
             Reject(Append("a", (1, 1, 1), 3), "heads"),
             Reject(Reorder("a", (3,))),
-            Append("a", (2, 1, 0), 3, hidden=((0, 1),), pad=("left", 4), layout="sliced", shared=True, metered=True),
-            Keep("b", "c"),
-            Read("c"),
+            Append(
+                "a", (2, 1, 0), 3, masked=((0, 1),), pad=("left", 4), layout="sliced", in_place=True, count_macs=True
+            ),
+            AliasHandle("b", "c"),
+            ReadCache("c"),
             Poison("b", "junk", "nan"),
             Close("a"),
         ),
@@ -70,13 +72,16 @@ def test_every_step_of_the_language_survives_its_own_json() -> None:
 
 
 def test_what_is_asked_for_its_last_position_alone_survives_its_own_json() -> None:
-    decoder = POINTS["decoder-rope"]
+    decoder = CONFIGS["decoder-rope"]
     program = Program(
-        decoder, (Append("a", (3, 3), 7, last=True), Full("f", (2,), 7, last=True), Append("a", (1, 1), 7))
+        decoder,
+        (Append("a", (3, 3), 7, last_only=True), UncachedForward("f", (2,), 7, last_only=True), Append("a", (1, 1), 7)),
     )
     written = program.to_json()
     assert [step.pop("last", False) for step in written["steps"]] == [True, True, False]
-    plain = tuple(replace(step, last=False) for step in program.steps if isinstance(step, Append | Full))
+    plain = tuple(
+        replace(step, last_only=False) for step in program.steps if isinstance(step, Append | UncachedForward)
+    )
     assert Program.from_json(written) == Program(decoder, plain), "a file from before there was such a step"
     assert Program.from_json(json.loads(json.dumps(program.to_json()))) == program
 
@@ -85,8 +90,8 @@ def test_what_is_asked_for_its_last_position_alone_survives_its_own_json() -> No
     ("config", "step", "words"),
     [
         (CONFIG, {"op": "append"}, r"steps\[0\]\.last: the attention profile gives an output for each token"),
-        (POINTS["decoder-rope"], {"op": "full", "counts": [2, 1]}, r"steps\[0\]\.last: .* grow alike, got \[2, 1\]"),
-        (POINTS["decoder-rope"], {"op": "generate"}, r"steps\[0\]\.last: a generation .* has no last position"),
+        (CONFIGS["decoder-rope"], {"op": "full", "counts": [2, 1]}, r"steps\[0\]\.last: .* grow alike, got \[2, 1\]"),
+        (CONFIGS["decoder-rope"], {"op": "generate"}, r"steps\[0\]\.last: a generation .* has no last position"),
     ],
 )
 def test_the_last_position_alone_is_asked_for_where_there_is_one(
@@ -148,7 +153,7 @@ def test_the_last_position_alone_is_asked_for_where_there_is_one(
         ),
         (
             [{"op": "append", "seq": "a", "counts": [2], "seed": 7 << 48}],
-            r"steps\[0\]\.seed: a seed's bits from 48 on name one of 4 manners",
+            r"steps\[0\]\.seed: a seed's bits from 48 on name one of 4 distributions",
         ),
         (
             [{"op": "append", "seq": "a", "counts": [2], "seed": 0}, {"op": "poison", "seq": "a", "keys": "acid"}],
@@ -191,7 +196,7 @@ def test_a_config_that_means_nothing_is_refused_with_its_place(change: dict[str,
 
 def test_an_unknown_config_name_lists_the_known() -> None:
     with pytest.raises(SpecError, match=r"no config named 'attention-mqa'; known: attention-gqa, "):
-        point("attention-mqa")
+        config_named("attention-mqa")
 
 
 def test_claims_that_are_not_known_are_refused() -> None:
@@ -200,7 +205,7 @@ def test_claims_that_are_not_known_are_refused() -> None:
 
 
 def test_the_sizes_of_a_point_are_pairwise_distinct() -> None:
-    for name, config in POINTS.items():
+    for name, config in CONFIGS.items():
         sizes = [config.heads, config.head_dim, config.capacity]
         sizes += [config.kv_heads] if config.group > 1 else []  # MHA is that the two are equal
         if config.profile == "decoder":
@@ -216,7 +221,7 @@ def test_histories_are_what_the_steps_say() -> None:
         Truncate("a", 1),
         Append("a", (1, 2), 20),
         Reorder("a", (1, 1, 0)),
-        Keep("b", "c"),
+        AliasHandle("b", "c"),
         Reset("b"),
     ):
         histories.apply(step)

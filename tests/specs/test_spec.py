@@ -19,28 +19,28 @@ from kvconform_specs.claims import ABILITIES, DERIVED, Claims
 from kvconform_specs.clause import Case, Clause
 from kvconform_specs.clauses import ALL, BY_NAME, CHAPTERS
 from kvconform_specs.config import Config
-from kvconform_specs.configs import POINTS
+from kvconform_specs.configs import CONFIGS
 from kvconform_specs.program import (
     OPS,
+    AliasHandle,
     Append,
     Close,
     Fork,
-    Full,
     Generate,
-    Keep,
     Poison,
     Program,
-    Read,
+    ReadCache,
     Reject,
     Reorder,
     Reset,
     Step,
     Truncate,
+    UncachedForward,
 )
-from kvconform_specs.tensors import mannered
+from kvconform_specs.tensors import distributed
 
 ROOT = Path(__file__).parents[2]
-GQA = POINTS["attention-gqa"]
+GQA = CONFIGS["attention-gqa"]
 CLAUSE = "causality.future-blind"
 
 
@@ -90,8 +90,8 @@ def test_a_docstring_is_cut_where_it_turns_to_a_field() -> None:
     prose, told = documented(Append)
     assert prose.startswith("Appends `counts[r]` new tokens")
     assert prose.endswith("*ragged* rows.")
-    assert list(told) == ["swap", "aim", "hidden", "pad", "layout", "shared", "metered", "last"]
-    assert told["metered"] == "the multiply-adds of the step are counted."
+    assert list(told) == ["swap", "aim", "hidden", "pad", "layout", "shared", "count_macs", "last"]
+    assert told["count_macs"] == "the multiply-adds of the step are counted."
     assert documented(Claims)[1]["max_chunk"].startswith("largest batch, longest append")
 
 
@@ -101,7 +101,7 @@ def test_a_clause_has_reasons_and_needs_what_can_be_claimed(clause: Clause) -> N
     assert clause.why
     assert all(link.startswith("https://") for link in clause.why)
     assert {*clause.needs, *clause.needs_any} <= {*ABILITIES, *DERIVED}
-    assert any(clause.concerns(config) for config in POINTS.values())
+    assert any(clause.concerns(config) for config in CONFIGS.values())
     claims = least_claims(clause)
     assert all(claims.can(need) for need in (*clause.needs, *clause.needs_any))
 
@@ -136,15 +136,15 @@ def test_an_ambiguity_is_settled_by_what_there_is(ambiguity: Ambiguity) -> None:
 @pytest.mark.parametrize("clause", ALL, ids=lambda clause: clause.name)
 def test_the_example_of_a_clause_is_for_its_config_and_the_same_each_time(clause: Clause) -> None:
     name, case = example(clause)
-    assert clause.concerns(POINTS[name])
-    assert {program.config for program in case.programs} == {POINTS[name]}
+    assert clause.concerns(CONFIGS[name])
+    assert {program.config for program in case.programs} == {CONFIGS[name]}
     words = explained(clause)  # it draws the example anew
     assert all(f"\n    {line}\n" in words for line in in_words(case.programs[0]))
     assert all(relation.value.replace("`", "") in words for relation in clause.relations)
 
 
 def test_steps_are_told_in_words() -> None:
-    loud = mannered(5, "loud")
+    loud = distributed(5, "large_queries")
     steps: tuple[tuple[Step, str], ...] = (
         (Append("a", (4,), 17), "append 4 tokens (stream 17) to a, which is empty"),
         (Append("a", (1,), 17), "append 1 token (stream 17) to a, which holds 4"),
@@ -159,25 +159,25 @@ def test_steps_are_told_in_words() -> None:
                 "b",
                 (1, 1),
                 8,
-                hidden=((0, 1), (1, 0), (0, 4), (1, 1), (1, 2)),
+                masked=((0, 1), (1, 0), (0, 4), (1, 1), (1, 2)),
                 layout="sliced",
-                shared=True,
-                metered=True,
+                in_place=True,
+                count_macs=True,
             ),
             "append 1 token (streams 8, 9) to each row of b, which hold 5, 2; the mask hides positions 1, 4 of row 0; "
             "the mask hides positions 0 to 2 of row 1; inputs sliced; into the memory of the past; its work is counted",
         ),
         (
-            Append("a", (2,), 17, swap=((0, 5, 99), (0, 6, 99)), aim=(17, 3)),
+            Append("a", (2,), 17, substitutions=((0, 5, 99), (0, 6, 99)), needle=(17, 3)),
             "append 2 tokens (stream 17) to a, which holds 5; positions 5, 6 of row 0 from stream 99; queries "
             "point at the key at position 3 of stream 17",
         ),
-        (Full("f", (7,), 17), "compute 7 tokens (stream 17) of f without a cache"),
+        (UncachedForward("f", (7,), 17), "compute 7 tokens (stream 17) of f without a cache"),
         (Reorder("b", (1, 1)), "reorder b: its rows become the old rows 1, 1"),
         (Truncate("a", 3), "truncate a, which holds 7, to 3"),
         (Fork("a", "c"), "fork a to c"),
-        (Keep("a", "d"), "keep the handle of a as d"),
-        (Read("a"), "read a"),
+        (AliasHandle("a", "d"), "keep the handle of a as d"),
+        (ReadCache("a"), "read a"),
         (Poison("a", "nan", "junk"), "fill the slots that hold no token: keys with nan, values with junk"),
         (Reject(Truncate("a", 4)), "must be refused: truncate a, which holds 3, to 4"),
         (
@@ -192,16 +192,16 @@ def test_steps_are_told_in_words() -> None:
 
 
 def test_generations_are_told_in_words() -> None:
-    steps = (Generate("g", (4,), 17, new=3), Generate("g", (1, 1), 8, swap=((1, 0, 9),), new=1))
-    assert in_words(Program(POINTS["decoder-rope"], steps)) == [
+    steps = (Generate("g", (4,), 17, new=3), Generate("g", (1, 1), 8, substitutions=((1, 0, 9),), new=1))
+    assert in_words(Program(CONFIGS["decoder-rope"], steps)) == [
         "generate 3 tokens greedily after 4 tokens (stream 17) of g",
         "generate 1 token greedily after 1 token (streams 8, 9) of each row of g; position 0 of row 1 from stream 9",
     ]
 
 
 def test_what_is_asked_for_its_last_position_alone_is_told_in_words() -> None:
-    steps = (Append("a", (4, 4), 8, last=True), Full("f", (3,), 17, last=True))
-    assert in_words(Program(POINTS["decoder-rope"], steps)) == [
+    steps = (Append("a", (4, 4), 8, last_only=True), UncachedForward("f", (3,), 17, last_only=True))
+    assert in_words(Program(CONFIGS["decoder-rope"], steps)) == [
         "append 4 tokens (streams 8, 9) to each row of a, which is empty; the last position alone",
         "compute 3 tokens (stream 17) of f without a cache; the last position alone",
     ]

@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 
 from kvconform.search.counterexample import frozen
 from kvconform.worker.execute import feeds_of
-from kvconform_specs.configs import POINTS, point
+from kvconform_specs.configs import CONFIGS, config_named
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import LAYOUTS, MALFORMED, Append, Program
-from kvconform_specs.tensors import AIM_SCORE, Streams, laid, malformed, mannered, rounded, weights
+from kvconform_specs.tensors import AIM_SCORE, Streams, distributed, laid, malformed, rounded, weights
 
 
 def inputs_of(program: Program, indices: tuple[int, ...]) -> list[tuple[np.ndarray, ...]]:
     return [inputs for inputs, _keywords in feeds_of(program, indices)]
 
 
-@pytest.mark.parametrize("name", POINTS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_same_tokens_come_however_they_are_cut(name: str) -> None:
-    config = POINTS[name]
+    config = CONFIGS[name]
     axis = 3 if config.profile == "attention" else 2
     whole = inputs_of(Program(config, (Append("a", (9, 9), 5),)), (0, 1))[0]
     parts = inputs_of(Program(config, (Append("a", (4, 4), 5), Append("a", (5, 5), 5))), (0, 1))
@@ -32,7 +32,7 @@ def test_the_same_tokens_come_however_they_are_cut(name: str) -> None:
 
 
 def test_row_r_alone_is_the_stream_of_seed_plus_r() -> None:
-    config = POINTS["attention-gqa"]
+    config = CONFIGS["attention-gqa"]
     both = inputs_of(Program(config, (Append("a", (4, 4), 5),)), (0, 3))[0]
     alone = inputs_of(Program(config, (Append("a", (4,), 6),)), (0, 3))[0]
     assert all(np.array_equal(b[:, 1:2], a) for b, a in zip(both, alone, strict=True))
@@ -40,15 +40,17 @@ def test_row_r_alone_is_the_stream_of_seed_plus_r() -> None:
 
 @given(st.integers(0, 40))
 def test_a_frozen_variant_is_the_variant(variant: int) -> None:
-    config = POINTS["attention-window"]
-    program = Program(config, (Append("a", (3, 3), 5, swap=((1, 2, 99),), aim=(5, 1)), Append("a", (2, 2), 8)))
+    config = CONFIGS["attention-window"]
+    program = Program(
+        config, (Append("a", (3, 3), 5, substitutions=((1, 2, 99),), needle=(5, 1)), Append("a", (2, 2), 8))
+    )
     for a, b in zip(inputs_of(program, (variant,)), inputs_of(frozen(program, variant), (0,)), strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_a_needle_gives_its_key_the_stated_score() -> None:
-    config = POINTS["attention-gqa"]
-    program = Program(config, (Append("a", (6,), 5), Append("a", (1,), 5, aim=(5, 2))))
+    config = CONFIGS["attention-gqa"]
+    program = Program(config, (Append("a", (6,), 5), Append("a", (1,), 5, needle=(5, 2))))
     (_q, key, _v), (query, _k, _w) = inputs_of(program, (0,))
     scores = np.einsum("bhd,bhd->bh", query[0, :, :, 0], np.repeat(key[0, :, :, 2], config.group, axis=1))
     assert np.allclose(
@@ -58,11 +60,11 @@ def test_a_needle_gives_its_key_the_stated_score() -> None:
 
 def test_contents_are_the_same_on_every_machine() -> None:
     """A raw word becomes a number by integer arithmetic and one rounding; these bytes must never move."""
-    stream = Streams(POINTS["attention-gqa"], 7, (0, 1)).tape(3)
-    tokens = Streams(POINTS["decoder-rope"], 7, (0, 1)).tape(3)
+    stream = Streams(CONFIGS["attention-gqa"], 7, (0, 1)).tape(3)
+    tokens = Streams(CONFIGS["decoder-rope"], 7, (0, 1)).tape(3)
     drawn = [hashlib.sha256(np.ascontiguousarray(a).tobytes()).hexdigest()[:16] for a in (stream, tokens)]
     drawn.append(
-        hashlib.sha256(b"".join(w.tobytes() for w in weights(POINTS["decoder-rope"]).values())).hexdigest()[:16]
+        hashlib.sha256(b"".join(w.tobytes() for w in weights(CONFIGS["decoder-rope"]).values())).hexdigest()[:16]
     )
     assert drawn == ["089ee9a9cd787737", "e145c567c27c2143", "e9309e4ac40c1e02"]
 
@@ -81,31 +83,35 @@ def test_rounding_keeps_the_bits_of_the_dtype_and_rounds_to_nearest_even(dtype: 
 
 def test_contents_are_exact_in_the_config_dtype() -> None:
     for dtype in ("bfloat16", "float16"):
-        config = point("attention-gqa", dtype)
-        for part in inputs_of(Program(config, (Append("a", (5,), 1, aim=(1, 0)),)), (0,))[0]:
+        config = config_named("attention-gqa", dtype)
+        for part in inputs_of(Program(config, (Append("a", (5,), 1, needle=(1, 0)),)), (0,))[0]:
             assert np.array_equal(rounded(part, dtype), part)
-        assert all(np.array_equal(rounded(w, dtype), w) for w in weights(point("decoder-rope", dtype)).values())
+        assert all(np.array_equal(rounded(w, dtype), w) for w in weights(config_named("decoder-rope", dtype)).values())
 
 
 def test_a_manner_changes_what_it_names_and_nothing_else() -> None:
     """Queries 64 times as large; keys zero; values 16 times as large and keys a quarter: all exact."""
-    config = POINTS["attention-gqa"]
+    config = CONFIGS["attention-gqa"]
 
-    def drawn(manner: str) -> tuple[np.ndarray, ...]:
-        return inputs_of(Program(config, (Append("a", (5,), mannered(3, manner)),)), (0, 1))[0]
+    def drawn(distribution: str) -> tuple[np.ndarray, ...]:
+        return inputs_of(Program(config, (Append("a", (5,), distributed(3, distribution)),)), (0, 1))[0]
 
-    plain = drawn("plain")
-    for name, factors in {"loud": (64, 1, 1), "mute": (1, 0, 1), "lopsided": (1, 0.25, 16)}.items():
-        own = tuple(Streams(config, 5, (0, 1)).split(Streams(config, 5, (0, 1)).tape(mannered(3, name))))
+    plain = drawn("normal")
+    for name, factors in {
+        "large_queries": (64, 1, 1),
+        "zero_keys": (1, 0, 1),
+        "small_keys_large_values": (1, 0.25, 16),
+    }.items():
+        own = tuple(Streams(config, 5, (0, 1)).split(Streams(config, 5, (0, 1)).tape(distributed(3, name))))
         assert all(np.array_equal(x[:, 0], y) for x, y in zip(drawn(name), own, strict=True))
         sizes = [float(np.abs(x).max()) for x in own]
-        assert (sizes[1] == 0) == (name == "mute")
+        assert (sizes[1] == 0) == (name == "zero_keys")
         assert sizes[0] / float(np.abs(plain[0]).max()) == pytest.approx(factors[0], rel=0.3)
         assert sizes[2] / float(np.abs(plain[2]).max()) == pytest.approx(factors[2], rel=0.3)
 
 
 def test_columns_without_a_token_are_filled_from_the_stream_and_on_the_side_that_the_step_names() -> None:
-    config = POINTS["decoder-rope"]
+    config = CONFIGS["decoder-rope"]
     for side, column in (("right", 2), ("left", 0)):
         filled = inputs_of(Program(config, (Append("a", (3, 2), 5, pad=(side, 9)),)), (0,))[0][0][0]
         whole = inputs_of(Program(config, (Append("a", (3, 3), 5),)), (0,))[0][0][0]
@@ -129,7 +135,7 @@ def test_a_layout_moves_memory_and_no_number(layout: str) -> None:
 
 @pytest.mark.parametrize("profile", MALFORMED)
 def test_malformed_inputs_are_wrong_in_one_thing(profile: str) -> None:
-    config = POINTS["attention-gqa" if profile == "attention" else "decoder-rope"]
+    config = CONFIGS["attention-gqa" if profile == "attention" else "decoder-rope"]
     good = tuple(x[0] for x in inputs_of(Program(config, (Append("a", (3, 3), 5),)), (0,))[0])
     for wrong in MALFORMED[profile]:
         bad = malformed(good, wrong, config)

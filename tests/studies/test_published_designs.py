@@ -17,18 +17,18 @@ from kvconform.results.results import Results, Target, exit_code
 from kvconform.run import check
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.effort import Budget
-from kvconform.worker.client import Launch
+from kvconform.worker.client import WorkerSpec
 from kvconform.worker.registry import installed
 from kvconform_backends.faults import FAULTS
 from kvconform_specs.clauses import ALL
 from kvconform_specs.config import Config
-from kvconform_specs.configs import POINTS
+from kvconform_specs.configs import CONFIGS
 
 pytest.importorskip("torch", reason="the designs are in torch")
 
 ROOT = Path(__file__).parents[2]
 BRIEF = Budget("brief", structures=4, variants=2, seconds=60.0, shrink=False)
-ZOO = "kvconform_backends.faults.published"
+CATALOGUE = "kvconform_backends.faults.published"
 INTENDED = ("module-buffers", "past-tuples", "list-cache")
 CORNERS = ("attention-softcap", "decoder-learned")
 """A bias with a softcap, and grouped heads with a window in some layers: what a mask can get wrong."""
@@ -42,7 +42,7 @@ CHAPTERS = (
 @pytest.mark.parametrize("name", INTENDED)
 def test_a_design_as_intended_holds_in_every_corner(name: str, tmp_path: Path) -> None:
     plan = Plan(BRIEF, 3, ("float32",), CHAPTERS, CORNERS)
-    found = run_backend(name, Launch(name), plan, tmp_path)
+    found = run_backend(name, WorkerSpec(name), plan, tmp_path)
     bad = [v for v in found.verdicts if v.outcome not in (Outcome.PASS, Outcome.UNSUPPORTED)]
     assert not bad, "\n".join(f"{v.clause} [{v.config}]: {v.sentence}" for v in bad)
     assert {v.config for v in found.verdicts if v.outcome is Outcome.PASS} == set(CORNERS)
@@ -53,14 +53,25 @@ def test_a_design_as_intended_holds_in_every_corner(name: str, tmp_path: Path) -
     ("name", "lacks"),
     [
         # whoever owns the cache is one sequence; whoever writes in place cannot go on from an older handle
-        ("module-buffers", {"fork", "functional"}),
+        ("module-buffers", {"fork", "immutable"}),
         ("past-tuples", set()),
-        ("list-cache", {"functional"}),
+        ("list-cache", {"immutable"}),
     ],
 )
 def test_a_design_claims_what_it_can_and_no_more(name: str, lacks: set[str]) -> None:
     claims = installed()[name].load().claims
-    could = {"full", "length", "room", "reset", "truncate", "reorder", "fork", "functional", "generate", "contents"}
+    could = {
+        "uncached_forward",
+        "length",
+        "free_slots",
+        "reset",
+        "truncate",
+        "reorder",
+        "fork",
+        "functional",
+        "generate",
+        "contents",
+    }
     assert could - set(claims.abilities) == lacks & could
     assert claims.max_sequences == (1 if name == "module-buffers" else None)
 
@@ -82,7 +93,7 @@ def test_a_published_mistake_is_named_by_its_clause_and_is_no_other(fault: str, 
     config, names, words, minds_not = MISTAKES[fault]
     budget = Budget("brief", 16, 2, 60.0, shrink=False)
     plan = Plan(budget, 0, clauses=(names, minds_not), configs=(config,))
-    found = {v.clause: v for v in run_backend("design", Launch(f"{ZOO}:{fault}"), plan, tmp_path).verdicts}
+    found = {v.clause: v for v in run_backend("design", WorkerSpec(f"{CATALOGUE}:{fault}"), plan, tmp_path).verdicts}
     assert found[names].outcome is Outcome.FAIL
     assert words in found[names].sentence
     assert found[names].raised is (fault == "ChunkOnCache")
@@ -107,7 +118,7 @@ def test_a_file_in_the_style_of_its_source_is_judged_by_itself(name: str, tmp_pa
     options = {"init": version.init} if version.init else {}
     (address,) = check.addresses(str(ROOT / version.target), options)
     clauses = ("shape.output", "equivalence", "lifecycle.independent", "lifecycle.reset")
-    found = run_backend("design", Launch(address), Plan(BRIEF, 0, clauses=clauses), tmp_path)
+    found = run_backend("design", WorkerSpec(address), Plan(BRIEF, 0, clauses=clauses), tmp_path)
     assert not found.unavailable, found.unavailable
     broken = {verdict.clause for verdict in found.verdicts if verdict.outcome.broken}
     if name in CONVICTED:
@@ -132,16 +143,16 @@ BUG = "https://github.com/pytorch/pytorch/issues/108108"
 
 def published(sentence: str = "behaves like a top-left mask: decode steps see token 0", **more: object) -> Results:
     verdicts = [
-        passed("shape.output", "hidden-own"),
-        other("equivalence.decode", "hidden-own", Outcome.FAIL, "step 1: got -1.9, want -0.03"),
-        other("equivalence.chunks", "hidden-own", Outcome.FAIL, "step 2: got 0.1, want 0.2"),
-        other("equivalence.path", "hidden-own", Outcome.FAIL, "step 3: got 0.1, want 0.2"),
-        other("lifecycle.reset", "hidden-own", Outcome.FAIL, "step 4: got 0.1, want 0.2"),
+        passed("shape.output", "hidden-self"),
+        other("equivalence.decode", "hidden-self", Outcome.FAIL, "step 1: got -1.9, want -0.03"),
+        other("equivalence.chunks", "hidden-self", Outcome.FAIL, "step 2: got 0.1, want 0.2"),
+        other("equivalence.path", "hidden-self", Outcome.FAIL, "step 3: got 0.1, want 0.2"),
+        other("lifecycle.reset", "hidden-self", Outcome.FAIL, "step 4: got 0.1, want 0.2"),
     ]
     settings = {
-        "target": Target(recognised="a past passed and returned", assumed=[], points={"hidden-own": OWN.to_json()}),
-        "maps": {"hidden-own": [RIGHT, SEEN]},
-        "diagnoses": {"hidden-own": Diagnosis(named="M1", bug=BUG, sentence=sentence)},
+        "target": Target(recognised="a past passed and returned", assumed=[], configs={"hidden-self": OWN.to_json()}),
+        "maps": {"hidden-self": [RIGHT, SEEN]},
+        "diagnoses": {"hidden-self": Diagnosis(named="M1", bug=BUG, sentence=sentence)},
     }
     return results("FirstListing", **({"verdicts": verdicts} | settings | more))
 
@@ -166,7 +177,7 @@ def test_a_published_version_shows_its_verdict_its_sentence_and_what_it_sees() -
     part = section(published_designs.render({"past-tuples-first": published()}), "past-tuples-first")
     assert "non-conformant" in part
     assert f"> behaves like a top-left mask: decode steps see token 0 ([pytorch/pytorch\\#108108]({BUG}))" in part
-    assert "**equivalence.decode** [hidden-own]: step 1: got -1.9" in part
+    assert "**equivalence.decode** [hidden-self]: step 1: got -1.9" in part
     assert "also broken: equivalence.path" in part  # the only one that is not core
     assert "Recognised: a past passed and returned." in part
     assert "decode: tokens 3–7 do not see the tokens from 1 to their own, only token 0" in part
@@ -182,16 +193,16 @@ def test_a_link_in_a_sentence_is_a_link_once() -> None:
 
 
 def test_a_version_that_stopped_shows_where() -> None:
-    found = {"module-buffers-published": published(maps={"decoder-own": [RIGHT, STOPPED]})}
+    found = {"module-buffers-published": published(maps={"decoder-self": [RIGHT, STOPPED]})}
     part = section(published_designs.render(found), "module-buffers-published")
     assert "stopped at RuntimeError: shapes" in part
 
 
 def test_an_intended_version_shows_how_its_chunks_see_or_that_there_is_no_map() -> None:
     right = results("past-tuples", everywhere())
-    core = [passed(clause.name, "hidden-own") for clause in ALL if clause.concerns(OWN) and not clause.blind]
+    core = [passed(clause.name, "hidden-self") for clause in ALL if clause.concerns(OWN) and not clause.blind]
     whole = Map(schedule="full", sizes=[8], wanted=WANTED, seen=WANTED)
-    own = published(verdicts=core, diagnoses={}, maps={"hidden-own": [whole, RIGHT]})
+    own = published(verdicts=core, diagnoses={}, maps={"hidden-self": [whole, RIGHT]})
     page = published_designs.render({"past-tuples": right, "past-tuples-module": own})
     assert "✓ conformant" in section(page, "past-tuples")
     assert "No map: maps are made of modules, and of what is broken." in section(page, "past-tuples")
@@ -208,7 +219,7 @@ def test_where_results_hold_no_diagnosis_the_page_says_so() -> None:
 @pytest.mark.parametrize("words", [*HOSTILE, "```\n# a heading", "[a](javascript:b)"])
 def test_what_a_subject_says_stays_words(words: str) -> None:
     hostile = Map(schedule="chunked", sizes=[8], wanted=WANTED, seen=WANTED, stopped=words)
-    found = published(words, maps={"hidden-own": [hostile]})
+    found = published(words, maps={"hidden-self": [hostile]})
     part = section(published_designs.render({"past-tuples-first": found}), "past-tuples-first")
     prose, *_ = part.split("````" if "```" in words else "```text\nchunked")
     assert "<img" not in prose
@@ -228,11 +239,11 @@ def test_results_are_found_by_the_folder_that_their_command_names(tmp_path: Path
 
 
 def test_every_target_of_the_page_exists() -> None:
-    zoo = {fault.address for fault in FAULTS}
+    catalogue = {fault.address for fault in FAULTS}
     for version in published_designs.VERSIONS:
         file, _, name = version.target.rpartition(":")
         if file.endswith(".py"):
             assert f"class {name}(" in (ROOT / file).read_text()
         else:
-            assert version.target in {*installed(), *zoo}
-    assert {version.config for version in published_designs.VERSIONS} <= {"", *POINTS}
+            assert version.target in {*installed(), *catalogue}
+    assert {version.config for version in published_designs.VERSIONS} <= {"", *CONFIGS}

@@ -81,7 +81,7 @@ def test_a_planted_share_is_exact_but_for_one_look_at_the_clock(share: float, mo
 
     monkeypatch.setattr(NumpyCache, "step", step)
     stepped(subject, 20)
-    said = subject.witness()
+    said = subject.runtime_info()
     assert said["own_ns"] == 20 * 1007
     assert 0 <= said["extra_ns"] - share * said["own_ns"] < 7
 

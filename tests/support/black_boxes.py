@@ -22,9 +22,9 @@ WIDTH, HEADS, DIM = 12, 3, 4
 class BlackBox:
     """Two layers of attention over hidden states. It caches the inputs, which is slow and right."""
 
-    claims = Claims(profiles=("hidden",), abilities=("full", "length", "reset"), truth="self")
-    points: ClassVar[dict[str, Config]] = {
-        "hidden-own": Config("hidden", heads=HEADS, kv_heads=HEADS, head_dim=DIM, width=WIDTH, capacity=24)
+    claims = Claims(profiles=("hidden",), abilities=("uncached_forward", "length", "reset"), reference="self")
+    configs: ClassVar[dict[str, Config]] = {
+        "hidden-self": Config("hidden", heads=HEADS, kv_heads=HEADS, head_dim=DIM, width=WIDTH, capacity=24)
     }
     recognised = "hidden states in and out, written for a test"
     assumed: tuple[str, ...] = ("no more than 24 tokens are tried",)
@@ -43,7 +43,7 @@ class BlackBox:
         past = np.concatenate([cache[0], x], axis=1)
         return self.forward(past, cached=True)[:, cache[0].shape[1] :], (past, cache[1])
 
-    def full(self, x: Array) -> Array:
+    def uncached_forward(self, x: Array) -> Array:
         if self.noise is not None:
             storage, accumulation, seed = self.noise
             x = self.shaken(x, storage + accumulation * np.sqrt(WIDTH), np.random.default_rng(seed))
@@ -73,7 +73,7 @@ class BlackBox:
     def reset(self, cache: Cache) -> Cache:
         return self.start(cache[1])
 
-    def disturbed(self, storage: float, accumulation: float, seed: int) -> BlackBox:
+    def perturbed(self, storage: float, accumulation: float, seed: int) -> BlackBox:
         other, drawn = copy.copy(self), np.random.default_rng(seed)
         size = storage + accumulation * np.sqrt(WIDTH)
         other.weights = [self.shaken(w, size, drawn) for w in self.weights]
@@ -115,7 +115,7 @@ class NotCausal(BlackBox):
         return np.tri(s, k=1, dtype=bool)
 
 
-class Disturbed(BlackBox):
+class Perturbed(BlackBox):
     """Its own forward finds the tokens of the last cached step in front of its own."""
 
     left: Array | None = None
@@ -125,9 +125,9 @@ class Disturbed(BlackBox):
         self.left = grown[0]
         return output, grown
 
-    def full(self, x: Array) -> Array:
+    def uncached_forward(self, x: Array) -> Array:
         if self.left is None or len(self.left) != len(x):
-            return super().full(x)
+            return super().uncached_forward(x)
         return self.forward(np.concatenate([self.left, x], axis=1), cached=False)[:, self.left.shape[1] :]
 
 
@@ -142,7 +142,7 @@ class Wavers(BlackBox):
 class Raises(BlackBox):
     """Its own forward raises on more than nine tokens."""
 
-    def full(self, x: Array) -> Array:
+    def uncached_forward(self, x: Array) -> Array:
         if x.shape[1] > 9:
             raise ValueError("at most nine tokens")
-        return super().full(x)
+        return super().uncached_forward(x)

@@ -35,7 +35,7 @@ class Style:
     cached: bool = True
     presents: bool = True
     table: int = TABLE
-    last: bool = False
+    last_only: bool = False
     needs_past: bool = False
     mistake: str = ""
 
@@ -55,7 +55,7 @@ CONVENTIONS = {
     "tokens first": Style(past="past.{n}.{part}", tokens_first=True, position_ids=True),
     "32 bits": Style(ids="int32", cache_position=True, mask=True),
     "hidden": Style(hidden=True),
-    "last": Style(last=True),
+    "last": Style(last_only=True),
     "short table": Style(table=23),
 }
 """One graph each; a merged graph and a pair of files are made otherwise."""

@@ -20,14 +20,14 @@ MODEL = Config("decoder", 4, 2, 6, layers=1, width=14, vocabulary=37, positions=
 class Box(NumpyCache):
     """A black box: a decoder with a window of its own, of which its config tells nothing."""
 
-    claims = Claims(profiles=("decoder",), abilities=("full", "length", "reset"), truth="self")
-    points: Mapping[str, Config] = {"decoder-own": replace(MODEL, window=None)}
+    claims = Claims(profiles=("decoder",), abilities=("uncached_forward", "length", "reset"), reference="self")
+    configs: Mapping[str, Config] = {"decoder-self": replace(MODEL, window=None)}
     recognised, assumed, source = "a decoder", (), ""
 
     def __init__(self, config: Config, _weights: Mapping[str, Array], device: str) -> None:
         super().__init__(MODEL, weights(MODEL))
 
-    def disturbed(self, storage: float, accumulation: float, seed: int) -> Box:
+    def perturbed(self, storage: float, accumulation: float, seed: int) -> Box:
         noise, other = np.random.default_rng(seed), copy.copy(self)
         other.weights = {
             name: w
@@ -36,8 +36,8 @@ class Box(NumpyCache):
         }
         return other
 
-    def full(self, *inputs: Array) -> Array:
-        return np.asarray(super().full(*inputs), np.float32)
+    def uncached_forward(self, *inputs: Array) -> Array:
+        return np.asarray(super().uncached_forward(*inputs), np.float32)
 
 
 class BoxWithALongerWindow(Box):
@@ -61,13 +61,13 @@ class BoxTopLeft(Box):
 class LastAlone(NumpyCache):
     """Gives the output of the newest token alone."""
 
-    claims = Claims(profiles=("attention", "decoder"), abilities=("full",), returns="last")
+    claims = Claims(profiles=("attention", "decoder"), abilities=("uncached_forward",), returns="last")
 
     def step(self, cache: Cache, *inputs: Array, **keywords: Any) -> tuple[Array, Cache]:
         output, cache = super().step(cache, *inputs, **keywords)
         return output[:, -1:] if self.config.profile == "decoder" else output[:, :, -1:], cache
 
-    def full(self, *inputs: Array) -> Array:
+    def uncached_forward(self, *inputs: Array) -> Array:
         return NumpyCache.step(self, self.start(inputs[0].shape[0]), *inputs)[0]
 
 

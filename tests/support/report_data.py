@@ -17,7 +17,7 @@ from kvconform.results import guarantees, known_failures
 from kvconform.results.results import Results, Target
 from kvconform.run.cross_backend import Pair
 from kvconform_specs.clauses import ALL
-from kvconform_specs.configs import POINTS
+from kvconform_specs.configs import CONFIGS
 
 HOSTILE = ("<img src=x onerror=alert(1)>", '"><script>alert(1)</script>', "</script>", "'onload='alert(1)", "{{ 7*7 }}")
 
@@ -38,7 +38,7 @@ def other(clause: str, config: str, outcome: Outcome, sentence: str, **more: Any
 
 def everywhere(seed: int = 0) -> list[Verdict]:
     """A pass in every cell of the suite."""
-    cells = [(clause.name, name) for name, config in POINTS.items() for clause in ALL if clause.concerns(config)]
+    cells = [(clause.name, name) for name, config in CONFIGS.items() for clause in ALL if clause.concerns(config)]
     return [passed(clause, config, seed) for clause, config in cells]
 
 
@@ -48,7 +48,7 @@ def results(backend: str, verdicts: list[Verdict], **more: Any) -> Results:
         "started": "2026-11-21T22:07:34+00:00", "seconds": 41.5, "finished": True,
         "environment": {"python": "3.11.7", "numpy": "2.4.6", "machine": {"system": "Linux", "cpus": 2}},
         "claims": {"profiles": ["attention", "decoder"], "abilities": ["full", "length"], "max_batch": None},
-        "witnesses": {name: {"numpy": "2.4.6"} for name in POINTS},
+        "runtime_info": {name: {"numpy": "2.4.6"} for name in CONFIGS},
     }  # fmt: skip
     return Results(verdicts=verdicts, **(settings | more))
 
@@ -111,11 +111,11 @@ def row(backend: str, **more: Any) -> known_failures.Row:
 
 
 def known(backend: str, verdicts: list[Verdict]) -> dict[str, Any]:
-    """The same cells with one in the ledger: the verdicts and the ledger of their results."""
+    """The same cells with one in the known failures: the verdicts and the known_failures of their results."""
     entry = row(backend)
     sentence = f"{entry.reason}, known until {entry.expires}, {entry.link}: step 0 out[0]: got nan, want 0.25"
     failure = other(*KNOWN, Outcome.XFAIL, sentence, counterexample="numerics.zero-keys-1a2b3c4d.json")
-    return {"verdicts": [failure if v.key == KNOWN else v for v in verdicts], "ledger": [entry]}
+    return {"verdicts": [failure if v.key == KNOWN else v for v in verdicts], "known_failures": [entry]}
 
 
 def refuted(verdicts: list[Verdict], clause: str = "determinism.chunk-invariant") -> list[Verdict]:
@@ -135,7 +135,7 @@ MODELS = (
 
 
 def power() -> list[dict[str, Any]]:
-    """What results hold of a power certificate: the first clause judges no numbers, the second is blind, the third is
+    """What results hold of a null-model power table: the first clause judges no numbers, the second is blind, the third is
     weak on the first model, the others reject all. The third model is a mistake where there is a window, the fourth
     never shows in one chapter."""
     first, blind, weak, *_ = (clause.name for clause in ALL)
@@ -164,14 +164,14 @@ def _trial(clause: str, kills: bool, budget: str = "smoke", **more: Any) -> Tria
 
 def audit(name: str = "top-left") -> audit_record.Record:
     """Four faults under two budgets: one is killed, one by a clause that it does not name, too, one survives the
-    smaller budget, one could not run; and two controls, of which one is convicted."""
+    smaller budget, one could not run; and two controls, of which one is detected."""
 
-    def fault(name: str, stealth: bool, trials: list[Trial], **more: Any) -> Audited:
+    def fault(name: str, conditional: bool, trials: list[Trial], **more: Any) -> Audited:
         settings: dict[str, Any] = {
             "address": f"faults:{name}", "classes": ("M1",), "clauses": ("causality.past-seen", "equivalence.decode"),
             "bug": "pytorch/pytorch/issues/108108", "sentence": f"The mask of {name} begins at the top left.",
         }  # fmt: skip
-        return Audited(name=name, stealth=stealth, trials=trials, **(settings | more))
+        return Audited(name=name, conditional=conditional, trials=trials, **(settings | more))
 
     both = ("smoke", "pr")
     seen, decode, decoder = "causality.past-seen", "equivalence.decode", "definition.decoder"
@@ -181,7 +181,7 @@ def audit(name: str = "top-left") -> audit_record.Record:
         audited=[
             fault(name, False, [_trial(clause, True, budget) for budget in both for clause in (seen, decode)]),
             fault("tail-attended", True, [_trial(c, c != decode, b) for b in both for c in (seen, decode, decoder)]),
-            fault("stealthy-mask", True, [_trial(seen, budget == "pr", budget) for budget in both], bug="a report"),
+            fault("conditional-mask", True, [_trial(seen, budget == "pr", budget) for budget in both], bug="a report"),
             fault("gpu-only", True, [], unavailable="it needs a GPU"),
         ],
         controls=[
@@ -199,14 +199,14 @@ def four() -> list[Results]:
         "providers": ["CUDAExecutionProvider", "CPUExecutionProvider"], "nodes": {"MatMul": 24, "Softmax": 2},
         "memcpy_nodes": 0, "onnxruntime": "1.31.1",
     }  # fmt: skip
-    certificate = {"float32": power()}
+    power_table = {"float32": power()}
     first = known("eager", refuted(everywhere(1)))
     return [
-        results("eager", **first, power=certificate, lattice=guarantees.measured(first["verdicts"])),
-        results("eager-static", broken(everywhere(2)), power=msgspec.json.decode(msgspec.json.encode(certificate))),
-        results("onnx", lacking(everywhere(3)), device="cuda", witnesses=dict.fromkeys(POINTS, ort)),
+        results("eager", **first, power=power_table, guarantees=guarantees.measured(first["verdicts"])),
+        results("eager-static", broken(everywhere(2)), power=msgspec.json.decode(msgspec.json.encode(power_table))),
+        results("onnx", lacking(everywhere(3)), device="cuda", runtime_info=dict.fromkeys(CONFIGS, ort)),
         results(
-            "compiled", [], environment={}, claims={}, witnesses={}, seconds=0.0,
+            "compiled", [], environment={}, claims={}, runtime_info={}, seconds=0.0,
             unavailable="backend 'compiled' is not installed; install it with: pip install 'kvconform[compiled]'",
         ),
     ]  # fmt: skip
@@ -222,11 +222,11 @@ def black_box(name: str, words: str = "behaves like a mask that begins at the to
     """A broken one, which was judged by itself, mapped and diagnosed."""
     said = "got 0.41, want -0.18"
     return results(
-        name, [other("equivalence.decode", "hidden-own", Outcome.FAIL, said), passed("shape.length", "hidden-own")],
-        target=Target(recognised=words, assumed=[words], points={"hidden-own": {}}, noise={"hidden-own": 4e-5}),
-        maps={"hidden-own": [AS_DEMANDED, TOP_LEFT]},
+        name, [other("equivalence.decode", "hidden-self", Outcome.FAIL, said), passed("shape.length", "hidden-self")],
+        target=Target(recognised=words, assumed=[words], configs={"hidden-self": {}}, noise={"hidden-self": 4e-5}),
+        maps={"hidden-self": [AS_DEMANDED, TOP_LEFT]},
         diagnoses={
-            "hidden-own": Diagnosis(
+            "hidden-self": Diagnosis(
                 named="M1", fault=words, bug="https://github.com/pytorch/pytorch/issues/108108", sentence=words,
                 signature=words,
             )
@@ -238,5 +238,5 @@ def pairs() -> list[Pair]:
     draw = random.Random(5)
     two = [("eager", "onnx"), ("eager", "eager-static"), ("eager-static", "onnx")]
     off = {("attention-window", a, b): 29340.0 for a, b in two if "eager-static" in (a, b)}
-    keys = [(config, a, b) for config in POINTS for a, b in two]
+    keys = [(config, a, b) for config in CONFIGS for a, b in two]
     return [Pair(*key, off.get(key, draw.random() * 0.3), 1e-6, 1008) for key in keys]

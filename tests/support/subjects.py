@@ -78,7 +78,7 @@ class Handle:
 class GlobalCache(NumpyCache):
     """Caches come from a global pool that nobody clears: right in the first program of a process, wrong in the next."""
 
-    claims = Claims(profiles=("attention", "decoder"), abilities=("full", "length"))
+    claims = Claims(profiles=("attention", "decoder"), abilities=("uncached_forward", "length"))
 
     def start(self, batch: int) -> Any:
         return Handle(_POOL.pop(batch, None) or super().start(batch))
@@ -87,7 +87,7 @@ class GlobalCache(NumpyCache):
         output, cache.cache = super().step(cache.cache, *inputs)
         return output, cache
 
-    def full(self, *inputs: Any) -> Any:
+    def uncached_forward(self, *inputs: Any) -> Any:
         return super().step(super().start(inputs[0].shape[0]), *inputs)[0]
 
     def length(self, cache: Any) -> list[int]:
@@ -97,7 +97,7 @@ class GlobalCache(NumpyCache):
 class OneSlot(NumpyCache):
     """Correct, with one slot that only ``close`` frees."""
 
-    claims = Claims(profiles=("attention",), abilities=("full", "length"), max_sequences=1)
+    claims = Claims(profiles=("attention",), abilities=("uncached_forward", "length"), max_sequences=1)
     busy = False
 
     def start(self, batch: int) -> Cache:
@@ -106,7 +106,7 @@ class OneSlot(NumpyCache):
         self.busy = True
         return super().start(batch)
 
-    def full(self, *inputs: Any) -> Any:
+    def uncached_forward(self, *inputs: Any) -> Any:
         return NumpyCache.step(self, NumpyCache.start(self, inputs[0].shape[0]), *inputs)[0]
 
     def close(self, cache: Cache) -> None:
@@ -120,17 +120,17 @@ class GivesADictionary(NumpyCache):
 
 
 class WitnessRaises(NumpyCache):
-    def witness(self) -> dict[str, Any]:
+    def runtime_info(self) -> dict[str, Any]:
         raise RuntimeError("I saw nothing")
 
 
 class WitnessIsNoJson(NumpyCache):
-    def witness(self) -> dict[str, Any]:
+    def runtime_info(self) -> dict[str, Any]:
         return {"graphs": np.int64(4)}
 
 
 class WitnessDies(NumpyCache):
-    def witness(self) -> dict[str, Any]:
+    def runtime_info(self) -> dict[str, Any]:
         os._exit(5)
 
 
@@ -144,11 +144,11 @@ class ClaimsNothing(NumpyCache):
 
 
 class WithoutReset(NumpyCache):
-    claims = Claims(profiles=("attention",), abilities=("full", "length", "truncate"))
+    claims = Claims(profiles=("attention",), abilities=("uncached_forward", "length", "truncate"))
 
 
 class FallsBack(NumpyCache):
-    def witness(self) -> dict[str, Any]:
+    def runtime_info(self) -> dict[str, Any]:
         return {"fallback": "the fast path gave up and the slow one ran"}
 
 
@@ -158,7 +158,7 @@ class ClaimsCuda(NumpyCache):
     claims = replace(NumpyCache.claims, devices=("cpu", "cuda"))
     tells: ClassVar[dict[str, Any]] = {}
 
-    def witness(self) -> dict[str, Any]:
+    def runtime_info(self) -> dict[str, Any]:
         return self.tells
 
 

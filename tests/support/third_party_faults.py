@@ -31,7 +31,7 @@ class Doubled(NumpyCache):
 
     clauses = ["definition.attention", "shape.length"]  # noqa: RUF012 - a list will do, and the second is right here
     classes = ("M11",)
-    stealth = True
+    conditional = True
     configs = ("attention-gqa",)
 
     def step(self, cache: Cache, *inputs: Any, **options: Any) -> tuple[Any, Cache]:
@@ -69,7 +69,7 @@ class NeverRan(Doubled):
 
     clauses = ["definition.attention"]  # noqa: RUF012
 
-    def witness(self) -> dict[str, Any]:
+    def runtime_info(self) -> dict[str, Any]:
         return {"faulty": 0}
 
 
@@ -95,7 +95,7 @@ HERE = f"{__file__}:"
 MIXED = (
     LastOutputOnly,
     HERE + "Doubled",
-    Fault("by-fault", HERE + "Raises", ("shape.output",), stealth=True),
+    Fault("by-fault", HERE + "Raises", ("shape.output",), conditional=True),
     SimpleNamespace(name="by-attributes", address=HERE + "Right", clauses=("shape.output",)),
 )
 ALL = (LastOutputOnly, Doubled, Raises, Dies, NeverRan, Right)

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from kvconform.worker.registry import installed, load
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
-from kvconform_specs.configs import POINTS
+from kvconform_specs.configs import CONFIGS
 from kvconform_specs.program import Program
 from kvconform_specs.tensors import weights
 
 Array = NDArray[Any]
-DECODERS = {f"{name}-own": config for name, config in POINTS.items() if config.profile == "decoder"}
+DECODERS = {f"{name}-own": config for name, config in CONFIGS.items() if config.profile == "decoder"}
 
 
 class Wrapped:
@@ -27,7 +27,7 @@ class Wrapped:
     name: ClassVar[str]
     kind: ClassVar[Any]
     claims: ClassVar[Claims]
-    points = DECODERS
+    configs = DECODERS
     assumed: tuple[str, ...] = ()
     source = __file__
     recognised = "a shipped backend as a black box"
@@ -45,12 +45,12 @@ class Wrapped:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def full(self, ids: Array, **asked: Any) -> Array:
+    def uncached_forward(self, ids: Array, **asked: Any) -> Array:
         if hasattr(self.inner, "full"):
             return np.asarray(self.inner.full(ids, **asked))
         return np.asarray(self.inner.step(self.inner.start(len(ids)), ids, **asked)[0])
 
-    def disturbed(self, storage: float, accumulation: float, seed: int) -> Any:
+    def perturbed(self, storage: float, accumulation: float, seed: int) -> Any:
         drawn, held = np.random.default_rng(seed), {}
         for name, weight in weights(self.config).items():
             terms = weight.shape[0] if weight.ndim > 1 and name != "embed" else 1  # y = x @ w sums over rows
@@ -73,7 +73,7 @@ def __getattr__(name: str) -> type[Wrapped]:
         raise AttributeError(name)  # what inspects a module asks for much
     kind = load(name.replace("_", "-"))
     own = replace(
-        kind.claims, profiles=("decoder",), truth="self", dtypes=("float32",),
+        kind.claims, profiles=("decoder",), reference="self", dtypes=("float32",),
         abilities=tuple(dict.fromkeys(("full", *kind.claims.abilities))),
     )  # fmt: skip
     return type(name, (Wrapped,), {"name": name, "kind": kind, "claims": own, "__module__": __name__})

@@ -15,7 +15,7 @@ from kvconform.results.results import Results, exit_code, read
 from kvconform.run import check
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.effort import Budget
-from kvconform.worker.client import Infrastructure, Launch, Subject
+from kvconform.worker.client import BackendUnavailable, Subject, WorkerSpec
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Append, Program
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.xdist_group("check")
 
 
 def judged(name: str, folder: Path) -> Results:
-    return run_backend(name, Launch(f"{BOXES}:{name}"), PLAN, folder)
+    return run_backend(name, WorkerSpec(f"{BOXES}:{name}"), PLAN, folder)
 
 
 def outcomes(results: Results) -> dict[str, Outcome]:
@@ -119,7 +119,7 @@ def test_a_forward_that_is_no_yardstick_is_the_finding_and_nothing_is_judged_by_
 
 
 def test_a_forward_that_cached_steps_disturb_is_a_finding_and_still_a_yardstick_where_none_runs(tmp_path: Path) -> None:
-    found = outcomes(judged("Disturbed", tmp_path))
+    found = outcomes(judged("Perturbed", tmp_path))
     assert found["equivalence.full-stable"] is Outcome.FAIL
     assert found["equivalence.chunks"] is Outcome.FAIL  # it compares with the forward in the subject's own process
     assert found["lifecycle.reset"] is Outcome.PASS
@@ -138,9 +138,9 @@ def test_an_own_forward_that_raises_is_told_and_not_taken_for_a_wrong_cache(tmp_
 
 
 def test_no_cached_step_ever_runs_where_the_truth_is_computed() -> None:
-    """``Disturbed`` would show it: after a step in the subject, its truth is still that of a fresh process."""
-    with Subject(Launch(f"{BOXES}:Disturbed")) as subject, Subject(Launch(f"{BOXES}:BlackBox")) as right:
-        (config,) = subject.points.values()
+    """``Perturbed`` would show it: after a step in the subject, its truth is still that of a fresh process."""
+    with Subject(WorkerSpec(f"{BOXES}:Perturbed")) as subject, Subject(WorkerSpec(f"{BOXES}:BlackBox")) as right:
+        (config,) = subject.configs.values()
         program = Program(config, (Append("a", (5, 5), 1),))
         for one in (subject, right):
             one.build(config)
@@ -161,12 +161,12 @@ def test_a_check_says_how_it_was_called_what_was_assumed_and_what_is_wrong(tmp_p
     first, second, *others = done.stdout.splitlines()
     assert first == "DropsOldest: hidden states in and out, written for a test"
     assert second == "  assumed: no more than 24 tokens are tried"
-    assert any(line.startswith("  noise floor [hidden-own]: outputs may stray by ") for line in others)
+    assert any(line.startswith("  noise floor [hidden-self]: outputs may stray by ") for line in others)
     replays = [line.split("kvconform ", 1)[1].split("   ")[0] for line in others if "replay: " in line]
     assert len(replays) == check.SHOWN
     assert kvconform(*replays[0].split(), folder=tmp_path).returncode == 1
     found = read(tmp_path / "results" / "check" / "DropsOldest.json")
-    assert found.maps["hidden-own"]
+    assert found.maps["hidden-self"]
     assert "DropsOldest: non-conformant: " in done.stdout
 
 
@@ -175,7 +175,7 @@ def test_a_check_as_json_prints_the_results_and_nothing_else(tmp_path: Path) -> 
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = json.loads(done.stdout)
     assert found["target"]["assumed"] == ["no more than 24 tokens are tried"]
-    assert found["claims"]["truth"] == "self"
+    assert found["claims"]["reference"] == "self"
 
 
 def test_a_target_that_cannot_be_opened_is_one_sentence_and_exit_code_3(tmp_path: Path) -> None:
@@ -186,11 +186,11 @@ def test_a_target_that_cannot_be_opened_is_one_sentence_and_exit_code_3(tmp_path
 
 
 def test_an_unknown_kind_of_option_does_not_start_a_worker() -> None:
-    with pytest.raises(Infrastructure, match="its options are no JSON"):
-        Subject(Launch("py:a.py:Net?{"))
+    with pytest.raises(BackendUnavailable, match="its options are no JSON"):
+        Subject(WorkerSpec("py:a.py:Net?{"))
 
 
 @pytest.mark.parametrize("name", ["numpy", "eager"])
 def test_a_shipped_backend_as_a_black_box_is_conformant(name: str, tmp_path: Path) -> None:
-    found = run_backend(name, Launch(f"{BOXES.with_name('wrapped_backends.py')}:{name}"), PLAN, tmp_path)
+    found = run_backend(name, WorkerSpec(f"{BOXES.with_name('wrapped_backends.py')}:{name}"), PLAN, tmp_path)
     assert exit_code(found) == (0, "conformant: decoder profile, judged by its own forward")

@@ -19,15 +19,15 @@ from kvconform.results.results import exit_code
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.counterexample import Broken, attempt
 from kvconform.search.effort import Budget
-from kvconform.worker.client import Launch
-from kvconform.worker.execute import feeds_of, record
+from kvconform.worker.client import WorkerSpec
+from kvconform.worker.execute import execute, feeds_of
 from kvconform.worker.protocol import Traces, pack, unpack
 from kvconform.worker.registry import BackendError, load
 from kvconform_specs.clause import Case, Level
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Close, Fork, Full, Program, Reject, Reorder, Reset, Truncate
-from kvconform_specs.reference.oracle import Own, expect
+from kvconform_specs.program import Append, Close, Fork, Program, Reject, Reorder, Reset, Truncate, UncachedForward
+from kvconform_specs.reference.oracle import ReferenceForward, expect
 
 torch = pytest.importorskip("torch", reason="transformers runs on it")
 pytest.importorskip("transformers", reason="it is what is tested here")
@@ -55,21 +55,21 @@ class InProcess:
     """What ``attempt`` needs of a subject, without a worker: importing transformers takes seconds."""
 
     def __init__(self, backend: type[Transformers]) -> None:
-        (self.config,) = backend.points.values()
+        (self.config,) = backend.configs.values()
         self.claims, self.subject = backend.claims, backend(self.config, {})
-        self.disturbed: dict[int, Transformers] = {}
+        self.perturbed: dict[int, Transformers] = {}
         self.traces: deque[Traces] = deque()
 
-    def own(self, config: Config) -> Own:
-        return self._own
+    def own(self, config: Config) -> ReferenceForward:
+        return self._reference_forward
 
-    def _own(self, inputs: NDArray[Any], storage: float, accumulation: float, seed: int) -> NDArray[Any]:
-        if seed and seed not in self.disturbed:
-            self.disturbed[seed] = self.subject.disturbed(storage, accumulation, seed)
-        return (self.disturbed[seed] if seed else self.subject).full(inputs)
+    def _reference_forward(self, inputs: NDArray[Any], storage: float, accumulation: float, seed: int) -> NDArray[Any]:
+        if seed and seed not in self.perturbed:
+            self.perturbed[seed] = self.subject.perturbed(storage, accumulation, seed)
+        return (self.perturbed[seed] if seed else self.subject).full(inputs)
 
     def send(self, program: Program, variants: Sequence[int]) -> None:
-        self.traces.append(unpack(*pack(record(self.subject, program, tuple(variants)))))
+        self.traces.append(unpack(*pack(execute(self.subject, program, tuple(variants)))))
 
     def receive(self, program: Program) -> Traces:
         return self.traces.popleft()
@@ -86,7 +86,7 @@ def broken(backend: type[Transformers], clauses: Sequence[str], examples: int) -
             max_examples=examples, deadline=None, database=None, derandomize=True, phases=(Phase.generate,),
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
-        @given(clause.family(subject.config, subject.claims))
+        @given(clause.strategy(subject.config, subject.claims))
         def tried(case: Case) -> None:
             subject.traces.clear()
             judged = attempt(clause, subject, case, (0, 1))  # noqa: B023 - it is called here
@@ -99,7 +99,7 @@ def broken(backend: type[Transformers], clauses: Sequence[str], examples: int) -
 
 def asked(backend: type[Transformers]) -> list[str]:
     """The clauses about this target whose failure would be one."""
-    (config,) = backend.points.values()
+    (config,) = backend.configs.values()
     claims = backend.claims
     return [
         clause.name
@@ -118,25 +118,30 @@ def test_each_family_opens_and_decodes_what_its_own_forward_gives(family: str, c
     subject = InProcess(backend)
     assert subject.config.window == (5 if family in WINDOWED else None)
     assert subject.config.window_every == (2 if family in MIXED else 1)
-    assert len(subject.subject.witness()["layers"]) == subject.config.layers == (4 if family in MIXED else 2)
+    assert len(subject.subject.runtime_info()["layers"]) == subject.config.layers == (4 if family in MIXED else 2)
     program = Program(subject.config, tuple(Append("a", (size, size), 7) for size in (4, 1, 6, 1, 1, 3)))
     subject.send(program, (0, 1))
     done = subject.receive(program)
     assert done.stacked is not None, "a step raised"
-    for step, want in zip(done.stacked, expect(program, (0, 1), own=subject.own(subject.config)), strict=True):
+    for step, want in zip(
+        done.stacked, expect(program, (0, 1), own=subject.reference_forward(subject.config)), strict=True
+    ):
         assert want is not None
         assert (np.abs(step.output - want.value) <= want.bound).all()
 
 
 def test_what_a_cache_offers_is_found_by_trying() -> None:
-    everything, common = {"full", "length", "reset", "fork", "reorder", "truncate"}, {"full", "length", "reset", "fork"}
+    everything, common = (
+        {"uncached_forward", "length", "reset", "fork", "reorder", "truncate"},
+        {"uncached_forward", "length", "reset", "fork"},
+    )
     assert {*open_hf("LlamaConfig", {}).claims.abilities} == everything
     assert {*open_hf("LlamaConfig", {"cache": "static"}).claims.abilities} == everything - {"truncate"}
     # a layer that has forgotten what was before its window cannot be cropped, one whose window never fills can be
     assert {*open_hf("MistralConfig", {}).claims.abilities} == common | {"reorder"}
     wide = open_hf("MistralConfig", {"config": {"sliding_window": 64}})
     assert {*wide.claims.abilities} == everything
-    assert wide.points["decoder-own"].window is None
+    assert wide.configs["decoder-self"].window is None
 
 
 def test_weights_are_spread_and_depend_on_the_seed_alone() -> None:
@@ -153,13 +158,13 @@ def test_weights_are_spread_and_depend_on_the_seed_alone() -> None:
 
 def test_special_tokens_are_in_no_program() -> None:
     backend = open_hf("LlamaConfig", {"config": {"eos_token_id": [5, 2], "pad_token_id": None}})
-    assert backend.points["decoder-own"].reserved == (1, 2, 5)
+    assert backend.configs["decoder-self"].reserved == (1, 2, 5)
     assert "tokens 1, 2, 5 are special and never used" in backend.assumed
 
 
 def test_a_directory_without_weights_is_opened_at_random_and_one_with_weights_as_it_is(tmp_path: Path) -> None:
     random = open_hf(str(TINY), {"cache": "static"})
-    config = random.points["decoder-own"]
+    config = random.configs["decoder-self"]
     assert (config.heads, config.kv_heads, config.layers, config.vocabulary, config.capacity) == (6, 2, 3, 101, 40)
     assert random.assumed[0].startswith("its weights are random (seed 0, of standard deviation 0.2")
     assert random.source == str(TINY / "config.json")
@@ -195,18 +200,18 @@ def test_an_address_names_target_cache_and_dtype() -> None:
     assert backend.recognised == "transformers Qwen3ForCausalLM, StaticCache, eager"
     assert backend.claims.dtypes == ("bfloat16",)
     assert backend.made.dtype == torch.bfloat16
-    subject = backend(backend.points["decoder-own"], {})
-    assert (subject.witness()["device"], subject.witness()["precision"]) == (None, "bfloat16")
-    subject.full(np.array([tokens_of(subject.config, 2)]))
-    assert subject.witness()["device"] == "cpu"
+    subject = backend(backend.configs["decoder-self"], {})
+    assert (subject.runtime_info()["device"], subject.runtime_info()["precision"]) == (None, "bfloat16")
+    subject.uncached_forward(np.array([tokens_of(subject.config, 2)]))
+    assert subject.runtime_info()["device"] == "cpu"
 
 
 def test_experts_share_no_product_unless_they_are_told_to() -> None:
     apart, together = open_hf("GptOssConfig", {}), open_hf("GptOssConfig", {"experts_implementation": "grouped_mm"})
     assert "its experts are computed by batched_mm, since grouped_mm lets tokens share a rounding" in apart.assumed
     for backend, name in ((apart, "batched_mm"), (together, "grouped_mm")):
-        subject = backend(backend.points["decoder-own"], {})
-        assert subject.witness()["experts"] == name
+        subject = backend(backend.configs["decoder-self"], {})
+        assert subject.runtime_info()["experts"] == name
         assert (f"model.set_experts_implementation({name!r})" in subject.script_setup()) is True
     assert broken(apart, ["causality.future-blind"], 3) == {}
 
@@ -227,12 +232,18 @@ def test_a_clean_model_breaks_no_clause(family: str, cache: str) -> None:
 def test_the_published_gpt2_is_conformant_in_workers_of_its_own(tmp_path: Path) -> None:
     address = "kvconform_backends.targets.hf.target:GPT2"
     assert load(address) is hf_target.gpt2()
-    results = run_backend("gpt2", Launch(address), Plan(BRIEF, 0, ("float32",), ("lifecycle.independent",)), tmp_path)
+    results = run_backend(
+        "gpt2", WorkerSpec(address), Plan(BRIEF, 0, ("float32",), ("lifecycle.independent",)), tmp_path
+    )
     assert all(v.outcome.value in ("pass", "unsupported") for v in results.verdicts), results.verdicts
     assert exit_code(results)[0] == 5, "one clause is not the core"
-    (witness,) = results.witnesses.values()
-    assert (witness["model"], witness["cache"], witness["attention"]) == ("GPT2LMHeadModel", "DynamicCache", "sdpa")
-    assert witness["layers"] == ["DynamicLayer"] * 2
+    (runtime_info,) = results.runtime_info.values()
+    assert (runtime_info["model"], runtime_info["cache"], runtime_info["attention"]) == (
+        "GPT2LMHeadModel",
+        "DynamicCache",
+        "sdpa",
+    )
+    assert runtime_info["layers"] == ["DynamicLayer"] * 2
 
 
 class Forgetful(DynamicCache):
@@ -272,11 +283,11 @@ class HalfCropped(DynamicCache):
 @pytest.mark.parametrize("family", ["LlamaConfig", "Gemma2Config"])
 def test_an_empty_cache_takes_any_number_of_rows(family: str, cache: str) -> None:
     backend = open_hf(family, {"cache": cache})
-    (config,) = backend.points.values()
+    (config,) = backend.configs.values()
     steps = [Append("a", (7, 7), 5), Reset("a"), Reorder("a", (0, 1, 1)), Append("a", (2, 2, 2), 6), Reorder("a", (2,))]
     if backend.claims.can("truncate"):
         steps += [Truncate("a", 0), Reorder("a", (0, 0)), Append("a", (3, 3), 7)]
-    (trace,) = record(backend(config, {}), Program(config, tuple(steps)), (0,))
+    (trace,) = execute(backend(config, {}), Program(config, tuple(steps)), (0,))
     assert [done.error for done in trace] == [None] * len(steps)
 
 
@@ -309,10 +320,10 @@ def test_a_copy_of_a_cache_that_shares_its_layers_is_no_fork() -> None:
 )
 def test_the_script_of_a_program_gives_what_the_backend_gave(target: str, options: Mapping[str, Any]) -> None:
     backend = open_hf(target, options)
-    (config,) = backend.points.values()
+    (config,) = backend.configs.values()
     steps = [
         Append("a", (3, 3), 5), Append("a", (1, 1), 5), Fork("a", "b"), Append("b", (2, 2), 9), Reorder("a", (1, 1, 0)),
-        Append("a", (1, 1, 1), 11), Close("b"), Reset("a"), Append("a", (4, 4, 4), 13), Full("c", (6,), 15),
+        Append("a", (1, 1, 1), 11), Close("b"), Reset("a"), Append("a", (4, 4, 4), 13), UncachedForward("c", (6,), 15),
         Append("b", (2,), 17),
     ]  # fmt: skip
     if backend.claims.can("truncate"):
@@ -320,7 +331,7 @@ def test_the_script_of_a_program_gives_what_the_backend_gave(target: str, option
         steps += [Reorder("b", (0, 0)), Append("b", (1, 1), 21)]
     program = Program(config, tuple(steps))
     subject = backend(config, {})
-    (trace,) = record(subject, program, (0,))
+    (trace,) = execute(subject, program, (0,))
     assert [done.error for done in trace] == [None] * len(steps)
     x = {f"x7_{number}": given[0][0] for number, (given, _) in enumerate(feeds_of(program, (0,))) if given}
     names: dict[str, Any] = {"np": np, **x}

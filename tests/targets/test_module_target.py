@@ -18,14 +18,14 @@ from places import SUPPORT
 
 from kvconform.api import conformance
 from kvconform.search.counterexample import Broken, attempt
-from kvconform.worker.execute import feeds_of, record
+from kvconform.worker.execute import execute, feeds_of
 from kvconform.worker.protocol import Traces, pack, unpack
 from kvconform.worker.registry import BackendError, load
 from kvconform_specs.clause import Case
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Close, Full, Keep, Program, Reset
-from kvconform_specs.reference.oracle import Own, expect
+from kvconform_specs.program import AliasHandle, Append, Close, Program, Reset, UncachedForward
+from kvconform_specs.reference.oracle import ReferenceForward, expect
 
 torch = pytest.importorskip("torch", reason="modules are torch's")
 
@@ -141,23 +141,23 @@ class InProcess:
     """What ``attempt`` needs of a subject, without workers: importing torch takes seconds."""
 
     def __init__(self, target: Any) -> None:
-        (self.config,) = target.points.values()
+        (self.config,) = target.configs.values()
         self.claims = target.claims
         self.subject, self.truth = (target(self.config, {}, "cpu") for _ in range(2))  # built apart, as in processes
-        self.disturbed: dict[int, Any] = {}
+        self.perturbed: dict[int, Any] = {}
         self.traces: deque[Traces] = deque()
 
-    def own(self, config: Config) -> Own:
+    def own(self, config: Config) -> ReferenceForward:
         return self._own
 
     def _own(self, inputs: NDArray[Any], storage: float, accumulation: float, seed: int) -> NDArray[Any]:
-        if seed and seed not in self.disturbed:
-            self.disturbed[seed] = self.truth.disturbed(storage, accumulation, seed)
-        made: NDArray[Any] = (self.disturbed[seed] if seed else self.truth).full(inputs)
+        if seed and seed not in self.perturbed:
+            self.perturbed[seed] = self.truth.perturbed(storage, accumulation, seed)
+        made: NDArray[Any] = (self.perturbed[seed] if seed else self.truth).full(inputs)
         return made
 
     def send(self, program: Program, variants: Sequence[int]) -> None:
-        self.traces.append(unpack(*pack(record(self.subject, program, tuple(variants)))))
+        self.traces.append(unpack(*pack(execute(self.subject, program, tuple(variants)))))
 
     def receive(self, program: Program) -> Traces:
         return self.traces.popleft()
@@ -175,7 +175,7 @@ def broken(target: Any, clauses: Sequence[str] = ASKED, examples: int = 5) -> di
             max_examples=examples, deadline=None, database=None, derandomize=True, phases=(Phase.generate,),
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
-        @given(clause.family(subject.config, subject.claims))
+        @given(clause.strategy(subject.config, subject.claims))
         def tried(case: Case) -> None:
             subject.traces.clear()  # noqa: B023 - it is called here
             judged = attempt(clause, subject, case, (0, 1))  # noqa: B023
@@ -192,7 +192,7 @@ def test_a_convention_is_recognised_without_a_word_and_what_is_correct_breaks_no
     target = opened(name)
     words, fields = CORRECT[name]
     assert target.recognised.startswith(words)
-    (config,) = target.points.values()
+    (config,) = target.configs.values()
     assert {field: getattr(config, field) for field in fields} == fields
     assert broken(target) == {}
 
@@ -221,16 +221,16 @@ def test_what_a_default_does_is_judged_and_the_remedy_is_told() -> None:
 
 def test_claims_are_what_the_target_itself_offers() -> None:
     abilities = {name: set(opened(name).claims.abilities) for name in ("LayerPast", "CacheObject", "MakesCache")}
-    assert abilities["LayerPast"] == {"full", "length", "reset", "functional"}
-    assert abilities["CacheObject"] == abilities["MakesCache"] == {"full", "length", "reset"}
+    assert abilities["LayerPast"] == {"uncached_forward", "length", "reset", "immutable"}
+    assert abilities["CacheObject"] == abilities["MakesCache"] == {"uncached_forward", "length", "reset"}
     owned, always, position = (opened(name).claims for name in ("ModuleBuffers", "AlwaysCaches", "StartPos"))
-    assert set(owned.abilities) == {"full", "reset"}
+    assert set(owned.abilities) == {"uncached_forward", "reset"}
     assert set(always.abilities) == set(position.abilities) == {"reset"}  # there is no call without the cache
     assert set(opened("GlobalList").claims.abilities) == {"full"}
     assert owned.max_sequences == always.max_sequences == 1
     assert opened("OneRow").claims.max_batch == opened("attend").claims.max_batch == 1
     assert opened("FourRows").claims.max_batch == 4
-    assert set(opened("SetsCache").claims.abilities) == {"full", "reset"}
+    assert set(opened("SetsCache").claims.abilities) == {"uncached_forward", "reset"}
     assert opened("ListOfPasts").claims.returns == "last"
     assert opened("LayerPast").claims.devices == ("cpu", "cuda")
     assert opened("attend").claims.devices == ("cpu",)
@@ -243,7 +243,7 @@ def test_a_window_hides_how_many_tokens_the_past_has_seen() -> None:
 # --- options ---
 def test_arguments_seed_and_dtype_make_the_target() -> None:
     target = opened("LayerPast", init={"width": 30, "heads": 5}, seed=3, dtype="bfloat16")
-    (config,) = target.points.values()
+    (config,) = target.configs.values()
     assert (config.width, config.heads, config.dtype, target.claims.dtypes) == (30, 5, "bfloat16", ("bfloat16",))
     assert target.assumed[0].startswith("it is built with width=30, heads=5 after torch.manual_seed(3)")
     assert broken(target, ("equivalence.decode",)) == {}
@@ -253,13 +253,13 @@ def test_arguments_seed_and_dtype_make_the_target() -> None:
     assert np.array_equal(outputs[0], outputs[1])
     assert not np.array_equal(outputs[0], outputs[2])
     subject = target(config, {}, "cpu")
-    assert (subject.witness()["device"], subject.witness()["precision"]) == (None, "bfloat16")
-    subject.full(x)
-    assert subject.witness()["device"] == "cpu"
+    assert (subject.runtime_info()["device"], subject.runtime_info()["precision"]) == (None, "bfloat16")
+    subject.uncached_forward(x)
+    assert subject.runtime_info()["device"] == "cpu"
 
 
 def test_a_config_class_is_made_from_a_json_object() -> None:
-    (config,) = opened("LikeTransformers", init={"config": {"vocab_size": 31, "n_layer": 3}}).points.values()
+    (config,) = opened("LikeTransformers", init={"config": {"vocab_size": 31, "n_layer": 3}}).configs.values()
     assert (config.vocabulary, config.layers) == (31, 3)
 
 
@@ -276,7 +276,7 @@ def test_an_address_opens_a_target_and_a_backend_stays_what_it_is(tmp_path: Path
     file.write_text("class Mine:\n    claims = 'my own'\n")
     assert load(f"py:{file}:Mine").claims == "my own"
     options = json.dumps({"init": {"width": 30, "heads": 5}})
-    assert load(f"py:{FILE}:LayerPast?{options}").points["hidden-own"].width == 30
+    assert load(f"py:{FILE}:LayerPast?{options}").configs["hidden-self"].width == 30
     assert load("py:third_party_modules:ready").recognised.startswith(STATES)
     assert load("py:third_party_modules:ready").source == str(FILE)
 
@@ -287,7 +287,7 @@ def test_an_address_opens_a_target_and_a_backend_stays_what_it_is(tmp_path: Path
         (
             "Strange",
             {},
-            "found Strange.forward(x: 'Tensor', ledger: 'dict'), and nothing says what 'ledger' should be ",
+            "found Strange.forward(x: 'Tensor', known_failures: 'dict'), and nothing says what 'known_failures' should be ",
         ),
         ("NoCache", {}, "found NoCache.forward(x: 'Tensor'), whose calls show no cache; the known conventions are a p"),
         ("Absent", {}, "has no 'Absent'"),
@@ -337,18 +337,18 @@ def test_the_adapter_that_is_shown_is_a_conformant_backend(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["LayerPast", "LikeTransformers", "attend", "in_numpy", "ModuleBuffers"])
 def test_disturbed_weights_move_the_outputs_by_about_the_noise_and_leave_the_target_as_it_was(name: str) -> None:
     target = opened(name)
-    (config,) = target.points.values()
+    (config,) = target.configs.values()
     subject = target(config, {}, "cpu")
     x = np.arange(5)[None] if config.profile == "decoder" else np.ones((1, 5, config.width), np.float32)
-    before, noise = subject.full(x), 1e-4
-    moved = [subject.disturbed(noise, 0.0, seed).full(x) for seed in (1, 1, 2)]
-    assert np.array_equal(subject.full(x), before)
+    before, noise = subject.uncached_forward(x), 1e-4
+    moved = [subject.perturbed(noise, 0.0, seed).full(x) for seed in (1, 1, 2)]
+    assert np.array_equal(subject.uncached_forward(x), before)
     assert np.array_equal(moved[0], moved[1])
     assert not np.array_equal(moved[0], moved[2])
     relative = np.abs(moved[0] - before).mean() / np.abs(before).mean()
     assert noise / 10 < relative < noise * 10
-    calls.disturbed(subject.caller.module, 1.0, 0.0, 1)
-    assert np.array_equal(subject.full(x), before)
+    calls.perturbed(subject.caller.module, 1.0, 0.0, 1)
+    assert np.array_equal(subject.uncached_forward(x), before)
 
 
 # --- reproductions ---
@@ -393,10 +393,10 @@ def test_scripts_make_the_same_calls_without_this_package(tmp_path: Path) -> Non
 
 def _steps(claims: Any) -> tuple[Any, ...]:
     rows = min(claims.max_batch or 2, 2)
-    kept = (Keep("a", "b"), Append("a", (2,) * rows, 3), Append("b", (1,) * rows, 4), Close("b")) * claims.can(
+    kept = (AliasHandle("a", "b"), Append("a", (2,) * rows, 3), Append("b", (1,) * rows, 4), Close("b")) * claims.can(
         "functional"
     )
-    whole = (Full("whole", (4,) * rows, 5),) * claims.can("full")
+    whole = (UncachedForward("whole", (4,) * rows, 5),) * claims.can("uncached_forward")
     first = (Append("a", (3,) * rows, 1), Append("a", (1,) * rows, 1), *whole, Append("a", (2,) * rows, 1), *kept)
     return (*first, *((Reset("a"), Append("a", (2,) * rows, 6)) * claims.can("reset")), Close("a"))
 
@@ -404,7 +404,7 @@ def _steps(claims: Any) -> tuple[Any, ...]:
 def test_a_script_reads_like_a_persons_calls() -> None:
     subject = InProcess(opened("attention.py:Attention")).subject
     steps = (Append("a", (2,), 0), Append("a", (1,), 0), Reset("a"), Append("a", (1,), 0))
-    (config,) = opened("attention.py:Attention").points.values()
+    (config,) = opened("attention.py:Attention").configs.values()
     assert subject.script_setup() == (
         "import sys\n\nimport torch\n\n"
         f"sys.path.insert(0, {str(EXAMPLES)!r})\n"
@@ -429,5 +429,5 @@ def test_the_examples_are_judged_through_workers(tmp_path: Path) -> None:
     results = conformance(f"py:{EXAMPLES}/buffers.py:Decoder", clauses=clauses, out=tmp_path)
     assert results.target is not None
     assert results.target.recognised.startswith("token ids in, the cache lives in the module")
-    with pytest.raises(AssertionError, match=r"equivalence\.decode on .*attention_broken.py:Attention \[hidden-own\]"):
+    with pytest.raises(AssertionError, match=r"equivalence\.decode on .*attention_broken.py:Attention \[hidden-self\]"):
         conformance(f"py:{EXAMPLES}/attention_broken.py:Attention", clauses=clauses, out=tmp_path)

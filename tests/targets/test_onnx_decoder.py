@@ -1,4 +1,4 @@
-"""The subject of targets ``onnx:``: what it witnesses, how its weights are disturbed, and its scripts."""
+"""The subject of targets ``onnx:``: what it runtime_info, how its weights are perturbed, and its scripts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from decoder_graphs import CONVENTIONS, LAYERS, WIDTH, Style, decoder, merged, s
 from onnx import helper, numpy_helper
 
 from kvconform.backend import Unavailable
-from kvconform.worker.execute import feeds_of, record
+from kvconform.worker.execute import execute, feeds_of
 from kvconform.worker.registry import load
 from kvconform_backends.onnx import runtime as onnx_runtime
 from kvconform_backends.targets.onnx import weights
-from kvconform_specs.program import Append, Close, Full, Keep, Program, Reset
+from kvconform_specs.program import AliasHandle, Append, Close, Program, Reset, UncachedForward
 
 
 def opened(style: Style, folder: Path, **options: Any) -> Any:
@@ -31,7 +31,7 @@ def opened(style: Style, folder: Path, **options: Any) -> Any:
 
 
 def built(target: Any) -> Any:
-    (config,) = target.points.values()
+    (config,) = target.configs.values()
     return target(config, {}, "cpu")
 
 
@@ -48,27 +48,31 @@ def test_cuda_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.Monk
 def test_heavy_nodes_that_stray_from_cuda_are_a_fallback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = opened(Style(), tmp_path)
     subject = built(target)
-    assert "fallback" not in subject.witness()
+    assert "fallback" not in subject.runtime_info()
     seen = Counter({("CUDAExecutionProvider", "MatMul"): 3, ("CPUExecutionProvider", "Softmax"): 2})
     runner = target.graphs.runner(target.later, "cpu")
     monkeypatch.setattr(runner, "nodes", seen)
     monkeypatch.setattr(subject, "device", "cuda")
     monkeypatch.setattr(onnx_runtime, "memcpy_nodes", lambda session: 2)
     target.graphs.runners = {(target.later.path, "cuda"): runner}
-    assert subject.witness()["memcpy_nodes"] == 2
-    assert subject.witness()["fallback"] == "CUDA was asked for, and ONNX Runtime ran Softmax on the CPU"
+    assert subject.runtime_info()["memcpy_nodes"] == 2
+    assert subject.runtime_info()["fallback"] == "CUDA was asked for, and ONNX Runtime ran Softmax on the CPU"
 
 
 def test_the_witness_tells_what_ran(tmp_path: Path) -> None:
     subject = built(opened(Style(), tmp_path))
-    subject.full(np.ones((1, 3), np.int64))
-    witness = subject.witness()
-    assert (witness["providers"], witness["device"], witness["opset"]) == (["CPUExecutionProvider"], "cpu", 21)
-    assert witness["nodes"]["CPUExecutionProvider:Softmax"] == LAYERS
-    assert witness["files"] == ["decoder.onnx"]
+    subject.uncached_forward(np.ones((1, 3), np.int64))
+    runtime_info = subject.runtime_info()
+    assert (runtime_info["providers"], runtime_info["device"], runtime_info["opset"]) == (
+        ["CPUExecutionProvider"],
+        "cpu",
+        21,
+    )
+    assert runtime_info["nodes"]["CPUExecutionProvider:Softmax"] == LAYERS
+    assert runtime_info["files"] == ["decoder.onnx"]
 
 
-# --- disturbed weights ---
+# --- perturbed weights ---
 def test_only_weights_are_disturbed_and_by_the_length_of_their_sums() -> None:
     made = {
         "wide": np.full((4, 9), 0.3), "turned": np.full((9, 4), 0.3), "gemm": np.full((4, 9), 0.3),
@@ -86,7 +90,7 @@ def test_only_weights_are_disturbed_and_by_the_length_of_their_sums() -> None:
     ]  # fmt: skip
     tensors = [numpy_helper.from_array(x.astype(kinds[name]), name) for name, x in made.items()]
     model = helper.make_model(helper.make_graph(nodes, "g", [], [], tensors))
-    new = weights.disturbed(model, 0.0, 0.01, seed=1)
+    new = weights.perturbed(model, 0.0, 0.01, seed=1)
     moved = {x.name: np.abs(numpy_helper.to_array(x) / made[x.name] - 1).max() for x in new.graph.initializer[:6]}
     moved["step"] = abs(float(numpy_helper.to_array(new.graph.initializer[9])) / 0.5 - 1)
     terms = {"wide": 4, "turned": 4, "gemm": 9, "table": 4, "gain": 1, "step": 4}
@@ -95,14 +99,14 @@ def test_only_weights_are_disturbed_and_by_the_length_of_their_sums() -> None:
     for name in ("wide", "turned", "gemm", "table"):  # the largest of at least 20 draws comes near the end
         assert moved[name] > 0.008 * np.sqrt(terms[name]), name
     assert list(new.graph.initializer[5:9]) == list(model.graph.initializer[5:9])
-    assert new == weights.disturbed(model, 0.0, 0.01, seed=1)
-    assert new != weights.disturbed(model, 0.0, 0.01, seed=2)
+    assert new == weights.perturbed(model, 0.0, 0.01, seed=1)
+    assert new != weights.perturbed(model, 0.0, 0.01, seed=2)
 
 
 def test_a_graph_without_weights_has_no_bound() -> None:
     model = helper.make_model(helper.make_graph([], "g", [], [], [numpy_helper.from_array(np.arange(4), "range")]))
     with pytest.raises(ValueError, match="the graph holds no floating-point weights"):
-        weights.disturbed(model, 0.1, 0.1, seed=1)
+        weights.perturbed(model, 0.1, 0.1, seed=1)
 
 
 def test_scales_of_weights_are_disturbed_and_those_of_activations_are_not() -> None:
@@ -117,7 +121,7 @@ def test_scales_of_weights_are_disturbed_and_those_of_activations_are_not() -> N
     graph = helper.make_graph(
         nodes, "g", [], [], [*tensors, numpy_helper.from_array(np.ones((3, 2), np.int8), "table")]
     )
-    new = weights.disturbed(helper.make_model(graph), 0.1, 0.0, seed=1)
+    new = weights.perturbed(helper.make_model(graph), 0.1, 0.0, seed=1)
     moved = {x.name for x, old in zip(new.graph.initializer, graph.initializer, strict=True) if x != old}
     assert moved == {"weight", "embedding"}
 
@@ -128,19 +132,19 @@ def test_disturbed_weights_move_the_own_forward_and_leave_the_subject_alone(form
     onnx.save_model(form(Style()), path, save_as_external_data=True, location="decoder.data", size_threshold=256)
     subject = built(load(f"onnx:{path}"))
     ids = np.arange(8).reshape(2, 4)
-    before = subject.full(ids)
-    moved = [np.abs(subject.disturbed(2.0**-13, 0.0, seed).full(ids) - before).max() for seed in (1, 2)]
+    before = subject.uncached_forward(ids)
+    moved = [np.abs(subject.perturbed(2.0**-13, 0.0, seed).full(ids) - before).max() for seed in (1, 2)]
     assert moved[0] != moved[1]
     assert all(2.0**-16 < x < 2.0**-6 for x in moved)  # of logits of size 1
-    assert (subject.full(ids) == before).all()
+    assert (subject.uncached_forward(ids) == before).all()
 
 
 def test_disturbed_hidden_states_are_inputs(tmp_path: Path) -> None:
     subject = built(opened(Style(hidden=True), tmp_path))
     x = np.ones((1, 3, WIDTH), np.float32)
-    still = subject.disturbed(0.0, 0.0, 1)
-    assert (still.full(x) == subject.full(x)).all()
-    assert (subject.disturbed(2.0**-13, 0.0, 1).full(x) != subject.full(x)).any()
+    still = subject.perturbed(0.0, 0.0, 1)
+    assert (still.full(x) == subject.uncached_forward(x)).all()
+    assert (subject.perturbed(2.0**-13, 0.0, 1).full(x) != subject.uncached_forward(x)).any()
 
 
 # --- scripts ---
@@ -156,7 +160,7 @@ KEEP = "np.savez('outputs.npz', **{name: x for name, x in list(globals().items()
 
 def ran(subject: Any, program: Program, folder: Path) -> None:
     """Runs the program's script where nothing of ours can be imported: it must compute what was recorded."""
-    (trace,) = record(subject, program, (0,))
+    (trace,) = execute(subject, program, (0,))
     inputs = {f"x_{n}": given[0][0] for n, (given, _) in enumerate(feeds_of(program, (0,))) if given}
     np.savez(folder / "inputs.npz", **inputs)
     lines = [HIDE, subject.script_setup(), subject.script(program, "_"), KEEP]
@@ -179,7 +183,7 @@ def test_a_script_computes_the_same_without_this_package(name: str, tmp_path: Pa
         path = saved(model, tmp_path)
     subject = built(load(f"onnx:{path}"))
     steps = (
-        Append("a", (3, 3), 5), Append("a", (1, 1), 5), Full("f", (4, 4), 5), Append("b", (2,), 9), Reset("a"),
+        Append("a", (3, 3), 5), Append("a", (1, 1), 5), UncachedForward("f", (4, 4), 5), Append("b", (2,), 9), Reset("a"),
         Append("a", (2, 2), 1), Append("a", (2, 2), 1), Close("b"), Append("b", (1,), 3),
     )  # fmt: skip
     ran(subject, Program(subject.config, steps), tmp_path)
@@ -193,4 +197,4 @@ def test_a_script_computes_the_same_without_this_package(name: str, tmp_path: Pa
 def test_a_script_of_what_no_target_claims_is_an_error(tmp_path: Path) -> None:
     subject = built(opened(Style(), tmp_path))
     with pytest.raises(ValueError, match="an ONNX target claims no keep"):
-        subject.script(Program(subject.config, (Append("a", (1,), 0), Keep("a", "b"))), "")
+        subject.script(Program(subject.config, (Append("a", (1,), 0), AliasHandle("a", "b"))), "")

@@ -21,7 +21,7 @@ from kvconform.judging.verdict import Outcome
 from kvconform.results.results import Results
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.effort import Budget
-from kvconform.worker.client import Launch
+from kvconform.worker.client import WorkerSpec
 from kvconform.worker.registry import BackendError, load
 from kvconform_backends.targets.onnx.signature import PASTS, PRESENTS, slot
 
@@ -29,7 +29,7 @@ CORE = ("shape", "causality", "equivalence", "lifecycle", "batch.row-solo", "cap
 
 
 def judged(target: Path, folder: Path, clauses: tuple[str, ...] = CORE, **options: Any) -> Results:
-    launch = Launch(f"onnx:{target}?{json.dumps(options)}", environment={"OMP_NUM_THREADS": "1"})
+    launch = WorkerSpec(f"onnx:{target}?{json.dumps(options)}", environment={"OMP_NUM_THREADS": "1"})
     plan = Plan(Budget("tiny", 3, 2, 60.0, shrink=False), clauses=clauses)
     results = run_backend("decoder", launch, plan, folder)
     assert not results.unavailable
@@ -96,19 +96,19 @@ def test_a_graph_without_cache_may_be_named_as_the_truth(tmp_path: Path) -> None
 
 def test_dims_heads_and_dtypes_are_read_from_the_graph(tmp_path: Path) -> None:
     target = opened(Style(past="past_{n}", present="present_{n}", dtype="float16", tokens_first=True), tmp_path)
-    config = target.points["decoder-own"]
+    config = target.configs["decoder-self"]
     assert (config.layers, config.kv_heads, config.head_dim, config.width) == (LAYERS, HEADS, HEAD_DIM, WIDTH)
     assert (config.vocabulary, config.dtype, config.capacity) == (VOCABULARY, "float16", 40)
     assert f"past_0 (2, batch, past, {HEADS}, {HEAD_DIM}) float16" in target.recognised
-    hidden = opened(Style(hidden=True), tmp_path).points["hidden-own"]
+    hidden = opened(Style(hidden=True), tmp_path).configs["hidden-self"]
     assert (hidden.profile, hidden.width, hidden.vocabulary) == ("hidden", WIDTH, VOCABULARY)
 
 
 def test_a_table_of_positions_is_the_capacity(tmp_path: Path) -> None:
     target = opened(Style(table=23), tmp_path)
-    assert target.points["decoder-own"].capacity == 23
+    assert target.configs["decoder-self"].capacity == 23
     assert target.assumed == ("A sequence holds at most 23 tokens: its own forward raises on 24.",)
-    assert opened(Style(table=23), tmp_path, capacity=9).points["decoder-own"].capacity == 9
+    assert opened(Style(table=23), tmp_path, capacity=9).configs["decoder-self"].capacity == 9
 
 
 def test_token_ids_that_the_embedding_lacks_are_not_used(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_token_ids_that_the_embedding_lacks_are_not_used(tmp_path: Path) -> None
     (table,) = (x for x in model.graph.initializer if x.name == "embed")
     table.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(table)[:-2], "embed"))
     target = load(f'onnx:{saved(model, tmp_path)}?{{"reserved": [0]}}')
-    assert target.points["decoder-own"].reserved == (0, VOCABULARY - 2, VOCABULARY - 1)
+    assert target.configs["decoder-self"].reserved == (0, VOCABULARY - 2, VOCABULARY - 1)
 
 
 @pytest.mark.parametrize(

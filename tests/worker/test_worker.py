@@ -14,9 +14,9 @@ from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import read
 from kvconform.search.effort import BUDGETS, Budget
-from kvconform.worker.client import Infrastructure, Launch, Subject
+from kvconform.worker.client import BackendUnavailable, Subject, WorkerSpec
 from kvconform_specs.clauses import BY_NAME
-from kvconform_specs.configs import point
+from kvconform_specs.configs import config_named
 from kvconform_specs.program import Program
 
 SUBJECTS = SUPPORT / "subjects.py"
@@ -34,8 +34,8 @@ def judged(
     step_timeout: float = 60.0,
     budget: Budget = BUDGETS["smoke"],
 ) -> Verdict:
-    with Subject(Launch(address(name), step_timeout=step_timeout)) as subject:
-        return run_cell(Cell(BY_NAME[clause], point(config), config), subject, budget, 0, folder)
+    with Subject(WorkerSpec(address(name), step_timeout=step_timeout)) as subject:
+        return run_cell(Cell(BY_NAME[clause], config_named(config), config), subject, budget, 0, folder)
 
 
 def replay(folder: Path, verdict: Verdict, *more: str) -> subprocess.CompletedProcess[str]:
@@ -97,8 +97,10 @@ def test_leaked_state_is_a_list_of_two_programs_that_replays_in_a_fresh_process(
 
 
 def test_after_a_crash_the_next_cell_is_judged(tmp_path: Path) -> None:
-    with Subject(Launch(address("Segfaults"))) as subject:
-        cells = [Cell(BY_NAME[c], point("attention-gqa"), "attention-gqa") for c in ("shape.output", "shape.length")]
+    with Subject(WorkerSpec(address("Segfaults"))) as subject:
+        cells = [
+            Cell(BY_NAME[c], config_named("attention-gqa"), "attention-gqa") for c in ("shape.output", "shape.length")
+        ]
         verdicts = [run_cell(cell, subject, BUDGETS["smoke"], 0, tmp_path) for cell in cells]
     assert [verdict.outcome for verdict in verdicts] == [Outcome.CRASH, Outcome.CRASH]
 
@@ -114,7 +116,7 @@ def test_what_ran_as_a_fallback_was_not_tested(name: str, tmp_path: Path) -> Non
     ("name", "device", "outcome", "sentence"),
     [
         ("ClaimsCuda", "cpu", Outcome.PASS, ""),
-        ("ClaimsCuda", "cuda", Outcome.NOT_EXERCISED, "cuda was asked for, and its witness does not tell on what"),
+        ("ClaimsCuda", "cuda", Outcome.NOT_EXERCISED, "cuda was asked for, and its runtime_info does not tell on what"),
         ("TellsTheCpu", "cuda", Outcome.NOT_EXERCISED, "not tested: cuda was asked for, and it ran on cpu"),
         ("TellsItsGpu", "cuda", Outcome.PASS, ""),
         ("TellsItsGpu", "cpu", Outcome.NOT_EXERCISED, "not tested: cpu was asked for, and it ran on cuda:1"),
@@ -123,8 +125,8 @@ def test_what_ran_as_a_fallback_was_not_tested(name: str, tmp_path: Path) -> Non
 def test_a_result_is_of_the_device_that_its_witness_tells(
     name: str, device: str, outcome: Outcome, sentence: str, tmp_path: Path
 ) -> None:
-    with Subject(Launch(address(name), device=device)) as subject:
-        cell = Cell(BY_NAME["shape.output"], point("attention-gqa"), "attention-gqa")
+    with Subject(WorkerSpec(address(name), device=device)) as subject:
+        cell = Cell(BY_NAME["shape.output"], config_named("attention-gqa"), "attention-gqa")
         verdict = run_cell(cell, subject, BUDGETS["smoke"], 0, tmp_path)
     assert verdict.outcome is outcome
     assert verdict.sentence.startswith(sentence)
@@ -134,7 +136,7 @@ def test_a_result_is_of_the_device_that_its_witness_tells(
 def test_a_witness_that_fails_is_no_pass(name: str, tmp_path: Path) -> None:
     verdict = judged(name, tmp_path)
     assert verdict.outcome is Outcome.NOT_EXERCISED
-    assert verdict.sentence.startswith("nobody knows what ran: its witness failed: ")
+    assert verdict.sentence.startswith("nobody knows what ran: its runtime_info failed: ")
 
 
 def test_a_step_that_gives_no_array_is_a_failure(tmp_path: Path) -> None:
@@ -144,8 +146,10 @@ def test_a_step_that_gives_no_array_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_a_backend_that_cannot_be_built_leaves_a_counterexample_and_is_built_once(tmp_path: Path) -> None:
-    with Subject(Launch(address("CannotBeBuilt"))) as subject:
-        cells = [Cell(BY_NAME[c], point("attention-gqa"), "attention-gqa") for c in ("shape.output", "shape.length")]
+    with Subject(WorkerSpec(address("CannotBeBuilt"))) as subject:
+        cells = [
+            Cell(BY_NAME[c], config_named("attention-gqa"), "attention-gqa") for c in ("shape.output", "shape.length")
+        ]
         verdicts = [run_cell(cell, subject, BUDGETS["smoke"], 0, tmp_path) for cell in cells]
     for verdict in verdicts:
         assert verdict.outcome is Outcome.CRASH
@@ -160,7 +164,7 @@ def test_what_a_program_leaves_open_is_closed(tmp_path: Path) -> None:
 
 
 def test_what_the_machine_lacks_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(Infrastructure, match="needs a quantum computer; install one"):
+    with pytest.raises(BackendUnavailable, match="needs a quantum computer; install one"):
         judged("CannotRunHere", tmp_path)
 
 

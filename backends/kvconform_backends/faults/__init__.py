@@ -1,4 +1,4 @@
-"""The fault zoo: backends that are wrong on purpose, each modelled on a real bug.
+"""The fault catalogue: backends that are wrong on purpose, each modelled on a real bug.
 
 A clause that none of them breaks is not finished: ``kvconform audit`` tries them. Importing this package imports no
 framework: the published torch listings are named here by their address.
@@ -54,7 +54,7 @@ PUBLISHED = (
         GITHUB + "QwenLM/Qwen/issues/979",
         "A published notebook asks torch for is_causal=(past_kv is None): a chunk on a cache sees its own future.",
         classes=("M2",),
-        stealth=True,
+        conditional=True,
         configs=("attention-gqa", "decoder-rope"),
     ),
     Fault(
@@ -73,7 +73,7 @@ PUBLISHED = (
         GITHUB + "rasbt/LLMs-from-scratch/pull/697",
         "A published decoder cuts its mask to the new tokens: a chunk on a cache that is not empty raises.",
         classes=("M5",),
-        stealth=True,
+        conditional=True,
         configs=("attention-gqa", "decoder-rope"),
     ),
     Fault(

@@ -43,7 +43,7 @@ class RepeatedHeadsStored(
 
 
 class PageTakenAhead(
-    Planted, NumpyPaged, breaks=("accounting.bytes",), kind="G1", bug="vllm-project/vllm/pull/7380", stealth=True
+    Planted, NumpyPaged, breaks=("accounting.bytes",), kind="G1", bug="vllm-project/vllm/pull/7380", conditional=True
 ):
     """A length that fills its pages exactly takes one page more than it needs."""
 
@@ -64,7 +64,10 @@ class Told(Cache):
 class Recomputed(Planted, breaks=COST, kind="C1", bug="huggingface/transformers/pull/30108"):
     """What a step stores is never found again: each step computes all tokens anew."""
 
-    claims = replace(NumpyCache.claims, abilities=("full", "length", "room", "reset", "functional", "work", "refusal"))
+    claims = replace(
+        NumpyCache.claims,
+        abilities=("uncached_forward", "length", "free_slots", "reset", "immutable", "macs", "refusal"),
+    )
 
     def again(self, past: int, t: int) -> bool:
         return past > 0
@@ -73,7 +76,7 @@ class Recomputed(Planted, breaks=COST, kind="C1", bug="huggingface/transformers/
         empty = super().start(batch)
         return Told(empty.keys, empty.values)
 
-    def step(self, cache: Any, *inputs: Array, metered: bool = False) -> tuple[Array, Cache]:  # type: ignore[override]
+    def step(self, cache: Any, *inputs: Array, count_macs: bool = False) -> tuple[Array, Cache]:  # type: ignore[override]
         t = int(self.admit(cache, inputs)[0])
         axis = -1 if self.config.profile == "decoder" else -2
         pairs = zip(cache.given, inputs, strict=True) if cache.given else zip(inputs)
@@ -82,12 +85,12 @@ class Recomputed(Planted, breaks=COST, kind="C1", bug="huggingface/transformers/
         self.faulty += anew
         made = self.start(len(cache.lengths)) if anew else self.fork(cache)
         output = self.run(made, whole if anew else inputs)
-        if metered:
+        if count_macs:
             self.measured = self.products
         return output[..., -t:, :], Told(made.keys, made.values, whole)
 
 
-class LongRecomputed(Recomputed, breaks=COST, kind="C1", bug="huggingface/transformers/pull/32929", stealth=True):
+class LongRecomputed(Recomputed, breaks=COST, kind="C1", bug="huggingface/transformers/pull/32929", conditional=True):
     """A step on more than twelve tokens does not find them, and computes them anew."""
 
     def again(self, past: int, t: int) -> bool:

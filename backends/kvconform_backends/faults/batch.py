@@ -40,7 +40,7 @@ class RowsLandInFirst(
 
 class CellNumberWraps(
     Misplacing, breaks=("batch.row-solo", "batch.permutation"), kind="H4", bug="pytorch/pytorch/issues/162588",
-    stealth=True,
+    conditional=True,
 ):  # fmt: skip
     """Row and slot are one number, which wraps at 100: late slots of the third row lie in the first."""
 
@@ -72,7 +72,7 @@ class FirstRowsLength(
 
 
 class DecodeFirstRowsLength(
-    Planted, NumpyStatic, breaks=("batch.ragged",), kind="M7", bug="microsoft/onnxruntime/pull/29752", stealth=True
+    Planted, NumpyStatic, breaks=("batch.ragged",), kind="M7", bug="microsoft/onnxruntime/pull/29752", conditional=True
 ):
     """Decode steps whose rows all grow read the first row's length, where no row is longer than it by more than 4."""
 
@@ -84,7 +84,7 @@ class DecodeFirstRowsLength(
 
 
 class DroppedRowStays(
-    Planted, NumpyStatic, breaks=("batch.ragged",), kind="M7", bug="jundot/omlx/issues/2172", stealth=True
+    Planted, NumpyStatic, breaks=("batch.ragged",), kind="M7", bug="jundot/omlx/issues/2172", conditional=True
 ):
     """The step after the longest row was dropped still writes where that row ended."""
 
@@ -124,7 +124,7 @@ class PaddingAdvances(
 
 class IdleRowOverwritten(
     Planted, NumpyStatic, breaks=("batch.padding",), kind=("C1", "H4"), bug="microsoft/onnxruntime/pull/29002",
-    stealth=True,
+    conditional=True,
 ):  # fmt: skip
     """A row that gets no token in a step has its newest one overwritten: its place is its new length less one."""
 
@@ -151,7 +151,7 @@ class PaddingHasPositions(
 
 class DecodeAtLongestPosition(
     Planted, NumpyStatic, breaks=("batch.left-padding", "batch.ragged"), kind="P3", bug="unslothai/unsloth/pull/3795",
-    stealth=True, configs=PLACED,
+    conditional=True, configs=PLACED,
 ):  # fmt: skip
     """Decode steps give every row the position of the longest."""
 
@@ -161,7 +161,7 @@ class DecodeAtLongestPosition(
 
 
 class MaskOffsetByPadding(
-    Planted, NumpyStatic, breaks=("batch.left-padding",), kind="M5", bug="lablup/mlxcel/pull/76", stealth=True
+    Planted, NumpyStatic, breaks=("batch.left-padding",), kind="M5", bug="lablup/mlxcel/pull/76", conditional=True
 ):
     """The mask of a left-padded step is shifted by as many positions as the row has columns without a token."""
 
@@ -183,7 +183,7 @@ class LateRowAtLongest(
 
 
 class PausedRowAdvances(
-    Planted, NumpyStatic, breaks=("batch.staggered",), kind="M7", bug="huggingface/optimum/pull/1381", stealth=True
+    Planted, NumpyStatic, breaks=("batch.staggered",), kind="M7", bug="huggingface/optimum/pull/1381", conditional=True
 ):
     """A row that pauses in a decode step of the others grows by a slot that nobody wrote."""
 

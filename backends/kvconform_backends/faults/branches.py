@@ -46,7 +46,7 @@ class TruncateToZeroIgnored(
     breaks=("lifecycle.truncate", "equivalence.path", "shape.length", *PARITY),
     kind="C8",
     bug="huggingface/transformers/issues/47433",
-    stealth=True,
+    conditional=True,
 ):
     """Truncate to no tokens at all keeps every one."""
 
@@ -62,7 +62,7 @@ class TruncateByPage(
     breaks=("lifecycle.truncate", "equivalence.path", "shape.length"),
     kind="C3",
     bug="Blaizzy/mlx-vlm/pull/2036",
-    stealth=True,
+    conditional=True,
 ):
     """Truncate keeps whole pages of 4 tokens."""
 
@@ -78,7 +78,7 @@ class TruncateKeepsPosition(
     breaks=("lifecycle.truncate", "equivalence.path", "definition.decoder"),
     kind="C8",
     bug="NVIDIA/kvpress/pull/114",
-    stealth=True,
+    conditional=True,
     configs=("decoder-rope", "decoder-learned"),
 ):
     """Truncate forgets keys and values, but positions count on from what was there."""
@@ -102,7 +102,7 @@ class TruncateKeepsMaskOffset(
     breaks=("lifecycle.truncate",),
     kind="M5",
     bug="lablup/mlxcel/issues/421",
-    stealth=True,
+    conditional=True,
 ):
     """The mask of a chunk after a truncate is built with an offset that only ever grows: it sees its own future."""
 
@@ -131,7 +131,7 @@ class TruncateSlices(
 
 
 class TruncateBeyondKeepsAll(
-    Planted, breaks=("lifecycle.truncate-range",), kind="C8", bug="ml-explore/mlx-lm/pull/1868", stealth=True
+    Planted, breaks=("lifecycle.truncate-range",), kind="C8", bug="ml-explore/mlx-lm/pull/1868", conditional=True
 ):
     """Truncate to one token more than there are is taken for truncate to all; other lengths are refused."""
 
@@ -143,7 +143,7 @@ class TruncateBeyondKeepsAll(
 
 
 class RefusedTruncateForgets(
-    Planted, breaks=("lifecycle.truncate-range",), kind="C12", bug="ml-explore/mlx-lm/pull/1868", stealth=True
+    Planted, breaks=("lifecycle.truncate-range",), kind="C12", bug="ml-explore/mlx-lm/pull/1868", conditional=True
 ):
     """A truncate beyond the end is refused, after it has cut off the newest token."""
 
@@ -165,7 +165,7 @@ class ForkIsAlias(
 ):
     """A fork is the original's own handle, and a step changes what it is given."""
 
-    def target(self, cache: Any, shared: bool) -> Buffers:
+    def target(self, cache: Any, in_place: bool) -> Buffers:
         return cache  # type: ignore[no-any-return]
 
     def fork(self, cache: Any) -> Buffers:
@@ -179,7 +179,7 @@ class ForkShares(
     breaks=("lifecycle.fork", "equivalence.path"),
     kind="C11",
     bug="ggml-org/llama.cpp/issues/3802",
-    stealth=True,
+    conditional=True,
 ):
     """A fork has its own length, but shares the buffers: what one branch writes, the other reads."""
 
@@ -194,7 +194,7 @@ class ForkCopiesFirstLayer(
     breaks=("lifecycle.fork", "equivalence.path"),
     kind="C11",
     bug="huggingface/transformers/issues/20299",
-    stealth=True,
+    conditional=True,
     configs=DECODERS,
 ):
     """A fork copies the first layer, and shares all others."""
@@ -244,7 +244,7 @@ class ReorderSkipsLastLayer(
     breaks=("lifecycle.reorder", "equivalence.path", "definition.decoder"),
     kind="C10",
     bug="huggingface/transformers/issues/46612",
-    stealth=True,
+    conditional=True,
     configs=DECODERS,
 ):
     """Reorder leaves the last layer as it is."""
@@ -260,7 +260,7 @@ class ReorderInverted(
     breaks=("lifecycle.reorder", "equivalence.path"),
     kind="C10",
     bug="huggingface/transformers/issues/46612",
-    stealth=True,
+    conditional=True,
 ):
     """Reorder puts row ``i`` where ``rows[i]`` was: the same for swaps, the reverse for a cycle of three."""
 
@@ -273,7 +273,7 @@ class ReorderInverted(
 
 
 class RepeatsIgnored(
-    ReorderIgnored, breaks=("lifecycle.reorder",), kind="C10", bug="awslabs/sockeye/pull/731", stealth=True
+    ReorderIgnored, breaks=("lifecycle.reorder",), kind="C10", bug="awslabs/sockeye/pull/731", conditional=True
 ):
     """Reorder does nothing where a row is to come twice."""
 
@@ -286,7 +286,7 @@ class RepeatsTiled(
     breaks=("lifecycle.reorder",),
     kind="C11",
     bug="jadore801120/attention-is-all-you-need-pytorch/pull/22",
-    stealth=True,
+    conditional=True,
 ):
     """Rows that come twice are repeated as a block: 0 1 0 for 0 0 1."""
 
@@ -302,7 +302,7 @@ class ReorderKeepsLengths(
     breaks=("shape.length",),
     kind=("C10", "M7"),
     bug="jundot/omlx/issues/2172",
-    stealth=True,
+    conditional=True,
 ):
     """Where rows are dropped, keys and values move and the rows' lengths do not: they are those of the first rows."""
 

@@ -23,7 +23,7 @@ class LastSlotNotRead(Planted, NumpyStatic, breaks=("capacity.full",), kind="C2"
 
 class DecodeToFullClamps(
     Planted, NumpyStatic, breaks=("capacity.full",), kind="C2", bug="huggingface/transformers/issues/32503",
-    stealth=True,
+    conditional=True,
 ):  # fmt: skip
     """A decode step that fills the cache writes over the last token but one; a chunk that fills it is right."""
 
@@ -51,7 +51,7 @@ class OverflowGrows(Planted, breaks=("capacity.overflow",), kind="C2", bug="hugg
 
 class StraddlingCut(
     Planted, NumpyStatic, breaks=("capacity.overflow", "errors.unchanged"), kind="C2",
-    bug="Dao-AILab/flash-attention/issues/638", stealth=True,
+    bug="Dao-AILab/flash-attention/issues/638", conditional=True,
 ):  # fmt: skip
     """A full cache refuses; a chunk that straddles the capacity is cut to what there is room for, in silence."""
 
@@ -66,7 +66,7 @@ class StraddlingCut(
 
 class RefusedAfterWrapping(
     Planted, NumpyStatic, breaks=("capacity.overflow",), kind=("C2", "C12"),
-    bug="Dao-AILab/flash-attention/issues/638", stealth=True,
+    bug="Dao-AILab/flash-attention/issues/638", conditional=True,
     configs=("attention-gqa", "attention-window", "attention-softcap", "attention-sink"),
 ):  # fmt: skip
     """An append beyond the capacity is refused when its last tokens have been written over the first ones."""
@@ -89,21 +89,21 @@ class RefusedAfterWrapping(
 class RoomOfAllocation(Planted, breaks=("capacity.room",), kind="C3", bug="Blaizzy/mlx-vlm/pull/2036"):
     """The room is what lies behind the allocated width, which grows by 8 tokens at a time."""
 
-    def room(self, cache: Cache) -> list[int]:
-        right = super().room(cache)
+    def free_slots(self, cache: Cache) -> list[int]:
+        right = super().free_slots(cache)
         wrong = [max(self.config.capacity - -(-int(n) // 8) * 8, 0) for n in cache.lengths]
         self.faulty += wrong != right
         return wrong
 
 
 class RoomOfWindow(
-    Planted, breaks=("capacity.room",), kind=("C3", "W6"), bug="huggingface/transformers/pull/48510", stealth=True,
+    Planted, breaks=("capacity.room",), kind=("C3", "W6"), bug="huggingface/transformers/pull/48510", conditional=True,
     configs=("attention-window", "attention-sink", "decoder-learned"),
 ):  # fmt: skip
     """The room is counted by the layer with the window, whose length stays where the window is full."""
 
-    def room(self, cache: Cache) -> list[int]:
-        right = super().room(cache)
+    def free_slots(self, cache: Cache) -> list[int]:
+        right = super().free_slots(cache)
         wrong = [self.config.capacity - min(int(n), self.config.window or int(n)) for n in cache.lengths]
         self.faulty += wrong != right
         return wrong
@@ -111,11 +111,11 @@ class RoomOfWindow(
 
 class RoomOfLongestRow(
     Planted, NumpyStatic, breaks=("capacity.room",), kind=("C3", "M7"), bug="microsoft/onnxruntime/pull/20521",
-    stealth=True,
+    conditional=True,
 ):  # fmt: skip
     """Every row has the room that the longest has."""
 
-    def room(self, cache: Any) -> list[int]:
-        right = super().room(cache)
+    def free_slots(self, cache: Any) -> list[int]:
+        right = super().free_slots(cache)
         self.faulty += min(right) != max(right)
         return [min(right)] * len(right)

@@ -34,7 +34,9 @@ class MemoryCaptured(
         return self.instead(old_keys, keys), self.instead(old_values, values)
 
 
-class PlanCounts(Planted, breaks=GROWTH, kind=("X1", "C7"), bug="flashinfer-ai/flashinfer/issues/2511", stealth=True):
+class PlanCounts(
+    Planted, breaks=GROWTH, kind=("X1", "C7"), bug="flashinfer-ai/flashinfer/issues/2511", conditional=True
+):
     """Decode steps of one batch run by one plan, which counts on from the last prompt, whichever sequence had that."""
 
     planned: Mapping[int, int] = {}
@@ -50,7 +52,7 @@ class PlanCounts(Planted, breaks=GROWTH, kind=("X1", "C7"), bug="flashinfer-ai/f
         return self.instead(self.seen(np.arange(past, past + t), s), right) if t == 1 < s else right
 
 
-class BucketCaptured(Planted, breaks=GROWTH, kind="X1", bug="paiml/aprender/pull/2030", stealth=True):
+class BucketCaptured(Planted, breaks=GROWTH, kind="X1", bug="paiml/aprender/pull/2030", conditional=True):
     """How many tiles of eight keys a decode step reads is captured with its batch: it never reads any behind them."""
 
     captured: Mapping[int, int] = {}
@@ -68,7 +70,7 @@ class BucketCaptured(Planted, breaks=GROWTH, kind="X1", bug="paiml/aprender/pull
 class Captures(NumpyCache):
     """Captures a graph for each class of sizes: one row or more, one token or more."""
 
-    claims = replace(NumpyCache.claims, abilities=(*NumpyCache.claims.abilities, "graphs"), max_graphs=4)
+    claims = replace(NumpyCache.claims, abilities=(*NumpyCache.claims.abilities, "graph_count"), max_graphs=4)
 
     def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
         super().__init__(config, weights, device)
@@ -83,7 +85,7 @@ class Captures(NumpyCache):
         """What a graph is found by."""
         return batch == 1, t == 1
 
-    def graphs(self) -> int:
+    def graph_count(self) -> int:
         return len(self.captures)
 
 
@@ -95,7 +97,7 @@ class GraphForEachLength(Planted, Captures, breaks=GRAPHS, kind="X2", bug="huggi
         return super().shape(batch, t, past), past
 
 
-class GraphForEachBucket(Planted, Captures, breaks=GRAPHS, kind="X2", bug="paiml/aprender/pull/2030", stealth=True):
+class GraphForEachBucket(Planted, Captures, breaks=GRAPHS, kind="X2", bug="paiml/aprender/pull/2030", conditional=True):
     """More than eight tokens need a graph of their own for each next power of two."""
 
     def shape(self, batch: int, t: int, past: int) -> Hashable:
@@ -113,9 +115,9 @@ class PresentWithoutPast(
 ):
     """Where the present has memory of its own, the past is not copied into it: only the new tokens are there."""
 
-    def target(self, cache: Any, shared: bool) -> Buffers:
-        made = super().target(cache, shared)
-        if not shared:
+    def target(self, cache: Any, in_place: bool) -> Buffers:
+        made = super().target(cache, in_place)
+        if not in_place:
             for x in (*made.keys, *made.values):
                 self.faulty += bool(x.any())
                 x[...] = 0
@@ -123,15 +125,15 @@ class PresentWithoutPast(
 
 
 class WrittenBeforeRead(
-    Planted, NumpyStatic, breaks=ALIASING, kind="C5", bug="microsoft/onnxruntime/pull/23315", stealth=True
+    Planted, NumpyStatic, breaks=ALIASING, kind="C5", bug="microsoft/onnxruntime/pull/23315", conditional=True
 ):
     """Where past and present share memory, the new tokens are laid down over the first ones before those are read."""
 
     shared = False
 
-    def target(self, cache: Any, shared: bool) -> Buffers:
-        self.shared = shared
-        return super().target(cache, shared)
+    def target(self, cache: Any, in_place: bool) -> Buffers:
+        self.shared = in_place
+        return super().target(cache, in_place)
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         past = int(cache.written.min()) - key.shape[2]
@@ -142,14 +144,16 @@ class WrittenBeforeRead(
         return super().append(cache, layer, key, value)
 
 
-class BoundCrosswise(Planted, NumpyStatic, breaks=ALIASING, kind="C5", bug="pytorch/TensorRT/pull/4445", stealth=True):
+class BoundCrosswise(
+    Planted, NumpyStatic, breaks=ALIASING, kind="C5", bug="pytorch/TensorRT/pull/4445", conditional=True
+):
     """Where past and present share memory, new keys go to the buffer of the values, and new values to the keys'."""
 
     shared = False
 
-    def target(self, cache: Any, shared: bool) -> Buffers:
-        self.shared = shared
-        return super().target(cache, shared)
+    def target(self, cache: Any, in_place: bool) -> Buffers:
+        self.shared = in_place
+        return super().target(cache, in_place)
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         self.faulty += self.shared
@@ -162,13 +166,13 @@ class PastWritten(
     breaks=(*ALIASING, "contents.old-handle"),
     kind=("C5", "C4"),
     bug="microsoft/onnxruntime/issues/26064",
-    stealth=True,
+    conditional=True,
 ):
     """The present lies in the memory of the past, also where it was told to have its own: an old handle finds the new
     tokens."""
 
-    def target(self, cache: Any, shared: bool) -> Buffers:
-        self.faulty += not shared and bool(cache.written.any())
+    def target(self, cache: Any, in_place: bool) -> Buffers:
+        self.faulty += not in_place and bool(cache.written.any())
         return super().target(cache, True)
 
 
@@ -178,7 +182,7 @@ class ThirdTileMerged(
     breaks=("numerics.tiles", "definition.attention"),
     kind="X3",
     bug="local-inference-lab/vllm/pull/17",
-    stealth=True,
+    conditional=True,
 ):
     """Tiles of eight keys are merged by their sums; from the third on, a tile is not scaled to the common maximum."""
 
@@ -202,7 +206,7 @@ class StraddlingTileSkipped(
     breaks=("numerics.tiles", "causality.past-seen"),
     kind="X3",
     bug="pytorch/executorch/pull/9105",
-    stealth=True,
+    conditional=True,
 ):
     """A chunk on a cache leaves out the tile of eight keys that the diagonal crosses, where that is not the last."""
 

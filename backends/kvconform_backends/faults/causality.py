@@ -32,7 +32,7 @@ class ChunkTopLeft(
     breaks=(*SEEING, "equivalence.chunks"),
     kind="M1",
     bug="sgl-project/sgl-kernel-xpu/issues/196",
-    stealth=True,
+    conditional=True,
 ):
     """Several tokens on a cache that is not empty are masked from the top left; prompt and decode step are right."""
 
@@ -41,7 +41,9 @@ class ChunkTopLeft(
         return self.instead(self.seen(np.arange(t), s), right) if s > t > 1 else right
 
 
-class LongDecodeTopLeft(Planted, breaks=SEEING[:1], kind="M1", bug="microsoft/onnxruntime/pull/27992", stealth=True):
+class LongDecodeTopLeft(
+    Planted, breaks=SEEING[:1], kind="M1", bug="microsoft/onnxruntime/pull/27992", conditional=True
+):
     """A decode step on more than nine tokens runs on another kernel, which masks from the top left."""
 
     def mask(self, t: int, s: int) -> Array:
@@ -66,7 +68,7 @@ class ChunkMaskSquare(Planted, breaks=(*SEEING, "equivalence.chunks"), kind="M2"
 
 
 class ChunkSeesAhead(
-    Planted, breaks=(*BLIND, "equivalence.chunks"), kind="M2", bug="QwenLM/Qwen/issues/979", stealth=True
+    Planted, breaks=(*BLIND, "equivalence.chunks"), kind="M2", bug="QwenLM/Qwen/issues/979", conditional=True
 ):
     """Several tokens on a cache that is not empty see one another's future."""
 
@@ -82,7 +84,7 @@ class AheadByOne(Planted, breaks=(*BLIND, "definition.attention"), kind="M3", bu
         return self.instead(self.seen(np.arange(s - t, s) + 1, s), super().mask(t, s))
 
 
-class DecodeSeesOneLess(Planted, breaks=SEEING, kind="M3", bug="pytorch/executorch/pull/2689", stealth=True):
+class DecodeSeesOneLess(Planted, breaks=SEEING, kind="M3", bug="pytorch/executorch/pull/2689", conditional=True):
     """A decode step does not see its own token."""
 
     def mask(self, t: int, s: int) -> Array:
@@ -90,7 +92,7 @@ class DecodeSeesOneLess(Planted, breaks=SEEING, kind="M3", bug="pytorch/executor
         return self.instead(right & (np.arange(s) < s - 1), right) if s > t == 1 and right.sum() > 1 else right
 
 
-class TileSeesAhead(Planted, breaks=BLIND[:1], kind="X3", bug="tenstorrent/tt-metal/issues/48899", stealth=True):
+class TileSeesAhead(Planted, breaks=BLIND[:1], kind="X3", bug="tenstorrent/tt-metal/issues/48899", conditional=True):
     """Past the first 16 tokens, the causal mask is only as fine as a tile of 4 tokens."""
 
     def mask(self, t: int, s: int) -> Array:
@@ -105,7 +107,7 @@ class LastLayerSeesAhead(
     breaks=BLIND,
     kind="M4",
     bug="keras-team/keras/issues/23038",
-    stealth=True,
+    conditional=True,
     configs=("decoder-rope", "decoder-learned"),
 ):
     """The last layer's causal mask is never built."""
@@ -128,7 +130,7 @@ class MaskReplacesWindow(
 
 
 class ChunkMaskReplacesCausality(
-    Planted, breaks=("numerics.caller-mask",), kind="M4", bug="keras-team/keras/issues/23038", stealth=True
+    Planted, breaks=("numerics.caller-mask",), kind="M4", bug="keras-team/keras/issues/23038", conditional=True
 ):
     """A mask of the caller's takes the place of causality, where several tokens come on a cache that is not empty."""
 
@@ -146,7 +148,7 @@ class MaskFromBatch(Planted, breaks=(*BLIND, SEEING[0]), kind="M5", bug="sonos/t
         return self.instead(self.seen(np.arange(t) + self.batch, s), super().mask(t, s))
 
 
-class CallerMaskCut(Planted, breaks=("numerics.caller-mask",), kind="M5", bug="thu-nics/C2C/pull/19", stealth=True):
+class CallerMaskCut(Planted, breaks=("numerics.caller-mask",), kind="M5", bug="thu-nics/C2C/pull/19", conditional=True):
     """On a cache, the caller's mask is cut to the length of this call: what lies behind that is visible again."""
 
     def visible(self, t: int, s: int) -> Array:
@@ -156,7 +158,7 @@ class CallerMaskCut(Planted, breaks=("numerics.caller-mask",), kind="M5", bug="t
         return self.instead(self.mask(t, s) & (self.allowed[:, None, None] | (np.arange(s) >= t)), right)
 
 
-class LastRowReadsFirst(Planted, breaks=BLIND[:1], kind="H4", bug="onnx/onnx/pull/8353", stealth=True):
+class LastRowReadsFirst(Planted, breaks=BLIND[:1], kind="H4", bug="onnx/onnx/pull/8353", conditional=True):
     """Slots past the eighth of the last row are those of row 0."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
@@ -198,7 +200,7 @@ class DecodeWindowTooLong(
     breaks=(*PARITY, "equivalence.decode"),
     kind="W1",
     bug="vllm-project/vllm/issues/3385",
-    stealth=True,
+    conditional=True,
     configs=WINDOW,
 ):
     """The window is one token too long in decode steps alone."""
@@ -209,7 +211,7 @@ class DecodeWindowTooLong(
 
 
 class DecodeWindowLost(
-    Planted, breaks=PARITY, kind="W2", bug="onnxruntime/mobius/pull/371", stealth=True, configs=WINDOW
+    Planted, breaks=PARITY, kind="W2", bug="onnxruntime/mobius/pull/371", conditional=True, configs=WINDOW
 ):
     """Decode steps on more than nine tokens see all of them: the window does not reach that kernel."""
 
@@ -223,7 +225,7 @@ class EvictedEarly(
     breaks=("causality.visibility", "definition.attention"),
     kind="W3",
     bug="huggingface/transformers/issues/37574",
-    stealth=True,
+    conditional=True,
     configs=WINDOW[:2],
 ):
     """The oldest token is evicted one step early, when the window is full exactly."""
@@ -238,7 +240,7 @@ class WindowInChunk(
     breaks=(*SEEING, "equivalence.chunks"),
     kind="W5",
     bug="trymirai/lalamo/pull/200",
-    stealth=True,
+    conditional=True,
     configs=WINDOW,
 ):
     """The window is counted in rows of the chunk, not in positions: on a cache it reaches back to the first token."""

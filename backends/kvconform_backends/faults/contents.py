@@ -32,7 +32,7 @@ class KeysInBothPlaces(
 
 class ChunkTailUnwritten(
     Planted, NumpyStatic, breaks=("contents.round-trip",), kind="C1", bug="huggingface/transformers/pull/30108",
-    stealth=True,
+    conditional=True,
 ):  # fmt: skip
     """The last token of a chunk of more than four is attended, and never written back."""
 
@@ -62,9 +62,9 @@ class PresentLacksPast(
 
     separate = True
 
-    def target(self, cache: Any, shared: bool) -> Buffers:
-        self.separate = not shared
-        return super().target(cache, shared)
+    def target(self, cache: Any, in_place: bool) -> Buffers:
+        self.separate = not in_place
+        return super().target(cache, in_place)
 
     def run(self, cache: Any, inputs: tuple[Array, ...], mask: Array | None = None) -> Array:
         output = super().run(cache, inputs, mask)
@@ -77,15 +77,20 @@ class PresentLacksPast(
 
 
 class SharedWritesBeforeReading(
-    Planted, NumpyStatic, breaks=("capture.aliasing",), kind="C5", bug="microsoft/onnxruntime/pull/23315", stealth=True
+    Planted,
+    NumpyStatic,
+    breaks=("capture.aliasing",),
+    kind="C5",
+    bug="microsoft/onnxruntime/pull/23315",
+    conditional=True,
 ):
     """Where past and present share memory, the new values pass through slot 0 before the past is read."""
 
     shared = False
 
-    def target(self, cache: Any, shared: bool) -> Buffers:
-        self.shared = shared
-        return super().target(cache, shared)
+    def target(self, cache: Any, in_place: bool) -> Buffers:
+        self.shared = in_place
+        return super().target(cache, in_place)
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         if self.shared and (self.places[:, 0] > 0).all():
@@ -109,7 +114,7 @@ class KeysTurnedAgain(
 
 class ChunkBeginsOnLast(
     Planted, NumpyStatic, breaks=("contents.past-unchanged",), kind="C1", bug="pytorch/executorch/pull/2689",
-    stealth=True,
+    conditional=True,
 ):  # fmt: skip
     """A chunk on a cache that is not empty is placed from the last token on, not behind it."""
 
@@ -120,7 +125,7 @@ class ChunkBeginsOnLast(
 
 
 class KeysStretched(
-    Planted, breaks=("contents.past-unchanged",), kind="P5", bug="huggingface/transformers/issues/25104", stealth=True,
+    Planted, breaks=("contents.past-unchanged",), kind="P5", bug="huggingface/transformers/issues/25104", conditional=True,
     configs=("decoder-rope",),
 ):  # fmt: skip
     """Cached keys are turned anew when the sequence passes 16 tokens, for a base that grows from there on."""
@@ -138,20 +143,20 @@ class StepWritesIntoPast(
 ):
     """Every step writes into the buffers that it was given, though the old handle goes on."""
 
-    def target(self, cache: Any, shared: bool) -> Buffers:
-        self.faulty += not shared
+    def target(self, cache: Any, in_place: bool) -> Buffers:
+        self.faulty += not in_place
         return super().target(cache, True)
 
 
 class ValuesOfLongPastShared(
     Planted, NumpyStatic, breaks=("contents.old-handle",), kind="C4", bug="huggingface/transformers/pull/32929",
-    stealth=True,
+    conditional=True,
 ):  # fmt: skip
     """A step on more than four tokens copies what it was given, but for the last layer's values."""
 
-    def target(self, cache: Any, shared: bool) -> Buffers:
-        made = super().target(cache, shared)
-        if cache.length > 4 and not shared:
+    def target(self, cache: Any, in_place: bool) -> Buffers:
+        made = super().target(cache, in_place)
+        if cache.length > 4 and not in_place:
             self.faulty += 1
             made.values[-1] = cache.values[-1]
         return made
@@ -181,7 +186,7 @@ class BufferAttended(
 
 
 class LastBlockAttended(
-    BufferAttended, breaks=("contents.dead-slots",), kind="M6", bug="pytorch/pytorch/pull/169222", stealth=True
+    BufferAttended, breaks=("contents.dead-slots",), kind="M6", bug="pytorch/pytorch/pull/169222", conditional=True
 ):
     """Decode steps attend their last block of 8 slots to its end."""
 
@@ -203,7 +208,7 @@ class NothingCleared(
 
 class ValueTailLoaded(
     Planted, NumpyStatic, breaks=("contents.poison-safe",), kind="M9", bug="Dao-AILab/flash-attention/issues/2374",
-    stealth=True,
+    conditional=True,
 ):  # fmt: skip
     """Dead keys are cleared; dead values are not, in the block of 8 slots that holds the row's last token."""
 
@@ -217,7 +222,7 @@ class ValueTailLoaded(
 
 class MaskAddedToDeadKeys(
     Planted, NumpyStatic, breaks=("contents.poison-safe",), kind=("M9", "M10"), bug="deepbeepmeep/Wan2GP/pull/1628",
-    stealth=True,
+    conditional=True,
 ):  # fmt: skip
     """Decode steps add minus infinity to the scores of dead keys, which makes a number of no NaN."""
 
@@ -247,7 +252,7 @@ class CapacityShown(Planted, NumpyStatic, breaks=("contents.present",), kind="C3
 
 class ShownAsFirstRow(
     Planted, NumpyStatic, breaks=("contents.present",), kind=("C3", "M7"), bug="microsoft/onnxruntime/pull/29752",
-    stealth=True,
+    conditional=True,
 ):  # fmt: skip
     """The cache shows of each row as many tokens as the first row holds."""
 

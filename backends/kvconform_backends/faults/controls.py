@@ -1,4 +1,4 @@
-"""Caches that look wrong and are right. They must pass every clause: what convicts one of them is a false alarm.
+"""Caches that look wrong and are right. They must pass every clause: what detects one of them is a false alarm.
 
 ``configs``: where one differs from the plain cache at all; without it, everywhere.
 """
@@ -56,7 +56,7 @@ class GeneratesWithoutACache(NumpyCache):
     def generate(self, tokens: Array, new: int) -> Array:
         prompt = tokens.shape[1]
         for _ in range(new):
-            best = self.config.vocabulary - 1 - self.full(tokens)[:, -1:, ::-1].argmax(axis=-1)
+            best = self.config.vocabulary - 1 - self.uncached_forward(tokens)[:, -1:, ::-1].argmax(axis=-1)
             tokens = np.concatenate([tokens, best], axis=1)
         return tokens[:, prompt:]
 
@@ -156,10 +156,10 @@ class InPlace(NumpyStatic):
 
     claims = replace(
         NumpyStatic.claims,
-        abilities=tuple(a for a in NumpyStatic.claims.abilities if a not in ("functional", "alias")),
+        abilities=tuple(a for a in NumpyStatic.claims.abilities if a not in ("immutable", "in_place")),
     )
 
-    def target(self, cache: Any, shared: bool) -> Buffers:
+    def target(self, cache: Any, in_place: bool) -> Buffers:
         return super().target(cache, True)
 
     def truncate(self, cache: Any, length: int) -> Buffers:
@@ -175,7 +175,7 @@ class InPlace(NumpyStatic):
 class StaleBehindMask(InPlace):
     """The whole buffer takes part: what is stale has a score of minus infinity, and is multiplied by zero."""
 
-    claims = replace(InPlace.claims, dead_slots="finite")
+    claims = replace(InPlace.claims, unused_slots="finite")
 
     def cleared(self, cache: Any, buffer: Array) -> Array:
         return self.loaded(buffer)

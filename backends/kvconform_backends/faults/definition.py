@@ -35,7 +35,7 @@ class HeadsByCount(Planted, breaks=("definition.grouping",), kind="H1", bug="PSA
 
 
 class ChunkHeadsTiled(
-    Planted, breaks=("definition.grouping",), kind="H1", bug="EricLBuehler/candle-vllm/pull/52", stealth=True
+    Planted, breaks=("definition.grouping",), kind="H1", bug="EricLBuehler/candle-vllm/pull/52", conditional=True
 ):
     """KV heads are tiled where several tokens come on a cache that is not empty; prompt and decode step are right."""
 
@@ -73,7 +73,7 @@ class ScaleTwice(Planted, breaks=("definition.scale", *PARITY), kind="M11", bug=
 
 
 class DecodeScaleTwice(
-    Planted, breaks=("definition.scale",), kind="M11", bug="sgl-project/sglang/pull/34765", stealth=True
+    Planted, breaks=("definition.scale",), kind="M11", bug="sgl-project/sglang/pull/34765", conditional=True
 ):
     """Decode steps apply the scale twice."""
 
@@ -88,7 +88,7 @@ class ScaleOfPaddedHead(
     breaks=("definition.scale", "definition.decoder"),
     kind="M11",
     bug="microsoft/onnxruntime/pull/27992",
-    stealth=True,
+    conditional=True,
     configs=("decoder-learned", "decoder-softcap"),
 ):
     """The default scale is that of the head dim padded to a multiple of 8."""
@@ -144,7 +144,7 @@ class ChunkSoftcapAfterMask(
     breaks=("definition.softcap",),
     kind="M11",
     bug="microsoft/onnxruntime/pull/28370",
-    stealth=True,
+    conditional=True,
     configs=SOFTCAP,
 ):
     """Softcap bends the masked scores of several tokens on a cache that is not empty."""
@@ -158,7 +158,7 @@ class DecodeSoftcapLost(
     breaks=("definition.softcap",),
     kind="M11",
     bug="microsoft/onnxruntime/pull/28379",
-    stealth=True,
+    conditional=True,
     configs=SOFTCAP,
 ):
     """Decode steps have no softcap."""
@@ -185,7 +185,7 @@ class DecodeBiasBeforeSoftcap(
     breaks=("definition.bias",),
     kind="M11",
     bug="microsoft/onnxruntime/pull/28379",
-    stealth=True,
+    conditional=True,
     configs=SOFTCAP,
 ):
     """Softcap bends the biased scores of decode steps on more than four tokens, which run on another kernel."""
@@ -209,7 +209,7 @@ class DecodeBiasLost(
     breaks=("definition.bias", "equivalence.decode"),
     kind="P7",
     bug="keras-team/keras-hub/pull/2977",
-    stealth=True,
+    conditional=True,
     configs=SOFTCAP,
 ):
     """A decode step's bias is that of one token, zero, and is spread over all cached keys; chunks are right."""
@@ -224,7 +224,7 @@ class ChunkBiasOfNewTokens(
     breaks=("definition.bias", "equivalence.chunks"),
     kind="P7",
     bug="keras-team/keras-hub/pull/2977",
-    stealth=True,
+    conditional=True,
     configs=SOFTCAP,
 ):
     """The bias of several tokens on more than seven starts anew with them: all cached keys are as far as the first."""
@@ -276,7 +276,7 @@ class DecodeSinkLost(
     breaks=("definition.sink", "equivalence.decode"),
     kind="M11",
     bug="NVIDIA/TensorRT-LLM/pull/2983",
-    stealth=True,
+    conditional=True,
     configs=SINK,
 ):
     """Decode steps have no sink."""
@@ -306,7 +306,7 @@ class ThirdTileUnscaled(
     breaks=PARITY[:1],
     kind="X3",
     bug="local-inference-lab/vllm/pull/17",
-    stealth=True,
+    conditional=True,
     configs=PLAIN,
 ):
     """When the third tile of 8 keys, or a later one, raises the maximum, what was summed up is not scaled down."""

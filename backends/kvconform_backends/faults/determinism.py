@@ -22,12 +22,12 @@ class OneByOne(NumpyCache):
     """Each token is a step of its own, whatever it came with: the bits of a prompt are those of decode steps."""
 
     claims = replace(
-        NumpyCache.claims, abilities=tuple(a for a in NumpyCache.claims.abilities if a not in ("mask", "work"))
+        NumpyCache.claims, abilities=tuple(a for a in NumpyCache.claims.abilities if a not in ("mask", "macs"))
     )
     together = 1  # tokens of the call
 
     def step(  # type: ignore[override]  # its keywords are those of its claims
-        self, cache: Cache, *inputs: Array, last: bool = False
+        self, cache: Cache, *inputs: Array, last_only: bool = False
     ) -> tuple[Array, Cache]:
         self.together = int(self.admit(cache, inputs)[0])
         axis = -1 if self.config.profile == "decoder" else -2
@@ -35,7 +35,7 @@ class OneByOne(NumpyCache):
         for column in range(self.together):
             output, cache = super().step(cache, *(np.take(x, [column], axis=axis) for x in inputs))
             outputs.append(output)
-        return outputs[-1] if last else np.concatenate(outputs, axis=-2), cache
+        return outputs[-1] if last_only else np.concatenate(outputs, axis=-2), cache
 
 
 class Splits(Planted):
@@ -68,7 +68,7 @@ class SplitsByCall(Splits, breaks=REPEATABLE, kind="X4", bug="flashinfer-ai/flas
         return self.calls % 3 + 1
 
 
-class TunedAtFirst(Splits, breaks=REPEATABLE, kind="X4", bug="flashinfer-ai/flashinfer/pull/1675", stealth=True):
+class TunedAtFirst(Splits, breaks=REPEATABLE, kind="X4", bug="flashinfer-ai/flashinfer/pull/1675", conditional=True):
     """The first call on each batch, count and length beyond eight tries another kernel, which sums in two parts."""
 
     tuned: frozenset[Hashable] = frozenset()
@@ -91,7 +91,7 @@ class SplitsByBatch(Splits, breaks=BATCH, kind="X4", bug="flashinfer-ai/flashinf
         return max(4 - self.batch, 1)
 
 
-class LongSplitsByBatch(Splits, breaks=BATCH, kind="X4", bug="deepseek-ai/FlashMLA/issues/212", stealth=True):
+class LongSplitsByBatch(Splits, breaks=BATCH, kind="X4", bug="deepseek-ai/FlashMLA/issues/212", conditional=True):
     """More than twelve keys are summed in two parts where a batch has three rows."""
 
     def parts(self, s: int) -> int:
@@ -106,7 +106,7 @@ class SplitsByChunk(Splits, OneByOne, breaks=CHUNK, kind="X4", bug="lightseekorg
 
 
 class LongSplitsByChunk(
-    Splits, OneByOne, breaks=CHUNK, kind="X4", bug="lightseekorg/tokenspeed/issues/904", stealth=True
+    Splits, OneByOne, breaks=CHUNK, kind="X4", bug="lightseekorg/tokenspeed/issues/904", conditional=True
 ):
     """More than eight keys are summed in parts of as many keys as the call has tokens, if that is two to four."""
 
@@ -132,7 +132,7 @@ class RopeTablesInHalf(
     breaks=TOKEN,
     kind="P4",
     bug="huggingface/transformers/issues/25681",
-    stealth=True,
+    conditional=True,
     configs=("decoder-rope",),
 ):
     """Rope's tables of cosines and sines are kept in bfloat16."""

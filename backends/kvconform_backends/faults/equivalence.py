@@ -19,7 +19,7 @@ class PageLost(
     breaks=("equivalence.decode", "equivalence.chunks"),
     kind="G1",
     bug="sgl-project/sglang/issues/22819",
-    stealth=True,
+    conditional=True,
 ):
     """When the cached length is a multiple of the page of 4 tokens, its last page is not read."""
 
@@ -30,7 +30,7 @@ class PageLost(
 
 
 class ChunkWritesAtZero(
-    Planted, InPlace, breaks=("equivalence.chunks",), kind="C1", bug="nntrainer/nntrainer/pull/3814", stealth=True
+    Planted, InPlace, breaks=("equivalence.chunks",), kind="C1", bug="nntrainer/nntrainer/pull/3814", conditional=True
 ):
     """Several tokens on a cache that is not empty are written once more from slot 0 on."""
 
@@ -56,7 +56,9 @@ class TailAttended(
         return self.instead(right | (np.arange(s) > last), right)
 
 
-class LastTileAttended(Planted, NumpyStatic, breaks=PARITY, kind="M6", bug="pytorch/pytorch/pull/169222", stealth=True):
+class LastTileAttended(
+    Planted, NumpyStatic, breaks=PARITY, kind="M6", bug="pytorch/pytorch/pull/169222", conditional=True
+):
     """A decode step reads its last tile of 4 slots to the end: one stale or empty slot more, when 3 are valid."""
 
     def mask(self, t: int, s: int) -> Array:
@@ -73,7 +75,11 @@ class ValuesAreKeys(Planted, breaks=PARITY, kind="C1", bug="awslabs/sockeye/pull
 
 
 class ReorderMakesValuesKeys(
-    Planted, breaks=(*PARITY, "lifecycle.reorder"), kind="C1", bug="huggingface/transformers/issues/34232", stealth=True
+    Planted,
+    breaks=(*PARITY, "lifecycle.reorder"),
+    kind="C1",
+    bug="huggingface/transformers/issues/34232",
+    conditional=True,
 ):
     """Reorder rebuilds the values out of the keys."""
 
@@ -83,7 +89,7 @@ class ReorderMakesValuesKeys(
 
 
 class RefusedAppends(
-    Planted, breaks=("equivalence.path",), kind="C12", bug="ggml-org/llama.cpp/pull/9525", stealth=True
+    Planted, breaks=("equivalence.path",), kind="C12", bug="ggml-org/llama.cpp/pull/9525", conditional=True
 ):
     """A call that is refused for the capacity leaves its first token in the cache."""
 
@@ -111,7 +117,7 @@ class FullBaseByLength(
     breaks=("equivalence.full-stable",),
     kind="P5",
     bug="huggingface/transformers/issues/25104",
-    stealth=True,
+    conditional=True,
     configs=("decoder-rope",),
 ):
     """The forward without a cache stretches rope by the length, once that exceeds 12."""
@@ -127,7 +133,7 @@ class FullGoesOn(
     breaks=("equivalence.full-stable",),
     kind="P1",
     bug="OpenNMT/CTranslate2/pull/1572",
-    stealth=True,
+    conditional=True,
     configs=("decoder-learned",),
 ):
     """The forward without a cache counts positions on from the sequence that was stepped last."""
@@ -145,7 +151,11 @@ class FullGoesOn(
 
 
 class FullAppends(
-    Planted, breaks=("equivalence.full-stable",), kind="C4", bug="huggingface/transformers/issues/37078", stealth=True
+    Planted,
+    breaks=("equivalence.full-stable",),
+    kind="C4",
+    bug="huggingface/transformers/issues/37078",
+    conditional=True,
 ):
     """The forward without a cache appends its first token to the sequence of as many rows that was stepped last."""
 

@@ -26,7 +26,7 @@ class AxisGuessed(Planted, breaks=("errors.malformed",), kind="H2", bug="ByteDan
 
 
 class SurplusHeadsCut(
-    Planted, breaks=("errors.malformed",), kind="H1", bug="facebookresearch/lingua/issues/44", stealth=True
+    Planted, breaks=("errors.malformed",), kind="H1", bug="facebookresearch/lingua/issues/44", conditional=True
 ):
     """KV heads beyond those that the config has are cut off without a word."""
 
@@ -55,7 +55,7 @@ class LengthBeforeCheck(
 
 
 class UnknownTokenInLastLayer(
-    Planted, breaks=("errors.unchanged",), kind="C12", bug="huggingface/transformers/issues/37078", stealth=True,
+    Planted, breaks=("errors.unchanged",), kind="C12", bug="huggingface/transformers/issues/37078", conditional=True,
     configs=DECODERS,
 ):  # fmt: skip
     """Where a token id is refused, the last layer has taken a token: each layer is advanced by itself."""
@@ -73,7 +73,7 @@ class UnknownTokenInLastLayer(
 
 class RefusedTruncateGrows(
     Planted, NumpyStatic, breaks=("errors.unchanged", "lifecycle.truncate-range"), kind=("C12", "C8"),
-    bug="ml-explore/mlx-lm/pull/1868", stealth=True,
+    bug="ml-explore/mlx-lm/pull/1868", conditional=True,
 ):  # fmt: skip
     """Truncate sets the length before it looks whether there are so many tokens."""
 
@@ -88,7 +88,7 @@ class RefusedTruncateGrows(
 
 class NegativeTruncateSlices(
     Planted, breaks=("errors.unchanged", "lifecycle.truncate-range"), kind="C8",
-    bug="huggingface/transformers/issues/47433", stealth=True,
+    bug="huggingface/transformers/issues/47433", conditional=True,
 ):  # fmt: skip
     """A negative length counts from the end, as a slice does."""
 

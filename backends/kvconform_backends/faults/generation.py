@@ -60,7 +60,7 @@ class LastPromptTokenTwice(Planted, breaks=CLAUSE, kind="L1", bug="oobabooga/tex
         return self.instead(super().generate(doubled, new), super().generate(tokens, new))
 
 
-class GenerationGoesOn(Loop, breaks=CLAUSE, kind="C6", bug="casper-hansen/AutoAWQ/issues/170", stealth=True):
+class GenerationGoesOn(Loop, breaks=CLAUSE, kind="C6", bug="casper-hansen/AutoAWQ/issues/170", conditional=True):
     """A generation of as many rows as the one before it begins on what that has left, where it has room."""
 
     def begin(self, batch: int, room: int) -> Cache:
@@ -71,7 +71,7 @@ class GenerationGoesOn(Loop, breaks=CLAUSE, kind="C6", bug="casper-hansen/AutoAW
         return used
 
 
-class PickedOneEarly(Loop, breaks=CLAUSE, kind="L1", bug="abetlen/llama-cpp-python/pull/1179", stealth=True):
+class PickedOneEarly(Loop, breaks=CLAUSE, kind="L1", bug="abetlen/llama-cpp-python/pull/1179", conditional=True):
     """In a batch the first token is picked from the logits of the prompt's last token but one."""
 
     def pick(self, logits: Array) -> Array:
@@ -79,7 +79,7 @@ class PickedOneEarly(Loop, breaks=CLAUSE, kind="L1", bug="abetlen/llama-cpp-pyth
         return self.instead(super().pick(logits[:, :-1]), right) if min(logits.shape[:2]) > 1 else right
 
 
-class FirstRowForAll(Loop, breaks=CLAUSE, kind=("L1", "H4"), bug="neuralmagic/deepsparse/pull/1128", stealth=True):
+class FirstRowForAll(Loop, breaks=CLAUSE, kind=("L1", "H4"), bug="neuralmagic/deepsparse/pull/1128", conditional=True):
     """The first token of every row is that of the first one."""
 
     def pick(self, logits: Array) -> Array:
@@ -87,7 +87,9 @@ class FirstRowForAll(Loop, breaks=CLAUSE, kind=("L1", "H4"), bug="neuralmagic/de
         return self.instead(np.broadcast_to(right[:1], right.shape), right)
 
 
-class FullCacheRepeats(Planted, breaks=CLAUSE, kind="C2", bug="huggingface/transformers/issues/32503", stealth=True):
+class FullCacheRepeats(
+    Planted, breaks=CLAUSE, kind="C2", bug="huggingface/transformers/issues/32503", conditional=True
+):
     """Where prompt and tokens fill the capacity, the last decode step finds no slot and repeats its input."""
 
     def generate(self, tokens: Array, new: int) -> Array:
@@ -97,7 +99,7 @@ class FullCacheRepeats(Planted, breaks=CLAUSE, kind="C2", bug="huggingface/trans
         return self.instead(np.concatenate([right[:, :-1], right[:, -2:-1]], axis=1), right)
 
 
-class GenerationAppends(Planted, breaks=CLAUSE, kind=("C4", "C7"), bug="MemTensor/MemOS/pull/2303", stealth=True):
+class GenerationAppends(Planted, breaks=CLAUSE, kind=("C4", "C7"), bug="MemTensor/MemOS/pull/2303", conditional=True):
     """The first token of the prompt is appended to the sequence of as many rows that was stepped last."""
 
     last: Cache | None = None

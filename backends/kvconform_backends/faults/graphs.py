@@ -114,7 +114,12 @@ class CappedWithBias(
 
 
 class UnguardedSoftmax(
-    Wrong, breaks=("numerics.empty-row",), kind="M8", bug="robertknight/rten/pull/1321", stealth=True, configs=ATTENTION
+    Wrong,
+    breaks=("numerics.empty-row",),
+    kind="M8",
+    bug="robertknight/rten/pull/1321",
+    conditional=True,
+    configs=ATTENTION,
 ):
     """The graph's softmax has no guard: a query that sees nothing gives NaN."""
 
@@ -127,7 +132,7 @@ class LowestForMinusInfinity(
     breaks=("numerics.empty-row",),
     kind="M8",
     bug="microsoft/onnxruntime/pull/28958",
-    stealth=True,
+    conditional=True,
     configs=ATTENTION,
 ):
     """The graph masks with the lowest finite number: a query that sees nothing gives the mean of all values."""
@@ -189,7 +194,7 @@ class RoomsTakeTurns(
     breaks=("lifecycle.independent", "capture.growth"),
     kind=("C5", "C7"),
     bug="microsoft/onnxruntime-genai/pull/1604",
-    stealth=True,
+    conditional=True,
     configs=ATTENTION,
 ):
     """The present is bound to one of two buffers, and the next one to the other, for all sequences of a batch size."""

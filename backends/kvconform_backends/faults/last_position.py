@@ -21,9 +21,9 @@ class Picks(Planted):
         """``(b,)``: which of ``b t`` flattened positions each row is given, in a step on ``past`` tokens."""
         return np.arange(batch) * t + t - 1
 
-    def step(self, cache: Cache, *inputs: Array, last: bool = False, **options: Any) -> tuple[Array, Cache]:
+    def step(self, cache: Cache, *inputs: Array, last_only: bool = False, **options: Any) -> tuple[Array, Cache]:
         past, (output, cache) = cache.length, super().step(cache, *inputs, **options)
-        if not last:
+        if not last_only:
             return output, cache
         batch, t, _ = output.shape
         given = output.reshape(batch * t, -1)[self.index(batch, t, past)]
@@ -37,14 +37,14 @@ class FirstForLast(Picks, breaks=CLAUSE, kind="L1", bug="pytorch/executorch/pull
         return np.arange(batch) * t
 
 
-class IndexOfThePrompt(Picks, breaks=CLAUSE, kind="L1", bug="mlx-node/mlx-node/pull/47", stealth=True):
+class IndexOfThePrompt(Picks, breaks=CLAUSE, kind="L1", bug="mlx-node/mlx-node/pull/47", conditional=True):
     """The last position is counted from the start of the prompt, and wraps in a chunk that begins later."""
 
     def index(self, batch: int, t: int, past: int) -> Array:
         return np.arange(batch) * t + (past + t - 1) % t
 
 
-class GatherRunsOver(Picks, breaks=CLAUSE, kind="H4", bug="tenstorrent/tt-xla/issues/5929", stealth=True):
+class GatherRunsOver(Picks, breaks=CLAUSE, kind="H4", bug="tenstorrent/tt-xla/issues/5929", conditional=True):
     """The last hidden states of a batch are gathered by a flat index, which starts again after eight positions."""
 
     def index(self, batch: int, t: int, past: int) -> Array:
@@ -52,23 +52,25 @@ class GatherRunsOver(Picks, breaks=CLAUSE, kind="H4", bug="tenstorrent/tt-xla/is
         return right % TILE if batch > 1 else right
 
 
-class MiddleNeverCached(Planted, breaks=CLAUSE, kind="C1", bug="Integral2u/SharpMind/issues/57", stealth=True):
+class MiddleNeverCached(Planted, breaks=CLAUSE, kind="C1", bug="Integral2u/SharpMind/issues/57", conditional=True):
     """More than two tokens of which the last position alone is asked for: those between first and last are not kept."""
 
-    def step(self, cache: Cache, *inputs: Array, last: bool = False, **options: Any) -> tuple[Array, Cache]:
-        past, (output, cache) = cache.length, super().step(cache, *inputs, last=last, **options)
-        if last:
+    def step(self, cache: Cache, *inputs: Array, last_only: bool = False, **options: Any) -> tuple[Array, Cache]:
+        past, (output, cache) = cache.length, super().step(cache, *inputs, last_only=last_only, **options)
+        if last_only:
             for held in (cache.keys, cache.values):
                 held[:] = [self.instead(emptied(x, past + 1, cache.length - 1), x) for x in held]
         return output, cache
 
 
-class WithoutTokensBefore(Planted, breaks=CLAUSE, kind="C1", bug="mobilint/mblt-model-zoo/pull/84", stealth=True):
+class WithoutTokensBefore(
+    Planted, breaks=CLAUSE, kind="C1", bug="mobilint/mblt-model-catalogue/pull/84", conditional=True
+):
     """The forward without a cache runs its tokens one by one up to the last, and keeps nothing of those before it."""
 
-    def full(self, *inputs: Array, last: bool = False, **options: Any) -> Array:
-        right = super().full(*inputs, last=last, **options)
-        return self.instead(super().full(inputs[0][:, -1:]), right) if last else right
+    def uncached_forward(self, *inputs: Array, last_only: bool = False, **options: Any) -> Array:
+        right = super().uncached_forward(*inputs, last_only=last_only, **options)
+        return self.instead(super().uncached_forward(inputs[0][:, -1:]), right) if last_only else right
 
 
 def emptied(x: Array, start: int, stop: int) -> Array:

@@ -28,7 +28,7 @@ class ReadAsDense(Planted, breaks=("layout.strides",), kind="H3", bug="pytorch/p
 
 
 class DecodeValuesReadAsDense(
-    Planted, breaks=("layout.strides",), kind="H3", bug="torch-spyre/torch-spyre/issues/4331", stealth=True,
+    Planted, breaks=("layout.strides",), kind="H3", bug="torch-spyre/torch-spyre/issues/4331", conditional=True,
     configs=ATTENTION,
 ):  # fmt: skip
     """The values of a decode step are read as if their numbers lay one behind the other."""
@@ -38,7 +38,12 @@ class DecodeValuesReadAsDense(
 
 
 class SharedKeysScaledForEach(
-    Planted, breaks=("layout.strides",), kind="H3", bug="pytorch/pytorch/issues/191937", stealth=True, configs=ATTENTION
+    Planted,
+    breaks=("layout.strides",),
+    kind="H3",
+    bug="pytorch/pytorch/issues/191937",
+    conditional=True,
+    configs=ATTENTION,
 ):
     """Keys that all rows share are scaled in place, once for each row."""
 
@@ -49,7 +54,7 @@ class SharedKeysScaledForEach(
 
 
 class MaskOfFirstRow(
-    Planted, breaks=("numerics.caller-mask",), kind="H3", bug="pytorch/pytorch/pull/184180", stealth=True,
+    Planted, breaks=("numerics.caller-mask",), kind="H3", bug="pytorch/pytorch/pull/184180", conditional=True,
     configs=ATTENTION,
 ):  # fmt: skip
     """The caller's mask is read without the stride of its rows: the first row's serves all."""
@@ -71,7 +76,7 @@ class HeadsTakenForTokens(
 
 
 class SquareBatchTurned(
-    Planted, breaks=("layout.equal-sizes",), kind="H2", bug="PaddlePaddle/PaddleNLP/issues/6672", stealth=True
+    Planted, breaks=("layout.equal-sizes",), kind="H2", bug="PaddlePaddle/PaddleNLP/issues/6672", conditional=True
 ):
     """A chunk of as many tokens as there are rows, on a cache that is not empty, has its rows and tokens swapped."""
 
@@ -82,7 +87,7 @@ class SquareBatchTurned(
 
 
 class RepeatedAlongTokens(
-    Planted, breaks=("layout.equal-sizes",), kind="H2", bug="PrimeIntellect-ai/prime-rl/pull/2681", stealth=True,
+    Planted, breaks=("layout.equal-sizes",), kind="H2", bug="PrimeIntellect-ai/prime-rl/pull/2681", conditional=True,
     configs=ATTENTION,
 ):  # fmt: skip
     """Decode steps on as many tokens as there are KV heads repeat values along the tokens, for the heads of a group."""

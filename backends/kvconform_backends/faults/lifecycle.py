@@ -34,7 +34,7 @@ class ResetKeepsPosition(
     breaks=("lifecycle.reset",),
     kind="C6",
     bug="rasbt/LLMs-from-scratch/pull/925",
-    stealth=True,
+    conditional=True,
     configs=("decoder-learned",),
 ):
     """Reset empties the cache, and not the counter of positions."""
@@ -55,7 +55,7 @@ class ResetFirstLayerOnly(
     breaks=("lifecycle.reset",),
     kind="C6",
     bug="abetlen/llama-cpp-python/pull/2180",
-    stealth=True,
+    conditional=True,
     configs=DECODERS,
 ):
     """Reset empties the first layer only."""
@@ -66,7 +66,9 @@ class ResetFirstLayerOnly(
         return Cache([right.keys[0], *cache.keys[1:]], [right.values[0], *cache.values[1:]])
 
 
-class LongResetKept(Planted, breaks=("lifecycle.reset",), kind="C6", bug="Lightning-AI/litgpt/pull/1596", stealth=True):
+class LongResetKept(
+    Planted, breaks=("lifecycle.reset",), kind="C6", bug="Lightning-AI/litgpt/pull/1596", conditional=True
+):
     """Reset keeps the first token of a sequence of more than nine."""
 
     def reset(self, cache: Cache) -> Cache:
@@ -119,7 +121,11 @@ def owned(cache: Cache, by: Cache) -> Cache:
 
 
 class LastWriterWins(
-    Planted, breaks=("lifecycle.independent",), kind=("C7", "G2"), bug="ggml-org/llama.cpp/issues/27994", stealth=True
+    Planted,
+    breaks=("lifecycle.independent",),
+    kind=("C7", "G2"),
+    bug="ggml-org/llama.cpp/issues/27994",
+    conditional=True,
 ):
     """Position 0 is that of whichever sequence was stepped last, if that has as many rows."""
 
@@ -159,7 +165,7 @@ class LayersShareBuffers(
     breaks=("equivalence.decode", "definition.decoder"),
     kind="C7",
     bug="TrenTorch/TrenTorch/pull/141",
-    stealth=True,
+    conditional=True,
     configs=DECODERS,
 ):
     """All layers write into one pair of buffers: each attends its own new tokens, and the last layer's old ones."""
@@ -184,7 +190,7 @@ class LongSessionStays(
     breaks=("shape.no-specialisation",),
     kind=("P5", "C6"),
     bug="huggingface/transformers/pull/27227",
-    stealth=True,
+    conditional=True,
     configs=("decoder-rope",),
 ):
     """A sequence of more than 16 tokens stretches rope, for itself and for every sequence after it."""

@@ -43,7 +43,7 @@ class Graph(NumpyCache):
     """The cache of ``numpy`` as past and present of one graph of plain operators, which masks and counts positions."""
 
     claims = replace(
-        NumpyCache.claims, abilities=tuple(a for a in NumpyCache.claims.abilities if a != "work"), dtypes=("float32",)
+        NumpyCache.claims, abilities=tuple(a for a in NumpyCache.claims.abilities if a != "macs"), dtypes=("float32",)
     )
 
     @classmethod

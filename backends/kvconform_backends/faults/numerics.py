@@ -32,7 +32,7 @@ class MaximumNotSubtracted(
 
 
 class MaximumFromZero(
-    Planted, breaks=("numerics.large-scores",), kind="M10", bug="pytorch/pytorch/issues/109517", stealth=True,
+    Planted, breaks=("numerics.large-scores",), kind="M10", bug="pytorch/pytorch/issues/109517", conditional=True,
     configs=UNCAPPED,
 ):  # fmt: skip
     """The running maximum begins at 0: where all scores are far below, every weight underflows."""
@@ -63,7 +63,7 @@ class ZeroKeysAreEmpty(Planted, breaks=("numerics.zero-keys",), kind="C3", bug="
 
 class LeadingZeroKeysArePadding(
     ZeroKeysAreEmpty, breaks=("numerics.zero-keys",), kind="C3", bug="huggingface/transformers/issues/30377",
-    stealth=True,
+    conditional=True,
 ):  # fmt: skip
     """Zero keys before the first other one are taken for padding."""
 
@@ -85,7 +85,7 @@ class EmptyRowUnguarded(
 
 
 class DecodeEmptyRowIsMean(
-    Planted, breaks=("numerics.empty-row",), kind="M8", bug="microsoft/onnxruntime/pull/28958", stealth=True
+    Planted, breaks=("numerics.empty-row",), kind="M8", bug="microsoft/onnxruntime/pull/28958", conditional=True
 ):
     """Decode steps mask with the least finite number: a row that sees nothing gets the mean of the values."""
 
@@ -97,7 +97,11 @@ class DecodeEmptyRowIsMean(
 
 
 class MinimaAdded(
-    Planted, breaks=("numerics.empty-row",), kind=("M10", "M8"), bug="huggingface/transformers/pull/27114", stealth=True
+    Planted,
+    breaks=("numerics.empty-row",),
+    kind=("M10", "M8"),
+    bug="huggingface/transformers/pull/27114",
+    conditional=True,
 ):
     """Two masks of the least finite number are added: to a query that sees nothing, only what both hide is hidden."""
 
@@ -119,7 +123,7 @@ class MaskReplacesCausality(Planted, breaks=("numerics.caller-mask",), kind="M4"
 
 
 class MaskOnFirstStepOnly(
-    Planted, breaks=("numerics.caller-mask",), kind="M4", bug="OpenNMT/OpenNMT-py/pull/2532", stealth=True
+    Planted, breaks=("numerics.caller-mask",), kind="M4", bug="OpenNMT/OpenNMT-py/pull/2532", conditional=True
 ):
     """A mask of the caller's is looked at in the first step of a sequence alone."""
 
@@ -140,7 +144,7 @@ class MaskTimesInfinity(Planted, breaks=("numerics.caller-mask",), kind="M10", b
 
 
 class CapAfterCallersMask(
-    Planted, breaks=("numerics.caller-mask",), kind="M11", bug="onnx/onnx/pull/7867", stealth=True,
+    Planted, breaks=("numerics.caller-mask",), kind="M11", bug="onnx/onnx/pull/7867", conditional=True,
     configs=("attention-softcap",),
 ):  # fmt: skip
     """Softcap bends what the caller's mask has hidden: it gets the weight of -softcap. The causal mask comes later."""
@@ -189,7 +193,11 @@ class BuffersUninitialised(
 
 
 class ResetUninitialised(
-    BuffersUninitialised, breaks=("numerics.finite",), kind=("M9", "C6"), bug="vllm-project/vllm/pull/936", stealth=True
+    BuffersUninitialised,
+    breaks=("numerics.finite",),
+    kind=("M9", "C6"),
+    bug="vllm-project/vllm/pull/936",
+    conditional=True,
 ):
     """A sequence that was reset gets buffers that hold what was in memory; a new one gets zeros."""
 
@@ -214,7 +222,12 @@ class PaddedLanesSummed(
 
 
 class OddHeadTopLeft(
-    Planted, breaks=("numerics.head-dim",), kind="M1", bug="microsoft/onnxruntime/pull/27992", stealth=True, configs=ODD
+    Planted,
+    breaks=("numerics.head-dim",),
+    kind="M1",
+    bug="microsoft/onnxruntime/pull/27992",
+    conditional=True,
+    configs=ODD,
 ):
     """Where the head dim is no multiple of 8, a chunk on a cache runs on a kernel that masks from the top left."""
 
@@ -239,7 +252,7 @@ class MaskByTile(
 
 
 class ChunkMaskByTile(
-    MaskByTile, breaks=("numerics.tiles",), kind="X3", bug="tenstorrent/tt-metal/issues/48899", stealth=True,
+    MaskByTile, breaks=("numerics.tiles",), kind="X3", bug="tenstorrent/tt-metal/issues/48899", conditional=True,
     configs=("attention-long",),
 ):  # fmt: skip
     """Chunks on 64 cached tokens or more have a causal mask as fine as a tile; the last query sees nothing wrong."""
@@ -250,7 +263,7 @@ class ChunkMaskByTile(
 
 class ThirdTileNotRescaled(
     Planted, breaks=("numerics.tiles", "numerics.long-context"), kind="X3", bug="local-inference-lab/vllm/pull/17",
-    stealth=True, configs=("attention-long",),
+    conditional=True, configs=("attention-long",),
 ):  # fmt: skip
     """From the third tile of 64 keys on, weights are relative to their tile's maximum, not to that of all."""
 
@@ -280,7 +293,7 @@ class IndexWraps(
 
 
 class FirstOfManyLost(
-    Planted, breaks=("numerics.long-context",), kind="X3", bug="pytorch/pytorch/pull/169222", stealth=True,
+    Planted, breaks=("numerics.long-context",), kind="X3", bug="pytorch/pytorch/pull/169222", conditional=True,
     configs=("attention-long",),
 ):  # fmt: skip
     """Decode steps on more than 1 024 tokens do not see the first one."""

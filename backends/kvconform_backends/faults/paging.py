@@ -30,7 +30,7 @@ class ChunkPlacedFromStart(
     breaks=(*PLACED, "equivalence.chunks"),
     kind="G2",
     bug="vllm-project/vllm/pull/36580",
-    stealth=True,
+    conditional=True,
 ):
     """A chunk's pages are looked up by the numbers of its own tokens: from the beginning of the table on."""
 
@@ -47,7 +47,7 @@ class ChunkPlacedOnPage(
     breaks=(*PLACED, *ENDED),
     kind=("G1", "G2"),
     bug="tanishqkumar/ssd/pull/22",
-    stealth=True,
+    conditional=True,
 ):
     """A chunk that begins in the middle of a page is written from the beginning of that page on."""
 
@@ -58,7 +58,7 @@ class ChunkPlacedOnPage(
         super().write(pool, table, positions, new)
 
 
-class MaskByPlace(Planted, NumpyPaged, breaks=PLACED, kind="G2", bug="pytorch/pytorch/issues/182593", stealth=True):
+class MaskByPlace(Planted, NumpyPaged, breaks=PLACED, kind="G2", bug="pytorch/pytorch/issues/182593", conditional=True):
     """Causality compares where tokens lie in the pool: right as long as a sequence's pages lie in order."""
 
     table: list[int]
@@ -79,7 +79,7 @@ class WeakPrefixHash(
     breaks=PLACED,
     kind="G3",
     bug="openvinotoolkit/openvino.genai/issues/3722",
-    stealth=True,
+    conditional=True,
     configs=("decoder-rope", "decoder-learned"),
 ):
     """A prompt's first page is shared with another prompt's whose tokens had the same hash, one of eight."""
@@ -124,7 +124,7 @@ class LastPageReadWhole(
 
 
 class FullPageForgotten(
-    Planted, NumpyPaged, breaks=ENDED, kind="G1", bug="sgl-project/sglang/issues/22819", stealth=True
+    Planted, NumpyPaged, breaks=ENDED, kind="G1", bug="sgl-project/sglang/issues/22819", conditional=True
 ):
     """A chunk that fills its last page exactly leaves that page to the next step, which does not come back to it."""
 
@@ -138,7 +138,7 @@ class FullPageForgotten(
 
 
 class TruncateFreesOpenPage(
-    Planted, NumpyPaged, breaks=ENDED, kind="G1", bug="Blaizzy/mlx-vlm/pull/2036", stealth=True
+    Planted, NumpyPaged, breaks=ENDED, kind="G1", bug="Blaizzy/mlx-vlm/pull/2036", conditional=True
 ):
     """Truncating to a length in the middle of a page takes another page in place of that one."""
 
@@ -169,7 +169,7 @@ class CloseFreesShared(
     breaks=(*SHARED, "lifecycle.fork"),
     kind="G3",
     bug="sgl-project/sglang/issues/38319",
-    stealth=True,
+    conditional=True,
 ):
     """A sequence that ends returns its pages to the pool, also those that a fork of it still reads."""
 
@@ -192,7 +192,7 @@ class CopyWithoutValues(
     breaks=(*SHARED, "lifecycle.fork"),
     kind="G3",
     bug="huggingface/transformers/pull/34746",
-    stealth=True,
+    conditional=True,
 ):
     """Copy on write copies the keys of a shared page, and leaves in the copy whatever values were there."""
 

@@ -30,14 +30,14 @@ class Planted(NumpyCache):
         breaks: tuple[str, ...] = (),
         kind: str | tuple[str, ...] = (),
         bug: str = "",
-        stealth: bool = False,
+        conditional: bool = False,
         configs: tuple[str, ...] = (),
         **others: Any,
     ) -> None:
         super().__init_subclass__(**others)
         if breaks:
             address, kinds = f"{cls.__module__}:{cls.__name__}", (kind,) if isinstance(kind, str) else kind
-            cls.fault = Fault(named(cls), address, breaks, GITHUB + bug, sentence(cls), kinds, stealth, configs)
+            cls.fault = Fault(named(cls), address, breaks, GITHUB + bug, sentence(cls), kinds, conditional, configs)
 
     faulty = 0  # how often the fault changed something
     batch = 1  # rows of the step
@@ -47,10 +47,10 @@ class Planted(NumpyCache):
         self.layer, self.batch = layer, query.shape[0]
         return super().attend(cache, layer, query, key, value)
 
-    def full(self, *inputs: Array, **options: Any) -> Array:
+    def uncached_forward(self, *inputs: Array, **options: Any) -> Array:
         self.cached = False
         try:
-            return super().full(*inputs, **options)
+            return super().uncached_forward(*inputs, **options)
         finally:
             self.cached = True
 
@@ -64,8 +64,8 @@ class Planted(NumpyCache):
         behind = i[:, None] - np.arange(s)
         return (behind >= 0) & (behind < (self.config.window_of(self.layer) or s + self.config.capacity))
 
-    def witness(self) -> dict[str, Any]:
-        return {**super().witness(), MARKER: self.faulty}
+    def runtime_info(self) -> dict[str, Any]:
+        return {**super().runtime_info(), MARKER: self.faulty}
 
 
 def faults_of(module: ModuleType) -> tuple[Fault, ...]:

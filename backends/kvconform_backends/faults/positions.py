@@ -81,7 +81,7 @@ class QueryAfterUpdate(
     breaks=("definition.positions",),
     kind="P2",
     bug="ml-explore/mlx-lm/issues/1805",
-    stealth=True,
+    conditional=True,
     configs=ROPE,
 ):
     """In a batch, queries turn by the offset after the update: by the chunk too far."""
@@ -98,7 +98,7 @@ class PositionsSaturate(
     breaks=("definition.positions", "definition.decoder"),
     kind="W6",
     bug="huggingface/transformers/pull/38156",
-    stealth=True,
+    conditional=True,
     configs=("decoder-learned",),
 ):
     """Positions count on from the sliding window's length, which saturates."""
@@ -113,7 +113,7 @@ class ChunkAtLastPosition(
     breaks=("definition.positions",),
     kind="P1",
     bug="NVIDIA/TransformerEngine/pull/536",
-    stealth=True,
+    conditional=True,
     configs=PLACED,
 ):
     """All tokens of a chunk on a cache that is not empty get the position of its last one."""
@@ -124,7 +124,7 @@ class ChunkAtLastPosition(
 
 
 class SecondDecodeTwice(
-    Planted, breaks=("definition.positions",), kind="P2", bug="skyzh/tiny-llm/pull/46", stealth=True, configs=PLACED
+    Planted, breaks=("definition.positions",), kind="P2", bug="skyzh/tiny-llm/pull/46", conditional=True, configs=PLACED
 ):
     """From the second decode step in a row on, the offset has advanced by all tokens and not by the new ones."""
 
@@ -179,7 +179,7 @@ class BaseGrowsWithLength(
     breaks=("definition.positions", "equivalence.decode"),
     kind="P5",
     bug="huggingface/transformers/issues/25104",
-    stealth=True,
+    conditional=True,
     configs=ROPE,
 ):
     """Beyond 10 tokens rope is stretched by the length; cached keys stay as they were turned before."""
@@ -194,7 +194,7 @@ class RopeTableGrownInHalf(
     breaks=("shape.first-step", "definition.positions", "definition.decoder"),
     kind="P4",
     bug="huggingface/transformers/issues/25681",
-    stealth=True,
+    conditional=True,
     configs=ROPE,
 ):
     """The table of cosines and sines is right up to position 16; what is added to it later is in bfloat16."""
@@ -234,7 +234,7 @@ class LastPairStays(
     breaks=("definition.positions", "definition.decoder"),
     kind="P6",
     bug="huggingface/transformers/issues/48630",
-    stealth=True,
+    conditional=True,
     configs=ROPE,
 ):
     """The last pair of dimensions, which turns slowest, is not turned at all: only far tokens feel it."""

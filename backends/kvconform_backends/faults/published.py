@@ -1,7 +1,7 @@
 """Published caches as they were published, over torch: each has the mistake of its source and no other.
 
 ``past-tuples`` is a notebook (two listings of its attention, and its generation), ``module-buffers`` the decoder of a
-book, ``list-cache`` an article. What the sources do not have (windows, softcaps, sinks), they refuse. The zoo names
+book, ``list-cache`` an article. What the sources do not have (windows, softcaps, sinks), they refuse. The catalogue names
 them by their addresses (``faults/__init__.py``), so that importing it imports no framework.
 """
 
@@ -41,7 +41,7 @@ class Plain:
 class FirstListing(Plain, PastTuples):
     """``is_causal=True`` always: torch aligns it top-left, so a decode step sees the first key alone."""
 
-    claims = replace(PastTuples.claims, abilities=tuple(a for a in PastTuples.claims.abilities if a != "work"))
+    claims = replace(PastTuples.claims, abilities=tuple(a for a in PastTuples.claims.abilities if a != "macs"))
 
     def is_causal(self, past: int, t: int) -> bool:
         self.faulty += past > 0
@@ -58,8 +58,8 @@ class FirstListing(Plain, PastTuples):
         )
         return mixed, present
 
-    def witness(self) -> dict[str, Any]:
-        return {**super().witness(), MARKER: self.faulty}
+    def runtime_info(self) -> dict[str, Any]:
+        return {**super().runtime_info(), MARKER: self.faulty}
 
 
 class SecondListing(FirstListing):
@@ -85,8 +85,8 @@ class PrefillTwice(Plain, PastTuples):
         self.faulty += not np.array_equal(made, greedy(self, tokens, new))
         return made
 
-    def witness(self) -> dict[str, Any]:
-        return {**super().witness(), MARKER: self.faulty}
+    def runtime_info(self) -> dict[str, Any]:
+        return {**super().runtime_info(), MARKER: self.faulty}
 
 
 class SquareMask(CachedAttention):
@@ -106,8 +106,8 @@ class ChunkOnCache(Plain, ModuleBuffers):
         self.faulty += before > 0 and inputs[0].shape[-2 if len(inputs) == 3 else 1] > 1
         return super().step(rows, *inputs, **options)
 
-    def witness(self) -> dict[str, Any]:
-        return {**super().witness(), MARKER: self.faulty}
+    def runtime_info(self) -> dict[str, Any]:
+        return {**super().runtime_info(), MARKER: self.faulty}
 
 
 KV_CACHE: dict[Config, Lists] = {}
@@ -117,7 +117,9 @@ KV_CACHE: dict[Config, Lists] = {}
 class GlobalList(Plain, ListCache):
     """The lists are global and nobody clears them: a second prompt reads the keys of the first."""
 
-    claims = replace(ListCache.claims, abilities=("full", "length"), max_batch=1, max_sequences=1, overflow="undefined")
+    claims = replace(
+        ListCache.claims, abilities=("uncached_forward", "length"), max_batch=1, max_sequences=1, overflow="undefined"
+    )
 
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:
@@ -131,8 +133,8 @@ class GlobalList(Plain, ListCache):
         self.faulty += cache.length > 0
         return cache
 
-    def witness(self) -> dict[str, Any]:
-        return {**super().witness(), MARKER: self.faulty}
+    def runtime_info(self) -> dict[str, Any]:
+        return {**super().runtime_info(), MARKER: self.faulty}
 
 
 def picked(output: Array) -> Array:

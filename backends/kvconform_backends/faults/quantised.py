@@ -42,7 +42,7 @@ class ValuesByKeyScale(Planted, NumpyInt8, breaks=(SCALES, PROMPT), kind="Q1", b
 
 
 class DecodeByKeyScale(
-    Planted, NumpyInt8, breaks=(SCALES, DECODE), kind="Q1", bug="vllm-project/vllm/pull/55557", stealth=True
+    Planted, NumpyInt8, breaks=(SCALES, DECODE), kind="Q1", bug="vllm-project/vllm/pull/55557", conditional=True
 ):
     """A value that is quantised by a decode step gets the key's scale to be read with."""
 
@@ -58,7 +58,7 @@ class DecodeByKeyScale(
 
 
 class FirstScaleKept(
-    Planted, NumpyInt8, breaks=(DECODE, NEWEST), kind="Q1", bug="sgl-project/sglang/pull/34765", stealth=True
+    Planted, NumpyInt8, breaks=(DECODE, NEWEST), kind="Q1", bug="sgl-project/sglang/pull/34765", conditional=True
 ):
     """The scale of the first token that is quantised serves every later one, which it may clip."""
 
@@ -78,7 +78,7 @@ class FirstScaleKept(
 
 
 class OneScaleForPrompt(
-    Planted, NumpyInt8, breaks=(PROMPT,), kind="Q1", bug="huggingface/transformers/issues/35185", stealth=True
+    Planted, NumpyInt8, breaks=(PROMPT,), kind="Q1", bug="huggingface/transformers/issues/35185", conditional=True
 ):
     """Tokens that are quantised together share the scale of the largest: the small ones lose bits."""
 
@@ -120,7 +120,7 @@ class DoubledOnLeaving(Planted, NumpyInt8, breaks=(NEWEST, DECODE), kind="Q2", b
 
 
 class WindowOfTheStep(
-    Planted, NumpyInt8, breaks=(NEWEST, DECODE), kind="Q2", bug="rajveer43/VeloxQuant-MLX/issues/86", stealth=True
+    Planted, NumpyInt8, breaks=(NEWEST, DECODE), kind="Q2", bug="rajveer43/VeloxQuant-MLX/issues/86", conditional=True
 ):
     """The residual window is compared with the step's tokens, not with the row's: a decode step leaves one exact."""
 
@@ -137,7 +137,7 @@ class WindowOfTheStep(
 
 
 class ShortPromptQuantised(
-    Planted, NumpyInt8, breaks=(NEWEST,), kind="Q2", bug="huggingface/transformers/issues/35185", stealth=True
+    Planted, NumpyInt8, breaks=(NEWEST,), kind="Q2", bug="huggingface/transformers/issues/35185", conditional=True
 ):
     """A first step of fewer tokens than the residual window has is quantised."""
 

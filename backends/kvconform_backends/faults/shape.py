@@ -19,7 +19,7 @@ class LastPositionOnly(Planted, breaks=("shape.output",), kind="X2", bug="huggin
 
 
 class SingleSqueezed(
-    Planted, breaks=("shape.output",), kind="X2", bug="microsoft/onnxruntime/issues/26262", stealth=True
+    Planted, breaks=("shape.output",), kind="X2", bug="microsoft/onnxruntime/issues/26262", conditional=True
 ):
     """One token of one row on a cache loses its batch axis."""
 
@@ -45,7 +45,7 @@ class LengthSaturates(
     breaks=("shape.length",),
     kind="W6",
     bug="huggingface/transformers/pull/38156",
-    stealth=True,
+    conditional=True,
     configs=("attention-window", "decoder-learned"),
 ):
     """The length is that of the sliding window, once more tokens than that are there."""
@@ -56,7 +56,9 @@ class LengthSaturates(
         return [told] * cache.keys[0].shape[0]
 
 
-class LengthAfterTruncate(Planted, breaks=("shape.length",), kind="C8", bug="NVIDIA/kvpress/pull/114", stealth=True):
+class LengthAfterTruncate(
+    Planted, breaks=("shape.length",), kind="C8", bug="NVIDIA/kvpress/pull/114", conditional=True
+):
     """The counter that tells the length is not turned back by a truncate, only by the next append."""
 
     stale: tuple[Cache, int] | None = None
@@ -86,7 +88,7 @@ class FirstTokenUnwritten(
 
 
 class SinglePromptUnwritten(
-    Planted, breaks=("shape.first-step",), kind="C1", bug="TrenTorch/TrenTorch/pull/192", stealth=True
+    Planted, breaks=("shape.first-step",), kind="C1", bug="TrenTorch/TrenTorch/pull/192", conditional=True
 ):
     """A prompt of one token is not written; longer prompts are."""
 
@@ -110,7 +112,7 @@ class PastBaked(Planted, breaks=("shape.no-specialisation",), kind="X2", bug="hu
 
 
 class RowsOfFirstCall(
-    Planted, breaks=("shape.no-specialisation",), kind="X2", bug="sonos/torch-to-nnef/pull/217", stealth=True
+    Planted, breaks=("shape.no-specialisation",), kind="X2", bug="sonos/torch-to-nnef/pull/217", conditional=True
 ):
     """The batch of the first call is traced as a constant: rows beyond it read its last row's keys."""
 
@@ -123,7 +125,7 @@ class RowsOfFirstCall(
 
 
 class CapturedByCount(
-    Planted, breaks=("shape.no-specialisation",), kind="X1", bug="paiml/aprender/pull/2030", stealth=True
+    Planted, breaks=("shape.no-specialisation",), kind="X1", bug="paiml/aprender/pull/2030", conditional=True
 ):
     """A captured step is found by batch and count alone, and replayed with the past length that it was captured at."""
 

@@ -34,7 +34,7 @@ class RingOneSlotMore(
 
 
 class ChunkWindowShort(
-    Planted, breaks=("window.width",), kind="W1", bug="ml-explore/mlx-lm/pull/390", stealth=True, configs=WINDOWS
+    Planted, breaks=("window.width",), kind="W1", bug="ml-explore/mlx-lm/pull/390", conditional=True, configs=WINDOWS
 ):
     """Several tokens on a cache that is not empty have a window of one token less."""
 
@@ -54,7 +54,7 @@ class WindowNeverApplied(
 
 
 class PromptWindowLost(
-    Planted, breaks=("window.long-chunk",), kind="W2", bug="sonos/tract/pull/2327", stealth=True, configs=WINDOWS
+    Planted, breaks=("window.long-chunk",), kind="W2", bug="sonos/tract/pull/2327", conditional=True, configs=WINDOWS
 ):
     """The first step of a sequence sees all of itself; the window holds from the second on."""
 
@@ -64,7 +64,7 @@ class PromptWindowLost(
 
 
 class WindowLostWithMask(
-    Planted, breaks=("numerics.caller-mask",), kind=("W2", "M4"), bug="enpasos/jax2onnx/pull/217", stealth=True,
+    Planted, breaks=("numerics.caller-mask",), kind=("W2", "M4"), bug="enpasos/jax2onnx/pull/217", conditional=True,
     configs=WINDOWS[:2],
 ):  # fmt: skip
     """A mask of the caller's takes the place of the window."""
@@ -93,7 +93,7 @@ class RingReadBySlot(
 
 class NewestSlotOverwritten(
     Planted, NumpyRing, breaks=("window.step-by-step",), kind="W3", bug="huggingface/transformers/pull/38046",
-    stealth=True, configs=WINDOWS,
+    conditional=True, configs=WINDOWS,
 ):  # fmt: skip
     """The decode step that finds the window just full overwrites the newest token, and evicts none."""
 
@@ -118,7 +118,7 @@ class WindowOfStep(
 
 class ValidByWrappedSlot(
     Planted, NumpyRing, breaks=("window.step-by-step",), kind="W5", bug="quic/efficient-transformers/pull/1235",
-    stealth=True, configs=WINDOWS,
+    conditional=True, configs=WINDOWS,
 ):  # fmt: skip
     """Once a ring has wrapped, a decode step takes the slots behind its own for empty."""
 
@@ -154,7 +154,7 @@ class ChunkEvictsFirst(
 
 
 class RingTooSmallForChunk(
-    ChunkEvictsFirst, breaks=("window.long-chunk",), kind="W4", bug="pytorch/executorch/pull/22358", stealth=True,
+    ChunkEvictsFirst, breaks=("window.long-chunk",), kind="W4", bug="pytorch/executorch/pull/22358", conditional=True,
     configs=WINDOWS,
 ):  # fmt: skip
     """The ring has two windows of slots, too few for what a chunk of more than one window still needs."""
@@ -163,7 +163,7 @@ class RingTooSmallForChunk(
 
 
 class FirstOfDuplicatesWins(
-    Planted, NumpyRing, breaks=("window.long-chunk",), kind="W4", bug="pytorch/executorch/pull/19213", stealth=True,
+    Planted, NumpyRing, breaks=("window.long-chunk",), kind="W4", bug="pytorch/executorch/pull/19213", conditional=True,
     configs=WINDOWS,
 ):  # fmt: skip
     """Where a chunk is longer than the ring, its first token for a slot stays there, and not its last."""
@@ -187,7 +187,7 @@ class WindowInEveryLayer(
 
 
 class DecodeMaskOfFirstLayer(
-    Planted, breaks=("window.hybrid",), kind="W6", bug="huggingface/transformers/pull/39737", stealth=True,
+    Planted, breaks=("window.hybrid",), kind="W6", bug="huggingface/transformers/pull/39737", conditional=True,
     configs=HYBRID,
 ):  # fmt: skip
     """Decode steps on more than twelve tokens make one mask, the first layer's, for all."""
@@ -216,7 +216,7 @@ class RingTruncateIgnored(
 
 
 class RingPointerTurnedBack(
-    RingTruncateIgnored, breaks=("lifecycle.truncate",), kind="C9", bug="ml-explore/mlx-lm/issues/1776", stealth=True,
+    RingTruncateIgnored, breaks=("lifecycle.truncate",), kind="C9", bug="ml-explore/mlx-lm/issues/1776", conditional=True,
     configs=WINDOWS,
 ):  # fmt: skip
     """Truncate turns the ring's pointer back: right until it has wrapped, for what was evicted does not come back."""

@@ -45,14 +45,14 @@ class NumpyCache(NumpyLayers):
     claims = Claims(
         profiles=("attention", "decoder"),
         abilities=(
-            "full", "length", "room", "truncate", "fork", "reorder", "reset", "functional", "mask", "contents",
-            "bytes", "work", "refusal", "generate", "last",
+            "uncached_forward", "length", "free_slots", "truncate", "fork", "reorder", "reset", "immutable", "mask", "contents",
+            "bytes", "macs", "refusal", "generate", "last_only",
         ),
         dtypes=("float32", "bfloat16", "float16"),
         overflow="refused",
     )  # fmt: skip
 
-    measured = 0  # multiply-adds of the last metered step
+    measured = 0  # multiply-adds of the last count_macs step
 
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:
@@ -85,7 +85,7 @@ class NumpyCache(NumpyLayers):
     def length(self, cache: Cache) -> list[int]:
         return [int(n) for n in cache.lengths]
 
-    def room(self, cache: Cache) -> list[int]:
+    def free_slots(self, cache: Cache) -> list[int]:
         return [self.config.capacity - int(n) for n in cache.lengths]
 
     def contents(self, cache: Cache) -> list[list[tuple[Array, Array]]]:
@@ -97,20 +97,20 @@ class NumpyCache(NumpyLayers):
     def bytes(self, cache: Cache) -> int:
         return sum(x.nbytes for x in (*cache.keys, *cache.values))
 
-    def work(self) -> int:
+    def macs(self) -> int:
         return self.measured
 
-    def witness(self) -> dict[str, Any]:
+    def runtime_info(self) -> dict[str, Any]:
         return {"numpy": np.__version__}
 
     # --- steps ---
     def step(
-        self, cache: Cache, *inputs: Array, mask: Array | None = None, metered: bool = False, last: bool = False
+        self, cache: Cache, *inputs: Array, mask: Array | None = None, count_macs: bool = False, last_only: bool = False
     ) -> tuple[Array, Cache]:
         self.admit(cache, inputs, mask=mask)
-        cache, self.last_only = self.fork(cache), last
+        cache, self.last_only = self.fork(cache), last_only
         output = self.run(cache, inputs, mask)
-        if metered:
+        if count_macs:
             self.measured = self.products
         return output, cache
 
@@ -128,7 +128,7 @@ class NumpyCache(NumpyLayers):
             raise ValueError(f"want a mask of bool {(batch, s)}, got {mask.dtype} {mask.shape}")
         return counts
 
-    def full(self, *inputs: Array, **options: Any) -> Array:
+    def uncached_forward(self, *inputs: Array, **options: Any) -> Array:
         return self.step(self.start(inputs[0].shape[0]), *inputs, **options)[0]
 
     def generate(self, tokens: Array, new: int) -> Array:

@@ -42,7 +42,7 @@ class NumpyInt8(NumpyCache):
     claims = Claims(
         profiles=("attention",),
         abilities=(
-            "full", "length", "room", "fork", "reorder", "reset", "functional", "mask", "contents", "work", "refusal",
+            "uncached_forward", "length", "free_slots", "fork", "reorder", "reset", "immutable", "mask", "contents", "macs", "refusal",
         ),
         overflow="refused",
         kv_bits=8,
@@ -66,8 +66,8 @@ class NumpyInt8(NumpyCache):
     def contents(self, cache: Cache) -> list[list[tuple[Array, Array]]]:
         return [list(zip(self.dequantised(cache.keys[0]), self.dequantised(cache.values[0]), strict=True))]
 
-    def full(self, *inputs: Array, **options: Any) -> Array:
-        return NumpyCache(self.config, self.weights).full(*inputs, **options)
+    def uncached_forward(self, *inputs: Array, **options: Any) -> Array:
+        return NumpyCache(self.config, self.weights).uncached_forward(*inputs, **options)
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         """A step attends what it leaves behind: it quantises first."""

@@ -46,12 +46,12 @@ class NumpyPaged(NumpyCache):
     claims = Claims(
         profiles=("attention", "decoder"),
         abilities=(
-            "full", "length", "room", "truncate", "fork", "reorder", "reset", "ragged", "contents", "poison", "bytes",
-            "refusal", "last",
+            "uncached_forward", "length", "free_slots", "truncate", "fork", "reorder", "reset", "ragged", "contents", "poison", "bytes",
+            "refusal", "last_only",
         ),
         dtypes=("float32", "bfloat16", "float16"),
         overflow="refused",
-        dead_slots="any",
+        unused_slots="any",
         page=PAGE,
         memory="pages",
     )  # fmt: skip
@@ -180,9 +180,9 @@ class NumpyPaged(NumpyCache):
 
     # --- steps ---
     def step(  # type: ignore[override]  # its keywords are those of its claims
-        self, cache: Any, *inputs: Array, counts: Array | None = None, last: bool = False
+        self, cache: Any, *inputs: Array, counts: Array | None = None, last_only: bool = False
     ) -> tuple[Array, Tables]:
-        counts, self.last_only = self.admit(cache, inputs, counts), last
+        counts, self.last_only = self.admit(cache, inputs, counts), last_only
         columns = np.arange(inputs[0].shape[1 if len(inputs) == 1 else 2])
         self.places = np.where(columns < counts[:, None], cache.written[:, None] + columns, -1)
         for table, start, count in zip(cache.tables, cache.written, counts, strict=True):
@@ -190,7 +190,7 @@ class NumpyPaged(NumpyCache):
         cache.written = cache.written + counts
         return self.run(cache, inputs), cache
 
-    def full(self, *inputs: Array, **options: Any) -> Array:
+    def uncached_forward(self, *inputs: Array, **options: Any) -> Array:
         cache = self.start(inputs[0].shape[0])
         try:
             return self.step(cache, *inputs, **options)[0]

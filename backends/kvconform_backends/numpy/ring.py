@@ -29,10 +29,21 @@ class NumpyRing(NumpyCache):
     cache_design = None  # nobody has counted what it moves
     claims = Claims(
         profiles=("attention", "decoder"),
-        abilities=("full", "length", "room", "fork", "reorder", "reset", "mask", "contents", "refusal", "last"),
+        abilities=(
+            "uncached_forward",
+            "length",
+            "free_slots",
+            "fork",
+            "reorder",
+            "reset",
+            "mask",
+            "contents",
+            "refusal",
+            "last_only",
+        ),
         dtypes=("float32", "bfloat16", "float16"),
         overflow="refused",
-        keeps="window",
+        retention="window",
     )
 
     @classmethod
@@ -64,9 +75,9 @@ class NumpyRing(NumpyCache):
 
     # --- steps ---
     def step(  # type: ignore[override]  # its keywords are those of its claims
-        self, cache: Any, *inputs: Array, mask: Array | None = None, last: bool = False
+        self, cache: Any, *inputs: Array, mask: Array | None = None, last_only: bool = False
     ) -> tuple[Array, Rings]:
-        counts, self.last_only = self.admit(cache, inputs, mask=mask), last
+        counts, self.last_only = self.admit(cache, inputs, mask=mask), last_only
         output = self.run(cache, inputs, mask)
         cache.written += int(counts[0])
         return output, cache

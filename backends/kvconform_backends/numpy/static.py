@@ -37,13 +37,13 @@ class NumpyStatic(NumpyCache):
     claims = Claims(
         profiles=("attention", "decoder"),
         abilities=(
-            "full", "length", "room", "truncate", "fork", "reorder", "reset", "functional", "ragged", "mask",
-            "contents", "poison", "alias", "bytes", "refusal", "last",
+            "uncached_forward", "length", "free_slots", "truncate", "fork", "reorder", "reset", "immutable", "ragged", "mask",
+            "contents", "poison", "in_place", "bytes", "refusal", "last_only",
         ),
         dtypes=("float32", "bfloat16", "float16"),
         overflow="refused",
         padding=("right", "left"),
-        dead_slots="any",
+        unused_slots="any",
         memory="capacity",
     )  # fmt: skip
 
@@ -88,13 +88,13 @@ class NumpyStatic(NumpyCache):
     # --- steps ---
     def step(  # type: ignore[override]  # its keywords are those of its claims
         self, cache: Any, *inputs: Array, counts: Array | None = None, padding: str = "right",
-        mask: Array | None = None, shared: bool = False, last: bool = False,
+        mask: Array | None = None, in_place: bool = False, last_only: bool = False,
     ) -> tuple[Array, Buffers]:  # fmt: skip
-        counts, self.last_only = self.admit(cache, inputs, counts, mask), last
+        counts, self.last_only = self.admit(cache, inputs, counts, mask), last_only
         self.places = self.place(cache.written, counts, inputs[0].shape[-1 if len(inputs) == 1 else 2], padding)
         if mask is not None:
             mask = np.pad(mask, ((0, 0), (0, self.config.capacity - mask.shape[1])))
-        grown = self.target(cache, shared)
+        grown = self.target(cache, in_place)
         grown.written = cache.written + counts
         return self.run(grown, inputs, mask), grown
 
@@ -103,9 +103,9 @@ class NumpyStatic(NumpyCache):
         number = np.arange(t) - first[:, None]  # of the row's new tokens
         return np.where((number >= 0) & (number < counts[:, None]), lengths[:, None] + number, -1)
 
-    def target(self, cache: Any, shared: bool) -> Buffers:
+    def target(self, cache: Any, in_place: bool) -> Buffers:
         """The buffers that the step writes into."""
-        return Buffers(cache.keys, cache.values, cache.written) if shared else self.fork(cache)
+        return Buffers(cache.keys, cache.values, cache.written) if in_place else self.fork(cache)
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         rows, columns = np.nonzero(self.places >= 0)

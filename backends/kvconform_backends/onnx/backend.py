@@ -68,10 +68,10 @@ class OnnxSubject(CountedSessions):
             self.session(cached=True, masked=self.masked())
 
     # --- arithmetic ---
-    def full(self, *inputs: Array, last: bool = False) -> Array:
+    def uncached_forward(self, *inputs: Array, last_only: bool = False) -> Array:
         """A graph of its own, which has no past to read."""
         t = check_inputs(self.config, None, inputs)
-        feeds = self.feeds(inputs, 0, t, None, last)
+        feeds = self.feeds(inputs, 0, t, None, last_only)
         return self.array(self.run(self.session(False, onnx_graphs.needs_mask(self.config)), feeds)[0])
 
     def feeds(self, inputs: tuple[Array, ...], past: int, t: int, allowed: Array | None, last: bool) -> list[OrtValue]:
@@ -191,10 +191,10 @@ class OnnxSubject(CountedSessions):
             return [np.zeros((1, t), np.int64)]
         return [np.zeros((1, heads, t, c.head_dim), np.float32) for heads in (c.heads, c.kv_heads, c.kv_heads)]
 
-    def witness(self) -> dict[str, Any]:
+    def runtime_info(self) -> dict[str, Any]:
         return {
             **{name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript")},
-            **onnx_runtime.witness(self.sessions.values(), self.config.dtype, self.device),
+            **onnx_runtime.runtime_info(self.sessions.values(), self.config.dtype, self.device),
             "device": self.seen_on,
             "device_time": self.device_time.said,
             "opset": onnx_graphs.OPSET,

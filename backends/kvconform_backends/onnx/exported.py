@@ -31,8 +31,8 @@ class OnnxExported(OnnxSubject):
     claims = Claims(
         profiles=("attention", "decoder"),
         abilities=(
-            "full", "length", "room", "truncate", "fork", "reorder", "reset", "functional", "mask", "contents", "bytes",
-            "refusal", "last",
+            "uncached_forward", "length", "free_slots", "truncate", "fork", "reorder", "reset", "immutable", "mask", "contents", "bytes",
+            "refusal", "last_only",
         ),
         dtypes=("float32", "float16"),  # bfloat16: ONNX Runtime has no CPU kernels, and numpy has no such type
         devices=("cpu", "cuda"),
@@ -58,7 +58,7 @@ class OnnxExported(OnnxSubject):
         batch, _, s, _ = cache[0].shape()
         return [s] * batch
 
-    def room(self, cache: Past) -> list[int]:
+    def free_slots(self, cache: Past) -> list[int]:
         return [self.config.capacity - length for length in self.length(cache)]
 
     def bytes(self, cache: Past) -> int:
@@ -87,12 +87,14 @@ class OnnxExported(OnnxSubject):
         return self.start(cache[0].shape()[0])
 
     # --- arithmetic ---
-    def step(self, cache: Past, *inputs: Array, mask: Array | None = None, last: bool = False) -> tuple[Array, Past]:
+    def step(
+        self, cache: Past, *inputs: Array, mask: Array | None = None, last_only: bool = False
+    ) -> tuple[Array, Past]:
         batch, _, past, _ = cache[0].shape()
         t = check_inputs(self.config, batch, inputs)
         if past + t > self.config.capacity:
             raise ValueError(f"{past} + {t} tokens exceed the capacity of {self.config.capacity}")
-        feeds = self.feeds(inputs, past, t, mask, last)
+        feeds = self.feeds(inputs, past, t, mask, last_only)
         session = self.session(True, onnx_graphs.needs_mask(self.config) or mask is not None)
         output, *present = self.run(session, [*feeds, *cache])
         return self.array(output), tuple(present)
@@ -100,6 +102,6 @@ class OnnxExported(OnnxSubject):
     def try_out(self) -> None:
         _, cache = self.step(self.start(1), *self.probe(2))
         self.step(cache, *self.probe(1))
-        self.full(*self.probe(2))
+        self.uncached_forward(*self.probe(2))
         if self.config.profile == "attention":
             self.step(cache, *self.probe(1), mask=np.ones((1, 3), np.bool_))

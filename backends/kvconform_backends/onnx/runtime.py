@@ -156,7 +156,7 @@ def precision(dtype: str, options: Mapping[str, Mapping[str, str]]) -> str:
     return dtype
 
 
-def witness(sessions: Iterable[InferenceSession], dtype: str, device: str) -> dict[str, Any]:
+def runtime_info(sessions: Iterable[InferenceSession], dtype: str, device: str) -> dict[str, Any]:
     """What really runs in these sessions: providers, nodes, copies, class of precision, and whose stream it is."""
     every = list(sessions)
     options = [session.get_provider_options() for session in every]

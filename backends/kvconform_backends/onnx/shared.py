@@ -76,13 +76,13 @@ class OnnxShared(OnnxSubject):
         profiles=("attention", "decoder"),
         # not ``bytes``: where the head dim is no multiple of 8, padding comes on top
         abilities=(
-            "full", "length", "room", "truncate", "fork", "reorder", "reset", "contents", "poison", "refusal", "last",
+            "uncached_forward", "length", "free_slots", "truncate", "fork", "reorder", "reset", "contents", "poison", "refusal", "last_only",
         ),
         dtypes=("float32", "float16"),
         devices=("cpu", "cuda"),
         overflow="refused",
         memory="capacity",
-        dead_slots="any",
+        unused_slots="any",
         intermediates="storage",  # as ``onnx``, whose graph ``full`` is; alibi's bias is given in the config's dtype
     )  # fmt: skip
 
@@ -95,7 +95,7 @@ class OnnxShared(OnnxSubject):
     def length(self, cache: Shared) -> list[int]:
         return [cache.length] * cache.batch
 
-    def room(self, cache: Shared) -> list[int]:
+    def free_slots(self, cache: Shared) -> list[int]:
         return [self.config.capacity - cache.length] * cache.batch
 
     def contents(self, cache: Shared) -> list[list[tuple[Array, Array]]]:
@@ -131,7 +131,7 @@ class OnnxShared(OnnxSubject):
         return cache
 
     # --- arithmetic ---
-    def step(self, cache: Shared, *inputs: Array, last: bool = False) -> tuple[Array, Shared]:
+    def step(self, cache: Shared, *inputs: Array, last_only: bool = False) -> tuple[Array, Shared]:
         t = check_inputs(self.config, cache.batch, inputs)
         past = cache.length
         if past + t > self.config.capacity:
@@ -140,9 +140,9 @@ class OnnxShared(OnnxSubject):
             axis = 1 if self.config.profile == "decoder" else 2
             ones = [[x.take([column], axis) for x in inputs] for column in range(t)]
             made = [self.append(cache, one, past + column, False) for column, one in enumerate(ones)]
-            output = made[-1] if last else np.concatenate(made, axis)
+            output = made[-1] if last_only else np.concatenate(made, axis)
         else:
-            output = self.append(cache, inputs, past, last)
+            output = self.append(cache, inputs, past, last_only)
         cache.length = past + t  # only now: a step that raised has added nothing
         return output, cache
 
@@ -199,4 +199,4 @@ class OnnxShared(OnnxSubject):
         _, cache = self.step(self.start(1), *self.probe(2))
         for t in (2, 1):
             self.step(cache, *self.probe(t))
-        self.full(*self.probe(2))
+        self.uncached_forward(*self.probe(2))

@@ -1,6 +1,6 @@
 """``list-cache``: each token's key and value is an entry of a list, and every step stacks the lists.
 
-The lists belong to the sequence. A list of the whole program, which is never cleared, is in the fault zoo
+The lists belong to the sequence. A list of the whole program, which is never cleared, is in the fault catalogue
 (``faults/published.py``).
 """
 
@@ -45,7 +45,9 @@ class ListCache(Torch):
     def start(self, batch: int) -> Lists:
         return Lists(batch, [[] for _ in range(self.config.layers)], [[] for _ in range(self.config.layers)])
 
-    def step(self, cache: Lists, *inputs: Array, metered: bool = False, last: bool = False) -> tuple[Array, Lists]:
+    def step(
+        self, cache: Lists, *inputs: Array, count_macs: bool = False, last_only: bool = False
+    ) -> tuple[Array, Lists]:
         start = cache.length
         s = start + self.admit(inputs, cache.batch, start)
         sights = self.sights.of(slice(start, s), s)
@@ -57,12 +59,12 @@ class ListCache(Torch):
             keys, values = torch.stack(cache.keys[layer], dim=2), torch.stack(cache.values[layer], dim=2)
             return attend_to(self.config, sights[layer], query, keys, values)
 
-        return self.run(inputs, slice(start, s), attend, metered, last), cache
+        return self.run(inputs, slice(start, s), attend, count_macs, last_only), cache
 
     def length(self, cache: Lists) -> list[int]:
         return [cache.length] * cache.batch
 
-    def room(self, cache: Lists) -> list[int]:
+    def free_slots(self, cache: Lists) -> list[int]:
         return [self.config.capacity - cache.length] * cache.batch
 
     def contents(self, cache: Lists) -> list[list[tuple[Array, Array]]]:

@@ -69,22 +69,22 @@ class ModuleBuffers(Torch):
         super().__init__(config, weights, device)
         self.layers = [self.module(config, layer, self.sights).eval() for layer in range(config.layers)]
 
-    def full(self, *inputs: Array, last: bool = False) -> Array:
-        return self.through(inputs, self.admit(inputs, None, 0), use_cache=False, last=last)
+    def uncached_forward(self, *inputs: Array, last_only: bool = False) -> Array:
+        return self.through(inputs, self.admit(inputs, None, 0), use_cache=False, last_only=last_only)
 
     def start(self, batch: int) -> Rows:
         return self.reset(batch)
 
-    def step(self, rows: Rows, *inputs: Array, metered: bool = False, last: bool = False) -> tuple[Array, Rows]:
-        return self.through(inputs, self.admit(inputs, rows, self.held), True, metered, last), rows
+    def step(self, rows: Rows, *inputs: Array, count_macs: bool = False, last_only: bool = False) -> tuple[Array, Rows]:
+        return self.through(inputs, self.admit(inputs, rows, self.held), True, count_macs, last_only), rows
 
     def through(
-        self, inputs: tuple[Array, ...], t: int, use_cache: bool, metered: bool = False, last: bool = False
+        self, inputs: tuple[Array, ...], t: int, use_cache: bool, count_macs: bool = False, last_only: bool = False
     ) -> Array:
         """The output for ``t`` tokens, on the cache or without one."""
         start = self.held if use_cache else 0
         attend: Attend = lambda layer, q, k, v: self.layers[layer](q, k, v, use_cache)  # noqa: E731
-        return self.run(inputs, slice(start, start + t), attend, metered, last)
+        return self.run(inputs, slice(start, start + t), attend, count_macs, last_only)
 
     @property
     def held(self) -> int:
@@ -94,7 +94,7 @@ class ModuleBuffers(Torch):
     def length(self, rows: Rows) -> list[int]:
         return [self.held] * rows
 
-    def room(self, rows: Rows) -> list[int]:
+    def free_slots(self, rows: Rows) -> list[int]:
         return [self.config.capacity - self.held] * rows
 
     def buffers(self) -> list[tuple[Tensor, Tensor]]:

@@ -34,12 +34,12 @@ class PastTuples(Torch):
     def start(self, batch: int) -> Past:
         return batch, (None,) * self.config.layers
 
-    def full(self, *inputs: Array, last: bool = False) -> Array:
+    def uncached_forward(self, *inputs: Array, last_only: bool = False) -> Array:
         t = self.admit(inputs, None, 0)
         attend: Attend = lambda layer, q, k, v: self.attend(layer, q, k, v, None)[0]  # noqa: E731
-        return self.run(inputs, slice(0, t), attend, last=last)
+        return self.run(inputs, slice(0, t), attend, last_only=last_only)
 
-    def step(self, past: Past, *inputs: Array, metered: bool = False, last: bool = False) -> tuple[Array, Past]:
+    def step(self, past: Past, *inputs: Array, count_macs: bool = False, last_only: bool = False) -> tuple[Array, Past]:
         batch, layers = past
         start = tokens(past)
         t = self.admit(inputs, batch, start)
@@ -50,7 +50,7 @@ class PastTuples(Torch):
             present.append(made)
             return output
 
-        return self.run(inputs, slice(start, start + t), attend, metered, last), (batch, present)
+        return self.run(inputs, slice(start, start + t), attend, count_macs, last_only), (batch, present)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, past_kv: Layer | None
@@ -64,7 +64,7 @@ class PastTuples(Torch):
     def length(self, past: Past) -> list[int]:
         return [tokens(past)] * past[0]
 
-    def room(self, past: Past) -> list[int]:
+    def free_slots(self, past: Past) -> list[int]:
         return [self.config.capacity - s for s in self.length(past)]
 
     def contents(self, past: Past) -> list[list[tuple[Array, Array]]]:

@@ -1,4 +1,4 @@
-"""What black boxes in torch share: numpy to torch and back, and weights that are disturbed by noise."""
+"""What black boxes in torch share: numpy to torch and back, and weights that are perturbed by noise."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 Array = NDArray[Any]
 
 
-def disturbed(module: nn.Module, storage: float, accumulation: float, seed: int) -> nn.Module:
-    """A copy whose floating-point weights are disturbed (``kvconform.backend.BlackBox.disturbed``).
+def perturbed(module: nn.Module, storage: float, accumulation: float, seed: int) -> nn.Module:
+    """A copy whose floating-point weights are perturbed (``kvconform.backend.BlackBox.perturbed``).
 
     Weights that two names share stay shared. Buffers (tables of angles, masks, caches) stay as they are.
     """

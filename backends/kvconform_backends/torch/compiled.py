@@ -44,7 +44,7 @@ RECOMPILES = 128
 """Graphs that all subjects in one process may have: the limit is per code object, and they share the step's code.
 Each config may be asked for in three dtypes, and a decoder makes six graphs in each."""
 MATRICES = ("query_key_value", "output", "gate_up", "down", "lm_head")
-LEFT_OUT = ("full", "ragged", "mask", "work", "poison")
+LEFT_OUT = ("uncached_forward", "ragged", "mask", "macs", "poison")
 REPLAYED = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
 """On CUDA: what ``mode="reduce-overhead"`` sets, for graphs without a dynamic size. Another would be recorded anew for
 each size."""
@@ -90,7 +90,7 @@ class Compiled(CountedGraphs, EagerStatic):
     family = Looped
     claims = replace(
         EagerStatic.claims,
-        abilities=(*(name for name in EagerStatic.claims.abilities if name not in LEFT_OUT), "graphs"),
+        abilities=(*(name for name in EagerStatic.claims.abilities if name not in LEFT_OUT), "graph_count"),
         padding=("right",),
         max_graphs=6,
     )
@@ -139,18 +139,18 @@ class Compiled(CountedGraphs, EagerStatic):
         return cache
 
     @torch.no_grad()
-    def step(self, cache: Buffers, *inputs: Array, last: bool = False) -> tuple[Array, Buffers]:  # type: ignore[override]
+    def step(self, cache: Buffers, *inputs: Array, last_only: bool = False) -> tuple[Array, Buffers]:  # type: ignore[override]
         past = cache.lengths[0]
         t = self.admit(inputs, cache.batch, past)
         # clone: canonical strides, also of axes of size 1, where numpy's may be anything and would ask for a new graph
         given = [self.tensor(x).clone(memory_format=torch.contiguous_format) for x in inputs]
-        last = last and t > 1
+        last = last_only and t > 1
         self.prepare(cache.batch, t, last)
         output = self.call(given, past, t, cache, last)
         cache.lengths = [past + t] * cache.batch
         return self.array(output), cache
 
-    def graphs(self) -> int:
+    def graph_count(self) -> int:
         return self.built
 
     def prepare(self, batch: int, t: int, last: bool) -> None:
@@ -191,9 +191,9 @@ class Compiled(CountedGraphs, EagerStatic):
             self.fallback = "a step ran eagerly: no compiled graph was executed"
         return output
 
-    def witness(self) -> dict[str, Any]:
+    def runtime_info(self) -> dict[str, Any]:
         return {
-            **super().witness(),
+            **super().runtime_info(),
             "compiler": self.compiler,
             "graphs": self.built,
             "recompilations": max(0, self.built - 1),

@@ -234,14 +234,14 @@ class Decoder(nn.Module):
             self.register_buffer("cos", torch.tensor(cos, dtype=torch.float32, device=device))  # (capacity, d)
             self.register_buffer("sin", torch.tensor(sin, dtype=torch.float32, device=device))
 
-    def forward(self, tokens: Tensor, positions: Positions, attend: Attend, last: bool = False) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Positions, attend: Attend, last_only: bool = False) -> Tensor:
         x = functional.embedding(tokens, self.embed)  # (b, t, width)
         if self.config.positions == "learned":
             x = x + self.position[positions]
         rotate = self.rotation(positions)
         for block in self.blocks:
             x = block(x, rotate, attend, self.multiply)
-        if last:
+        if last_only:
             x = x[:, -1:]
         return self.multiply(functional.rms_norm(x, x.shape[-1:], self.norm_final, 1e-6), self.lm_head)
 

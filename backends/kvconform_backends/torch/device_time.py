@@ -97,7 +97,7 @@ class Allocator:
 
 
 class DeviceTime:
-    """Device times of one backend, and how they came about (``said``, for its witness).
+    """Device times of one backend, and how they came about (``said``, for its runtime_info).
 
     ``backend``: one with the seams of ``eager.Torch``: ``tensor`` (numpy to device), ``array`` (device to numpy) and
     ``decoder``. None: there are no seams, only CUPTI can tell, and its copies between host and device do not count.

@@ -32,8 +32,8 @@ Index = tuple[Any, ...]
 COMMON = Claims(
     profiles=("attention", "decoder"),
     abilities=(
-        "full", "length", "room", "truncate", "fork", "reorder", "reset", "refusal", "mask", "contents", "bytes",
-        "work", "generate", "last",
+        "uncached_forward", "length", "free_slots", "truncate", "fork", "reorder", "reset", "refusal", "mask", "contents", "bytes",
+        "macs", "generate", "last_only",
     ),
     dtypes=("float32", "bfloat16", "float16"),
     devices=("cpu", "cuda"),
@@ -42,7 +42,7 @@ COMMON = Claims(
 
 
 class Torch(Counted):
-    """What both caches share: numpy to torch and back, the forward without a cache, and the witness."""
+    """What both caches share: numpy to torch and back, the forward without a cache, and the runtime_info."""
 
     claims = COMMON
     family: type[Decoder] = Decoder
@@ -59,15 +59,15 @@ class Torch(Counted):
         self.decoder = self.family(config, weights, device).eval() if config.profile == "decoder" else None
         self.sights = Sights(config, device)
         self.seen_on: str | None = None  # the device of the last output
-        self.counted = 0  # multiply-adds of the last metered step
+        self.counted = 0  # multiply-adds of the last count_macs step
         self.device_time = device_time.DeviceTime(device, self)
         self.allocator = device_time.Allocator()
 
-    def full(self, *inputs: Array, last: bool = False) -> Array:
+    def uncached_forward(self, *inputs: Array, last_only: bool = False) -> Array:
         t = self.admit(inputs, None, 0)
         sights = self.sights.of(slice(0, t), t)
         attend: Attend = lambda layer, q, k, v: attend_to(self.config, sights[layer], q, k, v)  # noqa: E731
-        return self.run(inputs, slice(0, t), attend, last=last)
+        return self.run(inputs, slice(0, t), attend, last_only=last_only)
 
     def generate(self, tokens: Array, new: int) -> Array:
         return greedy(self, tokens, new)
@@ -88,31 +88,31 @@ class Torch(Counted):
         inputs: tuple[Array, ...],
         positions: Positions,
         attend: Attend,
-        metered: bool = False,
-        last: bool = False,
+        count_macs: bool = False,
+        last_only: bool = False,
     ) -> Array:
         """The new tokens' output, or the last one's alone, whose attention goes through ``attend``: layer 0 alone, or
         the decoder's layers."""
-        with self.meter() if metered else nullcontext():
+        with self.meter() if count_macs else nullcontext():
             if self.decoder is None:
                 query, key, value = (self.tensor(x) for x in inputs)
                 output = attend(0, query, key, value)
             else:
-                output = self.decoder(self.tensor(inputs[0]), positions, attend, last)
+                output = self.decoder(self.tensor(inputs[0]), positions, attend, last_only)
         return self.array(output)
 
     @contextmanager
     def meter(self) -> Iterator[None]:
         """Counts multiply-adds: every matrix product's, ``2 * m * n * k`` FLOPs being ``m * n * k`` of them.
 
-        torch's counter does not know the fused kernel of CPU attention and takes it for 0 FLOPs. A metered step
+        torch's counter does not know the fused kernel of CPU attention and takes it for 0 FLOPs. A count_macs step
         therefore attends by SDPA's two plain matrix products, which read the same keys.
         """
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             yield
         self.counted = counter.get_total_flops() // 2
 
-    def work(self) -> int:
+    def macs(self) -> int:
         return self.counted
 
     def synchronise(self) -> None:
@@ -144,7 +144,7 @@ class Torch(Counted):
             raise ValueError(f"the mask has the shape {mask.shape}, want {(batch, s)}: rows, cached and new tokens")
         return torch.from_numpy(mask.copy()).to(self.device)
 
-    def witness(self) -> dict[str, Any]:
+    def runtime_info(self) -> dict[str, Any]:
         c = self.config
         query = torch.zeros(1, c.heads, 2, c.head_dim, dtype=self.dtype, device=self.device)
         keys = torch.zeros(1, c.kv_heads, 2, c.head_dim, dtype=self.dtype, device=self.device)
@@ -169,7 +169,7 @@ class Eager(Torch):
     """Past tuples: every step concatenates and returns new ones, none is ever written again."""
 
     cache_design = "concatenation"
-    claims = replace(COMMON, abilities=(*COMMON.abilities, "functional"), memory="length")
+    claims = replace(COMMON, abilities=(*COMMON.abilities, "immutable"), memory="length")
 
     def start(self, batch: int) -> Past:
         c = self.config
@@ -177,7 +177,7 @@ class Eager(Torch):
         return ((empty, empty),) * c.layers
 
     def step(
-        self, cache: Past, *inputs: Array, mask: Array | None = None, metered: bool = False, last: bool = False
+        self, cache: Past, *inputs: Array, mask: Array | None = None, count_macs: bool = False, last_only: bool = False
     ) -> tuple[Array, Past]:
         batch, _, past, _ = cache[0][0].shape
         s = past + self.admit(inputs, batch, past)
@@ -190,14 +190,14 @@ class Eager(Torch):
             grown.append((keys, values))
             return attend_to(self.config, sights[layer], query, keys, values)
 
-        output = self.run(inputs, slice(past, s), attend, metered, last)
+        output = self.run(inputs, slice(past, s), attend, count_macs, last_only)
         return output, tuple(grown)
 
     def length(self, cache: Past) -> list[int]:
         batch, _, s, _ = cache[0][0].shape
         return [s] * batch
 
-    def room(self, cache: Past) -> list[int]:
+    def free_slots(self, cache: Past) -> list[int]:
         return [self.config.capacity - s for s in self.length(cache)]
 
     def contents(self, cache: Past) -> list[list[tuple[Array, Array]]]:
@@ -259,8 +259,8 @@ class EagerStatic(Torch):
         counts: Array | None = None,
         padding: str = "right",
         mask: Array | None = None,
-        metered: bool = False,
-        last: bool = False,
+        count_macs: bool = False,
+        last_only: bool = False,
     ) -> tuple[Array, Buffers]:
         t = check_inputs(self.config, cache.batch, inputs)
         added = [t] * cache.batch if counts is None else check_counts(counts, cache.batch, t)
@@ -277,7 +277,7 @@ class EagerStatic(Torch):
             values[slots] = value[columns]
             return attend_to(self.config, sights[layer], query, keys, values)
 
-        output = self.run(inputs, positions, attend, metered, last)
+        output = self.run(inputs, positions, attend, count_macs, last_only)
         cache.lengths = lengths  # only now: a step that raised has added nothing
         return output, cache
 
@@ -301,7 +301,7 @@ class EagerStatic(Torch):
     def length(self, cache: Buffers) -> list[int]:
         return list(cache.lengths)
 
-    def room(self, cache: Buffers) -> list[int]:
+    def free_slots(self, cache: Buffers) -> list[int]:
         return [self.config.capacity - length for length in cache.lengths]
 
     def contents(self, cache: Buffers) -> list[list[tuple[Array, Array]]]:

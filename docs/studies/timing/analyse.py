@@ -19,7 +19,7 @@ from timing.rules import ALPHA, RULES, Rule, Samples, least, mean, middle, ranke
 from kvconform.bench import protocol
 from kvconform.bench.analysis.intervals import interval, rank, student
 from kvconform.bench.gate.sign_flip import CONFIRM, REGRESSION, RESTARTS, SCREEN, find
-from kvconform.bench.protocol import ENOUGH_ROUNDS, NARROW
+from kvconform.bench.protocol import ENOUGH_ROUNDS, TARGET_HALF_WIDTH
 
 Values = NDArray[np.float64]
 Draws = NDArray[np.int64]
@@ -99,7 +99,7 @@ def stopped(pool: Pool, arm: str) -> tuple[Values, Values]:
     for logs in pool.logs(arm):
         for n in range(min(ENOUGH_ROUNDS, len(logs)), len(logs) + 1, EVERY):
             point, low, high = interval(logs[:n].tolist())
-            if (high - low) / 2 <= NARROW:
+            if (high - low) / 2 <= TARGET_HALF_WIDTH:
                 break
         estimates.append(point)
         taken.append(n)

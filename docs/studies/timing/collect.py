@@ -28,14 +28,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.bench.client import Clock
+from kvconform.bench.client import TimingClient
 from kvconform.bench.presets import Preset
 from kvconform.bench.protocol import processors, variables
 from kvconform.bench.record import Arm
 from kvconform.bench.worker.timer import digest, tokens
 from kvconform.files import read_versioned, write_atomically
 from kvconform.host import load_average, machine
-from kvconform.worker.client import Infrastructure, Launch, Subject
+from kvconform.worker.client import BackendUnavailable, Subject, WorkerSpec
 from kvconform_specs.config import Config
 
 SCHEMA = "kv-proof/1"
@@ -142,8 +142,8 @@ def collect(
 ) -> Proof:
     """Takes samples in so many restarts of each condition; ``out`` grows with each restart.
 
-    An interrupt (Ctrl-C) keeps what is measured. Raises Infrastructure where a worker cannot be started,
-    ``clock.Lost`` where one dies.
+    An interrupt (Ctrl-C) keeps what is measured. Raises BackendUnavailable where a worker cannot be started,
+    ``clock.BackendLost`` where one dies.
     """
     began = time.perf_counter()
     protocol = {
@@ -190,14 +190,14 @@ def _restart(proof: Proof, condition: str, number: int, seed: tuple[int, ...]) -
     marks = [time.perf_counter()]
     with ExitStack() as stack:
         for index in drawn.permutation(len(arms)):  # of equal workers the first ones may lie elsewhere in memory
-            launch = Launch(ADDRESSES[PLANTED[arms[index]]], environment=variables(1), cpus=processors(1, number))
+            launch = WorkerSpec(ADDRESSES[PLANTED[arms[index]]], environment=variables(1), cpus=processors(1, number))
             subject = subjects[arms[index]] = stack.enter_context(Subject(launch))
             refused = subject.build(PRESET.config)
             if refused is not None:
-                raise Infrastructure(refused)
+                raise BackendUnavailable(refused)
         proof.software.update(subjects[arms[0]].environment)
         digests = {PRESET.name: digest(tokens(PRESET.config, proof.protocol["seed"]))}
-        clock = Clock(subjects, proof.protocol["seed"], digests)
+        clock = TimingClient(subjects, proof.protocol["seed"], digests)
 
         def blocks(arm: str, count: int) -> list[int]:
             return [int(block[0]) for block in clock.blocks(PRESET, Arm(arm, "decode"), depth, 1, count)]
@@ -212,7 +212,7 @@ def _restart(proof: Proof, condition: str, number: int, seed: tuple[int, ...]) -
         for index in drawn.permutation(len(arms)):
             rows[arms[index]] = blocks(arms[index], alone)
         marks.append(time.perf_counter())
-        said = {arm: subjects[arm].witness(PRESET.config) for arm in arms}
+        said = {arm: subjects[arm].runtime_info(PRESET.config) for arm in arms}
     series = [
         Series(arm, packed(paired[arm]), packed(rows[arm]), said[arm]["own_ns"], said[arm]["extra_ns"]) for arm in arms
     ]

@@ -37,7 +37,7 @@ from timing.rules import ALPHA, RULES
 from kvconform.bench.analysis.intervals import t95
 from kvconform.bench.gate.self_test import SelfTest, history
 from kvconform.bench.gate.sign_flip import CONFIRM, LEVEL, RATE, RESTARTS, SCREEN, SMALLEST
-from kvconform.bench.protocol import ENOUGH_ROUNDS, NARROW
+from kvconform.bench.protocol import ENOUGH_ROUNDS, TARGET_HALF_WIDTH
 from kvconform.files import write_atomically
 
 STARTS, SAMPLES, HISTORY = "latency-starts.svg", "latency-samples.svg", "gate-history.jsonl"
@@ -67,7 +67,7 @@ def render(proof: Proof, tests: Sequence[SelfTest] = ()) -> dict[str, str]:
         "processes, one ratio, unless more starts are named; their time is that of starting, too.",
         *(_errors(pool) for pool in found),
         f"One start ends by the rule of `pair-v1`: {ENOUGH_ROUNDS} rounds, and half of the interval of its median at "
-        f"most {_percent(NARROW)}.",
+        f"most {_percent(TARGET_HALF_WIDTH)}.",
         "## Whether an interval is honest",
         "A 95 % interval is to hold the truth 95 times of 100. Of each: half its width (median), and how often it "
         f"holds the truth, over all starts or over {DRAWS} draws of distinct starts.",

@@ -1,6 +1,6 @@
 """Planted slowdowns: the numpy decoder with a known extra share of CPU time in each step.
 
-What a stopwatch says of them is held against what they say of themselves: ``witness`` tells the CPU time of the work
+What a stopwatch says of them is held against what they say of themselves: ``runtime_info`` tells the CPU time of the work
 and of the slowdown so far. Both are of this thread alone, so that neither a preemption nor another process counts, and
 a step makes good what the one before it overshot: the share is exact over a run, and within one look at the clock
 (below a microsecond on Linux) in every step.
@@ -33,8 +33,8 @@ class Slowed(NumpyCache):
         self.extra_ns += now - done
         return found
 
-    def witness(self) -> dict[str, Any]:
-        return {**super().witness(), "own_ns": self.own_ns, "extra_ns": self.extra_ns}
+    def runtime_info(self) -> dict[str, Any]:
+        return {**super().runtime_info(), "own_ns": self.own_ns, "extra_ns": self.extra_ns}
 
 
 class Slower5(Slowed):

@@ -12,12 +12,12 @@ from kvconform.bench.presets import Preset
 from kvconform.bench.protocol import WARM_AGREE, WARM_BLOCK_NS, WARM_SECONDS, WARM_STEPS
 from kvconform.bench.record import CEILINGS, Arm
 from kvconform.bench.worker.timer import Block
-from kvconform.worker.client import BUILD_TIMEOUT, Death, Infrastructure, Subject
+from kvconform.worker.client import BUILD_TIMEOUT, BackendUnavailable, Subject, WorkerDied
 from kvconform.worker.protocol import Header
 from kvconform_specs.config import Config
 
 
-class Lost(Exception):
+class BackendLost(Exception):
     """A backend can no longer be timed on a preset: which, and why."""
 
     def __init__(self, backend: str, why: str) -> None:
@@ -25,7 +25,7 @@ class Lost(Exception):
         self.backend, self.why = backend, why
 
 
-class Clock:
+class TimingClient:
     """``subjects``: the live ones by name, the reference first: the machine's ceilings are measured in its worker.
     ``digests``: of the tokens that each preset's arms must be timed on, made from ``seed``."""
 
@@ -45,21 +45,21 @@ class Clock:
         timeout: float | None = None,
     ) -> list[Block]:
         """``count`` blocks of ``steps`` calls each, or of a generation; ``timeout`` in seconds, the step timeout if
-        None. Raises Lost."""
+        None. Raises BackendLost."""
         asked = {"op": "clock", "phase": arm.phase, "depth": depth, "steps": steps, "count": count, "new": new}
         reply = self._ask(preset, arm, depth, {**asked, "batch": batch}, timeout)
         if reply["digest"] != self.digests[preset.name]:
-            raise Lost(arm.backend, "its interpreter makes other tokens of the same seed")
+            raise BackendLost(arm.backend, "its interpreter makes other tokens of the same seed")
         return [_block(told) for told in reply["blocks"]]
 
     def device(self, preset: Preset, arm: Arm, depth: int, steps: int, count: int, *, batch: int = 1) -> list[int]:
-        """The device's own nanoseconds of ``count`` blocks: see ``Stopwatch.device``. Raises Lost."""
+        """The device's own nanoseconds of ``count`` blocks: see ``Timer.device``. Raises BackendLost."""
         asked = {"op": "device", "phase": arm.phase, "depth": depth, "steps": steps, "count": count, "batch": batch}
         found: list[int] = self._ask(preset, arm, depth, asked, BUILD_TIMEOUT)["ns"]
         return found
 
     def memory(self, preset: Preset, backend: str, depth: int, batch: int) -> dict[str, int | None]:
-        """What the cache of a backend takes: see ``Stopwatch.memory``. Raises Lost."""
+        """What the cache of a backend takes: see ``Timer.memory``. Raises BackendLost."""
         message = {"op": "memory", "depth": depth, "batch": batch}
         found: dict[str, int | None] = self._ask(preset, Arm(backend, "prefill"), depth, message, None)["memory"]
         return found
@@ -69,8 +69,8 @@ class Clock:
         common = {"config": config_of(subject, preset).to_json(), "timed": preset.config.to_json(), "seed": self.seed}
         try:
             return subject.ask({**common, **message}, timeout or subject.launch.step_timeout)
-        except (Death, Infrastructure) as words:
-            raise Lost(arm.backend, f"{arm.phase}({depth}): {words}") from words
+        except (WorkerDied, BackendUnavailable) as words:
+            raise BackendLost(arm.backend, f"{arm.phase}({depth}): {words}") from words
 
     def warm(self, preset: Preset, arm: Arm, depth: int, limit: float, batch: int = 1) -> float:
         """Runs an arm until it has come to rest, at most ``limit`` seconds. Returns nanoseconds per step."""
@@ -94,5 +94,5 @@ def _block(told: Mapping[str, Any]) -> Block:
 
 def config_of(subject: Subject, preset: Preset) -> Config:
     """What a subject is built for: the preset's config; a black box's own, with the preset's capacity."""
-    own = list(subject.points.values())
+    own = list(subject.configs.values())
     return preset.config if not own else replace(own[0], capacity=preset.config.capacity)

@@ -20,16 +20,16 @@ from kvconform.bench.presets import Preset
 from kvconform.bench.worker.gpu import unfit
 from kvconform.bench.worker.timer import digest, tokens
 from kvconform.results.results import exit_code, missing_core, read
-from kvconform.worker.client import Launch, Subject, unproven
-from kvconform.worker.execute import Done
+from kvconform.worker.client import Subject, WorkerSpec, unproven
+from kvconform.worker.execute import StepResult
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
-from kvconform_specs.program import Append, Close, Full, Program, Step, Truncate
+from kvconform_specs.program import Append, Close, Program, Step, Truncate, UncachedForward
 from kvconform_specs.reference import bounds
 from kvconform_specs.reference.definition import Arithmetic, Attended, attention, decoder
-from kvconform_specs.reference.oracle import Own
+from kvconform_specs.reference.oracle import ReferenceForward
 from kvconform_specs.tensors import weights
 
 Array = NDArray[np.floating]
@@ -42,7 +42,7 @@ MOST_STEPS = 16
 """Decode steps that are judged at each depth, and the most that are timed in one block."""
 
 
-def conformance(name: str, launch: Launch, results_dir: Path) -> str:
+def conformance(name: str, launch: WorkerSpec, results_dir: Path) -> str:
     """Why the results ``results_dir/<name>.json`` do not admit this backend, or nothing."""
     try:
         results = read(results_dir / f"{name}.json")
@@ -90,14 +90,14 @@ def unable(claims: Claims, preset: Preset) -> str:
     return ""
 
 
-def misfit(witness: Mapping[str, Any], threads: int, device: str) -> str:
+def misfit(runtime_info: Mapping[str, Any], threads: int, device: str) -> str:
     """Why what really ran gets no time, or nothing: it is not what its name says, or not on so many threads, nobody
     knows what it is, or it copies in every step."""
-    if witness.get("fallback"):
-        return f"not what its name says: {witness['fallback']}"
-    if witness.get("threads", threads) != threads:
-        return f"ran on {witness['threads']} threads, not on {threads}"
-    return unproven(witness, device) or unfit(witness) or ""
+    if runtime_info.get("fallback"):
+        return f"not what its name says: {runtime_info['fallback']}"
+    if runtime_info.get("threads", threads) != threads:
+        return f"ran on {runtime_info['threads']} threads, not on {threads}"
+    return unproven(runtime_info, device) or unfit(runtime_info) or ""
 
 
 def room(config: Config, depth: int) -> int:
@@ -129,8 +129,8 @@ def truth(config: Config, seed: int) -> Truth:
     return Truth(columns, value, bounds.decoder_bound(strays, bounds.RUNS, noise.gain))
 
 
-def own_truth(own: Own, config: Config, seed: int) -> Truth:
-    """Of a black box, by its own forward without a cache. Raises Death where that raises."""
+def own_truth(own: ReferenceForward, config: Config, seed: int) -> Truth:
+    """Of a black box, by its own forward without a cache. Raises WorkerDied where that raises."""
     columns = _drawn(config, seed)
     ids: NDArray[Any] = tokens(config, seed)
     value = own(ids, 0.0, 0.0, 0)[0].astype(np.float64)
@@ -163,7 +163,7 @@ def blockwise(query: Array, keys: Array, values: Array, config: Config, *, layer
 def parity(subject: Subject, preset: Preset, config: Config, seed: int, known: Truth) -> tuple[str, int]:
     """What is wrong with the subject's outputs on the timed inputs, or nothing; and how many numbers were compared.
 
-    ``config``: what the subject is built for, the preset's or a black box's own. Raises Death and Infrastructure where
+    ``config``: what the subject is built for, the preset's or a black box's own. Raises WorkerDied and BackendUnavailable where
     the subject cannot be asked.
     """
     if config is not preset.config and digest(tokens(config, seed)) != digest(tokens(preset.config, seed)):
@@ -192,28 +192,33 @@ def _calls(preset: Preset, claims: Claims, n: int, seed: int) -> Iterator[tuple[
             yield Append("timed", (1,), seed), n
     yield Close("timed"), 0
     if n in preset.depths:
-        for last in (False, True) if claims.can("last") else (False,):
-            yield (Full if claims.can("full") else Append)("whole", (n + 1,), seed, last=last), 0
-            if not claims.can("full"):
+        for last in (False, True) if claims.can("last_only") else (False,):
+            yield (
+                (UncachedForward if claims.can("uncached_forward") else Append)(
+                    "whole", (n + 1,), seed, last_only=last
+                ),
+                0,
+            )
+            if not claims.can("uncached_forward"):
                 yield Close("whole"), 0
 
 
 def _name(step: Step, first: int) -> str:
     """As the phases are called in a record."""
-    if isinstance(step, Append | Full) and step.seq == "whole":
-        return f"recompute{'-last' * step.last}({step.counts[0] - 1})"
+    if isinstance(step, Append | UncachedForward) and step.seq == "whole":
+        return f"recompute{'-last' * step.last_only}({step.counts[0] - 1})"
     if isinstance(step, Append):
         return f"prefill({step.counts[0]})" if first == 0 else f"decode({first})"
     return type(step).__name__.lower()
 
 
-def _wrong(step: Step, first: int, done: Done, config: Config, claims: Claims, known: Truth) -> tuple[str, int]:
+def _wrong(step: Step, first: int, done: StepResult, config: Config, claims: Claims, known: Truth) -> tuple[str, int]:
     if done.error is not None:
         return f"raised {done.error}", 0
-    if not isinstance(step, Append | Full):
+    if not isinstance(step, Append | UncachedForward):
         return "", 0
     t, got = step.counts[0], done.output
-    if step.last or (claims.returns == "last" and isinstance(step, Append)):
+    if step.last_only or (claims.returns == "last" and isinstance(step, Append)):
         first, t = first + t - 1, 1
     shape: tuple[Any, ...] = (1, 1, t, config.vocabulary)  # of one variant, one row
     if got is None or got.shape != shape or got.dtype != np.float32:

@@ -7,7 +7,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvconform.bench.analysis.ratios import APART, BUSY, VAGUE, WIDE
+from kvconform.bench.analysis.ratios import (
+    MAX_LOAD_PER_CORE,
+    MAX_RATIO_HALF_WIDTH,
+    MAX_RESTART_STD,
+    MAX_TIME_HALF_WIDTH,
+)
 from kvconform.bench.eligibility import COLUMNS, MOST_STEPS
 from kvconform.bench.presets import Preset
 from kvconform.bench.worker.timer import digest, tokens
@@ -25,7 +30,7 @@ WARM_STEPS, WARM_BLOCK_NS = 5, 20_000_000
 """A block of the warm-up: at most so many steps, and no more than fit this time."""
 WARM_SHARE = 0.1
 """The part of a case's seconds that its warm-up may take, all arms together."""
-ENOUGH_ROUNDS, NARROW = 60, 0.02
+ENOUGH_ROUNDS, TARGET_HALF_WIDTH = 60, 0.02
 """A case stops, in one restart, when it has so many rounds and all its intervals are this narrow (half-width of log
 ratios)."""
 ROUNDS_WANTED, OVERTIME = 6, 3.0
@@ -86,14 +91,14 @@ def described(
         "steps_rule": f"k = max(1, floor({BLOCK_NS / 1e6:g} ms / slowest arm's median step)), at most {MOST_STEPS}",
         "warm_up": f"3 block medians within {WARM_AGREE:.0%}, or {WARM_SECONDS:g} s an arm, "
         f"or {WARM_SHARE:.0%} of the case's time for all arms",
-        "stop_rule": f"{ENOUGH_ROUNDS} rounds and all half-widths <= {NARROW:.0%}, or {a_case} "
+        "stop_rule": f"{ENOUGH_ROUNDS} rounds and all half-widths <= {TARGET_HALF_WIDTH:.0%}, or {a_case} "
         f"(up to {OVERTIME:g} times that for the first {ROUNDS_WANTED} rounds)",
         "recompute": "a backend without a cache-less forward prefills all tokens instead",
         "seconds_per_case": seconds if budget is None else None,
         "seconds": budget,
         "phases": list(phases) or "all",
-        "validity": f"at least 2 restarts, half-width <= {WIDE:.0%}, standard deviation between restarts "
-        f"<= {APART:.0%}, load average <= {BUSY:g} x cores; of a time by itself: half-width <= {VAGUE:.0%}",
+        "validity": f"at least 2 restarts, half-width <= {MAX_RATIO_HALF_WIDTH:.0%}, standard deviation between restarts "
+        f"<= {MAX_RESTART_STD:.0%}, load average <= {MAX_LOAD_PER_CORE:g} x cores; of a time by itself: half-width <= {MAX_TIME_HALF_WIDTH:.0%}",
         "interval": "95 %, Student's t over the restarts' median log ratios",
         "conformance": f"{results}; outputs at every position of the timed inputs within the bound, "
         f"on at most {COLUMNS} drawn logits, in each restart",

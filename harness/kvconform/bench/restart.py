@@ -17,7 +17,7 @@ import numpy as np
 
 from kvconform.bench.analysis.intervals import times
 from kvconform.bench.analysis.ratios import half_width
-from kvconform.bench.client import Clock, Lost, config_of
+from kvconform.bench.client import BackendLost, TimingClient, config_of
 from kvconform.bench.eligibility import Truth, conformance, misfit, outdated, own_truth, parity, room, truth, unable
 from kvconform.bench.plans import Plan, plans, steps
 from kvconform.bench.presets import Preset
@@ -25,16 +25,16 @@ from kvconform.bench.protocol import (
     BLOCK_NS,
     DEVICE_BLOCKS,
     ENOUGH_ROUNDS,
-    NARROW,
     OVERTIME,
     ROUNDS_WANTED,
+    TARGET_HALF_WIDTH,
     WARM_SHARE,
     processors,
     variables,
 )
 from kvconform.bench.record import CEILINGS, MACHINE, Arm, Case, Memory, Once, Round, Tokens
 from kvconform.bench.worker.gpu import default_mhz, fast
-from kvconform.worker.client import BUILD_TIMEOUT, Death, Infrastructure, Launch, Subject
+from kvconform.worker.client import BUILD_TIMEOUT, BackendUnavailable, Subject, WorkerDied, WorkerSpec
 from kvconform_specs.config import ITEMSIZE
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Restart:
     def __init__(self, run: _Run, preset: Preset, number: int) -> None:
         self.run, self.record, self.preset, self.number = run, run.record, preset, number
         self.subjects: dict[str, Subject] = {}  # the reference first
-        self.clock = Clock(self.subjects, run.seed, run.record.protocol["input_digest"])
+        self.client = TimingClient(self.subjects, run.seed, run.record.protocol["input_digest"])
         self.admitted: list[str] = []
         self.loaded: dict[str, float] = {}  # seconds from starting a worker until it answered
         self.stack = ExitStack()
@@ -66,7 +66,7 @@ class Restart:
         self.stack.close()
 
     # --- who is admitted ---
-    def start(self, launches: Mapping[str, Launch]) -> None:
+    def start(self, launches: Mapping[str, WorkerSpec]) -> None:
         """Starts, builds and admits, in an order drawn by the seed.
 
         Of equal workers, those that came first were 2 to 5 % slower on weights of 100 MB (where their pages lie), and
@@ -81,7 +81,7 @@ class Restart:
             built = {name for name in started if self._build(name)}
             self.admitted = [name for name in self.subjects if name in built and self._admit(name, known)]
 
-    def _started(self, name: str, launch: Launch) -> Subject | None:
+    def _started(self, name: str, launch: WorkerSpec) -> Subject | None:
         run, began = self.run, time.perf_counter()
         artefacts = {"KVCONFORM_ARTEFACTS": str((run.out.parent / "artefacts").resolve())}
         launch = replace(
@@ -93,7 +93,7 @@ class Restart:
         if not why:
             try:
                 subject = self.stack.enter_context(Subject(launch))
-            except Infrastructure as sentence:
+            except BackendUnavailable as sentence:
                 why = str(sentence)
             else:
                 why = "" if run.results_dir is None else outdated(
@@ -105,7 +105,7 @@ class Restart:
         self.loaded[name] = round(time.perf_counter() - began, 3)
         self.record.software.setdefault(name, {
             "address": launch.address, "device": launch.device, "interpreter": launch.python,
-            "environment": subject.environment, "variables": launch.environment, "compared": {}, "witness": {},
+            "environment": subject.environment, "variables": launch.environment, "compared": {}, "runtime_info": {},
         })  # fmt: skip
         return subject
 
@@ -119,7 +119,7 @@ class Restart:
             if not why:
                 first = self._first_calls(name)
                 self.record.once.append(Once(preset.name, name, self.number, self.loaded[name], built, first))
-        except (Death, Infrastructure, Lost) as words:
+        except (WorkerDied, BackendUnavailable, BackendLost) as words:
             why = str(words)
         if why:
             self.run.expel(name, preset, why)
@@ -133,7 +133,7 @@ class Restart:
         for phase, n, batch in steps(plans(preset, self.run.phases)):
             if self._offered(self.subjects[name], (phase,)):
                 began = time.perf_counter()
-                self.clock.blocks(preset, Arm(name, phase), n, 1, 1, batch=batch, timeout=BUILD_TIMEOUT)
+                self.client.blocks(preset, Arm(name, phase), n, 1, 1, batch=batch, timeout=BUILD_TIMEOUT)
                 rows = f" x {batch}" if batch > 1 else ""
                 seconds[f"{phase}({n}){rows}"] = round(time.perf_counter() - began, 4)
         return seconds
@@ -141,32 +141,36 @@ class Restart:
     @staticmethod
     def _offered(subject: Subject, phases: tuple[str, ...]) -> list[str]:
         """The phases that a subject can do: some project the last position alone, some cannot."""
-        return [phase for phase in phases if not phase.endswith("-last") or subject.claims.can("last")]
+        return [phase for phase in phases if not phase.endswith("-last") or subject.claims.can("last_only")]
 
     def _admit(self, name: str, known: Future[Truth]) -> bool:
         """Whether the subject is right on the timed inputs, and is what its name says."""
         subject, preset, notes = self.subjects[name], self.preset, self.record.software[name]
         config = config_of(subject, preset)
         try:
-            by = known.result() if subject.own is None else own_truth(subject.own(config), config, self.run.seed)
+            by = (
+                known.result()
+                if subject.reference_forward is None
+                else own_truth(subject.reference_forward(config), config, self.run.seed)
+            )
             why, compared = parity(subject, preset, config, self.run.seed, by)
-            why = why or self._witness(name)
-        except (Death, Infrastructure) as words:
+            why = why or self._runtime_info(name)
+        except (WorkerDied, BackendUnavailable) as words:
             why, compared = str(words), 0
         if why:
             self.run.expel(name, preset, why)
             return False
         notes["compared"][preset.name] = compared
-        notes["recompute"] = "full" if subject.claims.can("full") else "prefill of all tokens"
+        notes["recompute"] = "full" if subject.claims.can("uncached_forward") else "prefill of all tokens"
         return True
 
-    def _witness(self, name: str) -> str:
+    def _runtime_info(self, name: str) -> str:
         """Keeps what really ran. Returns why that must have no time, or nothing."""
         try:
-            seen = self.subjects[name].witness(config_of(self.subjects[name], self.preset))
-        except (Death, Infrastructure) as words:
+            seen = self.subjects[name].runtime_info(config_of(self.subjects[name], self.preset))
+        except (WorkerDied, BackendUnavailable) as words:
             return f"died when it was asked what really ran: {words}"
-        self.record.software[name]["witness"][self.preset.name] = seen
+        self.record.software[name]["runtime_info"][self.preset.name] = seen
         return misfit(seen, self.run.threads, self.subjects[name].launch.device)
 
     # --- the rounds ---
@@ -180,7 +184,7 @@ class Restart:
             rounds, tokens = len(self.record.rounds), len(self.record.tokens)
             try:
                 self._case(plan, arms)
-            except Lost as lost:
+            except BackendLost as lost:
                 del self.record.rounds[rounds:], self.record.tokens[tokens:]
                 self._lose(lost.backend if lost.backend != MACHINE else self.admitted[0], lost.why)
             else:
@@ -212,7 +216,7 @@ class Restart:
         slowest = 0.0
         if not plan.new:
             limit = seconds * WARM_SHARE / len(arms)
-            slowest = max(self.clock.warm(preset, arm, plan.depth, limit, plan.batch) for arm in arms)
+            slowest = max(self.client.warm(preset, arm, plan.depth, limit, plan.batch) for arm in arms)
             if self.run.seconds is None:  # a deep cache takes long to fill; a budget counts that, a case's own time not
                 began = time.perf_counter()
         index = self._place(plan, arms, slowest)
@@ -226,7 +230,7 @@ class Restart:
             len(counted) < ROUNDS_WANTED * len(arms) and spent < OVERTIME * seconds
         ) or number < least:  # fmt: skip
             for place, arm in enumerate(int(i) for i in order.permutation(len(arms))):
-                (block,) = self.clock.blocks(
+                (block,) = self.client.blocks(
                     preset, arms[arm], plan.depth, case.steps, 1, batch=plan.batch, new=plan.new, timeout=LONG
                 )
                 timed = Round(
@@ -239,7 +243,7 @@ class Restart:
                     self.record.tokens.append(Tokens(index, self.number, number, arm, list(block.tokens)))
             number += 1
             enough = len(counted) >= ENOUGH_ROUNDS * len(arms) and number % 5 == 0
-            if enough and half_width(case, times(case, counted)) <= NARROW:
+            if enough and half_width(case, times(case, counted)) <= TARGET_HALF_WIDTH:
                 break
         self.run.tell(self._told(case, counted, number))
 
@@ -276,8 +280,8 @@ class Restart:
                     self._memory(name)
                 if self.subjects[name].launch.device == "cuda":
                     self._device_times(name)
-                why = self._witness(name)
-            except Lost as lost:
+                why = self._runtime_info(name)
+            except BackendLost as lost:
                 why = lost.why
             if why:
                 self._lose(name, why)
@@ -293,13 +297,13 @@ class Restart:
                 ][:DEVICE_BLOCKS]  # fmt: skip
                 if one.backend != name or case.preset != self.preset.name or case.new or not mine:
                     continue
-                told = self.clock.device(self.preset, one, case.depth, case.steps, len(mine), batch=case.batch)
+                told = self.client.device(self.preset, one, case.depth, case.steps, len(mine), batch=case.batch)
                 for at, ns in zip(mine, told, strict=True):
                     self.record.rounds[at] = msgspec.structs.replace(self.record.rounds[at], device_ns=ns)
 
     def _memory(self, name: str) -> None:
         c, depth = self.preset.config, self.preset.depths[-1]
         for batch in self.preset.batches:
-            told = self.clock.memory(self.preset, name, depth, batch)
+            told = self.client.memory(self.preset, name, depth, batch)
             analytic = 2 * c.layers * c.kv_heads * depth * c.head_dim * ITEMSIZE[c.dtype] * batch
             self.record.memory.append(Memory(self.preset.name, name, depth, batch, analytic, **told))

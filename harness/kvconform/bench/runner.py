@@ -23,7 +23,7 @@ from kvconform.bench.restart import Restart
 from kvconform.bench.worker.gpu import held
 from kvconform.files import family_of, read_versioned, write_atomically
 from kvconform.host import load_average, machine
-from kvconform.worker.client import Launch
+from kvconform.worker.client import WorkerSpec
 from kvconform_specs import SUITE_VERSION
 
 Tell = Callable[[str], None]
@@ -31,7 +31,7 @@ Advance = Callable[[float, float], None]
 
 
 def bench(
-    launches: Mapping[str, Launch],
+    launches: Mapping[str, WorkerSpec],
     presets: Mapping[str, Preset],
     results_dir: Path | None,
     out: Path,
@@ -53,7 +53,7 @@ def bench(
     run, from which those of a case follow then, warm-up included. phases: keeps these (``record.PHASES``); empty
     keeps all. tell: is given one line for each thing done; advance: the share that is done and the seconds that
     remain. An interrupt (Ctrl-C) ends the run and keeps what is measured: the record that is written and returned
-    has ``finished`` False then. Raises ``device.Busy`` where another benchmark holds the GPU.
+    has ``finished`` False then. Raises ``device.GpuBusy`` where another benchmark holds the GPU.
     """
     run = _Run(
         list(presets.values()), results_dir, out, seconds_per_case, restarts, seconds, seed, threads, tell,
@@ -93,7 +93,7 @@ class _Run:
             protocol=described(presets, results_dir, seconds_per_case, seed, threads, restarts, phases, seconds),
         )  # fmt: skip
 
-    def preset(self, preset: Preset, launches: Mapping[str, Launch]) -> None:
+    def preset(self, preset: Preset, launches: Mapping[str, WorkerSpec]) -> None:
         """All restarts of a preset. Who is lost in one is not in the next."""
         cases = plans(preset, self.phases)
         for number in range(self.restarts):

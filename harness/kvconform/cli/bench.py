@@ -21,13 +21,13 @@ from kvconform.bench.gate import self_test
 from kvconform.bench.gate.environments import environment
 from kvconform.bench.presets import Preset
 from kvconform.bench.record import PHASES, Record
-from kvconform.bench.worker.gpu import Busy
+from kvconform.bench.worker.gpu import GpuBusy
 from kvconform.cli.options import Device, Out, Pythons, Seed, launches, screen, usage
 from kvconform.results.gate import exit_code
 from kvconform.results.results import read
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.effort import BUDGETS
-from kvconform.worker.client import Infrastructure, Launch
+from kvconform.worker.client import BackendUnavailable, WorkerSpec
 from kvconform_specs.errors import SpecError
 
 TIMED = [phase for phase in PHASES if phase not in ("read", "multiply")]
@@ -125,7 +125,7 @@ def bench(
     raise typer.Exit(0 if record.rounds else NOTHING)
 
 
-def _counts(named: Mapping[str, Launch], chosen: Mapping[str, Preset], out: Path, baseline: Path | None) -> int:
+def _counts(named: Mapping[str, WorkerSpec], chosen: Mapping[str, Preset], out: Path, baseline: Path | None) -> int:
     before = None if baseline is None else counters.read(baseline)
     record = counters.count(named, chosen, out / "counters.json", _say)
     found = counters.broken(record) + ([] if before is None else counters.compare(before, record))
@@ -135,7 +135,12 @@ def _counts(named: Mapping[str, Launch], chosen: Mapping[str, Preset], out: Path
 
 
 def _gates(
-    named: Mapping[str, Launch], chosen: Mapping[str, Preset], base: str, head: str, out: Path, common: dict[str, Any]
+    named: Mapping[str, WorkerSpec],
+    chosen: Mapping[str, Preset],
+    base: str,
+    head: str,
+    out: Path,
+    common: dict[str, Any],
 ) -> int:
     """The worst exit code of the backends."""
     codes = []
@@ -154,7 +159,7 @@ def _gates(
 
 
 def _self_tests(
-    named: Mapping[str, Launch], chosen: Mapping[str, Preset], head: str, runs: int, out: Path, history: Path,
+    named: Mapping[str, WorkerSpec], chosen: Mapping[str, Preset], head: str, runs: int, out: Path, history: Path,
     common: dict[str, Any],
 ) -> int:  # fmt: skip
     """0, or 1 where there were more false alarms than the stated rate lets expect."""
@@ -176,7 +181,7 @@ def _default(chosen: Iterable[Preset]) -> list[str]:
     return list(dict.fromkeys(name for one in chosen for name in one.backends))
 
 
-def _judge(named: dict[str, Launch], out: Path) -> None:
+def _judge(named: dict[str, WorkerSpec], out: Path) -> None:
     """Judges whom nobody has judged yet, or not to the end."""
     for name, launch in named.items():
         path = out / f"{name}.json"
@@ -206,8 +211,8 @@ def _one_at_a_time() -> Iterator[None]:
     """A GPU that another benchmark holds is missing infrastructure."""
     try:
         yield
-    except Busy as sentence:
-        raise Infrastructure(str(sentence)) from None
+    except GpuBusy as sentence:
+        raise BackendUnavailable(str(sentence)) from None
 
 
 class _Shown:

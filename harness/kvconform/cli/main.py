@@ -33,7 +33,7 @@ from kvconform.mutation import record as audit_record
 from kvconform.mutation.fault import load_faults
 from kvconform.results import gate, results
 from kvconform.results.known_failures import EMPTY
-from kvconform.results.known_failures import read as read_ledger
+from kvconform.results.known_failures import read as read_known_failures
 from kvconform.results.results import Results
 from kvconform.run import check
 from kvconform.run.check import diagnosed
@@ -44,20 +44,20 @@ from kvconform.search.counterexample import Broken
 from kvconform.search.effort import BUDGETS, DEFAULT_BUDGET
 from kvconform.spec_docs import clause as explain
 from kvconform.spec_docs import page as spec_page
-from kvconform.worker.client import STEP_TIMEOUT, Infrastructure, Launch, Subject
+from kvconform.worker.client import STEP_TIMEOUT, BackendUnavailable, Subject, WorkerSpec
 from kvconform.worker.registry import installed
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case
 from kvconform_specs.clauses import BY_NAME, CHAPTERS
 from kvconform_specs.config import DTYPES
-from kvconform_specs.configs import POINTS, point
+from kvconform_specs.configs import CONFIGS, config_named
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Program
 
 # Hypothesis keeps tables of its own in a folder; the user's is no place for them
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir()) / "kvconform-hypothesis"))
 EXIT_CODES = (
-    "Exit codes: 0 conformant; 1 non-conformant, or a stale ledger; 2 usage; 3 infrastructure (backend absent, broken "
+    "Exit codes: 0 conformant; 1 non-conformant, or a stale known failure; 2 usage; 3 infrastructure (backend absent, broken "
     "or unsupported here); 4 regression; 5 only inconclusive, or core clauses without a pass."
 )
 app = typer.Typer(
@@ -65,18 +65,18 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 
-ZOO = "kvconform_backends.faults:FAULTS"
+CATALOGUE = "kvconform_backends.faults:FAULTS"
 """The faults that are audited unless others are named."""
 
 
 def main() -> None:
-    """Entry point: bad input and missing infrastructure are one sentence, not a traceback."""
+    """Entry config_named: bad input and missing infrastructure are one sentence, not a traceback."""
     try:
         app()
     except SpecError as error:
         errors.print(f"kvconform: {escape(str(error))}")
         sys.exit(2)
-    except Infrastructure as error:
+    except BackendUnavailable as error:
         errors.print(f"kvconform: {escape(str(error))}")
         sys.exit(3)
 
@@ -93,7 +93,7 @@ def run(
     config: Annotated[list[str], typer.Option(help="Only configs that begin so. Repeatable.")] = [],  # noqa: B006
     python: Pythons = [],  # noqa: B006
     step_timeout: Annotated[float, typer.Option(help="Seconds without progress that make a timeout.")] = STEP_TIMEOUT,
-    ledger: Annotated[Path | None, typer.Option(help="Ledger of known failures, a TOML file.")] = None,
+    known_failures: Annotated[Path | None, typer.Option(help="A TOML file of known failures.")] = None,
     shard: Annotated[str, typer.Option(help="Only part i of n of the cells, as i/n.")] = "",
 ) -> None:
     """Judges backends by every clause; writes OUT/<backend>.json and a counterexample for each failure.
@@ -103,7 +103,7 @@ def run(
     """
     if budget not in BUDGETS:
         raise usage(f"--budget: unknown budget {budget!r}; known: {', '.join(BUDGETS)}")
-    known = EMPTY if ledger is None else read_ledger(ledger)
+    known = EMPTY if known_failures is None else read_known_failures(known_failures)
     part = parse_shard(shard) if shard else None
     plan = Plan(BUDGETS[budget], seed, tuple(dtype), tuple(clause), tuple(config), part, explain=True)
     total = sum(1 for _ in cells(plan))
@@ -164,7 +164,7 @@ def check_command(
             task = progress.add_task(name, total=None)
             judged.append(
                 run_backend(
-                    name, Launch(address, device, python, step_timeout), plan, out,
+                    name, WorkerSpec(address, device, python, step_timeout), plan, out,
                     tell=lambda verdict, progress=progress, task=task: progress.advance(task),  # type: ignore[misc]
                     begin=lambda count, progress=progress, task=task: progress.update(task, total=count),  # type: ignore[misc]
                 )
@@ -215,7 +215,7 @@ def replay(
     case = Case.from_json(found.case, "case")
     before = [Program.from_json(program, f"before[{i}]") for i, program in enumerate(found.before)]
     address = backend or found.backend
-    with Subject(Launch(address, device or found.device, python, step_timeout)) as subject:
+    with Subject(WorkerSpec(address, device or found.device, python, step_timeout)) as subject:
         tried = counterexamples.replayed(BY_NAME[found.clause], subject, before, case)
         place = f"{found.clause} on {address}"
         if isinstance(tried, Broken):
@@ -269,7 +269,7 @@ _GATED = {gate.OK: "no regression", gate.NEW_FAILURE: "new failures", gate.REGRE
 @app.command(name="audit")
 def audit_command(
     names: Annotated[list[str], typer.Argument(help="Only faults, or clauses, that begin so; all if left out.")] = [],  # noqa: B006
-    faults: Annotated[str, typer.Option(help="The list of faults: module:LIST or path/file.py:LIST.")] = ZOO,
+    faults: Annotated[str, typer.Option(help="The list of faults: module:LIST or path/file.py:LIST.")] = CATALOGUE,
     budget: Annotated[list[str], typer.Option(help=f"{', '.join(BUDGETS)}. Repeatable.")] = ["smoke"],  # noqa: B006
     seed: Seed = 0,
     clauses: Annotated[str, typer.Option(help="expected: those that a fault names; all.")] = "expected",
@@ -280,7 +280,7 @@ def audit_command(
 ) -> None:
     """Tries backends that are wrong on purpose: which clauses kill them, and how fast?
 
-    0: all are killed and no control is convicted; 1: some fault survives, or a control is convicted; 3: some could not
+    0: all are killed and no control is detected; 1: some fault survives, or a control is detected; 3: some could not
     run here. An exception kills no fault for a clause about numbers.
     """
     for name in budget:
@@ -319,7 +319,7 @@ def report(
     from kvconform.files import write_atomically
 
     judged, speed, pairs, audited = _collect(files)
-    renderers = {point.name: point for point in entry_points(group="kvconform.reports")}
+    renderers = {config_named.name: config_named for config_named in entry_points(group="kvconform.reports")}
     folder = str(files[0].parent)
     write_atomically(out, renderers["html"].load()(judged, pairs, speed, folder=folder, audit=audited).encode())
     if junit is not None:
@@ -357,10 +357,10 @@ def backends() -> None:
     """Lists installed backends: ready, absent or broken, with the reason."""
     for name in installed():
         try:
-            with Subject(Launch(name)) as subject:
+            with Subject(WorkerSpec(name)) as subject:
                 claims = subject.claims
                 screen.print(escape(f"{name}: ready ({', '.join(claims.profiles)}; {', '.join(claims.dtypes)})"))
-        except Infrastructure as sentence:
+        except BackendUnavailable as sentence:
             screen.print(escape(f"{name}: {sentence}"))
 
 
@@ -402,12 +402,12 @@ def power_command(
     dtype: Annotated[str, typer.Option(help=f"Known: {', '.join(DTYPES)}.")] = "float32",
     write: Annotated[Path | None, typer.Option(help="Compute all dtypes and write the file that is shipped.")] = None,
 ) -> None:
-    """Computes the power certificate: which wrong models each clause rejects, and to which it is blind."""
+    """Computes the null-model power table: which wrong models each clause rejects, and to which it is blind."""
     if write is not None:
-        write_atomically(write, power.shipped_as(power.certificate(name) for name in DTYPES))
+        write_atomically(write, power.shipped_as(power.power_table(name) for name in DTYPES))
         return
-    point(next(iter(POINTS)), dtype)  # refuses a dtype that is not known
-    for row in power.certificate(dtype):
+    config_named(next(iter(CONFIGS)), dtype)  # refuses a dtype that is not known
+    for row in power.power_table(dtype):
         if row.note:
             screen.print(f"{row.clause:30}{row.note}")
         elif row.cases:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kvconform.api import file_name
-from kvconform.worker.client import STEP_TIMEOUT, Launch
+from kvconform.worker.client import STEP_TIMEOUT, WorkerSpec
 
 screen, errors = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -31,7 +31,7 @@ def usage(sentence: str) -> typer.Exit:
 
 def launches(
     backends: list[str], device: str, pythons: list[str], step_timeout: float = STEP_TIMEOUT
-) -> dict[str, Launch]:
+) -> dict[str, WorkerSpec]:
     """One launch for each backend, by the name of its results."""
     if device not in ("cpu", "cuda"):
         raise usage(f"--device: unknown device {device!r}; known: cpu, cuda")
@@ -45,7 +45,7 @@ def launches(
     unknown = sorted(set(own) - set(backends))
     if unknown:
         raise usage(f"--python: no backend {unknown[0]!r} in this run; given: {', '.join(backends)}")
-    made = {file_name(b): Launch(b, device, own.get(b, common), step_timeout) for b in backends}
+    made = {file_name(b): WorkerSpec(b, device, own.get(b, common), step_timeout) for b in backends}
     if len(made) < len(backends):
         raise usage(f"--backend: two of {', '.join(backends)} would write the same results")
     return made

@@ -27,7 +27,7 @@ def _told(observed: Sequence[Observed], name: str, words: str, want_of: Callable
     compared = 0
     for one in observed:
         for number, _step, rows in _after(one):
-            told = one.trace[number].told.get(name)
+            told = one.trace[number].reported.get(name)
             if told is None:
                 continue
             want = tuple(want_of(one, len(row)) for row in rows)
@@ -41,7 +41,7 @@ def contents(observed: Sequence[Observed]) -> Outcome:
     compared, worst = 0, 0.0
     for one in observed:
         for number in one.reads():
-            got, want, held = one.trace[number].output, one.want(number), one.trace[number].told["held"]
+            got, want, held = one.trace[number].output, one.want(number), one.trace[number].reported["token_counts"]
             assert got is not None
             for row, history in enumerate(want.rows):
                 shown = min(held[row], len(history))
@@ -63,25 +63,25 @@ def contents(observed: Sequence[Observed]) -> Outcome:
     return None, compared, worst if compared else None
 
 
-def kept(observed: Sequence[Observed]) -> Outcome:
+def stable_contents(observed: Sequence[Observed]) -> Outcome:
     """A token is known by its history, so that rows may move."""
     compared = 0
     for one in observed:
         known: dict[Row, tuple[int, Array]] = {}
         for number, _step, rows in _after(one):
-            output, told = one.trace[number].output, one.trace[number].told
-            if output is None or "held" not in told:
+            output, told = one.trace[number].output, one.trace[number].reported
+            if output is None or "token_counts" not in told:
                 continue
             for row, history in enumerate(rows):
-                shown = min(told["held"][row], len(history))
+                shown = min(told["token_counts"][row], len(history))
                 for slot in range(shown):
                     position = len(history) - shown + slot
-                    now = output[:, row, told["held"][row] - shown + slot]
+                    now = output[:, row, told["token_counts"][row] - shown + slot]
                     since, was = known.setdefault(history[: position + 1], (number, now))
                     if since == number:
                         continue
                     compared += now.size
-                    same = (now == was) | (np.isnan(now) & (one.claims.keeps == "window"))  # evicted by some layers
+                    same = (now == was) | (np.isnan(now) & (one.claims.retention == "window"))  # evicted by some layers
                     if not bool(np.all(same)):
                         n, element = (int(i) for i in np.argwhere(~same)[0])
                         words = (
@@ -92,12 +92,12 @@ def kept(observed: Sequence[Observed]) -> Outcome:
     return None, compared, None
 
 
-def held(observed: Sequence[Observed]) -> Outcome:
+def retained_count(observed: Sequence[Observed]) -> Outcome:
     compared = 0
     for one in observed:
-        window = _shown(one.program.config) if one.claims.keeps == "window" else None
+        window = _shown(one.program.config) if one.claims.retention == "window" else None
         for number, _step, rows in _after(one):
-            told = one.trace[number].told.get("held")
+            told = one.trace[number].reported.get("token_counts")
             if told is None:
                 continue
             compared += len(rows)
@@ -123,7 +123,7 @@ def graphs(observed: Sequence[Observed]) -> Outcome:
     compared = 0
     for one in observed:
         for number, done in enumerate(one.trace):
-            for made in done.told.get("graphs", ()):
+            for made in done.reported.get("graphs", ()):
                 compared += 1
                 if made > (one.claims.max_graphs or 0):
                     words = f"has made {made} graphs, and claims no more than {one.claims.max_graphs}"
@@ -137,7 +137,7 @@ def held_bytes(observed: Sequence[Observed]) -> Outcome:
         c = one.program.config
         token = 2 * c.layers * c.kv_heads * c.head_dim * ITEMSIZE[c.dtype]
         for number, _step, rows in _after(one):
-            told = one.trace[number].told.get("bytes")
+            told = one.trace[number].reported.get("bytes")
             if told is None:
                 continue
             compared += 1
@@ -157,7 +157,7 @@ def positions(observed: Sequence[Observed]) -> Outcome:
             matrices = {name: shape for name, shape in weight_shapes(c).items() if len(shape) == 2}
             weights = sum(a * z for name, (a, z) in matrices.items() if name not in ("embed", "position"))
             linear = b * t * weights
-            spared = b * (t - 1) * c.width * c.vocabulary if step.last else 0
+            spared = b * (t - 1) * c.width * c.vocabulary if step.last_only else 0
             attention = 2 * b * c.heads * t * c.head_dim * c.layers * _slots(one, depth)
             compared += 1
             if not linear - spared <= work <= linear + attention:
@@ -170,7 +170,7 @@ def positions(observed: Sequence[Observed]) -> Outcome:
     return None, compared, None
 
 
-def affine(observed: Sequence[Observed]) -> Outcome:
+def linear_cost(observed: Sequence[Observed]) -> Outcome:
     """``w(s)`` of steps of equal size at three depths lies on a line, whose slope is attention's at most; where a
     window is full it may be less."""
     compared = 0
@@ -200,7 +200,7 @@ def affine(observed: Sequence[Observed]) -> Outcome:
 def _metered(one: Observed) -> Iterator[tuple[int, Append, int, int]]:
     """Steps whose work was told: number, step, multiply-adds, tokens a row holds afterwards."""
     for number, step, rows in _after(one):
-        told = one.trace[number].told.get("work")
+        told = one.trace[number].reported.get("work")
         if told is not None and isinstance(step, Append):
             yield number, step, told[0], max(map(len, rows))
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from kvconform.judging import cache_state, outputs
 from kvconform.judging.observed import Array, Observed, Outcome, at
-from kvconform.worker.execute import Done, Trace
+from kvconform.worker.execute import StepResult, Trace
 from kvconform.worker.protocol import Traces
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Relation
-from kvconform_specs.program import Append, Generate, Program, Read, Reject
+from kvconform_specs.program import Append, Generate, Program, ReadCache, Reject
 from kvconform_specs.reference.oracle import Expected
 
 
@@ -42,22 +42,22 @@ class Judged:
 RELATIONS: dict[Relation, Callable[[Sequence[Observed]], Outcome]] = {
     Relation.PARITY: outputs.parity,
     Relation.AGREEMENT: outputs.agreement,
-    Relation.UNAFFECTED: outputs.unaffected,
-    Relation.AFFECTED: outputs.affected,
+    Relation.INSENSITIVE: outputs.insensitive,
+    Relation.SENSITIVE: outputs.sensitive,
     Relation.BITWISE: outputs.bitwise,
     Relation.FINITE: outputs.finite,
     Relation.SAME_TOKEN: outputs.same_token,
     Relation.GENERATED: outputs.generated,
-    Relation.SHAPES: outputs.shapes,
+    Relation.SHAPE: outputs.shape,
     Relation.LENGTHS: cache_state.lengths,
     Relation.ROOM: cache_state.room,
     Relation.CONTENTS: cache_state.contents,
-    Relation.KEPT: cache_state.kept,
-    Relation.HELD: cache_state.held,
+    Relation.STABLE_CONTENTS: cache_state.stable_contents,
+    Relation.RETAINED_COUNT: cache_state.retained_count,
     Relation.GRAPHS: cache_state.graphs,
     Relation.BYTES: cache_state.held_bytes,
     Relation.POSITIONS: cache_state.positions,
-    Relation.AFFINE: cache_state.affine,
+    Relation.LINEAR_COST: cache_state.linear_cost,
 }
 
 
@@ -125,7 +125,7 @@ def conforming(
         if isinstance(step, Reject) and done.refused is None:
             return f"{at(program, number)}: was accepted and must be refused", wants, []
         output = None
-        if isinstance(step, Read):
+        if isinstance(step, ReadCache):
             if done.output is not None and (words := _shown(program, done)) is not None:
                 return f"{at(program, number)}: {words}", wants, []
         elif isinstance(step, Generate):
@@ -142,7 +142,7 @@ def conforming(
     return None, wants, outputs
 
 
-def _shaped(program: Program, number: int, done: Done, want: Expected) -> tuple[str | None, Array | None]:
+def _shaped(program: Program, number: int, done: StepResult, want: Expected) -> tuple[str | None, Array | None]:
     """The output as ``(n, b, t, e)``, or a sentence about its shape or dtype."""
     c, got = program.config, done.output
     if got is None:
@@ -158,7 +158,7 @@ def _shaped(program: Program, number: int, done: Done, want: Expected) -> tuple[
     return None, got
 
 
-def _picked(program: Program, step: Generate, done: Done) -> str | None:
+def _picked(program: Program, step: Generate, done: StepResult) -> str | None:
     """What is wrong with generated token ids, whatever they should be, or None."""
     got, shape = done.output, (len(step.counts), step.new)
     if got is None:
@@ -171,7 +171,7 @@ def _picked(program: Program, step: Generate, done: Done) -> str | None:
     return f"generated token {strange[0]}, want ids of 0..{program.config.vocabulary - 1}" if strange.size else None
 
 
-def _shown(program: Program, done: Done) -> str | None:
+def _shown(program: Program, done: StepResult) -> str | None:
     """What is wrong with the shape of a read, or None."""
     c, got = program.config, done.output
     assert got is not None

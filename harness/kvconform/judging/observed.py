@@ -13,7 +13,7 @@ from kvconform.worker.client import describe
 from kvconform.worker.execute import Trace
 from kvconform_specs.claims import Claims
 from kvconform_specs.history import Row, Token
-from kvconform_specs.program import Append, Program, Read
+from kvconform_specs.program import Append, Program, ReadCache
 from kvconform_specs.reference.oracle import Expected
 
 Array = NDArray[Any]
@@ -49,7 +49,7 @@ class Observed:
         return [number for number, output in enumerate(self.outputs) if output is not None]
 
     def reads(self) -> list[int]:
-        return [number for number, step in enumerate(self.program.steps) if isinstance(step, Read)]
+        return [number for number, step in enumerate(self.program.steps) if isinstance(step, ReadCache)]
 
 
 # --- where outputs are ---
@@ -60,7 +60,7 @@ Key = tuple[Row, Token | None, tuple[int, ...]]
 def cells(one: Observed, number: int) -> list[tuple[int, int, Key]]:
     """Row, column within the step's outputs, and key of each output of a step."""
     want, step = one.want(number), one.program.steps[number]
-    aim, hidden = (step.aim, step.hidden) if isinstance(step, Append) else (None, ())
+    aim, hidden = (step.needle, step.masked) if isinstance(step, Append) else (None, ())
     found: list[tuple[int, int, Key]] = []
     for row, (history, count) in enumerate(zip(want.rows, want.counts, strict=True)):
         target = None if aim is None else (aim[0] + row, aim[1])
@@ -80,7 +80,7 @@ def pairs(observed: Sequence[Observed]) -> list[tuple[Observed, Observed, int, i
     """Each output of the base and the one at the same place of each other program; ``same``: their history is."""
     base, c = observed[0], observed[0].program.config
     # how far a black box's layers see is its own affair
-    known = c.window is not None and observed[0].claims.truth == "definition"
+    known = c.window is not None and observed[0].claims.reference == "definition"
     windowed = known and all(c.window_of(layer) is not None for layer in range(c.layers))
     reach = c.layers * ((c.window or 0) - 1) + 1 if windowed else None
     found = []
@@ -119,8 +119,8 @@ def changed(base: Observed, other: Observed) -> str:
     """``changing the token at row 0, position 3``."""
     for mine, its in zip(base.program.steps, other.program.steps, strict=True):
         if isinstance(its, Append) and isinstance(mine, Append):
-            if its.swap != mine.swap:
-                row, position, _seed = its.swap[-1]
+            if its.substitutions != mine.substitutions:
+                row, position, _seed = its.substitutions[-1]
                 return f"changing the token at row {row}, position {position}"
             if its.pad != mine.pad:
                 return "what fills the columns without a token"

@@ -10,7 +10,7 @@ from kvconform.judging.observed import Array, Key, Observed, Outcome, at, cells,
 from kvconform_specs.reference.oracle import Expected, Generation
 
 
-def shapes(observed: Sequence[Observed]) -> Outcome:
+def shape(observed: Sequence[Observed]) -> Outcome:
     """Shapes were looked at before any relation; count what had one."""
     return None, sum(len(one.got(number)) for one in observed for number in one.computed()), None
 
@@ -23,12 +23,12 @@ def parity(observed: Sequence[Observed]) -> Outcome:
             real = want.real[None, :, :, None]  # columns without a token are not judged
             error = np.abs(got - want.value)
             compared += int(np.count_nonzero(want.real)) * got.shape[0] * got.shape[-1]
-            if not bool(np.all((error <= want.floor) | ~real)):
+            if not bool(np.all((error <= want.bound_lower) | ~real)):
                 off = ~(error <= want.bound) & real
                 if bool(off.any()):
                     bound = np.broadcast_to(want.bound, got.shape)
                     return _worst_of(one, number, off, got, want.value, bound), compared, None
-            worst = max(worst, ratio(np.where(real, error, 0.0), want.likely))
+            worst = max(worst, ratio(np.where(real, error, 0.0), want.bound_estimate))
     return None, compared, worst if compared else None
 
 
@@ -78,7 +78,7 @@ def bitwise(observed: Sequence[Observed]) -> Outcome:
     return None, compared, None
 
 
-def unaffected(observed: Sequence[Observed]) -> Outcome:
+def insensitive(observed: Sequence[Observed]) -> Outcome:
     compared = 0
     for base, other, number, row, column, same in pairs(observed):
         if not same:
@@ -105,7 +105,7 @@ def wavers(base: Observed, other: Observed, number: int, row: int, column: int) 
     return bool(np.all(moved <= allowed))
 
 
-def affected(observed: Sequence[Observed]) -> Outcome:
+def sensitive(observed: Sequence[Observed]) -> Outcome:
     compared = 0
     for base, other, number, row, column, same in pairs(observed):
         if same:

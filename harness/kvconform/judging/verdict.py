@@ -10,7 +10,7 @@ import msgspec
 class Outcome(Enum):
     """The closed set. Only PASS is a pass.
 
-    REFUTED: a measured guarantee (``Level.SHOULD``) does not hold here. XFAIL: the cell is in the ledger of known
+    REFUTED: a measured guarantee (``Level.SHOULD``) does not hold here. XFAIL: the cell is in the list of known
     failures, and its stored counterexample still fails. Neither is broken.
     """
 

@@ -1,4 +1,4 @@
-"""The audit: do the clauses convict backends that are wrong on purpose? Faults by clauses, by what, and how fast.
+"""The audit: do the clauses detect backends that are wrong on purpose? Faults by clauses, by what, and how fast.
 
 A fault *survives* a budget where no clause that it names kills it. A clause kills where it breaks, where the faulty
 path ran, and where it broke for its own reason: an exception is none for a clause about numbers.
@@ -26,15 +26,15 @@ from kvconform.mutation.fault import Fault
 from kvconform.mutation.record import Audited, Record, Trial, scores
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.effort import Budget
-from kvconform.worker.client import Infrastructure, Launch, Subject
+from kvconform.worker.client import BackendUnavailable, Subject, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Clause, Relation
 from kvconform_specs.clauses import ALL, BY_NAME
-from kvconform_specs.configs import POINTS
+from kvconform_specs.configs import CONFIGS
 from kvconform_specs.errors import SpecError
 
 NUMERIC = {
-    Relation.PARITY, Relation.AGREEMENT, Relation.UNAFFECTED, Relation.AFFECTED, Relation.CONTENTS, Relation.KEPT,
+    Relation.PARITY, Relation.AGREEMENT, Relation.INSENSITIVE, Relation.SENSITIVE, Relation.CONTENTS, Relation.STABLE_CONTENTS,
     Relation.BITWISE, Relation.FINITE, Relation.SAME_TOKEN, Relation.GENERATED,
 }  # fmt: skip
 """Relations between numbers: an exception breaks none of them, it only keeps them from being asked."""
@@ -66,7 +66,7 @@ class Plan:
         """What there is to do; controls are tried by every clause. Raises SpecError where there is nothing, or where a
         fault names an unknown clause or config."""
         for fault in (*faults, *controls):
-            for words, names, known in (("clause", fault.clauses, BY_NAME), ("config", fault.configs, POINTS)):
+            for words, names, known in (("clause", fault.clauses, BY_NAME), ("config", fault.configs, CONFIGS)):
                 for name in names:
                     if name not in known:
                         raise SpecError(f"fault {fault.name}", f"no {words} named {name!r}; known: {', '.join(known)}")
@@ -142,25 +142,25 @@ def _done(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Audited]]:
 def audit_fault(fault: Fault, plan: Plan) -> Audited:
     """Tries a fault under each clause, on a fresh process: what it did under one must not help or hide another."""
     audited = Audited(
-        name=fault.name, address=fault.address, stealth=fault.stealth, classes=fault.classes,
+        name=fault.name, address=fault.address, conditional=fault.conditional, classes=fault.classes,
         clauses=fault.clauses, bug=fault.bug, sentence=fault.sentence,
     )  # fmt: skip
     try:
-        with Subject(Launch(fault.address)) as subject:
+        with Subject(WorkerSpec(fault.address)) as subject:
             for budget in plan.budgets:
                 for clause in plan.clauses(fault):
                     if audited.trials:
                         subject.fresh()
                     brief = replace(budget, shrink=False)
                     audited.trials.append(_try(fault, BY_NAME[clause], subject, brief, plan.seed))
-    except Infrastructure as sentence:
+    except BackendUnavailable as sentence:
         audited.unavailable = str(sentence)
     return audited
 
 
 def cells(fault: Fault, clause: Clause) -> Iterator[Cell]:
     """The cells of a clause, on the configs that the fault names, or on all that the clause concerns."""
-    for name, config in POINTS.items():
+    for name, config in CONFIGS.items():
         if (not fault.configs or name in fault.configs) and clause.concerns(config):
             yield Cell(clause, config, name)
 
@@ -178,7 +178,7 @@ def _try(fault: Fault, clause: Clause, subject: Subject, budget: Budget, seed: i
         seconds += verdict.seconds
         broke = verdict.outcome not in UNBROKEN
         raised = verdict.raised or verdict.outcome in (Outcome.CRASH, Outcome.TIMEOUT)
-        ran = subject.witness(cell.config).get(fault.marker)
+        ran = subject.runtime_info(cell.config).get(fault.marker)
         own = not raised or clause.chapter in REFUSALS or not NUMERIC & set(clause.relations)
         charged = verdict.outcome.broken or clause.name in fault.clauses  # a guarantee may be refuted by right backends
         trial = msgspec.structs.replace(

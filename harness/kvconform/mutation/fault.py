@@ -1,7 +1,7 @@
 """What a planted fault is, and the lists of them: ``module:LIST`` or ``path/file.py:LIST``.
 
 A list holds backend classes that are wrong on purpose, addresses of such classes, and ``Fault`` objects. Of a class
-its name and docstring count, and these attributes where it has them: ``clauses``, ``bug``, ``classes``, ``stealth``,
+its name and docstring count, and these attributes where it has them: ``clauses``, ``bug``, ``classes``, ``conditional``,
 ``configs``, as in ``Fault``. This module needs nothing that a worker does not have: backends import it.
 """
 
@@ -19,17 +19,17 @@ from kvconform.worker.registry import BackendError, address_of, load, module_of
 from kvconform_specs.errors import SpecError
 
 MARKER = "faulty"
-"""The witness of a planted fault counts under this key how often its faulty branch changed something."""
+"""The runtime_info of a planted fault counts under this key how often its faulty branch changed something."""
 
 
 @dataclass(frozen=True)
 class Fault:
     """One wrong backend.
 
-    address: of the backend that has the fault. clauses: those that must convict it; none: any of them may. bug: the
+    address: of the backend that has the fault. clauses: those that must detect it; none: any of them may. bug: the
     real one that it is modelled on. sentence: what is wrong, and when. classes: the kinds of mistake that it stands
-    for. stealth: whether it waits for a trigger, or else shows wherever it can. configs: the names of those that it
-    shows on; none: every config that a clause concerns. marker: the key of its witness that counts how often the
+    for. conditional: whether it waits for a trigger, or else shows wherever it can. configs: the names of those that it
+    shows on; none: every config that a clause concerns. marker: the key of its runtime_info that counts how often the
     fault changed something.
     """
 
@@ -39,7 +39,7 @@ class Fault:
     bug: str = ""
     sentence: str = ""
     classes: tuple[str, ...] = ()
-    stealth: bool = False
+    conditional: bool = False
     configs: tuple[str, ...] = ()
     marker: str = MARKER
 

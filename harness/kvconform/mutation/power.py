@@ -1,9 +1,9 @@
-"""The power certificate: which wrong models each clause rejects, and to which it is blind.
+"""The null-model power table: which wrong models each clause rejects, and to which it is blind.
 
 A *null model* is the definition with one mistake: it answers every step of a program as a function of the histories,
 in float64, rounded to the config's dtype, and tells its lengths truthfully. It stands in the place of a subject, and
 the same ``judge`` decides. A clause that compares programs with one another must be blind to a
-mistake that all of them make; the certificate says so.
+mistake that all of them make; the power_table says so.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from numpy.typing import NDArray
 
 from kvconform.judging.judge import judge
 from kvconform.spec_docs.clause import ENOUGH
-from kvconform.worker.execute import Done
+from kvconform.worker.execute import StepResult
 from kvconform.worker.protocol import Traces
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.claims import ABILITIES, Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clauses import ALL
 from kvconform_specs.config import DTYPES, PROFILES, Config
-from kvconform_specs.configs import LONG, POINTS
+from kvconform_specs.configs import CONFIGS, LONG
 from kvconform_specs.history import Histories, Row, Token
-from kvconform_specs.program import Append, Full, Generate, Read, Reject, Run, Step, called
+from kvconform_specs.program import Append, Generate, ReadCache, Reject, Run, Step, UncachedForward, called
 from kvconform_specs.reference.definition import Attended, attention, decoder, rope, sinks
 from kvconform_specs.reference.oracle import Expected, Generation, expect
 from kvconform_specs.tensors import Streams, rounded, weights
@@ -39,7 +39,7 @@ from kvconform_specs.tensors import Streams, rounded, weights
 Array = NDArray[Any]
 NUMERIC = frozenset(
     (
-        Relation.PARITY, Relation.AGREEMENT, Relation.UNAFFECTED, Relation.AFFECTED, Relation.FINITE, Relation.BITWISE,
+        Relation.PARITY, Relation.AGREEMENT, Relation.INSENSITIVE, Relation.SENSITIVE, Relation.FINITE, Relation.BITWISE,
         Relation.SAME_TOKEN, Relation.GENERATED,
     )
 )  # fmt: skip
@@ -169,7 +169,7 @@ class _Trial:
             (number, index): list(_requests(step, want))
             for number, (program, wants) in enumerate(zip(case.programs, self.wants, strict=True))
             for index, (step, want) in enumerate(zip(program.steps, wants, strict=True))
-            if want is not None and isinstance(step, Append | Full) and not isinstance(step, Generate)
+            if want is not None and isinstance(step, Append | UncachedForward) and not isinstance(step, Generate)
         }
         asked = {request: count for requests in self._steps.values() for request, count in requests}
         self._batch: list[Request] = []
@@ -268,17 +268,17 @@ class _Trial:
             told = {"length": lengths, "room": tuple(c.capacity - n for n in lengths)} if lengths else {}
             if output is not None and c.profile == "attention":
                 output = output.reshape(*output.shape[:3], c.heads, c.head_dim).swapaxes(2, 3)
-            if isinstance(step, Read):
-                told, width = {"held": lengths}, c.layers * 2 * c.kv_heads * c.head_dim
+            if isinstance(step, ReadCache):
+                told, width = {"token_counts": lengths}, c.layers * 2 * c.kv_heads * c.head_dim
                 shown = np.zeros((1, len(lengths), max(lengths), width)) if want is None else want.value
                 output = shown.astype(np.float32)
-            trace.append(Done(output, told, refused="refused" if isinstance(step, Reject) else None))
+            trace.append(StepResult(output, told, refused="refused" if isinstance(step, Reject) else None))
         return Traces(1, tuple(trace))
 
 
 def _requests(step: Run, want: Expected) -> Iterator[tuple[Request, int]]:
     """What each row of a step asks for, and how many outputs it wants."""
-    aim, hidden = (step.aim, step.hidden) if isinstance(step, Append) else (None, ())
+    aim, hidden = (step.needle, step.masked) if isinstance(step, Append) else (None, ())
     for index, (row, count) in enumerate(zip(want.rows, want.counts, strict=True)):
         target = None if aim is None else (aim[0] + index, aim[1])
         yield (row, target, tuple(sorted(position for of, position in hidden if of == index))), count
@@ -292,8 +292,8 @@ def _weights(config: Config, late: bool) -> dict[str, Array]:
     return exact
 
 
-# --- the certificate ---
-def certificate(dtype: str, clauses: Iterable[Clause] = ALL, models: Sequence[Null] = NULLS) -> list[Power]:
+# --- the power_table ---
+def power_table(dtype: str, clauses: Iterable[Clause] = ALL, models: Sequence[Null] = NULLS) -> list[Power]:
     """Every clause against every model, in one dtype; the same each time."""
     return [entry for clause in clauses for entry in _entries(clause, dtype, models)]
 
@@ -302,7 +302,7 @@ def _entries(clause: Clause, dtype: str, models: Sequence[Null]) -> list[Power]:
     if not NUMERIC & set(clause.relations):
         return [Power(clause=clause.name, dtype=dtype, note=BOOKKEEPING)]
     counts = {model.name: [0, 0, 0] for model in models}
-    configs = [replace(point, dtype=dtype) for point in POINTS.values() if clause.concerns(point)]
+    configs = [replace(point, dtype=dtype) for point in CONFIGS.values() if clause.concerns(point)]
     for config in configs:
         claims = _everything(clause, config)
         for case in _drawn(clause, config, claims, -(-STRUCTURES // len(configs))):
@@ -324,7 +324,7 @@ def _entries(clause: Clause, dtype: str, models: Sequence[Null]) -> list[Power]:
 def _everything(clause: Clause, config: Config) -> Claims:
     """Every ability, and of what excludes something else what the clause needs. Of long contexts only the last outputs:
     all of them would take gigabytes."""
-    claimed: dict[str, Any] = {"overflow": "refused", "dead_slots": "any", "padding": ("right", "left"), "page": 4}
+    claimed: dict[str, Any] = {"overflow": "refused", "unused_slots": "any", "padding": ("right", "left"), "page": 4}
     for need in clause.needs:
         claimed |= ENOUGH.get(need, {})
     if config.capacity >= LONG:
@@ -342,7 +342,7 @@ def _drawn(clause: Clause, config: Config, claims: Claims, structures: int) -> l
         max_examples=structures + 1, deadline=None, database=None, verbosity=Verbosity.quiet,
         phases=(Phase.generate,), suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(clause.family(config, claims))
+    @given(clause.strategy(config, claims))
     def draw(case: Case) -> None:
         cases.append(case)
 
@@ -350,13 +350,13 @@ def _drawn(clause: Clause, config: Config, claims: Claims, structures: int) -> l
     return cases[1:] or cases
 
 
-# --- the certificate that is shipped ---
+# --- the power_table that is shipped ---
 STORED = "power_table.json"
 FIELDS = ("clause", "model", "cases", "tried", "rejected", "note")
 
 
 def stored(dtype: str) -> list[dict[str, Any]]:
-    """The certificate of this suite as it is shipped (a test computes it anew); empty where it is of another suite."""
+    """The power_table of this suite as it is shipped (a test computes it anew); empty where it is of another suite."""
     shipped = msgspec.json.decode(files("kvconform.mutation").joinpath(STORED).read_bytes())
     if shipped["suite"] != SUITE_VERSION:
         return []

@@ -45,7 +45,7 @@ class Audited(msgspec.Struct, kw_only=True):
 
     name: str
     address: str
-    stealth: bool
+    conditional: bool
     classes: tuple[str, ...]
     clauses: tuple[str, ...]
     bug: str
@@ -74,7 +74,7 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     """Faults of one kind under one budget; programs and seconds to the kill: median and largest, of those killed."""
 
     budget: str
-    stealth: bool
+    conditional: bool
     killed: int
     faults: int
     programs: tuple[float, float] | None
@@ -116,15 +116,15 @@ def schema() -> dict[str, Any]:
 
 # --- what it comes to ---
 def scores(record: Record) -> list[Score]:
-    """Blatant and stealthy faults apart, budget by budget; what could not run here counts nowhere."""
+    """Blatant and conditional faults apart, budget by budget; what could not run here counts nowhere."""
     found = []
     for budget in record.budgets:
-        for stealth in (False, True):
-            faults = [one for one in record.audited if one.stealth is stealth and not one.unavailable]
+        for conditional in (False, True):
+            faults = [one for one in record.audited if one.conditional is conditional and not one.unavailable]
             kills = [kill for one in faults if (kill := one.kill(budget)) is not None]
             programs, seconds = [kill.programs for kill in kills], [kill.seconds for kill in kills]
             score = Score(
-                budget=budget, stealth=stealth, killed=len(kills), faults=len(faults),
+                budget=budget, conditional=conditional, killed=len(kills), faults=len(faults),
                 programs=(median(programs), max(programs)) if kills else None,
                 seconds=(median(seconds), max(seconds)) if kills else None,
             )  # fmt: skip
@@ -137,7 +137,7 @@ def survivors(record: Record, budget: str) -> list[Audited]:
 
 
 def exit_code(record: Record) -> int:
-    """1 where a fault survives a budget or a control is convicted, else 3 where one could not run here, else 0."""
+    """1 where a fault survives a budget or a control is detected, else 3 where one could not run here, else 0."""
     if any(survivors(record, budget) for budget in record.budgets) or any(one.alarms for one in record.controls):
         return 1
     return 3 if any(one.unavailable for one in (*record.audited, *record.controls)) else 0
@@ -146,7 +146,7 @@ def exit_code(record: Record) -> int:
 # --- words ---
 def lines(audited: Audited, budgets: Sequence[str]) -> Iterator[str]:
     """One line for each budget: what killed the fault and how fast, and which clauses that it names did not."""
-    kind = ", ".join((*audited.classes, "stealth" if audited.stealth else "blatant"))
+    kind = ", ".join((*audited.classes, "conditional" if audited.conditional else "unconditional"))
     if audited.unavailable:
         yield f"{audited.name} ({kind}): not audited: {audited.unavailable}"
         return
@@ -171,9 +171,7 @@ def summary(record: Record) -> Iterator[str]:
     """The score, survivors, false alarms and what could not run."""
     for score in record.scores:
         if score.faults:
-            words = (
-                f"{score.budget}, {'stealth' if score.stealth else 'blatant'}: {score.killed} of {score.faults} killed"
-            )
+            words = f"{score.budget}, {'conditional' if score.conditional else 'unconditional'}: {score.killed} of {score.faults} killed"
             if score.programs is not None and score.seconds is not None:
                 words += f"; programs to the kill: median {score.programs[0]:g}, at most {score.programs[1]:g}"
                 words += f"; seconds: median {score.seconds[0]:.2f}, at most {score.seconds[1]:.2f}"

@@ -12,5 +12,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--kv-dtype", action="append", default=[], help="float32 (default), bfloat16, float16; repeatable")
     group.addoption("--kv-budget", default="smoke", help="smoke, pr or nightly")
     group.addoption("--kv-seed", type=int, default=0, help="seed of the whole run")
-    group.addoption("--kv-ledger", default="", help="ledger of known failures, a TOML file")
+    group.addoption("--kv-known-failures", default="", help="known failures, a TOML file")
     group.addoption("--kv-out", default="results", help="folder of counterexamples")

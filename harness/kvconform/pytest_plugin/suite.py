@@ -1,6 +1,6 @@
 """The suite as pytest items: one for each backend and cell.
 
-A PASS is green, and so is a known failure by its row of the ledger (``xfailed``). UNSUPPORTED and REFUTED, which say
+A PASS is green, and so is a known failure by its row of the known failures (``xfailed``). UNSUPPORTED and REFUTED, which say
 nothing against conformance, skip with their reason; everything else fails, and so does a stale row.
 
 xdist's ``--dist loadgroup`` keeps a backend and config in one process, so that each subject is built once.
@@ -15,12 +15,12 @@ import pytest
 
 from kvconform.api import file_name
 from kvconform.judging.verdict import Outcome
-from kvconform.results.known_failures import EMPTY, Ledger
-from kvconform.results.known_failures import read as read_ledger
-from kvconform.run.run import Plan, cells, judged, strangers
+from kvconform.results.known_failures import EMPTY, KnownFailures
+from kvconform.results.known_failures import read as read_known_failures
+from kvconform.run.run import Plan, cells, judged, unmatched_entries
 from kvconform.search.cell import Cell
 from kvconform.search.effort import BUDGETS
-from kvconform.worker.client import Infrastructure, Launch, Subject
+from kvconform.worker.client import BackendUnavailable, Subject, WorkerSpec
 from kvconform_specs.errors import SpecError
 
 
@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if budget not in BUDGETS:
         raise pytest.UsageError(f"--kv-budget: unknown budget {budget!r}; known: {', '.join(BUDGETS)}")
     known = ledger_of(metafunc.config)
-    stale = [words for backend in backends for words in strangers(known, file_name(backend))]
+    stale = [words for backend in backends for words in unmatched_entries(known, file_name(backend))]
     if stale:
         raise pytest.UsageError("\n".join(stale))
     params = [
@@ -51,16 +51,16 @@ def plan_of(config: pytest.Config) -> Plan:
     return Plan(BUDGETS[option("--kv-budget")], option("--kv-seed"), tuple(option("--kv-dtype") or ["float32"]))
 
 
-def ledger_of(config: pytest.Config) -> Ledger:
-    file: str = config.getoption("--kv-ledger")
+def ledger_of(config: pytest.Config) -> KnownFailures:
+    file: str = config.getoption("--kv-known-failures")
     try:
-        return read_ledger(Path(file)) if file else EMPTY
+        return read_known_failures(Path(file)) if file else EMPTY
     except SpecError as sentence:
-        raise pytest.UsageError(f"--kv-ledger: {sentence}") from sentence
+        raise pytest.UsageError(f"--kv-known-failures: {sentence}") from sentence
 
 
 @pytest.fixture(scope="session")
-def ledger(pytestconfig: pytest.Config) -> Ledger:
+def known_failures(pytestconfig: pytest.Config) -> KnownFailures:
     return ledger_of(pytestconfig)
 
 
@@ -73,7 +73,11 @@ def subjects(request: pytest.FixtureRequest) -> Iterator[dict[str, Subject]]:
 
 
 def test_clause(
-    backend: str, cell: Cell, subjects: dict[str, Subject], ledger: Ledger, request: pytest.FixtureRequest
+    backend: str,
+    cell: Cell,
+    subjects: dict[str, Subject],
+    known_failures: KnownFailures,
+    request: pytest.FixtureRequest,
 ) -> None:
     option = request.config.getoption
     out, name = Path(option("--kv-out")), file_name(backend)
@@ -81,10 +85,10 @@ def test_clause(
     try:
         if backend not in subjects:
             artefacts = {"KVCONFORM_ARTEFACTS": str((out / "artefacts").resolve())}
-            subjects[backend] = Subject(Launch(backend, option("--kv-device"), environment=artefacts))
+            subjects[backend] = Subject(WorkerSpec(backend, option("--kv-device"), environment=artefacts))
         plan = plan_of(request.config)
-        verdict, stale = judged(cell, subjects[backend], plan, folder, ledger.find(name, cell))
-    except Infrastructure as sentence:
+        verdict, stale = judged(cell, subjects[backend], plan, folder, known_failures.find(name, cell))
+    except BackendUnavailable as sentence:
         pytest.fail(f"{backend}: {sentence}", pytrace=False)
     words = f"{verdict.outcome.value}: {verdict.sentence}"
     if verdict.outcome is Outcome.XFAIL:

@@ -27,7 +27,7 @@ def compare(now: Results, baseline: Results) -> list[Difference]:
         mine, its = (getattr(results, name) or "the whole" for results in (now, baseline))
         if mine != its:
             found.append(Difference(REGRESSION, f"{name} is {mine}, the baseline's is {its}: not comparable"))
-    found += [Difference(NEW_FAILURE, f"stale ledger: {words}") for words in now.stale]
+    found += [Difference(NEW_FAILURE, f"stale known failure: {words}") for words in now.stale]
     drawn = [results.environment.get("hypothesis") for results in (now, baseline)]
     if drawn[0] != drawn[1]:
         words = f"programs were drawn by hypothesis {drawn[0]}, the baseline's by {drawn[1]}: other values are compared"
@@ -63,11 +63,11 @@ def exit_code(differences: list[Difference]) -> int:
 WIDEST_FIRST = {
     "returns": ("all", "last"),
     "overflow": ("refused", "undefined"),
-    "keeps": ("all", "window"),
-    "dead_slots": ("any", "finite"),
+    "retention": ("all", "window"),
+    "unused_slots": ("any", "finite"),
     "memory": ("length", "pages", "capacity"),
     "intermediates": ("single", "storage"),
-    "truth": ("definition", "self"),
+    "reference": ("definition", "self"),
     "rounding": ("own", "shared"),
 }
 """What is claimed one of a few ways: from the claim that promises most to the one that promises least."""

@@ -1,4 +1,4 @@
-"""The guarantee lattice: what a backend's outputs are sure of beyond conformance, measured for each config.
+"""The guarantee guarantees: what a backend's outputs are sure of beyond conformance, measured for each config.
 
 Each level is a clause. They are ordered from the weakest to the strongest; a backend has a level where its clause and
 those of all levels below it hold. What refutes the next one is its counterexample.

@@ -1,6 +1,6 @@
-"""The ledger of known failures: a TOML file, written by hand, of cells that break for a reason that is known.
+"""The known failures: a TOML file, written by hand, of cells that break for a reason that is known.
 
-    schema = "kvconform-ledger/1"
+    schema = "kvconform-known-failures/1"
 
     [[known]]
     backend = "eager"                                   # as its results are called
@@ -10,7 +10,7 @@
     link = "https://github.com/pytorch/pytorch/issues/103082"
     versions = { torch = "2.11.*" }                     # under which it is known
     expires = 2027-03-31                                # the last day, at most a year ahead
-    counterexample = "known/numerics.zero-keys-1a2b3c4d.json"   # beside the ledger
+    counterexample = "known/numerics.zero-keys-1a2b3c4d.json"   # beside the known failures
 
 A cell with a row is replayed, not searched: XFAIL if its counterexample still fails. A row hides nothing: past its day,
 under other versions, where it no longer fails or where there is no such cell, the row is *stale*. Then the cell is
@@ -34,12 +34,12 @@ from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.search.cell import Cell, unsupported
 from kvconform.search.counterexample import Broken, Counterexample, replayed, sentence
 from kvconform.search.counterexample import read as read_counterexample
-from kvconform.worker.client import Death, Subject
+from kvconform.worker.client import Subject, WorkerDied
 from kvconform_specs.clause import Case
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Program
 
-SCHEMA = "kvconform-ledger/1"
+SCHEMA = "kvconform-known-failures/1"
 REASONS = (
     "bug in the backend", "bug in a library", "bug in a compiler", "bug in a driver", "limit of the hardware",
     "cause not yet known",
@@ -53,7 +53,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """One known failure; the fields are explained at the head of this module.
 
     versions: by the names that results record in their ``environment``; exact, or a prefix that ends in ``.*``.
-    counterexample: a file, relative to the ledger.
+    counterexample: a file, relative to the known failures.
     """
 
     backend: str
@@ -103,12 +103,12 @@ class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     known: list[Row] = []
 
 
-class Stale(Exception):
+class StaleEntry(Exception):
     """A row does not hold here, in one sentence."""
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownFailure:
     """A row and what its counterexample holds. ``today``: the day that its last one is compared with."""
 
     row: Row
@@ -120,36 +120,36 @@ class Known:
     def replay(self, cell: Cell, subject: Subject, folder: Path) -> Verdict:
         """Replays the counterexample on a fresh worker, and keeps a copy of it in ``folder``.
 
-        Raises Stale where the row does not hold here, Infrastructure where the backend cannot run here at all.
+        Raises StaleEntry where the row does not hold here, BackendUnavailable where the backend cannot run here at all.
         """
         began = time.perf_counter()
         self._check(cell, subject)
         tried = replayed(cell.clause, subject, self.before, self.case)
-        fallback = subject.witness(cell.config).get("fallback")
+        fallback = subject.runtime_info(cell.config).get("fallback")
         if fallback:
             return self._verdict(subject, began, Outcome.NOT_EXERCISED, f"not tested: {fallback}")
         if not isinstance(tried, Broken):
-            raise Stale(f"{self.row.place}: the known failure no longer fails: remove the row")
+            raise StaleEntry(f"{self.row.place}: the known failure no longer fails: remove the row")
         words = sentence(tried, self.before)
         was = "fail" if self.stored.outcome == Outcome.REFUTED.value else self.stored.outcome
         if tried.kind != was:
-            raise Stale(f"{self.row.place}: the known {was} is a {tried.kind} now: {words}")
+            raise StaleEntry(f"{self.row.place}: the known {was} is a {tried.kind} now: {words}")
         words = f"{self.row.reason}, known until {self.row.expires}, {self.row.link}: {words}"
         return self._verdict(subject, began, Outcome.XFAIL, words, self.stored.write(folder).name)
 
     def _check(self, cell: Cell, subject: Subject) -> None:
-        """Raises Stale where the row speaks of another day, other versions or another cell than is judged here."""
+        """Raises StaleEntry where the row speaks of another day, other versions or another cell than is judged here."""
         words = self.row.outdated(subject.environment, self.today)
         if not words and any(program.config != cell.config for program in self.case.programs):
             words = f"has a counterexample of another config than {cell.config_name}: replace it"
         if not words:
             reason = unsupported(cell, subject)
             if reason is None:
-                with suppress(Death):  # that it cannot be built may be what is known
+                with suppress(WorkerDied):  # that it cannot be built may be what is known
                     reason = subject.build(cell.config)
             words = f"is of a cell that is unsupported ({reason}): remove the row" if reason else ""
         if words:
-            raise Stale(f"{self.row.place}: the known failure {words}")
+            raise StaleEntry(f"{self.row.place}: the known failure {words}")
 
     def _verdict(
         self, subject: Subject, began: float, outcome: Outcome, words: str, counterexample: str = ""
@@ -162,15 +162,15 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Ledger:
-    """Known failures by backend, clause and config."""
+class KnownFailures:
+    """KnownFailure failures by backend, clause and config."""
 
-    known: Mapping[tuple[str, str, str], Known]
+    known: Mapping[tuple[str, str, str], KnownFailure]
 
-    def find(self, backend: str, cell: Cell) -> Known | None:
+    def find(self, backend: str, cell: Cell) -> KnownFailure | None:
         return self.known.get((backend, cell.clause.name, cell.config_name))
 
-    def strangers(self, backend: str, cells: Iterable[Cell]) -> list[str]:
+    def unmatched_entries(self, backend: str, cells: Iterable[Cell]) -> list[str]:
         """One sentence for each row of a backend that is of none of these cells."""
         found = {(backend, cell.clause.name, cell.config_name) for cell in cells}
         return [
@@ -180,21 +180,21 @@ class Ledger:
         ]
 
 
-EMPTY = Ledger({})
+EMPTY = KnownFailures({})
 
 
-def read(path: Path, today: date | None = None) -> Ledger:
-    """The ledger in a file, with its counterexamples. Raises SpecError with one sentence where it is malformed."""
+def read(path: Path, today: date | None = None) -> KnownFailures:
+    """The known failures in a file, with its counterexamples. Raises SpecError with one sentence where it is malformed."""
     today = today or date.today()
     try:
         file = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _File)
     except OSError as error:
         raise SpecError(str(path), f"cannot be read: {error.strerror}") from error
     except ValueError as error:  # of TOML, of msgspec, of a row
-        raise SpecError(str(path), f"holds no ledger: {error}") from error
+        raise SpecError(str(path), f"holds no known failures: {error}") from error
     if file.schema != SCHEMA:
         raise SpecError(f"{path}.schema", f"unknown schema {file.schema!r}; known: {SCHEMA}")
-    known: dict[tuple[str, str, str], Known] = {}
+    known: dict[tuple[str, str, str], KnownFailure] = {}
     for number, row in enumerate(file.known):
         at, key = f"{path}.known[{number}]", (row.backend, row.clause, row.config)
         if key in known:
@@ -205,5 +205,5 @@ def read(path: Path, today: date | None = None) -> Ledger:
         if stored.clause != row.clause:
             raise SpecError(f"{at}.counterexample", f"is of {stored.clause}, not of {row.clause}")
         before = [Program.from_json(program, f"{at}.before[{i}]") for i, program in enumerate(stored.before)]
-        known[key] = Known(row, stored, before, Case.from_json(stored.case, f"{at}.case"), today)
-    return Ledger(known)
+        known[key] = KnownFailure(row, stored, before, Case.from_json(stored.case, f"{at}.case"), today)
+    return KnownFailures(known)

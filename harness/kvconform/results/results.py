@@ -17,7 +17,7 @@ from kvconform.results.guarantees import Guarantee, measured
 from kvconform.results.known_failures import Row
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.config import Config
-from kvconform_specs.configs import POINTS
+from kvconform_specs.configs import CONFIGS
 from kvconform_specs.errors import SpecError
 
 SCHEMA = "kvconform-results/3"
@@ -34,7 +34,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
     recognised: str
     assumed: list[str]
-    points: dict[str, Any]
+    configs: dict[str, Any]
     noise: dict[str, float] = {}
 
 
@@ -42,11 +42,11 @@ class Results(msgspec.Struct, kw_only=True):
     """What one run of one backend gave.
 
     unavailable: why the backend could not run here at all. finished: all cells were judged; a run that was killed
-    leaves False and is resumed. witnesses: what really ran, by config. environment: versions, machine.
-    shard: ``i/n`` where these are the cells of shard ``i`` of ``n``; empty: of a whole run. ledger: the rows of known
-    failures that held. stale: one sentence for each row that did not. power: the suite's power certificate, by clause
-    and dtype (``power``). lattice: the guarantees measured, by config (``lattice``). target: what was judged by itself
-    (claim ``truth``); None where the truth is the definition. maps, diagnoses: of configs under which something is
+    leaves False and is resumed. runtime_info: what really ran, by config. environment: versions, machine.
+    shard: ``i/n`` where these are the cells of shard ``i`` of ``n``; empty: of a whole run. known_failures: the rows of known
+    failures that held. stale: one sentence for each row that did not. power: the suite's null-model power table, by clause
+    and dtype (``power``). guarantees: the guarantees measured, by config (``guarantees``). target: what was judged by itself
+    (claim ``reference``); None where the truth is the definition. maps, diagnoses: of configs under which something is
     broken (of a black box: of each), what outputs see of tokens, and what the subject behaves like.
     """
 
@@ -62,12 +62,12 @@ class Results(msgspec.Struct, kw_only=True):
     claims: dict[str, Any] = {}
     unavailable: str = ""
     verdicts: list[Verdict] = []
-    witnesses: dict[str, Any] = {}
+    runtime_info: dict[str, Any] = {}
     shard: str = ""
-    ledger: list[Row] = []
+    known_failures: list[Row] = []
     stale: list[str] = []
     power: dict[str, Any] = {}
-    lattice: dict[str, Guarantee] = {}
+    guarantees: dict[str, Guarantee] = {}
     target: Target | None = None
     maps: dict[str, list[Map]] = {}
     diagnoses: dict[str, Diagnosis] = {}
@@ -92,11 +92,11 @@ def schema() -> dict[str, Any]:
     return msgspec.json.schema(Results)
 
 
-def points_of(results: Results) -> dict[str, Config]:
+def configs_of(results: Results) -> dict[str, Config]:
     """The configs that a backend is asked for: the suite's, or a black box's own."""
     if results.target is None:
-        return POINTS
-    return {name: Config.from_json(config) for name, config in results.target.points.items()}
+        return CONFIGS
+    return {name: Config.from_json(config) for name, config in results.target.configs.items()}
 
 
 def missing_core(results: Results, profile: str) -> list[str]:
@@ -110,7 +110,7 @@ def missing_core(results: Results, profile: str) -> list[str]:
         name
         for name, clause in BY_NAME.items()
         if clause.core
-        and any(clause.concerns(c) for c in points_of(results).values() if c.profile == profile)
+        and any(clause.concerns(c) for c in configs_of(results).values() if c.profile == profile)
         and not (results.target is not None and clause.blind)
     }
     return sorted(concerned - passed)
@@ -119,18 +119,18 @@ def missing_core(results: Results, profile: str) -> list[str]:
 def exit_code(results: Results) -> tuple[int, str]:
     """0 conformant, 1 non-conformant, 3 infrastructure, 5 inconclusive or core clauses missing; and the sentence.
 
-    A stale ledger gives 1. A shard concludes nothing: it gives 0 where nothing in it stands against conformance.
+    A stale known failure gives 1. A shard concludes nothing: it gives 0 where nothing in it stands against conformance.
     """
     broken = [verdict for verdict in results.verdicts if verdict.outcome.broken]
     if broken:
         return 1, f"non-conformant: {len(broken)} of {len(results.verdicts)} cells broken"
     if results.stale:
-        return 1, f"stale ledger: {_counted(len(results.stale), 'row')} of known failures to mend or to remove"
+        return 1, f"stale known failures: {_counted(len(results.stale), 'row')} to mend or to remove"
     if results.unavailable:
         return 3, results.unavailable
     if not results.finished:
         return 5, f"the run did not finish: {len(results.verdicts)} cells were judged"
-    profiles = sorted({config.profile for config in points_of(results).values()})
+    profiles = sorted({config.profile for config in configs_of(results).values()})
     missing = {profile: missing_core(results, profile) for profile in profiles}
     good = [profile for profile in profiles if not missing[profile]]
     undecided = [v for v in results.verdicts if v.outcome in (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED)]
@@ -172,9 +172,9 @@ def merged(parts: Sequence[Results]) -> Results:
         environment["machine"] = machines
     return msgspec.structs.replace(
         first, shard="", verdicts=verdicts, environment=environment, started=min(part.started for part in ordered),
-        seconds=round(sum(part.seconds for part in ordered), 3), witnesses=_union("witnesses", ordered, strict=False),
-        power=_union("power", ordered), lattice=measured(verdicts),
-        ledger=[row for part in ordered for row in part.ledger],
+        seconds=round(sum(part.seconds for part in ordered), 3), runtime_info=_union("runtime_info", ordered, strict=False),
+        power=_union("power", ordered), guarantees=measured(verdicts),
+        known_failures=[row for part in ordered for row in part.known_failures],
         stale=list(dict.fromkeys(words for part in ordered for words in part.stale)),
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.worker.client import Death, Subject
+from kvconform.worker.client import Subject, WorkerDied
 from kvconform_specs.config import Config
 from kvconform_specs.program import Program
 from kvconform_specs.reference.oracle import expect
@@ -42,7 +42,7 @@ def outputs(subject: Subject, config: Config) -> Outputs | None:
         return None
     try:
         traces = subject.run(program, (0,))
-    except Death:
+    except WorkerDied:
         return None
     steps = [done.output for done in traces.stacked or () if done.output is not None]
     return np.concatenate([step.ravel() for step in steps]) if len(steps) == len(program.steps) else None

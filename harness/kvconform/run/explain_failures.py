@@ -14,7 +14,7 @@ from kvconform.explain import diagnosis, visibility
 from kvconform.judging.verdict import Outcome
 from kvconform.results.results import Results
 from kvconform.search import counterexample
-from kvconform.worker.client import Death, Infrastructure, Subject
+from kvconform.worker.client import BackendUnavailable, Subject, WorkerDied
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program
@@ -35,18 +35,18 @@ def add(subject: Subject, results: Results, configs: Mapping[str, Config], failu
         broken = [v for v in results.verdicts if v.config == name and v.outcome.broken]
         ran = any(v.config == name and v.outcome in (Outcome.PASS, Outcome.REFUTED) for v in results.verdicts)
         if results.target is not None and ran:
-            with suppress(Death, Infrastructure):
+            with suppress(WorkerDied, BackendUnavailable):
                 noise = {**results.target.noise, name: noise_floor(subject, config)}
                 shared = [SHARED] if subject.claims.rounding == "shared" else []
                 assumed = list(dict.fromkeys((*results.target.assumed, *shared)))
                 results.target = msgspec.structs.replace(results.target, noise=noise, assumed=assumed)
         if broken or (results.target is not None and ran):
-            with suppress(Death, Infrastructure):
+            with suppress(WorkerDied, BackendUnavailable):
                 results.maps[name] = visibility.maps(subject, config)
         if broken:
             files = [failures / v.counterexample for v in broken if v.counterexample]
             cases = [Case.from_json(counterexample.read(file).case) for file in files if file.exists()]
-            with suppress(Death, Infrastructure):
+            with suppress(WorkerDied, BackendUnavailable):
                 found = diagnosis.diagnose(subject, config, cases, results.maps.get(name, []))
                 if found is not None:
                     results.diagnoses[name] = found
@@ -54,7 +54,7 @@ def add(subject: Subject, results: Results, configs: Mapping[str, Config], failu
 
 def noise_floor(subject: Subject, config: Config) -> float:
     """The largest bound of a black box's outputs on a few tokens, relative to the root mean square of the outputs."""
-    own = subject.own
+    own = subject.reference_forward
     assert own is not None
     program = Program(config, (Append("a", (min(TOKENS, config.capacity),), 0),))
     (want,) = expect(program, own=own(config))

@@ -19,20 +19,20 @@ from kvconform.host import machine
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.mutation.power import stored
 from kvconform.results.guarantees import measured
-from kvconform.results.known_failures import EMPTY, Known, Ledger, Stale
+from kvconform.results.known_failures import EMPTY, KnownFailure, KnownFailures, StaleEntry
 from kvconform.results.results import Results, Target, read
 from kvconform.run import cross_backend, explain_failures
 from kvconform.search import counterexample
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.effort import BUDGETS, DEFAULT_BUDGET, Budget
-from kvconform.worker.client import Infrastructure, Launch, Subject
+from kvconform.worker.client import BackendUnavailable, Subject, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.config import DTYPES, Config
-from kvconform_specs.configs import POINTS, label, point
+from kvconform_specs.configs import CONFIGS, config_named, label
 from kvconform_specs.errors import SpecError
-from kvconform_specs.program import Full
+from kvconform_specs.program import UncachedForward
 
 
 @dataclass(frozen=True)
@@ -60,39 +60,41 @@ def parse_shard(text: str) -> tuple[int, int]:
     raise SpecError("shard", f"want i/n with i from 1 to n, such as 2/5, got {text!r}")
 
 
-def cells(plan: Plan, points: Mapping[str, Config] | None = None) -> Iterator[Cell]:
-    """The cells of a plan, config by config: a subject is built once for each. ``points``: a black box's own."""
+def cells(plan: Plan, own_configs: Mapping[str, Config] | None = None) -> Iterator[Cell]:
+    """The cells of a plan, config by config: a subject is built once for each. ``own_configs``: a black box's own."""
     index, count = plan.shard or (1, 1)
-    return islice(_selected(plan, points), index - 1, None, count)
+    return islice(_selected(plan, own_configs), index - 1, None, count)
 
 
-def _selected(plan: Plan, points: Mapping[str, Config] | None) -> Iterator[Cell]:
-    asked = points or {label(name, dtype): point(name, dtype) for dtype in plan.dtypes for name in POINTS}
+def _selected(plan: Plan, own_configs: Mapping[str, Config] | None) -> Iterator[Cell]:
+    asked = own_configs or {label(name, dtype): config_named(name, dtype) for dtype in plan.dtypes for name in CONFIGS}
     for name, config in asked.items():
         if plan.configs and not name.startswith(plan.configs):
             continue
-        for clause in (_TRUTH, *(clause for clause in ALL if clause is not _TRUTH)) if points else ALL:
+        for clause in (
+            (_REFERENCE_CLAUSE, *(clause for clause in ALL if clause is not _REFERENCE_CLAUSE)) if own_configs else ALL
+        ):
             if clause.concerns(config) and (not plan.clauses or clause.name.startswith(plan.clauses)):
                 yield Cell(clause, config, name)
 
 
-_TRUTH = BY_NAME["equivalence.full-stable"]
+_REFERENCE_CLAUSE = BY_NAME["equivalence.full-stable"]
 """What a black box is judged by must hold first; the others are not asked where it does not."""
 
 
-def strangers(ledger: Ledger, backend: str) -> list[str]:
+def unmatched_entries(known_failures: KnownFailures, backend: str) -> list[str]:
     """One sentence for each row of a backend that is of no cell of the suite. What a run selects does not matter: a row
     of a cell that is not judged hides nothing."""
-    return ledger.strangers(backend, cells(Plan(BUDGETS[DEFAULT_BUDGET], dtypes=DTYPES)))
+    return known_failures.unmatched_entries(backend, cells(Plan(BUDGETS[DEFAULT_BUDGET], dtypes=DTYPES)))
 
 
-def judged(cell: Cell, subject: Subject, plan: Plan, failures: Path, known: Known | None) -> tuple[Verdict, str]:
-    """The verdict on one cell; and why its row of the ledger is stale, if it has one that is."""
+def judged(cell: Cell, subject: Subject, plan: Plan, failures: Path, known: KnownFailure | None) -> tuple[Verdict, str]:
+    """The verdict on one cell; and why its row of the known failures is stale, if it has one that is."""
     stale = ""
     if known is not None:
         try:
             return known.replay(cell, subject, failures), ""
-        except Stale as words:
+        except StaleEntry as words:
             stale = str(words)
     return run_cell(cell, subject, plan.budget, plan.seed, failures), stale
 
@@ -106,11 +108,11 @@ def path_of(name: str, plan: Plan, out: Path) -> Path:
 
 def run_backend(
     name: str,
-    launch: Launch,
+    launch: WorkerSpec,
     plan: Plan,
     out: Path,
     tell: Callable[[Verdict], None] = lambda verdict: None,
-    ledger: Ledger = EMPTY,
+    known_failures: KnownFailures = EMPTY,
     begin: Callable[[int], None] = lambda cells: None,
 ) -> Results:
     """Judges every cell of a backend; its results (``path_of``) grow with each. A backend that cannot run here gives
@@ -125,7 +127,7 @@ def run_backend(
     )  # fmt: skip
     try:
         subject = Subject(launch)
-    except Infrastructure as sentence:
+    except BackendUnavailable as sentence:
         results.unavailable, results.finished = str(sentence), True
         results.write(path)
         return results
@@ -136,32 +138,32 @@ def run_backend(
         spent = _resume(results, path)
         done = {verdict.key: verdict for verdict in results.verdicts}
         results.verdicts = []
-        results.stale = strangers(ledger, name)
-        untrue: set[str] = set()
-        begin(sum(1 for _ in cells(plan, subject.points)))
-        for cell in cells(plan, subject.points):
-            known = ledger.find(name, cell)
+        results.stale = unmatched_entries(known_failures, name)
+        unreliable: set[str] = set()
+        begin(sum(1 for _ in cells(plan, subject.configs)))
+        for cell in cells(plan, subject.configs):
+            known = known_failures.find(name, cell)
             verdict = done.get((cell.clause.name, cell.config_name))
             if verdict is not None and known is None and verdict.outcome is not Outcome.XFAIL:
                 results.verdicts.append(verdict)
                 tell(verdict)
                 continue
             try:
-                if cell.config_name in untrue and not cell.clause.blind:
-                    verdict, stale = _unjudged(cell, launch.address), ""
+                if cell.config_name in unreliable and not cell.clause.blind:
+                    verdict, stale = _not_judged(cell, launch.address), ""
                 else:
                     verdict, stale = judged(cell, subject, plan, failures, known)
-                if _untrue(subject, verdict, failures):
-                    untrue.add(cell.config_name)
-            except Infrastructure as sentence:
+                if _reference_broken(subject, verdict, failures):
+                    unreliable.add(cell.config_name)
+            except BackendUnavailable as sentence:
                 results.unavailable = str(sentence)
                 break
-            witness = subject.witness(cell.config)
-            if witness:
-                results.witnesses[cell.config_name] = witness
+            runtime_info = subject.runtime_info(cell.config)
+            if runtime_info:
+                results.runtime_info[cell.config_name] = runtime_info
             results.verdicts.append(verdict)
             if known is not None and verdict.outcome is Outcome.XFAIL:
-                results.ledger.append(known.row)
+                results.known_failures.append(known.row)
             if stale:
                 results.stale.append(stale)
             results.seconds = round(spent + time.perf_counter() - began, 3)
@@ -170,9 +172,9 @@ def run_backend(
             tell(verdict)
         if not results.unavailable and results.target is None:
             _write_vectors(subject, results, out / "vectors" / f"{name}.npz")
-        results.lattice = measured(results.verdicts)
+        results.guarantees = measured(results.verdicts)
         if plan.explain and not results.unavailable:
-            asked = {cell.config_name: cell.config for cell in cells(plan, subject.points)}
+            asked = {cell.config_name: cell.config for cell in cells(plan, subject.configs)}
             explain_failures.add(subject, results, asked, failures)
         if results.target is None:  # what the clauses see in the definition's configs says nothing about others
             results.power = {dtype: stored(dtype) for dtype in plan.dtypes}
@@ -181,20 +183,28 @@ def run_backend(
     return results
 
 
-def _untrue(subject: Subject, verdict: Verdict, failures: Path) -> bool:
+def _reference_broken(subject: Subject, verdict: Verdict, failures: Path) -> bool:
     """Whether a black box's own forward has been found to be no yardstick: it breaks the clause about it by itself, and
     not only beside cached steps, which the truth's own process never runs."""
-    if subject.target is None or verdict.clause != _TRUTH.name or not verdict.counterexample or verdict.raised:
+    if (
+        subject.target is None
+        or verdict.clause != _REFERENCE_CLAUSE.name
+        or not verdict.counterexample
+        or verdict.raised
+    ):
         return False
     case = Case.from_json(counterexample.read(failures / verdict.counterexample).case)
     alone = [
-        replace(program, steps=tuple(s for s in program.steps if isinstance(s, Full))) for program in case.programs
+        replace(program, steps=tuple(s for s in program.steps if isinstance(s, UncachedForward)))
+        for program in case.programs
     ]
-    return isinstance(counterexample.replayed(_TRUTH, subject, [], Case(tuple(alone))), counterexample.Broken)
+    return isinstance(
+        counterexample.replayed(_REFERENCE_CLAUSE, subject, [], Case(tuple(alone))), counterexample.Broken
+    )
 
 
-def _unjudged(cell: Cell, backend: str) -> Verdict:
-    words = f"not judged: its own forward, which it would be judged by, breaks {_TRUTH.name}"
+def _not_judged(cell: Cell, backend: str) -> Verdict:
+    words = f"not judged: its own forward, which it would be judged by, breaks {_REFERENCE_CLAUSE.name}"
     return Verdict(
         clause=cell.clause.name, config=cell.config_name, backend=backend, outcome=Outcome.INCONCLUSIVE, sentence=words
     )
@@ -225,14 +235,14 @@ def _resume(results: Results, path: Path) -> float:
         return 0.0  # not results of this version: they are replaced
     if earlier.finished or not results.same_run(earlier):
         return 0.0
-    results.started, results.verdicts, results.witnesses = earlier.started, earlier.verdicts, earlier.witnesses
+    results.started, results.verdicts, results.runtime_info = earlier.started, earlier.verdicts, earlier.runtime_info
     return earlier.seconds
 
 
 def named_configs(judged: Sequence[Results]) -> dict[str, Config]:
     """Every config that these results speak of, by the name that they use."""
     dtypes = {dtype for results in judged for dtype in results.dtypes}
-    return {label(name, dtype): point(name, dtype) for dtype in sorted(dtypes) for name in POINTS}
+    return {label(name, dtype): config_named(name, dtype) for dtype in sorted(dtypes) for name in CONFIGS}
 
 
 def summary(results: Results) -> dict[str, int]:

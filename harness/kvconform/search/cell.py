@@ -28,7 +28,7 @@ from kvconform.search.effort import (
     Budget,
 )
 from kvconform.search.shrink import reduced_death, reduced_list
-from kvconform.worker.client import Death, Subject, unproven
+from kvconform.worker.client import Subject, WorkerDied, unproven
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case, Clause, Level
 from kvconform_specs.config import Config
@@ -53,7 +53,7 @@ class _Stop(Exception):
 def run_cell(cell: Cell, subject: Subject, budget: Budget, seed: int, folder: Path) -> Verdict:
     """Searches for a case that breaks the clause. Counterexamples go to ``folder``.
 
-    Raises Infrastructure where the backend cannot run here at all.
+    Raises BackendUnavailable where the backend cannot run here at all.
     """
     began = time.perf_counter()
     search = _Search(cell, subject, budget, seed, began)
@@ -61,7 +61,7 @@ def run_cell(cell: Cell, subject: Subject, budget: Budget, seed: int, folder: Pa
     if reason is None:
         try:
             refused = subject.build(cell.config)
-        except Death as death:
+        except WorkerDied as death:
             smallest = Case((Program(cell.config, (Append("a", (1,), 0),)),))
             search.best = smallest, Broken(death.kind, death.words)
             return search.conclude(folder)
@@ -69,14 +69,14 @@ def run_cell(cell: Cell, subject: Subject, budget: Budget, seed: int, folder: Pa
     if reason is not None:
         return search.verdict(Outcome.UNSUPPORTED, reason)
     search.run()
-    witness = subject.witness(cell.config)
-    fallback = witness.get("fallback")
+    runtime_info = subject.runtime_info(cell.config)
+    fallback = runtime_info.get("fallback")
     if fallback:  # also where it broke the clause: what broke it is not what the backend's name promises
         return search.verdict(Outcome.NOT_EXERCISED, f"not tested: {fallback}")
     if search.best is not None:
         return search.conclude(folder)
-    unknown = unproven(witness, subject.launch.device)
-    if search.compared == 0 and "failed" not in witness:
+    unknown = unproven(runtime_info, subject.launch.device)
+    if search.compared == 0 and "failed" not in runtime_info:
         unknown = "nothing was compared"
     if unknown:
         return search.verdict(Outcome.NOT_EXERCISED, unknown)
@@ -86,7 +86,7 @@ def run_cell(cell: Cell, subject: Subject, budget: Budget, seed: int, folder: Pa
 def unsupported(cell: Cell, subject: Subject) -> str | None:
     """Why the backend's claims leave this cell out, or None."""
     claims, config = subject.claims, cell.config
-    if claims.truth == "self" and cell.clause.blind:
+    if claims.reference == "self" and cell.clause.blind:
         return "blind: it is about what the target is judged by, its own forward"
     if config.profile not in claims.profiles:
         return f"claims no {config.profile} profile"
@@ -125,7 +125,7 @@ class _Search:
             suppress_health_check=list(HealthCheck), verbosity=Verbosity.quiet, report_multiple_bugs=False,
             phases=(Phase.generate, Phase.shrink) if self.budget.shrink else (Phase.generate,),
         )  # fmt: skip
-        @given(self.cell.clause.family(self.cell.config, self.subject.claims))
+        @given(self.cell.clause.strategy(self.cell.config, self.subject.claims))
         def search(case: Case) -> None:
             self.trial(case)
 

@@ -12,9 +12,9 @@ import msgspec
 
 from kvconform.files import read_versioned, write_atomically
 from kvconform.judging.judge import Judged, judge
-from kvconform.worker.client import Death, Subject
+from kvconform.worker.client import Subject, WorkerDied
 from kvconform_specs.clause import Case, Clause
-from kvconform_specs.program import Append, Full, Program, Reject, Reorder, Step, Truncate
+from kvconform_specs.program import Append, Program, Reject, Reorder, Step, Truncate, UncachedForward
 from kvconform_specs.reference.oracle import expect
 from kvconform_specs.tensors import derive
 
@@ -73,11 +73,11 @@ def _frozen(step: Step, variant: int) -> Step:
         inner = _frozen(step.step, variant)
         assert isinstance(inner, Append | Truncate | Reorder)
         return Reject(inner, step.wrong)
-    if isinstance(step, Append | Full):
-        swap = tuple((row, position, derive(seed, variant)) for row, position, seed in step.swap)
-        step = replace(step, seed=derive(step.seed, variant), swap=swap)
-        if isinstance(step, Append) and step.aim is not None:
-            step = replace(step, aim=(derive(step.aim[0], variant), step.aim[1]))
+    if isinstance(step, Append | UncachedForward):
+        swap = tuple((row, position, derive(seed, variant)) for row, position, seed in step.substitutions)
+        step = replace(step, seed=derive(step.seed, variant), substitutions=swap)
+        if isinstance(step, Append) and step.needle is not None:
+            step = replace(step, needle=(derive(step.needle[0], variant), step.needle[1]))
         if isinstance(step, Append) and step.pad is not None:
             step = replace(step, pad=(step.pad[0], derive(step.pad[1], variant)))
     return step
@@ -92,7 +92,7 @@ def attempt(clause: Clause, subject: Subject, case: Case, variants: tuple[int, .
             if number == 0:
                 subject.send(program, variants)
                 sent = 1
-            own = None if subject.own is None else subject.own(program.config)
+            own = None if subject.reference_forward is None else subject.reference_forward(program.config)
             wants = expect(program, variants, subject.claims.precision, own)
             if clause.needs_numbers:
                 for want in wants:
@@ -103,13 +103,13 @@ def attempt(clause: Clause, subject: Subject, case: Case, variants: tuple[int, .
                 subject.send(following, variants)
                 sent += 1
             traces.append(subject.receive(program))
-        except Death as death:
+        except WorkerDied as death:
             subject.discard(case.programs[len(traces) : sent])  # where it was the truth that died
             variant = variants[min(death.variant, len(variants) - 1)]
             return Broken(death.kind, death.words, variant, number, death.step)
     try:
         judged = judge(case, clause.relations, subject.claims, traces, expected)
-    except Death as death:  # of a black box's own forward
+    except WorkerDied as death:  # of a black box's own forward
         return Broken(death.kind, death.words)
     if judged.finding is not None:
         finding = judged.finding
@@ -131,6 +131,6 @@ def replayed(clause: Clause, subject: Subject, before: list[Program], case: Case
     for program in before:
         try:
             subject.run(program, (0,))
-        except Death as death:
+        except WorkerDied as death:
             return Broken(death.kind, death.words)
     return attempt(clause, subject, case, (0,))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from kvconform.search.counterexample import Broken
 from kvconform_specs.clause import Case
 from kvconform_specs.errors import SpecError
-from kvconform_specs.program import Append, Full, Program, Step
+from kvconform_specs.program import Append, Program, Step, UncachedForward
 
 Try = Callable[[Case], Broken | None]
 """Runs a case; what broke, or None, also where the budget of tries is spent."""
@@ -42,7 +42,7 @@ def smaller(program: Program) -> Iterator[Program]:
     """Legal programs with a step less, with one row, or with shorter appends."""
     steps = program.steps
     drafts = [steps[:i] + steps[i + 1 :] for i in range(len(steps) - 1)]
-    runs = [i for i, step in enumerate(steps) if isinstance(step, Append | Full)]
+    runs = [i for i, step in enumerate(steps) if isinstance(step, Append | UncachedForward)]
     if any(len(_run(steps[i]).counts) > 1 for i in runs):
         drafts.insert(
             0, tuple(_resized(step, _run(step).counts[:1]) if i in runs else step for i, step in enumerate(steps))
@@ -60,13 +60,13 @@ def smaller(program: Program) -> Iterator[Program]:
             continue  # a step that another one needs cannot go
 
 
-def _run(step: Step) -> Append | Full:
-    assert isinstance(step, Append | Full)
+def _run(step: Step) -> Append | UncachedForward:
+    assert isinstance(step, Append | UncachedForward)
     return step
 
 
 def _resized(step: Step, counts: tuple[int, ...]) -> Step:
-    return replace(_run(step), counts=counts, swap=())
+    return replace(_run(step), counts=counts, substitutions=())
 
 
 def reduced_list(

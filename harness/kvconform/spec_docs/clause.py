@@ -14,30 +14,30 @@ from kvconform_specs import SUITE_VERSION
 from kvconform_specs.ambiguities import AMBIGUITIES
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
-from kvconform_specs.configs import LONG, POINTS
+from kvconform_specs.configs import CONFIGS, LONG
 from kvconform_specs.history import Histories
 from kvconform_specs.program import (
-    MANNER_BIT,
+    DISTRIBUTION_BIT,
     NAMES,
+    AliasHandle,
     Append,
     Fork,
-    Full,
     Generate,
-    Keep,
     Poison,
     Program,
     Reject,
     Reorder,
     Step,
     Truncate,
+    UncachedForward,
     called,
 )
-from kvconform_specs.tensors import manner
+from kvconform_specs.tensors import distribution
 
 Key = TypeVar("Key")
 ENOUGH: dict[str, dict[str, Any]] = {
     "overflow refused": {"overflow": "refused"},
-    "poison-safe slots": {"dead_slots": "any"},
+    "poison-safe slots": {"unused_slots": "any"},
     "left padding": {"padding": ("right", "left"), "abilities": ("ragged",)},
     "pages": {"page": 4},
     "quantised cache": {"kv_bits": 8},
@@ -50,7 +50,7 @@ ENOUGH: dict[str, dict[str, Any]] = {
 """Claims from which each need of ``claims.DERIVED`` follows."""
 DRAWS = 20
 """The example of a clause is the median, by size, of so many draws."""
-COMPARING = {Relation.AGREEMENT, Relation.UNAFFECTED, Relation.AFFECTED, Relation.BITWISE}
+COMPARING = {Relation.AGREEMENT, Relation.INSENSITIVE, Relation.SENSITIVE, Relation.BITWISE}
 """The relations that compare the first program of a case with each of the others."""
 SHOWN = 3
 """So many of its programs are shown."""
@@ -76,7 +76,7 @@ def explained(clause: Clause) -> str:
 
 def example(clause: Clause) -> tuple[str, Case]:
     """The name of the first config that the clause concerns, and a case for a backend that claims what it needs."""
-    name = next(name for name, config in POINTS.items() if clause.concerns(config))
+    name = next(name for name, config in CONFIGS.items() if clause.concerns(config))
     drawn: list[Case] = []
 
     @hypothesis_seed(0)
@@ -84,7 +84,7 @@ def example(clause: Clause) -> tuple[str, Case]:
         max_examples=DRAWS, deadline=None, database=None, verbosity=Verbosity.quiet, phases=(Phase.generate,),
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(clause.family(POINTS[name], least_claims(clause)))
+    @given(clause.strategy(CONFIGS[name], least_claims(clause)))
     def draw(case: Case) -> None:
         drawn.append(case)
 
@@ -134,13 +134,13 @@ def _said(step: Step, held: list[int]) -> str:
         case Generate():
             more = f"{step.new} token{'s' if step.new > 1 else ''}"
             return f"generate {more} greedily after {_tokens(step, 'of')}{_options(step)}"
-        case Full():
+        case UncachedForward():
             return f"compute {_tokens(step, 'of')} without a cache{_options(step)}"
         case Truncate():
             return f"truncate {step.seq}, which holds {_alike(held)}, to {step.length}"
         case Fork():
             return f"fork {step.seq} to {step.into}"
-        case Keep():
+        case AliasHandle():
             return f"keep the handle of {step.seq} as {step.into}"
         case Reorder():
             return f"reorder {step.seq}: its rows become the old rows {_all(step.rows)}"
@@ -149,7 +149,7 @@ def _said(step: Step, held: list[int]) -> str:
     return f"{NAMES[type(step)]} {step.seq}"
 
 
-def _tokens(step: Append | Full, word: str) -> str:
+def _tokens(step: Append | UncachedForward, word: str) -> str:
     """``4 tokens of stream 17 to a``, ``1 token of streams 17, 18 to each row of a``."""
     alike = len(set(step.counts)) == 1
     rows = "" if len(step.counts) == 1 else "each row of " if alike else "the rows of "
@@ -159,21 +159,21 @@ def _tokens(step: Append | Full, word: str) -> str:
     return f"{_alike(step.counts)} token{plural} {content} {word} {rows}{step.seq}"
 
 
-def _options(step: Append | Full) -> str:
+def _options(step: Append | UncachedForward) -> str:
     said = []
-    for (row, seed), places in _groups(((row, seed), position) for row, position, seed in step.swap):
+    for (row, seed), places in _groups(((row, seed), position) for row, position, seed in step.substitutions):
         said.append(f"; {_positions(places)} of row {row} from stream {_stream(seed)}")
     if isinstance(step, Append):
-        if step.aim:
-            said.append(f"; queries point at the key at position {step.aim[1]} of stream {_stream(step.aim[0])}")
-        for row, places in _groups(step.hidden):
+        if step.needle:
+            said.append(f"; queries point at the key at position {step.needle[1]} of stream {_stream(step.needle[0])}")
+        for row, places in _groups(step.masked):
             said.append(f"; the mask hides {_positions(places)} of row {row}")
         if step.pad:
             said.append(f"; columns without a token on the {step.pad[0]}, filled from stream {_stream(step.pad[1])}")
         said += [f"; inputs {step.layout}"] if step.layout != "contiguous" else []
-        said += ["; into the memory of the past"] if step.shared else []
-        said += ["; its work is counted"] if step.metered else []
-    said += ["; the last position alone"] if step.last else []
+        said += ["; into the memory of the past"] if step.in_place else []
+        said += ["; its work is counted"] if step.count_macs else []
+    said += ["; the last position alone"] if step.last_only else []
     return "".join(said)
 
 
@@ -191,8 +191,8 @@ def _positions(places: list[int]) -> str:
 
 
 def _stream(seed: int) -> str:
-    plain = str(seed & ((1 << MANNER_BIT) - 1))
-    return plain if manner(seed) == "plain" else f"{plain} ({manner(seed)})"
+    plain = str(seed & ((1 << DISTRIBUTION_BIT) - 1))
+    return plain if distribution(seed) == "normal" else f"{plain} ({distribution(seed)})"
 
 
 def _alike(numbers: Iterable[int]) -> str:
@@ -211,8 +211,8 @@ def named(relation: Relation) -> str:
 
 def scope(clause: Clause) -> str:
     """Which configs the clause is asked on."""
-    asked = [name for name, config in POINTS.items() if clause.concerns(config)]
-    usual = [n for n, c in POINTS.items() if c.profile in clause.profiles and c.capacity < LONG]
+    asked = [name for name, config in CONFIGS.items() if clause.concerns(config)]
+    usual = [n for n, c in CONFIGS.items() if c.profile in clause.profiles and c.capacity < LONG]
     return f"every {' and '.join(clause.profiles)} config" if asked == usual else ", ".join(asked)
 
 

@@ -16,8 +16,8 @@ from kvconform_specs.claims import ABILITIES, DERIVED, Claims, Precision
 from kvconform_specs.clause import Relation
 from kvconform_specs.clauses import ALL, CHAPTERS
 from kvconform_specs.config import DTYPES, POSITIONS, PROFILES, Config
-from kvconform_specs.configs import POINTS
-from kvconform_specs.program import LAYOUTS, MALFORMED, MANNERS, OPS, POISONS
+from kvconform_specs.configs import CONFIGS
+from kvconform_specs.program import DISTRIBUTIONS, LAYOUTS, MALFORMED, OPS, POISONS
 from kvconform_specs.reference import bounds, definition
 
 LAW = (
@@ -75,7 +75,7 @@ def _words() -> Iterator[str]:
         prose, told = documented(kind)
         yield "\n".join([f"**{op}.** {prose}", "", *(f"- {names}: {text}" for names, text in _grouped(told))]).rstrip()
     yield (
-        f"Layouts: {_codes(LAYOUTS)}. Poisons: {_codes(POISONS)}. Manners of a stream: {_codes(MANNERS)}. What can be "
+        f"Layouts: {_codes(LAYOUTS)}. Poisons: {_codes(POISONS)}. Distributions of a stream: {_codes(DISTRIBUTIONS)}. What can be "
         "wrong with an append: "
         + "; ".join(f"{_codes(wrong)} in the {profile} profile" for profile, wrong in MALFORMED.items())
         + "."
@@ -133,7 +133,7 @@ def _tables() -> Iterator[str]:
     sizes = ("profile", "heads", "kv_heads", "head_dim", "layers", "capacity")
     standard = {f.name: f.default for f in fields(Config)}
     rows = []
-    for name, config in POINTS.items():
+    for name, config in CONFIGS.items():
         own = {field: value for field, value in config.to_json().items() if value != standard[field]}
         rest = [f"{field} {value}" for field, value in own.items() if field not in sizes]
         rows.append((name, *(str(getattr(config, size)) for size in sizes), ", ".join(rest)))

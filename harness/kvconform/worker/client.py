@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from kvconform.worker.protocol import LENGTHS, PROGRESS, Header, Traces, send, unpack
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
-from kvconform_specs.program import NAMES, Append, Full, Generate, Program, Truncate, called
-from kvconform_specs.reference.oracle import Own, shares_rounding
+from kvconform_specs.program import NAMES, Append, Generate, Program, Truncate, UncachedForward, called
+from kvconform_specs.reference.oracle import ReferenceForward, shares_rounding
 
 BUILD_TIMEOUT = 900.0
 """Seconds that a build may take: exports and first compilations are slow, and stand outside the step timeout."""
@@ -36,12 +36,12 @@ LOG_LENGTH = 512
 """How many messages a worker's log remembers, for failures that need what ran before."""
 
 
-class Infrastructure(Exception):
+class BackendUnavailable(Exception):
     """The backend is absent or broken, or this machine lacks what it needs: one sentence, exit code 3."""
 
 
 @dataclass
-class Death(Exception):
+class WorkerDied(Exception):
     """The worker died or hung while it ran a program. ``variant`` and ``step`` say where."""
 
     kind: str  # "crash" or "timeout"
@@ -54,7 +54,7 @@ class Death(Exception):
 
 
 @dataclass
-class Launch:
+class WorkerSpec:
     """How to start workers of one backend. ``cpus``: on which processors, where the system lets a parent say so; None:
     on any."""
 
@@ -66,25 +66,25 @@ class Launch:
     cpus: tuple[int, ...] | None = None
 
 
-def unproven(witness: Mapping[str, Any], device: str) -> str:
-    """Why nobody knows what ran, or nothing: the witness failed, or did not tell the device, which on a GPU it must."""
-    if "failed" in witness:
-        return f"nobody knows what ran: its witness failed: {witness['failed']}"
-    if device == "cpu" or str(witness.get("device")).startswith(device):
+def unproven(runtime_info: Mapping[str, Any], device: str) -> str:
+    """Why nobody knows what ran, or nothing: the runtime_info failed, or did not tell the device, which on a GPU it must."""
+    if "failed" in runtime_info:
+        return f"nobody knows what ran: its runtime_info failed: {runtime_info['failed']}"
+    if device == "cpu" or str(runtime_info.get("device")).startswith(device):
         return ""
-    return f"{device} was asked for, and its witness does not tell on what device it ran"
+    return f"{device} was asked for, and its runtime_info does not tell on what device it ran"
 
 
 class Subject:
     """One backend in a worker. Builds are kept by config; ``log`` is what the live worker has run, oldest first."""
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: WorkerSpec) -> None:
         self.launch = launch
         self.log: deque[tuple[Program, tuple[int, ...]]] = deque(maxlen=LOG_LENGTH)
         self.starts = 0
         self.leaks = 0  # how many failures have needed what ran before
         self._built: set[Config] = set()
-        self._failed: dict[Config, Death] = {}  # a build that failed once is not tried for every cell
+        self._failed: dict[Config, WorkerDied] = {}  # a build that failed once is not tried for every cell
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="kvconform-")
         self._stderr = Path(self._scratch.name) / "stderr"
@@ -97,11 +97,13 @@ class Subject:
             self.close()  # a worker that is of no use must not live on, nor its folder
             raise
         self._measured = False  # how a black box's own forward rounds
-        self._truth: Subject | None = None  # of a black box: a process of its own, on which no cached step ever runs
+        self._reference: Subject | None = (
+            None  # of a black box: a process of its own, on which no cached step ever runs
+        )
         if launch.device not in self.claims.devices:
             self.close()
             known = ", ".join(self.claims.devices)
-            raise Infrastructure(f"backend {launch.address!r} does not run on {launch.device}; it claims: {known}")
+            raise BackendUnavailable(f"backend {launch.address!r} does not run on {launch.device}; it claims: {known}")
 
     def __enter__(self) -> Subject:
         return self
@@ -110,40 +112,40 @@ class Subject:
         self.close()
 
     @property
-    def points(self) -> dict[str, Config]:
+    def configs(self) -> dict[str, Config]:
         """A black box's own configs, by name; empty for a backend that takes those of the suite."""
-        named = {} if self.target is None else self.target["points"]
+        named = {} if self.target is None else self.target["configs"]
         return {name: Config.from_json(config) for name, config in named.items()}
 
     @property
-    def own(self) -> Callable[[Config], Own] | None:
+    def reference_forward(self) -> Callable[[Config], ReferenceForward] | None:
         """What a black box is judged by, for each of its configs; None where that is the definition."""
-        return None if self.target is None else lambda config: partial(self._own, config)
+        return None if self.target is None else lambda config: partial(self._reference_forward, config)
 
-    def _own(
+    def _reference_forward(
         self, config: Config, inputs: NDArray[Any], storage: float, accumulation: float, seed: int
     ) -> NDArray[Any]:
-        """The black box's own forward (``oracle.Own``). Raises Death where it raises, or its process dies."""
-        if self._truth is None:
-            self._truth = Subject(self.launch)
-            self._truth._measured = True
-        truth = self._truth
-        reason = truth.build(config)
+        """The black box's own forward (``oracle.ReferenceForward``). Raises WorkerDied where it raises, or its process dies."""
+        if self._reference is None:
+            self._reference = Subject(self.launch)
+            self._reference._measured = True
+        reference = self._reference
+        reason = reference.build(config)
         if reason is not None:
-            raise Infrastructure(reason)
+            raise BackendUnavailable(reason)
         message = {
-            "op": "own", "config": config.to_json(), "shape": list(inputs.shape), "dtype": inputs.dtype.str,
+            "op": "reference_forward", "config": config.to_json(), "shape": list(inputs.shape), "dtype": inputs.dtype.str,
             "storage": storage, "accumulation": accumulation, "seed": seed,
         }  # fmt: skip
-        header, blob = truth._ask(message, self.launch.step_timeout, np.ascontiguousarray(inputs).tobytes())
+        header, blob = reference._ask(message, self.launch.step_timeout, np.ascontiguousarray(inputs).tobytes())
         if "error" in header:
-            raise Death("crash", f"its own cache-less forward raised {header['error']}", 0, -1)
+            raise WorkerDied("crash", f"its own cache-less forward raised {header['error']}", 0, -1)
         return np.frombuffer(blob, header["dtype"]).reshape(header["shape"])
 
     def close(self) -> None:
-        if getattr(self, "_truth", None) is not None:
-            assert self._truth is not None
-            self._truth.close()
+        if getattr(self, "_reference", None) is not None:
+            assert self._reference is not None
+            self._reference.close()
         self._kill()
         self._scratch.cleanup()
 
@@ -155,7 +157,7 @@ class Subject:
     def build(self, config: Config) -> str | None:
         """Builds the subject for a config, once a worker. Returns the reason where the backend refuses it.
 
-        Raises Infrastructure where the machine lacks something, Death where building fails or kills the worker.
+        Raises BackendUnavailable where the machine lacks something, WorkerDied where building fails or kills the worker.
         """
         if config in self._failed:
             raise self._failed[config]
@@ -163,19 +165,19 @@ class Subject:
             return None
         try:
             header, _ = self._ask({"op": "build", "config": config.to_json()}, BUILD_TIMEOUT)
-        except Death as death:
-            self._failed[config] = Death(death.kind, f"could not be built: {death.words}", 0, -1)
+        except WorkerDied as death:
+            self._failed[config] = WorkerDied(death.kind, f"could not be built: {death.words}", 0, -1)
             raise self._failed[config] from None
         if "error" in header:
-            self._failed[config] = Death("crash", f"could not be built: {header['error']}", 0, -1)
+            self._failed[config] = WorkerDied("crash", f"could not be built: {header['error']}", 0, -1)
             raise self._failed[config]
         if "refused" in header:
             return str(header["refused"])
         self._built.add(config)
         if self.target is not None and not self._measured:
             self._measured = True
-            with suppress(Death, Infrastructure):  # what is wrong with its own forward is found by a clause
-                if shares_rounding(self._own, config):
+            with suppress(WorkerDied, BackendUnavailable):  # what is wrong with its own forward is found by a clause
+                if shares_rounding(self._reference_forward, config):
                     self.claims = replace(self.claims, rounding="shared")
         return None
 
@@ -190,42 +192,42 @@ class Subject:
         self._post({"op": "run", "program": program.to_json(), "indices": list(indices)})
 
     def receive(self, program: Program) -> Traces:
-        """The traces of the program sent last. Raises Death."""
+        """The traces of the program sent last. Raises WorkerDied."""
         try:
             header, blob = self._reply(self.launch.step_timeout)
-        except Death as death:
-            raise Death(
+        except WorkerDied as death:
+            raise WorkerDied(
                 death.kind, f"{_place(program, death.step)}: {death.words}", death.variant, death.step
             ) from None
         if "error" in header:  # recording failed, not a step: nothing the subject could cause by raising
             self._kill()  # it may owe other replies
-            raise Death("crash", str(header["error"]), 0, -1)
+            raise WorkerDied("crash", str(header["error"]), 0, -1)
         return unpack(header, blob)
 
     def discard(self, programs: Sequence[Program]) -> None:
         """Waits for the traces of programs that were sent, and forgets them; a dead worker owes none."""
         for program in programs:
             if self._process is not None:
-                with suppress(Death):
+                with suppress(WorkerDied):
                     self.receive(program)
 
-    def witness(self, config: Config) -> dict[str, Any]:
+    def runtime_info(self, config: Config) -> dict[str, Any]:
         """What really ran. One that tells the other device than was asked for is a fallback, whatever else it tells."""
         if config not in self._built or self._process is None:
             return {}
         try:
-            reply = self._ask({"op": "witness", "config": config.to_json()}, self.launch.step_timeout)[0]
-        except Death as death:
+            reply = self._ask({"op": "runtime_info", "config": config.to_json()}, self.launch.step_timeout)[0]
+        except WorkerDied as death:
             return {"failed": death.words}
-        witness: dict[str, Any] = reply.get("witness", {"failed": reply.get("error")})
-        told = str(witness.get("device"))
+        runtime_info: dict[str, Any] = reply.get("runtime_info", {"failed": reply.get("error")})
+        told = str(runtime_info.get("device"))
         if told.partition(":")[0] in {"cpu", "cuda"} - {self.launch.device}:
-            witness.setdefault("fallback", f"{self.launch.device} was asked for, and it ran on {told}")
-        return witness
+            runtime_info.setdefault("fallback", f"{self.launch.device} was asked for, and it ran on {told}")
+        return runtime_info
 
     def script(self, config: Config, programs: Sequence[tuple[Program, str]]) -> tuple[str, list[str]] | None:
         """How to build the black box, and each program with the tag of its names, as Python source; None where it
-        writes none. Raises Death where writing fails."""
+        writes none. Raises WorkerDied where writing fails."""
         self.build(config)
         asked = [[program.to_json(), tag] for program, tag in programs]
         message = {"op": "script", "config": config.to_json(), "programs": asked}
@@ -233,10 +235,10 @@ class Subject:
         return None if header["setup"] is None else (header["setup"], header["sources"])
 
     def ask(self, message: Header, timeout: float) -> Header:
-        """The answer to any message; ``timeout`` in seconds. Raises Death where the worker dies or answers an error."""
+        """The answer to any message; ``timeout`` in seconds. Raises WorkerDied where the worker dies or answers an error."""
         header, _ = self._ask(message, timeout)
         if "error" in header:
-            raise Death("crash", str(header["error"]), 0, -1)
+            raise WorkerDied("crash", str(header["error"]), 0, -1)
         return header
 
     # --- the process ---
@@ -260,13 +262,15 @@ class Subject:
                     env={**os.environ, **_variables(), **launch.environment},
                 )
         except OSError as error:
-            raise Infrastructure(f"interpreter {launch.python!r} cannot be started: {error.strerror}") from error
+            raise BackendUnavailable(f"interpreter {launch.python!r} cannot be started: {error.strerror}") from error
         try:
             description = self._ask({"op": "describe"}, BUILD_TIMEOUT)[0]
-        except Death as death:
-            raise Infrastructure(f"the worker of {launch.address!r} did not start: {death}") from death
+        except WorkerDied as death:
+            raise BackendUnavailable(f"the worker of {launch.address!r} did not start: {death}") from death
         if "error" in description:
-            raise Infrastructure(f"backend {launch.address!r} is installed but failed to load: {description['error']}")
+            raise BackendUnavailable(
+                f"backend {launch.address!r} is installed but failed to load: {description['error']}"
+            )
         return description
 
     def _kill(self) -> None:
@@ -284,7 +288,7 @@ class Subject:
         self._post(message, blob)
         header, blob = self._reply(timeout)
         if "unavailable" in header:
-            raise Infrastructure(str(header["unavailable"]))
+            raise BackendUnavailable(str(header["unavailable"]))
         return header, blob
 
     def _post(self, message: Header, blob: bytes = b"") -> None:
@@ -295,7 +299,7 @@ class Subject:
             send(self._process.stdin, message, blob)
 
     def _reply(self, timeout: float) -> tuple[Header, bytes]:
-        """The next frame. Raises Death when the worker ends, or makes no progress for ``timeout`` seconds."""
+        """The next frame. Raises WorkerDied when the worker ends, or makes no progress for ``timeout`` seconds."""
         assert self._process is not None and self._process.stdout is not None
         pipe = self._process.stdout.fileno()
         data, self._early = self._early, bytearray()
@@ -329,7 +333,7 @@ class Subject:
         count, variant, step = PROGRESS.unpack_from(self._progress, 0)
         return count, variant, step
 
-    def _death(self, kind: str, timeout: float = 0.0) -> Death:
+    def _death(self, kind: str, timeout: float = 0.0) -> WorkerDied:
         assert self._process is not None
         _count, variant, step = self._step()
         if kind == "timeout":
@@ -339,7 +343,7 @@ class Subject:
             how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
             words = f"the process {how}{self._last_words()}"
         self._kill()
-        return Death(kind, words, variant, step)
+        return WorkerDied(kind, words, variant, step)
 
     def _last_words(self) -> str:
         lines = [line.strip() for line in self._stderr.read_text(errors="replace").splitlines() if line.strip()]
@@ -382,7 +386,7 @@ def describe(program: Program, step: int) -> str:
     if isinstance(inner, Generate):
         words += f" {inner.new} after {inner.counts[0]} to {inner.seq}"
         words += f" of {len(inner.counts)} rows" if len(inner.counts) > 1 else ""
-    elif isinstance(inner, Append | Full):
+    elif isinstance(inner, Append | UncachedForward):
         sizes = inner.counts
         words += f" {sizes[0] if len(set(sizes)) == 1 else list(sizes)} to {inner.seq}"
         words += f" of {len(sizes)} rows" if len(sizes) > 1 else ""

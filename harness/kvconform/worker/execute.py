@@ -12,21 +12,21 @@ from numpy.typing import NDArray
 from kvconform_specs.history import Histories, after
 from kvconform_specs.program import (
     POISONS,
+    AliasHandle,
     Append,
     Call,
     Close,
     Fork,
-    Full,
     Generate,
-    Keep,
     Poison,
     Program,
-    Read,
+    ReadCache,
     Reject,
     Reorder,
     Reset,
     Step,
     Truncate,
+    UncachedForward,
     called,
 )
 from kvconform_specs.tensors import Streams, laid, malformed, mask
@@ -37,24 +37,24 @@ Feed = tuple[tuple[Array, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Done:
-    """What one step did. ``told``: what the subject says, where it claims to know: ``length`` and ``room`` of each row,
-    ``bytes``, ``graphs``, ``work``; and of a read how many tokens each row ``held``.
+class StepResult:
+    """What one step did. ``reported``: what the subject says, where it claims to know: ``length`` and ``room`` of each row,
+    ``bytes``, ``graphs``, ``work``; and of a read how many tokens each row ``token_counts``.
 
     ``refused``: a ``reject`` step raised, with these words. ``error``: a legal step raised, with these words.
     """
 
     output: Array | None = None
-    told: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    reported: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     error: str | None = None
     refused: str | None = None
 
 
-Trace = tuple[Done, ...]
+Trace = tuple[StepResult, ...]
 """One entry for each step, to where the program stopped: after an ``error`` there is none."""
 
 
-def record(
+def execute(
     subject: Any,
     program: Program,
     indices: tuple[int, ...],
@@ -65,7 +65,7 @@ def record(
     traces = []
     for variant in range(len(indices)):
         caches: dict[str, Any] = {}
-        trace: list[Done] = []
+        trace: list[StepResult] = []
         for number, step in enumerate(program.steps):
             at(variant, number)
             inputs, keywords = feeds[number]
@@ -93,9 +93,9 @@ def feeds_of(program: Program, indices: tuple[int, ...]) -> list[Feed]:
         if isinstance(call, Append):
             grown = after(histories.rows.get(call.seq, ((),) * len(call.counts)), call)
             feeds.append((streams.inputs(call, grown), _keywords(call, grown)))
-        elif isinstance(call, Full):
+        elif isinstance(call, UncachedForward):
             whole = after(((),) * len(call.counts), call)
-            feeds.append((streams.inputs(call, whole), {"last": True} if call.last else {}))
+            feeds.append((streams.inputs(call, whole), {"last_only": True} if call.last_only else {}))
         else:
             feeds.append(((), {}))
         histories.apply(step)
@@ -109,13 +109,13 @@ def _keywords(step: Append, grown: tuple[Any, ...]) -> dict[str, Any]:
         asked["counts"] = np.array(step.counts)
         if step.pad is not None and step.pad[0] == "left":
             asked["padding"] = "left"
-    if step.hidden:
+    if step.masked:
         asked["mask"] = mask(step, grown)
-    asked |= {name: True for name in ("shared", "metered", "last") if getattr(step, name)}
+    asked |= {name: True for name in ("in_place", "count_macs", "last_only") if getattr(step, name)}
     return asked
 
 
-def _guarded(subject: Any, caches: dict[str, Any], step: Step, feed: Feed) -> Done:
+def _guarded(subject: Any, caches: dict[str, Any], step: Step, feed: Feed) -> StepResult:
     open_before = set(caches)
     try:
         return _do(subject, caches, called(step), feed)
@@ -123,36 +123,36 @@ def _guarded(subject: Any, caches: dict[str, Any], step: Step, feed: Feed) -> Do
         words = f"{type(raised).__name__}: {str(raised).strip() or 'no message'}"[:500]
         words = words.encode(errors="replace").decode()  # a lone surrogate could not be written to a results file
         if not isinstance(step, Reject):
-            return Done(error=words)
+            return StepResult(error=words)
         for name in set(caches) - open_before:  # a refused call opens no sequence
             del caches[name]
-        return Done(refused=words)
+        return StepResult(refused=words)
 
 
-def _do(subject: Any, caches: dict[str, Any], step: Call, feed: Feed) -> Done:
+def _do(subject: Any, caches: dict[str, Any], step: Call, feed: Feed) -> StepResult:
     inputs, keywords = feed
     if isinstance(step, Append):
         if step.seq not in caches:
             caches[step.seq] = subject.start(len(step.counts))
         output, caches[step.seq] = subject.step(caches[step.seq], *inputs, **keywords)
-        return Done(_array(output), _told(subject, caches[step.seq], step.metered))
+        return StepResult(_array(output), _reported(subject, caches[step.seq], step.count_macs))
     if isinstance(step, Generate):
-        return Done(_array(subject.generate(*inputs, step.new)))
-    if isinstance(step, Full):
-        return Done(_array(subject.full(*inputs, **keywords)))
-    if isinstance(step, Read):
-        output, held = _contents(subject.contents(caches[step.seq]))
-        return Done(output, {"held": held})
+        return StepResult(_array(subject.generate(*inputs, step.new)))
+    if isinstance(step, UncachedForward):
+        return StepResult(_array(subject.uncached_forward(*inputs, **keywords)))
+    if isinstance(step, ReadCache):
+        output, token_counts = _contents(subject.contents(caches[step.seq]))
+        return StepResult(output, {"token_counts": token_counts})
     if isinstance(step, Close):
         cache = caches.pop(step.seq)
         if hasattr(subject, "close") and not any(cache is other for other in caches.values()):
             subject.close(cache)
-        return Done()
+        return StepResult()
     if isinstance(step, Truncate):
         caches[step.seq] = subject.truncate(caches[step.seq], step.length)
     elif isinstance(step, Fork):
         caches[step.into] = subject.fork(caches[step.seq])
-    elif isinstance(step, Keep):
+    elif isinstance(step, AliasHandle):
         caches[step.into] = caches[step.seq]
     elif isinstance(step, Reorder):
         caches[step.seq] = subject.reorder(caches[step.seq], list(step.rows))
@@ -160,20 +160,22 @@ def _do(subject: Any, caches: dict[str, Any], step: Call, feed: Feed) -> Done:
         caches[step.seq] = subject.reset(caches[step.seq])
     elif isinstance(step, Poison):
         subject.poison(caches[step.seq], POISONS[step.keys], POISONS[step.values])
-    return Done(told=_told(subject, caches[step.seq]))
+    return StepResult(reported=_reported(subject, caches[step.seq]))
 
 
-def _told(subject: Any, cache: Any, metered: bool = False) -> dict[str, tuple[int, ...]]:
+def _reported(subject: Any, cache: Any, count_macs: bool = False) -> dict[str, tuple[int, ...]]:
     """What the subject says about the sequence that a step was about, as far as it claims to know."""
     can = subject.claims.can
-    told = {name: tuple(int(n) for n in getattr(subject, name)(cache)) for name in ("length", "room") if can(name)}
+    reported = {
+        name: tuple(int(n) for n in getattr(subject, name)(cache)) for name in ("length", "free_slots") if can(name)
+    }
     if can("bytes"):
-        told["bytes"] = (int(subject.bytes(cache)),)
-    if can("graphs"):
-        told["graphs"] = (int(subject.graphs()),)
-    if metered:
-        told["work"] = (int(subject.work()),)
-    return told
+        reported["bytes"] = (int(subject.bytes(cache)),)
+    if can("graph_count"):
+        reported["graphs"] = (int(subject.graph_count()),)
+    if count_macs:
+        reported["work"] = (int(subject.macs()),)
+    return reported
 
 
 def _array(output: Any) -> Array:
@@ -186,12 +188,12 @@ def _array(output: Any) -> Array:
 def _contents(layers: Any) -> tuple[Array, tuple[int, ...]]:
     """``(b, s, l * 2 * g * d)``: layer, key and value, head, dim; rows that hold fewer tokens end in NaN. Where layers
     hold different numbers of tokens the newest are side by side, and what a layer evicted is NaN."""
-    held = tuple(max(layer[row][0].shape[1] for layer in layers) for row in range(len(layers[0])))
+    token_counts = tuple(max(layer[row][0].shape[1] for layer in layers) for row in range(len(layers[0])))
     key = layers[0][0][0]
     width = key.shape[0] * key.shape[2]
-    output = np.full((len(held), max(held), len(layers) * 2 * width), np.nan, np.float32)
-    for row, tokens in enumerate(held):
+    output = np.full((len(token_counts), max(token_counts), len(layers) * 2 * width), np.nan, np.float32)
+    for row, tokens in enumerate(token_counts):
         for part, x in enumerate(x for layer in layers for x in layer[row]):
             first = tokens - x.shape[1]
             output[row, first:tokens, part * width : (part + 1) * width] = x.swapaxes(0, 1).reshape(-1, width)
-    return output, held
+    return output, token_counts

@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.worker.execute import Done, Trace
+from kvconform.worker.execute import StepResult, Trace
 
 LENGTHS = struct.Struct("<IQ")
 """Bytes of the header and of the blob behind it."""
@@ -83,26 +83,26 @@ def unpack(header: Header, blob: bytes) -> Traces:
     return Traces(n, tuple(stacked))
 
 
-def _variant(done: Done, i: int) -> Done:
-    return Done(None if done.output is None else done.output[i : i + 1], done.told, done.error, done.refused)
+def _variant(done: StepResult, i: int) -> StepResult:
+    return StepResult(None if done.output is None else done.output[i : i + 1], done.reported, done.error, done.refused)
 
 
-def _note(done: Done) -> Header:
+def _note(done: StepResult) -> Header:
     note: Header = {}
     if done.output is not None:
         note["shape"], note["dtype"] = list(done.output.shape), done.output.dtype.str
-    for name in ("told", "error", "refused"):
+    for name in ("reported", "error", "refused"):
         if getattr(done, name):
             note[name] = getattr(done, name)
     return note
 
 
-def _done(note: Header, blob: bytes, offset: int, n: int) -> tuple[Done, int]:
+def _done(note: Header, blob: bytes, offset: int, n: int) -> tuple[StepResult, int]:
     output: NDArray[Any] | None = None
     if "shape" in note:
         dtype, shape = np.dtype(note["dtype"]), (n, *note["shape"])
         size = int(np.prod(shape))
         output = np.frombuffer(blob, dtype, size, offset).reshape(shape)
         offset += size * dtype.itemsize
-    told = {name: tuple(numbers) for name, numbers in note.get("told", {}).items()}
-    return Done(output, told, note.get("error"), note.get("refused")), offset
+    reported = {name: tuple(numbers) for name, numbers in note.get("reported", {}).items()}
+    return StepResult(output, reported, note.get("error"), note.get("refused")), offset

@@ -27,8 +27,8 @@ from kvconform.backend import Unavailable
 from kvconform.bench.counters.collect import Tally
 from kvconform.bench.worker.ceilings import Ceiling
 from kvconform.bench.worker.gpu import Gpu
-from kvconform.bench.worker.timer import Stopwatch, tokens
-from kvconform.worker.execute import record
+from kvconform.bench.worker.timer import Timer, tokens
+from kvconform.worker.execute import execute
 from kvconform.worker.protocol import PROGRESS, Header, pack, receive, send
 from kvconform.worker.registry import BackendError, load
 from kvconform_specs.config import Config
@@ -47,14 +47,14 @@ class Worker:
         self.address, self.device, self.progress = address, device, progress
         self.backend: Any = None
         self.subjects: dict[Config, Any] = {}
-        self.disturbed: dict[tuple[Config, int], Any] = {}
-        self.stopwatches: dict[tuple[Config, Config, int], Stopwatch] = {}
+        self.perturbed: dict[tuple[Config, int], Any] = {}
+        self.timers: dict[tuple[Config, Config, int], Timer] = {}
 
     def answer(self, message: Header, blob: bytes = b"") -> Reply:
         handlers: dict[str, Callable[[Header], Reply]] = {
-            "describe": self.describe, "build": self.build, "run": self.run, "witness": self.witness,
+            "describe": self.describe, "build": self.build, "run": self.run, "runtime_info": self.runtime_info,
             "clock": self.clock, "device": self.device_times, "memory": self.memory, "count": self.count,
-            "script": self.script, "own": partial(self.own, blob=blob),
+            "script": self.script, "reference_forward": partial(self.reference_forward, blob=blob),
         }  # fmt: skip
         return handlers[message["op"]](message)
 
@@ -62,9 +62,9 @@ class Worker:
         self.backend = load(self.address)
         claims = self.backend.claims.to_json()
         target = None
-        if self.backend.claims.truth == "self":
-            points = {name: config.to_json() for name, config in self.backend.points.items()}
-            target = {"recognised": self.backend.recognised, "assumed": list(self.backend.assumed), "points": points}
+        if self.backend.claims.reference == "self":
+            configs = {name: config.to_json() for name, config in self.backend.configs.items()}
+            target = {"recognised": self.backend.recognised, "assumed": list(self.backend.assumed), "configs": configs}
         return {"claims": claims, "environment": environment(self.backend), "target": target}, b""
 
     def build(self, message: Header) -> Reply:
@@ -75,28 +75,28 @@ class Worker:
             return {"refused": str(reason)}, b""
         began = time.perf_counter()
         if config not in self.subjects:
-            held = {} if self.backend.claims.truth == "self" else weights(config)
+            held = {} if self.backend.claims.reference == "self" else weights(config)
             self.subjects[config] = self.backend(config, held, self.device)
         return {"seconds": time.perf_counter() - began}, b""
 
     def run(self, message: Header) -> Reply:
         program = Program.from_json(message["program"])
-        for (config, *_), stopwatch in self.stopwatches.items():
+        for (config, *_), stopwatch in self.timers.items():
             if config == program.config:
                 stopwatch.drop()
-        return pack(record(self.subjects[program.config], program, tuple(message["indices"]), self.progress))
+        return pack(execute(self.subjects[program.config], program, tuple(message["indices"]), self.progress))
 
-    def own(self, message: Header, blob: bytes) -> Reply:
-        """The cache-less forward of a black box, disturbed or not (``oracle.Own``)."""
+    def reference_forward(self, message: Header, blob: bytes) -> Reply:
+        """The cache-less forward of a black box, perturbed or not (``oracle.ReferenceForward``)."""
         config = Config.from_json(message["config"])
         inputs = np.frombuffer(blob, message["dtype"]).reshape(message["shape"]).copy()
         subject = self.subjects[config]
         if message["seed"]:
             key = config, message["seed"]
-            if key not in self.disturbed:
-                self.disturbed[key] = subject.disturbed(message["storage"], message["accumulation"], message["seed"])
-            subject = self.disturbed[key]
-        output = np.ascontiguousarray(subject.full(inputs))
+            if key not in self.perturbed:
+                self.perturbed[key] = subject.perturbed(message["storage"], message["accumulation"], message["seed"])
+            subject = self.perturbed[key]
+        output = np.ascontiguousarray(subject.uncached_forward(inputs))
         return {"shape": list(output.shape), "dtype": output.dtype.str}, output.tobytes()
 
     def script(self, message: Header) -> Reply:
@@ -107,14 +107,14 @@ class Worker:
         sources = [subject.script(Program.from_json(program), tag) for program, tag in message["programs"]]
         return {"setup": subject.script_setup(), "sources": sources}, b""
 
-    def witness(self, message: Header) -> Reply:
+    def runtime_info(self, message: Header) -> Reply:
         subject = self.subjects[Config.from_json(message["config"])]
         design = getattr(subject, "cache_design", None)
-        seen = subject.witness() if hasattr(subject, "witness") else {}
-        return {"witness": {**({} if design is None else {"cache_design": design}), **seen}}, b""
+        seen = subject.runtime_info() if hasattr(subject, "runtime_info") else {}
+        return {"runtime_info": {**({} if design is None else {"cache_design": design}), **seen}}, b""
 
     def clock(self, message: Header) -> Reply:
-        """Times blocks of calls: see ``stopwatch.Stopwatch``."""
+        """Times blocks of calls: see ``stopwatch.Timer``."""
         stopwatch = self.stopwatch(message)
         blocks = stopwatch.blocks(*(message[name] for name in ("phase", "depth", "steps", "count", "batch", "new")))
         return {"blocks": [block._asdict() for block in blocks], "digest": stopwatch.digest}, b""
@@ -126,15 +126,15 @@ class Worker:
     def memory(self, message: Header) -> Reply:
         return {"memory": self.stopwatch(message).memory(message["depth"], message["batch"])}, b""
 
-    def stopwatch(self, message: Header) -> Stopwatch:
+    def stopwatch(self, message: Header) -> Timer:
         """``timed``: the config that the tokens are made for, which for a black box is not its own."""
         config, timed = Config.from_json(message["config"]), Config.from_json(message["timed"])
         key = config, timed, message["seed"]
-        if key not in self.stopwatches:
+        if key not in self.timers:
             ceiling = partial(Ceiling.of, timed)
             gpu = Gpu.open() if self.device == "cuda" else None
-            self.stopwatches[key] = Stopwatch(self.subjects[config], tokens(timed, message["seed"]), ceiling, gpu)
-        return self.stopwatches[key]
+            self.timers[key] = Timer(self.subjects[config], tokens(timed, message["seed"]), ceiling, gpu)
+        return self.timers[key]
 
     def count(self, message: Header) -> Reply:
         """Counts what one call of a phase does: see ``tally.Tally``. ``by``: what software the counts hang on."""
@@ -161,7 +161,7 @@ def serve(worker: Worker, inbox: BinaryIO, outbox: BinaryIO) -> None:
     while (frame := receive(inbox)) is not None:
         try:
             header, blob = worker.answer(*frame)
-            json.dumps(header)  # a witness may hold what is no JSON
+            json.dumps(header)  # a runtime_info may hold what is no JSON
         except (BackendError, Unavailable) as sentence:
             header, blob = {"unavailable": str(sentence)}, b""
         except Exception as raised:  # noqa: BLE001 - importing and building run a subject's code: its words go back

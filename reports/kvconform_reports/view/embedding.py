@@ -31,7 +31,7 @@ def embed(
 
     The raw rounds and tokens of the speed record stay in its own file: they are most of its bytes, and no figure here
     needs them.
-    A power certificate that several results share is written once, and named by its place.
+    A null-model power table that several results share is written once, and named by its place.
     """
     speed: dict[str, Any] | None = None
     if latency is not None:

@@ -79,7 +79,7 @@ class _Cell:
 
 def chapters(results: Sequence[Results]) -> tuple[Chapter, ...]:
     """Every clause of the spec, and those that only the results know, by chapter."""
-    known = [{(row.clause, row.config): row for row in result.ledger} for result in results]
+    known = [{(row.clause, row.config): row for row in result.known_failures} for result in results]
     cells: dict[str, list[_Cell]] = {name: [_Cell([], rows) for rows in known] for name in BY_NAME}
     number = 0
     for column, result in enumerate(results):

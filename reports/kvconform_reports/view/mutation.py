@@ -112,7 +112,7 @@ def _score(score: audit_record.Score) -> Score:
         f"{form.format(pair[0])}, at most {form.format(pair[1])}" if pair else ""
         for pair, form in ((score.programs, "{:g}"), (score.seconds, "{:.2f}"))
     )
-    kind, share = "stealth" if score.stealth else "blatant", percent(score.killed, score.faults)
+    kind, share = "conditional" if score.conditional else "unconditional", percent(score.killed, score.faults)
     return Score(score.budget, kind, score.killed, score.faults, share, programs, seconds)
 
 
@@ -144,7 +144,7 @@ def _why(trial: Trial) -> str:
 
 
 def _kind(one: Audited) -> str:
-    return ", ".join(("stealth" if one.stealth else "blatant", *one.classes))
+    return ", ".join(("conditional" if one.conditional else "unconditional", *one.classes))
 
 
 def _matrix(record: Record, budget: str) -> Matrix:

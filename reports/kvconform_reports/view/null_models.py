@@ -1,4 +1,4 @@
-"""The power certificate, to be read: clause by null model, and where a clause is weak or blind."""
+"""The null-model power table, to be read: clause by null model, and where a clause is weak or blind."""
 
 from __future__ import annotations
 

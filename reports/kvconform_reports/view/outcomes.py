@@ -46,7 +46,7 @@ MEANINGS = {
     Outcome.CRASH: "the worker process died",
     Outcome.TIMEOUT: "no answer came in time",
     Outcome.REFUTED: "a measured guarantee does not hold here, which is no failure",
-    Outcome.XFAIL: "it is broken, and the ledger says why and until when; no pass",
+    Outcome.XFAIL: "it is broken, and the known failures says why and until when; no pass",
     Outcome.INCONCLUSIVE: "a question without an answer",
     Outcome.UNSUPPORTED: "an ability that the backend does not claim",
     Outcome.NOT_EXERCISED: "nothing tried it",
@@ -82,7 +82,7 @@ def chips(outcomes: Iterable[Outcome]) -> tuple[Chip, ...]:
 @dataclass(frozen=True)
 class Standing:
     """What one backend's run amounts to: the word, symbol and sentence of its exit code. ``notes``: what else to know
-    before that sentence is believed. ``stale``: rows of the ledger that do not hold, each an error."""
+    before that sentence is believed. ``stale``: rows of the known failures that do not hold, each an error."""
 
     code: int
     word: str

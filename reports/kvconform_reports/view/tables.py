@@ -67,8 +67,8 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Known:
-    """A failure in the ledger. ``row`` is None where the results hold none for it. ``now``: what it gave in this
+class KnownRow:
+    """A failure in the known failures. ``row`` is None where the results hold none for it. ``now``: what it gave in this
     run."""
 
     label: str
@@ -166,11 +166,11 @@ def failures(results: Sequence[Results], folder: str) -> tuple[Failure, ...]:
     return tuple(found)
 
 
-def known(results: Sequence[Results], folder: str) -> tuple[Known, ...]:
-    """Every known failure: cells that the ledger holds, and rows of it without a cell."""
+def known(results: Sequence[Results], folder: str) -> tuple[KnownRow, ...]:
+    """Every known failure: cells that the known failures holds, and rows of it without a cell."""
     found = []
     for label, result in zip(labels(results), results, strict=True):
-        rows = {(row.clause, row.config): row for row in result.ledger}
+        rows = {(row.clause, row.config): row for row in result.known_failures}
         verdicts = {verdict.key: verdict for verdict in result.verdicts if verdict.outcome is Outcome.XFAIL}
         for key in dict.fromkeys((*verdicts, *rows)):
             row, verdict = rows.get(key), verdicts.get(key)
@@ -179,13 +179,13 @@ def known(results: Sequence[Results], folder: str) -> tuple[Known, ...]:
             link = row.link if row else ""
             now = given_now(now, row) if row else now
             replay = replay_line(result.backend, counterexample, folder)
-            found.append(Known(label, *key, row, versions, short(link), now, replay))
+            found.append(KnownRow(label, *key, row, versions, short(link), now, replay))
     return tuple(found)
 
 
 def guarantees(results: Sequence[Results], folder: str) -> tuple[tuple[str, tuple[Guarantee | None, ...]], ...]:
     """For each config the guarantee of each backend, None where it measured none."""
-    configs = dict.fromkeys(config for result in results for config in result.lattice)
+    configs = dict.fromkeys(config for result in results for config in result.guarantees)
     strongest = tuple(LEVELS)[-1]
     return tuple(
         (
@@ -196,7 +196,7 @@ def guarantees(results: Sequence[Results], folder: str) -> tuple[tuple[str, tupl
                     replay_line(result.backend, held.counterexample, folder) if held.refuted else "",
                     held.level == strongest,
                 )
-                if (held := result.lattice.get(config)) else None
+                if (held := result.guarantees.get(config)) else None
                 for result in results
             ),
         )
@@ -279,13 +279,13 @@ def beside(columns: Sequence[str], trees: Sequence[Mapping[str, Any]]) -> Facts:
     return Facts(tuple(columns), tuple((n, tuple(facts.get(n, "") for facts in flat)) for n in names))
 
 
-def witnesses(results: Sequence[Results]) -> tuple[tuple[str, tuple[Witness, ...]], ...]:
-    """For each backend what really ran; configs with the same witness stand together."""
+def runtime_info(results: Sequence[Results]) -> tuple[tuple[str, tuple[Witness, ...]], ...]:
+    """For each backend what really ran; configs with the same runtime_info stand together."""
     found = []
     for label, result in zip(labels(results), results, strict=True):
         groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
-        for config, witness in result.witnesses.items():
-            groups.setdefault(tuple(flattened(witness)), []).append(config)
+        for config, runtime_info in result.runtime_info.items():
+            groups.setdefault(tuple(flattened(runtime_info)), []).append(config)
         found.append((label, tuple(Witness(tuple(configs), facts) for facts, configs in groups.items())))
     return tuple(found)
 

@@ -37,7 +37,7 @@ def _resized(draw: Draw, config: Config, claims: Claims) -> Case:
 @st.composite
 def _metered(draw: Draw, config: Config, claims: Claims) -> Case:
     past, size, batch, seed = draw(st.integers(0, 24)), draw(counts(claims)), draw(batches(claims)), draw(seeds)
-    step = Append("a", (size,) * batch, seed, metered=True)
+    step = Append("a", (size,) * batch, seed, count_macs=True)
     return Case((Program(config, (*appends("a", at_once(past, claims), batch, seed), step)),))
 
 
@@ -48,7 +48,7 @@ def _at_depths(draw: Draw, config: Config, claims: Claims) -> Case:
     steps: list[Step] = []
     for _ in range(draw(st.integers(3, 4))):
         steps += appends("a", at_once(draw(st.integers(0, 5)), claims), batch, seed)
-        steps.append(Append("a", (size,) * batch, seed, metered=True))
+        steps.append(Append("a", (size,) * batch, seed, count_macs=True))
     return Case((Program(config, tuple(steps)),))
 
 
@@ -58,7 +58,7 @@ CLAUSES = (
         text="The cache takes 2 l g s d b numbers of the storage dtype: KV heads, not query heads, and s as claimed: "
         "the length, the capacity, or whole pages.",
         why=("https://github.com/apple/axlearn/pull/842", "https://github.com/PSAL-POSTECH/ONNXim/pull/34"),
-        family=_resized,
+        strategy=_resized,
         relations=(Relation.BYTES,),
         needs=("bytes", "lossless cache"),
         effort=0.5,
@@ -67,9 +67,9 @@ CLAUSES = (
         name="accounting.positions",
         text="A cached step computes its new tokens, and none of those that are cached.",
         why=("https://github.com/huggingface/transformers/pull/32929",),
-        family=_metered,
+        strategy=_metered,
         relations=(Relation.POSITIONS,),
-        needs=("work",),
+        needs=("macs",),
         effort=0.25,
         variants=1,  # work does not depend on the numbers, and metering is slow
     ),
@@ -78,9 +78,9 @@ CLAUSES = (
         text="The multiply-adds of equal steps grow with the depth by equal amounts, those of attention, less "
         "where a window is full, or not at all where all slots are read.",
         why=("https://github.com/huggingface/transformers/pull/32929",),
-        family=_at_depths,
-        relations=(Relation.AFFINE,),
-        needs=("work",),
+        strategy=_at_depths,
+        relations=(Relation.LINEAR_COST,),
+        needs=("macs",),
         effort=0.25,
         variants=1,  # work does not depend on the numbers, and metering is slow
     ),

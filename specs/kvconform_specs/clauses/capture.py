@@ -10,7 +10,7 @@ from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clauses.shape import sweep
 from kvconform_specs.config import Config
-from kvconform_specs.program import Keep, Program, Step
+from kvconform_specs.program import AliasHandle, Program, Step
 from kvconform_specs.strategies import Draw, appends, at_once, batches, seeds, splits
 
 
@@ -42,14 +42,14 @@ def _aliased(draw: Draw, config: Config, claims: Claims) -> Case:
     mixed: list[Step] = []
     for step in steps:
         shared = bool(draw(st.booleans()))
-        mixed.append(replace(step, shared=shared))
+        mixed.append(replace(step, in_place=shared))
     last = steps[-1]
     if len(steps) > 1 and claims.can("two sequences"):
-        other = replace(last, seq="b", seed=last.seed + 77, shared=True)  # what it writes must not reach ``a``
-        mixed[-1:] = [Keep("a", "b"), replace(last, shared=False), other]
+        other = replace(last, seq="b", seed=last.seed + 77, in_place=True)  # what it writes must not reach ``a``
+        mixed[-1:] = [AliasHandle("a", "b"), replace(last, in_place=False), other]
         if sum(sizes) < config.capacity:
             mixed.append(replace(last, counts=(1,) * len(last.counts)))
-    all_shared = tuple(replace(step, shared=True) for step in steps)
+    all_shared = tuple(replace(step, in_place=True) for step in steps)
     return Case((Program(config, steps), Program(config, all_shared), Program(config, tuple(mixed))))
 
 
@@ -63,7 +63,7 @@ CLAUSES = (
             "https://github.com/alibaba/rtp-llm/pull/1084",
             "https://github.com/flashinfer-ai/flashinfer/issues/2511",
         ),
-        family=_growing,
+        strategy=_growing,
         relations=(Relation.PARITY,),
         effort=0.5,
     ),
@@ -76,9 +76,9 @@ CLAUSES = (
             "https://github.com/microsoft/onnxruntime/pull/27108",
             "https://github.com/microsoft/onnxruntime-genai/pull/1604",
         ),
-        family=_aliased,
+        strategy=_aliased,
         relations=(Relation.PARITY,),
-        needs=("alias",),
+        needs=("in_place",),
     ),
     Clause(
         name="capture.graphs",
@@ -87,7 +87,7 @@ CLAUSES = (
             "https://github.com/huggingface/optimum/issues/1913",
             "https://github.com/paiml/aprender/pull/2030",
         ),
-        family=sweep,
+        strategy=sweep,
         relations=(Relation.GRAPHS,),
         needs=("bound on graphs",),
         effort=0.5,

@@ -11,7 +11,7 @@ from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
 from kvconform_specs.history import Histories
-from kvconform_specs.program import Append, Keep, Poison, Program, Read, Reorder, Reset, Step, Truncate
+from kvconform_specs.program import AliasHandle, Append, Poison, Program, ReadCache, Reorder, Reset, Step, Truncate
 from kvconform_specs.strategies import Draw, appends, batches, counts, histories, seeds, splits
 
 
@@ -27,8 +27,8 @@ def _with_reads(program: Program) -> tuple[Step, ...]:
         steps.append(step)
         seq = getattr(step, "seq", "")
         if number % 2 and any(state.rows.get(seq, ())):
-            steps.append(Read(seq))
-    return (*steps, *(Read(seq) for seq, rows in state.rows.items() if any(rows)))
+            steps.append(ReadCache(seq))
+    return (*steps, *(ReadCache(seq) for seq, rows in state.rows.items() if any(rows)))
 
 
 @st.composite
@@ -41,7 +41,7 @@ def _growing(draw: Draw, config: Config, claims: Claims) -> Case:
         if claims.can("reorder") and number and draw(st.integers(0, 3)) == 3:
             steps.append(Reorder("a", tuple((row + 1) % batch for row in range(batch))))
             seed += 17
-        steps += [Append("a", (size,) * batch, seed), Read("a")]
+        steps += [Append("a", (size,) * batch, seed), ReadCache("a")]
     return Case((Program(config, tuple(steps)),))
 
 
@@ -50,7 +50,7 @@ def _two_futures(draw: Draw, config: Config, claims: Claims) -> Case:
     """A handle that is kept while its sequence goes on, and then goes on itself, with other tokens."""
     sizes: tuple[int, ...] = draw(splits(config, claims, most=3, capacity=config.capacity // 2))
     batch, seed = draw(batches(claims)), draw(seeds)
-    steps: list[Step] = [*appends("a", sizes, batch, seed), Keep("a", "b")]
+    steps: list[Step] = [*appends("a", sizes, batch, seed), AliasHandle("a", "b")]
     if claims.can("truncate") and draw(st.integers(0, 2)) == 2:
         steps.append(Truncate("a", draw(st.integers(0, sum(sizes)))))
     elif claims.can("reset") and draw(st.integers(0, 3)) == 3:
@@ -95,7 +95,7 @@ CLAUSES = (
             "https://github.com/nntrainer/nntrainer/pull/3814",
             "https://github.com/huggingface/transformers/issues/34232",
         ),
-        family=_read,
+        strategy=_read,
         relations=(Relation.CONTENTS,),
         profiles=("attention",),
         needs=("contents",),
@@ -107,8 +107,8 @@ CLAUSES = (
             "https://github.com/huggingface/transformers/pull/24653",
             "https://github.com/MemTensor/MemOS/pull/2303",
         ),
-        family=_growing,
-        relations=(Relation.KEPT,),
+        strategy=_growing,
+        relations=(Relation.STABLE_CONTENTS,),
         needs=("contents", "lossless cache"),
     ),
     Clause(
@@ -119,9 +119,9 @@ CLAUSES = (
             "https://github.com/huggingface/transformers/issues/37078",
             "https://github.com/MemTensor/MemOS/pull/2303",
         ),
-        family=_two_futures,
+        strategy=_two_futures,
         relations=(Relation.PARITY,),
-        needs=("functional", "two sequences"),
+        needs=("immutable", "two sequences"),
     ),
     Clause(
         name="contents.dead-slots",
@@ -130,7 +130,7 @@ CLAUSES = (
             "https://github.com/meta-pytorch/gpt-fast/issues/233",
             "https://github.com/pytorch/pytorch/pull/169222",
         ),
-        family=_poisoned(("junk",)),
+        strategy=_poisoned(("junk",)),
         relations=(Relation.PARITY,),
         needs=("poison",),
     ),
@@ -142,7 +142,7 @@ CLAUSES = (
             "https://github.com/vllm-project/vllm/pull/936",
             "https://github.com/pytorch/pytorch/issues/101967",
         ),
-        family=_poisoned(("nan", "inf")),
+        strategy=_poisoned(("nan", "inf")),
         relations=(Relation.PARITY,),
         needs=("poison", "poison-safe slots"),
     ),
@@ -154,8 +154,8 @@ CLAUSES = (
             "https://github.com/onnx/onnx/pull/8068",
             "https://github.com/Blaizzy/mlx-vlm/pull/2036",
         ),
-        family=_read,
-        relations=(Relation.HELD,),
+        strategy=_read,
+        relations=(Relation.RETAINED_COUNT,),
         needs=("contents",),
     ),
 )

@@ -22,12 +22,12 @@ def _guarantee(
     name: str,
     text: str,
     why: tuple[str, ...],
-    family: Callable[[Config, Claims], SearchStrategy[Case]],
+    strategy: Callable[[Config, Claims], SearchStrategy[Case]],
     relation: Relation,
     profiles: tuple[str, ...] = ("attention", "decoder"),
     needs: tuple[str, ...] = (),
 ) -> Clause:
-    return Clause(name, text, why, family, (relation,), Level.SHOULD, profiles, needs, effort=0.5, variants=2)
+    return Clause(name, text, why, strategy, (relation,), Level.SHOULD, profiles, needs, effort=0.5, variants=2)
 
 
 CLAUSES = (

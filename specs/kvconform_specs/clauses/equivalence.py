@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Full, Generate, Program, Step
+from kvconform_specs.program import Append, Generate, Program, Step, UncachedForward
 from kvconform_specs.strategies import (
     LONGEST_CHUNK,
     Draw,
@@ -28,8 +28,8 @@ from kvconform_specs.strategies import (
 
 def _whole(seq: str, total: int, batch: int, seed: int, claims: Claims) -> tuple[Step, ...]:
     """All tokens at once: by the cache-less forward where there is one, else by one prefill."""
-    if claims.can("full"):
-        return (Full(seq, (total,) * batch, seed),)
+    if claims.can("uncached_forward"):
+        return (UncachedForward(seq, (total,) * batch, seed),)
     return appends(seq, at_once(total, claims), batch, seed)
 
 
@@ -65,8 +65,8 @@ def _full(draw: Draw, config: Config, claims: Claims) -> Case:
     prefix, more = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     batch, seed = draw(batches(claims)), draw(seeds)
     first, second = (appends("a", (draw(counts(claims)),), batch, seed + 77) for _ in range(2))
-    after = Program(config, (*first, *second, Full("f", (prefix,) * batch, seed)))
-    amid = Program(config, (*first, Full("f", (prefix + more,) * batch, seed), *second))
+    after = Program(config, (*first, *second, UncachedForward("f", (prefix,) * batch, seed)))
+    amid = Program(config, (*first, UncachedForward("f", (prefix + more,) * batch, seed), *second))
     return Case((after, amid))
 
 
@@ -95,14 +95,14 @@ def _last(draw: Draw, config: Config, claims: Claims) -> Case:
     forward of other tokens amid them."""
     sizes: tuple[int, ...] = draw(splits(config, claims, least=2))
     batch, seed = draw(batches(claims)), draw(seeds)
-    steps: list[Append | Full] = list(appends("a", sizes, batch, seed))
+    steps: list[Append | UncachedForward] = list(appends("a", sizes, batch, seed))
     sure = draw(st.integers(0, max(len(steps) - 2, 0)))
     alone = [number == sure or draw(st.booleans()) for number in range(len(steps))]
-    if claims.can("full"):
+    if claims.can("uncached_forward"):
         place, count = draw(st.integers(0, len(steps))), draw(st.integers(1, min(LONGEST_CHUNK, config.capacity)))
-        steps.insert(place, Full("f", (count,) * batch, seed + 77))
+        steps.insert(place, UncachedForward("f", (count,) * batch, seed + 77))
         alone.insert(place, True)
-    asked = tuple(replace(step, last=last) for step, last in zip(steps, alone, strict=True))
+    asked = tuple(replace(step, last_only=last) for step, last in zip(steps, alone, strict=True))
     return Case((Program(config, tuple(steps)), Program(config, asked)))
 
 
@@ -115,7 +115,7 @@ CLAUSES = (
             "https://github.com/skyzh/tiny-llm/pull/46",
             "https://github.com/meta-pytorch/gpt-fast/issues/233",
         ),
-        family=_decode,
+        strategy=_decode,
         relations=(Relation.AGREEMENT,),
         core=True,
     ),
@@ -127,7 +127,7 @@ CLAUSES = (
             "https://github.com/sgl-project/sgl-kernel-xpu/issues/196",
             "https://github.com/trymirai/lalamo/pull/200",
         ),
-        family=chunks,
+        strategy=chunks,
         relations=(Relation.AGREEMENT,),
         core=True,
     ),
@@ -140,7 +140,7 @@ CLAUSES = (
             "https://github.com/huggingface/transformers/issues/46612",
             "https://github.com/ggml-org/llama.cpp/pull/9525",
         ),
-        family=_paths,
+        strategy=_paths,
         relations=(Relation.AGREEMENT,),
         needs_any=("truncate", "fork", "reorder", "reset"),
     ),
@@ -152,9 +152,9 @@ CLAUSES = (
             "https://github.com/OpenNMT/CTranslate2/pull/1572",
             "https://github.com/huggingface/transformers/pull/27227",
         ),
-        family=_full,
+        strategy=_full,
         relations=(Relation.AGREEMENT,),
-        needs=("full",),
+        needs=("uncached_forward",),
     ),
     Clause(
         name="equivalence.generation",
@@ -168,7 +168,7 @@ CLAUSES = (
             "https://github.com/casper-hansen/AutoAWQ/issues/170",
             "https://github.com/abetlen/llama-cpp-python/pull/1179",
         ),
-        family=_generations,
+        strategy=_generations,
         relations=(Relation.GENERATED, Relation.AGREEMENT),
         profiles=("decoder",),
         needs=("generate",),
@@ -183,11 +183,11 @@ CLAUSES = (
             "https://github.com/mlx-node/mlx-node/pull/47",
             "https://github.com/tenstorrent/tt-xla/issues/5929",
             "https://github.com/Integral2u/SharpMind/issues/57",
-            "https://github.com/mobilint/mblt-model-zoo/pull/84",
+            "https://github.com/mobilint/mblt-model-catalogue/pull/84",
         ),
-        family=_last,
+        strategy=_last,
         relations=(Relation.AGREEMENT,),
         profiles=("decoder",),
-        needs=("last",),
+        needs=("last_only",),
     ),
 )

@@ -47,7 +47,7 @@ CLAUSES = (
             "https://github.com/huggingface/transformers/pull/35342",
             "https://github.com/pytorch/pytorch/issues/191937",
         ),
-        family=_laid,
+        strategy=_laid,
         relations=(Relation.PARITY,),
         effort=0.5,
     ),
@@ -60,7 +60,7 @@ CLAUSES = (
             "https://github.com/fla-org/flash-linear-attention/issues/126",
             "https://github.com/vllm-project/vllm-ascend/pull/2758",
         ),
-        family=_equal,
+        strategy=_equal,
         relations=(Relation.PARITY,),
     ),
 )

@@ -10,7 +10,7 @@ from hypothesis.strategies import SearchStrategy
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, long, ordinary
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Program, Read
+from kvconform_specs.program import Append, Program, ReadCache
 from kvconform_specs.strategies import (
     Draw,
     any_history,
@@ -23,21 +23,21 @@ from kvconform_specs.strategies import (
     seeds,
     splits,
 )
-from kvconform_specs.tensors import mannered
+from kvconform_specs.tensors import distributed
 
 TILES = (16, 64, 128)
 DEPTHS = (1024, 4096)
 
 
-def _mannered(*manners: str) -> Callable[[Config, Claims], SearchStrategy[Case]]:
+def _mannered(*distributions: str) -> Callable[[Config, Claims], SearchStrategy[Case]]:
     @st.composite
     def family(draw: Draw, config: Config, claims: Claims) -> Case:
-        """Appends of one manner, or of one after another."""
+        """Appends of one distribution, or of one after another."""
         sizes: tuple[int, ...] = draw(splits(config, claims))
         batch, seed = draw(batches(claims)), draw(seeds)
-        kinds = [draw(st.sampled_from(manners)) for _ in sizes]
-        steps = tuple(Append("a", (n,) * batch, mannered(seed, k)) for n, k in zip(sizes, kinds, strict=True))
-        reads = (Read("a"),) if claims.can("contents") and config.profile == "attention" else ()
+        kinds = [draw(st.sampled_from(distributions)) for _ in sizes]
+        steps = tuple(Append("a", (n,) * batch, distributed(seed, k)) for n, k in zip(sizes, kinds, strict=True))
+        reads = (ReadCache("a"),) if claims.can("contents") and config.profile == "attention" else ()
         return Case((Program(config, (*steps, *reads)),))
 
     return family
@@ -53,7 +53,7 @@ def _hidden(draw: Draw, config: Config, claims: Claims) -> Case:
         length += size
         places = st.tuples(st.integers(0, batch - 1), st.integers(0, length - 1))
         hidden = draw(st.lists(places, max_size=2 * length, unique=True).map(sorted))
-        steps.append(Append("a", (size,) * batch, seed, hidden=tuple(hidden)))
+        steps.append(Append("a", (size,) * batch, seed, masked=tuple(hidden)))
     return Case((Program(config, tuple(steps)),))
 
 
@@ -68,7 +68,7 @@ def _empty(draw: Draw, config: Config, claims: Claims) -> Case:
         end, row = draw(st.integers(max(length - size, 1), length)), draw(st.integers(0, batch))
         rows = range(batch) if row == batch else (row,)
         hidden = tuple((r, position) for r in rows for position in range(end))
-        steps.append(Append("a", (size,) * batch, seed, hidden=hidden if draw(st.integers(0, 3)) else ()))
+        steps.append(Append("a", (size,) * batch, seed, masked=hidden if draw(st.integers(0, 3)) else ()))
     return Case((Program(config, tuple(steps)),))
 
 
@@ -95,7 +95,7 @@ def _deep(draw: Draw, config: Config, claims: Claims) -> Case:
     for _ in range(draw(st.integers(2, 5))):
         length += 1
         slot = draw(st.integers(0, length - 1) | st.sampled_from((0, depth // 2 - 1, depth // 2, length - 2)))
-        steps.append(Append("a", (1,), seed, aim=(seed, slot)))
+        steps.append(Append("a", (1,), seed, needle=(seed, slot)))
     size = draw(counts(claims, 3))
     return Case((Program(config, (*steps, Append("a", (size,), seed))),))
 
@@ -106,7 +106,7 @@ CLAUSES = (
         text="Scores of several hundred overflow no exponential: the softmax is that of the scores less their maximum "
         "over the visible keys.",
         why=("https://github.com/pytorch/pytorch/issues/103749", "https://github.com/onnx/onnx/pull/8068"),
-        family=_mannered("loud", "loud", "plain"),
+        strategy=_mannered("large_queries", "large_queries", "normal"),
         relations=(Relation.PARITY,),
         profiles=("attention",),
     ),
@@ -114,7 +114,7 @@ CLAUSES = (
         name="numerics.zero-keys",
         text="A key that is zero is a key: it has the score zero, takes part in the softmax, and is counted.",
         why=("https://github.com/huggingface/transformers/issues/30377",),
-        family=_mannered("mute", "mute", "plain"),
+        strategy=_mannered("zero_keys", "zero_keys", "normal"),
         relations=(Relation.PARITY, Relation.LENGTHS),
         profiles=("attention",),
     ),
@@ -127,7 +127,7 @@ CLAUSES = (
             "https://github.com/ml-explore/mlx/pull/2608",
             "https://github.com/microsoft/onnxruntime/pull/28958",
         ),
-        family=_empty,
+        strategy=_empty,
         relations=(Relation.PARITY,),
         profiles=("attention",),
         needs=("mask",),
@@ -141,7 +141,7 @@ CLAUSES = (
             "https://github.com/jax-ml/jax/issues/23349",
             "https://github.com/huggingface/transformers/pull/27114",
         ),
-        family=_hidden,
+        strategy=_hidden,
         relations=(Relation.PARITY,),
         profiles=("attention",),
         needs=("mask",),
@@ -153,7 +153,7 @@ CLAUSES = (
             "https://github.com/Dao-AILab/flash-attention/issues/1745",
             "https://github.com/pytorch/pytorch/issues/103963",
         ),
-        family=any_history,
+        strategy=any_history,
         relations=(Relation.FINITE,),
         effort=0.5,
     ),
@@ -162,7 +162,7 @@ CLAUSES = (
         text="A head dim that is no multiple of 8 is a head dim like any other: what a kernel pads, it neither scales "
         "by nor sums over.",
         why=("https://github.com/pytorch/pytorch/issues/112577", "https://github.com/pytorch/pytorch/pull/184180"),
-        family=growing,
+        strategy=growing,
         relations=(Relation.PARITY,),
         applies=lambda config: ordinary(config) and config.head_dim % 8 != 0,
         effort=0.5,
@@ -176,7 +176,7 @@ CLAUSES = (
             "https://github.com/tenstorrent/tt-metal/issues/48899",
             "https://github.com/pytorch/pytorch/pull/169222",
         ),
-        family=_tiled,
+        strategy=_tiled,
         relations=(Relation.PARITY,),
         applies=long,
         variants=2,
@@ -185,7 +185,7 @@ CLAUSES = (
         name="numerics.long-context",
         text="Among 1 024 and among 4 096 tokens each single one can be read back.",
         why=("https://github.com/local-inference-lab/vllm/pull/17", "https://github.com/pytorch/pytorch/pull/169222"),
-        family=_deep,
+        strategy=_deep,
         relations=(Relation.PARITY,),
         applies=long,
         effort=0.1,

@@ -8,13 +8,13 @@ from hypothesis.strategies import SearchStrategy
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
-from kvconform_specs.program import Program, Read, Step
+from kvconform_specs.program import Program, ReadCache, Step
 from kvconform_specs.strategies import Draw, appends, at_once, batches, fitted, seeds, splits
-from kvconform_specs.tensors import mannered
+from kvconform_specs.tensors import distributed
 
 
 def _case(config: Config, claims: Claims, steps: tuple[Step, ...]) -> Case:
-    return Case((Program(config, (*steps, Read("a")) if claims.can("contents") else steps),))
+    return Case((Program(config, (*steps, ReadCache("a")) if claims.can("contents") else steps),))
 
 
 @st.composite
@@ -32,7 +32,7 @@ def _steps(draw: Draw, config: Config, claims: Claims) -> Case:
 def _lopsided(config: Config, claims: Claims) -> SearchStrategy[Case]:
     def made(drawn: tuple[tuple[int, ...], int, int]) -> Case:
         sizes, batch, seed = drawn
-        return _case(config, claims, appends("a", sizes, batch, mannered(seed, "lopsided")))
+        return _case(config, claims, appends("a", sizes, batch, distributed(seed, "small_keys_large_values")))
 
     return st.tuples(splits(config, claims), batches(claims), seeds).map(made)
 
@@ -56,7 +56,7 @@ CLAUSES = (
             "https://github.com/flashinfer-ai/flashinfer/issues/1023",
             "https://github.com/ggml-org/llama.cpp/issues/5652",
         ),
-        family=_prompt,
+        strategy=_prompt,
         relations=(Relation.PARITY, Relation.CONTENTS),
         profiles=ATTENTION,
         needs=("quantised cache",),
@@ -69,7 +69,7 @@ CLAUSES = (
             "https://github.com/sgl-project/sglang/pull/34765",
             "https://github.com/rajveer43/VeloxQuant-MLX/issues/86",
         ),
-        family=_steps,
+        strategy=_steps,
         relations=(Relation.PARITY, Relation.CONTENTS),
         profiles=ATTENTION,
         needs=("quantised cache",),
@@ -82,7 +82,7 @@ CLAUSES = (
             "https://github.com/vllm-project/vllm-xpu-kernels/pull/475",
             "https://github.com/sgl-project/sglang/pull/26852",
         ),
-        family=_lopsided,
+        strategy=_lopsided,
         relations=(Relation.PARITY,),
         profiles=ATTENTION,
         needs=("quantised cache",),
@@ -96,7 +96,7 @@ CLAUSES = (
             "https://github.com/rajveer43/VeloxQuant-MLX/pull/89",
             "https://github.com/huggingface/transformers/issues/35185",
         ),
-        family=_newest,
+        strategy=_newest,
         relations=(Relation.PARITY, Relation.CONTENTS),
         profiles=ATTENTION,
         needs=("residual window",),

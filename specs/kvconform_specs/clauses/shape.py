@@ -39,8 +39,8 @@ CLAUSES = (
             "https://github.com/huggingface/transformers/pull/10651",
             "https://github.com/microsoft/onnxruntime/issues/26262",
         ),
-        family=growing,
-        relations=(Relation.SHAPES,),
+        strategy=growing,
+        relations=(Relation.SHAPE,),
         core=True,
     ),
     Clause(
@@ -52,7 +52,7 @@ CLAUSES = (
             "https://github.com/fla-org/flash-linear-attention/issues/126",
             "https://github.com/huggingface/transformers/issues/30377",
         ),
-        family=any_history,
+        strategy=any_history,
         relations=(Relation.LENGTHS,),
         needs=("length",),
     ),
@@ -61,7 +61,7 @@ CLAUSES = (
         text="The first append to an empty cache may have any count up to the capacity, 1 included, and gives what "
         "the definition gives.",
         why=("https://github.com/TrenTorch/TrenTorch/pull/192",),
-        family=_first,
+        strategy=_first,
         relations=(Relation.PARITY,),
         core=True,
     ),
@@ -74,7 +74,7 @@ CLAUSES = (
             "https://github.com/huggingface/optimum/issues/1913",
             "https://github.com/sonos/torch-to-nnef/pull/217",
         ),
-        family=sweep,
+        strategy=sweep,
         relations=(Relation.PARITY,),
     ),
 )

@@ -226,7 +226,7 @@ def single(weights: Mapping[str, Array]) -> dict[str, Array]:
 
 @dataclass(frozen=True)
 class Disturbance:
-    """How far a black box's weights are disturbed, relative to each: ``storage + accumulation * sqrt(n)`` for a weight
+    """How far a black box's weights are perturbed, relative to each: ``storage + accumulation * sqrt(n)`` for a weight
     that is one of ``n`` terms of a sum. ``gain``: how much larger that is than the rounding that it stands for."""
 
     storage: float
@@ -235,9 +235,9 @@ class Disturbance:
 
 
 def disturbance(dtype: str) -> Disturbance:
-    """A product computed in floating point is the exact product of disturbed factors (Higham, *Accuracy and Stability
+    """A product computed in floating point is the exact product of perturbed factors (Higham, *Accuracy and Stability
     of Numerical Algorithms*, 2nd ed., section 3.1), by about ``sqrt(n) a`` each where roundings are independent (Higham
-    and Mary 2019, doi:10.1137/18M1226312). So weights that are disturbed at random show what rounding does to what
+    and Mary 2019, doi:10.1137/18M1226312). So weights that are perturbed at random show what rounding does to what
     follows, whoever computes it. Enlarged as in ``Noisy``, so that it stands out of the rounding of the run itself."""
     gain = max(1.0, 2.0**-13 / STORAGE[dtype])
     return Disturbance(STORAGE[dtype] * gain, ACCUMULATION * gain, gain)

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from kvconform_specs.claims import Precision
 from kvconform_specs.config import Config
 from kvconform_specs.history import Histories, Row, Token, after
-from kvconform_specs.program import Append, Full, Generate, Program, Read, Run
+from kvconform_specs.program import Append, Generate, Program, ReadCache, Run, UncachedForward
 from kvconform_specs.reference import bounds
 from kvconform_specs.reference.definition import attention, decoder
-from kvconform_specs.tensors import Streams, manner, weights
+from kvconform_specs.tensors import Streams, distribution, weights
 
 Array = NDArray[np.floating]
 Ids = NDArray[np.int64]
@@ -61,12 +61,12 @@ class Expected:
         return self.numbers("bound")
 
     @property
-    def floor(self) -> Array:
+    def bound_lower(self) -> Array:
         """Never more than ``bound``, and much cheaper for a decoder: what is within it is within the bound."""
         return self.numbers("floor")
 
     @property
-    def likely(self) -> Array:
+    def bound_estimate(self) -> Array:
         """The bound where it was computed, else what the floor estimates it to be: for display alone."""
         return self.numbers("likely")
 
@@ -113,15 +113,15 @@ def columns(step: Run) -> NDArray[np.bool_]:
     return np.arange(t) >= t - counts if left else np.arange(t) < counts
 
 
-Own = Callable[[Array, float, float, int], Array]
+ReferenceForward = Callable[[Array, float, float, int], Array]
 """A black box's cache-less forward: token ids ``(m, t)`` or hidden states ``(m, t, width)`` to outputs ``(m, t, e)``.
 
-The numbers behind the inputs are the relative noise of storage and of accumulation that its weights are disturbed
-by, and the seed of that; zeros: it is not disturbed (``backend.BlackBox.disturbed``).
+The numbers behind the inputs are the relative noise of storage and of accumulation that its weights are perturbed
+by, and the seed of that; zeros: it is not perturbed (``backend.BlackBox.perturbed``).
 """
 
 
-def given(config: Config, own: Own | None, ids: Ids, start: int = 0) -> Numbers:
+def given(config: Config, own: ReferenceForward | None, ids: Ids, start: int = 0) -> Numbers:
     """What a decoder must give for token ids ``(n, b, s)``: logits ``(n, b, s - start, V)`` from position ``start`` on.
 
     own: the truth of a black box, instead of the definition.
@@ -130,7 +130,7 @@ def given(config: Config, own: Own | None, ids: Ids, start: int = 0) -> Numbers:
 
 
 def expect(
-    program: Program, indices: Sequence[int] = (0,), precision: Precision = PLAIN, own: Own | None = None
+    program: Program, indices: Sequence[int] = (0,), precision: Precision = PLAIN, own: ReferenceForward | None = None
 ) -> tuple[Expected | None, ...]:
     """For each step of the program what it must give, or None where it has no numbers of the definition.
 
@@ -141,18 +141,18 @@ def expect(
     for number, step in enumerate(program.steps):
         histories.apply(step)
         numbers, n = partial(solution.numbers, number), len(indices)
-        if isinstance(step, Append | Full):
+        if isinstance(step, Append | UncachedForward):
             rows = histories.rows[step.seq] if isinstance(step, Append) else after(((),) * len(step.counts), step)
             solution.want(number, step, rows)
             expected = Expected(rows, step.counts, columns(step), n, numbers)
-            if step.last:
+            if step.last_only:
                 expected = expected.last()
             if isinstance(step, Generate):
                 prompts = partial(solution.contents, rows)
                 along = partial(given, program.config, own)
                 expected = Generation(rows, step.counts, columns(step), n, numbers, prompts, along)
             wanted.append(expected)
-        elif isinstance(step, Read) and program.config.profile == "attention":
+        elif isinstance(step, ReadCache) and program.config.profile == "attention":
             rows = histories.rows[step.seq]
             lengths = tuple(map(len, rows))
             real = np.arange(max(lengths)) < np.array(lengths)[:, None]
@@ -166,7 +166,7 @@ def expect(
 def shares_rounding(own: Callable[..., Array], config: Config) -> bool:
     """Whether changing the last token of sequences moves an earlier output of a black box's own forward by a bit.
 
-    own: ``Own`` with the config in front of its arguments.
+    own: ``ReferenceForward`` with the config in front of its arguments.
     """
     tokens = min(config.capacity, SAMPLE[1])
     streams = Streams(config, tokens, range(SAMPLE[0]))
@@ -183,7 +183,9 @@ Request = tuple[Row, Token | None, tuple[int, ...]]
 class _Solution:
     """The numbers of one program: requests are gathered first, and solved when a number is first asked for."""
 
-    def __init__(self, program: Program, indices: Sequence[int], precision: Precision, own: Own | None) -> None:
+    def __init__(
+        self, program: Program, indices: Sequence[int], precision: Precision, own: ReferenceForward | None
+    ) -> None:
         self.program, self.indices, self.precision, self.own = program, indices, precision, own
         self.reads: dict[int, tuple[Row, ...]] = {}
         self._steps: dict[int, list[Request]] = {}
@@ -193,7 +195,7 @@ class _Solution:
         self._known: dict[tuple[str, int], Array] = {}
 
     def want(self, number: int, step: Run, rows: tuple[Row, ...]) -> None:
-        aim, hidden = (step.aim, step.hidden) if isinstance(step, Append) else (None, ())
+        aim, hidden = (step.needle, step.masked) if isinstance(step, Append) else (None, ())
         self._steps[number] = []
         for index, (row, count) in enumerate(zip(rows, step.counts, strict=True)):
             target = None if aim is None else (aim[0] + index, aim[1])
@@ -223,7 +225,7 @@ class _Solution:
         if not self._placed:
             self._placed = dict(self._groups())
         step = self.program.steps[number]
-        assert isinstance(step, Append | Full)
+        assert isinstance(step, Append | UncachedForward)
         real, rows = columns(step), []
         for request, count, there in zip(self._steps[number], step.counts, real, strict=True):
             group, row, start = self._placed[request]
@@ -249,7 +251,7 @@ class _Solution:
             starts[home] = min(starts.get(home, len(row)), self._starts[request])
         members: dict[tuple[int, int, bool, bool], list[Request]] = defaultdict(list)
         for request, start in starts.items():
-            mute = any(manner(seed) == "mute" for seed in {seed for seed, _position in request[0]})
+            mute = any(distribution(seed) == "zero_keys" for seed in {seed for seed, _position in request[0]})
             members[len(request[0]), start, request[1] is None, mute].append(request)
         homes: dict[Request, tuple[_Group, int, int]] = {}
         for (_length, start, _aimed, mute), requests in members.items():
@@ -343,7 +345,7 @@ Contents = Callable[[], NDArray[Any]]
 """What a model is given: token ids ``(n, rows, s)`` or hidden states ``(n, rows, s, width)``."""
 
 
-def _model(config: Config, own: Own | None, contents: Contents, start: int) -> _Group:
+def _model(config: Config, own: ReferenceForward | None, contents: Contents, start: int) -> _Group:
     return _Decoder(config, contents, start) if own is None else _BlackBox(config, own, contents, start)
 
 
@@ -375,9 +377,9 @@ class _Decoder:
 
 class _BlackBox:
     """Judged by itself: the value is what its own forward gives, and the bound is made of what that gives when its
-    weights are disturbed by noise of the size of the rounding (``bounds.own_bound``)."""
+    weights are perturbed by noise of the size of the rounding (``bounds.own_bound``)."""
 
-    def __init__(self, config: Config, own: Own, contents: Contents, start: int) -> None:
+    def __init__(self, config: Config, own: ReferenceForward, contents: Contents, start: int) -> None:
         self.config, self.contents, self.start = config, contents, start
         self._own, self._strays = own, list[Array]()
         self._value: Array | None = None

@@ -19,13 +19,13 @@ from kvconform_specs.program import (
     Append,
     Close,
     Fork,
-    Full,
     Program,
     Reject,
     Reorder,
     Reset,
     Step,
     Truncate,
+    UncachedForward,
     called,
 )
 
@@ -220,7 +220,7 @@ def steps(program: Program, tag: str) -> str:
 def _line(step: Step, number: int, tag: str, held: Mapping[str, int]) -> str:
     """``held``: how many tokens each sequence holds."""
     call = called(step)
-    if isinstance(call, Full):
+    if isinstance(call, UncachedForward):
         return f"y{tag}{number} = model(torch.from_numpy(x{tag}{number}), use_cache=False).logits.float().numpy()"
     cache = f"caches{tag}[{call.seq!r}]"
     if isinstance(step, Reject):

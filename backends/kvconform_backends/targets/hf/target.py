@@ -45,9 +45,9 @@ OPTIONS: Mapping[str, Any] = MappingProxyType(
     }
 )  # fmt: skip
 """What may stand behind the ``?`` of an address, and what holds where it does not. ``config``: fields of the model's
-config. ``attn_implementation``: None is the model's own choice. ``experts_implementation``: None is ``APART`` for a
+config. ``attn_implementation``: None is the model's own choice. ``experts_implementation``: None is ``BATCHED_EXPERTS`` for a
 model with experts. ``seed``: of random weights."""
-APART = "batched_mm"
+BATCHED_EXPERTS = "batched_mm"
 """How experts are computed: a product for each token. With ``grouped_mm``, transformers' own choice, the tokens of an
 expert share one, and what other tokens choose moves a token's output by rounding (116 of 200 tries, 4e-6 at most)."""
 
@@ -64,7 +64,7 @@ class Transformers:
     """One model and one cache design; ``open_hf`` makes a subclass that has the class attributes."""
 
     claims: Claims
-    points: Mapping[str, Config]
+    configs: Mapping[str, Config]
     recognised: str
     assumed: tuple[str, ...]
     source: str
@@ -137,7 +137,7 @@ class Transformers:
 
     # --- the truth ---
     @torch.no_grad()
-    def full(self, tokens: Array) -> Array:
+    def uncached_forward(self, tokens: Array) -> Array:
         ids = torch.from_numpy(tokens).to(self.device)
         return self._given(self.model(input_ids=ids, use_cache=False, return_dict=True).logits)
 
@@ -145,13 +145,13 @@ class Transformers:
         self.seen_on = logits.device.type
         return black_box.widened(logits)
 
-    def disturbed(self, storage: float, accumulation: float, seed: int) -> Transformers:
+    def perturbed(self, storage: float, accumulation: float, seed: int) -> Transformers:
         other = copy.copy(self)
-        other.model = black_box.disturbed(self.model, storage, accumulation, seed)
+        other.model = black_box.perturbed(self.model, storage, accumulation, seed)
         return other
 
     # --- what ran ---
-    def witness(self) -> dict[str, Any]:
+    def runtime_info(self) -> dict[str, Any]:
         cache = self.cache()
         return {
             "transformers": transformers.__version__, "torch": torch.__version__, "model": type(self.model).__name__,
@@ -184,9 +184,9 @@ def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
             recipe, assumed = _recipe(target, chosen)
             model = recipe.model()
             if recipe.experts is None and _experts(model) == "grouped_mm":
-                recipe = replace(recipe, experts=APART)
-                model.set_experts_implementation(APART)
-                apart = f"its experts are computed by {APART}, since grouped_mm lets tokens share a rounding"
+                recipe = replace(recipe, experts=BATCHED_EXPERTS)
+                model.set_experts_implementation(BATCHED_EXPERTS)
+                apart = f"its experts are computed by {BATCHED_EXPERTS}, since grouped_mm lets tokens share a rounding"
                 assumed = (*assumed, apart)
             point = point_of(model.config, str(chosen["dtype"]))
             model(input_ids=torch.tensor([tokens_of(point, 2)]), use_cache=False)
@@ -194,7 +194,7 @@ def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
         raise BackendError(f"target hf:{target}: transformers {transformers.__version__} says {words}") from words
     kind = type(model).__name__
     attributes = {
-        "points": {"decoder-own": point}, "made": model, "recipe": recipe, "source": recipe.source,
+        "configs": {"decoder-self": point}, "made": model, "recipe": recipe, "source": recipe.source,
         "recognised": f"transformers {kind}, {recipe.cache_class}, {model.config._attn_implementation}",
         "assumed": (*assumed, *_assumed(point)), "claims": _claims(point, recipe, ()),
         "__module__": __name__, "__doc__": f"{kind} of {target}.",
@@ -262,8 +262,8 @@ def _assumed(point: Config) -> tuple[str, ...]:
 
 def _claims(point: Config, recipe: Recipe, offered: tuple[str, ...]) -> Claims:
     return Claims(
-        profiles=("decoder",), abilities=("full", "length", "reset", "fork", *offered), dtypes=(point.dtype,),
-        devices=("cpu", "cuda"), memory="capacity" if recipe.cache == "static" else "length", truth="self",
+        profiles=("decoder",), abilities=("uncached_forward", "length", "reset", "fork", *offered), dtypes=(point.dtype,),
+        devices=("cpu", "cuda"), memory="capacity" if recipe.cache == "static" else "length", reference="self",
     )  # fmt: skip
 
 

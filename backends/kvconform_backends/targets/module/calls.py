@@ -109,12 +109,12 @@ class Caller:
         return made if self.convention.batched else made[None]
 
 
-def disturbed(target: Any, storage: float, accumulation: float, seed: int) -> Any:
-    """A copy of any target whose weights are disturbed (``black_box.disturbed``). Of a function, the weights are the
+def perturbed(target: Any, storage: float, accumulation: float, seed: int) -> Any:
+    """A copy of any target whose weights are perturbed (``black_box.perturbed``). Of a function, the weights are the
     modules and floating-point matrices that its file holds; of another object, those among its attributes."""
     noise = storage, accumulation, seed
     if isinstance(target, nn.Module):
-        return black_box.disturbed(target, *noise)
+        return black_box.perturbed(target, *noise)
     if isinstance(target, types.FunctionType):
         return _rebound(target, {k: _disturbed_value(v, *noise) for k, v in target.__globals__.items()})
     other = copy.copy(target)
@@ -125,14 +125,14 @@ def disturbed(target: Any, storage: float, accumulation: float, seed: int) -> An
 
 def _disturbed_value(value: Any, storage: float, accumulation: float, seed: int) -> Any:
     if isinstance(value, nn.Module):
-        return black_box.disturbed(value, storage, accumulation, seed)
+        return black_box.perturbed(value, storage, accumulation, seed)
     if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim > 1:
         made = _disturbed_value(torch.from_numpy(np.array(value)), storage, accumulation, seed)
         return np.asarray(made.numpy(), value.dtype)
     if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1:
         held = nn.Module()
         held.weight = nn.Parameter(value.detach().clone(), requires_grad=False)
-        return black_box.disturbed(held, storage, accumulation, seed).weight
+        return black_box.perturbed(held, storage, accumulation, seed).weight
     if isinstance(value, dict | list) and any(_is_weight(item) for item in _items(value)):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         made = {key: _disturbed_value(item, storage, accumulation, seed) for key, item in pairs}

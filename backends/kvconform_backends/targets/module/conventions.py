@@ -91,8 +91,8 @@ from kvconform_specs.config import Config
 from my_file import Attention  # yours
 
 class Adapter:  # kvconform.backend.Backend and BlackBox are the whole protocol
-    claims = Claims(profiles=("hidden",), abilities=("full", "reset"), truth="self")  # "decoder": token ids in
-    points = {"hidden-own": Config("hidden", heads=4, kv_heads=4, head_dim=8, width=32)}
+    claims = Claims(profiles=("hidden",), abilities=("uncached_forward", "reset"), reference="self")  # "decoder": token ids in
+    configs = {"hidden-self": Config("hidden", heads=4, kv_heads=4, head_dim=8, width=32)}
     recognised, assumed, source = "my own call", (), __file__
     def __init__(self, config, weights, device):
         torch.manual_seed(0)
@@ -101,12 +101,12 @@ class Adapter:  # kvconform.backend.Backend and BlackBox are the whole protocol
     def step(self, past, x):                                             # (b, t, width), any t
         y, past = self.module(torch.from_numpy(x), past)
         return y.numpy(), past
-    def full(self, x): return self.step(None, x)[0]                      # without a cache
+    def uncached_forward(self, x): return self.step(None, x)[0]                      # without a cache
     def reset(self, past): return None
-    def disturbed(self, storage, accumulation, seed):
-        from kvconform_backends.targets.black_box import disturbed
+    def perturbed(self, storage, accumulation, seed):
+        from kvconform_backends.targets.black_box import perturbed
         other = Adapter(None, {}, "cpu")
-        other.module = disturbed(self.module, storage, accumulation, seed)
+        other.module = perturbed(self.module, storage, accumulation, seed)
         return other
 """
 KNOWN = (

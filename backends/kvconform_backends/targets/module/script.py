@@ -14,7 +14,7 @@ from torch import nn
 from kvconform.worker.client import describe
 from kvconform_backends.targets.module.conventions import concrete
 from kvconform_backends.targets.module.recognised import Recognised
-from kvconform_specs.program import Append, Close, Full, Keep, Program, Reset, Step
+from kvconform_specs.program import AliasHandle, Append, Close, Program, Reset, Step, UncachedForward
 
 
 class Origin(Protocol):
@@ -96,12 +96,12 @@ class Script:
                 yield from self._begun(step.seq, batch)
             held[step.seq] = batch, cached + step.counts[0]
             yield from self._called(name, past_of(step.seq), batch, step.counts[0], cached)
-        elif type(step) is Full:
+        elif type(step) is UncachedForward:
             yield from self._whole(name, len(step.counts), step.counts[0])
         elif isinstance(step, Reset):
             held[step.seq] = held[step.seq][0], 0
             yield from list(self._begun(step.seq, held[step.seq][0]))
-        elif isinstance(step, Keep):
+        elif isinstance(step, AliasHandle):
             held[step.into] = held[step.seq]
             yield f"{past_of(step.into)} = {past_of(step.seq)}"
         elif isinstance(step, Close):

@@ -194,7 +194,7 @@ class ModuleTarget:
             max_batch=1 if found.batch == 1 else found.rows,
             max_sequences=1 if convention.owned else None,
             returns="last" if found.last_only else "all",
-            truth="self",
+            reference="self",
         )
         reserved = sorted({*range(found.vocabulary, found.outputs), *found.reserved}) if profile == "decoder" else ()
         own = Config(
@@ -203,7 +203,7 @@ class ModuleTarget:
             vocabulary=found.outputs if profile == "decoder" or found.outputs != found.width else 0,
             reserved=tuple(reserved),
         )  # fmt: skip
-        self.points = {f"{profile}-own": own}
+        self.configs = {f"{profile}-self": own}
         self.recognised = found.words
         self.assumed = (_built(source), *found.assumed)
         self.source = source.file if source.file.endswith(".py") else str(sys.modules[source.file].__file__ or "")
@@ -236,7 +236,7 @@ class ModuleSubject:
     def __init__(self, target: ModuleTarget, caller: Caller, source: Script) -> None:
         self.claims, self.target, self.caller, self.source = target.claims, target, caller, source
         self.noise: tuple[float, float, int] | None = None
-        """What its hidden states are disturbed by."""
+        """What its hidden states are perturbed by."""
 
     def start(self, batch: int) -> Held:
         return self.caller.start(batch)
@@ -244,7 +244,7 @@ class ModuleSubject:
     def step(self, held: Held, x: Array) -> tuple[Array, Held]:
         return self.caller.step(held, x)
 
-    def full(self, x: Array) -> Array:
+    def uncached_forward(self, x: Array) -> Array:
         """``(b, t, e)``, as many rows at a time as it takes, and by prefixes where it gives the last output."""
         if self.noise is not None and self.caller.convention.takes == "states":
             x = black_box.disturbed_states(x, *self.noise)
@@ -262,14 +262,14 @@ class ModuleSubject:
     def reset(self, held: Held) -> Held:
         return self.caller.start(held.batch)
 
-    def disturbed(self, storage: float, accumulation: float, seed: int) -> ModuleSubject:
+    def perturbed(self, storage: float, accumulation: float, seed: int) -> ModuleSubject:
         noise = storage, accumulation, seed
-        caller = self.caller.on(calls.disturbed(self.caller.module, *noise))
+        caller = self.caller.on(calls.perturbed(self.caller.module, *noise))
         other = ModuleSubject(self.target, caller, self.source)
         other.noise = noise
         return other
 
-    def witness(self) -> dict[str, Any]:
+    def runtime_info(self) -> dict[str, Any]:
         return {
             "torch": torch.__version__, "device": self.caller.seen_on, "call": self.caller.convention.call,
             "precision": device_time.precision(self.target.dtype, self.caller.device),

@@ -115,7 +115,7 @@ class Graphs:
     later: Graph
     whole: Graph
     dummy: int = 0
-    last: bool = False
+    last_only: bool = False
     runners: dict[tuple[Path, str], Runner] = field(default_factory=dict)
 
     @property
@@ -134,7 +134,7 @@ class Graphs:
         first, later, whole = (
             Call(names[graph.path], graph.path, graph.signature) for graph in (self.first, self.later, self.whole)
         )
-        return Script(first, later, whole, device, self.dummy, self.last)
+        return Script(first, later, whole, device, self.dummy, self.last_only)
 
 
 class OnnxDecoder:
@@ -156,7 +156,7 @@ class OnnxDecoder:
         presents = tuple(values[graph.signature.present(past.slot) or ""] for past in pasts)
         return self._output(graph, values), Held(cache.batch, cache.tokens + x.shape[1], presents)
 
-    def full(self, x: Array) -> Array:
+    def uncached_forward(self, x: Array) -> Array:
         """On an empty past, or by the graph that takes none. Where a call gives the last output alone, it is asked for
         every prefix."""
         if self.noise is not None and self.config.profile == "hidden":
@@ -165,7 +165,7 @@ class OnnxDecoder:
             )
 
             x = disturbed_states(x, *self.noise)
-        ends = range(1, x.shape[1] + 1) if self.graphs.last else [x.shape[1]]
+        ends = range(1, x.shape[1] + 1) if self.graphs.last_only else [x.shape[1]]
         parts = [self._output(self.graphs.whole, self.whole.run(x[:, :n], 0, (), self.graphs.dummy)) for n in ends]
         return np.concatenate(parts, axis=1)
 
@@ -177,8 +177,8 @@ class OnnxDecoder:
     def reset(self, cache: Held) -> Held:
         return Held(cache.batch)
 
-    def disturbed(self, storage: float, accumulation: float, seed: int) -> OnnxDecoder:
-        model = weights.disturbed(onnx.load(self.graphs.whole.path), storage, accumulation, seed)
+    def perturbed(self, storage: float, accumulation: float, seed: int) -> OnnxDecoder:
+        model = weights.perturbed(onnx.load(self.graphs.whole.path), storage, accumulation, seed)
         made = OnnxDecoder(self.graphs, self.claims, self.config, self.device)
         made.whole = Runner(self.graphs.whole.signature, _source(model, made), self.device)
         made.noise = storage, accumulation, seed
@@ -196,14 +196,14 @@ class OnnxDecoder:
     def script(self, program: Program, tag: str) -> str:
         return self.graphs.script(self.device).steps(program, tag)
 
-    def witness(self) -> dict[str, Any]:
+    def runtime_info(self) -> dict[str, Any]:
         runners = {path.name: runner for (path, on), runner in self.graphs.runners.items() if on == self.device}
         counted = sum((runner.nodes for runner in runners.values()), Counter[tuple[str, str]]())
         strays = onnx_runtime.strays(counted) if self.device == "cuda" else []
         sessions = [runner.session for runner in runners.values()]
         found = {
             "onnx": importlib.metadata.version("onnx"),
-            **onnx_runtime.witness(sessions, self.config.dtype, self.device),
+            **onnx_runtime.runtime_info(sessions, self.config.dtype, self.device),
             "device": "/".join(sorted({runner.seen_on for runner in runners.values() if runner.seen_on})),
             "opset": max(
                 entry.version for entry in self.graphs.later.model.opset_import if entry.domain in ("", "ai.onnx")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvconform.worker.client import describe
 from kvconform_backends.targets.onnx.signature import Signature
-from kvconform_specs.program import Append, Close, Full, Program, Reset
+from kvconform_specs.program import Append, Close, Program, Reset, UncachedForward
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Script:
                 call = self.later if past else self.first
                 lines[-1] += "[:, None]" * (len(call.signature.output.axes) == 2)
                 lengths[step.seq] = past + max(step.counts)
-            elif type(step) is Full:
+            elif type(step) is UncachedForward:
                 lines.append(f"{y} = {self._whole(x, len(step.counts), max(step.counts))}{words}")
                 lines.append(f"{y} = {y}.astype(np.float32)")
             elif isinstance(step, Reset | Close):

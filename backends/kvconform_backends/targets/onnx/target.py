@@ -77,12 +77,12 @@ class OnnxTarget:
         self._check_sizes()
         on, outputs = self._probe()
         config = self._config(outputs)
-        self.points = {f"{config.profile}-own": config}
+        self.configs = {f"{config.profile}-self": config}
         rows = {later.fixed(0), self.whole.fixed(0), *(past.tensor.axes[past.batch] for past in later.signature.pasts)}
         self.claims = Claims(
-            profiles=(config.profile,), abilities=("full", "length", "reset"), dtypes=(config.dtype,),
+            profiles=(config.profile,), abilities=("uncached_forward", "length", "reset"), dtypes=(config.dtype,),
             devices=tuple(dict.fromkeys((on, "cuda"))), max_batch=1 if 1 in rows else None,
-            max_chunk=later.fixed(1), returns="last" if self.graphs.last else "all", truth="self",
+            max_chunk=later.fixed(1), returns="last" if self.graphs.last_only else "all", reference="self",
         )  # fmt: skip
         self.recognised, self.assumed = self._words(), tuple(self._assumed)
 
@@ -120,7 +120,9 @@ class OnnxTarget:
                 f"{self.later.path.name} cannot run on an empty past (of length 0), and {self.whole.path.name} hands "
                 f"no cache out to begin with: {begun}"
             )
-        self.graphs.last = any(len(shape) == 2 or shape[1] == 1 for shape in found[1:] if not isinstance(shape, str))
+        self.graphs.last_only = any(
+            len(shape) == 2 or shape[1] == 1 for shape in found[1:] if not isinstance(shape, str)
+        )
         self.capacity = self.options.get("capacity", CAPACITY)
         if len(shapes) == len(found) and isinstance(self._tried(on, self.whole, self.capacity), str):
             least, most = 3, self.capacity

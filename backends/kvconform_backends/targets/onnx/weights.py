@@ -1,9 +1,9 @@
-"""The weights of an ONNX graph, disturbed by noise of the size of rounding.
+"""The weights of an ONNX graph, perturbed by noise of the size of rounding.
 
 A weight is a constant of more than one number, an initializer or the value of a ``Constant`` node, in the graph or in a
 branch of it. Constants that nobody learned stay: scalars (epsilons, factors of scores), what holds only integers
 (such as ranges), and what holds a number of ``HUGE`` and more (masks). Stored integers stay as well; the scales that
-``DequantizeLinear`` and its like multiply them by are disturbed, single ones too, and those that ``Mul`` joins to
+``DequantizeLinear`` and its like multiply them by are perturbed, single ones too, and those that ``Mul`` joins to
 the scale of ``DynamicQuantizeLinear``. Scales of activations stay.
 
 How many terms the sums have that a weight is part of is read off its use, behind ``Transpose``, ``Cast``, ``Identity``
@@ -33,8 +33,8 @@ HUGE = 6e4
 """No weight is as large, and every mask is: the most negative float16 is -65504."""
 
 
-def disturbed(model: ModelProto, storage: float, accumulation: float, seed: int) -> ModelProto:
-    """A copy whose weights are disturbed (``kvconform.backend.BlackBox.disturbed``); they must be loaded.
+def perturbed(model: ModelProto, storage: float, accumulation: float, seed: int) -> ModelProto:
+    """A copy whose weights are perturbed (``kvconform.backend.BlackBox.perturbed``); they must be loaded.
 
     Raises ValueError where there are none: a bound made of nothing would accuse everybody.
     """

@@ -19,7 +19,7 @@ DESIGNS = {
     "capacity": "writes new tokens into a buffer and reads all of its slots",
     "concatenation": "copies the past and the new tokens into new memory, then reads the visible ones there",
 }
-"""How a cache takes and gives its tokens: what a backend may witness as its ``cache_design``."""
+"""How a cache takes and gives its tokens: what a backend may runtime_info as its ``cache_design``."""
 
 
 class Cost(NamedTuple):
@@ -42,12 +42,12 @@ def cost(config: Config, phase: str, depth: int, batch: int = 1) -> Cost:
         case _:
             raise ValueError(f"no step is known of the phase {phase!r}")
     return Cost(
-        bytes_min(config, past, new, batch, cached=cached), 2 * multiply_adds(config, past, new, batch, last=last)
+        bytes_min(config, past, new, batch, cached=cached), 2 * multiply_adds(config, past, new, batch, last_only=last)
     )
 
 
 def multiply_adds(
-    config: Config, past: int, new: int, batch: int = 1, *, keys: int | None = None, last: bool = False
+    config: Config, past: int, new: int, batch: int = 1, *, keys: int | None = None, last_only: bool = False
 ) -> int:
     """Of all matrix products, for ``batch`` rows of ``new`` tokens behind ``past`` cached ones.
 
@@ -58,7 +58,7 @@ def multiply_adds(
     c, shapes = config, weight_shapes(config)
     layers = sum(_size(shape) for name, shape in shapes.items() if len(shape) == 2 and "." in name)
     met = c.layers * new * keys if keys is not None else sum(_seen(c, layer, past, new) for layer in range(c.layers))
-    head = (1 if last else new) * _size(shapes["lm_head"])
+    head = (1 if last_only else new) * _size(shapes["lm_head"])
     return batch * (new * layers + head + 2 * c.heads * c.head_dim * met)
 
 

@@ -21,12 +21,12 @@ import numpy as np
 
 from kvconform.bench.record import Case, Round
 
-MISS = 0.05
+ALPHA = 0.05
 """How often an interval may miss."""
 HIDDEN = 0.0013
 """How often all samples may lie below a quantile that is printed (three standard deviations of a normal, one side): p90
 needs 64 of them, p99 662."""
-LEAST = next(n for n in range(1, 99) if 2 * 0.5**n <= MISS)
+MIN_SAMPLES = next(n for n in range(1, 99) if 2 * 0.5**n <= ALPHA)
 """Blocks without which there is no interval within a restart: 6."""
 T95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
@@ -62,9 +62,9 @@ def reaches(n: int, quantile: float) -> bool:
 @lru_cache(maxsize=4096)
 def rank(n: int) -> int:
     """The largest ``j`` such that the ``j``-th smallest and the ``j``-th largest of ``n`` samples hold the median
-    between them with probability ``1 - MISS``; 0 where there is none."""
+    between them with probability ``1 - ALPHA``; 0 where there is none."""
     below, term, j = 0, 1, 0  # P(Binomial(n, 1/2) < j) 2^n, and the next binomial coefficient
-    while 2 * (below + term) <= MISS * 2**n and j < n:
+    while 2 * (below + term) <= ALPHA * 2**n and j < n:
         below, j = below + term, j + 1
         term = math.comb(n, j)
     return j

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from kvconform.bench.analysis.intervals import Times, by_restart, interval, log_ratios, medians, rank, spread, student
 from kvconform.bench.record import MACHINE, Case, Ratio, Record
 
-WIDE = 0.10
+MAX_RATIO_HALF_WIDTH = 0.10
 """Half-width of a ratio's interval, in its logarithm, above which it is not valid."""
-VAGUE = 0.25
+MAX_TIME_HALF_WIDTH = 0.25
 """The same for a time by itself: it holds what the machine did meanwhile, which a paired ratio leaves out, so that
 intervals of 10 to 20 % are usual on a shared machine. At 25 % its ends lie a factor of 1.6 apart."""
-APART = 0.15
+MAX_RESTART_STD = 0.15
 """Standard deviation between restarts, of the logarithm, above which a ratio is not valid."""
-BUSY = 2.0
+MAX_LOAD_PER_CORE = 2.0
 """Load average per core above which no ratio is valid."""
 
 
@@ -78,10 +78,10 @@ def ratio_of(case: int, arm: int, reference: int, starts: dict[int, list[float]]
         ((_, samples),) = starts.items()
         middle, low, high = interval(samples)
         why.append("one start of the workers, which does not say how far the next would lie from it")
-    elif (high - low) / 2 > WIDE:
-        why.append(f"the interval's half-width is {(high - low) / 2:.0%}, over {WIDE:.0%}")
-    if apart is not None and apart > APART:
-        why.append(f"restarts differ by {apart:.0%} (standard deviation), over {APART:.0%}")
+    elif (high - low) / 2 > MAX_RATIO_HALF_WIDTH:
+        why.append(f"the interval's half-width is {(high - low) / 2:.0%}, over {MAX_RATIO_HALF_WIDTH:.0%}")
+    if apart is not None and apart > MAX_RESTART_STD:
+        why.append(f"restarts differ by {apart:.0%} (standard deviation), over {MAX_RESTART_STD:.0%}")
     if busy:
         why.append(busy)
     return Ratio(
@@ -94,7 +94,7 @@ def busy_words(record: Record) -> str:
     """Why no ratio of a record is valid: other work on the machine; empty where it was quiet enough."""
     cores = int(record.machine.get("cores") or 1)
     load = max(record.load, default=0.0)
-    return f"the load average was {load:.1f} on {cores} cores" if load > BUSY * cores else ""
+    return f"the load average was {load:.1f} on {cores} cores" if load > MAX_LOAD_PER_CORE * cores else ""
 
 
 def designs(record: Record, preset: str) -> list[str]:

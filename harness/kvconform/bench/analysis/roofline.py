@@ -19,7 +19,7 @@ from kvconform.bench.record import CEILINGS, MACHINE, Case, Record, Roof
 from kvconform.bench.worker.ceilings import excess
 from kvconform_specs.config import Config
 
-OVER = 1.05
+MAX_ROOFLINE_FRACTION = 1.05
 """A fraction above it is no number: nothing is faster than the machine, so what was measured was not its ceiling."""
 
 
@@ -75,8 +75,8 @@ def _roof(record: Record, number: int, arm: int, bound: Bound | None, taken: Tim
     case = record.cases[number]
     config, notes = config_of(record, case.preset), record.software.get(case.arms[arm].backend, {})
     asked = cost(config, "decode", case.depth, case.batch)
-    witness = notes.get("witness", {}).get(case.preset, {})
-    needed = number, arm, asked.bytes, bytes_expected(config, case.depth, case.batch, witness.get("cache_design"))
+    runtime_info = notes.get("runtime_info", {}).get(case.preset, {})
+    needed = number, arm, asked.bytes, bytes_expected(config, case.depth, case.batch, runtime_info.get("cache_design"))
     device = notes.get("device", "cpu")
     if bound is None or device != "cpu":
         return Roof(*needed, asked.flops, None, None, flag=f"it ran on {device}, and ceilings are the processor's")
@@ -90,8 +90,10 @@ def _roof(record: Record, number: int, arm: int, bound: Bound | None, taken: Tim
     else:
         paired = ratio_of(number, bound.arm, arm, shifted, busy)
         fraction, low, high = paired.ratio, paired.low, paired.high
-        if not fraction <= OVER:
-            flags.append(f"over the measured ceiling by more than {OVER - 1:.0%}: what was measured is not the limit")
+        if not fraction <= MAX_ROOFLINE_FRACTION:
+            flags.append(
+                f"over the measured ceiling by more than {MAX_ROOFLINE_FRACTION - 1:.0%}: what was measured is not the limit"
+            )
         flags += [] if paired.valid else [paired.why_invalid]
     if case.arms[bound.arm].phase == "multiply" and config.dtype != "float32":
         flags.append(f"the products bind, and their ceiling is that of float32, not of {config.dtype}")

@@ -81,7 +81,7 @@ def expected(config: Config, phase: str, depths: Sequence[int], batch: int, rate
         steps = [cost(config, phase, n, batch) for n in depths]
         return slope(depths, [max(step.bytes * byte, step.flops * flop) for step in steps])
     last = phase == "recompute-last"
-    return slope(depths, [float(multiply_adds(config, 0, n + 1, batch, keys=n + 1, last=last)) for n in depths])
+    return slope(depths, [float(multiply_adds(config, 0, n + 1, batch, keys=n + 1, last_only=last)) for n in depths])
 
 
 def _points(record: Record, cases: Sequence[Times]) -> dict[Key, dict[int, dict[int, float]]]:

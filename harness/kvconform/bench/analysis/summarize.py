@@ -21,11 +21,11 @@ from kvconform.bench.analysis.intervals import (
     student,
     times,
 )
-from kvconform.bench.analysis.ratios import VAGUE, busy_words, designs, pairs, ratio_of
+from kvconform.bench.analysis.ratios import MAX_TIME_HALF_WIDTH, busy_words, designs, pairs, ratio_of
 from kvconform.bench.analysis.roofline import roofs
 from kvconform.bench.analysis.scaling import exponents
 from kvconform.bench.record import MACHINE, Case, Generation, Record, Round, Summary, Tokens
-from kvconform.bench.worker.gpu import REASONS, SLOW, classes, default_mhz, kept, methods, ways
+from kvconform.bench.worker.gpu import MIN_CLOCK_FRACTION, REASONS, classes, default_mhz, kept, methods, ways
 
 
 def summarise(record: Record) -> None:
@@ -45,26 +45,28 @@ def summarise(record: Record) -> None:
         for arm, reference in pairs(case, designs(record, case.preset)):
             logs = log_ratios(found, arm, reference)
             if logs:
-                mixed = classes(_witnesses(record, case, arm, reference))
+                mixed = classes(_runtime_infos(record, case, arm, reference))
                 against = "; ".join(words for words in (busy, mixed) if words)
                 record.ratios.append(ratio_of(number, arm, reference, logs, against))
     record.notes = _notes(record, slow)
     record.roofs, record.exponents = roofs(record, taken), exponents(record, taken)
 
 
-def _witnesses(record: Record, case: Case, *arms: int) -> dict[str, dict[str, Any]]:
+def _runtime_infos(record: Record, case: Case, *arms: int) -> dict[str, dict[str, Any]]:
     return _seen(record, case.preset, {case.arms[arm].backend for arm in arms})
 
 
 def _seen(record: Record, preset: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    return {name: record.software.get(name, {}).get("witness", {}).get(preset, {}) for name in names}
+    return {name: record.software.get(name, {}).get("runtime_info", {}).get(preset, {}) for name in names}
 
 
 def _notes(record: Record, slow: int) -> list[str]:
     """What a reader of a device's times must know. ``slow``: how many blocks are left out."""
     said, every = [], len(record.rounds)
     if slow:
-        said.append(f"{slow} of {every} blocks ran below {SLOW:.0%} of the device's default clock and are left out")
+        said.append(
+            f"{slow} of {every} blocks ran below {MIN_CLOCK_FRACTION:.0%} of the device's default clock and are left out"
+        )
     for bit, words in REASONS.items():
         count = sum(bool(block.throttle & bit) for block in record.rounds)
         said += [f"after {count} of {every} blocks the device's clock was held down: {words}"] if count else []
@@ -108,7 +110,7 @@ def _summary(
     return Summary(
         case, arm, n, restarts, middle, q1, q3, low, high, spread(logs), p90 if reaches(n, 0.9) else None,
         p99 if reaches(n, 0.99) else None, math.exp(student(medians(by_restart(device)))[0]) if device else None,
-        f"the interval's half-width is {half:.0%}, over {VAGUE:.0%}" if half > VAGUE else "",
+        f"the interval's half-width is {half:.0%}, over {MAX_TIME_HALF_WIDTH:.0%}" if half > MAX_TIME_HALF_WIDTH else "",
     )  # fmt: skip
 
 

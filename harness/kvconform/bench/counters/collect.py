@@ -51,39 +51,39 @@ class Tally:
 
     def _recompute(self, n: int) -> Counts:
         """``n + 1`` tokens by the cache-less forward, or where the subject claims none by a prefill."""
-        if not self.subject.claims.can("full"):
+        if not self.subject.claims.can("uncached_forward"):
             return self._prefill(n + 1)
 
         def call() -> None:
-            self.subject.full(self._ids(0, n + 1))
+            self.subject.uncached_forward(self._ids(0, n + 1))
 
         call()
         return self._dispatched(call)
 
     def _loop(self, n: int) -> Counts:
         """Graphs that are there in the end, those of them that a decode loop compiled after its first steps, and what
-        the witness says of breaks; nothing of a subject that compiles none."""
-        if not self.subject.claims.can("graphs"):
+        the runtime_info says of breaks; nothing of a subject that compiles none."""
+        if not self.subject.claims.can("graph_count"):
             return {}
         last = min(n + WARM + LOOP, self.config.capacity)
         cache = self._filled(n)
-        made = [int(self.subject.graphs())]
+        made = [int(self.subject.graph_count())]
         for position in range(n, last):
             _, cache = self.subject.step(cache, self._ids(position, position + 1))
-            made.append(int(self.subject.graphs()))
+            made.append(int(self.subject.graph_count()))
         self._close(cache)
         before, after = made[min(WARM, len(made) - 1)], made[-1]
         counts = {"graphs": {"": after}, "recompilations": {"": after - before}}
-        seen = self.subject.witness() if hasattr(self.subject, "witness") else {}
+        seen = self.subject.runtime_info() if hasattr(self.subject, "runtime_info") else {}
         return counts | ({"graph_breaks": {"": seen["graph_breaks"]}} if "graph_breaks" in seen else {})
 
     def _both(self, prepared: Callable[[], Callable[..., None]]) -> Counts:
         """What the subject's meter and the backend's own counts say of a step, each of a step of its own; of
         multiply-adds the latter, since a meter may have to take another kernel."""
         counts: Counts = {}
-        if self.subject.claims.can("work"):
-            prepared()(metered=True)
-            counts["multiply_adds"] = {"": int(self.subject.work())}
+        if self.subject.claims.can("macs"):
+            prepared()(count_macs=True)
+            counts["multiply_adds"] = {"": int(self.subject.macs())}
         return counts | (self._dispatched(prepared()) if hasattr(self.subject, "count") else {})
 
     def _dispatched(self, call: Callable[[], None]) -> Counts:

@@ -28,7 +28,7 @@ from kvconform.bench.eligibility import unable
 from kvconform.bench.presets import Preset
 from kvconform.files import write_atomically
 from kvconform.results.gate import OK, REGRESSION, Difference
-from kvconform.worker.client import BUILD_TIMEOUT, Death, Infrastructure, Launch, Subject
+from kvconform.worker.client import BUILD_TIMEOUT, BackendUnavailable, Subject, WorkerDied, WorkerSpec
 from kvconform_specs.config import Config
 
 __all__ = ["Count", "Missing", "Record", "broken", "compare", "count", "is_record", "lines", "read"]
@@ -41,7 +41,7 @@ NEVER = ("memcpy", "bend", "recompilations", "graph_breaks")
 
 # --- counting ---
 def count(
-    launches: Mapping[str, Launch], presets: Mapping[str, Preset], out: Path, tell: Callable[[str], None] = print
+    launches: Mapping[str, WorkerSpec], presets: Mapping[str, Preset], out: Path, tell: Callable[[str], None] = print
 ) -> Record:
     """Counts every backend on every preset and writes ``out``. One backend after another: nothing here is a time."""
     record = Record(presets={name: sizes(preset) for name, preset in presets.items()})
@@ -53,7 +53,7 @@ def count(
                 for preset in presets.values():
                     why = _counted(record, name, subject, preset)
                     _note(record, preset.name, name, why, tell)
-        except Infrastructure as sentence:
+        except BackendUnavailable as sentence:
             for preset_name in presets:
                 _note(record, preset_name, name, str(sentence), tell)
     write_atomically(out, written(record))
@@ -83,7 +83,7 @@ def _note(record: Record, preset: str, backend: str, why: str, tell: Callable[[s
 def _counted(record: Record, name: str, subject: Subject, preset: Preset) -> str:
     """Why the backend has no counts on the preset, or nothing."""
     try:
-        config = subject.points.get("decoder-own", preset.config)
+        config = subject.configs.get("decoder-self", preset.config)
         why = unable(subject.claims, preset) or subject.build(config)
         if why:
             return why
@@ -100,12 +100,12 @@ def _counted(record: Record, name: str, subject: Subject, preset: Preset) -> str
             for counter, kinds in reply["counts"].items():
                 parts = {kind: n for kind, n in kinds.items() if kind}
                 record.counts.append(Count(preset.name, name, phase, depth, counter, sum(kinds.values()), parts))
-    except (Death, Infrastructure) as words:
+    except (WorkerDied, BackendUnavailable) as words:
         return str(words)
     mine = [one for one in record.counts if (one.preset, one.backend, one.phase) == (preset.name, name, "decode")]
     if not any((one.preset, one.backend) == (preset.name, name) for one in record.counts):
         return "it counts nothing"
-    if subject.claims.truth == "definition":
+    if subject.claims.reference == "definition":
         record.counts += [positions(one, config, subject.claims) for one in mine if one.counter == "multiply_adds"]
     record.counts += growth(mine)
     return ""

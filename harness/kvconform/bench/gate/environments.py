@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvconform.worker.client import Launch
+from kvconform.worker.client import WorkerSpec
 from kvconform.worker.registry import openers
 from kvconform_specs.errors import SpecError
 
@@ -46,11 +46,11 @@ class Environment:
     root: Path | None = None
     tree: Path | None = None
 
-    def launch(self, address: str, device: str = "cpu") -> Launch:
+    def launch(self, address: str, device: str = "cpu") -> WorkerSpec:
         """How to start workers of a backend here. One that is given by its file in the repository is the ref's file."""
-        return Launch(self._own(address), device, self.python, environment=dict(self.variables))
+        return WorkerSpec(self._reference_forward(address), device, self.python, environment=dict(self.variables))
 
-    def _own(self, address: str) -> str:
+    def _reference_forward(self, address: str) -> str:
         kind, colon, rest = address.partition(":")
         kind, rest = (kind + colon, rest) if colon and kind in openers() else ("", address)
         target, question, options = rest.partition("?")

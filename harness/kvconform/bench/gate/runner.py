@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from kvconform.bench.client import Clock, Lost, config_of
+from kvconform.bench.client import BackendLost, TimingClient, config_of
 from kvconform.bench.eligibility import Truth, misfit, own_truth, parity, room, truth, unable
 from kvconform.bench.gate.environments import Environment
 from kvconform.bench.gate.record import BASE, HEAD, SIDES, GateBlock, GateCase, GateRecord, Lasting, Side, Trial, trial
@@ -27,9 +27,9 @@ from kvconform.bench.presets import Preset
 from kvconform.bench.protocol import (
     BLOCK_NS,
     ENOUGH_ROUNDS,
-    NARROW,
     OVERTIME,
     ROUNDS_WANTED,
+    TARGET_HALF_WIDTH,
     WARM_SHARE,
     processors,
     variables,
@@ -38,7 +38,7 @@ from kvconform.bench.record import Arm
 from kvconform.bench.worker.gpu import classes, default_mhz, held, kept
 from kvconform.bench.worker.timer import digest, tokens
 from kvconform.host import load_average, machine
-from kvconform.worker.client import BUILD_TIMEOUT, Death, Infrastructure, Launch, Subject
+from kvconform.worker.client import BUILD_TIMEOUT, BackendUnavailable, Subject, WorkerDied, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 
 Tell = Callable[[str], None]
@@ -51,8 +51,8 @@ class _TimeUp(Exception):
 
 
 def gate(
-    base: Launch,
-    head: Launch,
+    base: WorkerSpec,
+    head: WorkerSpec,
     presets: Mapping[str, Preset],
     backend: str,
     out: Path,
@@ -68,7 +68,7 @@ def gate(
 
     ``backend``: its name in the record. ``seconds``: of the whole run, None for no limit; what is not decided then is
     inconclusive, and so after an interrupt (Ctrl-C). ``environments``: what ``base`` and ``head`` were made from, for
-    the record. ``tell`` is given one line for each thing done. Raises ``device.Busy`` where the GPU is being timed.
+    the record. ``tell`` is given one line for each thing done. Raises ``device.GpuBusy`` where the GPU is being timed.
     """
     run = _Gate({BASE: base, HEAD: head}, presets, backend, out, seconds_per_case, seed, threads, tell, seconds)
     for name, known in environments.items():
@@ -94,7 +94,7 @@ class _Gate:
     """The state of one run."""
 
     def __init__(
-        self, launches: Mapping[str, Launch], presets: Mapping[str, Preset], backend: str, out: Path,
+        self, launches: Mapping[str, WorkerSpec], presets: Mapping[str, Preset], backend: str, out: Path,
         seconds_per_case: float, seed: int, threads: int, tell: Tell, seconds: float | None,
     ) -> None:  # fmt: skip
         self.presets = {name: replace(preset, batches=(1,)) for name, preset in presets.items()}
@@ -118,7 +118,7 @@ class _Gate:
                 "name": PROTOCOL, "restarts": RESTARTS, "level": LEVEL, "rate": RATE,
                 "smallest": round(math.exp(SMALLEST), 9), "seconds_per_case": seconds_per_case, "seconds": seconds,
                 "seed": seed, "threads": threads, "input_digest": self.digests,
-                "stop_rule": f"{ENOUGH_ROUNDS} rounds and half-width <= {NARROW:.0%}, or the seconds of a case",
+                "stop_rule": f"{ENOUGH_ROUNDS} rounds and half-width <= {TARGET_HALF_WIDTH:.0%}, or the seconds of a case",
             },
             sides={side: Side(launch.python, "", launch.python) for side, launch in launches.items()},
             load=[load_average()],
@@ -142,40 +142,44 @@ class _Gate:
                         known = self.record.sides[side]
                         self.record.sides[side] = Side(known.name, known.commit, known.python, subject.environment)
                     self.right(preset, subjects)
-                except Lost as lost:
+                except BackendLost as lost:
                     self.last(mine, lost)
                 else:
                     self.tell(f"{name}: base and head are right on the timed inputs")
 
     def right(self, preset: Preset, subjects: Mapping[str, Subject]) -> None:
-        """Raises Lost unless both run on one kind of machine, are right on the timed inputs, and are what their name
+        """Raises BackendLost unless both run on one kind of machine, are right on the timed inputs, and are what their name
         says."""
         base, head = (subjects[side].environment.get("platform", "").partition("-with-")[0] for side in SIDES)
         if base != head:
-            raise Lost(HEAD, f"it runs on {head}, the base on {base}")
+            raise BackendLost(HEAD, f"it runs on {head}, the base on {base}")
         defined: Truth | None = None
-        witnesses: dict[str, dict[str, Any]] = {}
+        runtime_infos: dict[str, dict[str, Any]] = {}
         for side, subject in subjects.items():
             config = config_of(subject, preset)
             try:
                 why = unable(subject.claims, preset) or subject.build(config)
-                if not why and subject.own is not None:
+                if not why and subject.reference_forward is not None:
                     why, _ = parity(
-                        subject, preset, config, self.seed, own_truth(subject.own(config), config, self.seed)
+                        subject,
+                        preset,
+                        config,
+                        self.seed,
+                        own_truth(subject.reference_forward(config), config, self.seed),
                     )
                 elif not why:
                     defined = defined or truth(config, self.seed)
                     why, _ = parity(subject, preset, config, self.seed, defined)
-                seen = {} if why else subject.witness(config)
-            except (Death, Infrastructure) as words:
-                raise Lost(side, str(words)) from words
+                seen = {} if why else subject.runtime_info(config)
+            except (WorkerDied, BackendUnavailable) as words:
+                raise BackendLost(side, str(words)) from words
             why = why or misfit(seen, self.threads, subject.launch.device)
             if why:
-                raise Lost(side, why)
-            witnesses[side] = seen
-        mixed = classes(witnesses)
+                raise BackendLost(side, why)
+            runtime_infos[side] = seen
+        mixed = classes(runtime_infos)
         if mixed:
-            raise Lost(HEAD, mixed)
+            raise BackendLost(HEAD, mixed)
 
     # --- one restart ---
     def restart(self, stage: str, number: int, cases: Sequence[int]) -> dict[int, float]:
@@ -187,7 +191,7 @@ class _Gate:
             self.in_time()
             mine = [case for case in cases if self.record.cases[case].preset == name]
             if not machine().items() <= self.record.machine.items():  # which may tell of a GPU as well
-                self.last(mine, Lost(HEAD, "the machine is no longer the one that the run began on"))
+                self.last(mine, BackendLost(HEAD, "the machine is no longer the one that the run began on"))
                 continue
             found |= self.start(stage, number, name, mine)
         self.write()
@@ -206,23 +210,23 @@ class _Gate:
         order = [SIDES[i] for i in drawn.permutation(len(SIDES))]
         with ExitStack() as stack:
             try:
-                clock = Clock(self.started(self.presets[name], order, number, stack), self.seed, self.digests)
-            except Lost as lost:
+                clock = TimingClient(self.started(self.presets[name], order, number, stack), self.seed, self.digests)
+            except BackendLost as lost:
                 self.last(cases, lost)
                 return found
             for case in cases:
                 self.in_time()
                 try:
                     found[case] = self.case(clock, order, stage, number, case)
-                except Lost as lost:
+                except BackendLost as lost:
                     self.last([case], lost)
         return found
 
     def rng(self, stage: str, *place: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, list(RESTARTS).index(stage), *place))
 
-    def case(self, clock: Clock, order: Sequence[str], stage: str, restart: int, index: int) -> float:
-        """Rounds of one case, until its interval is narrow or its time is up. Raises Lost."""
+    def case(self, clock: TimingClient, order: Sequence[str], stage: str, restart: int, index: int) -> float:
+        """Rounds of one case, until its interval is narrow or its time is up. Raises BackendLost."""
         case = self.record.cases[index]
         preset = self.presets[case.preset]
         arms = {side: Arm(side, case.phase) for side in SIDES}
@@ -248,16 +252,16 @@ class _Gate:
                 continue  # a trial sorts all rounds
             made = trial(index, stage, restart, kept(mine, default_mhz(self.record.machine))[0])
             half = made.half_width if made is not None and made.rounds >= ENOUGH_ROUNDS else None
-            if half is not None and half <= NARROW:
+            if half is not None and half <= TARGET_HALF_WIDTH:
                 break
         self.record.blocks += mine
         made = trial(index, stage, restart, kept(mine, default_mhz(self.record.machine))[0])
         if made is None:  # on a CPU at least one whole round was run
-            raise Lost(HEAD, "no round of a restart had both blocks near the device's default clock")
+            raise BackendLost(HEAD, "no round of a restart had both blocks near the device's default clock")
         return made.d
 
     def started(self, preset: Preset, order: Sequence[str], number: int, stack: ExitStack) -> dict[str, Subject]:
-        """Both workers, started in this order, on the processors of that restart. Raises Lost."""
+        """Both workers, started in this order, on the processors of that restart. Raises BackendLost."""
         subjects = {}
         for side in order:
             launch = self.launches[side]
@@ -265,13 +269,13 @@ class _Gate:
             launch = replace(launch, address=address, cpus=processors(self.threads, number))
             try:
                 subjects[side] = stack.enter_context(Subject(launch))
-            except Infrastructure as sentence:
-                raise Lost(side, str(sentence)) from sentence
+            except BackendUnavailable as sentence:
+                raise BackendLost(side, str(sentence)) from sentence
             except KeyError as missing:
-                raise Lost(side, f"its worker is of another version: it does not tell {missing}") from missing
+                raise BackendLost(side, f"its worker is of another version: it does not tell {missing}") from missing
         return subjects
 
-    def last(self, cases: Sequence[int], lost: Lost) -> None:
+    def last(self, cases: Sequence[int], lost: BackendLost) -> None:
         """Notes that cases have no verdict on their times."""
         why = f"{lost.backend} ({self.record.sides[lost.backend].name}): {lost.why}"
         self.record.lasting += [Lasting(case, why) for case in cases]
@@ -286,23 +290,23 @@ class _Gate:
         self.record.write(self.out)
 
 
-def build(clock: Clock, preset: Preset, side: str) -> None:
-    """Builds the subject where its worker has not. Raises Lost."""
+def build(clock: TimingClient, preset: Preset, side: str) -> None:
+    """Builds the subject where its worker has not. Raises BackendLost."""
     try:
         why = clock.subjects[side].build(config_of(clock.subjects[side], preset))
-    except (Death, Infrastructure) as words:
-        raise Lost(side, str(words)) from words
+    except (WorkerDied, BackendUnavailable) as words:
+        raise BackendLost(side, str(words)) from words
     if why:
-        raise Lost(side, why)
+        raise BackendLost(side, why)
 
 
 def ask(
-    clock: Clock, preset: Preset, arm: Arm, depth: int, steps: int, timeout: float | None = None
+    clock: TimingClient, preset: Preset, arm: Arm, depth: int, steps: int, timeout: float | None = None
 ) -> tuple[int, int, int, int, int]:
-    """One block: wall and CPU nanoseconds, involuntary switches, the GPU's clock and what held it down. Raises Lost."""
+    """One block: wall and CPU nanoseconds, involuntary switches, the GPU's clock and what held it down. Raises BackendLost."""
     try:
         (block,) = clock.blocks(preset, arm, depth, steps, 1, timeout=timeout)
         return int(block.ns), int(block.cpu_ns), int(block.nivcsw), int(block.sm_mhz), int(block.throttle)
     except (KeyError, TypeError, ValueError) as error:  # of another version
         words = f"its worker answers no block that this version understands: {type(error).__name__}: {error}"
-        raise Lost(arm.backend, words) from error
+        raise BackendLost(arm.backend, words) from error

@@ -31,9 +31,9 @@ from kvconform.bench.gate.sign_flip import (
     play,
 )
 from kvconform.bench.presets import Preset
-from kvconform.bench.worker.gpu import Busy
+from kvconform.bench.worker.gpu import GpuBusy
 from kvconform.host import machine
-from kvconform.worker.client import Launch
+from kvconform.worker.client import WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.errors import SpecError
 
@@ -79,7 +79,7 @@ class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def self_test(
-    launch: Launch,
+    launch: WorkerSpec,
     presets: Mapping[str, Preset],
     backend: str,
     folder: Path,
@@ -105,7 +105,7 @@ def self_test(
                 launch, launch, presets, backend, folder / f"a-a-{number + 1:03}.json",
                 seconds_per_case=seconds_per_case, seed=seed + number, threads=threads, tell=tell,
             )  # fmt: skip
-        except Busy as sentence:  # somebody has taken the GPU between two runs
+        except GpuBusy as sentence:  # somebody has taken the GPU between two runs
             if not records:
                 raise
             tell(str(sentence))

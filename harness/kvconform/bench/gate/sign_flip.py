@@ -34,7 +34,7 @@ SMALLEST = math.log(1.05)
 """What must be exceeded besides: a change that is sure and smaller is not worth a stop."""
 RATE = LEVEL[SCREEN] * LEVEL[CONFIRM]
 """The most often that equal code is called a regression, for each case; and as often an improvement."""
-SPREAD, WIDE = 0.15, 0.10
+SPREAD, MAX_RATIO_HALF_WIDTH = 0.15, 0.10
 """Standard deviation between restarts, and half-width of the interval within one, above which nothing is told."""
 
 PASS, REGRESSION, IMPROVEMENT = "pass", "regression", "improvement"
@@ -131,8 +131,8 @@ def _noise(screen: Evidence, widths: Sequence[float]) -> str:
         return f"too noisy: restarts differ by {screen.spread:.0%} (standard deviation), over {SPREAD:.0%}"
     if widths and median(widths) == math.inf:
         return "too noisy: restarts have too few rounds for an interval"
-    if widths and median(widths) > WIDE:
-        return f"too noisy: intervals within restarts are ± {median(widths):.0%}, over {WIDE:.0%}"
+    if widths and median(widths) > MAX_RATIO_HALF_WIDTH:
+        return f"too noisy: intervals within restarts are ± {median(widths):.0%}, over {MAX_RATIO_HALF_WIDTH:.0%}"
     return ""
 
 

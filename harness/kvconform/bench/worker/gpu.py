@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-SLOW = 0.75
+MIN_CLOCK_FRACTION = 0.75
 """The part of the default clock under which a block is dropped, as NVIDIA's nvbench does."""
 
 CLOCK_RATE, L2_CACHE_SIZE = 13, 38
@@ -43,7 +43,7 @@ class NoGpu(Exception):
     """There is no GPU whose clock can be read: one sentence."""
 
 
-class Busy(Exception):
+class GpuBusy(Exception):
     """Another benchmark runs on the GPU: one sentence."""
 
 
@@ -113,14 +113,14 @@ class Gpu:
     @contextmanager
     def lock(self, folder: Path | None = None) -> Iterator[None]:
         """Only one process at a time is inside, whoever's it is: the controller's, while its workers are timed.
-        Raises Busy at once where another is. The system gives the lock back when a process dies, and the file stays:
+        Raises GpuBusy at once where another is. The system gives the lock back when a process dies, and the file stays:
         to delete it would let two processes hold two files of one name."""
         path = (folder or _shared()) / f"kvconform-{re.sub(r'[^A-Za-z0-9-]', '_', self.uuid)}.lock"
         handle, writable = _opened(path)
         try:
             if not _hold(handle):
                 holder = os.read(handle, 20).decode(errors="replace").strip() or "unknown"
-                raise Busy(f"{self.name} ({self.uuid}) is being timed by another process, {holder}; see {path}")
+                raise GpuBusy(f"{self.name} ({self.uuid}) is being timed by another process, {holder}; see {path}")
             if writable:
                 os.ftruncate(handle, 0)
                 os.write(handle, f"{os.getpid()}\n".encode())
@@ -147,7 +147,7 @@ class Gpu:
 @contextmanager
 def held(device: str) -> Iterator[dict[str, Any]]:
     """What a record tells of the GPU, which belongs to this process meanwhile; on a CPU nothing. Where no GPU can be
-    reached the reason is told and the run goes on: each backend says by itself what it lacks. Raises Busy."""
+    reached the reason is told and the run goes on: each backend says by itself what it lacks. Raises GpuBusy."""
     gpu, why = None, ""
     if device == "cuda":
         try:
@@ -235,43 +235,43 @@ def kept(blocks: Iterable[Timed], default_mhz: int) -> tuple[list[Timed], int]:
 
 
 def fast(block: Clocked, default_mhz: int) -> bool:
-    """Whether a block ran at ``SLOW`` of the default clock or above, or without a clock (0: on a CPU, or NVML tells
+    """Whether a block ran at ``MIN_CLOCK_FRACTION`` of the default clock or above, or without a clock (0: on a CPU, or NVML tells
     none)."""
-    return block.sm_mhz == 0 or block.sm_mhz >= SLOW * default_mhz
+    return block.sm_mhz == 0 or block.sm_mhz >= MIN_CLOCK_FRACTION * default_mhz
 
 
-Witnesses = Mapping[str, Mapping[str, Any]]
-"""What really ran, by backend (``Backend.witness``)."""
+RuntimeInfos = Mapping[str, Mapping[str, Any]]
+"""What really ran, by backend (``Backend.runtime_info``)."""
 
 
-def classes(witnesses: Witnesses) -> str | None:
+def classes(runtime_infos: RuntimeInfos) -> str | None:
     """Why arms must not be compared, in one sentence: they compute in different classes of precision (TF32 is three
     digits and several times the speed), or on a GPU one does not tell its own. None: nothing is against it."""
-    told = {name: str(seen["precision"]) for name, seen in witnesses.items() if "precision" in seen}
-    silent = [name for name, seen in witnesses.items() if name not in told and _on_gpu(seen)]
-    if len(witnesses) > 1 and silent:
+    told = {name: str(seen["precision"]) for name, seen in runtime_infos.items() if "precision" in seen}
+    silent = [name for name, seen in runtime_infos.items() if name not in told and _on_gpu(seen)]
+    if len(runtime_infos) > 1 and silent:
         return f"does not tell its class of precision: {', '.join(silent)}"
     return _differing(told, "classes of precision differ")
 
 
-def methods(witnesses: Witnesses) -> str | None:
+def methods(runtime_infos: RuntimeInfos) -> str | None:
     """Why the device times of arms must not be compared: they were measured in different ways, or with L2 in another
     state. Step wall is not concerned."""
-    return _differing(_ways(witnesses), "device times were measured in different ways")
+    return _differing(_ways(runtime_infos), "device times were measured in different ways")
 
 
-def ways(witnesses: Witnesses) -> str | None:
+def ways(runtime_infos: RuntimeInfos) -> str | None:
     """How device times came about, where that was the same for all that tell: the way, and the state of L2."""
-    told = _ways(witnesses)
+    told = _ways(runtime_infos)
     return f"device times of {', '.join(told)}: {next(iter(told.values()))}" if told else None
 
 
-def _ways(witnesses: Witnesses) -> dict[str, str]:
-    return {name: " and ".join(seen["device_time"]) for name, seen in witnesses.items() if seen.get("device_time")}
+def _ways(runtime_infos: RuntimeInfos) -> dict[str, str]:
+    return {name: " and ".join(seen["device_time"]) for name, seen in runtime_infos.items() if seen.get("device_time")}
 
 
-def _on_gpu(witness: Mapping[str, Any]) -> bool:
-    return str(witness.get("device")).startswith("cuda")
+def _on_gpu(runtime_info: Mapping[str, Any]) -> bool:
+    return str(runtime_info.get("device")).startswith("cuda")
 
 
 def _differing(told: Mapping[str, str], what: str) -> str | None:
@@ -280,12 +280,12 @@ def _differing(told: Mapping[str, str], what: str) -> str | None:
     return f"{what}: " + "; ".join(f"{name}: {words}" for name, words in told.items())
 
 
-def unfit(witness: Mapping[str, Any]) -> str | None:
+def unfit(runtime_info: Mapping[str, Any]) -> str | None:
     """Why an arm on a GPU gets no time though its outputs are right: ONNX Runtime put nodes into its graph that copy
     between host and device in every step, or nobody has counted them. None: nothing is against it."""
-    if not _on_gpu(witness) or "providers" not in witness:
+    if not _on_gpu(runtime_info) or "providers" not in runtime_info:
         return None
-    count = witness.get("memcpy_nodes")
+    count = runtime_info.get("memcpy_nodes")
     if count is None:
         return "nobody has counted the Memcpy nodes of its graphs"
     return f"its graphs have {count} Memcpy nodes: they copy between host and device in every step" if count else None

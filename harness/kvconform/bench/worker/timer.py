@@ -69,7 +69,7 @@ def resident() -> int | None:
     return int(told.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if told.exists() else None
 
 
-class Stopwatch:
+class Timer:
     """A built subject, the tokens it is timed on ``(1, capacity)``, and the one cache that is kept between blocks.
     All rows of a batch have the same tokens."""
 
@@ -95,7 +95,7 @@ class Stopwatch:
         return [self._phases[phase](depth, steps, batch, new) for _ in range(count)]
 
     def device(self, phase: str, depth: int, steps: int, count: int, batch: int = 1) -> list[int]:
-        """``count`` times the device's own nanoseconds of ``steps`` steps; 0: not measured, and the subject's witness
+        """``count`` times the device's own nanoseconds of ``steps`` steps; 0: not measured, and the subject's runtime_info
         says why. After the last block of this worker: a profiler may stay in the process."""
         if not hasattr(self.subject, "device_ns"):
             return [0] * count
@@ -122,7 +122,7 @@ class Stopwatch:
             if copy not in caches:
                 caches[copy] = subject.step(subject.start(batch), first)[1]
             _, after = subject.step(caches[copy], one)
-            if not subject.claims.can("functional"):
+            if not subject.claims.can("immutable"):
                 caches[copy] = subject.truncate(after, n)
 
         return call
@@ -203,9 +203,9 @@ class Stopwatch:
     def _forward(self) -> Callable[[Ids], NDArray[Any]]:
         """The cache-less forward, of the last position's logits where the phase says so; where the subject claims none
         a prefill into an empty cache, whose keys nobody reads again."""
-        subject, last = self.subject, {"last": True} if self._phase.endswith("-last") else {}
-        if subject.claims.can("full"):
-            return lambda ids: subject.full(ids, **last)
+        subject, last = self.subject, {"last_only": True} if self._phase.endswith("-last") else {}
+        if subject.claims.can("uncached_forward"):
+            return lambda ids: subject.uncached_forward(ids, **last)
         return lambda ids: subject.step(subject.start(len(ids)), ids, **last)[0]
 
     def _generate(self, n: int, steps: int, batch: int, new: int) -> Block:
@@ -226,7 +226,7 @@ class Stopwatch:
                     came.append(clock() - began)
                 return
             step, prompt = self.subject.step, np.ascontiguousarray(ids[:, :n])
-            last = {"last": True} if self.subject.claims.can("last") else {}
+            last = {"last_only": True} if self.subject.claims.can("last_only") else {}
             logits, cache = step(self.subject.start(batch), prompt, **last)
             for at in range(n, n + new):
                 if at > n:

@@ -15,19 +15,28 @@ from itertools import count
 
 import msgspec
 
-from kvconform.explain.diagnosis.edits import WIDE, Explanation, explanations, kinds
-from kvconform.explain.diagnosis.fingerprints import CONFIGS, Match, Prints, catalogue, decided, exactly, named, nearest
+from kvconform.explain.diagnosis.edits import MIN_SHARE, Explanation, explanations, kinds
+from kvconform.explain.diagnosis.fingerprints import (
+    SHORT_CONFIGS,
+    Match,
+    Prints,
+    catalogue,
+    decided,
+    exactly,
+    named,
+    nearest,
+)
 from kvconform.explain.diagnosis.probe_run import SIGHT, Examination, examine
 from kvconform.explain.diagnosis.probes import SEEN, Probe, changes, probes
 from kvconform.explain.diagnosis.remedies import ADVICE
 from kvconform.explain.diagnosis.signature import condition, first, generating, loop, sighted, told
 from kvconform.explain.diagnosis.symptoms import Truth, alike, symptom
 from kvconform.explain.visibility import FORBIDDEN, Map
-from kvconform.worker.client import Death, Infrastructure, Launch, Subject
-from kvconform.worker.execute import Done, Trace
+from kvconform.worker.client import BackendUnavailable, Subject, WorkerDied, WorkerSpec
+from kvconform.worker.execute import StepResult, Trace
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
-from kvconform_specs.configs import POINTS
+from kvconform_specs.configs import CONFIGS
 from kvconform_specs.program import Program
 
 SECONDS = 10.0
@@ -42,7 +51,7 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
     """What a subject that broke clauses under one config behaves like.
 
     named: the id of the class of mistakes (``M1``), empty where none stands out; fault: the planted fault that it
-    behaves like, empty where the tokens that it sees are all that names it; bug: its real-world twin, a link.
+    behaves like, empty where the tokens that it sees are all that names it; bug: its real-world upstream bug, a link.
     exactly: whether its outputs are that fault's, within the bounds.
     signature: first bad step, position, row, head or logit, and the smallest condition that separates bad outputs from
     good ones, in words. sentence: all of it in one sentence, with what to do about it.
@@ -58,17 +67,17 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
 
 def diagnose(subject: Subject, config: Config, cases: Sequence[Case], maps: Sequence[Map]) -> Diagnosis | None:
     """What the subject behaves like, from probes of its own; ``cases`` are the small counterexamples that were found.
-    None where no probe shows anything. Raises Death where a black box's own forward does."""
+    None where no probe shows anything. Raises WorkerDied where a black box's own forward does."""
     if config.profile not in subject.claims.profiles:
         return None
     subject.fresh()  # what ran before must not show
     try:
         if subject.build(config) is not None:
             return None
-    except Death:
+    except WorkerDied:
         return None  # there is nothing to probe
-    truth = Truth(subject.claims.precision, subject.own)
-    run = _Patient(subject)
+    truth = Truth(subject.claims.precision, subject.reference_forward)
+    run = ProbeRunner(subject)
     examination = examine(run, config, subject.claims, truth)
     programs = dict.fromkeys(program for case in cases for program in case.programs if program.config == config)
     extra = [
@@ -79,7 +88,7 @@ def diagnose(subject: Subject, config: Config, cases: Sequence[Case], maps: Sequ
     whole = Examination((*examination.symptoms, *found), examination.pattern)
     if not whole.off and not any(one.off for one in found):
         return None
-    own = None if subject.own is None else subject.own(config)
+    own = None if subject.reference_forward is None else subject.reference_forward(config)
     explained = explanations(whole.symptoms, config, subject.claims, own)
     likened = None
     if examination.off and run.deaths < DEATHS:
@@ -102,7 +111,7 @@ def across(maps: Sequence[Map]) -> str:
     return "C6" if any(query > key for query, key in seen) else ""
 
 
-class _Patient:
+class ProbeRunner:
     """Runs programs on the subject; where its process dies, the program's trace says so."""
 
     def __init__(self, subject: Subject) -> None:
@@ -113,9 +122,9 @@ class _Patient:
             return ()
         try:
             return self.subject.run(program, (0,)).apart()[0]
-        except Death as death:
+        except WorkerDied as death:
             self.deaths += 1
-            return (Done(error=death.words),)
+            return (StepResult(error=death.words),)
 
 
 # --- which fault it is ---
@@ -129,8 +138,8 @@ class _Likened:
 
 
 def _match(subject: Subject, config: Config, whole: Examination) -> _Likened | None:
-    matches = nearest(whole.pattern, _comparable(config, subject.claims.truth == "self"))
-    if subject.claims.truth == "definition":
+    matches = nearest(whole.pattern, _comparable(config, subject.claims.reference == "self"))
+    if subject.claims.reference == "definition":
         began = time.monotonic()
 
         def same(match: Match) -> bool:
@@ -146,20 +155,20 @@ def _match(subject: Subject, config: Config, whole: Examination) -> _Likened | N
 def _comparable(config: Config, own_truth: bool) -> Prints:
     """The catalogue's patterns under this config if it has them, else under those of the same kind; nobody knows
     whether a black box has a window."""
-    own = [name for name in CONFIGS if POINTS[name] == config]
+    own = [name for name in SHORT_CONFIGS if CONFIGS[name] == config]
     alike = [
         name
-        for name in CONFIGS
-        if (POINTS[name].profile == config.profile or config.profile == "hidden")
-        and (own_truth or (POINTS[name].window is None) == (config.window is None))
+        for name in SHORT_CONFIGS
+        if (CONFIGS[name].profile == config.profile or config.profile == "hidden")
+        and (own_truth or (CONFIGS[name].window is None) == (config.window is None))
     ]
-    return Prints(list(catalogue().prints(own or alike or CONFIGS)))
+    return Prints(list(catalogue().prints(own or alike or SHORT_CONFIGS)))
 
 
 def _same(address: str, config: Config, whole: Examination) -> bool:
     """Whether a fault does on every program that is off what the subject did, and on all others that it can run."""
     try:
-        with Subject(Launch(address, step_timeout=FAULT_TIMEOUT)) as fault:
+        with Subject(WorkerSpec(address, step_timeout=FAULT_TIMEOUT)) as fault:
             if fault.build(config) is not None:
                 return False
             asked = {probe.name for probe in probes(config, fault.claims)}
@@ -177,7 +186,7 @@ def _same(address: str, config: Config, whole: Examination) -> bool:
                         fault.run(program, (0,))
                 off += one.off
             return off > 0
-    except (Death, Infrastructure):
+    except (WorkerDied, BackendUnavailable):
         return False
 
 
@@ -195,7 +204,7 @@ def _said(
     numbers = [cell for cell in cells if cell.status != "raised"]
     when = told(condition(cells, config) or condition(numbers, config)) or generating(whole)
     sight = sighted(whole.pattern.get(SIGHT, ""))
-    why = explained[0].words if explained and explained[0].share >= WIDE else ""
+    why = explained[0].words if explained and explained[0].share >= MIN_SHARE else ""
     foreign = ACROSS.get(other, "")
     signature = "; ".join(words for words in (why, foreign, when, sight, first(whole)) if words)
     by_tokens = kinds(explained) or frozenset(filter(None, [other or loop(whole)]))

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 from kvconform_specs.history import Token as Streamed
 from kvconform_specs.program import (
+    AliasHandle,
     Append,
     Close,
     Fork,
-    Full,
     Generate,
-    Keep,
     Program,
     Reject,
     Reorder,
     Reset,
     Run,
     Truncate,
+    UncachedForward,
 )
 
 Token = tuple[Streamed, int, int]
@@ -83,7 +83,7 @@ def remembered(program: Program, memory: Memory) -> list[Rows | None]:
     views: list[Rows | None] = []
     for step in program.steps:
         view: Rows | None = None
-        if isinstance(step, Append | Full):
+        if isinstance(step, Append | UncachedForward):
             if not isinstance(step, Append):
                 views.append(None if isinstance(step, Generate) else _new(step, ((),) * len(step.counts)))
                 continue
@@ -111,7 +111,7 @@ def remembered(program: Program, memory: Memory) -> list[Rows | None]:
 
 def _new(step: Run, rows: Rows) -> Rows:
     """The step's tokens, behind the rows that are there."""
-    swapped = {(row, position): seed for row, position, seed in step.swap}
+    swapped = {(row, position): seed for row, position, seed in step.substitutions}
     return tuple(
         tuple(
             ((swapped.get((index, p), step.seed + index), p), len(row), count)
@@ -126,7 +126,7 @@ def _apply(memory: Memory, step: object) -> None:
         memory.truncate(step.seq, step.length)
     elif isinstance(step, Fork):
         memory.fork(step.seq, step.into)
-    elif isinstance(step, Keep):
+    elif isinstance(step, AliasHandle):
         memory.keep(step.seq, step.into)
     elif isinstance(step, Reorder):
         memory.reorder(step.seq, step.rows)

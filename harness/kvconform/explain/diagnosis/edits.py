@@ -27,12 +27,12 @@ from kvconform_specs.config import Config
 from kvconform_specs.program import Append
 from kvconform_specs.reference import bounds
 from kvconform_specs.reference.definition import Attended, attention, decoder
-from kvconform_specs.reference.oracle import Own, given
+from kvconform_specs.reference.oracle import ReferenceForward, given
 from kvconform_specs.tensors import Streams, weights
 
 Edit = MemoryEdit | SightEdit
 EDITS: tuple[Edit, ...] = (*SIGHTS, *MEMORIES)
-WIDE = 0.5
+MIN_SHARE = 0.5
 """Explanations of at least this share of the bad outputs name a class."""
 LEAST = 2
 """So many different bad outputs must be explained, at least."""
@@ -65,8 +65,10 @@ class Explanation:
         return f"{which} are what the truth gives {self.edit.words}, all that this can change"
 
 
-def explanations(symptoms: Sequence[Symptom], config: Config, claims: Claims, own: Own | None) -> list[Explanation]:
-    """Those that hold, the widest first. Raises Death where a black box's own forward does."""
+def explanations(
+    symptoms: Sequence[Symptom], config: Config, claims: Claims, own: ReferenceForward | None
+) -> list[Explanation]:
+    """Those that hold, the widest first. Raises WorkerDied where a black box's own forward does."""
     asked = [one for one in symptoms if _plain(one)]
     if not any(True for one in asked for _ in _cells(one, "bad")):
         return []
@@ -77,13 +79,15 @@ def explanations(symptoms: Sequence[Symptom], config: Config, claims: Claims, ow
 
 def kinds(found: Sequence[Explanation]) -> frozenset[str]:
     """The classes of mistakes that all of the best explanations may stand for."""
-    best = [one for one in found if one.share >= WIDE and (one.share, one.right) == (found[0].share, found[0].right)]
+    best = [
+        one for one in found if one.share >= MIN_SHARE and (one.share, one.right) == (found[0].share, found[0].right)
+    ]
     return frozenset.intersection(*(frozenset(one.edit.classes) for one in best)) if best else frozenset()
 
 
 def _plain(one: Symptom) -> bool:
     """Whether no caller's mask and no needle are in a program: edits do not know them."""
-    return not any(isinstance(step, Append) and (step.hidden or step.aim) for step in one.probe.program.steps)
+    return not any(isinstance(step, Append) and (step.masked or step.needle) for step in one.probe.program.steps)
 
 
 def _cells(one: Symptom, status: str, first: bool = False) -> list[Cell]:
@@ -187,7 +191,7 @@ class _Numbers:
 class _Truth:
     """What the truth gives on edited histories."""
 
-    def __init__(self, config: Config, claims: Claims, own: Own | None, span: int) -> None:
+    def __init__(self, config: Config, claims: Claims, own: ReferenceForward | None, span: int) -> None:
         self.config, self.claims, self.own = config, claims, own
         self.alone = own is not None  # it cannot be told what to see
         self.streams = Streams(config, span, (0,))

@@ -26,21 +26,21 @@ from kvconform.explain.diagnosis.signature import loop
 from kvconform.explain.diagnosis.symptoms import BLANK, FINE, MISSING, UNTOLD, Truth, alike
 from kvconform.files import write_atomically
 from kvconform.mutation.fault import Fault, load_faults
-from kvconform.worker.execute import Trace, record
+from kvconform.worker.execute import Trace, execute
 from kvconform.worker.protocol import pack, unpack
 from kvconform.worker.registry import load, module_of
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.config import Config
-from kvconform_specs.configs import LONG, POINTS
+from kvconform_specs.configs import CONFIGS, LONG
 from kvconform_specs.program import Program
 from kvconform_specs.tensors import weights
 
 SCHEMA = "kvconform-fingerprints/1"
-ZOO = "kvconform_backends.faults:FAULTS"
+CATALOGUE = "kvconform_backends.faults:FAULTS"
 CLASSES = "kvconform_backends.faults.classes"
 """The module whose ``CLASSES`` say what each class of mistakes is."""
 FILE = "fingerprints.json"
-CONFIGS = tuple(name for name, config in POINTS.items() if config.capacity < LONG)
+SHORT_CONFIGS = tuple(name for name, config in CONFIGS.items() if config.capacity < LONG)
 """The configs that the faults were examined under."""
 EVALUATED = ("attention-gqa", "attention-window", "decoder-rope")
 """Those under which faults are named by their outputs in an evaluation: it takes as long as examining them."""
@@ -48,7 +48,7 @@ LIKENESS = 0.95
 """A pattern must be at least so much like that of a fault for its class to be named,"""
 MARGIN = 0.05
 """by so much more than like that of any fault of other classes, and a second fault of the class must be more like it
-than those are, too. This was chosen on the zoo, each fault named by the others alone (``evaluated``)."""
+than those are, too. This was chosen on the catalogue, each fault named by the others alone (``evaluated``)."""
 SHORTLIST = 12
 """So many faults are run beside a subject at most,"""
 LEAST = 0.7
@@ -104,7 +104,7 @@ class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
     lists: list[list[str]]
     evaluation: dict[str, Evaluation] = {}
 
-    def prints(self, configs: Sequence[str] = CONFIGS) -> Iterator[Print]:
+    def prints(self, configs: Sequence[str] = SHORT_CONFIGS) -> Iterator[Print]:
         numbered = [(name, letters) for name, all_letters in self.letters.items() for letters in all_letters]
         patterns = [dict(numbered[number] for number in pattern) for pattern in self.patterns]
         for entry in self.entries:
@@ -235,14 +235,14 @@ def examined(backend: Any, config: Config, truths: dict[Any, Truth]) -> Examinat
     def run(program: Program) -> Trace:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the NaN that some faults make
-            return unpack(*pack(record(subject, program, (0,)))).apart()[0]
+            return unpack(*pack(execute(subject, program, (0,)))).apart()[0]
 
     precision = backend.claims.precision
     truth = truths.setdefault((config, precision), Truth(precision))
     return examine(run, config, backend.claims, truth)
 
 
-def computed(faults: Sequence[Fault], configs: Sequence[str] = CONFIGS) -> Catalogue:
+def computed(faults: Sequence[Fault], configs: Sequence[str] = SHORT_CONFIGS) -> Catalogue:
     """The catalogue of these faults."""
     patterns: dict[tuple[tuple[str, str], ...], int] = {}
     lists: dict[tuple[str, ...], int] = {}
@@ -253,7 +253,7 @@ def computed(faults: Sequence[Fault], configs: Sequence[str] = CONFIGS) -> Catal
         for fault in faults:
             if fault.configs and config not in fault.configs:
                 continue
-            found = examined(load(fault.address), POINTS[config], truths)
+            found = examined(load(fault.address), CONFIGS[config], truths)
             if found is not None and found.off:
                 off = tuple((name, letters) for name, letters in found.pattern.items() if set(letters) - BLANK)
                 shown[fault.name][config] = patterns.setdefault(off, len(patterns))
@@ -304,14 +304,16 @@ def evaluated_by_outputs(
         everything, truths = Prints(list(found.prints((config,)))), dict[Any, Truth]()
         shown = {its.entry.name for its in everything.all}
         examinations = {
-            fault.name: examined(load(fault.address), POINTS[config], truths) for fault in faults if fault.name in shown
+            fault.name: examined(load(fault.address), CONFIGS[config], truths)
+            for fault in faults
+            if fault.name in shown
         }
         for its in everything.all:
             mine = examinations[its.entry.name]
             assert mine is not None
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the NaN that some faults make
-                found_tokens = explanations(mine.symptoms, POINTS[config], load(its.entry.address).claims, None)
+                found_tokens = explanations(mine.symptoms, CONFIGS[config], load(its.entry.address).claims, None)
             by_tokens = kinds(found_tokens) or frozenset(filter(None, [loop(mine)]))
             said = {"by edits": decided("", False, by_tokens)}
             for kind, without in (("known", lambda one: False), ("unseen by outputs", _unseen(its))):
@@ -351,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kvconform.explain.diagnosis.fingerprints", description=__doc__)
     parser.add_argument("--write", action="store_true", help="compute the catalogue anew and write it")
     parser.add_argument("--evaluate", action="store_true", help="say how often patterns name the right class")
-    parser.add_argument("--faults", default=ZOO, help="module:LIST of the planted faults")
+    parser.add_argument("--faults", default=CATALOGUE, help="module:LIST of the planted faults")
     parser.add_argument(
         "--out", type=Path, default=Path(str(files("kvconform.explain.diagnosis"))) / FILE, help="where it is written"
     )

@@ -116,7 +116,7 @@ class Examination:
 
 
 def examine(run: Callable[[Program], Trace], config: Config, claims: Claims, truth: Truth) -> Examination:
-    """Runs the battery. Raises what ``run`` does, and Death where a black box's own forward does."""
+    """Runs the battery. Raises what ``run`` does, and WorkerDied where a black box's own forward does."""
     found: list[Symptom] = []
     pattern: dict[str, str] = {}
     for probe in probes(config, claims):

@@ -15,24 +15,24 @@ from kvconform_specs.config import Config
 from kvconform_specs.configs import LONG
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import (
+    AliasHandle,
     Append,
     Close,
     Fork,
-    Full,
     Generate,
-    Keep,
     Poison,
     Program,
-    Read,
+    ReadCache,
     Reject,
     Reorder,
     Reset,
     Step,
     Truncate,
+    UncachedForward,
     called,
 )
 from kvconform_specs.strategies import at_once, refusals, swapped
-from kvconform_specs.tensors import mannered
+from kvconform_specs.tensors import distributed
 
 SEEN = "sees"
 """The name of the probe whose tokens are changed one by one."""
@@ -99,14 +99,14 @@ def _claimed(steps: Sequence[Step], claims: Claims) -> bool:
     """Whether batch, chunk, and live sequences stay within the claims."""
     live: set[str] = set()
     for step in map(called, steps):
-        if isinstance(step, Append | Full):
+        if isinstance(step, Append | UncachedForward):
             if len(step.counts) > (claims.max_batch or len(step.counts)):
                 return False
             if isinstance(step, Append) and max(step.counts) > (claims.max_chunk or max(step.counts)):
                 return False
         if isinstance(step, Append):
             live.add(step.seq)
-        elif isinstance(step, Fork | Keep):
+        elif isinstance(step, Fork | AliasHandle):
             live.add(step.into)
         elif isinstance(step, Reorder) and len(step.rows) > (claims.max_batch or len(step.rows)):
             return False
@@ -190,7 +190,7 @@ def _fork_page(c: Config, k: Claims, s: int) -> Sequence[Step]:
 
 
 def _kept(c: Config, k: Claims, s: int) -> Sequence[Step]:
-    return (*grown(5, 1, seed=s), Keep("a", "k"), *grown(2, seed=s), *grown(1, 1, seq="k", seed=s + OTHER),
+    return (*grown(5, 1, seed=s), AliasHandle("a", "k"), *grown(2, seed=s), *grown(1, 1, seq="k", seed=s + OTHER),
             *grown(1, seed=s))  # fmt: skip
 
 
@@ -236,17 +236,17 @@ def _laid(layout: str, rows: int) -> Callable[[Config, Claims, int], Sequence[St
 def _hidden(*steps: tuple[int, tuple[int, ...]], rows: int = 1) -> Callable[[Config, Claims, int], Sequence[Step]]:
     """Appends with a caller's mask: size, and the positions that it hides of the last row."""
     return lambda c, k, s: tuple(
-        Append("a", (size,) * rows, s, hidden=tuple((rows - 1, position) for position in positions))
+        Append("a", (size,) * rows, s, masked=tuple((rows - 1, position) for position in positions))
         for size, positions in steps
     )
 
 
-def _manner(manner: str) -> Callable[[Config, Claims, int], Sequence[Step]]:
-    return lambda c, k, s: grown(4, 1, 3, 1, seed=mannered(s, manner))
+def _manner(distribution: str) -> Callable[[Config, Claims, int], Sequence[Step]]:
+    return lambda c, k, s: grown(4, 1, 3, 1, seed=distributed(s, distribution))
 
 
 def _some_mute(c: Config, k: Claims, s: int) -> Sequence[Step]:
-    return (*grown(2, seed=mannered(s, "mute")), *grown(3, 1, seed=s), *grown(1, 1, seed=s + OTHER))
+    return (*grown(2, seed=distributed(s, "zero_keys")), *grown(3, 1, seed=s), *grown(1, 1, seed=s + OTHER))
 
 
 def _poisoned(*keys_and_values: tuple[str, str]) -> Callable[[Config, Claims, int], Sequence[Step]]:
@@ -262,21 +262,21 @@ def _poisoned(*keys_and_values: tuple[str, str]) -> Callable[[Config, Claims, in
 def _shared(shared: tuple[bool, ...]) -> Callable[[Config, Claims, int], Sequence[Step]]:
     sizes = (4, 1, 3, 1, 1, 2)
     return lambda c, k, s: tuple(
-        Append("a", (size,), s, shared=on) for size, on in zip(sizes, shared, strict=True)
+        Append("a", (size,), s, in_place=on) for size, on in zip(sizes, shared, strict=True)
     )  # fmt: skip
 
 
 def _read(c: Config, k: Claims, s: int) -> Sequence[Step]:
     made: list[Step] = []
     for step in grown(4, 1, 3, 1, rows=min(k.max_batch or 2, 2), seed=s):
-        made += [step, Read("a")]
+        made += [step, ReadCache("a")]
     return made
 
 
 def _whole(c: Config, k: Claims, s: int) -> Sequence[Step]:
     return (
-        Full("x", (7,), s), *grown(4, seed=s), Full("y", (9,), s + OTHER), *grown(1, 2, seed=s), Full("z", (6,), s),
-        Full("w", (2,), s),
+        UncachedForward("x", (7,), s), *grown(4, seed=s), UncachedForward("y", (9,), s + OTHER), *grown(1, 2, seed=s), UncachedForward("z", (6,), s),
+        UncachedForward("w", (2,), s),
     )  # fmt: skip
 
 
@@ -310,7 +310,7 @@ def _ragged_reordered(c: Config, k: Claims, s: int) -> Sequence[Step]:
 
 
 def _ragged_read(c: Config, k: Claims, s: int) -> Sequence[Step]:
-    return (Append("a", (3, 5, 2), s), Read("a"), Append("a", (2, 0, 1), s), Read("a"))
+    return (Append("a", (3, 5, 2), s), ReadCache("a"), Append("a", (2, 0, 1), s), ReadCache("a"))
 
 
 def _generations(c: Config, k: Claims, s: int) -> Sequence[Step]:
@@ -322,7 +322,7 @@ def _generations_of_rows(c: Config, k: Claims, s: int) -> Sequence[Step]:
 
 
 def _last(c: Config, k: Claims, s: int) -> Sequence[Step]:
-    whole = (Full("x", (5,), s + OTHER, last=True),) if k.can("full") else ()
+    whole = (UncachedForward("x", (5,), s + OTHER, last_only=True),) if k.can("uncached_forward") else ()
     return (*_alone(4, 3, seed=s), *grown(1, seed=s), *whole, *_alone(3, 1, seed=s), *grown(2, seed=s))
 
 
@@ -332,7 +332,7 @@ def _last_of_rows(c: Config, k: Claims, s: int) -> Sequence[Step]:
 
 def _alone(*sizes: int, rows: int = 1, seed: int = 0) -> tuple[Append, ...]:
     """Appends that are asked for their last position alone."""
-    return tuple(replace(step, last=True) for step in grown(*sizes, rows=rows, seed=seed))
+    return tuple(replace(step, last_only=True) for step in grown(*sizes, rows=rows, seed=seed))
 
 
 ATTENTION = ("attention",)
@@ -364,7 +364,7 @@ BATTERY: tuple[_Plan, ...] = (
     _Plan("truncate-long", "a truncation of a longer sequence", _truncated((9, 2), 3, (4, 1, 1)), ("truncate",)),
     _Plan("fork", "a fork whose two sides go on", _fork, ("fork", "two sequences")),
     _Plan("fork-closed", "a fork whose copy goes on and ends", _fork_closed, ("fork", "two sequences")),
-    _Plan("kept", "a handle that two go on from", _kept, ("functional", "two sequences")),
+    _Plan("kept", "a handle that two go on from", _kept, ("immutable", "two sequences")),
     _Plan("reorder", "two rows that change places", _reordered(2, (1, 0)), ("reorder",)),
     _Plan("reorder-cycle", "three rows that move in a cycle", _reordered(3, (1, 2, 0)), ("reorder",)),
     _Plan("reorder-repeats", "rows that are repeated", _reordered(3, (2, 2, 0), (1, 1, 0)), ("reorder",)),
@@ -389,27 +389,27 @@ BATTERY: tuple[_Plan, ...] = (
     _Plan("window-truncate", "a truncation after the window was full",
           lambda c, k, s: (*grown(2 * (c.window or 0), seed=s), Truncate("a", (c.window or 0) + 1),
                            *grown(1, 2, 1, seed=s + OTHER)), ("truncate",), windowed=True),
-    _Plan("loud", "large scores", _manner("loud"), profiles=ATTENTION),
-    _Plan("mute", "keys that are zero", _manner("mute"), profiles=ATTENTION),
+    _Plan("large_queries", "large scores", _manner("large_queries"), profiles=ATTENTION),
+    _Plan("zero_keys", "keys that are zero", _manner("zero_keys"), profiles=ATTENTION),
     _Plan("some-mute", "a prompt whose first keys are zero", _some_mute, profiles=ATTENTION),
-    _Plan("lopsided", "large values, small keys", _manner("lopsided"), profiles=ATTENTION),
+    _Plan("small_keys_large_values", "large values, small keys", _manner("small_keys_large_values"), profiles=ATTENTION),
     _Plan("mask", "a caller's mask", _hidden((4, (1,)), (1, (1,)), (3, (2, 4)), (1, (0, 7))), ("mask",)),
     _Plan("mask-rows", "a caller's mask of one row", _hidden((3, (0,)), (3, (1, 4)), (1, (2,)), rows=2), ("mask",)),
     _Plan("mask-all", "a caller's mask that hides all",
           _hidden((2, (0, 1)), (1, (0, 1, 2)), (2, (0, 1, 2, 3)), (1, ())), ("mask",)),
     *(_Plan(f"layout-{name}", f"{name} inputs", _laid(name, 2 if name == "expanded" else 1), profiles=ATTENTION)
       for name in ("transposed", "sliced", "expanded")),
-    _Plan("shared", "the present in the memory of the past", _shared((True,) * 6), ("alias",)),
-    _Plan("own-memory", "the present in memory of its own", _shared((False,) * 6), ("alias",)),
+    _Plan("shared", "the present in the memory of the past", _shared((True,) * 6), ("in_place",)),
+    _Plan("own-memory", "the present in memory of its own", _shared((False,) * 6), ("in_place",)),
     _Plan("shared-in-turns", "both kinds of memory in turns", _shared((False, True, True, False, True, False)),
-          ("alias",)),
+          ("in_place",)),
     _Plan("junk", "dead slots that hold junk", _poisoned(("junk", "junk"), ("junk", "none")), ("poison",)),
     _Plan("nan", "dead slots that hold NaN", _poisoned(("nan", "none"), ("none", "nan")),
           ("poison", "poison-safe slots")),
     _Plan("infinite", "dead slots that hold infinity", _poisoned(("inf", "none"), ("none", "inf")),
           ("poison", "poison-safe slots")),
     _Plan("contents", "what the cache shows of itself", _read, ("contents",), profiles=ATTENTION),
-    _Plan("full", "the cache-less forward, also while a sequence is open", _whole, ("full",)),
+    _Plan("full", "the cache-less forward, also while a sequence is open", _whole, ("uncached_forward",)),
     _Plan("pages", "lengths around a page", _pages, ("pages",)),
     _Plan("page-truncate", "a truncation to a page", _page_truncated, ("pages", "truncate")),
     _Plan("page-fork", "a fork in the middle of a page", _fork_page, ("pages", "fork", "two sequences")),
@@ -419,8 +419,8 @@ BATTERY: tuple[_Plan, ...] = (
     _Plan("generation", "tokens that the subject generates on its own", _generations, ("generate",), ("decoder",)),
     _Plan("generation-rows", "tokens that the subject generates for several rows", _generations_of_rows,
           ("generate", "two rows"), ("decoder",)),
-    _Plan("last", "calls that are asked for the last position alone", _last, ("last",), ("decoder",)),
+    _Plan("last", "calls that are asked for the last position alone", _last, ("last_only",), ("decoder",)),
     _Plan("last-rows", "steps of two rows that are asked for the last position alone", _last_of_rows,
-          ("last", "two rows"), ("decoder",)),
+          ("last_only", "two rows"), ("decoder",)),
 )  # fmt: skip
 """The battery. New probes go to the end: a probe's streams follow from its place."""

@@ -131,9 +131,9 @@ def predicates(config: Config) -> Iterator[tuple[str, Callable[[Facts], bool]]]:
     yield "at the capacity", has("full")
     yield "with a caller's mask", has("hidden")
     yield "with inputs that are not contiguous", has("layout")
-    yield "with large scores", has("loud")
-    yield "with keys that are zero", has("mute")
-    yield "with small keys and large values", has("lopsided")
+    yield "with large scores", has("large_queries")
+    yield "with keys that are zero", has("zero_keys")
+    yield "with small keys and large values", has("small_keys_large_values")
     yield "with the present in the memory of the past", has("shared")
     yield "where the last position is asked for alone", has("alone")
     for name in ("first", "last"):

@@ -14,27 +14,27 @@ from kvconform.explain.diagnosis.probes import Probe
 from kvconform.judging.observed import Array, Observed, at
 from kvconform.judging.outputs import generated
 from kvconform.worker.client import describe
-from kvconform.worker.execute import Done, Trace
+from kvconform.worker.execute import StepResult, Trace
 from kvconform_specs.claims import Claims, Precision
 from kvconform_specs.config import Config
 from kvconform_specs.history import Histories
 from kvconform_specs.program import (
-    MANNER_BIT,
-    MANNERS,
+    DISTRIBUTION_BIT,
+    DISTRIBUTIONS,
+    AliasHandle,
     Append,
     Close,
     Fork,
-    Full,
     Generate,
-    Keep,
     Program,
-    Read,
+    ReadCache,
     Reject,
     Reorder,
     Reset,
     Truncate,
+    UncachedForward,
 )
-from kvconform_specs.reference.oracle import Expected, Generation, Own, expect
+from kvconform_specs.reference.oracle import Expected, Generation, ReferenceForward, expect
 
 Facts = Mapping[str, int]
 """What holds of one output token: numbers, and 0 or 1 for what holds or does not."""
@@ -80,11 +80,11 @@ class Truth:
     """What outputs are judged by, computed once for each program."""
 
     precision: Precision
-    own: Callable[[Config], Own] | None = None
+    own: Callable[[Config], ReferenceForward] | None = None
     known: dict[Program, tuple[Expected | None, ...]] = field(default_factory=dict)
 
     def expected(self, program: Program) -> tuple[Expected | None, ...]:
-        """Raises Death where a black box's own forward does."""
+        """Raises WorkerDied where a black box's own forward does."""
         found = self.known.get(program)
         if found is None:
             own = None if self.own is None else self.own(program.config)
@@ -93,7 +93,7 @@ class Truth:
 
 
 def symptom(probe: Probe, trace: Trace, truth: Truth, claims: Claims, later: bool = True) -> Symptom:
-    """What a probe's trace shows; ``later``: something ran before in the process. Raises Death where a black box's own
+    """What a probe's trace shows; ``later``: something ran before in the process. Raises WorkerDied where a black box's own
     forward does."""
     return _Reading(probe, trace, truth.expected(probe.program), claims, later).symptom()
 
@@ -128,11 +128,11 @@ class _Reading:
             self.letters.append(UNTOLD if self.config.profile != "attention" else FINE)
         return Symptom(self.probe, tuple(self.cells), "".join(self.letters), self.words, tuple(self.outputs))
 
-    def _letters(self, number: int, done: Done | None, before: Mapping[str, Sequence[int]]) -> str:
+    def _letters(self, number: int, done: StepResult | None, before: Mapping[str, Sequence[int]]) -> str:
         step, want = self.probe.program.steps[number], self.expected[number]
         if isinstance(step, Generate):
             return self._loop(number, step, done, want)
-        if not isinstance(step, Append | Full) or want is None:
+        if not isinstance(step, Append | UncachedForward) or want is None:
             self.outputs.append(None)
             if done is None:
                 return MISSING
@@ -142,7 +142,7 @@ class _Reading:
             if isinstance(step, Reject) and done.refused is None:
                 self._say(number, "was accepted and must be refused")
                 return "A"
-            return self._read(number, done, want) if isinstance(step, Read) and want is not None else FINE
+            return self._read(number, done, want) if isinstance(step, ReadCache) and want is not None else FINE
         rows = len(step.counts)
         if done is None:
             self.outputs.append(None)
@@ -164,10 +164,10 @@ class _Reading:
             return "#" * rows
         with np.errstate(invalid="ignore"):
             error = np.abs(got - want.value[0])
-            off = ~(error <= want.floor[0]) & want.real[..., None]
+            off = ~(error <= want.bound_lower[0]) & want.real[..., None]
             if off.any():
                 off = ~(error <= want.bound[0]) & want.real[..., None]
-        self.outputs.append((got, want.bound[0] if off.any() else want.floor[0]))
+        self.outputs.append((got, want.bound[0] if off.any() else want.bound_lower[0]))
         bad: Array = np.asarray(off.any(axis=-1))
         self._add(number, before, bad, off, "bad", want)
         if bad.any():
@@ -183,7 +183,7 @@ class _Reading:
         want: Expected | None = None,
     ) -> None:  # fmt: skip
         step = self.probe.program.steps[number]
-        assert isinstance(step, Append | Full)
+        assert isinstance(step, Append | UncachedForward)
         cached = before.get(step.seq, [0] * len(step.counts)) if isinstance(step, Append) else [0] * len(step.counts)
         real = want.real if want is not None else np.ones(bad.shape, bool)
         common = self._common(number, cached)
@@ -211,17 +211,17 @@ class _Reading:
 
     def _common(self, number: int, cached: Sequence[int]) -> dict[str, int]:
         step = self.probe.program.steps[number]
-        assert isinstance(step, Append | Full)
+        assert isinstance(step, Append | UncachedForward)
         appended = isinstance(step, Append)
-        manner = MANNERS[step.seed >> MANNER_BIT]
+        distribution = DISTRIBUTIONS[step.seed >> DISTRIBUTION_BIT]
         padded = isinstance(step, Append) and step.pad is not None and step.pad[0] == "left"
         return self.facts.get(step.seq, {}) | {
             "whole": not appended, "batch": len(step.counts), "ragged": len(set(step.counts)) > 1,
             "left padding": padded, "uneven": len({*(a + b for a, b in zip(cached, step.counts, strict=True))}) > 1,
-            "hidden": isinstance(step, Append) and bool(step.hidden), "loud": manner == "loud",
-            "layout": isinstance(step, Append) and step.layout != "contiguous", "mute": manner == "mute",
-            "lopsided": manner == "lopsided", "shared": isinstance(step, Append) and step.shared,
-            "alone": step.last,
+            "hidden": isinstance(step, Append) and bool(step.masked), "large_queries": distribution == "large_queries",
+            "layout": isinstance(step, Append) and step.layout != "contiguous", "zero_keys": distribution == "zero_keys",
+            "small_keys_large_values": distribution == "small_keys_large_values", "shared": isinstance(step, Append) and step.in_place,
+            "alone": step.last_only,
         }  # fmt: skip
 
     def _parts(self, off: Array) -> tuple[int, ...]:
@@ -244,7 +244,7 @@ class _Reading:
                 own["after another sequence in the process"] = others or self.later
             own["appends"] = own.get("appends", 0) + 1
             own["decodes"] = own.get("decodes", 0) + (max(step.counts) == 1)
-        elif isinstance(step, Fork | Keep):
+        elif isinstance(step, Fork | AliasHandle):
             word = "fork" if isinstance(step, Fork) else "keep"
             own[f"after a {word}"] = 1
             self.facts[step.into] = {**own, f"copy of a {word}": 1}
@@ -260,10 +260,10 @@ class _Reading:
             own["after a truncation"] = 1
         elif isinstance(step, Reorder):
             own["after a reorder"] = 1
-        elif not isinstance(step, Full | Read):
+        elif not isinstance(step, UncachedForward | ReadCache):
             own["after poison"] = 1
 
-    def _told(self, number: int, done: Done | None) -> str:
+    def _told(self, number: int, done: StepResult | None) -> str:
         """Length and room as the subject tells them after a step."""
         step = self.probe.program.steps[number]
         rows = [len(row) for row in self.histories.rows.get(getattr(step, "seq", ""), ())]
@@ -271,20 +271,20 @@ class _Reading:
         for name, letter, right in (
             ("length", "l", rows), ("room", "r", [self.config.capacity - length for length in rows]),
         ):  # fmt: skip
-            told = None if done is None else done.told.get(name)
+            told = None if done is None else done.reported.get(name)
             wrong = told is not None and list(told) != right
             if wrong:
                 self._say(number, f"tells {name} {list(told or ())}, want {right}")
             letters += UNTOLD if told is None else letter if wrong else FINE
         return letters
 
-    def _read(self, number: int, done: Done, want: Expected) -> str:
-        held, got = done.told.get("held", ()), done.output
+    def _read(self, number: int, done: StepResult, want: Expected) -> str:
+        held, got = done.reported.get("token_counts", ()), done.output
         if got is None or got.shape[-1] != want.value.shape[-1]:
             return "#"
         for row, tokens in enumerate(held):
             length = len(want.rows[row])
-            if tokens > length or (tokens < length and self.claims.keeps == "all"):
+            if tokens > length or (tokens < length and self.claims.retention == "all"):
                 self._say(number, f"shows {tokens} tokens of row {row}, which holds {length}")
                 return "H" if tokens > length else "h"
             value, bound = (x[0, row, length - tokens : length] for x in (want.value, want.bound))
@@ -294,7 +294,7 @@ class _Reading:
                 return "x"
         return FINE
 
-    def _loop(self, number: int, step: Generate, done: Done | None, want: Expected | None) -> str:
+    def _loop(self, number: int, step: Generate, done: StepResult | None, want: Expected | None) -> str:
         """A generation is judged as a whole: what its tokens are picked from is not shown."""
         got = None if done is None or done.error is not None else done.output
         # token ids are equal or not
@@ -306,7 +306,7 @@ class _Reading:
             return "!"
         return self._generated(number, step, done, want) if isinstance(want, Generation) else FINE
 
-    def _generated(self, number: int, step: Generate, done: Done, want: Generation) -> str:
+    def _generated(self, number: int, step: Generate, done: StepResult, want: Generation) -> str:
         if done.output is None or done.output.shape != (1, len(step.counts), step.new) or done.output.dtype != np.int64:
             self._say(number, "it is no list of as many tokens as were asked for")
             return "#"

@@ -18,17 +18,17 @@ from kvconform.explain.repro.checks import check
 from kvconform.explain.repro.failure import TWO, Failure, located
 from kvconform.explain.repro.inputs import WIDTH, Run, inputs, layouts
 from kvconform.search.counterexample import Broken, Counterexample, sentence
-from kvconform.worker.client import Death, Subject, describe
+from kvconform.worker.client import Subject, WorkerDied, describe
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.config import Config
-from kvconform_specs.program import Close, Full, Program, Read, Reject
+from kvconform_specs.program import Close, Program, ReadCache, Reject, UncachedForward
 
 PATIENCE = 120
 """Seconds after which a file says that the target hangs."""
 OUTPUTS = {*TWO, Relation.PARITY, Relation.FINITE, Relation.SAME_TOKEN, Relation.GENERATED}
 """The relations that look at outputs alone; the others ask for what only the backend protocol tells."""
-TOLD = ("length", "room", "bytes")
+TOLD = ("length", "free_slots", "bytes")
 """What a backend that claims to know is asked for after each step about a sequence (``record``)."""
 
 
@@ -102,7 +102,7 @@ def _body(failure: Failure, runs: list[Run], subject: Subject) -> tuple[list[str
     box = _black_box(failure, runs, subject)
     if box is None:
         address = subject.launch.address
-        setup = target(address, names, subject.launch.device, subject.claims.truth)
+        setup = target(address, names, subject.launch.device, subject.claims.reference)
         steps = [calls(run, names[run.program.config], run is not runs[-1]) for run in runs]
         sources, imports = [[line for step in program for line in step] for program in steps], imports_of(address)
         last, earlier = steps[-1][-1], [x for step in steps[-1][:-1] for x in step]
@@ -126,7 +126,7 @@ def _body(failure: Failure, runs: list[Run], subject: Subject) -> tuple[list[str
         lines += _outcome(failure, runs[-1], last)
     else:
         relation = failure.kind.value if isinstance(failure.kind, Relation) else "what an output is like"
-        if subject.claims.truth == "self":
+        if subject.claims.reference == "self":
             relation = relation.replace("the definition's value", "what it gives for the same tokens without a cache")
         compared = runs[-len(failure.observed) :]
         said = textwrap.wrap(f"what must hold: {relation}", WIDTH - 2)
@@ -142,20 +142,20 @@ def _names(runs: Sequence[Run]) -> dict[Config, str]:
 
 def _black_box(failure: Failure, runs: Sequence[Run], subject: Subject) -> tuple[str, list[str]] | None:
     """What the target's own adapter writes; None where it cannot say it without the backend protocol."""
-    if subject.claims.truth != "self" or failure.kind == "accepted":
+    if subject.claims.reference != "self" or failure.kind == "accepted":
         return None
     if isinstance(failure.kind, Relation) and failure.kind not in OUTPUTS:
         return None
     try:
         return subject.script(runs[0].program.config, [(run.program, run.tag) for run in runs])
-    except Death:
+    except WorkerDied:
         return None
 
 
 def _asked(run: Run, name: str, subject: Subject) -> list[str]:
     """What the last step's sequence is asked for, which may raise as well."""
     step = run.program.steps[-1]
-    if isinstance(step, Full | Read | Close | Reject):
+    if isinstance(step, UncachedForward | ReadCache | Close | Reject):
         return []
     return [f"{name}.{ability}({cache(step.seq)})" for ability in TOLD if subject.claims.can(ability)]
 

@@ -15,20 +15,20 @@ from kvconform.worker.registry import TARGETS, installed, openers
 from kvconform_specs.config import Config
 from kvconform_specs.program import (
     POISONS,
+    AliasHandle,
     Append,
     Call,
     Close,
     Fork,
-    Full,
     Generate,
-    Keep,
     Poison,
-    Read,
+    ReadCache,
     Reject,
     Reorder,
     Reset,
     Step,
     Truncate,
+    UncachedForward,
     called,
 )
 
@@ -119,13 +119,13 @@ def _step(run: Run, number: int, step: Step, subject: str, names: dict[str, str]
     *first, last = _called(run, number, call, subject, names)
     yield from first
     yield last + comment
-    if isinstance(step, Append) and step.metered:
+    if isinstance(step, Append) and step.count_macs:
         yield f"{run.name('work', number)} = {subject}.work()"
 
 
 def _called(run: Run, number: int, step: Call, subject: str, names: dict[str, str]) -> Iterator[str]:
     """The calls of one step; ``names`` are the open sequences and their variables."""
-    if isinstance(step, Append | Full):
+    if isinstance(step, Append | UncachedForward):
         wrap = f"{layout_of(step)}({{}})" if layout_of(step) != "contiguous" else "{}"
         letters = "qkv" if run.program.config.profile == "attention" else "x"
         given = ", ".join(wrap.format(run.name(letter, number)) for letter in letters)
@@ -134,8 +134,8 @@ def _called(run: Run, number: int, step: Call, subject: str, names: dict[str, st
     match step:
         case Generate():
             yield f"{y} = {subject}.generate({given}, {step.new})"
-        case Full():
-            yield f"{y} = {subject}.full({given}{', last=True' if step.last else ''})"
+        case UncachedForward():
+            yield f"{y} = {subject}.full({given}{', last_only=True' if step.last_only else ''})"
         case Append():
             if step.seq not in names:
                 names[step.seq] = name
@@ -146,14 +146,14 @@ def _called(run: Run, number: int, step: Call, subject: str, names: dict[str, st
         case Fork():
             names[step.into] = cache(step.into)
             yield f"{cache(step.into)} = {subject}.fork({name})"
-        case Keep():
+        case AliasHandle():
             names[step.into] = cache(step.into)
             yield f"{cache(step.into)} = {name}"
         case Reorder():
             yield f"{name} = {subject}.reorder({name}, {list(step.rows)})"
         case Reset():
             yield f"{name} = {subject}.reset({name})"
-        case Read():
+        case ReadCache():
             yield f"{run.name('held', number)} = {subject}.contents({name})"
         case Poison():
             keys, values = (_float(POISONS[word]) for word in (step.keys, step.values))
@@ -175,6 +175,6 @@ def _keywords(run: Run, number: int, step: Append) -> str:
         said.append(f"counts={run.name('n', number)}")
         if step.pad is not None and step.pad[0] == "left":
             said.append('padding="left"')
-    said += [f"mask={run.name('m', number)}"] if step.hidden else []
-    said += [f"{word}=True" for word in ("shared", "metered", "last") if getattr(step, word)]
+    said += [f"mask={run.name('m', number)}"] if step.masked else []
+    said += [f"{word}=True" for word in ("in_place", "count_macs", "last_only") if getattr(step, word)]
     return "".join(f", {word}" for word in said)

@@ -23,7 +23,7 @@ from kvconform.explain.repro.failure import (
 from kvconform.explain.repro.inputs import WRITTEN_OUT, Array, Run, literal
 from kvconform.explain.repro.state_checks import TOLD
 from kvconform_specs.clause import Relation
-from kvconform_specs.program import Append, Generate, Read
+from kvconform_specs.program import Append, Generate, ReadCache
 from kvconform_specs.reference.oracle import Generation
 
 SHOWN = 32
@@ -181,7 +181,7 @@ def _generated(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str
 def _shape(failure: Failure, run: Run) -> list[str]:
     """The output's shape and dtype, as the config and the step demand."""
     step, config = run.program.steps[failure.step], run.program.config
-    if isinstance(step, Read):
+    if isinstance(step, ReadCache):
         width = config.layers * 2 * config.kv_heads * config.head_dim
         shown = f"sum(x.shape[0] * x.shape[2] for layer in {run.name('held', failure.step)} for x in layer[0])"
         return compared(shown, str(width), "got != want", "numbers that each token holds: ")
@@ -205,8 +205,8 @@ def _shape(failure: Failure, run: Run) -> list[str]:
 CHECKS: dict[Relation, Check] = {
     Relation.PARITY: _parity,
     Relation.AGREEMENT: _agreement,
-    Relation.UNAFFECTED: _unaffected,
-    Relation.AFFECTED: _affected,
+    Relation.INSENSITIVE: _unaffected,
+    Relation.SENSITIVE: _affected,
     Relation.BITWISE: _bitwise,
     Relation.FINITE: _finite,
     Relation.SAME_TOKEN: _same_token,

@@ -14,17 +14,17 @@ from kvconform.explain.repro.inputs import Run, literal
 from kvconform.judging import observed as places
 from kvconform.judging.judge import judge
 from kvconform.judging.observed import Observed, cells
-from kvconform.worker.client import Death, Subject
+from kvconform.worker.client import Subject, WorkerDied
 from kvconform.worker.protocol import Traces
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
 from kvconform_specs.history import Histories, Row, seen_by
-from kvconform_specs.program import Append, Full, Program, Reject
+from kvconform_specs.program import Append, Program, Reject, UncachedForward
 from kvconform_specs.reference.oracle import Expected, expect
 
 Array = NDArray[Any]
-TWO = {Relation.AGREEMENT, Relation.UNAFFECTED, Relation.AFFECTED, Relation.BITWISE}
+TWO = {Relation.AGREEMENT, Relation.INSENSITIVE, Relation.SENSITIVE, Relation.BITWISE}
 """The relations that compare the first program of a case with each of the others."""
 MARGIN = 2.0
 """One bound is written for all numbers if some is off by so many times the largest of them."""
@@ -94,12 +94,12 @@ def _failure(
     for number, program in enumerate(programs):
         try:
             traces.append(subject.run(program, (0,)))
-        except Death as death:
+        except WorkerDied as death:
             step = death.step if "could not be built" not in death.words else -1
             dead = Observed(program, (), (), (), subject.claims)
             return Failure("died", death.words, step, (dead,)), programs[: number + 1]
     traces = traces[len(before) :]
-    own = None if subject.own is None else subject.own(case.programs[0].config)
+    own = None if subject.reference_forward is None else subject.reference_forward(case.programs[0].config)
     expected = [expect(program, (0,), subject.claims.precision, own) for program in case.programs]
     observed = [
         _observed(program, ran, wants, subject)
@@ -113,7 +113,7 @@ def _failure(
 
     every = range(len(case.programs))
     # legal steps ran, rejects were refused, shapes fit: no relation is asked before
-    asked: list[tuple[Relation, tuple[int, ...]]] = [(Relation.SHAPES, (number,)) for number in every]
+    asked: list[tuple[Relation, tuple[int, ...]]] = [(Relation.SHAPE, (number,)) for number in every]
     for relation in clause.relations:
         if relation in TWO:
             asked += [(relation, (0, other)) for other in every[1:]]
@@ -124,9 +124,9 @@ def _failure(
             words = words_of(relation, *numbers)
             if words is not None:
                 compared = tuple(observed[number] for number in numbers)
-                kind = _kind(words, compared[0]) if relation is Relation.SHAPES else relation
+                kind = _kind(words, compared[0]) if relation is Relation.SHAPE else relation
                 return Failure(kind, words, _step_of(words), compared), [*before, *case.programs[: numbers[-1] + 1]]
-    except Death as death:  # a black box's own forward
+    except WorkerDied as death:  # a black box's own forward
         whole = Observed(_whole(case), (), (), (), subject.claims)
         return Failure("raised" if " raised " in death.words else "died", death.words, 0, (whole,)), [whole.program]
     return None
@@ -148,7 +148,7 @@ def _observed(program: Program, traces: Traces, wants: Sequence[Expected | None]
     for step, done, want in zip(program.steps, trace, wants, strict=False):
         if want is not None and isinstance(step, Append) and subject.claims.returns == "last":
             want = want.last()
-        got = done.output if isinstance(step, Append | Full) else None
+        got = done.output if isinstance(step, Append | UncachedForward) else None
         if got is not None and program.config.profile == "attention" and got.ndim == 5:
             n, b, _h, t, _d = got.shape
             got = got.swapaxes(2, 3).reshape(n, b, t, -1)
@@ -168,7 +168,7 @@ def _whole(case: Case) -> Program:
     rows = [row for program in case.programs for seen in seen_by(program) for row in seen or ()]
     row = max(rows, key=len)
     swap = tuple((0, position, seed) for position, (seed, _at) in enumerate(row) if seed != row[0][0])
-    return Program(case.programs[0].config, (Full("a", (len(row),), row[0][0], swap),))
+    return Program(case.programs[0].config, (UncachedForward("a", (len(row),), row[0][0], swap),))
 
 
 # --- places ---

@@ -51,7 +51,7 @@ def _affine(failure: Failure, runs: Sequence[Run], subject: str) -> list[str]:
 
 
 def _metered(step: object) -> tuple[str, tuple[int, ...]] | None:
-    return (step.seq, step.counts) if isinstance(step, Append) and step.metered else None
+    return (step.seq, step.counts) if isinstance(step, Append) and step.count_macs else None
 
 
 def _held(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]:
@@ -106,7 +106,7 @@ def _part(failure: Failure) -> tuple[int, int]:
 def _slot(failure: Failure, step: int, row: int, position: int, layer: int | None = None) -> tuple[str, int]:
     """Where a read shows the token: counted from the end of what a layer shows, and in the trace's array."""
     seq = getattr(failure.one.program.steps[step], "seq", "")
-    length, held = len(rows(failure.one, step, seq)[row]), failure.one.trace[step].told["held"][row]
+    length, held = len(rows(failure.one, step, seq)[row]), failure.one.trace[step].reported["token_counts"][row]
     back = length - position
     return f"-{back}", held - back
 
@@ -116,9 +116,9 @@ TOLD: dict[Relation, Check] = {
     Relation.ROOM: _tells("room"),
     Relation.BYTES: _tells("bytes", listed=False),
     Relation.CONTENTS: _contents,
-    Relation.KEPT: _kept,
-    Relation.HELD: _held,
+    Relation.STABLE_CONTENTS: _kept,
+    Relation.RETAINED_COUNT: _held,
     Relation.GRAPHS: _graphs,
     Relation.POSITIONS: _positions,
-    Relation.AFFINE: _affine,
+    Relation.LINEAR_COST: _affine,
 }

@@ -66,7 +66,7 @@ class Map(msgspec.Struct, frozen=True, kw_only=True):
 
 def maps(subject: Subject, config: Config) -> list[Map]:
     """The maps of a subject under one config, one for each schedule that its claims allow; none where it does not take
-    the config. Raises Death.
+    the config. Raises WorkerDied.
 
     Where outputs change from run to run though no token does, one schedule tells so, and only sequences are looked at
     further: each run of them on a fresh process.
@@ -74,7 +74,7 @@ def maps(subject: Subject, config: Config) -> list[Map]:
     claims = subject.claims
     if config.profile not in claims.profiles or config.dtype not in claims.dtypes or subject.build(config) is not None:
         return []
-    own = None if subject.own is None else remembered(subject.own(config))
+    own = None if subject.reference_forward is None else remembered(subject.reference_forward(config))
     found: list[Map] = []
     starts, fresh = subject.starts, False
     for schedule in schedules(config, claims):

@@ -25,15 +25,15 @@ from kvconform.judging.outputs import wavers
 from kvconform.worker.client import Subject
 from kvconform_specs.claims import Precision
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Full, Program
-from kvconform_specs.reference.oracle import Expected, Own, expect
+from kvconform_specs.program import Append, Program, UncachedForward
+from kvconform_specs.reference.oracle import Expected, ReferenceForward, expect
 
 SEEDS = (3, 1_409, 2_718)
 """Contents that are tried one after another while a cell is not resolved."""
 SEES, BLIND, UNTOLD, MISSING = "x", ".", "?", " "
 
 
-def remembered(own: Own) -> Own:
+def remembered(own: ReferenceForward) -> ReferenceForward:
     """A black box's own forward, run once for each input: all schedules have one truth."""
     known: dict[tuple[bytes, tuple[int, ...], float, float, int], Array] = {}
 
@@ -64,7 +64,13 @@ class Sight:
     """
 
     def __init__(
-        self, subject: Subject, config: Config, own: Own | None, schedule: Schedule, starts: int, fresh: bool
+        self,
+        subject: Subject,
+        config: Config,
+        own: ReferenceForward | None,
+        schedule: Schedule,
+        starts: int,
+        fresh: bool,
     ) -> None:
         self.subject, self.config, self.own, self.schedule = subject, config, own, schedule
         self.starts, self.fresh = starts, fresh
@@ -157,9 +163,11 @@ class Sight:
             return expect(program, (0,), precision, self.own)
         if self.schedule.rows > 1 or precision.residual:
             return _defined(program, precision)
-        assert isinstance(step, Append | Full)
-        swaps = tuple(swap for one in program.steps if isinstance(one, Append | Full) for swap in one.swap)
-        aim = step.aim if isinstance(step, Append) else None
+        assert isinstance(step, Append | UncachedForward)
+        swaps = tuple(
+            swap for one in program.steps if isinstance(one, Append | UncachedForward) for swap in one.substitutions
+        )
+        aim = step.needle if isinstance(step, Append) else None
         (want,) = _defined(Program(self.config, (Append("a", (self.length,), step.seed, swaps, aim),)), precision)
         assert want is not None
         stops = list(accumulate(self.schedule.sizes))
@@ -223,7 +231,7 @@ class Sight:
     def query(self, one: Observed, number: int, row: int, column: int) -> int:
         """The token that an output belongs to."""
         want, step = one.want(number), one.program.steps[number]
-        assert isinstance(step, Append | Full)
+        assert isinstance(step, Append | UncachedForward)
         place = NAMES.index(step.seq) if self.schedule.name == "sequences" else row
         later = int(np.count_nonzero(want.real[row, column:]))  # tokens of the step from this column on
         return place * self.length + len(want.rows[row]) - later

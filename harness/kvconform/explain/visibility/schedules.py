@@ -9,7 +9,7 @@ import numpy as np
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Close, Full, Program, Step
+from kvconform_specs.program import Append, Close, Program, Step, UncachedForward
 from kvconform_specs.tensors import Streams
 
 TOKENS, MOST_TOKENS, PAST_WINDOW = 8, 12, 3
@@ -43,7 +43,7 @@ class Schedule:
         swap = () if changed is None else (row, position, other(config, seed + row, position))
         aim = None if aimed is None else (seed, aimed % self.length)
         if self.name == "full":
-            return Program(config, (Full("a", self.sizes, seed, (swap,) if swap else ()),))
+            return Program(config, (UncachedForward("a", self.sizes, seed, (swap,) if swap else ()),))
         if self.name != "sequences":
             return Program(config, tuple(self._appends("a", self.rows, seed, swap, aim)))
         parts = []
@@ -73,7 +73,7 @@ def schedules(config: Config, claims: Claims) -> Iterator[Schedule]:
     n = min(TOKENS if config.window is None else config.window + PAST_WINDOW, MOST_TOKENS)
     n = min(max(n, TOKENS), config.capacity)
     longest = min(claims.max_chunk or n, n)
-    if claims.can("full"):
+    if claims.can("uncached_forward"):
         yield Schedule("full", (n,))
     if longest > 1:
         yield Schedule("prefill", (longest,))
