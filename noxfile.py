@@ -46,9 +46,8 @@ def conformance(session: nox.Session, backend: str) -> None:
     """Judges one backend in an environment of its own; results/<backend>.json."""
     install(session, backend)
     session.run(
-        "kvconform", "run", "-b", backend, "--out", str(RESULTS), *budget(session),
-        success_codes=[0, UNSUPPORTED_HERE],
-    )  # fmt: skip
+        "kvconform", "run", "-b", backend, "--out", str(RESULTS), *budget(session), success_codes=[0, UNSUPPORTED_HERE]
+    )
 
 
 @nox.session
@@ -141,8 +140,16 @@ def designs(session: nox.Session) -> None:
 
 
 COUNTED = (
-    "numpy", "eager", "eager-static", "compiled", "onnx", "onnx-shared", "past-tuples", "module-buffers", "list-cache",
-)  # fmt: skip
+    "numpy",
+    "eager",
+    "eager-static",
+    "compiled",
+    "onnx",
+    "onnx-shared",
+    "past-tuples",
+    "module-buffers",
+    "list-cache",
+)
 
 
 @nox.session(default=False)
@@ -151,9 +158,14 @@ def counters(session: nox.Session) -> None:
     install(session, "eager", "compiled", "onnx")
     chosen = [word for name in COUNTED for word in ("-b", name)]
     session.run(
-        "kvconform", "bench", "--counters", *chosen, "--out", str(RESULTS),
+        "kvconform",
+        "bench",
+        "--counters",
+        *chosen,
+        "--out",
+        str(RESULTS),
         *(session.posargs or ["--baseline", "docs/baseline/counters.json"]),
-    )  # fmt: skip
+    )
 
 
 @nox.session(default=False)

@@ -72,33 +72,39 @@ DESIGNS = (
         "0.0315 s with the cache, 0.0997 s without it, 3.17 times as fast",
         (
             Version(
-                "past-tuples", "As intended, a backend",
+                "past-tuples",
+                "As intended, a backend",
                 "The causal mask stands at the bottom right: the last new token sees everything. Every layer and "
                 "decoder of the suite, judged by the definition.",
                 "past-tuples",
             ),
             Version(
-                "past-tuples-module", "As intended, a module",
+                "past-tuples-module",
+                "As intended, a module",
                 "One layer on hidden states, as a person writes it, judged by its own forward without a cache.",
                 f"{EXAMPLES}/past_tuples.py:PastTuples",
             ),
             Version(
-                "past-tuples-first", "As published, first listing",
+                "past-tuples-first",
+                "As published, first listing",
                 "`is_causal=True` always. torch aligns the causal triangle at the top left, so the one query of a "
                 "decode step is in its first row.",
                 f"{EXAMPLES}/past_tuples_first.py:FirstListing",
             ),
             Version(
-                "past-tuples-second", "As published, second listing",
+                "past-tuples-second",
+                "As published, second listing",
                 "`is_causal=(past_kv is None)`. A prompt and a decode step are right; a chunk of several tokens on a "
                 "cache has no mask.",
                 f"{EXAMPLES}/past_tuples_second.py:SecondListing",
             ),
             Version(
-                "past-tuples-generation", "As published, the generation",
+                "past-tuples-generation",
+                "As published, the generation",
                 "The loop runs the prefill twice, and goes on from the token that it gave without keeping it. A map "
                 "shows nothing of it: every step is right.",
-                f"{CATALOGUE}:PrefillTwice", config="decoder-rope",
+                f"{CATALOGUE}:PrefillTwice",
+                config="decoder-rope",
             ),
         ),
     ),
@@ -110,7 +116,8 @@ DESIGNS = (
         "as fast",
         (
             Version(
-                "gpt2-transformers", "As intended, and as published",
+                "gpt2-transformers",
+                "As intended, and as published",
                 "A small GPT-2 with random weights. The article's use of the library has no mistake that is known.",
                 "gpt2-transformers",
             ),
@@ -125,18 +132,22 @@ DESIGNS = (
         "that the text is exactly the same",
         (
             Version(
-                "module-buffers", "As intended, a backend",
+                "module-buffers",
+                "As intended, a backend",
                 "The mask has a row for each new token and a column for each that is cached or new. Every layer and "
                 "decoder of the suite, judged by the definition.",
                 "module-buffers",
             ),
             Version(
-                "module-buffers-module", "As intended, a module",
+                "module-buffers-module",
+                "As intended, a module",
                 "A decoder on token ids, as a person writes it, judged by its own forward without a cache.",
-                f"{EXAMPLES}/module_buffers.py:Decoder", {"mended": True},
+                f"{EXAMPLES}/module_buffers.py:Decoder",
+                {"mended": True},
             ),
             Version(
-                "module-buffers-published", "As published",
+                "module-buffers-published",
+                "As published",
                 "The mask is cut to the new tokens, `mask[:t, :t]`. It fits a prompt, and, because one by one fits "
                 "everything, a decode step; a chunk of several tokens on a cache fails on its shape.",
                 f"{EXAMPLES}/module_buffers.py:Decoder",
@@ -150,23 +161,26 @@ DESIGNS = (
         "none",
         (
             Version(
-                "list-cache", "As intended, a backend",
+                "list-cache",
+                "As intended, a backend",
                 "The lists belong to the sequence. Every layer and decoder of the suite, judged by the definition.",
                 "list-cache",
             ),
             Version(
-                "list-cache-module", "As intended, a module",
+                "list-cache-module",
+                "As intended, a module",
                 "One layer that owns its list and can be reset, judged by its own forward without a cache.",
                 f"{EXAMPLES}/list_cache.py:OwnListAttention",
             ),
             Version(
-                "list-cache-published", "As published",
+                "list-cache-published",
+                "As published",
                 "The list is a global, `KV_CACHE`, that nobody clears.",
                 f"{EXAMPLES}/list_cache.py:ListAttention",
             ),
         ),
     ),
-)  # fmt: skip
+)
 VERSIONS = tuple(version for design in DESIGNS for version in design.versions)
 
 
@@ -195,9 +209,10 @@ def render(found: Mapping[str, Results]) -> str:
     ]
     for design in DESIGNS:
         parts += [
-            f"## {design.name}", f"{design.source}. {design.what} Its own figures: {design.figures}.",
+            f"## {design.name}",
+            f"{design.source}. {design.what} Its own figures: {design.figures}.",
             *(part for version in design.versions for part in _version(version, found.get(version.name))),
-        ]  # fmt: skip
+        ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -71,8 +71,15 @@ def _made(record: Record) -> str:
 
 
 def _published(found: Comparison) -> str:
-    heads = ("figures", "of", "what", "with the cache", "without / with, all positions",
-             "without / with, last position", "with the cache, over the reproduced")  # fmt: skip
+    heads = (
+        "figures",
+        "of",
+        "what",
+        "with the cache",
+        "without / with, all positions",
+        "without / with, last position",
+        "with the cache, over the reproduced",
+    )
     rows = []
     for one in found.published:  # which positions its loop projects is not always known: then its ratio is of both
         every, last = one.every or not one.last, one.last or not one.every
@@ -99,23 +106,40 @@ def _decode(findings: Findings, preset: str, batch: int) -> Iterator[str]:
         for arm in arms:
             timed = findings.summary(here, arm)
             ratios = [findings.ratio(here, arm, other) for other in against if other != arm]
-            rows.append((
-                str(depth), arm.backend, findings.timeless(findings.places(here, arm)) if timed is None else
-                f"{one.of(timed.median)} ({one.interval(timed)})",
-                roofline(findings.roof(here, arm)).words, "; ".join(ratio.words for ratio in ratios if ratio),
-                *(findings.without(here, arm.backend, phase).words for phase in STEPS[1:]),
-            ))  # fmt: skip
+            rows.append(
+                (
+                    str(depth),
+                    arm.backend,
+                    findings.timeless(findings.places(here, arm))
+                    if timed is None
+                    else f"{one.of(timed.median)} ({one.interval(timed)})",
+                    roofline(findings.roof(here, arm)).words,
+                    "; ".join(ratio.words for ratio in ratios if ratio),
+                    *(findings.without(here, arm.backend, phase).words for phase in STEPS[1:]),
+                )
+            )
     if rows:
         yield f"Decode, batch {batch}:"
-        yield _table(("depth", "backend", f"{one.name} per step", "of the roofline", "ratio",
-                      "cached / recomputed, all positions", "cached / recomputed, last position"), rows)  # fmt: skip
+        yield _table(
+            (
+                "depth",
+                "backend",
+                f"{one.name} per step",
+                "of the roofline",
+                "ratio",
+                "cached / recomputed, all positions",
+                "cached / recomputed, last position",
+            ),
+            rows,
+        )
 
 
 def _exponents(record: Record, preset: str) -> Iterator[str]:
     rows = [
         (e.backend, str(e.batch), e.phase, f"{min(e.depths)} to {max(e.depths)}", exponent(e))
-        for e in record.exponents if e.preset == preset
-    ]  # fmt: skip
+        for e in record.exponents
+        if e.preset == preset
+    ]
     if rows:
         yield "How times grow with the depth:"
         yield _table(("backend", "batch", "phase", "depths", "exponent"), rows)

@@ -32,26 +32,47 @@ def render(
     data, packed = embedding.embed(results, pairs, latency, audit)
     rows = tables.backends(results)
     return templates.get_template("report.html").render(
-        policy=policy(style, script), style=style, script=script, data=data, packed=packed, headline=headline(rows),
-        runs=_runs(results), backends=rows, chapters=matrix.chapters(results), legend=matrix.legend(results),
-        failures=tables.failures(results, folder), known=tables.known(results, folder), levels=tables.levels(),
-        sights=explanations.sights(results), legend_of_maps=maps.legend(),
-        guarantees=tables.guarantees(results, folder), reasons=tables.reasons(results), errors=tables.errors(results),
-        pairwise=tables.pairwise(pairs), power=null_models.power(results),
+        policy=policy(style, script),
+        style=style,
+        script=script,
+        data=data,
+        packed=packed,
+        headline=headline(rows),
+        runs=_runs(results),
+        backends=rows,
+        chapters=matrix.chapters(results),
+        legend=matrix.legend(results),
+        failures=tables.failures(results, folder),
+        known=tables.known(results, folder),
+        levels=tables.levels(),
+        sights=explanations.sights(results),
+        legend_of_maps=maps.legend(),
+        guarantees=tables.guarantees(results, folder),
+        reasons=tables.reasons(results),
+        errors=tables.errors(results),
+        pairwise=tables.pairwise(pairs),
+        power=null_models.power(results),
         mutation=mutation.mutation(audit, {result.suite for result in results}) if audit else None,
-        latency=latency, presets=speed.sections(latency) if latency else (),
-        latency_facts=_latency_facts(latency), software=_software(latency), runtime_info=tables.runtime_info(results),
-        environment=tables.environments(results), claims=tables.claims(results),
-    )  # fmt: skip
+        latency=latency,
+        presets=speed.sections(latency) if latency else (),
+        latency_facts=_latency_facts(latency),
+        software=_software(latency),
+        runtime_info=tables.runtime_info(results),
+        environment=tables.environments(results),
+        claims=tables.claims(results),
+    )
 
 
 @cache
 def _templates() -> Environment:
     """Compiled once in a process."""
     templates = Environment(
-        loader=PackageLoader("kvconform_reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("kvconform_reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     templates.filters.update(counted=outcomes.counted, duration=outcomes.duration)
     templates.tests["in_spec"] = BY_NAME.__contains__
     return templates
@@ -119,10 +140,13 @@ def _latency_facts(latency: Record | None) -> tuple[tuple[str, tuple[tuple[str, 
     if latency is None:
         return ()
     run = {
-        "started": outcomes.when(latency.started), "device": latency.device, "suite": latency.suite,
-        "load average": _load(latency.load), "took": outcomes.duration(latency.seconds),
+        "started": outcomes.when(latency.started),
+        "device": latency.device,
+        "suite": latency.suite,
+        "load average": _load(latency.load),
+        "took": outcomes.duration(latency.seconds),
         "raw rounds": len(latency.rounds),
-    }  # fmt: skip
+    }
     parts = (("Run", run), ("Protocol", latency.protocol), ("Machine", latency.machine))
     return tuple((title, tuple(tables.flattened(part))) for title, part in parts if part)
 

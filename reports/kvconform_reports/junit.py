@@ -53,9 +53,12 @@ def render(results: Sequence[Results]) -> str:
 
 def _case(suite: ET.Element, label: str, verdict: Verdict) -> None:
     case = ET.SubElement(
-        suite, "testcase", classname=_legal(f"{label}.{verdict.clause}"), name=_legal(verdict.config),
+        suite,
+        "testcase",
+        classname=_legal(f"{label}.{verdict.clause}"),
+        name=_legal(verdict.config),
         time=f"{verdict.seconds:.3f}",
-    )  # fmt: skip
+    )
     kind, message = verdict.outcome.value, _legal(verdict.sentence)
     if verdict.outcome.broken:
         element = ET.SubElement(case, "failure", type=kind, message=message)

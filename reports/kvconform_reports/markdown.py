@@ -33,9 +33,16 @@ def render(
     """Verdicts, chapters by backend, failures with their replay lines, known failures, guarantees, the worst pair, what
     the cache saves, and how much the clauses see."""
     parts = [
-        _verdicts(results), _chapters(results), _failures(results, folder), _known(results, folder),
-        _guarantees(results), _pairs(pairs), _speed(latency), _power(results), _audit(audit),
-    ]  # fmt: skip
+        _verdicts(results),
+        _chapters(results),
+        _failures(results, folder),
+        _known(results, folder),
+        _guarantees(results),
+        _pairs(pairs),
+        _speed(latency),
+        _power(results),
+        _audit(audit),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -61,10 +68,7 @@ def _chapters(results: Sequence[Results]) -> str:
     if not any(result.verdicts for result in results):
         return ""
     found = dict.fromkeys((*CHAPTERS, *(v.clause.partition(".")[0] for r in results for v in r.verdicts)))
-    lines = [
-        f"| chapter | {' | '.join(text(label) for label in labels(results))} |",
-        f"|---|{'---|' * len(results)}",
-    ]
+    lines = [f"| chapter | {' | '.join(text(label) for label in labels(results))} |", f"|---|{'---|' * len(results)}"]
     for chapter in found:
         cells = [
             _cell(chips(v.outcome for v in result.verdicts if v.clause.partition(".")[0] == chapter))
@@ -123,9 +127,11 @@ def _guarantees(results: Sequence[Results]) -> str:
     if not found:
         return ""
     lines = [
-        "### Guarantees", "", f"| config | {' | '.join(text(label) for label in labels(results))} |",
+        "### Guarantees",
+        "",
+        f"| config | {' | '.join(text(label) for label in labels(results))} |",
         f"|---|{'---|' * len(results)}",
-    ]  # fmt: skip
+    ]
     for config, cells in found:
         words = [_guarantee(cell) if cell else "not measured" for cell in cells]
         lines.append(f"| {text(config)} | {' | '.join(words)} |")
@@ -170,9 +176,13 @@ def _answer(group: speed.Group, where: str) -> list[str]:
     if group.answer is None:
         return [f"**{text(where)}**: no decode step has a time.", ""]
     heads = (
-        "backend", f"{group.unit.name} per {'token' if group.batch == 1 else 'step'}", "ratio to the reference",
-        "cached / recomputed, all positions", "cached / recomputed, last position", "of the roofline",
-    )  # fmt: skip
+        "backend",
+        f"{group.unit.name} per {'token' if group.batch == 1 else 'step'}",
+        "ratio to the reference",
+        "cached / recomputed, all positions",
+        "cached / recomputed, last position",
+        "of the roofline",
+    )
     lines = [f"**{text(where)}**: {text(group.answer.sentence)}", "", f"| {' | '.join(heads)} |"]
     lines.append("|---" * len(heads) + "|")
     for row in group.answer.rows:

@@ -24,11 +24,13 @@ def table(results: Sequence[Results]) -> str:
         remarks = (*stands.notes, *(f"stale known failure: {words}" for words in stands.stale))
         rows.append(
             [
-                printable(label), *(str(_count(result, outcome)) for outcome in shown),
-                str(sum(verdict.programs for verdict in result.verdicts)), duration(result.seconds),
+                printable(label),
+                *(str(_count(result, outcome)) for outcome in shown),
+                str(sum(verdict.programs for verdict in result.verdicts)),
+                duration(result.seconds),
                 printable("; ".join((f"{stands.symbol} {stands.word}: {stands.sentence}", *remarks))),
             ]
-        )  # fmt: skip
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(_line(row, widths) for row in rows)
 

@@ -103,17 +103,25 @@ class Claims:
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("profiles", PROFILES), ("abilities", tuple(ABILITIES)), ("dtypes", DTYPES), ("devices", ("cpu", "cuda")),
+            ("profiles", PROFILES),
+            ("abilities", tuple(ABILITIES)),
+            ("dtypes", DTYPES),
+            ("devices", ("cpu", "cuda")),
             ("padding", ("right", "left")),
-        ):  # fmt: skip
+        ):
             for value in getattr(self, name):
                 if value not in known:
                     raise SpecError(f"claims.{name}", f"unknown value {value!r}; known: {', '.join(known)}")
         for name, allowed in (
-            ("returns", ("all", "last")), ("overflow", ("refused", "undefined")), ("retention", ("all", "window")),
-            ("unused_slots", ("finite", "any")), ("memory", ("length", "capacity", "pages")),
-            ("intermediates", ("single", "storage")), ("reference", REFERENCES), ("rounding", ("own", "shared")),
-        ):  # fmt: skip
+            ("returns", ("all", "last")),
+            ("overflow", ("refused", "undefined")),
+            ("retention", ("all", "window")),
+            ("unused_slots", ("finite", "any")),
+            ("memory", ("length", "capacity", "pages")),
+            ("intermediates", ("single", "storage")),
+            ("reference", REFERENCES),
+            ("rounding", ("own", "shared")),
+        ):
             if getattr(self, name) not in allowed:
                 raise SpecError(f"claims.{name}", f"unknown value {getattr(self, name)!r}; known: {', '.join(allowed)}")
         for name in ("max_batch", "max_chunk", "max_sequences", "page", "max_graphs"):

@@ -16,7 +16,7 @@ CONFIGS: dict[str, Config] = {
     "attention-gqa": Config("attention", heads=6, kv_heads=3, head_dim=8),
     "attention-window": Config("attention", heads=8, kv_heads=2, head_dim=16, window=5),
     "attention-softcap": Config(
-        "attention", heads=5, kv_heads=1, head_dim=12, softcap=1.5, scale=0.37, positions="alibi",
+        "attention", heads=5, kv_heads=1, head_dim=12, softcap=1.5, scale=0.37, positions="alibi"
     ),
     "attention-sink": Config("attention", heads=7, kv_heads=7, head_dim=10, window=6, sink=1.0),
     # among 4 096 random keys a needle stands out from head dim 24 on (a test of the bounds)
@@ -25,14 +25,33 @@ CONFIGS: dict[str, Config] = {
         "decoder", heads=6, kv_heads=3, head_dim=8, layers=2, width=20, mlp=28, vocabulary=53, positions="rope"
     ),
     "decoder-learned": Config(
-        "decoder", heads=8, kv_heads=2, head_dim=6, layers=3, width=20, mlp=0, vocabulary=59, positions="learned",
-        window=5, window_every=2, seed=1,
+        "decoder",
+        heads=8,
+        kv_heads=2,
+        head_dim=6,
+        layers=3,
+        width=20,
+        mlp=0,
+        vocabulary=59,
+        positions="learned",
+        window=5,
+        window_every=2,
+        seed=1,
     ),
     "decoder-softcap": Config(
-        "decoder", heads=4, kv_heads=1, head_dim=10, layers=2, width=22, mlp=26, vocabulary=61, positions="alibi",
-        softcap=2.0, seed=2,
+        "decoder",
+        heads=4,
+        kv_heads=1,
+        head_dim=10,
+        layers=2,
+        width=22,
+        mlp=26,
+        vocabulary=61,
+        positions="alibi",
+        softcap=2.0,
+        seed=2,
     ),
-}  # fmt: skip
+}
 LONG = 1024
 """From this capacity on a config is for clauses about long contexts, and for no other: its programs take long."""
 

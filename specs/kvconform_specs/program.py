@@ -145,9 +145,19 @@ Call = Append | UncachedForward | Truncate | Fork | Reorder | Reset | Close | Al
 Step = Call | Reject
 Run = Append | UncachedForward
 OPS: dict[str, type[Any]] = {
-    "append": Append, "uncached_forward": UncachedForward, "generate": Generate, "truncate": Truncate, "fork": Fork, "reorder": Reorder,
-    "reset": Reset, "close": Close, "alias_handle": AliasHandle, "read_cache": ReadCache, "poison": Poison, "reject": Reject,
-}  # fmt: skip
+    "append": Append,
+    "uncached_forward": UncachedForward,
+    "generate": Generate,
+    "truncate": Truncate,
+    "fork": Fork,
+    "reorder": Reorder,
+    "reset": Reset,
+    "close": Close,
+    "alias_handle": AliasHandle,
+    "read_cache": ReadCache,
+    "poison": Poison,
+    "reject": Reject,
+}
 DISTRIBUTIONS = ("normal", "large_queries", "zero_keys", "small_keys_large_values")
 """What the contents of a stream are like, in bits 48 and up of its seed: independent normals; queries 64 times as
 large; all keys zero; values 16 times as large and keys a quarter. Token ids know no distribution."""

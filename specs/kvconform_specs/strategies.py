@@ -123,9 +123,18 @@ def straight(draw: Draw, config: Config, claims: Claims, least: int = 1, most: i
 
 
 VERBS = (
-    "nothing", *("append",) * 7, "truncate", "truncate", "fork", "reorder", "reorder", "reset", "close", "functional",
+    "nothing",
+    *("append",) * 7,
+    "truncate",
+    "truncate",
+    "fork",
+    "reorder",
+    "reorder",
+    "reset",
+    "close",
+    "functional",
     "refuse",
-)  # fmt: skip
+)
 """What a raw triple asks for, as often as it stands here; ``nothing`` is first, so that lists shrink."""
 
 

@@ -102,10 +102,17 @@ class Fake:
         monkeypatch.setattr(device_time, "poison", poisoned)
         properties = SimpleNamespace(L2_cache_size=self.l2)
         for name, stands in {
-            "Stream": Stream, "Event": Event, "CUDAGraph": CUDAGraph, "graph": graph, "stream": stream,
-            "current_stream": Stream, "set_stream": lambda which: None, "synchronize": lambda: None,
-            "current_device": lambda: 0, "get_device_properties": lambda device: properties,
-        }.items():  # fmt: skip
+            "Stream": Stream,
+            "Event": Event,
+            "CUDAGraph": CUDAGraph,
+            "graph": graph,
+            "stream": stream,
+            "current_stream": Stream,
+            "set_stream": lambda which: None,
+            "synchronize": lambda: None,
+            "current_device": lambda: 0,
+            "get_device_properties": lambda device: properties,
+        }.items():
             monkeypatch.setattr(torch.cuda, name, stands)
 
 
@@ -257,11 +264,13 @@ class Trace:
     def events(self) -> list[Any]:
         made = [
             SimpleNamespace(
-                name=name, time_range=SimpleNamespace(start=start, end=end),
-                device_type=SimpleNamespace(name="CUDA"), is_user_annotation=False,
+                name=name,
+                time_range=SimpleNamespace(start=start, end=end),
+                device_type=SimpleNamespace(name="CUDA"),
+                is_user_annotation=False,
             )
             for name, start, end in self.activities
-        ]  # fmt: skip
+        ]
         host = SimpleNamespace(name="cudaLaunchKernel", time_range=SimpleNamespace(start=0.0, end=90.0))
         host.device_type, host.is_user_annotation = SimpleNamespace(name="CPU"), False
         return [host, *made]
@@ -277,9 +286,12 @@ def profiler(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_kernels_count_and_copies_to_and_from_the_host_do_not(profiler: pytest.MonkeyPatch) -> None:
     trace = Trace(
-        ("Memcpy HtoD (Pageable -> Device)", 0.0, 5.0), ("gemv", 6.0, 8.5), ("softmax", 8.0, 9.0),
-        ("Memcpy DtoD (Device -> Device)", 10.0, 11.0), ("Memcpy DtoH (Device -> Pageable)", 12.0, 40.0),
-    )  # fmt: skip
+        ("Memcpy HtoD (Pageable -> Device)", 0.0, 5.0),
+        ("gemv", 6.0, 8.5),
+        ("softmax", 8.0, 9.0),
+        ("Memcpy DtoD (Device -> Device)", 10.0, 11.0),
+        ("Memcpy DtoH (Device -> Pageable)", 12.0, 40.0),
+    )
     profiler.setattr(device_time, "profile", trace)
     calls: list[int] = []
     timed = DeviceTime("cuda")

@@ -43,8 +43,11 @@ from kvconform_specs.tensors import weights
 TINY = Preset(
     "tiny",
     Config("decoder", heads=4, kv_heads=2, head_dim=6, width=10, vocabulary=13, positions="rope", capacity=30),
-    depths=(7, 12), prompts=(9,), about="as small as it can be", generate=(5, 6),
-)  # fmt: skip
+    depths=(7, 12),
+    prompts=(9,),
+    about="as small as it can be",
+    generate=(5, 6),
+)
 BATCHES = replace(TINY, name="batches", batches=(1, 3))
 ONE = Preset("one", TINY.config, depths=(12,), prompts=(9,), about="one depth")
 
@@ -194,13 +197,22 @@ def test_the_interval_covers_the_median_as_often_as_it_says(n: int) -> None:
 def record_of(arms: list[Arm], *restarts: list[list[int]], load: float = 0.5, steps: int = 1) -> Record:
     """One case, summarised; ``restarts[restart][round][arm]`` nanoseconds."""
     record = Record(
-        suite="1", started="", device="cpu", machine={"cores": 2}, software={}, protocol={}, load=[0.0, load],
-        presets={"p": TINY.to_json()}, cases=[Case("p", 8, 1, arms, steps)],
+        suite="1",
+        started="",
+        device="cpu",
+        machine={"cores": 2},
+        software={},
+        protocol={},
+        load=[0.0, load],
+        presets={"p": TINY.to_json()},
+        cases=[Case("p", 8, 1, arms, steps)],
         rounds=[
             Round(0, restart, r, 0, arm, value, 0, 0)
-            for restart, ns in enumerate(restarts) for r, row in enumerate(ns) for arm, value in enumerate(row)
+            for restart, ns in enumerate(restarts)
+            for r, row in enumerate(ns)
+            for arm, value in enumerate(row)
         ],
-    )  # fmt: skip
+    )
     summarise(record)
     return record
 
@@ -556,8 +568,10 @@ def test_a_backend_without_a_full_forward_recomputes_by_a_prefill_and_the_record
     assert record.excluded == []
     assert {(arm.backend, arm.phase) for case in record.cases for arm in case.arms} == {
         *((name, phase) for name in ("numpy", "NoFull") for phase in ("decode", "recompute", "prefill")),
-        ("numpy", "recompute-last"), (MACHINE, "read"), (MACHINE, "multiply"),
-    }  # fmt: skip
+        ("numpy", "recompute-last"),
+        (MACHINE, "read"),
+        (MACHINE, "multiply"),
+    }
     assert record.software["numpy"]["recompute"] == "full"
     assert record.software["NoFull"]["recompute"] == "prefill of all tokens"
 

@@ -29,11 +29,21 @@ pytestmark = pytest.mark.xdist_group("counters")  # each subject is counted once
 TINY = Preset(
     "tiny",
     Config(
-        "decoder", heads=4, kv_heads=2, head_dim=6, layers=2, width=10, mlp=14, vocabulary=13, positions="rope",
+        "decoder",
+        heads=4,
+        kv_heads=2,
+        head_dim=6,
+        layers=2,
+        width=10,
+        mlp=14,
+        vocabulary=13,
+        positions="rope",
         capacity=40,
     ),
-    depths=(7, 12, 21), prompts=(9,), about="as small as it can be",
-)  # fmt: skip
+    depths=(7, 12, 21),
+    prompts=(9,),
+    about="as small as it can be",
+)
 WEIGHTS = 2 * (10 * (4 + 2 + 2) * 6 + 4 * 6 * 10 + 3 * 10 * 14) + 10 * 13
 """Numbers in the matrices of ``TINY``: q, k, v, output, gate, up and down of both layers, and the LM head."""
 SLOT = 2 * 2 * 4 * 6

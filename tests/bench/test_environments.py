@@ -23,8 +23,10 @@ pytestmark = pytest.mark.xdist_group("environments")  # each ref is installed on
 TINY = Preset(
     "tiny",
     Config("decoder", heads=4, kv_heads=2, head_dim=6, width=10, vocabulary=13, positions="rope", capacity=30),
-    depths=(12,), prompts=(9,), about="as small as it can be",
-)  # fmt: skip
+    depths=(12,),
+    prompts=(9,),
+    about="as small as it can be",
+)
 
 PLANTED = '''
 import time
@@ -95,8 +97,10 @@ def test_an_environment_has_the_code_of_its_ref_and_shares_the_rest(
     )
     told = {ref: asked(of, code, repository).split() for ref, of in made.items()}  # a planted.py lies in this folder
     assert {ref: words[:2] for ref, words in told.items()} == {
-        "trunk~1": ["0.001", "False"], "trunk": ["0.002", "False"], ".": ["0.002", "True"],
-    }  # fmt: skip
+        "trunk~1": ["0.001", "False"],
+        "trunk": ["0.002", "False"],
+        ".": ["0.002", "True"],
+    }
     assert {words[3] for words in told.values()} == {np.__file__}
     assert all(Path(words[2]).is_relative_to(Path(made[ref].python).parents[1]) for ref, words in told.items())
     assert len({len(words[2]) for words in told.values()}) == 1  # paths of one length
@@ -116,8 +120,10 @@ def test_a_backend_that_is_given_by_its_file_is_the_file_of_the_ref(
         f'py:{tree}/planted.py:Model?{{"a": "b.py:c"}}'
     )
     assert [made["trunk"].launch(name).address for name in ("numpy", "planted:Steady", "/a/b.py:C")] == [
-        "numpy", "planted:Steady", "/a/b.py:C",
-    ]  # fmt: skip
+        "numpy",
+        "planted:Steady",
+        "/a/b.py:C",
+    ]
 
 
 def test_an_environment_that_is_none_is_one_sentence(repository: Path, tmp_path: Path) -> None:
@@ -146,9 +152,15 @@ def test_a_step_that_takes_twice_as_long_is_a_regression_between_two_commits(
     base, head = made["trunk~1"], made["trunk"]
     told: list[str] = []
     record = pingpong.gate(
-        base.launch("planted:Steady"), head.launch("planted:Steady"), {"tiny": TINY}, "planted", tmp_path / "gate.json",
-        seconds_per_case=0.1, tell=told.append, environments={"base": base, "head": head},
-    )  # fmt: skip
+        base.launch("planted:Steady"),
+        head.launch("planted:Steady"),
+        {"tiny": TINY},
+        "planted",
+        tmp_path / "gate.json",
+        seconds_per_case=0.1,
+        tell=told.append,
+        environments={"base": base, "head": head},
+    )
     decode, prefill = record.verdicts
     assert (decode.verdict, record.exit_code) == (REGRESSION, 4)
     assert decode.ratio == pytest.approx(2, rel=0.25)

@@ -45,8 +45,10 @@ from kvconform_specs.errors import SpecError
 TINY = Preset(
     "tiny",
     Config("decoder", heads=4, kv_heads=2, head_dim=6, width=10, vocabulary=13, positions="rope", capacity=30),
-    depths=(12,), prompts=(9,), about="as small as it can be",
-)  # fmt: skip
+    depths=(12,),
+    prompts=(9,),
+    about="as small as it can be",
+)
 
 SUBJECTS = """
 import gc, os
@@ -224,10 +226,19 @@ def record_of(d: Mapping[str, Sequence[Sequence[float]]], rounds: int = 8) -> Ga
                         blocks.append(GateBlock(case, stage, restart, n, side, side, 2, ns * (n + 1), 0, 0))
     count = max(map(len, d.values()))
     return GateRecord(
-        suite="1", started="", backend="b", device="cpu", machine={}, protocol={}, presets={}, load=[],
-        sides={name: Side(name, "", "") for name in gate_record.SIDES}, finished=True, blocks=blocks,
+        suite="1",
+        started="",
+        backend="b",
+        device="cpu",
+        machine={},
+        protocol={},
+        presets={},
+        load=[],
+        sides={name: Side(name, "", "") for name in gate_record.SIDES},
+        finished=True,
+        blocks=blocks,
         cases=[GateCase("p", "decode", n) for n in range(count)],
-    )  # fmt: skip
+    )
 
 
 def test_verdicts_and_medians_of_a_written_record_are_those_of_its_raw_blocks(tmp_path: Path) -> None:
@@ -267,8 +278,9 @@ def test_a_block_under_the_clock_is_kept_in_the_record_and_is_in_no_trial() -> N
     record.machine = {"default_mhz": 1000}
     record.blocks += [
         GateBlock(0, SCREEN, restart, 5, side, side, 2, 10**6 * (1 + 99 * side), 0, 0, 1000 - 251 * side)
-        for restart in range(6) for side in (0, 1)
-    ]  # fmt: skip
+        for restart in range(6)
+        for side in (0, 1)
+    ]
     record.conclude()
     assert [one.rounds for one in record.trials] == [5] * 6
     assert [one.d for one in record.trials] == pytest.approx(SAME, abs=1e-5)

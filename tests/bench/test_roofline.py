@@ -263,8 +263,9 @@ ARMS = [Arm("static", "decode"), Arm("grows", "decode"), Arm(MACHINE, "read"), A
 
 
 SOFTWARE = {
-    "static": {"device": "cpu", "runtime_info": {"p": {"cache_design": "in-place"}}}, "grows": {"device": "cpu"}
-}  # fmt: skip
+    "static": {"device": "cpu", "runtime_info": {"p": {"cache_design": "in-place"}}},
+    "grows": {"device": "cpu"},
+}
 
 
 def timed(ns: dict[int, float], restarts: int = 3, rounds: int = 9, config: Config = GROUPED, **more: Any) -> Record:
@@ -281,9 +282,18 @@ def timed(ns: dict[int, float], restarts: int = 3, rounds: int = 9, config: Conf
             ]
     software = more.pop("software", SOFTWARE)
     return Record(
-        suite="1", started="", device="cpu", machine={"cores": 2}, software=software, protocol={}, load=[0.0],
-        presets={"p": {"config": config.to_json()}}, cases=[Case("p", DEPTH, BATCH, ARMS, 4)], rounds=taken, **more,
-    )  # fmt: skip
+        suite="1",
+        started="",
+        device="cpu",
+        machine={"cores": 2},
+        software=software,
+        protocol={},
+        load=[0.0],
+        presets={"p": {"config": config.to_json()}},
+        cases=[Case("p", DEPTH, BATCH, ARMS, 4)],
+        rounds=taken,
+        **more,
+    )
 
 
 def times_of(fraction: float, read: float = 1e6, multiply: float = 1e5) -> dict[int, float]:

@@ -19,9 +19,17 @@ from kvconform.bench.worker.ceilings import excess
 from kvconform_specs.config import Config
 
 SHAPE = Config(
-    "decoder", heads=4, kv_heads=2, head_dim=32, layers=2, width=64, mlp=128, vocabulary=256, positions="rope",
+    "decoder",
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    layers=2,
+    width=64,
+    mlp=128,
+    vocabulary=256,
+    positions="rope",
     capacity=4104,
-)  # fmt: skip
+)
 DEPTHS = (64, 128, 256, 512)
 BYTES_ALONE = (1.0, 0.0)
 
@@ -33,9 +41,15 @@ def timed(arms: Times, depths: Sequence[int] = DEPTHS, restarts: int = 3, batch:
     """One case for each depth. What slows a round slows its arms alike, and half the rounds are slowed, half hastened
     by as much, so that medians stay."""
     record = Record(
-        suite="1", started="", device="cpu", machine={"cores": 2}, software={}, protocol={}, load=[0.0],
+        suite="1",
+        started="",
+        device="cpu",
+        machine={"cores": 2},
+        software={},
+        protocol={},
+        load=[0.0],
         presets={"p": {"config": SHAPE.to_json()}},
-    )  # fmt: skip
+    )
     for number, depth in enumerate(depths):
         record.cases.append(Case("p", depth, batch, list(arms), 1))
         for restart in range(restarts):
@@ -91,9 +105,13 @@ def test_planted_exponents_come_back_and_the_ratio_has_their_difference() -> Non
     seen = found(timed({decode: power(0.77), recompute: power(1.85), last: power(1.8), Arm("b", "decode"): power(1)}))
     # nanoseconds are whole: less than a part in 10^6 of these times
     wanted = {
-        ("a", "decode"): 0.77, ("a", "recompute"): 1.85, ("a", "recompute-last"): 1.8, ("b", "decode"): 1.0,
-        ("a", "ratio"): 1.85 - 0.77, ("a", "ratio-last"): 1.8 - 0.77,
-    }  # fmt: skip
+        ("a", "decode"): 0.77,
+        ("a", "recompute"): 1.85,
+        ("a", "recompute-last"): 1.8,
+        ("b", "decode"): 1.0,
+        ("a", "ratio"): 1.85 - 0.77,
+        ("a", "ratio-last"): 1.8 - 0.77,
+    }
     assert {key: one.exponent for key, one in seen.items()} == pytest.approx(wanted, abs=1e-6)
     assert all(one.depths == [128, 256, 512] for one in seen.values())
     for ratio, over in (("ratio", "recompute"), ("ratio-last", "recompute-last")):
@@ -116,8 +134,9 @@ def test_batches_have_exponents_of_their_own_and_the_machine_has_none() -> None:
     append(record, wide)
     summarise(record)
     assert [(one.backend, one.batch, round(one.exponent, 6)) for one in record.exponents] == [
-        ("a", 1, 0.5), ("a", 4, 0.9)
-    ]  # fmt: skip
+        ("a", 1, 0.5),
+        ("a", 4, 0.9),
+    ]
 
 
 def test_the_interval_of_an_exponent_is_that_of_the_slopes_of_its_restarts() -> None:
@@ -182,19 +201,24 @@ def test_a_step_that_takes_what_its_formula_says_has_the_expected_exponent() -> 
 
             return ns
 
-        seen = found(timed({
-            Arm("a", "decode"): floor,
-            Arm("a", "recompute"): lambda n: float(multiply_adds(SHAPE, 0, n + 1, keys=n + 1)),
-            Arm(MACHINE, "read"): machine("read"), Arm(MACHINE, "multiply"): machine("multiply"),
-        }))  # fmt: skip
+        seen = found(
+            timed(
+                {
+                    Arm("a", "decode"): floor,
+                    Arm("a", "recompute"): lambda n: float(multiply_adds(SHAPE, 0, n + 1, keys=n + 1)),
+                    Arm(MACHINE, "read"): machine("read"),
+                    Arm(MACHINE, "multiply"): machine("multiply"),
+                }
+            )
+        )
         for one in seen.values():
             assert one.exponent == pytest.approx(one.expected, abs=1e-6)
 
 
 def test_ceilings_of_the_processor_expect_nothing_of_another_device() -> None:
-    record = timed({
-        Arm("a", "decode"): power(0.5), Arm(MACHINE, "read"): power(0.0), Arm(MACHINE, "multiply"): power(0.0, 1e9),
-    })  # fmt: skip
+    record = timed(
+        {Arm("a", "decode"): power(0.5), Arm(MACHINE, "read"): power(0.0), Arm(MACHINE, "multiply"): power(0.0, 1e9)}
+    )
     on_cpu = found(record)["a", "decode"].expected
     record.device = "cuda"
     on_gpu = found(record)["a", "decode"]
@@ -216,15 +240,20 @@ def test_bandwidth_and_peak_are_those_of_the_batch_and_the_means_of_its_depths()
     flat, slow = dict.fromkeys(growing, 4.0), dict.fromkeys(growing, 4000.0)
     record = timed(
         {
-            Arm("a", "decode"): power(0.5), Arm(MACHINE, "read"): machine("read", growing, 1),
+            Arm("a", "decode"): power(0.5),
+            Arm(MACHINE, "read"): machine("read", growing, 1),
             Arm(MACHINE, "multiply"): machine("multiply", flat, 1),
         },
         depths=tuple(growing),
-    )  # fmt: skip
-    append(record, timed(
-        {Arm(MACHINE, "read"): machine("read", flat, 4), Arm(MACHINE, "multiply"): machine("multiply", slow, 4)},
-        depths=tuple(growing), batch=4,
-    ))  # fmt: skip
+    )
+    append(
+        record,
+        timed(
+            {Arm(MACHINE, "read"): machine("read", flat, 4), Arm(MACHINE, "multiply"): machine("multiply", slow, 4)},
+            depths=tuple(growing),
+            batch=4,
+        ),
+    )
     of_bytes = expected(SHAPE, "decode", (128, 256, 512), 1, BYTES_ALONE)
     assert found(record)["a", "decode"].expected == pytest.approx(of_bytes, abs=1e-12)
 

@@ -230,14 +230,20 @@ def test_the_pytest_door_judges_each_cell_as_an_item(tmp_path: Path) -> None:
     assert f"{count} passed" in good.stdout
     bad = subprocess.run(
         [*command, "--kv-backend", f"{SUBJECTS}:WithoutReset", *select],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert f"{count - 1} passed, 1 skipped" in bad.stdout
     assert "claims no reset" in bad.stdout
     wrong = subprocess.run(
         [*command, "--kv-backend", f"{SUBJECTS}:PrintsAndIsWrong", "-k", "attention-gqa and definition.attention"],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert wrong.returncode == 1
     assert "replay: kvconform replay results/failures/PrintsAndIsWrong/definition.attention-" in wrong.stdout
 

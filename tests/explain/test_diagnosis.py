@@ -367,10 +367,17 @@ def cells(off: str, **facts: str) -> list[Cell]:
     """A cell for each character: ``x`` is off; each fact gives its numbers, a digit each."""
     plain = {"q": 1, "past": 0, "position": 0, "batch": 1, "row": 0, "longest": 1, "last row": 1, "length": 1}
     return [
-        Cell("p", 0, 0, 0, "bad" if letter == "x" else "ok", True,
-             plain | {name.replace("_", " "): int(digits[place]) for name, digits in facts.items()})
+        Cell(
+            "p",
+            0,
+            0,
+            0,
+            "bad" if letter == "x" else "ok",
+            True,
+            plain | {name.replace("_", " "): int(digits[place]) for name, digits in facts.items()},
+        )
         for place, letter in enumerate(off)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
@@ -435,9 +442,7 @@ def test_what_is_felt_is_told_for_prompts_chunks_and_decode_steps() -> None:
 def test_a_pattern_of_letters_knows_no_sizes() -> None:
     config = CONFIGS["attention-gqa"]
     other = replace(config, heads=4, kv_heads=2, head_dim=6, capacity=24)
-    mine, its = (
-        fingerprints.examined(load(FAULTS["top-left"].address), one, {}) for one in (config, other)
-    )  # fmt: skip
+    mine, its = (fingerprints.examined(load(FAULTS["top-left"].address), one, {}) for one in (config, other))
     assert mine is not None
     assert its is not None
     shared = mine.pattern.keys() & its.pattern.keys() - {"square", "loud"}

@@ -52,9 +52,16 @@ def written(address: str, clause: str, *steps: tuple[Step, ...], **launch: Any) 
     with Subject(WorkerSpec(address, **launch)) as subject:
         (config,) = subject.configs.values() or (CONFIGS[GQA],)
         known = Counterexample(
-            suite=SUITE_VERSION, clause=clause, backend=address, device="cpu", sentence="", outcome="fail",
-            before=[], case=Case(tuple(Program(config, program) for program in steps)).to_json(), reduced=True,
-        )  # fmt: skip
+            suite=SUITE_VERSION,
+            clause=clause,
+            backend=address,
+            device="cpu",
+            sentence="",
+            outcome="fail",
+            before=[],
+            case=Case(tuple(Program(config, program) for program in steps)).to_json(),
+            reduced=True,
+        )
         return repro.script(known, subject)
 
 
@@ -246,10 +253,7 @@ def quiet(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess
 @pytest.mark.parametrize(
     ("trouble", "words"),
     [
-        (
-            'raise RuntimeError("no such mask")',
-            "got:  RuntimeError: no such mask\nwant: no exception",
-        ),
+        ('raise RuntimeError("no such mask")', "got:  RuntimeError: no such mask\nwant: no exception"),
         ("import os; os._exit(3)", "got:  exit status 3\nwant: 0, of a process that runs to its end"),
         ("past = past[:, 1:]", "6 of 6 numbers are off"),
     ],
@@ -364,9 +368,12 @@ def test_a_token_is_written_once_and_cut_from_there() -> None:
     assert lines[1] == "tokens2 = tokens.copy()"
     assert re.fullmatch(r"tokens2\[0, 1\] = \d+  # another token", lines[2])
     assert lines[3:] == [
-        "x0_0 = tokens.copy()", "x1_0 = tokens[:, 0:3].copy()", "x1_1 = tokens[:, 3:4].copy()",
-        "x1_2 = tokens[:, 4:5].copy()", "x2_0 = tokens2.copy()",
-    ]  # fmt: skip
+        "x0_0 = tokens.copy()",
+        "x1_0 = tokens[:, 0:3].copy()",
+        "x1_1 = tokens[:, 3:4].copy()",
+        "x1_2 = tokens[:, 4:5].copy()",
+        "x2_0 = tokens2.copy()",
+    ]
 
 
 def test_what_is_too_long_to_write_out_is_made_from_its_seeds(tmp_path: Path) -> None:
@@ -392,8 +399,15 @@ def test_replay_writes_the_script_and_says_that_it_shows_the_bug(tmp_path: Path)
 def test_what_holds_has_no_script(tmp_path: Path) -> None:
     program = Program(CONFIGS[GQA], (Append("a", (1,), 0),))
     known = Counterexample(
-        suite=SUITE_VERSION, clause="shape.output", backend="numpy", device="cpu", sentence="none", outcome="fail",
-        before=[], case=Case((program,)).to_json(), reduced=True,
-    )  # fmt: skip
+        suite=SUITE_VERSION,
+        clause="shape.output",
+        backend="numpy",
+        device="cpu",
+        sentence="none",
+        outcome="fail",
+        before=[],
+        case=Case((program,)).to_json(),
+        reduced=True,
+    )
     with Subject(WorkerSpec("numpy")) as subject, pytest.raises(SpecError, match=r"shape\.output holds on numpy now"):
         repro.script(known, subject)

@@ -202,8 +202,12 @@ def test_schedules_stay_within_the_claims() -> None:
     assert {name: one.sizes for name, one in alone.items()} == {"decode": [1] * 8, "sequences": [1, 1, 1]}
     twos = mapped(f"{SUBJECTS}:InTwos")
     assert {name: one.sizes for name, one in twos.items()} == {
-        "prefill": [2], "chunked": [2, 2, 1, 2, 1], "decode": [1] * 8, "rows": [2, 1, 2], "sequences": [2, 1],
-    }  # fmt: skip
+        "prefill": [2],
+        "chunked": [2, 2, 1, 2, 1],
+        "decode": [1] * 8,
+        "rows": [2, 1, 2],
+        "sequences": [2, 1],
+    }
     assert all(one.right for one in (*alone.values(), *twos.values()))
 
 
@@ -315,8 +319,12 @@ def test_text_marks_each_difference_where_it_is_and_at_its_line_s_end() -> None:
 
 def test_numbers_side_by_side_are_told_as_a_range() -> None:
     assert [listed(numbers) for numbers in ([3], [3, 6], [0, 1, 3, 6], [5, 6, 7], [0, 2, 3, 4])] == [
-        "3", "3 and 6", "0, 1, 3 and 6", "5–7", "0 and 2–4",
-    ]  # fmt: skip
+        "3",
+        "3 and 6",
+        "0, 1, 3 and 6",
+        "5–7",
+        "0 and 2–4",
+    ]
 
 
 def test_a_picture_is_valid_xml_with_the_words_as_its_description() -> None:
@@ -339,9 +347,11 @@ def test_a_picture_marks_each_difference_by_a_shape_of_its_own() -> None:
 
     wanted = "".join(EACH.wanted)
     assert shapes(EACH) == {
-        "+": 2, "-": 1, "x": wanted.count("x") + "".join(EACH.seen).count("x") - 2,
+        "+": 2,
+        "-": 1,
+        "x": wanted.count("x") + "".join(EACH.seen).count("x") - 2,
         ".": wanted.count(".") + "".join(EACH.seen).count(".") - 1,
-    }  # fmt: skip
+    }
     assert shapes(msgspec.structs.replace(EACH, seen=EACH.wanted)) == {"+": 0, "-": 0, "x": 22, ".": 48}
 
 

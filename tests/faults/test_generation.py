@@ -89,10 +89,15 @@ def told(value: np.ndarray, bound: float, config: Config = TEN) -> tuple[Expecte
     rows = (((1, 0), (1, 1), (1, 2)),)
     return (
         Generation(
-            rows, step.counts, columns(step), 1, lambda kind: numbers[kind],
-            lambda: np.zeros((1, 1, 3), np.int64), lambda ids, start: lambda kind: numbers[kind],
+            rows,
+            step.counts,
+            columns(step),
+            1,
+            lambda kind: numbers[kind],
+            lambda: np.zeros((1, 1, 3), np.int64),
+            lambda ids, start: lambda kind: numbers[kind],
         ),
-    )  # fmt: skip
+    )
 
 
 def lead(at: int, by: float) -> np.ndarray:

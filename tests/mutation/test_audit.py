@@ -37,10 +37,13 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 def test_a_list_holds_classes_addresses_faults_and_what_looks_like_one() -> None:
     by_class, by_address, by_fault, by_attributes = load_faults(f"{ELSEWHERE}:MIXED")
     assert by_class == Fault(
-        "last-output-only", f"{ELSEWHERE}:LastOutputOnly", ("shape.output",),
-        "https://github.com/huggingface/optimum/issues/1913", "Only the last position's output comes back.",
+        "last-output-only",
+        f"{ELSEWHERE}:LastOutputOnly",
+        ("shape.output",),
+        "https://github.com/huggingface/optimum/issues/1913",
+        "Only the last position's output comes back.",
         configs=("attention-gqa",),
-    )  # fmt: skip
+    )
     assert (by_address.name, by_address.clauses, by_address.classes) == (
         "doubled",
         ("definition.attention", "shape.length"),
@@ -232,9 +235,17 @@ def trial(kills: bool, programs: int = 1, budget: str = "smoke", clause: str = "
 
 def record(*faults: Audited, controls: tuple[Audited, ...] = (), budgets: tuple[str, ...] = ("smoke",)) -> Record:
     made = Record(
-        suite="0", faults="a:L", budgets=list(budgets), seed=0, names=[], every=False, shard="", started="",
-        audited=list(faults), controls=list(controls),
-    )  # fmt: skip
+        suite="0",
+        faults="a:L",
+        budgets=list(budgets),
+        seed=0,
+        names=[],
+        every=False,
+        shard="",
+        started="",
+        audited=list(faults),
+        controls=list(controls),
+    )
     made.scores = scores(made)
     return made
 

@@ -37,9 +37,7 @@ def test_the_definition_is_never_wrong_and_never_rejected(entries: dict[tuple[st
     assert [entry for entry in mine if entry.tried or entry.rejected] == []
 
 
-def test_a_clause_of_parity_rejects_every_case_in_which_a_model_is_wrong(
-    entries: dict[tuple[str, str], Power],
-) -> None:
+def test_a_clause_of_parity_rejects_every_case_in_which_a_model_is_wrong(entries: dict[tuple[str, str], Power]) -> None:
     parity = [entry for (name, _), entry in entries.items() if Relation.PARITY in BY_NAME[name].relations]
     assert sum(entry.tried for entry in parity) > 1000
     assert [entry for entry in parity if entry.rejected < entry.tried] == []

@@ -49,8 +49,11 @@ def test_the_readme_prints_what_the_baseline_holds(name: str) -> None:
     assert row is not None
     programs = sum(verdict.programs for verdict in held.verdicts)
     assert [int(number) for number in row.groups()] == [
-        counts["pass"], counts["unsupported"], counts["refuted"], programs,
-    ]  # fmt: skip
+        counts["pass"],
+        counts["unsupported"],
+        counts["refuted"],
+        programs,
+    ]
 
 
 def test_the_readme_names_the_default_budget() -> None:

@@ -41,10 +41,19 @@ def hostile(name: str) -> list[Results]:
     row = given.row(name, clause="errors.unchanged", config=name, versions={name: "1.0"}, counterexample=name)
     power = [{"clause": name, "model": name, "cases": 3, "tried": 3, "rejected": 1, "note": ""}]
     one = given.results(
-        name, [fail, skip, good, held, weak], device=name, budget=name, started=name, runtime_info={name: tree},
-        environment=tree, claims=tree, known_failures=[row], stale=[name], power={name: power},
+        name,
+        [fail, skip, good, held, weak],
+        device=name,
+        budget=name,
+        started=name,
+        runtime_info={name: tree},
+        environment=tree,
+        claims=tree,
+        known_failures=[row],
+        stale=[name],
+        power={name: power},
         guarantees={name: Guarantee(level=name, refuted=name, sentence=name, counterexample=name)},
-    )  # fmt: skip
+    )
     return [one, given.results(name, [], device="cuda", unavailable=name)]
 
 
@@ -107,8 +116,15 @@ def test_a_hostile_name_is_text_in_the_terminal_and_in_xml(name: str) -> None:
     assert len(table.splitlines()) == 3
     root = ET.fromstring(junit.render(hostile(name)))
     assert {element.tag for element in root.iter()} <= {
-        "testsuites", "testsuite", "properties", "property", "testcase", "failure", "error", "skipped",
-    }  # fmt: skip
+        "testsuites",
+        "testsuite",
+        "properties",
+        "property",
+        "testcase",
+        "failure",
+        "error",
+        "skipped",
+    }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -154,11 +170,15 @@ def crowded() -> Record:
     one = record.audited[1]
     record.audited = [
         msgspec.structs.replace(
-            one, name=f"fault-{i}", sentence=f"It is wrong in the way {i}.", clauses=tuple(names),
+            one,
+            name=f"fault-{i}",
+            sentence=f"It is wrong in the way {i}.",
+            clauses=tuple(names),
             trials=[msgspec.structs.replace(one.trials[0], clause=name, programs=i) for name in names],
         )
-        for i in range(260) if (names := [ALL[(i + 3 * k) % len(ALL)].name for k in range(4)])
-    ]  # fmt: skip
+        for i in range(260)
+        if (names := [ALL[(i + 3 * k) % len(ALL)].name for k in range(4)])
+    ]
     return record
 
 
@@ -560,8 +580,10 @@ def test_two_runs_of_one_backend_keep_apart() -> None:
     same = [given.results("eager", given.everywhere(), device=d) for d in ("cpu", "cuda", "cuda")]
     text = terminal.table(same)
     assert [line.split("  ")[0] for line in text.splitlines()[1:]] == [
-        "eager (cpu)", "eager (cuda) (float32) #2", "eager (cuda) (float32) #3",
-    ]  # fmt: skip
+        "eager (cpu)",
+        "eager (cuda) (float32) #2",
+        "eager (cuda) (float32) #3",
+    ]
 
 
 # --- what sees what ---

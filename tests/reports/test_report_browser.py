@@ -25,9 +25,20 @@ pytestmark = pytest.mark.xdist_group("browser")  # started once
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SECTIONS = (
-    "verdict", "matrix", "failures", "known", "unjudged", "guarantees", "error", "pairs", "speed", "power", "mutation",
-    "runtime_info", "environment",
-)  # fmt: skip
+    "verdict",
+    "matrix",
+    "failures",
+    "known",
+    "unjudged",
+    "guarantees",
+    "error",
+    "pairs",
+    "speed",
+    "power",
+    "mutation",
+    "runtime_info",
+    "environment",
+)
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 800}
 
 
@@ -67,10 +78,17 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         given.other("determinism.repeatable", name, Outcome.REFUTED, name, counterexample=name),
     ]
     hostile = given.results(
-        name, verdicts, device=name, runtime_info={name: tree}, environment=tree, claims=tree, stale=[name],
-        known_failures=[given.row(name, clause="errors.unchanged", config=name)], power={name: given.power()},
+        name,
+        verdicts,
+        device=name,
+        runtime_info={name: tree},
+        environment=tree,
+        claims=tree,
+        stale=[name],
+        known_failures=[given.row(name, clause="errors.unchanged", config=name)],
+        power={name: given.power()},
         guarantees={name: Guarantee(level=name, refuted=name, sentence=name, counterexample=name)},
-    )  # fmt: skip
+    )
     speed = latency(("eager", "onnx", name))
     speed.excluded = [*speed.excluded, Excluded(name, name, name)]
     path = tmp_path_factory.mktemp("report") / "report.html"

@@ -92,7 +92,7 @@ FIELDS = [
     ("exponents", "expected", 8.77, ("expected 8.77",)),
     ("exponents", "low", -8.77, ("[-8.77",)),
     ("exponents", "high", 8.77, ("8.77]",)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "field", "value", "texts"), FIELDS, ids=[f"{f[0]}.{f[1]}" for f in FIELDS])
@@ -338,9 +338,10 @@ def test_a_mean_of_several_runs_is_told_as_it_was_published() -> None:
     for phase, words in (("generate", "with"), ("regenerate", "without")):
         arm = Arm("numpy", phase)
         runs = [
-            block.ns / 1e6 for block in record.rounds
+            block.ns / 1e6
+            for block in record.rounds
             if (case := record.cases[block.case]).batch == 1 and case.new and case.arms[block.arm] == arm
-        ]  # fmt: skip
+        ]
         means.append(fmean(runs))
         parts.append(f"{digits(means[-1])} ± {digits(stdev(runs))} ms {words} the cache ({len(runs)} runs)")
     text = said(record)
@@ -500,13 +501,25 @@ def test_a_chart_of_one_point_has_axes(y: float) -> None:
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        (digits(0.01234), "0.0123"), (digits(99.96), "100"), (digits(1234.0), "1234"), (digits(0.0), "0"),
-        (percent(0.7234), "72.3 %"), (percent(0.000321), "0.0321 %"), (percent(None), ""),
-        (octets(1023), "1023 B"), (octets(1536), "1.50 KiB"), (octets(3 * 2**30), "3.00 GiB"), (octets(None), ""),
-        (unit([]).name, "ms"), (unit([9e4]).name, "µs"), (unit([1e5, 5e9]).name, "ms"), (unit([1e9]).name, "s"),
-        (unit([1e9], "ms").name, "ms"), (unit([None, float("inf")]).name, "ms"),
+        (digits(0.01234), "0.0123"),
+        (digits(99.96), "100"),
+        (digits(1234.0), "1234"),
+        (digits(0.0), "0"),
+        (percent(0.7234), "72.3 %"),
+        (percent(0.000321), "0.0321 %"),
+        (percent(None), ""),
+        (octets(1023), "1023 B"),
+        (octets(1536), "1.50 KiB"),
+        (octets(3 * 2**30), "3.00 GiB"),
+        (octets(None), ""),
+        (unit([]).name, "ms"),
+        (unit([9e4]).name, "µs"),
+        (unit([1e5, 5e9]).name, "ms"),
+        (unit([1e9]).name, "s"),
+        (unit([1e9], "ms").name, "ms"),
+        (unit([None, float("inf")]).name, "ms"),
     ],
-)  # fmt: skip
+)
 def test_a_number_has_three_digits_and_the_unit_that_fits_its_column(text: str, wanted: str) -> None:
     assert text == wanted
 
@@ -526,9 +539,12 @@ def spoken(name: str) -> Record:
     for one in ("rounds", "tokens", "summaries", "generations", "ratios", "roofs"):
         setattr(record, one, [entry for entry in getattr(record, one) if entry.case < last])
     every(
-        record, roofs={"flag": name}, ratios={"valid": False, "why_invalid": name}, once={"compile": {name: 1.0}},
+        record,
+        roofs={"flag": name},
+        ratios={"valid": False, "why_invalid": name},
+        once={"compile": {name: 1.0}},
         excluded={"why": name, "phase": name, "backend": name},
-    )  # fmt: skip
+    )
     record.exponents = [msgspec.structs.replace(e, phase=name) for e in record.exponents[:1]]
     record.protocol, record.machine, record.device = {name: name}, {"cpu": name, name: name}, name
     record.software, record.started = {name: {name: name}}, name

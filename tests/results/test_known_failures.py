@@ -90,10 +90,17 @@ def stored(clause: str = "definition.attention", config: str = "attention-gqa", 
     case = Case((Program(config_named(config), (Append("a", (2,), 0),)),))
     return msgspec.json.encode(
         Counterexample(
-            suite=SUITE_VERSION, clause=clause, backend="mine.py:Mine", device="cpu", sentence="off by one",
-            outcome=outcome, before=[], case=case.to_json(), reduced=True,
+            suite=SUITE_VERSION,
+            clause=clause,
+            backend="mine.py:Mine",
+            device="cpu",
+            sentence="off by one",
+            outcome=outcome,
+            before=[],
+            case=case.to_json(),
+            reduced=True,
         )
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -142,7 +149,7 @@ def test_a_known_failure_is_replayed_and_says_why_it_is_known(place: Path) -> No
         ("Refuses", {}, {}, Outcome.UNSUPPORTED, "a cell that is unsupported (no such layer here): remove the row"),
         ("NumpyCache", {}, {}, Outcome.PASS, "the known failure no longer fails: remove the row"),
     ],
-)  # fmt: skip
+)
 def test_a_stale_row_excuses_nothing_and_the_cell_is_searched(
     backend: str, row: dict[str, Any], file: dict[str, str], outcome: Outcome, words: str, place: Path
 ) -> None:
@@ -191,8 +198,9 @@ def test_a_resumed_run_asks_its_ledger_again(place: Path) -> None:
     msgspec.structs.replace(found, verdicts=marked, finished=False).write(path)
     again = run(place)
     assert {v.clause: v.seconds == 12345.0 for v in again.verdicts} == {
-        "shape.output": True, "definition.attention": False,
-    }  # fmt: skip
+        "shape.output": True,
+        "definition.attention": False,
+    }
     assert again.known_failures == found.known_failures
     msgspec.structs.replace(found, verdicts=marked, finished=False).write(path)
     (place / "known_failures.toml").write_text(f'schema = "{known_failures.SCHEMA}"\n')

@@ -45,9 +45,17 @@ def results(*verdicts: Verdict, **more: Any) -> Results:
         **more,
     }
     return Results(
-        suite="0", backend="x", device="cpu", dtypes=["float32"], budget="smoke", seed=0, started="now", finished=True,
-        verdicts=list(verdicts), **fields,
-    )  # fmt: skip
+        suite="0",
+        backend="x",
+        device="cpu",
+        dtypes=["float32"],
+        budget="smoke",
+        seed=0,
+        started="now",
+        finished=True,
+        verdicts=list(verdicts),
+        **fields,
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,7 +80,7 @@ def results(*verdicts: Verdict, **more: Any) -> Results:
         (results(unavailable="no compiler"), 4, "no longer available: no compiler"),
         (results(verdict(), verdict("shape.length")), 0, "absent -> pass"),
     ],
-)  # fmt: skip
+)
 def test_the_gate_moves_with_the_results(now: Results, code: int, words: str) -> None:
     differences = gate.compare(now, results(verdict()))
     assert gate.exit_code(differences) == code

@@ -62,12 +62,18 @@ def problems(dtype: str, seed: int) -> Iterator[Problem]:
     for _ in range(DRAWS):
         kv_heads, group = rng.integers(1, 3, 2)
         config = Config(
-            "attention", heads=int(kv_heads * group), kv_heads=int(kv_heads), capacity=400,
-            head_dim=int(rng.choice((1, 2, 4, 7, 8, 16, 33, 64))), dtype=dtype,
+            "attention",
+            heads=int(kv_heads * group),
+            kv_heads=int(kv_heads),
+            capacity=400,
+            head_dim=int(rng.choice((1, 2, 4, 7, 8, 16, 33, 64))),
+            dtype=dtype,
             window=[None, 1, 5, 64][rng.integers(4)],
-            softcap=[None, None, 1.5, 30.0][rng.integers(4)], sink=[None, None, 1.0, -3.0][rng.integers(4)],
-            scale=[None, None, 0.37, 1.0][rng.integers(4)], positions=["none", "none", "alibi"][rng.integers(3)],
-        )  # fmt: skip
+            softcap=[None, None, 1.5, 30.0][rng.integers(4)],
+            sink=[None, None, 1.0, -3.0][rng.integers(4)],
+            scale=[None, None, 0.37, 1.0][rng.integers(4)],
+            positions=["none", "none", "alibi"][rng.integers(3)],
+        )
         s = int(rng.choice((1, 2, 3, 9, 30, 100, 300)))
         distribution = ("normal", "normal", "large_queries", "zero_keys", "small_keys_large_values")[rng.integers(5)]
         yield problem(rng, config, CASES, min(s, int(rng.integers(1, 3))), s, distribution)

@@ -40,9 +40,16 @@ GQA, WINDOW = CONFIGS["attention-gqa"], CONFIGS["attention-window"]
 ROPE = CONFIGS["decoder-rope"]
 LONG, SINK = CONFIGS["attention-long"], CONFIGS["attention-sink"]
 EVERYTHING = Claims(
-    profiles=("attention", "decoder"), abilities=tuple(ABILITIES), overflow="refused", padding=("right", "left"),
-    unused_slots="any", page=4, max_graphs=9, kv_bits=8, residual=4,
-)  # fmt: skip
+    profiles=("attention", "decoder"),
+    abilities=tuple(ABILITIES),
+    overflow="refused",
+    padding=("right", "left"),
+    unused_slots="any",
+    page=4,
+    max_graphs=9,
+    kv_bits=8,
+    residual=4,
+)
 POOR = Claims(profiles=("attention", "decoder"), max_batch=1, max_chunk=4, max_sequences=1)
 
 
@@ -75,10 +82,12 @@ def two_live_interleaved(p: Program) -> bool:
 
 def not_its_own_inverse(p: Program) -> bool:
     return any(
-        isinstance(s, Reorder) and len(s.rows) > 2 and sorted(s.rows) == list(range(len(s.rows)))
+        isinstance(s, Reorder)
+        and len(s.rows) > 2
+        and sorted(s.rows) == list(range(len(s.rows)))
         and [s.rows[r] for r in s.rows] != list(range(len(s.rows)))
         for s in p.steps
-    )  # fmt: skip
+    )
 
 
 def repeats_a_row(p: Program) -> bool:

@@ -32,9 +32,16 @@ from kvconform_specs.program import (
 
 CONFIG = CONFIGS["attention-gqa"]
 EVERYTHING = Claims(
-    profiles=("attention", "decoder"), abilities=tuple(ABILITIES), overflow="refused", padding=("right", "left"),
-    unused_slots="any", page=4, max_graphs=9, kv_bits=8, residual=4,
-)  # fmt: skip
+    profiles=("attention", "decoder"),
+    abilities=tuple(ABILITIES),
+    overflow="refused",
+    padding=("right", "left"),
+    unused_slots="any",
+    page=4,
+    max_graphs=9,
+    kv_bits=8,
+    residual=4,
+)
 
 
 @given(st.data())

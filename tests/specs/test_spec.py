@@ -120,10 +120,12 @@ def test_all_ambiguities_are_settled() -> None:
 def test_an_ambiguity_is_settled_by_what_there_is(ambiguity: Ambiguity) -> None:
     known = {
         *BY_NAME,
-        *(f"claims.{f.name}" for f in fields(Claims)), *(f"config.{f.name}" for f in fields(Config)),
-        *(f"ability.{name}" for name in ABILITIES), *(f"program.{op}" for op in OPS),
+        *(f"claims.{f.name}" for f in fields(Claims)),
+        *(f"config.{f.name}" for f in fields(Config)),
+        *(f"ability.{name}" for name in ABILITIES),
+        *(f"program.{op}" for op in OPS),
         *(f"backend.{name}" for name in {*vars(Backend), *vars(Abilities)} if not name.startswith("_")),
-    }  # fmt: skip
+    }
     assert set(ambiguity.by) <= known
     assert ambiguity.by
     assert ambiguity.question.endswith("?")

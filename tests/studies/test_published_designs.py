@@ -33,9 +33,17 @@ INTENDED = ("module-buffers", "past-tuples", "list-cache")
 CORNERS = ("attention-softcap", "decoder-learned")
 """A bias with a softcap, and grouped heads with a window in some layers: what a mask can get wrong."""
 CHAPTERS = (
-    "shape", "causality", "equivalence", "definition.attention", "definition.decoder", "lifecycle", "contents",
-    "capacity", "errors", "accounting",
-)  # fmt: skip
+    "shape",
+    "causality",
+    "equivalence",
+    "definition.attention",
+    "definition.decoder",
+    "lifecycle",
+    "contents",
+    "capacity",
+    "errors",
+    "accounting",
+)
 
 
 # --- as intended ---
@@ -134,9 +142,12 @@ TOP_LEFT = [*WANTED[:3], *("x......." for _ in range(5))]
 SEEN = Map(schedule="decode", sizes=[1] * 8, wanted=WANTED, seen=TOP_LEFT)
 RIGHT = Map(schedule="chunked", sizes=[3, 2, 1, 2], wanted=WANTED, seen=WANTED)
 STOPPED = Map(
-    schedule="chunked", sizes=[3, 2, 1, 2], wanted=WANTED, seen=[*WANTED[:3], *(" " * 8 for _ in range(5))],
+    schedule="chunked",
+    sizes=[3, 2, 1, 2],
+    wanted=WANTED,
+    seen=[*WANTED[:3], *(" " * 8 for _ in range(5))],
     stopped="RuntimeError: shapes",
-)  # fmt: skip
+)
 OWN = Config("hidden", heads=4, kv_heads=4, head_dim=8, width=32, capacity=40)
 BUG = "https://github.com/pytorch/pytorch/issues/108108"
 

@@ -221,10 +221,13 @@ def made(
 
 def proof(*restarts: Restart) -> Proof:
     return Proof(
-        started="2026-11-22T00:00:00+00:00", machine={"cpu": "a CPU", "cores": 2},
-        software={"numpy": "2.0.0", "python": "3.11.7"}, restarts=list(restarts), seconds=600.0,
+        started="2026-11-22T00:00:00+00:00",
+        machine={"cpu": "a CPU", "cores": 2},
+        software={"numpy": "2.0.0", "python": "3.11.7"},
+        restarts=list(restarts),
+        seconds=600.0,
         protocol={"restarts": 2 * NEEDED, "rounds": 60, "alone": 60},
-    )  # fmt: skip
+    )
 
 
 def truth(arm: str) -> float:
@@ -337,13 +340,26 @@ def test_the_page_prints_what_the_samples_say(page: str) -> None:
 def test_the_page_has_a_row_for_each_test_of_the_gate_against_itself() -> None:
     tests = [
         SelfTest(
-            date="2026-01-02T03:04:05+00:00", machine={"cpu": "a cpu", "cores": 2}, suite="1", backend="eager",
-            presets=["small"], runs=20, cases=140, alarms=alarms, improvements=0, inconclusive=3, alarmed=alarms,
-            stated=5e-4, p=1.0, simulated={"runs": 1000, "cases": 7000, "alarms": 2}, bias=0.0, spread=0.021,
+            date="2026-01-02T03:04:05+00:00",
+            machine={"cpu": "a cpu", "cores": 2},
+            suite="1",
+            backend="eager",
+            presets=["small"],
+            runs=20,
+            cases=140,
+            alarms=alarms,
+            improvements=0,
+            inconclusive=3,
+            alarmed=alarms,
+            stated=5e-4,
+            p=1.0,
+            simulated={"runs": 1000, "cases": 7000, "alarms": 2},
+            bias=0.0,
+            spread=0.021,
             verdict=verdict,
         )
         for alarms, verdict in ((0, "kept"), (4, "exceeded"))
-    ]  # fmt: skip
+    ]
     page = stopwatch.render(proof(*EXACT.restarts), tests)[""]
     for alarms, verdict in ((0, "kept"), (4, "exceeded")):
         row = f"| 20 | 140 | {alarms} | 0 | 3 | 2.1 % | 2 / 7000 | {verdict} |"

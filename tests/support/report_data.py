@@ -25,9 +25,16 @@ HOSTILE = ("<img src=x onerror=alert(1)>", '"><script>alert(1)</script>', "</scr
 def passed(clause: str, config: str, seed: int = 0) -> Verdict:
     draw = random.Random(f"{clause} {config} {seed}")
     return Verdict(
-        clause=clause, config=config, backend="", outcome=Outcome.PASS, compared=draw.randrange(100, 10**6),
-        programs=320, structures=16, seconds=round(draw.random(), 3), worst=draw.random() * 0.4,
-    )  # fmt: skip
+        clause=clause,
+        config=config,
+        backend="",
+        outcome=Outcome.PASS,
+        compared=draw.randrange(100, 10**6),
+        programs=320,
+        structures=16,
+        seconds=round(draw.random(), 3),
+        worst=draw.random() * 0.4,
+    )
 
 
 def other(clause: str, config: str, outcome: Outcome, sentence: str, **more: Any) -> Verdict:
@@ -44,12 +51,19 @@ def everywhere(seed: int = 0) -> list[Verdict]:
 
 def results(backend: str, verdicts: list[Verdict], **more: Any) -> Results:
     settings: dict[str, Any] = {
-        "suite": "0.1.0", "backend": backend, "device": "cpu", "dtypes": ["float32"], "budget": "pr", "seed": 0,
-        "started": "2026-11-21T22:07:34+00:00", "seconds": 41.5, "finished": True,
+        "suite": "0.1.0",
+        "backend": backend,
+        "device": "cpu",
+        "dtypes": ["float32"],
+        "budget": "pr",
+        "seed": 0,
+        "started": "2026-11-21T22:07:34+00:00",
+        "seconds": 41.5,
+        "finished": True,
         "environment": {"python": "3.11.7", "numpy": "2.4.6", "machine": {"system": "Linux", "cpus": 2}},
         "claims": {"profiles": ["attention", "decoder"], "abilities": ["full", "length"], "max_batch": None},
         "runtime_info": {name: {"numpy": "2.4.6"} for name in CONFIGS},
-    }  # fmt: skip
+    }
     return Results(verdicts=verdicts, **(settings | more))
 
 
@@ -57,29 +71,44 @@ def broken(verdicts: list[Verdict], seed: int = 0) -> list[Verdict]:
     """The same cells with a failure of each kind, and cells without a verdict."""
     changed = {
         ("equivalence.chunks", "attention-window"): other(
-            "equivalence.chunks", "attention-window", Outcome.FAIL,
+            "equivalence.chunks",
+            "attention-window",
+            Outcome.FAIL,
             "program 2, step 2 out[0] at row 1, head 3: got -0.4482, want -0.4266 ± 7.4e-07 (29340x the bound)",
-            counterexample="equivalence.chunks-3f2a91c0.json", found_after=17, worst=0.21,
+            counterexample="equivalence.chunks-3f2a91c0.json",
+            found_after=17,
+            worst=0.21,
         ),
         ("equivalence.chunks", "decoder-learned"): other(
-            "equivalence.chunks", "decoder-learned", Outcome.FAIL,
+            "equivalence.chunks",
+            "decoder-learned",
+            Outcome.FAIL,
             "program 1, step 1 out[0] at row 0, token 2: got 1.0931, want 1.1807 ± 2.2e-05 (3981x the bound)",
-            counterexample="equivalence.chunks-90bb1d02.json", found_after=3,
+            counterexample="equivalence.chunks-90bb1d02.json",
+            found_after=3,
         ),
         ("lifecycle.reset", "attention-gqa"): other(
-            "lifecycle.reset", "attention-gqa", Outcome.CRASH,
+            "lifecycle.reset",
+            "attention-gqa",
+            Outcome.CRASH,
             "step 3 reset: the worker died with signal 11 (segmentation fault)",
-            counterexample="lifecycle.reset-0c51ff2e.json", found_after=1,
+            counterexample="lifecycle.reset-0c51ff2e.json",
+            found_after=1,
         ),
         ("shape.no-specialisation", "decoder-rope"): other(
-            "shape.no-specialisation", "decoder-rope", Outcome.TIMEOUT,
-            "step 2 append: no answer within 30 s", counterexample="shape.no-specialisation-77aa0e11.json",
+            "shape.no-specialisation",
+            "decoder-rope",
+            Outcome.TIMEOUT,
+            "step 2 append: no answer within 30 s",
+            counterexample="shape.no-specialisation-77aa0e11.json",
         ),
         ("causality.visibility", "decoder-softcap"): other(
-            "causality.visibility", "decoder-softcap", Outcome.INCONCLUSIVE,
+            "causality.visibility",
+            "decoder-softcap",
+            Outcome.INCONCLUSIVE,
             "failed once and passed on fresh processes, alone and after what ran before: step 1 out[0] moved",
         ),
-    }  # fmt: skip
+    }
     return [changed.get(verdict.key, verdict) for verdict in verdicts]
 
 
@@ -103,10 +132,15 @@ KNOWN = "numerics.zero-keys", "attention-gqa"
 
 def row(backend: str, **more: Any) -> known_failures.Row:
     settings: dict[str, Any] = {
-        "backend": backend, "clause": KNOWN[0], "config": KNOWN[1], "reason": "bug in a library",
-        "link": "https://github.com/pytorch/pytorch/issues/103082", "versions": {"torch": "2.11.*"},
-        "expires": date(2027, 3, 31), "counterexample": "known/numerics.zero-keys-1a2b3c4d.json",
-    }  # fmt: skip
+        "backend": backend,
+        "clause": KNOWN[0],
+        "config": KNOWN[1],
+        "reason": "bug in a library",
+        "link": "https://github.com/pytorch/pytorch/issues/103082",
+        "versions": {"torch": "2.11.*"},
+        "expires": date(2027, 3, 31),
+        "counterexample": "known/numerics.zero-keys-1a2b3c4d.json",
+    }
     return known_failures.Row(**(settings | more))
 
 
@@ -121,17 +155,31 @@ def known(backend: str, verdicts: list[Verdict]) -> dict[str, Any]:
 def refuted(verdicts: list[Verdict], clause: str = "determinism.chunk-invariant") -> list[Verdict]:
     """The same cells with one guarantee refuted wherever it was measured."""
     return [
-        other(v.clause, v.config, Outcome.REFUTED, f"step 1 out[0] under {v.config}: got 0.6555021, but 0.6555020",
-              counterexample=f"{v.clause}-{v.config}.json") if v.clause == clause else v
+        other(
+            v.clause,
+            v.config,
+            Outcome.REFUTED,
+            f"step 1 out[0] under {v.config}: got 0.6555021, but 0.6555020",
+            counterexample=f"{v.clause}-{v.config}.json",
+        )
+        if v.clause == clause
+        else v
         for v in verdicts
-    ]  # fmt: skip
+    ]
 
 
 MODELS = (
-    "zeros", "one visible token dropped", "window one too wide", "KV head i % g", "mean of the visible values",
-    "one visible token stale: its slot holds the next one", "window one too narrow", "newest visible token only",
-    "queries' positions one too large", "first token only",
-)  # fmt: skip
+    "zeros",
+    "one visible token dropped",
+    "window one too wide",
+    "KV head i % g",
+    "mean of the visible values",
+    "one visible token stale: its slot holds the next one",
+    "window one too narrow",
+    "newest visible token only",
+    "queries' positions one too large",
+    "first token only",
+)
 
 
 def power() -> list[dict[str, Any]]:
@@ -156,10 +204,18 @@ def power() -> list[dict[str, Any]]:
 def _trial(clause: str, kills: bool, budget: str = "smoke", **more: Any) -> Trial:
     sentence = "step 1 out[0]: got 0.5, want 0.25" if kills else ""
     return Trial(
-        budget=budget, clause=clause, outcome=Outcome.FAIL if kills else Outcome.PASS, kills=kills,
-        by="judgement" if kills else "", config="attention-gqa", programs=12, seconds=0.25, ran=3, sentence=sentence,
+        budget=budget,
+        clause=clause,
+        outcome=Outcome.FAIL if kills else Outcome.PASS,
+        kills=kills,
+        by="judgement" if kills else "",
+        config="attention-gqa",
+        programs=12,
+        seconds=0.25,
+        ran=3,
+        sentence=sentence,
         **more,
-    )  # fmt: skip
+    )
 
 
 def audit(name: str = "top-left") -> audit_record.Record:
@@ -168,16 +224,27 @@ def audit(name: str = "top-left") -> audit_record.Record:
 
     def fault(name: str, conditional: bool, trials: list[Trial], **more: Any) -> Audited:
         settings: dict[str, Any] = {
-            "address": f"faults:{name}", "classes": ("M1",), "clauses": ("causality.past-seen", "equivalence.decode"),
-            "bug": "pytorch/pytorch/issues/108108", "sentence": f"The mask of {name} begins at the top left.",
-        }  # fmt: skip
+            "address": f"faults:{name}",
+            "classes": ("M1",),
+            "clauses": ("causality.past-seen", "equivalence.decode"),
+            "bug": "pytorch/pytorch/issues/108108",
+            "sentence": f"The mask of {name} begins at the top left.",
+        }
         return Audited(name=name, conditional=conditional, trials=trials, **(settings | more))
 
     both = ("smoke", "pr")
     seen, decode, decoder = "causality.past-seen", "equivalence.decode", "definition.decoder"
     record = audit_record.Record(
-        suite="0.1.0", faults="faults:FAULTS", budgets=list(both), seed=0, names=[], every=False, shard="",
-        started="2026-11-21T23:30:00+00:00", seconds=12.5, finished=True,
+        suite="0.1.0",
+        faults="faults:FAULTS",
+        budgets=list(both),
+        seed=0,
+        names=[],
+        every=False,
+        shard="",
+        started="2026-11-21T23:30:00+00:00",
+        seconds=12.5,
+        finished=True,
         audited=[
             fault(name, False, [_trial(clause, True, budget) for budget in both for clause in (seen, decode)]),
             fault("tail-attended", True, [_trial(c, c != decode, b) for b in both for c in (seen, decode, decoder)]),
@@ -188,7 +255,7 @@ def audit(name: str = "top-left") -> audit_record.Record:
             fault("right", False, [_trial(clause.name, False) for clause in ALL], clauses=()),
             fault("right-too", False, [_trial(seen, True)], clauses=(), sentence="It is right."),
         ],
-    )  # fmt: skip
+    )
     record.scores = audit_record.scores(record)
     return record
 
@@ -196,9 +263,11 @@ def audit(name: str = "top-left") -> audit_record.Record:
 def four() -> list[Results]:
     """One backend of each standing."""
     ort = {
-        "providers": ["CUDAExecutionProvider", "CPUExecutionProvider"], "nodes": {"MatMul": 24, "Softmax": 2},
-        "memcpy_nodes": 0, "onnxruntime": "1.31.1",
-    }  # fmt: skip
+        "providers": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+        "nodes": {"MatMul": 24, "Softmax": 2},
+        "memcpy_nodes": 0,
+        "onnxruntime": "1.31.1",
+    }
     power_table = {"float32": power()}
     first = known("eager", refuted(everywhere(1)))
     return [
@@ -206,10 +275,15 @@ def four() -> list[Results]:
         results("eager-static", broken(everywhere(2)), power=msgspec.json.decode(msgspec.json.encode(power_table))),
         results("onnx", lacking(everywhere(3)), device="cuda", runtime_info=dict.fromkeys(CONFIGS, ort)),
         results(
-            "compiled", [], environment={}, claims={}, runtime_info={}, seconds=0.0,
+            "compiled",
+            [],
+            environment={},
+            claims={},
+            runtime_info={},
+            seconds=0.0,
             unavailable="backend 'compiled' is not installed; install it with: pip install 'kvconform[compiled]'",
         ),
-    ]  # fmt: skip
+    ]
 
 
 TOP_LEFT = Map(
@@ -222,16 +296,20 @@ def black_box(name: str, words: str = "behaves like a mask that begins at the to
     """A broken one, which was judged by itself, mapped and diagnosed."""
     said = "got 0.41, want -0.18"
     return results(
-        name, [other("equivalence.decode", "hidden-self", Outcome.FAIL, said), passed("shape.length", "hidden-self")],
+        name,
+        [other("equivalence.decode", "hidden-self", Outcome.FAIL, said), passed("shape.length", "hidden-self")],
         target=Target(recognised=words, assumed=[words], configs={"hidden-self": {}}, noise={"hidden-self": 4e-5}),
         maps={"hidden-self": [AS_DEMANDED, TOP_LEFT]},
         diagnoses={
             "hidden-self": Diagnosis(
-                named="M1", fault=words, bug="https://github.com/pytorch/pytorch/issues/108108", sentence=words,
+                named="M1",
+                fault=words,
+                bug="https://github.com/pytorch/pytorch/issues/108108",
+                sentence=words,
                 signature=words,
             )
         },
-    )  # fmt: skip
+    )
 
 
 def pairs() -> list[Pair]:

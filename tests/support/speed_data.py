@@ -21,7 +21,7 @@ from kvconform.bench.record import (
     Round,
     Summary,
     Tokens,
-)  # fmt: skip
+)
 
 NOISY = "the interval's half-width is 13%, over 10%"
 FLAG = "over the measured ceiling by more than 5%: what was measured is not the limit"
@@ -32,10 +32,15 @@ GENERATE = ("generate", "regenerate", "regenerate-last")
 SLOW = (1.0, 0.7, 3.1)
 """How slow each backend is, against the first."""
 PUBLISHED: dict[str, Any] = {
-    "what": "16 tokens after a prompt of 64", "cached": "0.0315 s", "uncached": 0.0997, "ratio": 3.17,
-    "machine": "A100", "source": "a notebook on caches", "phases": ("generate", "regenerate"),
+    "what": "16 tokens after a prompt of 64",
+    "cached": "0.0315 s",
+    "uncached": 0.0997,
+    "ratio": 3.17,
+    "machine": "A100",
+    "source": "a notebook on caches",
+    "phases": ("generate", "regenerate"),
     "differs": ("one thread of a CPU here", "its cached loop ran the prefill twice"),
-}  # fmt: skip
+}
 
 
 def latency(names: tuple[str, ...] = ("eager", "onnx", "numpy"), device: bool = False) -> Record:
@@ -44,20 +49,37 @@ def latency(names: tuple[str, ...] = ("eager", "onnx", "numpy"), device: bool = 
     steps of one batch are timed, and the second backend cannot project the last position alone. ``device``: with times
     of a GPU's own."""
     record = Record(
-        suite="0.1.0", started="2026-11-21T23:00:00+00:00", device="cpu",
+        suite="0.1.0",
+        started="2026-11-21T23:00:00+00:00",
+        device="cpu",
         machine={"cpu": "AMD EPYC 9B14", "cores": 2, "memory_gib": 16},
         software={name: {"python": "3.11.7", "torch": "2.13.0"} for name in names},
-        protocol={"name": "pair-v1", "order": "random in each round", "restarts": RESTARTS, "clock": "perf_counter_ns",
-                  "stop": {"blocks": 60, "half_width": 0.02, "seconds": 8}, "threads": 1, "seed": 11},
+        protocol={
+            "name": "pair-v1",
+            "order": "random in each round",
+            "restarts": RESTARTS,
+            "clock": "perf_counter_ns",
+            "stop": {"blocks": 60, "half_width": 0.02, "seconds": 8},
+            "threads": 1,
+            "seed": 11,
+        },
         load=[0.42, 0.61, 0.73, 1.17],
-        presets={"decoder-small": {"config": {"layers": 4, "heads": 8, "window": None}, "about": "a small decoder",
-                                   "published": [{**PUBLISHED, "arm": names[-1]}]},
-                 "decoder-wide": {"config": {"layers": 8, "heads": 16, "window": None}, "about": "a wide decoder"}},
-        excluded=[Excluded("eager-static", "decoder-small", "not conformant: 4 of 95 cells broken"),
-                  Excluded("compiled", "decoder-wide", "not installed"),
-                  Excluded("onnx", "decoder-wide", "claims no last", "recompute-last")],
-        seconds=312.0, finished=True,
-    )  # fmt: skip
+        presets={
+            "decoder-small": {
+                "config": {"layers": 4, "heads": 8, "window": None},
+                "about": "a small decoder",
+                "published": [{**PUBLISHED, "arm": names[-1]}],
+            },
+            "decoder-wide": {"config": {"layers": 8, "heads": 16, "window": None}, "about": "a wide decoder"},
+        },
+        excluded=[
+            Excluded("eager-static", "decoder-small", "not conformant: 4 of 95 cells broken"),
+            Excluded("compiled", "decoder-wide", "not installed"),
+            Excluded("onnx", "decoder-wide", "claims no last", "recompute-last"),
+        ],
+        seconds=312.0,
+        finished=True,
+    )
     run = _Run(record, names, device)
     for batch in (1, 4):
         run.steps("decoder-small", 90e3, batch, DEPTHS if batch == 1 else DEPTHS[-2:])
@@ -94,9 +116,12 @@ class _Run:
             self.roofs(number)
             phases = STEPS if preset == "decoder-small" else STEPS[:2]
             self.case(
-                preset, n, batch,
-                {arm: base * batch**0.9 * slow * cost[arm.phase](n) for arm, slow in self.arms(phases)}, 1,
-            )  # fmt: skip
+                preset,
+                n,
+                batch,
+                {arm: base * batch**0.9 * slow * cost[arm.phase](n) for arm, slow in self.arms(phases)},
+                1,
+            )
 
     def prefill(self, preset: str, base: float, batch: int, prompts: tuple[int, ...]) -> None:
         for n in prompts:
@@ -141,8 +166,9 @@ class _Run:
     def arms(self, phases: tuple[str, ...]) -> list[tuple[Arm, float]]:
         return [
             (Arm(name, phase), SLOW[i % 3] * self.draw.uniform(0.95, 1.05))
-            for i, name in enumerate(self.names) for phase in phases
-        ]  # fmt: skip
+            for i, name in enumerate(self.names)
+            for phase in phases
+        ]
 
     def case(self, preset: str, depth: int, batch: int, times: dict[Arm, float], steps: int, new: int = 0) -> int:
         """Rounds, summaries and ratios of arms that take such nanoseconds: against the reference of their phase, and a
@@ -155,11 +181,21 @@ class _Run:
             half = draw.uniform(0.01, 0.06)
             record.summaries.append(
                 Summary(
-                    number, i, blocks, RESTARTS, ns, ns * (1 - half), ns * (1 + 2 * half), ns * (1 - half / 2),
-                    ns * (1 + half / 2), draw.uniform(0.004, 0.05), ns * (1 + 4 * half) if blocks >= 64 else None, None,
+                    number,
+                    i,
+                    blocks,
+                    RESTARTS,
+                    ns,
+                    ns * (1 - half),
+                    ns * (1 + 2 * half),
+                    ns * (1 - half / 2),
+                    ns * (1 + half / 2),
+                    draw.uniform(0.004, 0.05),
+                    ns * (1 + 4 * half) if blocks >= 64 else None,
+                    None,
                     ns * 0.6 if self.device and arm.backend != MACHINE else None,
                 )
-            )  # fmt: skip
+            )
             gpu = round(ns * 0.6) if self.device else 0
             record.rounds += [Round(number, r, 0, i, i, round(ns), round(ns), 0, gpu) for r in range(RESTARTS)]
         uncached = {GENERATE[0]: GENERATE[1:], STEPS[0]: STEPS[1:]}
@@ -172,9 +208,20 @@ class _Run:
                     why = NOISY if one.backend == self.names[-1] and depth == DEPTHS[-1] and batch == 1 else ""
                     ratio, half = times[one] / times[other], draw.uniform(0.004, 0.04)
                     record.ratios.append(
-                        Ratio(number, i, j, ratio, ratio * (1 - half), ratio * (1 + half), blocks, RESTARTS,
-                              not why, why, draw.uniform(0.002, 0.03))
-                    )  # fmt: skip
+                        Ratio(
+                            number,
+                            i,
+                            j,
+                            ratio,
+                            ratio * (1 - half),
+                            ratio * (1 + half),
+                            blocks,
+                            RESTARTS,
+                            not why,
+                            why,
+                            draw.uniform(0.002, 0.03),
+                        )
+                    )
         return number
 
     def roofs(self, number: int) -> None:

@@ -73,7 +73,10 @@ def __getattr__(name: str) -> type[Wrapped]:
         raise AttributeError(name)  # what inspects a module asks for much
     kind = load(name.replace("_", "-"))
     own = replace(
-        kind.claims, profiles=("decoder",), reference="self", dtypes=("float32",),
+        kind.claims,
+        profiles=("decoder",),
+        reference="self",
+        dtypes=("float32",),
         abilities=tuple(dict.fromkeys(("full", *kind.claims.abilities))),
-    )  # fmt: skip
+    )
     return type(name, (Wrapped,), {"name": name, "kind": kind, "claims": own, "__module__": __name__})

@@ -102,8 +102,10 @@ def test_what_the_own_forward_cannot_show_is_unsupported_and_says_blind(tmp_path
 def test_a_token_that_the_cached_path_drops_is_convicted(tmp_path: Path) -> None:
     found = outcomes(judged("DropsOldest", tmp_path))
     assert {name for name, outcome in found.items() if outcome.broken} >= {
-        "equivalence.decode", "equivalence.chunks", "causality.past-seen",
-    }  # fmt: skip
+        "equivalence.decode",
+        "equivalence.chunks",
+        "causality.past-seen",
+    }
 
 
 def test_an_error_of_a_ten_thousandth_in_the_cached_path_alone_is_convicted(tmp_path: Path) -> None:

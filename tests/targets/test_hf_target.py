@@ -40,11 +40,19 @@ from kvconform_backends.targets.hf.target import Transformers, open_hf, tokens_o
 pytestmark = pytest.mark.xdist_group("transformers")
 
 FAMILIES = {
-    "GPT2Config": "GPT2LMHeadModel", "LlamaConfig": "LlamaForCausalLM", "MistralConfig": "MistralForCausalLM",
-    "Gemma2Config": "Gemma2ForCausalLM", "Gemma3TextConfig": "Gemma3ForCausalLM", "Qwen3Config": "Qwen3ForCausalLM",
-    "GPTNeoXConfig": "GPTNeoXForCausalLM", "FalconConfig": "FalconForCausalLM", "OPTConfig": "OPTForCausalLM",
-    "BloomConfig": "BloomForCausalLM", "PhiConfig": "PhiForCausalLM", "GptOssConfig": "GptOssForCausalLM",
-}  # fmt: skip
+    "GPT2Config": "GPT2LMHeadModel",
+    "LlamaConfig": "LlamaForCausalLM",
+    "MistralConfig": "MistralForCausalLM",
+    "Gemma2Config": "Gemma2ForCausalLM",
+    "Gemma3TextConfig": "Gemma3ForCausalLM",
+    "Qwen3Config": "Qwen3ForCausalLM",
+    "GPTNeoXConfig": "GPTNeoXForCausalLM",
+    "FalconConfig": "FalconForCausalLM",
+    "OPTConfig": "OPTForCausalLM",
+    "BloomConfig": "BloomForCausalLM",
+    "PhiConfig": "PhiForCausalLM",
+    "GptOssConfig": "GptOssForCausalLM",
+}
 WINDOWED = {"MistralConfig", "Gemma2Config", "Gemma3TextConfig", "GptOssConfig"}
 MIXED = WINDOWED - {"MistralConfig"}
 TINY = ROOT / "examples" / "tiny_llama"
@@ -83,9 +91,13 @@ def broken(backend: type[Transformers], clauses: Sequence[str], examples: int) -
         clause = BY_NAME[name]
 
         @settings(
-            max_examples=examples, deadline=None, database=None, derandomize=True, phases=(Phase.generate,),
+            max_examples=examples,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            phases=(Phase.generate,),
             suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
+        )
         @given(clause.strategy(subject.config, subject.claims))
         def tried(case: Case) -> None:
             subject.traces.clear()
@@ -104,9 +116,12 @@ def asked(backend: type[Transformers]) -> list[str]:
     return [
         clause.name
         for clause in ALL
-        if clause.level is Level.MUST and not clause.blind and clause.applies(config)
-        and all(map(claims.can, clause.needs)) and (not clause.needs_any or any(map(claims.can, clause.needs_any)))
-    ]  # fmt: skip
+        if clause.level is Level.MUST
+        and not clause.blind
+        and clause.applies(config)
+        and all(map(claims.can, clause.needs))
+        and (not clause.needs_any or any(map(claims.can, clause.needs_any)))
+    ]
 
 
 # --- opening ---
@@ -189,7 +204,7 @@ def test_a_directory_without_weights_is_opened_at_random_and_one_with_weights_as
         ("LlamaConfig", {"config": {"head_dim": 7}}, "transformers .* says Strict.* even rotary dimension"),
         ("ViTConfig", {}, "transformers .* says ValueError: Unrecognized configuration class"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_opened_gets_one_sentence(target: str, options: Mapping[str, Any], words: str) -> None:
     with pytest.raises(BackendError, match=f"^target hf:{target}: .*{words}"):
         open_hf(target, options)
@@ -322,10 +337,18 @@ def test_the_script_of_a_program_gives_what_the_backend_gave(target: str, option
     backend = open_hf(target, options)
     (config,) = backend.configs.values()
     steps = [
-        Append("a", (3, 3), 5), Append("a", (1, 1), 5), Fork("a", "b"), Append("b", (2, 2), 9), Reorder("a", (1, 1, 0)),
-        Append("a", (1, 1, 1), 11), Close("b"), Reset("a"), Append("a", (4, 4, 4), 13), UncachedForward("c", (6,), 15),
+        Append("a", (3, 3), 5),
+        Append("a", (1, 1), 5),
+        Fork("a", "b"),
+        Append("b", (2, 2), 9),
+        Reorder("a", (1, 1, 0)),
+        Append("a", (1, 1, 1), 11),
+        Close("b"),
+        Reset("a"),
+        Append("a", (4, 4, 4), 13),
+        UncachedForward("c", (6,), 15),
         Append("b", (2,), 17),
-    ]  # fmt: skip
+    ]
     if backend.claims.can("truncate"):
         steps += [Truncate("b", 1), Reject(Truncate("b", 9)), Append("b", (2,), 19), Truncate("b", 0)]
         steps += [Reorder("b", (0, 0)), Append("b", (1, 1), 21)]

@@ -39,10 +39,19 @@ HERE = SUPPORT
 FILE = HERE / "third_party_modules.py"
 EXAMPLES = HERE.parents[1] / "examples"
 ASKED = (
-    "shape.output", "shape.length", "shape.first-step", "causality.future-blind", "causality.past-seen",
-    "equivalence.decode", "equivalence.chunks", "equivalence.full-stable", "contents.old-handle",
-    "lifecycle.reset", "lifecycle.independent", "batch.row-solo",
-)  # fmt: skip
+    "shape.output",
+    "shape.length",
+    "shape.first-step",
+    "causality.future-blind",
+    "causality.past-seen",
+    "equivalence.decode",
+    "equivalence.chunks",
+    "equivalence.full-stable",
+    "contents.old-handle",
+    "lifecycle.reset",
+    "lifecycle.independent",
+    "batch.row-solo",
+)
 """Clauses about any target, of every chapter that concerns one."""
 
 STATES, PAIR = "hidden states in, ", "as one (key, value) pair, (b, h, s, d); called as module(x, "
@@ -72,15 +81,20 @@ CORRECT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"capacity": 30},
     ),
     "Rotary": (f"{STATES}past passed and returned {PAIR}past=past, pos=cached)", {}),
-    "QueryKeyValue": (f"{STATES}past passed and returned as one (key, value) pair, (b, h, s, d); called as "
-                      "module(x, x, x, past=past)", {}),
+    "QueryKeyValue": (
+        f"{STATES}past passed and returned as one (key, value) pair, (b, h, s, d); called as "
+        "module(x, x, x, past=past)",
+        {},
+    ),
     "OneRow": (f"{STATES}past passed and returned as one array, (b, s, d); called as module(x, past=past)", {}),
     "attend": (
         f"{STATES[:-2]}, without a batch axis, past passed and returned as one (key, value) pair, (s, d)",
         {"width": 16, "vocabulary": 0},
     ),
-    "in_numpy": (f"{STATES[:-2]}, without a batch axis, numpy arrays, past passed and returned as one (key, value) "
-                 "pair, (s, d)", {"width": 16}),
+    "in_numpy": (
+        f"{STATES[:-2]}, without a batch axis, numpy arrays, past passed and returned as one (key, value) pair, (s, d)",
+        {"width": 16},
+    ),
     "LikeTransformers": (
         "token ids in, past_key_values passed and returned as a tuple of 2 (key, value) pairs, (b, h, s, d); called "
         "as module(x, past_key_values=past, use_cache=True)",
@@ -97,7 +111,8 @@ CORRECT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"width": 20},
     ),
     "AlwaysCaches": (
-        f"{STATES}the cache lives in the module and is emptied by module.reset_cache(); called as module(x)", {},
+        f"{STATES}the cache lives in the module and is emptied by module.reset_cache(); called as module(x)",
+        {},
     ),
     "StartPos": (f"{STATES}the cache lives in the module; called as module(x, start_pos=cached)", {"capacity": 26}),
     "FourRows": (f"{STATES}the cache lives in the module; called as module(x, start_pos=cached)", {"capacity": 26}),
@@ -113,7 +128,7 @@ CORRECT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "module(x, input_pos=torch.arange(cached, cached + new))",
         {"capacity": 26},
     ),
-}  # fmt: skip
+}
 """How each is called, in words, and what its config says."""
 
 BROKEN: Mapping[str, tuple[str, set[str], set[str]]] = {
@@ -172,9 +187,13 @@ def broken(target: Any, clauses: Sequence[str] = ASKED, examples: int = 5) -> di
             continue
 
         @settings(
-            max_examples=examples, deadline=None, database=None, derandomize=True, phases=(Phase.generate,),
+            max_examples=examples,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            phases=(Phase.generate,),
             suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
+        )
         @given(clause.strategy(subject.config, subject.claims))
         def tried(case: Case) -> None:
             subject.traces.clear()  # noqa: B023 - it is called here
@@ -248,8 +267,9 @@ def test_arguments_seed_and_dtype_make_the_target() -> None:
     assert target.assumed[0].startswith("it is built with width=30, heads=5 after torch.manual_seed(3)")
     assert broken(target, ("equivalence.decode",)) == {}
     x = np.ones((1, 2, 30), np.float32)
-    outputs = [opened("LayerPast", init={"width": 30, "heads": 5}, seed=seed)(config, {}, "cpu").full(x)
-               for seed in (3, 3, 4)]  # fmt: skip
+    outputs = [
+        opened("LayerPast", init={"width": 30, "heads": 5}, seed=seed)(config, {}, "cpu").full(x) for seed in (3, 3, 4)
+    ]
     assert np.array_equal(outputs[0], outputs[1])
     assert not np.array_equal(outputs[0], outputs[2])
     subject = target(config, {}, "cpu")
@@ -264,8 +284,11 @@ def test_a_config_class_is_made_from_a_json_object() -> None:
 
 
 def test_a_convention_can_be_told() -> None:
-    told = {"call": "module(x, position_ids=torch.arange(cached, cached + new), past=past)", "present": "out[1]",
-            "output": "out[0]"}  # fmt: skip
+    told = {
+        "call": "module(x, position_ids=torch.arange(cached, cached + new), past=past)",
+        "present": "out[1]",
+        "output": "out[0]",
+    }
     target = opened("ForgetsOrder", convention=told)
     assert f"called as {told['call']}" in target.recognised
     assert broken(target) == {}

@@ -75,19 +75,32 @@ def test_the_witness_tells_what_ran(tmp_path: Path) -> None:
 # --- perturbed weights ---
 def test_only_weights_are_disturbed_and_by_the_length_of_their_sums() -> None:
     made = {
-        "wide": np.full((4, 9), 0.3), "turned": np.full((9, 4), 0.3), "gemm": np.full((4, 9), 0.3),
-        "table": np.full((5, 4), 0.3), "gain": np.full(9, 0.3), "scale": np.array([0.3]),
-        "mask": np.full((3, 3), -3e38), "range": np.arange(9.0), "held": np.full((4, 9), 3), "step": np.array(0.5),
-    }  # fmt: skip
+        "wide": np.full((4, 9), 0.3),
+        "turned": np.full((9, 4), 0.3),
+        "gemm": np.full((4, 9), 0.3),
+        "table": np.full((5, 4), 0.3),
+        "gain": np.full(9, 0.3),
+        "scale": np.array([0.3]),
+        "mask": np.full((3, 3), -3e38),
+        "range": np.arange(9.0),
+        "held": np.full((4, 9), 3),
+        "step": np.array(0.5),
+    }
     kinds = {name: np.int8 if name == "held" else np.float32 for name in made}
     node = helper.make_node
     nodes = [
-        node("MatMul", ["x", "wide"], ["a"]), node("Transpose", ["turned"], ["t"]), node("MatMul", ["x", "t"], ["b"]),
-        node("Gemm", ["y", "gemm"], ["c"], transB=1), node("Gather", ["table", "ids"], ["d"]),
-        node("Mul", ["a", "gain"], ["e"]), node("Mul", ["e", "scale"], ["f"]), node("Add", ["f", "mask"], ["g"]),
-        node("Add", ["g", "range"], ["h"]), node("DequantizeLinear", ["held", "step"], ["q"]),
+        node("MatMul", ["x", "wide"], ["a"]),
+        node("Transpose", ["turned"], ["t"]),
+        node("MatMul", ["x", "t"], ["b"]),
+        node("Gemm", ["y", "gemm"], ["c"], transB=1),
+        node("Gather", ["table", "ids"], ["d"]),
+        node("Mul", ["a", "gain"], ["e"]),
+        node("Mul", ["e", "scale"], ["f"]),
+        node("Add", ["f", "mask"], ["g"]),
+        node("Add", ["g", "range"], ["h"]),
+        node("DequantizeLinear", ["held", "step"], ["q"]),
         node("MatMul", ["x", "q"], ["i"]),
-    ]  # fmt: skip
+    ]
     tensors = [numpy_helper.from_array(x.astype(kinds[name]), name) for name, x in made.items()]
     model = helper.make_model(helper.make_graph(nodes, "g", [], [], tensors))
     new = weights.perturbed(model, 0.0, 0.01, seed=1)
@@ -112,10 +125,13 @@ def test_a_graph_without_weights_has_no_bound() -> None:
 def test_scales_of_weights_are_disturbed_and_those_of_activations_are_not() -> None:
     node = helper.make_node
     nodes = [
-        node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"]), node("Mul", ["xs", "weight"], ["both"]),
-        node("QuantizeLinear", ["x", "activation"], ["y"]), node("DequantizeLinear", ["y", "activation"], ["z"]),
-        node("Gather", ["table", "ids"], ["rows"]), node("DequantizeLinear", ["rows", "embedding"], ["w"]),
-    ]  # fmt: skip
+        node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"]),
+        node("Mul", ["xs", "weight"], ["both"]),
+        node("QuantizeLinear", ["x", "activation"], ["y"]),
+        node("DequantizeLinear", ["y", "activation"], ["z"]),
+        node("Gather", ["table", "ids"], ["rows"]),
+        node("DequantizeLinear", ["rows", "embedding"], ["w"]),
+    ]
     names = ("weight", "activation", "embedding")
     tensors = [numpy_helper.from_array(np.array(0.5, np.float32), name) for name in names]
     graph = helper.make_graph(
@@ -183,15 +199,29 @@ def test_a_script_computes_the_same_without_this_package(name: str, tmp_path: Pa
         path = saved(model, tmp_path)
     subject = built(load(f"onnx:{path}"))
     steps = (
-        Append("a", (3, 3), 5), Append("a", (1, 1), 5), UncachedForward("f", (4, 4), 5), Append("b", (2,), 9), Reset("a"),
-        Append("a", (2, 2), 1), Append("a", (2, 2), 1), Close("b"), Append("b", (1,), 3),
-    )  # fmt: skip
+        Append("a", (3, 3), 5),
+        Append("a", (1, 1), 5),
+        UncachedForward("f", (4, 4), 5),
+        Append("b", (2,), 9),
+        Reset("a"),
+        Append("a", (2, 2), 1),
+        Append("a", (2, 2), 1),
+        Close("b"),
+        Append("b", (1,), 3),
+    )
     ran(subject, Program(subject.config, steps), tmp_path)
     text = subject.script(Program(subject.config, steps), "")
     assert [line.partition("  # ")[2] for line in text.splitlines() if "  # " in line] == [
-        "append 3 to a of 2 rows", "append 1 to a of 2 rows", "full 4 to f of 2 rows", "append 2 to b", "reset a",
-        "append 2 to a of 2 rows", "append 2 to a of 2 rows", "close b", "append 1 to b",
-    ]  # fmt: skip
+        "append 3 to a of 2 rows",
+        "append 1 to a of 2 rows",
+        "full 4 to f of 2 rows",
+        "append 2 to b",
+        "reset a",
+        "append 2 to a of 2 rows",
+        "append 2 to a of 2 rows",
+        "close b",
+        "append 1 to b",
+    ]
 
 
 def test_a_script_of_what_no_target_claims_is_an_error(tmp_path: Path) -> None:

@@ -89,13 +89,30 @@ PUBLISHED = (
 )
 
 MODULES = (
-    shape, causality, equivalence, generation, last_position, definition, positions, lifecycle, branches, contents,
-    batch, window, capacity, errors, numerics, layout, paging, quantised, capture, determinism, accounting, graphs,
-)  # fmt: skip
-FAULTS: tuple[Fault, ...] = (
-    *(fault for module in MODULES for fault in faults_of(module)),
-    *PUBLISHED,
+    shape,
+    causality,
+    equivalence,
+    generation,
+    last_position,
+    definition,
+    positions,
+    lifecycle,
+    branches,
+    contents,
+    batch,
+    window,
+    capacity,
+    errors,
+    numerics,
+    layout,
+    paging,
+    quantised,
+    capture,
+    determinism,
+    accounting,
+    graphs,
 )
+FAULTS: tuple[Fault, ...] = (*(fault for module in MODULES for fault in faults_of(module)), *PUBLISHED)
 CONTROLS: tuple[type, ...] = (
     *(
         kind

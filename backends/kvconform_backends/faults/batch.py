@@ -39,9 +39,12 @@ class RowsLandInFirst(
 
 
 class CellNumberWraps(
-    Misplacing, breaks=("batch.row-solo", "batch.permutation"), kind="H4", bug="pytorch/pytorch/issues/162588",
+    Misplacing,
+    breaks=("batch.row-solo", "batch.permutation"),
+    kind="H4",
+    bug="pytorch/pytorch/issues/162588",
     conditional=True,
-):  # fmt: skip
+):
     """Row and slot are one number, which wraps at 100: late slots of the third row lie in the first."""
 
     def cells(self, rows: Array, slots: Array) -> tuple[Array, Array]:
@@ -123,9 +126,13 @@ class PaddingAdvances(
 
 
 class IdleRowOverwritten(
-    Planted, NumpyStatic, breaks=("batch.padding",), kind=("C1", "H4"), bug="microsoft/onnxruntime/pull/29002",
+    Planted,
+    NumpyStatic,
+    breaks=("batch.padding",),
+    kind=("C1", "H4"),
+    bug="microsoft/onnxruntime/pull/29002",
     conditional=True,
-):  # fmt: skip
+):
     """A row that gets no token in a step has its newest one overwritten: its place is its new length less one."""
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
@@ -150,9 +157,14 @@ class PaddingHasPositions(
 
 
 class DecodeAtLongestPosition(
-    Planted, NumpyStatic, breaks=("batch.left-padding", "batch.ragged"), kind="P3", bug="unslothai/unsloth/pull/3795",
-    conditional=True, configs=PLACED,
-):  # fmt: skip
+    Planted,
+    NumpyStatic,
+    breaks=("batch.left-padding", "batch.ragged"),
+    kind="P3",
+    bug="unslothai/unsloth/pull/3795",
+    conditional=True,
+    configs=PLACED,
+):
     """Decode steps give every row the position of the longest."""
 
     def positions(self, cache: Any, t: int) -> Array:

@@ -98,11 +98,7 @@ class TruncateKeepsPosition(
 
 
 class TruncateKeepsMaskOffset(
-    TruncateKeepsPosition,
-    breaks=("lifecycle.truncate",),
-    kind="M5",
-    bug="lablup/mlxcel/issues/421",
-    conditional=True,
+    TruncateKeepsPosition, breaks=("lifecycle.truncate",), kind="M5", bug="lablup/mlxcel/issues/421", conditional=True
 ):
     """The mask of a chunk after a truncate is built with an offset that only ever grows: it sees its own future."""
 
@@ -297,12 +293,7 @@ class RepeatsTiled(
 
 
 class ReorderKeepsLengths(
-    Planted,
-    NumpyStatic,
-    breaks=("shape.length",),
-    kind=("C10", "M7"),
-    bug="jundot/omlx/issues/2172",
-    conditional=True,
+    Planted, NumpyStatic, breaks=("shape.length",), kind=("C10", "M7"), bug="jundot/omlx/issues/2172", conditional=True
 ):
     """Where rows are dropped, keys and values move and the rows' lengths do not: they are those of the first rows."""
 

@@ -22,9 +22,13 @@ class LastSlotNotRead(Planted, NumpyStatic, breaks=("capacity.full",), kind="C2"
 
 
 class DecodeToFullClamps(
-    Planted, NumpyStatic, breaks=("capacity.full",), kind="C2", bug="huggingface/transformers/issues/32503",
+    Planted,
+    NumpyStatic,
+    breaks=("capacity.full",),
+    kind="C2",
+    bug="huggingface/transformers/issues/32503",
     conditional=True,
-):  # fmt: skip
+):
     """A decode step that fills the cache writes over the last token but one; a chunk that fills it is right."""
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
@@ -50,9 +54,13 @@ class OverflowGrows(Planted, breaks=("capacity.overflow",), kind="C2", bug="hugg
 
 
 class StraddlingCut(
-    Planted, NumpyStatic, breaks=("capacity.overflow", "errors.unchanged"), kind="C2",
-    bug="Dao-AILab/flash-attention/issues/638", conditional=True,
-):  # fmt: skip
+    Planted,
+    NumpyStatic,
+    breaks=("capacity.overflow", "errors.unchanged"),
+    kind="C2",
+    bug="Dao-AILab/flash-attention/issues/638",
+    conditional=True,
+):
     """A full cache refuses; a chunk that straddles the capacity is cut to what there is room for, in silence."""
 
     def admit(
@@ -65,10 +73,14 @@ class StraddlingCut(
 
 
 class RefusedAfterWrapping(
-    Planted, NumpyStatic, breaks=("capacity.overflow",), kind=("C2", "C12"),
-    bug="Dao-AILab/flash-attention/issues/638", conditional=True,
+    Planted,
+    NumpyStatic,
+    breaks=("capacity.overflow",),
+    kind=("C2", "C12"),
+    bug="Dao-AILab/flash-attention/issues/638",
+    conditional=True,
     configs=("attention-gqa", "attention-window", "attention-softcap", "attention-sink"),
-):  # fmt: skip
+):
     """An append beyond the capacity is refused when its last tokens have been written over the first ones."""
 
     def admit(
@@ -97,9 +109,13 @@ class RoomOfAllocation(Planted, breaks=("capacity.room",), kind="C3", bug="Blaiz
 
 
 class RoomOfWindow(
-    Planted, breaks=("capacity.room",), kind=("C3", "W6"), bug="huggingface/transformers/pull/48510", conditional=True,
+    Planted,
+    breaks=("capacity.room",),
+    kind=("C3", "W6"),
+    bug="huggingface/transformers/pull/48510",
+    conditional=True,
     configs=("attention-window", "attention-sink", "decoder-learned"),
-):  # fmt: skip
+):
     """The room is counted by the layer with the window, whose length stays where the window is full."""
 
     def free_slots(self, cache: Cache) -> list[int]:
@@ -110,9 +126,13 @@ class RoomOfWindow(
 
 
 class RoomOfLongestRow(
-    Planted, NumpyStatic, breaks=("capacity.room",), kind=("C3", "M7"), bug="microsoft/onnxruntime/pull/20521",
+    Planted,
+    NumpyStatic,
+    breaks=("capacity.room",),
+    kind=("C3", "M7"),
+    bug="microsoft/onnxruntime/pull/20521",
     conditional=True,
-):  # fmt: skip
+):
     """Every row has the room that the longest has."""
 
     def free_slots(self, cache: Any) -> list[int]:

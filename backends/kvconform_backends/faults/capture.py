@@ -19,11 +19,7 @@ TILE = 8
 
 # --- replays ---
 class MemoryCaptured(
-    Planted,
-    NumpyStatic,
-    breaks=(*GROWTH, "shape.no-specialisation"),
-    kind="X1",
-    bug="NVIDIA/TensorRT-LLM/pull/18769",
+    Planted, NumpyStatic, breaks=(*GROWTH, "shape.no-specialisation"), kind="X1", bug="NVIDIA/TensorRT-LLM/pull/18769"
 ):
     """A step reads the keys and values that its batch and count had when they were captured."""
 
@@ -107,11 +103,7 @@ class GraphForEachBucket(Planted, Captures, breaks=GRAPHS, kind="X2", bug="paiml
 
 # --- past and present ---
 class PresentWithoutPast(
-    Planted,
-    NumpyStatic,
-    breaks=(*ALIASING, "equivalence.decode"),
-    kind="C5",
-    bug="microsoft/onnxruntime/pull/27108",
+    Planted, NumpyStatic, breaks=(*ALIASING, "equivalence.decode"), kind="C5", bug="microsoft/onnxruntime/pull/27108"
 ):
     """Where the present has memory of its own, the past is not copied into it: only the new tokens are there."""
 

@@ -66,7 +66,5 @@ CLASSES: dict[str, str] = {
 }
 """Name and mistake, by id."""
 
-NOT_EXPRESSIBLE: dict[str, str] = {
-    "C13": "no profile has cross-attention or layers that share keys and values",
-}
+NOT_EXPRESSIBLE: dict[str, str] = {"C13": "no profile has cross-attention or layers that share keys and values"}
 """Why no fault of a class can be planted in a backend of this protocol, by id."""

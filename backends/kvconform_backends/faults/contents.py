@@ -21,9 +21,11 @@ def filled(written: Array) -> Array:
 
 # --- round-trip ---
 class KeysInBothPlaces(
-    Planted, breaks=("contents.round-trip", "definition.attention"), kind="C1",
+    Planted,
+    breaks=("contents.round-trip", "definition.attention"),
+    kind="C1",
     bug="huggingface/transformers/issues/34232",
-):  # fmt: skip
+):
     """The keys are stored a second time where the values belong."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
@@ -31,9 +33,13 @@ class KeysInBothPlaces(
 
 
 class ChunkTailUnwritten(
-    Planted, NumpyStatic, breaks=("contents.round-trip",), kind="C1", bug="huggingface/transformers/pull/30108",
+    Planted,
+    NumpyStatic,
+    breaks=("contents.round-trip",),
+    kind="C1",
+    bug="huggingface/transformers/pull/30108",
     conditional=True,
-):  # fmt: skip
+):
     """The last token of a chunk of more than four is attended, and never written back."""
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
@@ -55,9 +61,12 @@ class PresentSwapped(Planted, breaks=("contents.round-trip",), kind="C5", bug="p
 
 
 class PresentLacksPast(
-    Planted, NumpyStatic, breaks=("contents.round-trip", "equivalence.decode"), kind="C5",
+    Planted,
+    NumpyStatic,
+    breaks=("contents.round-trip", "equivalence.decode"),
+    kind="C5",
     bug="microsoft/onnxruntime/pull/27108",
-):  # fmt: skip
+):
     """A present in memory of its own gets the new tokens alone: nobody copies the past."""
 
     separate = True
@@ -101,9 +110,12 @@ class SharedWritesBeforeReading(
 
 # --- past-unchanged ---
 class KeysTurnedAgain(
-    Planted, breaks=("contents.past-unchanged", "equivalence.decode"), kind="P5", bug="NeuraLegion/shainet/pull/110",
+    Planted,
+    breaks=("contents.past-unchanged", "equivalence.decode"),
+    kind="P5",
+    bug="NeuraLegion/shainet/pull/110",
     configs=("decoder-rope",),
-):  # fmt: skip
+):
     """Every step turns the cached keys by their positions once more."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
@@ -113,9 +125,13 @@ class KeysTurnedAgain(
 
 
 class ChunkBeginsOnLast(
-    Planted, NumpyStatic, breaks=("contents.past-unchanged",), kind="C1", bug="pytorch/executorch/pull/2689",
+    Planted,
+    NumpyStatic,
+    breaks=("contents.past-unchanged",),
+    kind="C1",
+    bug="pytorch/executorch/pull/2689",
     conditional=True,
-):  # fmt: skip
+):
     """A chunk on a cache that is not empty is placed from the last token on, not behind it."""
 
     def place(self, lengths: Array, counts: Array, t: int, padding: str) -> Array:
@@ -125,9 +141,13 @@ class ChunkBeginsOnLast(
 
 
 class KeysStretched(
-    Planted, breaks=("contents.past-unchanged",), kind="P5", bug="huggingface/transformers/issues/25104", conditional=True,
+    Planted,
+    breaks=("contents.past-unchanged",),
+    kind="P5",
+    bug="huggingface/transformers/issues/25104",
+    conditional=True,
     configs=("decoder-rope",),
-):  # fmt: skip
+):
     """Cached keys are turned anew when the sequence passes 16 tokens, for a base that grows from there on."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
@@ -149,9 +169,13 @@ class StepWritesIntoPast(
 
 
 class ValuesOfLongPastShared(
-    Planted, NumpyStatic, breaks=("contents.old-handle",), kind="C4", bug="huggingface/transformers/pull/32929",
+    Planted,
+    NumpyStatic,
+    breaks=("contents.old-handle",),
+    kind="C4",
+    bug="huggingface/transformers/pull/32929",
     conditional=True,
-):  # fmt: skip
+):
     """A step on more than four tokens copies what it was given, but for the last layer's values."""
 
     def target(self, cache: Any, in_place: bool) -> Buffers:
@@ -164,9 +188,12 @@ class ValuesOfLongPastShared(
 
 # --- dead-slots ---
 class BufferAttended(
-    Planted, NumpyStatic, breaks=("contents.dead-slots", "definition.attention"), kind="M6",
+    Planted,
+    NumpyStatic,
+    breaks=("contents.dead-slots", "definition.attention"),
+    kind="M6",
     bug="meta-pytorch/gpt-fast/issues/233",
-):  # fmt: skip
+):
     """The whole buffer is attended, whatever its slots hold behind the tokens."""
 
     dead: Array  # (b, 1, 1, capacity)
@@ -207,9 +234,13 @@ class NothingCleared(
 
 
 class ValueTailLoaded(
-    Planted, NumpyStatic, breaks=("contents.poison-safe",), kind="M9", bug="Dao-AILab/flash-attention/issues/2374",
+    Planted,
+    NumpyStatic,
+    breaks=("contents.poison-safe",),
+    kind="M9",
+    bug="Dao-AILab/flash-attention/issues/2374",
     conditional=True,
-):  # fmt: skip
+):
     """Dead keys are cleared; dead values are not, in the block of 8 slots that holds the row's last token."""
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
@@ -221,9 +252,13 @@ class ValueTailLoaded(
 
 
 class MaskAddedToDeadKeys(
-    Planted, NumpyStatic, breaks=("contents.poison-safe",), kind=("M9", "M10"), bug="deepbeepmeep/Wan2GP/pull/1628",
+    Planted,
+    NumpyStatic,
+    breaks=("contents.poison-safe",),
+    kind=("M9", "M10"),
+    bug="deepbeepmeep/Wan2GP/pull/1628",
     conditional=True,
-):  # fmt: skip
+):
     """Decode steps add minus infinity to the scores of dead keys, which makes a number of no NaN."""
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
@@ -251,9 +286,13 @@ class CapacityShown(Planted, NumpyStatic, breaks=("contents.present",), kind="C3
 
 
 class ShownAsFirstRow(
-    Planted, NumpyStatic, breaks=("contents.present",), kind=("C3", "M7"), bug="microsoft/onnxruntime/pull/29752",
+    Planted,
+    NumpyStatic,
+    breaks=("contents.present",),
+    kind=("C3", "M7"),
+    bug="microsoft/onnxruntime/pull/29752",
     conditional=True,
-):  # fmt: skip
+):
     """The cache shows of each row as many tokens as the first row holds."""
 
     def contents(self, cache: Any) -> list[list[tuple[Array, Array]]]:

@@ -302,12 +302,7 @@ class TilesAveraged(Planted, breaks=PARITY, kind="X3", bug="local-inference-lab/
 
 
 class ThirdTileUnscaled(
-    Planted,
-    breaks=PARITY[:1],
-    kind="X3",
-    bug="local-inference-lab/vllm/pull/17",
-    conditional=True,
-    configs=PLAIN,
+    Planted, breaks=PARITY[:1], kind="X3", bug="local-inference-lab/vllm/pull/17", conditional=True, configs=PLAIN
 ):
     """When the third tile of 8 keys, or a later one, raises the maximum, what was summed up is not scaled down."""
 

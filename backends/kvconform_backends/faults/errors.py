@@ -55,9 +55,13 @@ class LengthBeforeCheck(
 
 
 class UnknownTokenInLastLayer(
-    Planted, breaks=("errors.unchanged",), kind="C12", bug="huggingface/transformers/issues/37078", conditional=True,
+    Planted,
+    breaks=("errors.unchanged",),
+    kind="C12",
+    bug="huggingface/transformers/issues/37078",
+    conditional=True,
     configs=DECODERS,
-):  # fmt: skip
+):
     """Where a token id is refused, the last layer has taken a token: each layer is advanced by itself."""
 
     def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
@@ -72,9 +76,13 @@ class UnknownTokenInLastLayer(
 
 
 class RefusedTruncateGrows(
-    Planted, NumpyStatic, breaks=("errors.unchanged", "lifecycle.truncate-range"), kind=("C12", "C8"),
-    bug="ml-explore/mlx-lm/pull/1868", conditional=True,
-):  # fmt: skip
+    Planted,
+    NumpyStatic,
+    breaks=("errors.unchanged", "lifecycle.truncate-range"),
+    kind=("C12", "C8"),
+    bug="ml-explore/mlx-lm/pull/1868",
+    conditional=True,
+):
     """Truncate sets the length before it looks whether there are so many tokens."""
 
     def truncate(self, cache: Any, length: int) -> Buffers:
@@ -87,9 +95,12 @@ class RefusedTruncateGrows(
 
 
 class NegativeTruncateSlices(
-    Planted, breaks=("errors.unchanged", "lifecycle.truncate-range"), kind="C8",
-    bug="huggingface/transformers/issues/47433", conditional=True,
-):  # fmt: skip
+    Planted,
+    breaks=("errors.unchanged", "lifecycle.truncate-range"),
+    kind="C8",
+    bug="huggingface/transformers/issues/47433",
+    conditional=True,
+):
     """A negative length counts from the end, as a slice does."""
 
     def truncate(self, cache: Cache, length: int) -> Cache:

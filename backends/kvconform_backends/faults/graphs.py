@@ -46,10 +46,7 @@ class DiagonalFromZero(
 
 
 class PastFromBatchAxis(
-    Wrong,
-    breaks=("causality.visibility", "shape.no-specialisation"),
-    kind="M5",
-    bug="sonos/torch-to-nnef/pull/217",
+    Wrong, breaks=("causality.visibility", "shape.no-specialisation"), kind="M5", bug="sonos/torch-to-nnef/pull/217"
 ):
     """The graph takes the past's length from the wrong axis of its shape, the batch."""
 

@@ -28,9 +28,13 @@ class ReadAsDense(Planted, breaks=("layout.strides",), kind="H3", bug="pytorch/p
 
 
 class DecodeValuesReadAsDense(
-    Planted, breaks=("layout.strides",), kind="H3", bug="torch-spyre/torch-spyre/issues/4331", conditional=True,
+    Planted,
+    breaks=("layout.strides",),
+    kind="H3",
+    bug="torch-spyre/torch-spyre/issues/4331",
+    conditional=True,
     configs=ATTENTION,
-):  # fmt: skip
+):
     """The values of a decode step are read as if their numbers lay one behind the other."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
@@ -54,9 +58,13 @@ class SharedKeysScaledForEach(
 
 
 class MaskOfFirstRow(
-    Planted, breaks=("numerics.caller-mask",), kind="H3", bug="pytorch/pytorch/pull/184180", conditional=True,
+    Planted,
+    breaks=("numerics.caller-mask",),
+    kind="H3",
+    bug="pytorch/pytorch/pull/184180",
+    conditional=True,
     configs=ATTENTION,
-):  # fmt: skip
+):
     """The caller's mask is read without the stride of its rows: the first row's serves all."""
 
     def visible(self, t: int, s: int) -> Array:
@@ -87,9 +95,13 @@ class SquareBatchTurned(
 
 
 class RepeatedAlongTokens(
-    Planted, breaks=("layout.equal-sizes",), kind="H2", bug="PrimeIntellect-ai/prime-rl/pull/2681", conditional=True,
+    Planted,
+    breaks=("layout.equal-sizes",),
+    kind="H2",
+    bug="PrimeIntellect-ai/prime-rl/pull/2681",
+    conditional=True,
     configs=ATTENTION,
-):  # fmt: skip
+):
     """Decode steps on as many tokens as there are KV heads repeat values along the tokens, for the heads of a group."""
 
     def attention(self, query: Array, keys: Array, values: Array) -> Array:

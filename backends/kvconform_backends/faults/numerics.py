@@ -32,9 +32,13 @@ class MaximumNotSubtracted(
 
 
 class MaximumFromZero(
-    Planted, breaks=("numerics.large-scores",), kind="M10", bug="pytorch/pytorch/issues/109517", conditional=True,
+    Planted,
+    breaks=("numerics.large-scores",),
+    kind="M10",
+    bug="pytorch/pytorch/issues/109517",
+    conditional=True,
     configs=UNCAPPED,
-):  # fmt: skip
+):
     """The running maximum begins at 0: where all scores are far below, every weight underflows."""
 
     def softmax(self, scores: Array) -> Array:
@@ -62,9 +66,12 @@ class ZeroKeysAreEmpty(Planted, breaks=("numerics.zero-keys",), kind="C3", bug="
 
 
 class LeadingZeroKeysArePadding(
-    ZeroKeysAreEmpty, breaks=("numerics.zero-keys",), kind="C3", bug="huggingface/transformers/issues/30377",
+    ZeroKeysAreEmpty,
+    breaks=("numerics.zero-keys",),
+    kind="C3",
+    bug="huggingface/transformers/issues/30377",
     conditional=True,
-):  # fmt: skip
+):
     """Zero keys before the first other one are taken for padding."""
 
     def written(self, loud: Array) -> Array:
@@ -73,9 +80,12 @@ class LeadingZeroKeysArePadding(
 
 # --- empty rows ---
 class EmptyRowUnguarded(
-    Planted, breaks=("numerics.empty-row",), kind="M8", bug="pytorch/pytorch/issues/103749",
+    Planted,
+    breaks=("numerics.empty-row",),
+    kind="M8",
+    bug="pytorch/pytorch/issues/103749",
     configs=("attention-gqa", "attention-window", "attention-softcap"),
-):  # fmt: skip
+):
     """Nobody looks whether a query sees anything: the softmax of nothing is zero over zero."""
 
     def softmax(self, scores: Array) -> Array:
@@ -144,9 +154,13 @@ class MaskTimesInfinity(Planted, breaks=("numerics.caller-mask",), kind="M10", b
 
 
 class CapAfterCallersMask(
-    Planted, breaks=("numerics.caller-mask",), kind="M11", bug="onnx/onnx/pull/7867", conditional=True,
+    Planted,
+    breaks=("numerics.caller-mask",),
+    kind="M11",
+    bug="onnx/onnx/pull/7867",
+    conditional=True,
     configs=("attention-softcap",),
-):  # fmt: skip
+):
     """Softcap bends what the caller's mask has hidden: it gets the weight of -softcap. The causal mask comes later."""
 
     def visible(self, t: int, s: int) -> Array:
@@ -163,9 +177,12 @@ class CapAfterCallersMask(
 
 
 class BiasBeforeCap(
-    Planted, breaks=("definition.softcap", "definition.bias"), kind="M11", bug="microsoft/onnxruntime/pull/28370",
+    Planted,
+    breaks=("definition.softcap", "definition.bias"),
+    kind="M11",
+    bug="microsoft/onnxruntime/pull/28370",
     configs=SOFTCAP,
-):  # fmt: skip
+):
     """The bias is added before softcap, which bends it: prompt, chunk and decode agree on it."""
 
     def scores(self, query: Array, keys: Array) -> Array:
@@ -252,9 +269,13 @@ class MaskByTile(
 
 
 class ChunkMaskByTile(
-    MaskByTile, breaks=("numerics.tiles",), kind="X3", bug="tenstorrent/tt-metal/issues/48899", conditional=True,
+    MaskByTile,
+    breaks=("numerics.tiles",),
+    kind="X3",
+    bug="tenstorrent/tt-metal/issues/48899",
+    conditional=True,
     configs=("attention-long",),
-):  # fmt: skip
+):
     """Chunks on 64 cached tokens or more have a causal mask as fine as a tile; the last query sees nothing wrong."""
 
     def coarse(self, t: int, s: int) -> bool:
@@ -262,9 +283,13 @@ class ChunkMaskByTile(
 
 
 class ThirdTileNotRescaled(
-    Planted, breaks=("numerics.tiles", "numerics.long-context"), kind="X3", bug="local-inference-lab/vllm/pull/17",
-    conditional=True, configs=("attention-long",),
-):  # fmt: skip
+    Planted,
+    breaks=("numerics.tiles", "numerics.long-context"),
+    kind="X3",
+    bug="local-inference-lab/vllm/pull/17",
+    conditional=True,
+    configs=("attention-long",),
+):
     """From the third tile of 64 keys on, weights are relative to their tile's maximum, not to that of all."""
 
     def softmax(self, scores: Array) -> Array:
@@ -282,9 +307,12 @@ class ThirdTileNotRescaled(
 
 # --- long context ---
 class IndexWraps(
-    Planted, breaks=("numerics.long-context",), kind="H4", bug="pytorch/pytorch/issues/162588",
+    Planted,
+    breaks=("numerics.long-context",),
+    kind="H4",
+    bug="pytorch/pytorch/issues/162588",
     configs=("attention-long",),
-):  # fmt: skip
+):
     """The index of a slot has ten bits: the values of late tokens are those of the first 1 024."""
 
     def attention(self, query: Array, keys: Array, values: Array) -> Array:
@@ -293,9 +321,13 @@ class IndexWraps(
 
 
 class FirstOfManyLost(
-    Planted, breaks=("numerics.long-context",), kind="X3", bug="pytorch/pytorch/pull/169222", conditional=True,
+    Planted,
+    breaks=("numerics.long-context",),
+    kind="X3",
+    bug="pytorch/pytorch/pull/169222",
+    conditional=True,
     configs=("attention-long",),
-):  # fmt: skip
+):
     """Decode steps on more than 1 024 tokens do not see the first one."""
 
     def mask(self, t: int, s: int) -> Array:

@@ -42,12 +42,7 @@ class ChunkPlacedFromStart(
 
 
 class ChunkPlacedOnPage(
-    Planted,
-    NumpyPaged,
-    breaks=(*PLACED, *ENDED),
-    kind=("G1", "G2"),
-    bug="tanishqkumar/ssd/pull/22",
-    conditional=True,
+    Planted, NumpyPaged, breaks=(*PLACED, *ENDED), kind=("G1", "G2"), bug="tanishqkumar/ssd/pull/22", conditional=True
 ):
     """A chunk that begins in the middle of a page is written from the beginning of that page on."""
 

@@ -19,9 +19,13 @@ HYBRID = ("decoder-learned",)
 
 # --- width ---
 class RingOneSlotMore(
-    Planted, NumpyRing, breaks=("window.width", "definition.attention"), kind="W1", bug="zml/zml/pull/763",
+    Planted,
+    NumpyRing,
+    breaks=("window.width", "definition.attention"),
+    kind="W1",
+    bug="zml/zml/pull/763",
     configs=WINDOWS,
-):  # fmt: skip
+):
     """Ring and mask have one slot more than the window: prompt, chunk and decode agree on it."""
 
     def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
@@ -44,9 +48,12 @@ class ChunkWindowShort(
 
 
 class WindowNeverApplied(
-    Planted, breaks=("window.width", "window.hybrid"), kind="W2", bug="huggingface/transformers/pull/35691",
+    Planted,
+    breaks=("window.width", "window.hybrid"),
+    kind="W2",
+    bug="huggingface/transformers/pull/35691",
     configs=WINDOWS,
-):  # fmt: skip
+):
     """No layer has a window any more."""
 
     def mask(self, t: int, s: int) -> Array:
@@ -64,9 +71,13 @@ class PromptWindowLost(
 
 
 class WindowLostWithMask(
-    Planted, breaks=("numerics.caller-mask",), kind=("W2", "M4"), bug="enpasos/jax2onnx/pull/217", conditional=True,
+    Planted,
+    breaks=("numerics.caller-mask",),
+    kind=("W2", "M4"),
+    bug="enpasos/jax2onnx/pull/217",
+    conditional=True,
     configs=WINDOWS[:2],
-):  # fmt: skip
+):
     """A mask of the caller's takes the place of the window."""
 
     def mask(self, t: int, s: int) -> Array:
@@ -76,9 +87,13 @@ class WindowLostWithMask(
 
 # --- step-by-step ---
 class RingReadBySlot(
-    Planted, NumpyRing, breaks=("window.step-by-step", "contents.round-trip"), kind="W3",
-    bug="EricLBuehler/mistral.rs/issues/246", configs=WINDOWS[:2],
-):  # fmt: skip
+    Planted,
+    NumpyRing,
+    breaks=("window.step-by-step", "contents.round-trip"),
+    kind="W3",
+    bug="EricLBuehler/mistral.rs/issues/246",
+    configs=WINDOWS[:2],
+):
     """A ring that has wrapped is read from its first slot to its last, as if that were the order of its tokens."""
 
     def slots(self, positions: Array, window: int) -> Array:
@@ -92,9 +107,14 @@ class RingReadBySlot(
 
 
 class NewestSlotOverwritten(
-    Planted, NumpyRing, breaks=("window.step-by-step",), kind="W3", bug="huggingface/transformers/pull/38046",
-    conditional=True, configs=WINDOWS,
-):  # fmt: skip
+    Planted,
+    NumpyRing,
+    breaks=("window.step-by-step",),
+    kind="W3",
+    bug="huggingface/transformers/pull/38046",
+    conditional=True,
+    configs=WINDOWS,
+):
     """The decode step that finds the window just full overwrites the newest token, and evicts none."""
 
     def write(self, cache: Any, layer: int, ring: Array, new: Array) -> None:
@@ -117,9 +137,14 @@ class WindowOfStep(
 
 
 class ValidByWrappedSlot(
-    Planted, NumpyRing, breaks=("window.step-by-step",), kind="W5", bug="quic/efficient-transformers/pull/1235",
-    conditional=True, configs=WINDOWS,
-):  # fmt: skip
+    Planted,
+    NumpyRing,
+    breaks=("window.step-by-step",),
+    kind="W5",
+    bug="quic/efficient-transformers/pull/1235",
+    conditional=True,
+    configs=WINDOWS,
+):
     """Once a ring has wrapped, a decode step takes the slots behind its own for empty."""
 
     written = 0
@@ -154,18 +179,27 @@ class ChunkEvictsFirst(
 
 
 class RingTooSmallForChunk(
-    ChunkEvictsFirst, breaks=("window.long-chunk",), kind="W4", bug="pytorch/executorch/pull/22358", conditional=True,
+    ChunkEvictsFirst,
+    breaks=("window.long-chunk",),
+    kind="W4",
+    bug="pytorch/executorch/pull/22358",
+    conditional=True,
     configs=WINDOWS,
-):  # fmt: skip
+):
     """The ring has two windows of slots, too few for what a chunk of more than one window still needs."""
 
     slack = 2
 
 
 class FirstOfDuplicatesWins(
-    Planted, NumpyRing, breaks=("window.long-chunk",), kind="W4", bug="pytorch/executorch/pull/19213", conditional=True,
+    Planted,
+    NumpyRing,
+    breaks=("window.long-chunk",),
+    kind="W4",
+    bug="pytorch/executorch/pull/19213",
+    conditional=True,
     configs=WINDOWS,
-):  # fmt: skip
+):
     """Where a chunk is longer than the ring, its first token for a slot stays there, and not its last."""
 
     def write(self, cache: Any, layer: int, ring: Array, new: Array) -> None:
@@ -176,9 +210,12 @@ class FirstOfDuplicatesWins(
 
 # --- hybrid ---
 class WindowInEveryLayer(
-    Planted, breaks=("window.hybrid", "definition.decoder"), kind="W6", bug="pytorch/executorch/pull/21635",
+    Planted,
+    breaks=("window.hybrid", "definition.decoder"),
+    kind="W6",
+    bug="pytorch/executorch/pull/21635",
     configs=HYBRID,
-):  # fmt: skip
+):
     """Layers that should see everything have the window of the others."""
 
     def mask(self, t: int, s: int) -> Array:
@@ -187,9 +224,13 @@ class WindowInEveryLayer(
 
 
 class DecodeMaskOfFirstLayer(
-    Planted, breaks=("window.hybrid",), kind="W6", bug="huggingface/transformers/pull/39737", conditional=True,
+    Planted,
+    breaks=("window.hybrid",),
+    kind="W6",
+    bug="huggingface/transformers/pull/39737",
+    conditional=True,
     configs=HYBRID,
-):  # fmt: skip
+):
     """Decode steps on more than twelve tokens make one mask, the first layer's, for all."""
 
     def mask(self, t: int, s: int) -> Array:
@@ -198,9 +239,13 @@ class DecodeMaskOfFirstLayer(
 
 
 class RingTruncateIgnored(
-    Planted, NumpyRing, breaks=("lifecycle.truncate", "window.hybrid"), kind="C9", bug="ml-explore/mlx-lm/pull/1109",
+    Planted,
+    NumpyRing,
+    breaks=("lifecycle.truncate", "window.hybrid"),
+    kind="C9",
+    bug="ml-explore/mlx-lm/pull/1109",
     configs=WINDOWS,
-):  # fmt: skip
+):
     """A ring claims that it can be truncated, and does nothing."""
 
     claims = replace(NumpyRing.claims, abilities=(*NumpyRing.claims.abilities, "truncate"))
@@ -216,9 +261,13 @@ class RingTruncateIgnored(
 
 
 class RingPointerTurnedBack(
-    RingTruncateIgnored, breaks=("lifecycle.truncate",), kind="C9", bug="ml-explore/mlx-lm/issues/1776", conditional=True,
+    RingTruncateIgnored,
+    breaks=("lifecycle.truncate",),
+    kind="C9",
+    bug="ml-explore/mlx-lm/issues/1776",
+    conditional=True,
     configs=WINDOWS,
-):  # fmt: skip
+):
     """Truncate turns the ring's pointer back: right until it has wrapped, for what was evicted does not come back."""
 
     def cut(self, cache: Rings, length: int) -> Rings:

@@ -45,12 +45,25 @@ class NumpyCache(NumpyLayers):
     claims = Claims(
         profiles=("attention", "decoder"),
         abilities=(
-            "uncached_forward", "length", "free_slots", "truncate", "fork", "reorder", "reset", "immutable", "mask", "contents",
-            "bytes", "macs", "refusal", "generate", "last_only",
+            "uncached_forward",
+            "length",
+            "free_slots",
+            "truncate",
+            "fork",
+            "reorder",
+            "reset",
+            "immutable",
+            "mask",
+            "contents",
+            "bytes",
+            "macs",
+            "refusal",
+            "generate",
+            "last_only",
         ),
         dtypes=("float32", "bfloat16", "float16"),
         overflow="refused",
-    )  # fmt: skip
+    )
 
     measured = 0  # multiply-adds of the last count_macs step
 

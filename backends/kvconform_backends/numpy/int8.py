@@ -42,12 +42,22 @@ class NumpyInt8(NumpyCache):
     claims = Claims(
         profiles=("attention",),
         abilities=(
-            "uncached_forward", "length", "free_slots", "fork", "reorder", "reset", "immutable", "mask", "contents", "macs", "refusal",
+            "uncached_forward",
+            "length",
+            "free_slots",
+            "fork",
+            "reorder",
+            "reset",
+            "immutable",
+            "mask",
+            "contents",
+            "macs",
+            "refusal",
         ),
         overflow="refused",
         kv_bits=8,
         residual=RESIDUAL,
-    )  # fmt: skip
+    )
 
     def start(self, batch: int) -> Cache:
         shape = (batch, self.config.kv_heads, 0, self.config.head_dim)

@@ -46,15 +46,26 @@ class NumpyPaged(NumpyCache):
     claims = Claims(
         profiles=("attention", "decoder"),
         abilities=(
-            "uncached_forward", "length", "free_slots", "truncate", "fork", "reorder", "reset", "ragged", "contents", "poison", "bytes",
-            "refusal", "last_only",
+            "uncached_forward",
+            "length",
+            "free_slots",
+            "truncate",
+            "fork",
+            "reorder",
+            "reset",
+            "ragged",
+            "contents",
+            "poison",
+            "bytes",
+            "refusal",
+            "last_only",
         ),
         dtypes=("float32", "bfloat16", "float16"),
         overflow="refused",
         unused_slots="any",
         page=PAGE,
         memory="pages",
-    )  # fmt: skip
+    )
 
     places: Array  # (b, t): the position of each column of this step, -1 where it holds no token
 

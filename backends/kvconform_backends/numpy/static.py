@@ -37,15 +37,29 @@ class NumpyStatic(NumpyCache):
     claims = Claims(
         profiles=("attention", "decoder"),
         abilities=(
-            "uncached_forward", "length", "free_slots", "truncate", "fork", "reorder", "reset", "immutable", "ragged", "mask",
-            "contents", "poison", "in_place", "bytes", "refusal", "last_only",
+            "uncached_forward",
+            "length",
+            "free_slots",
+            "truncate",
+            "fork",
+            "reorder",
+            "reset",
+            "immutable",
+            "ragged",
+            "mask",
+            "contents",
+            "poison",
+            "in_place",
+            "bytes",
+            "refusal",
+            "last_only",
         ),
         dtypes=("float32", "bfloat16", "float16"),
         overflow="refused",
         padding=("right", "left"),
         unused_slots="any",
         memory="capacity",
-    )  # fmt: skip
+    )
 
     places: Array  # (b, t): the position of each column of this step, -1 where it holds no token
 
@@ -87,9 +101,15 @@ class NumpyStatic(NumpyCache):
 
     # --- steps ---
     def step(  # type: ignore[override]  # its keywords are those of its claims
-        self, cache: Any, *inputs: Array, counts: Array | None = None, padding: str = "right",
-        mask: Array | None = None, in_place: bool = False, last_only: bool = False,
-    ) -> tuple[Array, Buffers]:  # fmt: skip
+        self,
+        cache: Any,
+        *inputs: Array,
+        counts: Array | None = None,
+        padding: str = "right",
+        mask: Array | None = None,
+        in_place: bool = False,
+        last_only: bool = False,
+    ) -> tuple[Array, Buffers]:
         counts, self.last_only = self.admit(cache, inputs, counts, mask), last_only
         self.places = self.place(cache.written, counts, inputs[0].shape[-1 if len(inputs) == 1 else 2], padding)
         if mask is not None:

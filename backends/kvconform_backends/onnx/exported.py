@@ -31,8 +31,19 @@ class OnnxExported(OnnxSubject):
     claims = Claims(
         profiles=("attention", "decoder"),
         abilities=(
-            "uncached_forward", "length", "free_slots", "truncate", "fork", "reorder", "reset", "immutable", "mask", "contents", "bytes",
-            "refusal", "last_only",
+            "uncached_forward",
+            "length",
+            "free_slots",
+            "truncate",
+            "fork",
+            "reorder",
+            "reset",
+            "immutable",
+            "mask",
+            "contents",
+            "bytes",
+            "refusal",
+            "last_only",
         ),
         dtypes=("float32", "float16"),  # bfloat16: ONNX Runtime has no CPU kernels, and numpy has no such type
         devices=("cpu", "cuda"),
@@ -41,7 +52,7 @@ class OnnxExported(OnnxSubject):
         # measured on 1.31.1: the CPU kernel of Attention rounds float16 scores to float16 before the softmax, whatever
         # softmax_precision says. In float32 the class has the same bound.
         intermediates="storage",
-    )  # fmt: skip
+    )
 
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:

@@ -116,14 +116,17 @@ def decoder_model(config: Config, weights: Mapping[str, NDArray[np.float32]], ca
     given = example(config, 2, 3, 5, [0, 2, 1, 1], cached)
     b, t, p = Dim("batch"), Dim("new"), Dim("past")
     shapes = {
-        "input_ids": {0: b, 1: t}, "logit_positions": {0: Dim("asked")},
+        "input_ids": {0: b, 1: t},
+        "logit_positions": {0: Dim("asked")},
         "past": [({0: b, 2: p}, {0: b, 2: p})] * config.layers,
-    }  # fmt: skip
+    }
     model = exported(
-        module, given, {name: shapes[name] for name in given},
+        module,
+        given,
+        {name: shapes[name] for name in given},
         ["input_ids", "logit_positions", *(pasts(config) if cached else [])],
         ["logits", *(presents(config) if cached else [])],
-    )  # fmt: skip
+    )
     check_symbolic(
         model, {"input_ids": {0: "batch", 1: "new"}, "logit_positions": {0: "asked"}}, {0: "batch", 2: "past"}
     )

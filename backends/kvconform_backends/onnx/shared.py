@@ -76,7 +76,17 @@ class OnnxShared(OnnxSubject):
         profiles=("attention", "decoder"),
         # not ``bytes``: where the head dim is no multiple of 8, padding comes on top
         abilities=(
-            "uncached_forward", "length", "free_slots", "truncate", "fork", "reorder", "reset", "contents", "poison", "refusal", "last_only",
+            "uncached_forward",
+            "length",
+            "free_slots",
+            "truncate",
+            "fork",
+            "reorder",
+            "reset",
+            "contents",
+            "poison",
+            "refusal",
+            "last_only",
         ),
         dtypes=("float32", "float16"),
         devices=("cpu", "cuda"),
@@ -84,7 +94,7 @@ class OnnxShared(OnnxSubject):
         memory="capacity",
         unused_slots="any",
         intermediates="storage",  # as ``onnx``, whose graph ``full`` is; alibi's bias is given in the config's dtype
-    )  # fmt: skip
+    )
 
     # --- lifecycle ---
     def start(self, batch: int) -> Shared:
@@ -153,10 +163,7 @@ class OnnxShared(OnnxSubject):
         if not x.size:  # the operator wants a token: without a row it divides by zero
             return np.zeros((*x.shape, c.vocabulary) if c.profile == "decoder" else x.shape, np.float32)
         s = past + t
-        feeds = {
-            "seqlens_k": np.full(cache.batch, s - 1, np.int32),
-            "total_sequence_length": np.array([s], np.int32),
-        }
+        feeds = {"seqlens_k": np.full(cache.batch, s - 1, np.int32), "total_sequence_length": np.array([s], np.int32)}
         if c.positions == "alibi":
             feeds["attention_bias"] = bias(c, past, t).astype(self.dtype)
         if c.profile == "attention":

@@ -55,9 +55,12 @@ def attributes(config: Config, layer: int) -> dict[str, Any]:
     """Of the layer's node."""
     window = config.window_of(layer)
     return {
-        "num_heads": config.heads, "kv_num_heads": config.kv_heads, "scale": config.score_scale,
-        "softcap": config.softcap or 0.0, "local_window_size": -1 if window is None else window,
-    }  # fmt: skip
+        "num_heads": config.heads,
+        "kv_num_heads": config.kv_heads,
+        "scale": config.score_scale,
+        "softcap": config.softcap or 0.0,
+        "local_window_size": -1 if window is None else window,
+    }
 
 
 def sinks(config: Config) -> Array | None:
@@ -109,13 +112,25 @@ class Packed(nn.Module):
             keys, values = past[block.number]
             mixed, *grown = torch.onnx.ops.symbolic_multi_out(
                 "com.microsoft::GroupQueryAttention",
-                (y, None, None, keys, values, seqlens_k, total_sequence_length, None, None, None, attention_bias,
-                 self.sinks),
+                (
+                    y,
+                    None,
+                    None,
+                    keys,
+                    values,
+                    seqlens_k,
+                    total_sequence_length,
+                    None,
+                    None,
+                    None,
+                    attention_bias,
+                    self.sinks,
+                ),
                 attributes(c, block.number),
                 dtypes=(y.dtype,) * 3,
                 shapes=([b, t, c.heads * padded(c)], keys.shape, values.shape),
                 version=1,
-            )  # fmt: skip
+            )
             present.append((grown[0], grown[1]))
             if missing:
                 mixed = mixed.reshape(b, t, c.heads, padded(c))[..., : c.head_dim].flatten(2)
@@ -131,20 +146,35 @@ def decoder_model(config: Config, weights: Mapping[str, NDArray[np.float32]]) ->
     decoder = Decoder(config, weights).eval()
     b, t, total, slots = Dim("batch"), Dim("new"), Dim("total"), Dim("slots")
     axes: dict[str, Any] = {
-        "input_ids": {0: b, 1: t}, "logit_positions": {0: Dim("asked")}, "position_ids": {0: b, 1: t},
-        "seqlens_k": {0: b}, "total_sequence_length": {}, "attention_bias": {2: t, 3: total},
+        "input_ids": {0: b, 1: t},
+        "logit_positions": {0: Dim("asked")},
+        "position_ids": {0: b, 1: t},
+        "seqlens_k": {0: b},
+        "total_sequence_length": {},
+        "attention_bias": {2: t, 3: total},
         "past": [({0: b, 2: slots}, {0: b, 2: slots})] * config.layers,
-    }  # fmt: skip
+    }
     example = _example(config, 2, 3, 5, [0, 2, 1, 1], 9)
     order = [*arguments(config), "past"]
     model = onnx_graphs.exported(
-        Packed(decoder).eval(), {name: example[name] for name in order}, {name: axes[name] for name in order},
-        [*arguments(config), *pasts(config)], ["logits", *presents(config)],
-    )  # fmt: skip
-    onnx_graphs.check_symbolic(model, {
-        "input_ids": {0: "batch", 1: "new"}, "logit_positions": {0: "asked"}, "position_ids": {0: "batch", 1: "new"},
-        "seqlens_k": {0: "batch"}, "total_sequence_length": {}, "attention_bias": {2: "new", 3: "total"},
-    }, {0: "batch", 2: "slots"})  # fmt: skip
+        Packed(decoder).eval(),
+        {name: example[name] for name in order},
+        {name: axes[name] for name in order},
+        [*arguments(config), *pasts(config)],
+        ["logits", *presents(config)],
+    )
+    onnx_graphs.check_symbolic(
+        model,
+        {
+            "input_ids": {0: "batch", 1: "new"},
+            "logit_positions": {0: "asked"},
+            "position_ids": {0: "batch", 1: "new"},
+            "seqlens_k": {0: "batch"},
+            "total_sequence_length": {},
+            "attention_bias": {2: "new", 3: "total"},
+        },
+        {0: "batch", 2: "slots"},
+    )
     data: bytes = model.SerializeToString()
     _check_values(data, onnx_graphs.Exportable(decoder).eval())
     return data

@@ -142,9 +142,14 @@ def attention(
             query = query.reshape(b, g, h // g, d)
             mask = mask if mask is None or mask.ndim == 2 or mask.shape[1] == 1 else mask.reshape(-1, g, h // g, s)
         mixed = functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, is_causal=causal, scale=config.score_scale,
+            query,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=causal,
+            scale=config.score_scale,
             enable_gqa=query.shape[1] > g,
-        )  # fmt: skip
+        )
         return mixed.reshape(b, h, t, d)
     # SDPA has neither. Scores and weights stay in float32, as inside its kernels.
     scores = query.float().reshape(b, g, h // g * t, d) @ keys.float().mT * config.score_scale  # (b, g, h/g * t, s)

@@ -32,13 +32,25 @@ Index = tuple[Any, ...]
 COMMON = Claims(
     profiles=("attention", "decoder"),
     abilities=(
-        "uncached_forward", "length", "free_slots", "truncate", "fork", "reorder", "reset", "refusal", "mask", "contents", "bytes",
-        "macs", "generate", "last_only",
+        "uncached_forward",
+        "length",
+        "free_slots",
+        "truncate",
+        "fork",
+        "reorder",
+        "reset",
+        "refusal",
+        "mask",
+        "contents",
+        "bytes",
+        "macs",
+        "generate",
+        "last_only",
     ),
     dtypes=("float32", "bfloat16", "float16"),
     devices=("cpu", "cuda"),
     overflow="refused",
-)  # fmt: skip
+)
 
 
 class Torch(Counted):

@@ -57,13 +57,21 @@ CONDITIONS = {"quiet": 0, "busy": 1}
 PRESET = Preset(
     "proof",
     Config(
-        "decoder", heads=8, kv_heads=4, head_dim=32, layers=4, width=256, mlp=512, vocabulary=1024,
-        positions="rope", capacity=144,
+        "decoder",
+        heads=8,
+        kv_heads=4,
+        head_dim=32,
+        layers=4,
+        width=256,
+        mlp=512,
+        vocabulary=1024,
+        positions="rope",
+        capacity=144,
     ),
     depths=(128,),
     prompts=(),
     about="a decode step of about a millisecond",
-)  # fmt: skip
+)
 BUSY = """
 import os, sys
 import numpy
@@ -147,10 +155,18 @@ def collect(
     """
     began = time.perf_counter()
     protocol = {
-        "preset": PRESET.to_json(), "depth": PRESET.depths[0], "steps": 1, "restarts": restarts, "rounds": rounds,
-        "alone": alone, "warm": WARM, "planted": PLANTED, "conditions": {name: CONDITIONS[name] for name in conditions},
-        "threads": 1, "seed": seed,
-    }  # fmt: skip
+        "preset": PRESET.to_json(),
+        "depth": PRESET.depths[0],
+        "steps": 1,
+        "restarts": restarts,
+        "rounds": rounds,
+        "alone": alone,
+        "warm": WARM,
+        "planted": PLANTED,
+        "conditions": {name: CONDITIONS[name] for name in conditions},
+        "threads": 1,
+        "seed": seed,
+    }
     started = datetime.now(UTC).isoformat(timespec="seconds")
     proof = Proof(started=started, machine=machine(), software={}, protocol=protocol)
     try:
@@ -235,9 +251,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the orders")
     given = parser.parse_args()
     collect(
-        given.out, restarts=given.restarts, rounds=given.rounds, alone=given.alone,
-        conditions=given.condition or tuple(CONDITIONS), seed=given.seed, tell=print,
-    )  # fmt: skip
+        given.out,
+        restarts=given.restarts,
+        rounds=given.rounds,
+        alone=given.alone,
+        conditions=given.condition or tuple(CONDITIONS),
+        seed=given.seed,
+        tell=print,
+    )
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def render(proof: Proof, tests: Sequence[SelfTest] = ()) -> dict[str, str]:
         *(_coverages(pool) for pool in found),
         "## Who cries wolf, and who sees",
         "How often a rule says that the second of two is slower. Where both are the same code that is a false alarm "
-        "(each pair is asked both ways round; a rule that also says \"faster\" is wrong as often again). Where the "
+        '(each pair is asked both ways round; a rule that also says "faster" is wrong as often again). Where the '
         "second is slowed down it is the rule's power.",
         *(_alarms(pool, told[pool.name]) for pool in found),
         _kinds(),
@@ -85,7 +85,7 @@ def render(proof: Proof, tests: Sequence[SelfTest] = ()) -> dict[str, str]:
         *_weak(found, told),
         "## Again, on your machine",
         _again(proof, tests),
-    ]  # fmt: skip
+    ]
     return {"": "\n\n".join(parts) + "\n", STARTS: strips(_dots(found)), SAMPLES: lines(_curves(found), _nominal())}
 
 
@@ -116,16 +116,24 @@ def _short(found: Sequence[Pool], told: Mapping[str, list[Alarms]]) -> str:
         loop, *_, one, _several, _six = errors(pool)
         *others, gate = told[pool.name]
         false = [other.share[EQUAL] for other in others if other.samples == AFTER]
-        rows.append([
-            pool.name, f"{_percent(loop.rms[EQUAL])} in {_seconds(loop.seconds)}",
-            f"{_percent(one.rms[EQUAL])} in {_seconds(one.seconds)}",
-            f"{_percent(min(false))} to {_percent(max(false))}", _percent(gate.share[EQUAL]),
-            ", ".join(_percent(gate.share[arm]) for arm in SLOWED),
-        ])  # fmt: skip
+        rows.append(
+            [
+                pool.name,
+                f"{_percent(loop.rms[EQUAL])} in {_seconds(loop.seconds)}",
+                f"{_percent(one.rms[EQUAL])} in {_seconds(one.seconds)}",
+                f"{_percent(min(false))} to {_percent(max(false))}",
+                _percent(gate.share[EQUAL]),
+                ", ".join(_percent(gate.share[arm]) for arm in SLOWED),
+            ]
+        )
     heads = [
-        "", "error, A then B in a loop", "error, our rounds", "false alarms, usual rules", "false alarms, our gate",
+        "",
+        "error, A then B in a loop",
+        "error, our rounds",
+        "false alarms, usual rules",
+        "false alarms, our gate",
         f"our gate sees {', '.join(SLOWED)}",
-    ]  # fmt: skip
+    ]
     return _rows(heads, rows)
 
 
@@ -160,19 +168,19 @@ def _mistakes(found: Sequence[Pool], told: Mapping[str, list[Alarms]]) -> Iterat
     )
     yield f"![False alarms of two tests against the number of samples]({SAMPLES})"
     wolves = [
-        f"{pool.name}: " + ", ".join(
-            f"{one.rule} {_percent(one.share[EQUAL])}" for one in told[pool.name]
+        f"{pool.name}: "
+        + ", ".join(
+            f"{one.rule} {_percent(one.share[EQUAL])}"
+            for one in told[pool.name]
             if one.samples == AFTER and one.rule in ("Mann–Whitney", "bootstrap interval", RULES[0].name)
         )
         for pool in found
-    ]  # fmt: skip
+    ]
     yield f"False alarms on the same code, one after the other: {'; '.join(wolves)}."
 
 
 def _errors(pool: Pool) -> str:
-    rows = [
-        [one.way, _seconds(one.seconds), *(_percent(one.rms[arm]) for arm in COMPARED)] for one in errors(pool)
-    ]  # fmt: skip
+    rows = [[one.way, _seconds(one.seconds), *(_percent(one.rms[arm]) for arm in COMPARED)] for one in errors(pool)]
     return _table(pool, ["way", "time", *map(_planted, COMPARED)], rows)
 
 
@@ -234,18 +242,37 @@ def _history(tests: Sequence[SelfTest]) -> Iterator[str]:
         "simulated gates draw the magnitudes of the real restarts and a coin for each sign."
     )
     heads = (
-        "date", "machine", "timed", "runs", "cases", "false regressions", "false improvements", "inconclusive",
-        "spread of a restart", "simulated: alarms / cases", "stated rate",
-    )  # fmt: skip
-    yield _rows(heads, [
-        (
-            one.date[:10], _timed_on(one),
-            f"{one.backend} on {', '.join(one.presets)}", str(one.runs), str(one.cases), str(one.alarms),
-            str(one.improvements), str(one.inconclusive), "" if one.spread is None else _percent(one.spread),
-            f"{one.simulated['alarms']} / {one.simulated['cases']}", one.verdict,
-        )
-        for one in tests
-    ])  # fmt: skip
+        "date",
+        "machine",
+        "timed",
+        "runs",
+        "cases",
+        "false regressions",
+        "false improvements",
+        "inconclusive",
+        "spread of a restart",
+        "simulated: alarms / cases",
+        "stated rate",
+    )
+    yield _rows(
+        heads,
+        [
+            (
+                one.date[:10],
+                _timed_on(one),
+                f"{one.backend} on {', '.join(one.presets)}",
+                str(one.runs),
+                str(one.cases),
+                str(one.alarms),
+                str(one.improvements),
+                str(one.inconclusive),
+                "" if one.spread is None else _percent(one.spread),
+                f"{one.simulated['alarms']} / {one.simulated['cases']}",
+                one.verdict,
+            )
+            for one in tests
+        ],
+    )
 
 
 def _timed_on(one: SelfTest) -> str:
@@ -284,18 +311,20 @@ def _weak(found: Sequence[Pool], told: Mapping[str, list[Alarms]]) -> Iterator[s
 def _again(proof: Proof, tests: Sequence[SelfTest]) -> str:
     minutes = f"{proof.seconds / 60:.0f}"
     given = proof.protocol
-    return "\n".join((
-        "```sh",
-        f"python -m timing.collect -o docs/latency-proof.json --restarts {given['restarts']} "
-        f"--rounds {given['rounds']} --alone {given['alone']}  # {minutes} minutes here",
-        *(
-            f"kvconform bench --gate --self-test -b {one.backend} --preset {' --preset '.join(one.presets)} "
-            f"--runs {one.runs} --history docs/{HISTORY}"
-            for one in tests[-1:]
-        ),
-        f"python -m timing.page docs/latency-proof.json --history docs/{HISTORY} -o docs/latency.md",
-        "```",
-    ))  # fmt: skip
+    return "\n".join(
+        (
+            "```sh",
+            f"python -m timing.collect -o docs/latency-proof.json --restarts {given['restarts']} "
+            f"--rounds {given['rounds']} --alone {given['alone']}  # {minutes} minutes here",
+            *(
+                f"kvconform bench --gate --self-test -b {one.backend} --preset {' --preset '.join(one.presets)} "
+                f"--runs {one.runs} --history docs/{HISTORY}"
+                for one in tests[-1:]
+            ),
+            f"python -m timing.page docs/latency-proof.json --history docs/{HISTORY} -o docs/latency.md",
+            "```",
+        )
+    )
 
 
 def _dots(found: Sequence[Pool]) -> list[tuple[str, list[float]]]:

@@ -109,40 +109,49 @@ RULES = (
     Rule("`time.time()` around a loop", _over(mean, SAME_AS_OURS), f"the mean of all samples {OVER}"),
     Rule("mean of 10, +10 %", _over(first(10), 0.10), "the mean of the first ten samples rose by more than 10 %"),
     Rule(
-        "min of k (`timeit`)", _over(timeit, SAME_AS_OURS),
+        "min of k (`timeit`)",
+        _over(timeit, SAME_AS_OURS),
         f"the least of {REPEAT} loops' means {OVER}: of `repeat()`'s result only the least is worth reading, says its "
         "documentation; it gives no threshold",
         ("https://docs.python.org/3/library/timeit.html#timeit.Timer.repeat", "timeit"),
     ),
     Rule(
-        "`compare-fail=mean:5%`", _over(mean, 0.05),
+        "`compare-fail=mean:5%`",
+        _over(mean, 0.05),
         "`--benchmark-compare-fail=mean:5%` of a stored run: current mean / stored mean · 100 − 100 exceeds 5",
         PYTEST_BENCHMARK,
     ),
     Rule(
-        "`compare-fail=min:5%`", _over(least, 0.05), "`--benchmark-compare-fail=min:5%`: the same of the least sample",
+        "`compare-fail=min:5%`",
+        _over(least, 0.05),
+        "`--benchmark-compare-fail=min:5%`: the same of the least sample",
         PYTEST_BENCHMARK,
     ),
     Rule(
-        "`do_bench`, mean", _over(lambda x: mean(bench(x)), SAME_AS_OURS),
+        "`do_bench`, mean",
+        _over(lambda x: mean(bench(x)), SAME_AS_OURS),
         f"the mean of as many calls as fit {DO_BENCH_NS / 1e6:g} ms, its default, {OVER}; it gives no threshold. (On a "
         "GPU it also clears the L2 cache before each call; here nothing is to be cleared)",
         DO_BENCH,
     ),
     Rule(
-        "`do_bench`, median", _over(lambda x: middle(bench(x)), SAME_AS_OURS),
-        "the same with `return_mode=\"median\"`", DO_BENCH,
+        "`do_bench`, median",
+        _over(lambda x: middle(bench(x)), SAME_AS_OURS),
+        'the same with `return_mode="median"`',
+        DO_BENCH,
     ),
     Rule(
-        "Mann–Whitney", ranked_slower,
+        "Mann–Whitney",
+        ranked_slower,
         f"two-sided p < {ALPHA:g} over all samples of both processes, and the larger median",
         ("https://pkg.go.dev/golang.org/x/perf/cmd/benchstat", "benchstat's test"),
     ),
     Rule(
-        "bootstrap interval", resampled_slower,
+        "bootstrap interval",
+        resampled_slower,
         f"the {100 - 100 * ALPHA:g} % interval of the ratio of means, from resampled samples of both processes, lies "
         f"above the noise threshold of {100 * NOISE:g} %: the last part of Criterion.rs's comparison, without "
         "the t test before it",
         ("https://bheisler.github.io/criterion.rs/book/analysis.html#comparison", "Criterion.rs"),
     ),
-)  # fmt: skip
+)

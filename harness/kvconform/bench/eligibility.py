@@ -152,11 +152,16 @@ def blockwise(query: Array, keys: Array, values: Array, config: Config, *, layer
     s = keys.shape[-2]
     parts = [
         attention(
-            query[..., at : at + BLOCK, :], keys[..., : at + BLOCK, :], values[..., : at + BLOCK, :], config,
-            layer=layer, at=at, how=how,
+            query[..., at : at + BLOCK, :],
+            keys[..., : at + BLOCK, :],
+            values[..., : at + BLOCK, :],
+            config,
+            layer=layer,
+            at=at,
+            how=how,
         )
         for at in range(0, s, BLOCK)
-    ]  # fmt: skip
+    ]
     return parts[-1]._replace(output=np.concatenate([part.output for part in parts], axis=-2))
 
 

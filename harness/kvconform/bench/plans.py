@@ -42,9 +42,7 @@ def _asked(plan: Plan, phases: Sequence[str]) -> bool:
     return any(phase in phases for phase in others) if others else first in phases
 
 
-STEPS_OF = {
-    "generate": ("prefill", "decode"), "regenerate": ("recompute",), "regenerate-last": ("recompute-last",),
-}  # fmt: skip
+STEPS_OF = {"generate": ("prefill", "decode"), "regenerate": ("recompute",), "regenerate-last": ("recompute-last",)}
 """The steps of which a generation is made."""
 
 
@@ -52,6 +50,9 @@ def steps(cases: Iterable[Plan]) -> list[tuple[str, int, int]]:
     """Each phase of a single step that these cases need, its depth and its batch, once."""
     found = [
         (step, plan.depth, plan.batch)
-        for plan in cases for phase in plan.phases if phase not in CEILINGS for step in STEPS_OF.get(phase, (phase,))
-    ]  # fmt: skip
+        for plan in cases
+        for phase in plan.phases
+        if phase not in CEILINGS
+        for step in STEPS_OF.get(phase, (phase,))
+    ]
     return list(dict.fromkeys(found))

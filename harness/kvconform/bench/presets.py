@@ -66,14 +66,29 @@ def _gpt2(capacity: int) -> Config:
     """The shape of GPT-2 124M; its MLP is gated here, with as many weights. Reserved are the special
     tokens of a model that is made of a transformers config here."""
     return Config(
-        "decoder", heads=12, kv_heads=12, head_dim=64, layers=12, width=768, mlp=2048, vocabulary=50257,
-        positions="learned", capacity=capacity, init_std=0.02, reserved=(0, 1, 2),
-    )  # fmt: skip
+        "decoder",
+        heads=12,
+        kv_heads=12,
+        head_dim=64,
+        layers=12,
+        width=768,
+        mlp=2048,
+        vocabulary=50257,
+        positions="learned",
+        capacity=capacity,
+        init_std=0.02,
+        reserved=(0, 1, 2),
+    )
 
 
 SIZES = {
-    "n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_positions": 1032, "initializer_range": 0.02,
-}  # fmt: skip
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "vocab_size": 50257,
+    "n_positions": 1032,
+    "initializer_range": 0.02,
+}
 GPT2 = f"hf:GPT2Config?{json.dumps({'config': SIZES})}"
 SHAPE = "ours is a decoder of the same shape with as many weights: gated MLP, RMS norm, no biases, an untied LM head"
 GATED = "the decoder around the cache is ours, of the same shape with as many weights"
@@ -81,28 +96,45 @@ GATED = "the decoder around the cache is ours, of the same shape with as many we
 FEWER = "100 new tokens here, not 1000: the ratio grows with them"
 
 LONG_GENERATION = Preset(
-    "gpt2-transformers", _gpt2(1032),
-    depths=(128, 512, 1000), prompts=(128,),
+    "gpt2-transformers",
+    _gpt2(1032),
+    depths=(128, 512, 1000),
+    prompts=(128,),
     about="GPT-2 124M through transformers, random weights, 1000 new tokens",
     generate=(4, 1000),
     backends=("eager-static", "gpt2-transformers", "compiled"),
     addresses={"gpt2-transformers": GPT2},
     published=(
         Published(
-            "1000 new tokens, 10 runs", "11.885 ± 0.272 s", "56.197 ± 1.855 s", 4.73, "T4",
-            "an article on KV caching: GPT-2 through transformers", "gpt2-transformers", ("generate", "regenerate"),
-            (SHAPE,), runs=10,
+            "1000 new tokens, 10 runs",
+            "11.885 ± 0.272 s",
+            "56.197 ± 1.855 s",
+            4.73,
+            "T4",
+            "an article on KV caching: GPT-2 through transformers",
+            "gpt2-transformers",
+            ("generate", "regenerate"),
+            (SHAPE,),
+            runs=10,
         ),
     ),
-)  # fmt: skip
+)
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
         Preset(
             "small",
             Config(
-                "decoder", heads=8, kv_heads=4, head_dim=32, layers=4, width=256, mlp=512, vocabulary=1024,
-                positions="rope", capacity=528,
+                "decoder",
+                heads=8,
+                kv_heads=4,
+                head_dim=32,
+                layers=4,
+                width=256,
+                mlp=512,
+                vocabulary=1024,
+                positions="rope",
+                capacity=528,
             ),
             depths=(64, 128, 256, 512),
             prompts=(64, 256, 512),
@@ -113,8 +145,16 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "past-tuples",
             Config(
-                "decoder", heads=8, kv_heads=8, head_dim=64, layers=1, width=512, mlp=0, vocabulary=50257,
-                positions="learned", capacity=264,
+                "decoder",
+                heads=8,
+                kv_heads=8,
+                head_dim=64,
+                layers=1,
+                width=512,
+                mlp=0,
+                vocabulary=50257,
+                positions="learned",
+                capacity=264,
             ),
             depths=(128, 192, 255),
             prompts=(128,),
@@ -123,39 +163,67 @@ PRESETS: dict[str, Preset] = {
             backends=("eager-static", "past-tuples", "compiled", "onnx", "onnx-shared"),
             published=(
                 Published(
-                    "128 tokens after a prompt of 128", "0.0315 s", "0.0997 s", 3.17, "A100",
+                    "128 tokens after a prompt of 128",
+                    "0.0315 s",
+                    "0.0997 s",
+                    3.17,
+                    "A100",
                     "a notebook on KV caches: one attention layer, width 512, 8 heads, vocabulary 50257",
-                    "past-tuples", ("generate", "regenerate"),
-                    ("its cached loop ran the prefill twice and dropped a token",
-                     "which positions its uncached loop projects decides the ratio: both are timed here"),
+                    "past-tuples",
+                    ("generate", "regenerate"),
+                    (
+                        "its cached loop ran the prefill twice and dropped a token",
+                        "which positions its uncached loop projects decides the ratio: both are timed here",
+                    ),
                 ),
             ),
         ),
         Preset(
-            "module-buffers", _gpt2(256),
-            depths=(128, 192), prompts=(4, 128),
+            "module-buffers",
+            _gpt2(256),
+            depths=(128, 192),
+            prompts=(4, 128),
             about="the shape of GPT-2 124M, a prompt of 4 tokens, 200 new ones",
             generate=(4, 200),
             backends=("eager-static", "module-buffers", "compiled"),
             published=(
                 Published(
-                    "200 tokens after a prompt of 4", "110 tokens/s", "27 tokens/s", 110 / 27, "Apple M4",
-                    "LLMs from scratch, chapter 4, bonus on KV caches: GPT-124M", "module-buffers",
-                    ("generate", "regenerate"), (GATED,),
+                    "200 tokens after a prompt of 4",
+                    "110 tokens/s",
+                    "27 tokens/s",
+                    110 / 27,
+                    "Apple M4",
+                    "LLMs from scratch, chapter 4, bonus on KV caches: GPT-124M",
+                    "module-buffers",
+                    ("generate", "regenerate"),
+                    (GATED,),
                 ),
             ),
         ),
         LONG_GENERATION,
         replace(
-            LONG_GENERATION, name="gpt2-transformers-short", config=_gpt2(136), depths=(64, 128), prompts=(64,),
-            generate=(4, 100), about="as gpt2-transformers with 100 new tokens: minutes of one CPU thread",
+            LONG_GENERATION,
+            name="gpt2-transformers-short",
+            config=_gpt2(136),
+            depths=(64, 128),
+            prompts=(64,),
+            generate=(4, 100),
+            about="as gpt2-transformers with 100 new tokens: minutes of one CPU thread",
             published=tuple(replace(one, differs=(*one.differs, FEWER)) for one in LONG_GENERATION.published),
         ),
         Preset(
             "gqa",
             Config(
-                "decoder", heads=16, kv_heads=2, head_dim=64, layers=4, width=512, mlp=1024, vocabulary=1024,
-                positions="rope", capacity=1040,
+                "decoder",
+                heads=16,
+                kv_heads=2,
+                head_dim=64,
+                layers=4,
+                width=512,
+                mlp=1024,
+                vocabulary=1024,
+                positions="rope",
+                capacity=1040,
             ),
             depths=(128, 256, 512, 1024),
             prompts=(128,),
@@ -166,8 +234,16 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "long",
             Config(
-                "decoder", heads=8, kv_heads=2, head_dim=64, layers=2, width=256, mlp=512, vocabulary=1024,
-                positions="rope", capacity=8208,
+                "decoder",
+                heads=8,
+                kv_heads=2,
+                head_dim=64,
+                layers=2,
+                width=256,
+                mlp=512,
+                vocabulary=1024,
+                positions="rope",
+                capacity=8208,
             ),
             depths=(1024, 2048, 4096, 8192),
             prompts=(1024,),
@@ -175,4 +251,4 @@ PRESETS: dict[str, Preset] = {
             backends=("eager-static", "eager", "onnx", "onnx-shared"),
         ),
     )
-}  # fmt: skip
+}

@@ -70,9 +70,15 @@ def processors(threads: int, restart: int) -> tuple[int, ...] | None:
 
 
 def described(
-    presets: Iterable[Preset], results_dir: Path | None, seconds: float, seed: int, threads: int, restarts: int,
-    phases: Sequence[str] = (), budget: float | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    presets: Iterable[Preset],
+    results_dir: Path | None,
+    seconds: float,
+    seed: int,
+    threads: int,
+    restarts: int,
+    phases: Sequence[str] = (),
+    budget: float | None = None,
+) -> dict[str, Any]:
     """What a record says about how it was made."""
     a_case = f"{seconds:g} s a case and restart after the warm-up"
     if budget is not None:

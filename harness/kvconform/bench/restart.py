@@ -85,10 +85,11 @@ class Restart:
         run, began = self.run, time.perf_counter()
         artefacts = {"KVCONFORM_ARTEFACTS": str((run.out.parent / "artefacts").resolve())}
         launch = replace(
-            launch, address=self.preset.addresses.get(name, launch.address),
+            launch,
+            address=self.preset.addresses.get(name, launch.address),
             environment={**artefacts, **launch.environment, **variables(run.threads)},
             cpus=processors(run.threads, self.number),
-        )  # fmt: skip
+        )
         why = "" if run.results_dir is None else conformance(name, launch, run.results_dir)
         if not why:
             try:
@@ -96,17 +97,29 @@ class Restart:
             except BackendUnavailable as sentence:
                 why = str(sentence)
             else:
-                why = "" if run.results_dir is None else outdated(
-                    name, run.results_dir, subject.environment, same_file=name not in self.preset.addresses
-                )  # fmt: skip
+                why = (
+                    ""
+                    if run.results_dir is None
+                    else outdated(
+                        name, run.results_dir, subject.environment, same_file=name not in self.preset.addresses
+                    )
+                )
         if why:
             run.exclude(name, self.preset, why)
             return None
         self.loaded[name] = round(time.perf_counter() - began, 3)
-        self.record.software.setdefault(name, {
-            "address": launch.address, "device": launch.device, "interpreter": launch.python,
-            "environment": subject.environment, "variables": launch.environment, "compared": {}, "runtime_info": {},
-        })  # fmt: skip
+        self.record.software.setdefault(
+            name,
+            {
+                "address": launch.address,
+                "device": launch.device,
+                "interpreter": launch.python,
+                "environment": subject.environment,
+                "variables": launch.environment,
+                "compared": {},
+                "runtime_info": {},
+            },
+        )
         return subject
 
     def _build(self, name: str) -> bool:
@@ -226,17 +239,27 @@ class Restart:
         order = np.random.default_rng((self.run.seed, self.number, index))
         runs = max((one.runs for one in preset.published), default=1) if plan.new and self.run.seconds is None else 1
         number, least = 0, -(-runs // self.run.restarts)  # as many generations as were published
-        while (spent := time.perf_counter() - began) < seconds or (
-            len(counted) < ROUNDS_WANTED * len(arms) and spent < OVERTIME * seconds
-        ) or number < least:  # fmt: skip
+        while (
+            (spent := time.perf_counter() - began) < seconds
+            or (len(counted) < ROUNDS_WANTED * len(arms) and spent < OVERTIME * seconds)
+            or number < least
+        ):
             for place, arm in enumerate(int(i) for i in order.permutation(len(arms))):
                 (block,) = self.client.blocks(
                     preset, arms[arm], plan.depth, case.steps, 1, batch=plan.batch, new=plan.new, timeout=LONG
                 )
                 timed = Round(
-                    index, self.number, number, place, arm, block.ns, block.cpu_ns, block.nivcsw,
-                    sm_mhz=block.sm_mhz, throttle=block.throttle,
-                )  # fmt: skip
+                    index,
+                    self.number,
+                    number,
+                    place,
+                    arm,
+                    block.ns,
+                    block.cpu_ns,
+                    block.nivcsw,
+                    sm_mhz=block.sm_mhz,
+                    throttle=block.throttle,
+                )
                 self.record.rounds.append(timed)
                 counted += [timed] if fast(timed, default) else []
                 if block.tokens:
@@ -251,8 +274,11 @@ class Restart:
         """Where the case is in the record: the restart before has made it, or it is new."""
         for index, case in enumerate(self.record.cases):
             same = (case.preset, case.depth, case.batch, case.new) == (
-                self.preset.name, plan.depth, plan.batch, plan.new,
-            )  # fmt: skip
+                self.preset.name,
+                plan.depth,
+                plan.batch,
+                plan.new,
+            )
             if same and case.arms == arms:
                 return index
         steps = 1
@@ -292,9 +318,10 @@ class Restart:
         for index, case in enumerate(self.record.cases):
             for arm, one in enumerate(case.arms):
                 mine = [
-                    at for at, block in enumerate(self.record.rounds)
+                    at
+                    for at, block in enumerate(self.record.rounds)
                     if (block.case, block.restart, block.arm) == (index, self.number, arm) and fast(block, default)
-                ][:DEVICE_BLOCKS]  # fmt: skip
+                ][:DEVICE_BLOCKS]
                 if one.backend != name or case.preset != self.preset.name or case.new or not mine:
                     continue
                 told = self.client.device(self.preset, one, case.depth, case.steps, len(mine), batch=case.batch)

@@ -56,9 +56,18 @@ def bench(
     has ``finished`` False then. Raises ``device.GpuBusy`` where another benchmark holds the GPU.
     """
     run = _Run(
-        list(presets.values()), results_dir, out, seconds_per_case, restarts, seconds, seed, threads, tell,
-        tuple(phases), advance,
-    )  # fmt: skip
+        list(presets.values()),
+        results_dir,
+        out,
+        seconds_per_case,
+        restarts,
+        seconds,
+        seed,
+        threads,
+        tell,
+        tuple(phases),
+        advance,
+    )
     run.record.device = ", ".join(sorted({launch.device for launch in launches.values()}))
     with held("cuda" if "cuda" in run.record.device else "cpu") as told:
         run.record.machine |= told
@@ -77,9 +86,19 @@ class _Run:
     """The state of one run."""
 
     def __init__(
-        self, presets: list[Preset], results_dir: Path | None, out: Path, seconds_per_case: float, restarts: int,
-        seconds: float | None, seed: int, threads: int, tell: Tell, phases: tuple[str, ...], advance: Advance,
-    ) -> None:  # fmt: skip
+        self,
+        presets: list[Preset],
+        results_dir: Path | None,
+        out: Path,
+        seconds_per_case: float,
+        restarts: int,
+        seconds: float | None,
+        seed: int,
+        threads: int,
+        tell: Tell,
+        phases: tuple[str, ...],
+        advance: Advance,
+    ) -> None:
         self.presets, self.results_dir, self.out = presets, results_dir, out
         self.seconds_per_case, self.restarts, self.seconds = seconds_per_case, restarts, seconds
         self.seed, self.threads, self.tell, self.phases, self.advance = seed, threads, tell, phases, advance
@@ -87,11 +106,15 @@ class _Run:
         self.done = 0  # cases
         self.spent = 0.0  # seconds of these
         self.record = Record(
-            suite=SUITE_VERSION, started=datetime.now(UTC).isoformat(timespec="seconds"), device="",
-            machine=machine(), software={}, load=[load_average()],
+            suite=SUITE_VERSION,
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            device="",
+            machine=machine(),
+            software={},
+            load=[load_average()],
             presets={preset.name: preset.to_json() for preset in presets},
             protocol=described(presets, results_dir, seconds_per_case, seed, threads, restarts, phases, seconds),
-        )  # fmt: skip
+        )
 
     def preset(self, preset: Preset, launches: Mapping[str, WorkerSpec]) -> None:
         """All restarts of a preset. Who is lost in one is not in the next."""

@@ -73,8 +73,7 @@ def bench(
     runs: Annotated[int, typer.Option(min=1, help="Of the self-test.")] = 20,
     history: Annotated[Path | None, typer.Option(help="Of the self-test; OUT/gate-history.jsonl if none.")] = None,
     count: Annotated[
-        bool,
-        typer.Option("--counters", help="Counts instead of timing, which cannot flake; exit code 4 on more work."),
+        bool, typer.Option("--counters", help="Counts instead of timing, which cannot flake; exit code 4 on more work.")
     ] = False,
     baseline: Annotated[Path | None, typer.Option(help="Counters that these are compared with.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Prints the record's JSON Schema and ends.")] = False,
@@ -116,10 +115,19 @@ def bench(
     _judge(named, out)
     with _Shown() as shown, _one_at_a_time():
         record = controller.bench(
-            named, chosen, out, out / "speed.json", seconds_per_case=seconds or protocol.SECONDS_PER_CASE,
-            restarts=restarts or protocol.RESTARTS, seconds=budget, phases=phase, seed=seed, threads=threads,
-            tell=shown.tell, advance=shown.advance,
-        )  # fmt: skip
+            named,
+            chosen,
+            out,
+            out / "speed.json",
+            seconds_per_case=seconds or protocol.SECONDS_PER_CASE,
+            restarts=restarts or protocol.RESTARTS,
+            seconds=budget,
+            phases=phase,
+            seed=seed,
+            threads=threads,
+            tell=shown.tell,
+            advance=shown.advance,
+        )
     for excluded in record.excluded:
         screen.print(escape(f"no time: {excluded.backend}, {excluded.preset}: {excluded.why}"))
     raise typer.Exit(0 if record.rounds else NOTHING)
@@ -149,9 +157,15 @@ def _gates(
         for name, launch in named.items():
             before, after = (sides[ref].launch(launch.address, launch.device) for ref in (base, head))
             record = pingpong.gate(
-                before, after, chosen, name, out / "gate" / f"{name}.json", tell=_say,
-                environments={"base": sides[base], "head": sides[head]}, **common,
-            )  # fmt: skip
+                before,
+                after,
+                chosen,
+                name,
+                out / "gate" / f"{name}.json",
+                tell=_say,
+                environments={"base": sides[base], "head": sides[head]},
+                **common,
+            )
             for words in record.lines():
                 _say(f"{name}: {words}")
             codes.append(record.exit_code)
@@ -159,9 +173,14 @@ def _gates(
 
 
 def _self_tests(
-    named: Mapping[str, WorkerSpec], chosen: Mapping[str, Preset], head: str, runs: int, out: Path, history: Path,
+    named: Mapping[str, WorkerSpec],
+    chosen: Mapping[str, Preset],
+    head: str,
+    runs: int,
+    out: Path,
+    history: Path,
     common: dict[str, Any],
-) -> int:  # fmt: skip
+) -> int:
     """0, or 1 where there were more false alarms than the stated rate lets expect."""
     told = []
     with TemporaryDirectory(prefix="kvconform-") as folder:
@@ -220,9 +239,14 @@ class _Shown:
 
     def __init__(self) -> None:
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
-            TextColumn("{task.fields[left]}"), console=screen, transient=True, disable=not screen.is_terminal,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f} %"),
+            TextColumn("{task.fields[left]}"),
+            console=screen,
+            transient=True,
+            disable=not screen.is_terminal,
+        )
         self.task = self.progress.add_task("bench", total=1.0, left="")
         self.tell: Callable[[str], None] = lambda words: self.progress.console.print(escape(words))
 

@@ -62,8 +62,10 @@ EXIT_CODES = (
 )
 app = typer.Typer(
     help=f"Conformance of KV-cache attention. A KV cache must be unobservable.\n\n{EXIT_CODES}",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-)  # fmt: skip
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 CATALOGUE = "kvconform_backends.faults:FAULTS"
 """The faults that are audited unless others are named."""
@@ -164,11 +166,14 @@ def check_command(
             task = progress.add_task(name, total=None)
             judged.append(
                 run_backend(
-                    name, WorkerSpec(address, device, python, step_timeout), plan, out,
+                    name,
+                    WorkerSpec(address, device, python, step_timeout),
+                    plan,
+                    out,
                     tell=lambda verdict, progress=progress, task=task: progress.advance(task),  # type: ignore[misc]
                     begin=lambda count, progress=progress, task=task: progress.update(task, total=count),  # type: ignore[misc]
                 )
-            )  # fmt: skip
+            )
         if not as_json:
             for words in check.lines(judged[-1], out):
                 screen.print(escape(words))
@@ -185,9 +190,14 @@ def _worst(codes: list[int]) -> int:
 def _progress(quiet: bool = False) -> Progress:
     """A bar on a terminal, nothing elsewhere."""
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=screen, transient=True, disable=quiet or not screen.is_terminal,
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=screen,
+        transient=True,
+        disable=quiet or not screen.is_terminal,
+    )
 
 
 def _print_failure(console: Console, name: str, verdict: Verdict, out: Path) -> None:
@@ -416,9 +426,7 @@ def power_command(
 
 
 @app.command()
-def schema(
-    of: Annotated[str, typer.Argument(help="results or audit.")] = "results",
-) -> None:
+def schema(of: Annotated[str, typer.Argument(help="results or audit.")] = "results") -> None:
     """Prints the JSON Schema of a results file, or of an audit's."""
     schemas = {"results": results.schema, "audit": audit_record.schema}
     if of not in schemas:

@@ -34,9 +34,17 @@ from kvconform_specs.configs import CONFIGS
 from kvconform_specs.errors import SpecError
 
 NUMERIC = {
-    Relation.PARITY, Relation.AGREEMENT, Relation.INSENSITIVE, Relation.SENSITIVE, Relation.CONTENTS, Relation.STABLE_CONTENTS,
-    Relation.BITWISE, Relation.FINITE, Relation.SAME_TOKEN, Relation.GENERATED,
-}  # fmt: skip
+    Relation.PARITY,
+    Relation.AGREEMENT,
+    Relation.INSENSITIVE,
+    Relation.SENSITIVE,
+    Relation.CONTENTS,
+    Relation.STABLE_CONTENTS,
+    Relation.BITWISE,
+    Relation.FINITE,
+    Relation.SAME_TOKEN,
+    Relation.GENERATED,
+}
 """Relations between numbers: an exception breaks none of them, it only keeps them from being asked."""
 REFUSALS = ("capacity", "errors")
 """Chapters that are about what may be refused: there, a legal step that raises is the very mistake."""
@@ -105,11 +113,16 @@ def audit(
     began = time.perf_counter()
     tasks = plan.tasks(faults, controls)
     record = Record(
-        suite=SUITE_VERSION, faults=address, budgets=[budget.name for budget in plan.budgets], seed=plan.seed,
-        names=list(plan.names), every=plan.every, shard="/".join(map(str, plan.shard or ())),
+        suite=SUITE_VERSION,
+        faults=address,
+        budgets=[budget.name for budget in plan.budgets],
+        seed=plan.seed,
+        names=list(plan.names),
+        every=plan.every,
+        shard="/".join(map(str, plan.shard or ())),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         environment={"hypothesis": version("hypothesis"), "numpy": np.__version__, "machine": machine()},
-    )  # fmt: skip
+    )
     found: dict[int, Audited] = {}
     for number, audited in _done(tasks, jobs):
         found[number] = audited
@@ -142,9 +155,14 @@ def _done(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Audited]]:
 def audit_fault(fault: Fault, plan: Plan) -> Audited:
     """Tries a fault under each clause, on a fresh process: what it did under one must not help or hide another."""
     audited = Audited(
-        name=fault.name, address=fault.address, conditional=fault.conditional, classes=fault.classes,
-        clauses=fault.clauses, bug=fault.bug, sentence=fault.sentence,
-    )  # fmt: skip
+        name=fault.name,
+        address=fault.address,
+        conditional=fault.conditional,
+        classes=fault.classes,
+        clauses=fault.clauses,
+        bug=fault.bug,
+        sentence=fault.sentence,
+    )
     try:
         with Subject(WorkerSpec(fault.address)) as subject:
             for budget in plan.budgets:
@@ -168,9 +186,11 @@ def cells(fault: Fault, clause: Clause) -> Iterator[Cell]:
 def _try(fault: Fault, clause: Clause, subject: Subject, budget: Budget, seed: int) -> Trial:
     """Config by config up to the first that kills; else the first that was broken, else the last that was judged."""
     best = Trial(
-        budget=budget.name, clause=clause.name, outcome=Outcome.UNSUPPORTED,
+        budget=budget.name,
+        clause=clause.name,
+        outcome=Outcome.UNSUPPORTED,
         sentence="it concerns none of the fault's configs",
-    )  # fmt: skip
+    )
     programs, seconds = 0, 0.0
     for cell in cells(fault, clause):
         verdict = run_cell(cell, subject, budget, seed, Path())  # without shrinking, nothing is written
@@ -182,10 +202,16 @@ def _try(fault: Fault, clause: Clause, subject: Subject, budget: Budget, seed: i
         own = not raised or clause.chapter in REFUSALS or not NUMERIC & set(clause.relations)
         charged = verdict.outcome.broken or clause.name in fault.clauses  # a guarantee may be refuted by right backends
         trial = msgspec.structs.replace(
-            best, outcome=verdict.outcome, kills=broke and own and charged and ran != 0, config=cell.config_name,
-            by="" if not broke else "exception" if raised else "judgement", ran=ran, sentence=verdict.sentence,
-            programs=programs, seconds=round(seconds, 3),
-        )  # fmt: skip
+            best,
+            outcome=verdict.outcome,
+            kills=broke and own and charged and ran != 0,
+            config=cell.config_name,
+            by="" if not broke else "exception" if raised else "judgement",
+            ran=ran,
+            sentence=verdict.sentence,
+            programs=programs,
+            seconds=round(seconds, 3),
+        )
         if trial.kills:
             return trial
         if broke or (not best.by and (not best.config or verdict.outcome is not Outcome.UNSUPPORTED)):

@@ -39,10 +39,16 @@ from kvconform_specs.tensors import Streams, rounded, weights
 Array = NDArray[Any]
 NUMERIC = frozenset(
     (
-        Relation.PARITY, Relation.AGREEMENT, Relation.INSENSITIVE, Relation.SENSITIVE, Relation.FINITE, Relation.BITWISE,
-        Relation.SAME_TOKEN, Relation.GENERATED,
+        Relation.PARITY,
+        Relation.AGREEMENT,
+        Relation.INSENSITIVE,
+        Relation.SENSITIVE,
+        Relation.FINITE,
+        Relation.BITWISE,
+        Relation.SAME_TOKEN,
+        Relation.GENERATED,
     )
-)  # fmt: skip
+)
 """The relations that look at outputs; what a cache says and shows of itself is true of every null model."""
 BOOKKEEPING = "judges no numbers"
 STRUCTURES = 6
@@ -339,9 +345,13 @@ def _drawn(clause: Clause, config: Config, claims: Claims, structures: int) -> l
 
     @hypothesis_seed(0)
     @settings(
-        max_examples=structures + 1, deadline=None, database=None, verbosity=Verbosity.quiet,
-        phases=(Phase.generate,), suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+        max_examples=structures + 1,
+        deadline=None,
+        database=None,
+        verbosity=Verbosity.quiet,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
     @given(clause.strategy(config, claims))
     def draw(case: Case) -> None:
         cases.append(case)

@@ -124,10 +124,13 @@ def scores(record: Record) -> list[Score]:
             kills = [kill for one in faults if (kill := one.kill(budget)) is not None]
             programs, seconds = [kill.programs for kill in kills], [kill.seconds for kill in kills]
             score = Score(
-                budget=budget, conditional=conditional, killed=len(kills), faults=len(faults),
+                budget=budget,
+                conditional=conditional,
+                killed=len(kills),
+                faults=len(faults),
                 programs=(median(programs), max(programs)) if kills else None,
                 seconds=(median(seconds), max(seconds)) if kills else None,
-            )  # fmt: skip
+            )
             found.append(score)
     return found
 

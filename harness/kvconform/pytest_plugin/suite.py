@@ -38,11 +38,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         raise pytest.UsageError("\n".join(stale))
     params = [
         pytest.param(
-            backend, cell, id=f"{cell.clause.name}-{backend}-{cell.config_name}",
+            backend,
+            cell,
+            id=f"{cell.clause.name}-{backend}-{cell.config_name}",
             marks=pytest.mark.xdist_group(f"{backend}-{cell.config_name}"),
         )
-        for backend in backends for cell in cells(plan_of(metafunc.config))
-    ]  # fmt: skip
+        for backend in backends
+        for cell in cells(plan_of(metafunc.config))
+    ]
     metafunc.parametrize(("backend", "cell"), params)
 
 

@@ -43,9 +43,11 @@ def measured(verdicts: Sequence[Verdict]) -> dict[str, Guarantee]:
     found = {}
     for config in dict.fromkeys(verdict.config for verdict in verdicts):
         deciding = [
-            (level, known[clause, config]) for level, clauses in LEVELS.items() for clause in clauses
+            (level, known[clause, config])
+            for level, clauses in LEVELS.items()
+            for clause in clauses
             if (clause, config) in known
-        ]  # fmt: skip
+        ]
         if deciding:
             found[config] = _guarantee(deciding)
     return found

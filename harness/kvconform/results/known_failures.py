@@ -41,9 +41,13 @@ from kvconform_specs.program import Program
 
 SCHEMA = "kvconform-known-failures/1"
 REASONS = (
-    "bug in the backend", "bug in a library", "bug in a compiler", "bug in a driver", "limit of the hardware",
+    "bug in the backend",
+    "bug in a library",
+    "bug in a compiler",
+    "bug in a driver",
+    "limit of the hardware",
     "cause not yet known",
-)  # fmt: skip
+)
 LONGEST = timedelta(days=366)
 """How far ahead a row's last day may lie: what is known must be looked at once a year."""
 VERSION = re.compile(r"[\w.!+-]*\w(\.\*)?")
@@ -155,10 +159,16 @@ class KnownFailure:
         self, subject: Subject, began: float, outcome: Outcome, words: str, counterexample: str = ""
     ) -> Verdict:
         return Verdict(
-            clause=self.row.clause, config=self.row.config, backend=subject.launch.address, outcome=outcome,
-            sentence=words, counterexample=counterexample, programs=len(self.before) + len(self.case.programs),
-            structures=1, seconds=round(time.perf_counter() - began, 3),
-        )  # fmt: skip
+            clause=self.row.clause,
+            config=self.row.config,
+            backend=subject.launch.address,
+            outcome=outcome,
+            sentence=words,
+            counterexample=counterexample,
+            programs=len(self.before) + len(self.case.programs),
+            structures=1,
+            seconds=round(time.perf_counter() - began, 3),
+        )
 
 
 @dataclass(frozen=True)

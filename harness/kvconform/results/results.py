@@ -171,12 +171,18 @@ def merged(parts: Sequence[Results]) -> Results:
     if any(machine != machines[0] for machine in machines):
         environment["machine"] = machines
     return msgspec.structs.replace(
-        first, shard="", verdicts=verdicts, environment=environment, started=min(part.started for part in ordered),
-        seconds=round(sum(part.seconds for part in ordered), 3), runtime_info=_union("runtime_info", ordered, strict=False),
-        power=_union("power", ordered), guarantees=measured(verdicts),
+        first,
+        shard="",
+        verdicts=verdicts,
+        environment=environment,
+        started=min(part.started for part in ordered),
+        seconds=round(sum(part.seconds for part in ordered), 3),
+        runtime_info=_union("runtime_info", ordered, strict=False),
+        power=_union("power", ordered),
+        guarantees=measured(verdicts),
         known_failures=[row for part in ordered for row in part.known_failures],
         stale=list(dict.fromkeys(words for part in ordered for words in part.stale)),
-    )  # fmt: skip
+    )
 
 
 def _place(part: Results) -> tuple[int, int]:

@@ -121,10 +121,15 @@ def run_backend(
     path, failures = path_of(name, plan, out), out / "failures" / name
     launch.environment.setdefault("KVCONFORM_ARTEFACTS", str((out / "artefacts").resolve()))
     results = Results(
-        suite=SUITE_VERSION, backend=name, device=launch.device, dtypes=list(plan.dtypes), budget=plan.budget.name,
-        seed=plan.seed, started=datetime.now(UTC).isoformat(timespec="seconds"),
+        suite=SUITE_VERSION,
+        backend=name,
+        device=launch.device,
+        dtypes=list(plan.dtypes),
+        budget=plan.budget.name,
+        seed=plan.seed,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
         shard="/".join(map(str, plan.shard or ())),
-    )  # fmt: skip
+    )
     try:
         subject = Subject(launch)
     except BackendUnavailable as sentence:

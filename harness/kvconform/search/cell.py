@@ -19,14 +19,7 @@ from hypothesis.errors import Flaky
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.search.counterexample import Broken, Counterexample, attempt, frozen, replayed
 from kvconform.search.counterexample import sentence as said
-from kvconform.search.effort import (
-    GUARANTEE_SECONDS,
-    GUARANTEE_TRIALS,
-    REBUILDS,
-    SHRINK_SECONDS,
-    SHRINK_TRIALS,
-    Budget,
-)
+from kvconform.search.effort import GUARANTEE_SECONDS, GUARANTEE_TRIALS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Budget
 from kvconform.search.shrink import reduced_death, reduced_list
 from kvconform.worker.client import Subject, WorkerDied, unproven
 from kvconform_specs import SUITE_VERSION
@@ -121,10 +114,14 @@ class _Search:
         @hypothesis_seed(self.seed)
         @settings(
             max_examples=max(2, round(self.budget.structures * self.cell.clause.effort)),
-            deadline=None, database=None, print_blob=False,
-            suppress_health_check=list(HealthCheck), verbosity=Verbosity.quiet, report_multiple_bugs=False,
+            deadline=None,
+            database=None,
+            print_blob=False,
+            suppress_health_check=list(HealthCheck),
+            verbosity=Verbosity.quiet,
+            report_multiple_bugs=False,
             phases=(Phase.generate, Phase.shrink) if self.budget.shrink else (Phase.generate,),
-        )  # fmt: skip
+        )
         @given(self.cell.clause.strategy(self.cell.config, self.subject.claims))
         def search(case: Case) -> None:
             self.trial(case)
@@ -195,11 +192,21 @@ class _Search:
                 return self.verdict(Outcome.INCONCLUSIVE, words)
             before, confirmed = found
         outcome, sentence = self._outcome(confirmed), said(confirmed, before)
-        name = Counterexample(
-            suite=SUITE_VERSION, clause=self.cell.clause.name, backend=self.subject.launch.address,
-            device=self.subject.launch.device, sentence=sentence, outcome=outcome.value,
-            before=[program.to_json() for program in before], case=case.to_json(), reduced=self.reduced,
-        ).write(folder).name  # fmt: skip
+        name = (
+            Counterexample(
+                suite=SUITE_VERSION,
+                clause=self.cell.clause.name,
+                backend=self.subject.launch.address,
+                device=self.subject.launch.device,
+                sentence=sentence,
+                outcome=outcome.value,
+                before=[program.to_json() for program in before],
+                case=case.to_json(),
+                reduced=self.reduced,
+            )
+            .write(folder)
+            .name
+        )
         return self.verdict(outcome, sentence, name)
 
     def _outcome(self, broken: Broken) -> Outcome:
@@ -250,9 +257,17 @@ class _Search:
 
     def verdict(self, outcome: Outcome, sentence: str = "", counterexample: str = "") -> Verdict:
         return Verdict(
-            clause=self.cell.clause.name, config=self.cell.config_name, backend=self.subject.launch.address,
-            outcome=outcome, sentence=sentence, counterexample=counterexample, compared=self.compared,
-            programs=self.programs, structures=self.structures, worst=self.worst, found_after=self.found_after,
+            clause=self.cell.clause.name,
+            config=self.cell.config_name,
+            backend=self.subject.launch.address,
+            outcome=outcome,
+            sentence=sentence,
+            counterexample=counterexample,
+            compared=self.compared,
+            programs=self.programs,
+            structures=self.structures,
+            worst=self.worst,
+            found_after=self.found_after,
             seconds=round(time.perf_counter() - self.began, 3),
             raised=self.best is not None and self.best[1].raised,
-        )  # fmt: skip
+        )

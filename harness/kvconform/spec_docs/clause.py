@@ -81,9 +81,13 @@ def example(clause: Clause) -> tuple[str, Case]:
 
     @hypothesis_seed(0)
     @settings(
-        max_examples=DRAWS, deadline=None, database=None, verbosity=Verbosity.quiet, phases=(Phase.generate,),
+        max_examples=DRAWS,
+        deadline=None,
+        database=None,
+        verbosity=Verbosity.quiet,
+        phases=(Phase.generate,),
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     @given(clause.strategy(CONFIGS[name], least_claims(clause)))
     def draw(case: Case) -> None:
         drawn.append(case)
@@ -108,9 +112,16 @@ def least_claims(clause: Clause) -> Claims:
 def as_file(clause: Clause) -> bytes:
     """The example in the form that ``kvconform replay`` runs."""
     found = Counterexample(
-        suite=SUITE_VERSION, clause=clause.name, backend="numpy", device="cpu", sentence="an example, never a failure",
-        outcome="pass", before=[], case=example(clause)[1].to_json(), reduced=False,
-    )  # fmt: skip
+        suite=SUITE_VERSION,
+        clause=clause.name,
+        backend="numpy",
+        device="cpu",
+        sentence="an example, never a failure",
+        outcome="pass",
+        before=[],
+        case=example(clause)[1].to_json(),
+        reduced=False,
+    )
     return msgspec.json.format(msgspec.json.encode(found), indent=1)
 
 

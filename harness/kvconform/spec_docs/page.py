@@ -58,12 +58,16 @@ def _words() -> Iterator[str]:
     prose, told = documented(Config)
     meanings = {
         "profile": f"{_codes(PROFILES)}: q, k, v to the output of one layer, or token ids to logits.",
-        "heads": "Query heads, `h`.", "kv_heads": "KV heads, `g`; they divide the query heads.",
-        "head_dim": "Head dim, `d`.", "layers": "Layers, `l`; 1 in the attention profile.",
+        "heads": "Query heads, `h`.",
+        "kv_heads": "KV heads, `g`; they divide the query heads.",
+        "head_dim": "Head dim, `d`.",
+        "layers": "Layers, `l`; 1 in the attention profile.",
         "vocabulary": "Number of token ids, `V`; read by the decoder only.",
         "positions": f"{_codes(POSITIONS)}; {told['positions']}",
-        "dtype": f"{_codes(DTYPES)}.", "seed": "Seed of the weights.", "init_std": "Their standard deviation.",
-    }  # fmt: skip
+        "dtype": f"{_codes(DTYPES)}.",
+        "seed": "Seed of the weights.",
+        "init_std": "Their standard deviation.",
+    }
     yield f"## Configs\n\n{prose}"
     yield (
         "Axes, everywhere: `b` batch, `h` query heads, `g` KV heads, `t` new tokens, `s` cached + new tokens, `d` head "
@@ -82,9 +86,11 @@ def _words() -> Iterator[str]:
     )
     prose, told = documented(Claims)
     told |= documented(Precision)[1] | {
-        "profiles": f"{_codes(PROFILES)}.", "abilities": "See below.", "dtypes": f"{_codes(DTYPES)}.",
+        "profiles": f"{_codes(PROFILES)}.",
+        "abilities": "See below.",
+        "dtypes": f"{_codes(DTYPES)}.",
         "devices": "`cpu`, `cuda`.",
-    }  # fmt: skip
+    }
     yield f"## Claims\n\n{prose}"
     yield _table(("claim", "default", "meaning"), _fields(Claims, told))
     yield "What `abilities` may name, and what else a clause may need:"

@@ -134,9 +134,14 @@ class Subject:
         if reason is not None:
             raise BackendUnavailable(reason)
         message = {
-            "op": "reference_forward", "config": config.to_json(), "shape": list(inputs.shape), "dtype": inputs.dtype.str,
-            "storage": storage, "accumulation": accumulation, "seed": seed,
-        }  # fmt: skip
+            "op": "reference_forward",
+            "config": config.to_json(),
+            "shape": list(inputs.shape),
+            "dtype": inputs.dtype.str,
+            "storage": storage,
+            "accumulation": accumulation,
+            "seed": seed,
+        }
         header, blob = reference._ask(message, self.launch.step_timeout, np.ascontiguousarray(inputs).tobytes())
         if "error" in header:
             raise WorkerDied("crash", f"its own cache-less forward raised {header['error']}", 0, -1)

@@ -52,10 +52,17 @@ class Worker:
 
     def answer(self, message: Header, blob: bytes = b"") -> Reply:
         handlers: dict[str, Callable[[Header], Reply]] = {
-            "describe": self.describe, "build": self.build, "run": self.run, "runtime_info": self.runtime_info,
-            "clock": self.clock, "device": self.device_times, "memory": self.memory, "count": self.count,
-            "script": self.script, "reference_forward": partial(self.reference_forward, blob=blob),
-        }  # fmt: skip
+            "describe": self.describe,
+            "build": self.build,
+            "run": self.run,
+            "runtime_info": self.runtime_info,
+            "clock": self.clock,
+            "device": self.device_times,
+            "memory": self.memory,
+            "count": self.count,
+            "script": self.script,
+            "reference_forward": partial(self.reference_forward, blob=blob),
+        }
         return handlers[message["op"]](message)
 
     def describe(self, message: Header) -> Reply:

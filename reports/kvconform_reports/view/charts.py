@@ -89,9 +89,16 @@ def log_log(series: Sequence[Series], unit: Unit) -> Chart | None:
     lines = [_line(one, points, x_of, y_of) for one, points in kept]
     right, floor = WIDTH - RIGHT, height - BOTTOM
     return Chart(
-        WIDTH, height, LEFT, right, TOP, floor, _x_ticks(xs, x_of), _y_ticks(bottom, top, y_of, unit),
+        WIDTH,
+        height,
+        LEFT,
+        right,
+        TOP,
+        floor,
+        _x_ticks(xs, x_of),
+        _y_ticks(bottom, top, y_of, unit),
         _apart(lines, TOP + 6, floor),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -143,11 +150,21 @@ def _marker(kind: str, x: float, y: float) -> str:
         "triangle": ((0, -4.4), (4.2, 3.2), (-4.2, 3.2)),
         "diamond": ((0, -4.8), (4.8, 0), (0, 4.8), (-4.8, 0)),
         "cross": (
-            (-1.3, -4), (1.3, -4), (1.3, -1.3), (4, -1.3), (4, 1.3), (1.3, 1.3), (1.3, 4), (-1.3, 4), (-1.3, 1.3),
-            (-4, 1.3), (-4, -1.3), (-1.3, -1.3),
+            (-1.3, -4),
+            (1.3, -4),
+            (1.3, -1.3),
+            (4, -1.3),
+            (4, 1.3),
+            (1.3, 1.3),
+            (1.3, 4),
+            (-1.3, 4),
+            (-1.3, 1.3),
+            (-4, 1.3),
+            (-4, -1.3),
+            (-1.3, -1.3),
         ),
         "bar": ((-4.6, -1.8), (4.6, -1.8), (4.6, 1.8), (-4.6, 1.8)),
-    }  # fmt: skip
+    }
     return "M" + "L".join(f"{x + dx:.1f} {y + dy:.1f}" for dx, dy in shapes[kind]) + "z"
 
 

@@ -47,9 +47,13 @@ def embed(
         }
         shared.append(msgspec.structs.replace(result, power=places))
     data = {
-        "schema": SCHEMA, "results": shared, "certificates": [msgspec.Raw(rows) for rows in certificates],
-        "pairs": list(pairs), "latency": speed, "audit": audit,
-    }  # fmt: skip
+        "schema": SCHEMA,
+        "results": shared,
+        "certificates": [msgspec.Raw(rows) for rows in certificates],
+        "pairs": list(pairs),
+        "latency": speed,
+        "audit": audit,
+    }
     plain = msgspec.json.encode(data)
     packed = len(plain) > PLAIN_LIMIT
     if packed:

@@ -98,9 +98,10 @@ class Findings:
         neither. Of the most rounds, where several cases have it."""
         found = [
             (ratio, case.arms[ratio.arm])
-            for number, case in cases for ratio in self._ratios[number]
+            for number, case in cases
+            for ratio in self._ratios[number]
             if {case.arms[ratio.arm], case.arms[ratio.reference]} == {arm, other}
-        ]  # fmt: skip
+        ]
         if not found:
             return None
         ratio, one = max(found, key=lambda pair: pair[0].n)

@@ -54,11 +54,16 @@ def memory(found: Sequence[Memory]) -> Grid | None:
     ]
     kept = [(name, values) for name, values in kinds if any(value is not None for value in values)]
     groups = [
-        (str(depth), [
-            (m.backend, tuple(octets(values[i]) for _, values in kept)) for i, m in enumerate(found) if m.depth == depth
-        ])
+        (
+            str(depth),
+            [
+                (m.backend, tuple(octets(values[i]) for _, values in kept))
+                for i, m in enumerate(found)
+                if m.depth == depth
+            ],
+        )
         for depth in sorted({m.depth for m in found})
-    ]  # fmt: skip
+    ]
     return _grid("Memory of the cache", ("Depth", "Backend"), [name for name, _ in kept], groups)
 
 

@@ -20,9 +20,12 @@ CELL, LEFT, BETWEEN, TOP, EDGE = 17, 82, 34, 38, 3
 GROUP = 7
 """Pixels between two rows or sequences."""
 LEGEND = (
-    (SEES, "sees"), (BLIND, "does not see"), (UNTOLD, "cannot be told"), (FORBIDDEN, "sees and must not"),
+    (SEES, "sees"),
+    (BLIND, "does not see"),
+    (UNTOLD, "cannot be told"),
+    (FORBIDDEN, "sees and must not"),
     (REQUIRED, "does not see and must"),
-)  # fmt: skip
+)
 _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # no escape makes these legal XML
 
 Places = Mapping[str, list[tuple[float, float]]]

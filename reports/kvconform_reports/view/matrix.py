@@ -93,14 +93,17 @@ def chapters(results: Sequence[Results]) -> tuple[Chapter, ...]:
         by_chapter.setdefault(name.partition(".")[0], []).append(name)
     return tuple(
         Chapter(
-            chapter, CHAPTERS.get(chapter, ""), tuple(_row(name, cells[name], ran) for name in names),
+            chapter,
+            CHAPTERS.get(chapter, ""),
+            tuple(_row(name, cells[name], ran) for name in names),
             tuple(
                 chips(verdict.outcome for name in names for verdict, _ in cells[name][column].verdicts)
                 for column in range(len(results))
             ),
         )
-        for chapter, names in by_chapter.items() if names
-    )  # fmt: skip
+        for chapter, names in by_chapter.items()
+        if names
+    )
 
 
 def legend(results: Sequence[Results]) -> tuple[tuple[Chip, str], ...]:

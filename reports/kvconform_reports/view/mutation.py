@@ -93,8 +93,11 @@ def mutation(record: Record, suites: Iterable[str] = ()) -> Mutation:
     every = (*record.audited, *record.controls)
     return Mutation(
         facts=(
-            ("faults", record.faults), ("suite", record.suite), ("seed", str(record.seed)),
-            ("clauses tried", "all" if record.every else "those that a fault names"), ("started", when(record.started)),
+            ("faults", record.faults),
+            ("suite", record.suite),
+            ("seed", str(record.seed)),
+            ("clauses tried", "all" if record.every else "those that a fault names"),
+            ("started", when(record.started)),
         ),
         notes=tuple(notes),
         scores=tuple(_score(score) for score in record.scores if score.faults),
@@ -104,7 +107,7 @@ def mutation(record: Record, suites: Iterable[str] = ()) -> Mutation:
         unavailable=tuple((one.name, one.unavailable) for one in every if one.unavailable),
         matrices=tuple(_matrix(record, budget) for budget in record.budgets if any(a.trials for a in record.audited)),
         faults=tuple(_fault(one, record.budgets) for one in record.audited if not one.unavailable),
-    )  # fmt: skip
+    )
 
 
 def _score(score: audit_record.Score) -> Score:

@@ -14,9 +14,16 @@ from kvconform.results.known_failures import Row
 from kvconform.results.results import Results, exit_code
 
 WORST_FIRST: tuple[Outcome, ...] = (
-    Outcome.FAIL, Outcome.CRASH, Outcome.TIMEOUT, Outcome.INCONCLUSIVE, Outcome.XFAIL, Outcome.REFUTED,
-    Outcome.NOT_EXERCISED, Outcome.UNSUPPORTED, Outcome.PASS,
-)  # fmt: skip
+    Outcome.FAIL,
+    Outcome.CRASH,
+    Outcome.TIMEOUT,
+    Outcome.INCONCLUSIVE,
+    Outcome.XFAIL,
+    Outcome.REFUTED,
+    Outcome.NOT_EXERCISED,
+    Outcome.UNSUPPORTED,
+    Outcome.PASS,
+)
 SYMBOLS = {
     Outcome.PASS: "✓",
     Outcome.FAIL: "✗",

@@ -66,18 +66,20 @@ def compare(findings: Findings, preset: str, batches: Sequence[int]) -> Comparis
     designs = dict.fromkeys(str(entry.get("arm") or preset) for entry in entries)
     phase, groups = _cases(findings, preset, batches, _phases(entries[0])[:1])
     arms = findings.arms([item for cases in groups for item in cases], (phase,))
-    timed = [(cases, arm, findings.summary(cases, arm)) for cases in groups for arm in arms
-             if findings.places(cases, arm)]  # fmt: skip
+    timed = [
+        (cases, arm, findings.summary(cases, arm)) for cases in groups for arm in arms if findings.places(cases, arm)
+    ]
     one = unit(summary.median for *_, summary in timed if summary is not None)
     rows = [_measured(findings, cases, arm, summary, designs, one) for cases, arm, summary in timed]
     missing = [name for name in designs if not any(row.backend == name for row in rows)]
     here = runs_on(findings.record)
     return Comparison(
         tuple(_published(entry, here) for entry in entries),
-        tuple(sorted(rows, key=lambda row: row.kind != "reproduced")), device_of(findings.record),
+        tuple(sorted(rows, key=lambda row: row.kind != "reproduced")),
+        device_of(findings.record),
         f"This record has no time of the published design ({', '.join(missing)})." if missing else "",
         tuple(words for entry in entries for words in (_theirs(findings, preset, batches, entry),) if words),
-    )  # fmt: skip
+    )
 
 
 def _theirs(findings: Findings, preset: str, batches: Sequence[int], entry: Mapping[str, Any]) -> str:
@@ -127,10 +129,15 @@ def _measured(
     over = [findings.ratio(cases, arm, Arm(name, arm.phase)) for name in designs if name != arm.backend]
     what = f"generate {case.new} after {case.depth}" if case.new else f"decode at depth {case.depth}"
     return Measured(
-        "reproduced" if arm.backend in designs else "ours", arm.backend, what,
+        "reproduced" if arm.backend in designs else "ours",
+        arm.backend,
+        what,
         findings.timeless(places) if summary is None else f"{one.of(summary.median)} {one.name}",
-        "" if summary is None else one.interval(summary), every, last, next((r for r in over if r is not None), None),
-    )  # fmt: skip
+        "" if summary is None else one.interval(summary),
+        every,
+        last,
+        next((r for r in over if r is not None), None),
+    )
 
 
 def _published(entry: Mapping[str, Any], here: str) -> Published:
@@ -139,10 +146,16 @@ def _published(entry: Mapping[str, Any], here: str) -> Published:
     every, last = (any(phase in _phases(entry) for phase in column) for column in zip(*UNCACHED.values(), strict=True))
     sentences = [differs] if isinstance(differs, str) else differs if isinstance(differs, list | tuple) else ()
     return Published(
-        _said(entry.get("what")), _said(entry.get("cached"), " s"), _said(entry.get("uncached"), " s"),
-        _said(entry.get("ratio"), " ×"), _said(entry.get("machine")), _said(entry.get("source")),
-        every, last, tuple(dict.fromkeys([here, *map(str, sentences)])),
-    )  # fmt: skip
+        _said(entry.get("what")),
+        _said(entry.get("cached"), " s"),
+        _said(entry.get("uncached"), " s"),
+        _said(entry.get("ratio"), " ×"),
+        _said(entry.get("machine")),
+        _said(entry.get("source")),
+        every,
+        last,
+        tuple(dict.fromkeys([here, *map(str, sentences)])),
+    )
 
 
 def _said(value: Any, suffix: str = "") -> str:

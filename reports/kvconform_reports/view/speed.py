@@ -136,12 +136,15 @@ def sections(record: Record) -> tuple[Section, ...]:
         batches = sorted({case.batch for case in record.cases if case.preset == name})
         found.append(
             Section(
-                name, *_described(record.presets.get(name)),
+                name,
+                *_described(record.presets.get(name)),
                 tuple(_group(findings, name, batch) for batch in batches),
-                grids.throughput(findings, name, batches), compare(findings, name, batches),
-                grids.once(record.once, name), tuple(e for e in record.excluded if e.preset == name),
+                grids.throughput(findings, name, batches),
+                compare(findings, name, batches),
+                grids.once(record.once, name),
+                tuple(e for e in record.excluded if e.preset == name),
             )
-        )  # fmt: skip
+        )
     return tuple(found)
 
 
@@ -158,24 +161,35 @@ def _group(findings: Findings, preset: str, batch: int) -> Group:
     kinds = {arm.phase for case in record.cases for arm in case.arms} - {*PREFILL, *GENERATING}
     steps, prompts = findings.cases(preset, batch, STEPS), findings.cases(preset, batch, PREFILL)
     others = findings.cases(preset, batch, tuple(kinds))
-    timed = [s.median for n, case in (*others, *prompts) for i, arm in enumerate(case.arms)
-             if arm.phase in {*STEPS, *PREFILL} and (s := findings.summaries.get((n, i))) is not None]  # fmt: skip
+    timed = [
+        s.median
+        for n, case in (*others, *prompts)
+        for i, arm in enumerate(case.arms)
+        if arm.phase in {*STEPS, *PREFILL} and (s := findings.summaries.get((n, i))) is not None
+    ]
     one = unit(timed, "ms")
     return Group(
-        batch, one, _answer(findings, steps, batch, one), log_log(_series(findings, steps), one),
-        grids.scaling(record, preset, batch), _timings(findings, prompts, PREFILL, one),
+        batch,
+        one,
+        _answer(findings, steps, batch, one),
+        log_log(_series(findings, steps), one),
+        grids.scaling(record, preset, batch),
+        _timings(findings, prompts, PREFILL, one),
         tuple(_generating(findings, cases) for cases in findings.generating(preset, batch)),
         grids.memory([m for m in record.memory if (m.preset, m.batch) == (preset, batch)]),
-        grids.roofs(findings, steps, one), _timings(findings, others, tuple(kinds), one),
-    )  # fmt: skip
+        grids.roofs(findings, steps, one),
+        _timings(findings, others, tuple(kinds), one),
+    )
 
 
 def _answer(findings: Findings, steps: list[Numbered], batch: int, one: Unit) -> Answer | None:
     """The decode step at the greatest depth that has a time."""
     timed = [
-        case.depth for n, case in steps for i, arm in enumerate(case.arms)
+        case.depth
+        for n, case in steps
+        for i, arm in enumerate(case.arms)
         if arm.phase == "decode" and (n, i) in findings.summaries
-    ]  # fmt: skip
+    ]
     if not timed:
         return None
     depth = max(timed)
@@ -225,17 +239,32 @@ def _sentence(row: Standing, slower: Sequence[Proportion], depth: int, batch: in
 
 
 def _timing(
-    findings: Findings, arm: Arm, summary: Summary | None, one: Unit, places: Sequence[tuple[int, int]],
-    to: tuple[Proportion, ...], cached: tuple[Proportion, ...] = (),
-) -> Timing:  # fmt: skip
+    findings: Findings,
+    arm: Arm,
+    summary: Summary | None,
+    one: Unit,
+    places: Sequence[tuple[int, int]],
+    to: tuple[Proportion, ...],
+    cached: tuple[Proportion, ...] = (),
+) -> Timing:
     if summary is None:
         blocks = sum(findings.blocks[place] for place in places)
         return Timing(arm.backend, arm.phase, findings.timeless(places), blocks=blocks, to=to, cached=cached)
     return Timing(
-        arm.backend, arm.phase, one.of(summary.median), one.interval(summary),
-        f"{one.of(summary.q1)} to {one.of(summary.q3)}", one.of(summary.p90), one.of(summary.p99),
-        one.of(summary.device), summary.n, str(summary.restarts), percent(summary.spread), to, cached,
-    )  # fmt: skip
+        arm.backend,
+        arm.phase,
+        one.of(summary.median),
+        one.interval(summary),
+        f"{one.of(summary.q1)} to {one.of(summary.q3)}",
+        one.of(summary.p90),
+        one.of(summary.p99),
+        one.of(summary.device),
+        summary.n,
+        str(summary.restarts),
+        percent(summary.spread),
+        to,
+        cached,
+    )
 
 
 def _timings(findings: Findings, cases: list[Numbered], phases: Sequence[str], one: Unit) -> Table | None:
@@ -243,11 +272,17 @@ def _timings(findings: Findings, cases: list[Numbered], phases: Sequence[str], o
     for number, case in cases:
         rows = [
             _timing(
-                findings, arm, findings.summaries.get((number, i)), one, [(number, i)], findings.others(number, i),
+                findings,
+                arm,
+                findings.summaries.get((number, i)),
+                one,
+                [(number, i)],
+                findings.others(number, i),
                 findings.itself(number, i),
             )
-            for i, arm in enumerate(case.arms) if arm.phase in phases
-        ]  # fmt: skip
+            for i, arm in enumerate(case.arms)
+            if arm.phase in phases
+        ]
         found.append(Timings(case.depth, case.steps, tuple(rows)))
     shown = _shown(row for timings in found for row in timings.rows)
     return Table(tuple(found), shown) if found else None

@@ -143,10 +143,18 @@ def backends(results: Sequence[Results]) -> tuple[Backend, ...]:
         programs, structures = (sum(getattr(v, name) for v in result.verdicts) for name in ("programs", "structures"))
         found.append(
             Backend(
-                label, result.device, truth(result), standing(result), counted, tuple(segments), len(result.verdicts),
-                programs, structures, result.seconds,
+                label,
+                result.device,
+                truth(result),
+                standing(result),
+                counted,
+                tuple(segments),
+                len(result.verdicts),
+                programs,
+                structures,
+                result.seconds,
             )
-        )  # fmt: skip
+        )
     return tuple(found)
 
 
@@ -159,10 +167,14 @@ def failures(results: Sequence[Results], folder: str) -> tuple[Failure, ...]:
                 clause = BY_NAME.get(verdict.clause)
                 found.append(
                     Failure(
-                        len(found) + 1, label, verdict, chip(verdict.outcome, 1),
-                        replay_line(result.backend, verdict.counterexample, folder), clause.text if clause else "",
+                        len(found) + 1,
+                        label,
+                        verdict,
+                        chip(verdict.outcome, 1),
+                        replay_line(result.backend, verdict.counterexample, folder),
+                        clause.text if clause else "",
                     )
-                )  # fmt: skip
+                )
     return tuple(found)
 
 
@@ -192,16 +204,19 @@ def guarantees(results: Sequence[Results], folder: str) -> tuple[tuple[str, tupl
             config,
             tuple(
                 Guarantee(
-                    held.level, held.refuted, held.sentence,
+                    held.level,
+                    held.refuted,
+                    held.sentence,
                     replay_line(result.backend, held.counterexample, folder) if held.refuted else "",
                     held.level == strongest,
                 )
-                if (held := result.guarantees.get(config)) else None
+                if (held := result.guarantees.get(config))
+                else None
                 for result in results
             ),
         )
         for config in configs
-    )  # fmt: skip
+    )
 
 
 def levels() -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -24,9 +24,24 @@ from kvconform_specs.clauses import (
 )
 
 _CHAPTERS = (
-    shape, causality, equivalence, definition, contents, lifecycle, batch, window, capacity, errors, numerics, layout,
-    paging, quantised, capture, determinism, accounting,
-)  # fmt: skip
+    shape,
+    causality,
+    equivalence,
+    definition,
+    contents,
+    lifecycle,
+    batch,
+    window,
+    capacity,
+    errors,
+    numerics,
+    layout,
+    paging,
+    quantised,
+    capture,
+    determinism,
+    accounting,
+)
 ALL: tuple[Clause, ...] = tuple(clause for chapter in _CHAPTERS for clause in chapter.CLAUSES)
 BY_NAME = {clause.name: clause for clause in ALL}
 CHAPTERS = {chapter.__name__.rpartition(".")[2]: " ".join((chapter.__doc__ or "").split()) for chapter in _CHAPTERS}

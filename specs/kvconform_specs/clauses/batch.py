@@ -110,10 +110,7 @@ CLAUSES = (
     Clause(
         name="batch.permutation",
         text="Permuting the rows of a batch permutes the outputs, and changes nothing else.",
-        why=(
-            "https://github.com/microsoft/onnxruntime/pull/32264",
-            "https://github.com/pytorch/pytorch/issues/162588",
-        ),
+        why=("https://github.com/microsoft/onnxruntime/pull/32264", "https://github.com/pytorch/pytorch/issues/162588"),
         strategy=_permuted,
         relations=(Relation.AGREEMENT,),
         needs=("two rows",),
@@ -135,10 +132,7 @@ CLAUSES = (
     Clause(
         name="batch.padding",
         text="What stands in the columns without a token is arbitrary: no output of a token feels it by a single bit.",
-        why=(
-            "https://github.com/unslothai/unsloth/pull/3795",
-            "https://github.com/jax-ml/jax/issues/23349",
-        ),
+        why=("https://github.com/unslothai/unsloth/pull/3795", "https://github.com/jax-ml/jax/issues/23349"),
         strategy=_padded,
         relations=(Relation.INSENSITIVE,),
         needs=("ragged", "two rows"),
@@ -161,10 +155,7 @@ CLAUSES = (
     Clause(
         name="batch.staggered",
         text="A row may stay empty while others grow, and may pause: it begins at its own position 0 when it arrives.",
-        why=(
-            "https://github.com/ml-explore/mlx-lm/issues/1776",
-            "https://github.com/jundot/omlx/issues/2172",
-        ),
+        why=("https://github.com/ml-explore/mlx-lm/issues/1776", "https://github.com/jundot/omlx/issues/2172"),
         strategy=_arriving,
         relations=(Relation.PARITY,),
         needs=("ragged", "two rows"),

@@ -83,10 +83,7 @@ CLAUSES = (
     Clause(
         name="capture.graphs",
         text="However batch, count and past vary, no more graphs are compiled or captured than claimed.",
-        why=(
-            "https://github.com/huggingface/optimum/issues/1913",
-            "https://github.com/paiml/aprender/pull/2030",
-        ),
+        why=("https://github.com/huggingface/optimum/issues/1913", "https://github.com/paiml/aprender/pull/2030"),
         strategy=sweep,
         relations=(Relation.GRAPHS,),
         needs=("bound on graphs",),

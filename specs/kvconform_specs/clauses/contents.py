@@ -103,10 +103,7 @@ CLAUSES = (
     Clause(
         name="contents.past-unchanged",
         text="What the cache holds of a token is written once: no later step moves a bit of it, in any layer.",
-        why=(
-            "https://github.com/huggingface/transformers/pull/24653",
-            "https://github.com/MemTensor/MemOS/pull/2303",
-        ),
+        why=("https://github.com/huggingface/transformers/pull/24653", "https://github.com/MemTensor/MemOS/pull/2303"),
         strategy=_growing,
         relations=(Relation.STABLE_CONTENTS,),
         needs=("contents", "lossless cache"),
@@ -126,10 +123,7 @@ CLAUSES = (
     Clause(
         name="contents.dead-slots",
         text="Slots that hold no token may hold any finite number, in keys and in values, and no output feels it.",
-        why=(
-            "https://github.com/meta-pytorch/gpt-fast/issues/233",
-            "https://github.com/pytorch/pytorch/pull/169222",
-        ),
+        why=("https://github.com/meta-pytorch/gpt-fast/issues/233", "https://github.com/pytorch/pytorch/pull/169222"),
         strategy=_poisoned(("junk",)),
         relations=(Relation.PARITY,),
         needs=("poison",),
@@ -150,10 +144,7 @@ CLAUSES = (
         name="contents.present",
         text="The cache shows every token that it holds, and no slot besides; one that evicts shows at least those "
         "that the next query may see.",
-        why=(
-            "https://github.com/onnx/onnx/pull/8068",
-            "https://github.com/Blaizzy/mlx-vlm/pull/2036",
-        ),
+        why=("https://github.com/onnx/onnx/pull/8068", "https://github.com/Blaizzy/mlx-vlm/pull/2036"),
         strategy=_read,
         relations=(Relation.RETAINED_COUNT,),
         needs=("contents",),

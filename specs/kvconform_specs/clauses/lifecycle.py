@@ -113,10 +113,7 @@ CLAUSES = (
     Clause(
         name="lifecycle.reset",
         text="A sequence that was reset is a fresh one: keys, values, length and positions begin anew.",
-        why=(
-            "https://github.com/rasbt/LLMs-from-scratch/pull/925",
-            "https://github.com/Lightning-AI/litgpt/pull/1596",
-        ),
+        why=("https://github.com/rasbt/LLMs-from-scratch/pull/925", "https://github.com/Lightning-AI/litgpt/pull/1596"),
         strategy=_reset,
         relations=(Relation.AGREEMENT,),
         needs=("reset",),

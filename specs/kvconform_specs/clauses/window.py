@@ -103,10 +103,7 @@ CLAUSES = (
         name="window.long-chunk",
         text="A chunk may be longer than the window: its first queries still see what they may of the past, before "
         "anything is evicted.",
-        why=(
-            "https://github.com/Lightning-AI/litgpt/issues/2182",
-            "https://github.com/pytorch/executorch/pull/22358",
-        ),
+        why=("https://github.com/Lightning-AI/litgpt/issues/2182", "https://github.com/pytorch/executorch/pull/22358"),
         strategy=_chunk,
         relations=(Relation.PARITY,),
         applies=_windowed,

@@ -35,15 +35,33 @@ WINDOW = 5
 """Shorter than most prompts of the suite."""
 SIZES: Mapping[str, Any] = MappingProxyType(
     {
-        "vocab_size": 97, "hidden_size": 32, "n_embd": 32, "word_embed_proj_dim": 32,
-        "num_hidden_layers": 2, "n_layer": 2, "num_attention_heads": 4, "n_head": 4,
-        "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8,
-        "intermediate_size": 48, "ffn_dim": 48, "ffn_hidden_size": 48, "moe_intermediate_size": 24,
-        "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2,
-        "max_position_embeddings": 40, "n_positions": 40, "sliding_window": WINDOW, "attention_chunk_size": WINDOW,
-        "initializer_range": SPREAD, "init_std": SPREAD,
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "n_embd": 32,
+        "word_embed_proj_dim": 32,
+        "num_hidden_layers": 2,
+        "n_layer": 2,
+        "num_attention_heads": 4,
+        "n_head": 4,
+        "num_key_value_heads": 2,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "intermediate_size": 48,
+        "ffn_dim": 48,
+        "ffn_hidden_size": 48,
+        "moe_intermediate_size": 24,
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 40,
+        "n_positions": 40,
+        "sliding_window": WINDOW,
+        "attention_chunk_size": WINDOW,
+        "initializer_range": SPREAD,
+        "init_std": SPREAD,
     }
-)  # fmt: skip
+)
 """Fields of configs and what they are in a tiny model, where they are set at all."""
 SPECIAL: Mapping[str, int] = MappingProxyType({"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
 MIXED_LAYERS = 4
@@ -80,12 +98,19 @@ def point_of(config: PreTrainedConfig, dtype: str) -> Config:
         token = getattr(text, special, None)
         tokens += token if isinstance(token, list) else [] if token is None else [token]
     return Config(
-        "decoder", heads=heads, kv_heads=kv_heads if heads % kv_heads == 0 else heads,
-        head_dim=getattr(text, "head_dim", None) or width // heads, capacity=min(CAPACITY, limit),
-        window=window if window is not None and window < CAPACITY else None, window_every=2 if len(types) > 1 else 1,
-        dtype=dtype, layers=text.num_hidden_layers, width=width, vocabulary=text.vocab_size,
+        "decoder",
+        heads=heads,
+        kv_heads=kv_heads if heads % kv_heads == 0 else heads,
+        head_dim=getattr(text, "head_dim", None) or width // heads,
+        capacity=min(CAPACITY, limit),
+        window=window if window is not None and window < CAPACITY else None,
+        window_every=2 if len(types) > 1 else 1,
+        dtype=dtype,
+        layers=text.num_hidden_layers,
+        width=width,
+        vocabulary=text.vocab_size,
         reserved=tuple(sorted({token for token in tokens if 0 <= token < text.vocab_size})),
-    )  # fmt: skip
+    )
 
 
 def tokens_of(point: Config, count: int) -> list[int]:
@@ -165,11 +190,15 @@ class Recipe:
             model = f"from_config(config, {how})"
         limit = f", max_cache_len={capacity}" if self.cache == "static" else ""
         return SETUP.format(
-            names=", ".join(sorted({"AutoModelForCausalLM", kind, self.cache_class})), config=config, model=model,
-            seed="" if self.weights else f"torch.manual_seed({self.seed})\n", limit=limit, cache=self.cache_class,
+            names=", ".join(sorted({"AutoModelForCausalLM", kind, self.cache_class})),
+            config=config,
+            model=model,
+            seed="" if self.weights else f"torch.manual_seed({self.seed})\n",
+            limit=limit,
+            cache=self.cache_class,
             experts="" if self.experts is None else f"model.set_experts_implementation({self.experts!r})\n",
             positions="position_ids=mask.cumsum(-1) - 1, " if positions else "",
-        )  # fmt: skip
+        )
 
 
 SETUP = '''\

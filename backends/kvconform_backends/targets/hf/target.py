@@ -40,10 +40,14 @@ Array = NDArray[Any]
 CACHES = ("dynamic", "static")
 OPTIONS: Mapping[str, Any] = MappingProxyType(
     {
-        "cache": "dynamic", "config": {}, "attn_implementation": None, "experts_implementation": None,
-        "dtype": "float32", "seed": 0,
+        "cache": "dynamic",
+        "config": {},
+        "attn_implementation": None,
+        "experts_implementation": None,
+        "dtype": "float32",
+        "seed": 0,
     }
-)  # fmt: skip
+)
 """What may stand behind the ``?`` of an address, and what holds where it does not. ``config``: fields of the model's
 config. ``attn_implementation``: None is the model's own choice. ``experts_implementation``: None is ``BATCHED_EXPERTS`` for a
 model with experts. ``seed``: of random weights."""
@@ -98,9 +102,13 @@ class Transformers:
         mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.long, device=self.device)
         positions = {"position_ids": mask.cumsum(-1) - 1} if self.takes_positions else {}
         inputs = self.model.prepare_inputs_for_generation(
-            ids, past_key_values=sequence.cache, attention_mask=mask, use_cache=True, is_first_iteration=past == 0,
+            ids,
+            past_key_values=sequence.cache,
+            attention_mask=mask,
+            use_cache=True,
+            is_first_iteration=past == 0,
             **positions,
-        )  # fmt: skip
+        )
         output = self.model(**inputs, return_dict=True)
         sequence.cache = output.past_key_values
         return self._given(output.logits), sequence
@@ -154,11 +162,16 @@ class Transformers:
     def runtime_info(self) -> dict[str, Any]:
         cache = self.cache()
         return {
-            "transformers": transformers.__version__, "torch": torch.__version__, "model": type(self.model).__name__,
-            "cache": type(cache).__name__, "layers": [type(layer).__name__ for layer in cache.layers],
-            "attention": self.model.config._attn_implementation, "experts": _experts(self.model),
-            "device": self.seen_on, "precision": device_time.precision(self.model.dtype, self.device),
-        }  # fmt: skip
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "model": type(self.model).__name__,
+            "cache": type(cache).__name__,
+            "layers": [type(layer).__name__ for layer in cache.layers],
+            "attention": self.model.config._attn_implementation,
+            "experts": _experts(self.model),
+            "device": self.seen_on,
+            "precision": device_time.precision(self.model.dtype, self.device),
+        }
 
     def synchronise(self) -> None:
         device_time.synchronise(self.device)
@@ -194,11 +207,16 @@ def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
         raise BackendError(f"target hf:{target}: transformers {transformers.__version__} says {words}") from words
     kind = type(model).__name__
     attributes = {
-        "configs": {"decoder-self": point}, "made": model, "recipe": recipe, "source": recipe.source,
+        "configs": {"decoder-self": point},
+        "made": model,
+        "recipe": recipe,
+        "source": recipe.source,
         "recognised": f"transformers {kind}, {recipe.cache_class}, {model.config._attn_implementation}",
-        "assumed": (*assumed, *_assumed(point)), "claims": _claims(point, recipe, ()),
-        "__module__": __name__, "__doc__": f"{kind} of {target}.",
-    }  # fmt: skip
+        "assumed": (*assumed, *_assumed(point)),
+        "claims": _claims(point, recipe, ()),
+        "__module__": __name__,
+        "__doc__": f"{kind} of {target}.",
+    }
     backend: type[Transformers] = type(kind, (Transformers,), attributes)
     backend.claims = _claims(point, recipe, _offered(backend(point, {})))
     return backend
@@ -239,10 +257,16 @@ def _recipe(target: str, options: Mapping[str, Any]) -> tuple[Recipe, tuple[str,
         if not hasattr(plain, name):
             raise BackendError(f"target hf:{target}: {type(plain).__name__} has no field {name!r}")
     recipe = Recipe(
-        origin=str(directory) if found else target, directory=found, fields={**fields, **options["config"]},
-        weights=held, cache=options["cache"], attention=options["attn_implementation"],
-        experts=options["experts_implementation"], dtype=options["dtype"], seed=options["seed"],
-    )  # fmt: skip
+        origin=str(directory) if found else target,
+        directory=found,
+        fields={**fields, **options["config"]},
+        weights=held,
+        cache=options["cache"],
+        attention=options["attn_implementation"],
+        experts=options["experts_implementation"],
+        dtype=options["dtype"],
+        seed=options["seed"],
+    )
     assumed = [] if found else ["its sizes are tiny, as they were chosen here"]
     spread = {recipe.fields[name] for name in ("initializer_range", "init_std") if name in recipe.fields}
     if held:
@@ -262,9 +286,13 @@ def _assumed(point: Config) -> tuple[str, ...]:
 
 def _claims(point: Config, recipe: Recipe, offered: tuple[str, ...]) -> Claims:
     return Claims(
-        profiles=("decoder",), abilities=("uncached_forward", "length", "reset", "fork", *offered), dtypes=(point.dtype,),
-        devices=("cpu", "cuda"), memory="capacity" if recipe.cache == "static" else "length", reference="self",
-    )  # fmt: skip
+        profiles=("decoder",),
+        abilities=("uncached_forward", "length", "reset", "fork", *offered),
+        dtypes=(point.dtype,),
+        devices=("cpu", "cuda"),
+        memory="capacity" if recipe.cache == "static" else "length",
+        reference="self",
+    )
 
 
 def _experts(model: Any) -> str | None:

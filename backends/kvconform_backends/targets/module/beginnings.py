@@ -66,16 +66,22 @@ class Beginnings:
         """What the arguments of a maker may be, by name. Heads may be those of queries or of keys."""
         known = {
             **dict.fromkeys(("batch", "batch_size", "max_batch", "max_batch_size", "b", "bsz", "B"), "batch"),
-            "dtype": str(self.target.dtype), "device": "device", "model": "module", "module": "module",
-        }  # fmt: skip
+            "dtype": str(self.target.dtype),
+            "device": "device",
+            "model": "module",
+            "module": "module",
+        }
         width, number = self.target.number(conventions.WIDTHS, 0), self.target.number
         heads = number(conventions.HEADS, 1)
         kv_heads = number(conventions.KV_HEADS, heads)
         for group, value in (
             (conventions.CAPACITIES, min(CAPACITY, number(conventions.CAPACITIES, CAPACITY))),
-            (conventions.LAYERS, self.layers()), (conventions.HEADS, heads), (conventions.KV_HEADS, kv_heads),
-            (conventions.HEAD_DIMS, number(conventions.HEAD_DIMS, width // heads)), (conventions.WIDTHS, width),
-        ):  # fmt: skip
+            (conventions.LAYERS, self.layers()),
+            (conventions.HEADS, heads),
+            (conventions.KV_HEADS, kv_heads),
+            (conventions.HEAD_DIMS, number(conventions.HEAD_DIMS, width // heads)),
+            (conventions.WIDTHS, width),
+        ):
             known |= dict.fromkeys(group, str(value) if value else "")
         for key in ("config", "cfg"):
             if hasattr(self.target.module, key):

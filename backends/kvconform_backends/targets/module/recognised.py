@@ -121,7 +121,8 @@ class Recognised:
             yield f"an empty past is {c.empty}"
         if c.owned and not c.begin:
             yield "nothing empties the cache: a sequence begins with " + (
-                "a call at position 0" if sig.positions else "the next call")  # fmt: skip
+                "a call at position 0" if sig.positions else "the next call"
+            )
         if c.owned:
             yield "one sequence at a time lives in the module"
         for name, form in self.given.items():

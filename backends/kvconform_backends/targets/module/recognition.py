@@ -104,8 +104,9 @@ class Recognition(Trials):
         forms |= {name: conventions.mask_forms(name) for name in self.sig.masks}
         for name in (name for name in forms if name not in best.given):
             for form in forms[name]:
-                calls = (conventions.extended(text, name, form) for text in
-                         (best.convention.call, best.convention.whole))  # fmt: skip
+                calls = (
+                    conventions.extended(text, name, form) for text in (best.convention.call, best.convention.whole)
+                )
                 call, whole = calls
                 trial = replace(best, convention=replace(best.convention, call=call, whole=whole))
                 self.ranked(trial)
@@ -272,8 +273,9 @@ class Recognition(Trials):
 
     def _limited(self, made: Recognised) -> None:
         """How many tokens a sequence has: what it tells, as far as its forward without a cache takes them."""
-        for made.capacity, made.capacity_from in ((min(value, CAPACITY), name) for value, name in
-                                                  self.target.told(conventions.CAPACITIES)):  # fmt: skip
+        for made.capacity, made.capacity_from in (
+            (min(value, CAPACITY), name) for value, name in self.target.told(conventions.CAPACITIES)
+        ):
             break
         for cached in self._asked(made):
             if not self.runs(made, made.capacity, cached=cached):

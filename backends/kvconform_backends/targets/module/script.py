@@ -59,14 +59,17 @@ class Script:
             lines += [f"torch.manual_seed({source.seed})", f"from {source.file} import {names}"]
         elif path.stem.isidentifier() and path.stem not in sys.stdlib_module_names:
             lines += [
-                f"sys.path.insert(0, {str(path.parent)!r})", f"torch.manual_seed({source.seed})",
+                f"sys.path.insert(0, {str(path.parent)!r})",
+                f"torch.manual_seed({source.seed})",
                 f"from {path.stem} import {names}",
-            ]  # fmt: skip
+            ]
         else:  # a name that cannot be imported, or that is taken
             lines += [
-                "import runpy", f"torch.manual_seed({source.seed})", f"names = runpy.run_path({str(path)!r})",
+                "import runpy",
+                f"torch.manual_seed({source.seed})",
+                f"names = runpy.run_path({str(path)!r})",
                 *(f"{name} = names[{name!r}]" for name in names.split(", ")),
-            ]  # fmt: skip
+            ]
         lines += ["", f"torch.manual_seed({source.seed})"]
         if self.callee == "module":
             lines.append(f"module = {source.name if self.built is None else self.built[0]}")

@@ -198,11 +198,17 @@ class ModuleTarget:
         )
         reserved = sorted({*range(found.vocabulary, found.outputs), *found.reserved}) if profile == "decoder" else ()
         own = Config(
-            profile, found.heads, found.kv_heads, found.head_dim, found.capacity, dtype=stored, layers=found.layers,
+            profile,
+            found.heads,
+            found.kv_heads,
+            found.head_dim,
+            found.capacity,
+            dtype=stored,
+            layers=found.layers,
             width=found.width or found.heads * found.head_dim,
             vocabulary=found.outputs if profile == "decoder" or found.outputs != found.width else 0,
             reserved=tuple(reserved),
-        )  # fmt: skip
+        )
         self.configs = {f"{profile}-self": own}
         self.recognised = found.words
         self.assumed = (_built(source), *found.assumed)
@@ -271,9 +277,11 @@ class ModuleSubject:
 
     def runtime_info(self) -> dict[str, Any]:
         return {
-            "torch": torch.__version__, "device": self.caller.seen_on, "call": self.caller.convention.call,
+            "torch": torch.__version__,
+            "device": self.caller.seen_on,
+            "call": self.caller.convention.call,
             "precision": device_time.precision(self.target.dtype, self.caller.device),
-        }  # fmt: skip
+        }
 
     def synchronise(self) -> None:
         device_time.synchronise(self.caller.device)

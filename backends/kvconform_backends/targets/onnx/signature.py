@@ -191,9 +191,17 @@ def _signature(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Signature
         raise _Unknown(f"no output is the present of {missing[0]}")
     filled = [_past(past, _slot(slots, past), sizes[found[_slot(slots, past)]]) for past in pasts]
     return Signature(
-        tokens, output, mask, named[POSITIONS], named[CACHE_POSITION], named[BRANCH], kept,
-        tuple(filled), tuple(found.items()), assumed,
-    )  # fmt: skip
+        tokens,
+        output,
+        mask,
+        named[POSITIONS],
+        named[CACHE_POSITION],
+        named[BRANCH],
+        kept,
+        tuple(filled),
+        tuple(found.items()),
+        assumed,
+    )
 
 
 def slot(name: str, roots: Sequence[str]) -> Slot | None:

@@ -80,10 +80,15 @@ class OnnxTarget:
         self.configs = {f"{config.profile}-self": config}
         rows = {later.fixed(0), self.whole.fixed(0), *(past.tensor.axes[past.batch] for past in later.signature.pasts)}
         self.claims = Claims(
-            profiles=(config.profile,), abilities=("uncached_forward", "length", "reset"), dtypes=(config.dtype,),
-            devices=tuple(dict.fromkeys((on, "cuda"))), max_batch=1 if 1 in rows else None,
-            max_chunk=later.fixed(1), returns="last" if self.graphs.last_only else "all", reference="self",
-        )  # fmt: skip
+            profiles=(config.profile,),
+            abilities=("uncached_forward", "length", "reset"),
+            dtypes=(config.dtype,),
+            devices=tuple(dict.fromkeys((on, "cuda"))),
+            max_batch=1 if 1 in rows else None,
+            max_chunk=later.fixed(1),
+            returns="last" if self.graphs.last_only else "all",
+            reference="self",
+        )
         self.recognised, self.assumed = self._words(), tuple(self._assumed)
 
     def __call__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> OnnxDecoder:
@@ -174,9 +179,13 @@ class OnnxTarget:
         kinds = {past.tensor.dtype, signature.output.dtype, signature.tokens.dtype}
         kinds |= weights.dtypes(self.later.model.graph)
         sizes: dict[str, Any] = {
-            "heads": past.heads, "kv_heads": past.heads, "head_dim": past.head_dim, "layers": signature.layers,
-            "capacity": self.capacity, "dtype": "float16" if "float16" in kinds else "float32",
-        }  # fmt: skip
+            "heads": past.heads,
+            "kv_heads": past.heads,
+            "head_dim": past.head_dim,
+            "layers": signature.layers,
+            "capacity": self.capacity,
+            "dtype": "float16" if "float16" in kinds else "float32",
+        }
         if signature.hidden:
             width = self._width()
             named = signature.output.name.endswith("logits")
@@ -185,9 +194,12 @@ class OnnxTarget:
         known = min(self.options.get("vocabulary", rows), outputs)
         reserved = {*range(known, outputs), *self.options.get("reserved", ())}
         return Config(
-            "decoder", **sizes, width=width or past.heads * past.head_dim, vocabulary=outputs,
+            "decoder",
+            **sizes,
+            width=width or past.heads * past.head_dim,
+            vocabulary=outputs,
             reserved=tuple(sorted(reserved)),
-        )  # fmt: skip
+        )
 
     def _words(self) -> str:
         signature, first = self.later.signature, self.later.signature.pasts[0]

@@ -49,9 +49,7 @@ def pairs(case: Case, designs: Sequence[str] = ()) -> list[tuple[int, int]]:
     ]
 
 
-UNCACHED = {
-    "recompute": "decode", "recompute-last": "decode", "regenerate": "generate", "regenerate-last": "generate",
-}  # fmt: skip
+UNCACHED = {"recompute": "decode", "recompute-last": "decode", "regenerate": "generate", "regenerate-last": "generate"}
 """The phases without a cache, and the cached one that each is compared with."""
 
 
@@ -85,9 +83,18 @@ def ratio_of(case: int, arm: int, reference: int, starts: dict[int, list[float]]
     if busy:
         why.append(busy)
     return Ratio(
-        case, arm, reference, math.exp(middle), math.exp(low), math.exp(high), n, len(logs), not why, "; ".join(why),
+        case,
+        arm,
+        reference,
+        math.exp(middle),
+        math.exp(low),
+        math.exp(high),
+        n,
+        len(logs),
+        not why,
+        "; ".join(why),
         apart,
-    )  # fmt: skip
+    )
 
 
 def busy_words(record: Record) -> str:

@@ -108,19 +108,37 @@ def _summary(
     half = math.log(high / low) / 2
     q1, q3, p90, p99 = (float(q) for q in np.quantile(samples, (0.25, 0.75, 0.9, 0.99)))
     return Summary(
-        case, arm, n, restarts, middle, q1, q3, low, high, spread(logs), p90 if reaches(n, 0.9) else None,
-        p99 if reaches(n, 0.99) else None, math.exp(student(medians(by_restart(device)))[0]) if device else None,
-        f"the interval's half-width is {half:.0%}, over {MAX_TIME_HALF_WIDTH:.0%}" if half > MAX_TIME_HALF_WIDTH else "",
-    )  # fmt: skip
+        case,
+        arm,
+        n,
+        restarts,
+        middle,
+        q1,
+        q3,
+        low,
+        high,
+        spread(logs),
+        p90 if reaches(n, 0.9) else None,
+        p99 if reaches(n, 0.99) else None,
+        math.exp(student(medians(by_restart(device)))[0]) if device else None,
+        f"the interval's half-width is {half:.0%}, over {MAX_TIME_HALF_WIDTH:.0%}"
+        if half > MAX_TIME_HALF_WIDTH
+        else "",
+    )
 
 
 def _generation(number: int, arm: int, case: Case, came: list[Tokens]) -> Generation:
     between = [float(b - a) for one in came for a, b in zip(one.ns, one.ns[1:], strict=False)]
     tpot = float(np.median([(one.ns[-1] - one.ns[0]) / (len(one.ns) - 1) for one in came]))
     return Generation(
-        number, arm, float(np.median([one.ns[0] for one in came])), tpot, float(np.median(between)),
-        float(np.quantile(between, 0.99)) if reaches(len(between), 0.99) else None, case.batch * 1e9 / tpot,
-    )  # fmt: skip
+        number,
+        arm,
+        float(np.median([one.ns[0] for one in came])),
+        tpot,
+        float(np.median(between)),
+        float(np.quantile(between, 0.99)) if reaches(len(between), 0.99) else None,
+        case.batch * 1e9 / tpot,
+    )
 
 
 def without(record: Record, backend: str, preset: str) -> None:

@@ -32,8 +32,11 @@ class Tally:
         self.subject, self.config = subject, config
         self.tokens = np.array(Streams(config, config.capacity, (0,)).tape(STREAM), np.int64)  # (1, capacity)
         self._phases = {
-            "decode": self._decode, "prefill": self._prefill, "recompute": self._recompute, "loop": self._loop,
-        }  # fmt: skip
+            "decode": self._decode,
+            "prefill": self._prefill,
+            "recompute": self._recompute,
+            "loop": self._loop,
+        }
 
     def count(self, phase: str, depth: int) -> Counts:
         """The counts of one call of a phase; of ``loop``, those of a whole decode from the depth on."""

@@ -62,9 +62,7 @@ def count(
 
 def sizes(preset: Preset) -> dict[str, Any]:
     """What a preset's counts are of."""
-    return {
-        "config": preset.config.to_json(), "depths": list(_spread(preset.depths)), "prompt": min(preset.prompts),
-    }  # fmt: skip
+    return {"config": preset.config.to_json(), "depths": list(_spread(preset.depths)), "prompt": min(preset.prompts)}
 
 
 def _spread(depths: Iterable[int]) -> tuple[int, ...]:

@@ -99,8 +99,17 @@ def _commit(name: str, root: Path) -> str:
     ref = "HEAD" if name == WORKING_TREE else name
     done = _run("git", "-C", str(root), "rev-parse", "--verify", "--quiet", "--end-of-options", ref + "^{commit}")
     if done.returncode:
-        names = _run("git", "-C", str(root), "for-each-ref", "--count=12", "--sort=-committerdate",
-                     "--format=%(refname:short)", "refs/heads", "refs/tags").stdout.split()  # fmt: skip
+        names = _run(
+            "git",
+            "-C",
+            str(root),
+            "for-each-ref",
+            "--count=12",
+            "--sort=-committerdate",
+            "--format=%(refname:short)",
+            "refs/heads",
+            "refs/tags",
+        ).stdout.split()
         raise SpecError(
             f"environment {name!r}",
             f"no interpreter and no git ref of {root}; known: {', '.join(names) or 'none'}, any commit, "
@@ -129,8 +138,21 @@ def _install(name: str, root: Path, place: Path) -> None:
     venv.create(place / "venv", symlinks=os.name != "nt")
     site = Path(_path("purelib", place / "venv"))
     at_hand = ["--no-build-isolation"] if _builds(place / "tree") else []
-    _must(name, sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-input", *at_hand,
-          "--disable-pip-version-check", "--target", str(site), str(place / "tree"))  # fmt: skip
+    _must(
+        name,
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-input",
+        *at_hand,
+        "--disable-pip-version-check",
+        "--target",
+        str(site),
+        str(place / "tree"),
+    )
     (site / "shared.pth").write_text("".join(f"{path}\n" for path in _shared(root)))
 
 

@@ -188,9 +188,14 @@ def _told(case: int, finding: Finding) -> CaseVerdict:
         None if stage is None else min(stage.slower, stage.faster) for stage in (finding.screen, finding.confirm)
     )
     return CaseVerdict(
-        case, finding.verdict, finding.why, None if last is None else math.exp(last.median), screen_p, confirm_p,
+        case,
+        finding.verdict,
+        finding.why,
+        None if last is None else math.exp(last.median),
+        screen_p,
+        confirm_p,
         None if finding.screen is None else finding.screen.spread,
-    )  # fmt: skip
+    )
 
 
 def _line(case: GateCase, verdict: CaseVerdict) -> str:

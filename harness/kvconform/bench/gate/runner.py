@@ -94,9 +94,17 @@ class _Gate:
     """The state of one run."""
 
     def __init__(
-        self, launches: Mapping[str, WorkerSpec], presets: Mapping[str, Preset], backend: str, out: Path,
-        seconds_per_case: float, seed: int, threads: int, tell: Tell, seconds: float | None,
-    ) -> None:  # fmt: skip
+        self,
+        launches: Mapping[str, WorkerSpec],
+        presets: Mapping[str, Preset],
+        backend: str,
+        out: Path,
+        seconds_per_case: float,
+        seed: int,
+        threads: int,
+        tell: Tell,
+        seconds: float | None,
+    ) -> None:
         self.presets = {name: replace(preset, batches=(1,)) for name, preset in presets.items()}
         self.out, self.seed, self.threads, self.tell = out, seed, threads, tell
         self.per_case, self.limit, self.began = seconds_per_case, seconds, time.perf_counter()
@@ -105,19 +113,31 @@ class _Gate:
                 launch,
                 environment={
                     "KVCONFORM_ARTEFACTS": str((out.parent / "artefacts" / side).resolve()),
-                    **launch.environment, **variables(threads),
+                    **launch.environment,
+                    **variables(threads),
                 },
             )
             for side, launch in launches.items()
-        }  # fmt: skip
+        }
         self.digests = {name: digest(tokens(preset.config, seed)) for name, preset in presets.items()}
         self.record = GateRecord(
-            suite=SUITE_VERSION, started=datetime.now(UTC).isoformat(timespec="seconds"), backend=backend,
-            device=launches[HEAD].device, machine=machine(), presets={n: p.to_json() for n, p in self.presets.items()},
+            suite=SUITE_VERSION,
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            backend=backend,
+            device=launches[HEAD].device,
+            machine=machine(),
+            presets={n: p.to_json() for n, p in self.presets.items()},
             protocol={
-                "name": PROTOCOL, "restarts": RESTARTS, "level": LEVEL, "rate": RATE,
-                "smallest": round(math.exp(SMALLEST), 9), "seconds_per_case": seconds_per_case, "seconds": seconds,
-                "seed": seed, "threads": threads, "input_digest": self.digests,
+                "name": PROTOCOL,
+                "restarts": RESTARTS,
+                "level": LEVEL,
+                "rate": RATE,
+                "smallest": round(math.exp(SMALLEST), 9),
+                "seconds_per_case": seconds_per_case,
+                "seconds": seconds,
+                "seed": seed,
+                "threads": threads,
+                "input_digest": self.digests,
                 "stop_rule": f"{ENOUGH_ROUNDS} rounds and half-width <= {TARGET_HALF_WIDTH:.0%}, or the seconds of a case",
             },
             sides={side: Side(launch.python, "", launch.python) for side, launch in launches.items()},
@@ -128,7 +148,7 @@ class _Gate:
                 for phase, sizes in (("decode", preset.depths), ("prefill", preset.prompts))
                 for n in sizes
             ],
-        )  # fmt: skip
+        )
 
     # --- before any time is taken ---
     def admit(self) -> None:

@@ -102,9 +102,16 @@ def self_test(
         tell(f"A/A run {number + 1} of {runs}")
         try:
             record = gate(
-                launch, launch, presets, backend, folder / f"a-a-{number + 1:03}.json",
-                seconds_per_case=seconds_per_case, seed=seed + number, threads=threads, tell=tell,
-            )  # fmt: skip
+                launch,
+                launch,
+                presets,
+                backend,
+                folder / f"a-a-{number + 1:03}.json",
+                seconds_per_case=seconds_per_case,
+                seed=seed + number,
+                threads=threads,
+                tell=tell,
+            )
         except GpuBusy as sentence:  # somebody has taken the GPU between two runs
             if not records:
                 raise
@@ -143,14 +150,25 @@ def conclude(
                 by_case[one.case].append(one.d)
     ran = records[0].machine if records else machine()
     return SelfTest(
-        date=datetime.now(UTC).isoformat(timespec="seconds"), machine=ran, suite=SUITE_VERSION, backend=backend,
-        presets=list(presets), runs=len(records), cases=timed, alarms=count[REGRESSION],
-        improvements=count[IMPROVEMENT], inconclusive=count[INCONCLUSIVE], alarmed=alarmed, stated=RATE, p=p,
-        simulated=simulated(list(by_case.values()), simulate, seed), bias=fmean(d) if d else None,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=ran,
+        suite=SUITE_VERSION,
+        backend=backend,
+        presets=list(presets),
+        runs=len(records),
+        cases=timed,
+        alarms=count[REGRESSION],
+        improvements=count[IMPROVEMENT],
+        inconclusive=count[INCONCLUSIVE],
+        alarmed=alarmed,
+        stated=RATE,
+        p=p,
+        simulated=simulated(list(by_case.values()), simulate, seed),
+        bias=fmean(d) if d else None,
         spread=stdev(d) if len(d) > 1 else None,
         verdict=UNTESTED if not timed else EXCEEDED if p <= REJECTED else KEPT,
         device=device,
-    )  # fmt: skip
+    )
 
 
 def simulated(pools: Sequence[Sequence[float]], runs: int, seed: int) -> dict[str, int]:

@@ -109,8 +109,10 @@ def rows(pieces: list[Array]) -> Pairs:
 
 
 WAYS: dict[str, Callable[[list[Array]], Pairs]] = {
-    "dot of halves": halves, "dot with itself": itself, "matrix-vector": rows,
-}  # fmt: skip
+    "dot of halves": halves,
+    "dot with itself": itself,
+    "matrix-vector": rows,
+}
 """Pairs of operands whose products read every number of the pieces once."""
 
 

@@ -106,9 +106,12 @@ class Gpu:
     def fingerprint(self) -> dict[str, Any]:
         """What a record tells of the GPU; times of two of them are never compared."""
         return {
-            "gpu": self.name, "uuid": self.uuid, "default_mhz": self.default_mhz, "l2_bytes": self.l2_bytes,
+            "gpu": self.name,
+            "uuid": self.uuid,
+            "default_mhz": self.default_mhz,
+            "l2_bytes": self.l2_bytes,
             "clock": "read after each block" if self.clocked else "NVML tells none: no block can be dropped",
-        }  # fmt: skip
+        }
 
     @contextmanager
     def lock(self, folder: Path | None = None) -> Iterator[None]:

@@ -81,11 +81,16 @@ class Timer:
         self.kept: tuple[int, int, Any] | None = None  # batch, how many tokens it holds, and the cache
         self.measured: tuple[tuple[int, int], Ceiling] | None = None
         self._phases: dict[str, Callable[[int, int, int, int], Block]] = {
-            "prefill": self._prefill, "decode": self._decode,
-            "recompute": self._recompute, "recompute-last": self._recompute,
-            "generate": self._generate, "regenerate": self._generate, "regenerate-last": self._generate,
-            "read": self._ceiling, "multiply": self._ceiling,
-        }  # fmt: skip
+            "prefill": self._prefill,
+            "decode": self._decode,
+            "recompute": self._recompute,
+            "recompute-last": self._recompute,
+            "generate": self._generate,
+            "regenerate": self._generate,
+            "regenerate-last": self._generate,
+            "read": self._ceiling,
+            "multiply": self._ceiling,
+        }
         self._phase = ""
 
     def blocks(self, phase: str, depth: int, steps: int, count: int, batch: int = 1, new: int = 0) -> list[Block]:
@@ -154,9 +159,12 @@ class Timer:
 
             taken = self._timed(call)
             total = Block(
-                total.ns + taken.ns, total.cpu_ns + taken.cpu_ns, total.nivcsw + taken.nivcsw, taken.sm_mhz,
+                total.ns + taken.ns,
+                total.cpu_ns + taken.cpu_ns,
+                total.nivcsw + taken.nivcsw,
+                taken.sm_mhz,
                 total.throttle | taken.throttle,
-            )  # fmt: skip
+            )
             self._close(opened[0], n)
         return total
 

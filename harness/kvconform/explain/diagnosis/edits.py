@@ -225,9 +225,7 @@ class _Truth:
         attended, config = _attend(row, seen, query, keys, values, self.config)
         precision = self.claims.precision
         exact = len(row) - precision.residual if precision.residual else None
-        bound = bounds.attention_bound(
-            query, keys, values, attended, config, precision, biased=True, exact_from=exact
-        )  # fmt: skip
+        bound = bounds.attention_bound(query, keys, values, attended, config, precision, biased=True, exact_from=exact)
         return _flat(attended.output), lambda: _flat(bound)
 
     def _decoded(
@@ -248,9 +246,16 @@ class _Truth:
 
 
 def _attend(
-    row: tuple[Token, ...], seen: Callable[..., Flags] | None, query: Array, keys: Array, values: Array,
-    config: Config, *, layer: int = 0, **how: object,
-) -> tuple[Attended, Config]:  # fmt: skip
+    row: tuple[Token, ...],
+    seen: Callable[..., Flags] | None,
+    query: Array,
+    keys: Array,
+    values: Array,
+    config: Config,
+    *,
+    layer: int = 0,
+    **how: object,
+) -> tuple[Attended, Config]:
     """The definition's attention, where each query sees what the edit says."""
     if seen is None:
         return attention(query, keys, values, config, layer=layer, **how), config  # type: ignore[arg-type]

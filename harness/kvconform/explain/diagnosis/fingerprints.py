@@ -194,8 +194,9 @@ def named(matches: Sequence[Match]) -> tuple[str, Match] | None:
     if best.likeness - other < MARGIN:
         return None
     for kind in best.found.entry.classes:
-        faults = {match.found.entry.name for match in matches
-                  if match.likeness > other and kind in match.found.entry.classes}  # fmt: skip
+        faults = {
+            match.found.entry.name for match in matches if match.likeness > other and kind in match.found.entry.classes
+        }
         if len(faults) > 1:
             return kind, best
     return None
@@ -260,20 +261,28 @@ def computed(faults: Sequence[Fault], configs: Sequence[str] = SHORT_CONFIGS) ->
                 asked[fault.name][config] = lists.setdefault(tuple(found.pattern), len(lists))
     entries = [
         Entry(
-            name=fault.name, address=fault.address, classes=fault.classes, bug=fault.bug, sentence=fault.sentence,
-            shown=shown[fault.name], asked=asked[fault.name],
+            name=fault.name,
+            address=fault.address,
+            classes=fault.classes,
+            bug=fault.bug,
+            sentence=fault.sentence,
+            shown=shown[fault.name],
+            asked=asked[fault.name],
         )
         for fault in faults
-    ]  # fmt: skip
+    ]
     letters: dict[str, list[str]] = {}
     for name, one in sorted({one for pattern in patterns for one in pattern}):
         letters.setdefault(name, []).append(one)
     numbers = {one: number for number, one in enumerate((n, x) for n, found in letters.items() for x in found)}
     return Catalogue(
-        suite=SUITE_VERSION, classes=dict(module_of(CLASSES).CLASSES), entries=entries,
-        letters=letters, patterns=[[numbers[one] for one in pattern] for pattern in patterns],
+        suite=SUITE_VERSION,
+        classes=dict(module_of(CLASSES).CLASSES),
+        entries=entries,
+        letters=letters,
+        patterns=[[numbers[one] for one in pattern] for pattern in patterns],
         lists=[list(names) for names in lists],
-    )  # fmt: skip
+    )
 
 
 # --- how good it is ---

@@ -61,22 +61,36 @@ SIGHTS: tuple[SightEdit, ...] = (
     SightEdit("without the newest cached token", (), lambda i, j, p, q, w: _right(i, j, w) & (j != p - 1)),
     SightEdit("without token 0", (), lambda i, j, p, q, w: _right(i, j, w) & ((j > 0) | (i == 0))),
     SightEdit("without what is cached", (), lambda i, j, p, q, w: _right(i, j, w) & (j >= p)),
-    SightEdit("on token 0 and the step's own tokens", (),
-              lambda i, j, p, q, w: _right(i, j, w) & ((j >= p) | (j == 0))),
+    SightEdit(
+        "on token 0 and the step's own tokens", (), lambda i, j, p, q, w: _right(i, j, w) & ((j >= p) | (j == 0))
+    ),
     SightEdit("on the token alone", (), lambda i, j, p, q, w: (j == i) & (i >= 0)),
     SightEdit("without the step's earlier tokens", (), lambda i, j, p, q, w: _right(i, j, w) & ((j < p) | (j == i))),
-    SightEdit("with the causal mask at the top left", ("M1",),
-              lambda i, j, p, q, w: np.where(p > 0, _right(i - p, j, w), _right(i, j, w))),
-    SightEdit("with the step's later tokens, where something is cached", ("M2",),
-              lambda i, j, p, q, w: _right(i, j, w) | ((p > 0) & (j > i) & (j < p + q))),
-    SightEdit("with the step's later tokens", ("M2", "M4"),
-              lambda i, j, p, q, w: _right(i, j, w) | ((j > i) & (j < p + q))),
-    SightEdit("with all the tokens of prompts", ("M4",),
-              lambda i, j, p, q, w: _right(i, j, w) | ((p == 0) & (j > i) & (j < q))),
+    SightEdit(
+        "with the causal mask at the top left",
+        ("M1",),
+        lambda i, j, p, q, w: np.where(p > 0, _right(i - p, j, w), _right(i, j, w)),
+    ),
+    SightEdit(
+        "with the step's later tokens, where something is cached",
+        ("M2",),
+        lambda i, j, p, q, w: _right(i, j, w) | ((p > 0) & (j > i) & (j < p + q)),
+    ),
+    SightEdit(
+        "with the step's later tokens", ("M2", "M4"), lambda i, j, p, q, w: _right(i, j, w) | ((j > i) & (j < p + q))
+    ),
+    SightEdit(
+        "with all the tokens of prompts",
+        ("M4",),
+        lambda i, j, p, q, w: _right(i, j, w) | ((p == 0) & (j > i) & (j < q)),
+    ),
     SightEdit("with the next token", ("M3",), lambda i, j, p, q, w: _right(i, j, w) | ((j == i + 1) & (j < p + q))),
     SightEdit("without the token itself", (), lambda i, j, p, q, w: _right(i, j, w) & (j < i)),
-    SightEdit("without the token itself, where something is cached", (),
-              lambda i, j, p, q, w: _right(i, j, w) & ((j < i) | (p == 0))),
+    SightEdit(
+        "without the token itself, where something is cached",
+        (),
+        lambda i, j, p, q, w: _right(i, j, w) & ((j < i) | (p == 0)),
+    ),
     SightEdit("with a window that is one larger", ("W1",), _wider(1)),
     SightEdit("with a window that is one smaller", ("W1",), _wider(-1)),
     SightEdit("with a window that is one larger in decode steps", ("W1", "W3"), _wider(1, chunks=False)),
@@ -88,8 +102,14 @@ SIGHTS: tuple[SightEdit, ...] = (
     SightEdit("without a window in steps of several tokens", ("W2",), _no_window(lambda p, q: q > 1)),
     SightEdit("without a window in prompts", ("W2",), _no_window(lambda p, q: p == 0)),
     SightEdit("without a window where something is cached", ("W2",), _no_window(lambda p, q: p > 0)),
-    SightEdit("with the window of the step's last token", ("W4", "W5"),
-              lambda i, j, p, q, w: _right(i, j, w) if w is None else (j <= i) & (j > p + q - 1 - w)),
-    SightEdit("with the window of the step's first token", ("W5",),
-              lambda i, j, p, q, w: _right(i, j, w) if w is None else (j <= i) & (j > p - w)),
-)  # fmt: skip
+    SightEdit(
+        "with the window of the step's last token",
+        ("W4", "W5"),
+        lambda i, j, p, q, w: _right(i, j, w) if w is None else (j <= i) & (j > p + q - 1 - w),
+    ),
+    SightEdit(
+        "with the window of the step's first token",
+        ("W5",),
+        lambda i, j, p, q, w: _right(i, j, w) if w is None else (j <= i) & (j > p - w),
+    ),
+)

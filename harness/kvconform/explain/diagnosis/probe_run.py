@@ -21,9 +21,17 @@ SIGHT = "sight"
 OVER = 2.0
 """A token is felt where the output moves by more than so many bounds."""
 SOURCES = (
-    "next", "future", "itself", "its chunk", "first", "last cached", "cached", "window's edge", "just outside",
+    "next",
+    "future",
+    "itself",
+    "its chunk",
+    "first",
+    "last cached",
+    "cached",
+    "window's edge",
+    "just outside",
     "outside",
-)  # fmt: skip
+)
 """What a changed token is to an output: the next one, a later one, the same, earlier in its own step, position 0, the
 newest that was cached before, any other; the oldest in the window, the one before it, an older one."""
 FORBIDDEN = frozenset(("next", "future", "just outside", "outside"))

@@ -133,8 +133,9 @@ def _around(name: str, words: str, sizes: Callable[[int], tuple[int, ...]]) -> _
 
 def _ragged(*counts: tuple[int, ...], side: str | None = None) -> Callable[[Config, Claims, int], Sequence[Step]]:
     def steps(c: Config, k: Claims, s: int) -> Sequence[Step]:
-        return tuple(Append("a", rows, s, pad=(side, s + OTHER) if side and len(set(rows)) > 1 else None)
-                     for rows in counts)  # fmt: skip
+        return tuple(
+            Append("a", rows, s, pad=(side, s + OTHER) if side and len(set(rows)) > 1 else None) for rows in counts
+        )
 
     return steps
 
@@ -190,8 +191,13 @@ def _fork_page(c: Config, k: Claims, s: int) -> Sequence[Step]:
 
 
 def _kept(c: Config, k: Claims, s: int) -> Sequence[Step]:
-    return (*grown(5, 1, seed=s), AliasHandle("a", "k"), *grown(2, seed=s), *grown(1, 1, seq="k", seed=s + OTHER),
-            *grown(1, seed=s))  # fmt: skip
+    return (
+        *grown(5, 1, seed=s),
+        AliasHandle("a", "k"),
+        *grown(2, seed=s),
+        *grown(1, 1, seq="k", seed=s + OTHER),
+        *grown(1, seed=s),
+    )
 
 
 def _to_capacity(c: Config, k: Claims, s: int) -> Sequence[Step]:
@@ -261,9 +267,7 @@ def _poisoned(*keys_and_values: tuple[str, str]) -> Callable[[Config, Claims, in
 
 def _shared(shared: tuple[bool, ...]) -> Callable[[Config, Claims, int], Sequence[Step]]:
     sizes = (4, 1, 3, 1, 1, 2)
-    return lambda c, k, s: tuple(
-        Append("a", (size,), s, in_place=on) for size, on in zip(sizes, shared, strict=True)
-    )  # fmt: skip
+    return lambda c, k, s: tuple(Append("a", (size,), s, in_place=on) for size, on in zip(sizes, shared, strict=True))
 
 
 def _read(c: Config, k: Claims, s: int) -> Sequence[Step]:
@@ -275,17 +279,24 @@ def _read(c: Config, k: Claims, s: int) -> Sequence[Step]:
 
 def _whole(c: Config, k: Claims, s: int) -> Sequence[Step]:
     return (
-        UncachedForward("x", (7,), s), *grown(4, seed=s), UncachedForward("y", (9,), s + OTHER), *grown(1, 2, seed=s), UncachedForward("z", (6,), s),
+        UncachedForward("x", (7,), s),
+        *grown(4, seed=s),
+        UncachedForward("y", (9,), s + OTHER),
+        *grown(1, 2, seed=s),
+        UncachedForward("z", (6,), s),
         UncachedForward("w", (2,), s),
-    )  # fmt: skip
+    )
 
 
 def _shapes(c: Config, k: Claims, s: int) -> Sequence[Step]:
     two = min(k.max_batch or 2, 2)
     return (
-        *grown(3, 1, seed=s), Close("a"), *grown(5, 1, seq="b", rows=two, seed=s + OTHER), Close("b"),
+        *grown(3, 1, seed=s),
+        Close("a"),
+        *grown(5, 1, seq="b", rows=two, seed=s + OTHER),
+        Close("b"),
         *grown(2, 2, 1, seq="c", seed=s + 2 * OTHER - 100),
-    )  # fmt: skip
+    )
 
 
 def _square(c: Config, k: Claims, s: int) -> Sequence[Step]:
@@ -300,13 +311,23 @@ def _pages(c: Config, k: Claims, s: int) -> Sequence[Step]:
 
 def _page_truncated(c: Config, k: Claims, s: int) -> Sequence[Step]:
     p = k.page or 1
-    return (*grown(2 * p + 1, seed=s), Truncate("a", p), *grown(1, p, seed=s + OTHER), Truncate("a", p + 1),
-            *grown(1, 1, seed=s + OTHER + 50))  # fmt: skip
+    return (
+        *grown(2 * p + 1, seed=s),
+        Truncate("a", p),
+        *grown(1, p, seed=s + OTHER),
+        Truncate("a", p + 1),
+        *grown(1, 1, seed=s + OTHER + 50),
+    )
 
 
 def _ragged_reordered(c: Config, k: Claims, s: int) -> Sequence[Step]:
-    return (Append("a", (3, 5, 2), s), Reorder("a", (1, 2, 0)), *grown(1, 2, rows=3, seed=s + OTHER),
-            Reorder("a", (2, 0)), *grown(1, rows=2, seed=s + OTHER + 10))  # fmt: skip
+    return (
+        Append("a", (3, 5, 2), s),
+        Reorder("a", (1, 2, 0)),
+        *grown(1, 2, rows=3, seed=s + OTHER),
+        Reorder("a", (2, 0)),
+        *grown(1, rows=2, seed=s + OTHER + 10),
+    )
 
 
 def _ragged_read(c: Config, k: Claims, s: int) -> Sequence[Step]:
@@ -348,16 +369,23 @@ BATTERY: tuple[_Plan, ...] = (
     _plain("rows", "two rows", 5, 1, 3, 1, rows=2),
     _plain("rows-decode", "three rows that begin with a decode step", 1, 1, 3, 1, rows=3),
     _plain("rows-long", "three rows with a longer past", 9, 3, 1, 1, rows=3),
-    _Plan(SEEN, "a prompt, a chunk and decode steps, one token changed at a time",
-          lambda c, k, s: grown(max(4, (c.window or 0) - 1), 3, 1, 1, 1, seed=s)),
+    _Plan(
+        SEEN,
+        "a prompt, a chunk and decode steps, one token changed at a time",
+        lambda c, k, s: grown(max(4, (c.window or 0) - 1), 3, 1, 1, 1, seed=s),
+    ),
     _Plan("after-another", "a sequence after another one has ended", _after_another),
     _Plan("interleaved", "two sequences in turns", _interleaved, ("two sequences",)),
     _Plan("shapes", "sequences of other shapes one after another", _shapes),
     _Plan("square", "counts that equal heads, KV heads, rows", _square),
     _Plan("reset", "a reset, then other tokens", _reset((6, 1), (3, 1, 1)), ("reset",)),
     _Plan("reset-long", "a reset of a longer sequence", _reset((12, 1), (1, 1, 3)), ("reset",)),
-    _Plan("reset-rows", "a reset of two rows",
-          lambda c, k, s: (*grown(4, rows=2, seed=s), Reset("a"), *grown(2, 1, rows=2, seed=s + OTHER)), ("reset",)),
+    _Plan(
+        "reset-rows",
+        "a reset of two rows",
+        lambda c, k, s: (*grown(4, rows=2, seed=s), Reset("a"), *grown(2, 1, rows=2, seed=s + OTHER)),
+        ("reset",),
+    ),
     _Plan("truncate", "a truncation, then other tokens", _truncated((6,), 4, (1, 1, 2)), ("truncate",)),
     _Plan("truncate-to-zero", "a truncation to nothing", _truncated((5,), 0, (3, 1)), ("truncate",)),
     _Plan("truncate-to-all", "a truncation that keeps all", _truncated((5,), 5, (1, 2)), ("truncate",)),
@@ -369,14 +397,22 @@ BATTERY: tuple[_Plan, ...] = (
     _Plan("reorder-cycle", "three rows that move in a cycle", _reordered(3, (1, 2, 0)), ("reorder",)),
     _Plan("reorder-repeats", "rows that are repeated", _reordered(3, (2, 2, 0), (1, 1, 0)), ("reorder",)),
     _Plan("reorder-sizes", "rows that are repeated, and dropped", _reordered(2, (0, 0, 1, 1), (3,)), ("reorder",)),
-    _Plan("ragged", "rows that grow by different counts", _ragged((3, 5, 2), (1, 1, 1), (3, 1, 1), (1, 1, 1)),
-          ("ragged",)),
-    _Plan("ragged-idle", "rows that wait", _ragged((3, 5, 2), (0, 2, 0), (1, 1, 1), (2, 0, 1), (1, 1, 1)),
-          ("ragged",)),
-    _Plan("staggered", "rows that arrive one after another", _ragged((4, 0, 0), (1, 3, 0), (1, 1, 2), (1, 1, 1)),
-          ("ragged",)),
-    _Plan("left-padding", "rows padded on the left",
-          _ragged((3, 5, 2), (1, 1, 1), (1, 3, 1), (1, 1, 1), side="left"), ("left padding",)),
+    _Plan(
+        "ragged", "rows that grow by different counts", _ragged((3, 5, 2), (1, 1, 1), (3, 1, 1), (1, 1, 1)), ("ragged",)
+    ),
+    _Plan("ragged-idle", "rows that wait", _ragged((3, 5, 2), (0, 2, 0), (1, 1, 1), (2, 0, 1), (1, 1, 1)), ("ragged",)),
+    _Plan(
+        "staggered",
+        "rows that arrive one after another",
+        _ragged((4, 0, 0), (1, 3, 0), (1, 1, 2), (1, 1, 1)),
+        ("ragged",),
+    ),
+    _Plan(
+        "left-padding",
+        "rows padded on the left",
+        _ragged((3, 5, 2), (1, 1, 1), (1, 3, 1), (1, 1, 1), side="left"),
+        ("left padding",),
+    ),
     _Plan("to-capacity", "decode steps to the capacity", _to_capacity),
     _Plan("filled", "a chunk that fills the capacity", _filled),
     _Plan("overflow", "one token more than the capacity", _overflow, ("overflow refused",)),
@@ -386,41 +422,81 @@ BATTERY: tuple[_Plan, ...] = (
     _around("window-twice", "decode steps across twice the window", lambda w: (max(2 * w - 1, 1), 1, 1, 1)),
     _around("window-chunk", "a chunk larger than the window", lambda w: (2, 2 * w + 1, 1, 1)),
     _around("window-full", "chunks on a full window", lambda w: (w, 2, w, 1)),
-    _Plan("window-truncate", "a truncation after the window was full",
-          lambda c, k, s: (*grown(2 * (c.window or 0), seed=s), Truncate("a", (c.window or 0) + 1),
-                           *grown(1, 2, 1, seed=s + OTHER)), ("truncate",), windowed=True),
+    _Plan(
+        "window-truncate",
+        "a truncation after the window was full",
+        lambda c, k, s: (
+            *grown(2 * (c.window or 0), seed=s),
+            Truncate("a", (c.window or 0) + 1),
+            *grown(1, 2, 1, seed=s + OTHER),
+        ),
+        ("truncate",),
+        windowed=True,
+    ),
     _Plan("large_queries", "large scores", _manner("large_queries"), profiles=ATTENTION),
     _Plan("zero_keys", "keys that are zero", _manner("zero_keys"), profiles=ATTENTION),
     _Plan("some-mute", "a prompt whose first keys are zero", _some_mute, profiles=ATTENTION),
-    _Plan("small_keys_large_values", "large values, small keys", _manner("small_keys_large_values"), profiles=ATTENTION),
+    _Plan(
+        "small_keys_large_values", "large values, small keys", _manner("small_keys_large_values"), profiles=ATTENTION
+    ),
     _Plan("mask", "a caller's mask", _hidden((4, (1,)), (1, (1,)), (3, (2, 4)), (1, (0, 7))), ("mask",)),
     _Plan("mask-rows", "a caller's mask of one row", _hidden((3, (0,)), (3, (1, 4)), (1, (2,)), rows=2), ("mask",)),
-    _Plan("mask-all", "a caller's mask that hides all",
-          _hidden((2, (0, 1)), (1, (0, 1, 2)), (2, (0, 1, 2, 3)), (1, ())), ("mask",)),
-    *(_Plan(f"layout-{name}", f"{name} inputs", _laid(name, 2 if name == "expanded" else 1), profiles=ATTENTION)
-      for name in ("transposed", "sliced", "expanded")),
+    _Plan(
+        "mask-all",
+        "a caller's mask that hides all",
+        _hidden((2, (0, 1)), (1, (0, 1, 2)), (2, (0, 1, 2, 3)), (1, ())),
+        ("mask",),
+    ),
+    *(
+        _Plan(f"layout-{name}", f"{name} inputs", _laid(name, 2 if name == "expanded" else 1), profiles=ATTENTION)
+        for name in ("transposed", "sliced", "expanded")
+    ),
     _Plan("shared", "the present in the memory of the past", _shared((True,) * 6), ("in_place",)),
     _Plan("own-memory", "the present in memory of its own", _shared((False,) * 6), ("in_place",)),
-    _Plan("shared-in-turns", "both kinds of memory in turns", _shared((False, True, True, False, True, False)),
-          ("in_place",)),
+    _Plan(
+        "shared-in-turns",
+        "both kinds of memory in turns",
+        _shared((False, True, True, False, True, False)),
+        ("in_place",),
+    ),
     _Plan("junk", "dead slots that hold junk", _poisoned(("junk", "junk"), ("junk", "none")), ("poison",)),
-    _Plan("nan", "dead slots that hold NaN", _poisoned(("nan", "none"), ("none", "nan")),
-          ("poison", "poison-safe slots")),
-    _Plan("infinite", "dead slots that hold infinity", _poisoned(("inf", "none"), ("none", "inf")),
-          ("poison", "poison-safe slots")),
+    _Plan(
+        "nan", "dead slots that hold NaN", _poisoned(("nan", "none"), ("none", "nan")), ("poison", "poison-safe slots")
+    ),
+    _Plan(
+        "infinite",
+        "dead slots that hold infinity",
+        _poisoned(("inf", "none"), ("none", "inf")),
+        ("poison", "poison-safe slots"),
+    ),
     _Plan("contents", "what the cache shows of itself", _read, ("contents",), profiles=ATTENTION),
     _Plan("full", "the cache-less forward, also while a sequence is open", _whole, ("uncached_forward",)),
     _Plan("pages", "lengths around a page", _pages, ("pages",)),
     _Plan("page-truncate", "a truncation to a page", _page_truncated, ("pages", "truncate")),
     _Plan("page-fork", "a fork in the middle of a page", _fork_page, ("pages", "fork", "two sequences")),
     _Plan("ragged-reorder", "rows of different lengths that change places", _ragged_reordered, ("ragged", "reorder")),
-    _Plan("ragged-contents", "what the cache shows of rows of different lengths", _ragged_read, ("ragged", "contents"),
-          ATTENTION),
+    _Plan(
+        "ragged-contents",
+        "what the cache shows of rows of different lengths",
+        _ragged_read,
+        ("ragged", "contents"),
+        ATTENTION,
+    ),
     _Plan("generation", "tokens that the subject generates on its own", _generations, ("generate",), ("decoder",)),
-    _Plan("generation-rows", "tokens that the subject generates for several rows", _generations_of_rows,
-          ("generate", "two rows"), ("decoder",)),
+    _Plan(
+        "generation-rows",
+        "tokens that the subject generates for several rows",
+        _generations_of_rows,
+        ("generate", "two rows"),
+        ("decoder",),
+    ),
     _Plan("last", "calls that are asked for the last position alone", _last, ("last_only",), ("decoder",)),
-    _Plan("last-rows", "steps of two rows that are asked for the last position alone", _last_of_rows,
-          ("last_only", "two rows"), ("decoder",)),
-)  # fmt: skip
+    _Plan(
+        "last-rows",
+        "steps of two rows that are asked for the last position alone",
+        _last_of_rows,
+        ("last_only", "two rows"),
+        ("decoder",),
+    ),
+)
 """The battery. New probes go to the end: a probe's streams follow from its place."""

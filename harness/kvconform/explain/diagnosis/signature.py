@@ -24,10 +24,18 @@ NEARLY = 0.9
 WORTH = 0.03
 """So much more must two predicates tell than one, where neither separates exactly."""
 PAST = (
-    "after a reset", "after a truncation", "after a fork", "copy of a fork", "after a keep", "copy of a keep",
-    "after a reorder", "after another sequence", "after a refused call", "after poison",
+    "after a reset",
+    "after a truncation",
+    "after a fork",
+    "copy of a fork",
+    "after a keep",
+    "copy of a keep",
+    "after a reorder",
+    "after another sequence",
+    "after a refused call",
+    "after poison",
     "after another sequence in the process",
-)  # fmt: skip
+)
 """What a sequence may have gone through; the names are the words."""
 
 
@@ -146,9 +154,7 @@ def predicates(config: Config) -> Iterator[tuple[str, Callable[[Facts], bool]]]:
 
 def _thresholds(cells: Sequence[Cell], off: Flags) -> Iterator[tuple[str, Flags]]:
     """``with length > 9``: the largest number that all outputs that are off exceed."""
-    for name, words in (
-        ("position", "length"), ("past", "past"), ("q", "q"), ("length", "length after the step"),
-    ):  # fmt: skip
+    for name, words in (("position", "length"), ("past", "past"), ("q", "q"), ("length", "length after the step")):
         numbers = np.array([cell.facts[name] + (name == "position") for cell in cells])
         least = int(numbers[off].min())
         if least > 2:
@@ -173,8 +179,9 @@ def first(examination: Examination) -> str:
     """The first probe that is off, outputs before anything else, and where: the plainest are at the front."""
     off = [one for one in examination.symptoms if one.off and one.words]
     begins = [next((cell.status for cell in one.cells if cell.status != "ok"), "") for one in off]
-    numbers, raised = ([one for one, begin in zip(off, begins, strict=True) if begin == status]
-                       for status in ("bad", "raised"))  # fmt: skip
+    numbers, raised = (
+        [one for one, begin in zip(off, begins, strict=True) if begin == status] for status in ("bad", "raised")
+    )
     return next((f"first in {one.probe.words}: {one.words}" for one in numbers or raised or off), "")
 
 
@@ -236,9 +243,14 @@ def _felt(wrong: set[str], asked: set[str]) -> str:
     elif {"first", "cached"} <= unfelt and "last cached" in asked - unfelt:
         said.append("see only the newest token of what is cached")
     else:
-        names = {"itself": "their own token", "its chunk": "the earlier tokens of their step", "first": "token 0",
-                 "last cached": "the newest cached token", "cached": "the cached tokens between",
-                 "window's edge": "the oldest token of the window"}  # fmt: skip
+        names = {
+            "itself": "their own token",
+            "its chunk": "the earlier tokens of their step",
+            "first": "token 0",
+            "last cached": "the newest cached token",
+            "cached": "the cached tokens between",
+            "window's edge": "the oldest token of the window",
+        }
         missing = [names[source] for source in SOURCES if source in unfelt]
         said += [f"do not see {', '.join(missing)}"] if missing else []
     return " and ".join(said)

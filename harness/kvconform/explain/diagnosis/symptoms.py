@@ -174,14 +174,17 @@ class _Reading:
             self._say_value(number, want, got, off)
             self.tainted.add(step.seq)
         finite: Array = np.asarray(np.isfinite(got).all(axis=-1))
-        return "".join(
-            _letter(bad[row][real], finite[row][real]) for row, real in enumerate(want.real)
-        )  # fmt: skip
+        return "".join(_letter(bad[row][real], finite[row][real]) for row, real in enumerate(want.real))
 
     def _add(
-        self, number: int, before: Mapping[str, Sequence[int]], bad: Array, off: Array | None, status: str,
+        self,
+        number: int,
+        before: Mapping[str, Sequence[int]],
+        bad: Array,
+        off: Array | None,
+        status: str,
         want: Expected | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         step = self.probe.program.steps[number]
         assert isinstance(step, Append | UncachedForward)
         cached = before.get(step.seq, [0] * len(step.counts)) if isinstance(step, Append) else [0] * len(step.counts)
@@ -197,17 +200,21 @@ class _Reading:
                     self.everywhere.add(len(parts) == self.config.heads)
                 length = cached[row] + count
                 facts = common | {
-                    "row": row, "past": cached[row], "q": count, "position": cached[row] + place, "length": length,
-                    "first token of the step": place == 0, "last token of the step": place == count - 1,
-                    "full": length == self.config.capacity, "last row": row == len(step.counts) - 1,
+                    "row": row,
+                    "past": cached[row],
+                    "q": count,
+                    "position": cached[row] + place,
+                    "length": length,
+                    "first token of the step": place == 0,
+                    "last token of the step": place == count - 1,
+                    "full": length == self.config.capacity,
+                    "last row": row == len(step.counts) - 1,
                     "longest": length == max(c + n for c, n in zip(cached, step.counts, strict=True)),
-                }  # fmt: skip
+                }
                 first = step.seq not in self.tainted
                 self.cells.append(
-                    Cell(
-                        self.probe.name, number, row, int(column), status if wrong else "ok", first, facts, parts
-                    )
-                )  # fmt: skip
+                    Cell(self.probe.name, number, row, int(column), status if wrong else "ok", first, facts, parts)
+                )
 
     def _common(self, number: int, cached: Sequence[int]) -> dict[str, int]:
         step = self.probe.program.steps[number]
@@ -216,13 +223,19 @@ class _Reading:
         distribution = DISTRIBUTIONS[step.seed >> DISTRIBUTION_BIT]
         padded = isinstance(step, Append) and step.pad is not None and step.pad[0] == "left"
         return self.facts.get(step.seq, {}) | {
-            "whole": not appended, "batch": len(step.counts), "ragged": len(set(step.counts)) > 1,
-            "left padding": padded, "uneven": len({*(a + b for a, b in zip(cached, step.counts, strict=True))}) > 1,
-            "hidden": isinstance(step, Append) and bool(step.masked), "large_queries": distribution == "large_queries",
-            "layout": isinstance(step, Append) and step.layout != "contiguous", "zero_keys": distribution == "zero_keys",
-            "small_keys_large_values": distribution == "small_keys_large_values", "shared": isinstance(step, Append) and step.in_place,
+            "whole": not appended,
+            "batch": len(step.counts),
+            "ragged": len(set(step.counts)) > 1,
+            "left padding": padded,
+            "uneven": len({*(a + b for a, b in zip(cached, step.counts, strict=True))}) > 1,
+            "hidden": isinstance(step, Append) and bool(step.masked),
+            "large_queries": distribution == "large_queries",
+            "layout": isinstance(step, Append) and step.layout != "contiguous",
+            "zero_keys": distribution == "zero_keys",
+            "small_keys_large_values": distribution == "small_keys_large_values",
+            "shared": isinstance(step, Append) and step.in_place,
             "alone": step.last_only,
-        }  # fmt: skip
+        }
 
     def _parts(self, off: Array) -> tuple[int, ...]:
         elements = np.flatnonzero(off)
@@ -269,8 +282,9 @@ class _Reading:
         rows = [len(row) for row in self.histories.rows.get(getattr(step, "seq", ""), ())]
         letters = ""
         for name, letter, right in (
-            ("length", "l", rows), ("room", "r", [self.config.capacity - length for length in rows]),
-        ):  # fmt: skip
+            ("length", "l", rows),
+            ("room", "r", [self.config.capacity - length for length in rows]),
+        ):
             told = None if done is None else done.reported.get(name)
             wrong = told is not None and list(told) != right
             if wrong:
@@ -332,8 +346,7 @@ class _Reading:
         element = int(wrong[np.argmax(np.nan_to_num(np.abs(got - want.value[0])[row, column, wrong], nan=np.inf))])
         value = want.value[0, row, column, element]
         self._say(
-            number,
-            f"row {row}, position {position}, {which}: got {got[row, column, element]:.4g}, want {value:.4g}",
+            number, f"row {row}, position {position}, {which}: got {got[row, column, element]:.4g}, want {value:.4g}"
         )
 
 

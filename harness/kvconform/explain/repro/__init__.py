@@ -54,9 +54,13 @@ def tried(file: Path, python: str) -> str:
     """Runs a file once, and says in words what came of it."""
     try:
         done = subprocess.run(
-            [python, file], capture_output=True, text=True, timeout=2 * PATIENCE, check=False,
+            [python, file],
+            capture_output=True,
+            text=True,
+            timeout=2 * PATIENCE,
+            check=False,
             env={"OMP_NUM_THREADS": "1", **os.environ},
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired:
         return f"{file} does not end by itself"
     if done.returncode == 1 and "got: " in done.stdout:

@@ -93,9 +93,14 @@ def _map(sight: Sight) -> Map:
     sight.look()
     schedule = sight.schedule
     return Map(
-        schedule=schedule.name, sizes=list(schedule.sizes), rows=schedule.rows, wanted=_lines(sight.wanted().tolist()),
-        seen=_lines(sight.seen().tolist()), stopped=sight.stopped, notes=sight.notes,
-    )  # fmt: skip
+        schedule=schedule.name,
+        sizes=list(schedule.sizes),
+        rows=schedule.rows,
+        wanted=_lines(sight.wanted().tolist()),
+        seen=_lines(sight.seen().tolist()),
+        stopped=sight.stopped,
+        notes=sight.notes,
+    )
 
 
 def _lines(cells: list[list[str]]) -> list[str]:
