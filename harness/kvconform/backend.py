@@ -85,11 +85,11 @@ class BlackBox(Backend, Protocol):
     def perturbed(self, storage: float, accumulation: float, seed: int) -> Any:
         """The same with perturbed weights; only its ``full`` is called. Each weight, and each hidden state, becomes
         ``w * (1 + (storage + accumulation * sqrt(n)) * xi)`` with ``xi`` uniform in (-1, 1) from the seed and ``n`` the
-        number of terms in the sums that it is part of (1 for vectors). The subject itself stays as it is."""
+        number of terms in the sums that it is part of (1 for vectors). The backend itself stays as it is."""
         ...
 
     def script_setup(self) -> str:
-        """Python source, at module level, that imports the target and builds it as this subject was, without this
+        """Python source, at module level, that imports the target and builds it as this backend was, without this
         package: numpy is imported as ``np`` already. It is part of a reproduction (``repro``)."""
         ...
 
@@ -153,7 +153,7 @@ class Abilities(Protocol):
         ...
 
     def graph_count(self) -> int:
-        """How many graphs this subject has compiled or captured so far."""
+        """How many graphs this backend has compiled or captured so far."""
         ...
 
     def count(self, call: Callable[[], None]) -> Mapping[str, Mapping[str, int]]:

@@ -74,7 +74,7 @@ class Claims:
     retention: ``all`` tokens, or those that the ``window`` still shows. unused_slots: what slots without a token may hold
     unnoticed: ``finite`` numbers, or ``any``, NaN and infinities included. page: tokens a page; None: no pages.
     memory: what a sequence's bytes follow: its ``length``, the ``capacity``, or whole ``pages``.
-    max_graphs: most graphs that a subject compiles or captures, whatever it is asked. intermediates, kv_bits, residual:
+    max_graphs: most graphs that a backend compiles or captures, whatever it is asked. intermediates, kv_bits, residual:
     see ``Precision``. reference: what the outputs are judged by (``REFERENCES``); ``self`` is of backends whose weights the
     harness does not set. rounding: whether an output's last bits are its ``own`` tokens' alone, or ``shared`` with
     other tokens of the call, cached or not (experts that share a product of matrices); of black boxes it is measured.

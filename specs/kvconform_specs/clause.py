@@ -31,8 +31,8 @@ class Relation(Enum):
     INSENSITIVE = "outputs that have the same history in both programs are the same, bit for bit"
     SENSITIVE = "outputs whose history was changed move, wherever the definition moves more than both bounds"
     SHAPE = "outputs have the shape and dtype that the config and the step demand"
-    LENGTHS = "after each step the subject tells the number of tokens that each row holds"
-    ROOM = "after each step the subject tells how many more tokens each row takes: the capacity less its length"
+    LENGTHS = "after each step the backend tells the number of tokens that each row holds"
+    FREE_SLOTS = "after each step the backend tells how many more tokens each row takes: the capacity less its length"
     CONTENTS = "a read gives each row's keys and values as they were appended, within half a step of quantisation"
     STABLE_CONTENTS = "what two reads show of the same token is the same, bit for bit"
     RETAINED_COUNT = (
@@ -44,7 +44,7 @@ class Relation(Enum):
     GENERATED = (
         "no logit exceeds a generated token's by more than the two bounds, on the prompt and the tokens before it"
     )
-    GRAPHS = "the subject has compiled no more graphs than it claims"
+    GRAPH_COUNT = "the backend has compiled no more graphs than it claims"
     BYTES = "the cache takes 2 l g s d b numbers of the storage dtype, s as claimed: length, capacity or whole pages"
     POSITIONS = "a step multiplies weights for its new tokens only"
     LINEAR_COST = "the multiply-adds of equal steps grow with the depth by equal amounts, attention's at most"

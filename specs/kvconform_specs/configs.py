@@ -2,7 +2,7 @@
 
 Together they cover MHA, GQA, MQA, window, softcap, a sink, a scale of one's own, head dims that are no multiple of 8,
 layers with and without a window in one decoder, each kind of positions, and one long context. They are few because
-compiled and exported subjects take long to build.
+compiled and exported backends take long to build.
 """
 
 from __future__ import annotations

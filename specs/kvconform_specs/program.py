@@ -44,7 +44,7 @@ class Append:
 
 @dataclass(frozen=True, slots=True)
 class UncachedForward:
-    """Runs the subject's own cache-less forward on the first ``counts[r]`` tokens of each row's stream.
+    """Runs the backend's own cache-less forward on the first ``counts[r]`` tokens of each row's stream.
 
     It touches no sequence; ``seq`` names the outputs, so that they compare with those of a cached sequence. last_only: the
     output of each row's last token alone is asked for, of rows of one length (decoder profile).
@@ -59,7 +59,7 @@ class UncachedForward:
 
 @dataclass(frozen=True, slots=True)
 class Generate(UncachedForward):
-    """Lets the subject generate greedily, on its own, after the first ``counts[r]`` tokens of each row's stream
+    """Lets the backend generate greedily, on its own, after the first ``counts[r]`` tokens of each row's stream
     (decoder profile).
 
     Like ``full`` it touches no sequence; all prompts are of one length. new: how many tokens each row is to get.
@@ -180,7 +180,7 @@ NAMES = {kind: op for op, kind in OPS.items()}
 
 
 def called(step: Step) -> Call:
-    """What the step calls the subject with, whether it must succeed or be refused."""
+    """What the step calls the backend with, whether it must succeed or be refused."""
     return step.step if isinstance(step, Reject) else step
 
 

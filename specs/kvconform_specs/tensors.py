@@ -3,7 +3,7 @@
 Every number comes from the counter-based generator Philox-4x64 (Salmon et al., "Parallel random numbers: as easy as
 1, 2, 3", SC 2011): the key is the seed, the counter is the position. A token is therefore the same however the
 program is cut, and on every machine: a raw 64-bit word becomes a number by integer arithmetic and one rounding.
-Arrays are float32 that are already rounded to the config's dtype, so that the definition sees what a subject sees.
+Arrays are float32 that are already rounded to the config's dtype, so that the definition sees what a backend sees.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Streams:
         return rounded(key * np.float32(AIM_SCORE / c.score_scale) / norm, c.dtype)
 
     def inputs(self, step: Run, grown: tuple[Row, ...]) -> tuple[NDArray[np.generic], ...]:
-        """What a subject is given for ``step``, ``n`` variants in front; ``grown`` are the rows after the step.
+        """What a backend is given for ``step``, ``n`` variants in front; ``grown`` are the rows after the step.
 
         Attention: query ``(n, b, h, t, d)``, key and value ``(n, b, g, t, d)``. Decoder: token ids ``(n, b, t)``.
         Hidden: hidden states ``(n, b, t, width)``.

@@ -96,8 +96,8 @@ def test_the_loops_over_large_matrices_are_conformant(folder: Path) -> None:
 
 def test_torch_compile_that_runs_eagerly_was_not_tested(folder: Path) -> None:
     plan = Plan(BUDGETS["smoke"], clauses=("shape.output",), configs=("attention-gqa",))
-    launch = WorkerSpec("compiled", environment={"TORCHDYNAMO_DISABLE": "1"})
-    (verdict,) = run_backend("compiled", launch, plan, folder / "disabled").verdicts
+    spec = WorkerSpec("compiled", environment={"TORCHDYNAMO_DISABLE": "1"})
+    (verdict,) = run_backend("compiled", spec, plan, folder / "disabled").verdicts
     assert verdict.outcome is Outcome.NOT_EXERCISED
     assert verdict.sentence == "not tested: a step ran eagerly: no compiled graph was executed"
 

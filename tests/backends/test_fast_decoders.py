@@ -43,7 +43,7 @@ class Calls(TorchDispatchMode):
 
 @contextmanager
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
-    """Of the subject, with its operators visible: inference mode hides what they are made of."""
+    """Of the backend, with its operators visible: inference mode hides what they are made of."""
     monkeypatch.setattr(Torch, "run", Torch.run.__wrapped__)
     with torch.no_grad(), Calls() as made:
         yield made
@@ -63,10 +63,10 @@ def heads(config: Config, batch: int, t: int, s: int) -> list[torch.Tensor]:
 def test_a_decode_step_attends_to_the_filled_slots_alone_without_a_mask_and_reads_each_key_once(
     design: type[Torch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subject = design(ROPE, weights(ROPE))
-    _, cache = subject.step(subject.start(2), ids(ROPE, 2, 5))
+    backend = design(ROPE, weights(ROPE))
+    _, cache = backend.step(backend.start(2), ids(ROPE, 2, 5))
     with calls(monkeypatch) as made:
-        subject.step(cache, ids(ROPE, 2, 1))
+        backend.step(cache, ids(ROPE, 2, 1))
     attended = [(args, kwargs) for function, args, kwargs, _ in made.made if function is FLASH]
     assert len(attended) == ROPE.layers
     for (query, keys, values, *_), kwargs in attended:
@@ -79,12 +79,12 @@ def test_a_decode_step_of_the_static_cache_makes_nothing_as_large_as_its_cache_a
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = replace(ROPE, capacity=4096)
-    subject = EagerStatic(config, weights(config))
-    _, cache = subject.step(subject.start(1), ids(config, 1, 2000))
+    backend = EagerStatic(config, weights(config))
+    _, cache = backend.step(backend.start(1), ids(config, 1, 2000))
     held = [x.data_ptr() for x in (*cache.keys, *cache.values)]
-    known = {x.untyped_storage().data_ptr() for x in (*cache.keys, *cache.values, *subject.decoder.buffers())}
+    known = {x.untyped_storage().data_ptr() for x in (*cache.keys, *cache.values, *backend.decoder.buffers())}
     with calls(monkeypatch) as made:
-        _, cache = subject.step(cache, ids(config, 1, 1))
+        _, cache = backend.step(cache, ids(config, 1, 1))
     outputs = [out for *_, out in made.made if isinstance(out, torch.Tensor)]
     fresh = [out for out in outputs if out.untyped_storage().data_ptr() not in known]
     assert fresh
@@ -96,21 +96,21 @@ def test_a_decode_step_of_the_static_cache_makes_nothing_as_large_as_its_cache_a
 def test_the_last_position_alone_is_projected_and_is_what_it_is_among_all(
     design: type[Torch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subject = design(ROPE, weights(ROPE))
+    backend = design(ROPE, weights(ROPE))
     prompt, chunk = ids(ROPE, 2, 5), ids(ROPE, 2, 3)
-    whole = subject.uncached_forward(np.concatenate((prompt, chunk), axis=1))
-    last = subject.uncached_forward(np.concatenate((prompt, chunk), axis=1), last_only=True)
+    whole = backend.uncached_forward(np.concatenate((prompt, chunk), axis=1))
+    last = backend.uncached_forward(np.concatenate((prompt, chunk), axis=1), last_only=True)
     assert last.shape == (2, 1, ROPE.vocabulary)
-    _, cache = subject.step(subject.start(2), prompt, last_only=True)
+    _, cache = backend.step(backend.start(2), prompt, last_only=True)
     with calls(monkeypatch) as made:
-        given, cache = subject.step(cache, chunk, last_only=True)
+        given, cache = backend.step(cache, chunk, last_only=True)
     rows = [out.numel() // ROPE.vocabulary for *_, out in made.made if getattr(out, "shape", (0,))[-1:] == (37,)]
     assert set(rows) == {2}  # of two rows one position each
     # the products of one row and of many are summed in other orders: a few eps of float32 of the largest logit
     slack = 64 * np.finfo(np.float32).eps * np.abs(whole).max()
     assert np.abs(last - whole[:, -1:]).max() <= slack
     assert np.abs(given - whole[:, -1:]).max() <= slack
-    assert list(subject.length(cache)) == [8, 8]
+    assert list(backend.length(cache)) == [8, 8]
 
 
 VARIANTS = {
@@ -155,11 +155,11 @@ def test_a_prompt_into_an_empty_cache_needs_no_mask_unless_a_window_cuts_it() ->
 
 
 def test_nothing_in_a_slot_that_holds_no_token_reaches_a_step_of_rows_of_one_length() -> None:
-    subject = EagerStatic(ROPE, weights(ROPE))
-    _, cache = subject.step(subject.start(2), ids(ROPE, 2, 5))
-    clean, _ = subject.step(subject.fork(cache), ids(ROPE, 2, 1))
-    subject.poison(cache, float("nan"), float("nan"))
-    poisoned, _ = subject.step(cache, ids(ROPE, 2, 1))
+    backend = EagerStatic(ROPE, weights(ROPE))
+    _, cache = backend.step(backend.start(2), ids(ROPE, 2, 5))
+    clean, _ = backend.step(backend.fork(cache), ids(ROPE, 2, 1))
+    backend.poison(cache, float("nan"), float("nan"))
+    poisoned, _ = backend.step(cache, ids(ROPE, 2, 1))
     assert (poisoned == clean).all()
 
 

@@ -60,22 +60,22 @@ def test_attention_is_causal_or_has_a_mask_that_leaves_no_query_to_broadcasting(
 def test_a_query_that_the_callers_mask_leaves_nothing_gives_exactly_zero() -> None:
     for name in ("attention-gqa", "attention-window", "attention-softcap", "attention-sink"):
         config = config_named(name)
-        subject = OnnxExported(config, {})
+        backend = OnnxExported(config, {})
         query, key, value = tensors(config, 2, 3)
         blind = np.array([[False, False, False], [True, True, True]])
-        output, cache = subject.step(subject.start(2), query, key, value, mask=blind)
+        output, cache = backend.step(backend.start(2), query, key, value, mask=blind)
         assert (output[0] == 0).all(), name
         assert (output[1] != 0).all(), name
-        assert (subject.contents(cache)[0][0][0] == key[0]).all(), name  # what is hidden is in the cache all the same
+        assert (backend.contents(cache)[0][0][0] == key[0]).all(), name  # what is hidden is in the cache all the same
 
 
 def test_rows_that_are_not_there_cannot_be_reordered() -> None:
-    subject = OnnxExported(config_named("attention-gqa"), {})
-    _, cache = subject.step(subject.start(2), *tensors(subject.config, 2, 3))
+    backend = OnnxExported(config_named("attention-gqa"), {})
+    _, cache = backend.step(backend.start(2), *tensors(backend.config, 2, 3))
     for rows in ([-1, 0], [0, 2], []):
         with pytest.raises(ValueError, match=r"want rows of 0\.\.1, got"):
-            subject.reorder(cache, rows)
-    assert subject.length(subject.reorder(cache, [1, 1, 0])) == [3, 3, 3]
+            backend.reorder(cache, rows)
+    assert backend.length(backend.reorder(cache, [1, 1, 0])) == [3, 3, 3]
 
 
 # --- the export ---
@@ -103,13 +103,13 @@ def test_an_export_is_compared_with_the_module_it_was_made_from(small: OnnxExpor
 
 
 def test_a_decoder_has_one_graph_for_each_step_whichever_logits_are_asked_for(small: OnnxExported) -> None:
-    subject = OnnxExported(SMALL, weights(SMALL))
-    cache = subject.start(2)
+    backend = OnnxExported(SMALL, weights(SMALL))
+    cache = backend.start(2)
     for t, last in ((3, False), (1, False), (2, True), (1, True)):
-        _, cache = subject.step(cache, np.ones((2, t), np.int64), last_only=last)
-    assert subject.length(cache) == [7, 7]
-    assert subject.runtime_info()["files"] == [small.artefact(cached=True).name]
-    assert len(subject.sessions) == 1
+        _, cache = backend.step(cache, np.ones((2, t), np.int64), last_only=last)
+    assert backend.length(cache) == [7, 7]
+    assert backend.runtime_info()["files"] == [small.artefact(cached=True).name]
+    assert len(backend.sessions) == 1
 
 
 def test_the_last_positions_logits_are_those_among_all_and_only_its_row_is_multiplied(small: OnnxExported) -> None:
@@ -173,9 +173,9 @@ def test_a_config_that_a_cuda_kernel_refuses_at_run_time_is_refused(monkeypatch:
 
 
 def test_a_session_that_fell_back_to_the_cpu_is_no_cuda_at_all() -> None:
-    subject = OnnxExported(config_named("attention-gqa"), {})
+    backend = OnnxExported(config_named("attention-gqa"), {})
     with pytest.raises(Unavailable, match="runs on CPUExecutionProvider, not on CUDA"):
-        subject.prove_session(subject.session(cached=True, masked=False))
+        backend.prove_session(backend.session(cached=True, masked=False))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -31,11 +31,11 @@ def inputs(config: Config, batch: int, t: int, seed: int = 0) -> tuple[np.ndarra
     )
 
 
-def grown(subject: Any, batch: int, *sizes: int, cache: Any = None) -> Any:
+def grown(backend: Any, batch: int, *sizes: int, cache: Any = None) -> Any:
     """A cache after steps of these sizes."""
-    cache = subject.start(batch) if cache is None else cache
+    cache = backend.start(batch) if cache is None else cache
     for size in sizes:
-        _output, cache = subject.step(cache, *inputs(subject.config, batch, size))
+        _output, cache = backend.step(cache, *inputs(backend.config, batch, size))
     return cache
 
 
@@ -52,20 +52,20 @@ def test_the_references_have_names() -> None:
 @pytest.mark.parametrize("config", [WINDOW, SINK], ids=["window", "sink"])
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "numpy-paged"])
 def test_a_query_that_sees_nothing_gives_zeros_without_a_warning(name: str, config: Config) -> None:
-    subject = built(name, config)
-    cache = grown(subject, 2, 3)
-    output, _cache = subject.step(cache, *inputs(config, 2, 4), mask=np.zeros((2, 7), bool))
+    backend = built(name, config)
+    cache = grown(backend, 2, 3)
+    output, _cache = backend.step(cache, *inputs(config, 2, 4), mask=np.zeros((2, 7), bool))
     assert not output.any()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_that_do_not_exist_are_refused_and_others_may_come_twice(name: str) -> None:
-    subject = built(name, WINDOW)
-    cache = grown(subject, 2, 3)
+    backend = built(name, WINDOW)
+    cache = grown(backend, 2, 3)
     for rows in ([2], [-1], []):
         with pytest.raises(ValueError, match=r"want rows of 0\.\.1"):
-            subject.reorder(cache, rows)
-    assert subject.length(subject.reorder(cache, [1, 1, 0])) == [3, 3, 3]
+            backend.reorder(cache, rows)
+    assert backend.length(backend.reorder(cache, [1, 1, 0])) == [3, 3, 3]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -87,67 +87,67 @@ def test_a_decoder_in_sixteen_bits_is_refused_with_a_reason() -> None:
 
 
 def test_work_is_the_multiply_adds_of_the_last_metered_step() -> None:
-    subject, c = built("numpy", GQA), GQA
-    _output, cache = subject.step(subject.start(2), *inputs(c, 2, 5), count_macs=True)
-    _output, cache = subject.step(cache, *inputs(c, 2, 3), count_macs=True)
-    grown(subject, 2, 4, cache=cache)
-    assert subject.macs() == 2 * c.heads * 3 * 8 * c.head_dim * 2  # rows, heads, queries, keys, dim; scores and values
+    backend, c = built("numpy", GQA), GQA
+    _output, cache = backend.step(backend.start(2), *inputs(c, 2, 5), count_macs=True)
+    _output, cache = backend.step(cache, *inputs(c, 2, 3), count_macs=True)
+    grown(backend, 2, 4, cache=cache)
+    assert backend.macs() == 2 * c.heads * 3 * 8 * c.head_dim * 2  # rows, heads, queries, keys, dim; scores and values
 
 
 # --- static ---
 def test_static_writes_into_the_given_buffers_only_where_it_is_told_to() -> None:
-    subject = built("numpy-static", GQA)
-    past = grown(subject, 2, 5)
-    before = subject.contents(past)
-    _output, shared = subject.step(past, *inputs(GQA, 2, 1), in_place=True)
-    _output, apart = subject.step(past, *inputs(GQA, 2, 1))
+    backend = built("numpy-static", GQA)
+    past = grown(backend, 2, 5)
+    before = backend.contents(past)
+    _output, shared = backend.step(past, *inputs(GQA, 2, 1), in_place=True)
+    _output, apart = backend.step(past, *inputs(GQA, 2, 1))
     assert np.shares_memory(past.keys[0], shared.keys[0])
     assert not np.shares_memory(past.keys[0], apart.keys[0])
-    assert same(subject.contents(shared), subject.contents(apart))
-    assert same(subject.contents(past), before)
+    assert same(backend.contents(shared), backend.contents(apart))
+    assert same(backend.contents(past), before)
 
 
 @pytest.mark.parametrize("name", ["numpy-static", "numpy-paged"])
 def test_poison_reaches_dead_slots_and_nothing_else(name: str) -> None:
-    subject = built(name, WINDOW)
-    cache, other = grown(subject, 2, 7), grown(subject, 3, 2)
-    subject.reset(grown(subject, 1, 9))
-    clean = subject.step(subject.fork(cache), *inputs(WINDOW, 2, 6))[0]
-    before = subject.contents(cache), subject.contents(other)
-    subject.poison(cache, float("nan"), float("inf"))
+    backend = built(name, WINDOW)
+    cache, other = grown(backend, 2, 7), grown(backend, 3, 2)
+    backend.reset(grown(backend, 1, 9))
+    clean = backend.step(backend.fork(cache), *inputs(WINDOW, 2, 6))[0]
+    before = backend.contents(cache), backend.contents(other)
+    backend.poison(cache, float("nan"), float("inf"))
     slots = cache.keys[0].size // (WINDOW.kv_heads * WINDOW.head_dim)
     held = 2 * 7 + 3 * 2 if name == "numpy-paged" else 2 * 7  # pages are shared by all sequences
     assert np.isnan(cache.keys[0]).sum() == np.isinf(cache.values[0]).sum() == (slots - held) * WINDOW.kv_heads * 16
-    assert same(subject.contents(cache), before[0])
-    assert same(subject.contents(other), before[1])
-    assert np.array_equal(subject.step(cache, *inputs(WINDOW, 2, 6))[0], clean)
+    assert same(backend.contents(cache), before[0])
+    assert same(backend.contents(other), before[1])
+    assert np.array_equal(backend.step(cache, *inputs(WINDOW, 2, 6))[0], clean)
 
 
 def test_left_padding_is_not_written() -> None:
-    subject = built("numpy-static", GQA)
+    backend = built("numpy-static", GQA)
     x = inputs(GQA, 2, 4)
-    _output, cache = subject.step(subject.start(2), *x, counts=np.array([4, 1]), padding="left")
-    assert subject.length(cache) == [4, 1]
-    assert np.array_equal(subject.contents(cache)[0][1][0], x[1][1, :, 3:])
+    _output, cache = backend.step(backend.start(2), *x, counts=np.array([4, 1]), padding="left")
+    assert backend.length(cache) == [4, 1]
+    assert np.array_equal(backend.contents(cache)[0][1][0], x[1][1, :, 3:])
     assert not cache.keys[0][1, :, 1:].any()
 
 
 # --- ring ---
 def test_a_ring_has_as_many_slots_as_its_window_and_layers_without_one_keep_everything() -> None:
-    subject = built("numpy-ring", CONFIGS["decoder-learned"])
-    cache = grown(subject, 2, 7, 1, 9, 1)
+    backend = built("numpy-ring", CONFIGS["decoder-learned"])
+    cache = grown(backend, 2, 7, 1, 9, 1)
     assert [k.shape[2] for k in cache.keys] == [5, 18, 5]
-    assert [layer[0][0].shape[1] for layer in subject.contents(cache)] == [5, 18, 5]
-    assert subject.length(cache) == [18, 18]
+    assert [layer[0][0].shape[1] for layer in backend.contents(cache)] == [5, 18, 5]
+    assert backend.length(cache) == [18, 18]
 
 
 def test_a_ring_shows_the_newest_tokens_in_order() -> None:
-    subject = built("numpy-ring", WINDOW)
+    backend = built("numpy-ring", WINDOW)
     x = inputs(WINDOW, 1, 12)
-    cache = subject.start(1)
+    cache = backend.start(1)
     for part in (slice(0, 3), slice(3, 11), slice(11, 12)):
-        _output, cache = subject.step(cache, *(y[:, :, part] for y in x))
-    ((kept,),) = subject.contents(cache)
+        _output, cache = backend.step(cache, *(y[:, :, part] for y in x))
+    ((kept,),) = backend.contents(cache)
     assert np.array_equal(kept[0], x[1][0, :, 7:])
     assert np.array_equal(cache.keys[0][0, :, 11 % 5], x[1][0, :, 11])
 
@@ -159,71 +159,71 @@ def test_without_a_window_there_is_nothing_to_evict() -> None:
 
 # --- pages ---
 def test_a_fork_shares_pages_until_one_that_is_partly_filled_is_written() -> None:
-    subject = built("numpy-paged", GQA)
-    one = grown(subject, 1, 6)
-    other = subject.fork(one)
+    backend = built("numpy-paged", GQA)
+    one = grown(backend, 1, 6)
+    other = backend.fork(one)
     assert other.tables == one.tables == [[0, 1]]
-    before = subject.contents(one)
-    grown(subject, 1, 1, cache=other)
+    before = backend.contents(one)
+    grown(backend, 1, 1, cache=other)
     assert (one.tables, other.tables) == ([[0, 1]], [[0, 2]])
-    grown(subject, 1, 1, cache=one)  # page 1 is its own again
+    grown(backend, 1, 1, cache=one)  # page 1 is its own again
     assert one.tables == [[0, 1]]
-    assert subject.uses[:3] == [2, 1, 1]
-    assert same(subject.contents(subject.truncate(one, 6)), before)
+    assert backend.uses[:3] == [2, 1, 1]
+    assert same(backend.contents(backend.truncate(one, 6)), before)
 
 
 def test_a_shared_page_that_is_full_is_never_copied() -> None:
-    subject = built("numpy-paged", GQA)
-    one = grown(subject, 1, 4)
-    assert grown(subject, 1, 1, cache=subject.fork(one)).tables == [[0, 1]]
+    backend = built("numpy-paged", GQA)
+    one = grown(backend, 1, 4)
+    assert grown(backend, 1, 1, cache=backend.fork(one)).tables == [[0, 1]]
 
 
 def test_the_page_that_was_freed_last_is_taken_first() -> None:
-    subject = built("numpy-paged", GQA)
-    one, other = grown(subject, 1, 8), grown(subject, 1, 4)
-    subject.truncate(one, 4)
-    grown(subject, 1, 8, cache=other)
+    backend = built("numpy-paged", GQA)
+    one, other = grown(backend, 1, 8), grown(backend, 1, 4)
+    backend.truncate(one, 4)
+    grown(backend, 1, 8, cache=other)
     assert (one.tables, other.tables) == ([[0]], [[2, 1, 3]])
 
 
 def test_closed_sequences_leave_every_page_unused() -> None:
-    subject = built("numpy-paged", GQA)
-    cache = grown(subject, 2, 6)
-    other = subject.reorder(subject.fork(cache), [1, 1, 0])
-    subject.uncached_forward(*inputs(GQA, 2, 9))
-    for open_one in (subject.reset(cache), grown(subject, 3, 2, cache=other)):
-        subject.close(open_one)
-    assert not any(subject.uses)
-    assert sorted(subject.unused) == list(range(len(subject.uses)))
+    backend = built("numpy-paged", GQA)
+    cache = grown(backend, 2, 6)
+    other = backend.reorder(backend.fork(cache), [1, 1, 0])
+    backend.uncached_forward(*inputs(GQA, 2, 9))
+    for open_one in (backend.reset(cache), grown(backend, 3, 2, cache=other)):
+        backend.close(open_one)
+    assert not any(backend.uses)
+    assert sorted(backend.unused) == list(range(len(backend.uses)))
 
 
 def test_a_refused_step_takes_no_page() -> None:
-    subject = built("numpy-paged", GQA)
-    cache = grown(subject, 2, 4)
-    unused = list(subject.unused)
+    backend = built("numpy-paged", GQA)
+    cache = grown(backend, 2, 4)
+    unused = list(backend.unused)
     with pytest.raises(ValueError, match="capacity of 40"):
-        subject.step(cache, *inputs(GQA, 2, 37))
-    assert (subject.unused, cache.tables) == (unused, [[0], [1]])
+        backend.step(cache, *inputs(GQA, 2, 37))
+    assert (backend.unused, cache.tables) == (unused, [[0], [1]])
 
 
 def test_a_page_counts_whole() -> None:
-    subject = built("numpy-paged", GQA)
-    assert subject.bytes(subject.start(2)) == 0
-    assert subject.bytes(grown(subject, 2, 5)) == 2 * 2 * 8 * GQA.kv_heads * GQA.head_dim * 4
+    backend = built("numpy-paged", GQA)
+    assert backend.bytes(backend.start(2)) == 0
+    assert backend.bytes(grown(backend, 2, 5)) == 2 * 2 * 8 * GQA.kv_heads * GQA.head_dim * 4
 
 
 # --- 8 bits ---
 @pytest.mark.parametrize("sizes", [(11,), (1,) * 11, (3, 8)], ids=str)
 def test_eight_bits_are_half_a_step_off_and_the_newest_four_tokens_are_exact(sizes: tuple[int, ...]) -> None:
-    subject = built("numpy-int8", GQA)
-    x, cache, done = inputs(GQA, 2, 11), subject.start(2), 0
+    backend = built("numpy-int8", GQA)
+    x, cache, done = inputs(GQA, 2, 11), backend.start(2), 0
     for size in sizes:
-        _output, cache = subject.step(cache, *(y[:, :, done : done + size] for y in x))
+        _output, cache = backend.step(cache, *(y[:, :, done : done + size] for y in x))
         done += size
     assert cache.keys[0].codes.dtype == np.int8
     assert (cache.keys[0].codes.shape[2], cache.keys[0].recent.shape[2]) == (7, 4)
     for given, row in ((x[1], 0), (x[2], 1)):
-        kept = np.stack([tokens[row] for tokens in subject.contents(cache)[0]])
+        kept = np.stack([tokens[row] for tokens in backend.contents(cache)[0]])
         step = np.abs(given).max(axis=-1, keepdims=True).astype(np.float64) / 127
         error = np.abs(kept.astype(np.float64) - given)
         # the quotient, at most 127, the step and the product are rounded once each: 3 * 127 * 2^-24 of a step
@@ -233,7 +233,7 @@ def test_eight_bits_are_half_a_step_off_and_the_newest_four_tokens_are_exact(siz
 
 
 def test_zero_keys_are_quantised_without_a_warning() -> None:
-    subject = built("numpy-int8", GQA)
+    backend = built("numpy-int8", GQA)
     query, key, value = inputs(GQA, 1, 9)
-    _output, cache = subject.step(subject.start(1), query, np.zeros_like(key), value)
-    assert not subject.contents(cache)[0][0][0].any()
+    _output, cache = backend.step(backend.start(1), query, np.zeros_like(key), value)
+    assert not backend.contents(cache)[0][0][0].any()

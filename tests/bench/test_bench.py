@@ -143,7 +143,7 @@ class Attention(NumpyCache):
 
 @pytest.fixture
 def timed(tmp_path: Path) -> Any:
-    """Times subjects of ``SUBJECTS`` by name, the plain numpy cache as ``numpy``, on small presets."""
+    """Times backends of ``SUBJECTS`` by name, the plain numpy cache as ``numpy``, on small presets."""
     file = tmp_path / "timed.py"
     file.write_text(SUBJECTS)
 
@@ -480,7 +480,7 @@ def test_who_was_not_judged_to_the_end_is_judged_first(tmp_path: Path, monkeypat
     results("cut", False)
     (tmp_path / "broken.json").write_text("{")  # told by who reads it for the bench
     asked: list[str] = []
-    monkeypatch.setattr(bench, "run_backend", lambda name, launch, plan, out: asked.append(name))
+    monkeypatch.setattr(bench, "run_backend", lambda name, spec, plan, out: asked.append(name))
     bench._judge({name: WorkerSpec(name) for name in ("done", "cut", "broken", "absent")}, tmp_path)
     assert asked == ["cut", "absent"]
 

@@ -24,7 +24,7 @@ from kvconform_specs.config import ITEMSIZE, Config
 from kvconform_specs.errors import SpecError
 from kvconform_specs.tensors import weights
 
-pytestmark = pytest.mark.xdist_group("counters")  # each subject is counted once
+pytestmark = pytest.mark.xdist_group("counters")  # each backend is counted once
 
 TINY = Preset(
     "tiny",
@@ -133,7 +133,7 @@ class Onnx(OnnxExported):
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Counts one of the subjects above on ``TINY``, once; the record calls it ``subject``."""
+    """Counts one of the backends above on ``TINY``, once; the record calls it ``backend``."""
     folder = tmp_path_factory.mktemp("counted")
     files = {"counted_torch.py": ON_TORCH, "counted_numpy.py": ON_NUMPY, "counted_onnx.py": ON_ONNX}
     for file, source in files.items():
@@ -143,7 +143,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def count(name: str) -> Record:
         if name not in known:
             file = next((file for file, source in files.items() if f"class {name}(" in source), "counted_numpy.py")
-            launches = {"subject": WorkerSpec("numpy" if name == "numpy" else f"{folder / file}:{name}")}
+            launches = {"backend": WorkerSpec("numpy" if name == "numpy" else f"{folder / file}:{name}")}
             known[name] = counters.count(launches, {"tiny": TINY}, folder / f"{name}.json", lambda line: None)
             assert counters.read(folder / f"{name}.json") == known[name]
         return known[name]
@@ -172,13 +172,13 @@ def test_multiply_adds_are_those_of_the_formula(name: str, counted: Any) -> None
 def test_multiply_adds_of_the_fused_kernel_are_those_of_a_metered_step(backend: type[eager.Torch]) -> None:
     made = weights(TINY.config)
     counts = Tally(backend(TINY.config, made), TINY.config).count("decode", 12)["multiply_adds"]
-    subject = backend(TINY.config, made)
-    cache = subject.start(1)  # type: ignore[attr-defined]
-    ids = Tally(subject, TINY.config).tokens
-    _, cache = subject.step(cache, ids[:, :12])  # type: ignore[attr-defined]
-    subject.step(cache, ids[:, 12:13], count_macs=True)  # type: ignore[attr-defined]
+    client = backend(TINY.config, made)
+    cache = client.start(1)  # type: ignore[attr-defined]
+    ids = Tally(client, TINY.config).tokens
+    _, cache = client.step(cache, ids[:, :12])  # type: ignore[attr-defined]
+    client.step(cache, ids[:, 12:13], count_macs=True)  # type: ignore[attr-defined]
     assert str(counting.FLASH) in counts
-    assert sum(counts.values()) == subject.macs()
+    assert sum(counts.values()) == client.macs()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -232,23 +232,23 @@ def test_a_compiled_step_is_counted_as_it_runs_compiled() -> None:
     def step(x: torch.Tensor) -> torch.Tensor:
         return x @ x
 
-    class Subject(counting.CountedGraphs):
+    class WorkerClient(counting.CountedGraphs):
         device = "cpu"
 
     x = torch.zeros(3, 3)
     step(x)
-    found = [Subject().count(lambda: step(x)) for _ in range(2)]
+    found = [WorkerClient().count(lambda: step(x)) for _ in range(2)]
     assert len(runs) == 3
     assert found[0] == found[1]
     assert found[0]["multiply_adds"] == {"aten.mm": 27}
     assert found[0]["allocated"]["allocator"] >= 36
-    assert {"torch", "unit"} == set(Subject().counted_by())
+    assert {"torch", "unit"} == set(WorkerClient().counted_by())
 
 
 def test_counting_twice_writes_the_same_bytes(counted: Any, tmp_path: Path) -> None:
     first, file = counted("Plain"), tmp_path / "counted.py"
     file.write_text(ON_TORCH)
-    again = counters.count({"subject": WorkerSpec(f"{file}:Plain")}, {"tiny": TINY}, tmp_path / "again.json", str)
+    again = counters.count({"backend": WorkerSpec(f"{file}:Plain")}, {"tiny": TINY}, tmp_path / "again.json", str)
     assert (tmp_path / "again.json").read_bytes() == written(first)
     assert counters.compare(first, again) == counters.compare(again, first) == []
 
@@ -350,7 +350,7 @@ def test_the_bytes_of_a_copy_are_told(counted: Any) -> None:
     found = "\n".join(counters.lines(counters.compare(counted("Static"), counted("Copies"))))
     buffers = 2 * 2 * 2 * 40 * 6 * 4  # bytes of keys and values
     assert f"aten.clone +{buffers}" in found
-    assert all(line.startswith("regression: tiny, subject: ") for line in found.splitlines())
+    assert all(line.startswith("regression: tiny, backend: ") for line in found.splitlines())
 
 
 def test_graphs_compiled_along_a_decode_are_counted_after_its_first_steps(counted: Any) -> None:
@@ -370,7 +370,7 @@ def test_graphs_compiled_along_a_decode_are_counted_after_its_first_steps(counte
 def test_a_backend_without_counts_is_listed_with_its_reason(name: str, why: str, counted: Any) -> None:
     record = counted(name)
     assert record.counts == []
-    assert [(one.preset, one.backend) for one in record.missing] == [("tiny", "subject")]
+    assert [(one.preset, one.backend) for one in record.missing] == [("tiny", "backend")]
     assert why in record.missing[0].why
 
 

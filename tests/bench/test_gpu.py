@@ -198,11 +198,11 @@ class Counting(NumpyCache):
 @pytest.mark.parametrize("phase", ["decode", "prefill", "recompute", "recompute-last"])
 def test_a_step_is_made_again_on_any_copy_and_none_is_counted_twice(phase: str) -> None:
     config = Config("decoder", 2, 1, 4, layers=1, width=8, vocabulary=11, capacity=6)
-    subject = Counting(config, weights(config), "cpu")
-    stopwatch = Timer(subject, tokens(config, 0))
+    client = Counting(config, weights(config), "cpu")
+    stopwatch = Timer(client, tokens(config, 0))
     assert stopwatch.device(phase, 5, 3, 2) == [21, 21]  # room for one step: each forgets what it added
-    assert len(subject.made) == 12
-    subject.made.clear()
+    assert len(client.made) == 12
+    client.made.clear()
     assert Timer(NumpyCache(config, weights(config), "cpu"), tokens(config, 0)).device(phase, 5, 3, 2) == [0, 0]
 
 
@@ -210,11 +210,11 @@ def test_the_clock_is_read_after_each_block_and_never_inside_it() -> None:
     config = Config("decoder", 2, 1, 4, layers=1, width=8, vocabulary=11, capacity=6)
     found = gpu(mhz=1234, bits=0x5)
     for waits in (True, False):
-        subject = NumpyCache(config, weights(config), "cpu")
+        client = NumpyCache(config, weights(config), "cpu")
         if waits:
-            subject.synchronise = lambda: None  # type: ignore[attr-defined]
+            client.synchronise = lambda: None  # type: ignore[attr-defined]
         for phase in ("decode", "prefill"):
-            (block,) = Timer(subject, tokens(config, 0), gpu=found).blocks(phase, 3, 1, 1)
+            (block,) = Timer(client, tokens(config, 0), gpu=found).blocks(phase, 3, 1, 1)
             assert (block.sm_mhz, block.throttle) == (1234, 0x4)
 
 

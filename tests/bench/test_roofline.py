@@ -34,39 +34,39 @@ STEPS = [(0, 1), (0, 9), (5, 1), (5, 3), (20, 1)]
 """Cached and new tokens."""
 
 
-def count_macs(subject: Any, config: Config, past: int, new: int, batch: int, **options: Any) -> int:
+def count_macs(backend: Any, config: Config, past: int, new: int, batch: int, **options: Any) -> int:
     """The multiply-adds that a backend counts in a step."""
     ids = np.repeat(np.array(Streams(config, config.capacity, (0,)).tape(1), np.int64), batch, axis=0)
-    cache = subject.start(batch)
+    cache = backend.start(batch)
     if past:
-        _, cache = subject.step(cache, ids[:, :past].copy())
-    subject.step(cache, ids[:, past : past + new].copy(), count_macs=True, **options)
-    return int(subject.macs())
+        _, cache = backend.step(cache, ids[:, :past].copy())
+    backend.step(cache, ids[:, past : past + new].copy(), count_macs=True, **options)
+    return int(backend.macs())
 
 
 # --- multiply-adds ---
 @CONFIGS
 @pytest.mark.parametrize("batch", [1, 3])
 def test_multiply_adds_under_a_dense_mask_are_those_that_numpy_counts(config: Config, batch: int) -> None:
-    subject = NumpyCache(config, weights(config))
+    backend = NumpyCache(config, weights(config))
     for past, new in STEPS:
-        assert multiply_adds(config, past, new, batch, keys=past + new) == count_macs(subject, config, past, new, batch)
+        assert multiply_adds(config, past, new, batch, keys=past + new) == count_macs(backend, config, past, new, batch)
 
 
 @CONFIGS
 def test_multiply_adds_with_the_last_logits_alone_are_those_that_numpy_counts(config: Config) -> None:
-    subject = NumpyCache(config, weights(config))
+    backend = NumpyCache(config, weights(config))
     for past, new in STEPS:
-        counted = count_macs(subject, config, past, new, 2, last_only=True)
+        counted = count_macs(backend, config, past, new, 2, last_only=True)
         assert multiply_adds(config, past, new, 2, keys=past + new, last_only=True) == counted
 
 
 @CONFIGS
 def test_multiply_adds_over_all_slots_are_those_that_numpy_counts(config: Config) -> None:
-    subject = NumpyStatic(config, weights(config))
-    _, cache = subject.step(subject.start(2), np.zeros((2, 5), np.int64))
-    subject.step(cache, np.zeros((2, 3), np.int64))
-    assert multiply_adds(config, 5, 3, 2, keys=config.capacity) == subject.products
+    backend = NumpyStatic(config, weights(config))
+    _, cache = backend.step(backend.start(2), np.zeros((2, 5), np.int64))
+    backend.step(cache, np.zeros((2, 3), np.int64))
+    assert multiply_adds(config, 5, 3, 2, keys=config.capacity) == backend.products
 
 
 @CONFIGS
@@ -75,10 +75,10 @@ def test_the_decode_steps_of_torch_multiply_what_is_seen_and_nothing_else(config
     pytest.importorskip("torch", reason="its meter is what is compared with")
     from kvconform_backends.torch import eager
 
-    subject = getattr(eager, name)(config, weights(config))
+    backend = getattr(eager, name)(config, weights(config))
     for past, new in STEPS:
         if new == 1:
-            assert multiply_adds(config, past, new, 2) == count_macs(subject, config, past, new, 2)
+            assert multiply_adds(config, past, new, 2) == count_macs(backend, config, past, new, 2)
 
 
 def test_without_a_window_a_token_sees_as_many_keys_as_a_dense_mask_has() -> None:
@@ -112,11 +112,11 @@ def test_a_cached_generation_computes_one_query_position_for_each_new_token() ->
             return super().attend(cache, layer, query, key, value)
 
     asked: list[int] = []
-    subject = Counted(GROUPED, weights(GROUPED))
-    subject.generate(np.array([[3, 1, 4, 1, 5]]), 6)
+    backend = Counted(GROUPED, weights(GROUPED))
+    backend.generate(np.array([[3, 1, 4, 1, 5]]), 6)
     assert asked == [5] * GROUPED.layers + [1] * GROUPED.layers * 5
     # and the meter sees no other product: a step's work is that of one position
-    assert count_macs(subject, GROUPED, 8, 1, 1) == cost(GROUPED, "decode", 8).flops // 2
+    assert count_macs(backend, GROUPED, 8, 1, 1) == cost(GROUPED, "decode", 8).flops // 2
 
 
 def test_phases_cost_what_their_steps_cost() -> None:
@@ -135,12 +135,12 @@ def test_phases_cost_what_their_steps_cost() -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_decode_step_moves_at_least_the_weights_and_the_cache_that_it_leaves(config: Config, batch: int) -> None:
     held, n = weights(config), 9
-    subject = NumpyCache(config, held)
-    _, cache = subject.step(subject.start(batch), np.zeros((batch, n), np.int64))
-    _, cache = subject.step(cache, np.zeros((batch, 1), np.int64))
+    backend = NumpyCache(config, held)
+    _, cache = backend.step(backend.start(batch), np.zeros((batch, n), np.int64))
+    _, cache = backend.step(cache, np.zeros((batch, 1), np.int64))
     rows = held["embed"][:batch].nbytes + (held["position"][:1].nbytes if "position" in held else 0)
     whole = sum(weight.nbytes for name, weight in held.items() if name not in ("embed", "position"))
-    assert cost(config, "decode", n, batch).bytes == whole + rows + subject.bytes(cache)
+    assert cost(config, "decode", n, batch).bytes == whole + rows + backend.bytes(cache)
 
 
 def test_a_window_bounds_the_cache_that_is_read() -> None:
@@ -169,12 +169,12 @@ def test_concatenation_moves_what_a_concatenating_cache_is_seen_to_move(config: 
             self.moved += sum(x[:, :, -window:].nbytes for x in given)
             return given
 
-    subject = Watched(config, weights(config))
+    backend = Watched(config, weights(config))
     for batch, n in ((1, 4), (3, 20)):
-        _, cache = subject.step(subject.start(batch), np.zeros((batch, n), np.int64))
-        subject.moved = 0
-        subject.step(cache, np.zeros((batch, 1), np.int64))
-        assert bytes_expected(config, n, batch, "concatenation") == weights_read(config, 1, batch) + subject.moved
+        _, cache = backend.step(backend.start(batch), np.zeros((batch, n), np.int64))
+        backend.moved = 0
+        backend.step(cache, np.zeros((batch, 1), np.int64))
+        assert bytes_expected(config, n, batch, "concatenation") == weights_read(config, 1, batch) + backend.moved
 
 
 def test_designs_move_what_they_must_and_more() -> None:

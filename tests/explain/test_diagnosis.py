@@ -1,4 +1,4 @@
-"""Diagnoses: a known mistake gets its name, an unknown one its signature, and a clean subject nothing."""
+"""Diagnoses: a known mistake gets its name, an unknown one its signature, and a clean backend nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from kvconform.explain.diagnosis.signature import Condition, condition, sighted,
 from kvconform.explain.diagnosis.symptoms import Cell
 from kvconform.explain.visibility import Map
 from kvconform.mutation.fault import load_faults
-from kvconform.worker.client import Subject, WorkerSpec
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform.worker.registry import load
 from kvconform_backends.faults import classes
 from kvconform_specs.clause import Case
@@ -49,8 +49,8 @@ FAULTS = {fault.name: fault for fault in load_faults(fingerprints.CATALOGUE)}
 
 
 def diagnosed(address: str, config: str = "attention-gqa", cases: tuple[Case, ...] = ()) -> Diagnosis | None:
-    with Subject(WorkerSpec(address)) as subject:
-        return diagnose(subject, subject.configs.get(config) or CONFIGS[config], cases, [])
+    with WorkerClient(WorkerSpec(address)) as client:
+        return diagnose(client, client.configs.get(config) or CONFIGS[config], cases, [])
 
 
 def of(name: str) -> str:
@@ -84,8 +84,8 @@ def test_a_planted_fault_is_named_by_its_outputs(fault: str, config: str, kind: 
 
 def test_a_fault_is_found_under_a_config_that_the_catalogue_lacks() -> None:
     config = Config("attention", heads=4, kv_heads=2, head_dim=6, capacity=32, seed=9)
-    with Subject(WorkerSpec(FAULTS["chunk-sees-ahead"].address)) as subject:
-        found = diagnose(subject, config, [], [])
+    with WorkerClient(WorkerSpec(FAULTS["chunk-sees-ahead"].address)) as client:
+        found = diagnose(client, config, [], [])
     assert found is not None
     assert (found.named, found.exactly) == ("M2", True)
 
@@ -149,10 +149,10 @@ def test_a_black_box_with_a_mistake_of_its_own_is_not_named() -> None:
 
 # --- what the truth gives on other tokens ---
 def explained(name: str, config: str = "attention-gqa") -> list[Explanation]:
-    subject = load(FAULTS[name].address if name in FAULTS else name)
-    found = fingerprints.examined(subject, CONFIGS[config], {})
+    client = load(FAULTS[name].address if name in FAULTS else name)
+    found = fingerprints.examined(client, CONFIGS[config], {})
     assert found is not None
-    return explanations(found.symptoms, CONFIGS[config], subject.claims, None)
+    return explanations(found.symptoms, CONFIGS[config], client.claims, None)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_loop_that_is_wrong_on_right_steps_is_named(name: str, exact: bool) ->
     found = diagnosed(FAULTS[name].address if exact else name, "decoder-rope")
     assert found is not None
     assert (found.named, found.exactly) == ("L1", exact)
-    assert "only in greedy generation; first in tokens that the subject generates on its own: step 0" in found.sentence
+    assert "only in greedy generation; first in tokens that the backend generates on its own: step 0" in found.sentence
     assert found.sentence.count("step 0 (generate") == 1
 
 

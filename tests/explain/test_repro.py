@@ -19,7 +19,7 @@ from kvconform.explain.repro.inputs import Run, inputs, literal
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import Counterexample, read
 from kvconform.search.effort import BUDGETS
-from kvconform.worker.client import Subject, WorkerSpec
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform.worker.registry import load
 from kvconform_backends.faults.planted import Planted
 from kvconform_specs import SUITE_VERSION
@@ -38,19 +38,19 @@ ALONE += "runpy.run_path({file!r}, run_name='__main__')"
 PACKAGES = ("kvconform", "kvconform_specs", "kvconform_backends")
 
 
-def found(address: str, clause: str, config: str, folder: Path, **launch: Any) -> tuple[str, Counterexample]:
+def found(address: str, clause: str, config: str, folder: Path, **spec: Any) -> tuple[str, Counterexample]:
     """The file of the failure that a search finds, and its counterexample."""
-    with Subject(WorkerSpec(address, **launch)) as subject:
-        verdict = run_cell(Cell(BY_NAME[clause], CONFIGS[config], config), subject, BUDGETS["smoke"], 0, folder)
+    with WorkerClient(WorkerSpec(address, **spec)) as client:
+        verdict = run_cell(Cell(BY_NAME[clause], CONFIGS[config], config), client, BUDGETS["smoke"], 0, folder)
         assert verdict.counterexample, f"{verdict.outcome}: {verdict.sentence}"
         known = read(folder / verdict.counterexample)
-        return repro.script(known, subject), known
+        return repro.script(known, client), known
 
 
-def written(address: str, clause: str, *steps: tuple[Step, ...], **launch: Any) -> str:
+def written(address: str, clause: str, *steps: tuple[Step, ...], **spec: Any) -> str:
     """The file of a failure whose programs were written by hand: a search takes long on what is slow to start."""
-    with Subject(WorkerSpec(address, **launch)) as subject:
-        (config,) = subject.configs.values() or (CONFIGS[GQA],)
+    with WorkerClient(WorkerSpec(address, **spec)) as client:
+        (config,) = client.configs.values() or (CONFIGS[GQA],)
         known = Counterexample(
             suite=SUITE_VERSION,
             clause=clause,
@@ -62,7 +62,7 @@ def written(address: str, clause: str, *steps: tuple[Step, ...], **launch: Any) 
             case=Case(tuple(Program(config, program) for program in steps)).to_json(),
             reduced=True,
         )
-        return repro.script(known, subject)
+        return repro.script(known, client)
 
 
 DECODED = (UncachedForward("a", (6,), 0),), (Append("a", (3,), 0), *(Append("a", (1,), 0) for _ in range(3)))
@@ -110,7 +110,7 @@ BROKEN = {
     Relation.BITWISE: ("determinism:SplitsByChunk", "determinism.chunk-invariant", GQA),
     Relation.SHAPE: ("shape:LastPositionOnly", "shape.output", GQA),
     Relation.LENGTHS: ("shape:LengthCountsHeads", "shape.length", GQA),
-    Relation.ROOM: ("capacity:RoomOfAllocation", "capacity.room", GQA),
+    Relation.FREE_SLOTS: ("capacity:RoomOfAllocation", "capacity.room", GQA),
     Relation.CONTENTS: ("contents:PresentSwapped", "contents.round-trip", GQA),
     Relation.STABLE_CONTENTS: ("contents:KeysTurnedAgain", "contents.past-unchanged", ROPE),
     Relation.RETAINED_COUNT: ("contents:CapacityShown", "contents.present", GQA),
@@ -134,7 +134,7 @@ MORE = (
 
 
 def test_every_relation_has_a_fault_here() -> None:
-    assert {*BROKEN, Relation.GRAPHS} == set(Relation)  # that one is below
+    assert {*BROKEN, Relation.GRAPH_COUNT} == set(Relation)  # that one is below
 
 
 @pytest.mark.parametrize(
@@ -409,5 +409,8 @@ def test_what_holds_has_no_script(tmp_path: Path) -> None:
         case=Case((program,)).to_json(),
         reduced=True,
     )
-    with Subject(WorkerSpec("numpy")) as subject, pytest.raises(SpecError, match=r"shape\.output holds on numpy now"):
-        repro.script(known, subject)
+    with (
+        WorkerClient(WorkerSpec("numpy")) as client,
+        pytest.raises(SpecError, match=r"shape\.output holds on numpy now"),
+    ):
+        repro.script(known, client)

@@ -19,7 +19,7 @@ from kvconform.explain.visibility.measure import SEEDS
 from kvconform.explain.visibility.schedules import Schedule, schedules
 from kvconform.explain.visibility.text import LEGEND, MARKS, drawing, listed, title, words
 from kvconform.mutation.fault import load_faults
-from kvconform.worker.client import Subject, WorkerDied, WorkerSpec
+from kvconform.worker.client import WorkerClient, WorkerDied, WorkerSpec
 from kvconform.worker.execute import feeds_of
 from kvconform_backends.numpy.cache import Array, NumpyCache
 from kvconform_reports.view import maps as pictures
@@ -33,9 +33,9 @@ FAULTS, SUBJECTS = "kvconform_backends.faults", str(SUPPORT / "mapped_subjects.p
 
 
 def mapped(address: str, config: str | Config = "attention-gqa") -> dict[str, Map]:
-    with Subject(WorkerSpec(address)) as subject:
-        wanted = {**CONFIGS, **subject.configs}[config] if isinstance(config, str) else config
-        return {one.schedule: one for one in maps(subject, wanted)}
+    with WorkerClient(WorkerSpec(address)) as client:
+        wanted = {**CONFIGS, **client.configs}[config] if isinstance(config, str) else config
+        return {one.schedule: one for one in maps(client, wanted)}
 
 
 def cells(kind: str, *places: tuple[int, Iterable[int]]) -> set[tuple[int, int, str]]:
@@ -49,10 +49,10 @@ CLEAN += [control.address for control in load_faults(f"{FAULTS}:CONTROLS")]
 
 @pytest.mark.parametrize("address", CLEAN, ids=lambda address: address.rpartition(":")[2])
 def test_what_is_right_sees_what_it_must_under_every_schedule_and_config(address: str) -> None:
-    with Subject(WorkerSpec(address)) as subject:
+    with WorkerClient(WorkerSpec(address)) as client:
         looked = 0
         for name, config in SHORT.items():
-            for one in maps(subject, config):
+            for one in maps(client, config):
                 assert one.right, (name, words(one))
                 assert not one.unresolved, (name, words(one))
                 assert words(one) == f"{title(one)}: as demanded"
@@ -176,8 +176,11 @@ def test_an_exception_leaves_the_outputs_blank_from_there_on() -> None:
 
 
 def test_what_ends_the_process_is_raised() -> None:
-    with Subject(WorkerSpec(f"{SUBJECTS}:Dies")) as subject, pytest.raises(WorkerDied, match=r"step 0 \(full 8 to a\)"):
-        maps(subject, CONFIGS["attention-gqa"])
+    with (
+        WorkerClient(WorkerSpec(f"{SUBJECTS}:Dies")) as client,
+        pytest.raises(WorkerDied, match=r"step 0 \(full 8 to a\)"),
+    ):
+        maps(client, CONFIGS["attention-gqa"])
 
 
 def test_outputs_that_are_no_numbers_cannot_be_told() -> None:
@@ -223,18 +226,18 @@ def test_schedules_are_longer_than_a_window_and_no_longer_than_the_capacity() ->
 
 
 def test_what_a_backend_does_not_take_has_no_maps() -> None:
-    with Subject(WorkerSpec("numpy-ring")) as subject:
-        assert maps(subject, CONFIGS["attention-gqa"]) == []
-        assert maps(subject, replace(CONFIGS["decoder-learned"], dtype="bfloat16")) == []
-        assert maps(subject, mapped_subjects.Box.configs["decoder-self"]) == []
+    with WorkerClient(WorkerSpec("numpy-ring")) as client:
+        assert maps(client, CONFIGS["attention-gqa"]) == []
+        assert maps(client, replace(CONFIGS["decoder-learned"], dtype="bfloat16")) == []
+        assert maps(client, mapped_subjects.Box.configs["decoder-self"]) == []
 
 
 # --- what can be resolved ---
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_needles_resolve_what_has_no_weight_else_and_without_them_it_is_neither_right_nor_wrong(dtype: str) -> None:
     sharp = Config("attention", heads=4, kv_heads=2, head_dim=8, scale=60.0, dtype=dtype)
-    with Subject(WorkerSpec("numpy")) as subject:
-        found = {one.schedule: one for one in maps(subject, sharp)}
+    with WorkerClient(WorkerSpec("numpy")) as client:
+        found = {one.schedule: one for one in maps(client, sharp)}
     assert all(one.right for one in found.values())
     assert {name for name, one in found.items() if one.unresolved} == {"full"}  # whose queries nothing can aim
     full = found["full"]

@@ -15,7 +15,7 @@ from kvconform.mutation.audit import Plan, audit_fault, cells
 from kvconform.mutation.fault import Fault, load_faults
 from kvconform.search.cell import run_cell
 from kvconform.search.effort import BUDGETS, Budget
-from kvconform.worker.client import Subject, WorkerSpec
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_backends.faults import CONTROLS, FAULTS
 from kvconform_backends.faults.classes import CLASSES, NOT_EXPRESSIBLE
 from kvconform_specs.clauses import ALL, BY_NAME
@@ -42,8 +42,8 @@ def test_each_clause_that_a_fault_names_kills_it_for_what_was_planted(fault: Fau
 @pytest.mark.parametrize(("control", "config"), CLEAN, ids=lambda word: getattr(word, "name", word))
 def test_what_only_looks_wrong_breaks_no_clause(control: Fault, config: str, tmp_path: Path) -> None:
     clean = replace(control, configs=(config,))
-    with Subject(WorkerSpec(control.address)) as subject:
-        verdicts = [run_cell(cell, subject, BRIEF, 0, tmp_path) for clause in ALL for cell in cells(clean, clause)]
+    with WorkerClient(WorkerSpec(control.address)) as client:
+        verdicts = [run_cell(cell, client, BRIEF, 0, tmp_path) for clause in ALL for cell in cells(clean, clause)]
     quiet = {Outcome.PASS, Outcome.UNSUPPORTED, Outcome.REFUTED}
     assert not [verdict for verdict in verdicts if verdict.outcome not in quiet]
     assert any(verdict.outcome is Outcome.PASS for verdict in verdicts)

@@ -20,7 +20,7 @@ from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import frozen
 from kvconform.search.effort import Budget
 from kvconform.search.shrink import smaller
-from kvconform.worker.client import Subject, WorkerSpec
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform.worker.execute import StepResult, execute
 from kvconform.worker.protocol import Traces, pack, unpack
 from kvconform_backends.numpy.cache import NumpyCache
@@ -170,7 +170,7 @@ def test_what_are_no_ids_is_found_before_any_is_judged(ids: Any, words: str) -> 
     assert found.sentence == f"{place(HAND, 0)}: {words}"
 
 
-# --- the truth along the subject's own tokens ---
+# --- the truth along the backend's own tokens ---
 @pytest.mark.parametrize("name", ["decoder-rope", "decoder-learned", "decoder-softcap"])
 def test_the_loop_without_a_cache_is_right_and_every_token_of_it_counts(name: str) -> None:
     program = Program(CONFIGS[name], (STEP,))
@@ -300,24 +300,24 @@ def test_only_decoders_are_asked_to_generate() -> None:
     assert CLAUSE.concerns(ROPE)
 
 
-# --- whole subjects ---
+# --- whole backends ---
 @pytest.mark.parametrize("address", ["numpy", "eager", "eager-static"])
 def test_what_clean_backends_generate_is_right(address: str, tmp_path: Path) -> None:
     if address != "numpy":
         pytest.importorskip("torch", reason="eager needs torch")
-    with Subject(WorkerSpec(address)) as subject:
-        verdict = run_cell(Cell(CLAUSE, LEARNED, "decoder-learned"), subject, Budget("brief", 6, 3, 60.0), 0, tmp_path)
+    with WorkerClient(WorkerSpec(address)) as client:
+        verdict = run_cell(Cell(CLAUSE, LEARNED, "decoder-learned"), client, Budget("brief", 6, 3, 60.0), 0, tmp_path)
     assert verdict.outcome is Outcome.PASS, verdict.sentence
     assert verdict.compared > 100
 
 
 @pytest.mark.parametrize("fault", ["FirstTokenDropped", "FirstRowForAll"])
 def test_a_wrong_token_is_a_counterexample_that_replay_runs(fault: str, tmp_path: Path) -> None:
-    with Subject(WorkerSpec(FAULTS + fault)) as subject:
-        verdict = run_cell(Cell(CLAUSE, ROPE, "decoder-rope"), subject, Budget("brief", 10, 3, 60.0), 0, tmp_path)
+    with WorkerClient(WorkerSpec(FAULTS + fault)) as client:
+        verdict = run_cell(Cell(CLAUSE, ROPE, "decoder-rope"), client, Budget("brief", 10, 3, 60.0), 0, tmp_path)
         assert verdict.outcome is Outcome.FAIL, verdict.sentence
         held = counterexample.read(tmp_path / verdict.counterexample)
-        again = counterexample.replayed(CLAUSE, subject, [], Case.from_json(held.case))
+        again = counterexample.replayed(CLAUSE, client, [], Case.from_json(held.case))
     assert isinstance(again, counterexample.Broken)
     assert again.sentence == verdict.sentence == held.sentence
     assert ": got token " in verdict.sentence
@@ -325,10 +325,10 @@ def test_a_wrong_token_is_a_counterexample_that_replay_runs(fault: str, tmp_path
 
 def test_what_the_first_generation_leaves_is_found_in_the_second(tmp_path: Path) -> None:
     left = Program(ROPE, (Generate("g", (4,), 1, new=4), Generate("g", (5,), 2, new=4)))
-    with Subject(WorkerSpec(FAULTS + "GenerationGoesOn")) as subject:
-        first = counterexample.attempt(CLAUSE, subject, Case((Program(ROPE, left.steps[:1]),)), (0,))
-        subject.fresh()
-        both = counterexample.attempt(CLAUSE, subject, Case((left,)), (0,))
+    with WorkerClient(WorkerSpec(FAULTS + "GenerationGoesOn")) as client:
+        first = counterexample.attempt(CLAUSE, client, Case((Program(ROPE, left.steps[:1]),)), (0,))
+        client.fresh()
+        both = counterexample.attempt(CLAUSE, client, Case((left,)), (0,))
     assert isinstance(first, Judged)
     assert isinstance(both, counterexample.Broken)
     assert both.sentence.startswith(f"{place(left, 1)}, row 0, position 5: got token ")

@@ -1,4 +1,4 @@
-"""The relations that look at what a subject says and shows: what they accuse, and what they let pass."""
+"""The relations that look at what a backend says and shows: what they accuse, and what they let pass."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def judged(
 ) -> Judged:
     """The verdict on a numpy cache's traces, those of the last program changed by ``spoil``."""
     config = case.programs[0].config
-    subject, traces = kind(config, {}), []
+    backend, traces = kind(config, {}), []
     for number, program in enumerate(case.programs):
-        made = execute(subject, program, (0, 1))
+        made = execute(backend, program, (0, 1))
         if number == len(case.programs) - 1:
             made = [spoil(trace) for trace in made]
         traces.append(unpack(*pack(made)))
@@ -72,7 +72,7 @@ def test_every_relation_is_judged() -> None:
 @pytest.mark.parametrize(
     ("relation", "program", "spoil", "words"),
     [
-        (Relation.ROOM, GROWING, told(3, "room", 34, 33), "takes|take [34, 33] more tokens, want [34, 34]"),
+        (Relation.FREE_SLOTS, GROWING, told(3, "free_slots", 34, 33), "takes|take [34, 33] more tokens, want [34, 34]"),
         (Relation.LENGTHS, GROWING, told(2, "length", 4, 5), "hold [4, 5] tokens, want [4, 4]"),
         (Relation.RETAINED_COUNT, GROWING, told(4, "token_counts", 6, 5), "row 1: shows 5 tokens, want 6"),
         (Relation.CONTENTS, GROWING, shown(1, 1, 3, 9, 0.5), "row 1, position 3, layer 0, key of KV head 1: holds 0.5"),
@@ -87,10 +87,10 @@ def test_every_relation_is_judged() -> None:
         (
             Relation.POSITIONS,
             METERED,
-            told(3, "work", 2 * 6 * 8 * 8 * 8),
+            told(3, "macs", 2 * 6 * 8 * 8 * 8),
             "multiply-adds for 2 new tokens of 8, want 0",
         ),
-        (Relation.LINEAR_COST, METERED, told(3, "work", 2 * 6 * 2 * 8 * 7), "not a line of slope 192 at most"),
+        (Relation.LINEAR_COST, METERED, told(3, "macs", 2 * 6 * 2 * 8 * 7), "not a line of slope 192 at most"),
     ],
 )
 def test_a_wrong_book_is_found_and_a_right_one_is_not(
@@ -115,8 +115,8 @@ def test_bytes_follow_the_claim() -> None:
 def test_more_graphs_than_claimed_are_found() -> None:
     claims = replace(NumpyCache.claims, max_graphs=2)
     case = Case((Program(CONFIG, (Append("a", (3,), 5),)),))
-    assert judged(case, Relation.GRAPHS, told(0, "graphs", 2), claims).finding is None
-    found = judged(case, Relation.GRAPHS, told(0, "graphs", 3), claims).finding
+    assert judged(case, Relation.GRAPH_COUNT, told(0, "graph_count", 2), claims).finding is None
+    found = judged(case, Relation.GRAPH_COUNT, told(0, "graph_count", 3), claims).finding
     assert found is not None
     assert "has made 3 graphs, and claims no more than 2" in found.sentence
 
@@ -209,16 +209,16 @@ def test_a_step_that_gives_its_last_position_alone_may_spare_the_head_for_the_ot
     for last in (False, True):
         program = Program(DECODER, (Append("a", (t, t), 5, count_macs=True, last_only=last),))
         (trace,) = execute(NumpyCache(DECODER, weights(DECODER)), program, (0,))
-        spared.append(trace[0].reported["work"][0])
+        spared.append(trace[0].reported["macs"][0])
 
         def says(work: int, program: Program = program, trace: Trace = trace) -> bool:
-            told_so = unpack(*pack([told(0, "work", work)(trace)]))
+            told_so = unpack(*pack([told(0, "macs", work)(trace)]))
             case, expected = Case((program,)), [expect(program, (0,))]
             return judge(case, [Relation.POSITIONS], NumpyCache.claims, [told_so], expected).finding is None
 
         matrices = (w.size for name, w in weights(DECODER).items() if w.ndim == 2 and name != "embed")
         least = 2 * t * sum(matrices) - last * 2 * (t - 1) * head
-        assert says(trace[0].reported["work"][0])
+        assert says(trace[0].reported["macs"][0])
         assert says(least)
         assert not says(least - 1)
     assert spared[0] - spared[1] == 2 * (t - 1) * head

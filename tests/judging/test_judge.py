@@ -29,10 +29,10 @@ Spoil = Callable[[int, Trace], Trace]
 
 def judged(case: Case, relation: Relation, spoil: Spoil = lambda i, t: t, claims: Claims = NumpyCache.claims) -> Judged:
     """The verdict on the numpy cache's traces, each of which ``spoil(number of the program, trace)`` may change."""
-    subject = NumpyCache(CONFIG, {})
+    backend = NumpyCache(CONFIG, {})
     traces = []
     for number, program in enumerate(case.programs):
-        made = [spoil(number, trace) for trace in execute(subject, program, VARIANTS)]
+        made = [spoil(number, trace) for trace in execute(backend, program, VARIANTS)]
         traces.append(unpack(*pack(made)))
     return judge(case, [relation], claims, traces, [expect(program, VARIANTS) for program in case.programs])
 

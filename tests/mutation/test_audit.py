@@ -19,7 +19,7 @@ from kvconform.mutation.fault import Fault, load_faults
 from kvconform.mutation.record import Audited, Record, Trial, exit_code, lines, read, scores, summary
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.effort import Budget
-from kvconform.worker.client import Subject, WorkerSpec
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.configs import CONFIGS
 from kvconform_specs.errors import SpecError
@@ -156,7 +156,7 @@ def test_what_breaks_without_the_planted_path_is_no_kill() -> None:
 
 
 class Told:
-    """A subject that was never started: its runtime_info is all that is asked."""
+    """A backend that was never started: its runtime_info is all that is asked."""
 
     def __init__(self, ran: int | None) -> None:
         self.ran = ran
@@ -189,7 +189,7 @@ def test_what_counts_as_a_kill(
         clause=clause, config="attention-gqa", backend="x", outcome=outcome, sentence="so", raised=raised, compared=1
     )
     monkeypatch.setattr(audits, "run_cell", lambda *_: verdict)
-    trial = audits._try(Fault("x", "a:X"), BY_NAME[clause], cast(Subject, Told(ran)), BRIEF, 0)
+    trial = audits._try(Fault("x", "a:X"), BY_NAME[clause], cast(WorkerClient, Told(ran)), BRIEF, 0)
     assert trial.kills is kills
     assert bool(trial.by) is (outcome not in (Outcome.PASS, Outcome.INCONCLUSIVE))
 
@@ -198,15 +198,15 @@ def test_a_refuted_guarantee_kills_a_fault_that_names_it(monkeypatch: pytest.Mon
     name = "determinism.repeatable"
     verdict = Verdict(clause=name, config="attention-gqa", backend="x", outcome=Outcome.REFUTED, sentence="so")
     monkeypatch.setattr(audits, "run_cell", lambda *_: verdict)
-    trial = audits._try(Fault("x", "a:X", (name,)), BY_NAME[name], cast(Subject, Told(1)), BRIEF, 0)
+    trial = audits._try(Fault("x", "a:X", (name,)), BY_NAME[name], cast(WorkerClient, Told(1)), BRIEF, 0)
     assert (trial.kills, trial.by) == (True, "judgement")
 
 
 def test_a_search_without_shrinking_writes_nothing_and_starts_nothing(tmp_path: Path) -> None:
     cell = Cell(BY_NAME["definition.attention"], CONFIGS["attention-gqa"], "attention-gqa")
-    with Subject(WorkerSpec(BROUGHT["doubled"].address)) as subject:
-        verdict = run_cell(cell, subject, replace(BRIEF, shrink=False), 0, tmp_path)
-        assert subject.starts == 1
+    with WorkerClient(WorkerSpec(BROUGHT["doubled"].address)) as client:
+        verdict = run_cell(cell, client, replace(BRIEF, shrink=False), 0, tmp_path)
+        assert client.starts == 1
     assert (verdict.outcome, verdict.raised) == (Outcome.FAIL, False)
     assert verdict.found_after == verdict.programs > 0
     assert not list(tmp_path.iterdir())

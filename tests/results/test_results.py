@@ -21,7 +21,7 @@ from kvconform.run.run import Plan, cells, parse_shard, path_of, run_backend
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import read as read_counterexample
 from kvconform.search.effort import BUDGETS, GUARANTEE_SECONDS, GUARANTEE_TRIALS, SHRINK_SECONDS, SHRINK_TRIALS, Budget
-from kvconform.worker.client import Subject, WorkerSpec
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Level
 from kvconform_specs.clauses import BY_NAME
@@ -346,8 +346,8 @@ def test_a_broken_guarantee_is_refuted_unless_the_process_dies(backend: str, out
     must = BY_NAME["definition.attention"]
     address = f"{(SUPPORT / 'subjects.py')}:{backend}"
     cell = Cell(replace(must, level=Level.SHOULD), config_named("attention-gqa"), "attention-gqa")
-    with Subject(WorkerSpec(address)) as subject:
-        found = run_cell(cell, subject, BUDGETS["smoke"], 0, tmp_path)
+    with WorkerClient(WorkerSpec(address)) as client:
+        found = run_cell(cell, client, BUDGETS["smoke"], 0, tmp_path)
     assert found.outcome is outcome
     assert found.sentence
     assert read_counterexample(tmp_path / found.counterexample).outcome == outcome.value
@@ -357,10 +357,10 @@ def test_a_guarantee_is_given_less_shrinking(tmp_path: Path, monkeypatch: pytest
     must = BY_NAME["definition.attention"]
     monkeypatch.setattr("kvconform.search.cell.GUARANTEE_TRIALS", 1)
     reduced = {}
-    with Subject(WorkerSpec(f"{(SUPPORT / 'subjects.py')}:PrintsAndIsWrong")) as subject:
+    with WorkerClient(WorkerSpec(f"{(SUPPORT / 'subjects.py')}:PrintsAndIsWrong")) as client:
         for level in Level:
             cell = Cell(replace(must, level=level), config_named("attention-gqa"), "attention-gqa")
-            found = run_cell(cell, subject, BUDGETS["smoke"], 0, tmp_path)
+            found = run_cell(cell, client, BUDGETS["smoke"], 0, tmp_path)
             reduced[level] = read_counterexample(tmp_path / found.counterexample).reduced
     assert reduced == {Level.MUST: True, Level.SHOULD: False}
     assert (GUARANTEE_TRIALS, GUARANTEE_SECONDS) < (SHRINK_TRIALS, SHRINK_SECONDS)

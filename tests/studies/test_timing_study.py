@@ -37,10 +37,10 @@ MILLISECOND = 1_000_000
 
 
 # --- planted slowdowns ---
-def stepped(subject: NumpyCache, steps: int) -> list[np.ndarray]:
-    cache, outputs = subject.start(1), []
+def stepped(backend: NumpyCache, steps: int) -> list[np.ndarray]:
+    cache, outputs = backend.start(1), []
     for token in range(steps):
-        output, cache = subject.step(cache, np.array([[token]]))
+        output, cache = backend.step(cache, np.array([[token]]))
         outputs.append(output)
     return outputs
 
@@ -70,7 +70,7 @@ class Ticks:
 
 @pytest.mark.parametrize("share", ADDRESSES)
 def test_a_planted_share_is_exact_but_for_one_look_at_the_clock(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = planted(share)(SMALL, weights(SMALL), "cpu")
+    backend = planted(share)(SMALL, weights(SMALL), "cpu")
     clock = Ticks(7)
     monkeypatch.setattr(time, "thread_time_ns", clock)
     work = NumpyCache.step
@@ -80,19 +80,19 @@ def test_a_planted_share_is_exact_but_for_one_look_at_the_clock(share: float, mo
         return work(self, *given, **keywords)  # type: ignore[arg-type]
 
     monkeypatch.setattr(NumpyCache, "step", step)
-    stepped(subject, 20)
-    said = subject.runtime_info()
+    stepped(backend, 20)
+    said = backend.runtime_info()
     assert said["own_ns"] == 20 * 1007
     assert 0 <= said["extra_ns"] - share * said["own_ns"] < 7
 
 
 def test_a_planted_share_is_added_on_the_clock_of_this_machine() -> None:
-    subject = planted(0.20)(SMALL, weights(SMALL), "cpu")
+    backend = planted(0.20)(SMALL, weights(SMALL), "cpu")
     began = time.thread_time_ns()
-    stepped(subject, 20)
+    stepped(backend, 20)
     taken = time.thread_time_ns() - began
-    assert 0.20 * subject.own_ns <= subject.extra_ns
-    assert subject.own_ns + subject.extra_ns <= taken
+    assert 0.20 * backend.own_ns <= backend.extra_ns
+    assert backend.own_ns + backend.extra_ns <= taken
 
 
 # --- samples ---

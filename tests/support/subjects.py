@@ -1,4 +1,4 @@
-"""Subjects that misbehave, each in one way, addressed as ``tests/support/subjects.py:Name``."""
+"""Backends that misbehave, each in one way, addressed as ``tests/support/subjects.py:Name``."""
 
 from __future__ import annotations
 

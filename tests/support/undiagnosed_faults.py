@@ -1,4 +1,4 @@
-"""Subjects for diagnoses, addressed as ``tests/support/undiagnosed_faults.py:Name``."""
+"""Backends for diagnoses, addressed as ``tests/support/undiagnosed_faults.py:Name``."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from kvconform.results.results import Results, exit_code, read
 from kvconform.run import check
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.effort import Budget
-from kvconform.worker.client import BackendUnavailable, Subject, WorkerSpec
+from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Append, Program
@@ -123,7 +123,7 @@ def test_a_forward_that_is_no_yardstick_is_the_finding_and_nothing_is_judged_by_
 def test_a_forward_that_cached_steps_disturb_is_a_finding_and_still_a_yardstick_where_none_runs(tmp_path: Path) -> None:
     found = outcomes(judged("Perturbed", tmp_path))
     assert found["equivalence.full-stable"] is Outcome.FAIL
-    assert found["equivalence.chunks"] is Outcome.FAIL  # it compares with the forward in the subject's own process
+    assert found["equivalence.chunks"] is Outcome.FAIL  # it compares with the forward in the backend's own process
     assert found["lifecycle.reset"] is Outcome.PASS
 
 
@@ -140,15 +140,18 @@ def test_an_own_forward_that_raises_is_told_and_not_taken_for_a_wrong_cache(tmp_
 
 
 def test_no_cached_step_ever_runs_where_the_truth_is_computed() -> None:
-    """``Perturbed`` would show it: after a step in the subject, its truth is still that of a fresh process."""
-    with Subject(WorkerSpec(f"{BOXES}:Perturbed")) as subject, Subject(WorkerSpec(f"{BOXES}:BlackBox")) as right:
-        (config,) = subject.configs.values()
+    """``Perturbed`` would show it: after a step in the backend, its truth is still that of a fresh process."""
+    with (
+        WorkerClient(WorkerSpec(f"{BOXES}:Perturbed")) as client,
+        WorkerClient(WorkerSpec(f"{BOXES}:BlackBox")) as right,
+    ):
+        (config,) = client.configs.values()
         program = Program(config, (Append("a", (5, 5), 1),))
-        for one in (subject, right):
+        for one in (client, right):
             one.build(config)
             one.run(program, (0,))
         values = []
-        for one in (subject, right):
+        for one in (client, right):
             assert one.own is not None
             (want,) = expect(program, own=one.own(config))
             assert want is not None
@@ -189,7 +192,7 @@ def test_a_target_that_cannot_be_opened_is_one_sentence_and_exit_code_3(tmp_path
 
 def test_an_unknown_kind_of_option_does_not_start_a_worker() -> None:
     with pytest.raises(BackendUnavailable, match="its options are no JSON"):
-        Subject(WorkerSpec("py:a.py:Net?{"))
+        WorkerClient(WorkerSpec("py:a.py:Net?{"))
 
 
 @pytest.mark.parametrize("name", ["numpy", "eager"])

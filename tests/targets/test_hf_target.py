@@ -60,11 +60,11 @@ BRIEF = Budget("brief", structures=2, variants=2, seconds=60.0)
 
 
 class InProcess:
-    """What ``attempt`` needs of a subject, without a worker: importing transformers takes seconds."""
+    """What ``attempt`` needs of a backend, without a worker: importing transformers takes seconds."""
 
     def __init__(self, backend: type[Transformers]) -> None:
         (self.config,) = backend.configs.values()
-        self.claims, self.subject = backend.claims, backend(self.config, {})
+        self.claims, self.client = backend.claims, backend(self.config, {})
         self.perturbed: dict[int, Transformers] = {}
         self.traces: deque[Traces] = deque()
 
@@ -73,11 +73,11 @@ class InProcess:
 
     def _reference_forward(self, inputs: NDArray[Any], storage: float, accumulation: float, seed: int) -> NDArray[Any]:
         if seed and seed not in self.perturbed:
-            self.perturbed[seed] = self.subject.perturbed(storage, accumulation, seed)
-        return (self.perturbed[seed] if seed else self.subject).full(inputs)
+            self.perturbed[seed] = self.client.perturbed(storage, accumulation, seed)
+        return (self.perturbed[seed] if seed else self.client).full(inputs)
 
     def send(self, program: Program, variants: Sequence[int]) -> None:
-        self.traces.append(unpack(*pack(execute(self.subject, program, tuple(variants)))))
+        self.traces.append(unpack(*pack(execute(self.client, program, tuple(variants)))))
 
     def receive(self, program: Program) -> Traces:
         return self.traces.popleft()
@@ -85,7 +85,7 @@ class InProcess:
 
 def broken(backend: type[Transformers], clauses: Sequence[str], examples: int) -> dict[str, str]:
     """The sentence of each of these clauses that a few programs break."""
-    subject, found = InProcess(backend), {}
+    client, found = InProcess(backend), {}
 
     for name in clauses:
         clause = BY_NAME[name]
@@ -98,10 +98,10 @@ def broken(backend: type[Transformers], clauses: Sequence[str], examples: int) -
             phases=(Phase.generate,),
             suppress_health_check=list(HealthCheck),
         )
-        @given(clause.strategy(subject.config, subject.claims))
+        @given(clause.strategy(client.config, client.claims))
         def tried(case: Case) -> None:
-            subject.traces.clear()
-            judged = attempt(clause, subject, case, (0, 1))  # noqa: B023 - it is called here
+            client.traces.clear()
+            judged = attempt(clause, client, case, (0, 1))  # noqa: B023 - it is called here
             if isinstance(judged, Broken):
                 found.setdefault(name, judged.sentence)  # noqa: B023
 
@@ -130,16 +130,16 @@ def asked(backend: type[Transformers]) -> list[str]:
 def test_each_family_opens_and_decodes_what_its_own_forward_gives(family: str, cache: str) -> None:
     backend = open_hf(family, {"cache": cache})
     assert backend.recognised.startswith(f"transformers {FAMILIES[family]}, {cache.title()}Cache, ")
-    subject = InProcess(backend)
-    assert subject.config.window == (5 if family in WINDOWED else None)
-    assert subject.config.window_every == (2 if family in MIXED else 1)
-    assert len(subject.subject.runtime_info()["layers"]) == subject.config.layers == (4 if family in MIXED else 2)
-    program = Program(subject.config, tuple(Append("a", (size, size), 7) for size in (4, 1, 6, 1, 1, 3)))
-    subject.send(program, (0, 1))
-    done = subject.receive(program)
+    client = InProcess(backend)
+    assert client.config.window == (5 if family in WINDOWED else None)
+    assert client.config.window_every == (2 if family in MIXED else 1)
+    assert len(client.client.runtime_info()["layers"]) == client.config.layers == (4 if family in MIXED else 2)
+    program = Program(client.config, tuple(Append("a", (size, size), 7) for size in (4, 1, 6, 1, 1, 3)))
+    client.send(program, (0, 1))
+    done = client.receive(program)
     assert done.stacked is not None, "a step raised"
     for step, want in zip(
-        done.stacked, expect(program, (0, 1), own=subject.reference_forward(subject.config)), strict=True
+        done.stacked, expect(program, (0, 1), own=client.reference_forward(client.config)), strict=True
     ):
         assert want is not None
         assert (np.abs(step.output - want.value) <= want.bound).all()
@@ -215,19 +215,19 @@ def test_an_address_names_target_cache_and_dtype() -> None:
     assert backend.recognised == "transformers Qwen3ForCausalLM, StaticCache, eager"
     assert backend.claims.dtypes == ("bfloat16",)
     assert backend.made.dtype == torch.bfloat16
-    subject = backend(backend.configs["decoder-self"], {})
-    assert (subject.runtime_info()["device"], subject.runtime_info()["precision"]) == (None, "bfloat16")
-    subject.uncached_forward(np.array([tokens_of(subject.config, 2)]))
-    assert subject.runtime_info()["device"] == "cpu"
+    client = backend(backend.configs["decoder-self"], {})
+    assert (client.runtime_info()["device"], client.runtime_info()["precision"]) == (None, "bfloat16")
+    client.uncached_forward(np.array([tokens_of(client.config, 2)]))
+    assert client.runtime_info()["device"] == "cpu"
 
 
 def test_experts_share_no_product_unless_they_are_told_to() -> None:
     apart, together = open_hf("GptOssConfig", {}), open_hf("GptOssConfig", {"experts_implementation": "grouped_mm"})
     assert "its experts are computed by batched_mm, since grouped_mm lets tokens share a rounding" in apart.assumed
     for backend, name in ((apart, "batched_mm"), (together, "grouped_mm")):
-        subject = backend(backend.configs["decoder-self"], {})
-        assert subject.runtime_info()["experts"] == name
-        assert (f"model.set_experts_implementation({name!r})" in subject.script_setup()) is True
+        client = backend(backend.configs["decoder-self"], {})
+        assert client.runtime_info()["experts"] == name
+        assert (f"model.set_experts_implementation({name!r})" in client.script_setup()) is True
     assert broken(apart, ["causality.future-blind"], 3) == {}
 
 
@@ -353,13 +353,13 @@ def test_the_script_of_a_program_gives_what_the_backend_gave(target: str, option
         steps += [Truncate("b", 1), Reject(Truncate("b", 9)), Append("b", (2,), 19), Truncate("b", 0)]
         steps += [Reorder("b", (0, 0)), Append("b", (1, 1), 21)]
     program = Program(config, tuple(steps))
-    subject = backend(config, {})
-    (trace,) = execute(subject, program, (0,))
+    client = backend(config, {})
+    (trace,) = execute(client, program, (0,))
     assert [done.error for done in trace] == [None] * len(steps)
     x = {f"x7_{number}": given[0][0] for number, (given, _) in enumerate(feeds_of(program, (0,))) if given}
     names: dict[str, Any] = {"np": np, **x}
     with torch.random.fork_rng(), torch.no_grad():
-        exec(subject.script_setup() + subject.script(program, "7_"), names)
+        exec(client.script_setup() + client.script(program, "7_"), names)
     outputs = {f"y7_{number}": done.output for number, done in enumerate(trace) if done.output is not None}
     assert {*outputs} == {name for name in names if name.startswith("y7_")}
     for name, output in outputs.items():

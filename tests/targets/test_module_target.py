@@ -153,12 +153,12 @@ def opened(name: str, **options: Any) -> Any:
 
 
 class InProcess:
-    """What ``attempt`` needs of a subject, without workers: importing torch takes seconds."""
+    """What ``attempt`` needs of a backend, without workers: importing torch takes seconds."""
 
     def __init__(self, target: Any) -> None:
         (self.config,) = target.configs.values()
         self.claims = target.claims
-        self.subject, self.truth = (target(self.config, {}, "cpu") for _ in range(2))  # built apart, as in processes
+        self.backend, self.truth = (target(self.config, {}, "cpu") for _ in range(2))  # built apart, as in processes
         self.perturbed: dict[int, Any] = {}
         self.traces: deque[Traces] = deque()
 
@@ -172,7 +172,7 @@ class InProcess:
         return made
 
     def send(self, program: Program, variants: Sequence[int]) -> None:
-        self.traces.append(unpack(*pack(execute(self.subject, program, tuple(variants)))))
+        self.traces.append(unpack(*pack(execute(self.backend, program, tuple(variants)))))
 
     def receive(self, program: Program) -> Traces:
         return self.traces.popleft()
@@ -182,8 +182,8 @@ def broken(target: Any, clauses: Sequence[str] = ASKED, examples: int = 5) -> di
     """The sentence of each of these clauses that a few programs break, and that the target's claims let be asked."""
     found: dict[str, str] = {}
     for name in clauses:
-        clause, subject = BY_NAME[name], InProcess(target)
-        if not all(map(subject.claims.can, clause.needs)):
+        clause, backend = BY_NAME[name], InProcess(target)
+        if not all(map(backend.claims.can, clause.needs)):
             continue
 
         @settings(
@@ -194,10 +194,10 @@ def broken(target: Any, clauses: Sequence[str] = ASKED, examples: int = 5) -> di
             phases=(Phase.generate,),
             suppress_health_check=list(HealthCheck),
         )
-        @given(clause.strategy(subject.config, subject.claims))
+        @given(clause.strategy(backend.config, backend.claims))
         def tried(case: Case) -> None:
-            subject.traces.clear()  # noqa: B023 - it is called here
-            judged = attempt(clause, subject, case, (0, 1))  # noqa: B023
+            backend.traces.clear()  # noqa: B023 - it is called here
+            judged = attempt(clause, backend, case, (0, 1))  # noqa: B023
             if isinstance(judged, Broken):
                 found.setdefault(name, judged.sentence)  # noqa: B023
 
@@ -272,10 +272,10 @@ def test_arguments_seed_and_dtype_make_the_target() -> None:
     ]
     assert np.array_equal(outputs[0], outputs[1])
     assert not np.array_equal(outputs[0], outputs[2])
-    subject = target(config, {}, "cpu")
-    assert (subject.runtime_info()["device"], subject.runtime_info()["precision"]) == (None, "bfloat16")
-    subject.uncached_forward(x)
-    assert subject.runtime_info()["device"] == "cpu"
+    backend = target(config, {}, "cpu")
+    assert (backend.runtime_info()["device"], backend.runtime_info()["precision"]) == (None, "bfloat16")
+    backend.uncached_forward(x)
+    assert backend.runtime_info()["device"] == "cpu"
 
 
 def test_a_config_class_is_made_from_a_json_object() -> None:
@@ -361,17 +361,17 @@ def test_the_adapter_that_is_shown_is_a_conformant_backend(tmp_path: Path) -> No
 def test_disturbed_weights_move_the_outputs_by_about_the_noise_and_leave_the_target_as_it_was(name: str) -> None:
     target = opened(name)
     (config,) = target.configs.values()
-    subject = target(config, {}, "cpu")
+    backend = target(config, {}, "cpu")
     x = np.arange(5)[None] if config.profile == "decoder" else np.ones((1, 5, config.width), np.float32)
-    before, noise = subject.uncached_forward(x), 1e-4
-    moved = [subject.perturbed(noise, 0.0, seed).full(x) for seed in (1, 1, 2)]
-    assert np.array_equal(subject.uncached_forward(x), before)
+    before, noise = backend.uncached_forward(x), 1e-4
+    moved = [backend.perturbed(noise, 0.0, seed).full(x) for seed in (1, 1, 2)]
+    assert np.array_equal(backend.uncached_forward(x), before)
     assert np.array_equal(moved[0], moved[1])
     assert not np.array_equal(moved[0], moved[2])
     relative = np.abs(moved[0] - before).mean() / np.abs(before).mean()
     assert noise / 10 < relative < noise * 10
-    calls.perturbed(subject.caller.module, 1.0, 0.0, 1)
-    assert np.array_equal(subject.uncached_forward(x), before)
+    calls.perturbed(backend.caller.module, 1.0, 0.0, 1)
+    assert np.array_equal(backend.uncached_forward(x), before)
 
 
 # --- reproductions ---
@@ -380,18 +380,18 @@ def test_scripts_make_the_same_calls_without_this_package(tmp_path: Path) -> Non
     imported."""
     wanted = {}
     for name in (*CORRECT, "attention_broken.py:Attention", "RotatedTwice", "SharedRow"):
-        subject = InProcess(opened(name))
-        program = Program(subject.config, _steps(subject.claims))
-        setup, steps = subject.subject.script_setup(), subject.subject.script(program, "a")
+        backend = InProcess(opened(name))
+        program = Program(backend.config, _steps(backend.claims))
+        setup, steps = backend.backend.script_setup(), backend.backend.script(program, "a")
         file = tmp_path / f"{name.replace(':', '_').replace('.', '_')}.py"
         arrays: dict[str, NDArray[Any]] = {}
         checks = []
-        feeds, wants = feeds_of(program, (0,)), expect(program, (0,), own=subject.own(subject.config))
+        feeds, wants = feeds_of(program, (0,)), expect(program, (0,), own=backend.own(backend.config))
         for number, ((inputs, _), want) in enumerate(zip(feeds, wants, strict=True)):
             if want is None:
                 continue
             arrays[f"xa{number}"] = inputs[0][0]
-            want = want.last() if subject.claims.returns == "last" and type(program.steps[number]) is Append else want
+            want = want.last() if backend.claims.returns == "last" and type(program.steps[number]) is Append else want
             arrays[f"want{number}"], arrays[f"bound{number}"] = want.value[0], want.bound[0]
             checks.append(f"off |= not (abs(ya{number} - given['want{number}']) <= given['bound{number}']).all()")
         np.savez(file.with_suffix(".npz"), allow_pickle=False, **arrays)
@@ -425,16 +425,16 @@ def _steps(claims: Any) -> tuple[Any, ...]:
 
 
 def test_a_script_reads_like_a_persons_calls() -> None:
-    subject = InProcess(opened("attention.py:Attention")).subject
+    backend = InProcess(opened("attention.py:Attention")).backend
     steps = (Append("a", (2,), 0), Append("a", (1,), 0), Reset("a"), Append("a", (1,), 0))
     (config,) = opened("attention.py:Attention").configs.values()
-    assert subject.script_setup() == (
+    assert backend.script_setup() == (
         "import sys\n\nimport torch\n\n"
         f"sys.path.insert(0, {str(EXAMPLES)!r})\n"
         "torch.manual_seed(0)\nfrom attention import Attention\n\n"
         "torch.manual_seed(0)\nmodule = Attention()\nmodule.eval()\ntorch.set_grad_enabled(False)\n"
     )
-    assert subject.script(Program(config, steps), "") == (
+    assert backend.script(Program(config, steps), "") == (
         "past_a = None\n"
         "y0, past_a = module(torch.from_numpy(x0), past_kv=past_a)\n"
         "y0 = y0.numpy()  # step 0: append 2 to a\n"

@@ -1,4 +1,4 @@
-"""The subject of targets ``onnx:``: what it runtime_info, how its weights are perturbed, and its scripts."""
+"""The backend of targets ``onnx:``: what it runtime_info, how its weights are perturbed, and its scripts."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ def test_cuda_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_heavy_nodes_that_stray_from_cuda_are_a_fallback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = opened(Style(), tmp_path)
-    subject = built(target)
-    assert "fallback" not in subject.runtime_info()
+    backend = built(target)
+    assert "fallback" not in backend.runtime_info()
     seen = Counter({("CUDAExecutionProvider", "MatMul"): 3, ("CPUExecutionProvider", "Softmax"): 2})
     runner = target.graphs.runner(target.later, "cpu")
     monkeypatch.setattr(runner, "nodes", seen)
-    monkeypatch.setattr(subject, "device", "cuda")
+    monkeypatch.setattr(backend, "device", "cuda")
     monkeypatch.setattr(onnx_runtime, "memcpy_nodes", lambda session: 2)
     target.graphs.runners = {(target.later.path, "cuda"): runner}
-    assert subject.runtime_info()["memcpy_nodes"] == 2
-    assert subject.runtime_info()["fallback"] == "CUDA was asked for, and ONNX Runtime ran Softmax on the CPU"
+    assert backend.runtime_info()["memcpy_nodes"] == 2
+    assert backend.runtime_info()["fallback"] == "CUDA was asked for, and ONNX Runtime ran Softmax on the CPU"
 
 
 def test_the_witness_tells_what_ran(tmp_path: Path) -> None:
-    subject = built(opened(Style(), tmp_path))
-    subject.uncached_forward(np.ones((1, 3), np.int64))
-    runtime_info = subject.runtime_info()
+    backend = built(opened(Style(), tmp_path))
+    backend.uncached_forward(np.ones((1, 3), np.int64))
+    runtime_info = backend.runtime_info()
     assert (runtime_info["providers"], runtime_info["device"], runtime_info["opset"]) == (
         ["CPUExecutionProvider"],
         "cpu",
@@ -146,21 +146,21 @@ def test_scales_of_weights_are_disturbed_and_those_of_activations_are_not() -> N
 def test_disturbed_weights_move_the_own_forward_and_leave_the_subject_alone(form: Any, tmp_path: Path) -> None:
     path = tmp_path / "decoder.onnx"
     onnx.save_model(form(Style()), path, save_as_external_data=True, location="decoder.data", size_threshold=256)
-    subject = built(load(f"onnx:{path}"))
+    backend = built(load(f"onnx:{path}"))
     ids = np.arange(8).reshape(2, 4)
-    before = subject.uncached_forward(ids)
-    moved = [np.abs(subject.perturbed(2.0**-13, 0.0, seed).full(ids) - before).max() for seed in (1, 2)]
+    before = backend.uncached_forward(ids)
+    moved = [np.abs(backend.perturbed(2.0**-13, 0.0, seed).full(ids) - before).max() for seed in (1, 2)]
     assert moved[0] != moved[1]
     assert all(2.0**-16 < x < 2.0**-6 for x in moved)  # of logits of size 1
-    assert (subject.uncached_forward(ids) == before).all()
+    assert (backend.uncached_forward(ids) == before).all()
 
 
 def test_disturbed_hidden_states_are_inputs(tmp_path: Path) -> None:
-    subject = built(opened(Style(hidden=True), tmp_path))
+    backend = built(opened(Style(hidden=True), tmp_path))
     x = np.ones((1, 3, WIDTH), np.float32)
-    still = subject.perturbed(0.0, 0.0, 1)
-    assert (still.full(x) == subject.uncached_forward(x)).all()
-    assert (subject.perturbed(2.0**-13, 0.0, 1).full(x) != subject.uncached_forward(x)).any()
+    still = backend.perturbed(0.0, 0.0, 1)
+    assert (still.full(x) == backend.uncached_forward(x)).all()
+    assert (backend.perturbed(2.0**-13, 0.0, 1).full(x) != backend.uncached_forward(x)).any()
 
 
 # --- scripts ---
@@ -174,12 +174,12 @@ globals().update(np.load("inputs.npz"))
 KEEP = "np.savez('outputs.npz', **{name: x for name, x in list(globals().items()) if name.startswith('y_')})"
 
 
-def ran(subject: Any, program: Program, folder: Path) -> None:
+def ran(backend: Any, program: Program, folder: Path) -> None:
     """Runs the program's script where nothing of ours can be imported: it must compute what was recorded."""
-    (trace,) = execute(subject, program, (0,))
+    (trace,) = execute(backend, program, (0,))
     inputs = {f"x_{n}": given[0][0] for n, (given, _) in enumerate(feeds_of(program, (0,))) if given}
     np.savez(folder / "inputs.npz", **inputs)
-    lines = [HIDE, subject.script_setup(), subject.script(program, "_"), KEEP]
+    lines = [HIDE, backend.script_setup(), backend.script(program, "_"), KEEP]
     (folder / "script.py").write_text("\n".join(lines))
     subprocess.run([sys.executable, "script.py"], cwd=folder, check=True, timeout=60)
     got = np.load(folder / "outputs.npz")
@@ -197,7 +197,7 @@ def test_a_script_computes_the_same_without_this_package(name: str, tmp_path: Pa
     else:
         model = merged(Style(mask=True, needs_past=True)) if name == "merged" else decoder(CONVENTIONS[name])
         path = saved(model, tmp_path)
-    subject = built(load(f"onnx:{path}"))
+    backend = built(load(f"onnx:{path}"))
     steps = (
         Append("a", (3, 3), 5),
         Append("a", (1, 1), 5),
@@ -209,8 +209,8 @@ def test_a_script_computes_the_same_without_this_package(name: str, tmp_path: Pa
         Close("b"),
         Append("b", (1,), 3),
     )
-    ran(subject, Program(subject.config, steps), tmp_path)
-    text = subject.script(Program(subject.config, steps), "")
+    ran(backend, Program(backend.config, steps), tmp_path)
+    text = backend.script(Program(backend.config, steps), "")
     assert [line.partition("  # ")[2] for line in text.splitlines() if "  # " in line] == [
         "append 3 to a of 2 rows",
         "append 1 to a of 2 rows",
@@ -225,6 +225,6 @@ def test_a_script_computes_the_same_without_this_package(name: str, tmp_path: Pa
 
 
 def test_a_script_of_what_no_target_claims_is_an_error(tmp_path: Path) -> None:
-    subject = built(opened(Style(), tmp_path))
+    backend = built(opened(Style(), tmp_path))
     with pytest.raises(ValueError, match="an ONNX target claims no keep"):
-        subject.script(Program(subject.config, (Append("a", (1,), 0), AliasHandle("a", "b"))), "")
+        backend.script(Program(backend.config, (Append("a", (1,), 0), AliasHandle("a", "b"))), "")

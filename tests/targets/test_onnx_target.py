@@ -29,9 +29,9 @@ CORE = ("shape", "causality", "equivalence", "lifecycle", "batch.row-solo", "cap
 
 
 def judged(target: Path, folder: Path, clauses: tuple[str, ...] = CORE, **options: Any) -> Results:
-    launch = WorkerSpec(f"onnx:{target}?{json.dumps(options)}", environment={"OMP_NUM_THREADS": "1"})
+    spec = WorkerSpec(f"onnx:{target}?{json.dumps(options)}", environment={"OMP_NUM_THREADS": "1"})
     plan = Plan(Budget("tiny", 3, 2, 60.0, shrink=False), clauses=clauses)
-    results = run_backend("decoder", launch, plan, folder)
+    results = run_backend("decoder", spec, plan, folder)
     assert not results.unavailable
     return results
 

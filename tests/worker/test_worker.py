@@ -1,4 +1,4 @@
-"""The machine survives whatever a subject does, and says in one line what it did."""
+"""The machine survives whatever a backend does, and says in one line what it did."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import read
 from kvconform.search.effort import BUDGETS, Budget
-from kvconform.worker.client import BackendUnavailable, Subject, WorkerSpec
+from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.configs import config_named
 from kvconform_specs.program import Program
@@ -34,8 +34,8 @@ def judged(
     step_timeout: float = 60.0,
     budget: Budget = BUDGETS["smoke"],
 ) -> Verdict:
-    with Subject(WorkerSpec(address(name), step_timeout=step_timeout)) as subject:
-        return run_cell(Cell(BY_NAME[clause], config_named(config), config), subject, budget, 0, folder)
+    with WorkerClient(WorkerSpec(address(name), step_timeout=step_timeout)) as client:
+        return run_cell(Cell(BY_NAME[clause], config_named(config), config), client, budget, 0, folder)
 
 
 def replay(folder: Path, verdict: Verdict, *more: str) -> subprocess.CompletedProcess[str]:
@@ -97,11 +97,11 @@ def test_leaked_state_is_a_list_of_two_programs_that_replays_in_a_fresh_process(
 
 
 def test_after_a_crash_the_next_cell_is_judged(tmp_path: Path) -> None:
-    with Subject(WorkerSpec(address("Segfaults"))) as subject:
+    with WorkerClient(WorkerSpec(address("Segfaults"))) as client:
         cells = [
             Cell(BY_NAME[c], config_named("attention-gqa"), "attention-gqa") for c in ("shape.output", "shape.length")
         ]
-        verdicts = [run_cell(cell, subject, BUDGETS["smoke"], 0, tmp_path) for cell in cells]
+        verdicts = [run_cell(cell, client, BUDGETS["smoke"], 0, tmp_path) for cell in cells]
     assert [verdict.outcome for verdict in verdicts] == [Outcome.CRASH, Outcome.CRASH]
 
 
@@ -125,9 +125,9 @@ def test_what_ran_as_a_fallback_was_not_tested(name: str, tmp_path: Path) -> Non
 def test_a_result_is_of_the_device_that_its_witness_tells(
     name: str, device: str, outcome: Outcome, sentence: str, tmp_path: Path
 ) -> None:
-    with Subject(WorkerSpec(address(name), device=device)) as subject:
+    with WorkerClient(WorkerSpec(address(name), device=device)) as client:
         cell = Cell(BY_NAME["shape.output"], config_named("attention-gqa"), "attention-gqa")
-        verdict = run_cell(cell, subject, BUDGETS["smoke"], 0, tmp_path)
+        verdict = run_cell(cell, client, BUDGETS["smoke"], 0, tmp_path)
     assert verdict.outcome is outcome
     assert verdict.sentence.startswith(sentence)
 
@@ -146,11 +146,11 @@ def test_a_step_that_gives_no_array_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_a_backend_that_cannot_be_built_leaves_a_counterexample_and_is_built_once(tmp_path: Path) -> None:
-    with Subject(WorkerSpec(address("CannotBeBuilt"))) as subject:
+    with WorkerClient(WorkerSpec(address("CannotBeBuilt"))) as client:
         cells = [
             Cell(BY_NAME[c], config_named("attention-gqa"), "attention-gqa") for c in ("shape.output", "shape.length")
         ]
-        verdicts = [run_cell(cell, subject, BUDGETS["smoke"], 0, tmp_path) for cell in cells]
+        verdicts = [run_cell(cell, client, BUDGETS["smoke"], 0, tmp_path) for cell in cells]
     for verdict in verdicts:
         assert verdict.outcome is Outcome.CRASH
         assert verdict.sentence == "could not be built: RuntimeError: no weights for me"

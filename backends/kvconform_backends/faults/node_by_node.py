@@ -1,6 +1,6 @@
 """A right graph: attention and decoder, built node by node from plain operators and run by ONNX Runtime.
 
-Importing this module imports neither onnx nor ONNX Runtime: a subject needs them when it is built.
+Importing this module imports neither onnx nor ONNX Runtime: a backend needs them when it is built.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class CannotRun(Exception):
     """CUDA is there and cannot run the graphs of this config: the reason."""
 
 
-class OnnxSubject(CountedSessions):
+class OnnxBackend(CountedSessions):
     """A backend adds a cache, and the graphs of a step on it: ``attention_model``, ``decoder_model``, ``MODULES``."""
 
     MODULES: tuple[Any, ...] = (torch_decoder, onnx_graphs)
@@ -112,7 +112,7 @@ class OnnxSubject(CountedSessions):
 
     # --- sessions ---
     def session(self, cached: bool, masked: bool) -> InferenceSession:
-        """Built at first use: a subject that is never asked for ``full`` or a mask does not pay for its graph."""
+        """Built at first use: a backend that is never asked for ``full`` or a mask does not pay for its graph."""
         if (cached, masked) in self.sessions:
             return self.sessions[cached, masked]
         source: bytes | str
@@ -203,7 +203,7 @@ class OnnxSubject(CountedSessions):
 
 
 @functools.cache
-def unable(backend: Callable[..., OnnxSubject], config: Config, device: str) -> str | None:
+def unable(backend: Callable[..., OnnxBackend], config: Config, device: str) -> str | None:
     """Why this config cannot run on the device. Raises Unavailable where nothing can."""
     try:
         backend(config, weights_of(config), device)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnxruntime import OrtValue  # type: ignore[import-untyped]
 
 from kvconform_backends.onnx import graphs as onnx_graphs
-from kvconform_backends.onnx.backend import OnnxSubject
+from kvconform_backends.onnx.backend import OnnxBackend
 from kvconform_backends.validation import check_inputs
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
@@ -24,7 +24,7 @@ Past = tuple[OrtValue, ...]
 """Key and value of each layer in turn, ``(b, g, s, d)`` each."""
 
 
-class OnnxExported(OnnxSubject):
+class OnnxExported(OnnxBackend):
     """Attention is a hand-built ``Attention`` node, the decoder is exported; both keep a functional cache."""
 
     cache_design = "concatenation"

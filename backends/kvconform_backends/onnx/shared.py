@@ -17,7 +17,7 @@ from onnxruntime import InferenceSession, OrtValue  # type: ignore[import-untype
 from kvconform_backends.onnx import graphs as onnx_graphs
 from kvconform_backends.onnx import runtime as onnx_runtime
 from kvconform_backends.onnx import shared_graphs
-from kvconform_backends.onnx.backend import OnnxSubject
+from kvconform_backends.onnx.backend import OnnxBackend
 from kvconform_backends.onnx.graphs import pasts, presents
 from kvconform_backends.onnx.shared_graphs import bias, padded
 from kvconform_backends.torch import decoder as torch_decoder
@@ -30,13 +30,13 @@ Array = NDArray[Any]
 class Bound:
     """A session's inputs and outputs on one cache: the buffers stay bound, and so does what keeps its shape."""
 
-    def __init__(self, session: InferenceSession, buffers: list[OrtValue], subject: OnnxShared) -> None:
-        self.session, self.device = session, subject.device
+    def __init__(self, session: InferenceSession, buffers: list[OrtValue], backend: OnnxShared) -> None:
+        self.session, self.device = session, backend.device
         self.binding = session.io_binding()
         self.values: dict[str, tuple[tuple[int, ...], OrtValue]] = {}
         self.output = onnx_runtime.names(session)[1][0]
         self.binding.bind_output(self.output, self.device, 0)  # outputs come in the order in which they are bound first
-        for past, present, buffer in zip(pasts(subject.config), presents(subject.config), buffers, strict=True):
+        for past, present, buffer in zip(pasts(backend.config), presents(backend.config), buffers, strict=True):
             self.binding.bind_ortvalue_input(past, buffer)
             self.binding.bind_ortvalue_output(present, buffer)
 
@@ -66,7 +66,7 @@ class Shared:
     bound: Bound | None = field(default=None, repr=False)
 
 
-class OnnxShared(OnnxSubject):
+class OnnxShared(OnnxBackend):
     """A buffer of ``capacity`` slots, written in place by the operator that attends to it."""
 
     MODULES = (torch_decoder, onnx_graphs, shared_graphs)

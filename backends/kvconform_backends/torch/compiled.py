@@ -1,7 +1,7 @@
 """``compiled``: the static-cache step under ``torch.compile`` (inductor), one graph for each class of sizes.
 
 torch.compile gives sizes of 1 graphs of their own, and so do we to a chunk of which the last position alone is asked: a
-subject has at most six, batch 1 or more by one token, a chunk or its last position. Every other size is dynamic and the
+backend has at most six, batch 1 or more by one token, a chunk or its last position. Every other size is dynamic and the
 past is only a tensor of positions, so that a decode loop compiles nothing.
 A step therefore attends to the whole buffer, of which the mask hides what is not filled: a view of the filled slots is
 of another kind when the buffer is full, which costs each class a second graph. On CUDA a decode step of one row has no
@@ -41,7 +41,7 @@ Step = Callable[[list[Tensor], Tensor, list[Tensor], list[Tensor], bool], Tensor
 the last one's alone."""
 
 RECOMPILES = 128
-"""Graphs that all subjects in one process may have: the limit is per code object, and they share the step's code.
+"""Graphs that all backends in one process may have: the limit is per code object, and they share the step's code.
 Each config may be asked for in three dtypes, and a decoder makes six graphs in each."""
 MATRICES = ("query_key_value", "output", "gate_up", "down", "lm_head")
 LEFT_OUT = ("uncached_forward", "ragged", "mask", "macs", "poison")

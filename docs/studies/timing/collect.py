@@ -35,7 +35,7 @@ from kvconform.bench.record import Arm
 from kvconform.bench.worker.timer import digest, tokens
 from kvconform.files import read_versioned, write_atomically
 from kvconform.host import load_average, machine
-from kvconform.worker.client import BackendUnavailable, Subject, WorkerSpec
+from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
 from kvconform_specs.config import Config
 
 SCHEMA = "kv-proof/1"
@@ -200,20 +200,20 @@ def _restart(proof: Proof, condition: str, number: int, seed: tuple[int, ...]) -
     drawn = np.random.default_rng(seed)
     arms, (depth,) = list(PLANTED), PRESET.depths
     rounds, alone = proof.protocol["rounds"], proof.protocol["alone"]
-    subjects: dict[str, Subject] = {}
+    clients: dict[str, WorkerClient] = {}
     paired: dict[str, list[int]] = {arm: [] for arm in arms}
     rows: dict[str, list[int]] = {}
     marks = [time.perf_counter()]
     with ExitStack() as stack:
         for index in drawn.permutation(len(arms)):  # of equal workers the first ones may lie elsewhere in memory
-            launch = WorkerSpec(ADDRESSES[PLANTED[arms[index]]], environment=variables(1), cpus=processors(1, number))
-            subject = subjects[arms[index]] = stack.enter_context(Subject(launch))
-            refused = subject.build(PRESET.config)
+            spec = WorkerSpec(ADDRESSES[PLANTED[arms[index]]], environment=variables(1), cpus=processors(1, number))
+            client = clients[arms[index]] = stack.enter_context(WorkerClient(spec))
+            refused = client.build(PRESET.config)
             if refused is not None:
                 raise BackendUnavailable(refused)
-        proof.software.update(subjects[arms[0]].environment)
+        proof.software.update(clients[arms[0]].environment)
         digests = {PRESET.name: digest(tokens(PRESET.config, proof.protocol["seed"]))}
-        clock = TimingClient(subjects, proof.protocol["seed"], digests)
+        clock = TimingClient(clients, proof.protocol["seed"], digests)
 
         def blocks(arm: str, count: int) -> list[int]:
             return [int(block[0]) for block in clock.blocks(PRESET, Arm(arm, "decode"), depth, 1, count)]
@@ -228,7 +228,7 @@ def _restart(proof: Proof, condition: str, number: int, seed: tuple[int, ...]) -
         for index in drawn.permutation(len(arms)):
             rows[arms[index]] = blocks(arms[index], alone)
         marks.append(time.perf_counter())
-        said = {arm: subjects[arm].runtime_info(PRESET.config) for arm in arms}
+        said = {arm: clients[arm].runtime_info(PRESET.config) for arm in arms}
     series = [
         Series(arm, packed(paired[arm]), packed(rows[arm]), said[arm]["own_ns"], said[arm]["extra_ns"]) for arm in arms
     ]

@@ -292,7 +292,7 @@ def _weak(found: Sequence[Pool], told: Mapping[str, list[Alarms]]) -> Iterator[s
     )
     yield (
         f"- **It is dear.** {RESTARTS[SCREEN]} starts of two workers for each case, {RESTARTS[CONFIRM]} more for a "
-        "candidate, where a loop takes a second. A subject that compiles for a minute at each start is gated at night."
+        "candidate, where a loop takes a second. A backend that compiles for a minute at each start is gated at night."
     )
     yield (
         f"- **The interval of {REPORTED} starts is wide**: {t95(REPORTED - 1):.1f} standard errors to either side, by "

@@ -12,7 +12,7 @@ from kvconform.bench.presets import Preset
 from kvconform.bench.protocol import WARM_AGREE, WARM_BLOCK_NS, WARM_SECONDS, WARM_STEPS
 from kvconform.bench.record import CEILINGS, Arm
 from kvconform.bench.worker.timer import Block
-from kvconform.worker.client import BUILD_TIMEOUT, BackendUnavailable, Subject, WorkerDied
+from kvconform.worker.client import BUILD_TIMEOUT, BackendUnavailable, WorkerClient, WorkerDied
 from kvconform.worker.protocol import Header
 from kvconform_specs.config import Config
 
@@ -26,11 +26,11 @@ class BackendLost(Exception):
 
 
 class TimingClient:
-    """``subjects``: the live ones by name, the reference first: the machine's ceilings are measured in its worker.
+    """``backends``: the live ones by name, the reference first: the machine's ceilings are measured in its worker.
     ``digests``: of the tokens that each preset's arms must be timed on, made from ``seed``."""
 
-    def __init__(self, subjects: Mapping[str, Subject], seed: int, digests: Mapping[str, str]) -> None:
-        self.subjects, self.seed, self.digests = subjects, seed, digests
+    def __init__(self, clients: Mapping[str, WorkerClient], seed: int, digests: Mapping[str, str]) -> None:
+        self.clients, self.seed, self.digests = clients, seed, digests
 
     def blocks(
         self,
@@ -65,10 +65,10 @@ class TimingClient:
         return found
 
     def _ask(self, preset: Preset, arm: Arm, depth: int, message: dict[str, object], timeout: float | None) -> Header:
-        subject = next(iter(self.subjects.values())) if arm.phase in CEILINGS else self.subjects[arm.backend]
-        common = {"config": config_of(subject, preset).to_json(), "timed": preset.config.to_json(), "seed": self.seed}
+        client = next(iter(self.clients.values())) if arm.phase in CEILINGS else self.clients[arm.backend]
+        common = {"config": config_of(client, preset).to_json(), "timed": preset.config.to_json(), "seed": self.seed}
         try:
-            return subject.ask({**common, **message}, timeout or subject.launch.step_timeout)
+            return client.ask({**common, **message}, timeout or client.spec.step_timeout)
         except (WorkerDied, BackendUnavailable) as words:
             raise BackendLost(arm.backend, f"{arm.phase}({depth}): {words}") from words
 
@@ -92,7 +92,7 @@ def _block(told: Mapping[str, Any]) -> Block:
     return Block(**{**known, "tokens": tuple(told["tokens"])})
 
 
-def config_of(subject: Subject, preset: Preset) -> Config:
-    """What a subject is built for: the preset's config; a black box's own, with the preset's capacity."""
-    own = list(subject.configs.values())
+def config_of(client: WorkerClient, preset: Preset) -> Config:
+    """What a backend is built for: the preset's config; a black box's own, with the preset's capacity."""
+    own = list(client.configs.values())
     return preset.config if not own else replace(own[0], capacity=preset.config.capacity)

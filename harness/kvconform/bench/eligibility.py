@@ -3,7 +3,7 @@
 Two questions are asked. What do the results of a conformance run say? And are the outputs on the very inputs that
 will be timed within the bound of the definition? The second judges every position of every call that is timed, on
 ``COLUMNS`` logits drawn by the seed: a logit depends on its own column of the LM head alone, so that the drawn ones
-are those of a decoder with a smaller vocabulary, whose bound holds as it stands; a subject cannot know them.
+are those of a decoder with a smaller vocabulary, whose bound holds as it stands; a backend cannot know them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvconform.bench.presets import Preset
 from kvconform.bench.worker.gpu import unfit
 from kvconform.bench.worker.timer import digest, tokens
 from kvconform.results.results import exit_code, missing_core, read
-from kvconform.worker.client import Subject, WorkerSpec, unproven
+from kvconform.worker.client import WorkerClient, WorkerSpec, unproven
 from kvconform.worker.execute import StepResult
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.claims import Claims
@@ -42,7 +42,7 @@ MOST_STEPS = 16
 """Decode steps that are judged at each depth, and the most that are timed in one block."""
 
 
-def conformance(name: str, launch: WorkerSpec, results_dir: Path) -> str:
+def conformance(name: str, spec: WorkerSpec, results_dir: Path) -> str:
     """Why the results ``results_dir/<name>.json`` do not admit this backend, or nothing."""
     try:
         results = read(results_dir / f"{name}.json")
@@ -58,8 +58,8 @@ def conformance(name: str, launch: WorkerSpec, results_dir: Path) -> str:
         return f"no PASS on the core clauses {', '.join(missing)} (decoder profile)"
     if results.suite != SUITE_VERSION:
         return f"its conformance results are of suite {results.suite}, this is {SUITE_VERSION}"
-    if results.device != launch.device:
-        return f"its conformance results are of device {results.device}, not {launch.device}"
+    if results.device != spec.device:
+        return f"its conformance results are of device {results.device}, not {spec.device}"
     return ""
 
 
@@ -165,20 +165,20 @@ def blockwise(query: Array, keys: Array, values: Array, config: Config, *, layer
     return parts[-1]._replace(output=np.concatenate([part.output for part in parts], axis=-2))
 
 
-def parity(subject: Subject, preset: Preset, config: Config, seed: int, known: Truth) -> tuple[str, int]:
-    """What is wrong with the subject's outputs on the timed inputs, or nothing; and how many numbers were compared.
+def parity(client: WorkerClient, preset: Preset, config: Config, seed: int, known: Truth) -> tuple[str, int]:
+    """What is wrong with the backend's outputs on the timed inputs, or nothing; and how many numbers were compared.
 
-    ``config``: what the subject is built for, the preset's or a black box's own. Raises WorkerDied and BackendUnavailable where
-    the subject cannot be asked.
+    ``config``: what the backend is built for, the preset's or a black box's own. Raises WorkerDied and BackendUnavailable where
+    the backend cannot be asked.
     """
     if config is not preset.config and digest(tokens(config, seed)) != digest(tokens(preset.config, seed)):
         return "its tokens are others than those of the preset: another vocabulary, or other special tokens", 0
     compared = 0
     for n in sorted({*preset.depths, *preset.prompts}):
-        calls = list(_calls(preset, subject.claims, n, seed))
-        trace = subject.run(Program(config, tuple(step for step, _ in calls)), (0,)).apart()[0]
+        calls = list(_calls(preset, client.claims, n, seed))
+        trace = client.run(Program(config, tuple(step for step, _ in calls)), (0,)).apart()[0]
         for (step, first), done in zip(calls, trace, strict=False):  # a trace ends where a step raised
-            words, count = _wrong(step, first, done, config, subject.claims, known)
+            words, count = _wrong(step, first, done, config, client.claims, known)
             compared += count
             if words:
                 return f"not conformant on the timed inputs: {_name(step, first)}: {words}", compared

@@ -92,7 +92,7 @@ class Memory(msgspec.Struct, frozen=True):
 
 class Once(msgspec.Struct, frozen=True):
     """What happens once in a restart: seconds from starting the worker until it answers (``load``), of building the
-    subject (``build``), and of the first call of each phase, which compiles (``compile``)."""
+    backend (``build``), and of the first call of each phase, which compiles (``compile``)."""
 
     preset: str
     backend: str

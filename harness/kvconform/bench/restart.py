@@ -34,7 +34,7 @@ from kvconform.bench.protocol import (
 )
 from kvconform.bench.record import CEILINGS, MACHINE, Arm, Case, Memory, Once, Round, Tokens
 from kvconform.bench.worker.gpu import default_mhz, fast
-from kvconform.worker.client import BUILD_TIMEOUT, BackendUnavailable, Subject, WorkerDied, WorkerSpec
+from kvconform.worker.client import BUILD_TIMEOUT, BackendUnavailable, WorkerClient, WorkerDied, WorkerSpec
 from kvconform_specs.config import ITEMSIZE
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ class Restart:
 
     def __init__(self, run: _Run, preset: Preset, number: int) -> None:
         self.run, self.record, self.preset, self.number = run, run.record, preset, number
-        self.subjects: dict[str, Subject] = {}  # the reference first
-        self.client = TimingClient(self.subjects, run.seed, run.record.protocol["input_digest"])
+        self.clients: dict[str, WorkerClient] = {}  # the reference first
+        self.client = TimingClient(self.clients, run.seed, run.record.protocol["input_digest"])
         self.admitted: list[str] = []
         self.loaded: dict[str, float] = {}  # seconds from starting a worker until it answered
         self.stack = ExitStack()
@@ -74,26 +74,26 @@ class Restart:
         """
         order = np.random.default_rng((self.run.seed, self.number)).permutation(len(launches))
         drawn = [list(launches)[int(i)] for i in order]
-        started = {name: subject for name in drawn if (subject := self._started(name, launches[name])) is not None}
-        self.subjects.update({name: started[name] for name in launches if name in started})
+        started = {name: client for name in drawn if (client := self._started(name, launches[name])) is not None}
+        self.clients.update({name: started[name] for name in launches if name in started})
         with ThreadPoolExecutor(1) as beside:  # the definition is computed while workers build and compile
             known = beside.submit(known_truth, self.preset.config, self.run.seed)
             built = {name for name in started if self._build(name)}
-            self.admitted = [name for name in self.subjects if name in built and self._admit(name, known)]
+            self.admitted = [name for name in self.clients if name in built and self._admit(name, known)]
 
-    def _started(self, name: str, launch: WorkerSpec) -> Subject | None:
+    def _started(self, name: str, spec: WorkerSpec) -> WorkerClient | None:
         run, began = self.run, time.perf_counter()
         artefacts = {"KVCONFORM_ARTEFACTS": str((run.out.parent / "artefacts").resolve())}
-        launch = replace(
-            launch,
-            address=self.preset.addresses.get(name, launch.address),
-            environment={**artefacts, **launch.environment, **variables(run.threads)},
+        spec = replace(
+            spec,
+            address=self.preset.addresses.get(name, spec.address),
+            environment={**artefacts, **spec.environment, **variables(run.threads)},
             cpus=processors(run.threads, self.number),
         )
-        why = "" if run.results_dir is None else conformance(name, launch, run.results_dir)
+        why = "" if run.results_dir is None else conformance(name, spec, run.results_dir)
         if not why:
             try:
-                subject = self.stack.enter_context(Subject(launch))
+                client = self.stack.enter_context(WorkerClient(spec))
             except BackendUnavailable as sentence:
                 why = str(sentence)
             else:
@@ -101,7 +101,7 @@ class Restart:
                     ""
                     if run.results_dir is None
                     else outdated(
-                        name, run.results_dir, subject.environment, same_file=name not in self.preset.addresses
+                        name, run.results_dir, client.environment, same_file=name not in self.preset.addresses
                     )
                 )
         if why:
@@ -111,23 +111,23 @@ class Restart:
         self.record.software.setdefault(
             name,
             {
-                "address": launch.address,
-                "device": launch.device,
-                "interpreter": launch.python,
-                "environment": subject.environment,
-                "variables": launch.environment,
+                "address": spec.address,
+                "device": spec.device,
+                "interpreter": spec.python,
+                "environment": client.environment,
+                "variables": spec.environment,
                 "compared": {},
                 "runtime_info": {},
             },
         )
-        return subject
+        return client
 
     def _build(self, name: str) -> bool:
-        """Builds the subject and makes its first calls, which compile. Whether that went well."""
-        subject, preset = self.subjects[name], self.preset
+        """Builds the backend and makes its first calls, which compile. Whether that went well."""
+        client, preset = self.clients[name], self.preset
         began = time.perf_counter()
         try:
-            why = unable(subject.claims, preset) or subject.build(config_of(subject, preset))
+            why = unable(client.claims, preset) or client.build(config_of(client, preset))
             built = round(time.perf_counter() - began, 3)
             if not why:
                 first = self._first_calls(name)
@@ -144,7 +144,7 @@ class Restart:
         """Seconds until each arm's first block was done: preparation, compilation and first calls together."""
         preset, seconds = self.preset, {}
         for phase, n, batch in steps(plans(preset, self.run.phases)):
-            if self._offered(self.subjects[name], (phase,)):
+            if self._offered(self.clients[name], (phase,)):
                 began = time.perf_counter()
                 self.client.blocks(preset, Arm(name, phase), n, 1, 1, batch=batch, timeout=BUILD_TIMEOUT)
                 rows = f" x {batch}" if batch > 1 else ""
@@ -152,21 +152,21 @@ class Restart:
         return seconds
 
     @staticmethod
-    def _offered(subject: Subject, phases: tuple[str, ...]) -> list[str]:
-        """The phases that a subject can do: some project the last position alone, some cannot."""
-        return [phase for phase in phases if not phase.endswith("-last") or subject.claims.can("last_only")]
+    def _offered(client: WorkerClient, phases: tuple[str, ...]) -> list[str]:
+        """The phases that a backend can do: some project the last position alone, some cannot."""
+        return [phase for phase in phases if not phase.endswith("-last") or client.claims.can("last_only")]
 
     def _admit(self, name: str, known: Future[Truth]) -> bool:
-        """Whether the subject is right on the timed inputs, and is what its name says."""
-        subject, preset, notes = self.subjects[name], self.preset, self.record.software[name]
-        config = config_of(subject, preset)
+        """Whether the backend is right on the timed inputs, and is what its name says."""
+        client, preset, notes = self.clients[name], self.preset, self.record.software[name]
+        config = config_of(client, preset)
         try:
             by = (
                 known.result()
-                if subject.reference_forward is None
-                else own_truth(subject.reference_forward(config), config, self.run.seed)
+                if client.reference_forward is None
+                else own_truth(client.reference_forward(config), config, self.run.seed)
             )
-            why, compared = parity(subject, preset, config, self.run.seed, by)
+            why, compared = parity(client, preset, config, self.run.seed, by)
             why = why or self._runtime_info(name)
         except (WorkerDied, BackendUnavailable) as words:
             why, compared = str(words), 0
@@ -174,17 +174,17 @@ class Restart:
             self.run.expel(name, preset, why)
             return False
         notes["compared"][preset.name] = compared
-        notes["recompute"] = "full" if subject.claims.can("uncached_forward") else "prefill of all tokens"
+        notes["recompute"] = "full" if client.claims.can("uncached_forward") else "prefill of all tokens"
         return True
 
     def _runtime_info(self, name: str) -> str:
         """Keeps what really ran. Returns why that must have no time, or nothing."""
         try:
-            seen = self.subjects[name].runtime_info(config_of(self.subjects[name], self.preset))
+            seen = self.clients[name].runtime_info(config_of(self.clients[name], self.preset))
         except (WorkerDied, BackendUnavailable) as words:
             return f"died when it was asked what really ran: {words}"
         self.record.software[name]["runtime_info"][self.preset.name] = seen
-        return misfit(seen, self.run.threads, self.subjects[name].launch.device)
+        return misfit(seen, self.run.threads, self.clients[name].spec.device)
 
     # --- the rounds ---
     def cell(self, plan: Plan) -> None:
@@ -217,7 +217,7 @@ class Restart:
             if phase in CEILINGS:
                 arms.append(Arm(MACHINE, phase))
             else:
-                arms += [Arm(name, phase) for name in names if self._offered(self.subjects[name], (phase,))]
+                arms += [Arm(name, phase) for name in names if self._offered(self.clients[name], (phase,))]
         return arms
 
     def _lose(self, name: str, why: str) -> None:
@@ -304,7 +304,7 @@ class Restart:
             try:
                 if self.number == 0:
                     self._memory(name)
-                if self.subjects[name].launch.device == "cuda":
+                if self.clients[name].spec.device == "cuda":
                     self._device_times(name)
                 why = self._runtime_info(name)
             except BackendLost as lost:

@@ -68,7 +68,7 @@ def bench(
         tuple(phases),
         advance,
     )
-    run.record.device = ", ".join(sorted({launch.device for launch in launches.values()}))
+    run.record.device = ", ".join(sorted({spec.device for spec in launches.values()}))
     with held("cuda" if "cuda" in run.record.device else "cpu") as told:
         run.record.machine |= told
         try:
@@ -122,7 +122,7 @@ class _Run:
         for number in range(self.restarts):
             lost = {one.backend for one in self.record.excluded if one.preset == preset.name and not one.phase}
             with Restart(self, preset, number) as restart:
-                restart.start({name: launch for name, launch in launches.items() if name not in lost})
+                restart.start({name: spec for name, spec in launches.items() if name not in lost})
                 for plan in cases if restart.admitted else ():
                     began = time.perf_counter()
                     restart.cell(plan)

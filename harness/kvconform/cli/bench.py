@@ -154,8 +154,8 @@ def _gates(
     codes = []
     with TemporaryDirectory(prefix="kvconform-") as folder:
         sides = {ref: environment(ref, Path(folder), _say) for ref in dict.fromkeys((base, head))}
-        for name, launch in named.items():
-            before, after = (sides[ref].launch(launch.address, launch.device) for ref in (base, head))
+        for name, spec in named.items():
+            before, after = (sides[ref].spec(spec.address, spec.device) for ref in (base, head))
             record = pingpong.gate(
                 before,
                 after,
@@ -185,8 +185,8 @@ def _self_tests(
     told = []
     with TemporaryDirectory(prefix="kvconform-") as folder:
         side = environment(head, Path(folder), _say)
-        for name, launch in named.items():
-            mine = side.launch(launch.address, launch.device)
+        for name, spec in named.items():
+            mine = side.spec(spec.address, spec.device)
             place = out / "gate" / name
             told.append(self_test.self_test(mine, chosen, name, place, history, runs=runs, tell=_say, **common))
     return int(any(one.verdict == self_test.EXCEEDED for one in told))
@@ -202,13 +202,13 @@ def _default(chosen: Iterable[Preset]) -> list[str]:
 
 def _judge(named: dict[str, WorkerSpec], out: Path) -> None:
     """Judges whom nobody has judged yet, or not to the end."""
-    for name, launch in named.items():
+    for name, spec in named.items():
         path = out / f"{name}.json"
         if path.exists() and not _cut_short(path):
             continue
         there = f"the results in {out} are not finished" if path.exists() else f"there are no results in {out}"
         screen.print(escape(f"{name}: {there}: it is judged first (smoke budget)"))
-        run_backend(name, replace(launch, environment={}), Plan(BUDGETS["smoke"]), out)
+        run_backend(name, replace(spec, environment={}), Plan(BUDGETS["smoke"]), out)
 
 
 def _cut_short(path: Path) -> bool:

@@ -44,7 +44,7 @@ from kvconform.search.counterexample import Broken
 from kvconform.search.effort import BUDGETS, DEFAULT_BUDGET
 from kvconform.spec_docs import clause as explain
 from kvconform.spec_docs import page as spec_page
-from kvconform.worker.client import STEP_TIMEOUT, BackendUnavailable, Subject, WorkerSpec
+from kvconform.worker.client import STEP_TIMEOUT, BackendUnavailable, WorkerClient, WorkerSpec
 from kvconform.worker.registry import installed
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case
@@ -114,7 +114,7 @@ def run(
     if total == 0:
         raise usage(f"no cell matches --clause {' '.join(clause) or '*'} and --config {' '.join(config) or '*'}")
     codes = []
-    for name, launch in launches(backend, device, python, step_timeout).items():
+    for name, spec in launches(backend, device, python, step_timeout).items():
         with _progress() as progress:
             task = progress.add_task(name, total=None)
 
@@ -126,7 +126,7 @@ def run(
                 if verdict.outcome.broken:
                     _print_failure(progress.console, name, verdict, out)
 
-            judged = run_backend(name, launch, plan, out, tell, known, begin)
+            judged = run_backend(name, spec, plan, out, tell, known, begin)
         for words in diagnosed(judged):
             screen.print(escape(words))
         for words in judged.stale:
@@ -225,13 +225,13 @@ def replay(
     case = Case.from_json(found.case, "case")
     before = [Program.from_json(program, f"before[{i}]") for i, program in enumerate(found.before)]
     address = backend or found.backend
-    with Subject(WorkerSpec(address, device or found.device, python, step_timeout)) as subject:
-        tried = counterexamples.replayed(BY_NAME[found.clause], subject, before, case)
+    with WorkerClient(WorkerSpec(address, device or found.device, python, step_timeout)) as client:
+        tried = counterexamples.replayed(BY_NAME[found.clause], client, before, case)
         place = f"{found.clause} on {address}"
         if isinstance(tried, Broken):
             screen.print(escape(f"{place}: {counterexamples.sentence(tried, before)}"))
             if script is not None:
-                write_atomically(script, repro.script(found, subject).encode())
+                write_atomically(script, repro.script(found, client).encode())
                 screen.print(escape(f"  script: {repro.tried(script, python)}"))
             raise typer.Exit(1)
     screen.print(escape(f"{place}: holds now; the file says: {found.sentence}"))
@@ -367,8 +367,8 @@ def backends() -> None:
     """Lists installed backends: ready, absent or broken, with the reason."""
     for name in installed():
         try:
-            with Subject(WorkerSpec(name)) as subject:
-                claims = subject.claims
+            with WorkerClient(WorkerSpec(name)) as client:
+                claims = client.claims
                 screen.print(escape(f"{name}: ready ({', '.join(claims.profiles)}; {', '.join(claims.dtypes)})"))
         except BackendUnavailable as sentence:
             screen.print(escape(f"{name}: {sentence}"))

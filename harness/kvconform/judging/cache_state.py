@@ -1,4 +1,4 @@
-"""The relations that look at what a subject says and shows of its cache: lengths, contents, bytes, work, graphs."""
+"""The relations that look at what a backend says and shows of its cache: lengths, contents, bytes, work, graphs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ def lengths(observed: Sequence[Observed]) -> Outcome:
     return _told(observed, "length", "says that its rows hold {} tokens, want {}", lambda one, n: n)
 
 
-def room(observed: Sequence[Observed]) -> Outcome:
+def free_slots(observed: Sequence[Observed]) -> Outcome:
     return _told(
-        observed, "room", "says that its rows take {} more tokens, want {}", lambda o, n: o.program.config.capacity - n
+        observed,
+        "free_slots",
+        "says that its rows take {} more tokens, want {}",
+        lambda o, n: o.program.config.capacity - n,
     )
 
 
@@ -119,11 +122,11 @@ def _shown(config: Config) -> int | None:
     return None if None in windows else config.window
 
 
-def graphs(observed: Sequence[Observed]) -> Outcome:
+def graph_count(observed: Sequence[Observed]) -> Outcome:
     compared = 0
     for one in observed:
         for number, done in enumerate(one.trace):
-            for made in done.reported.get("graphs", ()):
+            for made in done.reported.get("graph_count", ()):
                 compared += 1
                 if made > (one.claims.max_graphs or 0):
                     words = f"has made {made} graphs, and claims no more than {one.claims.max_graphs}"
@@ -200,7 +203,7 @@ def linear_cost(observed: Sequence[Observed]) -> Outcome:
 def _metered(one: Observed) -> Iterator[tuple[int, Append, int, int]]:
     """Steps whose work was told: number, step, multiply-adds, tokens a row holds afterwards."""
     for number, step, rows in _after(one):
-        told = one.trace[number].reported.get("work")
+        told = one.trace[number].reported.get("macs")
         if told is not None and isinstance(step, Append):
             yield number, step, told[0], max(map(len, rows))
 

@@ -164,7 +164,7 @@ def same_token(observed: Sequence[Observed]) -> Outcome:
 
 
 def generated(observed: Sequence[Observed]) -> Outcome:
-    """Each token is judged by the truth on the subject's own tokens before it. What follows a reserved one is not: no
+    """Each token is judged by the truth on the backend's own tokens before it. What follows a reserved one is not: no
     program feeds it, and a truth may take it for padding."""
     compared = 0
     for one in observed:

@@ -26,7 +26,7 @@ from kvconform.mutation.fault import Fault
 from kvconform.mutation.record import Audited, Record, Trial, scores
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.effort import Budget
-from kvconform.worker.client import BackendUnavailable, Subject, WorkerSpec
+from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Clause, Relation
 from kvconform_specs.clauses import ALL, BY_NAME
@@ -164,13 +164,13 @@ def audit_fault(fault: Fault, plan: Plan) -> Audited:
         sentence=fault.sentence,
     )
     try:
-        with Subject(WorkerSpec(fault.address)) as subject:
+        with WorkerClient(WorkerSpec(fault.address)) as client:
             for budget in plan.budgets:
                 for clause in plan.clauses(fault):
                     if audited.trials:
-                        subject.fresh()
+                        client.fresh()
                     brief = replace(budget, shrink=False)
-                    audited.trials.append(_try(fault, BY_NAME[clause], subject, brief, plan.seed))
+                    audited.trials.append(_try(fault, BY_NAME[clause], client, brief, plan.seed))
     except BackendUnavailable as sentence:
         audited.unavailable = str(sentence)
     return audited
@@ -183,7 +183,7 @@ def cells(fault: Fault, clause: Clause) -> Iterator[Cell]:
             yield Cell(clause, config, name)
 
 
-def _try(fault: Fault, clause: Clause, subject: Subject, budget: Budget, seed: int) -> Trial:
+def _try(fault: Fault, clause: Clause, client: WorkerClient, budget: Budget, seed: int) -> Trial:
     """Config by config up to the first that kills; else the first that was broken, else the last that was judged."""
     best = Trial(
         budget=budget.name,
@@ -193,12 +193,12 @@ def _try(fault: Fault, clause: Clause, subject: Subject, budget: Budget, seed: i
     )
     programs, seconds = 0, 0.0
     for cell in cells(fault, clause):
-        verdict = run_cell(cell, subject, budget, seed, Path())  # without shrinking, nothing is written
+        verdict = run_cell(cell, client, budget, seed, Path())  # without shrinking, nothing is written
         programs += verdict.found_after or verdict.programs
         seconds += verdict.seconds
         broke = verdict.outcome not in UNBROKEN
         raised = verdict.raised or verdict.outcome in (Outcome.CRASH, Outcome.TIMEOUT)
-        ran = subject.runtime_info(cell.config).get(fault.marker)
+        ran = client.runtime_info(cell.config).get(fault.marker)
         own = not raised or clause.chapter in REFUSALS or not NUMERIC & set(clause.relations)
         charged = verdict.outcome.broken or clause.name in fault.clauses  # a guarantee may be refuted by right backends
         trial = msgspec.structs.replace(

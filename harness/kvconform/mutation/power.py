@@ -1,7 +1,7 @@
 """The null-model power table: which wrong models each clause rejects, and to which it is blind.
 
 A *null model* is the definition with one mistake: it answers every step of a program as a function of the histories,
-in float64, rounded to the config's dtype, and tells its lengths truthfully. It stands in the place of a subject, and
+in float64, rounded to the config's dtype, and tells its lengths truthfully. It stands in the place of a backend, and
 the same ``judge`` decides. A clause that compares programs with one another must be blind to a
 mistake that all of them make; the power_table says so.
 """
@@ -271,7 +271,7 @@ class _Trial:
         for step, want, output in zip(self.case.programs[number].steps, self.wants[number], outputs, strict=True):
             histories.apply(step)
             lengths = tuple(map(len, histories.rows.get(called(step).seq, ())))
-            told = {"length": lengths, "room": tuple(c.capacity - n for n in lengths)} if lengths else {}
+            told = {"length": lengths, "free_slots": tuple(c.capacity - n for n in lengths)} if lengths else {}
             if output is not None and c.profile == "attention":
                 output = output.reshape(*output.shape[:3], c.heads, c.head_dim).swapaxes(2, 3)
             if isinstance(step, ReadCache):

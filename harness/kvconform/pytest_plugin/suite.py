@@ -3,7 +3,7 @@
 A PASS is green, and so is a known failure by its row of the known failures (``xfailed``). UNSUPPORTED and REFUTED, which say
 nothing against conformance, skip with their reason; everything else fails, and so does a stale row.
 
-xdist's ``--dist loadgroup`` keeps a backend and config in one process, so that each subject is built once.
+xdist's ``--dist loadgroup`` keeps a backend and config in one process, so that each backend is built once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvconform.results.known_failures import read as read_known_failures
 from kvconform.run.run import Plan, cells, judged, unmatched_entries
 from kvconform.search.cell import Cell
 from kvconform.search.effort import BUDGETS
-from kvconform.worker.client import BackendUnavailable, Subject, WorkerSpec
+from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
 from kvconform_specs.errors import SpecError
 
 
@@ -68,17 +68,17 @@ def known_failures(pytestconfig: pytest.Config) -> KnownFailures:
 
 
 @pytest.fixture(scope="session")
-def subjects(request: pytest.FixtureRequest) -> Iterator[dict[str, Subject]]:
-    opened: dict[str, Subject] = {}
+def clients(request: pytest.FixtureRequest) -> Iterator[dict[str, WorkerClient]]:
+    opened: dict[str, WorkerClient] = {}
     yield opened
-    for subject in opened.values():
-        subject.close()
+    for client in opened.values():
+        client.close()
 
 
 def test_clause(
     backend: str,
     cell: Cell,
-    subjects: dict[str, Subject],
+    clients: dict[str, WorkerClient],
     known_failures: KnownFailures,
     request: pytest.FixtureRequest,
 ) -> None:
@@ -86,11 +86,11 @@ def test_clause(
     out, name = Path(option("--kv-out")), file_name(backend)
     folder = out / "failures" / name
     try:
-        if backend not in subjects:
+        if backend not in clients:
             artefacts = {"KVCONFORM_ARTEFACTS": str((out / "artefacts").resolve())}
-            subjects[backend] = Subject(WorkerSpec(backend, option("--kv-device"), environment=artefacts))
+            clients[backend] = WorkerClient(WorkerSpec(backend, option("--kv-device"), environment=artefacts))
         plan = plan_of(request.config)
-        verdict, stale = judged(cell, subjects[backend], plan, folder, known_failures.find(name, cell))
+        verdict, stale = judged(cell, clients[backend], plan, folder, known_failures.find(name, cell))
     except BackendUnavailable as sentence:
         pytest.fail(f"{backend}: {sentence}", pytrace=False)
     words = f"{verdict.outcome.value}: {verdict.sentence}"

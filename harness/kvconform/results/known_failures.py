@@ -34,7 +34,7 @@ from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.search.cell import Cell, unsupported
 from kvconform.search.counterexample import Broken, Counterexample, replayed, sentence
 from kvconform.search.counterexample import read as read_counterexample
-from kvconform.worker.client import Subject, WorkerDied
+from kvconform.worker.client import WorkerClient, WorkerDied
 from kvconform_specs.clause import Case
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Program
@@ -121,17 +121,17 @@ class KnownFailure:
     case: Case
     today: date
 
-    def replay(self, cell: Cell, subject: Subject, folder: Path) -> Verdict:
+    def replay(self, cell: Cell, client: WorkerClient, folder: Path) -> Verdict:
         """Replays the counterexample on a fresh worker, and keeps a copy of it in ``folder``.
 
         Raises StaleEntry where the row does not hold here, BackendUnavailable where the backend cannot run here at all.
         """
         began = time.perf_counter()
-        self._check(cell, subject)
-        tried = replayed(cell.clause, subject, self.before, self.case)
-        fallback = subject.runtime_info(cell.config).get("fallback")
+        self._check(cell, client)
+        tried = replayed(cell.clause, client, self.before, self.case)
+        fallback = client.runtime_info(cell.config).get("fallback")
         if fallback:
-            return self._verdict(subject, began, Outcome.NOT_EXERCISED, f"not tested: {fallback}")
+            return self._verdict(client, began, Outcome.NOT_EXERCISED, f"not tested: {fallback}")
         if not isinstance(tried, Broken):
             raise StaleEntry(f"{self.row.place}: the known failure no longer fails: remove the row")
         words = sentence(tried, self.before)
@@ -139,29 +139,29 @@ class KnownFailure:
         if tried.kind != was:
             raise StaleEntry(f"{self.row.place}: the known {was} is a {tried.kind} now: {words}")
         words = f"{self.row.reason}, known until {self.row.expires}, {self.row.link}: {words}"
-        return self._verdict(subject, began, Outcome.XFAIL, words, self.stored.write(folder).name)
+        return self._verdict(client, began, Outcome.XFAIL, words, self.stored.write(folder).name)
 
-    def _check(self, cell: Cell, subject: Subject) -> None:
+    def _check(self, cell: Cell, client: WorkerClient) -> None:
         """Raises StaleEntry where the row speaks of another day, other versions or another cell than is judged here."""
-        words = self.row.outdated(subject.environment, self.today)
+        words = self.row.outdated(client.environment, self.today)
         if not words and any(program.config != cell.config for program in self.case.programs):
             words = f"has a counterexample of another config than {cell.config_name}: replace it"
         if not words:
-            reason = unsupported(cell, subject)
+            reason = unsupported(cell, client)
             if reason is None:
                 with suppress(WorkerDied):  # that it cannot be built may be what is known
-                    reason = subject.build(cell.config)
+                    reason = client.build(cell.config)
             words = f"is of a cell that is unsupported ({reason}): remove the row" if reason else ""
         if words:
             raise StaleEntry(f"{self.row.place}: the known failure {words}")
 
     def _verdict(
-        self, subject: Subject, began: float, outcome: Outcome, words: str, counterexample: str = ""
+        self, client: WorkerClient, began: float, outcome: Outcome, words: str, counterexample: str = ""
     ) -> Verdict:
         return Verdict(
             clause=self.row.clause,
             config=self.row.config,
-            backend=subject.launch.address,
+            backend=client.spec.address,
             outcome=outcome,
             sentence=words,
             counterexample=counterexample,

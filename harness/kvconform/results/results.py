@@ -47,7 +47,7 @@ class Results(msgspec.Struct, kw_only=True):
     failures that held. stale: one sentence for each row that did not. power: the suite's null-model power table, by clause
     and dtype (``power``). guarantees: the guarantees measured, by config (``guarantees``). target: what was judged by itself
     (claim ``reference``); None where the truth is the definition. maps, diagnoses: of configs under which something is
-    broken (of a black box: of each), what outputs see of tokens, and what the subject behaves like.
+    broken (of a black box: of each), what outputs see of tokens, and what the backend behaves like.
     """
 
     schema: str = SCHEMA

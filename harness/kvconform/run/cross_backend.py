@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.worker.client import Subject, WorkerDied
+from kvconform.worker.client import WorkerClient, WorkerDied
 from kvconform_specs.config import Config
 from kvconform_specs.program import Program
 from kvconform_specs.reference.oracle import expect
@@ -35,13 +35,13 @@ def common_program(config: Config) -> Program:
     return Program(config, appends("a", (7, 1, 1, 4, 1), batch=2, seed=2024))
 
 
-def outputs(subject: Subject, config: Config) -> Outputs | None:
+def outputs(client: WorkerClient, config: Config) -> Outputs | None:
     """All outputs of the common program in one flat array, or None where the backend does not get through it."""
-    claims, program = subject.claims, common_program(config)
+    claims, program = client.claims, common_program(config)
     if (claims.max_batch or 2) < 2 or (claims.max_chunk or 7) < 7 or claims.returns != "all":
         return None
     try:
-        traces = subject.run(program, (0,))
+        traces = client.run(program, (0,))
     except WorkerDied:
         return None
     steps = [done.output for done in traces.stacked or () if done.output is not None]

@@ -1,4 +1,4 @@
-"""What a run shows beyond verdicts: what outputs see of tokens, what a broken subject behaves like, and a black box's
+"""What a run shows beyond verdicts: what outputs see of tokens, what a broken backend behaves like, and a black box's
 noise floor. No verdict depends on it."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kvconform.explain import diagnosis, visibility
 from kvconform.judging.verdict import Outcome
 from kvconform.results.results import Results
 from kvconform.search import counterexample
-from kvconform.worker.client import BackendUnavailable, Subject, WorkerDied
+from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerDied
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program
@@ -28,33 +28,33 @@ TOKENS = 8
 """How many tokens the noise floor is measured on."""
 
 
-def add(subject: Subject, results: Results, configs: Mapping[str, Config], failures: Path) -> None:
+def add(client: WorkerClient, results: Results, configs: Mapping[str, Config], failures: Path) -> None:
     """Adds maps and diagnoses of the configs under which something is broken; of a black box, maps and noise floor in
-    any case. What ends the subject's process leaves them out: the verdicts tell it."""
+    any case. What ends the backend's process leaves them out: the verdicts tell it."""
     for name, config in configs.items():
         broken = [v for v in results.verdicts if v.config == name and v.outcome.broken]
         ran = any(v.config == name and v.outcome in (Outcome.PASS, Outcome.REFUTED) for v in results.verdicts)
         if results.target is not None and ran:
             with suppress(WorkerDied, BackendUnavailable):
-                noise = {**results.target.noise, name: noise_floor(subject, config)}
-                shared = [SHARED] if subject.claims.rounding == "shared" else []
+                noise = {**results.target.noise, name: noise_floor(client, config)}
+                shared = [SHARED] if client.claims.rounding == "shared" else []
                 assumed = list(dict.fromkeys((*results.target.assumed, *shared)))
                 results.target = msgspec.structs.replace(results.target, noise=noise, assumed=assumed)
         if broken or (results.target is not None and ran):
             with suppress(WorkerDied, BackendUnavailable):
-                results.maps[name] = visibility.maps(subject, config)
+                results.maps[name] = visibility.maps(client, config)
         if broken:
             files = [failures / v.counterexample for v in broken if v.counterexample]
             cases = [Case.from_json(counterexample.read(file).case) for file in files if file.exists()]
             with suppress(WorkerDied, BackendUnavailable):
-                found = diagnosis.diagnose(subject, config, cases, results.maps.get(name, []))
+                found = diagnosis.diagnose(client, config, cases, results.maps.get(name, []))
                 if found is not None:
                     results.diagnoses[name] = found
 
 
-def noise_floor(subject: Subject, config: Config) -> float:
+def noise_floor(client: WorkerClient, config: Config) -> float:
     """The largest bound of a black box's outputs on a few tokens, relative to the root mean square of the outputs."""
-    own = subject.reference_forward
+    own = client.reference_forward
     assert own is not None
     program = Program(config, (Append("a", (min(TOKENS, config.capacity),), 0),))
     (want,) = expect(program, own=own(config))

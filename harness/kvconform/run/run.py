@@ -25,7 +25,7 @@ from kvconform.run import cross_backend, explain_failures
 from kvconform.search import counterexample
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.effort import BUDGETS, DEFAULT_BUDGET, Budget
-from kvconform.worker.client import BackendUnavailable, Subject, WorkerSpec
+from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case
 from kvconform_specs.clauses import ALL, BY_NAME
@@ -61,7 +61,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def cells(plan: Plan, own_configs: Mapping[str, Config] | None = None) -> Iterator[Cell]:
-    """The cells of a plan, config by config: a subject is built once for each. ``own_configs``: a black box's own."""
+    """The cells of a plan, config by config: a backend is built once for each. ``own_configs``: a black box's own."""
     index, count = plan.shard or (1, 1)
     return islice(_selected(plan, own_configs), index - 1, None, count)
 
@@ -88,15 +88,17 @@ def unmatched_entries(known_failures: KnownFailures, backend: str) -> list[str]:
     return known_failures.unmatched_entries(backend, cells(Plan(BUDGETS[DEFAULT_BUDGET], dtypes=DTYPES)))
 
 
-def judged(cell: Cell, subject: Subject, plan: Plan, failures: Path, known: KnownFailure | None) -> tuple[Verdict, str]:
+def judged(
+    cell: Cell, client: WorkerClient, plan: Plan, failures: Path, known: KnownFailure | None
+) -> tuple[Verdict, str]:
     """The verdict on one cell; and why its row of the known failures is stale, if it has one that is."""
     stale = ""
     if known is not None:
         try:
-            return known.replay(cell, subject, failures), ""
+            return known.replay(cell, client, failures), ""
         except StaleEntry as words:
             stale = str(words)
-    return run_cell(cell, subject, plan.budget, plan.seed, failures), stale
+    return run_cell(cell, client, plan.budget, plan.seed, failures), stale
 
 
 def path_of(name: str, plan: Plan, out: Path) -> Path:
@@ -108,7 +110,7 @@ def path_of(name: str, plan: Plan, out: Path) -> Path:
 
 def run_backend(
     name: str,
-    launch: WorkerSpec,
+    spec: WorkerSpec,
     plan: Plan,
     out: Path,
     tell: Callable[[Verdict], None] = lambda verdict: None,
@@ -119,11 +121,11 @@ def run_backend(
     results that say why (``unavailable``). ``begin`` is told how many cells there are, ``tell`` each verdict."""
     began = time.perf_counter()
     path, failures = path_of(name, plan, out), out / "failures" / name
-    launch.environment.setdefault("KVCONFORM_ARTEFACTS", str((out / "artefacts").resolve()))
+    spec.environment.setdefault("KVCONFORM_ARTEFACTS", str((out / "artefacts").resolve()))
     results = Results(
         suite=SUITE_VERSION,
         backend=name,
-        device=launch.device,
+        device=spec.device,
         dtypes=list(plan.dtypes),
         budget=plan.budget.name,
         seed=plan.seed,
@@ -131,22 +133,22 @@ def run_backend(
         shard="/".join(map(str, plan.shard or ())),
     )
     try:
-        subject = Subject(launch)
+        client = WorkerClient(spec)
     except BackendUnavailable as sentence:
         results.unavailable, results.finished = str(sentence), True
         results.write(path)
         return results
-    with subject:
-        results.claims = subject.claims.to_json()
-        results.target = None if subject.target is None else msgspec.convert(subject.target, Target)
-        results.environment = {**subject.environment, "hypothesis": version("hypothesis"), "machine": machine()}
+    with client:
+        results.claims = client.claims.to_json()
+        results.target = None if client.target is None else msgspec.convert(client.target, Target)
+        results.environment = {**client.environment, "hypothesis": version("hypothesis"), "machine": machine()}
         spent = _resume(results, path)
         done = {verdict.key: verdict for verdict in results.verdicts}
         results.verdicts = []
         results.stale = unmatched_entries(known_failures, name)
         unreliable: set[str] = set()
-        begin(sum(1 for _ in cells(plan, subject.configs)))
-        for cell in cells(plan, subject.configs):
+        begin(sum(1 for _ in cells(plan, client.configs)))
+        for cell in cells(plan, client.configs):
             known = known_failures.find(name, cell)
             verdict = done.get((cell.clause.name, cell.config_name))
             if verdict is not None and known is None and verdict.outcome is not Outcome.XFAIL:
@@ -155,15 +157,15 @@ def run_backend(
                 continue
             try:
                 if cell.config_name in unreliable and not cell.clause.blind:
-                    verdict, stale = _not_judged(cell, launch.address), ""
+                    verdict, stale = _not_judged(cell, spec.address), ""
                 else:
-                    verdict, stale = judged(cell, subject, plan, failures, known)
-                if _reference_broken(subject, verdict, failures):
+                    verdict, stale = judged(cell, client, plan, failures, known)
+                if _reference_broken(client, verdict, failures):
                     unreliable.add(cell.config_name)
             except BackendUnavailable as sentence:
                 results.unavailable = str(sentence)
                 break
-            runtime_info = subject.runtime_info(cell.config)
+            runtime_info = client.runtime_info(cell.config)
             if runtime_info:
                 results.runtime_info[cell.config_name] = runtime_info
             results.verdicts.append(verdict)
@@ -176,11 +178,11 @@ def run_backend(
                 results.write(path)
             tell(verdict)
         if not results.unavailable and results.target is None:
-            _write_vectors(subject, results, out / "vectors" / f"{name}.npz")
+            _write_vectors(client, results, out / "vectors" / f"{name}.npz")
         results.guarantees = measured(results.verdicts)
         if plan.explain and not results.unavailable:
-            asked = {cell.config_name: cell.config for cell in cells(plan, subject.configs)}
-            explain_failures.add(subject, results, asked, failures)
+            asked = {cell.config_name: cell.config for cell in cells(plan, client.configs)}
+            explain_failures.add(client, results, asked, failures)
         if results.target is None:  # what the clauses see in the definition's configs says nothing about others
             results.power = {dtype: stored(dtype) for dtype in plan.dtypes}
         results.finished = not results.unavailable
@@ -188,11 +190,11 @@ def run_backend(
     return results
 
 
-def _reference_broken(subject: Subject, verdict: Verdict, failures: Path) -> bool:
+def _reference_broken(client: WorkerClient, verdict: Verdict, failures: Path) -> bool:
     """Whether a black box's own forward has been found to be no yardstick: it breaks the clause about it by itself, and
     not only beside cached steps, which the truth's own process never runs."""
     if (
-        subject.target is None
+        client.target is None
         or verdict.clause != _REFERENCE_CLAUSE.name
         or not verdict.counterexample
         or verdict.raised
@@ -203,9 +205,7 @@ def _reference_broken(subject: Subject, verdict: Verdict, failures: Path) -> boo
         replace(program, steps=tuple(s for s in program.steps if isinstance(s, UncachedForward)))
         for program in case.programs
     ]
-    return isinstance(
-        counterexample.replayed(_REFERENCE_CLAUSE, subject, [], Case(tuple(alone))), counterexample.Broken
-    )
+    return isinstance(counterexample.replayed(_REFERENCE_CLAUSE, client, [], Case(tuple(alone))), counterexample.Broken)
 
 
 def _not_judged(cell: Cell, backend: str) -> Verdict:
@@ -215,12 +215,12 @@ def _not_judged(cell: Cell, backend: str) -> Verdict:
     )
 
 
-def _write_vectors(subject: Subject, results: Results, path: Path) -> None:
+def _write_vectors(client: WorkerClient, results: Results, path: Path) -> None:
     """Keeps the backend's outputs of the common program, for ``pairwise``."""
     vectors = {}
     for config_name, config in named_configs([results]).items():
         if any(v.config == config_name and v.outcome is Outcome.PASS for v in results.verdicts):
-            found = cross_backend.outputs(subject, config)
+            found = cross_backend.outputs(client, config)
             if found is not None:
                 vectors[config_name] = found
     path.unlink(missing_ok=True)  # of an earlier run

@@ -1,4 +1,4 @@
-"""``run_cell``: one clause on one subject under one config. The one function that drives Hypothesis.
+"""``run_cell``: one clause on one backend under one config. The one function that drives Hypothesis.
 
 A first failure freezes its variant, so that shrinking stays meaningful. What shrinking found is confirmed on a fresh
 process; if it passes there, state has leaked from an earlier program, and the counterexample becomes the shortest
@@ -21,7 +21,7 @@ from kvconform.search.counterexample import Broken, Counterexample, attempt, fro
 from kvconform.search.counterexample import sentence as said
 from kvconform.search.effort import GUARANTEE_SECONDS, GUARANTEE_TRIALS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Budget
 from kvconform.search.shrink import reduced_death, reduced_list
-from kvconform.worker.client import Subject, WorkerDied, unproven
+from kvconform.worker.client import WorkerClient, WorkerDied, unproven
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case, Clause, Level
 from kvconform_specs.config import Config
@@ -43,17 +43,17 @@ class _Stop(Exception):
     """Tells Hypothesis that a trial broke the clause."""
 
 
-def run_cell(cell: Cell, subject: Subject, budget: Budget, seed: int, folder: Path) -> Verdict:
+def run_cell(cell: Cell, client: WorkerClient, budget: Budget, seed: int, folder: Path) -> Verdict:
     """Searches for a case that breaks the clause. Counterexamples go to ``folder``.
 
     Raises BackendUnavailable where the backend cannot run here at all.
     """
     began = time.perf_counter()
-    search = _Search(cell, subject, budget, seed, began)
-    reason = unsupported(cell, subject)
+    search = _Search(cell, client, budget, seed, began)
+    reason = unsupported(cell, client)
     if reason is None:
         try:
-            refused = subject.build(cell.config)
+            refused = client.build(cell.config)
         except WorkerDied as death:
             smallest = Case((Program(cell.config, (Append("a", (1,), 0),)),))
             search.best = smallest, Broken(death.kind, death.words)
@@ -62,13 +62,13 @@ def run_cell(cell: Cell, subject: Subject, budget: Budget, seed: int, folder: Pa
     if reason is not None:
         return search.verdict(Outcome.UNSUPPORTED, reason)
     search.run()
-    runtime_info = subject.runtime_info(cell.config)
+    runtime_info = client.runtime_info(cell.config)
     fallback = runtime_info.get("fallback")
     if fallback:  # also where it broke the clause: what broke it is not what the backend's name promises
         return search.verdict(Outcome.NOT_EXERCISED, f"not tested: {fallback}")
     if search.best is not None:
         return search.conclude(folder)
-    unknown = unproven(runtime_info, subject.launch.device)
+    unknown = unproven(runtime_info, client.spec.device)
     if search.compared == 0 and "failed" not in runtime_info:
         unknown = "nothing was compared"
     if unknown:
@@ -76,9 +76,9 @@ def run_cell(cell: Cell, subject: Subject, budget: Budget, seed: int, folder: Pa
     return search.verdict(Outcome.PASS)
 
 
-def unsupported(cell: Cell, subject: Subject) -> str | None:
+def unsupported(cell: Cell, client: WorkerClient) -> str | None:
     """Why the backend's claims leave this cell out, or None."""
-    claims, config = subject.claims, cell.config
+    claims, config = client.claims, cell.config
     if claims.reference == "self" and cell.clause.blind:
         return "blind: it is about what the target is judged by, its own forward"
     if config.profile not in claims.profiles:
@@ -96,8 +96,8 @@ def unsupported(cell: Cell, subject: Subject) -> str | None:
 class _Search:
     """The state of one cell's search."""
 
-    def __init__(self, cell: Cell, subject: Subject, budget: Budget, seed: int, began: float) -> None:
-        self.cell, self.subject, self.budget = cell, subject, budget
+    def __init__(self, cell: Cell, client: WorkerClient, budget: Budget, seed: int, began: float) -> None:
+        self.cell, self.client, self.budget = cell, client, budget
         self.seed = zlib.crc32(f"{cell.clause.name} {cell.config_name} {seed}".encode())
         self.began = began
         self.compared = self.programs = self.structures = 0
@@ -122,7 +122,7 @@ class _Search:
             report_multiple_bugs=False,
             phases=(Phase.generate, Phase.shrink) if self.budget.shrink else (Phase.generate,),
         )
-        @given(self.cell.clause.strategy(self.cell.config, self.subject.claims))
+        @given(self.cell.clause.strategy(self.cell.config, self.client.claims))
         def search(case: Case) -> None:
             self.trial(case)
 
@@ -141,7 +141,7 @@ class _Search:
             return
         else:
             variants = (self.best[1].variant,)
-        tried = attempt(self.cell.clause, self.subject, case, variants)
+        tried = attempt(self.cell.clause, self.client, case, variants)
         if self.best is None:
             self.structures += 1
             self.programs += len(case.programs) * len(variants)
@@ -153,11 +153,11 @@ class _Search:
             return
         self._trials += 1
         if self.best is None:
-            self._failed_at, self._starts = time.perf_counter(), self.subject.starts
+            self._failed_at, self._starts = time.perf_counter(), self.client.starts
             self.found_after = self.programs
         if self.best is None or case.size <= self.best[0].size:
             self.best = case, tried
-            self.log = list(self.subject.log)
+            self.log = list(self.client.log)
         raise _Stop
 
     def _spent(self) -> bool:
@@ -184,7 +184,7 @@ class _Search:
         if self._outcome(broken) is Outcome.REFUTED:
             confirmed: object = broken  # what holds at times is no guarantee: once is enough, on any process
         else:
-            confirmed = replayed(self.cell.clause, self.subject, before, case)
+            confirmed = replayed(self.cell.clause, self.client, before, case)
         if not isinstance(confirmed, Broken):
             found = self._leak(case)
             if found is None:
@@ -196,8 +196,8 @@ class _Search:
             Counterexample(
                 suite=SUITE_VERSION,
                 clause=self.cell.clause.name,
-                backend=self.subject.launch.address,
-                device=self.subject.launch.device,
+                backend=self.client.spec.address,
+                device=self.client.spec.device,
                 sentence=sentence,
                 outcome=outcome.value,
                 before=[program.to_json() for program in before],
@@ -217,13 +217,10 @@ class _Search:
     def _dies(self, case: Case) -> Broken | None:
         """One try of reducing a death, as long as its budget lasts."""
         assert self.best is not None
-        if (
-            self.subject.starts - self._starts >= REBUILDS
-            or time.perf_counter() - self._failed_at > self.budget.rebuild
-        ):
+        if self.client.starts - self._starts >= REBUILDS or time.perf_counter() - self._failed_at > self.budget.rebuild:
             self.reduced = False
             return None
-        tried = attempt(self.cell.clause, self.subject, case, (self.best[1].variant,))
+        tried = attempt(self.cell.clause, self.client, case, (self.best[1].variant,))
         return tried if isinstance(tried, Broken) else None
 
     def _leak(self, case: Case) -> tuple[list[Program], Broken] | None:
@@ -233,22 +230,22 @@ class _Search:
             if program in ran:
                 del ran[len(ran) - 1 - ran[::-1].index(program)]
         earlier = ran
-        starts, began = self.subject.starts, time.perf_counter()
+        starts, began = self.client.starts, time.perf_counter()
 
         def fails(before: list[Program]) -> Broken | None:
-            if self.subject.starts - starts > REBUILDS or time.perf_counter() - began > self.budget.rebuild:
+            if self.client.starts - starts > REBUILDS or time.perf_counter() - began > self.budget.rebuild:
                 self.reduced = False
                 return None
-            tried = replayed(self.cell.clause, self.subject, before, case)
+            tried = replayed(self.cell.clause, self.client, before, case)
             return tried if isinstance(tried, Broken) else None
 
-        shorten = self.subject.leaks < self.budget.leaks
+        shorten = self.client.leaks < self.budget.leaks
         length = 1 if shorten else len(earlier)
         while True:
             suffix = earlier[-length:]
             broken = fails(suffix)
             if broken is not None:
-                self.subject.leaks += 1
+                self.client.leaks += 1
                 self.reduced = self.reduced and shorten
                 return reduced_list(suffix, broken, fails) if shorten else (suffix, broken)
             if length >= len(earlier):
@@ -259,7 +256,7 @@ class _Search:
         return Verdict(
             clause=self.cell.clause.name,
             config=self.cell.config_name,
-            backend=self.subject.launch.address,
+            backend=self.client.spec.address,
             outcome=outcome,
             sentence=sentence,
             counterexample=counterexample,

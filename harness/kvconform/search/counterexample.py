@@ -12,7 +12,7 @@ import msgspec
 
 from kvconform.files import read_versioned, write_atomically
 from kvconform.judging.judge import Judged, judge
-from kvconform.worker.client import Subject, WorkerDied
+from kvconform.worker.client import WorkerClient, WorkerDied
 from kvconform_specs.clause import Case, Clause
 from kvconform_specs.program import Append, Program, Reject, Reorder, Step, Truncate, UncachedForward
 from kvconform_specs.reference.oracle import expect
@@ -83,32 +83,32 @@ def _frozen(step: Step, variant: int) -> Step:
     return step
 
 
-def attempt(clause: Clause, subject: Subject, case: Case, variants: tuple[int, ...]) -> Judged | Broken:
+def attempt(clause: Clause, client: WorkerClient, case: Case, variants: tuple[int, ...]) -> Judged | Broken:
     """Runs a case's programs on the live worker and judges them. The definition is computed while the worker runs, and
     the worker has its next program before it has answered to the last."""
     traces, expected, sent = [], [], 0
     for number, program in enumerate(case.programs):
         try:
             if number == 0:
-                subject.send(program, variants)
+                client.send(program, variants)
                 sent = 1
-            own = None if subject.reference_forward is None else subject.reference_forward(program.config)
-            wants = expect(program, variants, subject.claims.precision, own)
+            own = None if client.reference_forward is None else client.reference_forward(program.config)
+            wants = expect(program, variants, client.claims.precision, own)
             if clause.needs_numbers:
                 for want in wants:
                     if want is not None:
                         want.numbers("floor")
             expected.append(wants)
             for following in case.programs[number + 1 : number + 2]:
-                subject.send(following, variants)
+                client.send(following, variants)
                 sent += 1
-            traces.append(subject.receive(program))
+            traces.append(client.receive(program))
         except WorkerDied as death:
-            subject.discard(case.programs[len(traces) : sent])  # where it was the truth that died
+            client.discard(case.programs[len(traces) : sent])  # where it was the truth that died
             variant = variants[min(death.variant, len(variants) - 1)]
             return Broken(death.kind, death.words, variant, number, death.step)
     try:
-        judged = judge(case, clause.relations, subject.claims, traces, expected)
+        judged = judge(case, clause.relations, client.claims, traces, expected)
     except WorkerDied as death:  # of a black box's own forward
         return Broken(death.kind, death.words)
     if judged.finding is not None:
@@ -125,12 +125,12 @@ def sentence(broken: Broken, before: Sequence[Program]) -> str:
     return f"{broken.sentence} (only after {len(before)} earlier program{plural} in the same process: state leaked)"
 
 
-def replayed(clause: Clause, subject: Subject, before: list[Program], case: Case) -> Judged | Broken:
+def replayed(clause: Clause, client: WorkerClient, before: list[Program], case: Case) -> Judged | Broken:
     """Runs the programs of a counterexample, in order, on a fresh worker."""
-    subject.fresh()
+    client.fresh()
     for program in before:
         try:
-            subject.run(program, (0,))
+            client.run(program, (0,))
         except WorkerDied as death:
             return Broken(death.kind, death.words)
-    return attempt(clause, subject, case, (0,))
+    return attempt(clause, client, case, (0,))

@@ -43,7 +43,7 @@ ENOUGH: dict[str, dict[str, Any]] = {
     "quantised cache": {"kv_bits": 8},
     "lossless cache": {"kv_bits": 0},
     "residual window": {"kv_bits": 8, "residual": 3},
-    "bound on graphs": {"max_graphs": 8, "abilities": ("graphs",)},
+    "bound on graphs": {"max_graphs": 8, "abilities": ("graph_count",)},
     "two rows": {"max_batch": None},
     "two sequences": {"max_sequences": None},
 }

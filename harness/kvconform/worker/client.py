@@ -1,4 +1,4 @@
-"""The parent's side of a subject: a worker process that is started, asked, watched and, when it dies, replaced."""
+"""The parent's side of a backend: a worker process that is started, asked, watched and, when it dies, replaced."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def unproven(runtime_info: Mapping[str, Any], device: str) -> str:
     return f"{device} was asked for, and its runtime_info does not tell on what device it ran"
 
 
-class Subject:
+class WorkerClient:
     """One backend in a worker. Builds are kept by config; ``log`` is what the live worker has run, oldest first."""
 
-    def __init__(self, launch: WorkerSpec) -> None:
-        self.launch = launch
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
         self.log: deque[tuple[Program, tuple[int, ...]]] = deque(maxlen=LOG_LENGTH)
         self.starts = 0
         self.leaks = 0  # how many failures have needed what ran before
@@ -97,15 +97,15 @@ class Subject:
             self.close()  # a worker that is of no use must not live on, nor its folder
             raise
         self._measured = False  # how a black box's own forward rounds
-        self._reference: Subject | None = (
+        self._reference: WorkerClient | None = (
             None  # of a black box: a process of its own, on which no cached step ever runs
         )
-        if launch.device not in self.claims.devices:
+        if spec.device not in self.claims.devices:
             self.close()
             known = ", ".join(self.claims.devices)
-            raise BackendUnavailable(f"backend {launch.address!r} does not run on {launch.device}; it claims: {known}")
+            raise BackendUnavailable(f"backend {spec.address!r} does not run on {spec.device}; it claims: {known}")
 
-    def __enter__(self) -> Subject:
+    def __enter__(self) -> WorkerClient:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -127,7 +127,7 @@ class Subject:
     ) -> NDArray[Any]:
         """The black box's own forward (``oracle.ReferenceForward``). Raises WorkerDied where it raises, or its process dies."""
         if self._reference is None:
-            self._reference = Subject(self.launch)
+            self._reference = WorkerClient(self.spec)
             self._reference._measured = True
         reference = self._reference
         reason = reference.build(config)
@@ -142,7 +142,7 @@ class Subject:
             "accumulation": accumulation,
             "seed": seed,
         }
-        header, blob = reference._ask(message, self.launch.step_timeout, np.ascontiguousarray(inputs).tobytes())
+        header, blob = reference._ask(message, self.spec.step_timeout, np.ascontiguousarray(inputs).tobytes())
         if "error" in header:
             raise WorkerDied("crash", f"its own cache-less forward raised {header['error']}", 0, -1)
         return np.frombuffer(blob, header["dtype"]).reshape(header["shape"])
@@ -160,7 +160,7 @@ class Subject:
         self._start()
 
     def build(self, config: Config) -> str | None:
-        """Builds the subject for a config, once a worker. Returns the reason where the backend refuses it.
+        """Builds the backend for a config, once a worker. Returns the reason where the backend refuses it.
 
         Raises BackendUnavailable where the machine lacks something, WorkerDied where building fails or kills the worker.
         """
@@ -199,12 +199,12 @@ class Subject:
     def receive(self, program: Program) -> Traces:
         """The traces of the program sent last. Raises WorkerDied."""
         try:
-            header, blob = self._reply(self.launch.step_timeout)
+            header, blob = self._reply(self.spec.step_timeout)
         except WorkerDied as death:
             raise WorkerDied(
                 death.kind, f"{_place(program, death.step)}: {death.words}", death.variant, death.step
             ) from None
-        if "error" in header:  # recording failed, not a step: nothing the subject could cause by raising
+        if "error" in header:  # recording failed, not a step: nothing the backend could cause by raising
             self._kill()  # it may owe other replies
             raise WorkerDied("crash", str(header["error"]), 0, -1)
         return unpack(header, blob)
@@ -221,13 +221,13 @@ class Subject:
         if config not in self._built or self._process is None:
             return {}
         try:
-            reply = self._ask({"op": "runtime_info", "config": config.to_json()}, self.launch.step_timeout)[0]
+            reply = self._ask({"op": "runtime_info", "config": config.to_json()}, self.spec.step_timeout)[0]
         except WorkerDied as death:
             return {"failed": death.words}
         runtime_info: dict[str, Any] = reply.get("runtime_info", {"failed": reply.get("error")})
         told = str(runtime_info.get("device"))
-        if told.partition(":")[0] in {"cpu", "cuda"} - {self.launch.device}:
-            runtime_info.setdefault("fallback", f"{self.launch.device} was asked for, and it ran on {told}")
+        if told.partition(":")[0] in {"cpu", "cuda"} - {self.spec.device}:
+            runtime_info.setdefault("fallback", f"{self.spec.device} was asked for, and it ran on {told}")
         return runtime_info
 
     def script(self, config: Config, programs: Sequence[tuple[Program, str]]) -> tuple[str, list[str]] | None:
@@ -236,7 +236,7 @@ class Subject:
         self.build(config)
         asked = [[program.to_json(), tag] for program, tag in programs]
         message = {"op": "script", "config": config.to_json(), "programs": asked}
-        header = self.ask(message, self.launch.step_timeout)
+        header = self.ask(message, self.spec.step_timeout)
         return None if header["setup"] is None else (header["setup"], header["sources"])
 
     def ask(self, message: Header, timeout: float) -> Header:
@@ -256,25 +256,25 @@ class Subject:
         path.write_bytes(bytes(PROGRESS.size))
         with path.open("r+b") as file:
             self._progress = mmap.mmap(file.fileno(), PROGRESS.size)
-        launch = self.launch
+        spec = self.spec
         try:
-            with self._stderr.open("wb") as stderr, _pinned(launch.cpus):
+            with self._stderr.open("wb") as stderr, _pinned(spec.cpus):
                 self._process = subprocess.Popen(
-                    [launch.python, "-m", "kvconform.worker.server", launch.address, launch.device, str(path)],
+                    [spec.python, "-m", "kvconform.worker.server", spec.address, spec.device, str(path)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=stderr,
-                    env={**os.environ, **_variables(), **launch.environment},
+                    env={**os.environ, **_variables(), **spec.environment},
                 )
         except OSError as error:
-            raise BackendUnavailable(f"interpreter {launch.python!r} cannot be started: {error.strerror}") from error
+            raise BackendUnavailable(f"interpreter {spec.python!r} cannot be started: {error.strerror}") from error
         try:
             description = self._ask({"op": "describe"}, BUILD_TIMEOUT)[0]
         except WorkerDied as death:
-            raise BackendUnavailable(f"the worker of {launch.address!r} did not start: {death}") from death
+            raise BackendUnavailable(f"the worker of {spec.address!r} did not start: {death}") from death
         if "error" in description:
             raise BackendUnavailable(
-                f"backend {launch.address!r} is installed but failed to load: {description['error']}"
+                f"backend {spec.address!r} is installed but failed to load: {description['error']}"
             )
         return description
 

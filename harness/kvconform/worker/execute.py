@@ -1,4 +1,4 @@
-"""Runs one program on one built subject and records what it did. Here is the one place that calls a subject."""
+"""Runs one program on one built backend and records what it did. Here is the one place that calls a backend."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from kvconform_specs.tensors import Streams, laid, malformed, mask
 
 Array = NDArray[Any]
 Feed = tuple[tuple[Array, ...], dict[str, Any]]
-"""What a step hands to the subject: inputs and keywords."""
+"""What a step hands to the backend: inputs and keywords."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. ``reported``: what the subject says, where it claims to know: ``length`` and ``room`` of each row,
+    """What one step did. ``reported``: what the backend says, where it claims to know: ``length`` and ``room`` of each row,
     ``bytes``, ``graphs``, ``work``; and of a read how many tokens each row ``token_counts``.
 
     ``refused``: a ``reject`` step raised, with these words. ``error``: a legal step raised, with these words.
@@ -55,7 +55,7 @@ Trace = tuple[StepResult, ...]
 
 
 def execute(
-    subject: Any,
+    backend: Any,
     program: Program,
     indices: tuple[int, ...],
     at: Callable[[int, int], None] = lambda variant, step: None,
@@ -74,11 +74,11 @@ def execute(
                 given = malformed(given, step.wrong, program.config)
             call = called(step)
             given = tuple(laid(x, call.layout if isinstance(call, Append) else "contiguous") for x in given)
-            trace.append(_guarded(subject, caches, step, (given, keywords)))
+            trace.append(_guarded(backend, caches, step, (given, keywords)))
             if trace[-1].error is not None:
                 break
         for name in list(caches):  # what a program leaves open is ended; how that goes belongs to no step
-            _guarded(subject, caches, Close(name), ((), {}))
+            _guarded(backend, caches, Close(name), ((), {}))
         traces.append(tuple(trace))
     return traces
 
@@ -115,11 +115,11 @@ def _keywords(step: Append, grown: tuple[Any, ...]) -> dict[str, Any]:
     return asked
 
 
-def _guarded(subject: Any, caches: dict[str, Any], step: Step, feed: Feed) -> StepResult:
+def _guarded(backend: Any, caches: dict[str, Any], step: Step, feed: Feed) -> StepResult:
     open_before = set(caches)
     try:
-        return _do(subject, caches, called(step), feed)
-    except Exception as raised:  # noqa: BLE001 - the one place that calls a subject; it records words, decides nothing
+        return _do(backend, caches, called(step), feed)
+    except Exception as raised:  # noqa: BLE001 - the one place that calls a backend; it records words, decides nothing
         words = f"{type(raised).__name__}: {str(raised).strip() or 'no message'}"[:500]
         words = words.encode(errors="replace").decode()  # a lone surrogate could not be written to a results file
         if not isinstance(step, Reject):
@@ -129,52 +129,52 @@ def _guarded(subject: Any, caches: dict[str, Any], step: Step, feed: Feed) -> St
         return StepResult(refused=words)
 
 
-def _do(subject: Any, caches: dict[str, Any], step: Call, feed: Feed) -> StepResult:
+def _do(backend: Any, caches: dict[str, Any], step: Call, feed: Feed) -> StepResult:
     inputs, keywords = feed
     if isinstance(step, Append):
         if step.seq not in caches:
-            caches[step.seq] = subject.start(len(step.counts))
-        output, caches[step.seq] = subject.step(caches[step.seq], *inputs, **keywords)
-        return StepResult(_array(output), _reported(subject, caches[step.seq], step.count_macs))
+            caches[step.seq] = backend.start(len(step.counts))
+        output, caches[step.seq] = backend.step(caches[step.seq], *inputs, **keywords)
+        return StepResult(_array(output), _reported(backend, caches[step.seq], step.count_macs))
     if isinstance(step, Generate):
-        return StepResult(_array(subject.generate(*inputs, step.new)))
+        return StepResult(_array(backend.generate(*inputs, step.new)))
     if isinstance(step, UncachedForward):
-        return StepResult(_array(subject.uncached_forward(*inputs, **keywords)))
+        return StepResult(_array(backend.uncached_forward(*inputs, **keywords)))
     if isinstance(step, ReadCache):
-        output, token_counts = _contents(subject.contents(caches[step.seq]))
+        output, token_counts = _contents(backend.contents(caches[step.seq]))
         return StepResult(output, {"token_counts": token_counts})
     if isinstance(step, Close):
         cache = caches.pop(step.seq)
-        if hasattr(subject, "close") and not any(cache is other for other in caches.values()):
-            subject.close(cache)
+        if hasattr(backend, "close") and not any(cache is other for other in caches.values()):
+            backend.close(cache)
         return StepResult()
     if isinstance(step, Truncate):
-        caches[step.seq] = subject.truncate(caches[step.seq], step.length)
+        caches[step.seq] = backend.truncate(caches[step.seq], step.length)
     elif isinstance(step, Fork):
-        caches[step.into] = subject.fork(caches[step.seq])
+        caches[step.into] = backend.fork(caches[step.seq])
     elif isinstance(step, AliasHandle):
         caches[step.into] = caches[step.seq]
     elif isinstance(step, Reorder):
-        caches[step.seq] = subject.reorder(caches[step.seq], list(step.rows))
+        caches[step.seq] = backend.reorder(caches[step.seq], list(step.rows))
     elif isinstance(step, Reset):
-        caches[step.seq] = subject.reset(caches[step.seq])
+        caches[step.seq] = backend.reset(caches[step.seq])
     elif isinstance(step, Poison):
-        subject.poison(caches[step.seq], POISONS[step.keys], POISONS[step.values])
-    return StepResult(reported=_reported(subject, caches[step.seq]))
+        backend.poison(caches[step.seq], POISONS[step.keys], POISONS[step.values])
+    return StepResult(reported=_reported(backend, caches[step.seq]))
 
 
-def _reported(subject: Any, cache: Any, count_macs: bool = False) -> dict[str, tuple[int, ...]]:
-    """What the subject says about the sequence that a step was about, as far as it claims to know."""
-    can = subject.claims.can
+def _reported(backend: Any, cache: Any, count_macs: bool = False) -> dict[str, tuple[int, ...]]:
+    """What the backend says about the sequence that a step was about, as far as it claims to know."""
+    can = backend.claims.can
     reported = {
-        name: tuple(int(n) for n in getattr(subject, name)(cache)) for name in ("length", "free_slots") if can(name)
+        name: tuple(int(n) for n in getattr(backend, name)(cache)) for name in ("length", "free_slots") if can(name)
     }
     if can("bytes"):
-        reported["bytes"] = (int(subject.bytes(cache)),)
+        reported["bytes"] = (int(backend.bytes(cache)),)
     if can("graph_count"):
-        reported["graphs"] = (int(subject.graph_count()),)
+        reported["graph_count"] = (int(backend.graph_count()),)
     if count_macs:
-        reported["work"] = (int(subject.macs()),)
+        reported["macs"] = (int(backend.macs()),)
     return reported
 
 

@@ -1,7 +1,7 @@
-"""The process that a subject lives in: ``python -m kvconform.worker.server ADDRESS DEVICE PROGRESS_FILE``.
+"""The process that a backend lives in: ``python -m kvconform.worker.server ADDRESS DEVICE PROGRESS_FILE``.
 
 It may run under another interpreter: it needs numpy and this package, nothing more. It answers on a private copy of
-its standard output, so that a subject may print what it likes, and it may die: the parent reads from the progress
+its standard output, so that a backend may print what it likes, and it may die: the parent reads from the progress
 file where it was.
 """
 
@@ -41,12 +41,12 @@ DISTRIBUTIONS = ("kvconform", "numpy", "torch", "onnx", "onnxscript", "onnxrunti
 
 
 class Worker:
-    """One backend, its built subjects by config, and the messages it understands."""
+    """One backend, its built backends by config, and the messages it understands."""
 
     def __init__(self, address: str, device: str, progress: Callable[[int, int], None]) -> None:
         self.address, self.device, self.progress = address, device, progress
         self.backend: Any = None
-        self.subjects: dict[Config, Any] = {}
+        self.backends: dict[Config, Any] = {}
         self.perturbed: dict[tuple[Config, int], Any] = {}
         self.timers: dict[tuple[Config, Config, int], Timer] = {}
 
@@ -81,9 +81,9 @@ class Worker:
         if reason is not None:
             return {"refused": str(reason)}, b""
         began = time.perf_counter()
-        if config not in self.subjects:
+        if config not in self.backends:
             held = {} if self.backend.claims.reference == "self" else weights(config)
-            self.subjects[config] = self.backend(config, held, self.device)
+            self.backends[config] = self.backend(config, held, self.device)
         return {"seconds": time.perf_counter() - began}, b""
 
     def run(self, message: Header) -> Reply:
@@ -91,33 +91,33 @@ class Worker:
         for (config, *_), stopwatch in self.timers.items():
             if config == program.config:
                 stopwatch.drop()
-        return pack(execute(self.subjects[program.config], program, tuple(message["indices"]), self.progress))
+        return pack(execute(self.backends[program.config], program, tuple(message["indices"]), self.progress))
 
     def reference_forward(self, message: Header, blob: bytes) -> Reply:
         """The cache-less forward of a black box, perturbed or not (``oracle.ReferenceForward``)."""
         config = Config.from_json(message["config"])
         inputs = np.frombuffer(blob, message["dtype"]).reshape(message["shape"]).copy()
-        subject = self.subjects[config]
+        backend = self.backends[config]
         if message["seed"]:
             key = config, message["seed"]
             if key not in self.perturbed:
-                self.perturbed[key] = subject.perturbed(message["storage"], message["accumulation"], message["seed"])
-            subject = self.perturbed[key]
-        output = np.ascontiguousarray(subject.uncached_forward(inputs))
+                self.perturbed[key] = backend.perturbed(message["storage"], message["accumulation"], message["seed"])
+            backend = self.perturbed[key]
+        output = np.ascontiguousarray(backend.uncached_forward(inputs))
         return {"shape": list(output.shape), "dtype": output.dtype.str}, output.tobytes()
 
     def script(self, message: Header) -> Reply:
         """Programs of a black box as Python source (``backend.BlackBox.script``); null where it writes none."""
-        subject = self.subjects[Config.from_json(message["config"])]
-        if not hasattr(subject, "script_setup"):
+        backend = self.backends[Config.from_json(message["config"])]
+        if not hasattr(backend, "script_setup"):
             return {"setup": None, "sources": []}, b""
-        sources = [subject.script(Program.from_json(program), tag) for program, tag in message["programs"]]
-        return {"setup": subject.script_setup(), "sources": sources}, b""
+        sources = [backend.script(Program.from_json(program), tag) for program, tag in message["programs"]]
+        return {"setup": backend.script_setup(), "sources": sources}, b""
 
     def runtime_info(self, message: Header) -> Reply:
-        subject = self.subjects[Config.from_json(message["config"])]
-        design = getattr(subject, "cache_design", None)
-        seen = subject.runtime_info() if hasattr(subject, "runtime_info") else {}
+        backend = self.backends[Config.from_json(message["config"])]
+        design = getattr(backend, "cache_design", None)
+        seen = backend.runtime_info() if hasattr(backend, "runtime_info") else {}
         return {"runtime_info": {**({} if design is None else {"cache_design": design}), **seen}}, b""
 
     def clock(self, message: Header) -> Reply:
@@ -140,15 +140,15 @@ class Worker:
         if key not in self.timers:
             ceiling = partial(Ceiling.of, timed)
             gpu = Gpu.open() if self.device == "cuda" else None
-            self.timers[key] = Timer(self.subjects[config], tokens(timed, message["seed"]), ceiling, gpu)
+            self.timers[key] = Timer(self.backends[config], tokens(timed, message["seed"]), ceiling, gpu)
         return self.timers[key]
 
     def count(self, message: Header) -> Reply:
         """Counts what one call of a phase does: see ``tally.Tally``. ``by``: what software the counts hang on."""
         config = Config.from_json(message["config"])
-        subject = self.subjects[config]
-        counts = Tally(subject, config).count(message["phase"], message["depth"])
-        return {"counts": counts, "by": subject.counted_by() if hasattr(subject, "counted_by") else {}}, b""
+        backend = self.backends[config]
+        counts = Tally(backend, config).count(message["phase"], message["depth"])
+        return {"counts": counts, "by": backend.counted_by() if hasattr(backend, "counted_by") else {}}, b""
 
 
 def environment(backend: Any) -> dict[str, str]:
@@ -171,7 +171,7 @@ def serve(worker: Worker, inbox: BinaryIO, outbox: BinaryIO) -> None:
             json.dumps(header)  # a runtime_info may hold what is no JSON
         except (BackendError, Unavailable) as sentence:
             header, blob = {"unavailable": str(sentence)}, b""
-        except Exception as raised:  # noqa: BLE001 - importing and building run a subject's code: its words go back
+        except Exception as raised:  # noqa: BLE001 - importing and building run a backend's code: its words go back
             words = f"{type(raised).__name__}: {raised}"[:500].encode(errors="replace").decode()
             header, blob = {"error": words}, b""
         send(outbox, header, blob)
@@ -181,7 +181,7 @@ def main() -> None:
     address, device, path = sys.argv[1:4]
     inbox, outbox = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # what a subject prints goes to the log, never between two frames
+    os.dup2(2, 1)  # what a backend prints goes to the log, never between two frames
     with open(path, "r+b") as file, mmap.mmap(file.fileno(), PROGRESS.size) as shared:
         count = 0
 

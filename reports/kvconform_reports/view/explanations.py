@@ -1,4 +1,4 @@
-"""What broken subjects and black boxes look like: diagnosis, maps, and how a black box was called."""
+"""What broken backends and black boxes look like: diagnosis, maps, and how a black box was called."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def once(found: Iterable[Once], preset: str) -> Grid | None:
     mine = sorted((o for o in found if o.preset == preset), key=lambda o: o.restart)
     backends = list(dict.fromkeys(o.backend for o in mine))
     rows = [_seconds("load: start of the worker", backends, [(o.backend, o.load) for o in mine])]
-    rows.append(_seconds("build of the subject", backends, [(o.backend, o.build) for o in mine]))
+    rows.append(_seconds("build of the backend", backends, [(o.backend, o.build) for o in mine]))
     for phase in dict.fromkeys(phase for o in mine for phase in o.compile):
         texts = [(o.backend, o.compile[phase]) for o in mine if phase in o.compile]
         rows.append(_seconds(f"first call of {phase}", backends, texts))

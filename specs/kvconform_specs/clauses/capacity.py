@@ -73,7 +73,7 @@ CLAUSES = (
         text="The backend knows how many more tokens each row takes: the capacity less what the row holds.",
         why=("https://github.com/ROCm/hip-ep/pull/989", "https://github.com/huggingface/transformers/issues/30377"),
         strategy=any_history,
-        relations=(Relation.ROOM,),
+        relations=(Relation.FREE_SLOTS,),
         needs=("free_slots",),
         effort=0.5,
     ),

@@ -85,7 +85,7 @@ CLAUSES = (
         text="However batch, count and past vary, no more graphs are compiled or captured than claimed.",
         why=("https://github.com/huggingface/optimum/issues/1913", "https://github.com/paiml/aprender/pull/2030"),
         strategy=sweep,
-        relations=(Relation.GRAPHS,),
+        relations=(Relation.GRAPH_COUNT,),
         needs=("bound on graphs",),
         effort=0.5,
     ),

@@ -87,7 +87,7 @@ class Expected:
 @dataclass(frozen=True)
 class Generation(Expected):
     """What a generation is judged by. What is expected of a token follows from those before it, and these are the
-    subject's own choice: one that differs after a tie is judged by what it led to.
+    backend's own choice: one that differs after a tie is judged by what it led to.
 
     The numbers are those of the prompt. prompts: their token ids ``(n, b, s)``. given: as the function of that name.
     """

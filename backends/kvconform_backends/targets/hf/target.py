@@ -301,23 +301,23 @@ def _experts(model: Any) -> str | None:
     return dict(told).get("")
 
 
-def _offered(subject: Transformers) -> tuple[str, ...]:
+def _offered(backend: Transformers) -> tuple[str, ...]:
     """What this cache offers of what not every cache does, by trying it on a full one: sliding layers, which have
     forgotten what was before their window, and static ones cannot be cropped. Where a step raises nothing is offered,
     and the step is for the clauses to find."""
-    tokens = np.array([tokens_of(subject.config, subject.config.capacity)] * 2)
+    tokens = np.array([tokens_of(backend.config, backend.config.capacity)] * 2)
     offered = []
     for ability, attempt in (("truncate", _cropped), ("reorder", _reordered)):
         with suppress(Exception):
-            _, sequence = subject.step(subject.start(2), tokens)
-            attempt(subject, sequence)
+            _, sequence = backend.step(backend.start(2), tokens)
+            attempt(backend, sequence)
             offered.append(ability)
     return tuple(offered)
 
 
-def _cropped(subject: Transformers, sequence: Sequence) -> None:
-    subject.truncate(sequence, subject.config.capacity - 1)
+def _cropped(backend: Transformers, sequence: Sequence) -> None:
+    backend.truncate(sequence, backend.config.capacity - 1)
 
 
-def _reordered(subject: Transformers, sequence: Sequence) -> None:
-    subject.reorder(sequence, [1, 0])
+def _reordered(backend: Transformers, sequence: Sequence) -> None:
+    backend.reorder(sequence, [1, 0])

@@ -215,7 +215,7 @@ class ModuleTarget:
         self.source = source.file if source.file.endswith(".py") else str(sys.modules[source.file].__file__ or "")
         self.dtype, self.found, self._source = dtype, found, source
 
-    def __call__(self, config: Config, weights: Mapping[str, Any], device: str) -> ModuleSubject:
+    def __call__(self, config: Config, weights: Mapping[str, Any], device: str) -> ModuleBackend:
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable(f"torch {torch.__version__} finds no CUDA device on this machine")
         torch.set_float32_matmul_precision("highest")  # float32 means float32: no TF32
@@ -226,7 +226,7 @@ class ModuleTarget:
         caller = Caller(module, self.found.convention, namespace, self.dtype, device)
         built = self._source.written(namespace)
         script = Script(self._source, self.found, module, built, self.dtype, device)
-        return ModuleSubject(self, caller, script)
+        return ModuleBackend(self, caller, script)
 
 
 def _built(source: Source) -> str:
@@ -236,7 +236,7 @@ def _built(source: Source) -> str:
     return f"it is built{of} after torch.manual_seed({source.seed}), in eval mode, with the weights that it then has"
 
 
-class ModuleSubject:
+class ModuleBackend:
     """One build of a target on one device."""
 
     def __init__(self, target: ModuleTarget, caller: Caller, source: Script) -> None:
@@ -268,10 +268,10 @@ class ModuleSubject:
     def reset(self, held: Held) -> Held:
         return self.caller.start(held.batch)
 
-    def perturbed(self, storage: float, accumulation: float, seed: int) -> ModuleSubject:
+    def perturbed(self, storage: float, accumulation: float, seed: int) -> ModuleBackend:
         noise = storage, accumulation, seed
         caller = self.caller.on(calls.perturbed(self.caller.module, *noise))
-        other = ModuleSubject(self.target, caller, self.source)
+        other = ModuleBackend(self.target, caller, self.source)
         other.noise = noise
         return other
 

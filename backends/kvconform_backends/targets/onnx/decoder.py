@@ -1,4 +1,4 @@
-"""The subject of a target ``onnx:``: sessions of its graphs, and a cache that is the presents of the latest step."""
+"""The backend of a target ``onnx:``: sessions of its graphs, and a cache that is the presents of the latest step."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class Graphs:
 
 
 class OnnxDecoder:
-    """The subject: one sequence's cache is its latest presents."""
+    """The backend: one sequence's cache is its latest presents."""
 
     def __init__(self, graphs: Graphs, claims: Claims, config: Config, device: str) -> None:
         self.graphs, self.claims, self.config, self.device = graphs, claims, config, device

@@ -67,7 +67,7 @@ def open_onnx(target: str, options: Mapping[str, Any]) -> OnnxTarget:
 
 
 class OnnxTarget:
-    """A backend: its config and claims are read off the graph and probed; a call builds the subject."""
+    """A backend: its config and claims are read off the graph and probed; a call builds the backend."""
 
     def __init__(self, later: Graph, whole: Graph | None, options: Mapping[str, Any], assumed: list[str]) -> None:
         self.graphs, self.options = Graphs(later, whole or later), options

@@ -26,10 +26,10 @@ WARM = 2
 
 
 class Tally:
-    """A built subject, and the tokens that it is counted on."""
+    """A built backend, and the tokens that it is counted on."""
 
-    def __init__(self, subject: Any, config: Config) -> None:
-        self.subject, self.config = subject, config
+    def __init__(self, backend: Any, config: Config) -> None:
+        self.backend, self.config = backend, config
         self.tokens = np.array(Streams(config, config.capacity, (0,)).tape(STREAM), np.int64)  # (1, capacity)
         self._phases = {
             "decode": self._decode,
@@ -53,73 +53,73 @@ class Tally:
         return self._both(lambda: self._prefiller(n))
 
     def _recompute(self, n: int) -> Counts:
-        """``n + 1`` tokens by the cache-less forward, or where the subject claims none by a prefill."""
-        if not self.subject.claims.can("uncached_forward"):
+        """``n + 1`` tokens by the cache-less forward, or where the backend claims none by a prefill."""
+        if not self.backend.claims.can("uncached_forward"):
             return self._prefill(n + 1)
 
         def call() -> None:
-            self.subject.uncached_forward(self._ids(0, n + 1))
+            self.backend.uncached_forward(self._ids(0, n + 1))
 
         call()
         return self._dispatched(call)
 
     def _loop(self, n: int) -> Counts:
         """Graphs that are there in the end, those of them that a decode loop compiled after its first steps, and what
-        the runtime_info says of breaks; nothing of a subject that compiles none."""
-        if not self.subject.claims.can("graph_count"):
+        the runtime_info says of breaks; nothing of a backend that compiles none."""
+        if not self.backend.claims.can("graph_count"):
             return {}
         last = min(n + WARM + LOOP, self.config.capacity)
         cache = self._filled(n)
-        made = [int(self.subject.graph_count())]
+        made = [int(self.backend.graph_count())]
         for position in range(n, last):
-            _, cache = self.subject.step(cache, self._ids(position, position + 1))
-            made.append(int(self.subject.graph_count()))
+            _, cache = self.backend.step(cache, self._ids(position, position + 1))
+            made.append(int(self.backend.graph_count()))
         self._close(cache)
         before, after = made[min(WARM, len(made) - 1)], made[-1]
         counts = {"graphs": {"": after}, "recompilations": {"": after - before}}
-        seen = self.subject.runtime_info() if hasattr(self.subject, "runtime_info") else {}
+        seen = self.backend.runtime_info() if hasattr(self.backend, "runtime_info") else {}
         return counts | ({"graph_breaks": {"": seen["graph_breaks"]}} if "graph_breaks" in seen else {})
 
     def _both(self, prepared: Callable[[], Callable[..., None]]) -> Counts:
-        """What the subject's meter and the backend's own counts say of a step, each of a step of its own; of
+        """What the backend's meter and the backend's own counts say of a step, each of a step of its own; of
         multiply-adds the latter, since a meter may have to take another kernel."""
         counts: Counts = {}
-        if self.subject.claims.can("macs"):
+        if self.backend.claims.can("macs"):
             prepared()(count_macs=True)
-            counts["multiply_adds"] = {"": int(self.subject.macs())}
-        return counts | (self._dispatched(prepared()) if hasattr(self.subject, "count") else {})
+            counts["multiply_adds"] = {"": int(self.backend.macs())}
+        return counts | (self._dispatched(prepared()) if hasattr(self.backend, "count") else {})
 
     def _dispatched(self, call: Callable[[], None]) -> Counts:
         """What the backend counts in a call; nothing where it counts nothing."""
-        return dict(self.subject.count(call)) if hasattr(self.subject, "count") else {}
+        return dict(self.backend.count(call)) if hasattr(self.backend, "count") else {}
 
     def _decoder(self, n: int) -> Callable[..., None]:
         cache = self._filled(n)
 
         def call(**keywords: bool) -> None:
-            self._close(self.subject.step(cache, self._ids(n, n + 1), **keywords)[1])
+            self._close(self.backend.step(cache, self._ids(n, n + 1), **keywords)[1])
 
         return call
 
     def _prefiller(self, n: int) -> Callable[..., None]:
-        cache = self.subject.start(1)
+        cache = self.backend.start(1)
 
         def call(**keywords: bool) -> None:
-            self._close(self.subject.step(cache, self._ids(0, n), **keywords)[1])
+            self._close(self.backend.step(cache, self._ids(0, n), **keywords)[1])
 
         return call
 
     def _filled(self, n: int) -> Any:
         """A cache of ``n`` tokens whose last one came alone."""
-        cache = self.subject.start(1)
+        cache = self.backend.start(1)
         for start, stop in ((0, n - 1), (n - 1, n)):
             if stop > start:
-                _, cache = self.subject.step(cache, self._ids(start, stop))
+                _, cache = self.backend.step(cache, self._ids(start, stop))
         return cache
 
     def _close(self, cache: Any) -> None:
-        if hasattr(self.subject, "close"):
-            self.subject.close(cache)
+        if hasattr(self.backend, "close"):
+            self.backend.close(cache)
 
     def _ids(self, start: int, stop: int) -> NDArray[np.int64]:
         return self.tokens[:, start:stop].copy()

@@ -28,7 +28,7 @@ from kvconform.bench.eligibility import unable
 from kvconform.bench.presets import Preset
 from kvconform.files import write_atomically
 from kvconform.results.gate import OK, REGRESSION, Difference
-from kvconform.worker.client import BUILD_TIMEOUT, BackendUnavailable, Subject, WorkerDied, WorkerSpec
+from kvconform.worker.client import BUILD_TIMEOUT, BackendUnavailable, WorkerClient, WorkerDied, WorkerSpec
 from kvconform_specs.config import Config
 
 __all__ = ["Count", "Missing", "Record", "broken", "compare", "count", "is_record", "lines", "read"]
@@ -45,13 +45,13 @@ def count(
 ) -> Record:
     """Counts every backend on every preset and writes ``out``. One backend after another: nothing here is a time."""
     record = Record(presets={name: sizes(preset) for name, preset in presets.items()})
-    for name, launch in launches.items():
+    for name, spec in launches.items():
         artefacts = {"KVCONFORM_ARTEFACTS": str((out.parent / "artefacts").resolve()), "OMP_NUM_THREADS": "1"}
         try:
-            with Subject(replace(launch, environment={**artefacts, **launch.environment})) as subject:
-                record.claims[name] = {"memory": subject.claims.memory, "page": subject.claims.page}
+            with WorkerClient(replace(spec, environment={**artefacts, **spec.environment})) as client:
+                record.claims[name] = {"memory": client.claims.memory, "page": client.claims.page}
                 for preset in presets.values():
-                    why = _counted(record, name, subject, preset)
+                    why = _counted(record, name, client, preset)
                     _note(record, preset.name, name, why, tell)
         except BackendUnavailable as sentence:
             for preset_name in presets:
@@ -78,11 +78,11 @@ def _note(record: Record, preset: str, backend: str, why: str, tell: Callable[[s
     tell(f"{preset}: {backend}: {f'no counts: {why}' if why else 'counted'}")
 
 
-def _counted(record: Record, name: str, subject: Subject, preset: Preset) -> str:
+def _counted(record: Record, name: str, client: WorkerClient, preset: Preset) -> str:
     """Why the backend has no counts on the preset, or nothing."""
     try:
-        config = subject.configs.get("decoder-self", preset.config)
-        why = unable(subject.claims, preset) or subject.build(config)
+        config = client.configs.get("decoder-self", preset.config)
+        why = unable(client.claims, preset) or client.build(config)
         if why:
             return why
         depths, prompt = _spread(preset.depths), min(preset.prompts)
@@ -90,8 +90,8 @@ def _counted(record: Record, name: str, subject: Subject, preset: Preset) -> str
         cells += [("decode", n) for n in depths] + [("prefill", prompt), ("recompute", depths[0])]
         for phase, depth in cells:
             message = {"op": "count", "config": config.to_json(), "phase": phase, "depth": depth}
-            reply = subject.ask(message, BUILD_TIMEOUT)
-            record.by[name] = {**reply["by"], "device": subject.launch.device}
+            reply = client.ask(message, BUILD_TIMEOUT)
+            record.by[name] = {**reply["by"], "device": client.spec.device}
             unknown = [counter for counter in reply["counts"] if counter not in COUNTERS]
             if unknown:
                 return f"counts {unknown[0]!r}, which is not known; known: {', '.join(COUNTERS)}"
@@ -103,8 +103,8 @@ def _counted(record: Record, name: str, subject: Subject, preset: Preset) -> str
     mine = [one for one in record.counts if (one.preset, one.backend, one.phase) == (preset.name, name, "decode")]
     if not any((one.preset, one.backend) == (preset.name, name) for one in record.counts):
         return "it counts nothing"
-    if subject.claims.reference == "definition":
-        record.counts += [positions(one, config, subject.claims) for one in mine if one.counter == "multiply_adds"]
+    if client.claims.reference == "definition":
+        record.counts += [positions(one, config, client.claims) for one in mine if one.counter == "multiply_adds"]
     record.counts += growth(mine)
     return ""
 

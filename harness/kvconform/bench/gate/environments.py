@@ -46,7 +46,7 @@ class Environment:
     root: Path | None = None
     tree: Path | None = None
 
-    def launch(self, address: str, device: str = "cpu") -> WorkerSpec:
+    def spec(self, address: str, device: str = "cpu") -> WorkerSpec:
         """How to start workers of a backend here. One that is given by its file in the repository is the ref's file."""
         return WorkerSpec(self._reference_forward(address), device, self.python, environment=dict(self.variables))
 

@@ -38,7 +38,7 @@ from kvconform.bench.record import Arm
 from kvconform.bench.worker.gpu import classes, default_mhz, held, kept
 from kvconform.bench.worker.timer import digest, tokens
 from kvconform.host import load_average, machine
-from kvconform.worker.client import BUILD_TIMEOUT, BackendUnavailable, Subject, WorkerDied, WorkerSpec
+from kvconform.worker.client import BUILD_TIMEOUT, BackendUnavailable, WorkerClient, WorkerDied, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 
 Tell = Callable[[str], None]
@@ -110,14 +110,14 @@ class _Gate:
         self.per_case, self.limit, self.began = seconds_per_case, seconds, time.perf_counter()
         self.launches = {
             side: replace(
-                launch,
+                spec,
                 environment={
                     "KVCONFORM_ARTEFACTS": str((out.parent / "artefacts" / side).resolve()),
-                    **launch.environment,
+                    **spec.environment,
                     **variables(threads),
                 },
             )
-            for side, launch in launches.items()
+            for side, spec in launches.items()
         }
         self.digests = {name: digest(tokens(preset.config, seed)) for name, preset in presets.items()}
         self.record = GateRecord(
@@ -140,7 +140,7 @@ class _Gate:
                 "input_digest": self.digests,
                 "stop_rule": f"{ENOUGH_ROUNDS} rounds and half-width <= {TARGET_HALF_WIDTH:.0%}, or the seconds of a case",
             },
-            sides={side: Side(launch.python, "", launch.python) for side, launch in launches.items()},
+            sides={side: Side(spec.python, "", spec.python) for side, spec in launches.items()},
             load=[load_average()],
             cases=[
                 GateCase(name, phase, n)
@@ -157,43 +157,43 @@ class _Gate:
             mine = [case for case, known in enumerate(self.record.cases) if known.preset == name]
             with ExitStack() as stack:
                 try:
-                    subjects = self.started(preset, SIDES, 0, stack)
-                    for side, subject in subjects.items():
+                    clients = self.started(preset, SIDES, 0, stack)
+                    for side, client in clients.items():
                         known = self.record.sides[side]
-                        self.record.sides[side] = Side(known.name, known.commit, known.python, subject.environment)
-                    self.right(preset, subjects)
+                        self.record.sides[side] = Side(known.name, known.commit, known.python, client.environment)
+                    self.right(preset, clients)
                 except BackendLost as lost:
                     self.last(mine, lost)
                 else:
                     self.tell(f"{name}: base and head are right on the timed inputs")
 
-    def right(self, preset: Preset, subjects: Mapping[str, Subject]) -> None:
+    def right(self, preset: Preset, clients: Mapping[str, WorkerClient]) -> None:
         """Raises BackendLost unless both run on one kind of machine, are right on the timed inputs, and are what their name
         says."""
-        base, head = (subjects[side].environment.get("platform", "").partition("-with-")[0] for side in SIDES)
+        base, head = (clients[side].environment.get("platform", "").partition("-with-")[0] for side in SIDES)
         if base != head:
             raise BackendLost(HEAD, f"it runs on {head}, the base on {base}")
         defined: Truth | None = None
         runtime_infos: dict[str, dict[str, Any]] = {}
-        for side, subject in subjects.items():
-            config = config_of(subject, preset)
+        for side, client in clients.items():
+            config = config_of(client, preset)
             try:
-                why = unable(subject.claims, preset) or subject.build(config)
-                if not why and subject.reference_forward is not None:
+                why = unable(client.claims, preset) or client.build(config)
+                if not why and client.reference_forward is not None:
                     why, _ = parity(
-                        subject,
+                        client,
                         preset,
                         config,
                         self.seed,
-                        own_truth(subject.reference_forward(config), config, self.seed),
+                        own_truth(client.reference_forward(config), config, self.seed),
                     )
                 elif not why:
                     defined = defined or truth(config, self.seed)
-                    why, _ = parity(subject, preset, config, self.seed, defined)
-                seen = {} if why else subject.runtime_info(config)
+                    why, _ = parity(client, preset, config, self.seed, defined)
+                seen = {} if why else client.runtime_info(config)
             except (WorkerDied, BackendUnavailable) as words:
                 raise BackendLost(side, str(words)) from words
-            why = why or misfit(seen, self.threads, subject.launch.device)
+            why = why or misfit(seen, self.threads, client.spec.device)
             if why:
                 raise BackendLost(side, why)
             runtime_infos[side] = seen
@@ -280,20 +280,20 @@ class _Gate:
             raise BackendLost(HEAD, "no round of a restart had both blocks near the device's default clock")
         return made.d
 
-    def started(self, preset: Preset, order: Sequence[str], number: int, stack: ExitStack) -> dict[str, Subject]:
+    def started(self, preset: Preset, order: Sequence[str], number: int, stack: ExitStack) -> dict[str, WorkerClient]:
         """Both workers, started in this order, on the processors of that restart. Raises BackendLost."""
-        subjects = {}
+        clients = {}
         for side in order:
-            launch = self.launches[side]
-            address = preset.addresses.get(self.record.backend, launch.address)
-            launch = replace(launch, address=address, cpus=processors(self.threads, number))
+            spec = self.launches[side]
+            address = preset.addresses.get(self.record.backend, spec.address)
+            spec = replace(spec, address=address, cpus=processors(self.threads, number))
             try:
-                subjects[side] = stack.enter_context(Subject(launch))
+                clients[side] = stack.enter_context(WorkerClient(spec))
             except BackendUnavailable as sentence:
                 raise BackendLost(side, str(sentence)) from sentence
             except KeyError as missing:
                 raise BackendLost(side, f"its worker is of another version: it does not tell {missing}") from missing
-        return subjects
+        return clients
 
     def last(self, cases: Sequence[int], lost: BackendLost) -> None:
         """Notes that cases have no verdict on their times."""
@@ -311,9 +311,9 @@ class _Gate:
 
 
 def build(clock: TimingClient, preset: Preset, side: str) -> None:
-    """Builds the subject where its worker has not. Raises BackendLost."""
+    """Builds the backend where its worker has not. Raises BackendLost."""
     try:
-        why = clock.subjects[side].build(config_of(clock.subjects[side], preset))
+        why = clock.clients[side].build(config_of(clock.clients[side], preset))
     except (WorkerDied, BackendUnavailable) as words:
         raise BackendLost(side, str(words)) from words
     if why:

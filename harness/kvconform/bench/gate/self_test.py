@@ -79,7 +79,7 @@ class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def self_test(
-    launch: WorkerSpec,
+    spec: WorkerSpec,
     presets: Mapping[str, Preset],
     backend: str,
     folder: Path,
@@ -102,8 +102,8 @@ def self_test(
         tell(f"A/A run {number + 1} of {runs}")
         try:
             record = gate(
-                launch,
-                launch,
+                spec,
+                spec,
                 presets,
                 backend,
                 folder / f"a-a-{number + 1:03}.json",
@@ -120,7 +120,7 @@ def self_test(
         if not record.finished:
             break
         records.append(record)
-    told = conclude(records, backend, list(presets), simulate, seed, launch.device)
+    told = conclude(records, backend, list(presets), simulate, seed, spec.device)
     history.parent.mkdir(parents=True, exist_ok=True)
     with history.open("ab") as file:
         file.write(msgspec.json.encode(told) + b"\n")

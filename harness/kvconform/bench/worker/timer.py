@@ -1,4 +1,4 @@
-"""The worker's side of a speed run: it times blocks of calls of one subject and answers numbers.
+"""The worker's side of a speed run: it times blocks of calls of one backend and answers numbers.
 
 Inputs are made and caches put back outside the timed regions; garbage collection is off inside them. Nothing but
 numpy is needed here. Of the harness a timed region holds one Python call for each step and, in a generation, the
@@ -70,13 +70,13 @@ def resident() -> int | None:
 
 
 class Timer:
-    """A built subject, the tokens it is timed on ``(1, capacity)``, and the one cache that is kept between blocks.
+    """A built backend, the tokens it is timed on ``(1, capacity)``, and the one cache that is kept between blocks.
     All rows of a batch have the same tokens."""
 
     def __init__(
-        self, subject: Any, ids: Ids, ceiling: Callable[[int, int], Ceiling] | None = None, gpu: Gpu | None = None
+        self, backend: Any, ids: Ids, ceiling: Callable[[int, int], Ceiling] | None = None, gpu: Gpu | None = None
     ) -> None:
-        self.subject, self.tokens, self.digest, self.gpu = subject, ids, digest(ids), gpu
+        self.backend, self.tokens, self.digest, self.gpu = backend, ids, digest(ids), gpu
         self.ceiling = ceiling  # of a decode step at a depth, for a batch
         self.kept: tuple[int, int, Any] | None = None  # batch, how many tokens it holds, and the cache
         self.measured: tuple[tuple[int, int], Ceiling] | None = None
@@ -95,53 +95,53 @@ class Timer:
 
     def blocks(self, phase: str, depth: int, steps: int, count: int, batch: int = 1, new: int = 0) -> list[Block]:
         """``count`` blocks of ``steps`` calls each, or of one generation of ``new`` tokens. Raises RuntimeError where
-        the subject loses count of tokens."""
+        the backend loses count of tokens."""
         self._phase = phase
         return [self._phases[phase](depth, steps, batch, new) for _ in range(count)]
 
     def device(self, phase: str, depth: int, steps: int, count: int, batch: int = 1) -> list[int]:
-        """``count`` times the device's own nanoseconds of ``steps`` steps; 0: not measured, and the subject's runtime_info
+        """``count`` times the device's own nanoseconds of ``steps`` steps; 0: not measured, and the backend's runtime_info
         says why. After the last block of this worker: a profiler may stay in the process."""
-        if not hasattr(self.subject, "device_ns"):
+        if not hasattr(self.backend, "device_ns"):
             return [0] * count
         self.drop()
         self._phase, caches = phase, dict[int, Any]()
         call = self._again(depth, batch, caches)
-        found = [self.subject.device_ns(call, steps) or 0 for _ in range(count)]
+        found = [self.backend.device_ns(call, steps) or 0 for _ in range(count)]
         for cache in caches.values():
             self._close(cache, depth)
         return found
 
     def _again(self, n: int, batch: int, caches: dict[int, Any]) -> Callable[[int], object]:
         """One step that can be made again and again on as many caches as are asked for: see ``Backend.device_ns``."""
-        subject = self.subject
+        backend = self.backend
         if self._phase != "decode":
             prompt = self._ids(0, n if self._phase == "prefill" else n + 1, batch)
             forward = self._forward()
             if self._phase == "prefill":
-                return lambda copy: subject.step(subject.start(batch), prompt)
+                return lambda copy: backend.step(backend.start(batch), prompt)
             return lambda copy: forward(prompt)
         first, one = self._ids(0, n, batch), self._ids(n, n + 1, batch)
 
         def call(copy: int) -> None:
             if copy not in caches:
-                caches[copy] = subject.step(subject.start(batch), first)[1]
-            _, after = subject.step(caches[copy], one)
-            if not subject.claims.can("immutable"):
-                caches[copy] = subject.truncate(after, n)
+                caches[copy] = backend.step(backend.start(batch), first)[1]
+            _, after = backend.step(caches[copy], one)
+            if not backend.claims.can("immutable"):
+                caches[copy] = backend.truncate(after, n)
 
         return call
 
     def memory(self, depth: int, batch: int) -> dict[str, int | None]:
-        """Bytes of a cache of ``depth`` tokens: as the subject counts them, and how the process grew meanwhile."""
+        """Bytes of a cache of ``depth`` tokens: as the backend counts them, and how the process grew meanwhile."""
         self.drop()
         gc.collect()
-        allocator = self.subject.allocated if hasattr(self.subject, "allocated") else lambda: None
+        allocator = self.backend.allocated if hasattr(self.backend, "allocated") else lambda: None
         allocator()  # growth is counted from here
         before = resident()
-        cache = self.subject.step(self.subject.start(batch), self._ids(0, depth, batch))[1]
+        cache = self.backend.step(self.backend.start(batch), self._ids(0, depth, batch))[1]
         after, allocated = resident(), allocator()
-        counted = int(self.subject.bytes(cache)) if self.subject.claims.can("bytes") else None
+        counted = int(self.backend.bytes(cache)) if self.backend.claims.can("bytes") else None
         self._close(cache, depth)
         grown = None if before is None or after is None else after - before
         return {"reported": counted, "resident": grown, "allocated": allocated}
@@ -155,7 +155,7 @@ class Timer:
             opened: list[Any] = []
 
             def call(opened: list[Any] = opened) -> None:
-                opened.append(self.subject.step(self.subject.start(batch), prompt)[1])
+                opened.append(self.backend.step(self.backend.start(batch), prompt)[1])
 
             taken = self._timed(call)
             total = Block(
@@ -173,32 +173,32 @@ class Timer:
         generation find: a cache that a step has made, and warm processor caches."""
         if self.kept is None or self.kept[:2] != (batch, n - 1):
             self.drop()
-            cache = self.subject.start(batch)
+            cache = self.backend.start(batch)
             if n > 1:
-                _, cache = self.subject.step(cache, self._ids(0, n - 1, batch))
+                _, cache = self.backend.step(cache, self._ids(0, n - 1, batch))
             self.kept = batch, n - 1, cache
-        _, cache = self.subject.step(self.kept[2], self._ids(n - 1, n, batch))
+        _, cache = self.backend.step(self.kept[2], self._ids(n - 1, n, batch))
         self.kept = None
         fed = [self._ids(position, position + 1, batch) for position in range(n, n + steps)]
         grown = [cache]
 
         def call() -> None:
-            cache, step = grown[0], self.subject.step
+            cache, step = grown[0], self.backend.step
             for one in fed:
                 _, cache = step(cache, one)
             grown[0] = cache
 
         taken = self._timed(call)
         self._expect(grown[0], n + steps)
-        if self.subject.claims.can("truncate"):
-            self.kept = batch, n - 1, self.subject.truncate(grown[0], n - 1)
+        if self.backend.claims.can("truncate"):
+            self.kept = batch, n - 1, self.backend.truncate(grown[0], n - 1)
         else:
             self._close(grown[0], n + steps)
         return taken
 
     def _recompute(self, n: int, steps: int, batch: int, new: int) -> Block:
         """All ``n + 1`` tokens anew. The kept cache stays, unless there is room for one sequence alone."""
-        if self.subject.claims.max_sequences == 1:
+        if self.backend.claims.max_sequences == 1:
             self.drop()
         whole, forward = self._ids(0, n + 1, batch), self._forward()
 
@@ -209,12 +209,12 @@ class Timer:
         return self._timed(call)
 
     def _forward(self) -> Callable[[Ids], NDArray[Any]]:
-        """The cache-less forward, of the last position's logits where the phase says so; where the subject claims none
+        """The cache-less forward, of the last position's logits where the phase says so; where the backend claims none
         a prefill into an empty cache, whose keys nobody reads again."""
-        subject, last = self.subject, {"last_only": True} if self._phase.endswith("-last") else {}
-        if subject.claims.can("uncached_forward"):
-            return lambda ids: subject.uncached_forward(ids, **last)
-        return lambda ids: subject.step(subject.start(len(ids)), ids, **last)[0]
+        backend, last = self.backend, {"last_only": True} if self._phase.endswith("-last") else {}
+        if backend.claims.can("uncached_forward"):
+            return lambda ids: backend.uncached_forward(ids, **last)
+        return lambda ids: backend.step(backend.start(len(ids)), ids, **last)[0]
 
     def _generate(self, n: int, steps: int, batch: int, new: int) -> Block:
         """Greedy: ``new`` tokens after a prompt of ``n``, each picked from the newest logits; the last is never fed."""
@@ -233,9 +233,9 @@ class Timer:
                     ids[:, at] = forward(np.ascontiguousarray(ids[:, :at]))[:, -1].argmax(axis=-1)
                     came.append(clock() - began)
                 return
-            step, prompt = self.subject.step, np.ascontiguousarray(ids[:, :n])
-            last = {"last_only": True} if self.subject.claims.can("last_only") else {}
-            logits, cache = step(self.subject.start(batch), prompt, **last)
+            step, prompt = self.backend.step, np.ascontiguousarray(ids[:, :n])
+            last = {"last_only": True} if self.backend.claims.can("last_only") else {}
+            logits, cache = step(self.backend.start(batch), prompt, **last)
             for at in range(n, n + new):
                 if at > n:
                     logits, cache = step(cache, ids[:, at - 1 : at].copy())
@@ -264,21 +264,21 @@ class Timer:
         return timed(call)
 
     def _timed(self, call: Callable[[], None]) -> Block:
-        """One timed region of the subject. What a device still has to do is waited for inside it."""
+        """One timed region of the backend. What a device still has to do is waited for inside it."""
         taken = self._waited(call)
         if self.gpu is None:
             return taken
         return taken._replace(sm_mhz=self.gpu.sm_mhz(), throttle=self.gpu.throttle())
 
     def _waited(self, call: Callable[[], None]) -> Block:
-        if not hasattr(self.subject, "synchronise"):
+        if not hasattr(self.backend, "synchronise"):
             return timed(call)
 
         def waited() -> None:
             call()
-            self.subject.synchronise()
+            self.backend.synchronise()
 
-        self.subject.synchronise()
+        self.backend.synchronise()
         return timed(waited)
 
     def _ids(self, start: int, stop: int, batch: int) -> Ids:
@@ -286,18 +286,18 @@ class Timer:
         return np.repeat(self.tokens[:, start:stop], batch, axis=0)
 
     def _expect(self, cache: Any, length: int) -> None:
-        if self.subject.claims.can("length"):
-            told = list(self.subject.length(cache))
+        if self.backend.claims.can("length"):
+            told = list(self.backend.length(cache))
             if told != [length] * len(told):
                 raise RuntimeError(f"says that it holds {told} tokens after {length}")
 
     def _close(self, cache: Any, length: int) -> None:
         self._expect(cache, length)
-        if hasattr(self.subject, "close"):
-            self.subject.close(cache)
+        if hasattr(self.backend, "close"):
+            self.backend.close(cache)
 
     def drop(self) -> None:
-        """Ends the kept cache: others want the subject, and some hold one sequence at a time."""
+        """Ends the kept cache: others want the backend, and some hold one sequence at a time."""
         if self.kept is not None:
             _, length, cache = self.kept
             self.kept = None

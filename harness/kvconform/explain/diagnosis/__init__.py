@@ -1,8 +1,8 @@
-"""Diagnosis: what a broken subject behaves like, and under which smallest condition. Detection never depends on it.
+"""Diagnosis: what a broken backend behaves like, and under which smallest condition. Detection never depends on it.
 
 A fixed battery of probes says what is off (``symptoms``) and when (``signature``). The faults of the catalogue that
-show the same pattern are run on the same programs, each in a worker of its own: where one gives the subject's outputs,
-bad ones included, the subject behaves exactly like it. A black box has other weights, so that patterns must do. Where
+show the same pattern are run on the same programs, each in a worker of its own: where one gives the backend's outputs,
+bad ones included, the backend behaves exactly like it. A black box has other weights, so that patterns must do. Where
 the bad outputs are what the truth gives on other tokens (``edits``), that is said, whether anybody planted it or not.
 """
 
@@ -32,7 +32,7 @@ from kvconform.explain.diagnosis.remedies import ADVICE
 from kvconform.explain.diagnosis.signature import condition, first, generating, loop, sighted, told
 from kvconform.explain.diagnosis.symptoms import Truth, alike, symptom
 from kvconform.explain.visibility import FORBIDDEN, Map
-from kvconform.worker.client import BackendUnavailable, Subject, WorkerDied, WorkerSpec
+from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerDied, WorkerSpec
 from kvconform.worker.execute import StepResult, Trace
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
@@ -40,15 +40,15 @@ from kvconform_specs.configs import CONFIGS
 from kvconform_specs.program import Program
 
 SECONDS = 10.0
-"""After so many seconds no further fault is run beside the subject."""
+"""After so many seconds no further fault is run beside the backend."""
 DEATHS = 3
-"""After so many probes in which the subject's process died no further one is run."""
+"""After so many probes in which the backend's process died no further one is run."""
 FAULT_TIMEOUT = 5.0
 """Seconds without progress after which a fault's step is given up."""
 
 
 class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
-    """What a subject that broke clauses under one config behaves like.
+    """What a backend that broke clauses under one config behaves like.
 
     named: the id of the class of mistakes (``M1``), empty where none stands out; fault: the planted fault that it
     behaves like, empty where the tokens that it sees are all that names it; bug: its real-world upstream bug, a link.
@@ -65,34 +65,34 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
     sentence: str = ""
 
 
-def diagnose(subject: Subject, config: Config, cases: Sequence[Case], maps: Sequence[Map]) -> Diagnosis | None:
-    """What the subject behaves like, from probes of its own; ``cases`` are the small counterexamples that were found.
+def diagnose(client: WorkerClient, config: Config, cases: Sequence[Case], maps: Sequence[Map]) -> Diagnosis | None:
+    """What the backend behaves like, from probes of its own; ``cases`` are the small counterexamples that were found.
     None where no probe shows anything. Raises WorkerDied where a black box's own forward does."""
-    if config.profile not in subject.claims.profiles:
+    if config.profile not in client.claims.profiles:
         return None
-    subject.fresh()  # what ran before must not show
+    client.fresh()  # what ran before must not show
     try:
-        if subject.build(config) is not None:
+        if client.build(config) is not None:
             return None
     except WorkerDied:
         return None  # there is nothing to probe
-    truth = Truth(subject.claims.precision, subject.reference_forward)
-    run = ProbeRunner(subject)
-    examination = examine(run, config, subject.claims, truth)
+    truth = Truth(client.claims.precision, client.reference_forward)
+    run = ProbeRunner(client)
+    examination = examine(run, config, client.claims, truth)
     programs = dict.fromkeys(program for case in cases for program in case.programs if program.config == config)
     extra = [
         Probe(f"case {number}", "a counterexample", program)
         for number, program in zip(count(1), programs, strict=False)
     ]
-    found = [symptom(probe, run(probe.program), truth, subject.claims) for probe in extra]
+    found = [symptom(probe, run(probe.program), truth, client.claims) for probe in extra]
     whole = Examination((*examination.symptoms, *found), examination.pattern)
     if not whole.off and not any(one.off for one in found):
         return None
-    own = None if subject.reference_forward is None else subject.reference_forward(config)
-    explained = explanations(whole.symptoms, config, subject.claims, own)
+    own = None if client.reference_forward is None else client.reference_forward(config)
+    explained = explanations(whole.symptoms, config, client.claims, own)
     likened = None
     if examination.off and run.deaths < DEATHS:
-        likened = _match(subject, config, whole)
+        likened = _match(client, config, whole)
     return _said(whole, config, likened, explained, across(maps))
 
 
@@ -112,16 +112,16 @@ def across(maps: Sequence[Map]) -> str:
 
 
 class ProbeRunner:
-    """Runs programs on the subject; where its process dies, the program's trace says so."""
+    """Runs programs on the backend; where its process dies, the program's trace says so."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject, self.deaths = subject, 0
+    def __init__(self, client: WorkerClient) -> None:
+        self.client, self.deaths = client, 0
 
     def __call__(self, program: Program) -> Trace:
         if self.deaths >= DEATHS:
             return ()
         try:
-            return self.subject.run(program, (0,)).apart()[0]
+            return self.client.run(program, (0,)).apart()[0]
         except WorkerDied as death:
             self.deaths += 1
             return (StepResult(error=death.words),)
@@ -130,16 +130,16 @@ class ProbeRunner:
 # --- which fault it is ---
 @dataclass(frozen=True)
 class _Likened:
-    """The class of mistakes that a subject shows, the fault that it is like, and whether its outputs are the same."""
+    """The class of mistakes that a backend shows, the fault that it is like, and whether its outputs are the same."""
 
     kind: str
     match: Match
     exact: bool
 
 
-def _match(subject: Subject, config: Config, whole: Examination) -> _Likened | None:
-    matches = nearest(whole.pattern, _comparable(config, subject.claims.reference == "self"))
-    if subject.claims.reference == "definition":
+def _match(client: WorkerClient, config: Config, whole: Examination) -> _Likened | None:
+    matches = nearest(whole.pattern, _comparable(config, client.claims.reference == "self"))
+    if client.claims.reference == "definition":
         began = time.monotonic()
 
         def same(match: Match) -> bool:
@@ -166,9 +166,9 @@ def _comparable(config: Config, own_truth: bool) -> Prints:
 
 
 def _same(address: str, config: Config, whole: Examination) -> bool:
-    """Whether a fault does on every program that is off what the subject did, and on all others that it can run."""
+    """Whether a fault does on every program that is off what the backend did, and on all others that it can run."""
     try:
-        with Subject(WorkerSpec(address, step_timeout=FAULT_TIMEOUT)) as fault:
+        with WorkerClient(WorkerSpec(address, step_timeout=FAULT_TIMEOUT)) as fault:
             if fault.build(config) is not None:
                 return False
             asked = {probe.name for probe in probes(config, fault.claims)}
@@ -181,7 +181,7 @@ def _same(address: str, config: Config, whole: Examination) -> bool:
                 trace = fault.run(one.probe.program, (0,)).apart()[0]
                 if not alike(one, symptom(one.probe, trace, truth, fault.claims)):
                     return False
-                if one.probe.name == SEEN:  # a fault may keep something of them, as the subject may have
+                if one.probe.name == SEEN:  # a fault may keep something of them, as the backend may have
                     for _position, program in (*changes(one.probe), (0, one.probe.program)):
                         fault.run(program, (0,))
                 off += one.off

@@ -135,7 +135,7 @@ class _Followed:
             self.views = remembered(symptom.probe.program, lasting or edit.memory())
 
     def output(self, cell: Cell) -> tuple[Array, Array]:
-        """What the subject gave, and its bound."""
+        """What the backend gave, and its bound."""
         kept = self.symptom.outputs[cell.step]
         assert kept is not None
         return kept[0][cell.row, cell.column], kept[1][cell.row, cell.column]

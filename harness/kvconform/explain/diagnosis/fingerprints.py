@@ -1,4 +1,4 @@
-"""The catalogue: what each planted fault shows on the probes, so that a broken subject can be compared with all.
+"""The catalogue: what each planted fault shows on the probes, so that a broken backend can be compared with all.
 
 ``python -m kvconform.explain.diagnosis.fingerprints --write`` computes it anew, ``--evaluate`` says how often it names
 the right class. It holds patterns of letters (``symptoms``), which depend on no sizes; it names faults by their
@@ -50,7 +50,7 @@ MARGIN = 0.05
 """by so much more than like that of any fault of other classes, and a second fault of the class must be more like it
 than those are, too. This was chosen on the catalogue, each fault named by the others alone (``evaluated``)."""
 SHORTLIST = 12
-"""So many faults are run beside a subject at most,"""
+"""So many faults are run beside a backend at most,"""
 LEAST = 0.7
 """none that is less like it."""
 WEIGHTS: Mapping[str, float] = {SIGHT: 10.0}
@@ -231,12 +231,12 @@ def examined(backend: Any, config: Config, truths: dict[Any, Truth]) -> Examinat
     refuses = getattr(backend, "refuses", None)
     if config.profile not in backend.claims.profiles or (refuses is not None and refuses(config, "cpu") is not None):
         return None
-    subject = backend(config, weights(config), "cpu")
+    backend = backend(config, weights(config), "cpu")
 
     def run(program: Program) -> Trace:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the NaN that some faults make
-            return unpack(*pack(execute(subject, program, (0,)))).apart()[0]
+            return unpack(*pack(execute(backend, program, (0,)))).apart()[0]
 
     precision = backend.claims.precision
     truth = truths.setdefault((config, precision), Truth(precision))
@@ -354,7 +354,7 @@ def _counted(got: Sequence[bool | None]) -> Evaluation:
 
 
 def full(its: Print) -> dict[str, str]:
-    """Its pattern as a subject's: with the probes on which nothing was off."""
+    """Its pattern as a backend's: with the probes on which nothing was off."""
     return {name: its.pattern.get(name, "") for name in sorted(its.asked)}
 
 

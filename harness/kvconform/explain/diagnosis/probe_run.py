@@ -1,4 +1,4 @@
-"""The examination: the whole battery on one subject, and which tokens its outputs feel."""
+"""The examination: the whole battery on one backend, and which tokens its outputs feel."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _agreement(right: Sequence[bool] | None) -> str:
 
 @dataclass(frozen=True)
 class Examination:
-    """What the battery showed of one subject under one config. ``pattern``: the letters of each probe, by its name."""
+    """What the battery showed of one backend under one config. ``pattern``: the letters of each probe, by its name."""
 
     symptoms: tuple[Symptom, ...]
     pattern: Mapping[str, str]

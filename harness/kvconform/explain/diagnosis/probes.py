@@ -1,6 +1,6 @@
-"""The probes: a fixed battery of short programs that a broken subject is asked to run, so that it can be described.
+"""The probes: a fixed battery of short programs that a broken backend is asked to run, so that it can be described.
 
-They are the same for every subject, as far as its claims and its config allow: what a probe shows on one config can be
+They are the same for every backend, as far as its claims and its config allow: what a probe shows on one config can be
 compared with what it shows on another. Each has streams of its own, so that what one leaves behind is foreign to the
 next.
 """
@@ -37,7 +37,7 @@ from kvconform_specs.tensors import distributed
 SEEN = "sees"
 """The name of the probe whose tokens are changed one by one."""
 GENERATIONS = ("generation", "generation-rows")
-"""The names of the probes in which the subject generates."""
+"""The names of the probes in which the backend generates."""
 SPREAD = 1000
 """The streams of one probe are those from its number times so many on."""
 OTHER = 500
@@ -482,10 +482,10 @@ BATTERY: tuple[_Plan, ...] = (
         ("ragged", "contents"),
         ATTENTION,
     ),
-    _Plan("generation", "tokens that the subject generates on its own", _generations, ("generate",), ("decoder",)),
+    _Plan("generation", "tokens that the backend generates on its own", _generations, ("generate",), ("decoder",)),
     _Plan(
         "generation-rows",
-        "tokens that the subject generates for several rows",
+        "tokens that the backend generates for several rows",
         _generations_of_rows,
         ("generate", "two rows"),
         ("decoder",),

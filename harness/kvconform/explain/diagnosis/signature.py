@@ -193,7 +193,7 @@ def generating(examination: Examination) -> str:
 
 
 def loop(examination: Examination) -> str:
-    """``L1`` where the subject generates other tokens though its steps are right, and does so from a probe's first
+    """``L1`` where the backend generates other tokens though its steps are right, and does so from a probe's first
     generation on; else empty: what an earlier one left behind is no matter of the loop."""
     if not generating(examination):
         return ""

@@ -277,13 +277,13 @@ class _Reading:
             own["after poison"] = 1
 
     def _told(self, number: int, done: StepResult | None) -> str:
-        """Length and room as the subject tells them after a step."""
+        """Length and room as the backend tells them after a step."""
         step = self.probe.program.steps[number]
         rows = [len(row) for row in self.histories.rows.get(getattr(step, "seq", ""), ())]
         letters = ""
         for name, letter, right in (
             ("length", "l", rows),
-            ("room", "r", [self.config.capacity - length for length in rows]),
+            ("free_slots", "r", [self.config.capacity - length for length in rows]),
         ):
             told = None if done is None else done.reported.get(name)
             wrong = told is not None and list(told) != right

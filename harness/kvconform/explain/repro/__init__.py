@@ -18,7 +18,7 @@ from kvconform.explain.repro.checks import check
 from kvconform.explain.repro.failure import TWO, Failure, located
 from kvconform.explain.repro.inputs import WIDTH, Run, inputs, layouts
 from kvconform.search.counterexample import Broken, Counterexample, sentence
-from kvconform.worker.client import Subject, WorkerDied, describe
+from kvconform.worker.client import WorkerClient, WorkerDied, describe
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.config import Config
@@ -32,22 +32,22 @@ TOLD = ("length", "free_slots", "bytes")
 """What a backend that claims to know is asked for after each step about a sequence (``record``)."""
 
 
-def script(found: Counterexample, subject: Subject) -> str:
-    """The file for a counterexample, as it breaks its clause on this subject now.
+def script(found: Counterexample, client: WorkerClient) -> str:
+    """The file for a counterexample, as it breaks its clause on this backend now.
 
     Raises SpecError where it does not.
     """
     clause = BY_NAME[found.clause]
     before = [Program.from_json(program, f"before[{i}]") for i, program in enumerate(found.before)]
-    failure, before = located(clause, subject, before, Case.from_json(found.case, "case"))
+    failure, before = located(clause, client, before, Case.from_json(found.case, "case"))
     programs = [*before, *(one.program for one in failure.observed)]
     if failure.step >= 0:
         programs[-1] = replace(programs[-1], steps=programs[-1].steps[: failure.step + 1])
     single = len(programs) == 1
     runs = [Run(program, "" if single else f"{number}_") for number, program in enumerate(programs)]
-    body, imports = _body(failure, runs, subject)
+    body, imports = _body(failure, runs, client)
     words = sentence(Broken("fail", failure.sentence), before)
-    return "\n".join([*_header(clause, words, subject), *_imports(imports, body), *body]) + "\n"
+    return "\n".join([*_header(clause, words, client), *_imports(imports, body), *body]) + "\n"
 
 
 def tried(file: Path, python: str) -> str:
@@ -70,16 +70,16 @@ def tried(file: Path, python: str) -> str:
 
 
 # --- the file ---
-def _header(clause: Clause, words: str, subject: Subject) -> list[str]:
-    versions = {k: v for k, v in subject.environment.items() if k not in ("platform", "source", "kvconform")}
-    where = f"{subject.launch.address} on {subject.launch.device}"
+def _header(clause: Clause, words: str, client: WorkerClient) -> list[str]:
+    versions = {k: v for k, v in client.environment.items() if k not in ("platform", "source", "kvconform")}
+    where = f"{client.spec.address} on {client.spec.device}"
     with_ = ", ".join(f"{name} {version}" for name, version in versions.items())
     text = clause.text.replace("`", "")
     paragraphs = [
         f"{words}.",
         "",
         f"This breaks {clause.name}: {text}",
-        f"Target: {where}; {with_}, {subject.environment.get('platform', '')}.",
+        f"Target: {where}; {with_}, {client.environment.get('platform', '')}.",
         "Run it with OMP_NUM_THREADS=1: it exits with 1 while the bug is there, with 0 once it is gone.",
     ]
     lines = [line for p in paragraphs for line in textwrap.wrap(p, WIDTH - 3, break_long_words=False) or [""]]
@@ -100,18 +100,18 @@ def _imports(wanted: Sequence[str], body: Sequence[str]) -> list[str]:
     return [*lines, ""]
 
 
-def _body(failure: Failure, runs: list[Run], subject: Subject) -> tuple[list[str], list[str]]:
+def _body(failure: Failure, runs: list[Run], client: WorkerClient) -> tuple[list[str], list[str]]:
     """The lines behind the imports, and which modules they need beyond numpy."""
     names = _names(runs)
-    box = _black_box(failure, runs, subject)
+    box = _black_box(failure, runs, client)
     if box is None:
-        address = subject.launch.address
-        setup = target(address, names, subject.launch.device, subject.claims.reference)
+        address = client.spec.address
+        setup = target(address, names, client.spec.device, client.claims.reference)
         steps = [calls(run, names[run.program.config], run is not runs[-1]) for run in runs]
         sources, imports = [[line for step in program for line in step] for program in steps], imports_of(address)
         last, earlier = steps[-1][-1], [x for step in steps[-1][:-1] for x in step]
         if failure.kind == "raised":
-            last = [*last, *_asked(runs[-1], names[runs[-1].program.config], subject)]
+            last = [*last, *_asked(runs[-1], names[runs[-1].program.config], client)]
     else:
         setup, imports = [line for line in box[0].strip().splitlines() if line != "import sys"], []
         while not setup[0]:
@@ -125,43 +125,43 @@ def _body(failure: Failure, runs: list[Run], subject: Subject) -> tuple[list[str
         whole = run is not runs[-1] or isinstance(failure.kind, Relation) or failure.kind in ("died", "shape")
         lines += ["", f"# program {run.tag.rstrip('_')}" if run.tag else "# the steps"]
         lines += source if whole else earlier
-    subject_name = names[runs[-1].program.config]
+    backend_name = names[runs[-1].program.config]
     if failure.kind in ("raised", "accepted", "died"):
         lines += _outcome(failure, runs[-1], last)
     else:
         relation = failure.kind.value if isinstance(failure.kind, Relation) else "what an output is like"
-        if subject.claims.reference == "self":
+        if client.claims.reference == "self":
             relation = relation.replace("the definition's value", "what it gives for the same tokens without a cache")
         compared = runs[-len(failure.observed) :]
         said = textwrap.wrap(f"what must hold: {relation}", WIDTH - 2)
-        lines += ["", *(f"# {line}" for line in said), *check(failure, compared, subject_name)]
+        lines += ["", *(f"# {line}" for line in said), *check(failure, compared, backend_name)]
     return [*_tools(runs, lines), *lines, 'print("holds: the bug is gone")'], imports
 
 
 def _names(runs: Sequence[Run]) -> dict[Config, str]:
-    """A variable for the subject of each config."""
+    """A variable for the backend of each config."""
     configs = list(dict.fromkeys(run.program.config for run in runs))
-    return {config: f"subject{number or ''}" for number, config in enumerate(configs)}
+    return {config: f"backend{number or ''}" for number, config in enumerate(configs)}
 
 
-def _black_box(failure: Failure, runs: Sequence[Run], subject: Subject) -> tuple[str, list[str]] | None:
+def _black_box(failure: Failure, runs: Sequence[Run], client: WorkerClient) -> tuple[str, list[str]] | None:
     """What the target's own adapter writes; None where it cannot say it without the backend protocol."""
-    if subject.claims.reference != "self" or failure.kind == "accepted":
+    if client.claims.reference != "self" or failure.kind == "accepted":
         return None
     if isinstance(failure.kind, Relation) and failure.kind not in OUTPUTS:
         return None
     try:
-        return subject.script(runs[0].program.config, [(run.program, run.tag) for run in runs])
+        return client.script(runs[0].program.config, [(run.program, run.tag) for run in runs])
     except WorkerDied:
         return None
 
 
-def _asked(run: Run, name: str, subject: Subject) -> list[str]:
+def _asked(run: Run, name: str, client: WorkerClient) -> list[str]:
     """What the last step's sequence is asked for, which may raise as well."""
     step = run.program.steps[-1]
     if isinstance(step, UncachedForward | ReadCache | Close | Reject):
         return []
-    return [f"{name}.{ability}({cache(step.seq)})" for ability in TOLD if subject.claims.can(ability)]
+    return [f"{name}.{ability}({cache(step.seq)})" for ability in TOLD if client.claims.can(ability)]
 
 
 def _tools(runs: Sequence[Run], lines: Sequence[str]) -> list[str]:
@@ -174,12 +174,12 @@ def _tools(runs: Sequence[Run], lines: Sequence[str]) -> list[str]:
                 "    return np.frombuffer(base64.b64decode(text), dtype).reshape(shape).copy()",
             ]
         )
-    if any(line.startswith("close(subject") for line in lines):
+    if any(line.startswith("close(backend") for line in lines):
         functions.append(
             [
-                "def close(subject, cache, *others):",
-                '    if hasattr(subject, "close") and not any(cache is other for other in others):',
-                "        subject.close(cache)",
+                "def close(backend, cache, *others):",
+                '    if hasattr(backend, "close") and not any(cache is other for other in others):',
+                "        backend.close(cache)",
             ]
         )
     spaced = [line for function in functions for line in ["", *function, ""]]

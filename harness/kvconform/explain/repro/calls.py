@@ -88,13 +88,13 @@ def imports_of(address: str) -> list[str]:
     return ["importlib.util"] if ".py:" in address and address.partition(":")[0] not in openers() else []
 
 
-def calls(run: Run, subject: str, then: bool) -> list[list[str]]:
+def calls(run: Run, backend: str, then: bool) -> list[list[str]]:
     """The lines of each step; ``then``: another program follows, so that what is open is ended behind the last."""
     names: dict[str, str] = {}
-    lines = [list(_step(run, number, step, subject, names)) for number, step in enumerate(run.program.steps)]
+    lines = [list(_step(run, number, step, backend, names)) for number, step in enumerate(run.program.steps)]
     if then and names:
         open_ones = list(names.values())
-        lines[-1] += [f"close({subject}, {', '.join(open_ones[i:])})" for i in range(len(open_ones))]
+        lines[-1] += [f"close({backend}, {', '.join(open_ones[i:])})" for i in range(len(open_ones))]
         lines[-1].append(f"del {', '.join(open_ones)}")
     return lines
 
@@ -104,26 +104,26 @@ def cache(seq: str) -> str:
     return f"cache_{seq}" if seq.isidentifier() else f"cache_{seq.encode().hex()}"
 
 
-def _step(run: Run, number: int, step: Step, subject: str, names: dict[str, str]) -> Iterator[str]:
+def _step(run: Run, number: int, step: Step, backend: str, names: dict[str, str]) -> Iterator[str]:
     comment = f"  # step {number}: {describe(run.program, number)}"
     call = called(step)
     if isinstance(step, Reject):
         comment += f" (wrong {step.wrong})" if step.wrong else ""
         yield f"try:{comment}, which must be refused"
-        for line in _called(run, number, call, subject, dict(names)):
+        for line in _called(run, number, call, backend, dict(names)):
             yield f"    {line}"
         yield f"    {run.name('refused', number)} = False"
         yield "except Exception:"
         yield f"    {run.name('refused', number)} = True"
         return
-    *first, last = _called(run, number, call, subject, names)
+    *first, last = _called(run, number, call, backend, names)
     yield from first
     yield last + comment
     if isinstance(step, Append) and step.count_macs:
-        yield f"{run.name('work', number)} = {subject}.work()"
+        yield f"{run.name('work', number)} = {backend}.macs()"
 
 
-def _called(run: Run, number: int, step: Call, subject: str, names: dict[str, str]) -> Iterator[str]:
+def _called(run: Run, number: int, step: Call, backend: str, names: dict[str, str]) -> Iterator[str]:
     """The calls of one step; ``names`` are the open sequences and their variables."""
     if isinstance(step, Append | UncachedForward):
         wrap = f"{layout_of(step)}({{}})" if layout_of(step) != "contiguous" else "{}"
@@ -133,35 +133,35 @@ def _called(run: Run, number: int, step: Call, subject: str, names: dict[str, st
     name = cache(step.seq)
     match step:
         case Generate():
-            yield f"{y} = {subject}.generate({given}, {step.new})"
+            yield f"{y} = {backend}.generate({given}, {step.new})"
         case UncachedForward():
-            yield f"{y} = {subject}.full({given}{', last_only=True' if step.last_only else ''})"
+            yield f"{y} = {backend}.uncached_forward({given}{', last_only=True' if step.last_only else ''})"
         case Append():
             if step.seq not in names:
                 names[step.seq] = name
-                yield f"{name} = {subject}.start({len(step.counts)})"
-            yield f"{y}, {name} = {subject}.step({name}, {given}{_keywords(run, number, step)})"
+                yield f"{name} = {backend}.start({len(step.counts)})"
+            yield f"{y}, {name} = {backend}.step({name}, {given}{_keywords(run, number, step)})"
         case Truncate():
-            yield f"{name} = {subject}.truncate({name}, {step.length})"
+            yield f"{name} = {backend}.truncate({name}, {step.length})"
         case Fork():
             names[step.into] = cache(step.into)
-            yield f"{cache(step.into)} = {subject}.fork({name})"
+            yield f"{cache(step.into)} = {backend}.fork({name})"
         case AliasHandle():
             names[step.into] = cache(step.into)
             yield f"{cache(step.into)} = {name}"
         case Reorder():
-            yield f"{name} = {subject}.reorder({name}, {list(step.rows)})"
+            yield f"{name} = {backend}.reorder({name}, {list(step.rows)})"
         case Reset():
-            yield f"{name} = {subject}.reset({name})"
+            yield f"{name} = {backend}.reset({name})"
         case ReadCache():
-            yield f"{run.name('held', number)} = {subject}.contents({name})"
+            yield f"{run.name('held', number)} = {backend}.contents({name})"
         case Poison():
             keys, values = (_float(POISONS[word]) for word in (step.keys, step.values))
-            yield f"{subject}.poison({name}, {keys}, {values})"
+            yield f"{backend}.poison({name}, {keys}, {values})"
         case Close():
             del names[step.seq]
             others = "".join(f", {other}" for other in names.values())
-            yield f"close({subject}, {name}{others})"
+            yield f"close({backend}, {name}{others})"
             yield f"del {name}"
 
 

@@ -30,15 +30,15 @@ SHOWN = 32
 """Of a token's outputs, where they are too many to write out, those that are furthest off."""
 
 
-def check(failure: Failure, runs: Sequence[Run], subject: str) -> list[str]:
+def check(failure: Failure, runs: Sequence[Run], backend: str) -> list[str]:
     """The last lines of the file; ``runs`` are those of ``failure.observed``."""
     if isinstance(failure.kind, Relation):
-        return CHECKS[failure.kind](failure, runs, subject)
+        return CHECKS[failure.kind](failure, runs, backend)
     return _shape(failure, runs[-1])
 
 
 # --- outputs ---
-def _parity(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]:
+def _parity(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
     config, want = failure.one.program.config, failure.one.want(failure.step)
     got, value, bound = failure.one.got(failure.step)[0], want.value[0], want.bound[0]
     bound = np.broadcast_to(bound, value.shape)
@@ -66,7 +66,7 @@ def _furthest(excess: Array) -> tuple[Array, str]:
     return cut, f"[{cut.tolist()}]"
 
 
-def _agreement(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]:
+def _agreement(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
     there = same_history(failure)
     return ["# the same token with the same tokens before it", *_within(failure, runs, place_of(failure), there)]
 
@@ -89,7 +89,7 @@ def _within(failure: Failure, runs: Sequence[Run], place: tuple[int, int], there
     ]
 
 
-def _bitwise(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]:
+def _bitwise(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
     (row, column), (there, its_row, its_column) = place_of(failure), same_history(failure)
     config = failure.one.program.config
     return [
@@ -100,7 +100,7 @@ def _bitwise(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]:
     ]
 
 
-def _unaffected(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]:
+def _unaffected(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
     row, column = place_of(failure)
     config = failure.one.program.config
     comment = f"# row {row}, column {column}: what differs between the two programs must not be seen here"
@@ -114,7 +114,7 @@ def _unaffected(failure: Failure, runs: Sequence[Run], _subject: str) -> list[st
     ]
 
 
-def _affected(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]:
+def _affected(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
     row, column = place_of(failure)
     config, step = failure.one.program.config, failure.step
     want, was = failure.one.want(step), failure.base.want(step)
@@ -138,7 +138,7 @@ def _affected(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]
     ]
 
 
-def _finite(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]:
+def _finite(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
     row, column = place_of(failure)
     return [
         f"got = {token_of(failure.one.program.config, runs[-1].name('y', failure.step), row, column)}",
@@ -149,14 +149,14 @@ def _finite(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]:
     ]
 
 
-def _same_token(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]:
+def _same_token(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
     row, column = place_of(failure)
     right = int(failure.one.want(failure.step).value[0, row, column].argmax())
     name = token_of(failure.one.program.config, runs[-1].name("y", failure.step), row, column)
     return compared(f"int({name}.argmax())", str(right), "got != want", "the largest logit is that of token ")
 
 
-def _generated(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]:
+def _generated(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
     step, want = failure.one.program.steps[failure.step], failure.one.expected[failure.step]
     output = failure.one.trace[failure.step].output
     assert isinstance(step, Generate) and isinstance(want, Generation) and output is not None

@@ -14,7 +14,7 @@ from kvconform.explain.repro.inputs import Run, literal
 from kvconform.judging import observed as places
 from kvconform.judging.judge import judge
 from kvconform.judging.observed import Observed, cells
-from kvconform.worker.client import Subject, WorkerDied
+from kvconform.worker.client import WorkerClient, WorkerDied
 from kvconform.worker.protocol import Traces
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
@@ -65,50 +65,50 @@ class Failure:
 
 
 Check = Callable[[Failure, Sequence[Run], str], list[str]]
-"""The lines that compare: of a failure, of the runs of ``Failure.observed``, on the subject of that name."""
+"""The lines that compare: of a failure, of the runs of ``Failure.observed``, on the backend of that name."""
 
 
 # --- where a case breaks ---
-def located(clause: Clause, subject: Subject, before: list[Program], case: Case) -> tuple[Failure, list[Program]]:
+def located(clause: Clause, client: WorkerClient, before: list[Program], case: Case) -> tuple[Failure, list[Program]]:
     """The first thing that breaks on a fresh process, and the programs that must run before those it is about."""
-    found = _failure(clause, subject, before, case)
+    found = _failure(clause, client, before, case)
     if found is None:
-        raise SpecError("", f"{clause.name} holds on {subject.launch.address} now: there is nothing to reproduce")
+        raise SpecError("", f"{clause.name} holds on {client.spec.address} now: there is nothing to reproduce")
     failure, ran = found
     alone = [program for program in ran if any(program is one.program for one in failure.observed)]
     if len(alone) < len(ran) and isinstance(failure.kind, Relation) and not before:
-        again = _failure(clause, subject, [], Case(tuple(alone)))
+        again = _failure(clause, client, [], Case(tuple(alone)))
         if again is not None and again[0].kind == failure.kind and len(again[1]) == len(alone):
             return again[0], []
     return failure, [program for program in ran if not any(program is one.program for one in failure.observed)]
 
 
 def _failure(
-    clause: Clause, subject: Subject, before: list[Program], case: Case
+    clause: Clause, client: WorkerClient, before: list[Program], case: Case
 ) -> tuple[Failure, list[Program]] | None:
     """What breaks, and all programs that ran up to there; None where nothing does."""
-    if subject.log:
-        subject.fresh()
+    if client.log:
+        client.fresh()
     traces: list[Traces] = []
     programs = [*before, *case.programs]
     for number, program in enumerate(programs):
         try:
-            traces.append(subject.run(program, (0,)))
+            traces.append(client.run(program, (0,)))
         except WorkerDied as death:
             step = death.step if "could not be built" not in death.words else -1
-            dead = Observed(program, (), (), (), subject.claims)
+            dead = Observed(program, (), (), (), client.claims)
             return Failure("died", death.words, step, (dead,)), programs[: number + 1]
     traces = traces[len(before) :]
-    own = None if subject.reference_forward is None else subject.reference_forward(case.programs[0].config)
-    expected = [expect(program, (0,), subject.claims.precision, own) for program in case.programs]
+    own = None if client.reference_forward is None else client.reference_forward(case.programs[0].config)
+    expected = [expect(program, (0,), client.claims.precision, own) for program in case.programs]
     observed = [
-        _observed(program, ran, wants, subject)
+        _observed(program, ran, wants, client)
         for program, ran, wants in zip(case.programs, traces, expected, strict=True)
     ]
 
     def words_of(relation: Relation, *numbers: int) -> str | None:
         asked = Case(tuple(case.programs[i] for i in numbers))
-        judged = judge(asked, (relation,), subject.claims, [traces[i] for i in numbers], [expected[i] for i in numbers])
+        judged = judge(asked, (relation,), client.claims, [traces[i] for i in numbers], [expected[i] for i in numbers])
         return None if judged.finding is None else judged.finding.sentence
 
     every = range(len(case.programs))
@@ -127,7 +127,7 @@ def _failure(
                 kind = _kind(words, compared[0]) if relation is Relation.SHAPE else relation
                 return Failure(kind, words, _step_of(words), compared), [*before, *case.programs[: numbers[-1] + 1]]
     except WorkerDied as death:  # a black box's own forward
-        whole = Observed(_whole(case), (), (), (), subject.claims)
+        whole = Observed(_whole(case), (), (), (), client.claims)
         return Failure("raised" if " raised " in death.words else "died", death.words, 0, (whole,)), [whole.program]
     return None
 
@@ -141,12 +141,12 @@ def _kind(words: str, one: Observed) -> str:
     return "accepted" if isinstance(one.program.steps[step], Reject) else "shape"
 
 
-def _observed(program: Program, traces: Traces, wants: Sequence[Expected | None], subject: Subject) -> Observed:
+def _observed(program: Program, traces: Traces, wants: Sequence[Expected | None], client: WorkerClient) -> Observed:
     """As relations see it, without what is judged before them."""
     trace = traces.apart()[0]
     asked, outputs = [], []
     for step, done, want in zip(program.steps, trace, wants, strict=False):
-        if want is not None and isinstance(step, Append) and subject.claims.returns == "last":
+        if want is not None and isinstance(step, Append) and client.claims.returns == "last":
             want = want.last()
         got = done.output if isinstance(step, Append | UncachedForward) else None
         if got is not None and program.config.profile == "attention" and got.ndim == 5:
@@ -154,7 +154,7 @@ def _observed(program: Program, traces: Traces, wants: Sequence[Expected | None]
             got = got.swapaxes(2, 3).reshape(n, b, t, -1)
         asked.append(want)
         outputs.append(got)
-    return Observed(program, trace, asked, outputs, subject.claims)
+    return Observed(program, trace, asked, outputs, client.claims)
 
 
 def _step_of(sentence: str) -> int:

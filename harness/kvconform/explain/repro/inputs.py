@@ -1,4 +1,4 @@
-"""What programs give a subject, as Python source: arrays as literals, the same tokens written once."""
+"""What programs give a backend, as Python source: arrays as literals, the same tokens written once."""
 
 from __future__ import annotations
 

@@ -13,20 +13,20 @@ from kvconform_specs.program import Append
 
 
 def _tells(ability: str, listed: bool = True) -> Check:
-    def told(failure: Failure, runs: Sequence[Run], subject: str) -> list[str]:
+    def told(failure: Failure, runs: Sequence[Run], backend: str) -> list[str]:
         name = cache(getattr(failure.one.program.steps[failure.step], "seq", ""))
-        call = f"{subject}.{ability}({name})"
+        call = f"{backend}.{ability}({name})"
         return compared(f"[int(n) for n in {call}]" if listed else call, failure.want, "got != want", f"{ability} ")
 
     return told
 
 
-def _graphs(failure: Failure, _runs: Sequence[Run], subject: str) -> list[str]:
+def _graphs(failure: Failure, _runs: Sequence[Run], backend: str) -> list[str]:
     most = failure.one.claims.max_graphs or 0
-    return compared(f"{subject}.graphs()", str(most), "got > want", "graphs, at most ")
+    return compared(f"{backend}.graph_count()", str(most), "got > want", "graphs, at most ")
 
 
-def _positions(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]:
+def _positions(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
     least, most = map(int, re.findall(r"\d+", failure.want)[:2])
     return compared(
         runs[-1].name("work", failure.step),
@@ -36,7 +36,7 @@ def _positions(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str
     )
 
 
-def _affine(failure: Failure, runs: Sequence[Run], subject: str) -> list[str]:
+def _affine(failure: Failure, runs: Sequence[Run], backend: str) -> list[str]:
     steps = failure.one.program.steps
     last = steps[failure.step]
     assert isinstance(last, Append)
@@ -54,7 +54,7 @@ def _metered(step: object) -> tuple[str, tuple[int, ...]] | None:
     return (step.seq, step.counts) if isinstance(step, Append) and step.count_macs else None
 
 
-def _held(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]:
+def _held(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
     row, (least, *most) = failure.number("row"), [int(n) for n in re.findall(r"\d+", failure.want)]
     shown = f"max(layer[{row}][0].shape[1] for layer in {runs[-1].name('held', failure.step)})"
     return compared(
@@ -62,7 +62,7 @@ def _held(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]:
     )
 
 
-def _contents(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]:
+def _contents(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
     row, position = failure.number("row"), failure.number("position")
     want = failure.one.want(failure.step)
     kind, head = _part(failure)
@@ -80,7 +80,7 @@ def _contents(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]
     ]
 
 
-def _kept(failure: Failure, runs: Sequence[Run], _subject: str) -> list[str]:
+def _kept(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
     row, position = failure.number("row"), failure.number("position")
     since = int(failure.sentence.rpartition("at step ")[2].split()[0])
     seq = getattr(failure.one.program.steps[failure.step], "seq", "")
@@ -113,12 +113,12 @@ def _slot(failure: Failure, step: int, row: int, position: int, layer: int | Non
 
 TOLD: dict[Relation, Check] = {
     Relation.LENGTHS: _tells("length"),
-    Relation.ROOM: _tells("room"),
+    Relation.FREE_SLOTS: _tells("free_slots"),
     Relation.BYTES: _tells("bytes", listed=False),
     Relation.CONTENTS: _contents,
     Relation.STABLE_CONTENTS: _kept,
     Relation.RETAINED_COUNT: _held,
-    Relation.GRAPHS: _graphs,
+    Relation.GRAPH_COUNT: _graphs,
     Relation.POSITIONS: _positions,
     Relation.LINEAR_COST: _affine,
 }

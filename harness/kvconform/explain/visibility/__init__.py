@@ -6,7 +6,7 @@ import msgspec
 
 from kvconform.explain.visibility.measure import BLIND, MISSING, SEES, UNTOLD, Sight, remembered
 from kvconform.explain.visibility.schedules import schedules
-from kvconform.worker.client import Subject
+from kvconform.worker.client import WorkerClient
 from kvconform_specs.config import Config
 
 __all__ = ["BLIND", "FORBIDDEN", "MISSING", "REQUIRED", "SEES", "UNTOLD", "Difference", "Map", "maps"]
@@ -19,7 +19,7 @@ Difference = tuple[int, int, str]
 class Map(msgspec.Struct, frozen=True, kw_only=True):
     """What each of ``n`` tokens' outputs sees of ``n`` tokens under one schedule.
 
-    schedule: ``full`` (the subject's own cache-less forward), ``prefill`` (one append), ``chunked``, ``decode``,
+    schedule: ``full`` (the backend's own cache-less forward), ``prefill`` (one append), ``chunked``, ``decode``,
     ``rows`` (two rows that grow together), ``sequences`` (three, the last one after the first is closed). sizes: the
     counts of the appends, of each row or sequence. rows: how many rows or sequences; the ``n`` tokens are those of the
     first, then those of the second, and so on.
@@ -64,28 +64,28 @@ class Map(msgspec.Struct, frozen=True, kw_only=True):
         return divmod(token, len(self.wanted) // self.rows)
 
 
-def maps(subject: Subject, config: Config) -> list[Map]:
-    """The maps of a subject under one config, one for each schedule that its claims allow; none where it does not take
+def maps(client: WorkerClient, config: Config) -> list[Map]:
+    """The maps of a backend under one config, one for each schedule that its claims allow; none where it does not take
     the config. Raises WorkerDied.
 
     Where outputs change from run to run though no token does, one schedule tells so, and only sequences are looked at
     further: each run of them on a fresh process.
     """
-    claims = subject.claims
-    if config.profile not in claims.profiles or config.dtype not in claims.dtypes or subject.build(config) is not None:
+    claims = client.claims
+    if config.profile not in claims.profiles or config.dtype not in claims.dtypes or client.build(config) is not None:
         return []
-    own = None if subject.reference_forward is None else remembered(subject.reference_forward(config))
+    own = None if client.reference_forward is None else remembered(client.reference_forward(config))
     found: list[Map] = []
-    starts, fresh = subject.starts, False
+    starts, fresh = client.starts, False
     for schedule in schedules(config, claims):
         if fresh and schedule.name != "sequences":
             continue
-        sight = Sight(subject, config, own, schedule, starts, fresh)
+        sight = Sight(client, config, own, schedule, starts, fresh)
         found.append(_map(sight))
         if sight.unsteady and not fresh:
             fresh = True
             if schedule.name == "sequences":
-                found[-1] = _map(Sight(subject, config, own, schedule, starts, fresh))
+                found[-1] = _map(Sight(client, config, own, schedule, starts, fresh))
     return found
 
 

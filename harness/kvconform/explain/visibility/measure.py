@@ -1,4 +1,4 @@
-"""Looking: one schedule of one subject, run as it is and with each token changed.
+"""Looking: one schedule of one backend, run as it is and with each token changed.
 
 Every cell is measured directly, by runs of the same shapes: the schedule as it is, once more to see whether outputs
 repeat, then once for each token with that token changed. A cell that must not be seen is compared bit for bit. A cell
@@ -22,7 +22,7 @@ from kvconform.explain.visibility.schedules import NAMES, Schedule
 from kvconform.judging.judge import conforming
 from kvconform.judging.observed import Array, Observed, pairs
 from kvconform.judging.outputs import wavers
-from kvconform.worker.client import Subject
+from kvconform.worker.client import WorkerClient
 from kvconform_specs.claims import Precision
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program, UncachedForward
@@ -58,21 +58,21 @@ class _Ran:
 class Sight:
     """What one schedule shows: ``wanted`` and ``seen`` after ``look``, arrays ``(n, n)``, outputs by tokens.
 
-    starts: how often the subject had been started before anything was looked at. fresh: each run is on a fresh process,
+    starts: how often the backend had been started before anything was looked at. fresh: each run is on a fresh process,
     and of three sequences only the first one's tokens are changed. unsteady: outputs changed from run to run, by more
     than the bounds, though no token did.
     """
 
     def __init__(
         self,
-        subject: Subject,
+        client: WorkerClient,
         config: Config,
         own: ReferenceForward | None,
         schedule: Schedule,
         starts: int,
         fresh: bool,
     ) -> None:
-        self.subject, self.config, self.own, self.schedule = subject, config, own, schedule
+        self.client, self.config, self.own, self.schedule = client, config, own, schedule
         self.starts, self.fresh = starts, fresh
         self.length = schedule.length
         self.n = n = schedule.rows * self.length
@@ -97,8 +97,8 @@ class Sight:
             if not tokens or self.unsteady:
                 break
             base = self.run(seed)
-            if first and base.words and self.subject.starts == self.starts:
-                self.subject.fresh()  # what earlier programs left behind may be in the way
+            if first and base.words and self.client.starts == self.starts:
+                self.client.fresh()  # what earlier programs left behind may be in the way
                 self.stopped, base = "", self.run(seed)
             if first:
                 self.repeat(base, self.run(seed))
@@ -137,11 +137,11 @@ class Sight:
     # --- running ---
     def run(self, seed: int, changed: int | None = None, aimed: int | None = None, looked: bool = True) -> _Ran:
         """A run of the schedule; ``looked`` False: only what must come of it."""
-        claims = self.subject.claims
+        claims = self.client.claims
         program = self.schedule.program(self.config, claims, seed, changed, aimed)
         if self.fresh and looked:
-            self.subject.fresh()
-        trace = self.subject.run(program, (0,)).apart()[0] if looked else ()
+            self.client.fresh()
+        trace = self.client.run(program, (0,)).apart()[0] if looked else ()
         expected = self.truth(program)
         words, wants, outputs = conforming(program, trace, claims, expected)
         stop = len(wants)
@@ -158,7 +158,7 @@ class Sight:
 
     def truth(self, program: Program) -> tuple[Expected | None, ...]:
         """What must come of the program. A row has one truth, computed once and cut, however it is run."""
-        precision, step = self.subject.claims.precision, program.steps[0]
+        precision, step = self.client.claims.precision, program.steps[0]
         if self.own is not None:
             return expect(program, (0,), precision, self.own)
         if self.schedule.rows > 1 or precision.residual:
@@ -239,7 +239,7 @@ class Sight:
 
 @lru_cache(maxsize=512)
 def _defined(program: Program, precision: Precision) -> tuple[Expected | None, ...]:
-    """The definition's; the same programs are run on one subject after another."""
+    """The definition's; the same programs are run on one backend after another."""
     return expect(program, (0,), precision)
 
 
