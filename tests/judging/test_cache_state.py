@@ -50,7 +50,7 @@ def judged(
 def told(step: int, name: str, *numbers: int) -> Spoil:
     def change(trace: Trace) -> Trace:
         return tuple(
-            replace(done, told={**done.reported, name: numbers}) if i == step else done for i, done in enumerate(trace)
+            replace(done, reported={**done.reported, name: numbers}) if i == step else done for i, done in enumerate(trace)
         )
 
     return change
@@ -129,7 +129,7 @@ def test_a_cache_that_evicts_may_show_less_and_no_less_than_the_window() -> None
     def evicted(held: int) -> Spoil:
         def change(trace: Trace) -> Trace:
             output = np.array(trace[1].output)[:, -held:]
-            return (trace[0], replace(trace[1], output=output, told={"token_counts": (held,)}))
+            return (trace[0], replace(trace[1], output=output, reported={"token_counts": (held,)}))
 
         return change
 
