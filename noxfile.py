@@ -35,8 +35,8 @@ def install(session: nox.Session, *extras: str) -> None:
     session.install(*CONSTRAINTS, f".[{','.join(extras)}]" if extras else ".")
 
 
-def budget(session: nox.Session) -> list[str]:
-    """``nox -- --budget smoke`` hands its options to every conformance run."""
+def effort(session: nox.Session) -> list[str]:
+    """``nox -- --effort smoke`` hands its options to every conformance run."""
     return list(session.posargs)
 
 
@@ -46,7 +46,7 @@ def conformance(session: nox.Session, backend: str) -> None:
     """Judges one backend in an environment of its own; results/<backend>.json."""
     install(session, backend)
     session.run(
-        "kvconform", "run", "-b", backend, "--out", str(RESULTS), *budget(session), success_codes=[0, UNSUPPORTED_HERE]
+        "kvconform", "run", "-b", backend, "--out", str(RESULTS), *effort(session), success_codes=[0, UNSUPPORTED_HERE]
     )
 
 
@@ -181,7 +181,7 @@ def stopwatch(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def audit(session: nox.Session) -> None:
-    """Tries every planted fault; results/audit.json, which the report shows: nox -s audit -- --budget pr."""
+    """Tries every planted fault; results/audit.json, which the report shows: nox -s audit -- --effort pr."""
     install(session, "eager", "onnx")
     session.run("kvconform", "audit", "-o", str(RESULTS / "audit.json"), *session.posargs)
 
@@ -190,4 +190,4 @@ def audit(session: nox.Session) -> None:
 def numpy(session: nox.Session) -> None:
     """Judges the numpy backend, the one that needs nothing."""
     install(session)
-    session.run("kvconform", "run", "-b", "numpy", "--out", str(RESULTS), *budget(session))
+    session.run("kvconform", "run", "-b", "numpy", "--out", str(RESULTS), *effort(session))
