@@ -82,15 +82,22 @@ def test_a_worker_needs_numpy_and_nothing_else() -> None:
 
 # --- exceptions of other people's code ---
 def broad(package: str) -> Iterator[tuple[str, str]]:
-    """Module and function of each ``except`` that catches every exception."""
+    """Module and function of each ``except`` that catches every exception and lets none of them go on."""
     for name, file in modules(package).items():
         for function in ast.walk(tree(file)):
             if isinstance(function, ast.FunctionDef):
                 for node in ast.walk(function):
-                    if isinstance(node, ast.ExceptHandler) and (
-                        node.type is None or {"Exception", "BaseException"} & names(node.type)
-                    ):
+                    if isinstance(node, ast.ExceptHandler) and catches_all(node) and not raises_again(node):
                         yield name, function.name
+
+
+def catches_all(handler: ast.ExceptHandler) -> bool:
+    return handler.type is None or bool({"Exception", "BaseException"} & names(handler.type))
+
+
+def raises_again(handler: ast.ExceptHandler) -> bool:
+    last = handler.body[-1]
+    return isinstance(last, ast.Raise) and last.exc is None
 
 
 def names(node: ast.AST) -> set[str]:

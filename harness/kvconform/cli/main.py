@@ -300,7 +300,7 @@ def audit_command(
         raise usage(f"--clauses: want expected or all, got {clauses!r}")
     budgets = tuple(BUDGETS[name] for name in dict.fromkeys(budget))
     part = parse_shard(shard) if shard else None
-    plan = audit.Plan(budgets, seed, tuple(names), clauses == "all", part)
+    plan = audit.AuditPlan(budgets, seed, tuple(names), clauses == "all", part)
     wrong = load_faults(faults)
     right = load_faults(f"{faults.rpartition(':')[0]}:CONTROLS") if controls else ()
 
@@ -341,14 +341,14 @@ def report(
     screen.print(f"report: {escape(str(out.resolve()))}")
 
 
-def _collect(files: list[Path]) -> tuple[list[Results], Record | None, list[Pair], audit_record.Record | None]:
+def _collect(files: list[Path]) -> tuple[list[Results], Record | None, list[Pair], audit_record.AuditRecord | None]:
     """Results, speed record, what backends that ran beside one another agree on, and the audit of the clauses."""
     from kvconform.run import cross_backend
     from kvconform.run.run import named_configs
 
     judged: list[Results] = []
     speed: Record | None = None
-    audited: audit_record.Record | None = None
+    audited: audit_record.AuditRecord | None = None
     for file in files:
         if controller.is_record(file):
             speed = controller.read(file)
