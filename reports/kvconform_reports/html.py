@@ -115,7 +115,7 @@ def _runs(results: Sequence[Results]) -> tuple[tuple[str, str], ...]:
     found = []
     for name, values in (
         ("suite", [result.suite for result in results]),
-        ("budget", [result.budget for result in results]),
+        ("effort", [result.effort for result in results]),
         ("seed", [str(result.seed) for result in results]),
         ("dtypes", [", ".join(result.dtypes) for result in results]),
         ("started", sorted(outcomes.when(result.started) for result in results)),

@@ -111,7 +111,7 @@ def _known(results: Sequence[Results], folder: str) -> str:
         return ""
     lines = ["### Known failures", ""]
     for one in found[:MOST_FAILURES]:
-        where = f"{SYMBOLS[Outcome.XFAIL]} **{text(one.clause)}** on {text(one.label)} under {text(one.config)}"
+        where = f"{SYMBOLS[Outcome.KNOWN_FAILURE]} **{text(one.clause)}** on {text(one.label)} under {text(one.config)}"
         why = f"{one.row.reason}, until {one.row.expires} ({one.link}): " if one.row else ""
         lines.append(f"- {where}: {text(why + one.now)}")
         if one.replay:

@@ -14,15 +14,15 @@ from kvconform.judging.verdict import Outcome
 from kvconform.mutation.audit import AuditPlan, audit_fault, cells
 from kvconform.mutation.fault import Fault, load_faults
 from kvconform.search.cell import run_cell
-from kvconform.search.effort import BUDGETS, Budget
+from kvconform.search.effort import EFFORTS, Effort
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_backends.faults import CONTROLS, FAULTS
 from kvconform_backends.faults.classes import CLASSES, NOT_EXPRESSIBLE
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.configs import CONFIGS
 
-SMOKE = BUDGETS["smoke"]
-BRIEF = Budget("brief", 4, 4, 60.0)
+SMOKE = EFFORTS["smoke"]
+BRIEF = Effort("brief", 4, 4, 60.0)
 RIGHT = load_faults("kvconform_backends.faults:CONTROLS")
 CLEAN = [  # test_backends.py has the numpy backends on every config, and an audit all controls
     (control, config) for control in RIGHT for config in control.configs or ("attention-window", "decoder-rope")

@@ -18,14 +18,14 @@ from kvconform.mutation.audit import AuditPlan, audit, audit_fault
 from kvconform.mutation.fault import Fault, load_faults
 from kvconform.mutation.record import Audited, AuditRecord, AuditTrial, exit_code, lines, read, scores, summary
 from kvconform.search.cell import Cell, run_cell
-from kvconform.search.effort import Budget
+from kvconform.search.effort import Effort
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.configs import CONFIGS
 from kvconform_specs.errors import SpecError
 
 ELSEWHERE = str(SUPPORT / "third_party_faults.py")
-BRIEF = Budget("brief", 4, 2, 60.0)
+BRIEF = Effort("brief", 4, 2, 60.0)
 BROUGHT = {fault.name: fault for fault in load_faults(f"{ELSEWHERE}:ALL")}
 
 
@@ -225,19 +225,21 @@ def audited(name: str, *trials: AuditTrial, **known: Any) -> Audited:
     return Audited(**{"name": name, "trials": list(trials), **fields, **known})
 
 
-def trial(kills: bool, programs: int = 1, budget: str = "smoke", clause: str = "shape.output", **known: Any) -> AuditTrial:
+def trial(
+    kills: bool, programs: int = 1, effort: str = "smoke", clause: str = "shape.output", **known: Any
+) -> AuditTrial:
     outcome = Outcome.FAIL if kills else Outcome.PASS
     seconds = programs / 10
     return AuditTrial(
-        budget=budget, clause=clause, outcome=outcome, kills=kills, programs=programs, seconds=seconds, **known
+        effort=effort, clause=clause, outcome=outcome, kills=kills, programs=programs, seconds=seconds, **known
     )
 
 
-def record(*faults: Audited, controls: tuple[Audited, ...] = (), budgets: tuple[str, ...] = ("smoke",)) -> AuditRecord:
+def record(*faults: Audited, controls: tuple[Audited, ...] = (), efforts: tuple[str, ...] = ("smoke",)) -> AuditRecord:
     made = AuditRecord(
         suite="0",
         faults="a:L",
-        budgets=list(budgets),
+        efforts=list(efforts),
         seed=0,
         names=[],
         every=False,
@@ -256,9 +258,9 @@ def test_the_score_tells_blatant_from_stealth_and_budget_from_budget() -> None:
         audited("two", trial(True, 9), trial(True, 9, "pr")),
         audited("three", trial(True, 20), trial(False, 40, "pr"), conditional=True),
         audited("away", unavailable="no torch"),
-        budgets=("smoke", "pr"),
+        efforts=("smoke", "pr"),
     )
-    told = [(s.budget, s.conditional, s.killed, s.faults, s.programs, s.seconds) for s in both.scores]
+    told = [(s.effort, s.conditional, s.killed, s.faults, s.programs, s.seconds) for s in both.scores]
     assert told == [
         ("smoke", False, 2, 2, (6, 9), (0.6, 0.9)),  # of one fault, the clause that needed the fewest programs
         ("smoke", True, 1, 1, (20, 20), (2.0, 2.0)),
@@ -350,7 +352,7 @@ def test_a_control_is_tried_by_every_clause_and_what_breaks_is_an_alarm(tmp_path
     ("words", "sentence"),
     [
         (["--faults", "nowhere:LIST"], "nowhere cannot be imported"),
-        (["--budget", "endless"], "unknown budget 'endless'"),
+        (["--effort", "endless"], "unknown effort 'endless'"),
         (["--clauses", "some"], "want expected or all, got 'some'"),
     ],
 )
