@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kvconform.bench.analysis.ratios import designs
-from kvconform.bench.record import Record
-from kvconform.bench.runner import read
+from kvconform.bench.record import Record, read
 from kvconform.files import write_atomically
 from kvconform_reports.markdown import text
 from kvconform_reports.view.figures import roofline, unit

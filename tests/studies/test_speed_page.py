@@ -11,8 +11,7 @@ from speed_data import latency
 from speed_page import render
 
 from kvconform.bench.analysis.summarize import summarise
-from kvconform.bench.record import Excluded
-from kvconform.bench.runner import read
+from kvconform.bench.record import Excluded, read
 from kvconform_reports.view.figures import digits
 
 ROOT = Path(__file__).parents[2]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from kvconform.files import family_of, read_versioned, write_atomically
 
 SCHEMA = "kv-latency/1"
 
@@ -49,8 +52,8 @@ class Case(msgspec.Struct, frozen=True):
 class Round(msgspec.Struct, frozen=True, array_like=True):
     """One timed block: indices of case, restart, round, place in the round's random order, and arm; then wall and CPU
     nanoseconds of the block's k steps, and involuntary context switches meanwhile (recorded, never filtered). On a GPU
-    also the device's own nanoseconds and its SM clock in MHz (0: not measured), and what held that down
-    (``device.REASONS``)."""
+    also the device's own nanoseconds and its SM clock in MHz (0: not measured), and the reasons for a reduced clock
+    (bits of ``gpu.REASONS``)."""
 
     case: int
     restart: int
@@ -205,12 +208,13 @@ class Excluded(msgspec.Struct, frozen=True):
     phase: str = ""
 
 
-class Record(msgspec.Struct, kw_only=True):
-    """One speed run. ``load``: 1-minute load average at the start and after each restart. ``software``: versions by
-    backend. Summaries, generations, ratios, roofs, exponents and notes (sentences about the times of a device) follow
-    from the raw rounds (``summaries``)."""
+class TimedRun(msgspec.Struct, kw_only=True):
+    """What every timed run records: its machine, its protocol, its cases and their raw rounds. ``load``: 1-minute load
+    average at the start and after each restart. ``software``: by backend, its address, interpreter, environment and
+    ``runtime_info``. ``seconds``: duration of the run. ``finished``: False if the run was interrupted or ran out of
+    time."""
 
-    schema: str = SCHEMA
+    schema: str
     suite: str
     started: str
     device: str
@@ -221,6 +225,15 @@ class Record(msgspec.Struct, kw_only=True):
     presets: dict[str, Any]
     cases: list[Case] = []
     rounds: list[Round] = []
+    seconds: float = 0.0
+    finished: bool = False
+
+
+class Record(TimedRun, kw_only=True):
+    """One speed run. Summaries, generations, ratios, roofs, exponents and notes (sentences about the times of a
+    device) follow from the raw rounds (``summarize.summarise``)."""
+
+    schema: str = SCHEMA
     tokens: list[Tokens] = []
     once: list[Once] = []
     memory: list[Memory] = []
@@ -231,5 +244,23 @@ class Record(msgspec.Struct, kw_only=True):
     exponents: list[Exponent] = []
     notes: list[str] = []
     excluded: list[Excluded] = []
-    seconds: float = 0.0
-    finished: bool = False
+
+
+def write(record: TimedRun, path: Path) -> None:
+    """Writes the file, whole or not at all."""
+    write_atomically(path, msgspec.json.format(msgspec.json.encode(record), indent=1))
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is a speed record, of any version."""
+    return family_of(path) == SCHEMA.partition("/")[0]
+
+
+def read(path: Path) -> Record:
+    """The speed record in a file. Raises SpecError with one sentence where the file holds none of this version."""
+    return read_versioned(path, Record, SCHEMA, "speed record")
+
+
+def json_schema() -> bytes:
+    """The JSON Schema of a speed record."""
+    return msgspec.json.encode(msgspec.json.schema(Record))
