@@ -124,12 +124,16 @@ def _columns(rows: Sequence[msgspec.Struct], kind: type[msgspec.Struct]) -> dict
 
 
 def _rows(columns: object, kind: type[msgspec.Struct]) -> list[tuple[Any, ...]]:
-    found = msgspec.convert(columns, dict[str, list[Any]])
-    count = len(next(iter(found.values()), []))
-    fields = msgspec.structs.fields(kind)
-    return list(
-        zip(*(found[f.name] if f.required else found.get(f.name, [f.default] * count) for f in fields), strict=True)
-    )
+    """The rows in columns, values in the order of the fields. Raises ValueError where a column is missing or short."""
+    given = msgspec.convert(columns, dict[str, list[Any]])
+    count, found = max(map(len, given.values()), default=0), []
+    for field in msgspec.structs.fields(kind):
+        if field.required and field.name not in given:
+            raise ValueError(f"{kind.__name__} has no column {field.name!r}")
+        found.append(given.get(field.name, [field.default] * count))
+        if len(found[-1]) != count:
+            raise ValueError(f"column {field.name!r} of {kind.__name__} has {len(found[-1])} values, not {count}")
+    return list(zip(*found, strict=True))
 
 
 def _lines(document: dict[str, Any]) -> bytes:

@@ -16,7 +16,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from places import ROOT
 
 from kvconform.bench import client, restart
 from kvconform.bench import runner as controller
@@ -27,7 +26,7 @@ from kvconform.bench.client import TimingClient
 from kvconform.bench.eligibility import conformance, outdated
 from kvconform.bench.presets import PRESETS, Preset, Published
 from kvconform.bench.protocol import ROUNDS_WANTED, processors, variables
-from kvconform.bench.record import MACHINE, PHASES, Arm, Case, Record, Round, Tokens, is_record, json_schema, read
+from kvconform.bench.record import MACHINE, PHASES, Arm, Case, Record, Round, Tokens, is_record, read
 from kvconform.bench.worker.timer import Block, Timer, tokens
 from kvconform.cli.main import bench
 from kvconform.results.results import Results
@@ -36,7 +35,6 @@ from kvconform_backends.numpy.cache import NumpyCache
 from kvconform_reports.view.findings import Findings
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
-from kvconform_specs.errors import SpecError
 from kvconform_specs.tensors import weights
 
 TINY = Preset(
@@ -369,23 +367,6 @@ def test_summaries_and_ratios_of_a_written_record_are_those_of_its_raw_rounds(ti
     }
     assert all(one.reported == one.analytic for one in record.memory)
     assert is_record(tmp_path / "speed.json")
-
-
-def test_the_schema_of_the_record_is_one() -> None:
-    schema = msgspec.json.decode(json_schema())
-    assert set(schema["$defs"]["Record"]["properties"]) == {field.name for field in msgspec.structs.fields(Record)}
-    stored = ROOT / "docs/schema/kv-latency-1.json"  # kvconform bench --schema > that
-    assert msgspec.json.decode(stored.read_bytes()) == schema
-
-
-def test_a_record_of_another_version_is_one_sentence(tmp_path: Path) -> None:
-    path = tmp_path / "speed.json"
-    path.write_text('{"schema": "kv-latency/9"}')
-    assert is_record(path)
-    with pytest.raises(SpecError, match="holds no speed record"):
-        read(path)
-    path.write_text('{"schema": "kvconform-results/1"}')
-    assert not is_record(path)
 
 
 # --- the rounds ---
