@@ -24,7 +24,7 @@ def render(
     latency: Record | None,
     *,
     folder: str = "results",
-    audit: audit_record.Record | None = None,
+    audit: audit_record.AuditRecord | None = None,
 ) -> str:
     """The report of one or more backends as HTML. ``folder``: the results folder that replay lines name."""
     templates = _templates()

@@ -28,7 +28,7 @@ def render(
     latency: Record | None,
     *,
     folder: str = "results",
-    audit: audit_record.Record | None = None,
+    audit: audit_record.AuditRecord | None = None,
 ) -> str:
     """Verdicts, chapters by backend, failures with their replay lines, known failures, guarantees, the worst pair, what
     the cache saves, and how much the clauses see."""
@@ -215,7 +215,7 @@ def _power(results: Sequence[Results]) -> str:
     return "\n".join(("### Power of the clauses", "", *lines))
 
 
-def _audit(record: audit_record.Record | None) -> str:
+def _audit(record: audit_record.AuditRecord | None) -> str:
     if record is None:
         return ""
     words = [*mutation(record).notes, *audit_record.summary(record)]

@@ -18,7 +18,7 @@ from speed_data import latency
 
 from kvconform.bench.record import Excluded
 from kvconform.judging.verdict import Outcome
-from kvconform.mutation.record import Record
+from kvconform.mutation.record import AuditRecord
 from kvconform.results.guarantees import LEVELS, Guarantee, measured
 from kvconform.results.results import Results, exit_code
 from kvconform.run.cross_backend import Pair
@@ -57,7 +57,7 @@ def hostile(name: str) -> list[Results]:
     return [one, given.results(name, [], device="cuda", unavailable=name)]
 
 
-def audited(name: str) -> Record:
+def audited(name: str) -> AuditRecord:
     """An audit in which every text that a stranger may choose is ``name``."""
     record = given.audit(name)
     record.faults, record.started, record.names = name, name, [name]
@@ -137,7 +137,7 @@ def test_the_embedded_data_are_the_results_that_were_given(name: str) -> None:
     assert data["latency"]["rounds_left_out"] == len(speed.rounds) > 0
     assert data["latency"]["tokens_left_out"] == len(speed.tokens) > 0
     assert data["latency"]["rounds"] == data["latency"]["tokens"] == []
-    assert msgspec.convert(data["audit"], Record) == audit
+    assert msgspec.convert(data["audit"], AuditRecord) == audit
 
 
 def test_a_certificate_that_results_share_is_embedded_once() -> None:
@@ -163,7 +163,7 @@ def crowd() -> list[Results]:
     return found
 
 
-def crowded() -> Record:
+def crowded() -> AuditRecord:
     """An audit of 260 faults, each tried by the four clauses that it names."""
     record = given.audit()
     record.efforts = ["smoke"]

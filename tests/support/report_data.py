@@ -12,7 +12,7 @@ from kvconform.explain.diagnosis import Diagnosis
 from kvconform.explain.visibility import Map
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.mutation import record as audit_record
-from kvconform.mutation.record import Audited, Trial
+from kvconform.mutation.record import Audited, AuditTrial
 from kvconform.results import guarantees, known_failures
 from kvconform.results.results import Results, Target
 from kvconform.run.cross_backend import Pair
@@ -201,9 +201,9 @@ def power() -> list[dict[str, Any]]:
     return rows
 
 
-def _trial(clause: str, kills: bool, effort: str = "smoke", **more: Any) -> Trial:
+def _trial(clause: str, kills: bool, effort: str = "smoke", **more: Any) -> AuditTrial:
     sentence = "step 1 out[0]: got 0.5, want 0.25" if kills else ""
-    return Trial(
+    return AuditTrial(
         effort=effort,
         clause=clause,
         outcome=Outcome.FAIL if kills else Outcome.PASS,
@@ -218,11 +218,11 @@ def _trial(clause: str, kills: bool, effort: str = "smoke", **more: Any) -> Tria
     )
 
 
-def audit(name: str = "top-left") -> audit_record.Record:
+def audit(name: str = "top-left") -> audit_record.AuditRecord:
     """Four faults under two efforts: one is killed, one by a clause that it does not name, too, one survives the
     smaller effort, one could not run; and two controls, of which one is detected."""
 
-    def fault(name: str, conditional: bool, trials: list[Trial], **more: Any) -> Audited:
+    def fault(name: str, conditional: bool, trials: list[AuditTrial], **more: Any) -> Audited:
         settings: dict[str, Any] = {
             "address": f"faults:{name}",
             "classes": ("M1",),
@@ -234,7 +234,7 @@ def audit(name: str = "top-left") -> audit_record.Record:
 
     both = ("smoke", "pr")
     seen, decode, decoder = "causality.past-seen", "equivalence.decode", "definition.decoder"
-    record = audit_record.Record(
+    record = audit_record.AuditRecord(
         suite="0.1.0",
         faults="faults:FAULTS",
         efforts=list(both),

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from kvconform import __version__
 from kvconform.api import file_name
-from kvconform.bench import runner as controller
+from kvconform.bench import record as speed_record
 from kvconform.bench.record import Record
 from kvconform.cli.bench import bench
 from kvconform.cli.options import Backends, Device, Out, Pythons, Seed, errors, launches, screen, usage
@@ -301,7 +301,7 @@ def audit_command(
         raise usage(f"--clauses: want expected or all, got {clauses!r}")
     efforts = tuple(EFFORTS[name] for name in dict.fromkeys(effort))
     part = parse_shard(shard) if shard else None
-    plan = audit.Plan(efforts, seed, tuple(names), clauses == "all", part)
+    plan = audit.AuditPlan(efforts, seed, tuple(names), clauses == "all", part)
     wrong = load_faults(faults)
     right = load_faults(f"{faults.rpartition(':')[0]}:CONTROLS") if controls else ()
 
@@ -342,17 +342,17 @@ def report(
     screen.print(f"report: {escape(str(out.resolve()))}")
 
 
-def _collect(files: list[Path]) -> tuple[list[Results], Record | None, list[Pair], audit_record.Record | None]:
+def _collect(files: list[Path]) -> tuple[list[Results], Record | None, list[Pair], audit_record.AuditRecord | None]:
     """Results, speed record, what backends that ran beside one another agree on, and the audit of the clauses."""
     from kvconform.run import cross_backend
     from kvconform.run.run import named_configs
 
     judged: list[Results] = []
     speed: Record | None = None
-    audited: audit_record.Record | None = None
+    audited: audit_record.AuditRecord | None = None
     for file in files:
-        if controller.is_record(file):
-            speed = controller.read(file)
+        if speed_record.is_record(file):
+            speed = speed_record.read(file)
         elif family_of(file) == audit_record.SCHEMA.partition("/")[0]:
             audited = audit_record.read(file)
         else:

@@ -24,7 +24,7 @@ from kvconform.errors import BackendUnavailable
 from kvconform.host import machine
 from kvconform.judging.verdict import Outcome
 from kvconform.mutation.fault import Fault
-from kvconform.mutation.record import Audited, Record, Trial, scores
+from kvconform.mutation.record import Audited, AuditRecord, AuditTrial, scores
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.effort import Effort
 from kvconform.worker.client import WorkerClient, WorkerSpec
@@ -53,7 +53,7 @@ UNBROKEN = (Outcome.PASS, Outcome.INCONCLUSIVE, Outcome.UNSUPPORTED, Outcome.NOT
 
 
 @dataclass(frozen=True)
-class Plan:
+class AuditPlan:
     """What to audit. ``names`` keeps the faults, or the clauses of each, whose names begin so; empty keeps all.
 
     every: try all clauses, not only those that a fault names. shard: ``(i, n)`` keeps each n-th from the i-th on.
@@ -94,26 +94,26 @@ class Task(NamedTuple):
     """One fault or control, to be tried as a plan says."""
 
     fault: Fault
-    plan: Plan
+    plan: AuditPlan
     control: bool
 
 
 def audit(
-    plan: Plan,
+    plan: AuditPlan,
     address: str,
     faults: Sequence[Fault],
     controls: Sequence[Fault],
     out: Path,
     jobs: int = 1,
     tell: Callable[[Audited], None] = lambda audited: None,
-) -> Record:
+) -> AuditRecord:
     """Audits the faults and controls that the plan keeps.
 
     ``out`` is written after each; ``tell`` gets each fault as it is done. Raises SpecError where the plan does not fit.
     """
     began = time.perf_counter()
     tasks = plan.tasks(faults, controls)
-    record = Record(
+    record = AuditRecord(
         suite=SUITE_VERSION,
         faults=address,
         efforts=[effort.name for effort in plan.efforts],
@@ -153,7 +153,7 @@ def _done(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Audited]]:
             pool.shutdown(cancel_futures=True)  # what runs is waited for
 
 
-def audit_fault(fault: Fault, plan: Plan) -> Audited:
+def audit_fault(fault: Fault, plan: AuditPlan) -> Audited:
     """Tries a fault under each clause, on a fresh process: what it did under one must not help or hide another."""
     audited = Audited(
         name=fault.name,
@@ -184,9 +184,9 @@ def cells(fault: Fault, clause: Clause) -> Iterator[Cell]:
             yield Cell(clause, config, name)
 
 
-def _try(fault: Fault, clause: Clause, client: WorkerClient, effort: Effort, seed: int) -> Trial:
+def _try(fault: Fault, clause: Clause, client: WorkerClient, effort: Effort, seed: int) -> AuditTrial:
     """Config by config up to the first that kills; else the first that was broken, else the last that was judged."""
-    best = Trial(
+    best = AuditTrial(
         effort=effort.name,
         clause=clause.name,
         outcome=Outcome.UNSUPPORTED,

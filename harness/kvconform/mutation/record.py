@@ -15,7 +15,7 @@ from kvconform.judging.verdict import Outcome
 SCHEMA = "kvconform-audit/2"
 
 
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
+class AuditTrial(msgspec.Struct, frozen=True, kw_only=True):
     """One clause tried on one fault: an entry of the kill matrix.
 
     kills: it broke, the faulty path ran, and it broke for a reason of its own: see ``audit``. by: ``judgement`` of what
@@ -50,22 +50,22 @@ class Audited(msgspec.Struct, kw_only=True):
     clauses: tuple[str, ...]
     bug: str
     sentence: str
-    trials: list[Trial] = []
+    trials: list[AuditTrial] = []
     unavailable: str = ""
 
-    def kill(self, effort: str) -> Trial | None:
+    def kill(self, effort: str) -> AuditTrial | None:
         """The trial that killed the fault with the fewest programs, among the clauses that it names."""
         return min((t for t in self._named(effort) if t.kills), key=lambda trial: trial.programs, default=None)
 
-    def missed(self, effort: str) -> list[Trial]:
+    def missed(self, effort: str) -> list[AuditTrial]:
         """The clauses that it names and that did not kill it."""
         return [trial for trial in self._named(effort) if self.clauses and not trial.kills]
 
-    def _named(self, effort: str) -> list[Trial]:
+    def _named(self, effort: str) -> list[AuditTrial]:
         return [t for t in self.trials if t.effort == effort and t.clause in (self.clauses or (t.clause,))]
 
     @property
-    def alarms(self) -> list[Trial]:
+    def alarms(self) -> list[AuditTrial]:
         """Of a control: what must not be there. A refuted guarantee is none: it is no non-conformance."""
         return [trial for trial in self.trials if trial.outcome.broken]
 
@@ -81,7 +81,7 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     seconds: tuple[float, float] | None
 
 
-class Record(msgspec.Struct, kw_only=True):
+class AuditRecord(msgspec.Struct, kw_only=True):
     """What a file holds. faults: the address of their list. shard: ``i/n`` where it is one, else empty."""
 
     schema: str = SCHEMA
@@ -104,18 +104,18 @@ class Record(msgspec.Struct, kw_only=True):
         write_atomically(path, msgspec.json.format(msgspec.json.encode(self), indent=1))
 
 
-def read(path: Path) -> Record:
+def read(path: Path) -> AuditRecord:
     """Raises SpecError with one sentence where the file holds no audit."""
-    return read_versioned(path, Record, SCHEMA, "audit")
+    return read_versioned(path, AuditRecord, SCHEMA, "audit")
 
 
 def schema() -> dict[str, Any]:
     """The JSON Schema of an audit's file."""
-    return msgspec.json.schema(Record)
+    return msgspec.json.schema(AuditRecord)
 
 
 # --- what it comes to ---
-def scores(record: Record) -> list[Score]:
+def scores(record: AuditRecord) -> list[Score]:
     """Blatant and conditional faults apart, effort by effort; what could not run here counts nowhere."""
     found = []
     for effort in record.efforts:
@@ -135,11 +135,11 @@ def scores(record: Record) -> list[Score]:
     return found
 
 
-def survivors(record: Record, effort: str) -> list[Audited]:
+def survivors(record: AuditRecord, effort: str) -> list[Audited]:
     return [one for one in record.audited if not one.unavailable and one.kill(effort) is None]
 
 
-def exit_code(record: Record) -> int:
+def exit_code(record: AuditRecord) -> int:
     """1 where a fault survives an effort or a control is detected, else 3 where one could not run here, else 0."""
     if any(survivors(record, effort) for effort in record.efforts) or any(one.alarms for one in record.controls):
         return 1
@@ -164,13 +164,13 @@ def lines(audited: Audited, efforts: Sequence[str]) -> Iterator[str]:
         yield f"{audited.name} ({kind}){'' if len(efforts) == 1 else f' {effort}'}: {words}"
 
 
-def _why(trial: Trial) -> str:
+def _why(trial: AuditTrial) -> str:
     if trial.ran == 0:
         return f"{trial.outcome.value}: the faulty path never ran"
     return f"{trial.by}: {trial.sentence}" if trial.by else trial.outcome.value
 
 
-def summary(record: Record) -> Iterator[str]:
+def summary(record: AuditRecord) -> Iterator[str]:
     """The score, survivors, false alarms and what could not run."""
     for score in record.scores:
         if score.faults:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvconform.mutation import record as audit_record
-from kvconform.mutation.record import Audited, Record, Trial
+from kvconform.mutation.record import Audited, AuditRecord, AuditTrial
 from kvconform_reports.view.outcomes import address, percent, short, when
 from kvconform_specs.clauses import BY_NAME
 
@@ -65,7 +65,7 @@ class Fault:
     sentence: str
     bug: str
     link: str
-    efforts: tuple[tuple[str, Trial | None, tuple[str, ...], tuple[str, ...]], ...]
+    efforts: tuple[tuple[str, AuditTrial | None, tuple[str, ...], tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Mutation:
     faults: tuple[Fault, ...]
 
 
-def mutation(record: Record, suites: Iterable[str] = ()) -> Mutation:
+def mutation(record: AuditRecord, suites: Iterable[str] = ()) -> Mutation:
     """``suites``: of the results beside which the audit is shown."""
     notes = [] if record.finished else ["This audit did not finish: what follows is a part of it."]
     if record.shard:
@@ -119,7 +119,7 @@ def _score(score: audit_record.Score) -> Score:
     return Score(score.effort, kind, score.killed, score.faults, share, programs, seconds)
 
 
-def _survivors(record: Record) -> Iterable[Missed]:
+def _survivors(record: AuditRecord) -> Iterable[Missed]:
     """Faults that some effort did not kill, with the trials under the last of these."""
     efforts: dict[str, list[str]] = {}
     faults = {}
@@ -133,13 +133,13 @@ def _survivors(record: Record) -> Iterable[Missed]:
         yield _missed(one, tried, ", ".join(efforts[name]))
 
 
-def _missed(one: Audited, trials: Sequence[Trial], efforts: str) -> Missed:
+def _missed(one: Audited, trials: Sequence[AuditTrial], efforts: str) -> Missed:
     why = tuple((trial.clause, _why(trial)) for trial in trials)
     link = address(one.bug)
     return Missed(one.name, _kind(one), one.sentence, short(link) or one.bug, link, efforts, why)
 
 
-def _why(trial: Trial) -> str:
+def _why(trial: AuditTrial) -> str:
     where = f" under {trial.config}" if trial.config else ""
     if trial.ran == 0:
         return f"{trial.outcome.value}{where}: the faulty path never ran"
@@ -150,7 +150,7 @@ def _kind(one: Audited) -> str:
     return ", ".join(("conditional" if one.conditional else "unconditional", *one.classes))
 
 
-def _matrix(record: Record, effort: str) -> Matrix:
+def _matrix(record: AuditRecord, effort: str) -> Matrix:
     audited = [one for one in record.audited if not one.unavailable]
     tried = {trial.clause for one in audited for trial in one.trials if trial.effort == effort}
     clauses = [name for name in BY_NAME if name in tried] + sorted(tried - set(BY_NAME))
