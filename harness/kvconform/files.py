@@ -126,7 +126,8 @@ def _columns(rows: Sequence[msgspec.Struct], kind: type[msgspec.Struct]) -> dict
 def _rows(columns: object, kind: type[msgspec.Struct]) -> list[tuple[Any, ...]]:
     """The rows in columns, values in the order of the fields. Raises ValueError where a column is missing or short."""
     given = msgspec.convert(columns, dict[str, list[Any]])
-    count, found = max(map(len, given.values()), default=0), []
+    count = max(map(len, given.values()), default=0)
+    found: list[list[Any]] = []
     for field in msgspec.structs.fields(kind):
         if field.required and field.name not in given:
             raise ValueError(f"{kind.__name__} has no column {field.name!r}")
@@ -177,7 +178,7 @@ def schema_of(kind: type) -> dict[str, Any]:
 
 def descriptions(struct: type) -> dict[str, str]:
     """What the docstrings of a struct and of its bases say of its fields, by field."""
-    found = {}
+    found: dict[str, str] = {}
     for base in reversed(struct.__mro__):
         for names, text in ENTRY.findall(inspect.cleandoc(base.__dict__.get("__doc__") or "")):
             found |= dict.fromkeys(names.split(", "), " ".join(text.split()))

@@ -97,7 +97,11 @@ def test_what_is_asked_for_its_last_position_alone_survives_its_own_json() -> No
     ("config", "step", "words"),
     [
         (CONFIG, {"op": "append"}, r"steps\[0\]\.last_only: the attention profile gives an output for each token"),
-        (CONFIGS["decoder-rope"], {"op": "uncached_forward", "counts": [2, 1]}, r"steps\[0\]\.last_only: .* grow alike, got \[2, 1\]"),
+        (
+            CONFIGS["decoder-rope"],
+            {"op": "uncached_forward", "counts": [2, 1]},
+            r"steps\[0\]\.last_only: .* grow alike, got \[2, 1\]",
+        ),
         (CONFIGS["decoder-rope"], {"op": "generate"}, r"steps\[0\]\.last_only: a generation .* has no last position"),
     ],
 )

@@ -159,7 +159,9 @@ class InProcess:
     def __init__(self, target: Any) -> None:
         (self.config,) = target.configs.values()
         self.claims = target.claims
-        self.backend, self.reference = (target(self.config, {}, "cpu") for _ in range(2))  # built apart, as in processes
+        self.backend, self.reference = (
+            target(self.config, {}, "cpu") for _ in range(2)
+        )  # built apart, as in processes
         self.perturbed: dict[int, Any] = {}
         self.traces: deque[Traces] = deque()
 
@@ -269,7 +271,8 @@ def test_arguments_seed_and_dtype_make_the_target() -> None:
     assert broken(target, ("equivalence.decode",)) == {}
     x = np.ones((1, 2, 30), np.float32)
     outputs = [
-        opened("LayerPast", init={"width": 30, "heads": 5}, seed=seed)(config, {}, "cpu").uncached_forward(x) for seed in (3, 3, 4)
+        opened("LayerPast", init={"width": 30, "heads": 5}, seed=seed)(config, {}, "cpu").uncached_forward(x)
+        for seed in (3, 3, 4)
     ]
     assert np.array_equal(outputs[0], outputs[1])
     assert not np.array_equal(outputs[0], outputs[2])
