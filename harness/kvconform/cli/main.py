@@ -282,7 +282,10 @@ def audit_command(
     faults: Annotated[str, typer.Option(help="The list of faults: module:LIST or path/file.py:LIST.")] = CATALOGUE,
     effort: Annotated[list[str], typer.Option(help=f"{', '.join(EFFORTS)}. Repeatable.")] = ["smoke"],  # noqa: B006
     seed: Seed = 0,
-    clauses: Annotated[str, typer.Option(help="expected: those that a fault names; all.")] = "expected",
+    clause: Annotated[
+        list[str],
+        typer.Option(help="Try these clauses, by prefix, instead of those that a fault names; or: all. Repeatable."),
+    ] = [],  # noqa: B006
     controls: Annotated[bool, typer.Option(help="Also try the list CONTROLS beside the faults: it is right.")] = False,
     shard: Annotated[str, typer.Option(help="Only part i of n of the faults, as i/n.")] = "",
     jobs: Annotated[int, typer.Option(min=1, help="Faults that are tried at once.")] = os.cpu_count() or 1,
@@ -296,11 +299,9 @@ def audit_command(
     for name in effort:
         if name not in EFFORTS:
             raise usage(f"--effort: unknown effort {name!r}; known: {', '.join(EFFORTS)}")
-    if clauses not in ("expected", "all"):
-        raise usage(f"--clauses: want expected or all, got {clauses!r}")
     efforts = tuple(EFFORTS[name] for name in dict.fromkeys(effort))
     part = parse_shard(shard) if shard else None
-    plan = audit.AuditPlan(efforts, seed, tuple(names), clauses == "all", part)
+    plan = audit.AuditPlan(efforts, seed, tuple(names), ("",) if "all" in clause else tuple(clause), part)
     wrong = load_faults(faults)
     right = load_faults(f"{faults.rpartition(':')[0]}:CONTROLS") if controls else ()
 
@@ -308,7 +309,10 @@ def audit_command(
         for line in audit_record.lines(audited, effort):
             screen.print(escape(line))
 
-    record = audit.audit(plan, faults, wrong, right, out, jobs, tell)
+    def progress(fault: str, trial: audit_record.AuditTrial) -> None:
+        screen.print(escape(audit_record.progress(fault, trial)))
+
+    record = audit.audit(plan, faults, wrong, right, out, jobs, tell, progress)
     for line in audit_record.summary(record):
         screen.print(escape(line))
     screen.print(f"{len(record.audited)} faults in {record.seconds:.0f} s; {escape(str(out))}")

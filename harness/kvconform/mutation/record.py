@@ -18,11 +18,11 @@ SCHEMA = "kvconform-audit/2"
 class AuditTrial(msgspec.Struct, frozen=True, kw_only=True):
     """One clause tried on one fault: an entry of the kill matrix.
 
-    kills: it broke, the faulty path ran, and it broke for a reason of its own: see ``audit``. by: ``judgement`` of what
-    came out, or ``exception`` (a legal step raised, the process died or hung); empty where the clause was not broken.
-    config: that it was broken on, or the last one tried. programs, seconds: up to the first program that broke it, all
-    configs together, without starting workers. ran: how often the faulty path changed something, where the backend
-    tells.
+    kills: the clause broke, the faulty path ran, and the reason counts for the clause (see ``audit``). by: how the
+    clause broke: ``judgement`` of an output, or ``exception`` (a legal step raised, the process died or hung); empty if
+    it did not break. config: the config on which it broke, or the last one tried. programs, seconds: up to the first
+    program that broke the clause, over all configs, without the start of workers. ran: how often the faulty path
+    changed something, if the backend reports it.
     """
 
     effort: str
@@ -38,7 +38,7 @@ class AuditTrial(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Audited(msgspec.Struct, kw_only=True):
-    """What was found out about one fault, or about a control. clauses: those that it names; none: any may kill it.
+    """What was found out about one fault, or about a control. clauses: those that must kill it; none: any may.
 
     unavailable: why it could not run here.
     """
@@ -82,7 +82,11 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AuditRecord(msgspec.Struct, kw_only=True):
-    """What a file holds. faults: the address of their list. shard: ``i/n`` where it is one, else empty."""
+    """What a file holds.
+
+    faults: the address of their list. names, clauses: prefixes that chose faults and clauses (``audit.AuditPlan``).
+    shard: ``i/n`` where it is one, else empty.
+    """
 
     schema: str = SCHEMA
     suite: str
@@ -90,7 +94,7 @@ class AuditRecord(msgspec.Struct, kw_only=True):
     efforts: list[str]
     seed: int
     names: list[str]
-    every: bool
+    clauses: list[str]
     shard: str
     started: str
     environment: dict[str, Any] = {}
@@ -116,7 +120,7 @@ def schema() -> dict[str, Any]:
 
 # --- what it comes to ---
 def scores(record: AuditRecord) -> list[Score]:
-    """Blatant and conditional faults apart, effort by effort; what could not run here counts nowhere."""
+    """Unconditional and conditional faults apart, for each effort; faults that could not run here are not counted."""
     found = []
     for effort in record.efforts:
         for conditional in (False, True):
@@ -164,6 +168,15 @@ def lines(audited: Audited, efforts: Sequence[str]) -> Iterator[str]:
         yield f"{audited.name} ({kind}){'' if len(efforts) == 1 else f' {effort}'}: {words}"
 
 
+def progress(fault: str, trial: AuditTrial) -> str:
+    """One line for a clause that was tried on a fault."""
+    if trial.kills:
+        return (
+            f"{fault}: {trial.clause} [{trial.config}] kills it after {trial.programs} programs, {trial.seconds:.2f} s"
+        )
+    return f"{fault}: {trial.clause} misses it after {trial.programs} programs ({_why(trial)})"
+
+
 def _why(trial: AuditTrial) -> str:
     if trial.ran == 0:
         return f"{trial.outcome.value}: the faulty path never ran"
@@ -174,7 +187,8 @@ def summary(record: AuditRecord) -> Iterator[str]:
     """The score, survivors, false alarms and what could not run."""
     for score in record.scores:
         if score.faults:
-            words = f"{score.effort}, {'conditional' if score.conditional else 'unconditional'}: {score.killed} of {score.faults} killed"
+            kind = "conditional" if score.conditional else "unconditional"
+            words = f"{score.effort}, {kind}: {score.killed} of {score.faults} killed"
             if score.programs is not None and score.seconds is not None:
                 words += f"; programs to the kill: median {score.programs[0]:g}, at most {score.programs[1]:g}"
                 words += f"; seconds: median {score.seconds[0]:.2f}, at most {score.seconds[1]:.2f}"
