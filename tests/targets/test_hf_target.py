@@ -68,13 +68,13 @@ class InProcess:
         self.perturbed: dict[int, Transformers] = {}
         self.traces: deque[Traces] = deque()
 
-    def own(self, config: Config) -> ReferenceForward:
+    def reference_forward(self, config: Config) -> ReferenceForward:
         return self._reference_forward
 
     def _reference_forward(self, inputs: NDArray[Any], storage: float, accumulation: float, seed: int) -> NDArray[Any]:
         if seed and seed not in self.perturbed:
             self.perturbed[seed] = self.client.perturbed(storage, accumulation, seed)
-        return (self.perturbed[seed] if seed else self.client).full(inputs)
+        return (self.perturbed[seed] if seed else self.client).uncached_forward(inputs)
 
     def send(self, program: Program, variants: Sequence[int]) -> None:
         self.traces.append(unpack(*pack(execute(self.client, program, tuple(variants)))))

@@ -56,7 +56,7 @@ def test_a_correct_decoder_breaks_no_clause_however_it_names_its_cache(name: str
 def test_every_clause_of_a_plain_decoder_holds_or_is_unsupported(tmp_path: Path) -> None:
     results = judged(saved(decoder(Style()), tmp_path), tmp_path, clauses=())
     assert {v.outcome for v in results.verdicts} <= {Outcome.PASS, Outcome.UNSUPPORTED, Outcome.REFUTED}
-    assert results.claims["abilities"] == ["full", "length", "reset"]
+    assert results.claims["abilities"] == ["uncached_forward", "length", "reset"]
 
 
 @pytest.mark.parametrize(("needs_past", "dummy"), [(False, 0), (True, 1)])

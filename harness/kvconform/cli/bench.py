@@ -20,7 +20,7 @@ from kvconform.bench.gate import runner as pingpong
 from kvconform.bench.gate import self_test
 from kvconform.bench.gate.environments import environment
 from kvconform.bench.presets import Preset
-from kvconform.bench.record import PHASES, Record
+from kvconform.bench.record import PHASES, json_schema
 from kvconform.bench.worker.gpu import GpuBusy
 from kvconform.cli.options import Device, Out, Pythons, Seed, launches, screen, usage
 from kvconform.results.gate import exit_code
@@ -216,13 +216,6 @@ def _cut_short(path: Path) -> bool:
     with suppress(SpecError):
         return not read(path).finished
     return False
-
-
-def json_schema() -> bytes:
-    """Of the record ``kv-latency/1``."""
-    import msgspec
-
-    return msgspec.json.encode(msgspec.json.schema(Record))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from kvconform import __version__
 from kvconform.api import file_name
-from kvconform.bench import runner as controller
+from kvconform.bench import record as speed_record
 from kvconform.bench.record import Record
 from kvconform.cli.bench import bench
 from kvconform.cli.options import Backends, Device, Out, Pythons, Seed, errors, launches, screen, usage
@@ -354,8 +354,8 @@ def _collect(files: list[Path]) -> tuple[list[Results], Record | None, list[Pair
     speed: Record | None = None
     audited: audit_record.AuditRecord | None = None
     for file in files:
-        if controller.is_record(file):
-            speed = controller.read(file)
+        if speed_record.is_record(file):
+            speed = speed_record.read(file)
         elif family_of(file) == audit_record.SCHEMA.partition("/")[0]:
             audited = audit_record.read(file)
         else:
