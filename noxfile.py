@@ -172,7 +172,7 @@ def counters(session: nox.Session) -> None:
 def stopwatch(session: nox.Session) -> None:
     """Proves the stopwatch on equal and slowed code; docs/latency.md. Leave the machine alone meanwhile."""
     install(session)
-    samples = "docs/latency-proof.json"
+    samples = "docs/latency-samples.json.gz"
     quiet = {"OMP_NUM_THREADS": "1", "PYTHONPATH": STUDIES}
     session.run("python", "-m", "timing.collect", "-o", samples, *session.posargs, env=quiet)
     history = ("--history", "docs/gate-history.jsonl")
