@@ -453,7 +453,7 @@ def test_a_subject_that_loses_count_of_its_tokens_is_not_timed() -> None:
 # --- no time without conformance ---
 def test_who_was_not_judged_to_the_end_is_judged_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def results(name: str, finished: bool) -> None:
-        common = {"suite": "1", "device": "cpu", "dtypes": [], "budget": "smoke", "seed": 0, "started": ""}
+        common = {"suite": "1", "device": "cpu", "dtypes": [], "effort": "smoke", "seed": 0, "started": ""}
         Results(**common, backend=name, finished=finished).write(tmp_path / f"{name}.json")
 
     results("done", True)
@@ -504,7 +504,7 @@ def test_results_admit_only_what_is_conformant_finished_and_of_this_device(
     from kvconform_specs import SUITE_VERSION
 
     def said(**fields: Any) -> str:
-        common = {"suite": SUITE_VERSION, "backend": "b", "device": "cpu", "dtypes": [], "budget": "", "seed": 0}
+        common = {"suite": SUITE_VERSION, "backend": "b", "device": "cpu", "dtypes": [], "effort": "", "seed": 0}
         Results(**{**common, "started": "", "finished": True, **fields}).write(tmp_path / "b.json")
         return conformance("b", WorkerSpec("b"), tmp_path)
 
@@ -531,7 +531,7 @@ def test_results_of_other_software_admit_nobody(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(restart, "conformance", lambda *args: "")
 
     def excluded(environment: dict[str, Any]) -> list[str]:
-        common = {"suite": "1", "device": "cpu", "dtypes": [], "budget": "smoke", "seed": 0, "started": ""}
+        common = {"suite": "1", "device": "cpu", "dtypes": [], "effort": "smoke", "seed": 0, "started": ""}
         Results(**common, backend="numpy", environment=environment).write(tmp_path / "numpy.json")
         preset, more = {"one": ONE}, {"restarts": 1, "phases": ("prefill",), "seconds_per_case": 0.05}
         record = controller.bench({"numpy": WorkerSpec("numpy")}, preset, tmp_path, tmp_path / "speed.json", **more)
