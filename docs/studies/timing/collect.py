@@ -82,20 +82,18 @@ Log = Callable[[str], None]
 
 
 class Series(msgspec.Struct, frozen=True):
-    """One arm in one restart.
-
-    arm: a key of ``PLANTED``.
-    rounds: wall time of its block in each round, in nanoseconds.
-    alone: wall time of each block that it ran alone, in nanoseconds.
-    own_ns: CPU time of the work of its steps, in nanoseconds, as the worker reports it.
-    extra_ns: CPU time that was added to its steps, in nanoseconds, as the worker reports it.
-    """
+    """One arm in one restart."""
 
     arm: str
+    """A key of ``PLANTED``."""
     rounds: list[int]
+    """Wall time of its block in each round, in nanoseconds."""
     alone: list[int]
+    """Wall time of each block that it ran alone, in nanoseconds."""
     own_ns: int
+    """CPU time of the work of its steps, in nanoseconds, as the worker reports it."""
     extra_ns: int
+    """CPU time that was added to its steps, in nanoseconds, as the worker reports it."""
 
     @property
     def slowdown(self) -> float:
@@ -104,45 +102,41 @@ class Series(msgspec.Struct, frozen=True):
 
 
 class Restart(msgspec.Struct, frozen=True):
-    """One start of all workers.
-
-    condition: a key of ``CONDITIONS``.
-    number: index of the restart within its condition.
-    starting: time until all workers were built and warm, in seconds.
-    rounds: time of all rounds, in seconds.
-    alone: time of all blocks that were run alone, in seconds.
-    load: 1-minute load average at the end, in runnable processes.
-    series: the samples of each arm.
-    """
+    """One start of all workers."""
 
     condition: str
+    """A key of ``CONDITIONS``."""
     number: int
+    """Index of the restart within its condition."""
     starting: float
+    """Time until all workers were built and warm, in seconds."""
     rounds: float
+    """Time of all rounds, in seconds."""
     alone: float
+    """Time of all blocks that were run alone, in seconds."""
     load: float
+    """1-minute load average at the end, in runnable processes."""
     series: list[Series]
+    """The samples of each arm."""
 
 
 class Study(msgspec.Struct, kw_only=True):
-    """The samples of all conditions.
-
-    schema: name and version of this schema.
-    started: date and time of the start, ISO 8601.
-    machine: facts about the machine, by name.
-    software: versions in the workers, by package.
-    protocol: how the samples were taken: options and constants, by name.
-    restarts: the samples of each restart.
-    seconds: duration of the collection, in seconds.
-    """
+    """The samples of all conditions."""
 
     schema: str = SCHEMA
+    """Name and version of this schema."""
     started: str
+    """Date and time of the start, ISO 8601."""
     machine: dict[str, Any]
+    """Facts about the machine, by name."""
     software: dict[str, str]
+    """Versions in the workers, by package."""
     protocol: dict[str, Any]
+    """How the samples were taken: options and constants, by name."""
     restarts: list[Restart] = []
+    """The samples of each restart."""
     seconds: float = 0.0
+    """Duration of the collection, in seconds."""
 
 
 def collect(
