@@ -25,8 +25,8 @@ from kvconform.bench import record as speed_record
 from kvconform.bench.record import Record
 from kvconform.cli.bench import bench
 from kvconform.cli.options import Backends, Device, Out, Pythons, Seed, errors, launches, screen, usage
-from kvconform.explain import repro
 from kvconform.cli.schemas import FILES, json_schema
+from kvconform.explain import repro
 from kvconform.files import family_of, write_atomically
 from kvconform.judging.verdict import Verdict
 from kvconform.mutation import audit, power
@@ -327,8 +327,7 @@ def report(
     markdown: Annotated[Path | None, typer.Option(help="Also write a Markdown summary.")] = None,
 ) -> None:
     """Writes the HTML report, and prints a short table and its path."""
-    from kvconform.cli.schemas import FILES, json_schema
-from kvconform.files import write_atomically
+    from kvconform.files import write_atomically
 
     judged, speed, pairs, audited = _collect(files)
     renderers = {config_named.name: config_named for config_named in entry_points(group="kvconform.reports")}

@@ -140,11 +140,6 @@ def read(path: Path) -> AuditRecord:
     return read_versioned(path, AuditRecord, SCHEMA, "audit")
 
 
-def schema() -> dict[str, Any]:
-    """The JSON Schema of an audit's file."""
-    return msgspec.json.schema(AuditRecord)
-
-
 # --- what it comes to ---
 def scores(record: AuditRecord) -> list[Score]:
     """Blatant and conditional faults apart, effort by effort; what could not run here counts nowhere."""
