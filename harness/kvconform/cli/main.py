@@ -25,6 +25,7 @@ from kvconform.bench import record as speed_record
 from kvconform.bench.record import Record
 from kvconform.cli.bench import bench
 from kvconform.cli.options import Backends, Device, Out, Pythons, Seed, errors, launches, screen, usage
+from kvconform.cli.schemas import FILES, json_schema
 from kvconform.explain import repro
 from kvconform.files import family_of, write_atomically
 from kvconform.judging.verdict import Verdict
@@ -430,12 +431,11 @@ def power_command(
 
 
 @app.command()
-def schema(of: Annotated[str, typer.Argument(help="results or audit.")] = "results") -> None:
-    """Prints the JSON Schema of a results file, or of an audit's."""
-    schemas = {"results": results.schema, "audit": audit_record.schema}
-    if of not in schemas:
-        raise usage(f"no file is called {of!r}; known: {', '.join(schemas)}")
-    print(json.dumps(schemas[of](), indent=1))
+def schema(kind: Annotated[str, typer.Argument(help=", ".join(FILES))] = "results") -> None:
+    """Print the JSON Schema of a kind of file."""
+    if kind not in FILES:
+        raise usage(f"unknown kind of file {kind!r}; known: {', '.join(FILES)}")
+    print(json.dumps(json_schema(kind), indent=1))
 
 
 @app.command()

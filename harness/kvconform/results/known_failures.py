@@ -102,7 +102,7 @@ def _is_version(installed: str, wanted: str) -> bool:
     return installed == wanted or (wanted.endswith(".*") and f"{installed}.".startswith(wanted[:-1]))
 
 
-class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class KnownFailuresFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     schema: str
     known: list[Row] = []
 
@@ -197,7 +197,7 @@ def read(path: Path, today: date | None = None) -> KnownFailures:
     """The known failures in a file, with its counterexamples. Raises SpecError with one sentence where it is malformed."""
     today = today or date.today()
     try:
-        file = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _File)
+        file = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), KnownFailuresFile)
     except OSError as error:
         raise SpecError(str(path), f"cannot be read: {error.strerror}") from error
     except ValueError as error:  # of TOML, of msgspec, of a row
