@@ -28,24 +28,11 @@ from kvconform.search.cell import Cell, run_cell
 from kvconform.search.effort import Effort
 from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
-from kvconform_specs.clause import Clause, Relation
+from kvconform_specs.clause import Clause
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.configs import CONFIGS
 from kvconform_specs.errors import SpecError
 
-NUMERIC = {
-    Relation.PARITY,
-    Relation.AGREEMENT,
-    Relation.INSENSITIVE,
-    Relation.SENSITIVE,
-    Relation.CONTENTS,
-    Relation.STABLE_CONTENTS,
-    Relation.BITWISE,
-    Relation.FINITE,
-    Relation.SAME_TOKEN,
-    Relation.GENERATED,
-}
-"""Relations between numbers. An exception does not break them: there is no number to compare."""
 REFUSALS = ("capacity", "errors")
 """Chapters about refused calls: there, an exception in a legal step is the mistake itself."""
 UNBROKEN = (Outcome.PASS, Outcome.INCONCLUSIVE, Outcome.UNSUPPORTED, Outcome.NOT_EXERCISED)
@@ -214,7 +201,8 @@ def _try(fault: Fault, clause: Clause, client: WorkerClient, effort: Effort, see
         broke = verdict.outcome not in UNBROKEN
         raised = verdict.raised or verdict.outcome in (Outcome.CRASH, Outcome.TIMEOUT)
         ran = client.runtime_info(cell.config).get(fault.marker)
-        own = not raised or clause.chapter in REFUSALS or not NUMERIC & set(clause.relations)
+        numeric = any(relation.judges_numbers for relation in clause.relations)  # an exception breaks none of these
+        own = not raised or clause.chapter in REFUSALS or not numeric
         charged = verdict.outcome.broken or clause.name in fault.clauses  # a guarantee may be refuted by right backends
         trial = msgspec.structs.replace(
             best,
