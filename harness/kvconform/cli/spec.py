@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kvconform.cli.options import Json, print_json, say
+from kvconform.cli.schemas import FILES, json_schema
 from kvconform.errors import BackendUnavailable, BadArgument, InvalidBackend, Unavailable, UnknownClause
 from kvconform.files import write_atomically
 from kvconform.mutation import record as audits
@@ -21,8 +22,6 @@ from kvconform.worker.registry import installed
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Clause
 from kvconform_specs.clauses import BY_NAME, CHAPTERS
-
-SCHEMAS = {"results": results.schema, "audit": audits.schema}
 
 
 def backends(as_json: Json = False) -> None:
@@ -94,8 +93,8 @@ def _record(clause: Clause) -> dict[str, Any]:
     }
 
 
-def schema(of: Annotated[str, typer.Argument(help=f"{' or '.join(SCHEMAS)}.")] = "results") -> None:
-    """Prints the JSON Schema of results, or of an audit."""
-    if of not in SCHEMAS:
-        raise BadArgument("schema", of, SCHEMAS)
-    print(json.dumps(SCHEMAS[of](), indent=1))
+def schema(kind: Annotated[str, typer.Argument(help=f"{', '.join(FILES)}.")] = "results") -> None:
+    """Prints the JSON Schema of a kind of file."""
+    if kind not in FILES:
+        raise BadArgument("kind of file", kind, FILES)
+    print_json(json_schema(kind))

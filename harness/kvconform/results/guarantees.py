@@ -23,18 +23,16 @@ LEVELS = {
 
 
 class Guarantee(msgspec.Struct, frozen=True, kw_only=True):
-    """The guarantee under one config.
-
-    level: the strongest level that holds, with all lower ones; empty if not even the weakest holds.
-    refuted: the next level, if a program refutes it; empty if all hold or the next one is undecided.
-    sentence: how the next level is refuted, or why it is undecided.
-    counterexample: the name of the file that refutes it.
-    """
+    """The guarantee under one config."""
 
     level: str = ""
+    """The strongest level that holds, with all lower ones; empty if not even the weakest holds."""
     refuted: str = ""
+    """The next level, if a program refutes it; empty if all hold or the next one is undecided."""
     sentence: str = ""
+    """How the next level is refuted, or why it is undecided."""
     counterexample: str = ""
+    """The name of the file that refutes it."""
 
 
 def measured(verdicts: Sequence[Verdict]) -> dict[str, Guarantee]:

@@ -55,25 +55,24 @@ VERSION = re.compile(r"[\w.!+-]*\w(\.\*)?")
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One known failure.
-
-    backend: the name of the backend's results.
-    clause, config: the cell.
-    reason: one of ``REASONS``.
-    link: the address of an issue.
-    versions: by the names in the ``environment`` of results; exact, or a prefix that ends in ``.*``.
-    expires: the last day on which the row holds.
-    counterexample: a file, relative to the file of known failures.
-    """
+    """One known failure."""
 
     backend: str
+    """The name of the backend's results."""
     clause: str
+    """The clause of the cell."""
     config: str
+    """The config of the cell."""
     reason: str
+    """One of ``REASONS``."""
     link: str
+    """The address of an issue."""
     versions: dict[str, str]
+    """By the names in the ``environment`` of results; exact, or a prefix that ends in ``.*``."""
     expires: date
+    """The last day on which the row holds."""
     counterexample: str
+    """A file, relative to the file of known failures."""
 
     def __post_init__(self) -> None:
         if self.reason not in REASONS:
@@ -108,9 +107,13 @@ def _is_version(installed: str, wanted: str) -> bool:
     return installed == wanted or (wanted.endswith(".*") and f"{installed}.".startswith(wanted[:-1]))
 
 
-class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class KnownFailuresFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A file of known failures."""
+
     schema: str
+    """Name and version of this schema."""
     known: list[Row] = []
+    """The known failures."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,7 @@ def read(path: Path, today: date | None = None) -> KnownFailures:
     """The known failures in a file, with their counterexamples. Raises SpecError if the file is malformed."""
     today = today or date.today()
     try:
-        file = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _File)
+        file = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), KnownFailuresFile)
     except OSError as error:
         raise SpecError(str(path), f"cannot be read: {error.strerror}") from error
     except ValueError as error:  # of TOML, of msgspec, of a row

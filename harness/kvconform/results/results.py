@@ -12,7 +12,7 @@ import msgspec
 
 from kvconform.explain.diagnosis import Diagnosis
 from kvconform.explain.visibility import Map
-from kvconform.files import read_versioned, schema_of, write_atomically
+from kvconform.files import read_versioned, write_atomically
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.guarantees import Guarantee, measured
 from kvconform.results.known_failures import Row
@@ -37,71 +37,67 @@ EXIT_CODES = {
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """A black box, which is judged by its own forward without a cache.
-
-    recognised: how it is called, in words.
-    assumed: what was assumed about it, one sentence each.
-    configs: its own configs, by name.
-    noise: for each config, how far rounding can move an output, relative to the size of the outputs.
-    """
+    """A black box, which is judged by its own forward without a cache."""
 
     recognised: str
+    """How it is called, in words."""
     assumed: list[str]
+    """What was assumed about it, one sentence each."""
     configs: dict[str, Any]
+    """Its own configs, by name."""
     noise: dict[str, float] = {}
+    """For each config, how far rounding can move an output, relative to the size of the outputs."""
 
 
 class Results(msgspec.Struct, kw_only=True):
-    """The results of one run of one backend.
-
-    schema: the name and version of this schema.
-    suite: the version of the clauses.
-    backend: the name of the backend.
-    device: the requested device, ``cpu`` or ``cuda``.
-    dtypes: the dtypes of the configs.
-    effort: how much was tried for each cell: ``smoke``, ``pr``, ``nightly``, or ``check``.
-    seed: the seed of the run.
-    started: when the run started, in UTC.
-    environment: versions of software, and the machine.
-    claims: what the backend claims.
-    unavailable: why the backend could not run here; empty if it could.
-    lacking: whether it is unavailable because this machine lacks something, and not because it is unknown or broken.
-    verdicts: one for each judged cell.
-    runtime_info: what ran, by config.
-    shard: ``i/n`` for shard ``i`` of ``n``; empty for a run that was not divided.
-    known_failures: the rows of known failures that still fail.
-    stale: one sentence for each row of the known failures that no longer holds.
-    guarantees: the measured guarantees, by config.
-    target: the black box that was judged by its own forward; null if outputs were compared with the definition.
-    maps: for each config with a broken clause (for each config of a black box), which tokens the outputs depend on.
-    diagnoses: for each config with a broken clause, the known mistake that the backend behaves like.
-    seconds: seconds of judging, interruptions excluded.
-    finished: whether all cells were judged; a run that was interrupted has false and is resumed.
-    """
+    """The results of one run of one backend."""
 
     schema: str = SCHEMA
+    """The name and version of this schema."""
     suite: str
+    """The version of the clauses."""
     backend: str
+    """The name of the backend."""
     device: str
+    """The requested device, ``cpu`` or ``cuda``."""
     dtypes: list[str]
+    """The dtypes of the configs."""
     effort: str
+    """How much was tried for each cell: ``smoke``, ``pr``, ``nightly``, or ``check``."""
     seed: int
+    """The seed of the run."""
     started: str
+    """When the run started, in UTC."""
     environment: dict[str, Any] = {}
+    """Versions of software, and the machine."""
     claims: dict[str, Any] = {}
+    """What the backend claims."""
     unavailable: str = ""
+    """Why the backend could not run here; empty if it could."""
     lacking: bool = False
+    """Whether it is unavailable because this machine lacks something, and not because it is unknown or broken."""
     verdicts: list[Verdict] = []
+    """One for each judged cell."""
     runtime_info: dict[str, Any] = {}
+    """What ran, by config."""
     shard: str = ""
+    """``i/n`` for shard ``i`` of ``n``; empty for a run that was not divided."""
     known_failures: list[Row] = []
+    """The rows of known failures that still fail."""
     stale: list[str] = []
+    """One sentence for each row of the known failures that no longer holds."""
     guarantees: dict[str, Guarantee] = {}
+    """The measured guarantees, by config."""
     target: Target | None = None
+    """The black box that was judged by its own forward; null if outputs were compared with the definition."""
     maps: dict[str, list[Map]] = {}
+    """For each config with a broken clause (for each config of a black box), which tokens the outputs depend on."""
     diagnoses: dict[str, Diagnosis] = {}
+    """For each config with a broken clause, the known mistake that the backend behaves like."""
     seconds: float = 0.0
+    """Seconds of judging, interruptions excluded."""
     finished: bool = False
+    """Whether all cells were judged; a run that was interrupted has false and is resumed."""
 
     def write(self, path: Path) -> None:
         write_atomically(path, msgspec.json.format(msgspec.json.encode(self), indent=1))
@@ -157,11 +153,6 @@ class Results(msgspec.Struct, kw_only=True):
 def read(path: Path) -> Results:
     """Raises SpecError with one sentence if the file holds no results."""
     return read_versioned(path, Results, SCHEMA, "results")
-
-
-def schema() -> dict[str, Any]:
-    """The JSON Schema of a results file."""
-    return schema_of(Results)
 
 
 def configs_of(results: Results) -> Mapping[str, Config]:

@@ -26,7 +26,8 @@ from kvconform.errors import BackendUnavailable, BadArgument, InvalidBackend, Un
 from kvconform.worker.protocol import LENGTHS, PROGRESS, Header, Traces, send, unpack
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
-from kvconform_specs.program import NAMES, Append, Generate, Program, Truncate, UncachedForward, called
+from kvconform_specs.describe import describe
+from kvconform_specs.program import Program
 from kvconform_specs.reference.oracle import ReferenceForward, shares_rounding
 
 BUILD_TIMEOUT = 900.0
@@ -374,20 +375,3 @@ def _place(program: Program, step: int) -> str:
     if not 0 <= step < len(program.steps):
         return "before the first step"
     return f"step {step} ({describe(program, step)})"
-
-
-def describe(program: Program, step: int) -> str:
-    """One step in words."""
-    done = program.steps[step]
-    inner = called(done)
-    words = NAMES[type(inner)]
-    if isinstance(inner, Generate):
-        words += f" {inner.new} after {inner.counts[0]} to {inner.seq}"
-        words += f" of {len(inner.counts)} rows" if len(inner.counts) > 1 else ""
-    elif isinstance(inner, Append | UncachedForward):
-        sizes = inner.counts
-        words += f" {sizes[0] if len(set(sizes)) == 1 else list(sizes)} to {inner.seq}"
-        words += f" of {len(sizes)} rows" if len(sizes) > 1 else ""
-    else:
-        words += f" {inner.seq}" + (f" to {inner.length}" if isinstance(inner, Truncate) else "")
-    return f"reject {words}" if inner is not done else words
