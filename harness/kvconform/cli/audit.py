@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from kvconform.cli.options import Json, Seed, print_json, say
-from kvconform.errors import BadArgument
 from kvconform.files import write_atomically
 from kvconform.mutation import audit as audits
 from kvconform.mutation import power as powers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +12,6 @@ from kvconform.cli.options import Json, print_json, say
 from kvconform.cli.schemas import FILES, json_schema
 from kvconform.errors import BackendUnavailable, BadArgument, InvalidBackend, Unavailable, UnknownClause
 from kvconform.files import write_atomically
-from kvconform.mutation import record as audits
-from kvconform.results import results
 from kvconform.spec_docs import clause as clause_docs
 from kvconform.spec_docs import page
 from kvconform.worker.client import WorkerClient, WorkerSpec
