@@ -8,7 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvconform.judging.judge import RELATIONS, Judged, judge
+from kvconform.judging.judge import RELATIONS, judge
+from kvconform.judging.observed import Checked
+from kvconform.judging.render import render
 from kvconform.worker.execute import Trace, execute
 from kvconform.worker.protocol import pack, unpack
 from kvconform_backends.numpy.cache import NumpyCache
@@ -35,7 +37,7 @@ def judged(
     spoil: Spoil = lambda t: t,
     claims: Claims = NumpyCache.claims,
     kind: type = NumpyCache,
-) -> Judged:
+) -> Checked:
     """The verdict on a numpy cache's traces, those of the last program changed by ``spoil``."""
     config = case.programs[0].config
     backend, traces = kind(config, {}), []
@@ -97,28 +99,28 @@ def test_a_wrong_book_is_found_and_a_right_one_is_not(
     relation: Relation, program: Program, spoil: Spoil, words: str
 ) -> None:
     clean = judged(Case((program,)), relation)
-    assert clean.finding is None
+    assert clean.mismatch is None
     assert clean.compared > 0
-    found = judged(Case((program,)), relation, spoil).finding
+    found = judged(Case((program,)), relation, spoil).mismatch
     assert found is not None
-    assert words.partition("|")[2] in found.sentence if "|" in words else words in found.sentence
+    assert words.partition("|")[2] in render(found) if "|" in words else words in render(found)
 
 
 def test_bytes_follow_the_claim() -> None:
     """A buffer of the capacity is not what its length says, and the other way round."""
     program = Program(CONFIG, (Append("a", (3,), 5),))
-    assert judged(Case((program,)), Relation.BYTES, claims=NumpyStatic.claims, kind=NumpyStatic).finding is None
+    assert judged(Case((program,)), Relation.BYTES, claims=NumpyStatic.claims, kind=NumpyStatic).mismatch is None
     wrong = replace(NumpyStatic.claims, memory="length")
-    assert judged(Case((program,)), Relation.BYTES, claims=wrong, kind=NumpyStatic).finding is not None
+    assert judged(Case((program,)), Relation.BYTES, claims=wrong, kind=NumpyStatic).mismatch is not None
 
 
 def test_more_graphs_than_claimed_are_found() -> None:
     claims = replace(NumpyCache.claims, max_graphs=2)
     case = Case((Program(CONFIG, (Append("a", (3,), 5),)),))
-    assert judged(case, Relation.GRAPH_COUNT, told(0, "graph_count", 2), claims).finding is None
-    found = judged(case, Relation.GRAPH_COUNT, told(0, "graph_count", 3), claims).finding
+    assert judged(case, Relation.GRAPH_COUNT, told(0, "graph_count", 2), claims).mismatch is None
+    found = judged(case, Relation.GRAPH_COUNT, told(0, "graph_count", 3), claims).mismatch
     assert found is not None
-    assert "has made 3 graphs, and claims no more than 2" in found.sentence
+    assert "has made 3 graphs, and claims no more than 2" in render(found)
 
 
 def test_a_cache_that_evicts_may_show_less_and_no_less_than_the_window() -> None:
@@ -133,27 +135,27 @@ def test_a_cache_that_evicts_may_show_less_and_no_less_than_the_window() -> None
 
         return change
 
-    assert judged(case, Relation.RETAINED_COUNT, evicted(4), claims).finding is None
-    assert judged(case, Relation.CONTENTS, evicted(4), claims).finding is None
-    assert judged(case, Relation.RETAINED_COUNT, evicted(3), claims).finding is not None
-    assert judged(case, Relation.RETAINED_COUNT, evicted(4)).finding is not None  # who claims to keep all must show all
+    assert judged(case, Relation.RETAINED_COUNT, evicted(4), claims).mismatch is None
+    assert judged(case, Relation.CONTENTS, evicted(4), claims).mismatch is None
+    assert judged(case, Relation.RETAINED_COUNT, evicted(3), claims).mismatch is not None
+    assert judged(case, Relation.RETAINED_COUNT, evicted(4)).mismatch is not None  # who claims to keep all must show all
 
 
 def test_bitwise_takes_no_bound() -> None:
     base = Program(CONFIG, appends("a", (4, 2), 2, 5))
     case = Case((base, alone(base, 1)))
-    assert judged(case, Relation.AGREEMENT).finding is None
+    assert judged(case, Relation.AGREEMENT).mismatch is None
 
     def last_bit(trace: Trace) -> Trace:
         output = np.array(trace[1].output)
         output[0, 2, 1, 3] = np.nextafter(output[0, 2, 1, 3], np.float32(9))
         return (trace[0], replace(trace[1], output=output))
 
-    assert judged(case, Relation.AGREEMENT, last_bit).finding is None
-    found = judged(case, Relation.BITWISE, last_bit).finding
+    assert judged(case, Relation.AGREEMENT, last_bit).mismatch is None
+    found = judged(case, Relation.BITWISE, last_bit).mismatch
     assert found is not None
-    assert "row 0, position 5, head 2" in found.sentence
-    assert "must be the same to the bit" in found.sentence
+    assert "row 0, position 5, head 2" in render(found)
+    assert "must be the same to the bit" in render(found)
 
 
 def test_a_permuted_batch_is_compared_row_by_row() -> None:
@@ -164,7 +166,7 @@ def test_a_permuted_batch_is_compared_row_by_row() -> None:
     def unturned(trace: Trace) -> Trace:
         return tuple(replace(done, output=np.array(done.output)[[1, 2, 0]]) for done in trace)
 
-    assert judged(Case((base, turned)), Relation.AGREEMENT, unturned).finding is not None
+    assert judged(Case((base, turned)), Relation.AGREEMENT, unturned).mismatch is not None
 
 
 def test_infinity_is_no_finite_output() -> None:
@@ -175,10 +177,10 @@ def test_infinity_is_no_finite_output() -> None:
         output[1, 0, 0, 0] = np.inf
         return (replace(trace[0], output=output),)
 
-    assert judged(case, Relation.FINITE).finding is None
-    found = judged(case, Relation.FINITE, infinite).finding
+    assert judged(case, Relation.FINITE).mismatch is None
+    found = judged(case, Relation.FINITE, infinite).mismatch
     assert found is not None
-    assert "row 1, position 0, head 0: got inf from finite inputs" in found.sentence
+    assert "row 1, position 0, head 0: got inf from finite inputs" in render(found)
 
 
 def test_the_token_is_compared_only_where_it_is_sure() -> None:
@@ -190,7 +192,7 @@ def test_the_token_is_compared_only_where_it_is_sure() -> None:
 
     case = Case((Program(DECODER, appends("a", (4,), 2, 5)),))
     clean = judged(case, Relation.SAME_TOKEN, kind=Decoder)
-    assert clean.finding is None
+    assert clean.mismatch is None
     assert 0 < clean.compared <= 2 * 2 * 4
 
     def other(trace: Trace) -> Trace:
@@ -198,9 +200,9 @@ def test_the_token_is_compared_only_where_it_is_sure() -> None:
         output[0, 1, output[0, 1].argmin()] = 1e3
         return (replace(trace[0], output=output),)
 
-    found = judged(case, Relation.SAME_TOKEN, other, kind=Decoder).finding
+    found = judged(case, Relation.SAME_TOKEN, other, kind=Decoder).mismatch
     assert found is not None
-    assert "row 0, position 1, logit " in found.sentence
+    assert "row 0, position 1, logit " in render(found)
 
 
 def test_a_step_that_gives_its_last_position_alone_may_spare_the_head_for_the_others() -> None:
@@ -214,7 +216,7 @@ def test_a_step_that_gives_its_last_position_alone_may_spare_the_head_for_the_ot
         def says(work: int, program: Program = program, trace: Trace = trace) -> bool:
             told_so = unpack(*pack([told(0, "macs", work)(trace)]))
             case, expected = Case((program,)), [expect(program, (0,))]
-            return judge(case, [Relation.POSITIONS], NumpyCache.claims, [told_so], expected).finding is None
+            return judge(case, [Relation.POSITIONS], NumpyCache.claims, [told_so], expected).mismatch is None
 
         matrices = (w.size for name, w in weights(DECODER).items() if w.ndim == 2 and name != "embed")
         least = 2 * t * sum(matrices) - last * 2 * (t - 1) * head

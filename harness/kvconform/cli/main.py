@@ -27,6 +27,7 @@ from kvconform.cli.bench import bench
 from kvconform.cli.options import Backends, Device, Out, Pythons, Seed, errors, launches, screen, usage
 from kvconform.explain import repro
 from kvconform.files import family_of, write_atomically
+from kvconform.judging.render import render
 from kvconform.judging.verdict import Verdict
 from kvconform.mutation import audit, power
 from kvconform.mutation import record as audit_record
@@ -40,7 +41,6 @@ from kvconform.run.check import diagnosed
 from kvconform.run.cross_backend import Pair
 from kvconform.run.run import Plan, cells, parse_shard, path_of, run_backend, summary
 from kvconform.search import counterexample as counterexamples
-from kvconform.search.counterexample import Broken
 from kvconform.search.effort import BUDGETS, DEFAULT_BUDGET
 from kvconform.spec_docs import clause as explain
 from kvconform.spec_docs import page as spec_page
@@ -228,8 +228,8 @@ def replay(
     with WorkerClient(WorkerSpec(address, device or found.device, python, step_timeout)) as client:
         tried = counterexamples.replayed(BY_NAME[found.clause], client, before, case)
         place = f"{found.clause} on {address}"
-        if isinstance(tried, Broken):
-            screen.print(escape(f"{place}: {counterexamples.sentence(tried, before)}"))
+        if tried is not None:
+            screen.print(escape(f"{place}: {render(tried)}"))
             if script is not None:
                 write_atomically(script, repro.script(found, client).encode())
                 screen.print(escape(f"  script: {repro.tried(script, python)}"))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from kvconform.judging.judge import judge
 from kvconform.spec_docs.clause import ENOUGH
-from kvconform.worker.execute import StepResult
+from kvconform.worker.execute import Raised, StepResult
 from kvconform.worker.protocol import Traces
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.claims import ABILITIES, Claims
@@ -264,7 +264,7 @@ class _Trial:
 
     def rejects(self, clause: Clause, given: Answers) -> bool:
         traces = [self._traces(number, outputs) for number, outputs in enumerate(given)]
-        return judge(self.case, clause.relations, self.claims, traces, self.expected).finding is not None
+        return judge(self.case, clause.relations, self.claims, traces, self.expected).mismatch is not None
 
     def _traces(self, number: int, outputs: Sequence[Array | None]) -> Traces:
         c, histories, trace = self.config, Histories(), []
@@ -278,7 +278,7 @@ class _Trial:
                 told, width = {"token_counts": lengths}, c.layers * 2 * c.kv_heads * c.head_dim
                 shown = np.zeros((1, len(lengths), max(lengths), width)) if want is None else want.value
                 output = shown.astype(np.float32)
-            trace.append(StepResult(output, told, refused="refused" if isinstance(step, Reject) else None))
+            trace.append(StepResult(output, told, refused=Raised("Refused", "") if isinstance(step, Reject) else None))
         return Traces(1, tuple(trace))
 
 

@@ -9,6 +9,7 @@ import msgspec
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as hypothesis_seed
 
+from kvconform.judging.verdict import Outcome
 from kvconform.search.counterexample import Counterexample
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.ambiguities import AMBIGUITIES
@@ -117,7 +118,7 @@ def as_file(clause: Clause) -> bytes:
         backend="numpy",
         device="cpu",
         sentence="an example, never a failure",
-        outcome="pass",
+        outcome=Outcome.PASS,
         before=[],
         case=example(clause)[1].to_json(),
         reduced=False,

@@ -17,11 +17,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvconform.worker.execute import Raised
 from kvconform.worker.protocol import LENGTHS, PROGRESS, Header, Traces, send, unpack
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
@@ -40,17 +41,48 @@ class BackendUnavailable(Exception):
     """The backend is absent or broken, or this machine lacks what it needs: one sentence, exit code 3."""
 
 
-@dataclass
-class WorkerDied(Exception):
-    """The worker died or hung while it ran a program. ``variant`` and ``step`` say where."""
+@dataclass(frozen=True)
+class Exit:
+    """How a worker process ended: by itself, by a signal, or killed because it made no progress."""
 
-    kind: str  # "crash" or "timeout"
-    words: str
-    variant: int
-    step: int
+    status: int | None = None
+    """Exit status of a process that ended without a signal."""
+    signal: str = ""
+    """Name of the signal that ended the process, such as `SIGSEGV`."""
+    timeout: float | None = None
+    """Seconds without progress after which the process was killed; null where it ended before."""
+    stderr: str = ""
+    """Last line that the process wrote to its standard error, at most 200 characters."""
 
     def __str__(self) -> str:
-        return self.words
+        if self.timeout is not None:
+            return f"no answer within {self.timeout:g} s"
+        how = f"died of {self.signal}" if self.signal else f"ended with exit status {self.status}"
+        return f"the process {how}" + (f" ({self.stderr})" if self.stderr else "")
+
+
+@dataclass
+class WorkerDied(Exception):
+    """A worker died or hung, or the backend raised outside a step.
+
+    stage: what the worker was doing: running a step, building the backend, computing the black box's own forward, or
+    answering another message. Either ``error`` or ``exit`` is set. variant, step: which; ``call``: the step in words,
+    empty where no step was running.
+    """
+
+    stage: Literal["step", "build", "reference", "message"]
+    error: Raised | None = None
+    exit: Exit | None = None
+    variant: int = 0
+    step: int = -1
+    call: str = ""
+
+    def __str__(self) -> str:
+        place = f"step {self.step} ({self.call}): " if self.call else ""
+        return f"{place}{STAGES[self.stage]}{self.error or self.exit}"
+
+
+STAGES = {"step": "", "build": "could not be built: ", "reference": "its own uncached forward failed: ", "message": ""}
 
 
 @dataclass
@@ -67,12 +99,12 @@ class WorkerSpec:
 
 
 def unproven(runtime_info: Mapping[str, Any], device: str) -> str:
-    """Why nobody knows what ran, or nothing: the runtime_info failed, or did not tell the device, which on a GPU it must."""
+    """Why it is not known what ran, or nothing: runtime_info() failed, or does not report the device, as on a GPU it must."""
     if "failed" in runtime_info:
-        return f"nobody knows what ran: its runtime_info failed: {runtime_info['failed']}"
+        return f"cannot verify what ran: runtime_info() failed: {runtime_info['failed']}"
     if device == "cpu" or str(runtime_info.get("device")).startswith(device):
         return ""
-    return f"{device} was asked for, and its runtime_info does not tell on what device it ran"
+    return f"{device} was requested, but runtime_info() does not report the device that ran"
 
 
 class WorkerClient:
@@ -125,7 +157,7 @@ class WorkerClient:
     def _reference_forward(
         self, config: Config, inputs: NDArray[Any], storage: float, accumulation: float, seed: int
     ) -> NDArray[Any]:
-        """The black box's own forward (``oracle.ReferenceForward``). Raises WorkerDied where it raises, or its process dies."""
+        """The black box's own forward (``oracle.ReferenceForward``). Raises WorkerDied where it raises or its process dies."""
         if self._reference is None:
             self._reference = WorkerClient(self.spec)
             self._reference._measured = True
@@ -142,9 +174,12 @@ class WorkerClient:
             "accumulation": accumulation,
             "seed": seed,
         }
-        header, blob = reference._ask(message, self.spec.step_timeout, np.ascontiguousarray(inputs).tobytes())
+        try:
+            header, blob = reference._ask(message, self.spec.step_timeout, np.ascontiguousarray(inputs).tobytes())
+        except WorkerDied as death:
+            raise WorkerDied("reference", exit=death.exit) from None
         if "error" in header:
-            raise WorkerDied("crash", f"its own cache-less forward raised {header['error']}", 0, -1)
+            raise WorkerDied("reference", Raised(*header["error"]))
         return np.frombuffer(blob, header["dtype"]).reshape(header["shape"])
 
     def close(self) -> None:
@@ -162,7 +197,7 @@ class WorkerClient:
     def build(self, config: Config) -> str | None:
         """Builds the backend for a config, once a worker. Returns the reason where the backend refuses it.
 
-        Raises BackendUnavailable where the machine lacks something, WorkerDied where building fails or kills the worker.
+        Raises BackendUnavailable where the machine lacks something, WorkerDied where building fails or ends the worker.
         """
         if config in self._failed:
             raise self._failed[config]
@@ -171,10 +206,10 @@ class WorkerClient:
         try:
             header, _ = self._ask({"op": "build", "config": config.to_json()}, BUILD_TIMEOUT)
         except WorkerDied as death:
-            self._failed[config] = WorkerDied(death.kind, f"could not be built: {death.words}", 0, -1)
+            self._failed[config] = WorkerDied("build", exit=death.exit)
             raise self._failed[config] from None
         if "error" in header:
-            self._failed[config] = WorkerDied("crash", f"could not be built: {header['error']}", 0, -1)
+            self._failed[config] = WorkerDied("build", Raised(*header["error"]))
             raise self._failed[config]
         if "refused" in header:
             return str(header["refused"])
@@ -201,12 +236,11 @@ class WorkerClient:
         try:
             header, blob = self._reply(self.spec.step_timeout)
         except WorkerDied as death:
-            raise WorkerDied(
-                death.kind, f"{_place(program, death.step)}: {death.words}", death.variant, death.step
-            ) from None
+            known = 0 <= death.step < len(program.steps)
+            raise replace(death, call=describe(program, death.step) if known else "") from None
         if "error" in header:  # recording failed, not a step: nothing the backend could cause by raising
             self._kill()  # it may owe other replies
-            raise WorkerDied("crash", str(header["error"]), 0, -1)
+            raise WorkerDied("message", Raised(*header["error"]))
         return unpack(header, blob)
 
     def discard(self, programs: Sequence[Program]) -> None:
@@ -217,17 +251,19 @@ class WorkerClient:
                     self.receive(program)
 
     def runtime_info(self, config: Config) -> dict[str, Any]:
-        """What really ran. One that tells the other device than was asked for is a fallback, whatever else it tells."""
+        """What really ran. Where that is another device than was requested, it counts as a fallback."""
         if config not in self._built or self._process is None:
             return {}
         try:
             reply = self._ask({"op": "runtime_info", "config": config.to_json()}, self.spec.step_timeout)[0]
         except WorkerDied as death:
-            return {"failed": death.words}
-        runtime_info: dict[str, Any] = reply.get("runtime_info", {"failed": reply.get("error")})
+            return {"failed": str(death)}
+        if "error" in reply:
+            return {"failed": str(Raised(*reply["error"]))}
+        runtime_info: dict[str, Any] = reply["runtime_info"]
         told = str(runtime_info.get("device"))
         if told.partition(":")[0] in {"cpu", "cuda"} - {self.spec.device}:
-            runtime_info.setdefault("fallback", f"{self.spec.device} was asked for, and it ran on {told}")
+            runtime_info.setdefault("fallback", f"{self.spec.device} was requested, but {told} ran")
         return runtime_info
 
     def script(self, config: Config, programs: Sequence[tuple[Program, str]]) -> tuple[str, list[str]] | None:
@@ -240,10 +276,10 @@ class WorkerClient:
         return None if header["setup"] is None else (header["setup"], header["sources"])
 
     def ask(self, message: Header, timeout: float) -> Header:
-        """The answer to any message; ``timeout`` in seconds. Raises WorkerDied where the worker dies or answers an error."""
+        """The answer to any message; ``timeout`` in seconds. Raises WorkerDied where the worker ends or reports an error."""
         header, _ = self._ask(message, timeout)
         if "error" in header:
-            raise WorkerDied("crash", str(header["error"]), 0, -1)
+            raise WorkerDied("message", Raised(*header["error"]))
         return header
 
     # --- the process ---
@@ -274,7 +310,7 @@ class WorkerClient:
             raise BackendUnavailable(f"the worker of {spec.address!r} did not start: {death}") from death
         if "error" in description:
             raise BackendUnavailable(
-                f"backend {spec.address!r} is installed but failed to load: {description['error']}"
+                f"backend {spec.address!r} is installed but failed to load: {Raised(*description['error'])}"
             )
         return description
 
@@ -322,13 +358,13 @@ class WorkerClient:
                 if selector.select(min(timeout, 0.5)):
                     piece = os.read(pipe, 1 << 20)
                     if not piece:
-                        raise self._death("crash")
+                        raise self._death()
                     data += piece
                     since = time.monotonic()
                 elif self._step() != seen:
                     seen, since = self._step(), time.monotonic()
                 elif time.monotonic() - since > timeout:
-                    raise self._death("timeout", timeout)
+                    raise self._death(timeout)
         assert lengths is not None
         middle = LENGTHS.size + lengths[0]
         self._early = data[wanted:]  # of the next frame: two may be under way
@@ -338,21 +374,22 @@ class WorkerClient:
         count, variant, step = PROGRESS.unpack_from(self._progress, 0)
         return count, variant, step
 
-    def _death(self, kind: str, timeout: float = 0.0) -> WorkerDied:
+    def _death(self, timeout: float | None = None) -> WorkerDied:
+        """``timeout``: the seconds without progress after which it is given up; None: it has ended."""
         assert self._process is not None
         _count, variant, step = self._step()
-        if kind == "timeout":
-            words = f"no answer within {timeout:g} s"
+        if timeout is not None:
+            end = Exit(timeout=timeout)
+        elif (code := self._process.wait()) < 0:
+            end = Exit(signal=signal.Signals(-code).name, stderr=self._last_words())
         else:
-            code = self._process.wait()
-            how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-            words = f"the process {how}{self._last_words()}"
+            end = Exit(status=code, stderr=self._last_words())
         self._kill()
-        return WorkerDied(kind, words, variant, step)
+        return WorkerDied("step", exit=end, variant=variant, step=step)
 
     def _last_words(self) -> str:
         lines = [line.strip() for line in self._stderr.read_text(errors="replace").splitlines() if line.strip()]
-        return f" ({lines[-1][:200]})" if lines else ""
+        return lines[-1][:200] if lines else ""
 
 
 @contextmanager
@@ -374,13 +411,6 @@ def _variables() -> dict[str, str]:
     and the parent computes the definition on another core meanwhile."""
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
     return {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", **threads}
-
-
-def _place(program: Program, step: int) -> str:
-    """``step 2 (append 1 to a)``."""
-    if not 0 <= step < len(program.steps):
-        return "before the first step"
-    return f"step {step} ({describe(program, step)})"
 
 
 def describe(program: Program, step: int) -> str:

@@ -33,7 +33,7 @@ from kvconform.explain.diagnosis.signature import condition, first, generating, 
 from kvconform.explain.diagnosis.symptoms import Truth, alike, symptom
 from kvconform.explain.visibility import FORBIDDEN, Map
 from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerDied, WorkerSpec
-from kvconform.worker.execute import StepResult, Trace
+from kvconform.worker.execute import Raised, StepResult, Trace
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
 from kvconform_specs.configs import CONFIGS
@@ -124,7 +124,7 @@ class ProbeRunner:
             return self.client.run(program, (0,)).apart()[0]
         except WorkerDied as death:
             self.deaths += 1
-            return (StepResult(error=death.words),)
+            return (StepResult(error=Raised("WorkerDied", str(death))),)
 
 
 # --- which fault it is ---

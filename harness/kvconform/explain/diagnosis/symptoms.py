@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec.structs import replace
 
 from kvconform.explain.diagnosis.probes import Probe
-from kvconform.judging.observed import Array, Observed, at
+from kvconform.judging.observed import Array, Observed
 from kvconform.judging.outputs import generated
+from kvconform.judging.render import render
 from kvconform.worker.client import describe
 from kvconform.worker.execute import StepResult, Trace
 from kvconform_specs.claims import Claims, Precision
@@ -325,10 +327,10 @@ class _Reading:
             self._say(number, "it is no list of as many tokens as were asked for")
             return "#"
         alone = Observed(Program(self.config, (step,)), (done,), (want,), (None,), self.claims)
-        words, _compared, _worst = generated([alone])
-        if words is not None:
-            self._say(number, words.removeprefix(f"{at(alone.program, 0)}, "))
-        return FINE if words is None else "x"
+        mismatch = generated([alone]).mismatch
+        if mismatch is not None and not self.words:
+            self.words = render(replace(mismatch, step=number))
+        return FINE if mismatch is None else "x"
 
     # --- words ---
     def _say(self, number: int, words: str) -> None:
