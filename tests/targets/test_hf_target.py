@@ -18,7 +18,7 @@ from places import ROOT
 from kvconform.results.results import exit_code
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.counterexample import Broken, attempt
-from kvconform.search.effort import Budget
+from kvconform.search.effort import Effort
 from kvconform.worker.client import WorkerSpec
 from kvconform.worker.execute import execute, feeds_of
 from kvconform.worker.protocol import Traces, pack, unpack
@@ -56,7 +56,7 @@ FAMILIES = {
 WINDOWED = {"MistralConfig", "Gemma2Config", "Gemma3TextConfig", "GptOssConfig"}
 MIXED = WINDOWED - {"MistralConfig"}
 TINY = ROOT / "examples" / "tiny_llama"
-BRIEF = Budget("brief", structures=2, variants=2, seconds=60.0)
+BRIEF = Effort("brief", structures=2, variants=2, seconds=60.0)
 
 
 class InProcess:
@@ -68,13 +68,13 @@ class InProcess:
         self.perturbed: dict[int, Transformers] = {}
         self.traces: deque[Traces] = deque()
 
-    def own(self, config: Config) -> ReferenceForward:
+    def reference_forward(self, config: Config) -> ReferenceForward:
         return self._reference_forward
 
     def _reference_forward(self, inputs: NDArray[Any], storage: float, accumulation: float, seed: int) -> NDArray[Any]:
         if seed and seed not in self.perturbed:
             self.perturbed[seed] = self.client.perturbed(storage, accumulation, seed)
-        return (self.perturbed[seed] if seed else self.client).full(inputs)
+        return (self.perturbed[seed] if seed else self.client).uncached_forward(inputs)
 
     def send(self, program: Program, variants: Sequence[int]) -> None:
         self.traces.append(unpack(*pack(execute(self.client, program, tuple(variants)))))

@@ -158,17 +158,17 @@ class InProcess:
     def __init__(self, target: Any) -> None:
         (self.config,) = target.configs.values()
         self.claims = target.claims
-        self.backend, self.truth = (target(self.config, {}, "cpu") for _ in range(2))  # built apart, as in processes
+        self.backend, self.reference = (target(self.config, {}, "cpu") for _ in range(2))  # built apart, as in processes
         self.perturbed: dict[int, Any] = {}
         self.traces: deque[Traces] = deque()
 
-    def own(self, config: Config) -> ReferenceForward:
-        return self._own
+    def reference_forward(self, config: Config) -> ReferenceForward:
+        return self._reference_forward
 
-    def _own(self, inputs: NDArray[Any], storage: float, accumulation: float, seed: int) -> NDArray[Any]:
+    def _reference_forward(self, inputs: NDArray[Any], storage: float, accumulation: float, seed: int) -> NDArray[Any]:
         if seed and seed not in self.perturbed:
-            self.perturbed[seed] = self.truth.perturbed(storage, accumulation, seed)
-        made: NDArray[Any] = (self.perturbed[seed] if seed else self.truth).full(inputs)
+            self.perturbed[seed] = self.reference.perturbed(storage, accumulation, seed)
+        made: NDArray[Any] = (self.perturbed[seed] if seed else self.reference).uncached_forward(inputs)
         return made
 
     def send(self, program: Program, variants: Sequence[int]) -> None:
@@ -245,7 +245,7 @@ def test_claims_are_what_the_target_itself_offers() -> None:
     owned, always, position = (opened(name).claims for name in ("ModuleBuffers", "AlwaysCaches", "StartPos"))
     assert set(owned.abilities) == {"uncached_forward", "reset"}
     assert set(always.abilities) == set(position.abilities) == {"reset"}  # there is no call without the cache
-    assert set(opened("GlobalList").claims.abilities) == {"full"}
+    assert set(opened("GlobalList").claims.abilities) == {"uncached_forward"}
     assert owned.max_sequences == always.max_sequences == 1
     assert opened("OneRow").claims.max_batch == opened("attend").claims.max_batch == 1
     assert opened("FourRows").claims.max_batch == 4
@@ -268,7 +268,7 @@ def test_arguments_seed_and_dtype_make_the_target() -> None:
     assert broken(target, ("equivalence.decode",)) == {}
     x = np.ones((1, 2, 30), np.float32)
     outputs = [
-        opened("LayerPast", init={"width": 30, "heads": 5}, seed=seed)(config, {}, "cpu").full(x) for seed in (3, 3, 4)
+        opened("LayerPast", init={"width": 30, "heads": 5}, seed=seed)(config, {}, "cpu").uncached_forward(x) for seed in (3, 3, 4)
     ]
     assert np.array_equal(outputs[0], outputs[1])
     assert not np.array_equal(outputs[0], outputs[2])
@@ -310,7 +310,7 @@ def test_an_address_opens_a_target_and_a_backend_stays_what_it_is(tmp_path: Path
         (
             "Strange",
             {},
-            "found Strange.forward(x: 'Tensor', known_failures: 'dict'), and nothing says what 'known_failures' should be ",
+            "found Strange.forward(x: 'Tensor', ledger: 'dict'), and nothing says what 'ledger' should be ",
         ),
         ("NoCache", {}, "found NoCache.forward(x: 'Tensor'), whose calls show no cache; the known conventions are a p"),
         ("Absent", {}, "has no 'Absent'"),
@@ -364,7 +364,7 @@ def test_disturbed_weights_move_the_outputs_by_about_the_noise_and_leave_the_tar
     backend = target(config, {}, "cpu")
     x = np.arange(5)[None] if config.profile == "decoder" else np.ones((1, 5, config.width), np.float32)
     before, noise = backend.uncached_forward(x), 1e-4
-    moved = [backend.perturbed(noise, 0.0, seed).full(x) for seed in (1, 1, 2)]
+    moved = [backend.perturbed(noise, 0.0, seed).uncached_forward(x) for seed in (1, 1, 2)]
     assert np.array_equal(backend.uncached_forward(x), before)
     assert np.array_equal(moved[0], moved[1])
     assert not np.array_equal(moved[0], moved[2])
@@ -386,7 +386,7 @@ def test_scripts_make_the_same_calls_without_this_package(tmp_path: Path) -> Non
         file = tmp_path / f"{name.replace(':', '_').replace('.', '_')}.py"
         arrays: dict[str, NDArray[Any]] = {}
         checks = []
-        feeds, wants = feeds_of(program, (0,)), expect(program, (0,), own=backend.own(backend.config))
+        feeds, wants = feeds_of(program, (0,)), expect(program, (0,), own=backend.reference_forward(backend.config))
         for number, ((inputs, _), want) in enumerate(zip(feeds, wants, strict=True)):
             if want is None:
                 continue
@@ -417,7 +417,7 @@ def test_scripts_make_the_same_calls_without_this_package(tmp_path: Path) -> Non
 def _steps(claims: Any) -> tuple[Any, ...]:
     rows = min(claims.max_batch or 2, 2)
     kept = (AliasHandle("a", "b"), Append("a", (2,) * rows, 3), Append("b", (1,) * rows, 4), Close("b")) * claims.can(
-        "functional"
+        "immutable"
     )
     whole = (UncachedForward("whole", (4,) * rows, 5),) * claims.can("uncached_forward")
     first = (Append("a", (3,) * rows, 1), Append("a", (1,) * rows, 1), *whole, Append("a", (2,) * rows, 1), *kept)

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from kvconform.judging.verdict import Outcome
 from kvconform.results.results import Results
 from kvconform.run.run import Plan, run_backend
-from kvconform.search.effort import Budget
+from kvconform.search.effort import Effort
 from kvconform.worker.client import WorkerSpec
 from kvconform.worker.registry import BackendError, load
 from kvconform_backends.targets.onnx.signature import PASTS, PRESENTS, slot
@@ -30,7 +30,7 @@ CORE = ("shape", "causality", "equivalence", "lifecycle", "batch.row-solo", "cap
 
 def judged(target: Path, folder: Path, clauses: tuple[str, ...] = CORE, **options: Any) -> Results:
     spec = WorkerSpec(f"onnx:{target}?{json.dumps(options)}", environment={"OMP_NUM_THREADS": "1"})
-    plan = Plan(Budget("tiny", 3, 2, 60.0, shrink=False), clauses=clauses)
+    plan = Plan(Effort("tiny", 3, 2, 60.0, shrink=False), clauses=clauses)
     results = run_backend("decoder", spec, plan, folder)
     assert not results.unavailable
     return results
@@ -56,7 +56,7 @@ def test_a_correct_decoder_breaks_no_clause_however_it_names_its_cache(name: str
 def test_every_clause_of_a_plain_decoder_holds_or_is_unsupported(tmp_path: Path) -> None:
     results = judged(saved(decoder(Style()), tmp_path), tmp_path, clauses=())
     assert {v.outcome for v in results.verdicts} <= {Outcome.PASS, Outcome.UNSUPPORTED, Outcome.REFUTED}
-    assert results.claims["abilities"] == ["full", "length", "reset"]
+    assert results.claims["abilities"] == ["uncached_forward", "length", "reset"]
 
 
 @pytest.mark.parametrize(("needs_past", "dummy"), [(False, 0), (True, 1)])

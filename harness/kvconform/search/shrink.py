@@ -15,7 +15,7 @@ from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Append, Program, Step, UncachedForward
 
 Try = Callable[[Case], Mismatch | None]
-"""Runs a case; returns what broke, or None, also where the budget of tries is spent."""
+"""Runs a case; returns what broke, or None, also where no more tries are allowed."""
 
 
 def reduced_death(case: Case, broken: Mismatch, dies: Try) -> tuple[Case, Mismatch]:

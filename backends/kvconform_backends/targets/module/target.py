@@ -179,10 +179,10 @@ class ModuleTarget:
     def __init__(self, source: Source, module: Any, found: Recognised, dtype: torch.dtype) -> None:
         convention = found.convention
         abilities = {
-            "full": not convention.always,
+            "uncached_forward": not convention.always,
             "reset": found.restarts,
             "length": bool(convention.length),
-            "functional": found.functional,
+            "immutable": found.functional,
         }
         profile = "decoder" if convention.takes == "tokens" else "hidden"
         stored = next((name for name, kind in DTYPES.items() if kind is dtype), "float32")
