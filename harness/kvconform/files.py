@@ -177,7 +177,7 @@ def schema_of(kind: type) -> dict[str, Any]:
 
 def descriptions(struct: type) -> dict[str, str]:
     """What the docstrings of a struct and of its bases say of its fields, by field."""
-    found = {}
+    found: dict[str, str] = {}
     for base in reversed(struct.__mro__):
         for names, text in ENTRY.findall(inspect.cleandoc(base.__dict__.get("__doc__") or "")):
             found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
@@ -185,8 +185,8 @@ def descriptions(struct: type) -> dict[str, str]:
 
 
 def _structs(info: object, seen: dict[type, None]) -> dict[type, None]:
-    """Every struct in a type."""
-    if isinstance(info, msgspec.inspect.StructType):
+    """Every struct or dataclass in a type."""
+    if isinstance(info, msgspec.inspect.StructType | msgspec.inspect.DataclassType):
         if info.cls in seen:
             return seen
         seen[info.cls] = None

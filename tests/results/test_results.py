@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import msgspec
 import pytest
+from mismatches import cause
 from places import SUPPORT
 
 from kvconform.files import write_atomically
@@ -32,7 +33,7 @@ from kvconform_specs.errors import SpecError
 
 def verdict(clause: str = "shape.output", outcome: Outcome = Outcome.PASS, **more: Any) -> Verdict:
     words = "" if outcome is Outcome.PASS else "it broke"
-    fields: dict[str, Any] = {"compared": 10, "sentence": words, **more}
+    fields: dict[str, Any] = {"compared": 10, "sentence": words, **cause(outcome), **more}
     return Verdict(clause=clause, config="attention-gqa", backend="x", outcome=outcome, **fields)
 
 
@@ -216,7 +217,7 @@ def test_what_is_no_results_file_is_one_sentence(tmp_path: Path) -> None:
         read(path)
     data = msgspec.to_builtins(results(verdict()))
     path.write_text(json.dumps({**data, "schema": "kvconform-results/99"}))
-    with pytest.raises(SpecError, match="unknown schema 'kvconform-results/99'; known: kvconform-results/3"):
+    with pytest.raises(SpecError, match="unknown schema 'kvconform-results/99'; known: kvconform-results/4"):
         read(path)
 
 

@@ -25,9 +25,10 @@ LEVELS = {
 class Guarantee(msgspec.Struct, frozen=True, kw_only=True):
     """What holds under one config.
 
-    level: the strongest that no program refuted, with all below it; empty: not even the weakest. refuted: the next
-    level, where a program refutes it; empty where all hold, or where nothing decides on it. sentence, counterexample:
-    how it is refuted, or why nobody knows.
+    level: The strongest level that no program refuted, with all below it; empty: not even the weakest.
+    refuted: The next level, where a program refutes it; empty where all hold, or where nothing decides on it.
+    sentence: How it is refuted, or why it is not decided, in words.
+    counterexample: Name of the file with the programs that refute it.
     """
 
     level: str = ""

@@ -56,10 +56,17 @@ VERSION = re.compile(r"[\w.!+-]*\w(\.\*)?")
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One known failure; the fields are explained at the head of this module.
+    """One known failure: a cell that breaks for a reason that is known.
 
-    versions: by the names that results record in their ``environment``; exact, or a prefix that ends in ``.*``.
-    counterexample: a file, relative to the known failures.
+    backend: Name of the backend, as its results are called.
+    clause: Name of the clause.
+    config: Name of the config.
+    reason: One of a closed list.
+    link: Address of an issue about it.
+    versions: Under which it is known, by the names that results record in their `environment`; exact, or a prefix that
+        ends in `.*`.
+    expires: The last day on which the row holds, at most a year ahead.
+    counterexample: Path of a counterexample, relative to the file of known failures.
     """
 
     backend: str

@@ -11,7 +11,7 @@ import msgspec
 
 from kvconform.explain.diagnosis import Diagnosis
 from kvconform.explain.visibility import Map
-from kvconform.files import read_versioned, write_atomically
+from kvconform.files import read_versioned, schema_of, write_atomically
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.guarantees import Guarantee, measured
 from kvconform.results.known_failures import Row
@@ -20,16 +20,18 @@ from kvconform_specs.config import Config
 from kvconform_specs.configs import CONFIGS
 from kvconform_specs.errors import SpecError
 
-SCHEMA = "kvconform-results/3"
+SCHEMA = "kvconform-results/4"
 SAME_RUN = ("schema", "suite", "backend", "device", "dtypes", "effort", "seed", "claims", "environment")
 """What two parts of one run have in common: all that could change a verdict."""
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """A black box, which is judged by its own cache-less forward: how it is called, what was assumed of it, and its own
-    configs by name.
+    """A black box, which is judged by its own uncached forward.
 
-    noise: for each, how far an output may stray at most by rounding, relative to the outputs' size.
+    recognised: How the target is called, in words.
+    assumed: What was assumed of it, one sentence each.
+    configs: Its own configs, by name.
+    noise: For each config, how far an output may be off by rounding, as a fraction of the outputs' root mean square.
     """
 
     recognised: str
@@ -41,13 +43,29 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 class Results(msgspec.Struct, kw_only=True):
     """What one run of one backend gave.
 
-    unavailable: why the backend could not run here at all. finished: all cells were judged; a run that was killed
-    leaves False and is resumed. runtime_info: what really ran, by config. environment: versions, machine.
-    shard: ``i/n`` where these are the cells of shard ``i`` of ``n``; empty: of a whole run. known_failures: the rows of known
-    failures that held. stale: one sentence for each row that did not. power: the suite's null-model power table, by clause
-    and dtype (``power``). guarantees: the guarantees measured, by config (``guarantees``). target: what was judged by itself
-    (claim ``reference``); None where the truth is the definition. maps, diagnoses: of configs under which something is
-    broken (of a black box: of each), what outputs see of tokens, and what the backend behaves like.
+    schema: Name and version of this format.
+    suite: Version of the suite.
+    backend: Name of the backend.
+    device: Device that was requested: `cpu` or `cuda`.
+    dtypes: Dtypes of the suite's configs.
+    effort: Name of the effort.
+    seed: Seed of the run.
+    started: When the run began, as an ISO 8601 time.
+    environment: Versions of what is installed, a digest of the backend's source, and the machine.
+    claims: What the backend claims, by name.
+    unavailable: Why the backend cannot run here at all; empty where it can.
+    verdicts: One for each cell, in the order of the run.
+    runtime_info: What really ran, by config.
+    shard: `i/n` where these are the cells of shard i of n; empty for a whole run.
+    known_failures: The rows of known failures that held.
+    stale: One sentence for each row of known failures that did not hold.
+    power: The suite's null-model power table, by clause and dtype.
+    guarantees: The guarantees measured, by config.
+    target: The black box that was judged by its own uncached forward; null where the reference is the definition.
+    maps: Which tokens outputs depend on, by config: of configs under which something is broken, of a black box for each.
+    diagnoses: What the backend behaves like, by config, where something is broken.
+    seconds: Wall time of the run, in seconds.
+    finished: Whether all cells were judged; a run that was killed leaves false and is resumed.
     """
 
     schema: str = SCHEMA
@@ -89,7 +107,7 @@ def read(path: Path) -> Results:
 
 def schema() -> dict[str, Any]:
     """The JSON Schema of a results file."""
-    return msgspec.json.schema(Results)
+    return schema_of(Results)
 
 
 def configs_of(results: Results) -> dict[str, Config]:

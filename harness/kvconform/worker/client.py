@@ -43,16 +43,18 @@ class BackendUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Exit:
-    """How a worker process ended: by itself, by a signal, or killed because it made no progress."""
+    """How a worker process ended: by itself, by a signal, or killed because it made no progress.
+
+    status: Exit status of a process that ended without a signal.
+    signal: Name of the signal that ended the process, such as `SIGSEGV`.
+    timeout: Seconds without progress after which the process was killed; null where it ended before.
+    stderr: Last line that the process wrote to its standard error, at most 200 characters.
+    """
 
     status: int | None = None
-    """Exit status of a process that ended without a signal."""
     signal: str = ""
-    """Name of the signal that ended the process, such as `SIGSEGV`."""
     timeout: float | None = None
-    """Seconds without progress after which the process was killed; null where it ended before."""
     stderr: str = ""
-    """Last line that the process wrote to its standard error, at most 200 characters."""
 
     def __str__(self) -> str:
         if self.timeout is not None:

@@ -38,12 +38,14 @@ Feed = tuple[tuple[Array, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Raised:
-    """An exception, as it came from a backend."""
+    """An exception, as it came from a backend.
+
+    type: Name of the exception's type.
+    message: What the exception said, at most 500 characters.
+    """
 
     type: str
-    """Name of the exception's type."""
     message: str
-    """What the exception said, at most 500 characters."""
 
     def __str__(self) -> str:
         return f"{self.type}: {self.message}"
