@@ -153,7 +153,7 @@ def test_no_cached_step_ever_runs_where_the_truth_is_computed() -> None:
         values = []
         for one in (client, right):
             assert one.reference_forward is not None
-            (want,) = expect(program, own=one.reference_forward(config))
+            (want,) = expect(program, reference=one.reference_forward(config))
             assert want is not None
             values.append(want.value)
         assert (values[0] == values[1]).all()

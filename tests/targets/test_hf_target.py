@@ -139,7 +139,7 @@ def test_each_family_opens_and_decodes_what_its_own_forward_gives(family: str, c
     done = client.receive(program)
     assert done.stacked is not None, "a step raised"
     for step, want in zip(
-        done.stacked, expect(program, (0, 1), own=client.reference_forward(client.config)), strict=True
+        done.stacked, expect(program, (0, 1), reference=client.reference_forward(client.config)), strict=True
     ):
         assert want is not None
         assert (np.abs(step.output - want.value) <= want.bound).all()

@@ -386,7 +386,7 @@ def test_scripts_make_the_same_calls_without_this_package(tmp_path: Path) -> Non
         file = tmp_path / f"{name.replace(':', '_').replace('.', '_')}.py"
         arrays: dict[str, NDArray[Any]] = {}
         checks = []
-        feeds, wants = feeds_of(program, (0,)), expect(program, (0,), own=backend.reference_forward(backend.config))
+        feeds, wants = feeds_of(program, (0,)), expect(program, (0,), reference=backend.reference_forward(backend.config))
         for number, ((inputs, _), want) in enumerate(zip(feeds, wants, strict=True)):
             if want is None:
                 continue

@@ -55,73 +55,70 @@ row, axis or step."""
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Where something is: a step of a program, and a token of it.
-
-    program: Index of the program in the case, from 0; null where no program was running.
-    step: Index of the step in the program, from 0; null where no step was running.
-    call: The step in words, such as `append 2 to a of 2 rows`.
-    row: Index of the sequence's row, from 0.
-    position: Logical position of the token in its row, in tokens from 0.
-    column: Index of the token in the step's own inputs and outputs, in tokens from 0.
-    """
+    """Where something is: a step of a program, and a token of it."""
 
     program: int | None = None
+    """Index of the program in the case, from 0; null where no program was running."""
     step: int | None = None
+    """Index of the step in the program, from 0; null where no step was running."""
     call: str = ""
+    """The step in words, such as `append 2 to a of 2 rows`."""
     row: int | None = None
+    """Index of the sequence's row, from 0."""
     position: int | None = None
+    """Logical position of the token in its row, in tokens from 0."""
     column: int | None = None
+    """Index of the token in the step's own inputs and outputs, in tokens from 0."""
 
 
 class Mismatch(Place, frozen=True, kw_only=True, omit_defaults=True):
-    """What broke a clause. Each kind sets the fields that it knows; a field with its default is not written to files.
-
-    kind: What was violated: a relation, or something that every relation takes for granted.
-    variant: Index of the variant of the program's seeds, from 0; the seeds of a counterexample are those of variant 0.
-    part: What the number belongs to: an attention head, a logit or a channel of an output; a key or value of a read. Of
-        a wrong shape or dtype: which array has it.
-    layer: Index of the layer, from 0, of a key or value that was read.
-    head: Index of the query head of an output, or of the KV head of a read, from 0.
-    element: Index of the number within its head, or among the logits or channels, from 0.
-    got: What came. Lengths and free slots: tokens of each row; bytes; multiply-adds; shapes; the name of a dtype or
-        type; else an output, or how far it moved.
-    want: What had to come, in the unit of `got`; the least where `want_max` is given.
-    want_max: The most that was allowed, in the unit of `got`; of a linear cost: multiply-adds per token of depth.
-    bound: How far `got` may be from `want`, in the unit of `got`; of a generated token: in logits.
-    lead: By how much the logit of the token `want` exceeds that of the token `got`, or the second largest.
-    other: The place that it had to agree with, whose number is `want`.
-    change: What differs between the first program and this one: a token, or what fills the columns without a token.
-    changed_row: Row of the changed token, from 0.
-    changed_position: Logical position of the changed token, in tokens from 0.
-    new_tokens: How many tokens each row was given by the step whose multiply-adds were counted.
-    steps: Indices of the equal steps whose multiply-adds `got` lists.
-    depths: Tokens that the longest row holds after each of the steps whose multiply-adds were counted.
-    error: The exception that the backend raised.
-    exit: How the worker process ended.
-    earlier_programs: How many programs must run before, in the same process, for it to break: state leaks from them.
-    """
+    """What broke a clause. Each kind sets the fields that it knows; a field with its default is not written to
+    files."""
 
     kind: Kind
+    """What was violated: a relation, or something that every relation takes for granted."""
     variant: int = 0
+    """Index of the variant of the program's seeds, from 0; the seeds of a counterexample are those of variant 0."""
     part: Literal["", "head", "logit", "channel", "key", "value", "output", "token ids", "read"] = ""
+    """What the number belongs to: an attention head, a logit or a channel of an output; a key or value of a read. Of a
+    wrong shape or dtype: which array has it."""
     layer: int | None = None
+    """Index of the layer, from 0, of a key or value that was read."""
     head: int | None = None
+    """Index of the query head of an output, or of the KV head of a read, from 0."""
     element: int | None = None
+    """Index of the number within its head, or among the logits or channels, from 0."""
     got: Value | None = None
+    """What came. Lengths and free slots: tokens of each row; bytes; multiply-adds; shapes; the name of a dtype or type;
+    else an output, or how far it moved."""
     want: Value | None = None
+    """What had to come, in the unit of `got`; the least where `want_max` is given."""
     want_max: int | None = None
+    """The most that was allowed, in the unit of `got`; of a linear cost: multiply-adds per token of depth."""
     bound: float | str | None = None
+    """How far `got` may be from `want`, in the unit of `got`; of a generated token: in logits."""
     lead: float | None = None
+    """By how much the logit of the token `want` exceeds that of the token `got`, or the second largest."""
     other: Place | None = None
+    """The place that it had to agree with, whose number is `want`."""
     change: Literal["", "token", "padding", "other"] = ""
+    """What differs between the first program and this one: a token, or what fills the columns without a token."""
     changed_row: int | None = None
+    """Row of the changed token, from 0."""
     changed_position: int | None = None
+    """Logical position of the changed token, in tokens from 0."""
     new_tokens: int | None = None
+    """How many tokens each row was given by the step whose multiply-adds were counted."""
     steps: tuple[int, ...] = ()
+    """Indices of the equal steps whose multiply-adds `got` lists."""
     depths: tuple[int, ...] = ()
+    """Tokens that the longest row holds after each of the steps whose multiply-adds were counted."""
     error: Raised | None = None
+    """The exception that the backend raised."""
     exit: Exit | None = None
+    """How the worker process ended."""
     earlier_programs: int = 0
+    """How many programs must run before, in the same process, for it to break: state leaks from them."""
 
     @property
     def relation(self) -> Relation | None:

@@ -48,38 +48,36 @@ class Reason(Enum):
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """One cell of the matrix: what was found out about one clause on one backend under one config.
-
-    clause: Name of the clause, such as `equivalence.decode`.
-    config: Name of the config, with its dtype where that is not float32.
-    backend: Address of the backend.
-    outcome: What it comes to; only `pass` is a pass.
-    reason: Why there is no verdict, where the outcome is inconclusive, unsupported or not exercised.
-    mismatch: What broke the clause, where something did.
-    sentence: The mismatch or the reason in words, for people: nothing reads it; empty for a pass.
-    counterexample: Name of the file with the programs that break the clause; empty where none was written.
-    compared: How many numbers were compared.
-    programs: How many programs were judged, each variant of its seeds counted.
-    structures: How many different shapes of programs these had.
-    seconds: Wall time of the cell, in seconds.
-    worst: Largest error as a fraction of its bound, up to the first mismatch; null where no relation has bounds.
-    found_after: How many programs were judged up to and with the first that broke the clause.
-    """
+    """One cell of the matrix: what was found out about one clause on one backend under one config."""
 
     clause: str
+    """Name of the clause, such as `equivalence.decode`."""
     config: str
+    """Name of the config, with its dtype where that is not float32."""
     backend: str
+    """Address of the backend."""
     outcome: Outcome
+    """What it comes to; only `pass` is a pass."""
     reason: Reason | None = None
+    """Why there is no verdict, where the outcome is inconclusive, unsupported or not exercised."""
     mismatch: Mismatch | None = None
+    """What broke the clause, where something did."""
     sentence: str = ""
+    """The mismatch or the reason in words, for people: nothing reads it; empty for a pass."""
     counterexample: str = ""
+    """Name of the file with the programs that break the clause; empty where none was written."""
     compared: int = 0
+    """How many numbers were compared."""
     programs: int = 0
+    """How many programs were judged, each variant of its seeds counted."""
     structures: int = 0
+    """How many different shapes of programs these had."""
     seconds: float = 0.0
+    """Wall time of the cell, in seconds."""
     worst: float | None = None
+    """Largest error as a fraction of its bound, up to the first mismatch; null where no relation has bounds."""
     found_after: int | None = None
+    """How many programs were judged up to and with the first that broke the clause."""
 
     def __post_init__(self) -> None:
         if self.outcome is Outcome.PASS and self.compared == 0:

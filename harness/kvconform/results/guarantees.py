@@ -23,18 +23,16 @@ LEVELS = {
 
 
 class Guarantee(msgspec.Struct, frozen=True, kw_only=True):
-    """What holds under one config.
-
-    level: The strongest level that no program refuted, with all below it; empty: not even the weakest.
-    refuted: The next level, where a program refutes it; empty where all hold, or where nothing decides on it.
-    sentence: How it is refuted, or why it is not decided, in words.
-    counterexample: Name of the file with the programs that refute it.
-    """
+    """What holds under one config."""
 
     level: str = ""
+    """The strongest level that no program refuted, with all below it; empty: not even the weakest."""
     refuted: str = ""
+    """The next level, where a program refutes it; empty where all hold, or where nothing decides on it."""
     sentence: str = ""
+    """How it is refuted, or why it is not decided, in words."""
     counterexample: str = ""
+    """Name of the file with the programs that refute it."""
 
 
 def measured(verdicts: Sequence[Verdict]) -> dict[str, Guarantee]:

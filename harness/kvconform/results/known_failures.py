@@ -56,27 +56,25 @@ VERSION = re.compile(r"[\w.!+-]*\w(\.\*)?")
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One known failure: a cell that breaks for a reason that is known.
-
-    backend: Name of the backend, as its results are called.
-    clause: Name of the clause.
-    config: Name of the config.
-    reason: One of a closed list.
-    link: Address of an issue about it.
-    versions: Under which it is known, by the names that results record in their `environment`; exact, or a prefix that
-        ends in `.*`.
-    expires: The last day on which the row holds, at most a year ahead.
-    counterexample: Path of a counterexample, relative to the file of known failures.
-    """
+    """One known failure: a cell that breaks for a reason that is known."""
 
     backend: str
+    """Name of the backend, as its results are called."""
     clause: str
+    """Name of the clause."""
     config: str
+    """Name of the config."""
     reason: str
+    """One of a closed list."""
     link: str
+    """Address of an issue about it."""
     versions: dict[str, str]
+    """Under which it is known, by the names that results record in their `environment`; exact, or a prefix that ends in
+    `.*`."""
     expires: date
+    """The last day on which the row holds, at most a year ahead."""
     counterexample: str
+    """Path of a counterexample, relative to the file of known failures."""
 
     def __post_init__(self) -> None:
         if self.reason not in REASONS:
@@ -111,7 +109,7 @@ def _is_version(installed: str, wanted: str) -> bool:
     return installed == wanted or (wanted.endswith(".*") and f"{installed}.".startswith(wanted[:-1]))
 
 
-class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class KnownFailuresFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     schema: str
     known: list[Row] = []
 
@@ -208,7 +206,7 @@ def read(path: Path, today: date | None = None) -> KnownFailures:
     """The known failures in a file, with their counterexamples. Raises SpecError where it is malformed."""
     today = today or date.today()
     try:
-        file = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _File)
+        file = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), KnownFailuresFile)
     except OSError as error:
         raise SpecError(str(path), f"cannot be read: {error.strerror}") from error
     except ValueError as error:  # of TOML, of msgspec, of a row

@@ -26,71 +26,68 @@ SAME_RUN = ("schema", "suite", "backend", "device", "dtypes", "effort", "seed", 
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """A black box, which is judged by its own uncached forward.
-
-    recognised: How the target is called, in words.
-    assumed: What was assumed of it, one sentence each.
-    configs: Its own configs, by name.
-    noise: For each config, how far an output may be off by rounding, as a fraction of the outputs' root mean square.
-    """
+    """A black box, which is judged by its own uncached forward."""
 
     recognised: str
+    """How the target is called, in words."""
     assumed: list[str]
+    """What was assumed of it, one sentence each."""
     configs: dict[str, Any]
+    """Its own configs, by name."""
     noise: dict[str, float] = {}
+    """For each config, how far an output may be off by rounding, as a fraction of the outputs' root mean square."""
 
 
 class Results(msgspec.Struct, kw_only=True):
-    """What one run of one backend gave.
-
-    schema: Name and version of this format.
-    suite: Version of the suite.
-    backend: Name of the backend.
-    device: Device that was requested: `cpu` or `cuda`.
-    dtypes: Dtypes of the suite's configs.
-    effort: Name of the effort.
-    seed: Seed of the run.
-    started: When the run began, as an ISO 8601 time.
-    environment: Versions of what is installed, a digest of the backend's source, and the machine.
-    claims: What the backend claims, by name.
-    unavailable: Why the backend cannot run here at all; empty where it can.
-    verdicts: One for each cell, in the order of the run.
-    runtime_info: What really ran, by config.
-    shard: `i/n` where these are the cells of shard i of n; empty for a whole run.
-    known_failures: The rows of known failures that held.
-    stale: One sentence for each row of known failures that did not hold.
-    power: The suite's null-model power table, by clause and dtype.
-    guarantees: The guarantees measured, by config.
-    target: The black box that was judged by its own uncached forward; null where the reference is the definition.
-    maps: Which tokens outputs depend on, by config: of configs under which something is broken, of a black box for each.
-    diagnoses: What the backend behaves like, by config, where something is broken.
-    seconds: Wall time of the run, in seconds.
-    finished: Whether all cells were judged; a run that was killed leaves false and is resumed.
-    """
+    """What one run of one backend gave."""
 
     schema: str = SCHEMA
+    """Name and version of this format."""
     suite: str
+    """Version of the suite."""
     backend: str
+    """Name of the backend."""
     device: str
+    """Device that was requested: `cpu` or `cuda`."""
     dtypes: list[str]
+    """Dtypes of the suite's configs."""
     effort: str
+    """Name of the effort."""
     seed: int
+    """Seed of the run."""
     started: str
+    """When the run began, as an ISO 8601 time."""
     environment: dict[str, Any] = {}
+    """Versions of what is installed, a digest of the backend's source, and the machine."""
     claims: dict[str, Any] = {}
+    """What the backend claims, by name."""
     unavailable: str = ""
+    """Why the backend cannot run here at all; empty where it can."""
     verdicts: list[Verdict] = []
+    """One for each cell, in the order of the run."""
     runtime_info: dict[str, Any] = {}
+    """What really ran, by config."""
     shard: str = ""
+    """`i/n` where these are the cells of shard i of n; empty for a whole run."""
     known_failures: list[Row] = []
+    """The rows of known failures that held."""
     stale: list[str] = []
+    """One sentence for each row of known failures that did not hold."""
     power: dict[str, Any] = {}
+    """The suite's null-model power table, by clause and dtype."""
     guarantees: dict[str, Guarantee] = {}
+    """The guarantees measured, by config."""
     target: Target | None = None
+    """The black box that was judged by its own uncached forward; null where the reference is the definition."""
     maps: dict[str, list[Map]] = {}
+    """Which tokens outputs depend on, by config: of configs under which something is broken, of a black box for
+    each."""
     diagnoses: dict[str, Diagnosis] = {}
+    """What the backend behaves like, by config, where something is broken."""
     seconds: float = 0.0
+    """Wall time of the run, in seconds."""
     finished: bool = False
+    """Whether all cells were judged; a run that was killed leaves false and is resumed."""
 
     def write(self, path: Path) -> None:
         write_atomically(path, msgspec.json.format(msgspec.json.encode(self), indent=1))

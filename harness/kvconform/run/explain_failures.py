@@ -57,6 +57,6 @@ def noise_floor(client: WorkerClient, config: Config) -> float:
     own = client.reference_forward
     assert own is not None
     program = Program(config, (Append("a", (min(TOKENS, config.capacity),), 0),))
-    (want,) = expect(program, own=own(config))
+    (want,) = expect(program, reference=own(config))
     assert want is not None
     return float(np.max(want.bound) / np.sqrt(np.mean(np.square(want.value))))

@@ -24,32 +24,30 @@ SCHEMA = "kvconform-counterexample/2"
 
 
 class Counterexample(msgspec.Struct, frozen=True, kw_only=True):
-    """What a file holds: the smallest programs found that break a clause, and how.
-
-    schema: Name and version of this format.
-    suite: Version of the suite that found it.
-    clause: Name of the clause.
-    backend: Address of the backend that broke it.
-    device: Device that it ran on.
-    outcome: What the cell came to: `fail`, `crash`, `timeout` or `refuted`; `pass` of an example that breaks nothing.
-    mismatch: What broke the clause; null in an example.
-    sentence: The mismatch in words, for people: nothing reads it.
-    before: Programs that must run first in the same process (leaked state), oldest first.
-    case: The programs of the case.
-    reduced: Whether shrinking came to its end.
-    """
+    """What a file holds: the smallest programs found that break a clause, and how."""
 
     schema: str = SCHEMA
+    """Name and version of this format."""
     suite: str
+    """Version of the suite that found it."""
     clause: str
+    """Name of the clause."""
     backend: str
+    """Address of the backend that broke it."""
     device: str
+    """Device that it ran on."""
     outcome: Outcome
+    """What the cell came to: `fail`, `crash`, `timeout` or `refuted`; `pass` of an example that breaks nothing."""
     mismatch: Mismatch | None = None
+    """What broke the clause; null in an example."""
     sentence: str
+    """The mismatch in words, for people: nothing reads it."""
     before: list[Any]
+    """Programs that must run first in the same process (leaked state), oldest first."""
     case: list[Any]
+    """The programs of the case."""
     reduced: bool
+    """Whether shrinking came to its end."""
 
     def write(self, folder: Path) -> Path:
         programs = (str(self.case) + str(self.before)).encode()

@@ -26,7 +26,8 @@ from kvconform.worker.execute import Raised
 from kvconform.worker.protocol import LENGTHS, PROGRESS, Header, Traces, send, unpack
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
-from kvconform_specs.program import NAMES, Append, Generate, Program, Truncate, UncachedForward, called
+from kvconform_specs.describe import describe
+from kvconform_specs.program import Program
 from kvconform_specs.reference.oracle import ReferenceForward, shares_rounding
 
 BUILD_TIMEOUT = 900.0
@@ -43,18 +44,16 @@ class BackendUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Exit:
-    """How a worker process ended: by itself, by a signal, or killed because it made no progress.
-
-    status: Exit status of a process that ended without a signal.
-    signal: Name of the signal that ended the process, such as `SIGSEGV`.
-    timeout: Seconds without progress after which the process was killed; null where it ended before.
-    stderr: Last line that the process wrote to its standard error, at most 200 characters.
-    """
+    """How a worker process ended: by itself, by a signal, or killed because it made no progress."""
 
     status: int | None = None
+    """Exit status of a process that ended without a signal."""
     signal: str = ""
+    """Name of the signal that ended the process, such as `SIGSEGV`."""
     timeout: float | None = None
+    """Seconds without progress after which the process was killed; null where it ended before."""
     stderr: str = ""
+    """Last line that the process wrote to its standard error, at most 200 characters."""
 
     def __str__(self) -> str:
         if self.timeout is not None:
@@ -415,18 +414,3 @@ def _variables() -> dict[str, str]:
     return {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", **threads}
 
 
-def describe(program: Program, step: int) -> str:
-    """One step in words."""
-    done = program.steps[step]
-    inner = called(done)
-    words = NAMES[type(inner)]
-    if isinstance(inner, Generate):
-        words += f" {inner.new} after {inner.counts[0]} to {inner.seq}"
-        words += f" of {len(inner.counts)} rows" if len(inner.counts) > 1 else ""
-    elif isinstance(inner, Append | UncachedForward):
-        sizes = inner.counts
-        words += f" {sizes[0] if len(set(sizes)) == 1 else list(sizes)} to {inner.seq}"
-        words += f" of {len(sizes)} rows" if len(sizes) > 1 else ""
-    else:
-        words += f" {inner.seq}" + (f" to {inner.length}" if isinstance(inner, Truncate) else "")
-    return f"reject {words}" if inner is not done else words

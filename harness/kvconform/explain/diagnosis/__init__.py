@@ -48,23 +48,21 @@ FAULT_TIMEOUT = 5.0
 
 
 class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
-    """What a backend that broke clauses under one config behaves like.
-
-    named: Id of the class of mistakes, such as `M1`; empty where none stands out.
-    fault: The planted fault that it behaves like; empty where the tokens that it sees are all that names it.
-    bug: The real bug that the fault is modelled on, a link.
-    exactly: Whether its outputs are that fault's, within the bounds.
-    signature: First bad step, position, row, head or logit, and the smallest condition that separates bad outputs from
-        good ones, in words.
-    sentence: All of it in one sentence, with what to do about it.
-    """
+    """What a backend that broke clauses under one config behaves like."""
 
     named: str = ""
+    """Id of the class of mistakes, such as `M1`; empty where none stands out."""
     fault: str = ""
+    """The planted fault that it behaves like; empty where the tokens that it sees are all that names it."""
     bug: str = ""
+    """The real bug that the fault is modelled on, a link."""
     exactly: bool = False
+    """Whether its outputs are that fault's, within the bounds."""
     signature: str = ""
+    """First bad step, position, row, head or logit, and the smallest condition that separates bad outputs from good
+    ones, in words."""
     sentence: str = ""
+    """All of it in one sentence, with what to do about it."""
 
 
 def diagnose(client: WorkerClient, config: Config, cases: Sequence[Case], maps: Sequence[Map]) -> Diagnosis | None:

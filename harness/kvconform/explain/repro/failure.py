@@ -15,7 +15,7 @@ from kvconform.judging.mismatch import Kind, Mismatch, died
 from kvconform.judging.observed import Observed
 from kvconform.worker.client import WorkerClient, WorkerDied
 from kvconform.worker.protocol import Traces
-from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clause import Case, Clause
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
 from kvconform_specs.history import Histories, Row, seen_by
@@ -23,8 +23,6 @@ from kvconform_specs.program import Append, Program, UncachedForward
 from kvconform_specs.reference.oracle import Expected, expect
 
 Array = NDArray[Any]
-TWO = {Relation.AGREEMENT, Relation.INSENSITIVE, Relation.SENSITIVE, Relation.BITWISE}
-"""The relations that compare the first program of a case with each of the others."""
 MARGIN = 2.0
 """One bound is written for all numbers if some is off by so many times the largest of them."""
 CLOSE = 1.0051
@@ -127,7 +125,8 @@ def _failure(
     if mismatch is None:
         return None
     assert mismatch.program is not None
-    numbers = (0, mismatch.program) if mismatch.relation in TWO else (mismatch.program,)
+    two = mismatch.relation is not None and mismatch.relation.compares_two
+    numbers = (0, mismatch.program) if two else (mismatch.program,)
     observed = tuple(_observed(case.programs[i], traces[i], expected[i], client) for i in numbers)
     return Failure(mismatch, observed), programs[: len(before) + mismatch.program + 1]
 
@@ -152,8 +151,10 @@ def _whole(case: Case) -> Program:
     """The longest of its rows, computed without a cache."""
     rows = [row for program in case.programs for seen in seen_by(program) for row in seen or ()]
     row = max(rows, key=len)
-    swap = tuple((0, position, seed) for position, (seed, _at) in enumerate(row) if seed != row[0][0])
-    return Program(case.programs[0].config, (UncachedForward("a", (len(row),), row[0][0], swap),))
+    first = row[0][0]
+    other = tuple((0, position, stream.seed) for position, (stream, _at) in enumerate(row) if stream != first)
+    whole = UncachedForward("a", (len(row),), first.seed, other, distribution=first.distribution)
+    return Program(case.programs[0].config, (whole,))
 
 
 # --- places ---

@@ -17,26 +17,25 @@ Difference = tuple[int, int, str]
 
 
 class Map(msgspec.Struct, frozen=True, kw_only=True):
-    """What each of `n` tokens' outputs sees of `n` tokens under one schedule.
-
-    schedule: `full` (the backend's own uncached forward), `prefill` (one append), `chunked`, `decode`, `rows` (two rows
-        that grow together) or `sequences` (three, the last one after the first is closed).
-    sizes: Token counts of the appends, of each row or sequence.
-    wanted: A string for each output, a character for each token: `x` must be seen, `.` must not, `?` not resolvable
-        because the bounds do not allow to say, blank: there is no such output (claim `returns="last"`).
-    seen: Like `wanted`: `x` the output moved, `.` it did not, `?` cannot be told (`notes` say why), blank: no output came.
-    stopped: What ended the schedule, in words; the outputs after it are missing in `seen`.
-    rows: How many rows or sequences; the `n` tokens are those of the first, then those of the second, and so on.
-    notes: What else was noticed, one sentence each.
-    """
+    """What each of `n` tokens' outputs sees of `n` tokens under one schedule."""
 
     schedule: str
+    """`full` (the backend's own uncached forward), `prefill` (one append), `chunked`, `decode`, `rows` (two rows that
+    grow together) or `sequences` (three, the last one after the first is closed)."""
     sizes: list[int]
+    """Token counts of the appends, of each row or sequence."""
     wanted: list[str]
+    """A string for each output, a character for each token: `x` must be seen, `.` must not, `?` not resolvable because
+    the bounds do not allow to say, blank: there is no such output (claim `returns="last"`)."""
     seen: list[str]
+    """Like `wanted`: `x` the output moved, `.` it did not, `?` cannot be told (`notes` say why), blank: no output
+    came."""
     stopped: str = ""
+    """What ended the schedule, in words; the outputs after it are missing in `seen`."""
     rows: int = 1
+    """How many rows or sequences; the `n` tokens are those of the first, then those of the second, and so on."""
     notes: list[str] = []
+    """What else was noticed, one sentence each."""
 
     @property
     def differences(self) -> list[Difference]:
