@@ -98,13 +98,13 @@ class Mismatch(Place, frozen=True, kw_only=True, omit_defaults=True):
     bound: float | str | None = None
     """How far `got` may be from `want`, in the unit of `got`; of a generated token: in logits."""
     lead: float | None = None
-    """By how much the logit of the token `want` exceeds that of the token `got`, or the second largest."""
+    """By how much the logit of the token `want` exceeds that of the token `got`, or the second largest; in logits."""
     other: Place | None = None
     """The place that it had to agree with, whose number is `want`."""
     change: Literal["", "token", "padding", "other"] = ""
     """What differs between the first program and this one: a token, or what fills the columns without a token."""
     changed_row: int | None = None
-    """Row of the changed token, from 0."""
+    """Index of the row of the changed token, from 0."""
     changed_position: int | None = None
     """Logical position of the changed token, in tokens from 0."""
     new_tokens: int | None = None

@@ -110,8 +110,12 @@ def _is_version(installed: str, wanted: str) -> bool:
 
 
 class KnownFailuresFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A file of known failures."""
+
     schema: str
+    """Name and version of this format."""
     known: list[Row] = []
+    """The known failures."""
 
 
 class StaleEntry(Exception):

@@ -47,7 +47,7 @@ class Exit:
     """How a worker process ended: by itself, by a signal, or killed because it made no progress."""
 
     status: int | None = None
-    """Exit status of a process that ended without a signal."""
+    """Exit status of a process that ended without a signal; no unit."""
     signal: str = ""
     """Name of the signal that ended the process, such as `SIGSEGV`."""
     timeout: float | None = None
@@ -412,5 +412,3 @@ def _variables() -> dict[str, str]:
     and the parent computes the definition on another core meanwhile."""
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
     return {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", **threads}
-
-

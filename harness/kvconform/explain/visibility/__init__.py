@@ -23,7 +23,7 @@ class Map(msgspec.Struct, frozen=True, kw_only=True):
     """`full` (the backend's own uncached forward), `prefill` (one append), `chunked`, `decode`, `rows` (two rows that
     grow together) or `sequences` (three, the last one after the first is closed)."""
     sizes: list[int]
-    """Token counts of the appends, of each row or sequence."""
+    """How many tokens each append adds to each row or sequence."""
     wanted: list[str]
     """A string for each output, a character for each token: `x` must be seen, `.` must not, `?` not resolvable because
     the bounds do not allow to say, blank: there is no such output (claim `returns="last"`)."""
