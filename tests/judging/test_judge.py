@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvconform.errors import Raised
 from kvconform.judging.judge import judge
 from kvconform.judging.mismatch import Kind, Place
 from kvconform.judging.observed import Checked
-from kvconform.worker.execute import Raised, StepResult, Trace, execute
+from kvconform.worker.execute import StepResult, Trace, execute
 from kvconform.worker.protocol import Traces, pack, unpack
 from kvconform_backends.numpy.cache import Cache, NumpyCache
 from kvconform_specs.claims import Claims
@@ -94,7 +95,9 @@ def test_agreement_matches_outputs_by_their_history() -> None:
     found = judged(Case((other, BASE)), Relation.AGREEMENT, last(1, put(9.0))).mismatch
     assert found is not None
     assert (found.program, found.step, found.row, found.position, found.got) == (1, 1, 1, 5, 9.0)
-    assert found.other == Place(program=0, step=1, call="uncached_forward 6 to full of 2 rows", row=1, position=5, column=5)
+    assert found.other == Place(
+        program=0, step=1, call="uncached_forward 6 to full of 2 rows", row=1, position=5, column=5
+    )
 
 
 def test_a_program_is_never_compared_with_itself() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvconform.errors import Exit
 from kvconform.judging.mismatch import Kind, Mismatch
 from kvconform.judging.verdict import Outcome, Reason
-from kvconform.worker.client import Exit
 
 WRONG = Mismatch(
     kind=Kind.PARITY,
@@ -23,8 +23,8 @@ WRONG = Mismatch(
     want=-0.4266,
     bound=7.4e-07,
 )
-DIED = Mismatch(kind=Kind.DIED, program=0, step=3, call="reset a", exit=Exit(signal="SIGSEGV"))
-TIMED_OUT = Mismatch(kind=Kind.TIMED_OUT, program=0, step=2, call="append 1 to a", exit=Exit(timeout=30.0))
+DIED = Mismatch(kind=Kind.DIED, program=0, step=3, call="reset a", ended=Exit(signal="SIGSEGV"))
+TIMED_OUT = Mismatch(kind=Kind.TIMED_OUT, program=0, step=2, call="append 1 to a", ended=Exit(timeout=30.0))
 
 
 def cause(outcome: Outcome) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from kvconform.worker.client import Exit, WorkerDied
-from kvconform.worker.execute import Raised
+from kvconform.errors import Exit, Raised, WorkerDied, WorkerTimeout
 from kvconform_specs.clause import Relation
 
 
@@ -115,7 +114,7 @@ class Mismatch(Place, frozen=True, kw_only=True, omit_defaults=True):
     """Tokens that the longest row holds after each of the steps whose multiply-adds were counted."""
     error: Raised | None = None
     """The exception that the backend raised."""
-    exit: Exit | None = None
+    ended: Exit | None = None
     """How the worker process ended."""
     earlier_programs: int = 0
     """How many programs must run before, in the same process, for it to break: state leaks from them."""
@@ -133,7 +132,7 @@ class Mismatch(Place, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def ending(self) -> Literal["", "crash", "timeout"]:
         """How the process failed; empty where it lives and answered."""
-        if self.exit is not None and self.exit.timeout is not None:
+        if self.ended is not None and self.ended.timeout is not None:
             return "timeout"
         outside = (Kind.DIED, Kind.TIMED_OUT, Kind.NOT_BUILT, Kind.REFERENCE_FAILED, Kind.WORKER_FAILED)
         return "crash" if self.kind in outside else ""
@@ -151,14 +150,13 @@ def json_number(value: Any) -> float | str:
 
 
 def died(death: WorkerDied, variant: int = 0, program: int | None = None) -> Mismatch:
-    """A worker's end as a mismatch; ``program``: the index of the one that it ran."""
-    timed_out = death.exit is not None and death.exit.timeout is not None
+    """A worker's end as a mismatch; ``program``: the index of the program that was sent last."""
     return Mismatch(
-        kind=STAGES.get(death.stage, Kind.TIMED_OUT if timed_out else Kind.DIED),
+        kind=STAGES.get(death.stage, Kind.TIMED_OUT if isinstance(death, WorkerTimeout) else Kind.DIED),
         variant=variant,
-        program=program,
+        program=program if death.call else None,
         step=death.step if death.call else None,
         call=death.call,
         error=death.error,
-        exit=death.exit,
+        ended=death.ended,
     )

@@ -20,9 +20,10 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as hypothesis_seed
 from numpy.typing import NDArray
 
+from kvconform.errors import Raised
 from kvconform.judging.judge import judge
 from kvconform.spec_docs.clause import ENOUGH
-from kvconform.worker.execute import Raised, StepResult
+from kvconform.worker.execute import StepResult
 from kvconform.worker.protocol import Traces
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.claims import ABILITIES, Claims

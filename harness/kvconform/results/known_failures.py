@@ -31,12 +31,13 @@ from typing import Any
 
 import msgspec
 
+from kvconform.errors import StaleEntry, WorkerDied
 from kvconform.judging.render import render
 from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.search.cell import OUTCOMES, Cell, unsupported
 from kvconform.search.counterexample import Counterexample, replayed
 from kvconform.search.counterexample import read as read_counterexample
-from kvconform.worker.client import WorkerClient, WorkerDied
+from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Program
@@ -116,10 +117,6 @@ class KnownFailuresFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     """Name and version of this format."""
     known: list[Row] = []
     """The known failures."""
-
-
-class StaleEntry(Exception):
-    """A row does not hold here, in one sentence."""
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.worker.execute import Raised
+from kvconform.errors import (
+    BackendUnavailable,
+    BadArgument,
+    Exit,
+    InvalidBackend,
+    Raised,
+    Unavailable,
+    WorkerDied,
+    WorkerTimeout,
+)
 from kvconform.worker.protocol import LENGTHS, PROGRESS, Header, Traces, send, unpack
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
@@ -34,62 +43,19 @@ BUILD_TIMEOUT = 900.0
 """Seconds that a build may take: exports and first compilations are slow, and stand outside the step timeout."""
 STEP_TIMEOUT = 120.0
 """Seconds without progress that make a timeout. A compilation within a step takes 5 to 15 s, and more under load."""
+DEVICES = ("cpu", "cuda")
 LOG_LENGTH = 512
 """How many messages a worker's log remembers, for failures that need what ran before."""
 
 
-class BackendUnavailable(Exception):
-    """The backend is absent or broken, or this machine lacks what it needs: one sentence, exit code 3."""
-
-
-@dataclass(frozen=True)
-class Exit:
-    """How a worker process ended: by itself, by a signal, or killed because it made no progress."""
-
-    status: int | None = None
-    """Exit status of a process that ended without a signal; no unit."""
-    signal: str = ""
-    """Name of the signal that ended the process, such as `SIGSEGV`."""
-    timeout: float | None = None
-    """Seconds without progress after which the process was killed; null where it ended before."""
-    stderr: str = ""
-    """Last line that the process wrote to its standard error, at most 200 characters."""
-
-    def __str__(self) -> str:
-        if self.timeout is not None:
-            return f"no answer within {self.timeout:g} s"
-        how = f"died of {self.signal}" if self.signal else f"ended with exit status {self.status}"
-        return f"the process {how}" + (f" ({self.stderr})" if self.stderr else "")
-
-
-@dataclass
-class WorkerDied(Exception):
-    """A worker died or hung, or the backend raised outside a step.
-
-    stage: what the worker was doing: running a step, building the backend, computing the black box's own forward, or
-    answering another message. Either ``error`` or ``exit`` is set. variant, step: which; ``call``: the step in words,
-    empty where no step was running.
-    """
-
-    stage: Literal["step", "build", "reference", "message"]
-    error: Raised | None = None
-    exit: Exit | None = None
-    variant: int = 0
-    step: int = -1
-    call: str = ""
-
-    def __str__(self) -> str:
-        place = f"step {self.step} ({self.call}): " if self.call else ""
-        return f"{place}{STAGES[self.stage]}{self.error or self.exit}"
-
-
-STAGES = {"step": "", "build": "could not be built: ", "reference": "its own uncached forward failed: ", "message": ""}
+RAISED = {kind.__name__: kind for kind in (InvalidBackend, Unavailable, BackendUnavailable)}
+"""The errors that a worker hands on to its parent, by the name in the header."""
 
 
 @dataclass
 class WorkerSpec:
-    """How to start workers of one backend. ``cpus``: on which processors, where the system lets a parent say so; None:
-    on any."""
+    """How to start the workers of one backend. ``cpus``: the processors that they may use, if the system supports it;
+    None: any. Raises BadArgument for an unknown device."""
 
     address: str
     device: str = "cpu"
@@ -97,6 +63,10 @@ class WorkerSpec:
     step_timeout: float = STEP_TIMEOUT
     environment: dict[str, str] = field(default_factory=dict)
     cpus: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise BadArgument("device", self.device, DEVICES)
 
 
 def unproven(runtime_info: Mapping[str, Any], device: str) -> str:
@@ -136,7 +106,7 @@ class WorkerClient:
         if spec.device not in self.claims.devices:
             self.close()
             known = ", ".join(self.claims.devices)
-            raise BackendUnavailable(f"backend {spec.address!r} does not run on {spec.device}; it claims: {known}")
+            raise Unavailable(f"backend {spec.address!r} does not run on {spec.device}; it claims: {known}")
 
     def __enter__(self) -> WorkerClient:
         return self
@@ -178,7 +148,7 @@ class WorkerClient:
         try:
             header, blob = reference._ask(message, self.spec.step_timeout, np.ascontiguousarray(inputs).tobytes())
         except WorkerDied as death:
-            raise WorkerDied("reference", exit=death.exit) from None
+            raise type(death)("reference", ended=death.ended) from None
         if "error" in header:
             raise WorkerDied("reference", Raised(*header["error"]))
         return np.frombuffer(blob, header["dtype"]).reshape(header["shape"])
@@ -207,7 +177,7 @@ class WorkerClient:
         try:
             header, _ = self._ask({"op": "build", "config": config.to_json()}, BUILD_TIMEOUT)
         except WorkerDied as death:
-            self._failed[config] = WorkerDied("build", exit=death.exit)
+            self._failed[config] = type(death)("build", ended=death.ended)
             raise self._failed[config] from None
         if "error" in header:
             self._failed[config] = WorkerDied("build", Raised(*header["error"]))
@@ -238,7 +208,8 @@ class WorkerClient:
             header, blob = self._reply(self.spec.step_timeout)
         except WorkerDied as death:
             known = 0 <= death.step < len(program.steps)
-            raise replace(death, call=describe(program, death.step) if known else "") from None
+            call = describe(program, death.step) if known else ""
+            raise type(death)("step", None, death.ended, death.variant, death.step, call) from None
         if "error" in header:  # recording failed, not a step: nothing the backend could cause by raising
             self._kill()  # it may owe other replies
             raise WorkerDied("message", Raised(*header["error"]))
@@ -329,8 +300,8 @@ class WorkerClient:
     def _ask(self, message: Header, timeout: float, blob: bytes = b"") -> tuple[Header, bytes]:
         self._post(message, blob)
         header, blob = self._reply(timeout)
-        if "unavailable" in header:
-            raise BackendUnavailable(str(header["unavailable"]))
+        if "raised" in header:
+            raise RAISED[header["raised"]](*header["words"])
         return header, blob
 
     def _post(self, message: Header, blob: bytes = b"") -> None:
@@ -376,17 +347,16 @@ class WorkerClient:
         return count, variant, step
 
     def _death(self, timeout: float | None = None) -> WorkerDied:
-        """``timeout``: the seconds without progress after which it is given up; None: it has ended."""
+        """How the process ended, or that it was killed after ``timeout`` seconds without progress."""
         assert self._process is not None
         _count, variant, step = self._step()
         if timeout is not None:
-            end = Exit(timeout=timeout)
-        elif (code := self._process.wait()) < 0:
-            end = Exit(signal=signal.Signals(-code).name, stderr=self._last_words())
-        else:
-            end = Exit(status=code, stderr=self._last_words())
+            self._kill()
+            return WorkerTimeout("step", ended=Exit(timeout=timeout), variant=variant, step=step)
+        code, stderr = self._process.wait(), self._last_words()
         self._kill()
-        return WorkerDied("step", exit=end, variant=variant, step=step)
+        end = Exit(signal=signal.Signals(-code).name, stderr=stderr) if code < 0 else Exit(code, stderr=stderr)
+        return WorkerDied("step", ended=end, variant=variant, step=step)
 
     def _last_words(self) -> str:
         lines = [line.strip() for line in self._stderr.read_text(errors="replace").splitlines() if line.strip()]

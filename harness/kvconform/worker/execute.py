@@ -9,6 +9,7 @@ from typing import Any, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
+from kvconform.errors import Raised
 from kvconform_specs.history import Histories
 from kvconform_specs.program import (
     POISONS,
@@ -34,24 +35,6 @@ from kvconform_specs.tensors import Streams, laid, malformed, mask
 Array = NDArray[Any]
 Feed = tuple[tuple[Array, ...], dict[str, Any]]
 """What a step hands to the backend: inputs and keywords."""
-
-
-@dataclass(frozen=True)
-class Raised:
-    """An exception, as it came from a backend."""
-
-    type: str
-    """Name of the exception's type."""
-    message: str
-    """What the exception said, at most 500 characters."""
-
-    def __str__(self) -> str:
-        return f"{self.type}: {self.message}"
-
-    @classmethod
-    def of(cls, error: Exception) -> Raised:
-        words = (str(error).strip() or "no message")[:500]
-        return cls(type(error).__name__, words.encode(errors="replace").decode())  # a lone surrogate is no JSON
 
 
 class NotNumeric(TypeError):
@@ -173,7 +156,7 @@ def _do(backend: Any, caches: dict[str, Any], step: Call, feed: Feed) -> StepRes
             return StepResult(output, {"token_counts": token_counts})
         case Close(seq):
             cache = caches.pop(seq)
-            if hasattr(backend, "close") and not any(cache is other for other in caches.values()):
+            if not any(cache is other for other in caches.values()):
                 backend.close(cache)
             return StepResult()
         case Truncate(seq, length):

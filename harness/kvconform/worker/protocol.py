@@ -13,7 +13,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.worker.execute import Raised, StepResult, Trace
+from kvconform.errors import Raised
+from kvconform.worker.execute import StepResult, Trace
 
 LENGTHS = struct.Struct("<IQ")
 """Bytes of the header and of the blob behind it."""

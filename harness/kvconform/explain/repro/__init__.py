@@ -15,13 +15,14 @@ from pathlib import Path
 
 import msgspec
 
+from kvconform.errors import WorkerDied
 from kvconform.explain.repro.calls import cache, calls, imports_of, target
 from kvconform.explain.repro.checks import check
 from kvconform.explain.repro.failure import Failure, located
 from kvconform.explain.repro.inputs import WIDTH, Run, inputs, layouts
 from kvconform.judging.render import render
 from kvconform.search.counterexample import Counterexample
-from kvconform.worker.client import WorkerClient, WorkerDied
+from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case, Clause
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.config import Config

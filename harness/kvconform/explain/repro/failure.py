@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvconform.errors import WorkerDied
 from kvconform.explain.repro.inputs import Run, literal
 from kvconform.judging.judge import judge
 from kvconform.judging.mismatch import Kind, Mismatch, died
 from kvconform.judging.observed import Observed
-from kvconform.worker.client import WorkerClient, WorkerDied
+from kvconform.worker.client import WorkerClient
 from kvconform.worker.protocol import Traces
 from kvconform_specs.clause import Case, Clause
 from kvconform_specs.config import Config
