@@ -1,12 +1,12 @@
-"""The one error of bad input to the spec."""
+"""The error of invalid input to the spec."""
 
 from __future__ import annotations
 
 
 class SpecError(ValueError):
-    """Says where the input is wrong, what came and what is known.
+    """Invalid input: where, what was given and what is known.
 
-    ``at`` is the place in dotted form, ``steps[2].op`` for instance.
+    ``at`` is the place in dotted form, such as ``steps[2].op``.
     """
 
     def __init__(self, at: str, message: str) -> None:

@@ -239,7 +239,7 @@ class _Truth:
         def bound() -> Array:
             noise = bounds.Noisy(bounds.STORAGE[self.config.dtype], seed=len(ids))
             rough = bounds.single(exact)
-            strays = [bounds.stray(run(weights=rough, how=noise), value) for _ in range(bounds.RUNS)]
+            strays = [bounds.deviation(run(weights=rough, how=noise), value) for _ in range(bounds.RUNS)]
             return bounds.decoder_bound(strays, bounds.RUNS, noise.gain)
 
         return value, bound
