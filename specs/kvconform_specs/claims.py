@@ -48,6 +48,20 @@ DERIVED: dict[str, Callable[[Claims], bool]] = {
 }
 """What a clause may need besides ``abilities``; it follows from the other claims."""
 
+ENOUGH: dict[str, dict[str, Any]] = {
+    "overflow refused": {"overflow": "refused"},
+    "poison-safe slots": {"unused_slots": "any"},
+    "left padding": {"padding": ("right", "left"), "abilities": ("ragged",)},
+    "pages": {"page": 4},
+    "quantised cache": {"kv_bits": 8},
+    "lossless cache": {"kv_bits": 0},
+    "residual window": {"kv_bits": 8, "residual": 3},
+    "bound on graphs": {"max_graphs": 8, "abilities": ("graph_count",)},
+    "two rows": {"max_batch": None},
+    "two sequences": {"max_sequences": None},
+}
+"""For each need of ``DERIVED`` claims from which it follows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Precision:
