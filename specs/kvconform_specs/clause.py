@@ -89,7 +89,7 @@ class Clause:
     needs: what a backend must claim (``claims.ABILITIES``, ``claims.DERIVED``), else the clause is *unsupported*
     there; needs_any: at least one of these. applies: whether it says anything about a config. core: without a PASS
     here no profile of a backend is conformant. strategy: the programs, drawn for a config within a backend's claims.
-    effort: how many structures are drawn, as a fraction of the budget's, and variants: how many seeds of each are tried
+    share: how many structures are drawn, as a fraction of the effort's, and variants: how many seeds of each are tried
     at most: less where programs are long, or few shapes matter.
     """
 
@@ -104,7 +104,7 @@ class Clause:
     needs_any: tuple[str, ...] = ()
     applies: Callable[[Config], bool] = ordinary
     core: bool = False
-    effort: float = 1.0
+    share: float = 1.0
     variants: int = 20
 
     @property

@@ -132,7 +132,7 @@ VERBS = (
     "reorder",
     "reset",
     "close",
-    "functional",
+    "immutable",
     "refuse",
 )
 """What a raw triple asks for, as often as it stands here; ``nothing`` is first, so that lists shrink."""
@@ -193,7 +193,7 @@ class _Interpreter:
             length = number % (min(rows) + 1)
             self.rows[seq] = (length,) * len(rows)
             return Truncate(seq, length)
-        if verb in ("fork", "functional"):
+        if verb in ("fork", "immutable"):
             free = [name for name in "abc" if name not in self.rows]
             if not free or len(self.rows) >= (self.claims.max_sequences or 3):
                 return None

@@ -18,7 +18,7 @@ from kvconform.judging.verdict import Outcome
 from kvconform.search import counterexample
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import frozen
-from kvconform.search.effort import Budget
+from kvconform.search.effort import Effort
 from kvconform.search.shrink import smaller
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform.worker.execute import StepResult, execute
@@ -306,7 +306,7 @@ def test_what_clean_backends_generate_is_right(address: str, tmp_path: Path) -> 
     if address != "numpy":
         pytest.importorskip("torch", reason="eager needs torch")
     with WorkerClient(WorkerSpec(address)) as client:
-        verdict = run_cell(Cell(CLAUSE, LEARNED, "decoder-learned"), client, Budget("brief", 6, 3, 60.0), 0, tmp_path)
+        verdict = run_cell(Cell(CLAUSE, LEARNED, "decoder-learned"), client, Effort("brief", 6, 3, 60.0), 0, tmp_path)
     assert verdict.outcome is Outcome.PASS, verdict.sentence
     assert verdict.compared > 100
 
@@ -314,7 +314,7 @@ def test_what_clean_backends_generate_is_right(address: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("fault", ["FirstTokenDropped", "FirstRowForAll"])
 def test_a_wrong_token_is_a_counterexample_that_replay_runs(fault: str, tmp_path: Path) -> None:
     with WorkerClient(WorkerSpec(FAULTS + fault)) as client:
-        verdict = run_cell(Cell(CLAUSE, ROPE, "decoder-rope"), client, Budget("brief", 10, 3, 60.0), 0, tmp_path)
+        verdict = run_cell(Cell(CLAUSE, ROPE, "decoder-rope"), client, Effort("brief", 10, 3, 60.0), 0, tmp_path)
         assert verdict.outcome is Outcome.FAIL, verdict.sentence
         held = counterexample.read(tmp_path / verdict.counterexample)
         again = counterexample.replayed(CLAUSE, client, [], Case.from_json(held.case))

@@ -181,7 +181,7 @@ def asked_alone_before_another(p: Program) -> bool:
     """A chunk on a cache gives its last position alone, and a step behind it all of them."""
     grown = [(step, max(before) > 0) for step, before, _after in lengths(p) if isinstance(step, Append)]
     return any(
-        a.last and cached and max(a.counts) > 1 and not b.last and max(b.counts) > 1
+        a.last_only and cached and max(a.counts) > 1 and not b.last_only and max(b.counts) > 1
         for (a, cached), (b, _) in pairwise(grown)
     )
 
@@ -215,8 +215,8 @@ W = WINDOW.window or 0
         ("equivalence.generation", ROPE, generates_to(ROPE.capacity)),
         *(("equivalence.generation", CONFIGS["decoder-learned"], generates_to(n)) for n in (4, 5, 6, 10)),
         ("equivalence.last-position", ROPE, asked_alone_before_another),
-        ("equivalence.last-position", ROPE, steps(Append, lambda s: s.last and len(s.counts) == 3)),
-        ("equivalence.last-position", ROPE, steps(UncachedForward, lambda s: s.last)),
+        ("equivalence.last-position", ROPE, steps(Append, lambda s: s.last_only and len(s.counts) == 3)),
+        ("equivalence.last-position", ROPE, steps(UncachedForward, lambda s: s.last_only)),
         ("definition.attention", GQA, two_live_interleaved),
         ("definition.attention", GQA, not_its_own_inverse),
         (

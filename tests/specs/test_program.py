@@ -85,7 +85,7 @@ def test_what_is_asked_for_its_last_position_alone_survives_its_own_json() -> No
         (Append("a", (3, 3), 7, last_only=True), UncachedForward("f", (2,), 7, last_only=True), Append("a", (1, 1), 7)),
     )
     written = program.to_json()
-    assert [step.pop("last", False) for step in written["steps"]] == [True, True, False]
+    assert [step.pop("last_only", False) for step in written["steps"]] == [True, True, False]
     plain = tuple(
         replace(step, last_only=False) for step in program.steps if isinstance(step, Append | UncachedForward)
     )
@@ -96,15 +96,15 @@ def test_what_is_asked_for_its_last_position_alone_survives_its_own_json() -> No
 @pytest.mark.parametrize(
     ("config", "step", "words"),
     [
-        (CONFIG, {"op": "append"}, r"steps\[0\]\.last: the attention profile gives an output for each token"),
-        (CONFIGS["decoder-rope"], {"op": "full", "counts": [2, 1]}, r"steps\[0\]\.last: .* grow alike, got \[2, 1\]"),
-        (CONFIGS["decoder-rope"], {"op": "generate"}, r"steps\[0\]\.last: a generation .* has no last position"),
+        (CONFIG, {"op": "append"}, r"steps\[0\]\.last_only: the attention profile gives an output for each token"),
+        (CONFIGS["decoder-rope"], {"op": "uncached_forward", "counts": [2, 1]}, r"steps\[0\]\.last_only: .* grow alike, got \[2, 1\]"),
+        (CONFIGS["decoder-rope"], {"op": "generate"}, r"steps\[0\]\.last_only: a generation .* has no last position"),
     ],
 )
 def test_the_last_position_alone_is_asked_for_where_there_is_one(
     config: Config, step: dict[str, object], words: str
 ) -> None:
-    asked = {"seq": "a", "counts": [2, 2], "seed": 0, "last": True, **step}
+    asked = {"seq": "a", "counts": [2, 2], "seed": 0, "last_only": True, **step}
     with pytest.raises(SpecError, match=words):
         Program.from_json({"config": config.to_json(), "steps": [asked]})
 
@@ -112,10 +112,10 @@ def test_the_last_position_alone_is_asked_for_where_there_is_one(
 @pytest.mark.parametrize(
     ("steps", "words"),
     [
-        ([{"op": "apend"}], r"program\.steps\[0\]\.op: unknown op 'apend'; known: append, close, fork"),
+        ([{"op": "apend"}], r"program\.steps\[0\]\.op: unknown op 'apend'; known: alias_handle, append, close"),
         (
             [{"op": "append", "seq": "a", "counts": [2], "sed": 1}],
-            r"steps\[0\]\.sed: unknown field; known: aim, counts",
+            r"steps\[0\]\.sed: unknown field; known: count_macs, counts",
         ),
         ([{"op": "append", "seq": "a"}], r"steps\[0\]: append wants the fields seq, counts, seed"),
         (
@@ -155,8 +155,8 @@ def test_the_last_position_alone_is_asked_for_where_there_is_one(
             r"steps\[0\]\.layout: unknown value 'diagonal'; known: contiguous, transposed",
         ),
         (
-            [{"op": "append", "seq": "a", "counts": [2], "seed": 0, "hidden": [[0, 2]]}],
-            r"steps\[0\]\.hidden: no token at row 0, position 2",
+            [{"op": "append", "seq": "a", "counts": [2], "seed": 0, "masked": [[0, 2]]}],
+            r"steps\[0\]\.masked: no token at row 0, position 2",
         ),
         (
             [{"op": "append", "seq": "a", "counts": [2], "seed": 7 << 48}],
@@ -207,7 +207,7 @@ def test_an_unknown_config_name_lists_the_known() -> None:
 
 
 def test_claims_that_are_not_known_are_refused() -> None:
-    with pytest.raises(SpecError, match=r"claims\.abilities: unknown value 'fly'; known: full, length"):
+    with pytest.raises(SpecError, match=r"claims\.abilities: unknown value 'fly'; known: uncached_forward, length"):
         Claims(abilities=("fly",))
 
 

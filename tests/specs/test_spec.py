@@ -90,7 +90,7 @@ def test_a_docstring_is_cut_where_it_turns_to_a_field() -> None:
     prose, told = documented(Append)
     assert prose.startswith("Appends `counts[r]` new tokens")
     assert prose.endswith("*ragged* rows.")
-    assert list(told) == ["swap", "aim", "hidden", "pad", "layout", "shared", "count_macs", "last"]
+    assert list(told) == ["substitutions", "needle", "masked", "pad", "layout", "in_place", "count_macs", "last_only"]
     assert told["count_macs"] == "the multiply-adds of the step are counted."
     assert documented(Claims)[1]["max_chunk"].startswith("largest batch, longest append")
 
@@ -153,7 +153,7 @@ def test_steps_are_told_in_words() -> None:
         (Append("b", (2, 2), 8), "append 2 tokens (streams 8, 9) to each row of b, which is empty"),
         (
             Append("b", (3, 0), loud, pad=("left", 7)),
-            "append 3, 0 tokens (streams 5 (loud), 6 (loud)) to the rows of b, which hold 2; columns without a token "
+            "append 3, 0 tokens (streams 5 (large_queries), 6 (large_queries)) to the rows of b, which hold 2; columns without a token "
             "on the left, filled from stream 7",
         ),
         (
@@ -179,7 +179,7 @@ def test_steps_are_told_in_words() -> None:
         (Truncate("a", 3), "truncate a, which holds 7, to 3"),
         (Fork("a", "c"), "fork a to c"),
         (AliasHandle("a", "d"), "keep the handle of a as d"),
-        (ReadCache("a"), "read a"),
+        (ReadCache("a"), "read_cache a"),
         (Poison("a", "nan", "junk"), "fill the slots that hold no token: keys with nan, values with junk"),
         (Reject(Truncate("a", 4)), "must be refused: truncate a, which holds 3, to 4"),
         (
@@ -229,7 +229,7 @@ def test_a_clause_is_explained_with_a_program_that_tries_it() -> None:
     words = done.output
     assert words.startswith(f"{CLAUSE} (must, core)\n  {BY_NAME[CLAUSE].text}\n")
     for line in (
-        "holds if: outputs that have the same history in both programs are the same, bit for bit (unaffected)",
+        "holds if: outputs that have the same history in both programs are the same, bit for bit (insensitive)",
         "asked on: every attention and decoder config",
         "needs: nothing",
         "stops: https://github.com/QwenLM/Qwen/issues/979",

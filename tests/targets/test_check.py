@@ -14,7 +14,7 @@ from kvconform.judging.verdict import Outcome
 from kvconform.results.results import Results, exit_code, read
 from kvconform.run import check
 from kvconform.run.run import Plan, run_backend
-from kvconform.search.effort import Budget
+from kvconform.search.effort import Effort
 from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.errors import SpecError
@@ -22,7 +22,7 @@ from kvconform_specs.program import Append, Program
 from kvconform_specs.reference.oracle import expect
 
 BOXES = SUPPORT / "black_boxes.py"
-PLAN = Plan(Budget("tiny", 6, 2, 20.0))
+PLAN = Plan(Effort("tiny", 6, 2, 20.0))
 pytestmark = pytest.mark.xdist_group("check")
 
 

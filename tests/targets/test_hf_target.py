@@ -18,7 +18,7 @@ from places import ROOT
 from kvconform.results.results import exit_code
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.counterexample import Broken, attempt
-from kvconform.search.effort import Budget
+from kvconform.search.effort import Effort
 from kvconform.worker.client import WorkerSpec
 from kvconform.worker.execute import execute, feeds_of
 from kvconform.worker.protocol import Traces, pack, unpack
@@ -56,7 +56,7 @@ FAMILIES = {
 WINDOWED = {"MistralConfig", "Gemma2Config", "Gemma3TextConfig", "GptOssConfig"}
 MIXED = WINDOWED - {"MistralConfig"}
 TINY = ROOT / "examples" / "tiny_llama"
-BRIEF = Budget("brief", structures=2, variants=2, seconds=60.0)
+BRIEF = Effort("brief", structures=2, variants=2, seconds=60.0)
 
 
 class InProcess:

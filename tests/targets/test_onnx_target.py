@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from kvconform.judging.verdict import Outcome
 from kvconform.results.results import Results
 from kvconform.run.run import Plan, run_backend
-from kvconform.search.effort import Budget
+from kvconform.search.effort import Effort
 from kvconform.worker.client import WorkerSpec
 from kvconform.worker.registry import BackendError, load
 from kvconform_backends.targets.onnx.signature import PASTS, PRESENTS, slot
@@ -30,7 +30,7 @@ CORE = ("shape", "causality", "equivalence", "lifecycle", "batch.row-solo", "cap
 
 def judged(target: Path, folder: Path, clauses: tuple[str, ...] = CORE, **options: Any) -> Results:
     spec = WorkerSpec(f"onnx:{target}?{json.dumps(options)}", environment={"OMP_NUM_THREADS": "1"})
-    plan = Plan(Budget("tiny", 3, 2, 60.0, shrink=False), clauses=clauses)
+    plan = Plan(Effort("tiny", 3, 2, 60.0, shrink=False), clauses=clauses)
     results = run_backend("decoder", spec, plan, folder)
     assert not results.unavailable
     return results

@@ -1,12 +1,15 @@
-"""The record of a speed run, ``kv-latency/1``: raw rounds first; every summary is recomputable from them."""
+"""The record of a speed run, ``kv-latency/2``: raw rounds first; every summary is recomputable from them."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-SCHEMA = "kv-latency/1"
+from kvconform.files import family_of, read_versioned, schema_of, write_versioned
+
+SCHEMA = "kv-latency/2"
 
 PHASES = {
     "prefill": "n tokens into an empty cache",
@@ -27,16 +30,27 @@ MACHINE = "machine"
 
 
 class Arm(msgspec.Struct, frozen=True):
-    """Who does what (``PHASES``). A recompute is the backend's own cache-less forward, or where it claims none a
-    prefill into an empty cache."""
+    """One phase of one backend.
+
+    backend: name of the backend; ``machine`` for a ceiling.
+    phase: a key of ``PHASES``. A recompute is the backend's own uncached forward, or, if it claims none, a prefill
+        into an empty cache.
+    """
 
     backend: str
     phase: str
 
 
 class Case(msgspec.Struct, frozen=True):
-    """Arms that are timed against one another in the same rounds. ``depth``: n. ``steps``: k, calls in one block.
-    ``new``: tokens that a generating phase makes; a block is one whole generation then."""
+    """Arms that are timed against one another in the same rounds.
+
+    preset: name of the preset.
+    depth: number of tokens n; see ``PHASES``.
+    batch: number of sequences.
+    arms: the arms; the first decode arm is the reference.
+    steps: number of calls k in one block.
+    new: number of tokens that a generating phase makes, where one block is one whole generation; 0 for other phases.
+    """
 
     preset: str
     depth: int
@@ -47,10 +61,20 @@ class Case(msgspec.Struct, frozen=True):
 
 
 class Round(msgspec.Struct, frozen=True, array_like=True):
-    """One timed block: indices of case, restart, round, place in the round's random order, and arm; then wall and CPU
-    nanoseconds of the block's k steps, and involuntary context switches meanwhile (recorded, never filtered). On a GPU
-    also the device's own nanoseconds and its SM clock in MHz (0: not measured), and what held that down
-    (``device.REASONS``)."""
+    """One timed block.
+
+    case: index into ``cases``.
+    restart: index of the restart of the workers.
+    round: index of the round within the restart.
+    place: index of the block in the random order of the round.
+    arm: index into the arms of the case.
+    ns: wall time of the k calls of the block, in nanoseconds.
+    cpu_ns: CPU time of the k calls of the block, in nanoseconds.
+    nivcsw: number of involuntary context switches during the block; recorded, never used as a filter.
+    device_ns: time that the GPU measured, in nanoseconds; 0 if not measured.
+    sm_mhz: SM clock of the GPU, in MHz; 0 if not measured.
+    throttle: reasons for a reduced clock, bits of ``gpu.REASONS`` (no unit); 0 for none.
+    """
 
     case: int
     restart: int
@@ -66,7 +90,11 @@ class Round(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Tokens(msgspec.Struct, frozen=True, array_like=True):
-    """When the tokens of a generation came: nanoseconds from its beginning, one for each token."""
+    """When the tokens of one generation came.
+
+    case, restart, round, arm: index of each, as in ``rounds``.
+    ns: for each token, the time since the start of the generation, in nanoseconds.
+    """
 
     case: int
     restart: int
@@ -76,9 +104,17 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """What the cache of one backend takes at a depth, in bytes. ``analytic``: ``2 l g n d itemsize b``; ``reported``:
-    the backend's own count; ``resident``: growth of the process while the cache was filled; ``allocated``: peak growth
-    of the GPU's allocator. None: not measured."""
+    """Size of the cache of one backend at one depth. None: not measured.
+
+    preset: name of the preset.
+    backend: name of the backend.
+    depth: number of cached tokens in each sequence.
+    batch: number of sequences.
+    analytic: size by the formula ``2 l g n d itemsize b``, in bytes.
+    reported: size that the backend reports, in bytes.
+    resident: growth of the resident memory of the process while the cache was filled, in bytes.
+    allocated: peak growth of the memory of the GPU's allocator, in bytes.
+    """
 
     preset: str
     backend: str
@@ -91,8 +127,15 @@ class Memory(msgspec.Struct, frozen=True):
 
 
 class Once(msgspec.Struct, frozen=True):
-    """What happens once in a restart: seconds from starting the worker until it answers (``load``), of building the
-    backend (``build``), and of the first call of each phase, which compiles (``compile``)."""
+    """What happens once in a restart.
+
+    preset: name of the preset.
+    backend: name of the backend.
+    restart: index of the restart.
+    load: time from starting the worker until it answers, in seconds.
+    build: time of building the backend, in seconds.
+    compile: for each phase, the time of its first call, which compiles, in seconds.
+    """
 
     preset: str
     backend: str
@@ -103,12 +146,20 @@ class Once(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """One arm of one case: nanoseconds per step, from n blocks in so many restarts.
+    """The time per step of one arm of one case.
 
-    median: the geometric mean over restarts of each restart's median; low, high: its 95 % interval over restarts, or
-    with one restart that of the median within it. q1, q3, p90, p99: of all blocks; None where n allows none.
-    spread: standard deviation between restarts, of the logarithm; None with one restart. device: as median, of the
-    device's own time; None: not measured. why_invalid: a sentence, empty where the median is worth its digits.
+    case: index into ``cases``.
+    arm: index into the arms of the case.
+    n: number of blocks.
+    restarts: number of restarts.
+    median: geometric mean over restarts of each restart's median, in nanoseconds per step.
+    q1, q3: quartile of all blocks, in nanoseconds per step.
+    low, high: end of the 95 % interval of ``median`` over restarts, in nanoseconds per step; with one restart, of the
+        median within it.
+    spread: standard deviation between restarts of the logarithm of the median (no unit); None with one restart.
+    p90, p99: percentile of all blocks, in nanoseconds per step; None with too few blocks.
+    device: like ``median``, of the time that the GPU measured, in nanoseconds per step; None if not measured.
+    why_invalid: why the median is too uncertain to report, one sentence; empty if it is valid.
     """
 
     case: int
@@ -128,9 +179,16 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 class Generation(msgspec.Struct, frozen=True):
-    """One generating arm of one case, nanoseconds, medians over its blocks. ttft: from the prompt to the first token;
-    tpot: ``(end - ttft) / (new - 1)``; itl: p50 of the times between tokens; itl_p99: None where there are too few;
-    throughput: ``batch / tpot`` in tokens a second."""
+    """Latencies of one generating arm of one case, medians over its blocks.
+
+    case: index into ``cases``.
+    arm: index into the arms of the case.
+    ttft: time to first token, from the prompt, in nanoseconds.
+    tpot: time per output token, ``(end - ttft) / (new - 1)``, in nanoseconds.
+    itl: median time between two tokens, in nanoseconds.
+    itl_p99: 99th percentile of the time between two tokens, in nanoseconds; None with too few.
+    throughput: ``batch / tpot``, in tokens per second.
+    """
 
     case: int
     arm: int
@@ -142,8 +200,19 @@ class Generation(msgspec.Struct, frozen=True):
 
 
 class Ratio(msgspec.Struct, frozen=True):
-    """time(arm) / time(reference), paired within rounds: the geometric mean over restarts of each restart's median
-    ratio, with its 95 % interval over restarts. ``spread``: standard deviation between restarts, of the logarithm."""
+    """The time of one arm over that of a reference arm, paired within rounds.
+
+    case: index into ``cases``.
+    arm: index into the arms of the case: the numerator.
+    reference: index into the arms of the case: the denominator.
+    ratio: geometric mean over restarts of each restart's median ratio (no unit).
+    low, high: end of the 95 % interval of ``ratio`` over restarts (no unit).
+    n: number of paired blocks.
+    restarts: number of restarts.
+    valid: whether the ratio is certain enough to report.
+    why_invalid: why it is not, one sentence; empty if it is valid.
+    spread: standard deviation between restarts of the logarithm of the ratio (no unit); None with one restart.
+    """
 
     case: int
     arm: int
@@ -159,10 +228,19 @@ class Ratio(msgspec.Struct, frozen=True):
 
 
 class Roof(msgspec.Struct, frozen=True):
-    """A decode arm against what the machine allows: ``floor`` nanoseconds is the larger of bytes_min / measured read
-    bandwidth and flops / measured peak; None where the ceilings are another device's. fraction: floor / time, with its
-    interval; ``flag`` says why there is none.
-    bytes_expected: what the backend's cache design moves; None where nobody knows."""
+    """A decode arm compared with the roofline of the machine.
+
+    case: index into ``cases``.
+    arm: index into the arms of the case.
+    bytes_min: least traffic of one step, weights and cache read once, in bytes.
+    bytes_expected: traffic of one step for the cache design of the backend, in bytes; None if the design is unknown.
+    flops: number of floating-point operations in one step.
+    floor: the larger of ``bytes_min`` over measured bandwidth and ``flops`` over measured peak, in nanoseconds; None if
+        the ceilings were measured on another device.
+    fraction: ``floor`` over the measured time (no unit); None if ``flag`` names a reason.
+    low, high: end of the 95 % interval of ``fraction`` (no unit); None without one.
+    flag: why there is no fraction, one sentence; empty if there is one.
+    """
 
     case: int
     arm: int
@@ -177,10 +255,17 @@ class Roof(msgspec.Struct, frozen=True):
 
 
 class Exponent(msgspec.Struct, frozen=True):
-    """How the time of one backend's phase grows with the depth: slope of log time on log depth over the last two
-    octaves, and the slope that the formula has there: multiply-adds without a cache, the roofline's floor with one.
-    ``phase`` ``ratio``, ``ratio-last``: recompute, recompute-last over decode. ``low``, ``high``: the 95 % interval
-    over restarts; None with one restart."""
+    """How the time of one phase of one backend grows with the depth.
+
+    preset: name of the preset.
+    backend: name of the backend.
+    batch: number of sequences.
+    phase: a key of ``PHASES``; ``ratio`` and ``ratio-last`` for recompute and recompute-last over decode.
+    depths: the depths of the last two octaves, numbers of tokens.
+    exponent: slope of log time over log depth on ``depths`` (no unit).
+    expected: slope of the formula there (no unit): of the multiply-adds without a cache, of the roofline with one.
+    low, high: end of the 95 % interval of ``exponent`` over restarts (no unit); None with one restart.
+    """
 
     preset: str
     backend: str
@@ -194,9 +279,12 @@ class Exponent(msgspec.Struct, frozen=True):
 
 
 class Excluded(msgspec.Struct, frozen=True):
-    """A backend that got no time for a preset, and why: not conformant, unsupported, crashed.
+    """A backend that was not timed on a preset.
 
-    ``phase``: only this phase has no time, and the others have; empty: none has.
+    backend: name of the backend.
+    preset: name of the preset.
+    why: the reason, one sentence: not conformant, unsupported, crashed.
+    phase: the only phase that was not timed; empty if none was.
     """
 
     backend: str
@@ -205,12 +293,25 @@ class Excluded(msgspec.Struct, frozen=True):
     phase: str = ""
 
 
-class Record(msgspec.Struct, kw_only=True):
-    """One speed run. ``load``: 1-minute load average at the start and after each restart. ``software``: versions by
-    backend. Summaries, generations, ratios, roofs, exponents and notes (sentences about the times of a device) follow
-    from the raw rounds (``summaries``)."""
+class TimedRun(msgspec.Struct, kw_only=True):
+    """What every timed run records.
 
-    schema: str = SCHEMA
+    schema: name and version of this schema.
+    suite: version of the suite.
+    started: date and time of the start, ISO 8601.
+    device: devices of the backends, ``cpu`` or ``cuda``, separated by commas.
+    machine: facts about the machine, by name.
+    software: by backend, its address, interpreter, environment and ``runtime_info``.
+    protocol: how the times were measured: options and constants, by name.
+    load: 1-minute load average at the start and after each restart, in runnable processes.
+    presets: by name, the presets that were timed.
+    cases: the cases that were timed.
+    rounds: the timed blocks.
+    seconds: duration of the run, in seconds.
+    finished: whether the run was neither interrupted nor out of time.
+    """
+
+    schema: str
     suite: str
     started: str
     device: str
@@ -221,6 +322,26 @@ class Record(msgspec.Struct, kw_only=True):
     presets: dict[str, Any]
     cases: list[Case] = []
     rounds: list[Round] = []
+    seconds: float = 0.0
+    finished: bool = False
+
+
+class Record(TimedRun, kw_only=True):
+    """One speed run. Everything from ``summaries`` to ``notes`` follows from the raw rounds (``summarize.summarise``).
+
+    tokens: when the tokens of each generation came.
+    once: what happened once in each restart.
+    memory: sizes of caches.
+    summaries: time of each arm.
+    generations: latencies of each generating arm.
+    ratios: ratio of each arm to a reference.
+    roofs: comparison of each decode arm with the roofline.
+    exponents: growth of each phase with the depth.
+    notes: sentences about the clock and the timer of a GPU.
+    excluded: backends that were not timed, with the reason.
+    """
+
+    schema: str = SCHEMA
     tokens: list[Tokens] = []
     once: list[Once] = []
     memory: list[Memory] = []
@@ -231,5 +352,23 @@ class Record(msgspec.Struct, kw_only=True):
     exponents: list[Exponent] = []
     notes: list[str] = []
     excluded: list[Excluded] = []
-    seconds: float = 0.0
-    finished: bool = False
+
+
+def write(record: TimedRun, path: Path) -> None:
+    """Writes the file, whole or not at all."""
+    write_versioned(path, record)
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is a speed record, of any version."""
+    return family_of(path) == SCHEMA.partition("/")[0]
+
+
+def read(path: Path) -> Record:
+    """The speed record in a file. Raises SpecError with one sentence where the file holds none of this version."""
+    return read_versioned(path, Record, SCHEMA, "speed record")
+
+
+def json_schema() -> bytes:
+    """The JSON Schema of a speed record."""
+    return msgspec.json.format(msgspec.json.encode(schema_of(Record)), indent=1)

@@ -1,6 +1,6 @@
 """The audit: do the clauses detect backends that are wrong on purpose? Faults by clauses, by what, and how fast.
 
-A fault *survives* a budget where no clause that it names kills it. A clause kills where it breaks, where the faulty
+A fault *survives* an effort where no clause that it names kills it. A clause kills where it breaks, where the faulty
 path ran, and where it broke for its own reason: an exception is none for a clause about numbers.
 """
 
@@ -23,9 +23,9 @@ import numpy as np
 from kvconform.host import machine
 from kvconform.judging.verdict import Outcome
 from kvconform.mutation.fault import Fault
-from kvconform.mutation.record import Audited, Record, Trial, scores
+from kvconform.mutation.record import Audited, AuditRecord, AuditTrial, scores
 from kvconform.search.cell import Cell, run_cell
-from kvconform.search.effort import Budget
+from kvconform.search.effort import Effort
 from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Clause, Relation
@@ -52,13 +52,13 @@ UNBROKEN = (Outcome.PASS, Outcome.INCONCLUSIVE, Outcome.UNSUPPORTED, Outcome.NOT
 
 
 @dataclass(frozen=True)
-class Plan:
+class AuditPlan:
     """What to audit. ``names`` keeps the faults, or the clauses of each, whose names begin so; empty keeps all.
 
     every: try all clauses, not only those that a fault names. shard: ``(i, n)`` keeps each n-th from the i-th on.
     """
 
-    budgets: tuple[Budget, ...]
+    efforts: tuple[Effort, ...]
     seed: int = 0
     names: tuple[str, ...] = ()
     every: bool = False
@@ -93,29 +93,29 @@ class Task(NamedTuple):
     """One fault or control, to be tried as a plan says."""
 
     fault: Fault
-    plan: Plan
+    plan: AuditPlan
     control: bool
 
 
 def audit(
-    plan: Plan,
+    plan: AuditPlan,
     address: str,
     faults: Sequence[Fault],
     controls: Sequence[Fault],
     out: Path,
     jobs: int = 1,
     tell: Callable[[Audited], None] = lambda audited: None,
-) -> Record:
+) -> AuditRecord:
     """Audits the faults and controls that the plan keeps.
 
     ``out`` is written after each; ``tell`` gets each fault as it is done. Raises SpecError where the plan does not fit.
     """
     began = time.perf_counter()
     tasks = plan.tasks(faults, controls)
-    record = Record(
+    record = AuditRecord(
         suite=SUITE_VERSION,
         faults=address,
-        budgets=[budget.name for budget in plan.budgets],
+        efforts=[effort.name for effort in plan.efforts],
         seed=plan.seed,
         names=list(plan.names),
         every=plan.every,
@@ -152,7 +152,7 @@ def _done(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Audited]]:
             pool.shutdown(cancel_futures=True)  # what runs is waited for
 
 
-def audit_fault(fault: Fault, plan: Plan) -> Audited:
+def audit_fault(fault: Fault, plan: AuditPlan) -> Audited:
     """Tries a fault under each clause, on a fresh process: what it did under one must not help or hide another."""
     audited = Audited(
         name=fault.name,
@@ -165,11 +165,11 @@ def audit_fault(fault: Fault, plan: Plan) -> Audited:
     )
     try:
         with WorkerClient(WorkerSpec(fault.address)) as client:
-            for budget in plan.budgets:
+            for effort in plan.efforts:
                 for clause in plan.clauses(fault):
                     if audited.trials:
                         client.fresh()
-                    brief = replace(budget, shrink=False)
+                    brief = replace(effort, shrink=False)
                     audited.trials.append(_try(fault, BY_NAME[clause], client, brief, plan.seed))
     except BackendUnavailable as sentence:
         audited.unavailable = str(sentence)
@@ -183,17 +183,17 @@ def cells(fault: Fault, clause: Clause) -> Iterator[Cell]:
             yield Cell(clause, config, name)
 
 
-def _try(fault: Fault, clause: Clause, client: WorkerClient, budget: Budget, seed: int) -> Trial:
+def _try(fault: Fault, clause: Clause, client: WorkerClient, effort: Effort, seed: int) -> AuditTrial:
     """Config by config up to the first that kills; else the first that was broken, else the last that was judged."""
-    best = Trial(
-        budget=budget.name,
+    best = AuditTrial(
+        effort=effort.name,
         clause=clause.name,
         outcome=Outcome.UNSUPPORTED,
         sentence="it concerns none of the fault's configs",
     )
     programs, seconds = 0, 0.0
     for cell in cells(fault, clause):
-        verdict = run_cell(cell, client, budget, seed, Path())  # without shrinking, nothing is written
+        verdict = run_cell(cell, client, effort, seed, Path())  # without shrinking, nothing is written
         programs += verdict.found_after or verdict.programs
         seconds += verdict.seconds
         broke = verdict.outcome not in UNBROKEN

@@ -12,10 +12,10 @@ import msgspec
 from kvconform.files import read_versioned, write_atomically
 from kvconform.judging.verdict import Outcome
 
-SCHEMA = "kvconform-audit/1"
+SCHEMA = "kvconform-audit/2"
 
 
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
+class AuditTrial(msgspec.Struct, frozen=True, kw_only=True):
     """One clause tried on one fault: an entry of the kill matrix.
 
     kills: it broke, the faulty path ran, and it broke for a reason of its own: see ``audit``. by: ``judgement`` of what
@@ -25,7 +25,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     tells.
     """
 
-    budget: str
+    effort: str
     clause: str
     outcome: Outcome
     kills: bool = False
@@ -50,30 +50,30 @@ class Audited(msgspec.Struct, kw_only=True):
     clauses: tuple[str, ...]
     bug: str
     sentence: str
-    trials: list[Trial] = []
+    trials: list[AuditTrial] = []
     unavailable: str = ""
 
-    def kill(self, budget: str) -> Trial | None:
+    def kill(self, effort: str) -> AuditTrial | None:
         """The trial that killed the fault with the fewest programs, among the clauses that it names."""
-        return min((t for t in self._named(budget) if t.kills), key=lambda trial: trial.programs, default=None)
+        return min((t for t in self._named(effort) if t.kills), key=lambda trial: trial.programs, default=None)
 
-    def missed(self, budget: str) -> list[Trial]:
+    def missed(self, effort: str) -> list[AuditTrial]:
         """The clauses that it names and that did not kill it."""
-        return [trial for trial in self._named(budget) if self.clauses and not trial.kills]
+        return [trial for trial in self._named(effort) if self.clauses and not trial.kills]
 
-    def _named(self, budget: str) -> list[Trial]:
-        return [t for t in self.trials if t.budget == budget and t.clause in (self.clauses or (t.clause,))]
+    def _named(self, effort: str) -> list[AuditTrial]:
+        return [t for t in self.trials if t.effort == effort and t.clause in (self.clauses or (t.clause,))]
 
     @property
-    def alarms(self) -> list[Trial]:
+    def alarms(self) -> list[AuditTrial]:
         """Of a control: what must not be there. A refuted guarantee is none: it is no non-conformance."""
         return [trial for trial in self.trials if trial.outcome.broken]
 
 
 class Score(msgspec.Struct, frozen=True, kw_only=True):
-    """Faults of one kind under one budget; programs and seconds to the kill: median and largest, of those killed."""
+    """Faults of one kind under one effort; programs and seconds to the kill: median and largest, of those killed."""
 
-    budget: str
+    effort: str
     conditional: bool
     killed: int
     faults: int
@@ -81,13 +81,13 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     seconds: tuple[float, float] | None
 
 
-class Record(msgspec.Struct, kw_only=True):
+class AuditRecord(msgspec.Struct, kw_only=True):
     """What a file holds. faults: the address of their list. shard: ``i/n`` where it is one, else empty."""
 
     schema: str = SCHEMA
     suite: str
     faults: str
-    budgets: list[str]
+    efforts: list[str]
     seed: int
     names: list[str]
     every: bool
@@ -104,27 +104,27 @@ class Record(msgspec.Struct, kw_only=True):
         write_atomically(path, msgspec.json.format(msgspec.json.encode(self), indent=1))
 
 
-def read(path: Path) -> Record:
+def read(path: Path) -> AuditRecord:
     """Raises SpecError with one sentence where the file holds no audit."""
-    return read_versioned(path, Record, SCHEMA, "audit")
+    return read_versioned(path, AuditRecord, SCHEMA, "audit")
 
 
 def schema() -> dict[str, Any]:
     """The JSON Schema of an audit's file."""
-    return msgspec.json.schema(Record)
+    return msgspec.json.schema(AuditRecord)
 
 
 # --- what it comes to ---
-def scores(record: Record) -> list[Score]:
-    """Blatant and conditional faults apart, budget by budget; what could not run here counts nowhere."""
+def scores(record: AuditRecord) -> list[Score]:
+    """Blatant and conditional faults apart, effort by effort; what could not run here counts nowhere."""
     found = []
-    for budget in record.budgets:
+    for effort in record.efforts:
         for conditional in (False, True):
             faults = [one for one in record.audited if one.conditional is conditional and not one.unavailable]
-            kills = [kill for one in faults if (kill := one.kill(budget)) is not None]
+            kills = [kill for one in faults if (kill := one.kill(effort)) is not None]
             programs, seconds = [kill.programs for kill in kills], [kill.seconds for kill in kills]
             score = Score(
-                budget=budget,
+                effort=effort,
                 conditional=conditional,
                 killed=len(kills),
                 faults=len(faults),
@@ -135,53 +135,53 @@ def scores(record: Record) -> list[Score]:
     return found
 
 
-def survivors(record: Record, budget: str) -> list[Audited]:
-    return [one for one in record.audited if not one.unavailable and one.kill(budget) is None]
+def survivors(record: AuditRecord, effort: str) -> list[Audited]:
+    return [one for one in record.audited if not one.unavailable and one.kill(effort) is None]
 
 
-def exit_code(record: Record) -> int:
-    """1 where a fault survives a budget or a control is detected, else 3 where one could not run here, else 0."""
-    if any(survivors(record, budget) for budget in record.budgets) or any(one.alarms for one in record.controls):
+def exit_code(record: AuditRecord) -> int:
+    """1 where a fault survives an effort or a control is detected, else 3 where one could not run here, else 0."""
+    if any(survivors(record, effort) for effort in record.efforts) or any(one.alarms for one in record.controls):
         return 1
     return 3 if any(one.unavailable for one in (*record.audited, *record.controls)) else 0
 
 
 # --- words ---
-def lines(audited: Audited, budgets: Sequence[str]) -> Iterator[str]:
-    """One line for each budget: what killed the fault and how fast, and which clauses that it names did not."""
+def lines(audited: Audited, efforts: Sequence[str]) -> Iterator[str]:
+    """One line for each effort: what killed the fault and how fast, and which clauses that it names did not."""
     kind = ", ".join((*audited.classes, "conditional" if audited.conditional else "unconditional"))
     if audited.unavailable:
         yield f"{audited.name} ({kind}): not audited: {audited.unavailable}"
         return
-    for budget in budgets:
-        kill, missed = audited.kill(budget), audited.missed(budget)
+    for effort in efforts:
+        kill, missed = audited.kill(effort), audited.missed(effort)
         if kill is None:
             words = f"SURVIVES: {audited.sentence}"
         else:
             words = f"{kill.clause} [{kill.config}] after {kill.programs} programs, {kill.seconds:.2f} s"
         if missed:
             words += f" Missed by {'; '.join(f'{trial.clause} ({_why(trial)})' for trial in missed)}"
-        yield f"{audited.name} ({kind}){'' if len(budgets) == 1 else f' {budget}'}: {words}"
+        yield f"{audited.name} ({kind}){'' if len(efforts) == 1 else f' {effort}'}: {words}"
 
 
-def _why(trial: Trial) -> str:
+def _why(trial: AuditTrial) -> str:
     if trial.ran == 0:
         return f"{trial.outcome.value}: the faulty path never ran"
     return f"{trial.by}: {trial.sentence}" if trial.by else trial.outcome.value
 
 
-def summary(record: Record) -> Iterator[str]:
+def summary(record: AuditRecord) -> Iterator[str]:
     """The score, survivors, false alarms and what could not run."""
     for score in record.scores:
         if score.faults:
-            words = f"{score.budget}, {'conditional' if score.conditional else 'unconditional'}: {score.killed} of {score.faults} killed"
+            words = f"{score.effort}, {'conditional' if score.conditional else 'unconditional'}: {score.killed} of {score.faults} killed"
             if score.programs is not None and score.seconds is not None:
                 words += f"; programs to the kill: median {score.programs[0]:g}, at most {score.programs[1]:g}"
                 words += f"; seconds: median {score.seconds[0]:.2f}, at most {score.seconds[1]:.2f}"
             yield words
-    for budget in record.budgets:
-        for one in survivors(record, budget):
-            yield f"survives {budget}: {one.name}: {one.sentence}"
+    for effort in record.efforts:
+        for one in survivors(record, effort):
+            yield f"survives {effort}: {one.name}: {one.sentence}"
     for one in record.controls:
         for trial in one.alarms:
             yield f"false alarm: {one.name} ({one.sentence}): {trial.clause} [{trial.config}]: {trial.sentence}"

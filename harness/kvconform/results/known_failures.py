@@ -12,7 +12,7 @@
     expires = 2027-03-31                                # the last day, at most a year ahead
     counterexample = "known/numerics.zero-keys-1a2b3c4d.json"   # beside the known failures
 
-A cell with a row is replayed, not searched: XFAIL if its counterexample still fails. A row hides nothing: past its day,
+A cell with a row is replayed, not searched: KNOWN_FAILURE if its counterexample still fails. A row hides nothing: past its day,
 under other versions, where it no longer fails or where there is no such cell, the row is *stale*. Then the cell is
 searched as any other, and the run ends with exit code 1.
 """
@@ -139,7 +139,7 @@ class KnownFailure:
         if tried.kind != was:
             raise StaleEntry(f"{self.row.place}: the known {was} is a {tried.kind} now: {words}")
         words = f"{self.row.reason}, known until {self.row.expires}, {self.row.link}: {words}"
-        return self._verdict(client, began, Outcome.XFAIL, words, self.stored.write(folder).name)
+        return self._verdict(client, began, Outcome.KNOWN_FAILURE, words, self.stored.write(folder).name)
 
     def _check(self, cell: Cell, client: WorkerClient) -> None:
         """Raises StaleEntry where the row speaks of another day, other versions or another cell than is judged here."""

@@ -155,7 +155,7 @@ CLAUSES = (
         ),
         strategy=any_history,
         relations=(Relation.FINITE,),
-        effort=0.5,
+        share=0.5,
     ),
     Clause(
         name="numerics.head-dim",
@@ -165,7 +165,7 @@ CLAUSES = (
         strategy=growing,
         relations=(Relation.PARITY,),
         applies=lambda config: ordinary(config) and config.head_dim % 8 != 0,
-        effort=0.5,
+        share=0.5,
     ),
     Clause(
         name="numerics.tiles",
@@ -188,7 +188,7 @@ CLAUSES = (
         strategy=_deep,
         relations=(Relation.PARITY,),
         applies=long,
-        effort=0.1,
+        share=0.1,
         variants=1,
     ),
 )
