@@ -177,14 +177,6 @@ def _masked(*steps: tuple[int, tuple[int, ...]], rows: int = 1) -> Steps:
     )
 
 
-def _distributed(distribution: str) -> Steps:
-    return lambda c, k, s: grown(4, 1, 3, 1, seed=distributed(s, distribution))
-
-
-def _some_zero_keys(c: Config, k: Claims, s: int) -> Sequence[Step]:
-    return (*grown(2, seed=distributed(s, "zero_keys")), *grown(3, 1, seed=s), *grown(1, 1, seed=s + OTHER))
-
-
 def _poisoned(*keys_and_values: tuple[str, str]) -> Steps:
     def steps(c: Config, k: Claims, s: int) -> Sequence[Step]:
         made: list[Step] = list(grown(3, seed=s))
@@ -229,25 +221,9 @@ def _shapes(c: Config, k: Claims, s: int) -> Sequence[Step]:
     )
 
 
-def _square(c: Config, k: Claims, s: int) -> Sequence[Step]:
-    """Counts that equal the number of heads, of KV heads, and of rows."""
-    return (*grown(c.heads, 1, c.kv_heads, seed=s), Close("a"), *grown(2, 1, 2, rows=2, seq="b", seed=s + OTHER))
-
-
 def _pages(c: Config, k: Claims, s: int) -> Sequence[Step]:
     p = k.page or 1
     return grown(*(size for size in (p - 1, 1, 1, p, p - 1, 1) if size), seed=s)
-
-
-def _page_truncated(c: Config, k: Claims, s: int) -> Sequence[Step]:
-    p = k.page or 1
-    return (
-        *grown(2 * p + 1, seed=s),
-        Truncate("a", p),
-        *grown(1, p, seed=s + OTHER),
-        Truncate("a", p + 1),
-        *grown(1, 1, seed=s + OTHER + 50),
-    )
 
 
 def _ragged_reordered(c: Config, k: Claims, s: int) -> Sequence[Step]:
@@ -260,30 +236,18 @@ def _ragged_reordered(c: Config, k: Claims, s: int) -> Sequence[Step]:
     )
 
 
-def _ragged_contents(c: Config, k: Claims, s: int) -> Sequence[Step]:
-    return (Append("a", (3, 5, 2), s), ReadCache("a"), Append("a", (2, 0, 1), s), ReadCache("a"))
-
-
-def _generations(c: Config, k: Claims, s: int) -> Sequence[Step]:
-    return (Generate("g", (4,), s, new=5), Generate("g", (1,), s + OTHER, new=3), Generate("g", (7,), s, new=2))
-
-
-def _generations_of_rows(c: Config, k: Claims, s: int) -> Sequence[Step]:
-    return (Generate("g", (5, 5), s, new=3), Generate("g", (2, 2, 2), s + OTHER, new=4))
-
-
 def _last(c: Config, k: Claims, s: int) -> Sequence[Step]:
     whole = (UncachedForward("x", (5,), s + OTHER, last_only=True),) if k.can("uncached_forward") else ()
     return (*_last_only(4, 3, seed=s), *grown(1, seed=s), *whole, *_last_only(3, 1, seed=s), *grown(2, seed=s))
 
 
-def _last_of_rows(c: Config, k: Claims, s: int) -> Sequence[Step]:
-    return (*_last_only(5, 3, rows=2, seed=s), *grown(1, 2, rows=2, seed=s))
-
-
 def _last_only(*sizes: int, rows: int = 1, seed: int = 0) -> tuple[Append, ...]:
     """Appends that return the last position only."""
     return tuple(replace(step, last_only=True) for step in grown(*sizes, rows=rows, seed=seed))
+
+
+def _distributed(name: str) -> Steps:
+    return lambda c, k, s: grown(4, 1, 3, 1, seed=distributed(s, name))
 
 
 ATTENTION = ("attention",)
@@ -307,7 +271,6 @@ BATTERY: tuple[ProbePlan, ...] = (
     ProbePlan("after-another", "a sequence after another was closed", _after_another),
     ProbePlan("interleaved", "two sequences that alternate", _interleaved, ("two sequences",)),
     ProbePlan("shapes", "sequences of different shapes, one after another", _shapes),
-    ProbePlan("square", "steps whose token counts equal the numbers of heads, KV heads and rows", _square),
     ProbePlan("reset", "a reset, then other tokens", _reset((6, 1), (3, 1, 1)), ("reset",)),
     ProbePlan("reset-long", "a reset of a longer sequence", _reset((12, 1), (1, 1, 3)), ("reset",)),
     ProbePlan(
@@ -365,29 +328,21 @@ BATTERY: tuple[ProbePlan, ...] = (
         ("truncate",),
         windowed=True,
     ),
-    ProbePlan("large_queries", "large scores", _distributed("large_queries"), profiles=ATTENTION),
-    ProbePlan("zero_keys", "keys that are zero", _distributed("zero_keys"), profiles=ATTENTION),
-    ProbePlan("some-zero-keys", "a prompt whose first keys are zero", _some_zero_keys, profiles=ATTENTION),
-    ProbePlan(
-        "small_keys_large_values",
-        "large values, small keys",
-        _distributed("small_keys_large_values"),
-        profiles=ATTENTION,
+    *(
+        ProbePlan(name.replace("_", "-"), words, _distributed(name), profiles=ATTENTION)
+        for name, words in (
+            ("large_queries", "large scores"),
+            ("zero_keys", "keys that are zero"),
+            ("small_keys_large_values", "large values, small keys"),
+        )
     ),
     ProbePlan("mask", "a caller's mask", _masked((4, (1,)), (1, (1,)), (3, (2, 4)), (1, (0, 7))), ("mask",)),
     ProbePlan("mask-rows", "a caller's mask of one row", _masked((3, (0,)), (3, (1, 4)), (1, (2,)), rows=2), ("mask",)),
-    ProbePlan(
-        "mask-all",
-        "a caller's mask that hides every token",
-        _masked((2, (0, 1)), (1, (0, 1, 2)), (2, (0, 1, 2, 3)), (1, ())),
-        ("mask",),
-    ),
     *(
         ProbePlan(f"layout-{name}", f"{name} inputs", _laid(name, 2 if name == "expanded" else 1), profiles=ATTENTION)
         for name in ("transposed", "sliced", "expanded")
     ),
     ProbePlan("in-place", "a present that shares the memory of the past", _in_place((True,) * 6), ("in_place",)),
-    ProbePlan("separate-memory", "a present in separate memory", _in_place((False,) * 6), ("in_place",)),
     ProbePlan(
         "in-place-alternating",
         "a present in shared and separate memory by turns",
@@ -403,30 +358,30 @@ BATTERY: tuple[ProbePlan, ...] = (
         _poisoned(("nan", "none"), ("none", "nan")),
         ("poison", "poison-safe slots"),
     ),
-    ProbePlan(
-        "infinite",
-        "unused slots that hold infinities",
-        _poisoned(("inf", "none"), ("none", "inf")),
-        ("poison", "poison-safe slots"),
-    ),
     ProbePlan("contents", "reads of the cache", _contents, ("contents",), profiles=ATTENTION),
     ProbePlan(
         "uncached-forward", "the uncached forward, also while a sequence is open", _uncached, ("uncached_forward",)
     ),
     ProbePlan("pages", "lengths around the page size", _pages, ("pages",)),
-    ProbePlan("page-truncate", "a truncation to a whole page", _page_truncated, ("pages", "truncate")),
     ProbePlan("page-fork", "a fork in the middle of a page", _fork_page, ("pages", "fork", "two sequences")),
     ProbePlan(
         "ragged-reorder", "rows of different lengths that are reordered", _ragged_reordered, ("ragged", "reorder")
     ),
     ProbePlan(
-        "ragged-contents", "reads of rows of different lengths", _ragged_contents, ("ragged", "contents"), ATTENTION
+        "generation",
+        "greedy generation",
+        lambda c, k, s: (
+            Generate("g", (4,), s, new=5),
+            Generate("g", (1,), s + OTHER, new=3),
+            Generate("g", (7,), s, new=2),
+        ),
+        ("generate",),
+        ("decoder",),
     ),
-    ProbePlan("generation", "greedy generation", _generations, ("generate",), ("decoder",)),
     ProbePlan(
         "generation-rows",
         "greedy generation of several rows",
-        _generations_of_rows,
+        lambda c, k, s: (Generate("g", (5, 5), s, new=3), Generate("g", (2, 2, 2), s + OTHER, new=4)),
         ("generate", "two rows"),
         ("decoder",),
     ),
@@ -434,7 +389,7 @@ BATTERY: tuple[ProbePlan, ...] = (
     ProbePlan(
         "last-rows",
         "steps of two rows that return the last position only",
-        _last_of_rows,
+        lambda c, k, s: (*_last_only(5, 3, rows=2, seed=s), *grown(1, 2, rows=2, seed=s)),
         ("last_only", "two rows"),
         ("decoder",),
     ),

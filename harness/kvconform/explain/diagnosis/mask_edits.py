@@ -53,24 +53,12 @@ def causal(i: Numbers, j: Numbers, window: int | None) -> Flags:
     return seen if window is None else seen & (j > i - window)
 
 
-def _cached(p: Numbers, q: Numbers) -> Flags:
-    return (p > 0) & (q > 0)
-
-
-def _prompts(p: Numbers, q: Numbers) -> Flags:
-    return (p == 0) & (q > 0)
-
-
-def _decodes(p: Numbers, q: Numbers) -> Flags:
-    return (p > 0) & (q == 1)
-
-
-def _chunks(p: Numbers, q: Numbers) -> Flags:
-    return (p > 0) & (q > 1)
-
-
-def _several(p: Numbers, q: Numbers) -> Flags:
-    return q > 1
+CACHED: Steps = lambda p, q: p > 0  # noqa: E731
+PROMPTS: Steps = lambda p, q: p == 0  # noqa: E731
+DECODES: Steps = lambda p, q: (p > 0) & (q == 1)  # noqa: E731
+CHUNKS: Steps = lambda p, q: (p > 0) & (q > 1)  # noqa: E731
+SINGLE: Steps = lambda p, q: q == 1  # noqa: E731
+SEVERAL: Steps = lambda p, q: q > 1  # noqa: E731
 
 
 def _wider(by: int) -> Rule:
@@ -106,29 +94,29 @@ MASK_EDITS: tuple[MaskEdit, ...] = (
     MaskEdit(
         "without the earlier tokens of the step", (), lambda i, j, p, q, w: causal(i, j, w) & ((j < p) | (j == i))
     ),
-    MaskEdit(TOP_LEFT, ("M1",), _top_left, _cached),
-    MaskEdit(f"{TOP_LEFT} in steps of several tokens", ("M1",), _top_left, _chunks),
-    MaskEdit(f"{TOP_LEFT} in decode steps", ("M1",), _top_left, _decodes),
-    MaskEdit(f"{LATER}, where tokens are cached", ("M2",), _future, _cached),
+    MaskEdit(TOP_LEFT, ("M1",), _top_left, CACHED),
+    MaskEdit(f"{TOP_LEFT} in steps of several tokens", ("M1",), _top_left, CHUNKS),
+    MaskEdit(f"{TOP_LEFT} in decode steps", ("M1",), _top_left, DECODES),
+    MaskEdit(f"{LATER}, where tokens are cached", ("M2",), _future, CACHED),
     MaskEdit(LATER, ("M2", "M4"), _future),
-    MaskEdit(f"{LATER} in prompts", ("M4",), _future, _prompts),
+    MaskEdit(f"{LATER} in prompts", ("M4",), _future, PROMPTS),
     MaskEdit(
         "with the next token visible", ("M3",), lambda i, j, p, q, w: causal(i, j, w) | ((j == i + 1) & (j < p + q))
     ),
     MaskEdit("without the token itself", (), _without_itself),
-    MaskEdit("without the token itself, where tokens are cached", (), _without_itself, _cached),
-    MaskEdit("without the token itself in decode steps", (), _without_itself, _decodes),
+    MaskEdit("without the token itself, where tokens are cached", (), _without_itself, CACHED),
+    MaskEdit("without the token itself in decode steps", (), _without_itself, DECODES),
     MaskEdit("with a window larger by one", ("W1",), _wider(1)),
     MaskEdit("with a window smaller by one", ("W1",), _wider(-1)),
-    MaskEdit("with a window larger by one in decode steps", ("W1", "W3"), _wider(1), lambda p, q: q == 1),
-    MaskEdit("with a window smaller by one in decode steps", ("W1", "W3"), _wider(-1), lambda p, q: q == 1),
-    MaskEdit("with a window larger by one in steps of several tokens", ("W1",), _wider(1), _several),
-    MaskEdit("with a window smaller by one in steps of several tokens", ("W1",), _wider(-1), _several),
+    MaskEdit("with a window larger by one in decode steps", ("W1", "W3"), _wider(1), SINGLE),
+    MaskEdit("with a window smaller by one in decode steps", ("W1", "W3"), _wider(-1), SINGLE),
+    MaskEdit("with a window larger by one in steps of several tokens", ("W1",), _wider(1), SEVERAL),
+    MaskEdit("with a window smaller by one in steps of several tokens", ("W1",), _wider(-1), SEVERAL),
     MaskEdit("without a window", ("W2",), _windowless),
-    MaskEdit("without a window in decode steps", ("W2",), _windowless, _decodes),
-    MaskEdit("without a window in steps of several tokens", ("W2",), _windowless, _several),
-    MaskEdit("without a window in prompts", ("W2",), _windowless, _prompts),
-    MaskEdit("without a window, where tokens are cached", ("W2",), _windowless, _cached),
+    MaskEdit("without a window in decode steps", ("W2",), _windowless, DECODES),
+    MaskEdit("without a window in steps of several tokens", ("W2",), _windowless, SEVERAL),
+    MaskEdit("without a window in prompts", ("W2",), _windowless, PROMPTS),
+    MaskEdit("without a window, where tokens are cached", ("W2",), _windowless, CACHED),
     MaskEdit(
         "with the window of the step's last token",
         ("W4", "W5"),

@@ -19,8 +19,6 @@ from kvconform_specs.clause import Case, Relation
 from kvconform_specs.config import Config
 from kvconform_specs.history import Histories
 from kvconform_specs.program import (
-    DISTRIBUTION_BIT,
-    DISTRIBUTIONS,
     AliasHandle,
     Append,
     Close,
@@ -36,6 +34,7 @@ from kvconform_specs.program import (
     UncachedForward,
 )
 from kvconform_specs.reference.oracle import Expected, ReferenceForward, expect
+from kvconform_specs.tensors import distribution
 
 Facts = Mapping[str, int]
 """The circumstances of one output token by name: numbers, and 0 or 1 for what holds or does not."""
@@ -228,7 +227,6 @@ class _Reading:
                     self.wrong_before.add(step.seq)
 
     def _common(self, step: Append | UncachedForward, cached: Sequence[int]) -> dict[str, int]:
-        distribution = DISTRIBUTIONS[step.seed >> DISTRIBUTION_BIT]
         lengths = {a + b for a, b in zip(cached, step.counts, strict=True)}
         facts: dict[str, int] = {
             **self.facts.get(step.seq, {}),
@@ -236,7 +234,7 @@ class _Reading:
             "batch": len(step.counts),
             "different counts": len(set(step.counts)) > 1,
             "different lengths": len(lengths) > 1,
-            distribution: True,
+            distribution(step.seed): True,
             "last only": step.last_only,
         }
         if isinstance(step, Append):
