@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvconform.explain.diagnosis import Diagnosis
+from kvconform.explain.diagnosis.text import sentence
 from kvconform.explain.visibility import Map
 from kvconform.explain.visibility import text as visibility_text
 from kvconform.files import write_atomically
@@ -259,10 +260,10 @@ def _broken(results: Results) -> Iterator[str]:
     broken.sort(key=lambda verdict: verdict.clause not in core)
     if not broken:
         return
-    sentences = {diagnosis.sentence: diagnosis for diagnosis in results.diagnoses.values() if diagnosis.sentence}
+    sentences = {sentence(diagnosis): diagnosis for diagnosis in results.diagnoses.values()}
     yield from (_diagnosis(diagnosis) for diagnosis in sentences.values())
     if not sentences:
-        yield "No diagnosis: nothing that is known stands out, or the results hold none."
+        yield "No diagnosis: the results hold none."
     lines = [f"- **{text(v.clause)}** [{text(v.config)}]: {text(v.sentence)}" for v in broken[:MOST_CLAUSES]]
     others = dict.fromkeys(verdict.clause for verdict in broken[MOST_CLAUSES:])
     if others:
@@ -273,10 +274,9 @@ def _broken(results: Results) -> Iterator[str]:
 def _diagnosis(diagnosis: Diagnosis) -> str:
     """The sentence, in which the bug is a link."""
     if not address(diagnosis.bug):
-        return f"> {text(diagnosis.sentence)}"
-    before, found, after = diagnosis.sentence.partition(diagnosis.bug)
-    link = f"[{text(short(diagnosis.bug))}]({diagnosis.bug})"
-    return f"> {text(before)}{link}{text(after)}" if found else f"> {text(before)} ({link})"
+        return f"> {text(sentence(diagnosis))}"
+    before, _bug, after = sentence(diagnosis).partition(diagnosis.bug)
+    return f"> {text(before)}[{text(short(diagnosis.bug))}]({diagnosis.bug}){text(after)}"
 
 
 def _maps(maps: Mapping[str, list[Map]]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import pytest
 from report_data import HOSTILE, everywhere, other, passed, results
 
 from kvconform.explain.diagnosis import Diagnosis
+from kvconform.explain.diagnosis.record import FirstFailure
 from kvconform.explain.visibility import Map
 from kvconform.judging.verdict import Outcome
 from kvconform.results.results import Results, Target, exit_code
@@ -152,7 +153,7 @@ OWN = Config("hidden", heads=4, kv_heads=4, head_dim=8, width=32, capacity=40)
 BUG = "https://github.com/pytorch/pytorch/issues/108108"
 
 
-def published(sentence: str = "behaves like a top-left mask: decode steps see token 0", **more: object) -> Results:
+def published(failure: str = "step 1: got -1.9, want -0.03", **more: object) -> Results:
     verdicts = [
         passed("shape.output", "hidden-self"),
         other("equivalence.decode", "hidden-self", Outcome.FAIL, "step 1: got -1.9, want -0.03"),
@@ -163,7 +164,7 @@ def published(sentence: str = "behaves like a top-left mask: decode steps see to
     settings = {
         "target": Target(recognised="a past passed and returned", assumed=[], configs={"hidden-self": OWN.to_json()}),
         "maps": {"hidden-self": [RIGHT, SEEN]},
-        "diagnoses": {"hidden-self": Diagnosis(named="M1", bug=BUG, sentence=sentence)},
+        "diagnoses": {"hidden-self": Diagnosis(mistake="M1", bug=BUG, first=FirstFailure(probe="a probe", sentence=failure))},
     }
     return results("FirstListing", **({"verdicts": verdicts} | settings | more))
 
@@ -187,7 +188,7 @@ def test_the_page_has_every_version_with_its_command_and_says_which_were_not_run
 def test_a_published_version_shows_its_verdict_its_sentence_and_what_it_sees() -> None:
     part = section(published_designs.render({"past-tuples-first": published()}), "past-tuples-first")
     assert "non-conformant" in part
-    assert f"> behaves like a top-left mask: decode steps see token 0 ([pytorch/pytorch\\#108108]({BUG}))" in part
+    assert '> matches "the causal diagonal begins at the top left' in part
     assert "**equivalence.decode** [hidden-self]: step 1: got -1.9" in part
     assert "also broken: equivalence.path" in part  # the only one that is not core
     assert "Recognised: a past passed and returned." in part
@@ -197,9 +198,8 @@ def test_a_published_version_shows_its_verdict_its_sentence_and_what_it_sees() -
 
 
 def test_a_link_in_a_sentence_is_a_link_once() -> None:
-    found = {"past-tuples-first": published(f"behaves like a top-left mask (M1, {BUG}): align it")}
-    part = section(published_designs.render(found), "past-tuples-first")
-    assert f"> behaves like a top-left mask (M1, [pytorch/pytorch\\#108108]({BUG})): align it" in part
+    part = section(published_designs.render({"past-tuples-first": published()}), "past-tuples-first")
+    assert f'as if nothing were cached" (M1, [pytorch/pytorch\\#108108]({BUG})): first wrong probe' in part
     assert part.count("108108") == 2
 
 
@@ -217,8 +217,8 @@ def test_an_intended_version_shows_how_its_chunks_see_or_that_there_is_no_map() 
     page = published_designs.render({"past-tuples": right, "past-tuples-module": own})
     assert "✓ conformant" in section(page, "past-tuples")
     assert "No map: maps are made of modules, and of what is broken." in section(page, "past-tuples")
-    assert "chunked 3+2+1+2: as demanded" in section(page, "past-tuples-module")
-    assert "full: as demanded" not in section(page, "past-tuples-module")
+    assert "chunked 3+2+1+2: as expected" in section(page, "past-tuples-module")
+    assert "full: as expected" not in section(page, "past-tuples-module")
     assert "No diagnosis" not in page
 
 
