@@ -1,5 +1,5 @@
-"""Diagnoses: evidence about which tokens outputs see names a mistake, other mistakes get their smallest condition, and a
-clean backend gets nothing."""
+"""Diagnoses: evidence about which tokens outputs see names a mistake, other mistakes get their smallest condition, and
+a clean backend gets nothing."""
 
 from __future__ import annotations
 
@@ -147,8 +147,10 @@ def test_the_condition_names_the_rows_and_the_diagnosis_the_heads() -> None:
     found = diagnosed(of("SecondHead"))
     assert found is not None
     assert found.mistake == ""
+    assert found.condition is not None
+    assert found.condition.predicates == ["with row ≠ 0"]
     assert found.heads == [1]
-    assert "only with row ≠ 0; only in head 1; first wrong probe (two rows): step 0" in sentence(found)
+    assert "right ones); only in head 1; first wrong probe (two rows): step 0" in sentence(found)
 
 
 def test_a_backend_that_dies_has_a_diagnosis() -> None:
@@ -279,7 +281,7 @@ def test_every_map_must_show_what_the_edit_predicts() -> None:
     assert map_matches.matches([decode, wrong], config, claims) == []
 
 
-@pytest.mark.parametrize("name", ["window-too-long", "window-too-short", "decode-window-lost"])
+@pytest.mark.parametrize("name", ["window-too-long", "window-too-short", "window-never-applied"])
 def test_maps_name_mistakes_at_the_edge_of_a_window(name: str) -> None:
     found = diagnosed(FAULTS[name].address, "attention-window", mapped=True)
     assert found is not None

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 
+from kvconform.errors import WorkerDied
 from kvconform.explain.diagnosis import edits, map_matches
 from kvconform.explain.diagnosis.conditions import condition
 from kvconform.explain.diagnosis.mistakes import MISTAKES
@@ -25,7 +26,7 @@ from kvconform.explain.diagnosis.probes import Probe, probes
 from kvconform.explain.diagnosis.record import Condition, Diagnosis, FirstFailure
 from kvconform.explain.diagnosis.symptoms import EARLIER_PROGRAM, OutputCell, ReferenceOutputs, Symptom, death, symptom
 from kvconform.explain.visibility import Map
-from kvconform.worker.client import WorkerClient, WorkerDied
+from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
 from kvconform_specs.program import Generate

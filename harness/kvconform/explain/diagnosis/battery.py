@@ -24,7 +24,6 @@ from kvconform_specs.program import (
     UncachedForward,
 )
 from kvconform_specs.strategies import at_once, refusals
-from kvconform_specs.tensors import distributed
 
 OTHER = 500
 """Distance of the streams that must differ from a probe's first ones."""
@@ -48,8 +47,10 @@ class ProbePlan:
     windowed: bool = False
 
 
-def grown(*sizes: int, seq: str = "a", rows: int = 1, seed: int = 0) -> tuple[Append, ...]:
-    return tuple(Append(seq, (size,) * rows, seed) for size in sizes)
+def grown(
+    *sizes: int, seq: str = "a", rows: int = 1, seed: int = 0, distribution: str = "normal"
+) -> tuple[Append, ...]:
+    return tuple(Append(seq, (size,) * rows, seed, distribution=distribution) for size in sizes)
 
 
 def _plain(name: str, words: str, *sizes: int, rows: int = 1) -> ProbePlan:
@@ -247,7 +248,7 @@ def _last_only(*sizes: int, rows: int = 1, seed: int = 0) -> tuple[Append, ...]:
 
 
 def _distributed(name: str) -> Steps:
-    return lambda c, k, s: grown(4, 1, 3, 1, seed=distributed(s, name))
+    return lambda c, k, s: grown(4, 1, 3, 1, seed=s, distribution=name)
 
 
 ATTENTION = ("attention",)

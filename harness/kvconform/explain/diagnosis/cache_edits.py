@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from kvconform_specs.history import Token
+from kvconform_specs.history import Token, new_tokens
 from kvconform_specs.program import (
     AliasHandle,
     Append,
@@ -111,14 +111,11 @@ def views(program: Program, model: CacheModel) -> list[CachedRows | None]:
 
 
 def _new(step: Run, past: CachedRows) -> CachedRows:
-    """The tokens of a step, numbered from the end of each row."""
-    seeds = {(row, position): seed for row, position, seed in step.substitutions}
-    return tuple(
-        tuple(
-            ((seeds.get((index, p), step.seed + index), p), len(row), count) for p in range(len(row), len(row) + count)
-        )
-        for index, (row, count) in enumerate(zip(past, step.counts, strict=False))
-    )
+    """The tokens of a step, numbered from the end of each row; none where the step has another number of rows."""
+    if len(step.counts) != len(past):
+        return ()
+    new = new_tokens(step, map(len, past))
+    return tuple(tuple((token, len(row), len(its)) for token in its) for row, its in zip(past, new, strict=True))
 
 
 def _apply(model: CacheModel, step: object, new: CachedRows) -> CachedRows | None:

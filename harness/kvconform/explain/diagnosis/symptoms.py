@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvconform.errors import WorkerDied
 from kvconform.explain.diagnosis.probes import Probe
 from kvconform.judging.judge import conforming, judge
 from kvconform.judging.observed import Array
-from kvconform.worker.client import WorkerDied
 from kvconform.worker.execute import StepResult, Trace
 from kvconform.worker.protocol import Traces
 from kvconform_specs.claims import Claims, Precision
@@ -34,7 +34,6 @@ from kvconform_specs.program import (
     UncachedForward,
 )
 from kvconform_specs.reference.oracle import Expected, ReferenceForward, expect
-from kvconform_specs.tensors import distribution
 
 Facts = Mapping[str, int]
 """The circumstances of one output token by name: numbers, and 0 or 1 for what holds or does not."""
@@ -234,7 +233,7 @@ class _Reading:
             "batch": len(step.counts),
             "different counts": len(set(step.counts)) > 1,
             "different lengths": len(lengths) > 1,
-            distribution(step.seed): True,
+            step.distribution: True,
             "last only": step.last_only,
         }
         if isinstance(step, Append):
