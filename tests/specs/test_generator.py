@@ -34,7 +34,6 @@ from kvconform_specs.program import (
     Truncate,
     UncachedForward,
 )
-from kvconform_specs.tensors import distribution
 
 GQA, WINDOW = CONFIGS["attention-gqa"], CONFIGS["attention-window"]
 ROPE = CONFIGS["decoder-rope"]
@@ -137,7 +136,7 @@ def other_tokens_after_truncating_to(kept: Callable[[int, int], bool]) -> Callab
         for number, step in enumerate(p.steps[:-1]):
             rows, after = histories.rows.get(getattr(step, "seq", ""), ()), p.steps[number + 1]
             if isinstance(step, Truncate) and isinstance(after, Append) and after.seq == step.seq:
-                seeds = {seed for row in rows for seed, _position in row}
+                seeds = {stream.seed for row in rows for stream, _position in row}
                 if kept(step.length, len(rows[0])) and after.seed not in seeds:
                     return True
             histories.apply(step)
@@ -160,7 +159,7 @@ def sees_nothing(p: Program) -> bool:
 
 
 def in_manner(name: str) -> Callable[[Program], bool]:
-    return steps(Append, lambda s: distribution(s.seed) == name)
+    return steps(Append, lambda s: s.distribution == name)
 
 
 def generations(p: Program) -> list[Generate]:

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from numpy.typing import NDArray
 from places import ROOT
 
+from kvconform.errors import BackendUnavailable
 from kvconform.results.results import exit_code
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.counterexample import Broken, attempt
@@ -22,7 +23,7 @@ from kvconform.search.effort import Effort
 from kvconform.worker.client import WorkerSpec
 from kvconform.worker.execute import execute, feeds_of
 from kvconform.worker.protocol import Traces, pack, unpack
-from kvconform.worker.registry import BackendError, load
+from kvconform.worker.registry import load
 from kvconform_specs.clause import Case, Level
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.config import Config
@@ -139,7 +140,7 @@ def test_each_family_opens_and_decodes_what_its_own_forward_gives(family: str, c
     done = client.receive(program)
     assert done.stacked is not None, "a step raised"
     for step, want in zip(
-        done.stacked, expect(program, (0, 1), own=client.reference_forward(client.config)), strict=True
+        done.stacked, expect(program, (0, 1), reference=client.reference_forward(client.config)), strict=True
     ):
         assert want is not None
         assert (np.abs(step.output - want.value) <= want.bound).all()
@@ -206,7 +207,7 @@ def test_a_directory_without_weights_is_opened_at_random_and_one_with_weights_as
     ],
 )
 def test_what_cannot_be_opened_gets_one_sentence(target: str, options: Mapping[str, Any], words: str) -> None:
-    with pytest.raises(BackendError, match=f"^target hf:{target}: .*{words}"):
+    with pytest.raises(BackendUnavailable, match=f"^target hf:{target}: .*{words}"):
         open_hf(target, options)
 
 

@@ -26,6 +26,7 @@ from kvconform.bench.record import Record
 from kvconform.cli.bench import bench
 from kvconform.cli.options import Backends, Device, Out, Pythons, Seed, errors, launches, screen, usage
 from kvconform.cli.schemas import FILES, json_schema
+from kvconform.errors import BackendUnavailable
 from kvconform.explain import repro
 from kvconform.files import family_of, write_atomically
 from kvconform.judging.verdict import Verdict
@@ -45,7 +46,7 @@ from kvconform.search.counterexample import Broken
 from kvconform.search.effort import DEFAULT_EFFORT, EFFORTS
 from kvconform.spec_docs import clause as explain
 from kvconform.spec_docs import page as spec_page
-from kvconform.worker.client import STEP_TIMEOUT, BackendUnavailable, WorkerClient, WorkerSpec
+from kvconform.worker.client import STEP_TIMEOUT, WorkerClient, WorkerSpec
 from kvconform.worker.registry import installed
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case
@@ -283,7 +284,10 @@ def audit_command(
     faults: Annotated[str, typer.Option(help="The list of faults: module:LIST or path/file.py:LIST.")] = CATALOGUE,
     effort: Annotated[list[str], typer.Option(help=f"{', '.join(EFFORTS)}. Repeatable.")] = ["smoke"],  # noqa: B006
     seed: Seed = 0,
-    clauses: Annotated[str, typer.Option(help="expected: those that a fault names; all.")] = "expected",
+    clause: Annotated[
+        list[str],
+        typer.Option(help="Try these clauses, by prefix, instead of those that a fault names; or: all. Repeatable."),
+    ] = [],  # noqa: B006
     controls: Annotated[bool, typer.Option(help="Also try the list CONTROLS beside the faults: it is right.")] = False,
     shard: Annotated[str, typer.Option(help="Only part i of n of the faults, as i/n.")] = "",
     jobs: Annotated[int, typer.Option(min=1, help="Faults that are tried at once.")] = os.cpu_count() or 1,
@@ -297,11 +301,9 @@ def audit_command(
     for name in effort:
         if name not in EFFORTS:
             raise usage(f"--effort: unknown effort {name!r}; known: {', '.join(EFFORTS)}")
-    if clauses not in ("expected", "all"):
-        raise usage(f"--clauses: want expected or all, got {clauses!r}")
     efforts = tuple(EFFORTS[name] for name in dict.fromkeys(effort))
     part = parse_shard(shard) if shard else None
-    plan = audit.AuditPlan(efforts, seed, tuple(names), clauses == "all", part)
+    plan = audit.AuditPlan(efforts, seed, tuple(names), ("",) if "all" in clause else tuple(clause), part)
     wrong = load_faults(faults)
     right = load_faults(f"{faults.rpartition(':')[0]}:CONTROLS") if controls else ()
 
@@ -309,7 +311,10 @@ def audit_command(
         for line in audit_record.lines(audited, effort):
             screen.print(escape(line))
 
-    record = audit.audit(plan, faults, wrong, right, out, jobs, tell)
+    def progress(fault: str, trial: audit_record.AuditTrial) -> None:
+        screen.print(escape(audit_record.progress(fault, trial)))
+
+    record = audit.audit(plan, faults, wrong, right, out, jobs, tell, progress)
     for line in audit_record.summary(record):
         screen.print(escape(line))
     screen.print(f"{len(record.audited)} faults in {record.seconds:.0f} s; {escape(str(out))}")

@@ -111,9 +111,9 @@ class AuditRecord(msgspec.Struct, kw_only=True):
     seed: int
     """Seed of the run."""
     names: list[str]
-    """Names of the selected faults; empty: all."""
-    every: bool
-    """Whether all clauses were tried on each fault, rather than those that it names."""
+    """Prefixes that chose faults, or clauses of a fault; empty: all faults."""
+    clauses: list[str]
+    """Prefixes of the clauses that were tried on each fault; empty: those that a fault names."""
     shard: str
     """`i/n` for shard i of n; empty for a whole audit."""
     started: str
@@ -142,7 +142,7 @@ def read(path: Path) -> AuditRecord:
 
 # --- what it comes to ---
 def scores(record: AuditRecord) -> list[Score]:
-    """Blatant and conditional faults apart, effort by effort; what could not run here counts nowhere."""
+    """Unconditional and conditional faults apart, for each effort; faults that could not run here are not counted."""
     found = []
     for effort in record.efforts:
         for conditional in (False, True):
@@ -190,6 +190,15 @@ def lines(audited: Audited, efforts: Sequence[str]) -> Iterator[str]:
         yield f"{audited.name} ({kind}){'' if len(efforts) == 1 else f' {effort}'}: {words}"
 
 
+def progress(fault: str, trial: AuditTrial) -> str:
+    """One line for a clause that was tried on a fault."""
+    if trial.kills:
+        return (
+            f"{fault}: {trial.clause} [{trial.config}] kills it after {trial.programs} programs, {trial.seconds:.2f} s"
+        )
+    return f"{fault}: {trial.clause} misses it after {trial.programs} programs ({_why(trial)})"
+
+
 def _why(trial: AuditTrial) -> str:
     if trial.ran == 0:
         return f"{trial.outcome.value}: the faulty path never ran"
@@ -200,7 +209,8 @@ def summary(record: AuditRecord) -> Iterator[str]:
     """The score, survivors, false alarms and what could not run."""
     for score in record.scores:
         if score.faults:
-            words = f"{score.effort}, {'conditional' if score.conditional else 'unconditional'}: {score.killed} of {score.faults} killed"
+            kind = "conditional" if score.conditional else "unconditional"
+            words = f"{score.effort}, {kind}: {score.killed} of {score.faults} killed"
             if score.programs is not None and score.seconds is not None:
                 words += f"; programs to the kill: median {score.programs[0]:g}, at most {score.programs[1]:g}"
                 words += f"; seconds: median {score.seconds[0]:.2f}, at most {score.seconds[1]:.2f}"
