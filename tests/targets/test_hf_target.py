@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from numpy.typing import NDArray
 from places import ROOT
 
+from kvconform.errors import BackendUnavailable
 from kvconform.results.results import exit_code
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.counterexample import Broken, attempt
@@ -22,7 +23,7 @@ from kvconform.search.effort import Effort
 from kvconform.worker.client import WorkerSpec
 from kvconform.worker.execute import execute, feeds_of
 from kvconform.worker.protocol import Traces, pack, unpack
-from kvconform.worker.registry import BackendError, load
+from kvconform.worker.registry import load
 from kvconform_specs.clause import Case, Level
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.config import Config
@@ -206,7 +207,7 @@ def test_a_directory_without_weights_is_opened_at_random_and_one_with_weights_as
     ],
 )
 def test_what_cannot_be_opened_gets_one_sentence(target: str, options: Mapping[str, Any], words: str) -> None:
-    with pytest.raises(BackendError, match=f"^target hf:{target}: .*{words}"):
+    with pytest.raises(BackendUnavailable, match=f"^target hf:{target}: .*{words}"):
         open_hf(target, options)
 
 

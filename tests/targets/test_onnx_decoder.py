@@ -18,7 +18,7 @@ import onnx
 from decoder_graphs import CONVENTIONS, LAYERS, WIDTH, Style, decoder, merged, saved
 from onnx import helper, numpy_helper
 
-from kvconform.backend import Unavailable
+from kvconform.errors import Unavailable
 from kvconform.worker.execute import execute, feeds_of
 from kvconform.worker.registry import load
 from kvconform_backends.onnx import runtime as onnx_runtime

@@ -17,12 +17,13 @@ import onnx
 from decoder_graphs import CONVENTIONS, HEAD_DIM, HEADS, LAYERS, VOCABULARY, WIDTH, Style, decoder, merged, saved
 from onnx import TensorProto, helper, numpy_helper
 
+from kvconform.errors import BackendUnavailable
 from kvconform.judging.verdict import Outcome
 from kvconform.results.results import Results
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.effort import Effort
 from kvconform.worker.client import WorkerSpec
-from kvconform.worker.registry import BackendError, load
+from kvconform.worker.registry import load
 from kvconform_backends.targets.onnx.signature import PASTS, PRESENTS, slot
 
 CORE = ("shape", "causality", "equivalence", "lifecycle", "batch.row-solo", "capacity")
@@ -220,7 +221,7 @@ UNKNOWN = {
 def test_what_is_not_known_gets_one_sentence_with_what_was_found(words: str, tmp_path: Path) -> None:
     path = tmp_path / "decoder.onnx"
     onnx.save(UNKNOWN[words], path)
-    with pytest.raises(BackendError) as caught:
+    with pytest.raises(BackendUnavailable) as caught:
         load(f"onnx:{path}")
     sentence = str(caught.value)
     assert words in sentence
@@ -252,7 +253,7 @@ def test_what_cannot_be_opened_gets_one_sentence(target: str, words: str, tmp_pa
     saved(decoder(Style()), tmp_path)
     saved(decoder(Style(needs_past=True)), tmp_path, "needs.onnx")
     saved(decoder(Style(cached=False, presents=False)), tmp_path, "bare.onnx")
-    with pytest.raises(BackendError) as caught:
+    with pytest.raises(BackendUnavailable) as caught:
         load("onnx:" + target.format(tmp_path))
     assert words.format(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -30,9 +30,10 @@ from kvconform.bench.presets import Preset
 from kvconform.bench.protocol import processors, variables
 from kvconform.bench.record import Arm
 from kvconform.bench.worker.timer import digest, tokens
+from kvconform.errors import BackendUnavailable
 from kvconform.files import read_versioned, write_versioned
 from kvconform.host import load_average, machine
-from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.config import Config
 
 SCHEMA = "kv-timing-study/1"

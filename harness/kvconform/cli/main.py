@@ -26,6 +26,7 @@ from kvconform.bench.record import Record
 from kvconform.cli.bench import bench
 from kvconform.cli.options import Backends, Device, Out, Pythons, Seed, errors, launches, screen, usage
 from kvconform.cli.schemas import FILES, json_schema
+from kvconform.errors import BackendUnavailable
 from kvconform.explain import repro
 from kvconform.files import family_of, write_atomically
 from kvconform.judging.verdict import Verdict
@@ -45,7 +46,7 @@ from kvconform.search.counterexample import Broken
 from kvconform.search.effort import DEFAULT_EFFORT, EFFORTS
 from kvconform.spec_docs import clause as explain
 from kvconform.spec_docs import page as spec_page
-from kvconform.worker.client import STEP_TIMEOUT, BackendUnavailable, WorkerClient, WorkerSpec
+from kvconform.worker.client import STEP_TIMEOUT, WorkerClient, WorkerSpec
 from kvconform.worker.registry import installed
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case

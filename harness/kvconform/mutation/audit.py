@@ -20,13 +20,14 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from kvconform.errors import BackendUnavailable
 from kvconform.host import machine
 from kvconform.judging.verdict import Outcome
 from kvconform.mutation.fault import Fault
 from kvconform.mutation.record import Audited, AuditRecord, AuditTrial, scores
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.effort import Effort
-from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Clause
 from kvconform_specs.clauses import ALL, BY_NAME

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kvconform.worker.registry import BackendError, address_of, load, module_of
+from kvconform.errors import BackendUnavailable
+from kvconform.worker.registry import address_of, load, module_of
 from kvconform_specs.errors import SpecError
 
 MARKER = "faulty"
@@ -61,7 +62,7 @@ def load_faults(address: str) -> tuple[Fault, ...]:
         sys.path.insert(0, os.getcwd())
     try:
         items = getattr(module_of(module), name, None)
-    except (ImportError, SyntaxError, BackendError) as error:
+    except (ImportError, SyntaxError, BackendUnavailable) as error:
         raise SpecError("faults", f"{module} cannot be imported: {error}") from error
     if items is None:
         raise SpecError("faults", f"{module} has no {name!r}")
@@ -91,7 +92,7 @@ def _fault(item: Any, at: str) -> Fault:
     if isinstance(item, str):
         try:
             item, address = load(item), item
-        except BackendError as error:
+        except BackendUnavailable as error:
             raise SpecError(at, str(error)) from error
     if not isinstance(item, type):
         if isinstance(item, Fault):

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from kvconform.api import file_name
+from kvconform.errors import BackendUnavailable
 from kvconform.judging.verdict import Outcome
 from kvconform.results.known_failures import EMPTY, KnownFailures
 from kvconform.results.known_failures import read as read_known_failures
 from kvconform.run.run import Plan, cells, judged, unmatched_entries
 from kvconform.search.cell import Cell
 from kvconform.search.effort import EFFORTS
-from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.errors import SpecError
 
 

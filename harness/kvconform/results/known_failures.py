@@ -30,11 +30,12 @@ from pathlib import Path
 
 import msgspec
 
+from kvconform.errors import StaleEntry, WorkerDied
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.search.cell import Cell, unsupported
 from kvconform.search.counterexample import Broken, Counterexample, replayed, sentence
 from kvconform.search.counterexample import read as read_counterexample
-from kvconform.worker.client import WorkerClient, WorkerDied
+from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Program
@@ -105,10 +106,6 @@ def _is_version(installed: str, wanted: str) -> bool:
 class KnownFailuresFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     schema: str
     known: list[Row] = []
-
-
-class StaleEntry(Exception):
-    """A row does not hold here, in one sentence."""
 
 
 @dataclass(frozen=True)

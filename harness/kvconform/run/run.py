@@ -14,18 +14,19 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from kvconform.errors import BackendUnavailable, StaleEntry
 from kvconform.files import write_atomically
 from kvconform.host import machine
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.mutation.power import stored
 from kvconform.results.guarantees import measured
-from kvconform.results.known_failures import EMPTY, KnownFailure, KnownFailures, StaleEntry
+from kvconform.results.known_failures import EMPTY, KnownFailure, KnownFailures
 from kvconform.results.results import Results, Target, read
 from kvconform.run import cross_backend, explain_failures
 from kvconform.search import counterexample
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.effort import DEFAULT_EFFORT, EFFORTS, Effort
-from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case
 from kvconform_specs.clauses import ALL, BY_NAME
