@@ -85,11 +85,11 @@ def test_design_states_the_constant_of_the_decoder_bound() -> None:
     assert f"with {bounds.RUNS} degrees of freedom" in text
 
 
-def test_design_states_budgets_and_limits_as_they_are() -> None:
+def test_design_states_efforts_and_limits_as_they_are() -> None:
     text = words("DESIGN.md")
     default = EFFORTS[DEFAULT_EFFORT]
-    assert f"draws {default.structures} structures with {default.variants} seeds each" in text
-    assert f"as long as {REBUILDS} processes or {default.rebuild:g} s last" in text
+    assert f"draws {default.structures} structures with {default.variants} variants each" in text
+    assert f"for at most {REBUILDS} processes or {default.rebuild:g} s." in text
     assert f"{bounds.SPREAD} times the pooled sigma" in text
 
 
