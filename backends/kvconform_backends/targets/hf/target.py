@@ -30,7 +30,7 @@ from kvconform_backends.targets.foreign import Raised, foreign
 from kvconform_backends.targets.hf import recipe
 from kvconform_backends.targets.hf.recipe import SPREAD, Recipe, point_of, tiny, tokens_of
 from kvconform_backends.torch import device_time
-from kvconform_backends.validation import check_rows
+from kvconform_backends.validation import check_length, check_rows
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import DTYPES, Config
 from kvconform_specs.program import Program
@@ -123,8 +123,7 @@ class Transformers:
     def truncate(self, sequence: Sequence, length: int) -> Sequence:
         """``crop`` takes the number of tokens to forget, and forgets all of them where there are fewer."""
         held = int(sequence.cache.get_seq_length())
-        if not 0 <= length <= held:
-            raise ValueError(f"cannot keep {length} of {held} tokens")
+        check_length(length, held)
         if length < held:
             sequence.cache.crop(length - held)
         return sequence

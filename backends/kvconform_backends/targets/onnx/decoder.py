@@ -199,7 +199,7 @@ class OnnxDecoder:
     def runtime_info(self) -> dict[str, Any]:
         runners = {path.name: runner for (path, on), runner in self.graphs.runners.items() if on == self.device}
         counted = sum((runner.nodes for runner in runners.values()), Counter[tuple[str, str]]())
-        strays = onnx_runtime.strays(counted) if self.device == "cuda" else []
+        on_cpu = onnx_runtime.off_cuda(counted) if self.device == "cuda" else []
         sessions = [runner.session for runner in runners.values()]
         found = {
             "onnx": importlib.metadata.version("onnx"),
@@ -210,8 +210,8 @@ class OnnxDecoder:
             ),
             "files": sorted(runners),
         }
-        words = f"CUDA was asked for, and ONNX Runtime ran {', '.join(strays)} on the CPU"
-        return {**found, "fallback": words} if strays else found
+        words = f"CUDA was asked for, and ONNX Runtime ran {', '.join(on_cpu)} on the CPU"
+        return {**found, "fallback": words} if on_cpu else found
 
 
 def _source(model: onnx.ModelProto, owner: object) -> str | bytes:
