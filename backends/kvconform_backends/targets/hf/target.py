@@ -26,9 +26,9 @@ from transformers import AutoConfig, DynamicCache, PreTrainedConfig, StaticCache
 from kvconform.backend import Unavailable
 from kvconform.worker.registry import BackendError
 from kvconform_backends.targets import black_box
-from kvconform_backends.targets.foreign import Raised, foreign
 from kvconform_backends.targets.hf import recipe
 from kvconform_backends.targets.hf.recipe import SPREAD, Recipe, point_of, tiny, tokens_of
+from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 from kvconform_backends.torch import device_time
 from kvconform_backends.validation import check_length, check_rows
 from kvconform_specs.claims import Claims
@@ -192,7 +192,7 @@ def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
         if chosen[name] not in known:
             raise BackendError(f"target hf:{target}: {name} is {chosen[name]!r}; known: {', '.join(known)}")
     try:
-        with foreign(), torch.no_grad():
+        with guarded(), torch.no_grad():
             recipe, assumed = _recipe(target, chosen)
             model = recipe.model()
             if recipe.experts is None and _experts(model) == "grouped_mm":
@@ -202,7 +202,7 @@ def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
                 assumed = (*assumed, apart)
             point = point_of(model.config, str(chosen["dtype"]))
             model(input_ids=torch.tensor([tokens_of(point, 2)]), use_cache=False)
-    except Raised as words:
+    except ThirdPartyError as words:
         raise BackendError(f"target hf:{target}: transformers {transformers.__version__} says {words}") from words
     kind = type(model).__name__
     attributes = {

@@ -20,10 +20,10 @@ from onnxruntime import InferenceSession, OrtValue
 
 from kvconform.worker.registry import BackendError
 from kvconform_backends.onnx import runtime as onnx_runtime
-from kvconform_backends.targets.foreign import Raised, foreign
 from kvconform_backends.targets.onnx import weights
 from kvconform_backends.targets.onnx.script import Call, Script
 from kvconform_backends.targets.onnx.signature import Signature, read, unknown
+from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.program import Program
@@ -48,9 +48,9 @@ class Graph:
         if not path.is_file():
             raise BackendError(f"no file {path}")
         try:
-            with foreign():
+            with guarded():
                 model = onnx.load(path, load_external_data=False)
-        except Raised as error:
+        except ThirdPartyError as error:
             raise BackendError(f"{path} is no ONNX model: {error}") from error
         return cls(path.resolve(), model, read(model, path.name))
 
@@ -161,10 +161,10 @@ class OnnxDecoder:
         every prefix."""
         if self.noise is not None and self.config.profile == "hidden":
             from kvconform_backends.targets.black_box import (
-                disturbed_states,  # needs torch, which a decoder of ids does not
+                perturbed_states,  # needs torch, which a decoder of ids does not
             )
 
-            x = disturbed_states(x, *self.noise)
+            x = perturbed_states(x, *self.noise)
         ends = range(1, x.shape[1] + 1) if self.graphs.last_only else [x.shape[1]]
         parts = [self._output(self.graphs.whole, self.whole.run(x[:, :n], 0, (), self.graphs.dummy)) for n in ends]
         return np.concatenate(parts, axis=1)

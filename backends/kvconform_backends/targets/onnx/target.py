@@ -16,9 +16,9 @@ import onnxruntime  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from kvconform.worker.registry import BackendError
-from kvconform_backends.targets.foreign import Raised, foreign
 from kvconform_backends.targets.onnx import weights
 from kvconform_backends.targets.onnx.decoder import Graph, Graphs, OnnxDecoder
+from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 
@@ -144,10 +144,10 @@ class OnnxTarget:
         words = ""
         for device in ("cpu", "cuda"):
             try:
-                with foreign():
+                with guarded():
                     self.graphs.runner(self.whole, device)
                 return device
-            except Raised as error:
+            except ThirdPartyError as error:
                 words = words or str(error)
         raise BackendError(f"ONNX Runtime {onnxruntime.__version__} cannot load {self.whole.path.name}: {words}")
 
@@ -157,9 +157,9 @@ class OnnxTarget:
         shape = (1, t, self._width()) if signature.hidden else (1, t)
         x = np.zeros(shape, signature.tokens.dtype)
         try:
-            with foreign():
+            with guarded():
                 values = self.graphs.runner(graph, device).run(x, 0, (), self.graphs.dummy)
-        except Raised as error:
+        except ThirdPartyError as error:
             return str(error)
         return tuple(values[signature.output.name].shape())
 
