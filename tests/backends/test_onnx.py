@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime", reason="the ONNX backend runs on it")
 
 import onnx  # noqa: E402
 
-from kvconform.backend import Unavailable  # noqa: E402
+from kvconform.errors import Unavailable  # noqa: E402
 from kvconform_backends.onnx import backend as onnx_subject  # noqa: E402
 from kvconform_backends.onnx import graphs as onnx_graphs  # noqa: E402
 from kvconform_backends.onnx.backend import CannotRun  # noqa: E402

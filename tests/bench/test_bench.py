@@ -16,7 +16,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from places import ROOT
 
 from kvconform.bench import client, restart
 from kvconform.bench import runner as controller
@@ -27,9 +26,8 @@ from kvconform.bench.client import TimingClient
 from kvconform.bench.eligibility import conformance, outdated
 from kvconform.bench.presets import PRESETS, Preset, Published
 from kvconform.bench.protocol import ROUNDS_WANTED, processors, variables
-from kvconform.bench.record import MACHINE, PHASES, Arm, Case, Record, Round, Tokens
+from kvconform.bench.record import MACHINE, PHASES, Arm, Case, Record, Round, Tokens, is_record, read
 from kvconform.bench.worker.timer import Block, Timer, tokens
-from kvconform.cli.bench import json_schema
 from kvconform.cli.main import bench
 from kvconform.results.results import Results
 from kvconform.worker.client import WorkerSpec
@@ -37,7 +35,6 @@ from kvconform_backends.numpy.cache import NumpyCache
 from kvconform_reports.view.findings import Findings
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
-from kvconform_specs.errors import SpecError
 from kvconform_specs.tensors import weights
 
 TINY = Preset(
@@ -355,7 +352,7 @@ def test_arms_are_set_against_the_first_of_their_phase_and_decode_against_its_ow
 
 def test_summaries_and_ratios_of_a_written_record_are_those_of_its_raw_rounds(timed: Any, tmp_path: Path) -> None:
     written = timed("numpy", "numpy-again", "Sleepy", preset=TINY, restarts=2)
-    record = controller.read(tmp_path / "speed.json")
+    record = read(tmp_path / "speed.json")
     assert record.finished
     assert len(record.rounds) > 100
     assert {block.restart for block in record.rounds} == {0, 1}
@@ -369,24 +366,7 @@ def test_summaries_and_ratios_of_a_written_record_are_those_of_its_raw_rounds(ti
         (name, restart) for name in ("numpy", "numpy-again", "Sleepy") for restart in (0, 1)
     }
     assert all(one.reported == one.analytic for one in record.memory)
-    assert controller.is_record(tmp_path / "speed.json")
-
-
-def test_the_schema_of_the_record_is_one() -> None:
-    schema = msgspec.json.decode(json_schema())
-    assert set(schema["$defs"]["Record"]["properties"]) == {field.name for field in msgspec.structs.fields(Record)}
-    stored = ROOT / "docs/schema/kv-latency-1.json"  # kvconform bench --schema > that
-    assert msgspec.json.decode(stored.read_bytes()) == schema
-
-
-def test_a_record_of_another_version_is_one_sentence(tmp_path: Path) -> None:
-    path = tmp_path / "speed.json"
-    path.write_text('{"schema": "kv-latency/9"}')
-    assert controller.is_record(path)
-    with pytest.raises(SpecError, match="holds no speed record"):
-        controller.read(path)
-    path.write_text('{"schema": "kvconform-results/1"}')
-    assert not controller.is_record(path)
+    assert is_record(tmp_path / "speed.json")
 
 
 # --- the rounds ---
@@ -473,7 +453,7 @@ def test_a_subject_that_loses_count_of_its_tokens_is_not_timed() -> None:
 # --- no time without conformance ---
 def test_who_was_not_judged_to_the_end_is_judged_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def results(name: str, finished: bool) -> None:
-        common = {"suite": "1", "device": "cpu", "dtypes": [], "budget": "smoke", "seed": 0, "started": ""}
+        common = {"suite": "1", "device": "cpu", "dtypes": [], "effort": "smoke", "seed": 0, "started": ""}
         Results(**common, backend=name, finished=finished).write(tmp_path / f"{name}.json")
 
     results("done", True)
@@ -524,7 +504,7 @@ def test_results_admit_only_what_is_conformant_finished_and_of_this_device(
     from kvconform_specs import SUITE_VERSION
 
     def said(**fields: Any) -> str:
-        common = {"suite": SUITE_VERSION, "backend": "b", "device": "cpu", "dtypes": [], "budget": "", "seed": 0}
+        common = {"suite": SUITE_VERSION, "backend": "b", "device": "cpu", "dtypes": [], "effort": "", "seed": 0}
         Results(**{**common, "started": "", "finished": True, **fields}).write(tmp_path / "b.json")
         return conformance("b", WorkerSpec("b"), tmp_path)
 
@@ -551,7 +531,7 @@ def test_results_of_other_software_admit_nobody(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(restart, "conformance", lambda *args: "")
 
     def excluded(environment: dict[str, Any]) -> list[str]:
-        common = {"suite": "1", "device": "cpu", "dtypes": [], "budget": "smoke", "seed": 0, "started": ""}
+        common = {"suite": "1", "device": "cpu", "dtypes": [], "effort": "smoke", "seed": 0, "started": ""}
         Results(**common, backend="numpy", environment=environment).write(tmp_path / "numpy.json")
         preset, more = {"one": ONE}, {"restarts": 1, "phases": ("prefill",), "seconds_per_case": 0.05}
         record = controller.bench({"numpy": WorkerSpec("numpy")}, preset, tmp_path, tmp_path / "speed.json", **more)
@@ -714,7 +694,7 @@ def test_an_interrupt_keeps_what_was_measured(
     assert not record.finished
     assert "interrupted" in lines[-1]
     assert record.rounds
-    assert controller.read(tmp_path / "speed.json") == record
+    assert read(tmp_path / "speed.json") == record
     assert record == summarised(record)
 
 

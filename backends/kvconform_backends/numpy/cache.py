@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconform.backend import Backend, CacheDesign
 from kvconform_backends.abilities import BASIC
 from kvconform_backends.greedy import greedy
 from kvconform_backends.numpy.layers import Array, NumpyLayers
@@ -39,10 +40,10 @@ class Cache:
         return np.full(self.keys[0].shape[0], self.length)
 
 
-class NumpyCache(NumpyLayers):
+class NumpyCache(NumpyLayers, Backend):
     """Attention and decoder over plain arrays."""
 
-    cache_design: str | None = "concatenation"
+    cache_design: CacheDesign | None = "concatenation"
     claims = Claims(
         profiles=("attention", "decoder"),
         abilities=(*BASIC, "truncate", "immutable", "mask", "bytes", "macs", "generate", "last_only"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconform.backend import Backend
 from kvconform_backends.abilities import BASIC
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 from kvconform_backends.validation import check_rows
@@ -50,8 +51,7 @@ class NumpyRing(NumpyCache):
         keys, values = ([self.stored(np.zeros(shape, np.float32)) for shape in shapes] for _ in range(2))
         return Rings(keys, values, 0)
 
-    def truncate(self, cache: Any, length: int) -> Rings:
-        raise NotImplementedError("evicted tokens cannot be restored")
+    truncate = Backend.truncate  # not implemented: evicted tokens are gone
 
     def fork(self, cache: Any) -> Rings:
         return Rings([k.copy() for k in cache.keys], [v.copy() for v in cache.values], cache.written)

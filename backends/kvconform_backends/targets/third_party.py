@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kvconform.worker.registry import BackendError
+from kvconform.errors import BackendUnavailable
 
 MAX_MESSAGE = 300
 """Characters kept of a message."""
@@ -17,10 +17,10 @@ class ThirdPartyError(Exception):
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Turns every exception except BackendError into ThirdPartyError."""
+    """Turns every exception except BackendUnavailable into ThirdPartyError."""
     try:
         yield
-    except BackendError:
+    except BackendUnavailable:
         raise
     except Exception as error:
         words = " ".join(str(error).split())[:MAX_MESSAGE] or "no message"

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvconform.backend import Unavailable
+from kvconform.backend import Backend, CacheDesign
+from kvconform.errors import Unavailable
 from kvconform_backends.abilities import BASIC
 from kvconform_backends.greedy import greedy
 from kvconform_backends.torch import device_time
@@ -39,7 +40,7 @@ COMMON = Claims(
 )
 
 
-class Torch(Counted):
+class Torch(Counted, Backend):
     """Base class of the torch backends: conversion between numpy and torch, the uncached forward, and runtime_info."""
 
     claims = COMMON
@@ -112,9 +113,6 @@ class Torch(Counted):
 
     def macs(self) -> int:
         return self.counted
-
-    def length(self, cache: Any) -> list[int]:
-        raise NotImplementedError
 
     def free_slots(self, cache: Any) -> list[int]:
         return [self.config.capacity - length for length in self.length(cache)]
@@ -240,7 +238,7 @@ class StaticBuffers:
 class EagerStatic(Torch):
     """Buffers of ``capacity`` slots, written in place. A step attends to a view of the filled slots."""
 
-    cache_design = "in-place"
+    cache_design: CacheDesign | None = "in-place"
     claims = replace(
         COMMON, abilities=(*COMMON.abilities, "ragged", "poison"), padding=("right", "left"), memory="capacity"
     )

@@ -12,16 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-import msgspec
-
 from kvconform.bench.analysis.summarize import summarise, without
 from kvconform.bench.plans import plans
 from kvconform.bench.presets import Preset
 from kvconform.bench.protocol import RESTARTS, SECONDS_PER_CASE, described
-from kvconform.bench.record import MACHINE, SCHEMA, Excluded, Record
+from kvconform.bench.record import MACHINE, Excluded, Record, write
 from kvconform.bench.restart import Restart
 from kvconform.bench.worker.gpu import held
-from kvconform.files import family_of, read_versioned, write_atomically
 from kvconform.host import load_average, machine
 from kvconform.worker.client import WorkerSpec
 from kvconform_specs import SUITE_VERSION
@@ -174,14 +171,4 @@ class _Run:
         record = self.record
         record.seconds = round(time.perf_counter() - self.began, 3)
         summarise(record)
-        write_atomically(self.out, msgspec.json.format(msgspec.json.encode(record), indent=1))
-
-
-def is_record(path: Path) -> bool:
-    """Whether a file is a speed record, of any version, rather than results."""
-    return family_of(path) == SCHEMA.partition("/")[0]
-
-
-def read(path: Path) -> Record:
-    """Raises SpecError with one sentence where the file holds no speed record."""
-    return read_versioned(path, Record, SCHEMA, "speed record")
+        write(record, self.out)

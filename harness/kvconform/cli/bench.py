@@ -20,14 +20,14 @@ from kvconform.bench.gate import runner as pingpong
 from kvconform.bench.gate import self_test
 from kvconform.bench.gate.environments import environment
 from kvconform.bench.presets import Preset
-from kvconform.bench.record import PHASES, Record
-from kvconform.bench.worker.gpu import GpuBusy
+from kvconform.bench.record import PHASES, json_schema
 from kvconform.cli.options import Device, Out, Pythons, Seed, launches, screen, usage
+from kvconform.errors import BackendUnavailable, GpuBusy
 from kvconform.results.gate import exit_code
 from kvconform.results.results import read
 from kvconform.run.run import Plan, run_backend
-from kvconform.search.effort import BUDGETS
-from kvconform.worker.client import BackendUnavailable, WorkerSpec
+from kvconform.search.effort import EFFORTS
+from kvconform.worker.client import WorkerSpec
 from kvconform_specs.errors import SpecError
 
 TIMED = [phase for phase in PHASES if phase not in ("read", "multiply")]
@@ -208,7 +208,7 @@ def _judge(named: dict[str, WorkerSpec], out: Path) -> None:
             continue
         there = f"the results in {out} are not finished" if path.exists() else f"there are no results in {out}"
         screen.print(escape(f"{name}: {there}: it is judged first (smoke budget)"))
-        run_backend(name, replace(spec, environment={}), Plan(BUDGETS["smoke"]), out)
+        run_backend(name, replace(spec, environment={}), Plan(EFFORTS["smoke"]), out)
 
 
 def _cut_short(path: Path) -> bool:
@@ -216,13 +216,6 @@ def _cut_short(path: Path) -> bool:
     with suppress(SpecError):
         return not read(path).finished
     return False
-
-
-def json_schema() -> bytes:
-    """Of the record ``kv-latency/1``."""
-    import msgspec
-
-    return msgspec.json.encode(msgspec.json.schema(Record))
 
 
 @contextmanager

@@ -21,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from kvconform.backend import Unavailable
-from kvconform.worker.registry import BackendError, module_of
+from kvconform.backend import BlackBox
+from kvconform.errors import BackendUnavailable, InvalidBackend, SpecError, Unavailable
+from kvconform.worker.registry import module_of
 from kvconform_backends.targets import black_box
 from kvconform_backends.targets.module import calls, conventions, identifiers
 from kvconform_backends.targets.module.calls import Caller, ModuleSequence
@@ -67,7 +68,7 @@ class Source:
         return namespace
 
     def made(self, namespace: Mapping[str, Any]) -> Any:
-        """The built target, ready to be called. Raises BackendError if building fails."""
+        """The built target, ready to be called. Raises BackendUnavailable if building fails."""
         found = namespace[self.name]
         torch.manual_seed(self.seed)
         if self._builds(found):
@@ -77,7 +78,7 @@ class Source:
             except ThirdPartyError as error:
                 needed = ", ".join(f'"{name}": ...' for name in required(found))
                 hint = f"; give its arguments: --init '{{{needed}}}'" if needed and not self.init else ""
-                raise BackendError(f"{self.address} cannot be built: {error}{hint}") from error
+                raise BackendUnavailable(f"{self.address} cannot be built: {error}{hint}") from error
         elif isinstance(found, nn.Module):
             found = copy.deepcopy(found)
         if isinstance(found, nn.Module):
@@ -131,46 +132,48 @@ def _hints(found: Any) -> dict[str, Any]:
 
 
 def open_module(target: str, options: Mapping[str, Any]) -> Any:
-    """The black box around a target; a ``kvconform.backend.Backend`` is returned unchanged. Raises BackendError."""
+    """The black box around a target; a ``kvconform.backend.Backend`` is returned unchanged."""
     address = f"py:{target}"
     for option in options:
         if option not in OPTIONS:
-            raise BackendError(f"{address}: unknown option {option!r}; known: {', '.join(OPTIONS)}")
+            raise BackendUnavailable(f"{address}: unknown option {option!r}; known: {', '.join(OPTIONS)}")
     asked = {**OPTIONS, **options}
     if asked["dtype"] not in (None, *DTYPES):
-        raise BackendError(f"{address}: unknown dtype {asked['dtype']!r}; known: {', '.join(DTYPES)}")
+        raise BackendUnavailable(f"{address}: unknown dtype {asked['dtype']!r}; known: {', '.join(DTYPES)}")
     file, colon, name = target.rpartition(":")
     if not colon:
-        raise BackendError(f"{address}: expected file.py:NAME or package.module:NAME")
+        raise BackendUnavailable(f"{address}: expected file.py:NAME or package.module:NAME")
     source = Source(address, file, name, asked["init"], asked["seed"], DTYPES.get(asked["dtype"] or ""))
     try:
         with guarded():
             namespace = source.namespace()
-    except BackendError as missing:
-        raise BackendError(f"{address}: {missing}") from missing
+    except BackendUnavailable as missing:
+        raise BackendUnavailable(f"{address}: {missing}") from missing
     except ThirdPartyError as error:
-        raise BackendError(f"{address} cannot be imported: {error}") from error
+        if isinstance(error.__cause__, SpecError):  # claims with an unknown value
+            raise InvalidBackend(f"{address}: {error.__cause__}") from error
+        raise BackendUnavailable(f"{address} cannot be imported: {error}") from error
     if name not in namespace:
-        raise BackendError(f"{address}: {file} has no {name!r}")
+        raise BackendUnavailable(f"{address}: {file} has no {name!r}")
     if hasattr(namespace[name], "claims"):
         return namespace[name]
     module = source.made(namespace)
     if hasattr(module, "claims"):
         return module
     if not callable(module):
-        raise BackendError(f"{address} is a {type(module).__name__}, which cannot be called")
+        raise BackendUnavailable(f"{address} is a {type(module).__name__}, which cannot be called")
     floats = (p.dtype for p in module.parameters() if p.is_floating_point()) if isinstance(module, nn.Module) else ()
     dtype = source.dtype or next(iter(floats), torch.float32)
     probed = ProbedTarget(module, name, namespace, asked["init"], dtype)
     try:
         found = recognise(probed, asked["convention"])
     except Unrecognised as words:
-        raise BackendError(
+        raise BackendUnavailable(
             f"{address}: no known calling convention: found {words}; known conventions: {conventions.KNOWN}. "
             f"For other calls, write an adapter such as:\n\n{conventions.ADAPTER}"
         ) from words
     except ValueError as error:
-        raise BackendError(f"{address}: {error}") from error
+        raise BackendUnavailable(f"{address}: {error}") from error
     return ModuleTarget(source, module, found, dtype)
 
 
@@ -237,13 +240,12 @@ def _built(source: Source) -> str:
     return f"it is built{of} after torch.manual_seed({source.seed}), in eval mode, with its initial weights"
 
 
-class ModuleBackend:
+class ModuleBackend(BlackBox):
     """One build of a target on one device."""
 
-    def __init__(self, target: ModuleTarget, caller: Caller, source: ModuleScript) -> None:
-        self.claims, self.target, self.caller, self.source = target.claims, target, caller, source
-        self.noise: tuple[float, float, int] | None = None
-        """What its hidden states are perturbed by."""
+    def __init__(self, target: ModuleTarget, caller: Caller, written: ModuleScript) -> None:
+        self.claims, self.target, self.caller, self.written = target.claims, target, caller, written
+        self.noise: tuple[float, float, int] | None = None  # perturbs its hidden states
 
     def start(self, batch: int) -> ModuleSequence:
         return self.caller.start(batch)
@@ -273,7 +275,7 @@ class ModuleBackend:
     def perturbed(self, storage: float, accumulation: float, seed: int) -> ModuleBackend:
         noise = storage, accumulation, seed
         caller = self.caller.on(calls.perturbed(self.caller.module, *noise))
-        other = ModuleBackend(self.target, caller, self.source)
+        other = ModuleBackend(self.target, caller, self.written)
         other.noise = noise
         return other
 
@@ -289,7 +291,7 @@ class ModuleBackend:
         device_time.synchronise(self.caller.device)
 
     def script_setup(self) -> str:
-        return self.source.setup()
+        return self.written.setup()
 
     def script(self, program: Program, tag: str) -> str:
-        return self.source.steps(program, tag)
+        return self.written.steps(program, tag)

@@ -75,9 +75,7 @@ class Trials:
         ends, ranks, start = (PROMPT, PROMPT + 1, LENGTH), [False] * 4, 0
         try:
             with guarded():
-                wants = [
-                    caller.uncached(x[:, :end]) for end in ends
-                ]  # before the cached calls, since the module may own the cache
+                wants = [caller.uncached(x[:, :end]) for end in ends]  # first, since the module may own the cache
                 sequence = caller.start(len(x))
                 for number, (end, want) in enumerate(zip(ends, wants, strict=True)):
                     got, sequence = caller.step(sequence, x[:, start:end])
