@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import POSITIONED
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
@@ -16,9 +17,6 @@ RAGGED = "batch.ragged"
 STAGGERED = "batch.staggered"
 PADDING = "batch.padding"
 LEFT_PADDING = "batch.left-padding"
-
-PLACED = ("decoder-rope", "decoder-learned")
-"""Configs whose model depends on absolute positions."""
 
 
 # --- rows of equal length: row-solo, permutation ---
@@ -57,7 +55,7 @@ class CellNumberWraps(
 
 
 class RowCounterRunsOn(
-    Planted, breaks=(ROW_SOLO, PERMUTATION), kind="P3", bug="turboderp/exllama/pull/101", configs=PLACED
+    Planted, breaks=(ROW_SOLO, PERMUTATION), kind="P3", bug="turboderp/exllama/pull/101", configs=POSITIONED
 ):
     """Positions are counted across the rows of a step: each row starts where the previous one ended."""
 
@@ -141,7 +139,7 @@ class IdleRowOverwritten(
 
 # --- left-padding ---
 class PaddingHasPositions(
-    Planted, NumpyStatic, breaks=(LEFT_PADDING,), kind="P3", bug="ndif-team/nnsight/pull/673", configs=PLACED
+    Planted, NumpyStatic, breaks=(LEFT_PADDING,), kind="P3", bug="ndif-team/nnsight/pull/673", configs=POSITIONED
 ):
     """Positions count the columns of a step, including left padding."""
 
@@ -159,7 +157,7 @@ class DecodeAtLongestPosition(
     kind="P3",
     bug="unslothai/unsloth/pull/3795",
     conditional=True,
-    configs=PLACED,
+    configs=POSITIONED,
 ):
     """Decode steps give every row the position of the longest row."""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import DECODERS, POSITIONED
 from kvconform_backends.faults.controls import InPlace
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.faults.positions import Placed, ahead
@@ -21,7 +22,6 @@ FORK = "lifecycle.fork"
 REORDER = "lifecycle.reorder"
 
 PARITY = ("definition.attention", "definition.decoder")
-DECODERS = ("decoder-rope", "decoder-learned", "decoder-softcap")
 
 
 # --- truncate ---
@@ -76,7 +76,7 @@ class TruncateKeepsPosition(
     kind="C8",
     bug="NVIDIA/kvpress/pull/114",
     conditional=True,
-    configs=("decoder-rope", "decoder-learned"),
+    configs=POSITIONED,
 ):
     """Truncate drops keys and values but does not reset the position counter."""
 

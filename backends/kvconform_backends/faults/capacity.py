@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import ATTENTION_LAYERS, WINDOWED
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.static import NumpyStatic
@@ -75,7 +76,7 @@ class RefusedAfterWrapping(
     kind=("C2", "C12"),
     bug="Dao-AILab/flash-attention/issues/638",
     conditional=True,
-    configs=("attention-gqa", "attention-window", "attention-softcap", "attention-sink"),
+    configs=ATTENTION_LAYERS,
 ):
     """An append beyond the capacity is refused, but only after its last tokens have overwritten the first slots."""
 
@@ -110,7 +111,7 @@ class RoomOfWindow(
     kind=("C3", "W6"),
     bug="huggingface/transformers/pull/48510",
     conditional=True,
-    configs=("attention-window", "attention-sink", "decoder-learned"),
+    configs=WINDOWED,
 ):
     """Free slots are counted on the windowed layer, whose length stops growing once the window is full."""
 

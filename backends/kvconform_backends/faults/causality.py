@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvconform_backends.faults.configs import POSITIONED, WINDOWED
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 
@@ -16,8 +17,6 @@ VISIBILITY = "causality.visibility"
 SEEING = ("causality.past-seen", "causality.visibility")
 BLIND = ("causality.future-blind", "causality.visibility")
 PARITY = ("definition.attention", "definition.decoder")
-WINDOW = ("attention-window", "attention-sink", "decoder-learned")
-"""Configs with a window in at least one layer."""
 
 
 # --- causality ---
@@ -98,12 +97,7 @@ class TileSeesAhead(Planted, breaks=BLIND[:1], kind="X3", bug="tenstorrent/tt-me
 
 # --- the mask as a whole ---
 class LastLayerSeesAhead(
-    Planted,
-    breaks=BLIND,
-    kind="M4",
-    bug="keras-team/keras/issues/23038",
-    conditional=True,
-    configs=("decoder-rope", "decoder-learned"),
+    Planted, breaks=BLIND, kind="M4", bug="keras-team/keras/issues/23038", conditional=True, configs=POSITIONED
 ):
     """The last layer has no causal mask."""
 
@@ -113,7 +107,7 @@ class LastLayerSeesAhead(
 
 
 class MaskReplacesWindow(
-    Planted, breaks=(CALLER_MASK,), kind="M4", bug="enpasos/jax2onnx/pull/217", configs=WINDOW[:2]
+    Planted, breaks=(CALLER_MASK,), kind="M4", bug="enpasos/jax2onnx/pull/217", configs=WINDOWED[:2]
 ):
     """The caller's mask replaces the window instead of being combined with it."""
 
@@ -167,7 +161,7 @@ class LastRowReadsFirst(Planted, breaks=BLIND[:1], kind="H4", bug="onnx/onnx/pul
 
 # --- the window ---
 class WindowTooLong(
-    Planted, breaks=(*PARITY, VISIBILITY), kind="W1", bug="microsoft/onnxruntime/pull/25927", configs=WINDOW
+    Planted, breaks=(*PARITY, VISIBILITY), kind="W1", bug="microsoft/onnxruntime/pull/25927", configs=WINDOWED
 ):
     """The window does not count the token itself: one token too many is visible."""
 
@@ -181,7 +175,7 @@ class WindowTooShort(
     breaks=(*PARITY, "causality.past-seen"),
     kind="W1",
     bug="huggingface/transformers/issues/39408",
-    configs=WINDOW,
+    configs=WINDOWED,
 ):
     """The window is one token too short."""
 
@@ -191,7 +185,12 @@ class WindowTooShort(
 
 
 class DecodeWindowTooLong(
-    Planted, breaks=(*PARITY, DECODE), kind="W1", bug="vllm-project/vllm/issues/3385", conditional=True, configs=WINDOW
+    Planted,
+    breaks=(*PARITY, DECODE),
+    kind="W1",
+    bug="vllm-project/vllm/issues/3385",
+    conditional=True,
+    configs=WINDOWED,
 ):
     """In decode steps, the window is one token too long."""
 
@@ -201,7 +200,7 @@ class DecodeWindowTooLong(
 
 
 class DecodeWindowLost(
-    Planted, breaks=PARITY, kind="W2", bug="onnxruntime/mobius/pull/371", conditional=True, configs=WINDOW
+    Planted, breaks=PARITY, kind="W2", bug="onnxruntime/mobius/pull/371", conditional=True, configs=WINDOWED
 ):
     """Decode steps on more than nine tokens ignore the window: it is not passed to that kernel."""
 
@@ -216,7 +215,7 @@ class EvictedEarly(
     kind="W3",
     bug="huggingface/transformers/issues/37574",
     conditional=True,
-    configs=WINDOW[:2],
+    configs=WINDOWED[:2],
 ):
     """The oldest token is evicted one step early, when the window is exactly full."""
 
@@ -226,7 +225,7 @@ class EvictedEarly(
 
 
 class WindowInChunk(
-    Planted, breaks=(*SEEING, CHUNKS), kind="W5", bug="trymirai/lalamo/pull/200", conditional=True, configs=WINDOW
+    Planted, breaks=(*SEEING, CHUNKS), kind="W5", bug="trymirai/lalamo/pull/200", conditional=True, configs=WINDOWED
 ):
     """The window is counted in rows of the chunk, not positions: on a non-empty cache it reaches the first token."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvconform_backends.faults.capture import SharesMemory
+from kvconform_backends.faults.configs import ROPE
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
@@ -95,7 +96,7 @@ class SharedWritesBeforeReading(
 
 # --- past-unchanged ---
 class KeysTurnedAgain(
-    Planted, breaks=(PAST_UNCHANGED, DECODE), kind="P5", bug="NeuraLegion/shainet/pull/110", configs=("decoder-rope",)
+    Planted, breaks=(PAST_UNCHANGED, DECODE), kind="P5", bug="NeuraLegion/shainet/pull/110", configs=ROPE
 ):
     """Every step rotates the cached keys by their positions again."""
 
@@ -122,7 +123,7 @@ class KeysStretched(
     kind="P5",
     bug="huggingface/transformers/issues/25104",
     conditional=True,
-    configs=("decoder-rope",),
+    configs=ROPE,
 ):
     """When a sequence passes 16 tokens, the cached keys are rotated again, for a base that grows with the length."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvconform_backends.abilities import without
+from kvconform_backends.faults.configs import POSITIONED, ROPE, SOFTCAPPED
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 from kvconform_backends.numpy.paged import NumpyPaged
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
@@ -25,7 +26,7 @@ BLOCK = 3
 class RopeFromSeven(NumpyCache):
     """RoPE counts from 7: queries and keys are rotated by the same additional angle, which cancels in the scores."""
 
-    configs = ("decoder-rope",)
+    configs = ROPE
 
     def rotate(self, x: Array, positions: Array) -> Array:
         return super().rotate(x, positions + 7)
@@ -44,7 +45,7 @@ class DimsReversed(NumpyCache):
 class BiasByKey(NumpyCache):
     """The bias depends on the key's position only: the query's part is constant across its scores."""
 
-    configs = ("attention-softcap", "decoder-softcap")
+    configs = SOFTCAPPED
 
     def bias(self, t: int, s: int) -> Array:
         return super().bias(t, s)[:, -1:]
@@ -53,7 +54,7 @@ class BiasByKey(NumpyCache):
 class GeneratesWithoutACache(NumpyCache):
     """Generation recomputes everything for each token, and picks the last of several equal largest logits."""
 
-    configs = ("decoder-rope", "decoder-learned")
+    configs = POSITIONED
 
     def generate(self, tokens: Array, new: int) -> Array:
         prompt = tokens.shape[1]

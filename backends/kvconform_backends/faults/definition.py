@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import SOFTCAPPED, WITH_SINK
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.layers import MINUS_INFINITY, NumpyLayers
@@ -20,8 +21,6 @@ DECODE = "equivalence.decode"
 SINK = "definition.sink"
 
 PARITY = ("definition.attention", "definition.decoder")
-SOFTCAP_CONFIGS = ("attention-softcap", "decoder-softcap")
-SINK_CONFIGS = ("attention-sink",)
 PLAIN = ("attention-gqa", "decoder-rope")
 
 
@@ -126,7 +125,7 @@ class AsIf(Planted):
 
 
 class SoftcapAfterMask(
-    AsIf, breaks=(SOFTCAP, "causality.future-blind"), kind="M11", bug="onnx/onnx/issues/7865", configs=SOFTCAP_CONFIGS
+    AsIf, breaks=(SOFTCAP, "causality.future-blind"), kind="M11", bug="onnx/onnx/issues/7865", configs=SOFTCAPPED
 ):
     """Softcap is applied after the mask: masked scores become -softcap and get weight."""
 
@@ -140,7 +139,7 @@ class ChunkSoftcapAfterMask(
     kind="M11",
     bug="microsoft/onnxruntime/pull/28370",
     conditional=True,
-    configs=SOFTCAP_CONFIGS,
+    configs=SOFTCAPPED,
 ):
     """For chunks on a non-empty cache, softcap is applied after the mask."""
 
@@ -149,12 +148,7 @@ class ChunkSoftcapAfterMask(
 
 
 class DecodeSoftcapLost(
-    AsIf,
-    breaks=(SOFTCAP,),
-    kind="M11",
-    bug="microsoft/onnxruntime/pull/28379",
-    conditional=True,
-    configs=SOFTCAP_CONFIGS,
+    AsIf, breaks=(SOFTCAP,), kind="M11", bug="microsoft/onnxruntime/pull/28379", conditional=True, configs=SOFTCAPPED
 ):
     """Decode steps apply no softcap."""
 
@@ -165,7 +159,7 @@ class DecodeSoftcapLost(
         return s > t == 1
 
 
-class BiasBeforeSoftcap(AsIf, breaks=(BIAS, SOFTCAP), kind="M11", bug="onnx/onnx/pull/7867", configs=SOFTCAP_CONFIGS):
+class BiasBeforeSoftcap(AsIf, breaks=(BIAS, SOFTCAP), kind="M11", bug="onnx/onnx/pull/7867", configs=SOFTCAPPED):
     """The bias is added before softcap, and the mask after it."""
 
     def wrong(self, query: Array, keys: Array) -> Array:
@@ -179,7 +173,7 @@ class DecodeBiasBeforeSoftcap(
     kind="M11",
     bug="microsoft/onnxruntime/pull/28379",
     conditional=True,
-    configs=SOFTCAP_CONFIGS,
+    configs=SOFTCAPPED,
 ):
     """Decode steps on more than four tokens run on another kernel, which adds the bias before softcap."""
 
@@ -187,9 +181,7 @@ class DecodeBiasBeforeSoftcap(
         return t == 1 and s > 5
 
 
-class BiasOfNewTokens(
-    Planted, breaks=(BIAS,), kind="P7", bug="keras-team/keras-hub/pull/2977", configs=SOFTCAP_CONFIGS
-):
+class BiasOfNewTokens(Planted, breaks=(BIAS,), kind="P7", bug="keras-team/keras-hub/pull/2977", configs=SOFTCAPPED):
     """The bias is built for the new tokens only: cached keys have none."""
 
     def bias(self, t: int, s: int) -> Array:
@@ -203,7 +195,7 @@ class DecodeBiasLost(
     kind="P7",
     bug="keras-team/keras-hub/pull/2977",
     conditional=True,
-    configs=SOFTCAP_CONFIGS,
+    configs=SOFTCAPPED,
 ):
     """The bias of a decode step is that of a single token, zero, broadcast to all cached keys; chunks are correct."""
 
@@ -218,7 +210,7 @@ class ChunkBiasOfNewTokens(
     kind="P7",
     bug="keras-team/keras-hub/pull/2977",
     conditional=True,
-    configs=SOFTCAP_CONFIGS,
+    configs=SOFTCAPPED,
 ):
     """The bias of a chunk on more than seven tokens restarts: cached keys get the distance of its first token."""
 
@@ -228,7 +220,7 @@ class ChunkBiasOfNewTokens(
         return self.instead(first, right) if t > 1 and s - t > 7 else right
 
 
-class SinkScaled(Planted, breaks=(SINK,), kind="M11", bug="openvinotoolkit/openvino/pull/36016", configs=SINK_CONFIGS):
+class SinkScaled(Planted, breaks=(SINK,), kind="M11", bug="openvinotoolkit/openvino/pull/36016", configs=WITH_SINK):
     """The sink is added to the scores before they are scaled."""
 
     def sink(self) -> Array:
@@ -236,7 +228,7 @@ class SinkScaled(Planted, breaks=(SINK,), kind="M11", bug="openvinotoolkit/openv
         return self.instead(right * np.float32(self.config.score_scale), right)
 
 
-class SinkPerKey(Planted, breaks=(SINK,), kind="M11", bug="openvinotoolkit/openvino/pull/36016", configs=SINK_CONFIGS):
+class SinkPerKey(Planted, breaks=(SINK,), kind="M11", bug="openvinotoolkit/openvino/pull/36016", configs=WITH_SINK):
     """The sink is added to the denominator once per key."""
 
     keys = 1
@@ -250,9 +242,7 @@ class SinkPerKey(Planted, breaks=(SINK,), kind="M11", bug="openvinotoolkit/openv
         return self.instead(right + np.float32(math.log(self.keys)), right)
 
 
-class SinkOfOtherHead(
-    Planted, breaks=(SINK,), kind="H1", bug="openvinotoolkit/openvino/pull/36016", configs=SINK_CONFIGS
-):
+class SinkOfOtherHead(Planted, breaks=(SINK,), kind="H1", bug="openvinotoolkit/openvino/pull/36016", configs=WITH_SINK):
     """Each head uses the sink of the previous head."""
 
     def sink(self) -> Array:
@@ -261,12 +251,7 @@ class SinkOfOtherHead(
 
 
 class DecodeSinkLost(
-    Planted,
-    breaks=(SINK, DECODE),
-    kind="M11",
-    bug="NVIDIA/TensorRT-LLM/pull/2983",
-    conditional=True,
-    configs=SINK_CONFIGS,
+    Planted, breaks=(SINK, DECODE), kind="M11", bug="NVIDIA/TensorRT-LLM/pull/2983", conditional=True, configs=WITH_SINK
 ):
     """Decode steps have no sink."""
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from kvconform_backends.abilities import without
+from kvconform_backends.faults.configs import DECODERS, ROPE
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 from kvconform_backends.numpy.layers import turned
 from kvconform_specs.tensors import rounded
 
-DECODERS = ("decoder-rope", "decoder-learned", "decoder-softcap")
 REPEATABLE, BATCH, CHUNK, TOKEN = (
     (f"determinism.{name}",) for name in ("repeatable", "batch-invariant", "chunk-invariant", "same-token")
 )
@@ -128,12 +128,7 @@ class DilutedByTail(
 
 
 class RopeTablesInHalf(
-    Planted,
-    breaks=TOKEN,
-    kind="P4",
-    bug="huggingface/transformers/issues/25681",
-    conditional=True,
-    configs=("decoder-rope",),
+    Planted, breaks=TOKEN, kind="P4", bug="huggingface/transformers/issues/25681", conditional=True, configs=ROPE
 ):
     """RoPE's tables of cosines and sines are stored in bfloat16."""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import LEARNED, ROPE
 from kvconform_backends.faults.controls import InPlace
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
@@ -117,7 +118,7 @@ class FullBaseByLength(
     kind="P5",
     bug="huggingface/transformers/issues/25104",
     conditional=True,
-    configs=("decoder-rope",),
+    configs=ROPE,
 ):
     """The uncached forward stretches RoPE by the length once that exceeds 12."""
 
@@ -128,12 +129,7 @@ class FullBaseByLength(
 
 
 class FullGoesOn(
-    Planted,
-    breaks=(FULL_STABLE,),
-    kind="P1",
-    bug="OpenNMT/CTranslate2/pull/1572",
-    conditional=True,
-    configs=("decoder-learned",),
+    Planted, breaks=(FULL_STABLE,), kind="P1", bug="OpenNMT/CTranslate2/pull/1572", conditional=True, configs=LEARNED
 ):
     """The uncached forward continues the positions of the sequence that was stepped last."""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import DECODERS
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
@@ -13,8 +14,6 @@ from kvconform_backends.numpy.static import Buffers, NumpyStatic
 MALFORMED = "errors.malformed"
 UNCHANGED = "errors.unchanged"
 TRUNCATE_RANGE = "lifecycle.truncate-range"
-
-DECODERS = ("decoder-rope", "decoder-learned", "decoder-softcap")
 
 
 # --- malformed ---

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import POSITIONED, SOFTCAPPED
 from kvconform_backends.faults.node_by_node import Graph, Nodes, tokens
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
@@ -18,11 +19,7 @@ NO_SPECIALISATION = "shape.no-specialisation"
 GROWTH = "capture.growth"
 EMPTY_ROW = "numerics.empty-row"
 
-ATTENTION, DECODERS, WINDOWED = (
-    ("attention-gqa", "attention-window"),
-    ("decoder-rope", "decoder-learned"),
-    ("attention-window", "decoder-learned"),
-)
+LAYERS, WINDOWS = ("attention-gqa", "attention-window"), ("attention-window", "decoder-learned")
 
 
 class Wrong(Planted, Graph):
@@ -57,7 +54,7 @@ class PastFromBatchAxis(Wrong, breaks=(VISIBILITY, NO_SPECIALISATION), kind="M5"
 
 
 class ConstantPast(
-    Wrong, breaks=(NO_SPECIALISATION, GROWTH), kind="X2", bug="huggingface/transformers/pull/10651", configs=ATTENTION
+    Wrong, breaks=(NO_SPECIALISATION, GROWTH), kind="X2", bug="huggingface/transformers/pull/10651", configs=LAYERS
 ):
     """The graph was traced with five tokens in the past, and its mask uses that number as a constant."""
 
@@ -66,7 +63,7 @@ class ConstantPast(
 
 
 class PlacesFromZero(
-    Wrong, breaks=("definition.positions", DECODE), kind="P1", bug="sonos/torch-to-nnef/pull/217", configs=DECODERS
+    Wrong, breaks=("definition.positions", DECODE), kind="P1", bug="sonos/torch-to-nnef/pull/217", configs=POSITIONED
 ):
     """The graph has no input for positions and counts those of new tokens from zero; its mask is correct."""
 
@@ -75,7 +72,7 @@ class PlacesFromZero(
 
 
 class WindowInclusive(
-    Wrong, breaks=("window.width", VISIBILITY), kind="W1", bug="microsoft/onnxruntime/pull/25927", configs=WINDOWED
+    Wrong, breaks=("window.width", VISIBILITY), kind="W1", bug="microsoft/onnxruntime/pull/25927", configs=WINDOWS
 ):
     """The graph uses LessOrEqual instead of Less: the window is one token too wide."""
 
@@ -85,11 +82,7 @@ class WindowInclusive(
 
 
 class CappedWithBias(
-    Wrong,
-    breaks=("definition.softcap", "definition.bias"),
-    kind="M11",
-    bug="onnx/onnx/issues/7865",
-    configs=("attention-softcap", "decoder-softcap"),
+    Wrong, breaks=("definition.softcap", "definition.bias"), kind="M11", bug="onnx/onnx/issues/7865", configs=SOFTCAPPED
 ):
     """The graph adds the bias before softcap."""
 
@@ -101,7 +94,7 @@ class CappedWithBias(
 
 
 class UnguardedSoftmax(
-    Wrong, breaks=(EMPTY_ROW,), kind="M8", bug="robertknight/rten/pull/1321", conditional=True, configs=ATTENTION
+    Wrong, breaks=(EMPTY_ROW,), kind="M8", bug="robertknight/rten/pull/1321", conditional=True, configs=LAYERS
 ):
     """The graph's softmax has no guard: a query that sees nothing gives NaN."""
 
@@ -110,7 +103,7 @@ class UnguardedSoftmax(
 
 
 class LowestForMinusInfinity(
-    Wrong, breaks=(EMPTY_ROW,), kind="M8", bug="microsoft/onnxruntime/pull/28958", conditional=True, configs=ATTENTION
+    Wrong, breaks=(EMPTY_ROW,), kind="M8", bug="microsoft/onnxruntime/pull/28958", conditional=True, configs=LAYERS
 ):
     """The graph masks with the lowest finite number: a query that sees nothing gives the mean of all values."""
 
@@ -120,7 +113,7 @@ class LowestForMinusInfinity(
 
 # --- heads, past and present ---
 class HeadsTiled(
-    Wrong, breaks=("definition.grouping",), kind="H1", bug="onnx/onnx/pull/7274", configs=(*ATTENTION, *DECODERS)
+    Wrong, breaks=("definition.grouping",), kind="H1", bug="onnx/onnx/pull/7274", configs=(*LAYERS, *POSITIONED)
 ):
     """The graph repeats the KV heads with Tile, which interleaves them across query heads."""
 
@@ -129,11 +122,7 @@ class HeadsTiled(
 
 
 class PresentCrossed(
-    Wrong,
-    breaks=(DECODE, "contents.round-trip"),
-    kind=("C1", "C5"),
-    bug="pytorch/TensorRT/pull/4445",
-    configs=ATTENTION,
+    Wrong, breaks=(DECODE, "contents.round-trip"), kind=("C1", "C5"), bug="pytorch/TensorRT/pull/4445", configs=LAYERS
 ):
     """The names of present key and present value, which have equal shapes, are swapped."""
 
@@ -143,11 +132,7 @@ class PresentCrossed(
 
 
 class PresentOnPast(
-    Wrong,
-    breaks=(DECODE, "contents.past-unchanged"),
-    kind="C5",
-    bug="microsoft/onnxruntime/pull/31150",
-    configs=ATTENTION,
+    Wrong, breaks=(DECODE, "contents.past-unchanged"), kind="C5", bug="microsoft/onnxruntime/pull/31150", configs=LAYERS
 ):
     """The present is bound to the memory of the past, as for a fixed-size buffer; this past moves as it grows."""
 
@@ -172,7 +157,7 @@ class RoomsTakeTurns(
     kind=("C5", "C7"),
     bug="microsoft/onnxruntime-genai/pull/1604",
     conditional=True,
-    configs=ATTENTION,
+    configs=LAYERS,
 ):
     """The present is bound alternately to two buffers, shared by all sequences of a batch size."""
 

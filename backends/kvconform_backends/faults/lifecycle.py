@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import DECODERS, LEARNED, ROPE
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.faults.positions import Placed, ahead
 from kvconform_backends.numpy.cache import Array, Cache
@@ -14,8 +15,6 @@ from kvconform_backends.numpy.static import Buffers, NumpyStatic
 
 RESET = "lifecycle.reset"
 INDEPENDENT = "lifecycle.independent"
-
-DECODERS = ("decoder-rope", "decoder-learned", "decoder-softcap")
 
 
 # --- reset ---
@@ -30,12 +29,7 @@ class ResetKeepsLength(
 
 
 class ResetKeepsPosition(
-    Planted,
-    breaks=(RESET,),
-    kind="C6",
-    bug="rasbt/LLMs-from-scratch/pull/925",
-    conditional=True,
-    configs=("decoder-learned",),
+    Planted, breaks=(RESET,), kind="C6", bug="rasbt/LLMs-from-scratch/pull/925", conditional=True, configs=LEARNED
 ):
     """Reset empties the cache but not the position counter."""
 
@@ -180,7 +174,7 @@ class LongSessionStays(
     kind=("P5", "C6"),
     bug="huggingface/transformers/pull/27227",
     conditional=True,
-    configs=("decoder-rope",),
+    configs=ROPE,
 ):
     """A sequence of more than 16 tokens stretches RoPE for itself and for every later sequence."""
 

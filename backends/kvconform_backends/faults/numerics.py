@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import LONG, SOFTCAPPED
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.layers import MINUS_INFINITY
@@ -21,7 +22,6 @@ TILES = "numerics.tiles"
 LONG_CONTEXT = "numerics.long-context"
 
 UNCAPPED = ("attention-gqa", "attention-window", "attention-sink")
-SOFTCAP = ("attention-softcap", "decoder-softcap")
 ODD = ("attention-softcap", "attention-sink", "decoder-learned", "decoder-softcap")
 TILE = 64
 
@@ -177,7 +177,7 @@ class BiasBeforeCap(
     breaks=("definition.softcap", "definition.bias"),
     kind="M11",
     bug="microsoft/onnxruntime/pull/28370",
-    configs=SOFTCAP,
+    configs=SOFTCAPPED,
 ):
     """The bias is added before softcap: prompt, chunk and decode agree with each other."""
 
@@ -239,7 +239,7 @@ class OddHeadTopLeft(
 
 
 # --- tiles ---
-class MaskByTile(Planted, breaks=(TILES,), kind="X3", bug="pytorch/executorch/pull/9105", configs=("attention-long",)):
+class MaskByTile(Planted, breaks=(TILES,), kind="X3", bug="pytorch/executorch/pull/9105", configs=LONG):
     """The causal mask has the granularity of a tile of 64 keys: a query sees all of its own tile."""
 
     def mask(self, t: int, s: int) -> Array:
@@ -252,12 +252,7 @@ class MaskByTile(Planted, breaks=(TILES,), kind="X3", bug="pytorch/executorch/pu
 
 
 class ChunkMaskByTile(
-    MaskByTile,
-    breaks=(TILES,),
-    kind="X3",
-    bug="tenstorrent/tt-metal/issues/48899",
-    conditional=True,
-    configs=("attention-long",),
+    MaskByTile, breaks=(TILES,), kind="X3", bug="tenstorrent/tt-metal/issues/48899", conditional=True, configs=LONG
 ):
     """Chunks on 64 or more cached tokens use a causal mask with tile granularity; the last query is unaffected."""
 
@@ -271,7 +266,7 @@ class ThirdTileNotRescaled(
     kind="X3",
     bug="local-inference-lab/vllm/pull/17",
     conditional=True,
-    configs=("attention-long",),
+    configs=LONG,
 ):
     """From the third tile of 64 keys on, weights are relative to the tile's maximum instead of the overall one."""
 
@@ -289,9 +284,7 @@ class ThirdTileNotRescaled(
 
 
 # --- long context ---
-class IndexWraps(
-    Planted, breaks=(LONG_CONTEXT,), kind="H4", bug="pytorch/pytorch/issues/162588", configs=("attention-long",)
-):
+class IndexWraps(Planted, breaks=(LONG_CONTEXT,), kind="H4", bug="pytorch/pytorch/issues/162588", configs=LONG):
     """The slot index has ten bits: the values of late tokens are those of the first 1 024."""
 
     def attention(self, query: Array, keys: Array, values: Array) -> Array:
@@ -300,12 +293,7 @@ class IndexWraps(
 
 
 class FirstOfManyLost(
-    Planted,
-    breaks=(LONG_CONTEXT,),
-    kind="X3",
-    bug="pytorch/pytorch/pull/169222",
-    conditional=True,
-    configs=("attention-long",),
+    Planted, breaks=(LONG_CONTEXT,), kind="X3", bug="pytorch/pytorch/pull/169222", conditional=True, configs=LONG
 ):
     """Decode steps on more than 1 024 tokens do not see the first one."""
 

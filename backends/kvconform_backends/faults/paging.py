@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import POSITIONED
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array
 from kvconform_backends.numpy.paged import PAGE, NumpyPaged, Tables
@@ -77,7 +78,7 @@ class WeakPrefixHash(
     kind="G3",
     bug="openvinotoolkit/openvino.genai/issues/3722",
     conditional=True,
-    configs=("decoder-rope", "decoder-learned"),
+    configs=POSITIONED,
 ):
     """A prompt's first page is shared with any other prompt whose tokens have the same hash, one of eight."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import LEARNED, POSITIONED, ROPE
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.layers import rotated, turned
@@ -15,10 +16,6 @@ from kvconform_specs.tensors import rounded
 DECODE = "equivalence.decode"
 POSITIONS = "definition.positions"
 DECODER = "definition.decoder"
-
-PLACED = ("decoder-rope", "decoder-learned")
-"""Configs whose decoder has positions."""
-ROPE = ("decoder-rope",)
 
 
 @dataclass(eq=False)
@@ -41,7 +38,7 @@ class PositionRestart(
     breaks=(DECODE, "equivalence.chunks", POSITIONS),
     kind="P1",
     bug="pytorch/executorch/pull/2010",
-    configs=PLACED,
+    configs=POSITIONED,
 ):
     """Positions start at 0 in each step."""
 
@@ -89,7 +86,7 @@ class PositionsSaturate(
     kind="W6",
     bug="huggingface/transformers/pull/38156",
     conditional=True,
-    configs=("decoder-learned",),
+    configs=LEARNED,
 ):
     """Positions continue from the sliding window's length, which saturates."""
 
@@ -99,7 +96,12 @@ class PositionsSaturate(
 
 
 class ChunkAtLastPosition(
-    Planted, breaks=(POSITIONS,), kind="P1", bug="NVIDIA/TransformerEngine/pull/536", conditional=True, configs=PLACED
+    Planted,
+    breaks=(POSITIONS,),
+    kind="P1",
+    bug="NVIDIA/TransformerEngine/pull/536",
+    conditional=True,
+    configs=POSITIONED,
 ):
     """All tokens of a chunk on a non-empty cache get the position of its last token."""
 
@@ -109,7 +111,7 @@ class ChunkAtLastPosition(
 
 
 class SecondDecodeTwice(
-    Planted, breaks=(POSITIONS,), kind="P2", bug="skyzh/tiny-llm/pull/46", conditional=True, configs=PLACED
+    Planted, breaks=(POSITIONS,), kind="P2", bug="skyzh/tiny-llm/pull/46", conditional=True, configs=POSITIONED
 ):
     """From the second consecutive decode step on, the offset has advanced by all tokens instead of the new ones."""
 
@@ -131,7 +133,7 @@ class SecondDecodeTwice(
 
 
 class PositionsAdvanceTwice(
-    Planted, breaks=(POSITIONS, DECODE), kind="P2", bug="skyzh/tiny-llm/pull/46", configs=PLACED
+    Planted, breaks=(POSITIONS, DECODE), kind="P2", bug="skyzh/tiny-llm/pull/46", configs=POSITIONED
 ):
     """The offset is advanced by both the cache and the model."""
 

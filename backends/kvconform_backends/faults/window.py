@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import LEARNED, WINDOWED
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array
 from kvconform_backends.numpy.ring import NumpyRing, Rings
@@ -20,13 +21,10 @@ LONG_CHUNK = "window.long-chunk"
 STEP_BY_STEP = "window.step-by-step"
 TRUNCATE = "lifecycle.truncate"
 
-WINDOWS = ("attention-window", "attention-sink", "decoder-learned")
-HYBRID_CONFIGS = ("decoder-learned",)
-
 
 # --- width ---
 class RingOneSlotMore(
-    Planted, NumpyRing, breaks=(WIDTH, "definition.attention"), kind="W1", bug="zml/zml/pull/763", configs=WINDOWS
+    Planted, NumpyRing, breaks=(WIDTH, "definition.attention"), kind="W1", bug="zml/zml/pull/763", configs=WINDOWED
 ):
     """Ring and mask have one slot more than the window: prompt, chunk and decode agree with each other."""
 
@@ -40,7 +38,7 @@ class RingOneSlotMore(
 
 
 class ChunkWindowShort(
-    Planted, breaks=(WIDTH,), kind="W1", bug="ml-explore/mlx-lm/pull/390", conditional=True, configs=WINDOWS
+    Planted, breaks=(WIDTH,), kind="W1", bug="ml-explore/mlx-lm/pull/390", conditional=True, configs=WINDOWED
 ):
     """In chunks on a non-empty cache, the window is one token too short."""
 
@@ -50,7 +48,7 @@ class ChunkWindowShort(
 
 
 class WindowNeverApplied(
-    Planted, breaks=(WIDTH, HYBRID), kind="W2", bug="huggingface/transformers/pull/35691", configs=WINDOWS
+    Planted, breaks=(WIDTH, HYBRID), kind="W2", bug="huggingface/transformers/pull/35691", configs=WINDOWED
 ):
     """No layer applies its window."""
 
@@ -59,7 +57,7 @@ class WindowNeverApplied(
 
 
 class PromptWindowLost(
-    Planted, breaks=(LONG_CHUNK,), kind="W2", bug="sonos/tract/pull/2327", conditional=True, configs=WINDOWS
+    Planted, breaks=(LONG_CHUNK,), kind="W2", bug="sonos/tract/pull/2327", conditional=True, configs=WINDOWED
 ):
     """The first step of a sequence ignores the window; later steps apply it."""
 
@@ -74,7 +72,7 @@ class WindowLostWithMask(
     kind=("W2", "M4"),
     bug="enpasos/jax2onnx/pull/217",
     conditional=True,
-    configs=WINDOWS[:2],
+    configs=WINDOWED[:2],
 ):
     """The caller's mask replaces the window."""
 
@@ -90,7 +88,7 @@ class RingReadBySlot(
     breaks=(STEP_BY_STEP, "contents.round-trip"),
     kind="W3",
     bug="EricLBuehler/mistral.rs/issues/246",
-    configs=WINDOWS[:2],
+    configs=WINDOWED[:2],
 ):
     """A ring that has wrapped is read in slot order instead of token order."""
 
@@ -111,7 +109,7 @@ class NewestSlotOverwritten(
     kind="W3",
     bug="huggingface/transformers/pull/38046",
     conditional=True,
-    configs=WINDOWS,
+    configs=WINDOWED,
 ):
     """A decode step at an exactly full window overwrites the newest token instead of evicting the oldest."""
 
@@ -124,7 +122,7 @@ class NewestSlotOverwritten(
             super().write(cache, layer, ring, new)
 
 
-class WindowOfStep(Planted, breaks=(STEP_BY_STEP,), kind="W5", bug="keras-team/keras-hub/pull/1738", configs=WINDOWS):
+class WindowOfStep(Planted, breaks=(STEP_BY_STEP,), kind="W5", bug="keras-team/keras-hub/pull/1738", configs=WINDOWED):
     """The window is limited to the step: a decode step sees only itself."""
 
     def mask(self, t: int, s: int) -> Array:
@@ -139,7 +137,7 @@ class ValidByWrappedSlot(
     kind="W5",
     bug="quic/efficient-transformers/pull/1235",
     conditional=True,
-    configs=WINDOWS,
+    configs=WINDOWED,
 ):
     """Once a ring has wrapped, a decode step treats the slots after its own as empty."""
 
@@ -159,7 +157,7 @@ class ValidByWrappedSlot(
 
 # --- long-chunk ---
 class ChunkEvictsFirst(
-    Planted, NumpyRing, breaks=(LONG_CHUNK,), kind="W4", bug="Lightning-AI/litgpt/issues/2182", configs=WINDOWS
+    Planted, NumpyRing, breaks=(LONG_CHUNK,), kind="W4", bug="Lightning-AI/litgpt/issues/2182", configs=WINDOWED
 ):
     """A chunk is written into the ring before it attends: its first queries miss the tokens it evicted."""
 
@@ -180,7 +178,7 @@ class RingTooSmallForChunk(
     kind="W4",
     bug="pytorch/executorch/pull/22358",
     conditional=True,
-    configs=WINDOWS,
+    configs=WINDOWED,
 ):
     """The ring has two windows of slots, too few for a chunk longer than one window."""
 
@@ -194,7 +192,7 @@ class FirstOfDuplicatesWins(
     kind="W4",
     bug="pytorch/executorch/pull/19213",
     conditional=True,
-    configs=WINDOWS,
+    configs=WINDOWED,
 ):
     """If a chunk is longer than the ring, each slot keeps the first token written to it instead of the last."""
 
@@ -206,11 +204,7 @@ class FirstOfDuplicatesWins(
 
 # --- hybrid ---
 class WindowInEveryLayer(
-    Planted,
-    breaks=(HYBRID, "definition.decoder"),
-    kind="W6",
-    bug="pytorch/executorch/pull/21635",
-    configs=HYBRID_CONFIGS,
+    Planted, breaks=(HYBRID, "definition.decoder"), kind="W6", bug="pytorch/executorch/pull/21635", configs=LEARNED
 ):
     """Layers without a window use that of the others."""
 
@@ -220,12 +214,7 @@ class WindowInEveryLayer(
 
 
 class DecodeMaskOfFirstLayer(
-    Planted,
-    breaks=(HYBRID,),
-    kind="W6",
-    bug="huggingface/transformers/pull/39737",
-    conditional=True,
-    configs=HYBRID_CONFIGS,
+    Planted, breaks=(HYBRID,), kind="W6", bug="huggingface/transformers/pull/39737", conditional=True, configs=LEARNED
 ):
     """Decode steps on more than twelve tokens use the first layer's mask for all layers."""
 
@@ -235,7 +224,7 @@ class DecodeMaskOfFirstLayer(
 
 
 class RingTruncateIgnored(
-    Planted, NumpyRing, breaks=(TRUNCATE, HYBRID), kind="C9", bug="ml-explore/mlx-lm/pull/1109", configs=WINDOWS
+    Planted, NumpyRing, breaks=(TRUNCATE, HYBRID), kind="C9", bug="ml-explore/mlx-lm/pull/1109", configs=WINDOWED
 ):
     """A ring claims truncate but ignores it."""
 
@@ -256,7 +245,7 @@ class RingPointerTurnedBack(
     kind="C9",
     bug="ml-explore/mlx-lm/issues/1776",
     conditional=True,
-    configs=WINDOWS,
+    configs=WINDOWED,
 ):
     """Truncate moves the ring's pointer back: correct until the ring has wrapped, since evicted tokens are gone."""
 
