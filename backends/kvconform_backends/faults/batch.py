@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kvconform_backends.faults.configs import POSITIONED
+from kvconform_backends.faults.configs import PLACED
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
@@ -55,7 +55,7 @@ class CellNumberWraps(
 
 
 class RowCounterRunsOn(
-    Planted, breaks=(ROW_SOLO, PERMUTATION), kind="P3", bug="turboderp/exllama/pull/101", configs=POSITIONED
+    Planted, breaks=(ROW_SOLO, PERMUTATION), kind="P3", bug="turboderp/exllama/pull/101", configs=PLACED
 ):
     """Positions are counted across the rows of a step: each row starts where the previous one ended."""
 
@@ -139,7 +139,7 @@ class IdleRowOverwritten(
 
 # --- left-padding ---
 class PaddingHasPositions(
-    Planted, NumpyStatic, breaks=(LEFT_PADDING,), kind="P3", bug="ndif-team/nnsight/pull/673", configs=POSITIONED
+    Planted, NumpyStatic, breaks=(LEFT_PADDING,), kind="P3", bug="ndif-team/nnsight/pull/673", configs=PLACED
 ):
     """Positions count the columns of a step, including left padding."""
 
@@ -157,7 +157,7 @@ class DecodeAtLongestPosition(
     kind="P3",
     bug="unslothai/unsloth/pull/3795",
     conditional=True,
-    configs=POSITIONED,
+    configs=PLACED,
 ):
     """Decode steps give every row the position of the longest row."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kvconform_backends.faults.configs import DECODERS, POSITIONED
+from kvconform_backends.faults.configs import DECODERS, PLACED
 from kvconform_backends.faults.controls import InPlace
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.faults.positions import Placed, ahead
@@ -76,7 +76,7 @@ class TruncateKeepsPosition(
     kind="C8",
     bug="NVIDIA/kvpress/pull/114",
     conditional=True,
-    configs=POSITIONED,
+    configs=PLACED,
 ):
     """Truncate drops keys and values but does not reset the position counter."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kvconform_backends.faults.configs import ATTENTION_LAYERS, WINDOWED
+from kvconform_backends.faults.configs import LAYERS, WINDOWED
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.static import NumpyStatic
@@ -76,7 +76,7 @@ class RefusedAfterWrapping(
     kind=("C2", "C12"),
     bug="Dao-AILab/flash-attention/issues/638",
     conditional=True,
-    configs=ATTENTION_LAYERS,
+    configs=LAYERS,
 ):
     """An append beyond the capacity is refused, but only after its last tokens have overwritten the first slots."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvconform_backends.faults.configs import POSITIONED, WINDOWED
+from kvconform_backends.faults.configs import PLACED, WINDOWED
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 
@@ -97,7 +97,7 @@ class TileSeesAhead(Planted, breaks=BLIND[:1], kind="X3", bug="tenstorrent/tt-me
 
 # --- the mask as a whole ---
 class LastLayerSeesAhead(
-    Planted, breaks=BLIND, kind="M4", bug="keras-team/keras/issues/23038", conditional=True, configs=POSITIONED
+    Planted, breaks=BLIND, kind="M4", bug="keras-team/keras/issues/23038", conditional=True, configs=PLACED
 ):
     """The last layer has no causal mask."""
 

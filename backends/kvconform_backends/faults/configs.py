@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-ATTENTION_LAYERS = ("attention-gqa", "attention-window", "attention-softcap", "attention-sink")
+LAYERS = ("attention-gqa", "attention-window", "attention-softcap", "attention-sink")
 DECODERS = ("decoder-rope", "decoder-learned", "decoder-softcap")
-POSITIONED = ("decoder-rope", "decoder-learned")
+PLACED = ("decoder-rope", "decoder-learned")
 ROPE = ("decoder-rope",)
 LEARNED = ("decoder-learned",)
 WINDOWED = ("attention-window", "attention-sink", "decoder-learned")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvconform_backends.abilities import without
-from kvconform_backends.faults.configs import POSITIONED, ROPE, SOFTCAPPED
+from kvconform_backends.faults.configs import PLACED, ROPE, SOFTCAPPED
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 from kvconform_backends.numpy.paged import NumpyPaged
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
@@ -54,7 +54,7 @@ class BiasByKey(NumpyCache):
 class GeneratesWithoutACache(NumpyCache):
     """Generation recomputes everything for each token, and picks the last of several equal largest logits."""
 
-    configs = POSITIONED
+    configs = PLACED
 
     def generate(self, tokens: Array, new: int) -> Array:
         prompt = tokens.shape[1]

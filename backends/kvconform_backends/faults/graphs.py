@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kvconform_backends.faults.configs import POSITIONED, SOFTCAPPED
+from kvconform_backends.faults.configs import PLACED, SOFTCAPPED
 from kvconform_backends.faults.node_by_node import Graph, Nodes, tokens
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
@@ -63,7 +63,7 @@ class ConstantPast(
 
 
 class PlacesFromZero(
-    Wrong, breaks=("definition.positions", DECODE), kind="P1", bug="sonos/torch-to-nnef/pull/217", configs=POSITIONED
+    Wrong, breaks=("definition.positions", DECODE), kind="P1", bug="sonos/torch-to-nnef/pull/217", configs=PLACED
 ):
     """The graph has no input for positions and counts those of new tokens from zero; its mask is correct."""
 
@@ -113,7 +113,7 @@ class LowestForMinusInfinity(
 
 # --- heads, past and present ---
 class HeadsTiled(
-    Wrong, breaks=("definition.grouping",), kind="H1", bug="onnx/onnx/pull/7274", configs=(*LAYERS, *POSITIONED)
+    Wrong, breaks=("definition.grouping",), kind="H1", bug="onnx/onnx/pull/7274", configs=(*LAYERS, *PLACED)
 ):
     """The graph repeats the KV heads with Tile, which interleaves them across query heads."""
 

@@ -64,7 +64,7 @@ class MiddleNeverCached(Planted, breaks=CLAUSE, kind="C1", bug="Integral2u/Sharp
 
 
 class WithoutTokensBefore(
-    Planted, breaks=CLAUSE, kind="C1", bug="mobilint/mblt-model-catalogue/pull/84", conditional=True
+    Planted, breaks=CLAUSE, kind="C1", bug="mobilint/mblt-model-zoo/pull/84", conditional=True
 ):
     """If only the last output is requested, the uncached forward sees the last token alone."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from kvconform_backends.faults.configs import ATTENTION_LAYERS
+from kvconform_backends.faults.configs import LAYERS
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 
@@ -30,12 +30,7 @@ class ReadAsDense(Planted, breaks=(STRIDES,), kind="H3", bug="pytorch/pytorch/is
 
 
 class DecodeValuesReadAsDense(
-    Planted,
-    breaks=(STRIDES,),
-    kind="H3",
-    bug="torch-spyre/torch-spyre/issues/4331",
-    conditional=True,
-    configs=ATTENTION_LAYERS,
+    Planted, breaks=(STRIDES,), kind="H3", bug="torch-spyre/torch-spyre/issues/4331", conditional=True, configs=LAYERS
 ):
     """The values of a decode step are read as if they were contiguous."""
 
@@ -44,12 +39,7 @@ class DecodeValuesReadAsDense(
 
 
 class SharedKeysScaledForEach(
-    Planted,
-    breaks=(STRIDES,),
-    kind="H3",
-    bug="pytorch/pytorch/issues/191937",
-    conditional=True,
-    configs=ATTENTION_LAYERS,
+    Planted, breaks=(STRIDES,), kind="H3", bug="pytorch/pytorch/issues/191937", conditional=True, configs=LAYERS
 ):
     """Keys broadcast across rows are scaled in place, once per row."""
 
@@ -65,7 +55,7 @@ class MaskOfFirstRow(
     kind="H3",
     bug="pytorch/pytorch/pull/184180",
     conditional=True,
-    configs=ATTENTION_LAYERS,
+    configs=LAYERS,
 ):
     """The row stride of the caller's mask is ignored: the first row's mask is used for all."""
 
@@ -76,7 +66,7 @@ class MaskOfFirstRow(
 
 # --- equal sizes ---
 class HeadsTakenForTokens(
-    Planted, breaks=(EQUAL_SIZES,), kind="H2", bug="ByteDance-Seed/VeOmni/pull/162", configs=ATTENTION_LAYERS
+    Planted, breaks=(EQUAL_SIZES,), kind="H2", bug="ByteDance-Seed/VeOmni/pull/162", configs=LAYERS
 ):
     """If the number of new tokens equals the number of KV heads, keys are read as (tokens, heads)."""
 
@@ -102,7 +92,7 @@ class RepeatedAlongTokens(
     kind="H2",
     bug="PrimeIntellect-ai/prime-rl/pull/2681",
     conditional=True,
-    configs=ATTENTION_LAYERS,
+    configs=LAYERS,
 ):
     """Decode steps on as many tokens as there are KV heads repeat values along the token axis."""
 

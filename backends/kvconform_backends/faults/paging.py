@@ -6,19 +6,21 @@ from typing import Any
 
 import numpy as np
 
-from kvconform_backends.faults.configs import POSITIONED
+from kvconform_backends.faults.configs import PLACED
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array
 from kvconform_backends.numpy.paged import PAGE, NumpyPaged, Tables
 
 FORK = "lifecycle.fork"
 
-PLACED = ("paging.placement",)
-ENDED = ("paging.boundary",)
-SHARED = ("paging.copy-on-write",)
+PLACEMENT = ("paging.placement",)
+BOUNDARY = ("paging.boundary",)
+COPY_ON_WRITE = ("paging.copy-on-write",)
 
 
-class PoolReadInOrder(Planted, NumpyPaged, breaks=(*PLACED, *SHARED), kind="G2", bug="golang-design/accel/issues/10"):
+class PoolReadInOrder(
+    Planted, NumpyPaged, breaks=(*PLACEMENT, *COPY_ON_WRITE), kind="G2", bug="golang-design/accel/issues/10"
+):
     """Tokens are written through the block table but read from consecutive pages after its first one."""
 
     def read(self, pool: Array, table: list[int], n: int) -> Array:
@@ -30,7 +32,7 @@ class PoolReadInOrder(Planted, NumpyPaged, breaks=(*PLACED, *SHARED), kind="G2",
 class ChunkPlacedFromStart(
     Planted,
     NumpyPaged,
-    breaks=(*PLACED, "equivalence.chunks"),
+    breaks=(*PLACEMENT, "equivalence.chunks"),
     kind="G2",
     bug="vllm-project/vllm/pull/36580",
     conditional=True,
@@ -45,7 +47,12 @@ class ChunkPlacedFromStart(
 
 
 class ChunkPlacedOnPage(
-    Planted, NumpyPaged, breaks=(*PLACED, *ENDED), kind=("G1", "G2"), bug="tanishqkumar/ssd/pull/22", conditional=True
+    Planted,
+    NumpyPaged,
+    breaks=(*PLACEMENT, *BOUNDARY),
+    kind=("G1", "G2"),
+    bug="tanishqkumar/ssd/pull/22",
+    conditional=True,
 ):
     """A chunk that starts inside a page is written from the beginning of that page."""
 
@@ -56,7 +63,9 @@ class ChunkPlacedOnPage(
         super().write(pool, table, positions, new)
 
 
-class MaskByPlace(Planted, NumpyPaged, breaks=PLACED, kind="G2", bug="pytorch/pytorch/issues/182593", conditional=True):
+class MaskByPlace(
+    Planted, NumpyPaged, breaks=PLACEMENT, kind="G2", bug="pytorch/pytorch/issues/182593", conditional=True
+):
     """The causal mask compares locations in the pool: correct only while a sequence's pages are in order."""
 
     table: list[int]
@@ -74,11 +83,11 @@ class MaskByPlace(Planted, NumpyPaged, breaks=PLACED, kind="G2", bug="pytorch/py
 class WeakPrefixHash(
     Planted,
     NumpyPaged,
-    breaks=PLACED,
+    breaks=PLACEMENT,
     kind="G3",
     bug="openvinotoolkit/openvino.genai/issues/3722",
     conditional=True,
-    configs=POSITIONED,
+    configs=PLACED,
 ):
     """A prompt's first page is shared with any other prompt whose tokens have the same hash, one of eight."""
 
@@ -106,7 +115,7 @@ class WeakPrefixHash(
 
 
 class LastPageReadWhole(
-    Planted, NumpyPaged, breaks=(*ENDED, "equivalence.decode"), kind=("G1", "M6"), bug="pytorch/pytorch/pull/160861"
+    Planted, NumpyPaged, breaks=(*BOUNDARY, "equivalence.decode"), kind=("G1", "M6"), bug="pytorch/pytorch/pull/160861"
 ):
     """The last page is read in full: its unused slots take part in the softmax."""
 
@@ -122,7 +131,7 @@ class LastPageReadWhole(
 
 
 class FullPageForgotten(
-    Planted, NumpyPaged, breaks=ENDED, kind="G1", bug="sgl-project/sglang/issues/22819", conditional=True
+    Planted, NumpyPaged, breaks=BOUNDARY, kind="G1", bug="sgl-project/sglang/issues/22819", conditional=True
 ):
     """A chunk that fills its last page exactly leaves that page to the next step, which does not write it."""
 
@@ -136,7 +145,7 @@ class FullPageForgotten(
 
 
 class TruncateFreesOpenPage(
-    Planted, NumpyPaged, breaks=ENDED, kind="G1", bug="Blaizzy/mlx-vlm/pull/2036", conditional=True
+    Planted, NumpyPaged, breaks=BOUNDARY, kind="G1", bug="Blaizzy/mlx-vlm/pull/2036", conditional=True
 ):
     """Truncating to a length inside a page replaces that page by another one."""
 
@@ -152,7 +161,7 @@ class TruncateFreesOpenPage(
 
 
 class ForkNotCounted(
-    Planted, NumpyPaged, breaks=(*SHARED, FORK), kind=("G3", "C11"), bug="ggml-org/llama.cpp/issues/3802"
+    Planted, NumpyPaged, breaks=(*COPY_ON_WRITE, FORK), kind=("G3", "C11"), bug="ggml-org/llama.cpp/issues/3802"
 ):
     """A fork does not count its use of the pages: both sequences write into the half-full page."""
 
@@ -162,7 +171,12 @@ class ForkNotCounted(
 
 
 class CloseFreesShared(
-    Planted, NumpyPaged, breaks=(*SHARED, FORK), kind="G3", bug="sgl-project/sglang/issues/38319", conditional=True
+    Planted,
+    NumpyPaged,
+    breaks=(*COPY_ON_WRITE, FORK),
+    kind="G3",
+    bug="sgl-project/sglang/issues/38319",
+    conditional=True,
 ):
     """Closing a sequence returns its pages to the pool, including those that a fork still reads."""
 
@@ -180,7 +194,12 @@ class CloseFreesShared(
 
 
 class CopyWithoutValues(
-    Planted, NumpyPaged, breaks=(*SHARED, FORK), kind="G3", bug="huggingface/transformers/pull/34746", conditional=True
+    Planted,
+    NumpyPaged,
+    breaks=(*COPY_ON_WRITE, FORK),
+    kind="G3",
+    bug="huggingface/transformers/pull/34746",
+    conditional=True,
 ):
     """Copy-on-write copies the keys of a shared page but not its values."""
 

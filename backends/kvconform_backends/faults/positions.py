@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kvconform_backends.faults.configs import LEARNED, POSITIONED, ROPE
+from kvconform_backends.faults.configs import LEARNED, PLACED, ROPE
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.layers import rotated, turned
@@ -38,7 +38,7 @@ class PositionRestart(
     breaks=(DECODE, "equivalence.chunks", POSITIONS),
     kind="P1",
     bug="pytorch/executorch/pull/2010",
-    configs=POSITIONED,
+    configs=PLACED,
 ):
     """Positions start at 0 in each step."""
 
@@ -96,12 +96,7 @@ class PositionsSaturate(
 
 
 class ChunkAtLastPosition(
-    Planted,
-    breaks=(POSITIONS,),
-    kind="P1",
-    bug="NVIDIA/TransformerEngine/pull/536",
-    conditional=True,
-    configs=POSITIONED,
+    Planted, breaks=(POSITIONS,), kind="P1", bug="NVIDIA/TransformerEngine/pull/536", conditional=True, configs=PLACED
 ):
     """All tokens of a chunk on a non-empty cache get the position of its last token."""
 
@@ -111,7 +106,7 @@ class ChunkAtLastPosition(
 
 
 class SecondDecodeTwice(
-    Planted, breaks=(POSITIONS,), kind="P2", bug="skyzh/tiny-llm/pull/46", conditional=True, configs=POSITIONED
+    Planted, breaks=(POSITIONS,), kind="P2", bug="skyzh/tiny-llm/pull/46", conditional=True, configs=PLACED
 ):
     """From the second consecutive decode step on, the offset has advanced by all tokens instead of the new ones."""
 
@@ -133,7 +128,7 @@ class SecondDecodeTwice(
 
 
 class PositionsAdvanceTwice(
-    Planted, breaks=(POSITIONS, DECODE), kind="P2", bug="skyzh/tiny-llm/pull/46", configs=POSITIONED
+    Planted, breaks=(POSITIONS, DECODE), kind="P2", bug="skyzh/tiny-llm/pull/46", configs=PLACED
 ):
     """The offset is advanced by both the cache and the model."""
 

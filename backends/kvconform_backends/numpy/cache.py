@@ -40,6 +40,21 @@ class Cache:
         return np.full(self.keys[0].shape[0], self.length)
 
 
+@dataclass(eq=False)
+class RaggedCache(Cache):
+    """A cache whose rows have different lengths, ``written``."""
+
+    written: Array
+
+    @property
+    def length(self) -> int:
+        return int(self.written.max())
+
+    @property
+    def lengths(self) -> Array:
+        return self.written
+
+
 class NumpyCache(NumpyLayers, Backend):
     """Attention and decoder over plain arrays."""
 

@@ -13,7 +13,7 @@ from weakref import WeakSet
 import numpy as np
 
 from kvconform_backends.abilities import BASIC
-from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
+from kvconform_backends.numpy.cache import Array, NumpyCache, RaggedCache
 from kvconform_backends.validation import check_length, check_rows
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import DTYPES, Config
@@ -22,22 +22,11 @@ PAGE = 4
 
 
 @dataclass(eq=False)
-class Tables(Cache):
-    """``keys`` and ``values`` are the pools ``(pages, g, PAGE, d)`` of every layer, shared by all sequences.
-
-    tables: the pages of each row, in logical order. written: the number of tokens in each row.
-    """
+class Tables(RaggedCache):
+    """``keys`` and ``values`` are the pools ``(pages, g, PAGE, d)`` of every layer, shared by all sequences;
+    ``tables`` holds the pages of each row in logical order."""
 
     tables: list[list[int]]
-    written: Array
-
-    @property
-    def length(self) -> int:
-        return int(self.written.max())
-
-    @property
-    def lengths(self) -> Array:
-        return self.written
 
 
 class NumpyPaged(NumpyCache):
@@ -111,7 +100,7 @@ class NumpyPaged(NumpyCache):
         return self.opened([[] for _ in range(batch)], np.zeros(batch, np.int64))
 
     def opened(self, tables: list[list[int]], written: Array) -> Tables:
-        made = Tables(self.keys, self.values, tables, written)
+        made = Tables(self.keys, self.values, written, tables)
         self.sequences.add(made)
         return made
 

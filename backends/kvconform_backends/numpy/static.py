@@ -6,31 +6,19 @@ anything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from kvconform_backends.abilities import BASIC
-from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
+from kvconform_backends.numpy.cache import Array, NumpyCache, RaggedCache
 from kvconform_backends.validation import check_length, check_rows
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import DTYPES
 
 
-@dataclass
-class Buffers(Cache):
+class Buffers(RaggedCache):
     """Keys and values of every layer, ``(b, g, capacity, d)``; row ``r`` uses the first ``written[r]`` slots."""
-
-    written: Array
-
-    @property
-    def length(self) -> int:
-        return int(self.written.max())
-
-    @property
-    def lengths(self) -> Array:
-        return self.written
 
 
 class NumpyStatic(NumpyCache):
