@@ -107,14 +107,10 @@ CORRECT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"capacity": 24, "vocabulary": 53},
     ),
     "ModuleBuffers": (
-        f"{STATES}the module owns the cache, emptied by module.reset_cache(); called as "
-        "module(x, use_cache=True)",
+        f"{STATES}the module owns the cache, emptied by module.reset_cache(); called as module(x, use_cache=True)",
         {"width": 20},
     ),
-    "AlwaysCaches": (
-        f"{STATES}the module owns the cache, emptied by module.reset_cache(); called as module(x)",
-        {},
-    ),
+    "AlwaysCaches": (f"{STATES}the module owns the cache, emptied by module.reset_cache(); called as module(x)", {}),
     "StartPos": (f"{STATES}the module owns the cache; called as module(x, start_pos=cached)", {"capacity": 26}),
     "FourRows": (f"{STATES}the module owns the cache; called as module(x, start_pos=cached)", {"capacity": 26}),
     "SetsCache": (

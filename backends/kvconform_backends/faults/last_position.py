@@ -63,9 +63,7 @@ class MiddleNeverCached(Planted, breaks=CLAUSE, kind="C1", bug="Integral2u/Sharp
         return output, cache
 
 
-class WithoutTokensBefore(
-    Planted, breaks=CLAUSE, kind="C1", bug="mobilint/mblt-model-zoo/pull/84", conditional=True
-):
+class WithoutTokensBefore(Planted, breaks=CLAUSE, kind="C1", bug="mobilint/mblt-model-zoo/pull/84", conditional=True):
     """If only the last output is requested, the uncached forward sees the last token alone."""
 
     def uncached_forward(self, *inputs: Array, last_only: bool = False, **options: Any) -> Array:
