@@ -183,7 +183,7 @@ def designs(session: nox.Session) -> None:
 def timing(session: nox.Session) -> None:
     """Test timing rules on equal and slowed code; docs/latency.md. It needs an idle machine."""
     install(session)
-    samples = "docs/latency-proof.json"
+    samples = "docs/latency-samples.json.gz"
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": STUDIES}
     session.run("python", "-m", "timing.collect", "-o", samples, *session.posargs, env=variables)
     session.run("python", "-m", "regenerate", "docs/latency.md", env=variables)

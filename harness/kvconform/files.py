@@ -8,13 +8,15 @@ nothing but the default.
 
 from __future__ import annotations
 
+import ast
 import gzip
 import inspect
 import os
-import re
 import tempfile
+import textwrap
 import zlib
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_args, get_type_hints
 
@@ -154,17 +156,13 @@ def _field(name: str, value: object) -> bytes:
 
 
 # --- JSON Schemas ---
-ENTRY = re.compile(r"^(\w+(?:, \w+)*): (.*(?:\n +.*)*)", re.MULTILINE)
-"""What a docstring says of fields: ``name: text`` or ``name, other: text``; further lines of the text are indented."""
-
-
 def schema_of(kind: type) -> dict[str, Any]:
-    """The JSON Schema of a record's file. The description of a field is its entry in the docstring of its struct."""
+    """The JSON Schema of a record's file. Descriptions are docstrings: of the structs, and of their fields."""
     schema = msgspec.json.schema(kind)
     tables = _tables(kind)
     for struct in _structs(msgspec.inspect.type_info(kind), {}):
         definition, texts = schema["$defs"][struct.__name__], descriptions(struct)
-        definition["description"] = " ".join(ENTRY.split(inspect.cleandoc(struct.__doc__ or ""))[0].split())
+        definition["description"] = _plain(struct.__doc__ or "")
         if struct in tables.values():
             _as_columns(definition, struct)
         for name, part in definition["properties"].items():
@@ -176,12 +174,22 @@ def schema_of(kind: type) -> dict[str, Any]:
 
 
 def descriptions(struct: type) -> dict[str, str]:
-    """What the docstrings of a struct and of its bases say of its fields, by field."""
-    found = {}
+    """The string below each field of a struct, by field."""
+    found: dict[str, str] = {}
     for base in reversed(struct.__mro__):
-        for names, text in ENTRY.findall(inspect.cleandoc(base.__dict__.get("__doc__") or "")):
-            found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+        if issubclass(base, msgspec.Struct) and base is not msgspec.Struct:
+            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+            assert isinstance(definition, ast.ClassDef)
+            for field, below in pairwise(definition.body):
+                match field, below:
+                    case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                        found[name] = _plain(text)
     return found
+
+
+def _plain(docstring: str) -> str:
+    """A docstring in one line, with code as in Markdown."""
+    return " ".join(docstring.split()).replace("``", "`")
 
 
 def _structs(info: object, seen: dict[type, None]) -> dict[type, None]:

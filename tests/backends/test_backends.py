@@ -1,4 +1,4 @@
-"""The shipped backends are conformant, and what they runtime_info is true."""
+"""The shipped backends are conformant, and their runtime_info is correct."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ CLEAN = {
     "numpy": EVERY,
 }
 LACKS = {
-    "eager": "ragged, left padding, poison, poison-safe slots, alias, bound on graphs",
-    "eager-static": "functional, poison-safe slots, alias, bound on graphs",
-    "onnx": "generate, ragged, left padding, work, poison, poison-safe slots, alias, bound on graphs",
-    "onnx-shared": "generate, functional, ragged, left padding, mask, bytes, work, alias, bound on graphs",
-    "compiled": "full, functional, ragged, left padding, mask, work, poison, poison-safe slots, alias",
-    "numpy": "ragged, left padding, poison, poison-safe slots, alias, bound on graphs",
+    "eager": "ragged, left padding, poison, poison-safe slots, in_place, bound on graphs",
+    "eager-static": "immutable, poison-safe slots, in_place, bound on graphs",
+    "onnx": "generate, ragged, left padding, macs, poison, poison-safe slots, in_place, bound on graphs",
+    "onnx-shared": "generate, immutable, ragged, left padding, mask, bytes, macs, in_place, bound on graphs",
+    "compiled": "uncached_forward, immutable, ragged, left padding, mask, macs, poison, poison-safe slots, in_place",
+    "numpy": "ragged, left padding, poison, poison-safe slots, in_place, bound on graphs",
 }
 """What a backend does not claim, out of what clauses need; none of these here has pages or is quantised."""
 

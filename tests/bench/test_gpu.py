@@ -25,7 +25,6 @@ from kvconform.bench.worker.gpu import (
     MIN_CLOCK_FRACTION,
     REASONS,
     Gpu,
-    GpuBusy,
     NoGpu,
     classes,
     held,
@@ -35,6 +34,7 @@ from kvconform.bench.worker.gpu import (
     ways,
 )
 from kvconform.bench.worker.timer import Block, Timer, tokens
+from kvconform.errors import GpuBusy
 from kvconform.worker.client import unproven
 from kvconform_backends.numpy.cache import NumpyCache
 from kvconform_specs.config import Config

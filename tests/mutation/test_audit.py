@@ -16,7 +16,17 @@ from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.mutation import audit as audits
 from kvconform.mutation.audit import AuditPlan, audit, audit_fault
 from kvconform.mutation.fault import Fault, load_faults
-from kvconform.mutation.record import Audited, AuditRecord, AuditTrial, exit_code, lines, read, scores, summary
+from kvconform.mutation.record import (
+    Audited,
+    AuditRecord,
+    AuditTrial,
+    exit_code,
+    lines,
+    progress,
+    read,
+    scores,
+    summary,
+)
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.effort import Effort
 from kvconform.worker.client import WorkerClient, WorkerSpec
@@ -103,18 +113,21 @@ def test_names_keep_faults_or_clauses_that_begin_so() -> None:
     faults = tuple(BROUGHT.values())
     by_fault = AuditPlan((BRIEF,), names=("raises",))
     assert [task.fault.name for task in by_fault.tasks(faults)] == ["raises"]
-    assert by_fault.clauses(BROUGHT["raises"]) == list(BROUGHT["raises"].clauses)
+    assert by_fault.tried(BROUGHT["raises"]) == list(BROUGHT["raises"].clauses)
     by_clause = AuditPlan((BRIEF,), names=("shape",))
     assert [task.fault.name for task in by_clause.tasks(faults)] == ["last-output-only", "doubled", "raises", "right"]
-    assert by_clause.clauses(BROUGHT["raises"]) == ["shape.output"]
+    assert by_clause.tried(BROUGHT["raises"]) == ["shape.output"]
     with pytest.raises(SpecError, match="no fault, and no clause of one, begins with nowhere"):
         AuditPlan((BRIEF,), names=("nowhere",)).tasks(faults)
 
 
 def test_a_fault_is_tried_by_what_it_names_or_by_all() -> None:
     every = [clause.name for clause in ALL]
-    assert AuditPlan((BRIEF,), every=True).clauses(BROUGHT["raises"]) == every
-    assert AuditPlan((BRIEF,)).clauses(Fault("nameless", "a:B")) == every
+    assert AuditPlan((BRIEF,), clauses=("",)).tried(BROUGHT["raises"]) == every
+    assert AuditPlan((BRIEF,)).tried(Fault("nameless", "a:B")) == every
+    chosen = AuditPlan((BRIEF,), names=("raises",), clauses=("shape.", "capacity.full"))
+    assert chosen.tried(BROUGHT["raises"]) == [n for n in every if n.startswith(("shape.", "capacity.full"))]
+    assert [task.fault.name for task in chosen.tasks(tuple(BROUGHT.values()))] == ["raises"]
 
 
 # --- kills ---
@@ -131,6 +144,28 @@ def test_a_judgement_kills_and_what_is_right_survives() -> None:
     assert killed.kill("brief") is attention
     assert killed.missed("brief") == [length]
     assert audit_fault(BROUGHT["right"], AuditPlan((BRIEF,))).kill("brief") is None
+
+
+def test_one_of_the_chosen_clauses_kills_a_fault_that_names_none_of_them() -> None:
+    wrong = BROUGHT["doubled"]
+    told: list[str] = []
+    chosen = AuditPlan((BRIEF,), clauses=("shape.output", "equivalence.decode"))
+    found = audit_fault(wrong, chosen, lambda fault, trial: told.append(progress(fault, trial)))
+    assert found.clauses == ()
+    assert [trial.clause for trial in found.trials if trial.kills] == ["equivalence.decode"]
+    assert (kill := found.kill("brief")) is not None
+    assert told == [
+        f"doubled: shape.output misses it after {found.trials[0].programs} programs (pass)",
+        f"doubled: equivalence.decode [{kill.config}] kills it after {kill.programs} programs, {kill.seconds:.2f} s",
+    ]
+
+
+def test_a_chosen_clause_that_a_fault_names_must_kill_it() -> None:
+    plan = AuditPlan((BRIEF,), clauses=("shape.length", "equivalence.decode"))
+    found = audit_fault(BROUGHT["doubled"], plan)
+    assert [trial.clause for trial in found.trials if trial.kills] == ["equivalence.decode"]
+    assert found.kill("brief") is None
+    assert [trial.clause for trial in found.missed("brief")] == ["shape.length"]
 
 
 def test_an_exception_kills_for_no_clause_about_numbers() -> None:
@@ -242,7 +277,7 @@ def record(*faults: Audited, controls: tuple[Audited, ...] = (), efforts: tuple[
         efforts=list(efforts),
         seed=0,
         names=[],
-        every=False,
+        clauses=[],
         shard="",
         started="",
         audited=list(faults),
@@ -269,7 +304,8 @@ def test_the_score_tells_blatant_from_stealth_and_budget_from_budget() -> None:
     ]
     words = list(summary(both))
     assert words[0] == (
-        "smoke, unconditional: 2 of 2 killed; programs to the kill: median 6, at most 9; seconds: median 0.60, at most 0.90"
+        "smoke, unconditional: 2 of 2 killed; programs to the kill: median 6, at most 9; "
+        "seconds: median 0.60, at most 0.90"
     )
     assert "survives pr: three: It is three." in words
     assert "not audited: away: no torch" in words
@@ -338,7 +374,7 @@ def test_the_command_tells_survivors_and_exits_with_1(tmp_path: Path) -> None:
 def test_a_control_is_tried_by_every_clause_and_what_breaks_is_an_alarm(tmp_path: Path) -> None:
     wrong = BROUGHT["doubled"]
     plan = AuditPlan((BRIEF,), names=("shape",))
-    assert [plan.clauses(wrong), replace(plan, every=True).clauses(wrong)] == [
+    assert [plan.tried(wrong), replace(plan, clauses=("",)).tried(wrong)] == [
         ["shape.length"],
         [clause.name for clause in ALL if clause.chapter == "shape"],
     ]
@@ -353,7 +389,7 @@ def test_a_control_is_tried_by_every_clause_and_what_breaks_is_an_alarm(tmp_path
     [
         (["--faults", "nowhere:LIST"], "nowhere cannot be imported"),
         (["--effort", "endless"], "unknown effort 'endless'"),
-        (["--clauses", "some"], "want expected or all, got 'some'"),
+        (["--clause", "some"], "no clause begins with 'some'; known: "),
     ],
 )
 def test_bad_usage_is_one_sentence(words: list[str], sentence: str, tmp_path: Path) -> None:

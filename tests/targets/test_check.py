@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from places import SUPPORT
 
+from kvconform.errors import BackendUnavailable
 from kvconform.judging.verdict import Outcome
 from kvconform.results.results import Results, exit_code, read
 from kvconform.run import check
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.effort import Effort
-from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Append, Program

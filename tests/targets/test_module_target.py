@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from places import SUPPORT
 
 from kvconform.api import conformance
+from kvconform.errors import BackendUnavailable
 from kvconform.search.counterexample import Broken, attempt
 from kvconform.worker.execute import execute, feeds_of
 from kvconform.worker.protocol import Traces, pack, unpack
-from kvconform.worker.registry import BackendError, load
+from kvconform.worker.registry import load
 from kvconform_specs.clause import Case
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.config import Config
@@ -58,7 +59,7 @@ STATES, PAIR = "hidden states in, ", "as one (key, value) pair, (b, h, s, d); ca
 CORRECT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "attention.py:Attention": (f"{STATES}past_kv passed and returned {PAIR}past_kv=past)", {}),
     "buffers.py:Decoder": (
-        "token ids in, the cache lives in the module and is emptied by module.reset_kv_cache(); called as "
+        "token ids in, the module owns the cache, emptied by module.reset_kv_cache(); called as "
         "module(x, use_cache=True)",
         {"capacity": 32, "vocabulary": 61, "heads": 4, "layers": 2, "head_dim": 8},
     ),
@@ -75,9 +76,9 @@ CORRECT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "mask=torch.ones(new, cached + new, dtype=torch.bool).tril(cached))",
         {},
     ),
-    "CacheObject": (f"{STATES}cache passed and changed in place, an object of class KVCache, (b, h, s, d)", {}),
+    "CacheObject": (f"{STATES}cache passed and modified in place, an object of class KVCache, (b, h, s, d)", {}),
     "MakesCache": (
-        f"{STATES}kv_cache passed and changed in place, a dict of 'k', 'v', 'length', of a size that does not change",
+        f"{STATES}kv_cache passed and modified in place, a dict of 'k', 'v', 'length', of constant size",
         {"capacity": 30},
     ),
     "Rotary": (f"{STATES}past passed and returned {PAIR}past=past, pos=cached)", {}),
@@ -106,24 +107,20 @@ CORRECT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"capacity": 24, "vocabulary": 53},
     ),
     "ModuleBuffers": (
-        f"{STATES}the cache lives in the module and is emptied by module.reset_cache(); called as "
-        "module(x, use_cache=True)",
+        f"{STATES}the module owns the cache, emptied by module.reset_cache(); called as module(x, use_cache=True)",
         {"width": 20},
     ),
-    "AlwaysCaches": (
-        f"{STATES}the cache lives in the module and is emptied by module.reset_cache(); called as module(x)",
-        {},
-    ),
-    "StartPos": (f"{STATES}the cache lives in the module; called as module(x, start_pos=cached)", {"capacity": 26}),
-    "FourRows": (f"{STATES}the cache lives in the module; called as module(x, start_pos=cached)", {"capacity": 26}),
+    "AlwaysCaches": (f"{STATES}the module owns the cache, emptied by module.reset_cache(); called as module(x)", {}),
+    "StartPos": (f"{STATES}the module owns the cache; called as module(x, start_pos=cached)", {"capacity": 26}),
+    "FourRows": (f"{STATES}the module owns the cache; called as module(x, start_pos=cached)", {"capacity": 26}),
     "SetsCache": (
-        f"{STATES}the cache lives in the module and is emptied by module.set_kv_cache(batch_size=batch); called as "
+        f"{STATES}the module owns the cache, emptied by module.set_kv_cache(batch_size=batch); called as "
         "module(x, input_pos=torch.arange(cached, cached + new))",
         {"capacity": 22},
     ),
-    "NamesItItsOwn": (f"{STATES}pantry passed and changed in place, an object of class KVCache, (b, h, s, d)", {}),
+    "NamesItItsOwn": (f"{STATES}pantry passed and modified in place, an object of class KVCache, (b, h, s, d)", {}),
     "InputPos": (
-        f"{STATES}the cache lives in the module and is emptied by "
+        f"{STATES}the module owns the cache, emptied by "
         "module.setup_caches(max_batch_size=batch, max_seq_length=26); called as "
         "module(x, input_pos=torch.arange(cached, cached + new))",
         {"capacity": 26},
@@ -136,13 +133,13 @@ BROKEN: Mapping[str, tuple[str, set[str], set[str]]] = {
     "ChunkSeesFuture": ("past_kv", {"causality.future-blind", "equivalence.chunks"}, {"equivalence.decode"}),
     "NeverReset": ("module.reset_cache()", {"lifecycle.reset"}, set()),
     "SquareMask": ("module.reset_cache()", {"equivalence.chunks"}, {"equivalence.decode", "shape.first-step"}),
-    "GlobalList": ("lives in the module;", {"lifecycle.independent"}, set()),
+    "GlobalList": ("the module owns the cache;", {"lifecycle.independent"}, set()),
     "RestartedPositions": ("past", {"equivalence.decode"}, {"shape.first-step", "causality.future-blind"}),
     "RotatedTwice": ("past", {"equivalence.decode", "equivalence.chunks"}, {"shape.first-step"}),
     "ForgetsOrder": ("past", {"equivalence.decode"}, {"shape.first-step"}),
     "SharedRow": ("layer_past", {"batch.row-solo"}, {"shape.first-step"}),
     "Overwrites": ("layer_past", {"contents.old-handle"}, {"equivalence.decode", "lifecycle.reset"}),
-    "OffByOne": ("changed in place", {"equivalence.decode"}, {"shape.first-step"}),
+    "OffByOne": ("modified in place", {"equivalence.decode"}, {"shape.first-step"}),
 }
 """Words of how each is called, clauses that it breaks, and clauses that it does not."""
 
@@ -158,7 +155,9 @@ class InProcess:
     def __init__(self, target: Any) -> None:
         (self.config,) = target.configs.values()
         self.claims = target.claims
-        self.backend, self.reference = (target(self.config, {}, "cpu") for _ in range(2))  # built apart, as in processes
+        self.backend, self.reference = (
+            target(self.config, {}, "cpu") for _ in range(2)
+        )  # built apart, as in processes
         self.perturbed: dict[int, Any] = {}
         self.traces: deque[Traces] = deque()
 
@@ -234,8 +233,8 @@ def test_what_a_step_raises_is_the_suites_to_find() -> None:
 def test_what_a_default_does_is_judged_and_the_remedy_is_told() -> None:
     assumed = opened("ForgetsOrder").assumed
     given = "torch.arange(cached, cached + new)"
-    assert f"position_ids is left out; given as {given}, cached calls would agree" in assumed
-    assert "position_ids is left out" in opened("LikeTransformers").assumed
+    assert f"position_ids is omitted; given as {given}, cached calls would agree" in assumed
+    assert "position_ids is omitted" in opened("LikeTransformers").assumed
 
 
 def test_claims_are_what_the_target_itself_offers() -> None:
@@ -268,7 +267,8 @@ def test_arguments_seed_and_dtype_make_the_target() -> None:
     assert broken(target, ("equivalence.decode",)) == {}
     x = np.ones((1, 2, 30), np.float32)
     outputs = [
-        opened("LayerPast", init={"width": 30, "heads": 5}, seed=seed)(config, {}, "cpu").uncached_forward(x) for seed in (3, 3, 4)
+        opened("LayerPast", init={"width": 30, "heads": 5}, seed=seed)(config, {}, "cpu").uncached_forward(x)
+        for seed in (3, 3, 4)
     ]
     assert np.array_equal(outputs[0], outputs[1])
     assert not np.array_equal(outputs[0], outputs[2])
@@ -310,9 +310,9 @@ def test_an_address_opens_a_target_and_a_backend_stays_what_it_is(tmp_path: Path
         (
             "Strange",
             {},
-            "found Strange.forward(x: 'Tensor', ledger: 'dict'), and nothing says what 'ledger' should be ",
+            "found Strange.forward(x: 'Tensor', ledger: 'dict'), whose required parameter 'ledger' is unknown",
         ),
-        ("NoCache", {}, "found NoCache.forward(x: 'Tensor'), whose calls show no cache; the known conventions are a p"),
+        ("NoCache", {}, "found NoCache.forward(x: 'Tensor'), whose calls show no cache; known conventions: a past"),
         ("Absent", {}, "has no 'Absent'"),
         (
             "Layer",
@@ -328,7 +328,7 @@ def test_an_address_opens_a_target_and_a_backend_stays_what_it_is(tmp_path: Path
     ],
 )
 def test_what_cannot_be_opened_is_told_in_a_sentence(name: str, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(BackendError) as caught:
+    with pytest.raises(BackendUnavailable) as caught:
         opened(name, **options)
     assert str(caught.value).startswith(f"py:{FILE}:{name}")
     assert words in str(caught.value)
@@ -336,15 +336,15 @@ def test_what_cannot_be_opened_is_told_in_a_sentence(name: str, options: dict[st
 
 def test_a_file_that_cannot_be_imported_is_told_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import no_such_package_of_anyone\n")
-    with pytest.raises(BackendError, match=r"cannot be imported: ModuleNotFoundError: No module named 'no_such"):
+    with pytest.raises(BackendUnavailable, match=r"cannot be imported: ModuleNotFoundError: No module named 'no_such"):
         module.open_module(f"{tmp_path}/broken.py:Net", {})
-    with pytest.raises(BackendError, match=r"py:.*absent\.py:Net: no file"):
+    with pytest.raises(BackendUnavailable, match=r"py:.*absent\.py:Net: no file"):
         module.open_module(f"{tmp_path}/absent.py:Net", {})
 
 
 def test_the_adapter_that_is_shown_is_a_conformant_backend(tmp_path: Path) -> None:
     """With its one import of the reader's own code turned to an example's."""
-    with pytest.raises(BackendError) as caught:
+    with pytest.raises(BackendUnavailable) as caught:
         opened("NoCache")
     shown = str(caught.value).partition("\n\n")[2]
     assert shown == conventions.ADAPTER
@@ -386,7 +386,10 @@ def test_scripts_make_the_same_calls_without_this_package(tmp_path: Path) -> Non
         file = tmp_path / f"{name.replace(':', '_').replace('.', '_')}.py"
         arrays: dict[str, NDArray[Any]] = {}
         checks = []
-        feeds, wants = feeds_of(program, (0,)), expect(program, (0,), reference=backend.reference_forward(backend.config))
+        feeds, wants = (
+            feeds_of(program, (0,)),
+            expect(program, (0,), reference=backend.reference_forward(backend.config)),
+        )
         for number, ((inputs, _), want) in enumerate(zip(feeds, wants, strict=True)):
             if want is None:
                 continue
@@ -451,6 +454,6 @@ def test_the_examples_are_judged_through_workers(tmp_path: Path) -> None:
     clauses = ("equivalence.decode",)
     results = conformance(f"py:{EXAMPLES}/buffers.py:Decoder", clauses=clauses, out=tmp_path)
     assert results.target is not None
-    assert results.target.recognised.startswith("token ids in, the cache lives in the module")
+    assert results.target.recognised.startswith("token ids in, the module owns the cache")
     with pytest.raises(AssertionError, match=r"equivalence\.decode on .*attention_broken.py:Attention \[hidden-self\]"):
         conformance(f"py:{EXAMPLES}/attention_broken.py:Attention", clauses=clauses, out=tmp_path)

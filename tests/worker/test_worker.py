@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from places import SUPPORT
 
+from kvconform.errors import BackendUnavailable
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import read
 from kvconform.search.effort import EFFORTS, Effort
-from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.configs import config_named
 from kvconform_specs.program import Program

@@ -17,7 +17,7 @@ import numpy as np
 
 from kvconform.bench.analysis.intervals import times
 from kvconform.bench.analysis.ratios import half_width
-from kvconform.bench.client import BackendLost, TimingClient, config_of
+from kvconform.bench.client import TimingClient, config_of
 from kvconform.bench.eligibility import Truth, conformance, misfit, outdated, own_truth, parity, room, truth, unable
 from kvconform.bench.plans import Plan, plans, steps
 from kvconform.bench.presets import Preset
@@ -34,7 +34,8 @@ from kvconform.bench.protocol import (
 )
 from kvconform.bench.record import CEILINGS, MACHINE, Arm, Case, Memory, Once, Round, Tokens
 from kvconform.bench.worker.gpu import default_mhz, fast
-from kvconform.worker.client import BUILD_TIMEOUT, BackendUnavailable, WorkerClient, WorkerDied, WorkerSpec
+from kvconform.errors import BackendLost, BackendUnavailable, WorkerDied
+from kvconform.worker.client import BUILD_TIMEOUT, WorkerClient, WorkerSpec
 from kvconform_specs.config import ITEMSIZE
 
 if TYPE_CHECKING:

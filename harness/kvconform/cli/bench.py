@@ -21,13 +21,13 @@ from kvconform.bench.gate import self_test
 from kvconform.bench.gate.environments import environment
 from kvconform.bench.presets import Preset
 from kvconform.bench.record import PHASES, json_schema
-from kvconform.bench.worker.gpu import GpuBusy
 from kvconform.cli.options import Device, Out, Pythons, Seed, launches, screen, usage
+from kvconform.errors import BackendUnavailable, GpuBusy
 from kvconform.results.gate import exit_code
 from kvconform.results.results import read
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.effort import EFFORTS
-from kvconform.worker.client import BackendUnavailable, WorkerSpec
+from kvconform.worker.client import WorkerSpec
 from kvconform_specs.errors import SpecError
 
 TIMED = [phase for phase in PHASES if phase not in ("read", "multiply")]

@@ -16,42 +16,52 @@ SCHEMA = "kvconform-audit/2"
 
 
 class AuditTrial(msgspec.Struct, frozen=True, kw_only=True):
-    """One clause tried on one fault: an entry of the kill matrix.
-
-    kills: it broke, the faulty path ran, and it broke for a reason of its own: see ``audit``. by: ``judgement`` of what
-    came out, or ``exception`` (a legal step raised, the process died or hung); empty where the clause was not broken.
-    config: that it was broken on, or the last one tried. programs, seconds: up to the first program that broke it, all
-    configs together, without starting workers. ran: how often the faulty path changed something, where the backend
-    tells.
-    """
+    """One clause tried on one fault: an entry of the kill matrix."""
 
     effort: str
+    """Name of the effort."""
     clause: str
+    """Name of the clause."""
     outcome: Outcome
+    """Outcome on the config that is named."""
     kills: bool = False
+    """Whether the clause detected the fault: it was broken, the faulty path ran, and the fault was the cause."""
     by: str = ""
+    """`judgement` if an output was wrong, `exception` if a legal step raised, the process died or hung; empty if the
+    clause was not broken."""
     config: str = ""
+    """Name of the config on which the clause was broken, or of the last one tried."""
     programs: int = 0
+    """Number of programs, on all configs, up to the first that broke the clause."""
     seconds: float = 0.0
+    """Time up to the first program that broke the clause, in seconds, without the start of workers."""
     ran: int | None = None
+    """How often the faulty path changed something; null if the backend does not report it."""
     sentence: str = ""
+    """What is wrong, or why there is no verdict; empty for a pass."""
 
 
 class Audited(msgspec.Struct, kw_only=True):
-    """What was found out about one fault, or about a control. clauses: those that it names; none: any may kill it.
-
-    unavailable: why it could not run here.
-    """
+    """What was found out about one fault, or about one clean backend."""
 
     name: str
+    """Name of the class."""
     address: str
+    """Address of the class."""
     conditional: bool
+    """Whether the fault shows only under a condition."""
     classes: tuple[str, ...]
+    """Classes of mistakes that the fault stands for."""
     clauses: tuple[str, ...]
+    """Clauses that should detect the fault; empty: any."""
     bug: str
+    """Link to the upstream bug that the fault is modelled on; empty without one."""
     sentence: str
+    """What the fault does."""
     trials: list[AuditTrial] = []
+    """The clauses tried."""
     unavailable: str = ""
+    """Why it could not run here; empty if it ran."""
 
     def kill(self, effort: str) -> AuditTrial | None:
         """The trial that killed the fault with the fewest programs, among the clauses that it names."""
@@ -71,34 +81,55 @@ class Audited(msgspec.Struct, kw_only=True):
 
 
 class Score(msgspec.Struct, frozen=True, kw_only=True):
-    """Faults of one kind under one effort; programs and seconds to the kill: median and largest, of those killed."""
+    """How many faults of one kind were detected under one effort."""
 
     effort: str
+    """Name of the effort."""
     conditional: bool
+    """Whether the faults show only under a condition."""
     killed: int
+    """Number of faults that were detected."""
     faults: int
+    """Number of faults that ran."""
     programs: tuple[float, float] | None
+    """Number of programs up to the detection: median and maximum; null if no fault was detected."""
     seconds: tuple[float, float] | None
+    """Time up to the detection, in seconds: median and maximum; null if no fault was detected."""
 
 
 class AuditRecord(msgspec.Struct, kw_only=True):
-    """What a file holds. faults: the address of their list. shard: ``i/n`` where it is one, else empty."""
+    """One audit: planted faults and clean backends, judged by clauses."""
 
     schema: str = SCHEMA
+    """Name and version of this schema."""
     suite: str
+    """Version of the suite."""
     faults: str
+    """Address of the list of faults."""
     efforts: list[str]
+    """Names of the efforts, in the order tried."""
     seed: int
+    """Seed of the run."""
     names: list[str]
-    every: bool
+    """Prefixes that chose faults, or clauses of a fault; empty: all faults."""
+    clauses: list[str]
+    """Prefixes of the clauses that were tried on each fault; empty: those that a fault names."""
     shard: str
+    """`i/n` for shard i of n; empty for a whole audit."""
     started: str
+    """Date and time of the start, ISO 8601."""
     environment: dict[str, Any] = {}
+    """Versions and machine, by name."""
     scores: list[Score] = []
+    """Detected faults, by effort and kind."""
     audited: list[Audited] = []
+    """The faults."""
     controls: list[Audited] = []
+    """Clean backends, in which no clause may find a fault."""
     seconds: float = 0.0
+    """Duration of the audit, in seconds."""
     finished: bool = False
+    """Whether the audit was completed."""
 
     def write(self, path: Path) -> None:
         write_atomically(path, msgspec.json.format(msgspec.json.encode(self), indent=1))
@@ -109,14 +140,9 @@ def read(path: Path) -> AuditRecord:
     return read_versioned(path, AuditRecord, SCHEMA, "audit")
 
 
-def schema() -> dict[str, Any]:
-    """The JSON Schema of an audit's file."""
-    return msgspec.json.schema(AuditRecord)
-
-
 # --- what it comes to ---
 def scores(record: AuditRecord) -> list[Score]:
-    """Blatant and conditional faults apart, effort by effort; what could not run here counts nowhere."""
+    """Unconditional and conditional faults apart, for each effort; faults that could not run here are not counted."""
     found = []
     for effort in record.efforts:
         for conditional in (False, True):
@@ -164,6 +190,15 @@ def lines(audited: Audited, efforts: Sequence[str]) -> Iterator[str]:
         yield f"{audited.name} ({kind}){'' if len(efforts) == 1 else f' {effort}'}: {words}"
 
 
+def progress(fault: str, trial: AuditTrial) -> str:
+    """One line for a clause that was tried on a fault."""
+    if trial.kills:
+        return (
+            f"{fault}: {trial.clause} [{trial.config}] kills it after {trial.programs} programs, {trial.seconds:.2f} s"
+        )
+    return f"{fault}: {trial.clause} misses it after {trial.programs} programs ({_why(trial)})"
+
+
 def _why(trial: AuditTrial) -> str:
     if trial.ran == 0:
         return f"{trial.outcome.value}: the faulty path never ran"
@@ -174,7 +209,8 @@ def summary(record: AuditRecord) -> Iterator[str]:
     """The score, survivors, false alarms and what could not run."""
     for score in record.scores:
         if score.faults:
-            words = f"{score.effort}, {'conditional' if score.conditional else 'unconditional'}: {score.killed} of {score.faults} killed"
+            kind = "conditional" if score.conditional else "unconditional"
+            words = f"{score.effort}, {kind}: {score.killed} of {score.faults} killed"
             if score.programs is not None and score.seconds is not None:
                 words += f"; programs to the kill: median {score.programs[0]:g}, at most {score.programs[1]:g}"
                 words += f"; seconds: median {score.seconds[0]:.2f}, at most {score.seconds[1]:.2f}"

@@ -10,11 +10,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from kvconform.errors import BackendUnavailable, WorkerDied
 from kvconform.explain import diagnosis, visibility
 from kvconform.judging.verdict import Outcome
 from kvconform.results.results import Results
 from kvconform.search import counterexample
-from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerDied
+from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program

@@ -16,12 +16,13 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis.errors import Flaky
 
+from kvconform.errors import WorkerDied
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.search.counterexample import Broken, Counterexample, attempt, frozen, replayed
 from kvconform.search.counterexample import sentence as said
 from kvconform.search.effort import GUARANTEE_SECONDS, GUARANTEE_TRIALS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Effort
 from kvconform.search.shrink import reduced_death, reduced_list
-from kvconform.worker.client import WorkerClient, WorkerDied, unproven
+from kvconform.worker.client import WorkerClient, unproven
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case, Clause, Level
 from kvconform_specs.config import Config

@@ -145,7 +145,7 @@ def _do(backend: Any, caches: dict[str, Any], step: Call, feed: Feed) -> StepRes
             return StepResult(output, {"token_counts": token_counts})
         case Close(seq):
             cache = caches.pop(seq)
-            if hasattr(backend, "close") and not any(cache is other for other in caches.values()):
+            if not any(cache is other for other in caches.values()):
                 backend.close(cache)
             return StepResult()
         case Truncate(seq, length):

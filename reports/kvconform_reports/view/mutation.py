@@ -96,7 +96,7 @@ def mutation(record: AuditRecord, suites: Iterable[str] = ()) -> Mutation:
             ("faults", record.faults),
             ("suite", record.suite),
             ("seed", str(record.seed)),
-            ("clauses tried", "all" if record.every else "those that a fault names"),
+            ("clauses tried", ", ".join(record.clauses) or ("all" if record.clauses else "those that a fault names")),
             ("started", when(record.started)),
         ),
         notes=tuple(notes),

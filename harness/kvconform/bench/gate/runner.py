@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from kvconform.bench.client import BackendLost, TimingClient, config_of
+from kvconform.bench.client import TimingClient, config_of
 from kvconform.bench.eligibility import Truth, misfit, own_truth, parity, room, truth, unable
 from kvconform.bench.gate.environments import Environment
 from kvconform.bench.gate.record import BASE, HEAD, SIDES, GateBlock, GateCase, GateRecord, Lasting, Side, Trial, trial
@@ -37,8 +37,9 @@ from kvconform.bench.protocol import (
 from kvconform.bench.record import Arm
 from kvconform.bench.worker.gpu import classes, default_mhz, held, kept
 from kvconform.bench.worker.timer import digest, tokens
+from kvconform.errors import BackendLost, BackendUnavailable, WorkerDied
 from kvconform.host import load_average, machine
-from kvconform.worker.client import BUILD_TIMEOUT, BackendUnavailable, WorkerClient, WorkerDied, WorkerSpec
+from kvconform.worker.client import BUILD_TIMEOUT, WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 
 Tell = Callable[[str], None]

@@ -31,7 +31,7 @@ from kvconform.bench.gate.sign_flip import (
     play,
 )
 from kvconform.bench.presets import Preset
-from kvconform.bench.worker.gpu import GpuBusy
+from kvconform.errors import GpuBusy
 from kvconform.host import machine
 from kvconform.worker.client import WorkerSpec
 from kvconform_specs import SUITE_VERSION

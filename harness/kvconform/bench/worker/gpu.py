@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from kvconform.errors import GpuBusy
+
 MIN_CLOCK_FRACTION = 0.75
 """The part of the default clock under which a block is dropped, as NVIDIA's nvbench does."""
 
@@ -41,10 +43,6 @@ REASONS = {
 
 class NoGpu(Exception):
     """There is no GPU whose clock can be read: one sentence."""
-
-
-class GpuBusy(Exception):
-    """Another benchmark runs on the GPU: one sentence."""
 
 
 class Gpu:

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from kvconform.errors import WorkerDied
 from kvconform.explain.repro.calls import cache, calls, imports_of, target
 from kvconform.explain.repro.checks import check
 from kvconform.explain.repro.failure import Failure, located
 from kvconform.explain.repro.inputs import WIDTH, Run, inputs, layouts
 from kvconform.search.counterexample import Broken, Counterexample, sentence
-from kvconform.worker.client import WorkerClient, WorkerDied
+from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.config import Config

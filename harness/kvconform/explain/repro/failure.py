@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvconform.errors import WorkerDied
 from kvconform.explain.repro.inputs import Run, literal
 from kvconform.judging import observed as places
 from kvconform.judging.judge import judge
 from kvconform.judging.observed import Observed, cells
-from kvconform.worker.client import WorkerClient, WorkerDied
+from kvconform.worker.client import WorkerClient
 from kvconform.worker.protocol import Traces
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
