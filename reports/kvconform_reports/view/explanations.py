@@ -66,7 +66,10 @@ def judged_by(result: Results) -> JudgedBy:
         return JudgedBy("judged by the definition", ())
     facts = [("called as", result.target.recognised), *(("assumed", words) for words in result.target.assumed)]
     facts += [
-        (f"noise floor, {config}", f"rounding may change an output by up to {noise:.1g} of the outputs' root mean square")
+        (
+            f"noise floor, {config}",
+            f"rounding may change an output by up to {noise:.1g} of the outputs' root mean square",
+        )
         for config, noise in result.target.noise.items()
     ]
     facts.append(("not detected", "mistakes that its uncached forward and its cached steps share (chapter definition)"))
