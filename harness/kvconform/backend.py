@@ -330,7 +330,11 @@ def completed(built: Any) -> Backend:
         return built
     base = BlackBox if built.claims.reference == "self" else Backend
     names = [name for name in dir(base) if not name.startswith("_")]
-    given = {name: getattr(built, name) for name in (*names, *base.__annotations__) if hasattr(built, name)}
+    given = {
+        name: getattr(built, name)
+        for name in (*names, *Backend.__annotations__, *base.__annotations__)
+        if hasattr(built, name)
+    }
     body = {name: staticmethod(value) if callable(value) else value for name, value in given.items()}
     made: Backend = type(type(built).__name__, (base,), {**body, "__init__": lambda self: None})()
     return made
