@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvconform.judging.verdict import Outcome
-from kvconform.results.results import Results, exit_code
+from kvconform.results.results import Results
 from kvconform.run.cross_backend import pairs
 from kvconform.run.run import Plan, named_configs, run_backend
 from kvconform.search.effort import EFFORTS, Effort
@@ -61,7 +61,7 @@ def assert_clean(results: Results) -> None:
         and not (v.outcome is Outcome.REFUTED and BY_NAME[v.clause].level is Level.SHOULD)
     ]
     assert not bad, "\n".join(f"{v.clause} [{v.config}]: {v.outcome.value}: {v.sentence}" for v in bad)
-    assert exit_code(results)[0] == 0, exit_code(results)[1]
+    assert results.exit_code == 0, results.summary
 
 
 @pytest.mark.parametrize("name", CLEAN)
@@ -106,7 +106,7 @@ def test_without_a_compiler_the_compiled_backend_is_one_sentence(folder: Path) -
     nowhere = {"PATH": str(folder / "nowhere"), "CXX": ""}
     plan = Plan(EFFORTS["smoke"], configs=("attention-gqa",))
     results = run_backend("compiled", WorkerSpec("compiled", environment=nowhere), plan, folder / "bare")
-    code, sentence = exit_code(results)
+    code, sentence = (results.exit_code, results.summary)
     assert code == 3
     assert "needs a C++ compiler" in sentence
     assert "apt-get install g++" in sentence

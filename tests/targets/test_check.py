@@ -12,7 +12,7 @@ from places import SUPPORT
 
 from kvconform.errors import BackendUnavailable
 from kvconform.judging.verdict import Outcome
-from kvconform.results.results import Results, exit_code, read
+from kvconform.results.results import Results, read
 from kvconform.run import check
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.effort import Effort
@@ -84,7 +84,7 @@ def test_options_are_json_and_a_bare_word_is_a_word() -> None:
 # --- judged by itself ---
 def test_a_correct_black_box_is_conformant_by_its_own_forward(tmp_path: Path) -> None:
     found = judged("BlackBox", tmp_path)
-    assert exit_code(found) == (0, "conformant: hidden profile, judged by its own forward")
+    assert (found.exit_code, found.summary) == (0, "conformant: hidden profile, judged by its own forward")
     assert found.target is not None
     assert found.target.recognised == "hidden states in and out, written for a test"
     worst = max(verdict.worst or 0.0 for verdict in found.verdicts)
@@ -115,7 +115,7 @@ def test_an_error_of_a_ten_thousandth_in_the_cached_path_alone_is_convicted(tmp_
 
 def test_a_forward_that_is_no_yardstick_is_the_finding_and_nothing_is_judged_by_it(tmp_path: Path) -> None:
     found = judged("NotCausal", tmp_path)
-    assert exit_code(found)[0] == 1
+    assert found.exit_code == 1
     assert [v.clause for v in found.verdicts if v.outcome.broken] == ["equivalence.full-stable"]
     others = {v.outcome for v in found.verdicts if v.clause != "equivalence.full-stable"}
     assert others == {Outcome.INCONCLUSIVE, Outcome.UNSUPPORTED}
@@ -199,4 +199,4 @@ def test_an_unknown_kind_of_option_does_not_start_a_worker() -> None:
 @pytest.mark.parametrize("name", ["numpy", "eager"])
 def test_a_shipped_backend_as_a_black_box_is_conformant(name: str, tmp_path: Path) -> None:
     found = run_backend(name, WorkerSpec(f"{BOXES.with_name('wrapped_backends.py')}:{name}"), PLAN, tmp_path)
-    assert exit_code(found) == (0, "conformant: decoder profile, judged by its own forward")
+    assert (found.exit_code, found.summary) == (0, "conformant: decoder profile, judged by its own forward")
