@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
@@ -37,7 +39,30 @@ LARGEST_BATCH = 3
 Draw = Callable[..., Any]
 """What Hypothesis hands to a composite strategy."""
 
+T = TypeVar("T")
 seeds = st.integers(0, 2**31 - 1)
+
+
+def drawn(strategy: SearchStrategy[T], number: int, seed: int = 0) -> list[T]:
+    """The first values that Hypothesis draws from a strategy with that seed, ``number`` at most. The first is the
+    simplest."""
+    values: list[T] = []
+
+    @hypothesis_seed(seed)
+    @settings(
+        max_examples=number,
+        deadline=None,
+        database=None,
+        verbosity=Verbosity.quiet,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def draw(value: T) -> None:
+        values.append(value)
+
+    draw()
+    return values
 
 
 def batches(claims: Claims) -> SearchStrategy[int]:
@@ -202,6 +227,8 @@ class _Interpreter:
         if verb == "reorder":
             kept = len(rows) if number % 4 else 1 + number // 4 % min(self.claims.max_batch or 3, 3)
             picked = tuple((number // 4**i) % len(rows) for i in range(kept))
+            if number % 3 == 0:
+                picked = tuple((row + 1) % len(rows) for row in range(len(rows)))
             self.rows[seq] = tuple(rows[row] for row in picked)
             return Reorder(seq, picked)
         if verb == "reset":
@@ -297,7 +324,7 @@ def detours(
     """Steps that leave sequence ``a`` with the same history as plain appends of ``sizes``, on a winding path."""
     steps: list[Step] = []
     length = 0
-    ways = [way for way in ("truncate", "fork", "reorder", "reset") if claims.can(way)]
+    ways = [way for way in ("truncate", "fork", "reorder", "reorder", "reset") if claims.can(way)]
     if (claims.max_sequences or 2) < 2 and "fork" in ways:
         ways.remove("fork")
     if "fork" in ways:

@@ -1,4 +1,4 @@
-"""The shipped backends are conformant, and what they runtime_info is true."""
+"""The shipped backends are conformant, and their runtime_info is correct."""
 
 from __future__ import annotations
 

@@ -169,13 +169,13 @@ def test_weights_are_spread_and_depend_on_the_seed_alone() -> None:
     assert torch.equal(tables[0], tables[1])
     assert not torch.equal(tables[0], tables[2])
     assert 0.18 < float(tables[0].detach().std()) < 0.22
-    assert first.assumed[1] == "its weights are random (seed 3, of standard deviation 0.2, since 0.02 hides mistakes)"
+    assert first.assumed[1] == "its weights are random (seed 3, of standard deviation 0.2, since 0.02 hides errors)"
 
 
 def test_special_tokens_are_in_no_program() -> None:
     backend = open_hf("LlamaConfig", {"config": {"eos_token_id": [5, 2], "pad_token_id": None}})
     assert backend.configs["decoder-self"].reserved == (1, 2, 5)
-    assert "tokens 1, 2, 5 are special and never used" in backend.assumed
+    assert "tokens 1, 2, 5 are special and not used" in backend.assumed
 
 
 def test_a_directory_without_weights_is_opened_at_random_and_one_with_weights_as_it_is(tmp_path: Path) -> None:
@@ -197,13 +197,17 @@ def test_a_directory_without_weights_is_opened_at_random_and_one_with_weights_as
     [
         ("gpt2", {}, "neither a local directory with a config.json nor a config class .* nothing is downloaded"),
         ("LlamaForCausalLM", {}, "neither a local directory"),
-        ("LlamaConfig", {"caches": "static"}, "no option 'caches'; known: cache, config, attn_implementation, exp"),
+        (
+            "LlamaConfig",
+            {"caches": "static"},
+            "unknown option 'caches'; known: cache, config, attn_implementation, exp",
+        ),
         ("LlamaConfig", {"cache": "paged"}, "cache is 'paged'; known: dynamic, static"),
         ("LlamaConfig", {"dtype": "float8"}, "dtype is 'float8'; known: float32, bfloat16, float16"),
         ("LlamaConfig", {"config": {"hiden_size": 3}}, "LlamaConfig has no field 'hiden_size'"),
-        ("Gemma2Config", {"attn_implementation": "sdpa"}, "transformers .* says ValueError: Gemma2For"),
-        ("LlamaConfig", {"config": {"head_dim": 7}}, "transformers .* says Strict.* even rotary dimension"),
-        ("ViTConfig", {}, "transformers .* says ValueError: Unrecognized configuration class"),
+        ("Gemma2Config", {"attn_implementation": "sdpa"}, "transformers .* raised ValueError: Gemma2For"),
+        ("LlamaConfig", {"config": {"head_dim": 7}}, "transformers .* raised Strict.* even rotary dimension"),
+        ("ViTConfig", {}, "transformers .* raised ValueError: Unrecognized configuration class"),
     ],
 )
 def test_what_cannot_be_opened_gets_one_sentence(target: str, options: Mapping[str, Any], words: str) -> None:
@@ -224,7 +228,7 @@ def test_an_address_names_target_cache_and_dtype() -> None:
 
 def test_experts_share_no_product_unless_they_are_told_to() -> None:
     apart, together = open_hf("GptOssConfig", {}), open_hf("GptOssConfig", {"experts_implementation": "grouped_mm"})
-    assert "its experts are computed by batched_mm, since grouped_mm lets tokens share a rounding" in apart.assumed
+    assert "its experts use batched_mm, since grouped_mm makes rounding depend on other tokens" in apart.assumed
     for backend, name in ((apart, "batched_mm"), (together, "grouped_mm")):
         client = backend(backend.configs["decoder-self"], {})
         assert client.runtime_info()["experts"] == name

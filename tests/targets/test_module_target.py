@@ -59,7 +59,7 @@ STATES, PAIR = "hidden states in, ", "as one (key, value) pair, (b, h, s, d); ca
 CORRECT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "attention.py:Attention": (f"{STATES}past_kv passed and returned {PAIR}past_kv=past)", {}),
     "buffers.py:Decoder": (
-        "token ids in, the cache lives in the module and is emptied by module.reset_kv_cache(); called as "
+        "token ids in, the module owns the cache, emptied by module.reset_kv_cache(); called as "
         "module(x, use_cache=True)",
         {"capacity": 32, "vocabulary": 61, "heads": 4, "layers": 2, "head_dim": 8},
     ),
@@ -76,9 +76,9 @@ CORRECT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "mask=torch.ones(new, cached + new, dtype=torch.bool).tril(cached))",
         {},
     ),
-    "CacheObject": (f"{STATES}cache passed and changed in place, an object of class KVCache, (b, h, s, d)", {}),
+    "CacheObject": (f"{STATES}cache passed and modified in place, an object of class KVCache, (b, h, s, d)", {}),
     "MakesCache": (
-        f"{STATES}kv_cache passed and changed in place, a dict of 'k', 'v', 'length', of a size that does not change",
+        f"{STATES}kv_cache passed and modified in place, a dict of 'k', 'v', 'length', of constant size",
         {"capacity": 30},
     ),
     "Rotary": (f"{STATES}past passed and returned {PAIR}past=past, pos=cached)", {}),
@@ -107,24 +107,20 @@ CORRECT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"capacity": 24, "vocabulary": 53},
     ),
     "ModuleBuffers": (
-        f"{STATES}the cache lives in the module and is emptied by module.reset_cache(); called as "
-        "module(x, use_cache=True)",
+        f"{STATES}the module owns the cache, emptied by module.reset_cache(); called as module(x, use_cache=True)",
         {"width": 20},
     ),
-    "AlwaysCaches": (
-        f"{STATES}the cache lives in the module and is emptied by module.reset_cache(); called as module(x)",
-        {},
-    ),
-    "StartPos": (f"{STATES}the cache lives in the module; called as module(x, start_pos=cached)", {"capacity": 26}),
-    "FourRows": (f"{STATES}the cache lives in the module; called as module(x, start_pos=cached)", {"capacity": 26}),
+    "AlwaysCaches": (f"{STATES}the module owns the cache, emptied by module.reset_cache(); called as module(x)", {}),
+    "StartPos": (f"{STATES}the module owns the cache; called as module(x, start_pos=cached)", {"capacity": 26}),
+    "FourRows": (f"{STATES}the module owns the cache; called as module(x, start_pos=cached)", {"capacity": 26}),
     "SetsCache": (
-        f"{STATES}the cache lives in the module and is emptied by module.set_kv_cache(batch_size=batch); called as "
+        f"{STATES}the module owns the cache, emptied by module.set_kv_cache(batch_size=batch); called as "
         "module(x, input_pos=torch.arange(cached, cached + new))",
         {"capacity": 22},
     ),
-    "NamesItItsOwn": (f"{STATES}pantry passed and changed in place, an object of class KVCache, (b, h, s, d)", {}),
+    "NamesItItsOwn": (f"{STATES}pantry passed and modified in place, an object of class KVCache, (b, h, s, d)", {}),
     "InputPos": (
-        f"{STATES}the cache lives in the module and is emptied by "
+        f"{STATES}the module owns the cache, emptied by "
         "module.setup_caches(max_batch_size=batch, max_seq_length=26); called as "
         "module(x, input_pos=torch.arange(cached, cached + new))",
         {"capacity": 26},
@@ -137,13 +133,13 @@ BROKEN: Mapping[str, tuple[str, set[str], set[str]]] = {
     "ChunkSeesFuture": ("past_kv", {"causality.future-blind", "equivalence.chunks"}, {"equivalence.decode"}),
     "NeverReset": ("module.reset_cache()", {"lifecycle.reset"}, set()),
     "SquareMask": ("module.reset_cache()", {"equivalence.chunks"}, {"equivalence.decode", "shape.first-step"}),
-    "GlobalList": ("lives in the module;", {"lifecycle.independent"}, set()),
+    "GlobalList": ("the module owns the cache;", {"lifecycle.independent"}, set()),
     "RestartedPositions": ("past", {"equivalence.decode"}, {"shape.first-step", "causality.future-blind"}),
     "RotatedTwice": ("past", {"equivalence.decode", "equivalence.chunks"}, {"shape.first-step"}),
     "ForgetsOrder": ("past", {"equivalence.decode"}, {"shape.first-step"}),
     "SharedRow": ("layer_past", {"batch.row-solo"}, {"shape.first-step"}),
     "Overwrites": ("layer_past", {"contents.old-handle"}, {"equivalence.decode", "lifecycle.reset"}),
-    "OffByOne": ("changed in place", {"equivalence.decode"}, {"shape.first-step"}),
+    "OffByOne": ("modified in place", {"equivalence.decode"}, {"shape.first-step"}),
 }
 """Words of how each is called, clauses that it breaks, and clauses that it does not."""
 
@@ -237,8 +233,8 @@ def test_what_a_step_raises_is_the_suites_to_find() -> None:
 def test_what_a_default_does_is_judged_and_the_remedy_is_told() -> None:
     assumed = opened("ForgetsOrder").assumed
     given = "torch.arange(cached, cached + new)"
-    assert f"position_ids is left out; given as {given}, cached calls would agree" in assumed
-    assert "position_ids is left out" in opened("LikeTransformers").assumed
+    assert f"position_ids is omitted; given as {given}, cached calls would agree" in assumed
+    assert "position_ids is omitted" in opened("LikeTransformers").assumed
 
 
 def test_claims_are_what_the_target_itself_offers() -> None:
@@ -314,9 +310,9 @@ def test_an_address_opens_a_target_and_a_backend_stays_what_it_is(tmp_path: Path
         (
             "Strange",
             {},
-            "found Strange.forward(x: 'Tensor', ledger: 'dict'), and nothing says what 'ledger' should be ",
+            "found Strange.forward(x: 'Tensor', ledger: 'dict'), whose required parameter 'ledger' is unknown",
         ),
-        ("NoCache", {}, "found NoCache.forward(x: 'Tensor'), whose calls show no cache; the known conventions are a p"),
+        ("NoCache", {}, "found NoCache.forward(x: 'Tensor'), whose calls show no cache; known conventions: a past"),
         ("Absent", {}, "has no 'Absent'"),
         (
             "Layer",
@@ -458,6 +454,6 @@ def test_the_examples_are_judged_through_workers(tmp_path: Path) -> None:
     clauses = ("equivalence.decode",)
     results = conformance(f"py:{EXAMPLES}/buffers.py:Decoder", clauses=clauses, out=tmp_path)
     assert results.target is not None
-    assert results.target.recognised.startswith("token ids in, the cache lives in the module")
+    assert results.target.recognised.startswith("token ids in, the module owns the cache")
     with pytest.raises(AssertionError, match=r"equivalence\.decode on .*attention_broken.py:Attention \[hidden-self\]"):
         conformance(f"py:{EXAMPLES}/attention_broken.py:Attention", clauses=clauses, out=tmp_path)

@@ -69,7 +69,7 @@ def test_a_merged_graph_takes_its_first_step_without_the_cache_branch(
     assert broken(results) == {}
     assert results.target is not None
     assert (
-        f"use_cache_branch is false on an empty cache, whose past has a length of {dummy}" in results.target.assumed[1]
+        f"use_cache_branch is false for an empty cache, whose past has a length of {dummy}" in results.target.assumed[1]
     )
 
 
@@ -79,7 +79,7 @@ def test_of_two_files_the_one_without_a_past_takes_the_first_step(tmp_path: Path
     for path in (later, first):
         target = load(f"onnx:{path}")
         assert target.graphs.first.path == first
-        assert target.assumed[0] == "decoder_model.onnx beside it is the same decoder without a past."
+        assert target.assumed[0] == "decoder_model.onnx beside it is the same decoder without a past"
     results = judged(later, tmp_path, ("equivalence", "lifecycle.reset", "shape.length"))
     assert broken(results) == {}
     wrong = saved(decoder(Style(needs_past=True, mistake="positions restart")), tmp_path, later.name)
@@ -89,10 +89,10 @@ def test_of_two_files_the_one_without_a_past_takes_the_first_step(tmp_path: Path
 def test_a_graph_without_cache_may_be_named_as_the_truth(tmp_path: Path) -> None:
     saved(decoder(Style(cached=False, presents=False)), tmp_path, "plain.onnx")
     path = saved(decoder(Style()), tmp_path)
-    results = judged(path, tmp_path, ("equivalence",), full="plain.onnx")
+    results = judged(path, tmp_path, ("equivalence",), uncached="plain.onnx")
     assert broken(results) == {}
-    target = load(f'onnx:{path}?{{"full": "plain.onnx"}}')
-    assert (target.graphs.whole.path.name, target.graphs.first.path.name) == ("plain.onnx", "decoder.onnx")
+    target = load(f'onnx:{path}?{{"uncached": "plain.onnx"}}')
+    assert (target.graphs.uncached.path.name, target.graphs.first.path.name) == ("plain.onnx", "decoder.onnx")
 
 
 def test_dims_heads_and_dtypes_are_read_from_the_graph(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_dims_heads_and_dtypes_are_read_from_the_graph(tmp_path: Path) -> None:
 def test_a_table_of_positions_is_the_capacity(tmp_path: Path) -> None:
     target = opened(Style(table=23), tmp_path)
     assert target.configs["decoder-self"].capacity == 23
-    assert target.assumed == ("A sequence holds at most 23 tokens: its own forward raises on 24.",)
+    assert target.assumed == ("a sequence has at most 23 tokens: its uncached forward raises on 24",)
     assert opened(Style(table=23), tmp_path, capacity=9).configs["decoder-self"].capacity == 9
 
 
@@ -203,14 +203,14 @@ def extra(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
 PAST = "past_key_values.0.key"
 UNKNOWN = {
     "no input is a past key or value": decoder(Style(cached=False)),
-    "the input encoder_hidden_states is for something else": extra(decoder(Style()), "encoder_hidden_states"),
+    "unknown input encoder_hidden_states": extra(decoder(Style()), "encoder_hidden_states"),
     "no axis of past_key_values.0.key grows": axes(decoder(Style()), PAST, "batch", HEADS, 8, HEAD_DIM),
-    "do not tell heads, tokens and head dim apart": axes(
+    "do not distinguish heads, tokens and head dim": axes(
         axes(decoder(Style()), PAST, "batch", "a", "b", HEAD_DIM), "present.0.key", "batch", "a", "c", HEAD_DIM
     ),
     "it takes exactly 2 rows": axes(decoder(Style()), "input_ids", 2, "new"),
     "it takes exactly 5 tokens at a time": axes(decoder(Style()), "input_ids", "batch", 5),
-    "name a graph without a past by option full": axes(decoder(Style()), "input_ids", "batch", 1),
+    "give a graph without a past by option uncached": axes(decoder(Style()), "input_ids", "batch", 1),
     "attention_mask has 4 axes": axes(decoder(Style(mask=True)), "attention_mask", "batch", 1, "new", "total"),
     "position_ids has 3 axes": axes(decoder(Style(position_ids=True)), "position_ids", 3, "batch", "new"),
     "no output is the present of past_key_values.0.key": decoder(Style(presents=False)),
@@ -226,26 +226,26 @@ def test_what_is_not_known_gets_one_sentence_with_what_was_found(words: str, tmp
     sentence = str(caught.value)
     assert words in sentence
     assert "\n" not in sentence
-    assert "it has the inputs input_ids int64 (" in sentence
-    assert "the outputs logits float32 (batch, new, 17)" in sentence
-    assert "known are input_ids or inputs_embeds; attention_mask," in sentence
+    assert "inputs: input_ids int64 (" in sentence
+    assert "outputs: logits float32 (batch, new, 17)" in sentence
+    assert "known names: input_ids or inputs_embeds; attention_mask," in sentence
 
 
 @pytest.mark.parametrize(
     ("target", "words"),
     [
         ("{0}/none.onnx", "no file {0}/none.onnx"),
-        ("{0}/text.onnx", "{0}/text.onnx is no ONNX model: "),
+        ("{0}/text.onnx", "{0}/text.onnx is not an ONNX model: "),
         (
             '{0}/decoder.onnx?{{"capacty": 3}}',
-            "unknown option 'capacty'; known: full, capacity, vocabulary, width, rese",
+            "unknown option 'capacty'; known: uncached, capacity, vocabulary, width, rese",
         ),
-        ('{0}/decoder.onnx?{{"capacity": true}}', "option 'capacity' is True, want a positive integer"),
-        ('{0}/decoder.onnx?{{"capacity": 0}}', "option 'capacity' is 0, want a positive integer"),
-        ('{0}/decoder.onnx?{{"full": "decoder.onnx"}}', "it is to be the graph without a past"),
-        ('{0}/decoder.onnx?{{"reserved": [-1]}}', "option 'reserved' is [-1], want a list of token ids"),
-        ('{0}/needs.onnx?{{"full": "bare.onnx"}}', "and bare.onnx hands no cache out to begin with: RuntimeError: "),
-        ("{0}/needs.onnx", "cannot run on an empty past (of length 0), by which it would be judged: RuntimeError: "),
+        ('{0}/decoder.onnx?{{"capacity": true}}', "option 'capacity' is True, expected a positive integer"),
+        ('{0}/decoder.onnx?{{"capacity": 0}}', "option 'capacity' is 0, expected a positive integer"),
+        ('{0}/decoder.onnx?{{"uncached": "decoder.onnx"}}', "expected a graph without a past"),
+        ('{0}/decoder.onnx?{{"reserved": [-1]}}', "option 'reserved' is [-1], expected a list of token ids"),
+        ('{0}/needs.onnx?{{"uncached": "bare.onnx"}}', "and bare.onnx returns no cache to start with: RuntimeError: "),
+        ("{0}/needs.onnx", "cannot run on an empty past (of length 0), which the reference needs: RuntimeError: "),
     ],
 )
 def test_what_cannot_be_opened_gets_one_sentence(target: str, words: str, tmp_path: Path) -> None:

@@ -16,8 +16,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from hypothesis import HealthCheck, Phase, Verbosity, given, settings
-from hypothesis import seed as hypothesis_seed
 from numpy.typing import NDArray
 
 from kvconform.judging.judge import judge
@@ -34,6 +32,7 @@ from kvconform_specs.history import Histories, prefixed, requests
 from kvconform_specs.program import Append, Generate, ReadCache, Reject, Step, UncachedForward, called
 from kvconform_specs.reference.definition import Attended, attention, decoder, rope, sinks
 from kvconform_specs.reference.oracle import Expected, Generation, expect
+from kvconform_specs.strategies import drawn
 from kvconform_specs.tensors import Streams, rounded, weights
 
 Array = NDArray[Any]
@@ -281,7 +280,8 @@ def _entries(clause: Clause, dtype: str, models: Sequence[Null]) -> list[Power]:
     configs = [replace(point, dtype=dtype) for point in CONFIGS.values() if clause.concerns(point)]
     for config in configs:
         claims = _everything(clause, config)
-        for case in _drawn(clause, config, claims, -(-STRUCTURES // len(configs))):
+        cases = drawn(clause.strategy(config, claims), -(-STRUCTURES // len(configs)) + 1)
+        for case in cases[1:] or cases:  # the first is the simplest
             trial = _Trial(case, claims)
             for model in models:
                 if not model.applies(config):
@@ -307,27 +307,6 @@ def _everything(clause: Clause, config: Config) -> Claims:
         claimed["returns"] = "last"
     claimed |= {"profiles": PROFILES, "abilities": tuple(ABILITIES), "dtypes": DTYPES, "max_graphs": 8}
     return Claims(**claimed)
-
-
-def _drawn(clause: Clause, config: Config, claims: Claims, structures: int) -> list[Case]:
-    """The first that Hypothesis draws is the simplest, and is left out."""
-    cases: list[Case] = []
-
-    @hypothesis_seed(0)
-    @settings(
-        max_examples=structures + 1,
-        deadline=None,
-        database=None,
-        verbosity=Verbosity.quiet,
-        phases=(Phase.generate,),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(clause.strategy(config, claims))
-    def draw(case: Case) -> None:
-        cases.append(case)
-
-    draw()
-    return cases[1:] or cases
 
 
 # --- the power_table that is shipped ---

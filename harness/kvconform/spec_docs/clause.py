@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from hypothesis import HealthCheck, Phase, Verbosity, given, settings
-from hypothesis import seed as hypothesis_seed
 
 from kvconform.search.counterexample import Counterexample
 from kvconform_specs import SUITE_VERSION
@@ -15,6 +13,7 @@ from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.configs import CONFIGS, LONG
 from kvconform_specs.describe import described
+from kvconform_specs.strategies import drawn
 
 ENOUGH: dict[str, dict[str, Any]] = {
     "overflow refused": {"overflow": "refused"},
@@ -56,25 +55,10 @@ def explained(clause: Clause) -> str:
 def example(clause: Clause) -> tuple[str, Case]:
     """The name of the first config that the clause concerns, and a case for a backend that claims what it needs."""
     name = next(name for name, config in CONFIGS.items() if clause.concerns(config))
-    drawn: list[Case] = []
-
-    @hypothesis_seed(0)
-    @settings(
-        max_examples=DRAWS,
-        deadline=None,
-        database=None,
-        verbosity=Verbosity.quiet,
-        phases=(Phase.generate,),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(clause.strategy(CONFIGS[name], least_claims(clause)))
-    def draw(case: Case) -> None:
-        drawn.append(case)
-
-    draw()
-    # programs that are all alike compare nothing, unless they always are
-    telling = [case for case in drawn if len(set(case.programs)) == len(case.programs)] or drawn
-    return name, sorted(telling, key=lambda case: case.size)[len(telling) // 2]
+    cases = drawn(clause.strategy(CONFIGS[name], least_claims(clause)), DRAWS)
+    # equal programs compare nothing, unless the clause draws no others
+    differing = [case for case in cases if len(set(case.programs)) == len(case.programs)] or cases
+    return name, sorted(differing, key=lambda case: case.size)[len(differing) // 2]
 
 
 def least_claims(clause: Clause) -> Claims:

@@ -78,15 +78,18 @@ def _padded(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _arriving(draw: Draw, config: Config, claims: Claims) -> Case:
-    """Rows arrive one after another, while those that are there go on."""
+    """Rows arrive one after another, while those that are there grow or pause; at the end all grow."""
     batch, seed, steps = draw(st.integers(2, _largest(claims))), draw(seeds), []
     for row in range(batch):
         steps.append(tuple(draw(counts(claims)) if r == row else int(r < row) for r in range(batch)))
-        steps += [tuple(int(r <= row) for r in range(batch))] * draw(st.integers(0, 2))
+        for _ in range(draw(st.integers(0, 2))):
+            pausing = draw(st.integers(-1, row)) if row else -1  # -1: none
+            steps.append(tuple(int(r <= row and r != pausing) for r in range(batch)))
+    steps.append((1,) * batch)
     side = claims.padding[draw(st.integers(0, len(claims.padding) - 1))]
     made = [
         Append("a", grown, seed, pad=(side, seed + 31) if len(set(grown)) > 1 else None) for grown in steps
-    ]  # at most 9 + 2 + 2 tokens a row: within any capacity
+    ]  # at most 9 + 3 * 2 + 2 + 1 tokens a row: within any capacity
     return Case((Program(config, tuple(made)),))
 
 

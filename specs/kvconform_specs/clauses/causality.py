@@ -8,7 +8,7 @@ from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program
-from kvconform_specs.strategies import Draw, appends, batches, seeds, splits, straight, swapped
+from kvconform_specs.strategies import Draw, appends, batches, landing, seeds, splits, straight, swapped
 
 
 @st.composite
@@ -20,8 +20,11 @@ def _one_changed(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _aimed(draw: Draw, config: Config, claims: Claims) -> Case:
-    """One token changes; in the attention profile every query points at its key (a needle)."""
+    """One token changes; in the attention profile every query points at its key (a needle). Half of the sequences end at
+    the capacity, so that every slot is tried."""
     sizes: tuple[int, ...] = draw(splits(config, claims))
+    if draw(st.booleans()):
+        sizes = landing(list(sizes), config.capacity, claims)
     batch, seed = draw(batches(claims)), draw(seeds)
     position = draw(st.integers(0, sum(sizes) - 1))
     aim = (seed, position) if config.profile == "attention" else None

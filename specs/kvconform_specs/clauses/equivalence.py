@@ -75,12 +75,13 @@ def _generations(draw: Draw, config: Config, claims: Claims) -> Case:
     """Some generations, one after another, some of which end where something changes; at times while a sequence is
     open, which is then compared with one that goes on without them."""
     half = max(config.capacity // 2, 1)
-    ends = st.sampled_from((0, 0, *edges(config)))
-    asked = st.tuples(st.integers(1, half), st.integers(1, 8), batches(claims), ends)
+    ends = st.sampled_from((0, 0, *(edge for edge in edges(config) if edge > 1)))
+    prompts, lengths = st.integers(1, half) | st.sampled_from((1, half)), st.integers(1, 8) | st.just(8)
+    asked = st.tuples(prompts, lengths, batches(claims), ends)
     seed, steps = draw(seeds), list[Step]()
     for number, (prompt, new, batch, end) in enumerate(draw(st.lists(asked, min_size=1, max_size=3))):
-        new = min(new, config.capacity - 1)
-        prompt = max(end - new, 1) if end else min(prompt, config.capacity - new)
+        new = min(new, (end or config.capacity) - 1)
+        prompt = end - new if end else min(prompt, config.capacity - new)
         steps.append(Generate("g", (prompt,) * batch, seed + 29 * number, new=new))
     if not claims.can("two sequences") or not draw(st.booleans()):
         return Case((Program(config, tuple(steps)),))
