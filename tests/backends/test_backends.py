@@ -15,7 +15,7 @@ from kvconform.worker.client import WorkerSpec
 from kvconform_specs.clause import Level
 from kvconform_specs.clauses import ALL, BY_NAME, CHAPTERS
 
-pytest.importorskip("torch", reason="the backends of the suite need torch")
+torch = pytest.importorskip("torch", reason="the backends of the suite need torch")
 
 BRIEF = Effort("brief", structures=6, variants=3, seconds=60.0)
 """Less than any effort that a run is offered: every cell is tried here, and the CI's own runs try harder."""
@@ -134,3 +134,12 @@ def test_backends_with_the_same_weights_agree_with_one_another(folder: Path) -> 
     assert (pair.one, pair.other, pair.config) == ("eager", "numpy", "decoder-rope")
     assert 0 < pair.ratio < 1
     assert pair.compared == 2 * 14 * 53  # rows, tokens, vocabulary
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_clean_backend_is_conformant_on_a_gpu_and_reports_it(folder: Path) -> None:
+    plan = Plan(BRIEF, configs=TWO)
+    results = run_backend("eager-static", WorkerSpec("eager-static", device="cuda"), plan, folder / "cuda")
+    assert_clean(results)
+    assert all(str(runtime_info["device"]).startswith("cuda") for runtime_info in results.runtime_info.values())
