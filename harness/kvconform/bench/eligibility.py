@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kvconform.bench.presets import Preset
 from kvconform.bench.worker.gpu import unfit
 from kvconform.bench.worker.timer import digest, tokens
-from kvconform.results.results import exit_code, missing_core, read
+from kvconform.results.results import missing_core, read
 from kvconform.worker.client import WorkerClient, WorkerSpec, unproven
 from kvconform.worker.execute import StepResult
 from kvconform_specs import SUITE_VERSION
@@ -48,9 +48,8 @@ def conformance(name: str, spec: WorkerSpec, results_dir: Path) -> str:
         results = read(results_dir / f"{name}.json")
     except SpecError as error:
         return f"no conformance results: {error}"
-    code, sentence = exit_code(results)
-    if code != 0:
-        return sentence
+    if not results.ok:
+        return results.summary
     if not results.finished:
         return "its conformance run is not finished"
     missing = missing_core(results, "decoder")

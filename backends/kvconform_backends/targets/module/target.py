@@ -153,10 +153,16 @@ def open_module(target: str, options: Mapping[str, Any]) -> Any:
         if isinstance(error.__cause__, SpecError):  # claims with an unknown value
             raise InvalidBackend(f"{address}: {error.__cause__}") from error
         raise BackendUnavailable(f"{address} cannot be imported: {error}") from error
-    if name not in namespace:
+    top, *inner = name.split(".")
+    item = namespace.get(top)
+    for part in inner:
+        item = getattr(item, part, None)
+    if item is None:
         raise BackendUnavailable(f"{address}: {file} has no {name!r}")
-    if hasattr(namespace[name], "claims"):
-        return namespace[name]
+    if hasattr(item, "claims"):
+        return item
+    if inner:
+        raise BackendUnavailable(f"{address}: {name} is nested in a class and is not a backend: move it to the module")
     module = source.made(namespace)
     if hasattr(module, "claims"):
         return module
