@@ -75,15 +75,15 @@ def test_the_runtime_info_describes_what_ran(tmp_path: Path) -> None:
 # --- perturbed weights ---
 def test_only_weights_are_perturbed_according_to_the_length_of_their_sums() -> None:
     made = {
-        "wide": np.uncached_forward((4, 9), 0.3),
-        "turned": np.uncached_forward((9, 4), 0.3),
-        "gemm": np.uncached_forward((4, 9), 0.3),
-        "table": np.uncached_forward((5, 4), 0.3),
-        "gain": np.uncached_forward(9, 0.3),
+        "wide": np.full((4, 9), 0.3),
+        "turned": np.full((9, 4), 0.3),
+        "gemm": np.full((4, 9), 0.3),
+        "table": np.full((5, 4), 0.3),
+        "gain": np.full(9, 0.3),
         "scale": np.array([0.3]),
-        "mask": np.uncached_forward((3, 3), -3e38),
+        "mask": np.full((3, 3), -3e38),
         "range": np.arange(9.0),
-        "held": np.uncached_forward((4, 9), 3),
+        "held": np.full((4, 9), 3),
         "step": np.array(0.5),
     }
     kinds = {name: np.int8 if name == "held" else np.float32 for name in made}
@@ -214,7 +214,7 @@ def test_a_script_computes_the_same_without_this_package(name: str, tmp_path: Pa
     assert [line.partition("  # ")[2] for line in text.splitlines() if "  # " in line] == [
         "append 3 to a of 2 rows",
         "append 1 to a of 2 rows",
-        "full 4 to f of 2 rows",
+        "uncached_forward 4 to f of 2 rows",
         "append 2 to b",
         "reset a",
         "append 2 to a of 2 rows",
