@@ -141,15 +141,7 @@ def test_a_directory_without_weights_gets_random_ones(tmp_path: Path) -> None:
     [
         ("gpt2", {}, "neither a local directory with a config.json nor a config class .* nothing is downloaded"),
         ("LlamaForCausalLM", {}, "neither a local directory"),
-<<<<<<< HEAD
-        (
-            "LlamaConfig",
-            {"caches": "static"},
-            "unknown option 'caches'; known: cache, config, attn_implementation, exp",
-        ),
-=======
         ("LlamaConfig", {"caches": "static"}, "unknown option 'caches'; known: cache, config, attn_implementation"),
->>>>>>> h-backends
         ("LlamaConfig", {"cache": "paged"}, "cache is 'paged'; known: dynamic, static"),
         ("LlamaConfig", {"dtype": "float8"}, "dtype is 'float8'; known: float32, bfloat16, float16"),
         ("LlamaConfig", {"config": {"hiden_size": 3}}, "LlamaConfig has no field 'hiden_size'"),
