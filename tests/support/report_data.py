@@ -10,6 +10,7 @@ import msgspec
 from mismatches import WRONG, cause
 
 from kvconform.explain.diagnosis import Diagnosis
+from kvconform.explain.diagnosis.record import FirstFailure
 from kvconform.explain.visibility import Map
 from kvconform.judging.render import render
 from kvconform.judging.verdict import Outcome, Verdict
@@ -290,7 +291,7 @@ def four() -> list[Results]:
 TOP_LEFT = Map(
     schedule="decode", sizes=[1, 1, 1], wanted=["x..", "xx.", "xxx"], seen=["x..", "x..", "x.."], notes=["a note"]
 )
-AS_DEMANDED = Map(schedule="chunked", sizes=[2, 1], wanted=["x..", "xx.", "xxx"], seen=["x..", "xx.", "xxx"])
+AS_EXPECTED = Map(schedule="chunked", sizes=[2, 1], wanted=["x..", "xx.", "xxx"], seen=["x..", "xx.", "xxx"])
 
 
 def black_box(name: str, words: str = "behaves like a mask that begins at the top left") -> Results:
@@ -300,14 +301,12 @@ def black_box(name: str, words: str = "behaves like a mask that begins at the to
         name,
         [other("equivalence.decode", "hidden-self", Outcome.FAIL, said), passed("shape.length", "hidden-self")],
         target=Target(recognised=words, assumed=[words], configs={"hidden-self": {}}, noise={"hidden-self": 4e-5}),
-        maps={"hidden-self": [AS_DEMANDED, TOP_LEFT]},
+        maps={"hidden-self": [AS_EXPECTED, TOP_LEFT]},
         diagnoses={
             "hidden-self": Diagnosis(
-                named="M1",
-                fault=words,
+                mistake="M1",
                 bug="https://github.com/pytorch/pytorch/issues/108108",
-                sentence=words,
-                signature=words,
+                first=FirstFailure(probe=words, mismatch=WRONG, sentence=words),
             )
         },
     )

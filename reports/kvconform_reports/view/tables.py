@@ -15,7 +15,7 @@ from kvconform.results import known_failures
 from kvconform.results.guarantees import LEVELS
 from kvconform.results.results import Results
 from kvconform.run.cross_backend import Pair
-from kvconform_reports.view.explanations import Truth, truth
+from kvconform_reports.view.explanations import JudgedBy, judged_by
 from kvconform_reports.view.outcomes import (
     WORST_FIRST,
     Chip,
@@ -46,7 +46,7 @@ class Segment:
 class Backend:
     label: str
     device: str
-    truth: Truth
+    judged_by: JudgedBy
     standing: Standing
     chips: tuple[Chip, ...]
     segments: tuple[Segment, ...]
@@ -148,7 +148,7 @@ def backends(results: Sequence[Results]) -> tuple[Backend, ...]:
             Backend(
                 label,
                 result.device,
-                truth(result),
+                judged_by(result),
                 standing(result),
                 counted,
                 tuple(segments),
