@@ -13,7 +13,7 @@ from kvconform.explain.diagnosis import Diagnosis
 from kvconform.explain.diagnosis.record import FirstFailure
 from kvconform.explain.visibility import Map
 from kvconform.judging.verdict import Outcome
-from kvconform.results.results import Results, Target, exit_code
+from kvconform.results.results import Results, Target
 from kvconform.run import check
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.effort import Effort
@@ -54,7 +54,7 @@ def test_a_design_as_intended_holds_in_every_corner(name: str, tmp_path: Path) -
     bad = [v for v in found.verdicts if v.outcome not in (Outcome.PASS, Outcome.UNSUPPORTED)]
     assert not bad, "\n".join(f"{v.clause} [{v.config}]: {v.sentence}" for v in bad)
     assert {v.config for v in found.verdicts if v.outcome is Outcome.PASS} == set(CORNERS)
-    assert exit_code(found)[0] == 0, exit_code(found)[1]
+    assert found.exit_code == 0, found.summary
 
 
 @pytest.mark.parametrize(

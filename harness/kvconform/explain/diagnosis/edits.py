@@ -216,7 +216,7 @@ class _EditedReference:
         def bound() -> Array:
             noise = bounds.Noisy(bounds.STORAGE[self.config.dtype], seed=len(ids))
             rough = bounds.single(exact)
-            strays = [bounds.stray(run(weights=rough, how=noise), value) for _ in range(bounds.RUNS)]
+            strays = [bounds.deviation(run(weights=rough, how=noise), value) for _ in range(bounds.RUNS)]
             return bounds.decoder_bound(strays, bounds.RUNS, noise.gain)
 
         return value, bound
