@@ -124,7 +124,7 @@ def truth(config: Config, seed: int) -> Truth:
     value = decoder(ids, exact, config, attend=blockwise)
     noise, rough = bounds.Noisy(bounds.STORAGE[config.dtype], seed=len(ids)), bounds.single(exact)
     # one run after another: eight at once take ten times the memory and are no faster
-    strays = [bounds.stray(decoder(ids, rough, config, 0, noise, blockwise), value) for _ in range(bounds.RUNS)]
+    strays = [bounds.deviation(decoder(ids, rough, config, 0, noise, blockwise), value) for _ in range(bounds.RUNS)]
     return Truth(columns, value, bounds.decoder_bound(strays, bounds.RUNS, noise.gain))
 
 
@@ -133,11 +133,11 @@ def own_truth(own: ReferenceForward, config: Config, seed: int) -> Truth:
     columns = _drawn(config, seed)
     ids: NDArray[Any] = tokens(config, seed)
     value = own(ids, 0.0, 0.0, 0)[0].astype(np.float64)
-    noise = bounds.disturbance(config.dtype)
+    noise = bounds.perturbation(config.dtype)
     strays = [
-        bounds.stray(own(ids, noise.storage, noise.accumulation, 1 + run)[0], value) for run in range(bounds.RUNS)
+        bounds.deviation(own(ids, noise.storage, noise.accumulation, 1 + run)[0], value) for run in range(bounds.RUNS)
     ]
-    return Truth(columns, value[:, columns], bounds.own_bound(strays, bounds.RUNS, noise.gain))
+    return Truth(columns, value[:, columns], bounds.black_box_bound(strays, bounds.RUNS, noise.gain))
 
 
 def _drawn(config: Config, seed: int) -> NDArray[np.int64]:

@@ -28,9 +28,9 @@ def audit(
         list[str], typer.Argument(help="Only faults, or clauses, whose name starts with one of these; default: all.")
     ] = [],  # noqa: B006
     faults: Annotated[str, typer.Option(help="The list of faults: module:LIST or path/file.py:LIST.")] = CATALOGUE,
-    effort: Annotated[list[str], typer.Option(help=f"How much to try: {', '.join(EFFORTS)}. May be repeated.")] = [
+    effort: Annotated[list[str], typer.Option(help=f"How much to try: {', '.join(EFFORTS)}. May be repeated.")] = [  # noqa: B006
         DEFAULT_EFFORT
-    ],  # noqa: B006
+    ],
     seed: Seed = 0,
     clause: Annotated[
         list[str],

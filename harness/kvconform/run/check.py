@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvconform.errors import BadArgument
+from kvconform.explain.diagnosis import text as diagnosis_text
 from kvconform.explain.visibility import text as visibility_text
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.results import Results
@@ -92,10 +93,9 @@ def lines(results: Results, folder: Path) -> Iterator[str]:
 
 
 def diagnosed(results: Results) -> Iterator[str]:
-    """Which known mistake the backend behaves like, config by config."""
+    """The diagnoses, config by config."""
     for name, found in results.diagnoses.items():
-        if found.sentence:
-            yield f"diagnosis [{name}]: {found.sentence}"
+        yield f"diagnosis [{name}]: {diagnosis_text.sentence(found)}"
 
 
 def _failure(results: Results, verdict: Verdict, folder: Path) -> Iterator[str]:
@@ -111,9 +111,9 @@ def _maps(results: Results) -> Iterator[str]:
     for name, maps in results.maps.items():
         wrong = [one for one in maps if not one.right]
         pictures = wrong[:DRAWN] or [one for one in maps if one.schedule == "chunked"] or maps[:1]
-        right = [visibility_text.title(one) for one in maps if one.right]
+        right = [one for one in maps if one.right]
         if right:
-            yield f"visibility [{name}]: as demanded: {', '.join(right)}"
+            yield f"visibility [{name}]: as expected: {visibility_text.coverage(right)}"
         for one in pictures:
             yield f"visibility [{name}]: {visibility_text.drawing(one)}"
         yield from (f"visibility [{name}]: {visibility_text.words(one)}" for one in wrong[DRAWN:])
