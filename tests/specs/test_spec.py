@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from kvconform.backend import Abilities, Backend
+from kvconform.backend import Backend
 from kvconform.cli.main import app
 from kvconform.search import counterexample
 from kvconform.spec_docs.clause import as_file, example, explained, faults, least_claims
@@ -134,7 +134,7 @@ def test_an_ambiguity_is_settled_by_what_there_is(ambiguity: Ambiguity) -> None:
         *(f"config.{f.name}" for f in fields(Config)),
         *(f"ability.{name}" for name in ABILITIES),
         *(f"program.{op}" for op in OPS),
-        *(f"backend.{name}" for name in {*vars(Backend), *vars(Abilities)} if not name.startswith("_")),
+        *(f"backend.{name}" for name in vars(Backend) if not name.startswith("_")),
     }
     assert set(ambiguity.by) <= known
     assert ambiguity.by
@@ -261,8 +261,8 @@ def test_a_clause_is_explained_with_a_program_that_tries_it() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["causality.future-blnid"], "named 'causality.future-blnid'; do you mean causality.future-blind"),
-        (["past-seen"], "no clause or chapter named 'past-seen'; do you mean causality.past-seen?"),
+        (["causality.future-blnid"], "named 'causality.future-blnid'; did you mean causality.future-blind"),
+        (["past-seen"], "no clause or chapter named 'past-seen'; did you mean causality.past-seen?"),
         (["poetry"], f"no clause or chapter named 'poetry'; chapters: {', '.join(CHAPTERS)}"),
         (["lifecycle", "--write", "x.json"], "--write: lifecycle is a chapter; name a clause"),
     ],

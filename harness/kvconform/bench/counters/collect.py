@@ -1,7 +1,7 @@
 """The worker's side of counting: it makes the calls that are counted, each as it is in the middle of a generation.
 
 What is counted does not depend on the numbers in the tokens, nor on when or where it runs. Nothing but numpy is needed
-here; what a framework does, the backend counts (``backend.Abilities.count``).
+here; what a framework does, the backend counts (``Backend.count``).
 """
 
 from __future__ import annotations
