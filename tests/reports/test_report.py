@@ -8,6 +8,7 @@ import html
 import re
 import xml.etree.ElementTree as ET
 from itertools import pairwise
+from typing import Any
 
 import msgspec
 import pytest
@@ -20,12 +21,13 @@ from kvconform.bench.record import Excluded
 from kvconform.judging.verdict import Outcome
 from kvconform.mutation.record import AuditRecord
 from kvconform.results.guarantees import LEVELS, Guarantee, measured
-from kvconform.results.results import Results
+from kvconform.results.results import Results, Target
 from kvconform.run.cross_backend import Pair
 from kvconform_reports import junit, markdown, terminal
 from kvconform_reports.html import render
-from kvconform_reports.view import embedding, maps
+from kvconform_reports.view import embedding, maps, null_models
 from kvconform_reports.view.outcomes import MEANINGS, STANDINGS, SYMBOLS, TONES, WORST_FIRST, percent
+from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clauses import ALL, BY_NAME, CHAPTERS
 from kvconform_specs.configs import CONFIGS
 
@@ -39,7 +41,6 @@ def hostile(name: str) -> list[Results]:
     held = given.other("errors.unchanged", name, Outcome.KNOWN_FAILURE, name, counterexample=name)
     weak = given.other("determinism.repeatable", name, Outcome.REFUTED, name, counterexample=name)
     row = given.row(name, clause="errors.unchanged", config=name, versions={name: "1.0"}, counterexample=name)
-    power = [{"clause": name, "model": name, "cases": 3, "tried": 3, "rejected": 1, "note": ""}]
     one = given.results(
         name,
         [fail, skip, good, held, weak],
@@ -51,7 +52,6 @@ def hostile(name: str) -> list[Results]:
         claims=tree,
         known_failures=[row],
         stale=[name],
-        power={name: power},
         guarantees={name: Guarantee(level=name, refuted=name, sentence=name, counterexample=name)},
     )
     return [one, given.results(name, [], device="cuda", unavailable=name)]
@@ -140,12 +140,6 @@ def test_the_embedded_data_are_the_results_that_were_given(name: str) -> None:
     assert msgspec.convert(data["audit"], AuditRecord) == audit
 
 
-def test_a_certificate_that_results_share_is_embedded_once() -> None:
-    certificates = {dtype: given.power() for dtype in ("float32", "bfloat16")}
-    data = [embedding.embed([given.results("eager", [], power=certificates)] * n, [], None)[0] for n in (1, 9)]
-    assert max(map(len, data)) < 1.5 * min(map(len, data))
-
-
 def crowd() -> list[Results]:
     """20 000 cells of 50 backends; each supports one clause not at all and breaks one cell in two hundred."""
     found, configs = [], [f"decoder-learned-{i:03}" for i in range(-(-20_000 // (50 * len(ALL))))]
@@ -158,8 +152,7 @@ def crowd() -> list[Results]:
             sentence = f"step {i} out[0] at row 1: got -0.4482, want -0.4266 ± 7.4e-07 ({i}x the bound)"
             verdicts[i] = given.other(*verdicts[i].key, Outcome.FAIL, sentence, counterexample=f"{i:08x}.json")
         verdicts = given.refuted(verdicts) if place % 2 else verdicts
-        power = {dtype: given.power() for dtype in ("float32", "bfloat16", "float16")}
-        found.append(given.results(f"backend-{place}", verdicts, power=power, guarantees=measured(verdicts)))
+        found.append(given.results(f"backend-{place}", verdicts, guarantees=measured(verdicts)))
     return found
 
 
@@ -349,9 +342,9 @@ def test_a_known_failure_shows_reason_link_versions_last_day_and_replay_line() -
     source, short = render([result], [], None), markdown.render([result], [], None)
     text, row = section(source, "known"), result.known_failures[0]
     replay = "kvconform replay results/failures/eager/numerics.zero-keys-1a2b3c4d.json"
-    for words in (row.reason, "pytorch/pytorch#103082", "torch 2.11.*", "2027-03-31", "got nan, want 0.25", replay):
+    for words in (row.reason, "pytorch/pytorch#103082", "torch 2.11.*", "2027-03-31", "got -0.4482, want -0.4266", replay):
         assert words in text
-    for words in (row.reason, "pytorch/pytorch\\#103082", "2027-03-31", "got nan, want 0.25"):
+    for words in (row.reason, "pytorch/pytorch\\#103082", "2027-03-31", "got -0.4482, want -0.4266"):
         assert words in short
     assert f'<a href="{row.link}">' in source
     assert matrix_row(source, "numerics.zero-keys").startswith("! known failure 1 until 2027-03-31 ✓ pass")
@@ -365,7 +358,7 @@ def test_a_stale_row_is_an_error_before_everything_else() -> None:
     words = "numerics.zero-keys on eager [attention-gqa]: the known failure no longer fails: remove the row"
     result = given.results("eager", given.everywhere(), stale=[words])
     source, short = render([result], [], None), markdown.render([result], [], None)
-    assert source.index("✗</i> stale known failure") < source.index(words) < source.index('class="backends"')
+    assert source.index("✗</i> stale known failures") < source.index(words) < source.index('class="backends"')
     assert words in page(source).text
     assert short.index("stale known failure") < short.index("| chapter |")
     assert words in terminal.table([result])
@@ -374,8 +367,14 @@ def test_a_stale_row_is_an_error_before_everything_else() -> None:
     assert error.get("message") == words
 
 
-def test_the_power_table_says_share_blind_untried_and_no_numbers_in_words() -> None:
-    results = [given.results("eager", [], power={"float32": given.power()})]
+def shipped(monkeypatch: pytest.MonkeyPatch, **tables: Any) -> list[Results]:
+    """Results whose version of the suite has these power tables, by dtype."""
+    monkeypatch.setattr(null_models, "stored", lambda dtype: tables.get(dtype, []))
+    return [given.results("eager", [], suite=SUITE_VERSION, dtypes=list(tables))]
+
+
+def test_the_power_table_says_share_blind_untried_and_no_numbers_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = shipped(monkeypatch, float32=given.power())
     source = render(results, [], None)
     first, blind, weak, full = (clause.name for clause in ALL[:4])
     text = section(source, "power")
@@ -389,41 +388,46 @@ def test_the_power_table_says_share_blind_untried_and_no_numbers_in_words() -> N
     assert f"{weak} on “zeros” 3/8" in markdown.render(results, [], None)
 
 
-def test_dtypes_share_a_cell_of_the_power_table_and_are_named_where_they_differ() -> None:
+def test_dtypes_share_a_cell_of_the_power_table_and_are_named_where_they_differ(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def row(model: str, rejected: int) -> dict[str, object]:
         return {"clause": "batch.ragged", "model": model, "cases": 4, "tried": 4, "rejected": rejected, "note": ""}
 
     single, half = [row("zeros", 4), row("stale", 4)], [row("zeros", 4), row("stale", 2)]
-    certificates = {"float32": single, "bfloat16": half, "float16": single}
-    text = section(render([given.results("eager", [], power=certificates)], [], None), "power")
+    results = shipped(monkeypatch, float32=single, bfloat16=half, float16=single)
+    text = section(render(results, [], None), "power")
     assert "batch.ragged 100 % 4/4 100 % 4/4 float32, float16 50 % 2/4 bfloat16" in text
-    apart = [given.results("old", [], power={"float32": half}), given.results("new", [], power={"float32": single})]
-    text = section(render(apart, [], None), "power")
-    assert "batch.ragged 100 % 4/4 50 % 2/4 float32 of old 100 % 4/4 float32 of new" in text
 
 
-def test_a_model_that_no_clause_rejects_and_a_clause_blind_to_one_model_are_named() -> None:
+def test_a_model_that_no_clause_rejects_and_a_clause_blind_to_one_model_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def row(clause: str, model: str, rejected: int) -> dict[str, object]:
         return {"clause": clause, "model": model, "cases": 4, "tried": 4, "rejected": rejected, "note": ""}
 
     rows = [row("batch.ragged", "zeros", 4), row("batch.ragged", "mean", 0), row("batch.ragged", "stale", 4)]
     rows += [row("batch.padding", "zeros", 0), row("batch.padding", "mean", 0), row("batch.padding", "stale", 4)]
-    text = section(render([given.results("eager", [], power={"float32": rows})], [], None), "power")
+    text = section(render(shipped(monkeypatch, float32=rows), [], None), "power")
     assert "No clause rejects “mean”." in text
     assert "Blind to some models: batch.ragged to “mean”; batch.padding to all but “stale”." in text
     assert "weakest" not in text
 
 
-@pytest.mark.parametrize("power", [{}, {"float32": []}])
-def test_a_certificate_that_was_not_computed_says_so(power: dict[str, list[object]]) -> None:
-    assert "was not computed" in section(render([given.results("eager", [], power=power)], [], None), "power")
+def test_results_without_a_power_table_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another version of the suite, of a black box, and of a dtype that has none."""
+    (mine,) = shipped(monkeypatch, float32=given.power())
+    assert "There is no null-model power table" not in section(render([mine], [], None), "power")
+    box = msgspec.structs.replace(mine, target=Target(recognised="", assumed=[], configs={}))
+    older, other = msgspec.structs.replace(mine, suite="0"), msgspec.structs.replace(mine, dtypes=["float16"])
+    for without in (older, box, other):
+        assert "There is no null-model power table" in section(render([without], [], None), "power")
+        assert "Power of the clauses" not in markdown.render([without], [], None)
 
 
-@pytest.mark.parametrize("rows", [["x"], [{"clause": 3}], {"clause": "a"}, [{"model": "zeros"}]])
-def test_a_certificate_that_cannot_be_read_says_so(rows: object) -> None:
-    results = [given.results("eager", [], power={"float32": rows})]
-    assert "float32: it cannot be read: " in section(render(results, [], None), "power")
-    assert "float32: it cannot be read: " in markdown.render(results, [], None)
+def test_the_shipped_power_table_is_shown() -> None:
+    results = [given.results("eager", [], suite=SUITE_VERSION)]
+    assert "of a clause and a null model that were tried" in section(render(results, [], None), "power")
 
 
 @pytest.mark.parametrize(
