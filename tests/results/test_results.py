@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import msgspec
 import pytest
+from mismatches import cause
 from places import SUPPORT
 
 from kvconform.cli.schemas import json_schema
@@ -35,7 +36,7 @@ from kvconform_specs.errors import SpecError
 
 def verdict(clause: str = "shape.output", outcome: Outcome = Outcome.PASS, **more: Any) -> Verdict:
     words = "" if outcome is Outcome.PASS else "it broke"
-    fields: dict[str, Any] = {"compared": 10, "sentence": words, **more}
+    fields: dict[str, Any] = {"compared": 10, "sentence": words, **cause(outcome), **more}
     return Verdict(clause=clause, config="attention-gqa", backend="x", outcome=outcome, **fields)
 
 
