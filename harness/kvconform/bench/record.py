@@ -38,8 +38,8 @@ class Arm(msgspec.Struct, frozen=True):
 
 
 class Case(msgspec.Struct, frozen=True):
-    """Arms that are timed against one another in the same rounds. ``depth``: n. ``steps``: k, calls in one block.
-    ``new``: tokens that a generating phase makes; a block is one whole generation then."""
+    """Arms that are timed against one another in the same rounds. ``depth``: n. ``steps``: k, calls in one block; 0 if
+    nothing was timed. ``new``: tokens that a generating phase makes; a block is one whole generation then."""
 
     preset: str
     depth: int
@@ -197,9 +197,11 @@ class Exponent(msgspec.Struct, frozen=True):
 
 
 class Excluded(msgspec.Struct, frozen=True):
-    """A backend that got no time for a preset, and why: not conformant, unsupported, crashed.
+    """What has no time on a preset, and why: a backend that is not conformant, unsupported or crashed; or, with an
+    empty ``backend``, a case that the time limit left out.
 
-    ``phase``: only this phase has no time, and the others have; empty: none has.
+    ``phase``: only this phase has no time; empty: none of the backend's has. Of a case its phase and depth, as in
+    ``decode(64)``.
     """
 
     backend: str
