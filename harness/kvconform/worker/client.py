@@ -56,7 +56,7 @@ class WorkerDied(Exception):
 @dataclass
 class WorkerSpec:
     """How to start workers of one backend. ``cpus``: on which processors, where the system lets a parent say so; None:
-    on any."""
+    on any. ``module``: what the interpreter runs as the worker."""
 
     address: str
     device: str = "cpu"
@@ -64,6 +64,7 @@ class WorkerSpec:
     step_timeout: float = STEP_TIMEOUT
     environment: dict[str, str] = field(default_factory=dict)
     cpus: tuple[int, ...] | None = None
+    module: str = "kvconform.worker.server"
 
 
 def unproven(runtime_info: Mapping[str, Any], device: str) -> str:
@@ -260,7 +261,7 @@ class WorkerClient:
         try:
             with self._stderr.open("wb") as stderr, _pinned(spec.cpus):
                 self._process = subprocess.Popen(
-                    [spec.python, "-m", "kvconform.worker.server", spec.address, spec.device, str(path)],
+                    [spec.python, "-m", spec.module, spec.address, spec.device, str(path)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=stderr,
