@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from kvconform_specs.claims import Claims
 from kvconform_specs.config import ITEMSIZE, Config
 from kvconform_specs.tensors import weight_shapes
 
@@ -40,3 +41,12 @@ def seen(config: Config, layer: int, past: int, new: int) -> int:
 def cache_bytes(config: Config, slots: int) -> int:
     """Bytes of the keys and values in so many slots of every layer."""
     return 2 * config.layers * config.kv_heads * slots * config.head_dim * ITEMSIZE[config.dtype]
+
+
+def slots(claims: Claims, config: Config, length: int) -> int:
+    """The slots that a row of that length takes, as claimed."""
+    if claims.memory == "capacity":
+        return config.capacity
+    if claims.memory == "pages":
+        return -(-length // (claims.page or 1)) * (claims.page or 1)
+    return length

@@ -23,7 +23,7 @@ from kvconform import __version__
 from kvconform.api import file_name
 from kvconform.bench import record as speed_record
 from kvconform.bench.record import Record
-from kvconform.cli.bench import bench
+from kvconform.cli import bench
 from kvconform.cli.options import Backends, Device, Out, Pythons, Seed, errors, launches, screen, usage
 from kvconform.explain import repro
 from kvconform.files import family_of, write_atomically
@@ -315,7 +315,7 @@ def audit_command(
     raise typer.Exit(audit_record.exit_code(record))
 
 
-app.command()(bench)
+app.add_typer(bench.app, name="bench")
 
 
 @app.command()

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from kvconform.judging.observed import Array, Observed, Outcome, at
-from kvconform_specs.config import ITEMSIZE, Config
+from kvconform_specs.config import Config
+from kvconform_specs.costs import cache_bytes, multiply_adds, slots
 from kvconform_specs.history import Histories, Row
 from kvconform_specs.program import Append, Close, Step
-from kvconform_specs.tensors import weight_shapes
 
 
 def lengths(observed: Sequence[Observed]) -> Outcome:
@@ -138,13 +138,12 @@ def held_bytes(observed: Sequence[Observed]) -> Outcome:
     compared = 0
     for one in observed:
         c = one.program.config
-        token = 2 * c.layers * c.kv_heads * c.head_dim * ITEMSIZE[c.dtype]
         for number, _step, rows in _after(one):
             told = one.trace[number].reported.get("bytes")
             if told is None:
                 continue
             compared += 1
-            want = token * sum(_slots(one, len(row)) for row in rows)
+            want = cache_bytes(c, sum(slots(one.claims, c, len(row)) for row in rows))
             if told != (want,):
                 return f"{at(one.program, number)}: says that it takes {told[0]} bytes, want {want}", compared, None
     return None, compared, None
@@ -157,18 +156,12 @@ def positions(observed: Sequence[Observed]) -> Outcome:
     for one in observed:
         for number, step, work, depth in _metered(one):
             c, b, t = one.program.config, len(step.counts), max(step.counts)
-            matrices = {name: shape for name, shape in weight_shapes(c).items() if len(shape) == 2}
-            weights = sum(a * z for name, (a, z) in matrices.items() if name not in ("embed", "position"))
-            linear = b * t * weights
-            spared = b * (t - 1) * c.width * c.vocabulary if step.last_only else 0
-            attention = 2 * b * c.heads * t * c.head_dim * c.layers * _slots(one, depth)
+            least = multiply_adds(c, 0, t, b, keys=0, last_only=step.last_only)
+            linear, most = (multiply_adds(c, 0, t, b, keys=n) for n in (0, slots(one.claims, c, depth)))
             compared += 1
-            if not linear - spared <= work <= linear + attention:
-                extra = f", as for {work / (linear + attention) * t:.3g} new tokens" if work > linear else ""
-                words = (
-                    f"took {work} multiply-adds for {t} new tokens of {depth}, want {linear - spared} to "
-                    f"{linear + attention}"
-                )
+            if not least <= work <= most:
+                extra = f", as for {work / most * t:.3g} new tokens" if work > linear else ""
+                words = f"took {work} multiply-adds for {t} new tokens of {depth}, want {least} to {most}"
                 return f"{at(one.program, number)}: {words}{extra}", compared, None
     return None, compared, None
 
@@ -186,7 +179,8 @@ def linear_cost(observed: Sequence[Observed]) -> Outcome:
             if len(points) < 3:
                 continue
             (s0, w0, _), (s1, w1, _), (s2, w2, _) = points[-3:]
-            most = 2 * len(step.counts) * c.heads * max(step.counts) * c.head_dim * c.layers
+            b, t = len(step.counts), max(step.counts)
+            most = multiply_adds(c, 0, t, b, keys=1) - multiply_adds(c, 0, t, b, keys=0)
             compared += 1
             before, after = (w1 - w0) * (s2 - s1), (w2 - w1) * (s1 - s0)
             bent = c.window is not None and s2 > c.window and 0 <= after < before  # a full window grows no more
@@ -206,15 +200,6 @@ def _metered(one: Observed) -> Iterator[tuple[int, Append, int, int]]:
         told = one.trace[number].reported.get("macs")
         if told is not None and isinstance(step, Append):
             yield number, step, told[0], max(map(len, rows))
-
-
-def _slots(one: Observed, length: int) -> int:
-    """How many slots a row of that length takes, as claimed."""
-    if one.claims.memory == "capacity":
-        return one.program.config.capacity
-    if one.claims.memory == "pages":
-        return -(-length // (one.claims.page or 1)) * (one.claims.page or 1)
-    return length
 
 
 def _after(one: Observed) -> Iterator[tuple[int, Step, tuple[Row, ...]]]:

@@ -18,6 +18,12 @@ MAX_RESTART_STD = 0.15
 """Standard deviation between restarts, of the logarithm, above which a ratio is not valid."""
 MAX_LOAD_PER_CORE = 2.0
 """Load average per core above which no ratio is valid."""
+RULES = (
+    f"at least 2 restarts, half-width <= {MAX_RATIO_HALF_WIDTH:.0%}, standard deviation between restarts <= "
+    f"{MAX_RESTART_STD:.0%}, load average <= {MAX_LOAD_PER_CORE:g} x cores; of a single time: half-width <= "
+    f"{MAX_TIME_HALF_WIDTH:.0%}"
+)
+"""When a ratio is valid, and when a single time is."""
 
 
 def pairs(case: Case, designs: Sequence[str] = ()) -> list[tuple[int, int]]:

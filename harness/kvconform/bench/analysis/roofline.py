@@ -91,9 +91,8 @@ def _roof(record: Record, number: int, arm: int, bound: Bound | None, taken: Tim
         paired = ratio_of(number, bound.arm, arm, shifted, busy)
         fraction, low, high = paired.ratio, paired.low, paired.high
         if not fraction <= MAX_ROOFLINE_FRACTION:
-            flags.append(
-                f"over the measured ceiling by more than {MAX_ROOFLINE_FRACTION - 1:.0%}: what was measured is not the limit"
-            )
+            over = f"{MAX_ROOFLINE_FRACTION - 1:.0%}"
+            flags.append(f"over the measured ceiling by more than {over}: what was measured is not the limit")
         flags += [] if paired.valid else [paired.why_invalid]
     if case.arms[bound.arm].phase == "multiply" and config.dtype != "float32":
         flags.append(f"the products bind, and their ceiling is that of float32, not of {config.dtype}")

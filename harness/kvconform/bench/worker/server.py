@@ -45,7 +45,9 @@ class TimingWorker(Worker):
         return {"blocks": [block._asdict() for block in blocks], "digest": timer.digest}, b""
 
     def device_times(self, message: Header) -> Reply:
-        return {"ns": self.timer(message).device(*(message[n] for n in ("phase", "depth", "steps", "count", "batch")))}, b""
+        return {
+            "ns": self.timer(message).device(*(message[n] for n in ("phase", "depth", "steps", "count", "batch")))
+        }, b""
 
     def memory(self, message: Header) -> Reply:
         return {"memory": self.timer(message).memory(message["depth"], message["batch"])}, b""

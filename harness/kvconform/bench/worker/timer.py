@@ -100,8 +100,8 @@ class Timer:
         return [self._phases[phase](depth, steps, batch, new) for _ in range(count)]
 
     def device(self, phase: str, depth: int, steps: int, count: int, batch: int = 1) -> list[int]:
-        """``count`` times the device's own nanoseconds of ``steps`` steps; 0: not measured, and the backend's runtime_info
-        says why. After the last block of this worker: a profiler may stay in the process."""
+        """``count`` times the device's own nanoseconds of ``steps`` steps; 0: not measured, and runtime_info() says why.
+        Called after the last block of this worker: a profiler may stay in the process."""
         if not hasattr(self.backend, "device_ns"):
             return [0] * count
         self.drop()
