@@ -28,7 +28,7 @@ def multiply_adds(
     c, shapes = config, weight_shapes(config)
     layers = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and "." in name)
     met = c.layers * new * keys if keys is not None else sum(seen(c, layer, past, new) for layer in range(c.layers))
-    head = (1 if last_only else new) * math.prod(shapes["lm_head"])
+    head = (1 if last_only else new) * math.prod(shapes.get("lm_head", (0,)))
     return batch * (new * layers + head + 2 * c.heads * c.head_dim * met)
 
 
