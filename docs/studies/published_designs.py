@@ -48,7 +48,7 @@ class Version:
             init = ["--init", json.dumps(self.init)] if self.init else []
             return ["kvconform", "check", self.target, *init]
         config = ["--config", self.config] if self.config else []
-        return ["kvconform", "run", "-b", self.target, "--budget", "smoke", *config]
+        return ["kvconform", "run", "-b", self.target, "--effort", "smoke", *config]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from kvconform.results.known_failures import EMPTY
 from kvconform.results.known_failures import read as read_known_failures
 from kvconform.results.results import Results, exit_code
 from kvconform.run.run import Plan, cells, run_backend
-from kvconform.search.effort import BUDGETS
+from kvconform.search.effort import EFFORTS
 from kvconform.worker.client import WorkerSpec
 from kvconform.worker.registry import address_of
 
@@ -20,7 +20,7 @@ from kvconform.worker.registry import address_of
 def conformance(
     backend: str | type,
     *,
-    budget: str = "smoke",
+    effort: str = "smoke",
     seed: int = 0,
     device: str = "cpu",
     dtypes: tuple[str, ...] = ("float32",),
@@ -41,14 +41,14 @@ def conformance(
     address = backend if isinstance(backend, str) else address_of(backend)
     with tempfile.TemporaryDirectory(prefix="kvconform-") as scratch:
         folder = Path(out) if out is not None else Path(scratch)
-        plan = Plan(BUDGETS[budget], seed, dtypes, clauses, configs)
+        plan = Plan(EFFORTS[effort], seed, dtypes, clauses, configs)
         if not any(cells(plan)):
             raise ValueError(f"no cell matches clauses {clauses or '*'} and configs {configs or '*'}")
         name = file_name(address)
         results = run_backend(name, WorkerSpec(address, device, python), plan, folder, known_failures=known)
         code, sentence = exit_code(results)
         outcomes = {verdict.outcome for verdict in results.verdicts}
-        harmless = {Outcome.PASS, Outcome.XFAIL, Outcome.REFUTED, Outcome.UNSUPPORTED}
+        harmless = {Outcome.PASS, Outcome.KNOWN_FAILURE, Outcome.REFUTED, Outcome.UNSUPPORTED}
         part = Outcome.PASS in outcomes and outcomes <= harmless and not results.stale
         if code == 0 or (part and (clauses or configs)):
             return results

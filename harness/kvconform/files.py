@@ -1,11 +1,24 @@
-"""Files that are either whole or not there, and what a reader says of one that is neither."""
+"""Files of records: written whole or not at all, read by their schema, and the JSON Schema of each kind.
+
+A record is a struct with a field ``schema``. Its file is JSON with one line for each field, or for each entry of a
+field that holds structures. A name that ends in ``.gz`` makes the file compressed. Fields that are lists of array-like
+structs are stored as columns: an object with one list for each field of the struct, without those columns that hold
+nothing but the default.
+"""
 
 from __future__ import annotations
 
+import ast
+import gzip
+import inspect
 import os
 import tempfile
+import textwrap
+import zlib
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_args, get_type_hints
 
 import msgspec
 
@@ -13,7 +26,7 @@ from kvconform_specs.errors import SpecError
 
 
 class Versioned(Protocol):
-    """A struct that names the schema that it was written by."""
+    """A struct that names its schema."""
 
     @property
     def schema(self) -> str: ...
@@ -22,29 +35,40 @@ class Versioned(Protocol):
 Stored = TypeVar("Stored", bound=Versioned)
 
 
+class _Head(msgspec.Struct):
+    schema: str = ""
+
+
+# --- records ---
 def read_versioned(path: Path, kind: type[Stored], schema: str, noun: str) -> Stored:
     """The struct in a JSON file. Raises SpecError with one sentence where the file holds none of this version."""
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=kind)
+        data = _content(path)
+        found = msgspec.json.decode(data, type=_Head).schema or schema
+        if found == schema:
+            return _decoded(data, kind)
     except OSError as error:
-        raise SpecError(str(path), f"cannot be read: {error.strerror}") from error
-    except ValueError as error:  # msgspec's own errors, and what a struct refuses
+        raise SpecError(str(path), f"cannot be read: {error.strerror or error}") from error
+    except (ValueError, EOFError, zlib.error) as error:  # msgspec's own errors, and what a struct refuses
         raise SpecError(str(path), f"holds no {noun}: {error}") from error
-    if found.schema != schema:
-        raise SpecError(f"{path}.schema", f"unknown schema {found.schema!r}; known: {schema}")
-    return found
+    raise SpecError(f"{path}.schema", f"unknown schema {found!r}; known: {schema}")
 
 
 def family_of(path: Path) -> str:
-    """The name of the schema that a JSON file was written by, without its version; empty where it tells none."""
+    """The name of a JSON file's schema, without its version; empty where the file has none."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Family).schema.partition("/")[0]
-    except (OSError, msgspec.DecodeError):
+        return msgspec.json.decode(_content(path), type=_Head).schema.partition("/")[0]
+    except (OSError, ValueError, EOFError, zlib.error):
         return ""
 
 
-class _Family(msgspec.Struct):
-    schema: str = ""
+def write_versioned(path: Path, record: msgspec.Struct) -> None:
+    """Writes the file, whole or not at all."""
+    document = msgspec.to_builtins(record)
+    for name, row in _tables(type(record)).items():
+        document[name] = _columns(getattr(record, name), row)
+    data = _lines(document)
+    write_atomically(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -63,3 +87,136 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _content(path: Path) -> bytes:
+    return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+
+
+def _decoded(data: bytes, kind: type[Stored]) -> Stored:
+    tables = _tables(kind)
+    if not tables:
+        return msgspec.json.decode(data, type=kind)
+    document = msgspec.json.decode(data, type=dict[str, Any])
+    for name in tables.keys() & document.keys():
+        document[name] = _rows(document[name], tables[name])
+    return msgspec.convert(document, type=kind)
+
+
+def _tables(kind: type) -> dict[str, type[msgspec.Struct]]:
+    """The struct of each field that is stored as columns."""
+    found = {name: get_args(hint) for name, hint in get_type_hints(kind).items()}
+    return {
+        name: row[0]
+        for name, row in found.items()
+        if len(row) == 1
+        and isinstance(row[0], type)
+        and issubclass(row[0], msgspec.Struct)
+        and row[0].__struct_config__.array_like
+    }
+
+
+def _columns(rows: Sequence[msgspec.Struct], kind: type[msgspec.Struct]) -> dict[str, list[Any]]:
+    columns = {field.name: [getattr(row, field.name) for row in rows] for field in msgspec.structs.fields(kind)}
+    return {
+        field.name: columns[field.name]
+        for field in msgspec.structs.fields(kind)
+        if field.required or any(value != field.default for value in columns[field.name])
+    }
+
+
+def _rows(columns: object, kind: type[msgspec.Struct]) -> list[tuple[Any, ...]]:
+    """The rows in columns, values in the order of the fields. Raises ValueError where a column is missing or short."""
+    given = msgspec.convert(columns, dict[str, list[Any]])
+    count, found = max(map(len, given.values()), default=0), []
+    for field in msgspec.structs.fields(kind):
+        if field.required and field.name not in given:
+            raise ValueError(f"{kind.__name__} has no column {field.name!r}")
+        found.append(given.get(field.name, [field.default] * count))
+        if len(found[-1]) != count:
+            raise ValueError(f"column {field.name!r} of {kind.__name__} has {len(found[-1])} values, not {count}")
+    return list(zip(*found, strict=True))
+
+
+def _lines(document: dict[str, Any]) -> bytes:
+    """JSON with one line for each field, or for each entry of a field that holds structures."""
+    return b"{\n" + b",\n".join(_field(name, value) for name, value in document.items()) + b"\n}\n"
+
+
+def _field(name: str, value: object) -> bytes:
+    encode = msgspec.json.encode
+    head = b" " + encode(name) + b": "
+    match value:
+        case [dict() | list(), *_]:
+            return head + b"[\n" + b",\n".join(b"  " + encode(entry) for entry in value) + b"\n ]"
+        case dict() if any(isinstance(entry, dict | list) for entry in value.values()):
+            entries = (b"  " + encode(key) + b": " + encode(entry) for key, entry in value.items())
+            return head + b"{\n" + b",\n".join(entries) + b"\n }"
+    return head + encode(value)
+
+
+# --- JSON Schemas ---
+def schema_of(kind: type) -> dict[str, Any]:
+    """The JSON Schema of a record's file. Descriptions are docstrings: of the structs, and of their fields."""
+    schema = msgspec.json.schema(kind)
+    tables = _tables(kind)
+    for struct in _structs(msgspec.inspect.type_info(kind), {}):
+        definition, texts = schema["$defs"][struct.__name__], descriptions(struct)
+        definition["description"] = _plain(struct.__doc__ or "")
+        if struct in tables.values():
+            _as_columns(definition, struct)
+        for name, part in definition["properties"].items():
+            part["description"] = texts.get(name, "")
+    properties = schema["$defs"][kind.__name__]["properties"]
+    for name, row in tables.items():
+        properties[name] = {"description": properties[name]["description"], "$ref": f"#/$defs/{row.__name__}"}
+    return schema
+
+
+def descriptions(struct: type) -> dict[str, str]:
+    """The string below each field of a struct, by field."""
+    found: dict[str, str] = {}
+    for base in reversed(struct.__mro__):
+        if issubclass(base, msgspec.Struct) and base is not msgspec.Struct:
+            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+            assert isinstance(definition, ast.ClassDef)
+            for field, below in pairwise(definition.body):
+                match field, below:
+                    case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                        found[name] = _plain(text)
+    return found
+
+
+def _plain(docstring: str) -> str:
+    """A docstring in one line, with code as in Markdown."""
+    return " ".join(docstring.split()).replace("``", "`")
+
+
+def _structs(info: object, seen: dict[type, None]) -> dict[type, None]:
+    """Every struct in a type."""
+    if isinstance(info, msgspec.inspect.StructType):
+        if info.cls in seen:
+            return seen
+        seen[info.cls] = None
+    if isinstance(info, tuple):
+        parts: Iterable[object] = info
+    elif isinstance(info, msgspec.Struct):
+        parts = (getattr(info, name) for name in info.__struct_fields__)
+    else:
+        parts = ()
+    for part in parts:
+        _structs(part, seen)
+    return seen
+
+
+def _as_columns(definition: dict[str, Any], row: type[msgspec.Struct]) -> None:
+    fields = msgspec.structs.fields(row)
+    items = definition.pop("prefixItems")
+    for key in ("minItems", "maxItems", "items"):
+        definition.pop(key, None)
+    definition["type"] = "object"
+    definition["properties"] = {
+        field.name: {"type": "array", "items": {k: v for k, v in item.items() if k != "default"}}
+        for field, item in zip(fields, items, strict=True)
+    }
+    definition["required"] = [field.name for field in fields if field.required]

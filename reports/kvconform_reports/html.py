@@ -24,7 +24,7 @@ def render(
     latency: Record | None,
     *,
     folder: str = "results",
-    audit: audit_record.Record | None = None,
+    audit: audit_record.AuditRecord | None = None,
 ) -> str:
     """The report of one or more backends as HTML. ``folder``: the results folder that replay lines name."""
     templates = _templates()
@@ -115,7 +115,7 @@ def _runs(results: Sequence[Results]) -> tuple[tuple[str, str], ...]:
     found = []
     for name, values in (
         ("suite", [result.suite for result in results]),
-        ("budget", [result.budget for result in results]),
+        ("effort", [result.effort for result in results]),
         ("seed", [str(result.seed) for result in results]),
         ("dtypes", [", ".join(result.dtypes) for result in results]),
         ("started", sorted(outcomes.when(result.started) for result in results)),

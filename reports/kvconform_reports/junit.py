@@ -27,7 +27,7 @@ def render(results: Sequence[Results]) -> str:
         suite.set("timestamp", _legal(result.started.removesuffix("+00:00")))
         stands = standing(result)
         properties = ET.SubElement(suite, "properties")
-        for name in ("suite", "device", "budget", "seed"):
+        for name in ("suite", "device", "effort", "seed"):
             ET.SubElement(properties, "property", name=name, value=_legal(str(getattr(result, name))))
         ET.SubElement(properties, "property", name="verdict", value=_legal(f"{stands.word}: {stands.sentence}"))
         for config, held in result.guarantees.items():

@@ -28,7 +28,7 @@ def render(
     latency: Record | None,
     *,
     folder: str = "results",
-    audit: audit_record.Record | None = None,
+    audit: audit_record.AuditRecord | None = None,
 ) -> str:
     """Verdicts, chapters by backend, failures with their replay lines, known failures, guarantees, the worst pair, what
     the cache saves, and how much the clauses see."""
@@ -111,7 +111,7 @@ def _known(results: Sequence[Results], folder: str) -> str:
         return ""
     lines = ["### Known failures", ""]
     for one in found[:MOST_FAILURES]:
-        where = f"{SYMBOLS[Outcome.XFAIL]} **{text(one.clause)}** on {text(one.label)} under {text(one.config)}"
+        where = f"{SYMBOLS[Outcome.KNOWN_FAILURE]} **{text(one.clause)}** on {text(one.label)} under {text(one.config)}"
         why = f"{one.row.reason}, until {one.row.expires} ({one.link}): " if one.row else ""
         lines.append(f"- {where}: {text(why + one.now)}")
         if one.replay:
@@ -215,7 +215,7 @@ def _power(results: Sequence[Results]) -> str:
     return "\n".join(("### Power of the clauses", "", *lines))
 
 
-def _audit(record: audit_record.Record | None) -> str:
+def _audit(record: audit_record.AuditRecord | None) -> str:
     if record is None:
         return ""
     words = [*mutation(record).notes, *audit_record.summary(record)]

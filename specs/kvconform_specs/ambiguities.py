@@ -177,14 +177,14 @@ AMBIGUITIES: tuple[Ambiguity, ...] = (
         question="Does a step change the cache that it is given, and may present and past share memory?",
         settled="Only the cache that a step returns is used further, unless functional is claimed: then the one it was "
         "given stays as it was; where alias is claimed, sharing memory changes no output.",
-        by=("ability.functional", "contents.old-handle", "ability.alias", "capture.aliasing"),
+        by=("ability.immutable", "contents.old-handle", "ability.in_place", "capture.aliasing"),
         default="Without the abilities functional and alias a cache is not used again after a step.",
     ),
     Ambiguity(
         id="A23",
         question="Does a forward that is told not to use the cache still append to a past that is given?",
         settled="It cannot be given one: full takes whole sequences and no cache, and touches none.",
-        by=("backend.full", "equivalence.full-stable"),
+        by=("backend.uncached_forward", "equivalence.full-stable"),
     ),
     Ambiguity(
         id="A24",

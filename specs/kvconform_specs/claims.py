@@ -136,8 +136,13 @@ class Claims:
             raise SpecError("claims.kv_bits", "a signed integer has at least 2 bits, got 1")
 
     def can(self, ability: str) -> bool:
-        """Whether an ability is claimed, or what is derived from the other claims (``DERIVED``)."""
-        return DERIVED[ability](self) if ability in DERIVED else ability in self.abilities
+        """Whether an ability is claimed, or follows from the other claims (``DERIVED``). Raises SpecError for a name that
+        is neither."""
+        if ability in DERIVED:
+            return DERIVED[ability](self)
+        if ability not in ABILITIES:
+            raise SpecError("claims", f"unknown ability {ability!r}; known: {', '.join((*ABILITIES, *DERIVED))}")
+        return ability in self.abilities
 
     @property
     def precision(self) -> Precision:

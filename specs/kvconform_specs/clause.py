@@ -49,6 +49,32 @@ class Relation(Enum):
     POSITIONS = "a step multiplies weights for its new tokens only"
     LINEAR_COST = "the multiply-adds of equal steps grow with the depth by equal amounts, attention's at most"
 
+    @property
+    def compares_two(self) -> bool:
+        """Whether it compares the first program of a case with each of the others."""
+        return self in (Relation.AGREEMENT, Relation.INSENSITIVE, Relation.SENSITIVE, Relation.BITWISE)
+
+    @property
+    def judges_outputs(self) -> bool:
+        """Whether it is about the numbers, or tokens, that steps give; the others are about the cache, or shapes."""
+        alone = (Relation.PARITY, Relation.FINITE, Relation.SAME_TOKEN, Relation.GENERATED)
+        return self.compares_two or self in alone
+
+    @property
+    def judges_numbers(self) -> bool:
+        """Whether it is about outputs, or about cached keys and values."""
+        return self.judges_outputs or self in (Relation.CONTENTS, Relation.STABLE_CONTENTS)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether no program passes it without the definition's numbers; agreement to the bit needs none."""
+        return self in (Relation.PARITY, Relation.SENSITIVE, Relation.SAME_TOKEN)
+
+    @property
+    def picks_token(self) -> bool:
+        """Whether it is about the token that is chosen from the logits."""
+        return self in (Relation.SAME_TOKEN, Relation.GENERATED)
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -89,7 +115,7 @@ class Clause:
     needs: what a backend must claim (``claims.ABILITIES``, ``claims.DERIVED``), else the clause is *unsupported*
     there; needs_any: at least one of these. applies: whether it says anything about a config. core: without a PASS
     here no profile of a backend is conformant. strategy: the programs, drawn for a config within a backend's claims.
-    effort: how many structures are drawn, as a fraction of the budget's, and variants: how many seeds of each are tried
+    share: how many structures are drawn, as a fraction of the effort's, and variants: how many seeds of each are tried
     at most: less where programs are long, or few shapes matter.
     """
 
@@ -104,7 +130,7 @@ class Clause:
     needs_any: tuple[str, ...] = ()
     applies: Callable[[Config], bool] = ordinary
     core: bool = False
-    effort: float = 1.0
+    share: float = 1.0
     variants: int = 20
 
     @property
@@ -113,12 +139,12 @@ class Clause:
 
     @property
     def needs_numbers(self) -> bool:
-        """Whether a pass always needs the definition's numbers; agreement to the bit does not."""
-        return bool({Relation.PARITY, Relation.SENSITIVE, Relation.SAME_TOKEN} & set(self.relations))
+        """Whether no program passes it without the definition's numbers."""
+        return any(relation.needs_reference for relation in self.relations)
 
     def concerns(self, config: Config) -> bool:
         if config.profile == "hidden":  # its programs are a decoder's, but nothing is picked from its outputs
-            picks = {Relation.SAME_TOKEN, Relation.GENERATED} & set(self.relations)
+            picks = any(relation.picks_token for relation in self.relations)
             return "decoder" in self.profiles and not picks and self.applies(config)
         return config.profile in self.profiles and self.applies(config)
 

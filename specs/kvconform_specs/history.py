@@ -1,68 +1,93 @@
-"""What a program's sequences logically hold after each step: the tokens, and nothing else."""
+"""The tokens that a program's sequences hold after each step, and what a step's outputs are a function of."""
 
 from __future__ import annotations
 
-from kvconform_specs.program import (
-    AliasHandle,
-    Append,
-    Close,
-    Fork,
-    Program,
-    Reorder,
-    Reset,
-    Run,
-    Step,
-    Truncate,
-    UncachedForward,
-)
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-Token = tuple[int, int]
-"""``(seed, position)``: the token at that position of that stream."""
+from kvconform_specs.program import Append, Program, Run, Sequences, Step, UncachedForward
 
+
+class Stream(NamedTuple):
+    """The seed of a stream, and the distribution of its numbers (``program.DISTRIBUTIONS``)."""
+
+    seed: int
+    distribution: str = "normal"
+
+
+Token = tuple[Stream, int]
+"""The token at that position of that stream."""
 Row = tuple[Token, ...]
 
 
-class Histories:
-    """The logical tokens of every open sequence. ``truncate`` means to forget, and that is all it means."""
+class Histories(Sequences[Row]):
+    """A row is its tokens. ``truncate`` removes tokens, and that is all it means."""
 
-    def __init__(self) -> None:
-        self.rows: dict[str, tuple[Row, ...]] = {}
+    empty = ()
 
-    def apply(self, step: Step) -> None:
-        if isinstance(step, Append):
-            self.rows[step.seq] = after(self.rows.get(step.seq, ((),) * len(step.counts)), step)
-        elif isinstance(step, Truncate):
-            self.rows[step.seq] = tuple(row[: step.length] for row in self.rows[step.seq])
-        elif isinstance(step, Fork | AliasHandle):
-            self.rows[step.into] = self.rows[step.seq]
-        elif isinstance(step, Reorder):
-            self.rows[step.seq] = tuple(self.rows[step.seq][row] for row in step.rows)
-        elif isinstance(step, Reset):
-            self.rows[step.seq] = ((),) * len(self.rows[step.seq])
-        elif isinstance(step, Close):
-            del self.rows[step.seq]
+    def grown(self, rows: tuple[Row, ...], step: Run) -> tuple[Row, ...]:
+        return tuple(row + new for row, new in zip(rows, new_tokens(step, map(len, rows)), strict=True))
+
+    def cut(self, row: Row, length: int) -> Row:
+        return row[:length]
 
 
-def after(rows: tuple[Row, ...], step: Run) -> tuple[Row, ...]:
-    """The rows with the new tokens of ``step`` behind them."""
-    swapped = {(row, position): seed for row, position, seed in step.substitutions}
-    grown = []
-    for index, (row, count) in enumerate(zip(rows, step.counts, strict=True)):
-        new = range(len(row), len(row) + count)
-        grown.append(row + tuple((swapped.get((index, p), step.seed + index), p) for p in new))
-    return tuple(grown)
+def new_tokens(step: Run, lengths: Iterable[int]) -> list[Row]:
+    """The tokens that the step appends to rows of these lengths."""
+    other = {(row, position): Stream(seed, step.distribution) for row, position, seed in step.substitutions}
+    made = []
+    for index, (length, count) in enumerate(zip(lengths, step.counts, strict=True)):
+        own = Stream(step.seed + index, step.distribution)
+        made.append(tuple((other.get((index, at), own), at) for at in range(length, length + count)))
+    return made
 
 
 def seen_by(program: Program) -> list[tuple[Row, ...] | None]:
-    """For each step that computes, the history of each row that its outputs belong to, new tokens included."""
+    """For each step that computes, the rows that its outputs belong to, new tokens included; None for other steps."""
     histories = Histories()
     seen: list[tuple[Row, ...] | None] = []
     for step in program.steps:
+        seen.append(histories.after(step) if isinstance(step, Append | UncachedForward) else None)
         histories.apply(step)
-        if isinstance(step, Append):
-            seen.append(histories.rows[step.seq])
-        elif isinstance(step, UncachedForward):
-            seen.append(after(((),) * len(step.counts), step))
-        else:
-            seen.append(None)
     return seen
+
+
+class Request(NamedTuple):
+    """What the outputs of one row of a step are a function of: its tokens, the token whose key its queries have the
+    direction of, and the positions that the caller's mask hides."""
+
+    row: Row
+    needle: Token | None = None
+    masked: tuple[int, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether the outputs depend on the tokens alone."""
+        return self.needle is None and not self.masked
+
+
+def requests(step: Step, rows: Sequence[Row]) -> list[Request]:
+    """One for each row of the step; ``rows`` hold its new tokens, too."""
+    if not isinstance(step, Append):
+        return [Request(row) for row in rows]
+    found = []
+    for index, row in enumerate(rows):
+        needle = step.needle and (Stream(step.needle[0] + index, step.distribution), step.needle[1])
+        found.append(Request(row, needle, tuple(sorted(at for of, at in step.masked if of == index))))
+    return found
+
+
+def prefixed(asked: Iterable[Request]) -> dict[Request, Request]:
+    """For each request the longest one that computes its outputs, too: one whose row begins with the same tokens.
+
+    This holds because the definition is causal (a test of the definition shows it). The longest come first.
+    """
+    owners: dict[Request, Request] = {}
+    longest: list[Request] = []
+    for request in sorted(asked, key=lambda r: -len(r.row)):
+        row = request.row
+        same = (other for other in longest if request.plain and other.plain and other.row[: len(row)] == row)
+        owners[request] = next(same, request)
+        if owners[request] is request:
+            longest.append(request)
+    return owners

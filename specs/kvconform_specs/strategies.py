@@ -97,9 +97,9 @@ def at_once(total: int, claims: Claims) -> tuple[int, ...]:
 
 
 def appends(
-    seq: str, sizes: Iterable[int], batch: int, seed: int, aim: tuple[int, int] | None = None
+    seq: str, sizes: Iterable[int], batch: int, seed: int, needle: tuple[int, int] | None = None
 ) -> tuple[Append, ...]:
-    return tuple(Append(seq, (size,) * batch, seed, needle=aim) for size in sizes)
+    return tuple(Append(seq, (size,) * batch, seed, needle=needle) for size in sizes)
 
 
 def swapped(program: Program, seq: str, row: int, position: int, seed: int) -> Program:
@@ -109,7 +109,7 @@ def swapped(program: Program, seq: str, row: int, position: int, seed: int) -> P
     for step in program.steps:
         if isinstance(step, Append) and step.seq == seq:
             if length <= position < length + step.counts[row]:
-                step = Append(seq, step.counts, step.seed, (*step.substitutions, (row, position, seed)), step.needle)
+                step = replace(step, substitutions=(*step.substitutions, (row, position, seed)))
             length += step.counts[row]
         steps.append(step)
     return Program(program.config, tuple(steps))
@@ -132,7 +132,7 @@ VERBS = (
     "reorder",
     "reset",
     "close",
-    "functional",
+    "immutable",
     "refuse",
 )
 """What a raw triple asks for, as often as it stands here; ``nothing`` is first, so that lists shrink."""
@@ -193,7 +193,7 @@ class _Interpreter:
             length = number % (min(rows) + 1)
             self.rows[seq] = (length,) * len(rows)
             return Truncate(seq, length)
-        if verb in ("fork", "functional"):
+        if verb in ("fork", "immutable"):
             free = [name for name in "abc" if name not in self.rows]
             if not free or len(self.rows) >= (self.claims.max_sequences or 3):
                 return None

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
-from kvconform_specs.history import Row, Token
-from kvconform_specs.program import DISTRIBUTION_BIT, DISTRIBUTIONS, Append, Run
+from kvconform_specs.history import Row, Stream, Token, requests
+from kvconform_specs.program import DISTRIBUTIONS, Append, Run
 
 Array = NDArray[np.float32]
 
 _WEIGHTS, _ATTENTION, _TOKENS = 1, 2, 3  # second word of the key: one generator for each purpose
 _SPREAD = np.float32(1.0 / (65536.0 * np.sqrt(4.0 / 12.0)))  # 1 / sd of the sum of four 16-bit uniform integers
-AIM_SCORE = 24.0
+NEEDLE_SCORE = 24.0
 """The score that a needle gives its key: e^24 outweighs 4 096 other keys unless one is nearly parallel."""
 
 _FACTORS = {
@@ -40,15 +40,6 @@ _state = _philox.state
 def derive(seed: int, index: int) -> int:
     """The seed of the ``index``-th variant of a program. Rows stay neighbours: ``derive(s + r) = derive(s) + r``."""
     return seed + (index << 32)
-
-
-def distributed(seed: int, distribution: str) -> int:
-    """The stream of that distribution behind a plain seed."""
-    return seed + (DISTRIBUTIONS.index(distribution) << DISTRIBUTION_BIT)
-
-
-def distribution(seed: int) -> str:
-    return DISTRIBUTIONS[seed >> DISTRIBUTION_BIT]
 
 
 def raw(seed: int, purpose: int, start: int, words: int) -> NDArray[np.uint64]:
@@ -82,19 +73,21 @@ class Streams:
 
     def __init__(self, config: Config, span: int, indices: Sequence[int]) -> None:
         self.config, self.span, self.indices = config, span, tuple(indices)
-        self._tapes: dict[int, NDArray[np.generic]] = {}
+        self._tapes: dict[Stream, NDArray[np.generic]] = {}
 
-    def tape(self, seed: int) -> NDArray[np.generic]:
-        """Attention: ``(n, span, (h + 2 g) d)`` floats, query, key, value side by side. Decoder: ``(n, span)`` ids.
-        Hidden: ``(n, span, width)`` floats, whose distribution is always plain."""
-        tape = self._tapes.get(seed)
+    def tape(self, seed: int, distribution: str = "normal") -> NDArray[np.generic]:
+        """The contents of one stream, positions ``0..span - 1``. Attention: ``(n, span, (h + 2 g) d)`` floats; query,
+        key and value side by side. Decoder: ``(n, span)`` ids. Hidden: ``(n, span, width)`` floats."""
+        stream = Stream(seed, distribution)
+        tape = self._tapes.get(stream)
         if tape is None:
-            tape = self._tapes[seed] = self._make(seed)
+            tape = self._tapes[stream] = self._make(stream)
         return tape
 
-    def _make(self, seed: int) -> NDArray[np.generic]:
+    def _make(self, stream: Stream) -> NDArray[np.generic]:
         c = self.config
-        seeds = [derive(seed, index) for index in self.indices]
+        key = stream.seed + (DISTRIBUTIONS.index(stream.distribution) << 48)  # seeds are smaller (program.MAX_SEED)
+        seeds = [derive(key, index) for index in self.indices]
         if c.profile == "decoder":
             words = np.stack([raw(s, _TOKENS, 0, 4 * self.span)[::4] for s in seeds])  # one counter a token
             if not c.reserved:
@@ -105,7 +98,7 @@ class Streams:
         padded = -(-width // 4) * 4
         words = np.stack([raw(s, _ATTENTION, 0, padded * self.span) for s in seeds])
         made = normal(words.reshape(len(seeds), self.span, padded)[..., :width])
-        factors = _FACTORS[distribution(seed)]
+        factors = _FACTORS[stream.distribution]
         if c.profile == "hidden":
             return rounded(made, c.dtype)
         if factors != (1, 1, 1):
@@ -115,7 +108,7 @@ class Streams:
 
     def row(self, tokens: Iterable[Token]) -> NDArray[np.generic]:
         """The contents of these tokens, in order: ``(n, len(tokens), ...)``."""
-        pieces = [self.tape(seed)[:, start:stop] for seed, start, stop in _runs(tokens)]
+        pieces = [self.tape(*stream)[:, start:stop] for stream, start, stop in _runs(tokens)]
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces, axis=1) if pieces else self.tape(0)[:, :0]
@@ -128,13 +121,13 @@ class Streams:
             np.asarray(part) for part in np.split(heads, [c.heads, c.heads + c.kv_heads], axis=1)
         )
 
-    def needle(self, aim: Token) -> Array:
-        """The query ``(n, h, 1, d)`` whose score with that token's key is ``AIM_SCORE`` in every head."""
+    def needle(self, target: Token) -> Array:
+        """The query ``(n, h, 1, d)`` whose score with that token's key is ``NEEDLE_SCORE`` in every head."""
         c = self.config
-        _query, key, _value = self.split(self.tape(aim[0])[:, aim[1] : aim[1] + 1])
+        _query, key, _value = self.split(self.row([target]))
         key = np.repeat(key, c.group, axis=1)
         norm = np.maximum(np.sum(key * key, axis=-1, keepdims=True), np.float32(1e-3))
-        return rounded(key * np.float32(AIM_SCORE / c.score_scale) / norm, c.dtype)
+        return rounded(key * np.float32(NEEDLE_SCORE / c.score_scale) / norm, c.dtype)
 
     def inputs(self, step: Run, grown: tuple[Row, ...]) -> tuple[NDArray[np.generic], ...]:
         """What a backend is given for ``step``, ``n`` variants in front; ``grown`` are the rows after the step.
@@ -149,7 +142,7 @@ class Streams:
         for index, (history, count) in enumerate(zip(grown, step.counts, strict=True)):
             row = self.row(history[len(history) - count :])
             if count < t:
-                pad = self.tape(step.seed if filling is None else filling + index)[:, : t - count]
+                pad = self.tape(step.seed if filling is None else filling + index, step.distribution)[:, : t - count]
                 pad = np.zeros_like(pad) if filling is None else pad
                 row = np.concatenate([row, pad] if side == "right" else [pad, row], axis=1)
             rows.append(row)
@@ -158,8 +151,7 @@ class Streams:
         parts = [self.split(row) for row in rows]
         query, key, value = (np.stack([part[i] for part in parts], axis=1) for i in range(3))
         if isinstance(step, Append) and step.needle is not None:
-            seed, position = step.needle
-            needles = [self.needle((seed + r, position)) for r in range(len(rows))]
+            needles = [self.needle(asked.needle) for asked in requests(step, grown) if asked.needle is not None]
             query = np.broadcast_to(np.stack(needles, axis=1), query.shape)
         return query, key, value
 
@@ -243,12 +235,12 @@ def weights(config: Config) -> dict[str, Array]:
     return made
 
 
-def _runs(tokens: Iterable[Token]) -> list[tuple[int, int, int]]:
-    """Consecutive tokens of one stream as ``(seed, start, stop)``."""
-    runs: list[tuple[int, int, int]] = []
-    for seed, position in tokens:
-        if runs and runs[-1][0] == seed and runs[-1][2] == position:
-            runs[-1] = (seed, runs[-1][1], position + 1)
+def _runs(tokens: Iterable[Token]) -> list[tuple[Stream, int, int]]:
+    """Consecutive tokens of one stream as ``(stream, start, stop)``."""
+    runs: list[tuple[Stream, int, int]] = []
+    for stream, position in tokens:
+        if runs and runs[-1][0] == stream and runs[-1][2] == position:
+            runs[-1] = (stream, runs[-1][1], position + 1)
         else:
-            runs.append((seed, position, position + 1))
+            runs.append((stream, position, position + 1))
     return runs

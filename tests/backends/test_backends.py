@@ -10,15 +10,15 @@ from kvconform.judging.verdict import Outcome
 from kvconform.results.results import Results, exit_code
 from kvconform.run.cross_backend import pairs
 from kvconform.run.run import Plan, named_configs, run_backend
-from kvconform.search.effort import BUDGETS, Budget
+from kvconform.search.effort import EFFORTS, Effort
 from kvconform.worker.client import WorkerSpec
 from kvconform_specs.clause import Level
 from kvconform_specs.clauses import ALL, BY_NAME, CHAPTERS
 
 pytest.importorskip("torch", reason="the backends of the suite need torch")
 
-BRIEF = Budget("brief", structures=6, variants=3, seconds=60.0)
-"""Less than any budget that a run is offered: every cell is tried here, and the CI's own runs try harder."""
+BRIEF = Effort("brief", structures=6, variants=3, seconds=60.0)
+"""Less than any effort that a run is offered: every cell is tried here, and the CI's own runs try harder."""
 EVERY, TWO = ("attention", "decoder"), ("attention-gqa", "decoder-rope")
 CLEAN = {
     "eager": EVERY,
@@ -29,12 +29,12 @@ CLEAN = {
     "numpy": EVERY,
 }
 LACKS = {
-    "eager": "ragged, left padding, poison, poison-safe slots, alias, bound on graphs",
-    "eager-static": "functional, poison-safe slots, alias, bound on graphs",
-    "onnx": "generate, ragged, left padding, work, poison, poison-safe slots, alias, bound on graphs",
-    "onnx-shared": "generate, functional, ragged, left padding, mask, bytes, work, alias, bound on graphs",
-    "compiled": "full, functional, ragged, left padding, mask, work, poison, poison-safe slots, alias",
-    "numpy": "ragged, left padding, poison, poison-safe slots, alias, bound on graphs",
+    "eager": "ragged, left padding, poison, poison-safe slots, in_place, bound on graphs",
+    "eager-static": "immutable, poison-safe slots, in_place, bound on graphs",
+    "onnx": "generate, ragged, left padding, macs, poison, poison-safe slots, in_place, bound on graphs",
+    "onnx-shared": "generate, immutable, ragged, left padding, mask, bytes, macs, in_place, bound on graphs",
+    "compiled": "uncached_forward, immutable, ragged, left padding, mask, macs, poison, poison-safe slots, in_place",
+    "numpy": "ragged, left padding, poison, poison-safe slots, in_place, bound on graphs",
 }
 """What a backend does not claim, out of what clauses need; none of these here has pages or is quantised."""
 
@@ -95,7 +95,7 @@ def test_the_loops_over_large_matrices_are_conformant(folder: Path) -> None:
 
 
 def test_torch_compile_that_runs_eagerly_was_not_tested(folder: Path) -> None:
-    plan = Plan(BUDGETS["smoke"], clauses=("shape.output",), configs=("attention-gqa",))
+    plan = Plan(EFFORTS["smoke"], clauses=("shape.output",), configs=("attention-gqa",))
     spec = WorkerSpec("compiled", environment={"TORCHDYNAMO_DISABLE": "1"})
     (verdict,) = run_backend("compiled", spec, plan, folder / "disabled").verdicts
     assert verdict.outcome is Outcome.NOT_EXERCISED
@@ -104,7 +104,7 @@ def test_torch_compile_that_runs_eagerly_was_not_tested(folder: Path) -> None:
 
 def test_without_a_compiler_the_compiled_backend_is_one_sentence(folder: Path) -> None:
     nowhere = {"PATH": str(folder / "nowhere"), "CXX": ""}
-    plan = Plan(BUDGETS["smoke"], configs=("attention-gqa",))
+    plan = Plan(EFFORTS["smoke"], configs=("attention-gqa",))
     results = run_backend("compiled", WorkerSpec("compiled", environment=nowhere), plan, folder / "bare")
     code, sentence = exit_code(results)
     assert code == 3
@@ -128,7 +128,7 @@ def test_a_clean_backend_is_conformant_in_sixteen_bits(
 
 
 def test_backends_with_the_same_weights_agree_with_one_another(folder: Path) -> None:
-    plan = Plan(BUDGETS["smoke"], clauses=("shape.output",), configs=("decoder-rope",))
+    plan = Plan(EFFORTS["smoke"], clauses=("shape.output",), configs=("decoder-rope",))
     both = [run_backend(name, WorkerSpec(name), plan, folder / "pair") for name in ("numpy", "eager")]
     (pair,) = pairs(folder / "pair" / "vectors", ["numpy", "eager"], named_configs(both))
     assert (pair.one, pair.other, pair.config) == ("eager", "numpy", "decoder-rope")

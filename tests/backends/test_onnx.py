@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime", reason="the ONNX backend runs on it")
 
 import onnx  # noqa: E402
 
-from kvconform.backend import Unavailable  # noqa: E402
+from kvconform.errors import Unavailable  # noqa: E402
 from kvconform_backends.onnx import backend as onnx_subject  # noqa: E402
 from kvconform_backends.onnx import graphs as onnx_graphs  # noqa: E402
 from kvconform_backends.onnx.backend import CannotRun  # noqa: E402
@@ -114,7 +114,7 @@ def test_a_decoder_has_one_graph_for_each_step_whichever_logits_are_asked_for(sm
 
 def test_the_last_positions_logits_are_those_among_all_and_only_its_row_is_multiplied(small: OnnxExported) -> None:
     ids = np.arange(10).reshape(2, 5)
-    every, last = small.full(ids), small.full(ids, last_only=True)
+    every, last = small.uncached_forward(ids), small.uncached_forward(ids, last_only=True)
     _, cache = small.step(small.start(2), ids[:, :2])
     stepped, _ = small.step(cache, ids[:, 2:], last_only=True)
     assert last.shape == stepped.shape == (2, 1, SMALL.vocabulary)
@@ -123,7 +123,7 @@ def test_the_last_positions_logits_are_those_among_all_and_only_its_row_is_multi
     assert np.abs(last - every[:, -1:]).max() <= slack
     assert np.abs(stepped - every[:, -1:]).max() <= slack
     whole, one = (
-        small.count(lambda asked=asked: small.full(ids, last=asked))["multiply_adds"]["MatMul"]
+        small.count(lambda asked=asked: small.uncached_forward(ids, last_only=asked))["multiply_adds"]["MatMul"]
         for asked in (False, True)
     )
     assert whole - one == 2 * 4 * SMALL.width * SMALL.vocabulary  # two rows, four of five tokens

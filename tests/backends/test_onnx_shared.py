@@ -137,7 +137,7 @@ def test_prompt_chunk_and_decode_attend_as_scaled_dot_product_attention_does(nam
 # --- the last position ---
 def test_the_last_positions_logits_are_those_among_all(rope: OnnxShared) -> None:
     prompt, chunk = ids(2, 4), ids(2, 3)
-    whole = rope.full(np.concatenate((prompt, chunk), axis=1))
+    whole = rope.uncached_forward(np.concatenate((prompt, chunk), axis=1))
     first, cache = rope.step(rope.start(2), prompt, last_only=True)
     then, _ = rope.step(cache, chunk, last_only=True)
     assert first.shape == then.shape == (2, 1, ROPE.vocabulary)

@@ -16,7 +16,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from places import ROOT
 from scipy import stats
 
 from kvconform.bench import client, eligibility, engine, runner
@@ -27,7 +26,7 @@ from kvconform.bench.client import TimingClient
 from kvconform.bench.eligibility import conformance, outdated
 from kvconform.bench.presets import PRESETS, Preset, Published
 from kvconform.bench.protocol import ROUNDS_WANTED, processors, variables
-from kvconform.bench.record import MACHINE, PHASES, Arm, Case, Once, Record, Round, Tokens, is_record, json_schema, read
+from kvconform.bench.record import MACHINE, PHASES, Arm, Case, Once, Record, Round, Tokens, is_record, read
 from kvconform.bench.worker.timer import Block, Timer, tokens
 from kvconform.cli import bench
 from kvconform.results.results import Results
@@ -36,7 +35,6 @@ from kvconform_backends.numpy.cache import NumpyCache
 from kvconform_reports.view.findings import Findings
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
-from kvconform_specs.errors import SpecError
 from kvconform_specs.tensors import weights
 
 TINY = Preset(
@@ -376,23 +374,6 @@ def test_summaries_and_ratios_of_a_written_record_are_those_of_its_raw_rounds(ti
     assert is_record(tmp_path / "speed.json")
 
 
-def test_the_schema_of_the_record_is_one() -> None:
-    schema = msgspec.json.decode(json_schema())
-    assert set(schema["$defs"]["Record"]["properties"]) == {field.name for field in msgspec.structs.fields(Record)}
-    stored = ROOT / "docs/schema/kv-latency-1.json"  # kvconform bench --schema > that
-    assert msgspec.json.decode(stored.read_bytes()) == schema
-
-
-def test_a_record_of_another_version_is_one_sentence(tmp_path: Path) -> None:
-    path = tmp_path / "speed.json"
-    path.write_text('{"schema": "kv-latency/9"}')
-    assert is_record(path)
-    with pytest.raises(SpecError, match="holds no speed record"):
-        read(path)
-    path.write_text('{"schema": "kvconform-results/1"}')
-    assert not is_record(path)
-
-
 # --- the rounds ---
 def test_work_done_twice_takes_twice_the_time(timed: Any) -> None:
     record = timed("Sleepy", "Twice", per_case=1.0, restarts=2)
@@ -477,7 +458,7 @@ def test_a_subject_that_loses_count_of_its_tokens_is_not_timed() -> None:
 # --- no time without conformance ---
 def test_who_was_not_judged_to_the_end_is_judged_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def results(name: str, finished: bool) -> None:
-        common = {"suite": "1", "device": "cpu", "dtypes": [], "budget": "smoke", "seed": 0, "started": ""}
+        common = {"suite": "1", "device": "cpu", "dtypes": [], "effort": "smoke", "seed": 0, "started": ""}
         Results(**common, backend=name, finished=finished).write(tmp_path / f"{name}.json")
 
     results("done", True)
@@ -529,7 +510,7 @@ def test_results_admit_only_what_is_conformant_finished_and_of_this_device(
     from kvconform_specs import SUITE_VERSION
 
     def said(**fields: Any) -> str:
-        common = {"suite": SUITE_VERSION, "backend": "b", "device": "cpu", "dtypes": [], "budget": "", "seed": 0}
+        common = {"suite": SUITE_VERSION, "backend": "b", "device": "cpu", "dtypes": [], "effort": "", "seed": 0}
         Results(**{**common, "started": "", "finished": True, **fields}).write(tmp_path / "b.json")
         return conformance("b", WorkerSpec("b"), tmp_path)
 
@@ -556,7 +537,7 @@ def test_results_of_other_software_admit_nobody(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(eligibility, "conformance", lambda *args: "")
 
     def excluded(environment: dict[str, Any]) -> list[str]:
-        common = {"suite": "1", "device": "cpu", "dtypes": [], "budget": "smoke", "seed": 0, "started": ""}
+        common = {"suite": "1", "device": "cpu", "dtypes": [], "effort": "smoke", "seed": 0, "started": ""}
         Results(**common, backend="numpy", environment=environment).write(tmp_path / "numpy.json")
         preset, more = {"one": ONE}, {"restarts": 1, "phases": ("prefill",), "seconds_per_case": 0.05}
         record = runner.bench({"numpy": WorkerSpec("numpy")}, preset, tmp_path, tmp_path / "speed.json", **more)

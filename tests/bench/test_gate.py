@@ -40,7 +40,7 @@ from kvconform.bench.gate.record import CaseVerdict, GateRecord, NotComparable, 
 from kvconform.bench.gate.sign_flip import sign_flip
 from kvconform.bench.presets import Preset
 from kvconform.bench.record import Arm, Case, Round
-from kvconform.bench.worker.gpu import GpuBusy
+from kvconform.errors import GpuBusy
 from kvconform.worker.client import WorkerSpec
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError

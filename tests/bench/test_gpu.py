@@ -20,19 +20,9 @@ from hypothesis import strategies as st
 from kvconform.bench.protocol import variables
 from kvconform.bench.record import Round
 from kvconform.bench.worker import gpu as gpu_module
-from kvconform.bench.worker.gpu import (
-    MIN_CLOCK_FRACTION,
-    REASONS,
-    Gpu,
-    GpuBusy,
-    NoGpu,
-    classes,
-    held,
-    kept,
-    methods,
-    unfit,
-)
+from kvconform.bench.worker.gpu import MIN_CLOCK_FRACTION, REASONS, Gpu, NoGpu, classes, held, kept, methods, unfit
 from kvconform.bench.worker.timer import Block, Timer, tokens
+from kvconform.errors import GpuBusy
 from kvconform.worker.client import unproven
 from kvconform_backends.numpy.cache import NumpyCache
 from kvconform_specs.config import Config

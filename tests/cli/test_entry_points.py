@@ -17,12 +17,12 @@ from kvconform import conformance
 from kvconform.judging.verdict import Outcome
 from kvconform.results.results import read
 from kvconform.run.run import Plan, cells
-from kvconform.search.effort import BUDGETS
+from kvconform.search.effort import EFFORTS
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.configs import CONFIGS
 
 SUBJECTS = SUPPORT / "subjects.py"
-ONE_CONFIG = ("--budget", "smoke", "--config", "attention-gqa")
+ONE_CONFIG = ("--effort", "smoke", "--config", "attention-gqa")
 CORE = [c.name for c in BY_NAME.values() if c.core and c.concerns(CONFIGS["attention-gqa"])]
 ONLY_CORE = (*ONE_CONFIG, *(word for name in CORE for word in ("--clause", name)))
 
@@ -62,7 +62,7 @@ def test_a_broken_backend_exits_with_1_and_each_failure_is_two_lines(tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("run", "-b", "numpy", "--budget", "lots"), "--budget: unknown budget 'lots'; known: smoke, pr, nightly"),
+        (("run", "-b", "numpy", "--effort", "lots"), "--effort: unknown effort 'lots'; known: smoke, pr, nightly"),
         (("run", "-b", "numpy", "--device", "tpu"), "--device: unknown device 'tpu'; known: cpu, cuda"),
         (("run", "-b", "numpy", "--clause", "nope"), "no cell matches --clause nope and --config *"),
         (("run", "-b", "numpy", "--python", "eager=py"), "--python: no backend 'eager' in this run; given: numpy"),
@@ -221,7 +221,7 @@ def test_the_pytest_door_judges_each_cell_as_an_item(tmp_path: Path) -> None:
     select = ["-k", "attention-gqa and (shape or lifecycle.reset or lifecycle.truncate)"]
     count = sum(
         cell.clause.name.startswith(("shape", "lifecycle.reset", "lifecycle.truncate"))
-        for cell in cells(Plan(BUDGETS["smoke"], configs=("attention-gqa",)))
+        for cell in cells(Plan(EFFORTS["smoke"], configs=("attention-gqa",)))
     )
     good = subprocess.run(
         [*command, "--kv-backend", "numpy", *select], capture_output=True, text=True, check=False, cwd=tmp_path

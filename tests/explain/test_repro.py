@@ -18,7 +18,7 @@ from kvconform.explain import repro
 from kvconform.explain.repro.inputs import Run, inputs, literal
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import Counterexample, read
-from kvconform.search.effort import BUDGETS
+from kvconform.search.effort import EFFORTS
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform.worker.registry import load
 from kvconform_backends.faults.planted import Planted
@@ -41,7 +41,7 @@ PACKAGES = ("kvconform", "kvconform_specs", "kvconform_backends")
 def found(address: str, clause: str, config: str, folder: Path, **spec: Any) -> tuple[str, Counterexample]:
     """The file of the failure that a search finds, and its counterexample."""
     with WorkerClient(WorkerSpec(address, **spec)) as client:
-        verdict = run_cell(Cell(BY_NAME[clause], CONFIGS[config], config), client, BUDGETS["smoke"], 0, folder)
+        verdict = run_cell(Cell(BY_NAME[clause], CONFIGS[config], config), client, EFFORTS["smoke"], 0, folder)
         assert verdict.counterexample, f"{verdict.outcome}: {verdict.sentence}"
         known = read(folder / verdict.counterexample)
         return repro.script(known, client), known

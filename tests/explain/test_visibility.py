@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from places import SUPPORT
 
+from kvconform.errors import WorkerDied
 from kvconform.explain.visibility import FORBIDDEN, REQUIRED, Map, maps
 from kvconform.explain.visibility.measure import SEEDS
 from kvconform.explain.visibility.schedules import Schedule, schedules
 from kvconform.explain.visibility.text import LEGEND, MARKS, drawing, listed, title, words
 from kvconform.mutation.fault import load_faults
-from kvconform.worker.client import WorkerClient, WorkerDied, WorkerSpec
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform.worker.execute import feeds_of
 from kvconform_backends.numpy.cache import Array, NumpyCache
 from kvconform_reports.view import maps as pictures

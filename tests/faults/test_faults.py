@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 
 from kvconform.judging.verdict import Outcome
-from kvconform.mutation.audit import Plan, audit_fault, cells
+from kvconform.mutation.audit import AuditPlan, audit_fault, cells
 from kvconform.mutation.fault import Fault, load_faults
 from kvconform.search.cell import run_cell
-from kvconform.search.effort import BUDGETS, Budget
+from kvconform.search.effort import EFFORTS, Effort
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_backends.faults import CONTROLS, FAULTS
 from kvconform_backends.faults.classes import CLASSES, NOT_EXPRESSIBLE
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.configs import CONFIGS
 
-SMOKE = BUDGETS["smoke"]
-BRIEF = Budget("brief", 4, 4, 60.0)
+SMOKE = EFFORTS["smoke"]
+BRIEF = Effort("brief", 4, 4, 60.0)
 RIGHT = load_faults("kvconform_backends.faults:CONTROLS")
 CLEAN = [  # test_backends.py has the numpy backends on every config, and an audit all controls
     (control, config) for control in RIGHT for config in control.configs or ("attention-window", "decoder-rope")
@@ -33,7 +33,7 @@ CLEAN = [  # test_backends.py has the numpy backends on every config, and an aud
 def test_each_clause_that_a_fault_names_kills_it_for_what_was_planted(fault: Fault) -> None:
     if fault.address.partition(":")[0].endswith("published") and importlib.util.find_spec("torch") is None:
         pytest.skip("the published listings need torch")
-    audited = audit_fault(fault, Plan((SMOKE,)))
+    audited = audit_fault(fault, AuditPlan((SMOKE,)))
     assert [trial.clause for trial in audited.trials] == list(fault.clauses), audited.unavailable
     assert not audited.missed(SMOKE.name), fault.sentence
     assert any(trial.ran for trial in audited.trials), f"its runtime_info has no {fault.marker!r}"

@@ -18,7 +18,7 @@ from kvconform.judging.verdict import Outcome
 from kvconform.search import counterexample
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import frozen
-from kvconform.search.effort import Budget
+from kvconform.search.effort import Effort
 from kvconform.search.shrink import smaller
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform.worker.execute import StepResult, execute
@@ -210,7 +210,7 @@ def test_ids_are_judged_as_the_stream_that_holds_them(own: bool) -> None:
     """Value and bound, to the bit, of the definition and of a black box's own forward."""
     truth = definition(ROPE) if own else None
     program = Program(ROPE, (UncachedForward("f", (9, 9, 9), 5),))
-    (want,) = expect(program, (0, 1, 2), own=truth)
+    (want,) = expect(program, (0, 1, 2), reference=truth)
     assert want is not None
     streams = Streams(ROPE, 9, (0, 1, 2))
     ids = np.stack([streams.tape(5 + row) for row in range(3)], axis=1)
@@ -224,7 +224,7 @@ def test_ids_are_judged_as_the_stream_that_holds_them(own: bool) -> None:
 @pytest.mark.parametrize("own", [False, True], ids=["definition", "own"])
 def test_a_variant_alone_is_judged_by_its_own_prompts(own: bool) -> None:
     truth = definition(ROPE) if own else None
-    (want,) = expect(PROGRAM, (0, 1, 2), own=truth)
+    (want,) = expect(PROGRAM, (0, 1, 2), reference=truth)
     assert isinstance(want, Generation)
     ids = np.concatenate([loop(ROPE, prompt, STEP.new)[None] for prompt in want.prompts()])
     whole = want.along(ids)("value")
@@ -237,8 +237,8 @@ def test_a_variant_alone_is_judged_by_its_own_prompts(own: bool) -> None:
 def test_a_black_box_is_judged_by_its_own_forward() -> None:
     shifted = lambda ids, *noise: np.roll(definition(ROPE)(ids, *noise), 1, axis=-1)  # noqa: E731
     right = loop(ROPE, prompts(PROGRAM, STEP), STEP.new)
-    assert judged(PROGRAM, right, expected=expect(PROGRAM, own=definition(ROPE))).finding is None
-    assert judged(PROGRAM, right, expected=expect(PROGRAM, own=shifted)).finding is not None
+    assert judged(PROGRAM, right, expected=expect(PROGRAM, reference=definition(ROPE))).finding is None
+    assert judged(PROGRAM, right, expected=expect(PROGRAM, reference=shifted)).finding is not None
 
 
 # --- the step ---
@@ -306,7 +306,7 @@ def test_what_clean_backends_generate_is_right(address: str, tmp_path: Path) -> 
     if address != "numpy":
         pytest.importorskip("torch", reason="eager needs torch")
     with WorkerClient(WorkerSpec(address)) as client:
-        verdict = run_cell(Cell(CLAUSE, LEARNED, "decoder-learned"), client, Budget("brief", 6, 3, 60.0), 0, tmp_path)
+        verdict = run_cell(Cell(CLAUSE, LEARNED, "decoder-learned"), client, Effort("brief", 6, 3, 60.0), 0, tmp_path)
     assert verdict.outcome is Outcome.PASS, verdict.sentence
     assert verdict.compared > 100
 
@@ -314,7 +314,7 @@ def test_what_clean_backends_generate_is_right(address: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("fault", ["FirstTokenDropped", "FirstRowForAll"])
 def test_a_wrong_token_is_a_counterexample_that_replay_runs(fault: str, tmp_path: Path) -> None:
     with WorkerClient(WorkerSpec(FAULTS + fault)) as client:
-        verdict = run_cell(Cell(CLAUSE, ROPE, "decoder-rope"), client, Budget("brief", 10, 3, 60.0), 0, tmp_path)
+        verdict = run_cell(Cell(CLAUSE, ROPE, "decoder-rope"), client, Effort("brief", 10, 3, 60.0), 0, tmp_path)
         assert verdict.outcome is Outcome.FAIL, verdict.sentence
         held = counterexample.read(tmp_path / verdict.counterexample)
         again = counterexample.replayed(CLAUSE, client, [], Case.from_json(held.case))

@@ -50,7 +50,8 @@ def judged(
 def told(step: int, name: str, *numbers: int) -> Spoil:
     def change(trace: Trace) -> Trace:
         return tuple(
-            replace(done, reported={**done.reported, name: numbers}) if i == step else done for i, done in enumerate(trace)
+            replace(done, reported={**done.reported, name: numbers}) if i == step else done
+            for i, done in enumerate(trace)
         )
 
     return change

@@ -14,18 +14,28 @@ from places import SUPPORT
 
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.mutation import audit as audits
-from kvconform.mutation.audit import Plan, audit, audit_fault
+from kvconform.mutation.audit import AuditPlan, audit, audit_fault
 from kvconform.mutation.fault import Fault, load_faults
-from kvconform.mutation.record import Audited, Record, Trial, exit_code, lines, read, scores, summary
+from kvconform.mutation.record import (
+    Audited,
+    AuditRecord,
+    AuditTrial,
+    exit_code,
+    lines,
+    progress,
+    read,
+    scores,
+    summary,
+)
 from kvconform.search.cell import Cell, run_cell
-from kvconform.search.effort import Budget
+from kvconform.search.effort import Effort
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.configs import CONFIGS
 from kvconform_specs.errors import SpecError
 
 ELSEWHERE = str(SUPPORT / "third_party_faults.py")
-BRIEF = Budget("brief", 4, 2, 60.0)
+BRIEF = Effort("brief", 4, 2, 60.0)
 BROUGHT = {fault.name: fault for fault in load_faults(f"{ELSEWHERE}:ALL")}
 
 
@@ -86,40 +96,43 @@ def test_what_is_wrong_with_a_list_is_one_sentence(address: str, words: str) -> 
 )
 def test_a_fault_names_clauses_and_configs_that_there_are(name: str, words: str) -> None:
     with pytest.raises(SpecError, match=words):
-        Plan((BRIEF,)).tasks(load_faults(f"{ELSEWHERE}:{name}"))
+        AuditPlan((BRIEF,)).tasks(load_faults(f"{ELSEWHERE}:{name}"))
 
 
 # --- plans ---
 def test_shards_are_the_whole_in_parts() -> None:
     faults = tuple(BROUGHT.values())
-    parts = [Plan((BRIEF,), shard=(i, 4)).tasks(faults) for i in (1, 2, 3, 4)]
+    parts = [AuditPlan((BRIEF,), shard=(i, 4)).tasks(faults) for i in (1, 2, 3, 4)]
     assert sorted(task.fault.name for part in parts for task in part) == sorted(BROUGHT)
     assert all(parts)
     with pytest.raises(SpecError, match="9/9 holds nothing: there are 6 faults"):
-        Plan((BRIEF,), shard=(9, 9)).tasks(faults)
+        AuditPlan((BRIEF,), shard=(9, 9)).tasks(faults)
 
 
 def test_names_keep_faults_or_clauses_that_begin_so() -> None:
     faults = tuple(BROUGHT.values())
-    by_fault = Plan((BRIEF,), names=("raises",))
+    by_fault = AuditPlan((BRIEF,), names=("raises",))
     assert [task.fault.name for task in by_fault.tasks(faults)] == ["raises"]
-    assert by_fault.clauses(BROUGHT["raises"]) == list(BROUGHT["raises"].clauses)
-    by_clause = Plan((BRIEF,), names=("shape",))
+    assert by_fault.tried(BROUGHT["raises"]) == list(BROUGHT["raises"].clauses)
+    by_clause = AuditPlan((BRIEF,), names=("shape",))
     assert [task.fault.name for task in by_clause.tasks(faults)] == ["last-output-only", "doubled", "raises", "right"]
-    assert by_clause.clauses(BROUGHT["raises"]) == ["shape.output"]
+    assert by_clause.tried(BROUGHT["raises"]) == ["shape.output"]
     with pytest.raises(SpecError, match="no fault, and no clause of one, begins with nowhere"):
-        Plan((BRIEF,), names=("nowhere",)).tasks(faults)
+        AuditPlan((BRIEF,), names=("nowhere",)).tasks(faults)
 
 
 def test_a_fault_is_tried_by_what_it_names_or_by_all() -> None:
     every = [clause.name for clause in ALL]
-    assert Plan((BRIEF,), every=True).clauses(BROUGHT["raises"]) == every
-    assert Plan((BRIEF,)).clauses(Fault("nameless", "a:B")) == every
+    assert AuditPlan((BRIEF,), clauses=("",)).tried(BROUGHT["raises"]) == every
+    assert AuditPlan((BRIEF,)).tried(Fault("nameless", "a:B")) == every
+    chosen = AuditPlan((BRIEF,), names=("raises",), clauses=("shape.", "capacity.full"))
+    assert chosen.tried(BROUGHT["raises"]) == [n for n in every if n.startswith(("shape.", "capacity.full"))]
+    assert [task.fault.name for task in chosen.tasks(tuple(BROUGHT.values()))] == ["raises"]
 
 
 # --- kills ---
 def test_a_judgement_kills_and_what_is_right_survives() -> None:
-    killed = audit_fault(BROUGHT["doubled"], Plan((BRIEF,)))
+    killed = audit_fault(BROUGHT["doubled"], AuditPlan((BRIEF,)))
     attention, length = killed.trials
     assert (attention.clause, attention.outcome, attention.by) == ("definition.attention", Outcome.FAIL, "judgement")
     assert attention.kills
@@ -130,11 +143,33 @@ def test_a_judgement_kills_and_what_is_right_survives() -> None:
     assert (length.clause, length.outcome, length.by, length.kills) == ("shape.length", Outcome.PASS, "", False)
     assert killed.kill("brief") is attention
     assert killed.missed("brief") == [length]
-    assert audit_fault(BROUGHT["right"], Plan((BRIEF,))).kill("brief") is None
+    assert audit_fault(BROUGHT["right"], AuditPlan((BRIEF,))).kill("brief") is None
+
+
+def test_one_of_the_chosen_clauses_kills_a_fault_that_names_none_of_them() -> None:
+    wrong = BROUGHT["doubled"]
+    told: list[str] = []
+    chosen = AuditPlan((BRIEF,), clauses=("shape.output", "equivalence.decode"))
+    found = audit_fault(wrong, chosen, lambda fault, trial: told.append(progress(fault, trial)))
+    assert found.clauses == ()
+    assert [trial.clause for trial in found.trials if trial.kills] == ["equivalence.decode"]
+    assert (kill := found.kill("brief")) is not None
+    assert told == [
+        f"doubled: shape.output misses it after {found.trials[0].programs} programs (pass)",
+        f"doubled: equivalence.decode [{kill.config}] kills it after {kill.programs} programs, {kill.seconds:.2f} s",
+    ]
+
+
+def test_a_chosen_clause_that_a_fault_names_must_kill_it() -> None:
+    plan = AuditPlan((BRIEF,), clauses=("shape.length", "equivalence.decode"))
+    found = audit_fault(BROUGHT["doubled"], plan)
+    assert [trial.clause for trial in found.trials if trial.kills] == ["equivalence.decode"]
+    assert found.kill("brief") is None
+    assert [trial.clause for trial in found.missed("brief")] == ["shape.length"]
 
 
 def test_an_exception_kills_for_no_clause_about_numbers() -> None:
-    attention, output, full = audit_fault(BROUGHT["raises"], Plan((BRIEF,))).trials
+    attention, output, full = audit_fault(BROUGHT["raises"], AuditPlan((BRIEF,))).trials
     assert {trial.by for trial in (attention, output, full)} == {"exception"}
     assert "the cache is haunted" in attention.sentence
     assert not attention.kills
@@ -143,14 +178,14 @@ def test_an_exception_kills_for_no_clause_about_numbers() -> None:
 
 
 def test_a_death_kills_for_no_clause_about_numbers() -> None:
-    audited = audit_fault(BROUGHT["dies"], Plan((BRIEF,)))
+    audited = audit_fault(BROUGHT["dies"], AuditPlan((BRIEF,)))
     assert [(trial.outcome, trial.by, trial.kills) for trial in audited.trials] == [(Outcome.CRASH, "exception", False)]
     assert audited.kill("brief") is None
     assert "exception: " in next(lines(audited, ["brief"]))
 
 
 def test_what_breaks_without_the_planted_path_is_no_kill() -> None:
-    audited = audit_fault(BROUGHT["never-ran"], Plan((BRIEF,)))
+    audited = audit_fault(BROUGHT["never-ran"], AuditPlan((BRIEF,)))
     assert [(trial.by, trial.ran, trial.kills) for trial in audited.trials] == [("judgement", 0, False)]
     assert "the faulty path never ran" in next(lines(audited, ["brief"]))
 
@@ -213,7 +248,7 @@ def test_a_search_without_shrinking_writes_nothing_and_starts_nothing(tmp_path: 
 
 
 # --- records ---
-def audited(name: str, *trials: Trial, **known: Any) -> Audited:
+def audited(name: str, *trials: AuditTrial, **known: Any) -> Audited:
     fields = {
         "address": "a:B",
         "conditional": False,
@@ -225,22 +260,24 @@ def audited(name: str, *trials: Trial, **known: Any) -> Audited:
     return Audited(**{"name": name, "trials": list(trials), **fields, **known})
 
 
-def trial(kills: bool, programs: int = 1, budget: str = "smoke", clause: str = "shape.output", **known: Any) -> Trial:
+def trial(
+    kills: bool, programs: int = 1, effort: str = "smoke", clause: str = "shape.output", **known: Any
+) -> AuditTrial:
     outcome = Outcome.FAIL if kills else Outcome.PASS
     seconds = programs / 10
-    return Trial(
-        budget=budget, clause=clause, outcome=outcome, kills=kills, programs=programs, seconds=seconds, **known
+    return AuditTrial(
+        effort=effort, clause=clause, outcome=outcome, kills=kills, programs=programs, seconds=seconds, **known
     )
 
 
-def record(*faults: Audited, controls: tuple[Audited, ...] = (), budgets: tuple[str, ...] = ("smoke",)) -> Record:
-    made = Record(
+def record(*faults: Audited, controls: tuple[Audited, ...] = (), efforts: tuple[str, ...] = ("smoke",)) -> AuditRecord:
+    made = AuditRecord(
         suite="0",
         faults="a:L",
-        budgets=list(budgets),
+        efforts=list(efforts),
         seed=0,
         names=[],
-        every=False,
+        clauses=[],
         shard="",
         started="",
         audited=list(faults),
@@ -256,9 +293,9 @@ def test_the_score_tells_blatant_from_stealth_and_budget_from_budget() -> None:
         audited("two", trial(True, 9), trial(True, 9, "pr")),
         audited("three", trial(True, 20), trial(False, 40, "pr"), conditional=True),
         audited("away", unavailable="no torch"),
-        budgets=("smoke", "pr"),
+        efforts=("smoke", "pr"),
     )
-    told = [(s.budget, s.conditional, s.killed, s.faults, s.programs, s.seconds) for s in both.scores]
+    told = [(s.effort, s.conditional, s.killed, s.faults, s.programs, s.seconds) for s in both.scores]
     assert told == [
         ("smoke", False, 2, 2, (6, 9), (0.6, 0.9)),  # of one fault, the clause that needed the fewest programs
         ("smoke", True, 1, 1, (20, 20), (2.0, 2.0)),
@@ -267,7 +304,8 @@ def test_the_score_tells_blatant_from_stealth_and_budget_from_budget() -> None:
     ]
     words = list(summary(both))
     assert words[0] == (
-        "smoke, unconditional: 2 of 2 killed; programs to the kill: median 6, at most 9; seconds: median 0.60, at most 0.90"
+        "smoke, unconditional: 2 of 2 killed; programs to the kill: median 6, at most 9; "
+        "seconds: median 0.60, at most 0.90"
     )
     assert "survives pr: three: It is three." in words
     assert "not audited: away: no torch" in words
@@ -286,7 +324,7 @@ def test_the_score_tells_blatant_from_stealth_and_budget_from_budget() -> None:
     ],
     ids=["killed", "survivor", "killed-by-another", "alarm", "quiet-control", "absent", "survivor-and-absent"],
 )
-def test_the_exit_code_is_that_of_the_worst(made: Record, code: int) -> None:
+def test_the_exit_code_is_that_of_the_worst(made: AuditRecord, code: int) -> None:
     assert exit_code(made) == code
 
 
@@ -306,7 +344,7 @@ def test_the_file_is_whole_after_each_fault(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == [out]
 
     faults = [BROUGHT["last-output-only"], BROUGHT["right"]]
-    made = audit(Plan((BRIEF,)), "elsewhere", faults, [], out, tell=tell)
+    made = audit(AuditPlan((BRIEF,)), "elsewhere", faults, [], out, tell=tell)
     assert seen == [(False, ["last-output-only"]), (True, ["last-output-only", "right"])]
     assert read(out) == made
 
@@ -314,7 +352,7 @@ def test_the_file_is_whole_after_each_fault(tmp_path: Path) -> None:
 def test_a_fault_that_cannot_run_here_is_told(tmp_path: Path) -> None:
     here = str(SUPPORT / "subjects.py")
     faults = [Fault("absent", "no_such_module:Name", ("shape.output",)), Fault("quantum", f"{here}:CannotRunHere")]
-    made = audit(Plan((BRIEF,)), "elsewhere", faults, [], tmp_path / "audit.json")
+    made = audit(AuditPlan((BRIEF,)), "elsewhere", faults, [], tmp_path / "audit.json")
     assert "no module named 'no_such_module'" in made.audited[0].unavailable
     assert "quantum computer" in made.audited[1].unavailable
     assert exit_code(made) == 3
@@ -335,8 +373,8 @@ def test_the_command_tells_survivors_and_exits_with_1(tmp_path: Path) -> None:
 
 def test_a_control_is_tried_by_every_clause_and_what_breaks_is_an_alarm(tmp_path: Path) -> None:
     wrong = BROUGHT["doubled"]
-    plan = Plan((BRIEF,), names=("shape",))
-    assert [plan.clauses(wrong), replace(plan, every=True).clauses(wrong)] == [
+    plan = AuditPlan((BRIEF,), names=("shape",))
+    assert [plan.tried(wrong), replace(plan, clauses=("",)).tried(wrong)] == [
         ["shape.length"],
         [clause.name for clause in ALL if clause.chapter == "shape"],
     ]
@@ -350,8 +388,8 @@ def test_a_control_is_tried_by_every_clause_and_what_breaks_is_an_alarm(tmp_path
     ("words", "sentence"),
     [
         (["--faults", "nowhere:LIST"], "nowhere cannot be imported"),
-        (["--budget", "endless"], "unknown budget 'endless'"),
-        (["--clauses", "some"], "want expected or all, got 'some'"),
+        (["--effort", "endless"], "unknown effort 'endless'"),
+        (["--clause", "some"], "no clause begins with 'some'; known: "),
     ],
 )
 def test_bad_usage_is_one_sentence(words: list[str], sentence: str, tmp_path: Path) -> None:
@@ -363,4 +401,4 @@ def test_bad_usage_is_one_sentence(words: list[str], sentence: str, tmp_path: Pa
 
 def test_the_schema_of_an_audit_is_printed() -> None:
     printed = json.loads(command("schema", "audit").stdout)
-    assert "Trial" in printed["$defs"]
+    assert "AuditTrial" in printed["$defs"]

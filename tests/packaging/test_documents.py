@@ -12,7 +12,7 @@ from kvconform.cli.main import app
 from kvconform.explain import diagnosis
 from kvconform.results.results import read
 from kvconform.run.run import summary
-from kvconform.search.effort import BUDGETS, DEFAULT_BUDGET, REBUILDS
+from kvconform.search.effort import DEFAULT_EFFORT, EFFORTS, REBUILDS
 from kvconform_specs.clauses import ALL, CHAPTERS
 from kvconform_specs.reference import bounds
 
@@ -56,11 +56,11 @@ def test_the_readme_prints_what_the_baseline_holds(name: str) -> None:
     ]
 
 
-def test_the_readme_names_the_default_budget() -> None:
+def test_the_readme_names_the_default_effort() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert f"`--budget {DEFAULT_BUDGET}` is the default" in readme
-    for budget in BUDGETS:
-        assert f"`{budget}`" in readme or f"--budget {budget}" in readme
+    assert f"`--effort {DEFAULT_EFFORT}` is the default" in readme
+    for effort in EFFORTS:
+        assert f"`{effort}`" in readme or f"--effort {effort}" in readme
 
 
 def test_design_states_the_constant_of_the_decoder_bound() -> None:
@@ -71,7 +71,7 @@ def test_design_states_the_constant_of_the_decoder_bound() -> None:
 
 def test_design_states_budgets_and_limits_as_they_are() -> None:
     text = (ROOT / "DESIGN.md").read_text()
-    default = BUDGETS[DEFAULT_BUDGET]
+    default = EFFORTS[DEFAULT_EFFORT]
     assert f"draws {default.structures} structures with {default.variants} seeds each" in text
     assert f"as long as {REBUILDS} processes or\n{default.rebuild:g} s last" in text
     assert f"{bounds.SPREAD} times the pooled sigma" in text

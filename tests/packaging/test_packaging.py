@@ -54,7 +54,7 @@ def test_the_wheel_holds_four_packages_their_data_and_nothing_else(wheel: Path) 
 
 
 def test_a_worker_runs_under_an_interpreter_that_has_numpy_and_the_package_alone(foreign: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kvconform", "run", "-b", "numpy", "--python", foreign, "--budget", "smoke"]
+    command = [sys.executable, "-m", "kvconform", "run", "-b", "numpy", "--python", foreign, "--effort", "smoke"]
     done = subprocess.run(
         [*command, "--config", "attention-gqa"], capture_output=True, text=True, check=False, cwd=tmp_path
     )
@@ -81,7 +81,7 @@ def test_the_backend_of_contributing_runs_from_another_distribution_exactly_as_p
         '[tool.setuptools]\npy-modules = ["paged_cache"]\n' + announced[1]
     )
     pip(foreign, "--no-deps", str(project))
-    command = [sys.executable, "-m", "kvconform", "run", "-b", "paged", "--python", foreign, "--budget", "smoke"]
+    command = [sys.executable, "-m", "kvconform", "run", "-b", "paged", "--python", foreign, "--effort", "smoke"]
     done = subprocess.run(
         [*command, "--config", "attention"], capture_output=True, text=True, check=False, cwd=tmp_path
     )

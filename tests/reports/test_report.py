@@ -18,7 +18,7 @@ from speed_data import latency
 
 from kvconform.bench.record import Excluded
 from kvconform.judging.verdict import Outcome
-from kvconform.mutation.record import Record
+from kvconform.mutation.record import AuditRecord
 from kvconform.results.guarantees import LEVELS, Guarantee, measured
 from kvconform.results.results import Results, exit_code
 from kvconform.run.cross_backend import Pair
@@ -36,7 +36,7 @@ def hostile(name: str) -> list[Results]:
     skip = given.other(name, name, Outcome.UNSUPPORTED, name)
     good = given.passed("definition.attention", "attention-gqa")
     tree = {name: {name: [name, name]}}
-    held = given.other("errors.unchanged", name, Outcome.XFAIL, name, counterexample=name)
+    held = given.other("errors.unchanged", name, Outcome.KNOWN_FAILURE, name, counterexample=name)
     weak = given.other("determinism.repeatable", name, Outcome.REFUTED, name, counterexample=name)
     row = given.row(name, clause="errors.unchanged", config=name, versions={name: "1.0"}, counterexample=name)
     power = [{"clause": name, "model": name, "cases": 3, "tried": 3, "rejected": 1, "note": ""}]
@@ -44,7 +44,7 @@ def hostile(name: str) -> list[Results]:
         name,
         [fail, skip, good, held, weak],
         device=name,
-        budget=name,
+        effort=name,
         started=name,
         runtime_info={name: tree},
         environment=tree,
@@ -57,7 +57,7 @@ def hostile(name: str) -> list[Results]:
     return [one, given.results(name, [], device="cuda", unavailable=name)]
 
 
-def audited(name: str) -> Record:
+def audited(name: str) -> AuditRecord:
     """An audit in which every text that a stranger may choose is ``name``."""
     record = given.audit(name)
     record.faults, record.started, record.names = name, name, [name]
@@ -137,7 +137,7 @@ def test_the_embedded_data_are_the_results_that_were_given(name: str) -> None:
     assert data["latency"]["rounds_left_out"] == len(speed.rounds) > 0
     assert data["latency"]["tokens_left_out"] == len(speed.tokens) > 0
     assert data["latency"]["rounds"] == data["latency"]["tokens"] == []
-    assert msgspec.convert(data["audit"], Record) == audit
+    assert msgspec.convert(data["audit"], AuditRecord) == audit
 
 
 def test_a_certificate_that_results_share_is_embedded_once() -> None:
@@ -163,10 +163,10 @@ def crowd() -> list[Results]:
     return found
 
 
-def crowded() -> Record:
+def crowded() -> AuditRecord:
     """An audit of 260 faults, each tried by the four clauses that it names."""
     record = given.audit()
-    record.budgets = ["smoke"]
+    record.efforts = ["smoke"]
     one = record.audited[1]
     record.audited = [
         msgspec.structs.replace(
@@ -207,7 +207,7 @@ def test_every_sentence_appears_and_every_failure_says_how_to_replay_it() -> Non
     for result in results:
         for verdict in result.verdicts:
             said = verdict.sentence
-            if verdict.outcome is Outcome.XFAIL:  # its row says the rest
+            if verdict.outcome is Outcome.KNOWN_FAILURE:  # its row says the rest
                 said = said.rpartition("103082: ")[2]
             assert said in text
             if verdict.outcome.broken:
@@ -502,7 +502,7 @@ def test_junit_parses_and_its_counts_agree_with_the_verdicts() -> None:
             "failures": sum(outcome.broken for outcome in outcomes),
             "errors": outcomes.count(Outcome.INCONCLUSIVE) + stopped,
             "skipped": sum(
-                outcome in (Outcome.UNSUPPORTED, Outcome.NOT_EXERCISED, Outcome.REFUTED, Outcome.XFAIL)
+                outcome in (Outcome.UNSUPPORTED, Outcome.NOT_EXERCISED, Outcome.REFUTED, Outcome.KNOWN_FAILURE)
                 for outcome in outcomes
             ),
         }

@@ -20,7 +20,7 @@ from kvconform.results.known_failures import Row
 from kvconform.results.results import Results, exit_code, read
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.counterexample import Counterexample
-from kvconform.search.effort import Budget
+from kvconform.search.effort import Effort
 from kvconform.worker.client import WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case
@@ -68,7 +68,7 @@ ROW: dict[str, Any] = {
     "counterexample": "stored.json",
 }
 PLACE = "definition.attention on mine [attention-gqa]: "
-CELL = Plan(Budget("tiny", 2, 2, 60.0), clauses=("definition.attention",), configs=("attention-gqa",))
+CELL = Plan(Effort("tiny", 2, 2, 60.0), clauses=("definition.attention",), configs=("attention-gqa",))
 PLAN = replace(CELL, clauses=("definition.attention", "shape.output"))
 
 
@@ -123,8 +123,8 @@ def outcomes(found: Results) -> dict[str, Outcome]:
 
 def test_a_known_failure_is_replayed_and_says_why_it_is_known(place: Path) -> None:
     found = run(place)
-    assert outcomes(found) == {"shape.output": Outcome.PASS, "definition.attention": Outcome.XFAIL}
-    known = next(v for v in found.verdicts if v.outcome is Outcome.XFAIL)
+    assert outcomes(found) == {"shape.output": Outcome.PASS, "definition.attention": Outcome.KNOWN_FAILURE}
+    known = next(v for v in found.verdicts if v.outcome is Outcome.KNOWN_FAILURE)
     assert known.programs == 1  # it was not searched
     why = f"bug in the backend, known until {ROW['expires']}, {ROW['link']}: "
     assert known.sentence.startswith(f"{why}step 0 (append 2 to a)")
@@ -166,7 +166,7 @@ def test_a_stale_row_excuses_nothing_and_the_cell_is_searched(
 
 def test_a_row_is_good_through_its_last_day(place: Path) -> None:
     last = ROW["expires"]
-    assert outcomes(run(place, today=last))["definition.attention"] is Outcome.XFAIL
+    assert outcomes(run(place, today=last))["definition.attention"] is Outcome.KNOWN_FAILURE
     assert outcomes(run(place, today=last + timedelta(days=1)))["definition.attention"] is Outcome.FAIL
 
 
@@ -265,12 +265,12 @@ def tool(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_the_command_line_says_what_is_stale_and_exits_with_1(place: Path) -> None:
     (place / "known_failures.toml").write_text(toml(backend="Mine"))
     asked = ("kvconform", "run", "-b", "mine.py:Mine", "--config", "attention-gqa", "--clause", "definition.attention")
-    known = tool(*asked, "--budget", "smoke", "--known-failures", "known_failures.toml", folder=place)
+    known = tool(*asked, "--effort", "smoke", "--known-failures", "known_failures.toml", folder=place)
     assert known.returncode == 5, known.stdout + known.stderr
     assert "1 known failure; 1 programs" in known.stdout
     (place / "known_failures.toml").write_text(toml(backend="Mine", clause="definition.poetry"))
     (place / "stored.json").write_bytes(stored("definition.poetry"))
-    stale = tool(*asked, "--budget", "smoke", "--known-failures", "known_failures.toml", folder=place)
+    stale = tool(*asked, "--effort", "smoke", "--known-failures", "known_failures.toml", folder=place)
     assert stale.returncode == 1
     assert "definition.poetry on Mine [attention-gqa]: the suite has no such cell" in stale.stdout
     malformed = tool(*asked, "--known-failures", "none.toml", folder=place)
@@ -302,7 +302,7 @@ def test_the_importable_door_takes_a_ledger_and_raises_what_is_stale(place: Path
     only: dict[str, Any] = {"configs": ("attention-gqa",), "clauses": ("definition.attention", "shape.output")}
     (place / "known_failures.toml").write_text(toml(backend="Mine"))
     found = conformance(f"{place / 'mine.py'}:Mine", known_failures=place / "known_failures.toml", **only)
-    assert outcomes(found)["definition.attention"] is Outcome.XFAIL
+    assert outcomes(found)["definition.attention"] is Outcome.KNOWN_FAILURE
     (place / "known_failures.toml").write_text(toml(backend="NumpyCache"))
     with pytest.raises(AssertionError, match="no longer fails: remove the row"):
         conformance(f"{place / 'mine.py'}:NumpyCache", known_failures=place / "known_failures.toml", **only)

@@ -20,7 +20,7 @@ from kvconform.results.results import Results, exit_code, merged, missing_core, 
 from kvconform.run.run import Plan, cells, parse_shard, path_of, run_backend
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import read as read_counterexample
-from kvconform.search.effort import BUDGETS, GUARANTEE_SECONDS, GUARANTEE_TRIALS, SHRINK_SECONDS, SHRINK_TRIALS, Budget
+from kvconform.search.effort import EFFORTS, GUARANTEE_SECONDS, GUARANTEE_TRIALS, SHRINK_SECONDS, SHRINK_TRIALS, Effort
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Level
@@ -49,7 +49,7 @@ def results(*verdicts: Verdict, **more: Any) -> Results:
         backend="x",
         device="cpu",
         dtypes=["float32"],
-        budget="smoke",
+        effort="smoke",
         seed=0,
         started="now",
         finished=True,
@@ -74,7 +74,7 @@ def results(*verdicts: Verdict, **more: Any) -> Results:
         (results(verdict(), claims={**CLAIMS, "max_batch": 2}), 4, "narrowed max_batch from unlimited to 2"),
         (results(verdict(), claims={**CLAIMS, "overflow": "undefined"}), 4, "narrowed overflow from refused"),
         (results(verdict(outcome=Outcome.REFUTED)), 4, "pass -> refuted: it broke"),
-        (results(verdict(outcome=Outcome.XFAIL)), 4, "pass -> known failure: it broke"),
+        (results(verdict(outcome=Outcome.KNOWN_FAILURE)), 4, "pass -> known failure: it broke"),
         (results(verdict(), stale=["a row no longer holds"]), 1, "stale known failure: a row no longer holds"),
         (results(verdict(), shard="1/2"), 4, "shard is 1/2, the baseline's is the whole: not comparable"),
         (results(unavailable="no compiler"), 4, "no longer available: no compiler"),
@@ -141,8 +141,8 @@ def test_the_gate_knows_every_claim_of_one_value() -> None:
             Claims(**{name: value})
 
 
-def test_results_of_another_device_or_budget_are_not_comparable() -> None:
-    for change in ({"device": "cuda"}, {"budget": "nightly"}, {"seed": 1}, {"dtypes": ["float16"]}):
+def test_results_of_another_device_or_effort_are_not_comparable() -> None:
+    for change in ({"device": "cuda"}, {"effort": "nightly"}, {"seed": 1}, {"dtypes": ["float16"]}):
         differences = gate.compare(msgspec.structs.replace(results(verdict()), **change), results(verdict()))
         assert gate.exit_code(differences) == 4
         assert "not comparable" in differences[0].words
@@ -175,7 +175,7 @@ CORE = [verdict(name) for name, clause in BY_NAME.items() if clause.core and "at
 
 
 def test_a_refuted_guarantee_and_a_known_failure_are_no_failure_and_no_pass() -> None:
-    more = [verdict("definition.scale", outcome) for outcome in (Outcome.REFUTED, Outcome.XFAIL)]
+    more = [verdict("definition.scale", outcome) for outcome in (Outcome.REFUTED, Outcome.KNOWN_FAILURE)]
     assert exit_code(results(*CORE)) == (0, "conformant: attention profile")
     assert exit_code(results(*CORE, *more)) == (0, "conformant: attention profile, but 1 known failure")
     for one in more:
@@ -231,7 +231,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_run_goes_on_where_an_unfinished_one_stopped_and_only_there(tmp_path: Path) -> None:
-    plan = Plan(BUDGETS["smoke"], clauses=("shape.output", "shape.length"), configs=("attention-gqa",))
+    plan = Plan(EFFORTS["smoke"], clauses=("shape.output", "shape.length"), configs=("attention-gqa",))
     whole = run_backend("numpy", WorkerSpec("numpy"), plan, tmp_path)
     assert [v.outcome for v in whole.verdicts] == [Outcome.PASS, Outcome.PASS]
     marked = msgspec.structs.replace(whole.verdicts[0], compared=123456)
@@ -249,7 +249,7 @@ def test_a_run_is_not_resumed_once_the_backend_has_changed(tmp_path: Path) -> No
     source = "from kvconform_backends.numpy.cache import NumpyCache\n\n\nclass Mine(NumpyCache):\n    pass\n"
     file = tmp_path / "mine.py"
     file.write_text(source)
-    plan = Plan(BUDGETS["smoke"], clauses=("shape.output",), configs=("attention-gqa",))
+    plan = Plan(EFFORTS["smoke"], clauses=("shape.output",), configs=("attention-gqa",))
     first = run_backend("mine", WorkerSpec(f"{file}:Mine"), plan, tmp_path)
     marked = msgspec.structs.replace(first.verdicts[0], compared=123456)
     msgspec.structs.replace(first, verdicts=[marked], finished=False).write(tmp_path / "mine.json")
@@ -262,7 +262,7 @@ def test_a_run_is_not_resumed_once_the_backend_has_changed(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("count", range(1, 8))
 def test_shards_part_the_cells_evenly_config_by_config(count: int) -> None:
-    plan = Plan(BUDGETS["smoke"], dtypes=DTYPES)
+    plan = Plan(EFFORTS["smoke"], dtypes=DTYPES)
     whole = [(cell.config_name, cell.clause.name) for cell in cells(plan)]
     shards = [
         [(cell.config_name, cell.clause.name) for cell in cells(replace(plan, shard=(index, count)))]
@@ -283,7 +283,7 @@ def test_what_is_no_shard_is_one_sentence(text: str) -> None:
 
 
 def test_merged_shards_are_the_whole_run(tmp_path: Path) -> None:
-    tiny = Budget("tiny", 3, 2, 60.0)
+    tiny = Effort("tiny", 3, 2, 60.0)
     plan = Plan(tiny, clauses=("shape", "lifecycle.reset"), configs=("attention-gqa", "attention-window"))
     whole = run_backend("numpy", WorkerSpec("numpy"), plan, tmp_path)
     parts = [replace(plan, shard=(index, 3)) for index in (1, 2, 3)]
@@ -347,7 +347,7 @@ def test_a_broken_guarantee_is_refuted_unless_the_process_dies(backend: str, out
     address = f"{(SUPPORT / 'subjects.py')}:{backend}"
     cell = Cell(replace(must, level=Level.SHOULD), config_named("attention-gqa"), "attention-gqa")
     with WorkerClient(WorkerSpec(address)) as client:
-        found = run_cell(cell, client, BUDGETS["smoke"], 0, tmp_path)
+        found = run_cell(cell, client, EFFORTS["smoke"], 0, tmp_path)
     assert found.outcome is outcome
     assert found.sentence
     assert read_counterexample(tmp_path / found.counterexample).outcome == outcome.value
@@ -360,7 +360,7 @@ def test_a_guarantee_is_given_less_shrinking(tmp_path: Path, monkeypatch: pytest
     with WorkerClient(WorkerSpec(f"{(SUPPORT / 'subjects.py')}:PrintsAndIsWrong")) as client:
         for level in Level:
             cell = Cell(replace(must, level=level), config_named("attention-gqa"), "attention-gqa")
-            found = run_cell(cell, client, BUDGETS["smoke"], 0, tmp_path)
+            found = run_cell(cell, client, EFFORTS["smoke"], 0, tmp_path)
             reduced[level] = read_counterexample(tmp_path / found.counterexample).reduced
     assert reduced == {Level.MUST: True, Level.SHOULD: False}
     assert (GUARANTEE_TRIALS, GUARANTEE_SECONDS) < (SHRINK_TRIALS, SHRINK_SECONDS)

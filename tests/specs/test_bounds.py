@@ -16,7 +16,7 @@ from kvconform_specs.program import Append, Program
 from kvconform_specs.reference import bounds
 from kvconform_specs.reference.definition import attention, decoder, expand, sinks, slopes
 from kvconform_specs.reference.oracle import expect
-from kvconform_specs.tensors import AIM_SCORE, Streams, rounded, weights
+from kvconform_specs.tensors import NEEDLE_SCORE, Streams, rounded, weights
 
 Array = np.ndarray
 VARIANTS = tuple(range(40))
@@ -189,12 +189,12 @@ def test_a_scale_that_is_one_percent_off_is_outside(dtype: str, distribution: st
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_one_dropped_token_of_4096_is_outside(dtype: str) -> None:
-    """A needle points at it: every query's score with its key is ``AIM_SCORE``."""
+    """A needle points at it: every query's score with its key is ``NEEDLE_SCORE``."""
     config = replace(config_named("attention-long", dtype), head_dim=32)  # in few dimensions other keys score as high
     p = problem(np.random.default_rng(6), config, 20, 1, 4096)
     place = 1234
     key = p.keys[:, :, place : place + 1]
-    needle = key * np.float32(AIM_SCORE / config.score_scale) / np.sum(key * key, axis=-1, keepdims=True)
+    needle = key * np.float32(NEEDLE_SCORE / config.score_scale) / np.sum(key * key, axis=-1, keepdims=True)
     aimed = replace(p, query=rounded(np.broadcast_to(needle, p.query.shape), dtype))
     dropped = replace(aimed, keys=np.delete(p.keys, place, axis=2), values=np.delete(p.values, place, axis=2))
     assert np.all(aimed.ratio(computed(aimed)) <= 1)

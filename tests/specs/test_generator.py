@@ -34,7 +34,6 @@ from kvconform_specs.program import (
     Truncate,
     UncachedForward,
 )
-from kvconform_specs.tensors import distribution
 
 GQA, WINDOW = CONFIGS["attention-gqa"], CONFIGS["attention-window"]
 ROPE = CONFIGS["decoder-rope"]
@@ -137,7 +136,7 @@ def other_tokens_after_truncating_to(kept: Callable[[int, int], bool]) -> Callab
         for number, step in enumerate(p.steps[:-1]):
             rows, after = histories.rows.get(getattr(step, "seq", ""), ()), p.steps[number + 1]
             if isinstance(step, Truncate) and isinstance(after, Append) and after.seq == step.seq:
-                seeds = {seed for row in rows for seed, _position in row}
+                seeds = {stream.seed for row in rows for stream, _position in row}
                 if kept(step.length, len(rows[0])) and after.seed not in seeds:
                     return True
             histories.apply(step)
@@ -160,7 +159,7 @@ def sees_nothing(p: Program) -> bool:
 
 
 def in_manner(name: str) -> Callable[[Program], bool]:
-    return steps(Append, lambda s: distribution(s.seed) == name)
+    return steps(Append, lambda s: s.distribution == name)
 
 
 def generations(p: Program) -> list[Generate]:
@@ -181,7 +180,7 @@ def asked_alone_before_another(p: Program) -> bool:
     """A chunk on a cache gives its last position alone, and a step behind it all of them."""
     grown = [(step, max(before) > 0) for step, before, _after in lengths(p) if isinstance(step, Append)]
     return any(
-        a.last and cached and max(a.counts) > 1 and not b.last and max(b.counts) > 1
+        a.last_only and cached and max(a.counts) > 1 and not b.last_only and max(b.counts) > 1
         for (a, cached), (b, _) in pairwise(grown)
     )
 
@@ -215,8 +214,8 @@ W = WINDOW.window or 0
         ("equivalence.generation", ROPE, generates_to(ROPE.capacity)),
         *(("equivalence.generation", CONFIGS["decoder-learned"], generates_to(n)) for n in (4, 5, 6, 10)),
         ("equivalence.last-position", ROPE, asked_alone_before_another),
-        ("equivalence.last-position", ROPE, steps(Append, lambda s: s.last and len(s.counts) == 3)),
-        ("equivalence.last-position", ROPE, steps(UncachedForward, lambda s: s.last)),
+        ("equivalence.last-position", ROPE, steps(Append, lambda s: s.last_only and len(s.counts) == 3)),
+        ("equivalence.last-position", ROPE, steps(UncachedForward, lambda s: s.last_only)),
         ("definition.attention", GQA, two_live_interleaved),
         ("definition.attention", GQA, not_its_own_inverse),
         (

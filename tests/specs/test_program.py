@@ -16,6 +16,7 @@ from kvconform_specs.configs import CONFIGS, config_named
 from kvconform_specs.errors import SpecError
 from kvconform_specs.history import Histories
 from kvconform_specs.program import (
+    MAX_SEED,
     AliasHandle,
     Append,
     Close,
@@ -85,7 +86,7 @@ def test_what_is_asked_for_its_last_position_alone_survives_its_own_json() -> No
         (Append("a", (3, 3), 7, last_only=True), UncachedForward("f", (2,), 7, last_only=True), Append("a", (1, 1), 7)),
     )
     written = program.to_json()
-    assert [step.pop("last", False) for step in written["steps"]] == [True, True, False]
+    assert [step.pop("last_only", False) for step in written["steps"]] == [True, True, False]
     plain = tuple(
         replace(step, last_only=False) for step in program.steps if isinstance(step, Append | UncachedForward)
     )
@@ -96,15 +97,19 @@ def test_what_is_asked_for_its_last_position_alone_survives_its_own_json() -> No
 @pytest.mark.parametrize(
     ("config", "step", "words"),
     [
-        (CONFIG, {"op": "append"}, r"steps\[0\]\.last: the attention profile gives an output for each token"),
-        (CONFIGS["decoder-rope"], {"op": "full", "counts": [2, 1]}, r"steps\[0\]\.last: .* grow alike, got \[2, 1\]"),
-        (CONFIGS["decoder-rope"], {"op": "generate"}, r"steps\[0\]\.last: a generation .* has no last position"),
+        (CONFIG, {"op": "append"}, r"steps\[0\]\.last_only: the attention profile gives an output for each token"),
+        (
+            CONFIGS["decoder-rope"],
+            {"op": "uncached_forward", "counts": [2, 1]},
+            r"steps\[0\]\.last_only: want equal counts, got \[2, 1\]",
+        ),
+        (CONFIGS["decoder-rope"], {"op": "generate"}, r"steps\[0\]\.last_only: a generation .* has no last position"),
     ],
 )
 def test_the_last_position_alone_is_asked_for_where_there_is_one(
     config: Config, step: dict[str, object], words: str
 ) -> None:
-    asked = {"seq": "a", "counts": [2, 2], "seed": 0, "last": True, **step}
+    asked = {"seq": "a", "counts": [2, 2], "seed": 0, "last_only": True, **step}
     with pytest.raises(SpecError, match=words):
         Program.from_json({"config": config.to_json(), "steps": [asked]})
 
@@ -112,10 +117,10 @@ def test_the_last_position_alone_is_asked_for_where_there_is_one(
 @pytest.mark.parametrize(
     ("steps", "words"),
     [
-        ([{"op": "apend"}], r"program\.steps\[0\]\.op: unknown op 'apend'; known: append, close, fork"),
+        ([{"op": "apend"}], r"program\.steps\[0\]\.op: unknown op 'apend'; known: alias_handle, append, close"),
         (
             [{"op": "append", "seq": "a", "counts": [2], "sed": 1}],
-            r"steps\[0\]\.sed: unknown field; known: aim, counts",
+            r"steps\[0\]\.sed: unknown field; known: count_macs, counts",
         ),
         ([{"op": "append", "seq": "a"}], r"steps\[0\]: append wants the fields seq, counts, seed"),
         (
@@ -155,12 +160,12 @@ def test_the_last_position_alone_is_asked_for_where_there_is_one(
             r"steps\[0\]\.layout: unknown value 'diagonal'; known: contiguous, transposed",
         ),
         (
-            [{"op": "append", "seq": "a", "counts": [2], "seed": 0, "hidden": [[0, 2]]}],
-            r"steps\[0\]\.hidden: no token at row 0, position 2",
+            [{"op": "append", "seq": "a", "counts": [2], "seed": 0, "masked": [[0, 2]]}],
+            r"steps\[0\]\.masked: no token at row 0, position 2",
         ),
         (
             [{"op": "append", "seq": "a", "counts": [2], "seed": 7 << 48}],
-            r"steps\[0\]\.seed: a seed's bits from 48 on name one of 4 distributions",
+            rf"steps\[0\]\.seed: want a seed of 0\.\.{MAX_SEED}, got ",
         ),
         (
             [{"op": "append", "seq": "a", "counts": [2], "seed": 0}, {"op": "poison", "seq": "a", "keys": "acid"}],
@@ -172,11 +177,11 @@ def test_the_last_position_alone_is_asked_for_where_there_is_one(
         ),
         (
             [{"op": "reject", "wrong": "rank", "step": {"op": "append", "seq": "a", "counts": [41], "seed": 0}}],
-            r"steps\[0\]\.step\.counts: length 41 exceeds .* a malformed append is legal but for its inputs",
+            r"steps\[0\]\.step\.counts: length 41 exceeds .* a malformed append is otherwise legal",
         ),
         (
             [{"op": "reject", "step": {"op": "close", "seq": "a"}}],
-            r"steps\[0\]\.step: only append, truncate and reorder",
+            r"steps\[0\]\.step: want append, truncate or reorder, got close",
         ),
     ],
 )
@@ -207,7 +212,7 @@ def test_an_unknown_config_name_lists_the_known() -> None:
 
 
 def test_claims_that_are_not_known_are_refused() -> None:
-    with pytest.raises(SpecError, match=r"claims\.abilities: unknown value 'fly'; known: full, length"):
+    with pytest.raises(SpecError, match=r"claims\.abilities: unknown value 'fly'; known: uncached_forward, length"):
         Claims(abilities=("fly",))
 
 
@@ -232,8 +237,12 @@ def test_histories_are_what_the_steps_say() -> None:
         Reset("b"),
     ):
         histories.apply(step)
-    assert histories.rows == {
-        "a": (((11, 0), (21, 1), (21, 2)), ((11, 0), (21, 1), (21, 2)), ((10, 0), (20, 1))),
-        "b": ((), ()),
-        "c": (((10, 0), (10, 1)), ((11, 0),)),
+    tokens = {
+        name: [[(stream.seed, position) for stream, position in row] for row in rows]
+        for name, rows in histories.rows.items()
+    }
+    assert tokens == {
+        "a": [[(11, 0), (21, 1), (21, 2)], [(11, 0), (21, 1), (21, 2)], [(10, 0), (20, 1)]],
+        "b": [[], []],
+        "c": [[(10, 0), (10, 1)], [(11, 0)]],
     }

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from kvconform.backend import Abilities, Backend
 from kvconform.cli.main import app
 from kvconform.search import counterexample
-from kvconform.spec_docs.clause import ENOUGH, as_file, example, explained, in_words, least_claims
+from kvconform.spec_docs.clause import ENOUGH, as_file, example, explained, least_claims
 from kvconform.spec_docs.page import LAW, documented, page
 from kvconform_specs.ambiguities import AMBIGUITIES, Ambiguity
 from kvconform_specs.claims import ABILITIES, DERIVED, Claims
@@ -20,6 +20,7 @@ from kvconform_specs.clause import Case, Clause
 from kvconform_specs.clauses import ALL, BY_NAME, CHAPTERS
 from kvconform_specs.config import Config
 from kvconform_specs.configs import CONFIGS
+from kvconform_specs.describe import described
 from kvconform_specs.program import (
     OPS,
     AliasHandle,
@@ -37,7 +38,6 @@ from kvconform_specs.program import (
     Truncate,
     UncachedForward,
 )
-from kvconform_specs.tensors import distributed
 
 ROOT = Path(__file__).parents[2]
 GQA = CONFIGS["attention-gqa"]
@@ -90,7 +90,17 @@ def test_a_docstring_is_cut_where_it_turns_to_a_field() -> None:
     prose, told = documented(Append)
     assert prose.startswith("Appends `counts[r]` new tokens")
     assert prose.endswith("*ragged* rows.")
-    assert list(told) == ["swap", "aim", "hidden", "pad", "layout", "shared", "count_macs", "last"]
+    assert list(told) == [
+        "substitutions",
+        "needle",
+        "masked",
+        "pad",
+        "layout",
+        "in_place",
+        "count_macs",
+        "last_only",
+        "distribution",
+    ]
     assert told["count_macs"] == "the multiply-adds of the step are counted."
     assert documented(Claims)[1]["max_chunk"].startswith("largest batch, longest append")
 
@@ -141,20 +151,19 @@ def test_the_example_of_a_clause_is_for_its_config_and_the_same_each_time(clause
     assert clause.concerns(CONFIGS[name])
     assert {program.config for program in case.programs} == {CONFIGS[name]}
     words = explained(clause)  # it draws the example anew
-    assert all(f"\n    {line}\n" in words for line in in_words(case.programs[0]))
+    assert all(f"\n    {line}\n" in words for line in described(case.programs[0]))
     assert all(relation.value.replace("`", "") in words for relation in clause.relations)
 
 
-def test_steps_are_told_in_words() -> None:
-    loud = distributed(5, "large_queries")
+def test_steps_are_told_described() -> None:
     steps: tuple[tuple[Step, str], ...] = (
         (Append("a", (4,), 17), "append 4 tokens (stream 17) to a, which is empty"),
         (Append("a", (1,), 17), "append 1 token (stream 17) to a, which holds 4"),
         (Append("b", (2, 2), 8), "append 2 tokens (streams 8, 9) to each row of b, which is empty"),
         (
-            Append("b", (3, 0), loud, pad=("left", 7)),
-            "append 3, 0 tokens (streams 5 (loud), 6 (loud)) to the rows of b, which hold 2; columns without a token "
-            "on the left, filled from stream 7",
+            Append("b", (3, 0), 5, pad=("left", 7), distribution="large_queries"),
+            "append 3, 0 tokens (streams 5 (large_queries), 6 (large_queries)) to the rows of b, which hold 2; columns without a token "
+            "on the left, filled from stream 7 (large_queries)",
         ),
         (
             Append(
@@ -167,7 +176,7 @@ def test_steps_are_told_in_words() -> None:
                 count_macs=True,
             ),
             "append 1 token (streams 8, 9) to each row of b, which hold 5, 2; the mask hides positions 1, 4 of row 0; "
-            "the mask hides positions 0 to 2 of row 1; inputs sliced; into the memory of the past; its work is counted",
+            "the mask hides positions 0 to 2 of row 1; inputs sliced; into the memory of the past; multiply-adds are counted",
         ),
         (
             Append("a", (2,), 17, substitutions=((0, 5, 99), (0, 6, 99)), needle=(17, 3)),
@@ -179,7 +188,7 @@ def test_steps_are_told_in_words() -> None:
         (Truncate("a", 3), "truncate a, which holds 7, to 3"),
         (Fork("a", "c"), "fork a to c"),
         (AliasHandle("a", "d"), "keep the handle of a as d"),
-        (ReadCache("a"), "read a"),
+        (ReadCache("a"), "read cache a"),
         (Poison("a", "nan", "junk"), "fill the slots that hold no token: keys with nan, values with junk"),
         (Reject(Truncate("a", 4)), "must be refused: truncate a, which holds 3, to 4"),
         (
@@ -190,22 +199,22 @@ def test_steps_are_told_in_words() -> None:
         (Close("c"), "close c"),
     )
     assert {type(step) for step, _words in steps} == set(OPS.values()) - {Generate}  # only decoders generate
-    assert in_words(Program(GQA, tuple(step for step, _ in steps))) == [words for _, words in steps]
+    assert described(Program(GQA, tuple(step for step, _ in steps))) == [words for _, words in steps]
 
 
-def test_generations_are_told_in_words() -> None:
+def test_generations_are_told_described() -> None:
     steps = (Generate("g", (4,), 17, new=3), Generate("g", (1, 1), 8, substitutions=((1, 0, 9),), new=1))
-    assert in_words(Program(CONFIGS["decoder-rope"], steps)) == [
+    assert described(Program(CONFIGS["decoder-rope"], steps)) == [
         "generate 3 tokens greedily after 4 tokens (stream 17) of g",
         "generate 1 token greedily after 1 token (streams 8, 9) of each row of g; position 0 of row 1 from stream 9",
     ]
 
 
-def test_what_is_asked_for_its_last_position_alone_is_told_in_words() -> None:
+def test_what_is_asked_for_its_last_position_alone_is_told_described() -> None:
     steps = (Append("a", (4, 4), 8, last_only=True), UncachedForward("f", (3,), 17, last_only=True))
-    assert in_words(Program(CONFIGS["decoder-rope"], steps)) == [
-        "append 4 tokens (streams 8, 9) to each row of a, which is empty; the last position alone",
-        "compute 3 tokens (stream 17) of f without a cache; the last position alone",
+    assert described(Program(CONFIGS["decoder-rope"], steps)) == [
+        "append 4 tokens (streams 8, 9) to each row of a, which is empty; only the last position's output",
+        "compute 3 tokens (stream 17) of f without a cache; only the last position's output",
     ]
 
 
@@ -229,7 +238,7 @@ def test_a_clause_is_explained_with_a_program_that_tries_it() -> None:
     words = done.output
     assert words.startswith(f"{CLAUSE} (must, core)\n  {BY_NAME[CLAUSE].text}\n")
     for line in (
-        "holds if: outputs that have the same history in both programs are the same, bit for bit (unaffected)",
+        "holds if: outputs that have the same history in both programs are the same, bit for bit (insensitive)",
         "asked on: every attention and decoder config",
         "needs: nothing",
         "stops: https://github.com/QwenLM/Qwen/issues/979",

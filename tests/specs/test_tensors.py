@@ -14,7 +14,7 @@ from kvconform.worker.execute import feeds_of
 from kvconform_specs.configs import CONFIGS, config_named
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import LAYOUTS, MALFORMED, Append, Program
-from kvconform_specs.tensors import AIM_SCORE, Streams, distributed, laid, malformed, rounded, weights
+from kvconform_specs.tensors import NEEDLE_SCORE, Streams, laid, malformed, rounded, weights
 
 
 def inputs_of(program: Program, indices: tuple[int, ...]) -> list[tuple[np.ndarray, ...]]:
@@ -54,7 +54,7 @@ def test_a_needle_gives_its_key_the_stated_score() -> None:
     (_q, key, _v), (query, _k, _w) = inputs_of(program, (0,))
     scores = np.einsum("bhd,bhd->bh", query[0, :, :, 0], np.repeat(key[0, :, :, 2], config.group, axis=1))
     assert np.allclose(
-        scores * config.score_scale, AIM_SCORE, rtol=8 * 2.0**-24, atol=0
+        scores * config.score_scale, NEEDLE_SCORE, rtol=8 * 2.0**-24, atol=0
     )  # d products, one rounding each
 
 
@@ -94,7 +94,7 @@ def test_a_manner_changes_what_it_names_and_nothing_else() -> None:
     config = CONFIGS["attention-gqa"]
 
     def drawn(distribution: str) -> tuple[np.ndarray, ...]:
-        return inputs_of(Program(config, (Append("a", (5,), distributed(3, distribution)),)), (0, 1))[0]
+        return inputs_of(Program(config, (Append("a", (5,), 3, distribution=distribution),)), (0, 1))[0]
 
     plain = drawn("normal")
     for name, factors in {
@@ -102,7 +102,7 @@ def test_a_manner_changes_what_it_names_and_nothing_else() -> None:
         "zero_keys": (1, 0, 1),
         "small_keys_large_values": (1, 0.25, 16),
     }.items():
-        own = tuple(Streams(config, 5, (0, 1)).split(Streams(config, 5, (0, 1)).tape(distributed(3, name))))
+        own = tuple(Streams(config, 5, (0, 1)).split(Streams(config, 5, (0, 1)).tape(3, name)))
         assert all(np.array_equal(x[:, 0], y) for x, y in zip(drawn(name), own, strict=True))
         sizes = [float(np.abs(x).max()) for x in own]
         assert (sizes[1] == 0) == (name == "zero_keys")

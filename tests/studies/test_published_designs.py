@@ -16,7 +16,7 @@ from kvconform.judging.verdict import Outcome
 from kvconform.results.results import Results, Target, exit_code
 from kvconform.run import check
 from kvconform.run.run import Plan, run_backend
-from kvconform.search.effort import Budget
+from kvconform.search.effort import Effort
 from kvconform.worker.client import WorkerSpec
 from kvconform.worker.registry import installed
 from kvconform_backends.faults import FAULTS
@@ -27,7 +27,7 @@ from kvconform_specs.configs import CONFIGS
 pytest.importorskip("torch", reason="the designs are in torch")
 
 ROOT = Path(__file__).parents[2]
-BRIEF = Budget("brief", structures=4, variants=2, seconds=60.0, shrink=False)
+BRIEF = Effort("brief", structures=4, variants=2, seconds=60.0, shrink=False)
 CATALOGUE = "kvconform_backends.faults.published"
 INTENDED = ("module-buffers", "past-tuples", "list-cache")
 CORNERS = ("attention-softcap", "decoder-learned")
@@ -99,8 +99,8 @@ MISTAKES = {
 @pytest.mark.parametrize("fault", MISTAKES)
 def test_a_published_mistake_is_named_by_its_clause_and_is_no_other(fault: str, tmp_path: Path) -> None:
     config, names, words, minds_not = MISTAKES[fault]
-    budget = Budget("brief", 16, 2, 60.0, shrink=False)
-    plan = Plan(budget, 0, clauses=(names, minds_not), configs=(config,))
+    effort = Effort("brief", 16, 2, 60.0, shrink=False)
+    plan = Plan(effort, 0, clauses=(names, minds_not), configs=(config,))
     found = {v.clause: v for v in run_backend("design", WorkerSpec(f"{CATALOGUE}:{fault}"), plan, tmp_path).verdicts}
     assert found[names].outcome is Outcome.FAIL
     assert words in found[names].sentence

@@ -112,7 +112,7 @@ class Builder:
         presents: list[str] = []
         for n in range(LAYERS):
             x = self.op("Add", x, self.layer(n, x, seen, pasts, presents))
-        if s.last:
+        if s.last_only:
             x = self.op("Gather", x, self.constant(-1), axis=1)
         return [self.op("MatMul", x, self.weight("head", WIDTH, VOCABULARY)), *presents]
 
@@ -190,7 +190,7 @@ def cache_of(style: Style, pattern: str, length: str) -> list[ValueInfoProto]:
 
 def outputs_of(style: Style) -> list[ValueInfoProto]:
     logits = helper.make_tensor_value_info(
-        "logits", TYPES[style.dtype], ["batch", VOCABULARY] if style.last else ["batch", "new", VOCABULARY]
+        "logits", TYPES[style.dtype], ["batch", VOCABULARY] if style.last_only else ["batch", "new", VOCABULARY]
     )
     return [logits, *(cache_of(style, style.present, "total") if style.presents else [])]
 

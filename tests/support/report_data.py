@@ -12,7 +12,7 @@ from kvconform.explain.diagnosis import Diagnosis
 from kvconform.explain.visibility import Map
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.mutation import record as audit_record
-from kvconform.mutation.record import Audited, Trial
+from kvconform.mutation.record import Audited, AuditTrial
 from kvconform.results import guarantees, known_failures
 from kvconform.results.results import Results, Target
 from kvconform.run.cross_backend import Pair
@@ -55,7 +55,7 @@ def results(backend: str, verdicts: list[Verdict], **more: Any) -> Results:
         "backend": backend,
         "device": "cpu",
         "dtypes": ["float32"],
-        "budget": "pr",
+        "effort": "pr",
         "seed": 0,
         "started": "2026-11-21T22:07:34+00:00",
         "seconds": 41.5,
@@ -148,7 +148,7 @@ def known(backend: str, verdicts: list[Verdict]) -> dict[str, Any]:
     """The same cells with one in the known failures: the verdicts and the known_failures of their results."""
     entry = row(backend)
     sentence = f"{entry.reason}, known until {entry.expires}, {entry.link}: step 0 out[0]: got nan, want 0.25"
-    failure = other(*KNOWN, Outcome.XFAIL, sentence, counterexample="numerics.zero-keys-1a2b3c4d.json")
+    failure = other(*KNOWN, Outcome.KNOWN_FAILURE, sentence, counterexample="numerics.zero-keys-1a2b3c4d.json")
     return {"verdicts": [failure if v.key == KNOWN else v for v in verdicts], "known_failures": [entry]}
 
 
@@ -201,10 +201,10 @@ def power() -> list[dict[str, Any]]:
     return rows
 
 
-def _trial(clause: str, kills: bool, budget: str = "smoke", **more: Any) -> Trial:
+def _trial(clause: str, kills: bool, effort: str = "smoke", **more: Any) -> AuditTrial:
     sentence = "step 1 out[0]: got 0.5, want 0.25" if kills else ""
-    return Trial(
-        budget=budget,
+    return AuditTrial(
+        effort=effort,
         clause=clause,
         outcome=Outcome.FAIL if kills else Outcome.PASS,
         kills=kills,
@@ -218,11 +218,11 @@ def _trial(clause: str, kills: bool, budget: str = "smoke", **more: Any) -> Tria
     )
 
 
-def audit(name: str = "top-left") -> audit_record.Record:
-    """Four faults under two budgets: one is killed, one by a clause that it does not name, too, one survives the
-    smaller budget, one could not run; and two controls, of which one is detected."""
+def audit(name: str = "top-left") -> audit_record.AuditRecord:
+    """Four faults under two efforts: one is killed, one by a clause that it does not name, too, one survives the
+    smaller effort, one could not run; and two controls, of which one is detected."""
 
-    def fault(name: str, conditional: bool, trials: list[Trial], **more: Any) -> Audited:
+    def fault(name: str, conditional: bool, trials: list[AuditTrial], **more: Any) -> Audited:
         settings: dict[str, Any] = {
             "address": f"faults:{name}",
             "classes": ("M1",),
@@ -234,21 +234,21 @@ def audit(name: str = "top-left") -> audit_record.Record:
 
     both = ("smoke", "pr")
     seen, decode, decoder = "causality.past-seen", "equivalence.decode", "definition.decoder"
-    record = audit_record.Record(
+    record = audit_record.AuditRecord(
         suite="0.1.0",
         faults="faults:FAULTS",
-        budgets=list(both),
+        efforts=list(both),
         seed=0,
         names=[],
-        every=False,
+        clauses=[],
         shard="",
         started="2026-11-21T23:30:00+00:00",
         seconds=12.5,
         finished=True,
         audited=[
-            fault(name, False, [_trial(clause, True, budget) for budget in both for clause in (seen, decode)]),
+            fault(name, False, [_trial(clause, True, effort) for effort in both for clause in (seen, decode)]),
             fault("tail-attended", True, [_trial(c, c != decode, b) for b in both for c in (seen, decode, decoder)]),
-            fault("conditional-mask", True, [_trial(seen, budget == "pr", budget) for budget in both], bug="a report"),
+            fault("conditional-mask", True, [_trial(seen, effort == "pr", effort) for effort in both], bug="a report"),
             fault("gpu-only", True, [], unavailable="it needs a GPU"),
         ],
         controls=[

@@ -38,8 +38,8 @@ PUBLISHED: dict[str, Any] = {
     "ratio": 3.17,
     "machine": "A100",
     "source": "a notebook on caches",
-    "phases": ("generate", "regenerate"),
-    "differs": ("one thread of a CPU here", "its cached loop ran the prefill twice"),
+    "phases": ["generate", "regenerate"],
+    "differs": ["one thread of a CPU here", "its cached loop ran the prefill twice"],
 }
 
 

@@ -177,7 +177,7 @@ class FallsBackAndRaises(FallsBack):
 
 class CannotRunHere(NumpyCache):
     def __init__(self, *_: Any) -> None:
-        from kvconform.backend import Unavailable
+        from kvconform.errors import Unavailable
 
         raise Unavailable("this backend needs a quantum computer; install one")
 

@@ -18,7 +18,7 @@ from kvconform_specs.program import Program
 from kvconform_specs.tensors import weights
 
 Array = NDArray[Any]
-DECODERS = {f"{name}-own": config for name, config in CONFIGS.items() if config.profile == "decoder"}
+DECODERS = {f"{name}-self": config for name, config in CONFIGS.items() if config.profile == "decoder"}
 
 
 class Wrapped:
@@ -46,8 +46,8 @@ class Wrapped:
         return getattr(self.inner, name)
 
     def uncached_forward(self, ids: Array, **asked: Any) -> Array:
-        if hasattr(self.inner, "full"):
-            return np.asarray(self.inner.full(ids, **asked))
+        if hasattr(self.inner, "uncached_forward"):
+            return np.asarray(self.inner.uncached_forward(ids, **asked))
         return np.asarray(self.inner.step(self.inner.start(len(ids)), ids, **asked)[0])
 
     def perturbed(self, storage: float, accumulation: float, seed: int) -> Any:
@@ -77,6 +77,6 @@ def __getattr__(name: str) -> type[Wrapped]:
         profiles=("decoder",),
         reference="self",
         dtypes=("float32",),
-        abilities=tuple(dict.fromkeys(("full", *kind.claims.abilities))),
+        abilities=tuple(dict.fromkeys(("uncached_forward", *kind.claims.abilities))),
     )
     return type(name, (Wrapped,), {"name": name, "kind": kind, "claims": own, "__module__": __name__})

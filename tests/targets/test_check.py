@@ -10,19 +10,20 @@ from pathlib import Path
 import pytest
 from places import SUPPORT
 
+from kvconform.errors import BackendUnavailable
 from kvconform.judging.verdict import Outcome
 from kvconform.results.results import Results, exit_code, read
 from kvconform.run import check
 from kvconform.run.run import Plan, run_backend
-from kvconform.search.effort import Budget
-from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
+from kvconform.search.effort import Effort
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Append, Program
 from kvconform_specs.reference.oracle import expect
 
 BOXES = SUPPORT / "black_boxes.py"
-PLAN = Plan(Budget("tiny", 6, 2, 20.0))
+PLAN = Plan(Effort("tiny", 6, 2, 20.0))
 pytestmark = pytest.mark.xdist_group("check")
 
 
@@ -152,8 +153,8 @@ def test_no_cached_step_ever_runs_where_the_truth_is_computed() -> None:
             one.run(program, (0,))
         values = []
         for one in (client, right):
-            assert one.own is not None
-            (want,) = expect(program, own=one.own(config))
+            assert one.reference_forward is not None
+            (want,) = expect(program, reference=one.reference_forward(config))
             assert want is not None
             values.append(want.value)
         assert (values[0] == values[1]).all()

@@ -15,14 +15,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from numpy.typing import NDArray
 from places import ROOT
 
+from kvconform.errors import BackendUnavailable
 from kvconform.results.results import exit_code
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.counterexample import Broken, attempt
-from kvconform.search.effort import Budget
+from kvconform.search.effort import Effort
 from kvconform.worker.client import WorkerSpec
 from kvconform.worker.execute import execute, feeds_of
 from kvconform.worker.protocol import Traces, pack, unpack
-from kvconform.worker.registry import BackendError, load
+from kvconform.worker.registry import load
 from kvconform_specs.clause import Case, Level
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.config import Config
@@ -56,7 +57,7 @@ FAMILIES = {
 WINDOWED = {"MistralConfig", "Gemma2Config", "Gemma3TextConfig", "GptOssConfig"}
 MIXED = WINDOWED - {"MistralConfig"}
 TINY = ROOT / "examples" / "tiny_llama"
-BRIEF = Budget("brief", structures=2, variants=2, seconds=60.0)
+BRIEF = Effort("brief", structures=2, variants=2, seconds=60.0)
 
 
 class InProcess:
@@ -68,13 +69,13 @@ class InProcess:
         self.perturbed: dict[int, Transformers] = {}
         self.traces: deque[Traces] = deque()
 
-    def own(self, config: Config) -> ReferenceForward:
+    def reference_forward(self, config: Config) -> ReferenceForward:
         return self._reference_forward
 
     def _reference_forward(self, inputs: NDArray[Any], storage: float, accumulation: float, seed: int) -> NDArray[Any]:
         if seed and seed not in self.perturbed:
             self.perturbed[seed] = self.client.perturbed(storage, accumulation, seed)
-        return (self.perturbed[seed] if seed else self.client).full(inputs)
+        return (self.perturbed[seed] if seed else self.client).uncached_forward(inputs)
 
     def send(self, program: Program, variants: Sequence[int]) -> None:
         self.traces.append(unpack(*pack(execute(self.client, program, tuple(variants)))))
@@ -139,7 +140,7 @@ def test_each_family_opens_and_decodes_what_its_own_forward_gives(family: str, c
     done = client.receive(program)
     assert done.stacked is not None, "a step raised"
     for step, want in zip(
-        done.stacked, expect(program, (0, 1), own=client.reference_forward(client.config)), strict=True
+        done.stacked, expect(program, (0, 1), reference=client.reference_forward(client.config)), strict=True
     ):
         assert want is not None
         assert (np.abs(step.output - want.value) <= want.bound).all()
@@ -206,7 +207,7 @@ def test_a_directory_without_weights_is_opened_at_random_and_one_with_weights_as
     ],
 )
 def test_what_cannot_be_opened_gets_one_sentence(target: str, options: Mapping[str, Any], words: str) -> None:
-    with pytest.raises(BackendError, match=f"^target hf:{target}: .*{words}"):
+    with pytest.raises(BackendUnavailable, match=f"^target hf:{target}: .*{words}"):
         open_hf(target, options)
 
 

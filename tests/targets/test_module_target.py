@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from places import SUPPORT
 
 from kvconform.api import conformance
+from kvconform.errors import BackendUnavailable
 from kvconform.search.counterexample import Broken, attempt
 from kvconform.worker.execute import execute, feeds_of
 from kvconform.worker.protocol import Traces, pack, unpack
-from kvconform.worker.registry import BackendError, load
+from kvconform.worker.registry import load
 from kvconform_specs.clause import Case
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.config import Config
@@ -158,17 +159,19 @@ class InProcess:
     def __init__(self, target: Any) -> None:
         (self.config,) = target.configs.values()
         self.claims = target.claims
-        self.backend, self.truth = (target(self.config, {}, "cpu") for _ in range(2))  # built apart, as in processes
+        self.backend, self.reference = (
+            target(self.config, {}, "cpu") for _ in range(2)
+        )  # built apart, as in processes
         self.perturbed: dict[int, Any] = {}
         self.traces: deque[Traces] = deque()
 
-    def own(self, config: Config) -> ReferenceForward:
-        return self._own
+    def reference_forward(self, config: Config) -> ReferenceForward:
+        return self._reference_forward
 
-    def _own(self, inputs: NDArray[Any], storage: float, accumulation: float, seed: int) -> NDArray[Any]:
+    def _reference_forward(self, inputs: NDArray[Any], storage: float, accumulation: float, seed: int) -> NDArray[Any]:
         if seed and seed not in self.perturbed:
-            self.perturbed[seed] = self.truth.perturbed(storage, accumulation, seed)
-        made: NDArray[Any] = (self.perturbed[seed] if seed else self.truth).full(inputs)
+            self.perturbed[seed] = self.reference.perturbed(storage, accumulation, seed)
+        made: NDArray[Any] = (self.perturbed[seed] if seed else self.reference).uncached_forward(inputs)
         return made
 
     def send(self, program: Program, variants: Sequence[int]) -> None:
@@ -245,7 +248,7 @@ def test_claims_are_what_the_target_itself_offers() -> None:
     owned, always, position = (opened(name).claims for name in ("ModuleBuffers", "AlwaysCaches", "StartPos"))
     assert set(owned.abilities) == {"uncached_forward", "reset"}
     assert set(always.abilities) == set(position.abilities) == {"reset"}  # there is no call without the cache
-    assert set(opened("GlobalList").claims.abilities) == {"full"}
+    assert set(opened("GlobalList").claims.abilities) == {"uncached_forward"}
     assert owned.max_sequences == always.max_sequences == 1
     assert opened("OneRow").claims.max_batch == opened("attend").claims.max_batch == 1
     assert opened("FourRows").claims.max_batch == 4
@@ -268,7 +271,8 @@ def test_arguments_seed_and_dtype_make_the_target() -> None:
     assert broken(target, ("equivalence.decode",)) == {}
     x = np.ones((1, 2, 30), np.float32)
     outputs = [
-        opened("LayerPast", init={"width": 30, "heads": 5}, seed=seed)(config, {}, "cpu").full(x) for seed in (3, 3, 4)
+        opened("LayerPast", init={"width": 30, "heads": 5}, seed=seed)(config, {}, "cpu").uncached_forward(x)
+        for seed in (3, 3, 4)
     ]
     assert np.array_equal(outputs[0], outputs[1])
     assert not np.array_equal(outputs[0], outputs[2])
@@ -310,7 +314,7 @@ def test_an_address_opens_a_target_and_a_backend_stays_what_it_is(tmp_path: Path
         (
             "Strange",
             {},
-            "found Strange.forward(x: 'Tensor', known_failures: 'dict'), and nothing says what 'known_failures' should be ",
+            "found Strange.forward(x: 'Tensor', ledger: 'dict'), and nothing says what 'ledger' should be ",
         ),
         ("NoCache", {}, "found NoCache.forward(x: 'Tensor'), whose calls show no cache; the known conventions are a p"),
         ("Absent", {}, "has no 'Absent'"),
@@ -328,7 +332,7 @@ def test_an_address_opens_a_target_and_a_backend_stays_what_it_is(tmp_path: Path
     ],
 )
 def test_what_cannot_be_opened_is_told_in_a_sentence(name: str, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(BackendError) as caught:
+    with pytest.raises(BackendUnavailable) as caught:
         opened(name, **options)
     assert str(caught.value).startswith(f"py:{FILE}:{name}")
     assert words in str(caught.value)
@@ -336,15 +340,15 @@ def test_what_cannot_be_opened_is_told_in_a_sentence(name: str, options: dict[st
 
 def test_a_file_that_cannot_be_imported_is_told_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import no_such_package_of_anyone\n")
-    with pytest.raises(BackendError, match=r"cannot be imported: ModuleNotFoundError: No module named 'no_such"):
+    with pytest.raises(BackendUnavailable, match=r"cannot be imported: ModuleNotFoundError: No module named 'no_such"):
         module.open_module(f"{tmp_path}/broken.py:Net", {})
-    with pytest.raises(BackendError, match=r"py:.*absent\.py:Net: no file"):
+    with pytest.raises(BackendUnavailable, match=r"py:.*absent\.py:Net: no file"):
         module.open_module(f"{tmp_path}/absent.py:Net", {})
 
 
 def test_the_adapter_that_is_shown_is_a_conformant_backend(tmp_path: Path) -> None:
     """With its one import of the reader's own code turned to an example's."""
-    with pytest.raises(BackendError) as caught:
+    with pytest.raises(BackendUnavailable) as caught:
         opened("NoCache")
     shown = str(caught.value).partition("\n\n")[2]
     assert shown == conventions.ADAPTER
@@ -364,7 +368,7 @@ def test_disturbed_weights_move_the_outputs_by_about_the_noise_and_leave_the_tar
     backend = target(config, {}, "cpu")
     x = np.arange(5)[None] if config.profile == "decoder" else np.ones((1, 5, config.width), np.float32)
     before, noise = backend.uncached_forward(x), 1e-4
-    moved = [backend.perturbed(noise, 0.0, seed).full(x) for seed in (1, 1, 2)]
+    moved = [backend.perturbed(noise, 0.0, seed).uncached_forward(x) for seed in (1, 1, 2)]
     assert np.array_equal(backend.uncached_forward(x), before)
     assert np.array_equal(moved[0], moved[1])
     assert not np.array_equal(moved[0], moved[2])
@@ -386,7 +390,10 @@ def test_scripts_make_the_same_calls_without_this_package(tmp_path: Path) -> Non
         file = tmp_path / f"{name.replace(':', '_').replace('.', '_')}.py"
         arrays: dict[str, NDArray[Any]] = {}
         checks = []
-        feeds, wants = feeds_of(program, (0,)), expect(program, (0,), own=backend.own(backend.config))
+        feeds, wants = (
+            feeds_of(program, (0,)),
+            expect(program, (0,), reference=backend.reference_forward(backend.config)),
+        )
         for number, ((inputs, _), want) in enumerate(zip(feeds, wants, strict=True)):
             if want is None:
                 continue
@@ -417,7 +424,7 @@ def test_scripts_make_the_same_calls_without_this_package(tmp_path: Path) -> Non
 def _steps(claims: Any) -> tuple[Any, ...]:
     rows = min(claims.max_batch or 2, 2)
     kept = (AliasHandle("a", "b"), Append("a", (2,) * rows, 3), Append("b", (1,) * rows, 4), Close("b")) * claims.can(
-        "functional"
+        "immutable"
     )
     whole = (UncachedForward("whole", (4,) * rows, 5),) * claims.can("uncached_forward")
     first = (Append("a", (3,) * rows, 1), Append("a", (1,) * rows, 1), *whole, Append("a", (2,) * rows, 1), *kept)

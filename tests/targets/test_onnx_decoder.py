@@ -18,7 +18,7 @@ import onnx
 from decoder_graphs import CONVENTIONS, LAYERS, WIDTH, Style, decoder, merged, saved
 from onnx import helper, numpy_helper
 
-from kvconform.backend import Unavailable
+from kvconform.errors import Unavailable
 from kvconform.worker.execute import execute, feeds_of
 from kvconform.worker.registry import load
 from kvconform_backends.onnx import runtime as onnx_runtime
@@ -75,15 +75,15 @@ def test_the_witness_tells_what_ran(tmp_path: Path) -> None:
 # --- perturbed weights ---
 def test_only_weights_are_disturbed_and_by_the_length_of_their_sums() -> None:
     made = {
-        "wide": np.full((4, 9), 0.3),
-        "turned": np.full((9, 4), 0.3),
-        "gemm": np.full((4, 9), 0.3),
-        "table": np.full((5, 4), 0.3),
-        "gain": np.full(9, 0.3),
+        "wide": np.uncached_forward((4, 9), 0.3),
+        "turned": np.uncached_forward((9, 4), 0.3),
+        "gemm": np.uncached_forward((4, 9), 0.3),
+        "table": np.uncached_forward((5, 4), 0.3),
+        "gain": np.uncached_forward(9, 0.3),
         "scale": np.array([0.3]),
-        "mask": np.full((3, 3), -3e38),
+        "mask": np.uncached_forward((3, 3), -3e38),
         "range": np.arange(9.0),
-        "held": np.full((4, 9), 3),
+        "held": np.uncached_forward((4, 9), 3),
         "step": np.array(0.5),
     }
     kinds = {name: np.int8 if name == "held" else np.float32 for name in made}
@@ -149,7 +149,7 @@ def test_disturbed_weights_move_the_own_forward_and_leave_the_subject_alone(form
     backend = built(load(f"onnx:{path}"))
     ids = np.arange(8).reshape(2, 4)
     before = backend.uncached_forward(ids)
-    moved = [np.abs(backend.perturbed(2.0**-13, 0.0, seed).full(ids) - before).max() for seed in (1, 2)]
+    moved = [np.abs(backend.perturbed(2.0**-13, 0.0, seed).uncached_forward(ids) - before).max() for seed in (1, 2)]
     assert moved[0] != moved[1]
     assert all(2.0**-16 < x < 2.0**-6 for x in moved)  # of logits of size 1
     assert (backend.uncached_forward(ids) == before).all()
@@ -159,8 +159,8 @@ def test_disturbed_hidden_states_are_inputs(tmp_path: Path) -> None:
     backend = built(opened(Style(hidden=True), tmp_path))
     x = np.ones((1, 3, WIDTH), np.float32)
     still = backend.perturbed(0.0, 0.0, 1)
-    assert (still.full(x) == backend.uncached_forward(x)).all()
-    assert (backend.perturbed(2.0**-13, 0.0, 1).full(x) != backend.uncached_forward(x)).any()
+    assert (still.uncached_forward(x) == backend.uncached_forward(x)).all()
+    assert (backend.perturbed(2.0**-13, 0.0, 1).uncached_forward(x) != backend.uncached_forward(x)).any()
 
 
 # --- scripts ---

@@ -17,12 +17,13 @@ import onnx
 from decoder_graphs import CONVENTIONS, HEAD_DIM, HEADS, LAYERS, VOCABULARY, WIDTH, Style, decoder, merged, saved
 from onnx import TensorProto, helper, numpy_helper
 
+from kvconform.errors import BackendUnavailable
 from kvconform.judging.verdict import Outcome
 from kvconform.results.results import Results
 from kvconform.run.run import Plan, run_backend
-from kvconform.search.effort import Budget
+from kvconform.search.effort import Effort
 from kvconform.worker.client import WorkerSpec
-from kvconform.worker.registry import BackendError, load
+from kvconform.worker.registry import load
 from kvconform_backends.targets.onnx.signature import PASTS, PRESENTS, slot
 
 CORE = ("shape", "causality", "equivalence", "lifecycle", "batch.row-solo", "capacity")
@@ -30,7 +31,7 @@ CORE = ("shape", "causality", "equivalence", "lifecycle", "batch.row-solo", "cap
 
 def judged(target: Path, folder: Path, clauses: tuple[str, ...] = CORE, **options: Any) -> Results:
     spec = WorkerSpec(f"onnx:{target}?{json.dumps(options)}", environment={"OMP_NUM_THREADS": "1"})
-    plan = Plan(Budget("tiny", 3, 2, 60.0, shrink=False), clauses=clauses)
+    plan = Plan(Effort("tiny", 3, 2, 60.0, shrink=False), clauses=clauses)
     results = run_backend("decoder", spec, plan, folder)
     assert not results.unavailable
     return results
@@ -56,7 +57,7 @@ def test_a_correct_decoder_breaks_no_clause_however_it_names_its_cache(name: str
 def test_every_clause_of_a_plain_decoder_holds_or_is_unsupported(tmp_path: Path) -> None:
     results = judged(saved(decoder(Style()), tmp_path), tmp_path, clauses=())
     assert {v.outcome for v in results.verdicts} <= {Outcome.PASS, Outcome.UNSUPPORTED, Outcome.REFUTED}
-    assert results.claims["abilities"] == ["full", "length", "reset"]
+    assert results.claims["abilities"] == ["uncached_forward", "length", "reset"]
 
 
 @pytest.mark.parametrize(("needs_past", "dummy"), [(False, 0), (True, 1)])
@@ -220,7 +221,7 @@ UNKNOWN = {
 def test_what_is_not_known_gets_one_sentence_with_what_was_found(words: str, tmp_path: Path) -> None:
     path = tmp_path / "decoder.onnx"
     onnx.save(UNKNOWN[words], path)
-    with pytest.raises(BackendError) as caught:
+    with pytest.raises(BackendUnavailable) as caught:
         load(f"onnx:{path}")
     sentence = str(caught.value)
     assert words in sentence
@@ -252,7 +253,7 @@ def test_what_cannot_be_opened_gets_one_sentence(target: str, words: str, tmp_pa
     saved(decoder(Style()), tmp_path)
     saved(decoder(Style(needs_past=True)), tmp_path, "needs.onnx")
     saved(decoder(Style(cached=False, presents=False)), tmp_path, "bare.onnx")
-    with pytest.raises(BackendError) as caught:
+    with pytest.raises(BackendUnavailable) as caught:
         load("onnx:" + target.format(tmp_path))
     assert words.format(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)

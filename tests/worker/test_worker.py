@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from places import SUPPORT
 
+from kvconform.errors import BackendUnavailable
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import read
-from kvconform.search.effort import BUDGETS, Budget
-from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
+from kvconform.search.effort import EFFORTS, Effort
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.configs import config_named
 from kvconform_specs.program import Program
@@ -32,10 +33,10 @@ def judged(
     clause: str = "definition.attention",
     config: str = "attention-gqa",
     step_timeout: float = 60.0,
-    budget: Budget = BUDGETS["smoke"],
+    effort: Effort = EFFORTS["smoke"],
 ) -> Verdict:
     with WorkerClient(WorkerSpec(address(name), step_timeout=step_timeout)) as client:
-        return run_cell(Cell(BY_NAME[clause], config_named(config), config), client, budget, 0, folder)
+        return run_cell(Cell(BY_NAME[clause], config_named(config), config), client, effort, 0, folder)
 
 
 def replay(folder: Path, verdict: Verdict, *more: str) -> subprocess.CompletedProcess[str]:
@@ -101,7 +102,7 @@ def test_after_a_crash_the_next_cell_is_judged(tmp_path: Path) -> None:
         cells = [
             Cell(BY_NAME[c], config_named("attention-gqa"), "attention-gqa") for c in ("shape.output", "shape.length")
         ]
-        verdicts = [run_cell(cell, client, BUDGETS["smoke"], 0, tmp_path) for cell in cells]
+        verdicts = [run_cell(cell, client, EFFORTS["smoke"], 0, tmp_path) for cell in cells]
     assert [verdict.outcome for verdict in verdicts] == [Outcome.CRASH, Outcome.CRASH]
 
 
@@ -127,7 +128,7 @@ def test_a_result_is_of_the_device_that_its_witness_tells(
 ) -> None:
     with WorkerClient(WorkerSpec(address(name), device=device)) as client:
         cell = Cell(BY_NAME["shape.output"], config_named("attention-gqa"), "attention-gqa")
-        verdict = run_cell(cell, client, BUDGETS["smoke"], 0, tmp_path)
+        verdict = run_cell(cell, client, EFFORTS["smoke"], 0, tmp_path)
     assert verdict.outcome is outcome
     assert verdict.sentence.startswith(sentence)
 
@@ -150,7 +151,7 @@ def test_a_backend_that_cannot_be_built_leaves_a_counterexample_and_is_built_onc
         cells = [
             Cell(BY_NAME[c], config_named("attention-gqa"), "attention-gqa") for c in ("shape.output", "shape.length")
         ]
-        verdicts = [run_cell(cell, client, BUDGETS["smoke"], 0, tmp_path) for cell in cells]
+        verdicts = [run_cell(cell, client, EFFORTS["smoke"], 0, tmp_path) for cell in cells]
     for verdict in verdicts:
         assert verdict.outcome is Outcome.CRASH
         assert verdict.sentence == "could not be built: RuntimeError: no weights for me"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kvconform.backend import Unavailable
+from kvconform.errors import Unavailable
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 from kvconform_specs.config import Config
 

@@ -101,10 +101,10 @@ class ChunkOnCache(Plain, ModuleBuffers):
 
     module = SquareMask
 
-    def step(self, rows: Rows, *inputs: Array, **options: Any) -> tuple[Array, Rows]:
+    def step(self, cache: Rows, *inputs: Array, **options: Any) -> tuple[Array, Rows]:
         before = self.held
         self.faulty += before > 0 and inputs[0].shape[-2 if len(inputs) == 3 else 1] > 1
-        return super().step(rows, *inputs, **options)
+        return super().step(cache, *inputs, **options)
 
     def runtime_info(self) -> dict[str, Any]:
         return {**super().runtime_info(), MARKER: self.faulty}

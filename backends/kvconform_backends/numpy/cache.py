@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconform.backend import Backend, CacheDesign
 from kvconform_backends.greedy import greedy
 from kvconform_backends.numpy.layers import Array, NumpyLayers
 from kvconform_backends.validation import check_inputs
@@ -38,10 +39,10 @@ class Cache:
         return np.full(self.keys[0].shape[0], self.length)
 
 
-class NumpyCache(NumpyLayers):
+class NumpyCache(NumpyLayers, Backend):
     """Attention and decoder over a cache that is plain arrays."""
 
-    cache_design: str | None = "concatenation"
+    cache_design: CacheDesign | None = "concatenation"
     claims = Claims(
         profiles=("attention", "decoder"),
         abilities=(

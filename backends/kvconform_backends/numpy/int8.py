@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconform.backend import Backend
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache, check_rows
 from kvconform_specs.claims import Claims
 
@@ -65,8 +66,7 @@ class NumpyInt8(NumpyCache):
         empty = Tokens(recent.astype(np.int8), recent[..., :1], recent)
         return Cache([empty], [empty])
 
-    def truncate(self, cache: Cache, length: int) -> Cache:
-        raise NotImplementedError("the newest tokens that are left would not be exact")
+    truncate = Backend.truncate  # not implemented: the newest of the remaining tokens would not be exact
 
     def reorder(self, cache: Cache, rows: list[int]) -> Cache:
         check_rows(rows, len(cache.lengths))

@@ -21,7 +21,8 @@ import onnxruntime  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession, OrtValue
 
-from kvconform.backend import Unavailable
+from kvconform.backend import Backend
+from kvconform.errors import Unavailable
 from kvconform_backends.onnx import graphs as onnx_graphs
 from kvconform_backends.onnx import runtime as onnx_runtime
 from kvconform_backends.onnx.counting import CountedSessions
@@ -39,7 +40,7 @@ class CannotRun(Exception):
     """CUDA is there and cannot run the graphs of this config: the reason."""
 
 
-class OnnxBackend(CountedSessions):
+class OnnxBackend(CountedSessions, Backend):
     """A backend adds a cache, and the graphs of a step on it: ``attention_model``, ``decoder_model``, ``MODULES``."""
 
     MODULES: tuple[Any, ...] = (torch_decoder, onnx_graphs)

@@ -18,7 +18,7 @@ import onnxruntime  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession, IOBinding, OrtValue
 
-from kvconform.backend import Unavailable
+from kvconform.errors import Unavailable
 
 Array = NDArray[Any]
 

@@ -75,8 +75,10 @@ class ModuleBuffers(Torch):
     def start(self, batch: int) -> Rows:
         return self.reset(batch)
 
-    def step(self, rows: Rows, *inputs: Array, count_macs: bool = False, last_only: bool = False) -> tuple[Array, Rows]:
-        return self.through(inputs, self.admit(inputs, rows, self.held), True, count_macs, last_only), rows
+    def step(
+        self, cache: Rows, *inputs: Array, count_macs: bool = False, last_only: bool = False
+    ) -> tuple[Array, Rows]:
+        return self.through(inputs, self.admit(inputs, cache, self.held), True, count_macs, last_only), cache
 
     def through(
         self, inputs: tuple[Array, ...], t: int, use_cache: bool, count_macs: bool = False, last_only: bool = False
@@ -117,11 +119,11 @@ class ModuleBuffers(Torch):
             module.fill(k[:, :, :length].clone(), v[:, :, :length].clone())
         return rows
 
-    def reorder(self, rows: Rows, order: list[int]) -> Rows:
-        check_rows(order, rows)
+    def reorder(self, cache: Rows, rows: list[int]) -> Rows:
+        check_rows(rows, cache)
         for module, (k, v) in zip(self.layers, self.buffers(), strict=bool(self.held)):
-            module.fill(k[order], v[order])
-        return len(order)
+            module.fill(k[rows], v[rows])
+        return len(rows)
 
     def reset(self, rows: Rows) -> Rows:
         for module in self.layers:

@@ -29,7 +29,7 @@ class PastTuples(Torch):
     """A layer or a decoder around tuples that nobody writes again, so that whoever holds one can go on from it."""
 
     cache_design = "concatenation"
-    claims = replace(COMMON, abilities=tuple(a for a in (*COMMON.abilities, "functional") if a != "mask"))
+    claims = replace(COMMON, abilities=tuple(a for a in (*COMMON.abilities, "immutable") if a != "mask"))
 
     def start(self, batch: int) -> Past:
         return batch, (None,) * self.config.layers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kvconform.worker.registry import BackendError
+from kvconform.errors import BackendUnavailable
 
 LONGEST = 300
 """Characters of a message that are told."""
@@ -17,10 +17,10 @@ class Raised(Exception):
 
 @contextmanager
 def foreign() -> Iterator[None]:
-    """Raises Raised for whatever is raised inside; a BackendError is a sentence of ours, and stays what it is."""
+    """Raises Raised for whatever is raised inside, except BackendUnavailable, which is an error of ours."""
     try:
         yield
-    except BackendError:
+    except BackendUnavailable:
         raise
     except Exception as error:
         raise Raised(f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST] or 'no message'}") from error

@@ -29,7 +29,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils._triton import has_triton
 
-from kvconform.backend import Unavailable
+from kvconform.errors import Unavailable
 from kvconform_backends.torch.counting import CountedGraphs
 from kvconform_backends.torch.decoder import Decoder, attention, masks
 from kvconform_backends.torch.eager import Buffers, EagerStatic

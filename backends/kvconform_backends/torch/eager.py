@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvconform.backend import Unavailable
+from kvconform.backend import Backend, CacheDesign
+from kvconform.errors import Unavailable
 from kvconform_backends.greedy import greedy
 from kvconform_backends.torch import device_time
 from kvconform_backends.torch.counting import Counted
@@ -53,7 +54,7 @@ COMMON = Claims(
 )
 
 
-class Torch(Counted):
+class Torch(Counted, Backend):
     """What both caches share: numpy to torch and back, the forward without a cache, and the runtime_info."""
 
     claims = COMMON
@@ -252,7 +253,7 @@ class Buffers:
 class EagerStatic(Torch):
     """A buffer of ``capacity`` slots, written in place. A step attends to the slots that are filled: a view of them."""
 
-    cache_design = "in-place"
+    cache_design: CacheDesign | None = "in-place"
     claims = replace(
         COMMON, abilities=(*COMMON.abilities, "ragged", "poison"), padding=("right", "left"), memory="capacity"
     )

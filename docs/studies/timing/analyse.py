@@ -1,7 +1,8 @@
-"""What our way and the usual ones say of the samples of a proof, over many draws of restarts.
+"""Evaluates timing rules on the samples of the study: errors, coverage of intervals, false-positive rates and power.
 
-The truth is what the planted slowdowns say of themselves. Draws take distinct restarts from those of one condition, so
-that shares are of this pool: an error that all its restarts have in common is in all draws.
+The true ratio is the one that the workers report about their planted slowdowns. Many draws of distinct restarts from
+one condition are evaluated, so every share is a share of this pool: an error that all its restarts have in common is in
+all draws.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from timing.collect import PLANTED, Proof, Restart, Series, unpacked
-from timing.rules import ALPHA, RULES, Rule, Samples, least, mean, middle, ranked_slower, resampled_slower
+from timing.collect import PLANTED, Restart, Series, Study
+from timing.rules import ALPHA, RULES, Rule, Samples, bootstrap_slower, mann_whitney_slower, mean, median, minimum
 
 from kvconform.bench import protocol
 from kvconform.bench.analysis.intervals import interval, rank, student
-from kvconform.bench.gate.sign_flip import CONFIRM, REGRESSION, RESTARTS, SCREEN, find
+from kvconform.bench.gate.decision import CONFIRM, REGRESSION, RESTARTS, SCREEN, find
 from kvconform.bench.protocol import ENOUGH_ROUNDS, TARGET_HALF_WIDTH
 
 Values = NDArray[np.float64]
@@ -27,15 +28,15 @@ Draws = NDArray[np.int64]
 REFERENCE, EQUAL, *SLOWED = PLANTED
 COMPARED = (EQUAL, *SLOWED)
 REPORTED, GATED = protocol.RESTARTS, RESTARTS[SCREEN]
-"""Restarts of a report, and of a gate's screen."""
+"""Restarts of a bench, and of the screen of a gate."""
 DRAWS, RESAMPLES = 1000, 500
 EVERY = 5
-"""Rounds after which the stopping rule is asked again."""
+"""Rounds between two evaluations of the stopping rule."""
 NEEDED = sum(RESTARTS.values())
-"""Restarts of a condition without which the gate cannot be tried on it."""
-AFTER, STORED, ROUNDS = "one after the other", "against a stored run", "in our rounds"
-"""How a rule comes by its samples: A by itself and B by itself, in one restart; the same with A of another restart;
-both in rounds of a random order."""
+"""Restarts of a condition that the gate needs."""
+AFTER, STORED, ROUNDS = "one after the other", "against a stored run", "in random rounds"
+"""Where the samples of a rule come from: A alone, then B alone, in one restart; the same with A from another restart;
+both in rounds of random order."""
 COUNTS = (10, 20, 50, 100, 200)
 
 
@@ -48,20 +49,20 @@ class Pool:
 
     def __post_init__(self) -> None:
         if len(self.restarts) < NEEDED:
-            raise ValueError(f"condition {self.name}: {len(self.restarts)} restarts; the gate alone takes {NEEDED}")
+            raise ValueError(f"condition {self.name}: {len(self.restarts)} restarts; the gate needs {NEEDED}")
 
     @cached_property
     def rounds(self) -> dict[str, Values]:
         """By arm, ``(restarts, rounds)``."""
-        return {arm: np.stack([unpacked(_series(one, arm).rounds) for one in self.restarts]) for arm in PLANTED}
+        return {arm: _stacked([_series(one, arm).rounds for one in self.restarts]) for arm in PLANTED}
 
     @cached_property
     def alone(self) -> dict[str, Values]:
         """By arm, ``(restarts, samples)``."""
-        return {arm: np.stack([unpacked(_series(one, arm).alone) for one in self.restarts]) for arm in PLANTED}
+        return {arm: _stacked([_series(one, arm).alone for one in self.restarts]) for arm in PLANTED}
 
     def truth(self, arm: str) -> Values:
-        """``(restarts,)``: the logarithm of arm over reference, as both say themselves."""
+        """``(restarts,)``: the logarithm of the true ratio of arm to reference, from the CPU times that both report."""
         return np.log([_series(one, arm).slowdown / _series(one, REFERENCE).slowdown for one in self.restarts])
 
     def logs(self, arm: str) -> Values:
@@ -69,32 +70,36 @@ class Pool:
         return np.asarray(np.log(self.rounds[arm] / self.rounds[REFERENCE]))
 
     def medians(self, arm: str, count: int | None = None) -> Values:
-        """``(restarts,)``: each restart's one number, from its first so many rounds."""
+        """``(restarts,)``: the median of each restart, over its first ``count`` rounds."""
         return np.asarray(np.median(self.logs(arm)[:, :count], axis=1))
 
     def seconds(self, what: str) -> float:
-        """The median over restarts of ``starting``, ``rounds`` or ``alone``, for two arms of those that took part."""
+        """The median over restarts of ``starting``, ``rounds`` or ``alone``, for two of the arms."""
         return float(np.median([getattr(one, what) for one in self.restarts])) * 2 / len(PLANTED)
+
+
+def _stacked(rows: Sequence[Sequence[int]]) -> Values:
+    return np.array(rows, np.float64)
 
 
 def _series(one: Restart, arm: str) -> Series:
     return next(series for series in one.series if series.arm == arm)
 
 
-def pools(proof: Proof) -> list[Pool]:
-    """Raises ValueError where a condition has too few restarts."""
-    names = dict.fromkeys(one.condition for one in proof.restarts)
-    return [Pool(name, [one for one in proof.restarts if one.condition == name]) for name in names]
+def pools(study: Study) -> list[Pool]:
+    """One for each condition. Raises ValueError if a condition has too few restarts."""
+    names = dict.fromkeys(one.condition for one in study.restarts)
+    return [Pool(name, [one for one in study.restarts if one.condition == name]) for name in names]
 
 
 def draws(pool: Pool, size: int, count: int = DRAWS) -> Draws:
-    """``(count, size)``: distinct restarts each."""
+    """``(count, size)``: indices of restarts, distinct in each draw."""
     return np.argsort(np.random.default_rng(0).random((count, len(pool.restarts))), axis=1)[:, :size]
 
 
 def stopped(pool: Pool, arm: str) -> tuple[Values, Values]:
-    """Each restart's estimate when the stopping rule of ``pair-v1`` ends it, and after how many
-    rounds; all where it never does."""
+    """The estimate of each restart when the stopping rule of the bench ends it, and its number of rounds; all rounds if
+    the rule never ends it."""
     estimates, taken = [], []
     for logs in pool.logs(arm):
         for n in range(min(ENOUGH_ROUNDS, len(logs)), len(logs) + 1, EVERY):
@@ -106,18 +111,22 @@ def stopped(pool: Pool, arm: str) -> tuple[Values, Values]:
     return np.array(estimates), np.array(taken, np.float64)
 
 
-# --- how far off ---
+# --- errors ---
 @dataclass(frozen=True)
 class Error:
-    """A way to a ratio: the root of its mean squared error in the logarithm, by arm; and seconds for one ratio."""
+    """The error of one method of measuring a ratio.
 
-    way: str
+    rms: by arm, the root of the mean squared error of the logarithm.
+    seconds: time that one ratio takes, in seconds.
+    """
+
+    method: str
     seconds: float
     rms: dict[str, float]
 
 
 def errors(pool: Pool) -> list[Error]:
-    """Each single way over all restarts, means over restarts over draws."""
+    """The error of each method: of one restart over all restarts, of several restarts over draws."""
 
     def one_after(statistic: Callable[[Samples], float]) -> dict[str, float]:
         found = {}
@@ -140,8 +149,8 @@ def errors(pool: Pool) -> list[Error]:
     found = [
         Error("A, then B: mean (`time.time()` around a loop)", pool.seconds("alone"), one_after(mean)),
         Error("B against a stored A: mean", pool.seconds("alone"), stored()),
-        Error("A, then B: least", pool.seconds("alone"), one_after(least)),
-        Error("A, then B: median", pool.seconds("alone"), one_after(middle)),
+        Error("A, then B: minimum", pool.seconds("alone"), one_after(minimum)),
+        Error("A, then B: median", pool.seconds("alone"), one_after(median)),
     ]
     single, seconds = {}, 0.0
     several: dict[int, dict[str, float]] = {REPORTED: {}, GATED: {}}
@@ -153,9 +162,9 @@ def errors(pool: Pool) -> list[Error]:
         seconds = max(seconds, share * pool.seconds("rounds"))
         for count, by_arm in several.items():
             by_arm[arm] = rms(off[draws(pool, count)].mean(axis=1))
-    found.append(Error("random rounds, median of paired log ratios, one start", seconds, single))
+    found.append(Error("random rounds, median of paired log ratios, one restart", seconds, single))
     for count, by_arm in several.items():
-        words = f"the same, mean of {count} starts"
+        words = f"the same, mean of {count} restarts"
         found.append(Error(words, count * (seconds + pool.seconds("starting")), by_arm))
     return found
 
@@ -164,11 +173,10 @@ def rms(values: Values) -> float:
     return float(np.sqrt(np.mean(values**2)))
 
 
-# --- how honest the interval is ---
+# --- coverage of intervals ---
 @dataclass(frozen=True)
 class Coverage:
-    """An interval that is to hold the truth 95 times of 100: how often it does, by arm, and the median of half its
-    width over all arms."""
+    """How often a 95 % interval contains the true ratio, by arm. ``half``: its median half-width over all arms."""
 
     interval: str
     half: float
@@ -188,12 +196,12 @@ def coverages(pool: Pool) -> list[Coverage]:
 
 
 Ends = Callable[[str], tuple[Values, ...]]
-"""Of an arm: lower ends, upper ends and truths, one for each draw."""
+"""From an arm to lower ends, upper ends and true values, one for each draw."""
 
 
 def _intervals(pool: Pool) -> Iterator[tuple[str, Ends]]:
     everyone = np.arange(len(pool.restarts))[:, None]
-    yield "one start: order statistics of its rounds", lambda arm: _ranked(pool, arm, everyone)
+    yield "one restart: order statistics of its rounds", lambda arm: _ranked(pool, arm, everyone)
     for count in (REPORTED, GATED):
         chosen = draws(pool, count)
 
@@ -210,43 +218,46 @@ def _intervals(pool: Pool) -> Iterator[tuple[str, Ends]]:
             ends = np.array([student(values)[1:] for values in pool.medians(arm)[chosen].tolist()])
             return ends[:, 0], ends[:, 1], pool.truth(arm)[chosen].mean(axis=1)
 
-        yield f"{count} starts: order statistics of all their rounds", ranked
-        yield f"{count} starts: bootstrap over starts", resampled
-        yield f"**{count} starts: Student's t over starts (ours)**", ours
+        yield f"{count} restarts: order statistics of all their rounds", ranked
+        yield f"{count} restarts: bootstrap over restarts", resampled
+        yield f"**{count} restarts: Student's t over restarts (ours)**", ours
 
 
 def _ranked(pool: Pool, arm: str, chosen: Draws) -> tuple[Values, ...]:
-    """The interval of the median of all rounds of the chosen restarts together."""
+    """The interval of the median of all rounds of the chosen restarts, pooled."""
     logs = np.sort(pool.logs(arm)[chosen].reshape(len(chosen), -1), axis=1)
     j = max(1, rank(logs.shape[1]))
     return logs[:, j - 1], logs[:, -j], pool.truth(arm)[chosen].mean(axis=1)
 
 
-# --- who cries wolf, and who sees ---
+# --- false-positive rate and power ---
 @dataclass(frozen=True)
-class Alarms:
-    """How often a rule calls an arm slower than the reference: of ``EQUAL`` these are false alarms (both ways round),
-    of the slowed ones its power. ``tried``: verdicts on each arm."""
+class Rates:
+    """How often a rule calls an arm slower than the reference.
+
+    share: by arm; for ``EQUAL`` the false-positive rate over both orders of the pair, for a slowed arm the power.
+    trials: number of verdicts on ``EQUAL``.
+    """
 
     rule: str
     samples: str
-    tried: int
+    trials: int
     share: dict[str, float]
 
 
-def alarms(pool: Pool) -> list[Alarms]:
-    """Each rule on samples of each kind, then our gate."""
-    found = [_alarms(pool, rule, samples) for samples in (AFTER, STORED, ROUNDS) for rule in RULES]
+def rates(pool: Pool) -> list[Rates]:
+    """Each rule on samples from each source, then our gate."""
+    found = [_rates(pool, rule, samples) for samples in (AFTER, STORED, ROUNDS) for rule in RULES]
     return [*found, gate(pool)]
 
 
-def _alarms(pool: Pool, rule: Rule, samples: str) -> Alarms:
+def _rates(pool: Pool, rule: Rule, samples: str) -> Rates:
     share = {arm: float(np.mean([rule.slower(a, b) for a, b in pairs(pool, arm, samples)])) for arm in COMPARED}
-    return Alarms(rule.name, samples, len(list(pairs(pool, EQUAL, samples))), share)
+    return Rates(rule.name, samples, len(list(pairs(pool, EQUAL, samples))), share)
 
 
 def pairs(pool: Pool, arm: str, samples: str) -> Iterator[tuple[Samples, Samples]]:
-    """Samples of the reference and of an arm; equal code comes both ways round."""
+    """Samples of the reference and of an arm; of equal code in both orders."""
     by_arm = pool.rounds if samples == ROUNDS else pool.alone
     count = len(pool.restarts)
     for number in range(count):
@@ -256,8 +267,8 @@ def pairs(pool: Pool, arm: str, samples: str) -> Iterator[tuple[Samples, Samples
             yield by_arm[arm][number], by_arm[REFERENCE][other]
 
 
-def gate(pool: Pool) -> Alarms:
-    """``pingpong-v1`` on draws of distinct restarts."""
+def gate(pool: Pool) -> Rates:
+    """Our gate on draws of distinct restarts."""
     chosen = draws(pool, NEEDED)
     share = {}
     for arm in COMPARED:
@@ -265,8 +276,8 @@ def gate(pool: Pool) -> Alarms:
         signs = (1, -1) if arm == EQUAL else (1,)
         verdicts = [_verdict((sign * values[one]).tolist()) for sign in signs for one in chosen]
         share[arm] = float(np.mean([verdict == REGRESSION for verdict in verdicts]))
-    words = f"`pingpong-v1`, {RESTARTS[SCREEN]} + {RESTARTS[CONFIRM]} starts"
-    return Alarms(words, ROUNDS, len(chosen) * 2, share)
+    words = f"`pingpong-v1`, {RESTARTS[SCREEN]} + {RESTARTS[CONFIRM]} restarts"
+    return Rates(words, ROUNDS, len(chosen) * 2, share)
 
 
 def _verdict(values: Sequence[float]) -> str:
@@ -274,8 +285,8 @@ def _verdict(values: Sequence[float]) -> str:
 
 
 def by_count(pool: Pool) -> dict[str, list[tuple[int, float]]]:
-    """False alarms of the two tests on the samples of one process each, against how many samples they had."""
-    tests = {"Mann–Whitney": ranked_slower, "bootstrap interval": resampled_slower}
+    """The false-positive rate of two tests on samples of one process each, by the number of samples."""
+    tests = {"Mann–Whitney": mann_whitney_slower, "bootstrap interval": bootstrap_slower}
     most = pool.alone[EQUAL].shape[1]
     return {
         name: [
@@ -289,8 +300,8 @@ def by_count(pool: Pool) -> dict[str, list[tuple[int, float]]]:
 
 @dataclass(frozen=True)
 class Spread:
-    """In the logarithm of equal code: the standard deviation between starts of its time and of its paired ratio, and
-    the median of half the interval of one start."""
+    """Of the logarithm, for equal code: standard deviations between restarts, of the time and of the paired ratio, and
+    the median half-width of the interval of one restart."""
 
     times: float
     ratios: float

@@ -1,4 +1,4 @@
-"""Two kinds of drawing for pages, as SVG: strips of dots on a scale of ratios, and lines of shares against a count."""
+"""Two kinds of charts as SVG: strips of dots on a scale of ratios, and lines of shares over a count."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from html import escape
 
 WIDTH, LEFT, RIGHT, ROW = 760, 210, 30, 34
 TONES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-"""Apart for most kinds of colour vision (Okabe and Ito 2008)."""
+"""Distinct for most kinds of colour vision (Okabe and Ito 2008)."""
 
 
 def strips(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Each row: a name and ratios, one dot each, on a common logarithmic scale with 1 in the middle."""
+    """Each row has a name and one dot for each ratio, on a common logarithmic scale with 1 in the middle."""
     most = max(abs(math.log(ratio)) for _, ratios in rows for ratio in ratios)
     most = max(most * 1.05, 0.01)
     middle, half = (LEFT + WIDTH - RIGHT) / 2, (WIDTH - RIGHT - LEFT) / 2
@@ -28,20 +28,20 @@ def strips(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
     for number, (name, ratios) in enumerate(rows):
         y = 10 + ROW * (number + 0.5)
         parts.append(_text(LEFT - 10, y + 4, name, "end"))
-        for place, ratio in enumerate(ratios):  # dots of equal height would hide one another
+        for place, ratio in enumerate(ratios):  # at one height the dots would hide each other
             x, shift = middle + half * math.log(ratio) / most, (place % 5 - 2) * 4
             parts.append(f'<circle cx="{x:.1f}" cy="{y + shift:.1f}" r="3" fill="{TONES[number % 3]}" opacity=".6"/>')
     return _drawing(bottom + 30, parts)
 
 
 def _ticks(most: float) -> list[float]:
-    """Round shares from 0 on, of which the largest lies on the scale and few lie close."""
+    """Round shares from 0 up to about ``most``, at most six."""
     step = next(s for s in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0) if math.log1p(s) * 5 >= most)
     return [step * n for n in range(6) if step * n < 0.95 or n == 0]
 
 
 def lines(curves: Sequence[tuple[str, bool, Sequence[tuple[int, float]]]], nominal: tuple[str, float]) -> str:
-    """Each curve: a name, whether it is dashed, and points (count, share); a level line with a name of its own."""
+    """Each curve is a name, whether it is dashed, and points (count, share). ``nominal``: a level line."""
     left, right, top, bottom = 60, 230, 14, 250
     counts = sorted({count for _, _, points in curves for count, _ in points})
     low, high = math.log(counts[0]), math.log(max(counts[-1], counts[0] + 1))
@@ -88,7 +88,7 @@ def _text(x: float, y: float, words: str, anchor: str, tone: str = "#333") -> st
 
 
 def _drawing(height: float, parts: Sequence[str]) -> str:
-    """On white, so that it can be read on a dark page, too."""
+    """On a white ground, so that it is also readable on a dark page."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" font-family="sans-serif" '
         f'font-size="12">\n<rect width="100%" height="100%" fill="#fff"/>'

@@ -1,23 +1,21 @@
-"""The proof of the stopwatch, its samples: equal code beside code that is slowed down by a known share.
+"""Collects the samples of the timing study: equal code beside code that is slowed down by a known share.
 
-``python -m timing.collect -o FILE`` collects them; ``trials`` says what rules make of them.
+``python -m timing.collect -o FILE`` collects them; ``timing.analyse`` computes what timing rules conclude from them.
 
-In each restart five workers are alive at once: the numpy decoder twice (A and A′), and three of it with a planted
-slowdown. They give blocks of one decode step in rounds of a random order, as protocol ``pair-v1`` has them, then each
-a row of blocks by itself, as a benchmark that times one thing after the other has them. Restarts of the conditions take
-turns, so that what else the machine does in these minutes falls on all alike. In the condition ``busy`` a second
-process works all the time, which this module starts and ends.
+In each restart five workers are alive at the same time: the numpy decoder twice (A and A′), and three times with a
+planted slowdown. First each runs one block of one decode step in each round, in random order, as the protocol of the
+bench does. Then each runs its blocks without interruption by the others, as a benchmark does that times one thing after
+the other. Restarts of the conditions alternate, so that other load on the machine affects all conditions alike. In the
+condition ``busy`` a second process computes all the time; this module starts and stops it.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import os
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -26,25 +24,25 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from kvconform.bench.client import TimingClient
+from kvconform.bench.client import WORKER, TimingClient
 from kvconform.bench.presets import Preset
 from kvconform.bench.protocol import processors, variables
 from kvconform.bench.record import Arm
 from kvconform.bench.worker.timer import digest, tokens
-from kvconform.files import read_versioned, write_atomically
+from kvconform.errors import BackendUnavailable
+from kvconform.files import read_versioned, write_versioned
 from kvconform.host import load_average, machine
-from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.config import Config
 
-SCHEMA = "kv-proof/1"
+SCHEMA = "kv-timing-study/1"
 RESTARTS, ROUNDS, ALONE = 40, 100, 200
-"""Of each condition; rounds in each restart; blocks of each arm by itself in each restart."""
+"""Restarts of each condition; rounds in each restart; blocks that each arm runs alone in each restart."""
 WARM = 30
-"""Blocks of each arm before anything counts."""
+"""Blocks of each arm that are run first and not recorded."""
 PLANTED = {"A": 0.0, "A′": 0.0, "+5 %": 0.05, "+10 %": 0.10, "+20 %": 0.20}
-"""The arms, the reference first, and the share of CPU time that was added to each."""
+"""The arms, the reference first, and the share of CPU time that is added to each."""
 HERE = Path(__file__).parent
 ADDRESSES = {
     0.0: f"{HERE / 'slowed.py'}:Slowed",
@@ -53,9 +51,9 @@ ADDRESSES = {
     0.20: f"{HERE / 'slowed.py'}:Slower20",
 }
 CONDITIONS = {"quiet": 0, "busy": 1}
-"""How many other processes work meanwhile."""
+"""The number of other processes that compute meanwhile."""
 PRESET = Preset(
-    "proof",
+    "timing-study",
     Config(
         "decoder",
         heads=8,
@@ -79,63 +77,67 @@ parent, held = int(sys.argv[1]), numpy.ones(1 << 20)
 while os.getppid() == parent:
     held *= 1.0000001
 """
-"""The other process: it computes and moves 8 MiB through the caches, and ends with the one that started it."""
+"""The other process: it computes, moves 8 MiB through the caches, and ends when its parent ends."""
 
-Nanoseconds = NDArray[np.float64]
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class Series(msgspec.Struct, frozen=True):
-    """One arm in one restart. ``rounds``: wall nanoseconds of its block in each round; ``alone``: of its blocks one
-    after the other (both packed, see ``packed``). ``own_ns``, ``extra_ns``: CPU nanoseconds of its steps' work and of
-    what was added to it, as it says itself."""
+    """One arm in one restart."""
 
     arm: str
-    rounds: str
-    alone: str
+    """A key of ``PLANTED``."""
+    rounds: list[int]
+    """Wall time of its block in each round, in nanoseconds."""
+    alone: list[int]
+    """Wall time of each block that it ran alone, in nanoseconds."""
     own_ns: int
+    """CPU time of the work of its steps, in nanoseconds, as the worker reports it."""
     extra_ns: int
+    """CPU time that was added to its steps, in nanoseconds, as the worker reports it."""
 
     @property
     def slowdown(self) -> float:
-        """What it says of itself: time with what was added, over the time without."""
+        """CPU time with the addition over CPU time without it, as the worker reports them."""
         return 1 + self.extra_ns / self.own_ns
 
 
 class Restart(msgspec.Struct, frozen=True):
-    """One start of all workers. Seconds until all were built and warm, of all rounds, and of all rows by themselves;
-    ``load``: the 1-minute load average at its end."""
+    """One start of all workers."""
 
     condition: str
+    """A key of ``CONDITIONS``."""
     number: int
+    """Index of the restart within its condition."""
     starting: float
+    """Time until all workers were built and warm, in seconds."""
     rounds: float
+    """Time of all rounds, in seconds."""
     alone: float
+    """Time of all blocks that were run alone, in seconds."""
     load: float
+    """1-minute load average at the end, in runnable processes."""
     series: list[Series]
+    """The samples of each arm."""
 
 
-class Proof(msgspec.Struct, kw_only=True):
-    """Samples of all conditions. ``protocol``: how they were taken; ``software``: versions in the workers."""
+class Study(msgspec.Struct, kw_only=True):
+    """The samples of all conditions."""
 
     schema: str = SCHEMA
+    """Name and version of this schema."""
     started: str
+    """Date and time of the start, ISO 8601."""
     machine: dict[str, Any]
+    """Facts about the machine, by name."""
     software: dict[str, str]
+    """Versions in the workers, by package."""
     protocol: dict[str, Any]
+    """How the samples were taken: options and constants, by name."""
     restarts: list[Restart] = []
+    """The samples of each restart."""
     seconds: float = 0.0
-
-
-def packed(ns: Sequence[int]) -> str:
-    """Nanoseconds below 2³² (4.3 s) as text: little-endian 32-bit integers, deflated, in base 64."""
-    if not all(0 < n < 1 << 32 for n in ns):
-        raise ValueError(f"a block took {max(ns) / 1e9:.1f} s: such a machine proves nothing")
-    return base64.b64encode(zlib.compress(np.array(ns, "<u4").tobytes(), 9)).decode()
-
-
-def unpacked(text: str) -> Nanoseconds:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u4").astype(np.float64)
+    """Duration of the collection, in seconds."""
 
 
 def collect(
@@ -146,12 +148,12 @@ def collect(
     alone: int = ALONE,
     conditions: Sequence[str] = tuple(CONDITIONS),
     seed: int = 0,
-    tell: Tell = lambda line: None,
-) -> Proof:
-    """Takes samples in so many restarts of each condition; ``out`` grows with each restart.
+    log: Log = lambda line: None,
+) -> Study:
+    """Takes samples in ``restarts`` restarts of each condition; ``out`` is written after each restart.
 
-    An interrupt (Ctrl-C) keeps what is measured. Raises BackendUnavailable where a worker cannot be started,
-    ``clock.BackendLost`` where one dies.
+    An interrupt (Ctrl-C) keeps the samples so far. Raises BackendUnavailable if a worker cannot be started, and
+    ``client.BackendLost`` if one dies.
     """
     began = time.perf_counter()
     protocol = {
@@ -168,24 +170,24 @@ def collect(
         "seed": seed,
     }
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    proof = Proof(started=started, machine=machine(), software={}, protocol=protocol)
+    study = Study(started=started, machine=machine(), software={}, protocol=protocol)
     try:
         for number in range(restarts):
             for place, condition in enumerate(conditions):
-                with others(CONDITIONS[condition]):
-                    one = _restart(proof, condition, number, (seed, number, place))
-                proof.restarts.append(one)
-                proof.seconds = round(time.perf_counter() - began, 1)
-                write_atomically(out, msgspec.json.format(msgspec.json.encode(proof), indent=1) + b"\n")
-                tell(f"{condition} {number + 1}/{restarts}: {proof.seconds:.0f} s, load {one.load:g}")
+                with busy_processes(CONDITIONS[condition]):
+                    one = _restart(study, condition, number, (seed, number, place))
+                study.restarts.append(one)
+                study.seconds = round(time.perf_counter() - began, 1)
+                write_versioned(out, study)
+                log(f"{condition} {number + 1}/{restarts}: {study.seconds:.0f} s, load {one.load:g}")
     except KeyboardInterrupt:
-        tell("interrupted: what was measured is kept")
-    return proof
+        log("interrupted: the samples so far are kept")
+    return study
 
 
 @contextmanager
-def others(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """So many processes that work while the block lasts."""
+def busy_processes(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """``count`` processes that compute for the duration of the ``with`` block."""
     command = [sys.executable, "-c", BUSY, str(os.getpid())]
     started = [subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(count)]
     try:
@@ -196,24 +198,26 @@ def others(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
             process.wait()
 
 
-def _restart(proof: Proof, condition: str, number: int, seed: tuple[int, ...]) -> Restart:
+def _restart(study: Study, condition: str, number: int, seed: tuple[int, ...]) -> Restart:
     drawn = np.random.default_rng(seed)
     arms, (depth,) = list(PLANTED), PRESET.depths
-    rounds, alone = proof.protocol["rounds"], proof.protocol["alone"]
+    rounds, alone = study.protocol["rounds"], study.protocol["alone"]
     clients: dict[str, WorkerClient] = {}
     paired: dict[str, list[int]] = {arm: [] for arm in arms}
-    rows: dict[str, list[int]] = {}
+    alone_ns: dict[str, list[int]] = {}
     marks = [time.perf_counter()]
     with ExitStack() as stack:
-        for index in drawn.permutation(len(arms)):  # of equal workers the first ones may lie elsewhere in memory
-            spec = WorkerSpec(ADDRESSES[PLANTED[arms[index]]], environment=variables(1), cpus=processors(1, number))
+        for index in drawn.permutation(len(arms)):  # the order of starting may decide where memory lies
+            spec = WorkerSpec(
+                ADDRESSES[PLANTED[arms[index]]], environment=variables(1), cpus=processors(1, number), module=WORKER
+            )
             client = clients[arms[index]] = stack.enter_context(WorkerClient(spec))
             refused = client.build(PRESET.config)
             if refused is not None:
                 raise BackendUnavailable(refused)
-        proof.software.update(clients[arms[0]].environment)
-        digests = {PRESET.name: digest(tokens(PRESET.config, proof.protocol["seed"]))}
-        clock = TimingClient(clients, proof.protocol["seed"], digests)
+        study.software.update(clients[arms[0]].environment)
+        digests = {PRESET.name: digest(tokens(PRESET.config, study.protocol["seed"]))}
+        clock = TimingClient(clients, study.protocol["seed"], digests)
 
         def blocks(arm: str, count: int) -> list[int]:
             return [int(block[0]) for block in clock.blocks(PRESET, Arm(arm, "decode"), depth, 1, count)]
@@ -226,29 +230,29 @@ def _restart(proof: Proof, condition: str, number: int, seed: tuple[int, ...]) -
                 paired[arms[index]] += blocks(arms[index], 1)
         marks.append(time.perf_counter())
         for index in drawn.permutation(len(arms)):
-            rows[arms[index]] = blocks(arms[index], alone)
+            alone_ns[arms[index]] = blocks(arms[index], alone)
         marks.append(time.perf_counter())
-        said = {arm: clients[arm].runtime_info(PRESET.config) for arm in arms}
-    series = [
-        Series(arm, packed(paired[arm]), packed(rows[arm]), said[arm]["own_ns"], said[arm]["extra_ns"]) for arm in arms
-    ]
-    starting, in_rounds, by_themselves = (round(float(s), 3) for s in np.diff(marks))
-    return Restart(condition, number, starting, in_rounds, by_themselves, load_average(), series)
+        info = {arm: clients[arm].runtime_info(PRESET.config) for arm in arms}
+    series = [Series(arm, paired[arm], alone_ns[arm], info[arm]["own_ns"], info[arm]["extra_ns"]) for arm in arms]
+    starting, in_rounds, one_by_one = (round(float(s), 3) for s in np.diff(marks))
+    return Restart(condition, number, starting, in_rounds, one_by_one, load_average(), series)
 
 
-def read(path: Path) -> Proof:
-    """Raises SpecError where the file holds none."""
-    return read_versioned(path, Proof, SCHEMA, "proof of the stopwatch")
+def read(path: Path) -> Study:
+    """Raises SpecError with one sentence where the file holds no samples."""
+    return read_versioned(path, Study, SCHEMA, "samples of the timing study")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m timing.collect", description=__doc__)
-    parser.add_argument("-o", "--out", type=Path, required=True, help="the file that grows with each restart")
-    parser.add_argument("--restarts", type=int, default=RESTARTS, help="of each condition")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="in each restart")
-    parser.add_argument("--alone", type=int, default=ALONE, help="blocks of each arm by itself in each restart")
-    parser.add_argument("--condition", choices=list(CONDITIONS), action="append", help="all unless one is named")
-    parser.add_argument("--seed", type=int, default=0, help="of the orders")
+    parser.add_argument(
+        "-o", "--out", type=Path, required=True, help="file of samples, .json or .json.gz, written after each restart"
+    )
+    parser.add_argument("--restarts", type=int, default=RESTARTS, help="restarts of each condition")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds in each restart")
+    parser.add_argument("--alone", type=int, default=ALONE, help="blocks that each arm runs alone in each restart")
+    parser.add_argument("--condition", choices=list(CONDITIONS), action="append", help="may be repeated; default: all")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random orders")
     given = parser.parse_args()
     collect(
         given.out,
@@ -257,7 +261,7 @@ def main() -> None:
         alone=given.alone,
         conditions=given.condition or tuple(CONDITIONS),
         seed=given.seed,
-        tell=print,
+        log=print,
     )
 
 

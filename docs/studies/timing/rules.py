@@ -1,8 +1,8 @@
-"""The rules that people use to say "B is slower than A", each as exactly as its source describes it.
+"""Common rules for the statement "B is slower than A", each as its source describes it.
 
-They take the samples of one process of A and one of B, nanoseconds of a step each. That is what they have in common
-and what is wrong with most of them: between two processes of the same code lies a difference of their own, and samples
-of one process, however many, do not know it. Our own rule (``signs``) takes one number from each of many restarts.
+They take samples of one process of A and of one process of B, in nanoseconds a step. This is the flaw of most of them:
+two processes of the same code differ, and samples of one process, however many, do not show that difference. Our rule
+(``bench.gate.sign_flip``) takes one number from each of many restarts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 Samples = NDArray[np.float64]
 
 SAME_AS_OURS = 0.05
-"""The change that our gate minds: the threshold of a rule whose source gives a number and leaves it to the reader."""
+"""The smallest change that our gate reports: the threshold of each rule whose source gives none."""
 DO_BENCH_NS = 100_000_000
 """``rep`` of do_bench: 100 ms."""
 REPEAT = 5
@@ -30,8 +30,8 @@ RESAMPLES = 500
 
 @dataclass(frozen=True)
 class Rule:
-    """``slower``: from the samples of A and of B, whether it says that B is slower. ``words``: how it says so.
-    ``source``: address and name of what gives it."""
+    """``slower``: from the samples of A and of B, whether the rule calls B slower. ``words``: how it decides.
+    ``source``: address and name of its source."""
 
     name: str
     slower: Callable[[Samples, Samples], bool]
@@ -44,7 +44,7 @@ def _over(statistic: Callable[[Samples], float], share: float) -> Callable[[Samp
 
 
 def first(count: int) -> Callable[[Samples], float]:
-    """The mean of the first so many."""
+    """The mean of the first ``count`` samples."""
     return lambda samples: float(samples[:count].mean())
 
 
@@ -52,28 +52,28 @@ def mean(samples: Samples) -> float:
     return float(samples.mean())
 
 
-def least(samples: Samples) -> float:
+def minimum(samples: Samples) -> float:
     return float(samples.min())
 
 
-def middle(samples: Samples) -> float:
+def median(samples: Samples) -> float:
     return float(np.median(samples))
 
 
 def timeit(samples: Samples) -> float:
-    """The least of five means: so many repeats of a loop over an equal part of the samples."""
+    """The minimum of five means, each over an equal part of the samples: ``min(timeit.repeat())``."""
     number = len(samples) // REPEAT
     return float(samples[: REPEAT * number].reshape(REPEAT, number).mean(axis=1).min())
 
 
-def bench(samples: Samples) -> Samples:
-    """As many as fit 100 ms by the mean of the first five."""
+def within_rep(samples: Samples) -> Samples:
+    """The first samples, as many as fit into 100 ms by the mean of the first five."""
     return samples[: max(1, int(DO_BENCH_NS / samples[:5].mean()))]
 
 
 def mann_whitney(a: Samples, b: Samples) -> float:
     """The two-sided ``p``, by the normal approximation with corrections for ties and continuity (Hollander, Wolfe and
-    Chicken 2014, "Nonparametric Statistical Methods", section 4.1). Fit for eight samples of each or more."""
+    Chicken 2014, "Nonparametric Statistical Methods", section 4.1). It needs at least eight samples of each."""
     n, m, both = len(a), len(b), np.concatenate([a, b])
     values, place, ties = np.unique(both, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(ties) - (ties - 1) / 2)[place]
@@ -85,12 +85,12 @@ def mann_whitney(a: Samples, b: Samples) -> float:
     return math.erfc(max(0.0, abs(u - n * m / 2) - 0.5) / math.sqrt(2 * variance))
 
 
-def ranked_slower(a: Samples, b: Samples) -> bool:
-    return mann_whitney(a, b) < ALPHA and middle(b) > middle(a)
+def mann_whitney_slower(a: Samples, b: Samples) -> bool:
+    return mann_whitney(a, b) < ALPHA and median(b) > median(a)
 
 
 def bootstrap(a: Samples, b: Samples) -> tuple[float, float]:
-    """The 95 % percentile interval of mean(b) / mean(a), each resampled by itself (Efron and Tibshirani 1993, "An
+    """The 95 % percentile interval of mean(b) / mean(a), each resampled separately (Efron and Tibshirani 1993, "An
     Introduction to the Bootstrap", section 13.3)."""
     drawn = np.random.default_rng(0)
     means = [x[drawn.integers(len(x), size=(RESAMPLES, len(x)))].mean(axis=1) for x in (a, b)]
@@ -98,7 +98,7 @@ def bootstrap(a: Samples, b: Samples) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def resampled_slower(a: Samples, b: Samples) -> bool:
+def bootstrap_slower(a: Samples, b: Samples) -> bool:
     return bootstrap(a, b)[0] > 1 + NOISE
 
 
@@ -111,8 +111,8 @@ RULES = (
     Rule(
         "min of k (`timeit`)",
         _over(timeit, SAME_AS_OURS),
-        f"the least of {REPEAT} loops' means {OVER}: of `repeat()`'s result only the least is worth reading, says its "
-        "documentation; it gives no threshold",
+        f"the minimum of the means of {REPEAT} loops {OVER}: the documentation of `repeat()` recommends the "
+        "minimum and gives no threshold",
         ("https://docs.python.org/3/library/timeit.html#timeit.Timer.repeat", "timeit"),
     ),
     Rule(
@@ -123,32 +123,32 @@ RULES = (
     ),
     Rule(
         "`compare-fail=min:5%`",
-        _over(least, 0.05),
-        "`--benchmark-compare-fail=min:5%`: the same of the least sample",
+        _over(minimum, 0.05),
+        "`--benchmark-compare-fail=min:5%`: the same of the smallest sample",
         PYTEST_BENCHMARK,
     ),
     Rule(
         "`do_bench`, mean",
-        _over(lambda x: mean(bench(x)), SAME_AS_OURS),
+        _over(lambda x: mean(within_rep(x)), SAME_AS_OURS),
         f"the mean of as many calls as fit {DO_BENCH_NS / 1e6:g} ms, its default, {OVER}; it gives no threshold. (On a "
-        "GPU it also clears the L2 cache before each call; here nothing is to be cleared)",
+        "GPU it also clears the L2 cache before each call; on a CPU there is nothing to clear)",
         DO_BENCH,
     ),
     Rule(
         "`do_bench`, median",
-        _over(lambda x: middle(bench(x)), SAME_AS_OURS),
+        _over(lambda x: median(within_rep(x)), SAME_AS_OURS),
         'the same with `return_mode="median"`',
         DO_BENCH,
     ),
     Rule(
         "Mann–Whitney",
-        ranked_slower,
+        mann_whitney_slower,
         f"two-sided p < {ALPHA:g} over all samples of both processes, and the larger median",
         ("https://pkg.go.dev/golang.org/x/perf/cmd/benchstat", "benchstat's test"),
     ),
     Rule(
         "bootstrap interval",
-        resampled_slower,
+        bootstrap_slower,
         f"the {100 - 100 * ALPHA:g} % interval of the ratio of means, from resampled samples of both processes, lies "
         f"above the noise threshold of {100 * NOISE:g} %: the last part of Criterion.rs's comparison, without "
         "the t test before it",

@@ -1,8 +1,8 @@
 """Planted slowdowns: the numpy decoder with a known extra share of CPU time in each step.
 
-What a stopwatch says of them is held against what they say of themselves: ``runtime_info`` tells the CPU time of the work
-and of the slowdown so far. Both are of this thread alone, so that neither a preemption nor another process counts, and
-a step makes good what the one before it overshot: the share is exact over a run, and within one look at the clock
+The study compares what a timer measures with what the workers report: ``runtime_info`` reports the CPU time of the work
+and of the slowdown so far. Both are CPU time of this thread, so neither preemption nor another process counts. A step
+compensates for the overshoot of the step before it: the share is exact over a run, and within one reading of the clock
 (below a microsecond on Linux) in every step.
 """
 
@@ -15,10 +15,10 @@ from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 
 
 class Slowed(NumpyCache):
-    """The clean ground: it looks at the clock like the slowed ones and adds nothing. Its outputs are NumpyCache's."""
+    """The reference: it reads the clock like the slowed classes and adds no time. The outputs are NumpyCache's."""
 
     share = 0.0
-    """CPU time added to each step, as a share of the step's own."""
+    """CPU time added to each step, as a share of the CPU time of the step."""
 
     own_ns = extra_ns = 0  # CPU nanoseconds of this thread: of the steps' work, and of what was added
 

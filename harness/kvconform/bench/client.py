@@ -12,19 +12,12 @@ from kvconform.bench.presets import Preset
 from kvconform.bench.protocol import WARM_AGREE, WARM_BLOCK_NS, WARM_SECONDS, WARM_STEPS
 from kvconform.bench.record import CEILINGS, Arm
 from kvconform.bench.worker.timer import Block
-from kvconform.worker.client import BUILD_TIMEOUT, BackendUnavailable, WorkerClient, WorkerDied
+from kvconform.errors import BackendLost, BackendUnavailable, WorkerDied
+from kvconform.worker.client import BUILD_TIMEOUT, WorkerClient
 from kvconform.worker.protocol import Header
 
 WORKER = "kvconform.bench.worker.server"
 """The module that timed workers run."""
-
-
-class BackendLost(Exception):
-    """A backend can no longer be timed on a preset: which, and why."""
-
-    def __init__(self, backend: str, why: str) -> None:
-        super().__init__(why)
-        self.backend, self.why = backend, why
 
 
 class TimingClient:

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from kvconform.bench.presets import Preset
 from kvconform.bench.worker.gpu import unfit
 from kvconform.bench.worker.timer import digest, tokens
+from kvconform.errors import BackendUnavailable, KvconformError, WorkerDied
 from kvconform.results.results import exit_code, missing_core, read
-from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerDied, WorkerSpec, unproven
+from kvconform.worker.client import WorkerClient, WorkerSpec, unproven
 from kvconform.worker.execute import StepResult
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.claims import Claims
@@ -43,7 +44,7 @@ MOST_STEPS = 16
 """Decode steps that are judged at each depth, and the most that are timed in one block."""
 
 
-class Ineligible(Exception):
+class Ineligible(KvconformError):
     """A backend may not be timed: one sentence."""
 
 

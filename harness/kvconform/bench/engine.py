@@ -24,7 +24,7 @@ import numpy as np
 from kvconform.bench import eligibility
 from kvconform.bench.analysis.intervals import times
 from kvconform.bench.analysis.ratios import half_width
-from kvconform.bench.client import WORKER, BackendLost, TimingClient
+from kvconform.bench.client import WORKER, TimingClient
 from kvconform.bench.eligibility import ExpectedLogits, Ineligible, by_definition
 from kvconform.bench.presets import CasePlan, Preset, single_steps
 from kvconform.bench.protocol import (
@@ -39,8 +39,9 @@ from kvconform.bench.protocol import (
 )
 from kvconform.bench.record import CEILINGS, MACHINE, Arm, Case, Round, TimedRun, Tokens
 from kvconform.bench.worker.gpu import default_mhz, fast, held
+from kvconform.errors import BackendLost, KvconformError
 from kvconform.host import load_average, machine
-from kvconform.worker.client import BUILD_TIMEOUT, BackendUnavailable, WorkerClient, WorkerSpec
+from kvconform.worker.client import BUILD_TIMEOUT, WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 
 Say = Callable[[str], None]
@@ -192,7 +193,7 @@ class Restart:
         """What a step of the admission returns; None if the backend is lost in it."""
         try:
             return step(name, *args)
-        except (BackendLost, BackendUnavailable, Ineligible) as error:
+        except KvconformError as error:
             self.lose(name, str(error))
             return None
 

@@ -10,12 +10,12 @@ import msgspec
 
 from kvconform.bench.analysis import ratios
 from kvconform.bench.analysis.summarize import summarise, without
-from kvconform.bench.client import BackendLost
 from kvconform.bench.engine import Options, Restart, Run, Say, fields
 from kvconform.bench.presets import CasePlan, Preset, case_plans
 from kvconform.bench.protocol import DEVICE_BLOCKS, MIN_SECONDS, NAME, RESTARTS, SECONDS_PER_CASE, described
 from kvconform.bench.record import MACHINE, Excluded, Memory, Once, Record, Round, Tokens, write
 from kvconform.bench.worker.gpu import default_mhz, fast
+from kvconform.errors import BackendLost
 from kvconform.worker.client import WorkerSpec
 from kvconform_specs.costs import cache_bytes
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,13 +23,12 @@ from kvconform.bench.gate import self_test as self_tests
 from kvconform.bench.gate.environments import environment
 from kvconform.bench.presets import Preset
 from kvconform.bench.record import PHASES, Record, json_schema
-from kvconform.bench.worker.gpu import GpuBusy
 from kvconform.cli.options import Device, Out, Pythons, Seed, launches, screen, usage
 from kvconform.results.gate import exit_code
 from kvconform.results.results import read
 from kvconform.run.run import Plan, run_backend
-from kvconform.search.effort import BUDGETS
-from kvconform.worker.client import BackendUnavailable, WorkerSpec
+from kvconform.search.effort import EFFORTS
+from kvconform.worker.client import WorkerSpec
 from kvconform_specs.errors import SpecError
 
 TIMED = [phase for phase in PHASES if phase not in ("read", "multiply")]
@@ -45,7 +44,7 @@ Backends = Annotated[
     typer.Option("--backend", "-b", help="A backend, the reference first; the presets' by default. Repeatable."),
 ]
 Presets = Annotated[list[str], typer.Option("--preset", help=f"One of: {', '.join(presets.PRESETS)}. Repeatable.")]
-Seconds = Annotated[float | None, typer.Option(help="Seconds of one case in one restart, after its warm-up.")]
+Seconds = Annotated[float, typer.Option(help="Seconds of one case in one restart, after its warm-up.")]
 TimeLimit = Annotated[float | None, typer.Option(help="Seconds of the whole run after the backends were judged.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of each worker.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")]
@@ -90,21 +89,20 @@ def bench(
     specs = launches(backend or _backends(chosen), device, python)
     with _Shown(quiet=json) as shown:
         _judge(specs, out, shown.say)
-        with _gpu_not_busy():
-            record = runner.bench(
-                specs,
-                chosen,
-                out,
-                out / "speed.json",
-                seconds_per_case=seconds or protocol.SECONDS_PER_CASE,
-                restarts=restarts,
-                time_limit=time_limit,
-                phases=phase,
-                seed=seed,
-                threads=threads,
-                say=shown.say,
-                advance=shown.advance,
-            )
+        record = runner.bench(
+            specs,
+            chosen,
+            out,
+            out / "speed.json",
+            seconds_per_case=seconds,
+            restarts=restarts,
+            time_limit=time_limit,
+            phases=phase,
+            seed=seed,
+            threads=threads,
+            say=shown.say,
+            advance=shown.advance,
+        )
     if json:
         _print_json(record)
     else:
@@ -146,7 +144,7 @@ def gate(
     say: Say = (lambda line: None) if json else _say
     common: dict[str, Any] = {"seconds_per_case": seconds, "seed": seed, "threads": threads, "say": say}
     codes = []
-    with TemporaryDirectory(prefix="kvconform-") as folder, _gpu_not_busy():
+    with TemporaryDirectory(prefix="kvconform-") as folder:
         sides = {ref: environment(ref, Path(folder), say) for ref in ({head} if self_test else {base, head})}
         for name, spec in launches(backend or _backends(chosen), device, []).items():
             after = sides[head].spec(spec.address, spec.device)
@@ -211,8 +209,8 @@ def _judge(specs: dict[str, WorkerSpec], out: Path, say: Say) -> None:
         if path.exists() and not _cut_short(path):
             continue
         why = f"the results in {out} are not finished" if path.exists() else f"there are no results in {out}"
-        say(f"{name}: {why}: it is judged first (smoke budget)")
-        run_backend(name, replace(spec, environment={}), Plan(BUDGETS["smoke"]), out)
+        say(f"{name}: {why}: it is judged first (smoke effort)")
+        run_backend(name, replace(spec, environment={}), Plan(EFFORTS["smoke"]), out)
 
 
 def _cut_short(path: Path) -> bool:
@@ -249,15 +247,6 @@ def _say(words: str) -> None:
 
 def _print_json(record: msgspec.Struct) -> None:
     sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
-
-
-@contextmanager
-def _gpu_not_busy() -> Iterator[None]:
-    """A GPU that another benchmark holds is missing infrastructure."""
-    try:
-        yield
-    except GpuBusy as sentence:
-        raise BackendUnavailable(str(sentence)) from None
 
 
 class _Shown:

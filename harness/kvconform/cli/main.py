@@ -25,6 +25,8 @@ from kvconform.bench import record as speed_record
 from kvconform.bench.record import Record
 from kvconform.cli import bench
 from kvconform.cli.options import Backends, Device, Out, Pythons, Seed, errors, launches, screen, usage
+from kvconform.cli.schemas import FILES, json_schema
+from kvconform.errors import BackendUnavailable
 from kvconform.explain import repro
 from kvconform.files import family_of, write_atomically
 from kvconform.judging.verdict import Verdict
@@ -41,10 +43,10 @@ from kvconform.run.cross_backend import Pair
 from kvconform.run.run import Plan, cells, parse_shard, path_of, run_backend, summary
 from kvconform.search import counterexample as counterexamples
 from kvconform.search.counterexample import Broken
-from kvconform.search.effort import BUDGETS, DEFAULT_BUDGET
+from kvconform.search.effort import DEFAULT_EFFORT, EFFORTS
 from kvconform.spec_docs import clause as explain
 from kvconform.spec_docs import page as spec_page
-from kvconform.worker.client import STEP_TIMEOUT, BackendUnavailable, WorkerClient, WorkerSpec
+from kvconform.worker.client import STEP_TIMEOUT, WorkerClient, WorkerSpec
 from kvconform.worker.registry import installed
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case
@@ -88,7 +90,7 @@ def run(
     backend: Backends,
     device: Device = "cpu",
     dtype: Annotated[list[str], typer.Option(help="float32, bfloat16 or float16. Repeatable.")] = ["float32"],  # noqa: B006
-    budget: Annotated[str, typer.Option(help=f"How much to try: {', '.join(BUDGETS)}.")] = DEFAULT_BUDGET,
+    effort: Annotated[str, typer.Option(help=f"How much to try: {', '.join(EFFORTS)}.")] = DEFAULT_EFFORT,
     seed: Seed = 0,
     out: Out = Path("results"),
     clause: Annotated[list[str], typer.Option(help="Only clauses that begin so. Repeatable.")] = [],  # noqa: B006
@@ -103,11 +105,11 @@ def run(
     A run that was killed goes on where it stopped. With several backends the worst exit code counts. A shard writes to
     OUT/shards, for kvconform merge; it exits with 0 where nothing in it stands against conformance.
     """
-    if budget not in BUDGETS:
-        raise usage(f"--budget: unknown budget {budget!r}; known: {', '.join(BUDGETS)}")
+    if effort not in EFFORTS:
+        raise usage(f"--effort: unknown effort {effort!r}; known: {', '.join(EFFORTS)}")
     known = EMPTY if known_failures is None else read_known_failures(known_failures)
     part = parse_shard(shard) if shard else None
-    plan = Plan(BUDGETS[budget], seed, tuple(dtype), tuple(clause), tuple(config), part, explain=True)
+    plan = Plan(EFFORTS[effort], seed, tuple(dtype), tuple(clause), tuple(config), part, explain=True)
     total = sum(1 for _ in cells(plan))
     if total == 0 and any(cells(replace(plan, shard=None))):
         raise usage(f"--shard {shard}: there are fewer cells than shards")
@@ -280,9 +282,12 @@ _GATED = {gate.OK: "no regression", gate.NEW_FAILURE: "new failures", gate.REGRE
 def audit_command(
     names: Annotated[list[str], typer.Argument(help="Only faults, or clauses, that begin so; all if left out.")] = [],  # noqa: B006
     faults: Annotated[str, typer.Option(help="The list of faults: module:LIST or path/file.py:LIST.")] = CATALOGUE,
-    budget: Annotated[list[str], typer.Option(help=f"{', '.join(BUDGETS)}. Repeatable.")] = ["smoke"],  # noqa: B006
+    effort: Annotated[list[str], typer.Option(help=f"{', '.join(EFFORTS)}. Repeatable.")] = ["smoke"],  # noqa: B006
     seed: Seed = 0,
-    clauses: Annotated[str, typer.Option(help="expected: those that a fault names; all.")] = "expected",
+    clause: Annotated[
+        list[str],
+        typer.Option(help="Try these clauses, by prefix, instead of those that a fault names; or: all. Repeatable."),
+    ] = [],  # noqa: B006
     controls: Annotated[bool, typer.Option(help="Also try the list CONTROLS beside the faults: it is right.")] = False,
     shard: Annotated[str, typer.Option(help="Only part i of n of the faults, as i/n.")] = "",
     jobs: Annotated[int, typer.Option(min=1, help="Faults that are tried at once.")] = os.cpu_count() or 1,
@@ -293,22 +298,23 @@ def audit_command(
     0: all are killed and no control is detected; 1: some fault survives, or a control is detected; 3: some could not
     run here. An exception kills no fault for a clause about numbers.
     """
-    for name in budget:
-        if name not in BUDGETS:
-            raise usage(f"--budget: unknown budget {name!r}; known: {', '.join(BUDGETS)}")
-    if clauses not in ("expected", "all"):
-        raise usage(f"--clauses: want expected or all, got {clauses!r}")
-    budgets = tuple(BUDGETS[name] for name in dict.fromkeys(budget))
+    for name in effort:
+        if name not in EFFORTS:
+            raise usage(f"--effort: unknown effort {name!r}; known: {', '.join(EFFORTS)}")
+    efforts = tuple(EFFORTS[name] for name in dict.fromkeys(effort))
     part = parse_shard(shard) if shard else None
-    plan = audit.Plan(budgets, seed, tuple(names), clauses == "all", part)
+    plan = audit.AuditPlan(efforts, seed, tuple(names), ("",) if "all" in clause else tuple(clause), part)
     wrong = load_faults(faults)
     right = load_faults(f"{faults.rpartition(':')[0]}:CONTROLS") if controls else ()
 
     def tell(audited: audit_record.Audited) -> None:
-        for line in audit_record.lines(audited, budget):
+        for line in audit_record.lines(audited, effort):
             screen.print(escape(line))
 
-    record = audit.audit(plan, faults, wrong, right, out, jobs, tell)
+    def progress(fault: str, trial: audit_record.AuditTrial) -> None:
+        screen.print(escape(audit_record.progress(fault, trial)))
+
+    record = audit.audit(plan, faults, wrong, right, out, jobs, tell, progress)
     for line in audit_record.summary(record):
         screen.print(escape(line))
     screen.print(f"{len(record.audited)} faults in {record.seconds:.0f} s; {escape(str(out))}")
@@ -341,14 +347,14 @@ def report(
     screen.print(f"report: {escape(str(out.resolve()))}")
 
 
-def _collect(files: list[Path]) -> tuple[list[Results], Record | None, list[Pair], audit_record.Record | None]:
+def _collect(files: list[Path]) -> tuple[list[Results], Record | None, list[Pair], audit_record.AuditRecord | None]:
     """Results, speed record, what backends that ran beside one another agree on, and the audit of the clauses."""
     from kvconform.run import cross_backend
     from kvconform.run.run import named_configs
 
     judged: list[Results] = []
     speed: Record | None = None
-    audited: audit_record.Record | None = None
+    audited: audit_record.AuditRecord | None = None
     for file in files:
         if speed_record.is_record(file):
             speed = speed_record.read(file)
@@ -426,12 +432,11 @@ def power_command(
 
 
 @app.command()
-def schema(of: Annotated[str, typer.Argument(help="results or audit.")] = "results") -> None:
-    """Prints the JSON Schema of a results file, or of an audit's."""
-    schemas = {"results": results.schema, "audit": audit_record.schema}
-    if of not in schemas:
-        raise usage(f"no file is called {of!r}; known: {', '.join(schemas)}")
-    print(json.dumps(schemas[of](), indent=1))
+def schema(kind: Annotated[str, typer.Argument(help=", ".join(FILES))] = "results") -> None:
+    """Print the JSON Schema of a kind of file."""
+    if kind not in FILES:
+        raise usage(f"unknown kind of file {kind!r}; known: {', '.join(FILES)}")
+    print(json.dumps(json_schema(kind), indent=1))
 
 
 @app.command()

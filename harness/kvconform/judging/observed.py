@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.worker.client import describe
 from kvconform.worker.execute import Trace
 from kvconform_specs.claims import Claims
-from kvconform_specs.history import Row, Token
+from kvconform_specs.describe import describe
+from kvconform_specs.history import Request, requests
 from kvconform_specs.program import Append, Program, ReadCache
 from kvconform_specs.reference.oracle import Expected
 
@@ -53,21 +53,18 @@ class Observed:
 
 
 # --- where outputs are ---
-Key = tuple[Row, Token | None, tuple[int, ...]]
-"""What an output is a function of: the history up to its token, where a needle aimed its query, what was hidden."""
+Key = Request
+"""What an output is a function of: a request whose row ends with its token."""
 
 
 def cells(one: Observed, number: int) -> list[tuple[int, int, Key]]:
     """Row, column within the step's outputs, and key of each output of a step."""
     want, step = one.want(number), one.program.steps[number]
-    aim, hidden = (step.needle, step.masked) if isinstance(step, Append) else (None, ())
     found: list[tuple[int, int, Key]] = []
-    for row, (history, count) in enumerate(zip(want.rows, want.counts, strict=True)):
-        target = None if aim is None else (aim[0] + row, aim[1])
-        unseen = tuple(sorted(position for of, position in hidden if of == row))
-        columns = np.flatnonzero(want.real[row])
-        start = len(history) - count
-        found += [(row, int(c), (history[: start + p + 1], target, unseen)) for p, c in enumerate(columns)]
+    for row, (tokens, needle, masked) in enumerate(requests(step, want.rows)):
+        start = len(tokens) - want.counts[row]
+        columns = np.flatnonzero(want.real[row]).tolist()
+        found += [(row, c, Request(tokens[: start + p + 1], needle, masked)) for p, c in enumerate(columns)]
     return found
 
 
@@ -93,7 +90,7 @@ def pairs(observed: Sequence[Observed]) -> list[tuple[Observed, Observed, int, i
 
 def _felt(key: Key, reach: int | None) -> Key:
     """The part of a history that an output can depend on: each layer reaches ``window - 1`` tokens further back."""
-    return key if reach is None else (key[0][-reach:], *key[1:])
+    return key if reach is None else key._replace(row=key.row[-reach:])
 
 
 # --- words ---

@@ -10,7 +10,7 @@ import msgspec
 class Outcome(Enum):
     """The closed set. Only PASS is a pass.
 
-    REFUTED: a measured guarantee (``Level.SHOULD``) does not hold here. XFAIL: the cell is in the list of known
+    REFUTED: a measured guarantee (``Level.SHOULD``) does not hold here. KNOWN_FAILURE: the cell is in the list of known
     failures, and its stored counterexample still fails. Neither is broken.
     """
 
@@ -19,7 +19,7 @@ class Outcome(Enum):
     CRASH = "crash"
     TIMEOUT = "timeout"
     REFUTED = "refuted"
-    XFAIL = "known failure"
+    KNOWN_FAILURE = "known failure"
     INCONCLUSIVE = "inconclusive"
     UNSUPPORTED = "unsupported"
     NOT_EXERCISED = "not exercised"

@@ -1,6 +1,6 @@
 """The audit: do the clauses detect backends that are wrong on purpose? Faults by clauses, by what, and how fast.
 
-A fault *survives* a budget where no clause that it names kills it. A clause kills where it breaks, where the faulty
+A fault *survives* an effort where no clause that it names kills it. A clause kills where it breaks, where the faulty
 path ran, and where it broke for its own reason: an exception is none for a clause about numbers.
 """
 
@@ -20,67 +20,62 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from kvconform.errors import BackendUnavailable
 from kvconform.host import machine
 from kvconform.judging.verdict import Outcome
 from kvconform.mutation.fault import Fault
-from kvconform.mutation.record import Audited, Record, Trial, scores
+from kvconform.mutation.record import Audited, AuditRecord, AuditTrial, scores
 from kvconform.search.cell import Cell, run_cell
-from kvconform.search.effort import Budget
-from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
+from kvconform.search.effort import Effort
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
-from kvconform_specs.clause import Clause, Relation
+from kvconform_specs.clause import Clause
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.configs import CONFIGS
 from kvconform_specs.errors import SpecError
 
-NUMERIC = {
-    Relation.PARITY,
-    Relation.AGREEMENT,
-    Relation.INSENSITIVE,
-    Relation.SENSITIVE,
-    Relation.CONTENTS,
-    Relation.STABLE_CONTENTS,
-    Relation.BITWISE,
-    Relation.FINITE,
-    Relation.SAME_TOKEN,
-    Relation.GENERATED,
-}
-"""Relations between numbers: an exception breaks none of them, it only keeps them from being asked."""
 REFUSALS = ("capacity", "errors")
-"""Chapters that are about what may be refused: there, a legal step that raises is the very mistake."""
+"""Chapters about refused calls: there, an exception in a legal step is the mistake itself."""
 UNBROKEN = (Outcome.PASS, Outcome.INCONCLUSIVE, Outcome.UNSUPPORTED, Outcome.NOT_EXERCISED)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to audit. ``names`` keeps the faults, or the clauses of each, whose names begin so; empty keeps all.
+class AuditPlan:
+    """What to audit.
 
-    every: try all clauses, not only those that a fault names. shard: ``(i, n)`` keeps each n-th from the i-th on.
+    names: prefixes that keep faults, or clauses of each; empty keeps all. clauses: prefixes of the clauses that are
+    tried on every fault; ``("",)`` is all of them; empty tries those that the fault names. shard: ``(i, n)`` keeps each
+    n-th fault from the i-th on.
     """
 
-    budgets: tuple[Budget, ...]
+    efforts: tuple[Effort, ...]
     seed: int = 0
     names: tuple[str, ...] = ()
-    every: bool = False
+    clauses: tuple[str, ...] = ()
     shard: tuple[int, int] | None = None
 
-    def clauses(self, fault: Fault) -> list[str]:
+    def tried(self, fault: Fault) -> list[str]:
         """The clauses to be tried on a fault."""
-        tried = fault.clauses if fault.clauses and not self.every else [clause.name for clause in ALL]
-        whole = not self.names or fault.name.startswith(self.names)
-        return [name for name in tried if whole or name.startswith(self.names)]
+        named = fault.clauses if fault.clauses and not self.clauses else [clause.name for clause in ALL]
+        kept = [name for name in named if not self.clauses or name.startswith(self.clauses)]
+        return kept if fault.name.startswith(self.names or "") else [n for n in kept if n.startswith(self.names)]
 
     def tasks(self, faults: Sequence[Fault], controls: Sequence[Fault] = ()) -> list[Task]:
-        """What there is to do; controls are tried by every clause. Raises SpecError where there is nothing, or where a
-        fault names an unknown clause or config."""
+        """What there is to do; controls are tried by every clause unless clauses are chosen.
+
+        Raises SpecError where there is nothing to do, or where a clause or config is unknown.
+        """
+        for prefix in self.clauses:
+            if not any(name.startswith(prefix) for name in BY_NAME):
+                raise SpecError("audit", f"no clause begins with {prefix!r}; known: {', '.join(BY_NAME)}")
         for fault in (*faults, *controls):
             for words, names, known in (("clause", fault.clauses, BY_NAME), ("config", fault.configs, CONFIGS)):
                 for name in names:
                     if name not in known:
                         raise SpecError(f"fault {fault.name}", f"no {words} named {name!r}; known: {', '.join(known)}")
-        every = replace(self, every=True)
-        found = [Task(fault, self, False) for fault in faults if self.clauses(fault)]
-        found += [Task(control, every, True) for control in controls if every.clauses(control)]
+        every = replace(self, clauses=self.clauses or ("",))
+        found = [Task(fault, self, False) for fault in faults if self.tried(fault)]
+        found += [Task(control, every, True) for control in controls if every.tried(control)]
         if not found:
             raise SpecError("audit", f"no fault, and no clause of one, begins with {' or '.join(self.names)}")
         index, count = self.shard or (1, 1)
@@ -93,38 +88,40 @@ class Task(NamedTuple):
     """One fault or control, to be tried as a plan says."""
 
     fault: Fault
-    plan: Plan
+    plan: AuditPlan
     control: bool
 
 
 def audit(
-    plan: Plan,
+    plan: AuditPlan,
     address: str,
     faults: Sequence[Fault],
     controls: Sequence[Fault],
     out: Path,
     jobs: int = 1,
     tell: Callable[[Audited], None] = lambda audited: None,
-) -> Record:
-    """Audits the faults and controls that the plan keeps.
+    progress: Callable[[str, AuditTrial], None] = lambda fault, trial: None,
+) -> AuditRecord:
+    """Audits the faults and controls that the plan keeps, ``jobs`` at once.
 
-    ``out`` is written after each; ``tell`` gets each fault as it is done. Raises SpecError where the plan does not fit.
+    ``out`` is written after each; ``tell`` gets each fault as it is done, and ``progress`` each of its trials where
+    there is one fault or one job. Raises SpecError where the plan does not fit.
     """
     began = time.perf_counter()
     tasks = plan.tasks(faults, controls)
-    record = Record(
+    record = AuditRecord(
         suite=SUITE_VERSION,
         faults=address,
-        budgets=[budget.name for budget in plan.budgets],
+        efforts=[effort.name for effort in plan.efforts],
         seed=plan.seed,
         names=list(plan.names),
-        every=plan.every,
+        clauses=list(plan.clauses),
         shard="/".join(map(str, plan.shard or ())),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         environment={"hypothesis": version("hypothesis"), "numpy": np.__version__, "machine": machine()},
     )
     found: dict[int, Audited] = {}
-    for number, audited in _done(tasks, jobs):
+    for number, audited in _done(tasks, jobs, progress):
         found[number] = audited
         record.audited = [found[i] for i in sorted(found) if not tasks[i].control]
         record.controls = [found[i] for i in sorted(found) if tasks[i].control]
@@ -137,10 +134,12 @@ def audit(
     return record
 
 
-def _done(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Audited]]:
-    """Number and result of each task, as they are done. Each runs in a process: Hypothesis is for one thread."""
-    if jobs == 1:
-        yield from ((number, audit_fault(task.fault, task.plan)) for number, task in enumerate(tasks))
+def _done(
+    tasks: Sequence[Task], jobs: int, progress: Callable[[str, AuditTrial], None]
+) -> Iterator[tuple[int, Audited]]:
+    """Number and result of each task as it ends. Several tasks run in processes: Hypothesis is for one thread."""
+    if min(jobs, len(tasks)) == 1:
+        yield from ((number, audit_fault(task.fault, task.plan, progress)) for number, task in enumerate(tasks))
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes that are started below inherit it
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
@@ -152,25 +151,29 @@ def _done(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Audited]]:
             pool.shutdown(cancel_futures=True)  # what runs is waited for
 
 
-def audit_fault(fault: Fault, plan: Plan) -> Audited:
-    """Tries a fault under each clause, on a fresh process: what it did under one must not help or hide another."""
+def audit_fault(
+    fault: Fault, plan: AuditPlan, progress: Callable[[str, AuditTrial], None] = lambda fault, trial: None
+) -> Audited:
+    """Tries a fault under each clause in a fresh process, so that state left by one clause affects no other."""
+    tried = plan.tried(fault)
     audited = Audited(
         name=fault.name,
         address=fault.address,
         conditional=fault.conditional,
         classes=fault.classes,
-        clauses=fault.clauses,
+        clauses=fault.clauses if set(fault.clauses) & set(tried) else (),
         bug=fault.bug,
         sentence=fault.sentence,
     )
     try:
         with WorkerClient(WorkerSpec(fault.address)) as client:
-            for budget in plan.budgets:
-                for clause in plan.clauses(fault):
+            for effort in plan.efforts:
+                for clause in tried:
                     if audited.trials:
                         client.fresh()
-                    brief = replace(budget, shrink=False)
+                    brief = replace(effort, shrink=False)
                     audited.trials.append(_try(fault, BY_NAME[clause], client, brief, plan.seed))
+                    progress(fault.name, audited.trials[-1])
     except BackendUnavailable as sentence:
         audited.unavailable = str(sentence)
     return audited
@@ -183,23 +186,24 @@ def cells(fault: Fault, clause: Clause) -> Iterator[Cell]:
             yield Cell(clause, config, name)
 
 
-def _try(fault: Fault, clause: Clause, client: WorkerClient, budget: Budget, seed: int) -> Trial:
-    """Config by config up to the first that kills; else the first that was broken, else the last that was judged."""
-    best = Trial(
-        budget=budget.name,
+def _try(fault: Fault, clause: Clause, client: WorkerClient, effort: Effort, seed: int) -> AuditTrial:
+    """The first config on which the clause kills; else the first on which it breaks, else the last one judged."""
+    best = AuditTrial(
+        effort=effort.name,
         clause=clause.name,
         outcome=Outcome.UNSUPPORTED,
         sentence="it concerns none of the fault's configs",
     )
     programs, seconds = 0, 0.0
     for cell in cells(fault, clause):
-        verdict = run_cell(cell, client, budget, seed, Path())  # without shrinking, nothing is written
+        verdict = run_cell(cell, client, effort, seed, Path())  # without shrinking, nothing is written
         programs += verdict.found_after or verdict.programs
         seconds += verdict.seconds
         broke = verdict.outcome not in UNBROKEN
         raised = verdict.raised or verdict.outcome in (Outcome.CRASH, Outcome.TIMEOUT)
         ran = client.runtime_info(cell.config).get(fault.marker)
-        own = not raised or clause.chapter in REFUSALS or not NUMERIC & set(clause.relations)
+        numeric = any(relation.judges_numbers for relation in clause.relations)  # an exception breaks none of these
+        own = not raised or clause.chapter in REFUSALS or not numeric
         charged = verdict.outcome.broken or clause.name in fault.clauses  # a guarantee may be refuted by right backends
         trial = msgspec.structs.replace(
             best,

@@ -1,8 +1,8 @@
-"""What a planted fault is, and the lists of them: ``module:LIST`` or ``path/file.py:LIST``.
+"""Planted faults, and lists of them: ``module:LIST`` or ``path/file.py:LIST``.
 
-A list holds backend classes that are wrong on purpose, addresses of such classes, and ``Fault`` objects. Of a class
-its name and docstring count, and these attributes where it has them: ``clauses``, ``bug``, ``classes``, ``conditional``,
-``configs``, as in ``Fault``. This module needs nothing that a worker does not have: backends import it.
+A list holds backend classes that are wrong on purpose, addresses of such classes, and ``Fault`` objects. A class gives
+its name, its docstring and, if it has them, the attributes ``clauses``, ``bug``, ``classes``, ``conditional`` and
+``configs`` with the meaning that they have in ``Fault``. Backends import this module, so it needs only numpy.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kvconform.worker.registry import BackendError, address_of, load, module_of
+from kvconform.errors import BackendUnavailable
+from kvconform.worker.registry import address_of, load, module_of
 from kvconform_specs.errors import SpecError
 
 MARKER = "faulty"
-"""The runtime_info of a planted fault counts under this key how often its faulty branch changed something."""
+"""The key under which the runtime_info of a planted fault counts how often its faulty branch changed something."""
 
 
 @dataclass(frozen=True)
 class Fault:
     """One wrong backend.
 
-    address: of the backend that has the fault. clauses: those that must detect it; none: any of them may. bug: the
-    real one that it is modelled on. sentence: what is wrong, and when. classes: the kinds of mistake that it stands
-    for. conditional: whether it waits for a trigger, or else shows wherever it can. configs: the names of those that it
-    shows on; none: every config that a clause concerns. marker: the key of its runtime_info that counts how often the
-    fault changed something.
+    address: of the backend that has the fault. clauses: those that must detect it; if empty, any clause may. bug: link
+    to the real bug that it is modelled on. sentence: what is wrong, and when. classes: the kinds of mistake that it
+    stands for. conditional: it shows only after a trigger (a length, a distribution, a sequence of steps); otherwise it
+    shows in every program that reaches the faulty code. configs: names of the configs on which it shows; if empty,
+    every config that a clause concerns. marker: the key of its runtime_info that counts how often the fault changed
+    something.
     """
 
     name: str
@@ -52,7 +54,7 @@ class Fault:
 
 
 def load_faults(address: str) -> tuple[Fault, ...]:
-    """The faults of a list. Raises SpecError with one sentence that says what is wrong with it."""
+    """The faults of a list. Raises SpecError, whose sentence says what is wrong with the list."""
     module, colon, name = address.rpartition(":")
     if not colon or not module or not name:
         raise SpecError("faults", f"want module:LIST or path/file.py:LIST, got {address!r}")
@@ -60,7 +62,7 @@ def load_faults(address: str) -> tuple[Fault, ...]:
         sys.path.insert(0, os.getcwd())
     try:
         items = getattr(module_of(module), name, None)
-    except (ImportError, SyntaxError, BackendError) as error:
+    except (ImportError, SyntaxError, BackendUnavailable) as error:
         raise SpecError("faults", f"{module} cannot be imported: {error}") from error
     if items is None:
         raise SpecError("faults", f"{module} has no {name!r}")
@@ -90,7 +92,7 @@ def _fault(item: Any, at: str) -> Fault:
     if isinstance(item, str):
         try:
             item, address = load(item), item
-        except BackendError as error:
+        except BackendUnavailable as error:
             raise SpecError(at, str(error)) from error
     if not isinstance(item, type):
         if isinstance(item, Fault):

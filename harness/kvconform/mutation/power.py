@@ -8,7 +8,7 @@ mistake that all of them make; the power_table says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
@@ -26,30 +26,17 @@ from kvconform.worker.execute import StepResult
 from kvconform.worker.protocol import Traces
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.claims import ABILITIES, Claims
-from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clause import Case, Clause
 from kvconform_specs.clauses import ALL
 from kvconform_specs.config import DTYPES, PROFILES, Config
 from kvconform_specs.configs import CONFIGS, LONG
-from kvconform_specs.history import Histories, Row, Token
-from kvconform_specs.program import Append, Generate, ReadCache, Reject, Run, Step, UncachedForward, called
+from kvconform_specs.history import Histories, prefixed, requests
+from kvconform_specs.program import Append, Generate, ReadCache, Reject, Step, UncachedForward, called
 from kvconform_specs.reference.definition import Attended, attention, decoder, rope, sinks
 from kvconform_specs.reference.oracle import Expected, Generation, expect
 from kvconform_specs.tensors import Streams, rounded, weights
 
 Array = NDArray[Any]
-NUMERIC = frozenset(
-    (
-        Relation.PARITY,
-        Relation.AGREEMENT,
-        Relation.INSENSITIVE,
-        Relation.SENSITIVE,
-        Relation.FINITE,
-        Relation.BITWISE,
-        Relation.SAME_TOKEN,
-        Relation.GENERATED,
-    )
-)
-"""The relations that look at outputs; what a cache says and shows of itself is true of every null model."""
 BOOKKEEPING = "judges no numbers"
 STRUCTURES = 6
 """Cases that are drawn for each clause at least, as many on each config that it concerns."""
@@ -148,10 +135,6 @@ NULLS = (
 
 
 # --- their answers ---
-Request = tuple[Row, Token | None, tuple[int, ...]]
-"""As in the oracle: a history, where a needle aims its queries, and which of its tokens the caller hides."""
-
-
 Answers = list[list[Array | None]]
 """Of each program and step ``(1, b, t, e)`` in float32, as ``Observed.outputs``, or the token ids ``(1, b, new)`` that
 were generated; None where it computes nothing."""
@@ -172,24 +155,19 @@ class _Trial:
             for program, wants in zip(case.programs, self.expected, strict=True)
         ]
         self._steps = {
-            (number, index): list(_requests(step, want))
+            (number, index): list(zip(requests(step, want.rows), want.counts, strict=True))
             for number, (program, wants) in enumerate(zip(case.programs, self.wants, strict=True))
             for index, (step, want) in enumerate(zip(program.steps, wants, strict=True))
             if want is not None and isinstance(step, Append | UncachedForward) and not isinstance(step, Generate)
         }
-        asked = {request: count for requests in self._steps.values() for request, count in requests}
-        self._batch: list[Request] = []
-        self._homes: dict[Request, int] = {}
-        for request in sorted(asked, key=lambda r: -len(r[0])):
-            row, plain = request[0], request[1:] == (None, ())
-            alike = (i for i, r in enumerate(self._batch) if plain and r[1:] == (None, ()) and r[0][: len(row)] == row)
-            self._homes[request] = next(alike, len(self._batch))
-            if self._homes[request] == len(self._batch):
-                self._batch.append(request)
-        self._first = min((len(r[0]) - n for requests in self._steps.values() for r, n in requests), default=0)
-        self._longest = max((len(request[0]) for request in self._batch), default=0)
+        wanted = [one for rows in self._steps.values() for one in rows]
+        owners = prefixed(dict.fromkeys(request for request, _count in wanted))
+        self._batch = list(dict.fromkeys(owners.values()))
+        self._homes = {request: self._batch.index(owner) for request, owner in owners.items()}
+        self._first = min((len(request.row) - count for request, count in wanted), default=0)
+        self._longest = max((len(request.row) for request in self._batch), default=0)
         self._streams = Streams(self.config, max(program.span for program in case.programs), (0,))
-        rows = [self._streams.row(row)[0] for row, _aim, _hidden in self._batch]
+        rows = [self._streams.row(request.row)[0] for request in self._batch]
         like = self._streams.tape(0)
         self._contents = np.zeros((len(rows), self._longest, *like.shape[2:]), like.dtype)
         for padded, row in zip(self._contents, rows, strict=True):
@@ -206,12 +184,12 @@ class _Trial:
         if not self._steps:
             return given
         solved = rounded(self._solved(model), self.config.dtype)  # (batch, positions, e)
-        for (number, index), requests in self._steps.items():
+        for (number, index), rows in self._steps.items():
             want = self.wants[number][index]
             assert want is not None
             output = given[number][index] = np.zeros((1, *want.real.shape, solved.shape[-1]), np.float32)
-            for row, (request, count) in enumerate(requests):
-                stop = len(request[0]) - self._first
+            for row, (request, count) in enumerate(rows):
+                stop = len(request.row) - self._first
                 output[0, row, want.real[row]] = solved[self._homes[request], stop - count : stop]
         return given
 
@@ -222,10 +200,10 @@ class _Trial:
         query, keys, values = (part.astype(np.float64) for part in self._streams.split(self._contents))
         query = query[:, :, first:].copy()
         mask = np.ones((len(self._batch), 1, 1, self._longest), bool)
-        for index, (_row, aim, hidden) in enumerate(self._batch):
-            if aim is not None:
-                query[index] = self._streams.needle(aim)[0]
-            mask[index, ..., list(hidden)] = False
+        for index, request in enumerate(self._batch):
+            if request.needle is not None:
+                query[index] = self._streams.needle(request.needle)[0]
+            mask[index, ..., list(request.masked)] = False
         output = model.attend(query, keys, values, c, at=first, mask=mask).output.swapaxes(1, 2)
         return output.reshape(*output.shape[:2], -1)
 
@@ -282,14 +260,6 @@ class _Trial:
         return Traces(1, tuple(trace))
 
 
-def _requests(step: Run, want: Expected) -> Iterator[tuple[Request, int]]:
-    """What each row of a step asks for, and how many outputs it wants."""
-    aim, hidden = (step.needle, step.masked) if isinstance(step, Append) else (None, ())
-    for index, (row, count) in enumerate(zip(want.rows, want.counts, strict=True)):
-        target = None if aim is None else (aim[0] + index, aim[1])
-        yield (row, target, tuple(sorted(position for of, position in hidden if of == index))), count
-
-
 @lru_cache(maxsize=16)
 def _weights(config: Config, late: bool) -> dict[str, Array]:
     exact: dict[str, Array] = {name: value.astype(np.float64) for name, value in weights(config).items()}
@@ -305,7 +275,7 @@ def power_table(dtype: str, clauses: Iterable[Clause] = ALL, models: Sequence[Nu
 
 
 def _entries(clause: Clause, dtype: str, models: Sequence[Null]) -> list[Power]:
-    if not NUMERIC & set(clause.relations):
+    if not any(relation.judges_outputs for relation in clause.relations):
         return [Power(clause=clause.name, dtype=dtype, note=BOOKKEEPING)]
     counts = {model.name: [0, 0, 0] for model in models}
     configs = [replace(point, dtype=dtype) for point in CONFIGS.values() if clause.concerns(point)]

@@ -10,7 +10,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--kv-backend", action="append", default=[], help="backend to judge; repeatable")
     group.addoption("--kv-device", default="cpu", help="cpu or cuda")
     group.addoption("--kv-dtype", action="append", default=[], help="float32 (default), bfloat16, float16; repeatable")
-    group.addoption("--kv-budget", default="smoke", help="smoke, pr or nightly")
+    group.addoption("--kv-effort", default="smoke", help="smoke, pr or nightly")
     group.addoption("--kv-seed", type=int, default=0, help="seed of the whole run")
     group.addoption("--kv-known-failures", default="", help="known failures, a TOML file")
     group.addoption("--kv-out", default="results", help="folder of counterexamples")

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from kvconform.api import file_name
+from kvconform.errors import BackendUnavailable
 from kvconform.judging.verdict import Outcome
 from kvconform.results.known_failures import EMPTY, KnownFailures
 from kvconform.results.known_failures import read as read_known_failures
 from kvconform.run.run import Plan, cells, judged, unmatched_entries
 from kvconform.search.cell import Cell
-from kvconform.search.effort import BUDGETS
-from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
+from kvconform.search.effort import EFFORTS
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.errors import SpecError
 
 
@@ -29,9 +30,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     backends: list[str] = option("--kv-backend")
     if not backends:
         raise pytest.UsageError("--kv-backend: name at least one backend to judge")
-    budget: str = option("--kv-budget")
-    if budget not in BUDGETS:
-        raise pytest.UsageError(f"--kv-budget: unknown budget {budget!r}; known: {', '.join(BUDGETS)}")
+    effort: str = option("--kv-effort")
+    if effort not in EFFORTS:
+        raise pytest.UsageError(f"--kv-effort: unknown effort {effort!r}; known: {', '.join(EFFORTS)}")
     known = ledger_of(metafunc.config)
     stale = [words for backend in backends for words in unmatched_entries(known, file_name(backend))]
     if stale:
@@ -51,7 +52,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def plan_of(config: pytest.Config) -> Plan:
     option = config.getoption
-    return Plan(BUDGETS[option("--kv-budget")], option("--kv-seed"), tuple(option("--kv-dtype") or ["float32"]))
+    return Plan(EFFORTS[option("--kv-effort")], option("--kv-seed"), tuple(option("--kv-dtype") or ["float32"]))
 
 
 def ledger_of(config: pytest.Config) -> KnownFailures:
@@ -94,7 +95,7 @@ def test_clause(
     except BackendUnavailable as sentence:
         pytest.fail(f"{backend}: {sentence}", pytrace=False)
     words = f"{verdict.outcome.value}: {verdict.sentence}"
-    if verdict.outcome is Outcome.XFAIL:
+    if verdict.outcome is Outcome.KNOWN_FAILURE:
         pytest.xfail(f"{backend}: {words}")
     lines = [stale] if stale else []
     if verdict.outcome not in (Outcome.PASS, Outcome.UNSUPPORTED, Outcome.REFUTED):

@@ -23,7 +23,7 @@ class Difference:
 def compare(now: Results, baseline: Results) -> list[Difference]:
     """What moved from the baseline to now: new failures, passes lost, clauses gone, claims narrowed, less compared."""
     found = _moved_claims(now, baseline)
-    for name in ("device", "dtypes", "budget", "seed", "suite", "shard"):
+    for name in ("device", "dtypes", "effort", "seed", "suite", "shard"):
         mine, its = (getattr(results, name) or "the whole" for results in (now, baseline))
         if mine != its:
             found.append(Difference(REGRESSION, f"{name} is {mine}, the baseline's is {its}: not comparable"))

@@ -12,7 +12,7 @@
     expires = 2027-03-31                                # the last day, at most a year ahead
     counterexample = "known/numerics.zero-keys-1a2b3c4d.json"   # beside the known failures
 
-A cell with a row is replayed, not searched: XFAIL if its counterexample still fails. A row hides nothing: past its day,
+A cell with a row is replayed, not searched: KNOWN_FAILURE if its counterexample still fails. A row hides nothing: past its day,
 under other versions, where it no longer fails or where there is no such cell, the row is *stale*. Then the cell is
 searched as any other, and the run ends with exit code 1.
 """
@@ -30,11 +30,12 @@ from pathlib import Path
 
 import msgspec
 
+from kvconform.errors import StaleEntry, WorkerDied
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.search.cell import Cell, unsupported
 from kvconform.search.counterexample import Broken, Counterexample, replayed, sentence
 from kvconform.search.counterexample import read as read_counterexample
-from kvconform.worker.client import WorkerClient, WorkerDied
+from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Program
@@ -102,13 +103,9 @@ def _is_version(installed: str, wanted: str) -> bool:
     return installed == wanted or (wanted.endswith(".*") and f"{installed}.".startswith(wanted[:-1]))
 
 
-class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class KnownFailuresFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     schema: str
     known: list[Row] = []
-
-
-class StaleEntry(Exception):
-    """A row does not hold here, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ class KnownFailure:
         if tried.kind != was:
             raise StaleEntry(f"{self.row.place}: the known {was} is a {tried.kind} now: {words}")
         words = f"{self.row.reason}, known until {self.row.expires}, {self.row.link}: {words}"
-        return self._verdict(client, began, Outcome.XFAIL, words, self.stored.write(folder).name)
+        return self._verdict(client, began, Outcome.KNOWN_FAILURE, words, self.stored.write(folder).name)
 
     def _check(self, cell: Cell, client: WorkerClient) -> None:
         """Raises StaleEntry where the row speaks of another day, other versions or another cell than is judged here."""
@@ -197,7 +194,7 @@ def read(path: Path, today: date | None = None) -> KnownFailures:
     """The known failures in a file, with its counterexamples. Raises SpecError with one sentence where it is malformed."""
     today = today or date.today()
     try:
-        file = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _File)
+        file = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), KnownFailuresFile)
     except OSError as error:
         raise SpecError(str(path), f"cannot be read: {error.strerror}") from error
     except ValueError as error:  # of TOML, of msgspec, of a row

@@ -21,7 +21,7 @@ from kvconform_specs.configs import CONFIGS
 from kvconform_specs.errors import SpecError
 
 SCHEMA = "kvconform-results/3"
-SAME_RUN = ("schema", "suite", "backend", "device", "dtypes", "budget", "seed", "claims", "environment")
+SAME_RUN = ("schema", "suite", "backend", "device", "dtypes", "effort", "seed", "claims", "environment")
 """What two parts of one run have in common: all that could change a verdict."""
 
 
@@ -55,7 +55,7 @@ class Results(msgspec.Struct, kw_only=True):
     backend: str
     device: str
     dtypes: list[str]
-    budget: str
+    effort: str
     seed: int
     started: str
     environment: dict[str, Any] = {}
@@ -136,7 +136,7 @@ def exit_code(results: Results) -> tuple[int, str]:
     undecided = [v for v in results.verdicts if v.outcome in (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED)]
     if undecided:
         return 5, f"inconclusive or not exercised: {len(undecided)} of {len(results.verdicts)} cells"
-    known = sum(verdict.outcome is Outcome.XFAIL for verdict in results.verdicts)
+    known = sum(verdict.outcome is Outcome.KNOWN_FAILURE for verdict in results.verdicts)
     more = f", but {_counted(known, 'known failure')}" if known else ""
     if results.shard:
         cells = _counted(len(results.verdicts), "cell")

@@ -14,14 +14,14 @@ from typing import Any
 from kvconform.explain.visibility import text as visibility_text
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.results import Results, exit_code
-from kvconform.search.effort import Budget
+from kvconform.search.effort import Effort
 from kvconform.worker.registry import installed
 from kvconform_specs.clauses import ALL
 from kvconform_specs.errors import SpecError
 
 SHOWN, DRAWN = 3, 2
 """Broken clauses that are printed in full, the others by name; maps that are drawn, the others in words."""
-BUDGET = Budget("check", 8, 2, 20.0, rebuild=5.0, leaks=SHOWN)
+BUDGET = Effort("check", 8, 2, 20.0, rebuild=5.0, leaks=SHOWN)
 """A broken module shows in the first structures; the whole check of a small one is to take less than a minute."""
 FORMS = (
     "file.py:NAME or package.module:NAME (a class, factory or function), decoder.onnx, "

@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.worker.client import WorkerClient, WorkerDied
+from kvconform.errors import WorkerDied
+from kvconform.worker.client import WorkerClient
 from kvconform_specs.config import Config
 from kvconform_specs.program import Program
 from kvconform_specs.reference.oracle import expect

@@ -10,11 +10,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from kvconform.errors import BackendUnavailable, WorkerDied
 from kvconform.explain import diagnosis, visibility
 from kvconform.judging.verdict import Outcome
 from kvconform.results.results import Results
 from kvconform.search import counterexample
-from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerDied
+from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program
@@ -57,6 +58,6 @@ def noise_floor(client: WorkerClient, config: Config) -> float:
     own = client.reference_forward
     assert own is not None
     program = Program(config, (Append("a", (min(TOKENS, config.capacity),), 0),))
-    (want,) = expect(program, own=own(config))
+    (want,) = expect(program, reference=own(config))
     assert want is not None
     return float(np.max(want.bound) / np.sqrt(np.mean(np.square(want.value))))

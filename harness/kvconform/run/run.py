@@ -14,18 +14,19 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from kvconform.errors import BackendUnavailable, StaleEntry
 from kvconform.files import write_atomically
 from kvconform.host import machine
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.mutation.power import stored
 from kvconform.results.guarantees import measured
-from kvconform.results.known_failures import EMPTY, KnownFailure, KnownFailures, StaleEntry
+from kvconform.results.known_failures import EMPTY, KnownFailure, KnownFailures
 from kvconform.results.results import Results, Target, read
 from kvconform.run import cross_backend, explain_failures
 from kvconform.search import counterexample
 from kvconform.search.cell import Cell, run_cell
-from kvconform.search.effort import BUDGETS, DEFAULT_BUDGET, Budget
-from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerSpec
+from kvconform.search.effort import DEFAULT_EFFORT, EFFORTS, Effort
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case
 from kvconform_specs.clauses import ALL, BY_NAME
@@ -43,7 +44,7 @@ class Plan:
     to all shards in turn, whatever the backend. explain: whether what is broken is also mapped and diagnosed.
     """
 
-    budget: Budget
+    effort: Effort
     seed: int = 0
     dtypes: tuple[str, ...] = ("float32",)
     clauses: tuple[str, ...] = ()
@@ -85,7 +86,7 @@ _REFERENCE_CLAUSE = BY_NAME["equivalence.full-stable"]
 def unmatched_entries(known_failures: KnownFailures, backend: str) -> list[str]:
     """One sentence for each row of a backend that is of no cell of the suite. What a run selects does not matter: a row
     of a cell that is not judged hides nothing."""
-    return known_failures.unmatched_entries(backend, cells(Plan(BUDGETS[DEFAULT_BUDGET], dtypes=DTYPES)))
+    return known_failures.unmatched_entries(backend, cells(Plan(EFFORTS[DEFAULT_EFFORT], dtypes=DTYPES)))
 
 
 def judged(
@@ -98,7 +99,7 @@ def judged(
             return known.replay(cell, client, failures), ""
         except StaleEntry as words:
             stale = str(words)
-    return run_cell(cell, client, plan.budget, plan.seed, failures), stale
+    return run_cell(cell, client, plan.effort, plan.seed, failures), stale
 
 
 def path_of(name: str, plan: Plan, out: Path) -> Path:
@@ -127,7 +128,7 @@ def run_backend(
         backend=name,
         device=spec.device,
         dtypes=list(plan.dtypes),
-        budget=plan.budget.name,
+        effort=plan.effort.name,
         seed=plan.seed,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         shard="/".join(map(str, plan.shard or ())),
@@ -151,7 +152,7 @@ def run_backend(
         for cell in cells(plan, client.configs):
             known = known_failures.find(name, cell)
             verdict = done.get((cell.clause.name, cell.config_name))
-            if verdict is not None and known is None and verdict.outcome is not Outcome.XFAIL:
+            if verdict is not None and known is None and verdict.outcome is not Outcome.KNOWN_FAILURE:
                 results.verdicts.append(verdict)
                 tell(verdict)
                 continue
@@ -169,7 +170,7 @@ def run_backend(
             if runtime_info:
                 results.runtime_info[cell.config_name] = runtime_info
             results.verdicts.append(verdict)
-            if known is not None and verdict.outcome is Outcome.XFAIL:
+            if known is not None and verdict.outcome is Outcome.KNOWN_FAILURE:
                 results.known_failures.append(known.row)
             if stale:
                 results.stale.append(stale)

@@ -16,12 +16,13 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis.errors import Flaky
 
+from kvconform.errors import WorkerDied
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.search.counterexample import Broken, Counterexample, attempt, frozen, replayed
 from kvconform.search.counterexample import sentence as said
-from kvconform.search.effort import GUARANTEE_SECONDS, GUARANTEE_TRIALS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Budget
+from kvconform.search.effort import GUARANTEE_SECONDS, GUARANTEE_TRIALS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Effort
 from kvconform.search.shrink import reduced_death, reduced_list
-from kvconform.worker.client import WorkerClient, WorkerDied, unproven
+from kvconform.worker.client import WorkerClient, unproven
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case, Clause, Level
 from kvconform_specs.config import Config
@@ -43,13 +44,13 @@ class _Stop(Exception):
     """Tells Hypothesis that a trial broke the clause."""
 
 
-def run_cell(cell: Cell, client: WorkerClient, budget: Budget, seed: int, folder: Path) -> Verdict:
+def run_cell(cell: Cell, client: WorkerClient, effort: Effort, seed: int, folder: Path) -> Verdict:
     """Searches for a case that breaks the clause. Counterexamples go to ``folder``.
 
     Raises BackendUnavailable where the backend cannot run here at all.
     """
     began = time.perf_counter()
-    search = _Search(cell, client, budget, seed, began)
+    search = _Search(cell, client, effort, seed, began)
     reason = unsupported(cell, client)
     if reason is None:
         try:
@@ -96,8 +97,8 @@ def unsupported(cell: Cell, client: WorkerClient) -> str | None:
 class _Search:
     """The state of one cell's search."""
 
-    def __init__(self, cell: Cell, client: WorkerClient, budget: Budget, seed: int, began: float) -> None:
-        self.cell, self.client, self.budget = cell, client, budget
+    def __init__(self, cell: Cell, client: WorkerClient, effort: Effort, seed: int, began: float) -> None:
+        self.cell, self.client, self.effort = cell, client, effort
         self.seed = zlib.crc32(f"{cell.clause.name} {cell.config_name} {seed}".encode())
         self.began = began
         self.compared = self.programs = self.structures = 0
@@ -113,14 +114,14 @@ class _Search:
     def run(self) -> None:
         @hypothesis_seed(self.seed)
         @settings(
-            max_examples=max(2, round(self.budget.structures * self.cell.clause.effort)),
+            max_examples=max(2, round(self.effort.structures * self.cell.clause.share)),
             deadline=None,
             database=None,
             print_blob=False,
             suppress_health_check=list(HealthCheck),
             verbosity=Verbosity.quiet,
             report_multiple_bugs=False,
-            phases=(Phase.generate, Phase.shrink) if self.budget.shrink else (Phase.generate,),
+            phases=(Phase.generate, Phase.shrink) if self.effort.shrink else (Phase.generate,),
         )
         @given(self.cell.clause.strategy(self.cell.config, self.client.claims))
         def search(case: Case) -> None:
@@ -133,9 +134,9 @@ class _Search:
 
     def trial(self, case: Case) -> None:
         if self.best is None:
-            if time.perf_counter() - self.began > self.budget.seconds and self.programs:
+            if time.perf_counter() - self.began > self.effort.seconds and self.programs:
                 return
-            variants = tuple(range(min(self.budget.variants, self.cell.clause.variants)))
+            variants = tuple(range(min(self.effort.variants, self.cell.clause.variants)))
         elif self._spent():
             self.reduced = False
             return
@@ -162,7 +163,7 @@ class _Search:
 
     def _spent(self) -> bool:
         assert self.best is not None
-        if not self.budget.shrink:
+        if not self.effort.shrink:
             return True
         if self.best[1].kind != "fail":
             return True  # each try costs a new process: shrink.reduced_death needs fewer
@@ -174,7 +175,7 @@ class _Search:
         """Confirms the best case on a fresh process, or finds what must run before it."""
         assert self.best is not None
         case, broken = self.best
-        if not self.budget.shrink:
+        if not self.effort.shrink:
             return self.verdict(self._outcome(broken), broken.sentence)
         if broken.kind != "fail":
             self.reduced = True
@@ -215,9 +216,9 @@ class _Search:
         return OUTCOMES[broken.kind]
 
     def _dies(self, case: Case) -> Broken | None:
-        """One try of reducing a death, as long as its budget lasts."""
+        """One try of reducing a death, as long as its seconds last."""
         assert self.best is not None
-        if self.client.starts - self._starts >= REBUILDS or time.perf_counter() - self._failed_at > self.budget.rebuild:
+        if self.client.starts - self._starts >= REBUILDS or time.perf_counter() - self._failed_at > self.effort.rebuild:
             self.reduced = False
             return None
         tried = attempt(self.cell.clause, self.client, case, (self.best[1].variant,))
@@ -233,13 +234,13 @@ class _Search:
         starts, began = self.client.starts, time.perf_counter()
 
         def fails(before: list[Program]) -> Broken | None:
-            if self.client.starts - starts > REBUILDS or time.perf_counter() - began > self.budget.rebuild:
+            if self.client.starts - starts > REBUILDS or time.perf_counter() - began > self.effort.rebuild:
                 self.reduced = False
                 return None
             tried = replayed(self.cell.clause, self.client, before, case)
             return tried if isinstance(tried, Broken) else None
 
-        shorten = self.client.leaks < self.budget.leaks
+        shorten = self.client.leaks < self.effort.leaks
         length = 1 if shorten else len(earlier)
         while True:
             suffix = earlier[-length:]

@@ -10,9 +10,10 @@ from typing import Any
 
 import msgspec
 
+from kvconform.errors import WorkerDied
 from kvconform.files import read_versioned, write_atomically
 from kvconform.judging.judge import Judged, judge
-from kvconform.worker.client import WorkerClient, WorkerDied
+from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case, Clause
 from kvconform_specs.program import Append, Program, Reject, Reorder, Step, Truncate, UncachedForward
 from kvconform_specs.reference.oracle import expect

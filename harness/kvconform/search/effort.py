@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Budget:
+class Effort:
     """structures: how many shapes of program are drawn for a cell; variants: seeds tried within each, in one message.
 
     seconds: no new structure is begun after that many seconds of a cell. shrink: whether a failure is made small and
@@ -24,14 +24,14 @@ class Budget:
     leaks: int = 1000
 
 
-BUDGETS = {
-    budget.name: budget
-    for budget in (Budget("smoke", 16, 2, 120.0), Budget("pr", 20, 3, 120.0), Budget("nightly", 250, 20, 600.0))
+EFFORTS = {
+    effort.name: effort
+    for effort in (Effort("smoke", 16, 2, 120.0), Effort("pr", 20, 3, 120.0), Effort("nightly", 250, 20, 600.0))
 }
-DEFAULT_BUDGET = "pr"
+DEFAULT_EFFORT = "pr"
 SHRINK_TRIALS, SHRINK_SECONDS = 400, 20.0
 """Shrinking a failure ends after so many trials or seconds."""
 GUARANTEE_TRIALS, GUARANTEE_SECONDS = 60, 1.0
 """The same where a measured guarantee is refuted: many backends refute many, and that one does is what matters."""
 REBUILDS = 30
-"""Shrinking a crash or timeout, and looking for leaked state, end after so many new workers or ``Budget.rebuild``."""
+"""Shrinking a crash or timeout, and looking for leaked state, end after so many new workers or ``Effort.rebuild``."""

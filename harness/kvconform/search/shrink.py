@@ -15,7 +15,7 @@ from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Append, Program, Step, UncachedForward
 
 Try = Callable[[Case], Broken | None]
-"""Runs a case; what broke, or None, also where the budget of tries is spent."""
+"""Runs a case; what broke, or None, also where all tries are spent."""
 
 
 def reduced_death(case: Case, broken: Broken, dies: Try) -> tuple[Case, Broken]:

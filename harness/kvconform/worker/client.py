@@ -22,41 +22,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvconform.errors import BackendUnavailable, BadArgument, InvalidBackend, Unavailable, WorkerDied, WorkerTimeout
 from kvconform.worker.protocol import LENGTHS, PROGRESS, Header, Traces, send, unpack
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
-from kvconform_specs.program import NAMES, Append, Generate, Program, Truncate, UncachedForward, called
+from kvconform_specs.describe import describe
+from kvconform_specs.program import Program
 from kvconform_specs.reference.oracle import ReferenceForward, shares_rounding
 
 BUILD_TIMEOUT = 900.0
 """Seconds that a build may take: exports and first compilations are slow, and stand outside the step timeout."""
 STEP_TIMEOUT = 120.0
 """Seconds without progress that make a timeout. A compilation within a step takes 5 to 15 s, and more under load."""
+DEVICES = ("cpu", "cuda")
 LOG_LENGTH = 512
 """How many messages a worker's log remembers, for failures that need what ran before."""
 
 
-class BackendUnavailable(Exception):
-    """The backend is absent or broken, or this machine lacks what it needs: one sentence, exit code 3."""
-
-
-@dataclass
-class WorkerDied(Exception):
-    """The worker died or hung while it ran a program. ``variant`` and ``step`` say where."""
-
-    kind: str  # "crash" or "timeout"
-    words: str
-    variant: int
-    step: int
-
-    def __str__(self) -> str:
-        return self.words
+RAISED = {kind.__name__: kind for kind in (InvalidBackend, Unavailable, BackendUnavailable)}
+"""The errors that a worker hands on to its parent, by the name in the header."""
 
 
 @dataclass
 class WorkerSpec:
-    """How to start workers of one backend. ``cpus``: on which processors, where the system lets a parent say so; None:
-    on any. ``module``: what the interpreter runs as the worker."""
+    """How to start the workers of one backend. ``cpus``: the processors that they may use, if the system supports it;
+    None: any. ``module``: what the interpreter runs as the worker. Raises BadArgument for an unknown device."""
 
     address: str
     device: str = "cpu"
@@ -65,6 +55,10 @@ class WorkerSpec:
     environment: dict[str, str] = field(default_factory=dict)
     cpus: tuple[int, ...] | None = None
     module: str = "kvconform.worker.server"
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise BadArgument("device", self.device, DEVICES)
 
 
 def unproven(runtime_info: Mapping[str, Any], device: str) -> str:
@@ -104,7 +98,7 @@ class WorkerClient:
         if spec.device not in self.claims.devices:
             self.close()
             known = ", ".join(self.claims.devices)
-            raise BackendUnavailable(f"backend {spec.address!r} does not run on {spec.device}; it claims: {known}")
+            raise Unavailable(f"backend {spec.address!r} does not run on {spec.device}; it claims: {known}")
 
     def __enter__(self) -> WorkerClient:
         return self
@@ -145,7 +139,7 @@ class WorkerClient:
         }
         header, blob = reference._ask(message, self.spec.step_timeout, np.ascontiguousarray(inputs).tobytes())
         if "error" in header:
-            raise WorkerDied("crash", f"its own cache-less forward raised {header['error']}", 0, -1)
+            raise WorkerDied(f"its own cache-less forward raised {header['error']}")
         return np.frombuffer(blob, header["dtype"]).reshape(header["shape"])
 
     def close(self) -> None:
@@ -172,10 +166,10 @@ class WorkerClient:
         try:
             header, _ = self._ask({"op": "build", "config": config.to_json()}, BUILD_TIMEOUT)
         except WorkerDied as death:
-            self._failed[config] = WorkerDied(death.kind, f"could not be built: {death.words}", 0, -1)
+            self._failed[config] = type(death)(f"could not be built: {death.words}")
             raise self._failed[config] from None
         if "error" in header:
-            self._failed[config] = WorkerDied("crash", f"could not be built: {header['error']}", 0, -1)
+            self._failed[config] = WorkerDied(f"could not be built: {header['error']}")
             raise self._failed[config]
         if "refused" in header:
             return str(header["refused"])
@@ -202,12 +196,11 @@ class WorkerClient:
         try:
             header, blob = self._reply(self.spec.step_timeout)
         except WorkerDied as death:
-            raise WorkerDied(
-                death.kind, f"{_place(program, death.step)}: {death.words}", death.variant, death.step
-            ) from None
+            place = _place(program, death.step)
+            raise type(death)(f"{place}: {death.words}", death.variant, death.step) from None
         if "error" in header:  # recording failed, not a step: nothing the backend could cause by raising
             self._kill()  # it may owe other replies
-            raise WorkerDied("crash", str(header["error"]), 0, -1)
+            raise WorkerDied(str(header["error"]))
         return unpack(header, blob)
 
     def discard(self, programs: Sequence[Program]) -> None:
@@ -244,7 +237,7 @@ class WorkerClient:
         """The answer to any message; ``timeout`` in seconds. Raises WorkerDied where the worker dies or answers an error."""
         header, _ = self._ask(message, timeout)
         if "error" in header:
-            raise WorkerDied("crash", str(header["error"]), 0, -1)
+            raise WorkerDied(str(header["error"]))
         return header
 
     # --- the process ---
@@ -293,8 +286,8 @@ class WorkerClient:
     def _ask(self, message: Header, timeout: float, blob: bytes = b"") -> tuple[Header, bytes]:
         self._post(message, blob)
         header, blob = self._reply(timeout)
-        if "unavailable" in header:
-            raise BackendUnavailable(str(header["unavailable"]))
+        if "raised" in header:
+            raise RAISED[header["raised"]](*header["words"])
         return header, blob
 
     def _post(self, message: Header, blob: bytes = b"") -> None:
@@ -323,13 +316,13 @@ class WorkerClient:
                 if selector.select(min(timeout, 0.5)):
                     piece = os.read(pipe, 1 << 20)
                     if not piece:
-                        raise self._death("crash")
+                        raise self._death()
                     data += piece
                     since = time.monotonic()
                 elif self._step() != seen:
                     seen, since = self._step(), time.monotonic()
                 elif time.monotonic() - since > timeout:
-                    raise self._death("timeout", timeout)
+                    raise self._death(timeout)
         assert lengths is not None
         middle = LENGTHS.size + lengths[0]
         self._early = data[wanted:]  # of the next frame: two may be under way
@@ -339,17 +332,18 @@ class WorkerClient:
         count, variant, step = PROGRESS.unpack_from(self._progress, 0)
         return count, variant, step
 
-    def _death(self, kind: str, timeout: float = 0.0) -> WorkerDied:
+    def _death(self, timeout: float | None = None) -> WorkerDied:
+        """How the process ended, or that it was killed after ``timeout`` seconds without progress."""
         assert self._process is not None
         _count, variant, step = self._step()
-        if kind == "timeout":
-            words = f"no answer within {timeout:g} s"
-        else:
-            code = self._process.wait()
-            how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-            words = f"the process {how}{self._last_words()}"
+        if timeout is not None:
+            self._kill()
+            return WorkerTimeout(f"no answer within {timeout:g} s", variant, step)
+        code = self._process.wait()
+        how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        words = f"the process {how}{self._last_words()}"
         self._kill()
-        return WorkerDied(kind, words, variant, step)
+        return WorkerDied(words, variant, step)
 
     def _last_words(self) -> str:
         lines = [line.strip() for line in self._stderr.read_text(errors="replace").splitlines() if line.strip()]
@@ -382,20 +376,3 @@ def _place(program: Program, step: int) -> str:
     if not 0 <= step < len(program.steps):
         return "before the first step"
     return f"step {step} ({describe(program, step)})"
-
-
-def describe(program: Program, step: int) -> str:
-    """One step in words."""
-    done = program.steps[step]
-    inner = called(done)
-    words = NAMES[type(inner)]
-    if isinstance(inner, Generate):
-        words += f" {inner.new} after {inner.counts[0]} to {inner.seq}"
-        words += f" of {len(inner.counts)} rows" if len(inner.counts) > 1 else ""
-    elif isinstance(inner, Append | UncachedForward):
-        sizes = inner.counts
-        words += f" {sizes[0] if len(set(sizes)) == 1 else list(sizes)} to {inner.seq}"
-        words += f" of {len(sizes)} rows" if len(sizes) > 1 else ""
-    else:
-        words += f" {inner.seq}" + (f" to {inner.length}" if isinstance(inner, Truncate) else "")
-    return f"reject {words}" if inner is not done else words

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform_specs.history import Histories, after
+from kvconform_specs.history import Histories
 from kvconform_specs.program import (
     POISONS,
     AliasHandle,
@@ -91,11 +91,10 @@ def feeds_of(program: Program, indices: tuple[int, ...]) -> list[Feed]:
     for step in program.steps:
         call = called(step)
         if isinstance(call, Append):
-            grown = after(histories.rows.get(call.seq, ((),) * len(call.counts)), call)
+            grown = histories.after(call)
             feeds.append((streams.inputs(call, grown), _keywords(call, grown)))
         elif isinstance(call, UncachedForward):
-            whole = after(((),) * len(call.counts), call)
-            feeds.append((streams.inputs(call, whole), {"last_only": True} if call.last_only else {}))
+            feeds.append((streams.inputs(call, histories.after(call)), {"last_only": True} if call.last_only else {}))
         else:
             feeds.append(((), {}))
         histories.apply(step)
@@ -131,35 +130,38 @@ def _guarded(backend: Any, caches: dict[str, Any], step: Step, feed: Feed) -> St
 
 def _do(backend: Any, caches: dict[str, Any], step: Call, feed: Feed) -> StepResult:
     inputs, keywords = feed
-    if isinstance(step, Append):
-        if step.seq not in caches:
-            caches[step.seq] = backend.start(len(step.counts))
-        output, caches[step.seq] = backend.step(caches[step.seq], *inputs, **keywords)
-        return StepResult(_array(output), _reported(backend, caches[step.seq], step.count_macs))
-    if isinstance(step, Generate):
-        return StepResult(_array(backend.generate(*inputs, step.new)))
-    if isinstance(step, UncachedForward):
-        return StepResult(_array(backend.uncached_forward(*inputs, **keywords)))
-    if isinstance(step, ReadCache):
-        output, token_counts = _contents(backend.contents(caches[step.seq]))
-        return StepResult(output, {"token_counts": token_counts})
-    if isinstance(step, Close):
-        cache = caches.pop(step.seq)
-        if hasattr(backend, "close") and not any(cache is other for other in caches.values()):
-            backend.close(cache)
-        return StepResult()
-    if isinstance(step, Truncate):
-        caches[step.seq] = backend.truncate(caches[step.seq], step.length)
-    elif isinstance(step, Fork):
-        caches[step.into] = backend.fork(caches[step.seq])
-    elif isinstance(step, AliasHandle):
-        caches[step.into] = caches[step.seq]
-    elif isinstance(step, Reorder):
-        caches[step.seq] = backend.reorder(caches[step.seq], list(step.rows))
-    elif isinstance(step, Reset):
-        caches[step.seq] = backend.reset(caches[step.seq])
-    elif isinstance(step, Poison):
-        backend.poison(caches[step.seq], POISONS[step.keys], POISONS[step.values])
+    match step:
+        case Append(seq, counts):
+            if seq not in caches:
+                caches[seq] = backend.start(len(counts))
+            output, caches[seq] = backend.step(caches[seq], *inputs, **keywords)
+            return StepResult(_array(output), _reported(backend, caches[seq], step.count_macs))
+        case Generate(new=new):
+            return StepResult(_array(backend.generate(*inputs, new)))
+        case UncachedForward():
+            return StepResult(_array(backend.uncached_forward(*inputs, **keywords)))
+        case ReadCache(seq):
+            output, token_counts = _contents(backend.contents(caches[seq]))
+            return StepResult(output, {"token_counts": token_counts})
+        case Close(seq):
+            cache = caches.pop(seq)
+            if not any(cache is other for other in caches.values()):
+                backend.close(cache)
+            return StepResult()
+        case Truncate(seq, length):
+            caches[seq] = backend.truncate(caches[seq], length)
+        case Fork(seq, into):
+            caches[into] = backend.fork(caches[seq])
+        case AliasHandle(seq, into):
+            caches[into] = caches[seq]
+        case Reorder(seq, rows):
+            caches[seq] = backend.reorder(caches[seq], list(rows))
+        case Reset(seq):
+            caches[seq] = backend.reset(caches[seq])
+        case Poison(seq, keys, values):
+            backend.poison(caches[seq], POISONS[keys], POISONS[values])
+        case _:
+            assert_never(step)
     return StepResult(reported=_reported(backend, caches[step.seq]))
 
 

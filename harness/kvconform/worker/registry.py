@@ -11,14 +11,13 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+from kvconform.backend import invalid
+from kvconform.errors import BackendUnavailable, InvalidBackend, SpecError, Unavailable
+
 GROUP = "kvconform.backends"
 TARGETS = "kvconform.targets"
 EXTRAS = {"gpt2-transformers": "hf", "module-buffers": "eager", "past-tuples": "eager", "list-cache": "eager"}
-"""What brings what a backend of ours needs, where it is not called like the backend."""
-
-
-class BackendError(Exception):
-    """No such backend, not installed, or broken: three different sentences."""
+"""The extra that a shipped backend needs, if its name differs from the backend's."""
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -32,48 +31,59 @@ def openers() -> dict[str, EntryPoint]:
 
 
 def open_target(kind: str, rest: str) -> Any:
-    """The backend around a target. Raises BackendError with a sentence."""
+    """The backend around a target. Raises BackendUnavailable, or Unavailable if a package is missing."""
     target, _, text = rest.partition("?")
     try:
         options = json.loads(text or "{}")
     except ValueError as error:
-        raise BackendError(f"target {kind}:{rest}: its options are no JSON: {error}") from error
+        raise BackendUnavailable(f"target {kind}:{rest}: the options are not valid JSON: {error}") from error
     try:
         opener = openers()[kind].load()
     except ModuleNotFoundError as missing:
-        raise BackendError(
-            f"target {kind}:{target} needs {missing.name!r}; install it with: pip install 'kvconform[{kind}]'"
-        ) from missing
+        sentence = f"target {kind}:{target} needs {missing.name!r}"
+        raise Unavailable(sentence, f"install it with: pip install 'kvconform[{kind}]'") from missing
     return opener(target, options)
 
 
 def load(address: str) -> Any:
-    """The backend class behind an address. Raises BackendError with a sentence."""
+    """The backend class behind an address.
+
+    Raises BackendUnavailable if the address is unknown or cannot be imported, Unavailable if an installed backend needs
+    a package that is missing, InvalidBackend if what is found is not a backend (``backend.invalid``).
+    """
     kind, colon, rest = address.partition(":")
-    if colon and kind in openers():
-        return open_target(kind, rest)
+    backend = open_target(kind, rest) if colon and kind in openers() else _imported(address)
+    wrong = invalid(backend)
+    if wrong:
+        raise InvalidBackend(f"backend {address!r} {wrong}")
+    return backend
+
+
+def _imported(address: str) -> Any:
     target, named = address, False
     if ":" not in address:
         points = installed()
         if address not in points:
-            raise BackendError(f"no backend named {address!r}; installed: {', '.join(points)}")
+            raise BackendUnavailable(f"no backend named {address!r}; installed: {', '.join(points)}")
         target, named = points[address].value, True
     module, _, name = target.rpartition(":")
     try:
         found = module_of(module)
+    except SpecError as error:  # claims or a config with a value that is not one of the known ones
+        raise InvalidBackend(f"backend {address!r}: {error}") from error
     except ModuleNotFoundError as missing:
         root = (missing.name or "").partition(".")[0]
         if named and root not in module.split("."):
-            raise BackendError(
-                f"backend {address!r} is not installed: it needs {root!r}; install it with: {_remedy(points[address])}"
-            ) from missing
-        raise BackendError(f"backend {address!r} cannot be imported: no module named {missing.name!r}") from missing
-    backend = getattr(found, name, None)
-    if backend is None:
-        raise BackendError(f"backend {address!r}: {module} has no {name!r}")
-    if not hasattr(backend, "claims"):
-        raise BackendError(f"backend {address!r} declares no claims (an attribute ``claims = Claims(...)``)")
-    return backend
+            sentence = f"backend {address!r} is not installed: it needs {root!r}"
+            raise Unavailable(sentence, f"install it with: {_remedy(points[address])}") from missing
+        raise BackendUnavailable(
+            f"backend {address!r} cannot be imported: no module named {missing.name!r}"
+        ) from missing
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if found is None:
+        raise BackendUnavailable(f"backend {address!r}: {module} has no {name!r}")
+    return found
 
 
 def _remedy(point: EntryPoint) -> str:
@@ -84,22 +94,28 @@ def _remedy(point: EntryPoint) -> str:
 
 
 def address_of(backend: type) -> str:
-    """The address of a class, by the file that it lies in unless its module is part of a package."""
+    """The address of a class: by its file unless its module is part of a package. Raises InvalidBackend if a worker
+    could not import the class: it is local to a function, or was typed into an interpreter."""
     module = sys.modules[backend.__module__]
+    name, file = backend.__qualname__, getattr(module, "__file__", None)
+    if "<locals>" in name:
+        raise InvalidBackend(
+            f"{name} is defined inside a function, where a worker cannot import it: move it to a module"
+        )
     if module.__name__ == "__main__" or module.__spec__ is None or "." not in module.__name__:
-        file = getattr(module, "__file__", None)
-        if file is not None:
-            return f"{file}:{backend.__qualname__}"
-    return f"{backend.__module__}:{backend.__qualname__}"
+        if file is None:
+            raise InvalidBackend(f"{name} is in no file, and a worker cannot import it: write it to a module")
+        return f"{file}:{name}"
+    return f"{backend.__module__}:{name}"
 
 
 def module_of(module: str) -> Any:
-    """Imports a module by its name, or by its file. Raises BackendError where there is no such file."""
+    """Imports a module by its name, or by its file. Raises BackendUnavailable if there is no such file."""
     if not module.endswith(".py"):
         return importlib.import_module(module)
     path = Path(module).resolve()
     if not path.is_file():
-        raise BackendError(f"no file {module}")
+        raise BackendUnavailable(f"no file {module}")
     spec = importlib.util.spec_from_file_location(f"kvconform_target_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     found = importlib.util.module_from_spec(spec)

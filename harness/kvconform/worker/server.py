@@ -23,10 +23,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from kvconform.backend import Unavailable
+from kvconform.backend import Backend, BlackBox, completed, unimplemented
+from kvconform.errors import BackendUnavailable, InvalidBackend, Unavailable
 from kvconform.worker.execute import execute
 from kvconform.worker.protocol import PROGRESS, Header, pack, receive, send
-from kvconform.worker.registry import BackendError, load
+from kvconform.worker.registry import load
 from kvconform_specs.config import Config
 from kvconform_specs.program import Program
 from kvconform_specs.tensors import weights
@@ -66,19 +67,24 @@ class Worker:
         target = None
         if self.backend.claims.reference == "self":
             configs = {name: config.to_json() for name, config in self.backend.configs.items()}
-            target = {"recognised": self.backend.recognised, "assumed": list(self.backend.assumed), "configs": configs}
+            assumed = list(getattr(self.backend, "assumed", BlackBox.assumed))
+            target = {"recognised": self.backend.recognised, "assumed": assumed, "configs": configs}
         return {"claims": claims, "environment": environment(self.backend), "target": target}, b""
 
     def build(self, message: Header) -> Reply:
         config = Config.from_json(message["config"])
-        refuses = getattr(self.backend, "refuses", None)
-        reason = refuses(config, self.device) if refuses is not None else None
+        refuses = getattr(self.backend, "refuses", Backend.refuses)
+        reason = refuses(config, self.device)
         if reason is not None:
             return {"refused": str(reason)}, b""
         began = time.perf_counter()
         if config not in self.backends:
             held = {} if self.backend.claims.reference == "self" else weights(config)
-            self.backends[config] = self.backend(config, held, self.device)
+            built = self.backend(config, held, self.device)
+            wrong = unimplemented(type(built), built.claims)  # a target's claims are known only now
+            if wrong:
+                raise InvalidBackend(f"backend {self.address!r} {wrong}")
+            self.backends[config] = completed(built)
         return {"seconds": time.perf_counter() - began}, b""
 
     def run(self, message: Header) -> Reply:
@@ -101,16 +107,16 @@ class Worker:
     def script(self, message: Header) -> Reply:
         """Programs of a black box as Python source (``backend.BlackBox.script``); null where it writes none."""
         backend = self.backends[Config.from_json(message["config"])]
-        if not hasattr(backend, "script_setup"):
+        setup = backend.script_setup()
+        if setup is None:
             return {"setup": None, "sources": []}, b""
         sources = [backend.script(Program.from_json(program), tag) for program, tag in message["programs"]]
-        return {"setup": backend.script_setup(), "sources": sources}, b""
+        return {"setup": setup, "sources": sources}, b""
 
     def runtime_info(self, message: Header) -> Reply:
         backend = self.backends[Config.from_json(message["config"])]
-        design = getattr(backend, "cache_design", None)
-        seen = backend.runtime_info() if hasattr(backend, "runtime_info") else {}
-        return {"runtime_info": {**({} if design is None else {"cache_design": design}), **seen}}, b""
+        design = {} if backend.cache_design is None else {"cache_design": backend.cache_design}
+        return {"runtime_info": {**design, **backend.runtime_info()}}, b""
 
 
 def environment(backend: Any) -> dict[str, str]:
@@ -131,8 +137,11 @@ def serve(worker: Worker, inbox: BinaryIO, outbox: BinaryIO) -> None:
         try:
             header, blob = worker.answer(*frame)
             json.dumps(header)  # a runtime_info may hold what is no JSON
-        except (BackendError, Unavailable) as sentence:
-            header, blob = {"unavailable": str(sentence)}, b""
+        except InvalidBackend as error:
+            header, blob = {"raised": "InvalidBackend", "words": [str(error)]}, b""
+        except BackendUnavailable as error:
+            kind = Unavailable if isinstance(error, Unavailable) else BackendUnavailable
+            header, blob = {"raised": kind.__name__, "words": [error.sentence, error.remedy]}, b""
         except Exception as raised:  # noqa: BLE001 - importing and building run a backend's code: its words go back
             words = f"{type(raised).__name__}: {raised}"[:500].encode(errors="replace").decode()
             header, blob = {"error": words}, b""

@@ -25,7 +25,10 @@ _ELEMENT = re.compile(r'<script type="application/json" id="data">(.*?)</script>
 
 
 def embed(
-    results: Sequence[Results], pairs: Sequence[Pair], latency: Record | None, audit: audit_record.Record | None = None
+    results: Sequence[Results],
+    pairs: Sequence[Pair],
+    latency: Record | None,
+    audit: audit_record.AuditRecord | None = None,
 ) -> tuple[Markup, bool]:
     """The text of the script element, and whether it is packed.
 

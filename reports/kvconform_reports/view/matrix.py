@@ -170,7 +170,7 @@ def _note(outcome: Outcome, reasons: Sequence[str], known: Sequence[known_failur
         return "", True
     if outcome is Outcome.REFUTED:
         return "measured, no failure", False
-    if outcome is Outcome.XFAIL:
+    if outcome is Outcome.KNOWN_FAILURE:
         return f"until {min(row.expires for row in known)}" if known else "", False
     if len(reasons) > 1:
         return f"{len(reasons)} reasons", False

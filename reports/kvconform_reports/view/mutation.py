@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvconform.mutation import record as audit_record
-from kvconform.mutation.record import Audited, Record, Trial
+from kvconform.mutation.record import Audited, AuditRecord, AuditTrial
 from kvconform_reports.view.outcomes import address, percent, short, when
 from kvconform_specs.clauses import BY_NAME
 
@@ -16,7 +16,7 @@ LONGEST_NAME = 36
 
 @dataclass(frozen=True)
 class Score:
-    budget: str
+    effort: str
     kind: str
     killed: int
     faults: int
@@ -34,16 +34,16 @@ class Missed:
     sentence: str
     bug: str
     link: str
-    budgets: str
+    efforts: str
     trials: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Faults by clauses under one budget, as SVG paths. ``killed``: by a clause that the fault names; ``also``: by
+    """Faults by clauses under one effort, as SVG paths. ``killed``: by a clause that the fault names; ``also``: by
     another; ``missed``: by one that it names and that did not kill it."""
 
-    budget: str
+    effort: str
     width: int
     height: int
     clauses: tuple[tuple[int, str], ...]
@@ -58,14 +58,14 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault in words, for each budget: (what killed it first, the others that did, those that should have)."""
+    """One fault in words, for each effort: (what killed it first, the others that did, those that should have)."""
 
     name: str
     kind: str
     sentence: str
     bug: str
     link: str
-    budgets: tuple[tuple[str, Trial | None, tuple[str, ...], tuple[str, ...]], ...]
+    efforts: tuple[tuple[str, AuditTrial | None, tuple[str, ...], tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Mutation:
     faults: tuple[Fault, ...]
 
 
-def mutation(record: Record, suites: Iterable[str] = ()) -> Mutation:
+def mutation(record: AuditRecord, suites: Iterable[str] = ()) -> Mutation:
     """``suites``: of the results beside which the audit is shown."""
     notes = [] if record.finished else ["This audit did not finish: what follows is a part of it."]
     if record.shard:
@@ -96,7 +96,7 @@ def mutation(record: Record, suites: Iterable[str] = ()) -> Mutation:
             ("faults", record.faults),
             ("suite", record.suite),
             ("seed", str(record.seed)),
-            ("clauses tried", "all" if record.every else "those that a fault names"),
+            ("clauses tried", ", ".join(record.clauses) or ("all" if record.clauses else "those that a fault names")),
             ("started", when(record.started)),
         ),
         notes=tuple(notes),
@@ -105,8 +105,8 @@ def mutation(record: Record, suites: Iterable[str] = ()) -> Mutation:
         alarms=tuple(_missed(one, one.alarms, "") for one in record.controls if one.alarms),
         controls=sum(not one.unavailable for one in record.controls),
         unavailable=tuple((one.name, one.unavailable) for one in every if one.unavailable),
-        matrices=tuple(_matrix(record, budget) for budget in record.budgets if any(a.trials for a in record.audited)),
-        faults=tuple(_fault(one, record.budgets) for one in record.audited if not one.unavailable),
+        matrices=tuple(_matrix(record, effort) for effort in record.efforts if any(a.trials for a in record.audited)),
+        faults=tuple(_fault(one, record.efforts) for one in record.audited if not one.unavailable),
     )
 
 
@@ -116,30 +116,30 @@ def _score(score: audit_record.Score) -> Score:
         for pair, form in ((score.programs, "{:g}"), (score.seconds, "{:.2f}"))
     )
     kind, share = "conditional" if score.conditional else "unconditional", percent(score.killed, score.faults)
-    return Score(score.budget, kind, score.killed, score.faults, share, programs, seconds)
+    return Score(score.effort, kind, score.killed, score.faults, share, programs, seconds)
 
 
-def _survivors(record: Record) -> Iterable[Missed]:
-    """Faults that some budget did not kill, with the trials under the last of these."""
-    budgets: dict[str, list[str]] = {}
+def _survivors(record: AuditRecord) -> Iterable[Missed]:
+    """Faults that some effort did not kill, with the trials under the last of these."""
+    efforts: dict[str, list[str]] = {}
     faults = {}
-    for budget in record.budgets:
-        for one in audit_record.survivors(record, budget):
-            budgets.setdefault(one.name, []).append(budget)
+    for effort in record.efforts:
+        for one in audit_record.survivors(record, effort):
+            efforts.setdefault(one.name, []).append(effort)
             faults[one.name] = one
     for name, one in faults.items():
-        last = budgets[name][-1]
-        tried = [trial for trial in one.trials if trial.budget == last and trial.clause in (one.clauses or ())]
-        yield _missed(one, tried, ", ".join(budgets[name]))
+        last = efforts[name][-1]
+        tried = [trial for trial in one.trials if trial.effort == last and trial.clause in (one.clauses or ())]
+        yield _missed(one, tried, ", ".join(efforts[name]))
 
 
-def _missed(one: Audited, trials: Sequence[Trial], budgets: str) -> Missed:
+def _missed(one: Audited, trials: Sequence[AuditTrial], efforts: str) -> Missed:
     why = tuple((trial.clause, _why(trial)) for trial in trials)
     link = address(one.bug)
-    return Missed(one.name, _kind(one), one.sentence, short(link) or one.bug, link, budgets, why)
+    return Missed(one.name, _kind(one), one.sentence, short(link) or one.bug, link, efforts, why)
 
 
-def _why(trial: Trial) -> str:
+def _why(trial: AuditTrial) -> str:
     where = f" under {trial.config}" if trial.config else ""
     if trial.ran == 0:
         return f"{trial.outcome.value}{where}: the faulty path never ran"
@@ -150,16 +150,16 @@ def _kind(one: Audited) -> str:
     return ", ".join(("conditional" if one.conditional else "unconditional", *one.classes))
 
 
-def _matrix(record: Record, budget: str) -> Matrix:
+def _matrix(record: AuditRecord, effort: str) -> Matrix:
     audited = [one for one in record.audited if not one.unavailable]
-    tried = {trial.clause for one in audited for trial in one.trials if trial.budget == budget}
+    tried = {trial.clause for one in audited for trial in one.trials if trial.effort == effort}
     clauses = [name for name in BY_NAME if name in tried] + sorted(tried - set(BY_NAME))
     column = {name: LEFT + PITCH * i for i, name in enumerate(clauses)}
     killed, also, missed = [], [], []
     width = LEFT + PITCH * len(clauses) + 72  # the last name leans to the right
     for number, one in enumerate(audited):
         y = PITCH * number
-        for trial in (trial for trial in one.trials if trial.budget == budget):
+        for trial in (trial for trial in one.trials if trial.effort == effort):
             x, named = column[trial.clause], not one.clauses or trial.clause in one.clauses
             if trial.kills and named:
                 killed.append(f"M{x + 2} {y + 2}h9v9h-9z")
@@ -168,7 +168,7 @@ def _matrix(record: Record, budget: str) -> Matrix:
             elif named:
                 missed.append(f"M{x + 3} {y + 3}l7 7m0-7l-7 7")
     return Matrix(
-        budget=budget,
+        effort=effort,
         width=width,
         height=PITCH * len(audited),
         clauses=tuple((column[name], name) for name in clauses),
@@ -184,11 +184,11 @@ def _cut(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
-def _fault(one: Audited, budgets: Sequence[str]) -> Fault:
+def _fault(one: Audited, efforts: Sequence[str]) -> Fault:
     found = []
-    for budget in budgets:
-        first = one.kill(budget)
-        others = (t.clause for t in one.trials if t.kills and t.budget == budget and (not first or t is not first))
-        found.append((budget, first, tuple(others), tuple(trial.clause for trial in one.missed(budget))))
+    for effort in efforts:
+        first = one.kill(effort)
+        others = (t.clause for t in one.trials if t.kills and t.effort == effort and (not first or t is not first))
+        found.append((effort, first, tuple(others), tuple(trial.clause for trial in one.missed(effort))))
     link = address(one.bug)
     return Fault(one.name, _kind(one), one.sentence, short(link) or one.bug, link, tuple(found))

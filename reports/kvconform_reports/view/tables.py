@@ -183,7 +183,7 @@ def known(results: Sequence[Results], folder: str) -> tuple[KnownRow, ...]:
     found = []
     for label, result in zip(labels(results), results, strict=True):
         rows = {(row.clause, row.config): row for row in result.known_failures}
-        verdicts = {verdict.key: verdict for verdict in result.verdicts if verdict.outcome is Outcome.XFAIL}
+        verdicts = {verdict.key: verdict for verdict in result.verdicts if verdict.outcome is Outcome.KNOWN_FAILURE}
         for key in dict.fromkeys((*verdicts, *rows)):
             row, verdict = rows.get(key), verdicts.get(key)
             now, counterexample = (verdict.sentence, verdict.counterexample) if verdict else ("", "")

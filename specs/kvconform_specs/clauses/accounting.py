@@ -61,7 +61,7 @@ CLAUSES = (
         strategy=_resized,
         relations=(Relation.BYTES,),
         needs=("bytes", "lossless cache"),
-        effort=0.5,
+        share=0.5,
     ),
     Clause(
         name="accounting.positions",
@@ -70,7 +70,7 @@ CLAUSES = (
         strategy=_metered,
         relations=(Relation.POSITIONS,),
         needs=("macs",),
-        effort=0.25,
+        share=0.25,
         variants=1,  # work does not depend on the numbers, and metering is slow
     ),
     Clause(
@@ -81,7 +81,7 @@ CLAUSES = (
         strategy=_at_depths,
         relations=(Relation.LINEAR_COST,),
         needs=("macs",),
-        effort=0.25,
+        share=0.25,
         variants=1,  # work does not depend on the numbers, and metering is slow
     ),
 )

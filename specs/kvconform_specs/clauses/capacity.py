@@ -75,6 +75,6 @@ CLAUSES = (
         strategy=any_history,
         relations=(Relation.FREE_SLOTS,),
         needs=("free_slots",),
-        effort=0.5,
+        share=0.5,
     ),
 )

@@ -65,7 +65,7 @@ CLAUSES = (
         ),
         strategy=_growing,
         relations=(Relation.PARITY,),
-        effort=0.5,
+        share=0.5,
     ),
     Clause(
         name="capture.aliasing",
@@ -87,6 +87,6 @@ CLAUSES = (
         strategy=sweep,
         relations=(Relation.GRAPH_COUNT,),
         needs=("bound on graphs",),
-        effort=0.5,
+        share=0.5,
     ),
 )

@@ -93,6 +93,6 @@ CLAUSES = (
         strategy=_each_changed,
         relations=(Relation.INSENSITIVE, Relation.SENSITIVE),
         core=True,
-        effort=0.75,
+        share=0.75,
     ),
 )

@@ -57,7 +57,7 @@ CLAUSES = (
         why=("https://github.com/onnx/onnx/pull/7274", "https://github.com/ekzhang/jax-js/pull/180"),
         strategy=_growing,
         relations=(Relation.PARITY,),
-        effort=0.5,
+        share=0.5,
         applies=lambda config: ordinary(config) and 1 < config.kv_heads < config.heads,
     ),
     Clause(
@@ -67,7 +67,7 @@ CLAUSES = (
         why=("https://github.com/onnx/onnx/issues/7865",),
         strategy=_growing,
         relations=(Relation.PARITY,),
-        effort=0.5,
+        share=0.5,
     ),
     Clause(
         name="definition.softcap",
@@ -75,7 +75,7 @@ CLAUSES = (
         why=("https://github.com/onnx/onnx/issues/7865", "https://github.com/microsoft/onnxruntime/pull/28370"),
         strategy=_growing,
         relations=(Relation.PARITY,),
-        effort=0.5,
+        share=0.5,
         applies=lambda config: config.softcap is not None,
     ),
     Clause(
@@ -101,7 +101,7 @@ CLAUSES = (
         ),
         strategy=_growing,
         relations=(Relation.PARITY,),
-        effort=0.5,
+        share=0.5,
         applies=lambda config: config.sink is not None,
     ),
     Clause(

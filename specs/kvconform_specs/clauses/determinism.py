@@ -27,7 +27,7 @@ def _guarantee(
     profiles: tuple[str, ...] = ("attention", "decoder"),
     needs: tuple[str, ...] = (),
 ) -> Clause:
-    return Clause(name, text, why, strategy, (relation,), Level.SHOULD, profiles, needs, effort=0.5, variants=2)
+    return Clause(name, text, why, strategy, (relation,), Level.SHOULD, profiles, needs, share=0.5, variants=2)
 
 
 CLAUSES = (

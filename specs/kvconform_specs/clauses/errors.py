@@ -53,7 +53,7 @@ CLAUSES = (
         strategy=_malformed,
         relations=(Relation.SHAPE,),
         needs=("refusal",),
-        effort=0.5,
+        share=0.5,
     ),
     Clause(
         name="errors.unchanged",

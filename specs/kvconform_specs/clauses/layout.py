@@ -49,7 +49,7 @@ CLAUSES = (
         ),
         strategy=_laid,
         relations=(Relation.PARITY,),
-        effort=0.5,
+        share=0.5,
     ),
     Clause(
         name="layout.equal-sizes",

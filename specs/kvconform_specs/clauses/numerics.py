@@ -23,20 +23,19 @@ from kvconform_specs.strategies import (
     seeds,
     splits,
 )
-from kvconform_specs.tensors import distributed
 
 TILES = (16, 64, 128)
 DEPTHS = (1024, 4096)
 
 
-def _mannered(*distributions: str) -> Callable[[Config, Claims], SearchStrategy[Case]]:
+def _distributed(*distributions: str) -> Callable[[Config, Claims], SearchStrategy[Case]]:
     @st.composite
     def family(draw: Draw, config: Config, claims: Claims) -> Case:
         """Appends of one distribution, or of one after another."""
         sizes: tuple[int, ...] = draw(splits(config, claims))
         batch, seed = draw(batches(claims)), draw(seeds)
         kinds = [draw(st.sampled_from(distributions)) for _ in sizes]
-        steps = tuple(Append("a", (n,) * batch, distributed(seed, k)) for n, k in zip(sizes, kinds, strict=True))
+        steps = tuple(Append("a", (n,) * batch, seed, distribution=k) for n, k in zip(sizes, kinds, strict=True))
         reads = (ReadCache("a"),) if claims.can("contents") and config.profile == "attention" else ()
         return Case((Program(config, (*steps, *reads)),))
 
@@ -106,7 +105,7 @@ CLAUSES = (
         text="Scores of several hundred overflow no exponential: the softmax is that of the scores less their maximum "
         "over the visible keys.",
         why=("https://github.com/pytorch/pytorch/issues/103749", "https://github.com/onnx/onnx/pull/8068"),
-        strategy=_mannered("large_queries", "large_queries", "normal"),
+        strategy=_distributed("large_queries", "large_queries", "normal"),
         relations=(Relation.PARITY,),
         profiles=("attention",),
     ),
@@ -114,7 +113,7 @@ CLAUSES = (
         name="numerics.zero-keys",
         text="A key that is zero is a key: it has the score zero, takes part in the softmax, and is counted.",
         why=("https://github.com/huggingface/transformers/issues/30377",),
-        strategy=_mannered("zero_keys", "zero_keys", "normal"),
+        strategy=_distributed("zero_keys", "zero_keys", "normal"),
         relations=(Relation.PARITY, Relation.LENGTHS),
         profiles=("attention",),
     ),
@@ -155,7 +154,7 @@ CLAUSES = (
         ),
         strategy=any_history,
         relations=(Relation.FINITE,),
-        effort=0.5,
+        share=0.5,
     ),
     Clause(
         name="numerics.head-dim",
@@ -165,7 +164,7 @@ CLAUSES = (
         strategy=growing,
         relations=(Relation.PARITY,),
         applies=lambda config: ordinary(config) and config.head_dim % 8 != 0,
-        effort=0.5,
+        share=0.5,
     ),
     Clause(
         name="numerics.tiles",
@@ -188,7 +187,7 @@ CLAUSES = (
         strategy=_deep,
         relations=(Relation.PARITY,),
         applies=long,
-        effort=0.1,
+        share=0.1,
         variants=1,
     ),
 )

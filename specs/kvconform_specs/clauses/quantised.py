@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
@@ -10,7 +12,6 @@ from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
 from kvconform_specs.program import Program, ReadCache, Step
 from kvconform_specs.strategies import Draw, appends, at_once, batches, fitted, seeds, splits
-from kvconform_specs.tensors import distributed
 
 
 def _case(config: Config, claims: Claims, steps: tuple[Step, ...]) -> Case:
@@ -32,7 +33,8 @@ def _steps(draw: Draw, config: Config, claims: Claims) -> Case:
 def _lopsided(config: Config, claims: Claims) -> SearchStrategy[Case]:
     def made(drawn: tuple[tuple[int, ...], int, int]) -> Case:
         sizes, batch, seed = drawn
-        return _case(config, claims, appends("a", sizes, batch, distributed(seed, "small_keys_large_values")))
+        steps = appends("a", sizes, batch, seed)
+        return _case(config, claims, tuple(replace(step, distribution="small_keys_large_values") for step in steps))
 
     return st.tuples(splits(config, claims), batches(claims), seeds).map(made)
 

@@ -13,8 +13,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from kvconform.worker.client import describe
 from kvconform_specs.config import Config
+from kvconform_specs.describe import describe
 from kvconform_specs.program import (
     Append,
     Close,

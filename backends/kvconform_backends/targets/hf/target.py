@@ -23,8 +23,8 @@ import transformers
 from numpy.typing import NDArray
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig, StaticCache
 
-from kvconform.backend import Unavailable
-from kvconform.worker.registry import BackendError
+from kvconform.backend import BlackBox
+from kvconform.errors import BackendUnavailable, Unavailable
 from kvconform_backends.targets import black_box
 from kvconform_backends.targets.foreign import Raised, foreign
 from kvconform_backends.targets.hf import recipe
@@ -64,7 +64,7 @@ class Sequence:
     batch: int
 
 
-class Transformers:
+class Transformers(BlackBox):
     """One model and one cache design; ``open_hf`` makes a subclass that has the class attributes."""
 
     claims: Claims
@@ -184,14 +184,14 @@ class Transformers:
 
 
 def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
-    """The backend around a target. Raises BackendError with a sentence."""
+    """The backend around a target. Raises BackendUnavailable with a sentence."""
     for name in options:
         if name not in OPTIONS:
-            raise BackendError(f"target hf:{target}: no option {name!r}; known: {', '.join(OPTIONS)}")
+            raise BackendUnavailable(f"target hf:{target}: no option {name!r}; known: {', '.join(OPTIONS)}")
     chosen = {**OPTIONS, **options}
     for name, known in (("cache", CACHES), ("dtype", DTYPES)):
         if chosen[name] not in known:
-            raise BackendError(f"target hf:{target}: {name} is {chosen[name]!r}; known: {', '.join(known)}")
+            raise BackendUnavailable(f"target hf:{target}: {name} is {chosen[name]!r}; known: {', '.join(known)}")
     try:
         with foreign(), torch.no_grad():
             recipe, assumed = _recipe(target, chosen)
@@ -204,7 +204,7 @@ def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
             point = point_of(model.config, str(chosen["dtype"]))
             model(input_ids=torch.tensor([tokens_of(point, 2)]), use_cache=False)
     except Raised as words:
-        raise BackendError(f"target hf:{target}: transformers {transformers.__version__} says {words}") from words
+        raise BackendUnavailable(f"target hf:{target}: transformers {transformers.__version__} says {words}") from words
     kind = type(model).__name__
     attributes = {
         "configs": {"decoder-self": point},
@@ -249,13 +249,13 @@ def _recipe(target: str, options: Mapping[str, Any]) -> tuple[Recipe, tuple[str,
         plain, held = kind(), False
         fields = tiny(plain)
     else:
-        raise BackendError(
+        raise BackendUnavailable(
             f"target hf:{target}: neither a local directory with a config.json nor a config class of transformers "
             f"{transformers.__version__} such as LlamaConfig; nothing is downloaded"
         )
     for name in options["config"]:
         if not hasattr(plain, name):
-            raise BackendError(f"target hf:{target}: {type(plain).__name__} has no field {name!r}")
+            raise BackendUnavailable(f"target hf:{target}: {type(plain).__name__} has no field {name!r}")
     recipe = Recipe(
         origin=str(directory) if found else target,
         directory=found,

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from kvconform.worker.client import describe
 from kvconform_backends.targets.module.conventions import concrete
 from kvconform_backends.targets.module.recognised import Recognised
+from kvconform_specs.describe import describe
 from kvconform_specs.program import AliasHandle, Append, Close, Program, Reset, Step, UncachedForward
 
 

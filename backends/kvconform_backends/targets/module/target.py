@@ -21,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from kvconform.backend import Unavailable
-from kvconform.worker.registry import BackendError, module_of
+from kvconform.backend import BlackBox
+from kvconform.errors import BackendUnavailable, InvalidBackend, SpecError, Unavailable
+from kvconform.worker.registry import module_of
 from kvconform_backends.targets import black_box
 from kvconform_backends.targets.foreign import Raised, foreign
 from kvconform_backends.targets.module import calls, conventions
@@ -67,7 +68,7 @@ class Source:
         return namespace
 
     def made(self, namespace: Mapping[str, Any]) -> Any:
-        """The target, built, and ready to be called. Raises BackendError where that fails."""
+        """The target, built, and ready to be called. Raises BackendUnavailable where that fails."""
         found = namespace[self.name]
         torch.manual_seed(self.seed)
         if self._builds(found):
@@ -77,7 +78,7 @@ class Source:
             except Raised as error:
                 needed = ", ".join(f'"{name}": ...' for name in required(found))
                 hint = f"; give its arguments: --init '{{{needed}}}'" if needed and not self.init else ""
-                raise BackendError(f"{self.address} cannot be built: {error}{hint}") from error
+                raise BackendUnavailable(f"{self.address} cannot be built: {error}{hint}") from error
         elif isinstance(found, nn.Module):
             found = copy.deepcopy(found)
         if isinstance(found, nn.Module):
@@ -130,46 +131,48 @@ def _hints(found: Any) -> dict[str, Any]:
 
 
 def open_module(target: str, options: Mapping[str, Any]) -> Any:
-    """The black box around a target; a ``kvconform.backend.Backend`` as it is. Raises BackendError with a sentence."""
+    """The black box around a target; a ``kvconform.backend.Backend`` as it is. Raises BackendUnavailable with a sentence."""
     address = f"py:{target}"
     for option in options:
         if option not in OPTIONS:
-            raise BackendError(f"{address}: unknown option {option!r}; known: {', '.join(OPTIONS)}")
+            raise BackendUnavailable(f"{address}: unknown option {option!r}; known: {', '.join(OPTIONS)}")
     asked = {**OPTIONS, **options}
     if asked["dtype"] not in (None, *DTYPES):
-        raise BackendError(f"{address}: unknown dtype {asked['dtype']!r}; known: {', '.join(DTYPES)}")
+        raise BackendUnavailable(f"{address}: unknown dtype {asked['dtype']!r}; known: {', '.join(DTYPES)}")
     file, colon, name = target.rpartition(":")
     if not colon:
-        raise BackendError(f"{address}: want file.py:NAME or package.module:NAME")
+        raise BackendUnavailable(f"{address}: want file.py:NAME or package.module:NAME")
     source = Source(address, file, name, asked["init"], asked["seed"], DTYPES.get(asked["dtype"] or ""))
     try:
         with foreign():
             namespace = source.namespace()
-    except BackendError as missing:
-        raise BackendError(f"{address}: {missing}") from missing
+    except BackendUnavailable as missing:
+        raise BackendUnavailable(f"{address}: {missing}") from missing
     except Raised as error:
-        raise BackendError(f"{address} cannot be imported: {error}") from error
+        if isinstance(error.__cause__, SpecError):  # claims with a value that is not one of the known ones
+            raise InvalidBackend(f"{address}: {error.__cause__}") from error
+        raise BackendUnavailable(f"{address} cannot be imported: {error}") from error
     if name not in namespace:
-        raise BackendError(f"{address}: {file} has no {name!r}")
+        raise BackendUnavailable(f"{address}: {file} has no {name!r}")
     if hasattr(namespace[name], "claims"):
         return namespace[name]
     module = source.made(namespace)
     if hasattr(module, "claims"):
         return module
     if not callable(module):
-        raise BackendError(f"{address} is a {type(module).__name__}, which cannot be called")
+        raise BackendUnavailable(f"{address} is a {type(module).__name__}, which cannot be called")
     floats = (p.dtype for p in module.parameters() if p.is_floating_point()) if isinstance(module, nn.Module) else ()
     dtype = source.dtype or next(iter(floats), torch.float32)
     probed = Target(module, name, namespace, asked["init"], dtype)
     try:
         found = recognise(probed, asked["convention"])
     except Unrecognised as words:
-        raise BackendError(
+        raise BackendUnavailable(
             f"{address}: cannot tell how its cache works: found {words}; the known conventions are "
             f"{conventions.KNOWN}. For any other call an adapter is written, such as:\n\n{conventions.ADAPTER}"
         ) from words
     except ValueError as error:
-        raise BackendError(f"{address}: {error}") from error
+        raise BackendUnavailable(f"{address}: {error}") from error
     return ModuleTarget(source, module, found, dtype)
 
 
@@ -179,10 +182,10 @@ class ModuleTarget:
     def __init__(self, source: Source, module: Any, found: Recognised, dtype: torch.dtype) -> None:
         convention = found.convention
         abilities = {
-            "full": not convention.always,
+            "uncached_forward": not convention.always,
             "reset": found.restarts,
             "length": bool(convention.length),
-            "functional": found.functional,
+            "immutable": found.functional,
         }
         profile = "decoder" if convention.takes == "tokens" else "hidden"
         stored = next((name for name, kind in DTYPES.items() if kind is dtype), "float32")
@@ -236,11 +239,11 @@ def _built(source: Source) -> str:
     return f"it is built{of} after torch.manual_seed({source.seed}), in eval mode, with the weights that it then has"
 
 
-class ModuleBackend:
+class ModuleBackend(BlackBox):
     """One build of a target on one device."""
 
     def __init__(self, target: ModuleTarget, caller: Caller, source: Script) -> None:
-        self.claims, self.target, self.caller, self.source = target.claims, target, caller, source
+        self.claims, self.target, self.caller, self.written = target.claims, target, caller, source
         self.noise: tuple[float, float, int] | None = None
         """What its hidden states are perturbed by."""
 
@@ -271,7 +274,7 @@ class ModuleBackend:
     def perturbed(self, storage: float, accumulation: float, seed: int) -> ModuleBackend:
         noise = storage, accumulation, seed
         caller = self.caller.on(calls.perturbed(self.caller.module, *noise))
-        other = ModuleBackend(self.target, caller, self.source)
+        other = ModuleBackend(self.target, caller, self.written)
         other.noise = noise
         return other
 
@@ -287,7 +290,7 @@ class ModuleBackend:
         device_time.synchronise(self.caller.device)
 
     def script_setup(self) -> str:
-        return self.source.setup()
+        return self.written.setup()
 
     def script(self, program: Program, tag: str) -> str:
-        return self.source.steps(program, tag)
+        return self.written.steps(program, tag)

@@ -18,7 +18,8 @@ import onnxruntime  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession, OrtValue
 
-from kvconform.worker.registry import BackendError
+from kvconform.backend import BlackBox
+from kvconform.errors import BackendUnavailable
 from kvconform_backends.onnx import runtime as onnx_runtime
 from kvconform_backends.targets.foreign import Raised, foreign
 from kvconform_backends.targets.onnx import weights
@@ -44,17 +45,17 @@ class Graph:
 
     @classmethod
     def load(cls, path: Path) -> Graph:
-        """Raises BackendError where there is no such file, or none that holds a decoder."""
+        """Raises BackendUnavailable where there is no such file, or none that holds a decoder."""
         if not path.is_file():
-            raise BackendError(f"no file {path}")
+            raise BackendUnavailable(f"no file {path}")
         try:
             with foreign():
                 model = onnx.load(path, load_external_data=False)
         except Raised as error:
-            raise BackendError(f"{path} is no ONNX model: {error}") from error
+            raise BackendUnavailable(f"{path} is no ONNX model: {error}") from error
         return cls(path.resolve(), model, read(model, path.name))
 
-    def unknown(self, why: str) -> BackendError:
+    def unknown(self, why: str) -> BackendUnavailable:
         return unknown(self.model, self.path.name, why)
 
     def kinds(self) -> set[str]:
@@ -137,7 +138,7 @@ class Graphs:
         return Script(first, later, whole, device, self.dummy, self.last_only)
 
 
-class OnnxDecoder:
+class OnnxDecoder(BlackBox):
     """The backend: one sequence's cache is its latest presents."""
 
     def __init__(self, graphs: Graphs, claims: Claims, config: Config, device: str) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvconform.worker.client import describe
 from kvconform_backends.targets.onnx.signature import Signature
+from kvconform_specs.describe import describe
 from kvconform_specs.program import Append, Close, Program, Reset, UncachedForward
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from kvconform.worker.registry import BackendError
+from kvconform.errors import BackendUnavailable
 
 Array = NDArray[Any]
 Slot = tuple[tuple[int, ...], str]
@@ -135,7 +135,7 @@ class Signature:
 
 
 def read(model: onnx.ModelProto, name: str) -> Signature:
-    """The signature of a graph; no weights are needed. Raises BackendError with one sentence where it is not known."""
+    """The signature of a graph; no weights are needed. Raises BackendUnavailable with one sentence where it is not known."""
     inputs, outputs = _tensors(model)
     try:
         return _signature(inputs, outputs)
@@ -143,10 +143,10 @@ def read(model: onnx.ModelProto, name: str) -> Signature:
         raise unknown(model, name, str(why)) from None
 
 
-def unknown(model: onnx.ModelProto, name: str, why: str) -> BackendError:
+def unknown(model: onnx.ModelProto, name: str, why: str) -> BackendUnavailable:
     """One sentence that says what a graph takes and gives, and what is known."""
     inputs, outputs = (", ".join(map(str, tensors)) or "none" for tensors in _tensors(model))
-    return BackendError(
+    return BackendUnavailable(
         f"{name} is no decoder with a cache as known here: {why}; it has the inputs {inputs} and the outputs "
         f"{outputs}; known are {CONVENTIONS}"
     )

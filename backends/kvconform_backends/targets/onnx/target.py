@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from kvconform.worker.registry import BackendError
+from kvconform.errors import BackendUnavailable
 from kvconform_backends.targets.foreign import Raised, foreign
 from kvconform_backends.targets.onnx import weights
 from kvconform_backends.targets.onnx.decoder import Graph, Graphs, OnnxDecoder
@@ -39,16 +39,16 @@ PAIRS = {"decoder_with_past_model": "decoder_model"}
 
 
 def open_onnx(target: str, options: Mapping[str, Any]) -> OnnxTarget:
-    """The backend around an ONNX file. Raises BackendError with one sentence.
+    """The backend around an ONNX file. Raises BackendUnavailable with one sentence.
 
     full: the file beside the target of a graph that takes no past. capacity, vocabulary, width: what the graph does
     not tell. reserved: token ids that no program uses.
     """
     for name, value in options.items():
         if name not in OPTIONS:
-            raise BackendError(f"onnx:{target}: unknown option {name!r}; known: {', '.join(OPTIONS)}")
+            raise BackendUnavailable(f"onnx:{target}: unknown option {name!r}; known: {', '.join(OPTIONS)}")
         if not OPTIONS[name][1](value):
-            raise BackendError(f"onnx:{target}: option {name!r} is {value!r}, want {OPTIONS[name][0]}")
+            raise BackendUnavailable(f"onnx:{target}: option {name!r} is {value!r}, want {OPTIONS[name][0]}")
     whole: Graph | None = None
     later, assumed = Graph.load(Path(target)), list[str]()
     for second, first in PAIRS.items():
@@ -96,7 +96,7 @@ class OnnxTarget:
 
     # --- what it is ---
     def _check_sizes(self) -> None:
-        """Raises BackendError where an axis is fixed that programs must vary."""
+        """Raises BackendUnavailable where an axis is fixed that programs must vary."""
         for graph in {self.later.path: self.later, self.whole.path: self.whole}.values():
             for axis, what in enumerate(("rows", "tokens at a time")):
                 size = graph.fixed(axis)
@@ -107,7 +107,7 @@ class OnnxTarget:
 
     def _probe(self) -> tuple[str, int]:
         """Runs the own forward on zeros: where it can, and how many numbers a token's output has. Finds what the past
-        of a sequence without tokens is, and the capacity. Raises BackendError where it cannot run without a past."""
+        of a sequence without tokens is, and the capacity. Raises BackendUnavailable where it cannot run without a past."""
         on = self._place()
         found = [self._tried(on, self.whole, t) for t in (1, 2, 3)]
         if self.whole.signature.branch is not None and all(isinstance(shape, str) for shape in found):
@@ -115,13 +115,13 @@ class OnnxTarget:
             found = [self._tried(on, self.whole, t) for t in (1, 2, 3)]
         shapes = [shape for shape in found if not isinstance(shape, str)]
         if not shapes:
-            raise BackendError(
+            raise BackendUnavailable(
                 f"{self.whole.path.name} cannot run on an empty past (of length 0), by which it would be judged: "
                 f"{found[0]}; name a graph without a past by option full"
             )
         begun = shapes[0] if self.graphs.first is self.whole else self._tried(on, self.later, 1)
         if isinstance(begun, str):
-            raise BackendError(
+            raise BackendUnavailable(
                 f"{self.later.path.name} cannot run on an empty past (of length 0), and {self.whole.path.name} hands "
                 f"no cache out to begin with: {begun}"
             )
@@ -149,7 +149,7 @@ class OnnxTarget:
                 return device
             except Raised as error:
                 words = words or str(error)
-        raise BackendError(f"ONNX Runtime {onnxruntime.__version__} cannot load {self.whole.path.name}: {words}")
+        raise BackendUnavailable(f"ONNX Runtime {onnxruntime.__version__} cannot load {self.whole.path.name}: {words}")
 
     def _tried(self, device: str, graph: Graph, t: int) -> tuple[int, ...] | str:
         """The shape of what a graph gives on ``t`` tokens and no others, or what it raises."""

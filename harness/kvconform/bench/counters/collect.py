@@ -77,7 +77,7 @@ class Tally:
         self._close(cache)
         before, after = made[min(WARM, len(made) - 1)], made[-1]
         counts = {"graphs": {"": after}, "recompilations": {"": after - before}}
-        seen = self.backend.runtime_info() if hasattr(self.backend, "runtime_info") else {}
+        seen = self.backend.runtime_info()
         return counts | ({"graph_breaks": {"": seen["graph_breaks"]}} if "graph_breaks" in seen else {})
 
     def _both(self, prepared: Callable[[], Callable[..., None]]) -> Counts:
@@ -87,11 +87,11 @@ class Tally:
         if self.backend.claims.can("macs"):
             prepared()(count_macs=True)
             counts["multiply_adds"] = {"": int(self.backend.macs())}
-        return counts | (self._dispatched(prepared()) if hasattr(self.backend, "count") else {})
+        return counts | self._dispatched(prepared())
 
     def _dispatched(self, call: Callable[[], None]) -> Counts:
         """What the backend counts in a call; nothing where it counts nothing."""
-        return dict(self.backend.count(call)) if hasattr(self.backend, "count") else {}
+        return dict(self.backend.count(call))
 
     def _decoder(self, n: int) -> Callable[..., None]:
         cache = self._filled(n)
@@ -118,8 +118,7 @@ class Tally:
         return cache
 
     def _close(self, cache: Any) -> None:
-        if hasattr(self.backend, "close"):
-            self.backend.close(cache)
+        self.backend.close(cache)
 
     def _ids(self, start: int, stop: int) -> NDArray[np.int64]:
         return self.tokens[:, start:stop].copy()

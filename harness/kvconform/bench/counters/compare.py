@@ -28,9 +28,10 @@ from kvconform.bench.counters.record import (
 )
 from kvconform.bench.eligibility import Ineligible
 from kvconform.bench.presets import Preset
+from kvconform.errors import BackendUnavailable, WorkerDied
 from kvconform.files import write_atomically
 from kvconform.results.gate import OK, REGRESSION, Difference
-from kvconform.worker.client import BUILD_TIMEOUT, BackendUnavailable, WorkerClient, WorkerDied, WorkerSpec
+from kvconform.worker.client import BUILD_TIMEOUT, WorkerClient, WorkerSpec
 from kvconform_specs.config import Config
 
 __all__ = ["Count", "Missing", "Record", "broken", "compare", "count", "is_record", "lines", "read"]

@@ -38,16 +38,22 @@ PHASES = {
 
 
 class Count(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``depth``: tokens in the cache, in the prompt, or 0 for a count about several depths. ``kinds``: the parts of the
-    value by operator or node; empty if it has none."""
+    """One count."""
 
     preset: str
+    """Name of the preset."""
     backend: str
+    """Name of the backend."""
     phase: str
+    """What was counted: a step, or a whole loop."""
     depth: int
+    """Number of tokens in the cache or in the prompt; 0 if the count is of several depths."""
     counter: str
+    """Name of the counter, a key of ``COUNTERS``."""
     value: int
+    """The count, in the unit of its counter."""
     kinds: dict[str, int] = {}
+    """The part of each operator or node in ``value``, in the unit of the counter; empty if the count has no parts."""
 
     @property
     def key(self) -> tuple[str, str, str, int, str]:
@@ -61,23 +67,31 @@ class Count(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Missing(msgspec.Struct, frozen=True):
-    """A backend without counts on a preset, and why."""
+    """A backend that has no counts on a preset."""
 
     preset: str
+    """Name of the preset."""
     backend: str
+    """Name of the backend."""
     why: str
+    """The reason, one sentence."""
 
 
 class Record(msgspec.Struct, kw_only=True):
-    """What was counted. ``presets``: config and depths of each; ``claims``: by backend; ``by``: the software that a
-    backend's counts depend on, by backend. Counting again gives the same record, to the byte."""
+    """What was counted. Counting again gives the same record, byte by byte."""
 
     schema: str = SCHEMA
+    """Name and version of this schema."""
     presets: dict[str, dict[str, Any]]
+    """By name, config and depths of each preset."""
     claims: dict[str, dict[str, Any]] = {}
+    """By backend, its claims."""
     by: dict[str, dict[str, str]] = {}
+    """By backend, versions of the software that its counts depend on."""
     counts: list[Count] = []
+    """The counts."""
     missing: list[Missing] = []
+    """Backends without counts, with the reason."""
 
 
 def read(path: Path) -> Record:

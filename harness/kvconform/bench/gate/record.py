@@ -36,14 +36,18 @@ OK, BLOCKED = 0, 4
 
 
 class Trial(msgspec.Struct, frozen=True, array_like=True):
-    """One case in one restart: ``d``, the median of log(head / base) over ``rounds`` rounds, and the half-width of its
-    interval within the restart; None with too few rounds for one."""
+    """One case in one restart."""
 
     case: int
+    """Index into ``cases``."""
     restart: int
+    """Index of the restart of the workers; those of the screen come first."""
     rounds: int
+    """Number of rounds in which both sides count."""
     d: float
+    """Median over the rounds of log(time(head) / time(base)) (no unit)."""
     half_width: float | None
+    """Half-width of the 95 % interval of ``d`` within the restart (no unit); null with too few rounds."""
 
     @property
     def stage(self) -> str:
@@ -51,24 +55,31 @@ class Trial(msgspec.Struct, frozen=True, array_like=True):
 
 
 class NotComparable(msgspec.Struct, frozen=True):
-    """A case whose times cannot be compared, whatever else was measured, and one sentence why."""
+    """A case whose times cannot be compared, whatever else was measured."""
 
     case: int
+    """Index into ``cases``."""
     why: str
+    """The reason, one sentence."""
 
 
 class CaseVerdict(msgspec.Struct, frozen=True):
-    """``verdict``: one of ``decision.VERDICTS``; ``why``: a sentence, empty for a pass. ``ratio``: time(head) /
-    time(base) in the stage that decided. p: of the direction that its median has; spread: standard deviation of d
-    between the restarts of the screen. None: not measured."""
+    """The verdict on one case."""
 
     case: int
+    """Index into ``cases``."""
     verdict: str
+    """One of ``decision.VERDICTS``."""
     why: str = ""
+    """The reason, one sentence; empty for a pass."""
     ratio: float | None = None
+    """time(head) / time(base) in the stage that decided (no unit); null if not measured."""
     screen_p: float | None = None
+    """p of the sign-flip test in the screen, in the direction of its median (no unit); null if not measured."""
     confirm_p: float | None = None
+    """p of the sign-flip test in the confirmation, in the direction of its median (no unit); null if not measured."""
     spread: float | None = None
+    """Standard deviation of ``d`` between the restarts of the screen (no unit); null if not measured."""
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
@@ -78,22 +89,30 @@ class CaseVerdict(msgspec.Struct, frozen=True):
 
 
 class Side(msgspec.Struct, frozen=True):
-    """One environment. ``name``: as it was given; ``commit``: empty for an interpreter."""
+    """One environment."""
 
     name: str
+    """The environment as it was given: a git ref, ``.`` or an interpreter."""
     commit: str
+    """The commit, with a ``+`` for a changed working tree; empty for an interpreter."""
     python: str
+    """Path of the interpreter."""
 
 
 class GateRecord(TimedRun, kw_only=True):
-    """One run of the gate. ``sides``: the two environments, base and head."""
+    """One run of the gate. Trials and verdicts follow from the rounds."""
 
     schema: str = SCHEMA
     backend: str
+    """Name of the backend; its arms are called ``base`` and ``head``."""
     sides: dict[str, Side]
+    """The two environments, ``base`` and ``head``."""
     trials: list[Trial] = msgspec.field(default_factory=list)
+    """One for each case and restart."""
     not_comparable: list[NotComparable] = msgspec.field(default_factory=list)
+    """Cases whose times cannot be compared, with the reason."""
     verdicts: list[CaseVerdict] = msgspec.field(default_factory=list)
+    """One for each case."""
 
     def conclude(self) -> None:
         """Trials and verdicts from the raw rounds; blocks of a slow clock are in no trial."""

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kvconform.bench.client import BackendLost
 from kvconform.bench.engine import Options, Restart, Run, Say, TimeUp, fields
 from kvconform.bench.gate.decision import LEVEL, PROTOCOL, RATE, RESTARTS, SCREEN, SMALLEST, play
 from kvconform.bench.gate.environments import Environment
@@ -20,6 +19,7 @@ from kvconform.bench.presets import CasePlan, Preset
 from kvconform.bench.protocol import described
 from kvconform.bench.record import Arm, Case
 from kvconform.bench.worker.gpu import classes, default_mhz, kept
+from kvconform.errors import BackendLost
 from kvconform.worker.client import WorkerSpec
 
 SECONDS_PER_CASE = 1.0

@@ -23,7 +23,7 @@ from kvconform.bench.gate.decision import CONFIRM, IMPROVEMENT, INCONCLUSIVE, NO
 from kvconform.bench.gate.record import GateRecord
 from kvconform.bench.gate.runner import SECONDS_PER_CASE, gate
 from kvconform.bench.presets import Preset
-from kvconform.bench.worker.gpu import GpuBusy
+from kvconform.errors import GpuBusy
 from kvconform.host import machine
 from kvconform.worker.client import WorkerSpec
 from kvconform_specs import SUITE_VERSION

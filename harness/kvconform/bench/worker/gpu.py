@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from kvconform.errors import GpuBusy
+
 MIN_CLOCK_FRACTION = 0.75
 """The share of the default clock below which a block is dropped, as in NVIDIA's nvbench."""
 REASONS = {
@@ -34,10 +36,6 @@ ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 class NoGpu(Exception):
     """There is no GPU whose clock can be read: one sentence."""
-
-
-class GpuBusy(Exception):
-    """Another benchmark runs on the GPU: one sentence."""
 
 
 class Gpu:

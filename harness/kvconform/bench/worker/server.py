@@ -68,7 +68,7 @@ class TimingWorker(Worker):
         config = Config.from_json(message["config"])
         backend = self.backends[config]
         counts = Tally(backend, config).count(message["phase"], message["depth"])
-        return {"counts": counts, "by": backend.counted_by() if hasattr(backend, "counted_by") else {}}, b""
+        return {"counts": counts, "by": dict(backend.counted_by())}, b""
 
 
 if __name__ == "__main__":

@@ -100,10 +100,8 @@ class Timer:
         return [self._phases[phase](depth, steps, batch, new) for _ in range(count)]
 
     def device(self, phase: str, depth: int, steps: int, count: int, batch: int = 1) -> list[int]:
-        """``count`` times the device's own nanoseconds of ``steps`` steps; 0: not measured, and runtime_info() says why.
+        """``count`` times the device's own nanoseconds of ``steps`` steps; 0: not measured, runtime_info() says why.
         Called after the last block of this worker: a profiler may stay in the process."""
-        if not hasattr(self.backend, "device_ns"):
-            return [0] * count
         self.drop()
         self._phase, caches = phase, dict[int, Any]()
         call = self._again(depth, batch, caches)
@@ -136,7 +134,7 @@ class Timer:
         """Bytes of a cache of ``depth`` tokens: as the backend counts them, and how the process grew meanwhile."""
         self.drop()
         gc.collect()
-        allocator = self.backend.allocated if hasattr(self.backend, "allocated") else lambda: None
+        allocator = self.backend.allocated
         allocator()  # growth is counted from here
         before = resident()
         cache = self.backend.step(self.backend.start(batch), self._ids(0, depth, batch))[1]
@@ -271,9 +269,6 @@ class Timer:
         return taken._replace(sm_mhz=self.gpu.sm_mhz(), throttle=self.gpu.throttle())
 
     def _waited(self, call: Callable[[], None]) -> Block:
-        if not hasattr(self.backend, "synchronise"):
-            return timed(call)
-
         def waited() -> None:
             call()
             self.backend.synchronise()
@@ -293,8 +288,7 @@ class Timer:
 
     def _close(self, cache: Any, length: int) -> None:
         self._expect(cache, length)
-        if hasattr(self.backend, "close"):
-            self.backend.close(cache)
+        self.backend.close(cache)
 
     def drop(self) -> None:
         """Ends the kept cache: others want the backend, and some hold one sequence at a time."""

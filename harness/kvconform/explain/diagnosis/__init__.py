@@ -15,6 +15,7 @@ from itertools import count
 
 import msgspec
 
+from kvconform.errors import BackendUnavailable, WorkerDied
 from kvconform.explain.diagnosis.edits import MIN_SHARE, Explanation, explanations, kinds
 from kvconform.explain.diagnosis.fingerprints import (
     SHORT_CONFIGS,
@@ -32,7 +33,7 @@ from kvconform.explain.diagnosis.remedies import ADVICE
 from kvconform.explain.diagnosis.signature import condition, first, generating, loop, sighted, told
 from kvconform.explain.diagnosis.symptoms import Truth, alike, symptom
 from kvconform.explain.visibility import FORBIDDEN, Map
-from kvconform.worker.client import BackendUnavailable, WorkerClient, WorkerDied, WorkerSpec
+from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform.worker.execute import StepResult, Trace
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config

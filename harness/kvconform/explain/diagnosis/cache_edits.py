@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvconform_specs.history import Token as Streamed
+from kvconform_specs.history import new_tokens
 from kvconform_specs.program import (
     AliasHandle,
     Append,
@@ -111,14 +112,8 @@ def remembered(program: Program, memory: Memory) -> list[Rows | None]:
 
 def _new(step: Run, rows: Rows) -> Rows:
     """The step's tokens, behind the rows that are there."""
-    swapped = {(row, position): seed for row, position, seed in step.substitutions}
-    return tuple(
-        tuple(
-            ((swapped.get((index, p), step.seed + index), p), len(row), count)
-            for p in range(len(row), len(row) + count)
-        )
-        for index, (row, count) in enumerate(zip(rows, step.counts, strict=False))
-    )
+    new = new_tokens(step, map(len, rows))
+    return tuple(tuple((token, len(row), len(its)) for token in its) for row, its in zip(rows, new, strict=True))
 
 
 def _apply(memory: Memory, step: object) -> None:

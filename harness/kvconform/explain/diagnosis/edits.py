@@ -268,7 +268,3 @@ def _attend(
 def _flat(x: Array) -> Array:
     """``(h, s, d)`` to ``(s, h * d)``."""
     return np.asarray(x.swapaxes(0, 1).reshape(x.shape[1], -1))
-
-
-def _bare(row: Sequence[Token]) -> list[tuple[int, int]]:
-    return [token for token, _past, _count in row]

@@ -32,7 +32,6 @@ from kvconform_specs.program import (
     called,
 )
 from kvconform_specs.strategies import at_once, refusals, swapped
-from kvconform_specs.tensors import distributed
 
 SEEN = "sees"
 """The name of the probe whose tokens are changed one by one."""
@@ -118,8 +117,10 @@ def _claimed(steps: Sequence[Step], claims: Claims) -> bool:
 
 
 # --- how a battery is written ---
-def grown(*sizes: int, seq: str = "a", rows: int = 1, seed: int = 0) -> tuple[Append, ...]:
-    return tuple(Append(seq, (size,) * rows, seed) for size in sizes)
+def grown(
+    *sizes: int, seq: str = "a", rows: int = 1, seed: int = 0, distribution: str = "normal"
+) -> tuple[Append, ...]:
+    return tuple(Append(seq, (size,) * rows, seed, distribution=distribution) for size in sizes)
 
 
 def _plain(name: str, words: str, *sizes: int, rows: int = 1) -> _Plan:
@@ -248,11 +249,11 @@ def _hidden(*steps: tuple[int, tuple[int, ...]], rows: int = 1) -> Callable[[Con
 
 
 def _manner(distribution: str) -> Callable[[Config, Claims, int], Sequence[Step]]:
-    return lambda c, k, s: grown(4, 1, 3, 1, seed=distributed(s, distribution))
+    return lambda c, k, s: grown(4, 1, 3, 1, seed=s, distribution=distribution)
 
 
 def _some_mute(c: Config, k: Claims, s: int) -> Sequence[Step]:
-    return (*grown(2, seed=distributed(s, "zero_keys")), *grown(3, 1, seed=s), *grown(1, 1, seed=s + OTHER))
+    return (*grown(2, seed=s, distribution="zero_keys"), *grown(3, 1, seed=s), *grown(1, 1, seed=s + OTHER))
 
 
 def _poisoned(*keys_and_values: tuple[str, str]) -> Callable[[Config, Claims, int], Sequence[Step]]:

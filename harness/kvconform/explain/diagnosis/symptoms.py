@@ -13,14 +13,12 @@ import numpy as np
 from kvconform.explain.diagnosis.probes import Probe
 from kvconform.judging.observed import Array, Observed, at
 from kvconform.judging.outputs import generated
-from kvconform.worker.client import describe
 from kvconform.worker.execute import StepResult, Trace
 from kvconform_specs.claims import Claims, Precision
 from kvconform_specs.config import Config
+from kvconform_specs.describe import describe
 from kvconform_specs.history import Histories
 from kvconform_specs.program import (
-    DISTRIBUTION_BIT,
-    DISTRIBUTIONS,
     AliasHandle,
     Append,
     Close,
@@ -220,7 +218,6 @@ class _Reading:
         step = self.probe.program.steps[number]
         assert isinstance(step, Append | UncachedForward)
         appended = isinstance(step, Append)
-        distribution = DISTRIBUTIONS[step.seed >> DISTRIBUTION_BIT]
         padded = isinstance(step, Append) and step.pad is not None and step.pad[0] == "left"
         return self.facts.get(step.seq, {}) | {
             "whole": not appended,
@@ -229,10 +226,10 @@ class _Reading:
             "left padding": padded,
             "uneven": len({*(a + b for a, b in zip(cached, step.counts, strict=True))}) > 1,
             "hidden": isinstance(step, Append) and bool(step.masked),
-            "large_queries": distribution == "large_queries",
+            "large_queries": step.distribution == "large_queries",
             "layout": isinstance(step, Append) and step.layout != "contiguous",
-            "zero_keys": distribution == "zero_keys",
-            "small_keys_large_values": distribution == "small_keys_large_values",
+            "zero_keys": step.distribution == "zero_keys",
+            "small_keys_large_values": step.distribution == "small_keys_large_values",
             "shared": isinstance(step, Append) and step.in_place,
             "alone": step.last_only,
         }

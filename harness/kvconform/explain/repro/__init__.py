@@ -13,20 +13,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from kvconform.errors import WorkerDied
 from kvconform.explain.repro.calls import cache, calls, imports_of, target
 from kvconform.explain.repro.checks import check
-from kvconform.explain.repro.failure import TWO, Failure, located
+from kvconform.explain.repro.failure import Failure, located
 from kvconform.explain.repro.inputs import WIDTH, Run, inputs, layouts
 from kvconform.search.counterexample import Broken, Counterexample, sentence
-from kvconform.worker.client import WorkerClient, WorkerDied, describe
+from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.config import Config
+from kvconform_specs.describe import describe
 from kvconform_specs.program import Close, Program, ReadCache, Reject, UncachedForward
 
 PATIENCE = 120
 """Seconds after which a file says that the target hangs."""
-OUTPUTS = {*TWO, Relation.PARITY, Relation.FINITE, Relation.SAME_TOKEN, Relation.GENERATED}
 """The relations that look at outputs alone; the others ask for what only the backend protocol tells."""
 TOLD = ("length", "free_slots", "bytes")
 """What a backend that claims to know is asked for after each step about a sequence (``record``)."""
@@ -148,7 +149,7 @@ def _black_box(failure: Failure, runs: Sequence[Run], client: WorkerClient) -> t
     """What the target's own adapter writes; None where it cannot say it without the backend protocol."""
     if client.claims.reference != "self" or failure.kind == "accepted":
         return None
-    if isinstance(failure.kind, Relation) and failure.kind not in OUTPUTS:
+    if isinstance(failure.kind, Relation) and not failure.kind.judges_outputs:
         return None
     try:
         return client.script(runs[0].program.config, [(run.program, run.tag) for run in runs])

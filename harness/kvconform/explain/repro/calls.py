@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from kvconform.explain.repro.inputs import WIDTH, Run, filled, layout_of
-from kvconform.worker.client import describe
 from kvconform.worker.registry import TARGETS, installed, openers
 from kvconform_specs.config import Config
+from kvconform_specs.describe import describe
 from kvconform_specs.program import (
     POISONS,
     AliasHandle,

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvconform.errors import WorkerDied
 from kvconform.explain.repro.inputs import Run, literal
 from kvconform.judging import observed as places
 from kvconform.judging.judge import judge
 from kvconform.judging.observed import Observed, cells
-from kvconform.worker.client import WorkerClient, WorkerDied
+from kvconform.worker.client import WorkerClient
 from kvconform.worker.protocol import Traces
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
@@ -24,8 +25,6 @@ from kvconform_specs.program import Append, Program, Reject, UncachedForward
 from kvconform_specs.reference.oracle import Expected, expect
 
 Array = NDArray[Any]
-TWO = {Relation.AGREEMENT, Relation.INSENSITIVE, Relation.SENSITIVE, Relation.BITWISE}
-"""The relations that compare the first program of a case with each of the others."""
 MARGIN = 2.0
 """One bound is written for all numbers if some is off by so many times the largest of them."""
 CLOSE = 1.0051
@@ -115,7 +114,7 @@ def _failure(
     # legal steps ran, rejects were refused, shapes fit: no relation is asked before
     asked: list[tuple[Relation, tuple[int, ...]]] = [(Relation.SHAPE, (number,)) for number in every]
     for relation in clause.relations:
-        if relation in TWO:
+        if relation.compares_two:
             asked += [(relation, (0, other)) for other in every[1:]]
         else:
             asked += [(relation, (number,)) for number in every]
@@ -167,8 +166,10 @@ def _whole(case: Case) -> Program:
     """The longest of its rows, computed without a cache."""
     rows = [row for program in case.programs for seen in seen_by(program) for row in seen or ()]
     row = max(rows, key=len)
-    swap = tuple((0, position, seed) for position, (seed, _at) in enumerate(row) if seed != row[0][0])
-    return Program(case.programs[0].config, (UncachedForward("a", (len(row),), row[0][0], swap),))
+    first = row[0][0]
+    other = tuple((0, position, stream.seed) for position, (stream, _at) in enumerate(row) if stream != first)
+    whole = UncachedForward("a", (len(row),), first.seed, other, distribution=first.distribution)
+    return Program(case.programs[0].config, (whole,))
 
 
 # --- places ---
