@@ -146,9 +146,9 @@ def timed(tmp_path: Path) -> Any:
 
     def run(*names: str, preset: Preset = ONE, per_case: float = 0.2, restarts: int = 1, **more: Any) -> Record:
         launches = {name: WorkerSpec("numpy" if name.startswith("numpy") else f"{file}:{name}") for name in names}
-        out = tmp_path / "speed.json"
-        common = {"seconds_per_case": per_case, "restarts": restarts}
-        return runner.bench(launches, {preset.name: preset}, None, out, **{**common, **more})
+        fields = {name: more.pop(name) for name in ("time_limit", "seed", "threads", "say") if name in more}
+        options = engine.Options(tmp_path / "speed.json", per_case, **fields)
+        return runner.bench(launches, {preset.name: preset}, options, restarts=restarts, **more)
 
     return run
 
@@ -451,7 +451,7 @@ def test_prefill_starts_from_nothing_and_recompute_takes_all_tokens() -> None:
 def test_a_subject_that_loses_count_of_its_tokens_is_not_timed() -> None:
     spy = Spy()
     spy.length = lambda cache: [3]  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match=r"says that it holds \[3\] tokens after 13"):
+    with pytest.raises(RuntimeError, match=r"reports the length \[3\] after 13 tokens"):
         Timer(spy, IDS).blocks("decode", 12, 1, 1)
 
 
@@ -499,7 +499,8 @@ def test_a_backend_that_is_not_right_gets_no_time_and_is_listed(name: str, why: 
 
 
 def test_a_backend_without_conformance_results_gets_no_time(tmp_path: Path) -> None:
-    record = runner.bench({"numpy": WorkerSpec("numpy")}, {"one": ONE}, tmp_path, tmp_path / "speed.json")
+    options = engine.Options(tmp_path / "speed.json", results_dir=tmp_path)
+    record = runner.bench({"numpy": WorkerSpec("numpy")}, {"one": ONE}, options)
     assert record.rounds == []
     assert record.excluded[0].why.startswith("no conformance results:")
 
@@ -539,8 +540,9 @@ def test_results_of_other_software_admit_nobody(tmp_path: Path, monkeypatch: pyt
     def excluded(environment: dict[str, Any]) -> list[str]:
         common = {"suite": "1", "device": "cpu", "dtypes": [], "effort": "smoke", "seed": 0, "started": ""}
         Results(**common, backend="numpy", environment=environment).write(tmp_path / "numpy.json")
-        preset, more = {"one": ONE}, {"restarts": 1, "phases": ("prefill",), "seconds_per_case": 0.05}
-        record = runner.bench({"numpy": WorkerSpec("numpy")}, preset, tmp_path, tmp_path / "speed.json", **more)
+        options = engine.Options(tmp_path / "speed.json", 0.05, tmp_path)
+        specs, presets = {"numpy": WorkerSpec("numpy")}, {"one": ONE}
+        record = runner.bench(specs, presets, options, restarts=1, phases=("prefill",))
         assert bool(record.rounds) != bool(record.excluded)
         return [one.why for one in record.excluded]
 

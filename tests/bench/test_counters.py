@@ -406,7 +406,7 @@ def test_what_is_no_longer_counted_is_a_regression() -> None:
     ]
     gone = moved([OPERATORS, WORK], [], missing=[Missing("tiny", "a", "it died")])
     assert gone == [(REGRESSION, "tiny, a: is no longer counted: it died")]
-    assert moved([OPERATORS], []) == [(REGRESSION, "tiny, a: is no longer counted: it was not asked for")]
+    assert moved([OPERATORS], []) == [(REGRESSION, "tiny, a: is no longer counted: it was not part of the run")]
 
 
 def test_what_is_new_is_told_and_blocks_nothing() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvconform.bench.engine import Options
 from kvconform.bench.gate import record as gate_record
 from kvconform.bench.gate import runner
 from kvconform.bench.gate.decision import NOT_COMPARABLE, REGRESSION
@@ -156,10 +157,8 @@ def test_a_step_that_takes_twice_as_long_is_a_regression_between_two_commits(
         head.spec("planted:Steady"),
         {"tiny": TINY},
         "planted",
-        tmp_path / "gate.json",
-        seconds_per_case=0.1,
-        say=told.append,
-        environments={"base": base, "head": head},
+        Options(tmp_path / "gate.json", 0.1, say=told.append),
+        {"base": base, "head": head},
     )
     decode, prefill = record.verdicts
     assert (decode.verdict, record.exit_code) == (REGRESSION, 4)

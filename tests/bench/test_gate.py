@@ -19,6 +19,7 @@ from scipy import stats
 import kvconform
 from kvconform.bench import engine
 from kvconform.bench.client import TimingClient
+from kvconform.bench.engine import Options
 from kvconform.bench.gate import record as gate_record
 from kvconform.bench.gate import runner, self_test
 from kvconform.bench.gate.decision import (
@@ -313,7 +314,7 @@ def test_a_pass_that_compared_nothing_and_an_unknown_verdict_cannot_be_built(tmp
 
 # --- live ---
 def compared(tmp_path: Path, base: WorkerSpec, head: WorkerSpec, **more: Any) -> GateRecord:
-    return runner.gate(base, head, {"tiny": TINY}, "b", tmp_path / "gate.json", **{"seconds_per_case": 0.05, **more})
+    return runner.gate(base, head, {"tiny": TINY}, "b", Options(tmp_path / "gate.json", 0.05, **more))
 
 
 @pytest.mark.parametrize(
@@ -425,7 +426,8 @@ def test_a_self_test_counts_the_runs_before_somebody_took_the_gpu(
         return given.pop()
 
     monkeypatch.setattr(self_test, "gate", gate)
-    common = (WorkerSpec("numpy", device="cuda"), {"tiny": TINY}, "b", tmp_path / "runs", tmp_path / "history.jsonl")
+    spec = WorkerSpec("numpy", device="cuda")
+    common = (spec, {"tiny": TINY}, "b", tmp_path / "history.jsonl", Options(tmp_path / "runs"))
     told = self_test.self_test(*common, runs=3, simulate=10)
     assert (told.runs, told.device) == (1, "cuda")
     with pytest.raises(GpuBusy):
@@ -497,14 +499,7 @@ def test_simulated_gates_keep_the_rate_even_where_restarts_differ_much() -> None
 def test_a_self_test_runs_one_environment_against_itself_and_leaves_a_line(tmp_path: Path) -> None:
     log = tmp_path / "history" / "gate.jsonl"
     told = self_test.self_test(
-        WorkerSpec("numpy"),
-        {"tiny": TINY},
-        "numpy",
-        tmp_path / "runs",
-        log,
-        runs=1,
-        simulate=100,
-        seconds_per_case=0.05,
+        WorkerSpec("numpy"), {"tiny": TINY}, "numpy", log, Options(tmp_path / "runs", 0.05), runs=1, simulate=100
     )
     (line,) = self_test.history(log)
     assert line == told

@@ -1,6 +1,6 @@
 """The engine of the bench and of the gate: it starts workers, admits backends and times cases in rounds.
 
-All workers of a preset are alive at once, and all are restarted as often as the protocol says: the restart is the unit
+All workers of a preset are alive at once, and all are restarted several times: the restart is the unit
 of replication. In each round every arm of a case runs one block, in a random order, so that other load on the machine
 affects all alike; ratios are paired within rounds. A worker times its own calls and sends numbers.
 """
@@ -16,27 +16,17 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
 
-from kvconform.bench import eligibility
+from kvconform.bench import eligibility, protocol
 from kvconform.bench.analysis.intervals import times
 from kvconform.bench.analysis.ratios import half_width
 from kvconform.bench.client import WORKER, TimingClient
 from kvconform.bench.eligibility import ExpectedLogits, Ineligible, by_definition
 from kvconform.bench.presets import CasePlan, Preset, single_steps
-from kvconform.bench.protocol import (
-    BLOCK_NS,
-    ENOUGH_ROUNDS,
-    OVERTIME,
-    ROUNDS_WANTED,
-    TARGET_HALF_WIDTH,
-    WARM_SHARE,
-    processors,
-    variables,
-)
 from kvconform.bench.record import CEILINGS, MACHINE, Arm, Case, Round, TimedRun, Tokens
 from kvconform.bench.worker.gpu import default_mhz, fast, held
 from kvconform.errors import BackendLost, KvconformError
@@ -44,22 +34,24 @@ from kvconform.host import load_average, machine
 from kvconform.worker.client import BUILD_TIMEOUT, WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 
-Say = Callable[[str], None]
 LONG = 4 * 3600.0
 """Seconds that one block may take: a generation without a cache is one."""
-UNCACHED_WORDS = {True: "uncached forward", False: "prefill of all tokens"}
+RECOMPUTE = {True: "uncached forward", False: "prefill of all tokens"}
 
+Say = Callable[[str], None]
+R = TypeVar("R", bound=TimedRun)
 definition = lru_cache(maxsize=4)(by_definition)
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a run times. ``results_dir``: where conformance results are; None asks for none. ``seconds_per_case``: wall
-    seconds of one case in one restart, after its warm-up. ``time_limit``: seconds of the whole run; None: no limit.
-    ``say`` is called with one line for each thing done."""
+    """How a run times. ``out``: the file of the record. ``seconds_per_case``: wall seconds of one case in one restart,
+    after its warm-up. ``results_dir``: the folder of conformance results; None requires none, and then only the outputs
+    on the timed inputs are judged. ``time_limit``: seconds of the whole run; None: no limit. ``threads``: of each
+    worker. ``say`` is called with one line for each thing done."""
 
     out: Path
-    seconds_per_case: float
+    seconds_per_case: float = protocol.SECONDS_PER_CASE
     results_dir: Path | None = None
     time_limit: float | None = None
     seed: int = 0
@@ -71,8 +63,9 @@ class TimeUp(Exception):
     """The seconds of the whole run are used."""
 
 
-def fields(presets: Sequence[Preset], device: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record has before anything is timed."""
+def fields(presets: Sequence[Preset], device: str, options: Options, **more: Any) -> dict[str, Any]:
+    """What a record has before anything is timed. ``more``: further parts of its protocol."""
+    described = protocol.described(presets, options.seconds_per_case, options.seed, options.threads, options.time_limit)
     return {
         "suite": SUITE_VERSION,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -81,15 +74,15 @@ def fields(presets: Sequence[Preset], device: str, protocol: Mapping[str, Any]) 
         "software": {},
         "load": [load_average()],
         "presets": {preset.name: preset.to_json() for preset in presets},
-        "protocol": dict(protocol),
+        "protocol": {**described, **more},
     }
 
 
-class Run:
+class Run(Generic[R]):
     """One run and its growing record. Subclasses decide what follows when a backend is lost."""
 
-    def __init__(self, record: TimedRun, options: Options) -> None:
-        self.timed, self.options, self.began = record, options, time.perf_counter()
+    def __init__(self, record: R, options: Options) -> None:
+        self.record, self.options, self.began = record, options, time.perf_counter()
 
     @property
     def elapsed(self) -> float:
@@ -98,12 +91,12 @@ class Run:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Holds the GPU if one is timed, and writes the record in the end. An interrupt (Ctrl-C) ends the run and
-        keeps what is measured. Raises ``gpu.GpuBusy`` if another benchmark holds the GPU."""
-        with held("cuda" if "cuda" in self.timed.device else "cpu") as found:
-            self.timed.machine |= found
+        keeps what was measured. Raises GpuBusy if another benchmark holds the GPU."""
+        with held("cuda" if "cuda" in self.record.device else "cpu") as found:
+            self.record.machine |= found
             try:
                 yield
-                self.timed.finished = True
+                self.record.finished = True
             except TimeUp:
                 self.options.say(f"the {self.options.time_limit:g} s are used: what is not decided is inconclusive")
             except KeyboardInterrupt:
@@ -122,12 +115,13 @@ class Run:
     ) -> Iterator[Restart]:
         """All workers of a preset, admitted, for the length of the ``with`` block."""
         try:
-            with Restart(self, preset, number) as restart:
+            with ExitStack() as stack:
+                restart = Restart(self, preset, number, stack)
                 restart.start(specs, plans, check)
                 yield restart
         finally:
-            self.timed.load.append(load_average())
-        if not machine().items() <= self.timed.machine.items():  # the record's may have a GPU as well
+            self.record.load.append(load_average())
+        if not machine().items() <= self.record.machine.items():  # the record's may have a GPU as well
             self.machine_changed(preset)
         self.write()
 
@@ -145,7 +139,7 @@ class Run:
 
     def keep(self, rounds: list[Round], tokens: list[Tokens]) -> None:
         """Adds measured blocks to the record."""
-        self.timed.rounds += rounds
+        self.record.rounds += rounds
 
     def write(self) -> None:
         """Writes the record and what follows from it."""
@@ -155,21 +149,14 @@ class Run:
 class Restart:
     """One start of all workers of a preset: the admitted backends, and the rounds of each case."""
 
-    def __init__(self, run: Run, preset: Preset, number: int) -> None:
-        self.run, self.preset, self.number = run, preset, number
-        self.options, self.record = run.options, run.timed
+    def __init__(self, run: Run[Any], preset: Preset, number: int, stack: ExitStack) -> None:
+        self.run, self.preset, self.number, self.stack = run, preset, number, stack
+        self.options, self.record = run.options, run.record
         self.clients: dict[str, WorkerClient] = {}  # the reference first
         self.client = TimingClient(self.clients, self.options.seed, self.record.protocol["input_digest"])
         self.admitted: list[str] = []
         self.loaded: dict[str, float] = {}  # seconds from starting a worker to its first answer
         self.once: dict[str, tuple[float, float, dict[str, float]]] = {}  # and of building it, and of its first calls
-        self.stack = ExitStack()
-
-    def __enter__(self) -> Restart:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.stack.close()
 
     # --- admission ---
     def start(self, specs: Mapping[str, WorkerSpec], plans: Sequence[CasePlan], check: bool) -> None:
@@ -203,8 +190,8 @@ class Restart:
         spec = replace(
             spec,
             address=self.preset.addresses.get(name, spec.address),
-            environment={**artefacts, **spec.environment, **variables(threads)},
-            cpus=processors(threads, self.number),
+            environment={**artefacts, **spec.environment, **protocol.variables(threads)},
+            cpus=protocol.processors(threads, self.number),
             module=WORKER,
         )
         why = "" if results is None else eligibility.conformance(name, spec, results)
@@ -254,7 +241,7 @@ class Restart:
             compared = eligibility.check_outputs(client, self.preset, self.options.seed, expected.result)
             notes["compared"][self.preset.name] = compared
         self._check_runtime(name)
-        notes["recompute"] = UNCACHED_WORDS[client.claims.can("uncached_forward")]
+        notes["recompute"] = RECOMPUTE[client.claims.can("uncached_forward")]
         return True
 
     def _check_runtime(self, name: str) -> None:
@@ -307,7 +294,7 @@ class Restart:
                 raise BackendLost(name, str(error)) from error
         seconds, slowest = self.run.case_seconds(), 0.0
         if not plan.new:
-            limit = seconds * WARM_SHARE / len(arms)
+            limit = seconds * protocol.WARM_SHARE / len(arms)
             slowest = max(self.client.warm(self.preset, arm, plan.depth, limit, plan.batch) for arm in arms)
         index = self._place(plan, arms, slowest)
         rounds: list[Round] = []
@@ -332,12 +319,13 @@ class Restart:
         case, order, default = self.record.cases[index], self.rng(1 + index), default_mhz(self.record.machine)
         counted: list[Round] = []  # without those of a slow clock
         began, number, count = time.perf_counter(), 0, len(case.arms)
+        wanted, enough = protocol.ROUNDS_WANTED * count, protocol.ENOUGH_ROUNDS * count
         while True:
             spent = time.perf_counter() - began
-            if number == 1 and spent * ROUNDS_WANTED > most:
+            if number == 1 and spent * protocol.ROUNDS_WANTED > most:
                 return False
-            wanted = len(counted) < ROUNDS_WANTED * count and spent < OVERTIME * seconds
-            if number >= least and spent >= seconds and not wanted:
+            goes_on = len(counted) < wanted and spent < protocol.OVERTIME * seconds
+            if number >= least and spent >= seconds and not goes_on:
                 break
             for place, arm in enumerate(int(i) for i in order.permutation(count)):
                 block, came = self._block(case, case.arms[arm])
@@ -346,8 +334,8 @@ class Restart:
                 counted += [timed] if fast(timed, default) else []
                 tokens += [Tokens(index, self.number, number, arm, came)] if came else []
             number += 1
-            enough = len(counted) >= ENOUGH_ROUNDS * count and number % 5 == 0
-            if enough and half_width(case, times(case, counted)) <= TARGET_HALF_WIDTH:
+            sorted_now = len(counted) >= enough and number % 5 == 0  # a half-width sorts all rounds
+            if sorted_now and half_width(case, times(case, counted)) <= protocol.TARGET_HALF_WIDTH:
                 break
         self.options.say(self._line(case, counted, number))
         return True
@@ -362,7 +350,7 @@ class Restart:
         """The place of the case in the record. The first restart that times it decides on its steps."""
         steps = 1
         if not plan.new:
-            steps = max(1, min(int(BLOCK_NS // slowest), eligibility.room(self.preset.config, plan.depth)))
+            steps = max(1, min(int(protocol.BLOCK_NS // slowest), eligibility.room(self.preset.config, plan.depth)))
         made = Case(self.preset.name, plan.depth, plan.batch, arms, steps, plan.new)
         for index, case in enumerate(self.record.cases):
             if msgspec.structs.replace(case, steps=steps) == made:

@@ -99,7 +99,7 @@ def case_plans(preset: Preset, phases: Sequence[str] = ()) -> list[CasePlan]:
 
 
 def _asked(plan: CasePlan, phases: Sequence[str]) -> bool:
-    """Cases that compare a cached phase with uncached ones are asked for by the uncached."""
+    """Whether phases select a case; one that compares a cached phase with uncached ones is selected by the latter."""
     first, *others = (phase for phase in plan.phases if phase not in CEILINGS)
     return any(phase in phases for phase in others) if others else first in phases
 

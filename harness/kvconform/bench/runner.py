@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import msgspec
 
 from kvconform.bench.analysis import ratios
 from kvconform.bench.analysis.summarize import summarise, without
-from kvconform.bench.engine import Options, Restart, Run, Say, fields
+from kvconform.bench.engine import Options, Restart, Run, fields
 from kvconform.bench.presets import CasePlan, Preset, case_plans
-from kvconform.bench.protocol import DEVICE_BLOCKS, MIN_SECONDS, NAME, RESTARTS, SECONDS_PER_CASE, described
+from kvconform.bench.protocol import DEVICE_BLOCKS, MIN_SECONDS, NAME, RESTARTS
 from kvconform.bench.record import MACHINE, Excluded, Memory, Once, Record, Round, Tokens, write
 from kvconform.bench.worker.gpu import default_mhz, fast
 from kvconform.errors import BackendLost
@@ -25,29 +24,19 @@ Advance = Callable[[float, float], None]
 def bench(
     specs: Mapping[str, WorkerSpec],
     presets: Mapping[str, Preset],
-    results_dir: Path | None,
-    out: Path,
+    options: Options,
     *,
-    seconds_per_case: float = SECONDS_PER_CASE,
     restarts: int = RESTARTS,
-    time_limit: float | None = None,
     phases: Sequence[str] = (),
-    seed: int = 0,
-    threads: int = 1,
-    say: Say = lambda line: None,
     advance: Advance = lambda done, remaining: None,
 ) -> Record:
-    """Times every eligible backend on every preset; the file ``out`` grows with each restart.
+    """Times every eligible backend on every preset; the file ``options.out`` grows with each restart.
 
-    specs: by name, the reference first; a preset's own address replaces a name's. results_dir: the folder of the
-    results of conformance runs; None asks for none, and then only the outputs on the timed inputs are judged.
-    seconds_per_case: wall seconds in one restart after the warm-up. time_limit: seconds of the whole run, from which
-    those of a case follow; cases for which it leaves too little are left out, and the record lists them. phases:
-    times only these (``record.PHASES``); empty: all. say: is called with one line for each thing done; advance: with
-    the share that is done and the seconds that remain. After an interrupt (Ctrl-C) the record has ``finished`` False.
-    Raises ``gpu.GpuBusy`` if another benchmark holds the GPU.
+    specs: by name, the reference first; a preset's own address replaces a name's. phases: times only these
+    (``record.PHASES``); empty: all. advance: is called with the share that is done and the seconds that remain. A time
+    limit is divided among the cases; those for which it leaves too little are left out, and the record lists them.
+    After an interrupt (Ctrl-C) the record has ``finished`` False. Raises GpuBusy if another benchmark holds the GPU.
     """
-    options = Options(out, seconds_per_case, results_dir, time_limit, seed, threads, say)
     run = _Bench(specs, list(presets.values()), options, restarts, tuple(phases), advance)
     with run.running():
         for preset in run.presets:
@@ -55,7 +44,7 @@ def bench(
     return run.record
 
 
-class _Bench(Run):
+class _Bench(Run[Record]):
     """The state of one run."""
 
     def __init__(
@@ -69,22 +58,20 @@ class _Bench(Run):
     ) -> None:
         self.specs, self.presets, self.restarts, self.advance = specs, presets, restarts, advance
         self.plans = {preset.name: case_plans(preset, phases) for preset in presets}
-        self.done = self.planned = 0  # cases of all restarts
-        self.planned = restarts * sum(map(len, self.plans.values()))
+        self.done, self.planned = 0, restarts * sum(map(len, self.plans.values()))  # cases of all restarts
         self.starts: dict[tuple[str, int], float] = {}  # seconds of each
-        results = options.results_dir
-        protocol = {
-            "name": NAME,
-            "restarts": restarts,
-            **described(presets, options.seconds_per_case, options.seed, options.threads, options.time_limit),
-            "phases": list(phases) or "all",
-            "validity": ratios.RULES,
-            "interval": "95 %, Student's t over the restarts' median log ratios",
-            "conformance": "not required" if results is None else f"exit code 0 in {results}",
-        }
-        device = ", ".join(sorted({spec.device for spec in specs.values()}))
-        self.record = Record(**fields(presets, device, protocol))
-        super().__init__(self.record, options)
+        common = fields(
+            presets,
+            ", ".join(sorted({spec.device for spec in specs.values()})),
+            options,
+            name=NAME,
+            restarts=restarts,
+            phases=list(phases) or "all",
+            validity=ratios.RULES,
+            interval="95 %, Student's t over the restarts' median log ratios",
+            conformance="not required" if options.results_dir is None else f"exit code 0 in {options.results_dir}",
+        )
+        super().__init__(Record(**common), options)
 
     def time(self, preset: Preset) -> None:
         """All restarts of a preset. A backend that is lost in one is not in the next."""

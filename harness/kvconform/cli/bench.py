@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import typer
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from kvconform.bench import presets, protocol, runner
 from kvconform.bench.counters import compare as counters
+from kvconform.bench.engine import Options, Say
 from kvconform.bench.gate import runner as gates
 from kvconform.bench.gate import self_test as self_tests
 from kvconform.bench.gate.environments import environment
@@ -48,7 +49,6 @@ Seconds = Annotated[float, typer.Option(help="Seconds of one case in one restart
 TimeLimit = Annotated[float | None, typer.Option(help="Seconds of the whole run after the backends were judged.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of each worker.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")]
-Say = Callable[[str], None]
 
 
 @app.callback()
@@ -89,20 +89,8 @@ def bench(
     specs = launches(backend or _backends(chosen), device, python)
     with _Shown(quiet=json) as shown:
         _judge(specs, out, shown.say)
-        record = runner.bench(
-            specs,
-            chosen,
-            out,
-            out / "speed.json",
-            seconds_per_case=seconds,
-            restarts=restarts,
-            time_limit=time_limit,
-            phases=phase,
-            seed=seed,
-            threads=threads,
-            say=shown.say,
-            advance=shown.advance,
-        )
+        options = Options(out / "speed.json", seconds, out, time_limit, seed, threads, shown.say)
+        record = runner.bench(specs, chosen, options, restarts=restarts, phases=phase, advance=shown.advance)
     if json:
         _print_json(record)
     else:
@@ -142,21 +130,21 @@ def gate(
         raise usage("--history applies to a self-test only")
     chosen = _presets(preset)
     say: Say = (lambda line: None) if json else _say
-    common: dict[str, Any] = {"seconds_per_case": seconds, "seed": seed, "threads": threads, "say": say}
+    options = Options(out / "gate", seconds, None, time_limit, seed, threads, say)
     codes = []
     with TemporaryDirectory(prefix="kvconform-") as folder:
         sides = {ref: environment(ref, Path(folder), say) for ref in ({head} if self_test else {base, head})}
         for name, spec in launches(backend or _backends(chosen), device, []).items():
             after = sides[head].spec(spec.address, spec.device)
             if self_test:
+                mine = replace(options, out=options.out / name)
                 log = history or out / "gate-history.jsonl"
-                tested = self_tests.self_test(after, chosen, name, out / "gate" / name, log, runs=runs, **common)
+                tested = self_tests.self_test(after, chosen, name, log, mine, runs=runs)
                 codes.append(int(tested.verdict == self_tests.EXCEEDED))
                 _print_json(tested) if json else None
                 continue
-            before, path = sides[base].spec(spec.address, spec.device), out / "gate" / f"{name}.json"
-            named = {"base": sides[base], "head": sides[head]}
-            record = gates.gate(before, after, chosen, name, path, time_limit=time_limit, environments=named, **common)
+            before, mine = sides[base].spec(spec.address, spec.device), replace(options, out=out / f"gate/{name}.json")
+            record = gates.gate(before, after, chosen, name, mine, {"base": sides[base], "head": sides[head]})
             codes.append(record.exit_code)
             if json:
                 _print_json(record)

@@ -198,7 +198,7 @@ def _lost(gone: Mapping[tuple[str, str], list[Count]], head: Record) -> Iterator
         if (preset, backend) in left:
             yield from (Difference(REGRESSION, f"{one.words} was {one.value}, is no longer counted") for one in counts)
         else:
-            why = reasons.get((preset, backend), "it was not asked for")
+            why = reasons.get((preset, backend), "it was not part of the run")
             yield Difference(REGRESSION, f"{preset}, {backend}: is no longer counted: {why}")
 
 

@@ -174,6 +174,5 @@ def _must(name: str, *command: str) -> str:
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no words"]
         raised = [line for line in lines if re.match(r"(\w+Error|fatal): ", line)]  # pip goes on to comment on it
-        told = (raised or lines)[-1]
-        raise SpecError(f"environment {name!r}", f"{' '.join(command[:4])} failed: {told}")
+        raise SpecError(f"environment {name!r}", f"{' '.join(command[:4])} failed: {(raised or lines)[-1]}")
     return done.stdout

@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from kvconform.bench.engine import Options, Restart, Run, Say, TimeUp, fields
+from kvconform.bench.engine import Options, Restart, Run, TimeUp, fields
 from kvconform.bench.gate.decision import LEVEL, PROTOCOL, RATE, RESTARTS, SCREEN, SMALLEST, play
 from kvconform.bench.gate.environments import Environment
 from kvconform.bench.gate.record import BASE, HEAD, SIDES, GateRecord, NotComparable, Side, trials
 from kvconform.bench.presets import CasePlan, Preset
-from kvconform.bench.protocol import described
 from kvconform.bench.record import Arm, Case
 from kvconform.bench.worker.gpu import classes, default_mhz, kept
 from kvconform.errors import BackendLost
@@ -31,30 +29,22 @@ def gate(
     head: WorkerSpec,
     presets: Mapping[str, Preset],
     backend: str,
-    out: Path,
-    *,
-    seconds_per_case: float = SECONDS_PER_CASE,
-    time_limit: float | None = None,
-    seed: int = 0,
-    threads: int = 1,
-    say: Say = lambda line: None,
+    options: Options,
     environments: Mapping[str, Environment] = {},
 ) -> GateRecord:
-    """Compares decode at each depth and prefill at each prompt; the file ``out`` grows with each restart.
+    """Compares decode at each depth and prefill at each prompt; the file ``options.out`` grows with each restart.
 
-    backend: its name in the record. seconds_per_case: wall seconds in one restart after the warm-up. time_limit:
-    seconds of the whole run; cases that are undecided then are inconclusive, and also after an interrupt (Ctrl-C).
-    environments: what ``base`` and ``head`` were made from, for the record. say: is called with one line for each
-    thing done. Raises ``gpu.GpuBusy`` if another benchmark holds the GPU.
+    backend: its name in the record. environments: what ``base`` and ``head`` were made from, for the record. Cases
+    that are undecided when the time limit is reached, or after an interrupt (Ctrl-C), are inconclusive. Raises GpuBusy
+    if another benchmark holds the GPU.
     """
-    options = Options(out, seconds_per_case, None, time_limit, seed, threads, say)
     run = _Gate({BASE: base, HEAD: head}, list(presets.values()), backend, options, environments)
     with run.running():
         play(range(len(run.record.cases)), run.measure)
     return run.record
 
 
-class _Gate(Run):
+class _Gate(Run[GateRecord]):
     """The state of one run."""
 
     def __init__(
@@ -66,15 +56,7 @@ class _Gate(Run):
         environments: Mapping[str, Environment],
     ) -> None:
         self.specs, self.presets = specs, [replace(preset, batches=(1,)) for preset in presets]
-        protocol = {
-            "name": PROTOCOL,
-            "restarts": RESTARTS,
-            "level": LEVEL,
-            "rate": RATE,
-            "smallest": round(math.exp(SMALLEST), 9),
-            **described(presets, options.seconds_per_case, options.seed, options.threads, None),
-            "seconds": options.time_limit,
-        }
+        self.current: Sequence[int] = ()  # the cases of the restart under way
         sides = {side: Side(spec.python, "", spec.python) for side, spec in specs.items()}
         sides |= {side: Side(known.name, known.commit, known.python) for side, known in environments.items()}
         cases = [
@@ -83,10 +65,11 @@ class _Gate(Run):
             for phase, sizes in (("decode", preset.depths), ("prefill", preset.prompts))
             for n in sizes
         ]
-        common = fields(self.presets, specs[HEAD].device, protocol)
-        self.record = GateRecord(**common, backend=backend, sides=sides, cases=cases)
-        self.current: Sequence[int] = ()  # the cases of the restart under way
-        super().__init__(self.record, options)
+        smallest = round(math.exp(SMALLEST), 9)
+        rule = {"name": PROTOCOL, "restarts": RESTARTS, "level": LEVEL, "rate": RATE, "smallest": smallest}
+        measured = replace(options, time_limit=None)  # which ends the run, and is not divided among the cases
+        common = fields(self.presets, specs[HEAD].device, measured, **rule, seconds=options.time_limit)
+        super().__init__(GateRecord(**common, backend=backend, sides=sides, cases=cases), options)
 
     def measure(self, stage: str, number: int, cases: Sequence[int]) -> dict[int, float]:
         """One restart for each preset: d of each case that could be timed."""

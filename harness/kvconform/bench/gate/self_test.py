@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,11 +18,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kvconform.bench.engine import Say
+from kvconform.bench.engine import Options
 from kvconform.bench.gate import decision
 from kvconform.bench.gate.decision import CONFIRM, IMPROVEMENT, INCONCLUSIVE, NOT_COMPARABLE, RATE, REGRESSION, SCREEN
 from kvconform.bench.gate.record import GateRecord
-from kvconform.bench.gate.runner import SECONDS_PER_CASE, gate
+from kvconform.bench.gate.runner import gate
 from kvconform.bench.presets import Preset
 from kvconform.errors import GpuBusy
 from kvconform.host import machine
@@ -74,27 +75,24 @@ def self_test(
     spec: WorkerSpec,
     presets: Mapping[str, Preset],
     backend: str,
-    folder: Path,
     history: Path,
+    options: Options,
     *,
     runs: int = 20,
     simulate: int = 1000,
-    seconds_per_case: float = SECONDS_PER_CASE,
-    seed: int = 0,
-    threads: int = 1,
-    say: Say = lambda line: None,
 ) -> SelfTest:
     """Runs the gate ``runs`` times with one environment on both sides, and ``simulate`` times on what was measured.
 
-    The records go to ``folder``; one line of JSON is appended to ``history``. After an interrupt the finished runs
-    count.
+    The records go to the folder ``options.out``; one line of JSON is appended to ``history``. After an interrupt the
+    finished runs count.
     """
     records: list[GateRecord] = []
+    say, seed = options.say, options.seed
     for number in range(runs):
         say(f"A/A run {number + 1} of {runs}")
-        common = {"seconds_per_case": seconds_per_case, "seed": seed + number, "threads": threads, "say": say}
+        mine = replace(options, out=options.out / f"a-a-{number + 1:03}.json", seed=seed + number)
         try:
-            record = gate(spec, spec, presets, backend, folder / f"a-a-{number + 1:03}.json", **common)  # type: ignore[arg-type]
+            record = gate(spec, spec, presets, backend, mine)
         except GpuBusy as sentence:  # another benchmark has taken the GPU between two runs
             if not records:
                 raise
