@@ -1,4 +1,4 @@
-"""The attention of attention.py with a bug that many have written: ``is_causal=True`` with a cache."""
+"""The attention of attention.py with a common bug: ``is_causal=True`` with a cache."""
 
 import torch
 from torch import Tensor, nn

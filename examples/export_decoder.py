@@ -1,10 +1,10 @@
-"""Makes ``decoder.onnx``, a small decoder that hands its keys and values out and takes them back:
+"""Export ``decoder.onnx``, a small decoder that returns its keys and values and takes them as inputs:
 
     python examples/export_decoder.py decoder.onnx
     kvconform check decoder.onnx
 
-With ``--broken`` its causal mask is aligned to the top-left corner, so that a cached step sees the oldest tokens alone:
-what ``is_causal=True`` does with a past.
+With ``--broken``, the causal mask is aligned to the top-left corner, so a step on a cache sees only the oldest tokens.
+``is_causal=True`` has this effect when there is a past.
 """
 
 import argparse
@@ -57,9 +57,9 @@ class Decoder(nn.Module):
 
 def export(path: str, broken: bool) -> None:
     torch.manual_seed(0)
-    warnings.simplefilter("ignore")  # the exporter's own, of deprecated classes and of names that it does not need
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # a line for each torchvision operator that is missing
-    # sizes of the example: none is 1, which the exporter takes for a constant, and no two are equal
+    warnings.simplefilter("ignore")  # warnings of the exporter about deprecated classes and unused names
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it logs a line for each missing torchvision operator
+    # sizes of the example: none is 1, which the exporter would treat as constant, and no two are equal
     held = [tuple(torch.zeros(2, HEADS, 5, HEAD_DIM) for _ in "kv") for _ in range(LAYERS)]
     batch, new, past = Dim("batch"), Dim("new"), Dim("past")
     names = [f"{{}}.{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
@@ -79,8 +79,8 @@ def export(path: str, broken: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", nargs="?", default="decoder.onnx", help="where to write it")
-    parser.add_argument("--broken", action="store_true", help="with a mask aligned to the wrong corner")
+    parser.add_argument("file", nargs="?", default="decoder.onnx", help="the file to write")
+    parser.add_argument("--broken", action="store_true", help="align the mask to the wrong corner")
     asked = parser.parse_args()
     export(asked.file, asked.broken)
     print(f"wrote {asked.file}")

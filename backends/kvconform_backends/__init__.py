@@ -1,1 +1,1 @@
-"""Adapters to implementations, one file each. A framework is imported inside them, never here."""
+"""Adapters to implementations. Frameworks are imported inside the adapters, never here."""

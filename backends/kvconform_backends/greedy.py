@@ -1,4 +1,4 @@
-"""Greedy generation over any backend's own steps: one prefill, then one step for each token but the last."""
+"""Greedy generation with any backend's ``step``: one prefill, then one step per token except the last."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Array = NDArray[Any]
 
 
 def greedy(backend: Any, tokens: Array, new: int) -> Array:
-    """The ``new`` tokens ``(b, new)`` int64 after prompts ``(b, t)``. The last one is picked and never fed."""
+    """The ``new`` tokens ``(b, new)`` int64 after prompts ``(b, t)``. The last one is not fed back."""
     logits, cache = backend.step(backend.start(len(tokens)), tokens)
     picked = [logits[:, -1:].argmax(axis=-1)]  # (b, 1)
     while len(picked) < new:

@@ -1,4 +1,4 @@
-"""What every backend here refuses before it writes anything: inputs that are not what the protocol says."""
+"""Input validation shared by the backends; it runs before any write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = NDArray[Any]
 
 
 def check_inputs(config: Config, batch: int | None, inputs: tuple[Array, ...]) -> int:
-    """How many tokens the inputs of a step bring to each row of a cache of ``batch`` rows (None: there is no cache).
+    """The number of tokens that a step appends to each row of a cache of ``batch`` rows (None: no cache).
 
     Raises TypeError for a wrong dtype or number of arrays, ValueError for a wrong shape or an unknown token id.
     """
@@ -27,48 +27,54 @@ def _heads(config: Config, batch: int | None, query: Array, key: Array, value: A
     c = config
     for name, x, heads in (("query", query, c.heads), ("key", key, c.kv_heads), ("value", value, c.kv_heads)):
         if x.dtype != np.float32:
-            raise TypeError(f"{name} is {x.dtype}, want float32")
+            raise TypeError(f"{name} is {x.dtype}, expected float32")
         if x.ndim != 4:
-            raise ValueError(f"{name} has {x.ndim} axes, want 4: batch, heads, tokens, head dim")
+            raise ValueError(f"{name} has {x.ndim} axes, expected 4: batch, heads, tokens, head dim")
         if x.shape[1] != heads:
-            raise ValueError(f"{name} has {x.shape[1]} heads, want {heads}")
+            raise ValueError(f"{name} has {x.shape[1]} heads, expected {heads}")
         if x.shape[3] != c.head_dim:
-            raise ValueError(f"{name} has a head dim of {x.shape[3]}, want {c.head_dim}")
+            raise ValueError(f"{name} has head dim {x.shape[3]}, expected {c.head_dim}")
         _rows(name, x.shape[0], query.shape[0] if batch is None else batch)
         if x.shape[2] != query.shape[2]:
-            raise ValueError(f"{name} has {x.shape[2]} tokens and query {query.shape[2]}, want as many")
+            raise ValueError(f"{name} has {x.shape[2]} tokens, but query has {query.shape[2]}")
     return int(query.shape[2])
 
 
 def _tokens(config: Config, batch: int | None, ids: Array) -> int:
     if ids.dtype.kind not in "iu":
-        raise TypeError(f"token ids are {ids.dtype}, want integers")
+        raise TypeError(f"token ids are {ids.dtype}, expected integers")
     if ids.ndim != 2:
-        raise ValueError(f"token ids have {ids.ndim} axes, want 2: batch, tokens")
+        raise ValueError(f"token ids have {ids.ndim} axes, expected 2: batch, tokens")
     _rows("token ids", ids.shape[0], ids.shape[0] if batch is None else batch)
     if ids.size and (ids.min() < 0 or ids.max() >= config.vocabulary):
-        raise ValueError(f"token ids lie in {ids.min()}..{ids.max()}, want 0..{config.vocabulary - 1}")
+        raise ValueError(f"token ids are in {ids.min()}..{ids.max()}, expected 0..{config.vocabulary - 1}")
     return int(ids.shape[1])
 
 
 def _rows(name: str, rows: int, batch: int) -> None:
     if rows != batch:
-        raise ValueError(f"{rows} rows of {name}, want {batch}")
+        raise ValueError(f"{name}: {rows} rows, expected {batch}")
 
 
 def check_counts(counts: Array, batch: int, t: int) -> list[int]:
-    """How many of its ``t`` columns hold a token in each row. Raises TypeError or ValueError where it cannot be."""
+    """The number of tokens per row among ``t`` columns. Raises TypeError or ValueError if ``counts`` is invalid."""
     if counts.dtype.kind not in "iu":
-        raise TypeError(f"counts are {counts.dtype}, want integers")
+        raise TypeError(f"counts are {counts.dtype}, expected integers")
     if counts.shape != (batch,):
-        raise ValueError(f"counts have the shape {counts.shape}, want one for each of {batch} rows")
+        raise ValueError(f"counts have shape {counts.shape}, expected ({batch},)")
     listed = [int(count) for count in counts]
     if min(listed) < 0 or max(listed) > t:
-        raise ValueError(f"counts are {listed}, want 0..{t}")
+        raise ValueError(f"counts are {listed}, expected 0..{t}")
     return listed
 
 
 def check_rows(rows: list[int], batch: int) -> None:
-    """Raises ValueError where ``rows`` cannot be the rows of a reordered cache of ``batch`` rows."""
+    """Raises ValueError unless ``rows`` are valid rows of a cache of ``batch`` rows."""
     if not rows or min(rows) < 0 or max(rows) >= batch:
-        raise ValueError(f"rows are {list(rows)}, want at least one, of 0..{batch - 1}")
+        raise ValueError(f"rows are {list(rows)}, expected one or more of 0..{batch - 1}")
+
+
+def check_length(length: int, held: int) -> None:
+    """Raises ValueError unless a sequence of ``held`` tokens can be truncated to ``length``."""
+    if not 0 <= length <= held:
+        raise ValueError(f"cannot truncate {held} tokens to {length}")

@@ -1,7 +1,7 @@
-"""Four published designs of a KV cache, as intended and as published: ``docs/published-designs.md``, from a run.
+"""Checks four published designs of a KV cache, as intended and as published; writes ``docs/published-designs.md``.
 
-``python -m published_designs FOLDER`` prints the commands of the run, one a line, whose results go under
-FOLDER; with ``-o PAGE`` it writes the page from what lies there.
+``python -m published_designs FOLDER`` prints the commands that write results to FOLDER, one a line. With ``-o PAGE`` it
+writes the page from the results in FOLDER.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvconform.explain.diagnosis import Diagnosis
+from kvconform.explain.diagnosis.text import sentence
 from kvconform.explain.visibility import Map
 from kvconform.explain.visibility import text as visibility_text
 from kvconform.files import write_atomically
@@ -25,15 +26,21 @@ from kvconform_specs.clauses import ALL
 from kvconform_specs.errors import SpecError
 
 MOST_CLAUSES = 3
-"""Broken clauses that are shown with their sentence; the others by name."""
+"""Number of broken clauses that are shown with their sentence; the others are named."""
 MOST_MAPS = 2
-"""Pictures of one version; the others are in its results."""
+"""Number of maps of one version that are shown; its results hold all."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """One form of a design. name: of the folder of its results. target: of the command; ``file.py:NAME`` is checked by
-    itself, a backend is judged by the definition. init: arguments of what is checked. config: the only one, if any."""
+    """One form of a design.
+
+    name: the folder of its results.
+    target: the target of the command: ``file.py:NAME`` is judged by its own uncached forward, a backend by the
+        definition.
+    init: arguments of the class in the file.
+    config: the only config to judge; empty for all.
+    """
 
     name: str
     heading: str
@@ -53,7 +60,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Design:
-    """source: where it was published, in words. what: how its cache works. figures: what the source measured."""
+    """source: where it was published. what: how its cache works. figures: what the source measured."""
 
     name: str
     source: str
@@ -74,35 +81,35 @@ DESIGNS = (
             Version(
                 "past-tuples",
                 "As intended, a backend",
-                "The causal mask stands at the bottom right: the last new token sees everything. Every layer and "
-                "decoder of the suite, judged by the definition.",
+                "The causal mask is aligned to the bottom right, so the last new token sees every token. Judged by the "
+                "definition, on every layer and decoder of the suite.",
                 "past-tuples",
             ),
             Version(
                 "past-tuples-module",
                 "As intended, a module",
-                "One layer on hidden states, as a person writes it, judged by its own forward without a cache.",
+                "One layer on hidden states, as in user code, judged by its own uncached forward.",
                 f"{EXAMPLES}/past_tuples.py:PastTuples",
             ),
             Version(
                 "past-tuples-first",
                 "As published, first listing",
-                "`is_causal=True` always. torch aligns the causal triangle at the top left, so the one query of a "
-                "decode step is in its first row.",
+                "It always passes `is_causal=True`. torch aligns the causal triangle to the top left, so the only "
+                "query of a decode step is in its first row.",
                 f"{EXAMPLES}/past_tuples_first.py:FirstListing",
             ),
             Version(
                 "past-tuples-second",
                 "As published, second listing",
-                "`is_causal=(past_kv is None)`. A prompt and a decode step are right; a chunk of several tokens on a "
-                "cache has no mask.",
+                "It passes `is_causal=(past_kv is None)`. A prompt and a decode step are right; a chunk of several "
+                "tokens on a cache has no mask.",
                 f"{EXAMPLES}/past_tuples_second.py:SecondListing",
             ),
             Version(
                 "past-tuples-generation",
                 "As published, the generation",
-                "The loop runs the prefill twice, and goes on from the token that it gave without keeping it. A map "
-                "shows nothing of it: every step is right.",
+                "The loop runs the prefill twice, and continues from the first generated token without adding it to "
+                "the output. Maps do not show this: each step is right.",
                 f"{CATALOGUE}:PrefillTwice",
                 config="decoder-rope",
             ),
@@ -118,7 +125,7 @@ DESIGNS = (
             Version(
                 "gpt2-transformers",
                 "As intended, and as published",
-                "A small GPT-2 with random weights. The article's use of the library has no mistake that is known.",
+                "A small GPT-2 with random weights. The article's use of the library has no known mistake.",
                 "gpt2-transformers",
             ),
         ),
@@ -127,29 +134,29 @@ DESIGNS = (
         "module-buffers",
         "*LLMs from scratch* (rasbt/LLMs-from-scratch, ch04/03_kv-cache)",
         "The attention modules own the cache, in buffers `cache_k` and `cache_v` that grow by concatenation, and the "
-        "model counts positions. One sequence at a time lives in it, until it is reset.",
+        "model counts positions. It holds one sequence at a time, until it is reset.",
         "GPT-124M, 4-token prompt, 200 new tokens, on an M4: 110 tokens/s with the cache, 27 without it; its check is "
-        "that the text is exactly the same",
+        "that both texts are equal",
         (
             Version(
                 "module-buffers",
                 "As intended, a backend",
-                "The mask has a row for each new token and a column for each that is cached or new. Every layer and "
-                "decoder of the suite, judged by the definition.",
+                "The mask has a row for each new token and a column for each cached or new token. Judged by the "
+                "definition, on every layer and decoder of the suite.",
                 "module-buffers",
             ),
             Version(
                 "module-buffers-module",
                 "As intended, a module",
-                "A decoder on token ids, as a person writes it, judged by its own forward without a cache.",
+                "A decoder on token ids, as in user code, judged by its own uncached forward.",
                 f"{EXAMPLES}/module_buffers.py:Decoder",
                 {"mended": True},
             ),
             Version(
                 "module-buffers-published",
                 "As published",
-                "The mask is cut to the new tokens, `mask[:t, :t]`. It fits a prompt, and, because one by one fits "
-                "everything, a decode step; a chunk of several tokens on a cache fails on its shape.",
+                "The mask is cut to the new tokens, `mask[:t, :t]`. Its shape fits a prompt, and, by broadcasting, a "
+                "decode step; a chunk of several tokens on a cache raises an exception.",
                 f"{EXAMPLES}/module_buffers.py:Decoder",
             ),
         ),
@@ -157,25 +164,25 @@ DESIGNS = (
     Design(
         "list-cache",
         "The conceptual demo of an article",
-        "Each token's key and value is an entry of a Python list, and every step stacks the list.",
+        "Each token's key and value is an entry of a Python list, and each step stacks the list.",
         "none",
         (
             Version(
                 "list-cache",
                 "As intended, a backend",
-                "The lists belong to the sequence. Every layer and decoder of the suite, judged by the definition.",
+                "Each sequence has its own lists. Judged by the definition, on every layer and decoder of the suite.",
                 "list-cache",
             ),
             Version(
                 "list-cache-module",
                 "As intended, a module",
-                "One layer that owns its list and can be reset, judged by its own forward without a cache.",
+                "One layer that owns its list and can be reset, judged by its own uncached forward.",
                 f"{EXAMPLES}/list_cache.py:OwnListAttention",
             ),
             Version(
                 "list-cache-published",
                 "As published",
-                "The list is a global, `KV_CACHE`, that nobody clears.",
+                "The list is a global variable, `KV_CACHE`, that is never cleared.",
                 f"{EXAMPLES}/list_cache.py:ListAttention",
             ),
         ),
@@ -185,32 +192,31 @@ VERSIONS = tuple(version for design in DESIGNS for version in design.versions)
 
 
 def commands(folder: Path) -> list[list[str]]:
-    """The commands of the run; those of versions as published end with exit code 1."""
+    """The commands that check all versions; those of broken versions end with exit code 1."""
     return [[*version.command, "--out", str(folder / version.name)] for version in VERSIONS]
 
 
 def gathered(folder: Path) -> dict[str, Results]:
-    """The results that lie in a folder, by the version's name; those that are missing are left out."""
+    """The results in a folder, by the name of the version; missing ones are left out."""
     files = {version.name: sorted((folder / version.name).glob("*.json")) for version in VERSIONS}
     return {name: read(found[0]) for name, found in files.items() if found}
 
 
 def render(found: Mapping[str, Results]) -> str:
-    """The page: every design with its versions; what is not in ``found`` is said to be missing."""
+    """The page: every design with its versions. Versions without results are listed as not run."""
     parts = [
         "# Four published designs, as intended and as published",
-        "KV caches that people learn from, each as it was meant and as it was published, with the sentence that it "
-        "gets. The code is written anew: modules in the style of their sources under "
-        "[examples/published](../examples/published), backends under "
-        "[backends/kvconform_backends](../backends/kvconform_backends). This page is written by "
-        "`python -m published_designs` from the results of the commands on it.",
+        "Four KV caches from teaching material, each as intended and as published, with its verdict. The code was "
+        "rewritten: modules in the style of their sources under [examples/published](../examples/published), backends "
+        "under [backends/kvconform_backends](../backends/kvconform_backends). This page is generated by "
+        "`nox -s designs` from the results of the commands on it.",
         _overview(found),
-        f"In maps a row is an output and a column a token: `{visibility_text.LEGEND}`.",
+        f"In a map, each row is an output and each column a token: `{visibility_text.LEGEND}`.",
     ]
     for design in DESIGNS:
         parts += [
             f"## {design.name}",
-            f"{design.source}. {design.what} Its own figures: {design.figures}.",
+            f"{design.source}. {design.what} Published figures: {design.figures}.",
             *(part for version in design.versions for part in _version(version, found.get(version.name))),
         ]
     return "\n\n".join(parts) + "\n"
@@ -241,7 +247,7 @@ def _version(version: Version, results: Results | None) -> Iterator[str]:
     yield version.what
     yield _fenced(f"$ {shlex.join(version.command)}", "text")
     if results is None:
-        yield "There are no results of it: it was not run."
+        yield "It was not run."
         return
     stands = standing(results)
     programs, seconds = _effort(results)
@@ -253,16 +259,16 @@ def _version(version: Version, results: Results | None) -> Iterator[str]:
 
 
 def _broken(results: Results) -> Iterator[str]:
-    """What it behaves like, then the clauses that it breaks, core ones first."""
+    """The diagnosis, then the broken clauses, core clauses first."""
     core = {clause.name for clause in ALL if clause.core}
     broken = [verdict for verdict in results.verdicts if verdict.outcome.broken]
     broken.sort(key=lambda verdict: verdict.clause not in core)
     if not broken:
         return
-    sentences = {diagnosis.sentence: diagnosis for diagnosis in results.diagnoses.values() if diagnosis.sentence}
+    sentences = {sentence(diagnosis): diagnosis for diagnosis in results.diagnoses.values()}
     yield from (_diagnosis(diagnosis) for diagnosis in sentences.values())
     if not sentences:
-        yield "No diagnosis: nothing that is known stands out, or the results hold none."
+        yield "No diagnosis: the results hold none."
     lines = [f"- **{text(v.clause)}** [{text(v.config)}]: {text(v.sentence)}" for v in broken[:MOST_CLAUSES]]
     others = dict.fromkeys(verdict.clause for verdict in broken[MOST_CLAUSES:])
     if others:
@@ -271,29 +277,28 @@ def _broken(results: Results) -> Iterator[str]:
 
 
 def _diagnosis(diagnosis: Diagnosis) -> str:
-    """The sentence, in which the bug is a link."""
+    """The sentence, with the address of the bug as a link."""
     if not address(diagnosis.bug):
-        return f"> {text(diagnosis.sentence)}"
-    before, found, after = diagnosis.sentence.partition(diagnosis.bug)
-    link = f"[{text(short(diagnosis.bug))}]({diagnosis.bug})"
-    return f"> {text(before)}{link}{text(after)}" if found else f"> {text(before)} ({link})"
+        return f"> {text(sentence(diagnosis))}"
+    before, _bug, after = sentence(diagnosis).partition(diagnosis.bug)
+    return f"> {text(before)}[{text(short(diagnosis.bug))}]({diagnosis.bug}){text(after)}"
 
 
 def _maps(maps: Mapping[str, list[Map]]) -> Iterator[str]:
-    """Of the first config that has maps: what differs or stopped, else what cannot be told, else how chunks see."""
+    """Maps of the first config that has any: those that differ or stopped, else undetermined ones, else chunked."""
     drawn = next((found for found in maps.values() if found), [])
     if not drawn:
-        yield "No map: maps are made of modules, and of what is broken."
+        yield "No map: only modules, and configs with a broken clause, have maps."
         return
     wrong = [one for one in drawn if one.differences or one.stopped]
-    untold = [one for one in drawn if not one.right]
+    undetermined = [one for one in drawn if not one.right]
     chunked = [one for one in drawn if one.schedule == "chunked"] or drawn[:1]
-    for one in (wrong or untold or chunked)[:MOST_MAPS]:
+    for one in (wrong or undetermined or chunked)[:MOST_MAPS]:
         yield _fenced(visibility_text.drawing(one), "text")
 
 
 def _fenced(words: str, kind: str) -> str:
-    """A block of code that nothing in it can end."""
+    """A fenced block; its fence is longer than any in ``words``."""
     fence = "```"
     while fence in words:
         fence += "`"
@@ -302,8 +307,8 @@ def _fenced(words: str, kind: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m published_designs", description=__doc__)
-    parser.add_argument("folder", type=Path, help="where the results are to lie, or lie")
-    parser.add_argument("-o", "--out", type=Path, help="the page to write from them")
+    parser.add_argument("folder", type=Path, help="the folder of the results")
+    parser.add_argument("-o", "--out", type=Path, help="write the page to this file")
     given = parser.parse_args()
     if given.out is None:
         print("\n".join(map(shlex.join, commands(given.folder))))

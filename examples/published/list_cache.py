@@ -1,6 +1,7 @@
-"""A list cache as an article shows the idea: each token's key and value goes into a global list, which nobody clears.
+"""A list cache in the style of an article: the key and value of each token go into a global list, never cleared.
 
-The first prompt is answered rightly. The second one reads the keys of the first. Try it, as published and mended:
+The outputs for the first prompt are right. The second prompt reads the keys of the first. Check it as published and as
+intended:
 
     kvconform check examples/published/list_cache.py:ListAttention
     kvconform check examples/published/list_cache.py:OwnListAttention
@@ -9,7 +10,7 @@ The first prompt is answered rightly. The second one reads the keys of the first
 import torch
 from torch import nn
 
-KV_CACHE = []  # the mistake: it belongs to the program, not to a sequence
+KV_CACHE = []  # the mistake: all sequences share it
 
 
 class ListAttention(nn.Module):
@@ -34,7 +35,7 @@ class ListAttention(nn.Module):
 
 
 class OwnListAttention(ListAttention):
-    """As intended: the list is the module's, and can be emptied."""
+    """As intended: the module owns the list, and can empty it."""
 
     def __init__(self, d_model=32):
         super().__init__(d_model)

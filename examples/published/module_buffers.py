@@ -1,7 +1,8 @@
-"""Module buffers as in a book's decoder: attention modules that own their cache, and a mask cut to the new tokens.
+"""Module buffers in the style of a book: attention modules that own their cache, and a mask cut to the new tokens.
 
-A prompt on an empty cache is right, and so is one token on a full one, because a mask of one by one fits any row of
-scores. A chunk of several tokens on a cache fails on the mask's shape. Try it, as published and mended:
+A prompt on an empty cache is right, and so is a single token on a cache, because a mask of one by one broadcasts to any
+row of scores. A chunk of several tokens on a cache fails on the shape of the mask. Check it as published and as
+intended:
 
     kvconform check examples/published/module_buffers.py:Decoder
     kvconform check examples/published/module_buffers.py:Decoder --init '{"mended": true}'

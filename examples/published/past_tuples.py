@@ -1,6 +1,6 @@
-"""Past tuples as intended: a layer takes the keys and values of the past and returns the grown ones.
+"""Past tuples as intended: a layer takes the keys and values of the past, and returns them with the new ones appended.
 
-The causal mask stands at the bottom right of the scores: the last new token sees every key. Try it:
+The causal mask is aligned to the bottom right of the scores: the last new token sees every key. Check it:
 
     kvconform check examples/published/past_tuples.py:PastTuples
 """

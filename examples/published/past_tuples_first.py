@@ -1,7 +1,7 @@
-"""Past tuples as first listed in a notebook: ``is_causal=True``, with a cache as without one.
+"""Past tuples as first listed in a notebook: ``is_causal=True`` with and without a cache.
 
-torch puts the causal triangle at the top left of the scores. A decode step has one query, whose row is the first one:
-it sees key 0 and no other. It runs, and the text reads badly. Try it:
+torch aligns the causal triangle to the top left of the scores. The only query of a decode step is in the first row, so
+it sees only key 0. The code raises no exception, and generates bad text. Check it:
 
     kvconform check examples/published/past_tuples_first.py:FirstListing
 """

@@ -1,7 +1,7 @@
 """Past tuples as listed later in the same notebook: ``is_causal=(past_kv is None)``.
 
-It is right for a prompt on an empty cache and for one token on a full one. A chunk of several tokens on a cache has no
-mask at all: each of them sees those that come after it. Try it:
+It is right for a prompt on an empty cache, and for a single token on a cache. A chunk of several tokens on a cache has
+no mask: each token also sees the tokens after it. Check it:
 
     kvconform check examples/published/past_tuples_second.py:SecondListing
 """

@@ -1,63 +1,69 @@
-"""``conformance(backend)``: the suite as one importable call, for people's own tests."""
+"""``conformance(backend)``: the suite as one importable call, for tests of other projects."""
 
 from __future__ import annotations
 
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from kvconform.judging.verdict import Outcome
+from kvconform.errors import BackendUnavailable, Unavailable
 from kvconform.results.known_failures import EMPTY
 from kvconform.results.known_failures import read as read_known_failures
-from kvconform.results.results import Results, exit_code
-from kvconform.run.run import Plan, cells, run_backend
-from kvconform.search.effort import EFFORTS
-from kvconform.worker.client import WorkerSpec
+from kvconform.results.results import Results
+from kvconform.run.run import plan_for, run_backend
+from kvconform.search.effort import DEFAULT_EFFORT
+from kvconform.worker.client import STEP_TIMEOUT, WorkerSpec
 from kvconform.worker.registry import address_of
 
 
 def conformance(
     backend: str | type,
     *,
-    effort: str = "smoke",
+    effort: str = DEFAULT_EFFORT,
     seed: int = 0,
     device: str = "cpu",
-    dtypes: tuple[str, ...] = ("float32",),
-    clauses: tuple[str, ...] = (),
-    configs: tuple[str, ...] = (),
+    dtypes: Sequence[str] = ("float32",),
+    clauses: Sequence[str] = (),
+    configs: Sequence[str] = (),
     python: str = sys.executable,
-    out: Path | str | None = None,
+    step_timeout: float = STEP_TIMEOUT,
     known_failures: Path | str | None = None,
+    out: Path | str | None = None,
 ) -> Results:
-    """Judges a backend: an address (installed name, ``module:Name``, ``file.py:Name``) or the class itself.
+    """Judges a backend, and returns its results if nothing speaks against conformance (``Results.ok``).
 
-    Returns the results where the backend is conformant. Raises AssertionError with one line for each broken clause,
-    or with the reason why there is no verdict. ``clauses`` and ``configs`` select by the beginning of their names;
-    then something selected must pass, and nothing may be broken, inconclusive or not exercised. Raises ValueError
-    where they select nothing. ``known_failures``: a file of known failures; SpecError, a ValueError, where it is malformed.
+    backend: the class, or an address: an installed name, ``module:Name`` or ``file.py:Name``.
+    effort: how much is tried for each cell: ``smoke``, ``pr`` or ``nightly``.
+    clauses, configs: prefixes of names; only matching cells are judged.
+    python: the interpreter of the worker process.
+    step_timeout: seconds without progress after which a worker is killed.
+    known_failures: a TOML file of known failures.
+    out: the folder for results and counterexamples; default: a temporary one.
+
+    Raises AssertionError with one line for each failure if the backend is not conformant, or if a selected core clause
+    was not passed; ValueError (``BadArgument``, ``SpecError``, ``InvalidBackend``) for a bad argument, a malformed file
+    or a class that is not a backend; ``Unavailable`` if this machine lacks something, which a test may turn into a skip;
+    ``BackendUnavailable`` if the backend does not exist or fails to load.
     """
     known = EMPTY if known_failures is None else read_known_failures(Path(known_failures))
     address = backend if isinstance(backend, str) else address_of(backend)
+    plan = plan_for(effort, seed, dtypes, clauses, configs)
+    spec = WorkerSpec(address, device, python, step_timeout)
     with tempfile.TemporaryDirectory(prefix="kvconform-") as scratch:
-        folder = Path(out) if out is not None else Path(scratch)
-        plan = Plan(EFFORTS[effort], seed, dtypes, clauses, configs)
-        if not any(cells(plan)):
-            raise ValueError(f"no cell matches clauses {clauses or '*'} and configs {configs or '*'}")
-        name = file_name(address)
-        results = run_backend(name, WorkerSpec(address, device, python), plan, folder, known_failures=known)
-        code, sentence = exit_code(results)
-        outcomes = {verdict.outcome for verdict in results.verdicts}
-        harmless = {Outcome.PASS, Outcome.KNOWN_FAILURE, Outcome.REFUTED, Outcome.UNSUPPORTED}
-        part = Outcome.PASS in outcomes and outcomes <= harmless and not results.stale
-        if code == 0 or (part and (clauses or configs)):
-            return results
-        lines = [f"{v.clause} on {address} [{v.config}]: {v.sentence}" for v in results.verdicts if v.outcome.broken]
-        raise AssertionError("\n".join([f"{address}: {sentence}", *lines, *results.stale]))
+        folder = Path(scratch if out is None else out)
+        results = run_backend(file_name(address), spec, plan, folder, known_failures=known)
+    if results.ok:
+        return results
+    if results.exit_code == 3:
+        raise (Unavailable if results.lacking else BackendUnavailable)(results.unavailable)
+    lines = [f"{v.clause} on {address} [{v.config}]: {v.sentence}" for v in results.failures]
+    raise AssertionError("\n".join([f"{address}: {results.summary}", *lines, *results.stale]))
 
 
 def file_name(address: str) -> str:
-    """A short name for a backend's results: the last word of its address, ``LlamaConfig-static`` for a target that is
+    """A short name for a backend's results: the last word of its address; ``LlamaConfig-static`` for a target that is
     called in several ways."""
     target, _, text = address.partition("?")
     kind, colon, rest = target.partition(":")

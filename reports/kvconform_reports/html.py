@@ -45,7 +45,7 @@ def render(
         failures=tables.failures(results, folder),
         known=tables.known(results, folder),
         levels=tables.levels(),
-        sights=explanations.sights(results),
+        explanations=explanations.explanations(results),
         legend_of_maps=maps.legend(),
         guarantees=tables.guarantees(results, folder),
         reasons=tables.reasons(results),

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from kvconform.bench.record import Record
+from kvconform.explain.diagnosis.text import sentence
 from kvconform.judging.verdict import Outcome
 from kvconform.mutation import record as audit_record
 from kvconform.results.results import Results
@@ -101,7 +102,7 @@ def _failures(results: Sequence[Results], folder: str) -> str:
         lines.append(f"- and {len(found) - MOST_FAILURES} more: the report has them all")
     for label, result in zip(labels(results), results, strict=True):
         for config, diagnosis in result.diagnoses.items():
-            lines.append(f"- **{text(label)}** under {text(config)}: {text(diagnosis.sentence or diagnosis.signature)}")
+            lines.append(f"- **{text(label)}** under {text(config)}: {text(sentence(diagnosis))}")
     return "\n".join(lines)
 
 
@@ -206,12 +207,11 @@ def _published(section: speed.Section) -> list[str]:
 
 
 def _power(results: Sequence[Results]) -> str:
-    """Of each power_table how much it rejects, and where it is weakest."""
+    """For each power table how much it rejects, and where it is weakest."""
     found = power(results)
     if found is None:
         return ""
-    said = [(dtype, " ".join(words[:2])) for dtype, words in found.summaries]
-    lines = [f"- {text(dtype)}: {text(words)}" for dtype, words in (*said, *found.faults)]
+    lines = [f"- {text(dtype)}: {text(' '.join(words[:2]))}" for dtype, words in found.summaries]
     return "\n".join(("### Power of the clauses", "", *lines))
 
 

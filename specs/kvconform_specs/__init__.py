@@ -1,4 +1,4 @@
-"""The spec of a KV cache: what must hold, stated as data and arithmetic.
+"""The spec of a KV cache, as data and arithmetic.
 
 Only ``numpy`` is needed to import ``config``, ``program``, ``claims``, ``history``, ``tensors``, ``definition``,
 ``bounds`` and ``oracle``; the strategies of programs in ``clauses`` need ``hypothesis`` as well.

@@ -1,4 +1,4 @@
-"""What a backend declares before it runs. An undeclared ability is *unsupported*, never a pass."""
+"""What a backend declares before it runs. A clause that needs more than it claims is *unsupported*, never a pass."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from kvconform_specs.errors import SpecError
 
 ABILITIES = {
     "uncached_forward": "has a cache-less forward of its own",
-    "length": "tells how many tokens each row holds",
-    "free_slots": "tells how many more tokens each row takes",
-    "truncate": "can forget the end of a sequence",
+    "length": "reports how many tokens each row holds",
+    "free_slots": "reports how many more tokens each row takes",
+    "truncate": "can remove the last tokens of a sequence",
     "fork": "can copy a sequence",
     "reorder": "can permute and repeat the rows of a sequence",
     "reset": "can empty a sequence and keep its handle",
-    "immutable": "leaves the handle that a step was given as it was, so that both can go on",
+    "immutable": "does not change the handle that a step was given, so that both can continue",
     "ragged": "takes rows that grow by different counts",
-    "mask": "takes a mask of the caller's, which joins causality and window (attention profile)",
-    "contents": "shows the keys and values that it holds",
+    "mask": "takes a caller's mask, which is combined with causality and window (attention profile)",
+    "contents": "gives the keys and values that it holds",
     "poison": "can fill the slots that hold no token with a number",
-    "in_place": "can write the present into the memory of the past, or into memory of its own, as it is told",
-    "bytes": "tells how many bytes the keys and values of a sequence take",
+    "in_place": "can write the present into the memory of the past, or into other memory, as requested",
+    "bytes": "reports how many bytes the keys and values of a sequence take",
     "macs": "counts the multiply-adds of a step",
     "graph_count": "counts the graphs that it compiled or captured",
     "refusal": "refuses malformed calls with an exception",
-    "generate": "generates greedily on its own (decoder profile)",
-    "last_only": "can give the last position's output alone (decoder profile)",
+    "generate": "has a greedy generation of its own (decoder profile)",
+    "last_only": "can give the last position's output only (decoder profile)",
 }
 
 REFERENCES = ("definition", "self")
-"""What outputs are judged by: the definition, or a black box's own cache-less forward."""
+"""What outputs are compared with: the definition, or a black box's own cache-less forward."""
 
 DERIVED: dict[str, Callable[[Claims], bool]] = {
     "overflow refused": lambda claims: claims.overflow == "refused",
@@ -46,16 +46,30 @@ DERIVED: dict[str, Callable[[Claims], bool]] = {
     "two rows": lambda claims: (claims.max_batch or 2) > 1,
     "two sequences": lambda claims: (claims.max_sequences or 2) > 1,
 }
-"""What a clause may need that follows from other fields than ``abilities``."""
+"""What a clause may need besides ``abilities``; it follows from the other claims."""
+
+ENOUGH: dict[str, dict[str, Any]] = {
+    "overflow refused": {"overflow": "refused"},
+    "poison-safe slots": {"unused_slots": "any"},
+    "left padding": {"padding": ("right", "left"), "abilities": ("ragged",)},
+    "pages": {"page": 4},
+    "quantised cache": {"kv_bits": 8},
+    "lossless cache": {"kv_bits": 0},
+    "residual window": {"kv_bits": 8, "residual": 3},
+    "bound on graphs": {"max_graphs": 8, "abilities": ("graph_count",)},
+    "two rows": {"max_batch": None},
+    "two sequences": {"max_sequences": None},
+}
+"""For each need of ``DERIVED`` claims from which it follows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """How an implementation computes, as far as its bound depends on it (``bounds.py``).
+    """How an implementation computes, as far as the error bound depends on it (``bounds.py``).
 
     intermediates: ``single``: scores and weights are kept in float32; ``storage``: rounded to the config's dtype.
-    kv_bits: keys and values are stored as integers of that many bits, with one absmax scale a token and head; 0: in
-    the config's dtype. residual: the newest tokens of a row that are not quantised.
+    kv_bits: keys and values are stored as integers of that many bits, with one absmax scale for each token and head;
+    0: in the config's dtype. residual: the number of newest tokens of a row that are not quantised.
     """
 
     intermediates: str = "single"
@@ -65,19 +79,19 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """The declaration of one backend; clauses choose their programs by it, and check that it is true.
+    """The declaration of one backend. Clauses choose their programs by it, and check that it is true.
 
-    max_batch, max_chunk, max_sequences: largest batch, longest append, most live sequences; ``None`` is unlimited.
-    returns: ``all``: an append gives an output for each new token; ``last``: for the last one only.
-    overflow: what one token more than ``capacity`` does: ``refused`` (an exception) or ``undefined``.
-    padding: on which sides of ragged rows the columns may lie that hold no token.
-    retention: ``all`` tokens, or those that the ``window`` still shows. unused_slots: what slots without a token may hold
-    unnoticed: ``finite`` numbers, or ``any``, NaN and infinities included. page: tokens a page; None: no pages.
-    memory: what a sequence's bytes follow: its ``length``, the ``capacity``, or whole ``pages``.
-    max_graphs: most graphs that a backend compiles or captures, whatever it is asked. intermediates, kv_bits, residual:
-    see ``Precision``. reference: what the outputs are judged by (``REFERENCES``); ``self`` is of backends whose weights the
-    harness does not set. rounding: whether an output's last bits are its ``own`` tokens' alone, or ``shared`` with
-    other tokens of the call, cached or not (experts that share a product of matrices); of black boxes it is measured.
+    max_batch, max_chunk, max_sequences: the largest batch, the longest append in tokens, the most open sequences;
+    ``None`` is unlimited. returns: ``all``: an append gives an output for each new token; ``last``: for the last one
+    only. overflow: the result of an append beyond the ``capacity``: ``refused`` (an exception) or ``undefined``.
+    padding: the sides on which columns of ragged rows may hold no token. retention: the tokens that are kept: ``all``,
+    or those in the ``window``. unused_slots: what slots without a token may hold without an effect: ``finite`` numbers,
+    or ``any``, including NaN and infinities. page: tokens in a page; None: no pages. memory: what the bytes of a
+    sequence are proportional to: its ``length``, the ``capacity``, or whole ``pages``. max_graphs: the most graphs that
+    the backend compiles or captures, for any program. intermediates, kv_bits, residual: see ``Precision``. reference:
+    what outputs are compared with (``REFERENCES``); ``self`` is for backends whose weights the harness does not set.
+    rounding: whether the last bits of an output depend on its ``own`` tokens only, or are ``shared`` with other tokens
+    of the call (experts that share a matrix product); it is measured for black boxes.
     """
 
     profiles: tuple[str, ...] = ()
@@ -136,8 +150,8 @@ class Claims:
             raise SpecError("claims.kv_bits", "a signed integer has at least 2 bits, got 1")
 
     def can(self, ability: str) -> bool:
-        """Whether an ability is claimed, or follows from the other claims (``DERIVED``). Raises SpecError for a name that
-        is neither."""
+        """Whether an ability is claimed, or a need follows from the other claims (``DERIVED``). Raises SpecError for
+        any other name."""
         if ability in DERIVED:
             return DERIVED[ability](self)
         if ability not in ABILITIES:

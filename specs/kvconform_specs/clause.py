@@ -1,4 +1,4 @@
-"""What a clause is: one normative sentence, the programs that try it, and the relation that must hold."""
+"""A clause: one normative sentence, the programs that test it, and the relations that must hold."""
 
 from __future__ import annotations
 
@@ -17,37 +17,40 @@ from kvconform_specs.program import Program
 
 
 class Level(Enum):
-    """``must``: who breaks it is not conformant. ``should``: a guarantee that is measured and told, not demanded."""
+    """``must``: a backend that violates it is not conformant. ``should``: a guarantee that is measured and reported."""
 
     MUST = "must"
     SHOULD = "should"
 
 
 class Relation(Enum):
-    """The closed list of what can be asked of a case's traces. Every legal step must also run, every reject refuse."""
+    """The closed list of what a clause can require of a case's traces. In addition every legal step must run, and every
+    reject step must be refused."""
 
     PARITY = "each output is within its bound of the definition's value"
     AGREEMENT = "outputs that have the same history in both programs differ by no more than the sum of their bounds"
-    INSENSITIVE = "outputs that have the same history in both programs are the same, bit for bit"
-    SENSITIVE = "outputs whose history was changed move, wherever the definition moves more than both bounds"
-    SHAPE = "outputs have the shape and dtype that the config and the step demand"
-    LENGTHS = "after each step the backend tells the number of tokens that each row holds"
-    FREE_SLOTS = "after each step the backend tells how many more tokens each row takes: the capacity less its length"
+    INSENSITIVE = "outputs that have the same history and place in both programs are equal bit for bit"
+    SENSITIVE = "outputs whose history differs change, wherever the definition's value changes by more than both bounds"
+    SHAPE = "outputs have the shape and dtype that the config and the step require"
+    LENGTHS = "after each step the backend reports the number of tokens that each row holds"
+    FREE_SLOTS = (
+        "after each step the backend reports how many more tokens each row takes: the capacity minus its length"
+    )
     CONTENTS = "a read gives each row's keys and values as they were appended, within half a step of quantisation"
-    STABLE_CONTENTS = "what two reads show of the same token is the same, bit for bit"
+    STABLE_CONTENTS = "two reads give the same keys and values of a token, bit for bit"
     RETAINED_COUNT = (
-        "a read shows each row's newest tokens, all that a later query may see, and no more than the row holds"
+        "a read gives each row's newest tokens: at least those that later queries may see, no more than it holds"
     )
     FINITE = "every output is a finite number"
-    BITWISE = "outputs that have the same history in both programs are the same, bit for bit, wherever they stand"
-    SAME_TOKEN = "the largest logit is the definition's, wherever its lead exceeds the two bounds"
+    BITWISE = "outputs that have the same history in both programs are equal bit for bit, whatever their places"
+    SAME_TOKEN = "the token with the largest logit is the definition's, wherever its lead exceeds the two bounds"
     GENERATED = (
         "no logit exceeds a generated token's by more than the two bounds, on the prompt and the tokens before it"
     )
     GRAPH_COUNT = "the backend has compiled no more graphs than it claims"
     BYTES = "the cache takes 2 l g s d b numbers of the storage dtype, s as claimed: length, capacity or whole pages"
     POSITIONS = "a step multiplies weights for its new tokens only"
-    LINEAR_COST = "the multiply-adds of equal steps grow with the depth by equal amounts, attention's at most"
+    LINEAR_COST = "the multiply-adds of equal steps grow linearly with the depth, by no more than attention's"
 
     @property
     def compares_two(self) -> bool:
@@ -78,7 +81,7 @@ class Relation(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """The programs of one trial. The first is the base; relations of two compare it with each of the others."""
+    """The programs of one trial. The first is the base; some relations compare it with each of the others."""
 
     programs: tuple[Program, ...]
 
@@ -99,7 +102,7 @@ class Case:
 
 
 def ordinary(config: Config) -> bool:
-    """Every config but those for long contexts."""
+    """Whether the config is not one for long contexts."""
     return config.capacity < LONG
 
 
@@ -111,12 +114,12 @@ def long(config: Config) -> bool:
 class Clause:
     """One clause of the spec.
 
-    name: stable, ``chapter.words``. text: the normative sentence. why: real bugs that it stops, as links.
-    needs: what a backend must claim (``claims.ABILITIES``, ``claims.DERIVED``), else the clause is *unsupported*
-    there; needs_any: at least one of these. applies: whether it says anything about a config. core: without a PASS
-    here no profile of a backend is conformant. strategy: the programs, drawn for a config within a backend's claims.
-    share: how many structures are drawn, as a fraction of the effort's, and variants: how many seeds of each are tried
-    at most: less where programs are long, or few shapes matter.
+    name: stable, ``chapter.words``. text: the normative sentence. why: links to real bugs that it would have caught.
+    needs: what a backend must claim (``claims.ABILITIES``, ``claims.DERIVED``); otherwise the clause is *unsupported*.
+    needs_any: at least one of these must be claimed. applies: whether the clause concerns a config. core: without a
+    PASS on it no profile of a backend is conformant. strategy: the programs, drawn for a config within a backend's
+    claims. share: the number of structures that are drawn, as a fraction of the effort's. variants: the most seeds of
+    each structure that are run; fewer where programs are long, or where few shapes matter.
     """
 
     name: str
@@ -143,12 +146,13 @@ class Clause:
         return any(relation.needs_reference for relation in self.relations)
 
     def concerns(self, config: Config) -> bool:
-        if config.profile == "hidden":  # its programs are a decoder's, but nothing is picked from its outputs
+        """Whether the clause is tested on a config."""
+        if config.profile == "hidden":  # its programs are a decoder's, but no token is chosen from its outputs
             picks = any(relation.picks_token for relation in self.relations)
             return "decoder" in self.profiles and not picks and self.applies(config)
         return config.profile in self.profiles and self.applies(config)
 
     @property
     def blind(self) -> bool:
-        """Whether it says nothing about a black box that is judged by its own forward: it is about that forward."""
+        """Whether it does not apply to a black box: it concerns the very forward that the black box is judged by."""
         return self.chapter == "definition"

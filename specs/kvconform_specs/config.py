@@ -1,4 +1,4 @@
-"""A config: one point of the family of attention layers and decoders that the suite asks for.
+"""A config: sizes and semantics of one attention layer or decoder that the suite tests.
 
 Axes, everywhere in this project: ``b`` batch, ``h`` query heads, ``g`` KV heads, ``t`` new tokens,
 ``s`` cached + new tokens, ``d`` head dim, ``l`` layers.
@@ -21,20 +21,19 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Sizes and semantics of one layer (profile ``attention``), one decoder (profile ``decoder``), or what maps hidden
-    states ``(b, t, width)`` to ``(b, t, width or vocabulary)`` (profile ``hidden``, of black boxes alone).
+    """Sizes and semantics of one layer (profile ``attention``), one decoder (profile ``decoder``), or a map from hidden
+    states ``(b, t, width)`` to ``(b, t, width or vocabulary)`` (profile ``hidden``, for black boxes only).
 
-    The sizes of a config are pairwise distinct wherever a clause does not want them equal, so that a swapped axis
-    cannot go unnoticed. ``init_std`` is 0.3 because near-uniform attention (0.02) hides mistakes of position.
+    The sizes of a config are pairwise distinct unless a clause needs them equal, so that a swapped axis is always
+    detected. ``init_std`` is 0.3 because nearly uniform attention (0.02) hides wrong positions.
 
-    window: number of visible keys, the token itself included; ``None`` is unlimited. window_every: the layers whose
-    number it divides have the window, the others see everything (2: sliding layer first, then a full one, and so on).
+    window: number of visible keys, the token itself included; ``None`` is unlimited. window_every: layers whose number
+    it divides have the window, the others have none (2: a sliding layer first, then a full one, and so on).
     softcap: scores become ``softcap * tanh(scores / softcap)``, before bias and mask; ``None`` is off.
-    sink: the score that joins the softmax's denominator and has no value, ``sink * (i + 1) / heads`` for query head
-    ``i``; ``None`` is none. positions ``alibi``: a bias on the scores, also in the attention profile.
-    scale: factor of the scores; ``None`` is ``1 / sqrt(head_dim)``.
-    capacity: how many tokens a sequence may hold.
-    width, mlp: model width and width of the gated MLP (``mlp=0``: no MLP); read by the decoder only.
+    sink: a score without a value in the softmax's denominator, ``sink * (i + 1) / heads`` for query head ``i``;
+    ``None`` is none. positions ``alibi``: a bias on the scores, also in the attention profile.
+    scale: factor of the scores; ``None`` is ``1 / sqrt(head_dim)``. capacity: the most tokens of a sequence.
+    width, mlp: model width and width of the gated MLP (``mlp=0``: no MLP); used by the decoder only.
     reserved: token ids that no program uses, such as a black box's padding.
     """
 
@@ -78,11 +77,11 @@ class Config:
             if self.positions == "rope" and self.head_dim % 2:
                 raise SpecError("config.head_dim", f"rope needs an even head dim, got {self.head_dim}")
             if len({token for token in self.reserved if 0 <= token < self.vocabulary}) == self.vocabulary:
-                raise SpecError("config.reserved", f"leaves none of {self.vocabulary} tokens")
+                raise SpecError("config.reserved", f"includes all of {self.vocabulary} tokens")
         elif self.profile == "hidden":
             _at_least("config.width", self.width, 1)
         elif self.layers != 1 or self.positions not in ("none", "alibi"):
-            raise SpecError("config.layers", "the attention profile is one layer whose only positions are alibi's")
+            raise SpecError("config.layers", "the attention profile is one layer without positions or with alibi")
 
     @property
     def group(self) -> int:
@@ -95,11 +94,11 @@ class Config:
 
     @property
     def outputs(self) -> int:
-        """Numbers that a token's output has: ``h * d``, the vocabulary, or hidden channels."""
+        """Numbers in the output of one token: ``h * d``, the vocabulary, or hidden channels."""
         return self.heads * self.head_dim if self.profile == "attention" else self.vocabulary or self.width
 
     def window_of(self, layer: int) -> int | None:
-        """The window of that layer; None where it sees everything."""
+        """The window of that layer; None if it has none."""
         return self.window if layer % self.window_every == 0 else None
 
     def to_json(self) -> dict[str, Any]:
@@ -112,7 +111,7 @@ class Config:
 
 
 def take(data: object, at: str, known: set[str]) -> dict[str, Any]:
-    """The fields of a JSON object. Raises SpecError where it is no object or has a field that is not known."""
+    """The fields of a JSON object. Raises SpecError if it is not an object or has an unknown field."""
     if not isinstance(data, dict):
         raise SpecError(at, f"want an object, got {type(data).__name__}")
     for name in data:

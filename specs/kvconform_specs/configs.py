@@ -1,8 +1,8 @@
-"""The closed table of configs that the suite asks every backend for; their sizes are pairwise distinct.
+"""The closed table of configs on which every backend is tested; the sizes of each are pairwise distinct.
 
-Together they cover MHA, GQA, MQA, window, softcap, a sink, a scale of one's own, head dims that are no multiple of 8,
-layers with and without a window in one decoder, each kind of positions, and one long context. They are few because
-compiled and exported backends take long to build.
+Together they cover MHA, GQA, MQA, window, softcap, a sink, a given scale, head dims that are not multiples of 8, layers
+with and without a window in one decoder, each kind of positions, and a long context. They are few because compiled and
+exported backends take long to build.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ CONFIGS: dict[str, Config] = {
     ),
 }
 LONG = 1024
-"""From this capacity on a config is for clauses about long contexts, and for no other: its programs take long."""
+"""A config of this capacity or more is for clauses about long contexts only: its programs take long."""
 
 
 def config_named(name: str, dtype: str = "float32") -> Config:
-    """The config of that name in a dtype. Raises SpecError where there is none."""
+    """The config of that name in a dtype. Raises SpecError if there is none."""
     if name not in CONFIGS:
         raise SpecError("config", f"no config named {name!r}; known: {', '.join(CONFIGS)}")
     return replace(CONFIGS[name], dtype=dtype)
 
 
 def label(name: str, dtype: str) -> str:
-    """How a config is called in results: its name, and its dtype where that is not float32."""
+    """The name of a config in results: its own, with its dtype unless that is float32."""
     return name if dtype == "float32" else f"{name}-{dtype}"

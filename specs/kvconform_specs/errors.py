@@ -1,4 +1,4 @@
-"""The base of all errors of this project, and the one error of bad input to the spec."""
+"""The base class of this project's errors, and the error of invalid input to the spec."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ class KvconformError(Exception):
 
 
 class SpecError(KvconformError, ValueError):
-    """Says where the input is wrong, what came and what is known.
+    """Invalid input: where, what was given and what is known.
 
-    ``at`` is the place in dotted form, ``steps[2].op`` for instance.
+    ``at`` is the place in dotted form, such as ``steps[2].op``.
     """
 
     def __init__(self, at: str, message: str) -> None:

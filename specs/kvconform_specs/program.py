@@ -138,8 +138,7 @@ class Poison:
 class Reject:
     """A call that the backend must refuse with an exception, and that must change nothing.
 
-    wrong: the way in which the inputs of an otherwise legal append are malformed (``MALFORMED``); empty: the call
-    itself is not legal.
+    wrong: how the inputs of an otherwise legal append are malformed (``MALFORMED``); empty: the call is not legal.
     """
 
     step: Append | Truncate | Reorder
@@ -177,9 +176,9 @@ MALFORMED = {
     "decoder": ("dtype", "rank", "batch", "vocabulary"),
     "hidden": ("dtype", "rank", "batch", "width"),
 }
-"""What can be wrong with the inputs of an append: integers instead of floats, or floats instead of token ids; a missing
-axis; one KV head too many; a head dim that is one too small; one row more than the cache has; one value fewer than
-keys; a token id that is not in the vocabulary; one channel too few."""
+"""What can be wrong with the inputs of an append: integers for floats, or floats for token ids; a missing axis; a KV
+head too many; a head dim one too small; a row too many; fewer values than keys; an unknown token id; a channel too few.
+"""
 NAMES = {kind: op for op, kind in OPS.items()}
 R = TypeVar("R")
 
@@ -263,8 +262,7 @@ class Program:
     @property
     def span(self) -> int:
         """An upper bound of the positions of its streams that the program reaches."""
-        runs = [called(step) for step in self.steps]
-        return sum(max(step.counts) for step in runs if isinstance(step, Append | UncachedForward))
+        return sum(max(s.counts) for s in map(called, self.steps) if isinstance(s, Append | UncachedForward))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -373,9 +371,9 @@ def _problem_of_run(config: Config, lengths: Lengths, step: Run) -> tuple[str, s
             return "seed", f"want a seed of 0..{MAX_SEED}, got {seed}"
     if step.distribution not in DISTRIBUTIONS:
         return "distribution", f"unknown value {step.distribution!r}; known: {', '.join(DISTRIBUTIONS)}"
-    masked = step.masked if isinstance(step, Append) else ()
     places = [("substitutions", row, position) for row, position, _seed in step.substitutions]
-    for name, row, position in (*places, *(("masked", *place) for place in masked)):
+    places += [("masked", *place) for place in step.masked] if isinstance(step, Append) else []
+    for name, row, position in places:
         if not 0 <= row < len(grown) or not 0 <= position < grown[row]:
             return name, f"no token at row {row}, position {position}"
     match step:
@@ -387,8 +385,8 @@ def _problem_of_run(config: Config, lengths: Lengths, step: Run) -> tuple[str, s
             return "last_only", f"want equal counts, got {list(step.counts)}"
         case Generate() if config.profile != "decoder":
             return "op", "only the decoder profile generates tokens"
-        case Generate(counts=counts) if len(set(counts)) > 1:
-            return "counts", f"want prompts of one length, got {list(counts)}"
+        case Generate() if len(set(step.counts)) > 1:
+            return "counts", f"want prompts of one length, got {list(step.counts)}"
         case Generate(counts=(count, *_), new=new) if not 1 <= new <= config.capacity - count:
             return (
                 "new",

@@ -1,7 +1,7 @@
 """Hypothesis strategies for structure: shapes, steps and one seed, never tensor elements.
 
-They build legal programs within a backend's claims and leave out what the claims leave out. Lists are drawn and then
-cut to the capacity, so that they shrink well.
+They build legal programs within a backend's claims, and use only what is claimed. Lists are drawn and then cut to the
+capacity, so that they shrink well.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
@@ -35,9 +37,32 @@ LONGEST_CHUNK = 9
 LARGEST_BATCH = 3
 
 Draw = Callable[..., Any]
-"""What Hypothesis hands to a composite strategy."""
+"""The first argument of a composite strategy."""
 
+T = TypeVar("T")
 seeds = st.integers(0, 2**31 - 1)
+
+
+def drawn(strategy: SearchStrategy[T], number: int, seed: int = 0) -> list[T]:
+    """The first values that Hypothesis draws from a strategy with that seed, ``number`` at most. The first is the
+    simplest."""
+    values: list[T] = []
+
+    @hypothesis_seed(seed)
+    @settings(
+        max_examples=number,
+        deadline=None,
+        database=None,
+        verbosity=Verbosity.quiet,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def draw(value: T) -> None:
+        values.append(value)
+
+    draw()
+    return values
 
 
 def batches(claims: Claims) -> SearchStrategy[int]:
@@ -45,7 +70,7 @@ def batches(claims: Claims) -> SearchStrategy[int]:
 
 
 def counts(claims: Claims, longest: int = LONGEST_CHUNK) -> SearchStrategy[int]:
-    """Every other one is a decode step."""
+    """Numbers of new tokens; every other one is 1, a decode step."""
     longest = min(claims.max_chunk or longest, longest)
     return st.integers(-longest // 2, longest).map(lambda drawn: max(drawn, 1))
 
@@ -53,7 +78,7 @@ def counts(claims: Claims, longest: int = LONGEST_CHUNK) -> SearchStrategy[int]:
 def splits(
     config: Config, claims: Claims, least: int = 1, most: int = 5, capacity: int | None = None
 ) -> SearchStrategy[tuple[int, ...]]:
-    """Sizes of successive appends within the capacity; some end exactly where something changes (``edges``)."""
+    """Sizes of successive appends within the capacity; some end exactly at one of the ``edges``."""
     total = capacity or config.capacity
     lists = st.lists(counts(claims), min_size=least, max_size=most)
     ends = st.sampled_from((0, 0, *(edge for edge in edges(config) if edge <= total)))
@@ -67,7 +92,7 @@ def edges(config: Config) -> tuple[int, ...]:
 
 
 def landing(sizes: list[int], end: int, claims: Claims) -> tuple[int, ...]:
-    """The sizes, cut so that a decode step ends at ``end``, behind a prompt where they fall short of it; 0: as is."""
+    """The sizes, cut so that a decode step ends at ``end``; a prompt comes first if they are too few. 0: unchanged."""
     grown = (*at_once(max(end - sum(sizes), 0), claims), *sizes)
     stops = sorted({*accumulate(grown), end - 1, end} - {-1, 0})
     return tuple(b - a for a, b in pairwise((0, *stops)))
@@ -80,7 +105,7 @@ def fitted(sizes: Iterable[int], total: int) -> tuple[int, ...]:
 
 
 def resplit(total: int, claims: Claims) -> SearchStrategy[tuple[int, ...]]:
-    """Another way of cutting the same number of tokens."""
+    """Another way of splitting the same number of tokens."""
     longest = min(claims.max_chunk or LONGEST_CHUNK, LONGEST_CHUNK)
     return st.lists(counts(claims), max_size=6).map(
         lambda drawn: (*fitted(drawn, total), *pieces(total - sum(fitted(drawn, total)), longest))
@@ -135,15 +160,15 @@ VERBS = (
     "immutable",
     "refuse",
 )
-"""What a raw triple asks for, as often as it stands here; ``nothing`` is first, so that lists shrink."""
+"""The verbs of raw triples, with their frequencies; ``nothing`` is first, so that lists shrink."""
 
 
 @st.composite
 def histories(draw: Draw, config: Config, claims: Claims) -> Program:
-    """Any legal program over up to three live sequences, from what the backend claims to do.
+    """Any legal program over up to three open sequences, within the backend's claims.
 
-    Drawn as a list of raw triples that a model of the lengths turns into legal steps; a triple that finds nothing
-    legal to do is dropped.
+    A list of raw triples is drawn, which a model of the lengths turns into legal steps; a triple for which no step is
+    legal is dropped.
     """
     triples = st.tuples(st.integers(0, len(VERBS) - 1), st.integers(0, 5), st.integers(0, 63))
     drawn = draw(st.lists(triples, min_size=8, max_size=20))
@@ -177,7 +202,7 @@ class _Interpreter:
         return made or [self.append("a", 0)]
 
     def step(self, kind: int, seq: str, number: int) -> Step | None:
-        """The step, or an append where its verb is not claimed, or None where nothing legal can be done."""
+        """The step; an append if its verb is not claimed; None if no step is legal."""
         verb = VERBS[kind]
         if verb == "nothing":
             return None
@@ -202,6 +227,8 @@ class _Interpreter:
         if verb == "reorder":
             kept = len(rows) if number % 4 else 1 + number // 4 % min(self.claims.max_batch or 3, 3)
             picked = tuple((number // 4**i) % len(rows) for i in range(kept))
+            if number % 3 == 0:
+                picked = tuple((row + 1) % len(rows) for row in range(len(rows)))
             self.rows[seq] = tuple(rows[row] for row in picked)
             return Reorder(seq, picked)
         if verb == "reset":
@@ -219,7 +246,7 @@ class _Interpreter:
         chunk = 1 + number // 4 % longest
         count = (chunk, 1, chunk, end if 0 < end <= longest else 1)[number % 4]
         grown, pad = [count] * len(rows), None
-        self.seed += 17  # another stream for each step: what was truncated does not come back by itself
+        self.seed += 17  # another stream for each step: tokens that were truncated do not come back
         if claims.can("ragged") and number >= 32:
             grown = [(number // (row + 1)) % (longest + 1) for row in range(len(rows))]
             grown[number % len(rows)] = max(grown[number % len(rows)], 1)
@@ -229,7 +256,7 @@ class _Interpreter:
 
 
 def refusals(config: Config, claims: Claims, seq: str, rows: tuple[int, ...], seed: int) -> list[Reject]:
-    """Calls on a sequence with rows of these lengths that must be refused, as far as the backend claims to."""
+    """Calls on a sequence with rows of these lengths that must be refused by a backend with these claims."""
     found: list[Reject] = []
     beyond = config.capacity - max(rows) + 1
     if claims.can("overflow refused") and beyond <= (claims.max_chunk or beyond):
@@ -244,7 +271,7 @@ def refusals(config: Config, claims: Claims, seq: str, rows: tuple[int, ...], se
 
 
 def alone(program: Program, row: int) -> Program:
-    """That row of a program's appends by itself."""
+    """The program of one row of a program's appends."""
     steps = []
     for step in program.steps:
         assert isinstance(step, Append)
@@ -254,7 +281,7 @@ def alone(program: Program, row: int) -> Program:
 
 
 def arranged(seq: str, sizes: Iterable[int], order: tuple[int, ...], seed: int) -> tuple[Append, ...]:
-    """Appends whose row ``i`` reads the stream that belongs to row ``order[i]``: rows permuted, or all the same."""
+    """Appends whose row ``i`` reads the stream of row ``order[i]``: rows permuted, or all equal."""
     steps, length = [], 0
     for size in sizes:
         own = tuple(
@@ -294,17 +321,17 @@ def uneven(draw: Draw, config: Config, claims: Claims, side: str = "right") -> t
 def detours(
     draw: Draw, config: Config, claims: Claims, sizes: tuple[int, ...], batch: int, seed: int
 ) -> tuple[Step, ...]:
-    """Steps that leave sequence ``a`` with the same history as plain appends of ``sizes``, on a winding path."""
+    """Steps that leave sequence ``a`` with the same tokens as plain appends of ``sizes``, by detours."""
     steps: list[Step] = []
     length = 0
-    ways = [way for way in ("truncate", "fork", "reorder", "reset") if claims.can(way)]
+    ways = [way for way in ("truncate", "fork", "reorder", "reorder", "reset") if claims.can(way)]
     if (claims.max_sequences or 2) < 2 and "fork" in ways:
         ways.remove("fork")
     if "fork" in ways:
         ways.append("branch")
     if claims.overflow == "refused":
         ways.append("refuse")
-    sure = draw(st.integers(0, len(sizes) - 1))  # before this one there is a detour, if any is claimed
+    sure = draw(st.integers(0, len(sizes) - 1))  # before this append there is a detour, if any is claimed
     for number, size in enumerate(sizes):
         junk: int = draw(counts(claims, 3))
         way: str = draw(st.sampled_from(["on", *ways] if number != sure or not ways else ways))
@@ -328,7 +355,7 @@ def detours(
             steps += [Reorder("a", turn), Append("a", (size,) * batch, seed, own), Reorder("a", back)]
             length += size
             continue
-        elif way == "reset" and room:  # what it held is appended anew
+        elif way == "reset" and room:  # its tokens are appended again
             steps += [Append("a", (junk,) * batch, other), Reset("a")]
             steps += appends("a", at_once(length, claims), batch, seed)
         elif way == "refuse" and length and claims.max_chunk is None:

@@ -1,9 +1,9 @@
-"""Tensors from seeds: the only place where a program's contents become numbers.
+"""Tensors from seeds: the only module that turns a program's contents into numbers.
 
 Every number comes from the counter-based generator Philox-4x64 (Salmon et al., "Parallel random numbers: as easy as
 1, 2, 3", SC 2011): the key is the seed, the counter is the position. A token is therefore the same however the
-program is cut, and on every machine: a raw 64-bit word becomes a number by integer arithmetic and one rounding.
-Arrays are float32 that are already rounded to the config's dtype, so that the definition sees what a backend sees.
+program is split into steps, and on every machine: a raw 64-bit word becomes a number by integer arithmetic and one
+rounding. Arrays are float32, already rounded to the config's dtype: definition and backend get the same numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Array = NDArray[np.float32]
 _WEIGHTS, _ATTENTION, _TOKENS = 1, 2, 3  # second word of the key: one generator for each purpose
 _SPREAD = np.float32(1.0 / (65536.0 * np.sqrt(4.0 / 12.0)))  # 1 / sd of the sum of four 16-bit uniform integers
 NEEDLE_SCORE = 24.0
-"""The score that a needle gives its key: e^24 outweighs 4 096 other keys unless one is nearly parallel."""
+"""The score of a needle with its key: e^24 outweighs 4 096 other keys unless one is nearly parallel."""
 
 _FACTORS = {
     "normal": (1, 1, 1),
@@ -31,7 +31,7 @@ _FACTORS = {
     "zero_keys": (1, 0, 1),
     "small_keys_large_values": (1, 0.25, 16),
 }
-"""Query, key and value of each distribution; powers of two, which no dtype rounds."""
+"""Factors of query, key and value in each distribution; powers of two, which no dtype rounds."""
 
 _philox = np.random.Philox(key=0)
 _state = _philox.state
@@ -130,11 +130,11 @@ class Streams:
         return rounded(key * np.float32(NEEDLE_SCORE / c.score_scale) / norm, c.dtype)
 
     def inputs(self, step: Run, grown: tuple[Row, ...]) -> tuple[NDArray[np.generic], ...]:
-        """What a backend is given for ``step``, ``n`` variants in front; ``grown`` are the rows after the step.
+        """The inputs of ``step``, with ``n`` variants in front; ``grown`` are the rows after the step.
 
         Attention: query ``(n, b, h, t, d)``, key and value ``(n, b, g, t, d)``. Decoder: token ids ``(n, b, t)``.
         Hidden: hidden states ``(n, b, t, width)``.
-        Ragged rows are filled up to ``t = max(counts)`` on the side and with the stream that the step names.
+        Ragged rows are filled to ``t = max(counts)`` columns, on the side and with the stream that the step names.
         """
         t = max(step.counts)
         side, filling = (step.pad if isinstance(step, Append) else None) or ("right", None)
@@ -165,7 +165,7 @@ def mask(step: Append, grown: tuple[Row, ...]) -> NDArray[np.bool_]:
 
 
 def laid(x: NDArray[np.generic], layout: str) -> NDArray[np.generic]:
-    """The same numbers, laid out in memory as ``program.LAYOUTS`` says. Raises SpecError where rows must be equal."""
+    """The same numbers in a layout of ``program.LAYOUTS``. Raises SpecError if rows must be equal and are not."""
     if layout == "transposed":
         return np.ascontiguousarray(x.swapaxes(-3, -2)).swapaxes(-3, -2) if x.ndim > 2 else np.ascontiguousarray(x.T).T
     if layout == "sliced":
@@ -180,7 +180,7 @@ def laid(x: NDArray[np.generic], layout: str) -> NDArray[np.generic]:
 
 
 def malformed(inputs: tuple[NDArray[np.generic], ...], wrong: str, config: Config) -> tuple[NDArray[np.generic], ...]:
-    """The inputs of one step with what ``wrong`` says about them (``program.MALFORMED``)."""
+    """The inputs of one step, malformed in one way of ``program.MALFORMED``."""
     if wrong == "dtype":
         return tuple(x.astype(np.float32 if config.profile == "decoder" else np.int32) for x in inputs)
     if wrong == "rank":

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from kvconform_backends.published.list_cache import ListCache  # noqa: E402
 from kvconform_backends.published.module_buffers import ModuleBuffers  # noqa: E402
 from kvconform_backends.published.past_tuples import PastTuples  # noqa: E402
-from kvconform_backends.torch.decoder import Decoder, Sights, attend_to, attention, laid_out, masks  # noqa: E402
+from kvconform_backends.torch.decoder import Decoder, LayerMasks, attend_to, attention, laid_out, masks  # noqa: E402
 from kvconform_backends.torch.eager import Eager, EagerStatic, Torch  # noqa: E402
 from kvconform_specs.config import Config  # noqa: E402
 from kvconform_specs.tensors import weights  # noqa: E402
@@ -128,30 +128,30 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_is_chosen_to_be_seen_is_what_the_mask_of_all_positions_says(name: str) -> None:
     config = replace(LAYER, **VARIANTS[name])
-    sights, every = Sights(config, "cpu"), torch.arange(config.capacity)
+    layer_masks, every = LayerMasks(config, "cpu"), torch.arange(config.capacity)
     hidden = torch.ones(2, config.capacity, dtype=torch.bool)
     hidden[0, 1] = hidden[1, 5] = False
     for past, t in ((0, 1), (0, 3), (0, 9), (3, 1), (4, 1), (7, 1), (7, 3), (2, 6), (config.capacity - 1, 1)):
         s = past + t
         query, keys, values = heads(config, 2, t, s)
         for seen in (None, hidden[:, :s]):
-            (sight,) = sights.of(slice(past, s), s, seen)
+            (layer_mask,) = layer_masks.of(slice(past, s), s, seen)
             (mask,) = masks(config, every[past:s], every[:s], seen)
             exact = [x.double() for x in (query, keys, values)]
             want = attention(config, *exact, mask if mask.dtype == torch.bool else mask.double())
-            got = attend_to(config, sight, query, keys, values)
+            got = attend_to(config, layer_mask, query, keys, values)
             # scores below 8 and at most 24 keys: the class of a sum of 24 terms, with room for the exponential
             assert (got - want).abs().max() <= 24 * 16 * torch.finfo(torch.float32).eps * values.abs().max(), (past, t)
             if config.window is not None and seen is None:
-                assert s - sight.first == min(s, t + config.window - 1)  # no key that nobody sees is read
+                assert s - layer_mask.first == min(s, t + config.window - 1)  # no hidden key is read
 
 
 def test_a_prompt_into_an_empty_cache_needs_no_mask_unless_a_window_cuts_it() -> None:
-    sights = Sights(replace(LAYER, window=4), "cpu")
-    assert sights.of_layer(0, slice(0, 4), 4).causal
-    assert not sights.of_layer(0, slice(0, 5), 5).causal
-    assert not sights.of_layer(0, slice(1, 3), 3).causal  # torch would align it top-left
-    assert not Sights(replace(LAYER, sink=0.5), "cpu").of_layer(0, slice(0, 4), 4).causal
+    layer_masks = LayerMasks(replace(LAYER, window=4), "cpu")
+    assert layer_masks.of_layer(0, slice(0, 4), 4).causal
+    assert not layer_masks.of_layer(0, slice(0, 5), 5).causal
+    assert not layer_masks.of_layer(0, slice(1, 3), 3).causal  # torch would align it top-left
+    assert not LayerMasks(replace(LAYER, sink=0.5), "cpu").of_layer(0, slice(0, 4), 4).causal
 
 
 def test_nothing_in_a_slot_that_holds_no_token_reaches_a_step_of_rows_of_one_length() -> None:

@@ -73,7 +73,7 @@ def test_rows_that_are_not_there_cannot_be_reordered() -> None:
     backend = OnnxExported(config_named("attention-gqa"), {})
     _, cache = backend.step(backend.start(2), *tensors(backend.config, 2, 3))
     for rows in ([-1, 0], [0, 2], []):
-        with pytest.raises(ValueError, match=r"want rows of 0\.\.1, got"):
+        with pytest.raises(ValueError, match=r"rows are .*, expected one or more of 0\.\.1"):
             backend.reorder(cache, rows)
     assert backend.length(backend.reorder(cache, [1, 1, 0])) == [3, 3, 3]
 
@@ -82,7 +82,7 @@ def test_rows_that_are_not_there_cannot_be_reordered() -> None:
 def test_an_axis_that_the_export_made_a_constant_is_an_error() -> None:
     value = onnx.helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["batch", 3])
     model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [value], []))
-    with pytest.raises(RuntimeError, match=r"specialised input_ids: axes \['batch', 3\], want"):
+    with pytest.raises(RuntimeError, match=r"specialised input_ids: axes \[.batch., 3\], expected"):
         onnx_graphs.check_symbolic(model, {"input_ids": {0: "batch", 1: "new"}}, {0: "batch", 2: "past"})
 
 
@@ -98,7 +98,7 @@ def test_an_export_is_compared_with_the_module_it_was_made_from(small: OnnxExpor
     made = small.artefact(cached=True).read_bytes()
     for other in (replace(SMALL, window_every=1), replace(SMALL, window=2), replace(SMALL, positions="none")):
         module = onnx_graphs.Exportable(Decoder(other, weights(SMALL)))
-        with pytest.raises(RuntimeError, match=r"the exported graph's .* is not torch's for \(b, t, p\)"):
+        with pytest.raises(RuntimeError, match=r"the exported graph's .* differs from torch for \(b, t, p\)"):
             onnx_graphs._check_values(made, module, other, cached=True)
 
 
@@ -186,5 +186,5 @@ def test_without_a_gpu_the_backend_is_unavailable_and_no_config_is_refused() -> 
 
 def test_sixteen_bit_attention_is_refused_where_the_kernel_rounds_the_bias() -> None:
     assert OnnxExported.refuses(config_named("attention-gqa", "float16"), "cpu") is None
-    assert "float16 rounds it" in (OnnxExported.refuses(config_named("attention-sink", "float16"), "cuda") or "")
+    assert "float16 would round it" in (OnnxExported.refuses(config_named("attention-sink", "float16"), "cuda") or "")
     assert OnnxExported.refuses(config_named("decoder-rope", "float16"), "cpu") is None

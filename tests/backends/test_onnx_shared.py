@@ -17,7 +17,7 @@ import onnx  # noqa: E402
 
 from kvconform_backends.onnx import graphs as onnx_graphs  # noqa: E402
 from kvconform_backends.onnx import shared_graphs  # noqa: E402
-from kvconform_backends.onnx.shared import OnnxShared, Shared  # noqa: E402
+from kvconform_backends.onnx.shared import OnnxShared, SharedBuffers  # noqa: E402
 from kvconform_backends.torch.decoder import Decoder  # noqa: E402
 from kvconform_backends.torch.eager import EagerStatic  # noqa: E402
 from kvconform_specs.config import Config  # noqa: E402
@@ -50,7 +50,7 @@ def slack(exact: np.ndarray) -> float:
     return float(64 * np.finfo(np.float32).eps * np.abs(exact).max())
 
 
-def addresses(cache: Shared) -> list[int]:
+def addresses(cache: SharedBuffers) -> list[int]:
     return [buffer.data_ptr() for buffer in cache.buffers]
 
 
@@ -162,5 +162,5 @@ def test_the_buffers_are_not_counted_as_allocated_by_a_step(rope: OnnxShared) ->
 def test_an_export_is_compared_with_the_decoder_that_attends_by_itself(rope: OnnxShared) -> None:
     made = rope.artefact(cached=True).read_bytes()
     for other in (replace(ROPE, window=4), replace(ROPE, scale=0.5), replace(ROPE, softcap=1.0)):
-        with pytest.raises(RuntimeError, match=r"the exported graph's .* is not torch's for \(b, t, p\)"):
+        with pytest.raises(RuntimeError, match=r"the exported graph's .* differs from torch for \(b, t, p\)"):
             shared_graphs._check_values(made, onnx_graphs.Exportable(Decoder(other, weights(ROPE))))

@@ -63,7 +63,7 @@ def test_rows_that_do_not_exist_are_refused_and_others_may_come_twice(name: str)
     backend = built(name, WINDOW)
     cache = grown(backend, 2, 3)
     for rows in ([2], [-1], []):
-        with pytest.raises(ValueError, match=r"want rows of 0\.\.1"):
+        with pytest.raises(ValueError, match=r"rows are .*, expected one or more of 0\.\.1"):
             backend.reorder(cache, rows)
     assert backend.length(backend.reorder(cache, [1, 1, 0])) == [3, 3, 3]
 
@@ -153,7 +153,7 @@ def test_a_ring_shows_the_newest_tokens_in_order() -> None:
 
 
 def test_without_a_window_there_is_nothing_to_evict() -> None:
-    assert load("numpy-ring").refuses(GQA, "cpu") == "there is nothing to evict: the config has no window"
+    assert load("numpy-ring").refuses(GQA, "cpu") == "the config has no window, so nothing is evicted"
     assert load("numpy-ring").refuses(WINDOW, "cpu") is None
 
 

@@ -1,4 +1,4 @@
-"""The README's commands on the examples, run as they stand there, and what it says that they print."""
+"""The README's commands on the examples find what the README says, and print what it shows."""
 
 from __future__ import annotations
 
@@ -14,25 +14,19 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def section(title: str) -> str:
-    return README.partition(f"## {title}\n")[2].partition("\n## ")[0]
-
-
-SECTION = section("Check what you have")
 COMMANDS = [
-    line.partition("#")[0].strip() for line in re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL)[0].splitlines()
+    line.partition("  #")[0].strip()
+    for block in re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    for line in block.splitlines()
+    if line.startswith(("kvconform check ", "python examples/"))
 ]
-SHOWN = [
-    text
-    for title in ("Check what you have", "Your own cache")
-    for text in re.findall(r"```text\n(.*?)```", section(title), re.DOTALL)
-]
+SHOWN = re.findall(r"^```text\n(\$ kvconform .*?)^```", README, re.DOTALL | re.MULTILINE)
 pytestmark = pytest.mark.xdist_group("examples")
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the examples alone."""
+    """A folder that contains only the examples."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "examples").symlink_to(ROOT / "examples")
     return folder
@@ -46,10 +40,12 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_readme_names_a_command_for_each_kind_of_target() -> None:
     assert len(COMMANDS) == 5
+    assert len(SHOWN) == 2
     for target in ("attention.py:", "buffers.py:", "check decoder.onnx", "check hf:"):
         assert any(target in command for command in COMMANDS), target
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_in_their_order_find_the_examples_conformant(clone: Path) -> None:
     for command in COMMANDS:
         done = run(command, clone)
@@ -59,7 +55,8 @@ def test_the_commands_of_the_readme_in_their_order_find_the_examples_conformant(
             assert " noise floor [" in done.stdout, command
 
 
-@pytest.mark.parametrize("shown", SHOWN, ids=["check", "run"])
+@pytest.mark.slow
+@pytest.mark.parametrize("shown", SHOWN, ids=lambda shown: shown.split()[2])
 def test_what_the_readme_shows_is_what_is_printed(shown: str, clone: Path) -> None:
     prompt, *lines = shown.rstrip("\n").splitlines()
     assert prompt.startswith("$ ")

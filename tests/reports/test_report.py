@@ -20,7 +20,7 @@ from kvconform.bench.record import Excluded
 from kvconform.judging.verdict import Outcome
 from kvconform.mutation.record import AuditRecord
 from kvconform.results.guarantees import LEVELS, Guarantee, measured
-from kvconform.results.results import Results, exit_code
+from kvconform.results.results import Results
 from kvconform.run.cross_backend import Pair
 from kvconform_reports import junit, markdown, terminal
 from kvconform_reports.html import render
@@ -236,7 +236,7 @@ def test_each_backend_has_its_standing_and_its_sentence() -> None:
     results = given.four()
     text, table = page(rendered(results)).text, terminal.table(results).splitlines()
     for result, line in zip(results, table[1:], strict=True):
-        code, sentence = exit_code(result)
+        code, sentence = (result.exit_code, result.summary)
         word = STANDINGS[code][0]
         assert sentence.removeprefix(f"{word}: ") in text
         assert line.startswith(result.backend)
@@ -589,12 +589,12 @@ def test_two_runs_of_one_backend_keep_apart() -> None:
 # --- what sees what ---
 def test_what_is_broken_is_named_mapped_and_told_in_words() -> None:
     parsed = page(render([given.black_box("mine")], [], None))
-    assert "behaves like a mask that begins at the top left" in parsed.text
+    assert 'matches "the causal diagonal begins at the top left' in parsed.text
     assert "pytorch/pytorch#108108" in parsed.text
     pictures = [attributes for tag, attributes in parsed.tags if tag == "svg" and attributes.get("class") == "map"]
     assert len(pictures) == 2  # the legend, and the one that differs
     assert all(attributes["role"] == "img" for attributes in pictures)
-    assert f"chunked {'+'.join(map(str, given.AS_DEMANDED.sizes))}: as demanded" in parsed.text
+    assert f"chunked {'+'.join(map(str, given.AS_EXPECTED.sizes))}: as expected" in parsed.text
     words = maps.words(given.TOP_LEFT)
     assert "token 0" in words
     assert parsed.text.count(words) == 2  # under the picture, and as its description
@@ -602,7 +602,7 @@ def test_what_is_broken_is_named_mapped_and_told_in_words() -> None:
 
 def test_a_black_box_is_told_apart_from_what_the_definition_judged() -> None:
     parsed = page(render([given.black_box("mine"), given.four()[0]], [], None))
-    assert parsed.text.count("judged by its own forward") >= 1
+    assert parsed.text.count("judged by its own uncached forward") >= 1
     assert parsed.text.count("judged by the definition") == 1
     assert "by itself" in parsed.text
     assert "noise floor, hidden-self" in parsed.text

@@ -1,4 +1,4 @@
-"""The report in a browser: it asks for nothing, runs nothing of others, and works without JavaScript."""
+"""The report in a browser: it requests nothing, runs no script from its data, and works without JavaScript."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kvconform.run.cross_backend import Pair
 from kvconform_reports.html import render
 from kvconform_specs.clauses import ALL
 
-pytestmark = pytest.mark.xdist_group("browser")  # started once
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]  # started once
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SECTIONS = (
@@ -43,7 +43,7 @@ WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 800}
 
 
 def _needs(module: str) -> Any:
-    """The module, or a skip that says why; in CI a missing one is a failure, because nobody would see the skip."""
+    """The module, or a skip with the reason; in CI a missing module is a failure."""
     if os.environ.get("CI"):
         try:
             return __import__(module, fromlist=["*"])
@@ -101,7 +101,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Visit:
-    """An open report, and everything that it did on its own."""
+    """An open report, and its requests, messages, errors and dialogs."""
 
     def __init__(self, browser: Any, path: Path, **options: Any) -> None:
         self.context = browser.new_context(**({"viewport": WIDE} | options))
@@ -139,7 +139,7 @@ def test_the_report_asks_for_itself_alone_and_complains_of_nothing(browser: Any,
 
 
 def test_a_violation_of_the_policy_would_be_seen(browser: Any, report: Path, tmp_path: Path) -> None:
-    """The listeners above hear what they listen for: a script that the policy does not know is refused aloud."""
+    """The listeners above work: a script that the policy does not allow is refused with a message."""
     spoilt = tmp_path / "spoilt.html"
     source = report.read_text(encoding="utf-8").replace("</main>", "<script>alert(1)</script></main>")
     spoilt.write_text(source, encoding="utf-8")

@@ -197,7 +197,7 @@ def test_a_step_that_is_not_legal_is_refused_with_its_place(steps: list[object],
         ({"kv_heads": 4}, r"config\.kv_heads: 4 KV heads do not divide 6 query heads"),
         ({"window": 0}, r"config\.window: want an integer of at least 1, got 0"),
         ({"softcap": -1.0}, r"config\.softcap: must be positive"),
-        ({"layers": 2}, r"config\.layers: the attention profile is one layer whose only positions are alibi's"),
+        ({"layers": 2}, r"config\.layers: the attention profile is one layer without positions or with alibi"),
         ({"colour": 1}, r"config\.colour: unknown field"),
     ],
 )

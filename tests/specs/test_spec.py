@@ -12,10 +12,10 @@ from typer.testing import CliRunner, Result
 from kvconform.backend import Abilities, Backend
 from kvconform.cli.main import app
 from kvconform.search import counterexample
-from kvconform.spec_docs.clause import ENOUGH, as_file, example, explained, least_claims
+from kvconform.spec_docs.clause import as_file, example, explained, faults, least_claims
 from kvconform.spec_docs.page import LAW, documented, page
 from kvconform_specs.ambiguities import AMBIGUITIES, Ambiguity
-from kvconform_specs.claims import ABILITIES, DERIVED, Claims
+from kvconform_specs.claims import ABILITIES, DERIVED, ENOUGH, Claims
 from kvconform_specs.clause import Case, Clause
 from kvconform_specs.clauses import ALL, BY_NAME, CHAPTERS
 from kvconform_specs.config import Config
@@ -50,7 +50,7 @@ def spec(*arguments: str) -> Result:
 
 # --- the page ---
 def test_the_page_in_docs_is_what_the_spec_says() -> None:
-    words = "docs/spec.md is not what the spec says now; write it anew: kvconform spec --write docs/spec.md"
+    words = "docs/spec.md is stale; regenerate it with: kvconform spec --write docs/spec.md"
     assert (ROOT / "docs" / "spec.md").read_text() == page(), words
 
 
@@ -102,7 +102,7 @@ def test_a_docstring_is_cut_where_it_turns_to_a_field() -> None:
         "distribution",
     ]
     assert told["count_macs"] == "the multiply-adds of the step are counted."
-    assert documented(Claims)[1]["max_chunk"].startswith("largest batch, longest append")
+    assert documented(Claims)[1]["max_chunk"].startswith("the largest batch, the longest append in tokens")
 
 
 # --- clauses and ambiguities ---
@@ -162,8 +162,8 @@ def test_steps_are_told_described() -> None:
         (Append("b", (2, 2), 8), "append 2 tokens (streams 8, 9) to each row of b, which is empty"),
         (
             Append("b", (3, 0), 5, pad=("left", 7), distribution="large_queries"),
-            "append 3, 0 tokens (streams 5 (large_queries), 6 (large_queries)) to the rows of b, which hold 2; columns without a token "
-            "on the left, filled from stream 7 (large_queries)",
+            "append 3, 0 tokens (streams 5 (large_queries), 6 (large_queries)) to the rows of b, which hold 2; columns "
+            "without a token on the left, filled from stream 7 (large_queries)",
         ),
         (
             Append(
@@ -176,7 +176,8 @@ def test_steps_are_told_described() -> None:
                 count_macs=True,
             ),
             "append 1 token (streams 8, 9) to each row of b, which hold 5, 2; the mask hides positions 1, 4 of row 0; "
-            "the mask hides positions 0 to 2 of row 1; inputs sliced; into the memory of the past; multiply-adds are counted",
+            "the mask hides positions 0 to 2 of row 1; inputs sliced; into the memory of the past; "
+            "multiply-adds are counted",
         ),
         (
             Append("a", (2,), 17, substitutions=((0, 5, 99), (0, 6, 99)), needle=(17, 3)),
@@ -218,6 +219,13 @@ def test_what_is_asked_for_its_last_position_alone_is_told_described() -> None:
     ]
 
 
+def test_a_clause_lists_the_planted_faults_that_it_must_detect(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"no-mask-with-cache"} <= set(faults(BY_NAME[CLAUSE]))
+    assert "planted faults that name it: " in explained(BY_NAME[CLAUSE])
+    monkeypatch.setattr("kvconform.spec_docs.clause.CATALOGUE", "no_such_module:FAULTS")
+    assert faults(BY_NAME[CLAUSE]) == []
+
+
 # --- the command ---
 def test_without_a_name_every_clause_is_listed_by_chapter() -> None:
     listed = spec().output
@@ -238,10 +246,10 @@ def test_a_clause_is_explained_with_a_program_that_tries_it() -> None:
     words = done.output
     assert words.startswith(f"{CLAUSE} (must, core)\n  {BY_NAME[CLAUSE].text}\n")
     for line in (
-        "holds if: outputs that have the same history in both programs are the same, bit for bit (insensitive)",
-        "asked on: every attention and decoder config",
+        "holds if: outputs that have the same history and place in both programs are equal bit for bit (insensitive)",
+        "tested on: every attention and decoder config",
         "needs: nothing",
-        "stops: https://github.com/QwenLM/Qwen/issues/979",
+        "real bug: https://github.com/QwenLM/Qwen/issues/979",
         "for example, on attention-gqa:",
         "compared with:",
         f"on a backend: kvconform run -b BACKEND --clause {CLAUSE} --config attention-gqa",

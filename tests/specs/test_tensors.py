@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvconform.search.counterexample import frozen
 from kvconform.worker.execute import feeds_of
+from kvconform_specs.config import Config
 from kvconform_specs.configs import CONFIGS, config_named
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import LAYOUTS, MALFORMED, Append, Program
@@ -89,25 +90,37 @@ def test_contents_are_exact_in_the_config_dtype() -> None:
         assert all(np.array_equal(rounded(w, dtype), w) for w in weights(config_named("decoder-rope", dtype)).values())
 
 
-def test_a_manner_changes_what_it_names_and_nothing_else() -> None:
-    """Queries 64 times as large; keys zero; values 16 times as large and keys a quarter: all exact."""
+@pytest.mark.parametrize(
+    ("number", "distribution", "factors"),
+    [
+        (0, "normal", (1, 1, 1)),
+        (1, "large_queries", (64, 1, 1)),
+        (2, "zero_keys", (1, 0, 1)),
+        (3, "small_keys_large_values", (1, 0.25, 16)),
+    ],
+)
+def test_a_distribution_multiplies_queries_keys_and_values_and_changes_nothing_else(
+    number: int, distribution: str, factors: tuple[float, float, float]
+) -> None:
+    """Each distribution has numbers of its own: those of the generator's key with its number in the bits from 48 on."""
     config = CONFIGS["attention-gqa"]
+    streams = Streams(config, 5, (0, 1))
+    given = inputs_of(Program(config, (Append("a", (5,), 3, distribution=distribution),)), (0, 1))[0]
+    plain = streams.split(streams.tape(3 + (number << 48)))
+    for part, unscaled, factor in zip(given, plain, factors, strict=True):
+        assert np.array_equal(part[:, 0], unscaled * np.float32(factor))
+    assert all(bool(part.any()) == bool(factor) for part, factor in zip(given, factors, strict=True))
 
-    def drawn(distribution: str) -> tuple[np.ndarray, ...]:
-        return inputs_of(Program(config, (Append("a", (5,), 3, distribution=distribution),)), (0, 1))[0]
 
-    plain = drawn("normal")
-    for name, factors in {
-        "large_queries": (64, 1, 1),
-        "zero_keys": (1, 0, 1),
-        "small_keys_large_values": (1, 0.25, 16),
-    }.items():
-        own = tuple(Streams(config, 5, (0, 1)).split(Streams(config, 5, (0, 1)).tape(3, name)))
-        assert all(np.array_equal(x[:, 0], y) for x, y in zip(drawn(name), own, strict=True))
-        sizes = [float(np.abs(x).max()) for x in own]
-        assert (sizes[1] == 0) == (name == "zero_keys")
-        assert sizes[0] / float(np.abs(plain[0]).max()) == pytest.approx(factors[0], rel=0.3)
-        assert sizes[2] / float(np.abs(plain[2]).max()) == pytest.approx(factors[2], rel=0.3)
+def test_all_streams_that_a_step_names_have_its_distribution() -> None:
+    config = CONFIGS["attention-gqa"]
+    step = Append("a", (3, 2), 5, ((0, 1, 70),), pad=("right", 9), distribution="zero_keys")
+    _query, key, value = (part[0] for part in inputs_of(Program(config, (step,)), (0,))[0])
+    assert not key.any()
+    streams = Streams(config, 3, (0,))
+    substituted, pad = (streams.split(streams.tape(seed, "zero_keys"))[2][0] for seed in (70, 10))
+    assert np.array_equal(value[0, :, 1], substituted[:, 1])
+    assert np.array_equal(value[1, :, 2], pad[:, 0])
 
 
 def test_columns_without_a_token_are_filled_from_the_stream_and_on_the_side_that_the_step_names() -> None:
@@ -133,13 +146,46 @@ def test_a_layout_moves_memory_and_no_number(layout: str) -> None:
             laid(np.arange(6.0).reshape(2, 3), layout)
 
 
-@pytest.mark.parametrize("profile", MALFORMED)
-def test_malformed_inputs_are_wrong_in_one_thing(profile: str) -> None:
-    config = CONFIGS["attention-gqa" if profile == "attention" else "decoder-rope"]
+HIDDEN = Config("hidden", heads=4, kv_heads=4, head_dim=8, width=32)
+EVERY = {"dtype": "dtype", "rank": "rank", "batch": "axis 0"}  # of each input
+DIFFERENCES: dict[str, tuple[Config, dict[str, tuple[str, ...]]]] = {
+    "attention": (
+        CONFIGS["attention-gqa"],
+        {
+            **{wrong: (word,) * 3 for wrong, word in EVERY.items()},
+            "heads": ("", "axis 1", "axis 1"),
+            "head dim": ("", "axis 3", ""),
+            "lengths": ("", "", "axis 2"),
+        },
+    ),
+    "decoder": (
+        CONFIGS["decoder-rope"],
+        {**{wrong: (word,) for wrong, word in EVERY.items()}, "vocabulary": ("values",)},
+    ),
+    "hidden": (HIDDEN, {**{wrong: (word,) for wrong, word in EVERY.items()}, "width": ("axis 2",)}),
+}
+"""What is different about each of the malformed inputs, if anything."""
+
+
+def differences(good: np.ndarray, bad: np.ndarray) -> list[str]:
+    """Each thing in which two inputs differ; of the values where both have one."""
+    if good.ndim != bad.ndim:
+        return ["rank", *differences(good[0], bad)]
+    common = tuple(slice(min(sizes)) for sizes in zip(good.shape, bad.shape, strict=True))
+    found = ["dtype"] if good.dtype.kind != bad.dtype.kind else []
+    found += [f"axis {n}" for n, (a, b) in enumerate(zip(good.shape, bad.shape, strict=True)) if a != b]
+    equal = np.array_equal(good[common].astype(bad.dtype), bad[common])
+    return found if equal else [*found, "values"]
+
+
+@pytest.mark.parametrize(("profile", "wrong"), [(name, wrong) for name in MALFORMED for wrong in MALFORMED[name]])
+def test_malformed_inputs_are_wrong_in_one_thing(profile: str, wrong: str) -> None:
+    config, words = DIFFERENCES[profile]
     good = tuple(x[0] for x in inputs_of(Program(config, (Append("a", (3, 3), 5),)), (0,))[0])
-    for wrong in MALFORMED[profile]:
-        bad = malformed(good, wrong, config)
-        same = [
-            x.shape == y.shape and x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(good, bad, strict=True)
-        ]
-        assert not all(same), wrong
+    bad = malformed(good, wrong, config)
+    assert [differences(x, y) for x, y in zip(good, bad, strict=True)] == [
+        [word] if word else [] for word in words[wrong]
+    ]
+    if wrong == "vocabulary":
+        assert np.array_equal(bad[0][:, :-1], good[0][:, :-1])
+        assert (bad[0][:, -1] == config.vocabulary).all()

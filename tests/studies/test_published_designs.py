@@ -1,5 +1,4 @@
-"""The published designs: right as intended, wrong as published for the one reason that their source gives, and a page
-that shows both."""
+"""The published designs: conformant as intended, broken as published by one mistake, and a page that shows both."""
 
 from __future__ import annotations
 
@@ -8,12 +7,14 @@ from pathlib import Path
 
 import published_designs
 import pytest
+from mismatches import WRONG
 from report_data import HOSTILE, everywhere, other, passed, results
 
 from kvconform.explain.diagnosis import Diagnosis
+from kvconform.explain.diagnosis.record import FirstFailure
 from kvconform.explain.visibility import Map
 from kvconform.judging.verdict import Outcome
-from kvconform.results.results import Results, Target, exit_code
+from kvconform.results.results import Results, Target
 from kvconform.run import check
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.effort import Effort
@@ -54,13 +55,13 @@ def test_a_design_as_intended_holds_in_every_corner(name: str, tmp_path: Path) -
     bad = [v for v in found.verdicts if v.outcome not in (Outcome.PASS, Outcome.UNSUPPORTED)]
     assert not bad, "\n".join(f"{v.clause} [{v.config}]: {v.sentence}" for v in bad)
     assert {v.config for v in found.verdicts if v.outcome is Outcome.PASS} == set(CORNERS)
-    assert exit_code(found)[0] == 0, exit_code(found)[1]
+    assert found.exit_code == 0, found.summary
 
 
 @pytest.mark.parametrize(
     ("name", "lacks"),
     [
-        # whoever owns the cache is one sequence; whoever writes in place cannot go on from an older handle
+        # a module that owns its cache has one sequence; a cache written in place cannot continue from an older handle
         ("module-buffers", {"fork", "immutable"}),
         ("past-tuples", set()),
         ("list-cache", {"immutable"}),
@@ -76,7 +77,7 @@ def test_a_design_claims_what_it_can_and_no_more(name: str, lacks: set[str]) -> 
         "truncate",
         "reorder",
         "fork",
-        "functional",
+        "immutable",
         "generate",
         "contents",
     }
@@ -86,38 +87,37 @@ def test_a_design_claims_what_it_can_and_no_more(name: str, lacks: set[str]) -> 
 
 # --- as published ---
 MISTAKES = {
-    # a prompt is right; all but chunks is right; every step is right; all but chunks is right; shapes are right
     "FirstListing": ("attention-gqa", "equivalence.decode", "of the program it must agree with", "shape.first-step"),
     "SecondListing": ("attention-gqa", "equivalence.chunks", "of the program it must agree with", "equivalence.decode"),
     "PrefillTwice": ("decoder-rope", "equivalence.generation", "got token", "equivalence.chunks"),
     "ChunkOnCache": ("decoder-rope", "shape.output", "RuntimeError", "equivalence.decode"),
     "GlobalList": ("attention-gqa", "lifecycle.independent", "of the program it must agree with", "shape.output"),
 }
-"""By fault: a config, the clause that names the mistake, words of its sentence, and a clause that must not mind."""
+"""By fault: a config, the clause that detects the mistake, words of its sentence, and a clause that must pass."""
 
 
 @pytest.mark.parametrize("fault", MISTAKES)
-def test_a_published_mistake_is_named_by_its_clause_and_is_no_other(fault: str, tmp_path: Path) -> None:
-    config, names, words, minds_not = MISTAKES[fault]
+def test_a_published_mistake_breaks_its_clause_and_not_another(fault: str, tmp_path: Path) -> None:
+    config, breaks, words, passes = MISTAKES[fault]
     effort = Effort("brief", 16, 2, 60.0, shrink=False)
-    plan = Plan(effort, 0, clauses=(names, minds_not), configs=(config,))
+    plan = Plan(effort, 0, clauses=(breaks, passes), configs=(config,))
     found = {v.clause: v for v in run_backend("design", WorkerSpec(f"{CATALOGUE}:{fault}"), plan, tmp_path).verdicts}
-    assert found[names].outcome is Outcome.FAIL
-    assert words in found[names].sentence
-    assert found[names].raised is (fault == "ChunkOnCache")
-    assert found[minds_not].outcome is Outcome.PASS, found[minds_not].sentence
+    assert found[breaks].outcome is Outcome.FAIL
+    assert words in found[breaks].sentence
+    assert found[breaks].raised is (fault == "ChunkOnCache")
+    assert found[passes].outcome is Outcome.PASS, found[passes].sentence
 
 
 # --- the same as a person's own files ---
 EXAMPLES = {version.name: version for version in published_designs.VERSIONS if ".py:" in version.target}
-CONVICTED = {
+DETECTED = {
     "past-tuples-first": {"equivalence.decode"},
     "past-tuples-second": {"equivalence.chunks"},
-    # these two cannot have a sequence open beside the forward that judges them, which is asked first
+    # these two cannot hold a sequence open during their reference forward, which runs first
     "module-buffers-published": {"equivalence.full-stable", "equivalence.chunks"},
     "list-cache-published": {"equivalence.full-stable", "lifecycle.independent"},
 }
-"""As published: clauses of which a file breaks one. All others are as intended."""
+"""As published: clauses of which the file breaks one. All other files are as intended."""
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -129,8 +129,8 @@ def test_a_file_in_the_style_of_its_source_is_judged_by_itself(name: str, tmp_pa
     found = run_backend("design", WorkerSpec(address), Plan(BRIEF, 0, clauses=clauses), tmp_path)
     assert not found.unavailable, found.unavailable
     broken = {verdict.clause for verdict in found.verdicts if verdict.outcome.broken}
-    if name in CONVICTED:
-        assert CONVICTED[name] & broken
+    if name in DETECTED:
+        assert DETECTED[name] & broken
     else:
         assert not broken
         assert {v.outcome for v in found.verdicts} <= {Outcome.PASS, Outcome.UNSUPPORTED}
@@ -152,7 +152,7 @@ OWN = Config("hidden", heads=4, kv_heads=4, head_dim=8, width=32, capacity=40)
 BUG = "https://github.com/pytorch/pytorch/issues/108108"
 
 
-def published(sentence: str = "behaves like a top-left mask: decode steps see token 0", **more: object) -> Results:
+def published(failure: str = "step 1: got -1.9, want -0.03", **more: object) -> Results:
     verdicts = [
         passed("shape.output", "hidden-self"),
         other("equivalence.decode", "hidden-self", Outcome.FAIL, "step 1: got -1.9, want -0.03"),
@@ -163,7 +163,11 @@ def published(sentence: str = "behaves like a top-left mask: decode steps see to
     settings = {
         "target": Target(recognised="a past passed and returned", assumed=[], configs={"hidden-self": OWN.to_json()}),
         "maps": {"hidden-self": [RIGHT, SEEN]},
-        "diagnoses": {"hidden-self": Diagnosis(named="M1", bug=BUG, sentence=sentence)},
+        "diagnoses": {
+            "hidden-self": Diagnosis(
+                mistake="M1", bug=BUG, first=FirstFailure(probe="a probe", mismatch=WRONG, sentence=failure)
+            )
+        },
     }
     return results("FirstListing", **({"verdicts": verdicts} | settings | more))
 
@@ -180,26 +184,25 @@ def test_the_page_has_every_version_with_its_command_and_says_which_were_not_run
     for version in published_designs.VERSIONS:
         part = section(page, version.name)
         assert f"$ {shlex.join(version.command)}" in part
-        assert "it was not run" in part
+        assert "It was not run." in part
     assert page.count("| not run |") == len(published_designs.VERSIONS)
 
 
 def test_a_published_version_shows_its_verdict_its_sentence_and_what_it_sees() -> None:
     part = section(published_designs.render({"past-tuples-first": published()}), "past-tuples-first")
     assert "non-conformant" in part
-    assert f"> behaves like a top-left mask: decode steps see token 0 ([pytorch/pytorch\\#108108]({BUG}))" in part
+    assert '> matches "the causal diagonal begins at the top left' in part
     assert "**equivalence.decode** [hidden-self]: step 1: got -1.9" in part
-    assert "also broken: equivalence.path" in part  # the only one that is not core
+    assert "also broken: equivalence.path" in part  # the fourth broken clause
     assert "Recognised: a past passed and returned." in part
     assert "decode: tokens 3–7 do not see the tokens from 1 to their own, only token 0" in part
     assert "x - - - - - - -  <" in part
-    assert "chunked 3+2+1+2" not in part  # what is right is not drawn beside what is wrong
+    assert "chunked 3+2+1+2" not in part  # right maps are not shown beside wrong ones
 
 
 def test_a_link_in_a_sentence_is_a_link_once() -> None:
-    found = {"past-tuples-first": published(f"behaves like a top-left mask (M1, {BUG}): align it")}
-    part = section(published_designs.render(found), "past-tuples-first")
-    assert f"> behaves like a top-left mask (M1, [pytorch/pytorch\\#108108]({BUG})): align it" in part
+    part = section(published_designs.render({"past-tuples-first": published()}), "past-tuples-first")
+    assert f'as if nothing were cached" (M1, [pytorch/pytorch\\#108108]({BUG})): first wrong probe' in part
     assert part.count("108108") == 2
 
 
@@ -216,9 +219,9 @@ def test_an_intended_version_shows_how_its_chunks_see_or_that_there_is_no_map() 
     own = published(verdicts=core, diagnoses={}, maps={"hidden-self": [whole, RIGHT]})
     page = published_designs.render({"past-tuples": right, "past-tuples-module": own})
     assert "✓ conformant" in section(page, "past-tuples")
-    assert "No map: maps are made of modules, and of what is broken." in section(page, "past-tuples")
-    assert "chunked 3+2+1+2: as demanded" in section(page, "past-tuples-module")
-    assert "full: as demanded" not in section(page, "past-tuples-module")
+    assert "No map: only modules, and configs with a broken clause, have maps." in section(page, "past-tuples")
+    assert "chunked 3+2+1+2: as expected" in section(page, "past-tuples-module")
+    assert "full: as expected" not in section(page, "past-tuples-module")
     assert "No diagnosis" not in page
 
 
@@ -228,7 +231,7 @@ def test_where_results_hold_no_diagnosis_the_page_says_so() -> None:
 
 
 @pytest.mark.parametrize("words", [*HOSTILE, "```\n# a heading", "[a](javascript:b)"])
-def test_what_a_subject_says_stays_words(words: str) -> None:
+def test_hostile_words_of_a_backend_stay_text(words: str) -> None:
     hostile = Map(schedule="chunked", sizes=[8], wanted=WANTED, seen=WANTED, stopped=words)
     found = published(words, maps={"hidden-self": [hostile]})
     part = section(published_designs.render({"past-tuples-first": found}), "past-tuples-first")

@@ -7,9 +7,12 @@ from datetime import date
 from typing import Any
 
 import msgspec
+from mismatches import WRONG, cause
 
 from kvconform.explain.diagnosis import Diagnosis
+from kvconform.explain.diagnosis.record import FirstFailure
 from kvconform.explain.visibility import Map
+from kvconform.judging.render import render
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.mutation import record as audit_record
 from kvconform.mutation.record import Audited, AuditTrial
@@ -38,9 +41,8 @@ def passed(clause: str, config: str, seed: int = 0) -> Verdict:
 
 
 def other(clause: str, config: str, outcome: Outcome, sentence: str, **more: Any) -> Verdict:
-    return Verdict(
-        clause=clause, config=config, backend="", outcome=outcome, sentence=sentence, programs=40, structures=2, **more
-    )
+    fields: dict[str, Any] = {"programs": 40, "structures": 2, **cause(outcome), **more}
+    return Verdict(clause=clause, config=config, backend="", outcome=outcome, sentence=sentence, **fields)
 
 
 def everywhere(seed: int = 0) -> list[Verdict]:
@@ -147,7 +149,7 @@ def row(backend: str, **more: Any) -> known_failures.Row:
 def known(backend: str, verdicts: list[Verdict]) -> dict[str, Any]:
     """The same cells with one in the known failures: the verdicts and the known_failures of their results."""
     entry = row(backend)
-    sentence = f"{entry.reason}, known until {entry.expires}, {entry.link}: step 0 out[0]: got nan, want 0.25"
+    sentence = f"{entry.reason}, known until {entry.expires}, {entry.link}: {render(WRONG)}"
     failure = other(*KNOWN, Outcome.KNOWN_FAILURE, sentence, counterexample="numerics.zero-keys-1a2b3c4d.json")
     return {"verdicts": [failure if v.key == KNOWN else v for v in verdicts], "known_failures": [entry]}
 
@@ -289,7 +291,7 @@ def four() -> list[Results]:
 TOP_LEFT = Map(
     schedule="decode", sizes=[1, 1, 1], wanted=["x..", "xx.", "xxx"], seen=["x..", "x..", "x.."], notes=["a note"]
 )
-AS_DEMANDED = Map(schedule="chunked", sizes=[2, 1], wanted=["x..", "xx.", "xxx"], seen=["x..", "xx.", "xxx"])
+AS_EXPECTED = Map(schedule="chunked", sizes=[2, 1], wanted=["x..", "xx.", "xxx"], seen=["x..", "xx.", "xxx"])
 
 
 def black_box(name: str, words: str = "behaves like a mask that begins at the top left") -> Results:
@@ -299,14 +301,12 @@ def black_box(name: str, words: str = "behaves like a mask that begins at the to
         name,
         [other("equivalence.decode", "hidden-self", Outcome.FAIL, said), passed("shape.length", "hidden-self")],
         target=Target(recognised=words, assumed=[words], configs={"hidden-self": {}}, noise={"hidden-self": 4e-5}),
-        maps={"hidden-self": [AS_DEMANDED, TOP_LEFT]},
+        maps={"hidden-self": [AS_EXPECTED, TOP_LEFT]},
         diagnoses={
             "hidden-self": Diagnosis(
-                named="M1",
-                fault=words,
+                mistake="M1",
                 bug="https://github.com/pytorch/pytorch/issues/108108",
-                sentence=words,
-                signature=words,
+                first=FirstFailure(probe=words, mismatch=WRONG, sentence=words),
             )
         },
     )

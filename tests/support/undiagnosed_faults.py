@@ -19,7 +19,7 @@ HEADS = 3
 
 
 class DecodeOnePercent(NumpyCache):
-    """Outputs of decode steps are 1 % too large: nobody planted that."""
+    """Outputs of decode steps are 1 % too large."""
 
     def attention(self, query: Array, keys: Array, values: Array) -> Array:
         right = super().attention(query, keys, values)
@@ -44,6 +44,14 @@ class Prompt23(NumpyCache):
         return right * np.float32(0) if query.shape[2] == keys.shape[2] == 23 else right
 
 
+class AllButTheFirstProbe(NumpyCache):
+    """Wrong in every output but those of a prompt of seven tokens, the first probe; nothing is shared."""
+
+    def attention(self, query: Array, keys: Array, values: Array) -> Array:
+        right = super().attention(query, keys, values)
+        return right if query.shape[0] == 1 and query.shape[2] == keys.shape[2] == 7 else -right
+
+
 class DiesOnChunks(NumpyCache):
     def step(self, cache: Cache, *inputs: Array, **keywords: Any) -> tuple[Array, Cache]:
         if cache.length and inputs[0].shape[2] > 1:
@@ -51,8 +59,8 @@ class DiesOnChunks(NumpyCache):
         return super().step(cache, *inputs, **keywords)
 
 
-class OwnLoop(NumpyCache):
-    """Its steps are right, and the tokens that it generates are the next ones: nobody planted that."""
+class WrongLoop(NumpyCache):
+    """Its steps are right; each token that it generates is one too large."""
 
     def generate(self, tokens: Array, new: int) -> Array:
         right = super().generate(tokens, new)
@@ -60,7 +68,7 @@ class OwnLoop(NumpyCache):
 
 
 class BoxPast(BlackBox):
-    """It knows while it steps how many tokens are cached."""
+    """Knows in a step how many tokens are cached."""
 
     past: ClassVar[int] = 0
 
@@ -73,7 +81,7 @@ class BoxPast(BlackBox):
 
 
 class BoxWithoutNewest(BoxPast):
-    """Its cached steps do not see the newest token of the past."""
+    """Cached steps do not see the newest cached token."""
 
     def seen(self, s: int, cached: bool) -> Array:
         right = super().seen(s, cached)
@@ -83,7 +91,7 @@ class BoxWithoutNewest(BoxPast):
 
 
 class BoxStale(BlackBox):
-    """What the process has run before is in front of every sequence of as many rows, in memory of its class."""
+    """Every sequence sees what the process ran before, which is kept in an attribute of the class."""
 
     before: ClassVar[list[Array]] = []
 
@@ -94,7 +102,7 @@ class BoxStale(BlackBox):
 
 
 class BoxTopLeft(BoxPast):
-    """Its cached steps mask from the top left: they see the first token of the past alone."""
+    """Cached steps align the causal mask to the top left."""
 
     def seen(self, s: int, cached: bool) -> Array:
         right = super().seen(s, cached)

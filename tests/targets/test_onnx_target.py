@@ -1,4 +1,4 @@
-"""Targets ``onnx:``: every naming convention is found and judged, and what is no decoder gets one sentence."""
+"""Targets ``onnx:``: every naming convention is recognised and judged; other graphs are errors of one sentence."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def opened(style: Style, folder: Path, **options: Any) -> Any:
 
 # --- conventions ---
 @pytest.mark.parametrize("name", CONVENTIONS)
-def test_a_correct_decoder_breaks_no_clause_however_it_names_its_cache(name: str, tmp_path: Path) -> None:
+def test_a_correct_decoder_breaks_no_clause_in_any_naming_convention(name: str, tmp_path: Path) -> None:
     results = judged(saved(decoder(CONVENTIONS[name]), tmp_path), tmp_path)
     assert broken(results) == {}
     passed = {v.clause for v in results.verdicts if v.outcome is Outcome.PASS}
@@ -69,30 +69,30 @@ def test_a_merged_graph_takes_its_first_step_without_the_cache_branch(
     assert broken(results) == {}
     assert results.target is not None
     assert (
-        f"use_cache_branch is false on an empty cache, whose past has a length of {dummy}" in results.target.assumed[1]
+        f"use_cache_branch is false for an empty cache, whose past has a length of {dummy}" in results.target.assumed[1]
     )
 
 
-def test_of_two_files_the_one_without_a_past_takes_the_first_step(tmp_path: Path) -> None:
+def test_with_two_files_the_one_without_a_past_takes_the_first_step(tmp_path: Path) -> None:
     later = saved(decoder(Style(needs_past=True)), tmp_path, "decoder_with_past_model.onnx")
     first = saved(decoder(Style(cached=False)), tmp_path, "decoder_model.onnx")
     for path in (later, first):
         target = load(f"onnx:{path}")
         assert target.graphs.first.path == first
-        assert target.assumed[0] == "decoder_model.onnx beside it is the same decoder without a past."
+        assert target.assumed[0] == "decoder_model.onnx beside it is the same decoder without a past"
     results = judged(later, tmp_path, ("equivalence", "lifecycle.reset", "shape.length"))
     assert broken(results) == {}
     wrong = saved(decoder(Style(needs_past=True, mistake="positions restart")), tmp_path, later.name)
     assert "equivalence.decode" in broken(judged(wrong, tmp_path / "again", ("equivalence",)))
 
 
-def test_a_graph_without_cache_may_be_named_as_the_truth(tmp_path: Path) -> None:
+def test_a_graph_without_a_cache_can_be_the_reference(tmp_path: Path) -> None:
     saved(decoder(Style(cached=False, presents=False)), tmp_path, "plain.onnx")
     path = saved(decoder(Style()), tmp_path)
-    results = judged(path, tmp_path, ("equivalence",), full="plain.onnx")
+    results = judged(path, tmp_path, ("equivalence",), uncached="plain.onnx")
     assert broken(results) == {}
-    target = load(f'onnx:{path}?{{"full": "plain.onnx"}}')
-    assert (target.graphs.whole.path.name, target.graphs.first.path.name) == ("plain.onnx", "decoder.onnx")
+    target = load(f'onnx:{path}?{{"uncached": "plain.onnx"}}')
+    assert (target.graphs.uncached.path.name, target.graphs.first.path.name) == ("plain.onnx", "decoder.onnx")
 
 
 def test_dims_heads_and_dtypes_are_read_from_the_graph(tmp_path: Path) -> None:
@@ -105,14 +105,14 @@ def test_dims_heads_and_dtypes_are_read_from_the_graph(tmp_path: Path) -> None:
     assert (hidden.profile, hidden.width, hidden.vocabulary) == ("hidden", WIDTH, VOCABULARY)
 
 
-def test_a_table_of_positions_is_the_capacity(tmp_path: Path) -> None:
+def test_the_size_of_a_position_table_is_the_capacity(tmp_path: Path) -> None:
     target = opened(Style(table=23), tmp_path)
     assert target.configs["decoder-self"].capacity == 23
-    assert target.assumed == ("A sequence holds at most 23 tokens: its own forward raises on 24.",)
+    assert target.assumed == ("a sequence has at most 23 tokens: its uncached forward raises on 24",)
     assert opened(Style(table=23), tmp_path, capacity=9).configs["decoder-self"].capacity == 9
 
 
-def test_token_ids_that_the_embedding_lacks_are_not_used(tmp_path: Path) -> None:
+def test_token_ids_missing_from_the_embedding_are_reserved(tmp_path: Path) -> None:
     model = decoder(Style())
     (table,) = (x for x in model.graph.initializer if x.name == "embed")
     table.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(table)[:-2], "embed"))
@@ -172,7 +172,7 @@ def test_a_step_that_raises_is_a_finding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken_on_purpose", [False, True])
-def test_the_example_is_conformant_unless_it_is_to_be_broken(broken_on_purpose: bool, tmp_path: Path) -> None:
+def test_the_example_is_conformant_unless_exported_broken(broken_on_purpose: bool, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="torch.onnx exports with it")
     example = ROOT / "examples" / "export_decoder.py"
     path = tmp_path / "decoder.onnx"
@@ -186,7 +186,7 @@ def test_the_example_is_conformant_unless_it_is_to_be_broken(broken_on_purpose: 
     )
 
 
-# --- what it is not ---
+# --- errors ---
 def axes(model: onnx.ModelProto, name: str, *sizes: Any) -> onnx.ModelProto:
     """The model with other axes declared for an input or output."""
     (value,) = (value for value in (*model.graph.input, *model.graph.output) if value.name == name)
@@ -203,14 +203,14 @@ def extra(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
 PAST = "past_key_values.0.key"
 UNKNOWN = {
     "no input is a past key or value": decoder(Style(cached=False)),
-    "the input encoder_hidden_states is for something else": extra(decoder(Style()), "encoder_hidden_states"),
+    "unknown input encoder_hidden_states": extra(decoder(Style()), "encoder_hidden_states"),
     "no axis of past_key_values.0.key grows": axes(decoder(Style()), PAST, "batch", HEADS, 8, HEAD_DIM),
-    "do not tell heads, tokens and head dim apart": axes(
+    "do not distinguish heads, tokens and head dim": axes(
         axes(decoder(Style()), PAST, "batch", "a", "b", HEAD_DIM), "present.0.key", "batch", "a", "c", HEAD_DIM
     ),
     "it takes exactly 2 rows": axes(decoder(Style()), "input_ids", 2, "new"),
     "it takes exactly 5 tokens at a time": axes(decoder(Style()), "input_ids", "batch", 5),
-    "name a graph without a past by option full": axes(decoder(Style()), "input_ids", "batch", 1),
+    "give a graph without a past by option uncached": axes(decoder(Style()), "input_ids", "batch", 1),
     "attention_mask has 4 axes": axes(decoder(Style(mask=True)), "attention_mask", "batch", 1, "new", "total"),
     "position_ids has 3 axes": axes(decoder(Style(position_ids=True)), "position_ids", 3, "batch", "new"),
     "no output is the present of past_key_values.0.key": decoder(Style(presents=False)),
@@ -218,7 +218,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("words", UNKNOWN)
-def test_what_is_not_known_gets_one_sentence_with_what_was_found(words: str, tmp_path: Path) -> None:
+def test_an_unrecognised_graph_is_an_error_that_lists_its_inputs_and_outputs(words: str, tmp_path: Path) -> None:
     path = tmp_path / "decoder.onnx"
     onnx.save(UNKNOWN[words], path)
     with pytest.raises(BackendUnavailable) as caught:
@@ -226,29 +226,29 @@ def test_what_is_not_known_gets_one_sentence_with_what_was_found(words: str, tmp
     sentence = str(caught.value)
     assert words in sentence
     assert "\n" not in sentence
-    assert "it has the inputs input_ids int64 (" in sentence
-    assert "the outputs logits float32 (batch, new, 17)" in sentence
-    assert "known are input_ids or inputs_embeds; attention_mask," in sentence
+    assert "inputs: input_ids int64 (" in sentence
+    assert "outputs: logits float32 (batch, new, 17)" in sentence
+    assert "known names: input_ids or inputs_embeds; attention_mask," in sentence
 
 
 @pytest.mark.parametrize(
     ("target", "words"),
     [
         ("{0}/none.onnx", "no file {0}/none.onnx"),
-        ("{0}/text.onnx", "{0}/text.onnx is no ONNX model: "),
+        ("{0}/text.onnx", "{0}/text.onnx is not an ONNX model: "),
         (
             '{0}/decoder.onnx?{{"capacty": 3}}',
-            "unknown option 'capacty'; known: full, capacity, vocabulary, width, rese",
+            "unknown option 'capacty'; known: uncached, capacity, vocabulary, width, rese",
         ),
-        ('{0}/decoder.onnx?{{"capacity": true}}', "option 'capacity' is True, want a positive integer"),
-        ('{0}/decoder.onnx?{{"capacity": 0}}', "option 'capacity' is 0, want a positive integer"),
-        ('{0}/decoder.onnx?{{"full": "decoder.onnx"}}', "it is to be the graph without a past"),
-        ('{0}/decoder.onnx?{{"reserved": [-1]}}', "option 'reserved' is [-1], want a list of token ids"),
-        ('{0}/needs.onnx?{{"full": "bare.onnx"}}', "and bare.onnx hands no cache out to begin with: RuntimeError: "),
-        ("{0}/needs.onnx", "cannot run on an empty past (of length 0), by which it would be judged: RuntimeError: "),
+        ('{0}/decoder.onnx?{{"capacity": true}}', "option 'capacity' is True, expected a positive integer"),
+        ('{0}/decoder.onnx?{{"capacity": 0}}', "option 'capacity' is 0, expected a positive integer"),
+        ('{0}/decoder.onnx?{{"uncached": "decoder.onnx"}}', "expected a graph without a past"),
+        ('{0}/decoder.onnx?{{"reserved": [-1]}}', "option 'reserved' is [-1], expected a list of token ids"),
+        ('{0}/needs.onnx?{{"uncached": "bare.onnx"}}', "and bare.onnx returns no cache to start with: RuntimeError: "),
+        ("{0}/needs.onnx", "cannot run on an empty past (of length 0), which the reference needs: RuntimeError: "),
     ],
 )
-def test_what_cannot_be_opened_gets_one_sentence(target: str, words: str, tmp_path: Path) -> None:
+def test_a_target_that_cannot_be_opened_is_an_error_of_one_sentence(target: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("this is no model")
     saved(decoder(Style()), tmp_path)
     saved(decoder(Style(needs_past=True)), tmp_path, "needs.onnx")

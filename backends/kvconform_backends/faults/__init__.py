@@ -1,7 +1,7 @@
-"""The fault catalogue: backends that are wrong on purpose, each modelled on a real bug.
+"""The fault catalogue: deliberately faulty backends, each modelled on a real bug.
 
-A clause that none of them breaks is not finished: ``kvconform audit`` tries them. Importing this package imports no
-framework: the published torch listings are named here by their address.
+Every clause must detect at least one of them (``kvconform audit``). Importing this package imports no framework: the
+published torch listings are referred to by address.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PUBLISHED = (
         "kvconform_backends.faults.published:FirstListing",
         ("causality.past-seen", "equivalence.decode"),
         GITHUB + "pytorch/pytorch/issues/108108",
-        "A published notebook asks torch for is_causal=True always: each decode step sees the first key alone.",
+        "A published notebook always passes is_causal=True: each decode step attends to the first key only.",
         classes=("M1",),
         configs=("attention-gqa", "decoder-rope"),
     ),
@@ -52,7 +52,7 @@ PUBLISHED = (
         "kvconform_backends.faults.published:SecondListing",
         ("causality.future-blind", "equivalence.chunks"),
         GITHUB + "QwenLM/Qwen/issues/979",
-        "A published notebook asks torch for is_causal=(past_kv is None): a chunk on a cache sees its own future.",
+        "A published notebook passes is_causal=(past_kv is None): a chunk on a non-empty cache sees its own future.",
         classes=("M2",),
         conditional=True,
         configs=("attention-gqa", "decoder-rope"),
@@ -62,7 +62,7 @@ PUBLISHED = (
         "kvconform_backends.faults.published:PrefillTwice",
         ("equivalence.generation",),
         GITHUB + "nod-ai/amd-shark-ai/pull/338",
-        "A published notebook's generation runs the prefill twice and drops the first token that it generates.",
+        "A published notebook's generation loop runs the prefill twice and drops the first generated token.",
         classes=("L1",),
         configs=("decoder-rope",),
     ),
@@ -71,7 +71,7 @@ PUBLISHED = (
         "kvconform_backends.faults.published:ChunkOnCache",
         ("shape.output",),
         GITHUB + "rasbt/LLMs-from-scratch/pull/697",
-        "A published decoder cuts its mask to the new tokens: a chunk on a cache that is not empty raises.",
+        "A published decoder cuts its mask to the new tokens: a chunk on a non-empty cache raises an exception.",
         classes=("M5",),
         conditional=True,
         configs=("attention-gqa", "decoder-rope"),
@@ -81,8 +81,8 @@ PUBLISHED = (
         "kvconform_backends.faults.published:GlobalList",
         ("lifecycle.independent",),
         GITHUB + "Lightning-AI/litgpt/pull/1596",
-        "A published article keeps keys and values in a global list that nobody clears: a second prompt reads the "
-        "first one's.",
+        "A published article keeps keys and values in a global list that is never cleared: a second prompt reads "
+        "the keys of the first.",
         classes=("C6", "C7"),
         configs=("attention-gqa",),
     ),
@@ -123,4 +123,4 @@ CONTROLS: tuple[type, ...] = (
     capture.Captures,
     node_by_node.Graph,
 )
-"""Equivalent mutants: backends that look wrong and are right; ``kvconform audit --controls`` tries them."""
+"""Equivalent mutants: unusual but correct backends (``kvconform audit --controls``)."""

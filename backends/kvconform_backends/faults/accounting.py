@@ -1,4 +1,4 @@
-"""Faults that cost: memory that no token needs, and work that was done before."""
+"""Faults that waste memory or repeat earlier work."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 from kvconform_backends.numpy.paged import PAGE, NumpyPaged
 
+BYTES = "accounting.bytes"
+
 COST = ("accounting.positions", "accounting.affine")
 
 
 class RepeatedHeadsStored(
     Planted,
-    breaks=("accounting.bytes",),
+    breaks=(BYTES,),
     kind="H1",
     bug="facebookresearch/lingua/issues/44",
     configs=("attention-gqa", "attention-window", "decoder-rope"),
 ):
-    """Keys and values are stored once for each query head that reads them."""
+    """Keys and values are stored once per query head instead of once per KV head."""
 
     def start(self, batch: int) -> Cache:
         empty = super().start(batch)
@@ -43,9 +45,9 @@ class RepeatedHeadsStored(
 
 
 class PageTakenAhead(
-    Planted, NumpyPaged, breaks=("accounting.bytes",), kind="G1", bug="vllm-project/vllm/pull/7380", conditional=True
+    Planted, NumpyPaged, breaks=(BYTES,), kind="G1", bug="vllm-project/vllm/pull/7380", conditional=True
 ):
-    """A length that fills its pages exactly takes one page more than it needs."""
+    """A sequence whose length fills its pages exactly allocates one page too many."""
 
     def reserve(self, table: list[int], start: int, stop: int) -> None:
         super().reserve(table, start, stop)
@@ -55,14 +57,14 @@ class PageTakenAhead(
 
 
 @dataclass(eq=False)
-class Told(Cache):
-    """A cache that knows the inputs that it was made from."""
+class InputsCache(Cache):
+    """A cache that keeps the inputs it was computed from."""
 
     given: tuple[Array, ...] = ()
 
 
 class Recomputed(Planted, breaks=COST, kind="C1", bug="huggingface/transformers/pull/30108"):
-    """What a step stores is never found again: each step computes all tokens anew."""
+    """Stored keys and values are never reused: each step recomputes all tokens."""
 
     claims = replace(
         NumpyCache.claims,
@@ -74,24 +76,24 @@ class Recomputed(Planted, breaks=COST, kind="C1", bug="huggingface/transformers/
 
     def start(self, batch: int) -> Cache:
         empty = super().start(batch)
-        return Told(empty.keys, empty.values)
+        return InputsCache(empty.keys, empty.values)
 
     def step(self, cache: Any, *inputs: Array, count_macs: bool = False) -> tuple[Array, Cache]:  # type: ignore[override]
         t = int(self.admit(cache, inputs)[0])
         axis = -1 if self.config.profile == "decoder" else -2
         pairs = zip(cache.given, inputs, strict=True) if cache.given else zip(inputs)
         whole = tuple(np.concatenate(pair, axis=axis) for pair in pairs)
-        anew = self.again(cache.length, t)
-        self.faulty += anew
-        made = self.start(len(cache.lengths)) if anew else self.fork(cache)
-        output = self.run(made, whole if anew else inputs)
+        recompute = self.again(cache.length, t)
+        self.faulty += recompute
+        made = self.start(len(cache.lengths)) if recompute else self.fork(cache)
+        output = self.run(made, whole if recompute else inputs)
         if count_macs:
             self.measured = self.products
-        return output[..., -t:, :], Told(made.keys, made.values, whole)
+        return output[..., -t:, :], InputsCache(made.keys, made.values, whole)
 
 
 class LongRecomputed(Recomputed, breaks=COST, kind="C1", bug="huggingface/transformers/pull/32929", conditional=True):
-    """A step on more than twelve tokens does not find them, and computes them anew."""
+    """A step on more than twelve cached tokens does not find them and recomputes them."""
 
     def again(self, past: int, t: int) -> bool:
         return past > 12

@@ -1,4 +1,4 @@
-"""Faults of rows: one row's length, position or place is taken for another's."""
+"""Faults that confuse the length, position or slot of one row with those of another."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import PLACED
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
 
-PLACED = ("decoder-rope", "decoder-learned")
-"""Configs whose inputs know their position."""
+ROW_SOLO = "batch.row-solo"
+PERMUTATION = "batch.permutation"
+RAGGED = "batch.ragged"
+STAGGERED = "batch.staggered"
+PADDING = "batch.padding"
+LEFT_PADDING = "batch.left-padding"
 
 
 # --- rows of equal length: row-solo, permutation ---
 class Misplacing(Planted, NumpyStatic):
-    """Base: tokens are written where ``cells`` says."""
+    """Base class: tokens are written to the cells that ``cells`` returns."""
 
     def cells(self, rows: Array, slots: Array) -> tuple[Array, Array]:
         raise NotImplementedError
@@ -30,22 +35,18 @@ class Misplacing(Planted, NumpyStatic):
 
 
 class RowsLandInFirst(
-    Misplacing, breaks=("batch.row-solo", "batch.permutation"), kind="H4", bug="Dao-AILab/flash-attention/issues/772"
+    Misplacing, breaks=(ROW_SOLO, PERMUTATION), kind="H4", bug="Dao-AILab/flash-attention/issues/772"
 ):
-    """What belongs to the last row of a batch is written into the first."""
+    """Tokens of the last row of a batch are written into the first row."""
 
     def cells(self, rows: Array, slots: Array) -> tuple[Array, Array]:
         return self.instead(np.where(rows == self.batch - 1, 0, rows), rows), slots
 
 
 class CellNumberWraps(
-    Misplacing,
-    breaks=("batch.row-solo", "batch.permutation"),
-    kind="H4",
-    bug="pytorch/pytorch/issues/162588",
-    conditional=True,
+    Misplacing, breaks=(ROW_SOLO, PERMUTATION), kind="H4", bug="pytorch/pytorch/issues/162588", conditional=True
 ):
-    """Row and slot are one number, which wraps at 100: late slots of the third row lie in the first."""
+    """Row and slot are combined into one index that wraps at 100: late slots of the third row alias the first."""
 
     def cells(self, rows: Array, slots: Array) -> tuple[Array, Array]:
         numbers = rows * self.config.capacity + slots
@@ -54,9 +55,9 @@ class CellNumberWraps(
 
 
 class RowCounterRunsOn(
-    Planted, breaks=("batch.row-solo", "batch.permutation"), kind="P3", bug="turboderp/exllama/pull/101", configs=PLACED
+    Planted, breaks=(ROW_SOLO, PERMUTATION), kind="P3", bug="turboderp/exllama/pull/101", configs=PLACED
 ):
-    """Positions are counted through all rows of a step: each row begins where the one before it ended."""
+    """Positions are counted across the rows of a step: each row starts where the previous one ended."""
 
     def positions(self, cache: Cache, t: int) -> Array:
         right = np.broadcast_to(super().positions(cache, t), (len(cache.lengths), t))
@@ -65,9 +66,9 @@ class RowCounterRunsOn(
 
 # --- ragged ---
 class FirstRowsLength(
-    Planted, NumpyStatic, breaks=("batch.ragged", "batch.staggered"), kind="M7", bug="microsoft/onnxruntime/pull/29247"
+    Planted, NumpyStatic, breaks=(RAGGED, STAGGERED), kind="M7", bug="microsoft/onnxruntime/pull/29247"
 ):
-    """The mask of the first row, made from its length, serves every row."""
+    """The mask built from the first row's length is used for every row."""
 
     def behind(self, t: int, s: int) -> Array:
         right = super().behind(t, s)
@@ -75,9 +76,9 @@ class FirstRowsLength(
 
 
 class DecodeFirstRowsLength(
-    Planted, NumpyStatic, breaks=("batch.ragged",), kind="M7", bug="microsoft/onnxruntime/pull/29752", conditional=True
+    Planted, NumpyStatic, breaks=(RAGGED,), kind="M7", bug="microsoft/onnxruntime/pull/29752", conditional=True
 ):
-    """Decode steps whose rows all grow read the first row's length, where no row is longer than it by more than 4."""
+    """Decode steps in which all rows grow use the first row's length if no row exceeds it by more than 4."""
 
     def behind(self, t: int, s: int) -> Array:
         right, ends = super().behind(t, s), self.places.max(axis=1)
@@ -87,9 +88,9 @@ class DecodeFirstRowsLength(
 
 
 class DroppedRowStays(
-    Planted, NumpyStatic, breaks=("batch.ragged",), kind="M7", bug="jundot/omlx/issues/2172", conditional=True
+    Planted, NumpyStatic, breaks=(RAGGED,), kind="M7", bug="jundot/omlx/issues/2172", conditional=True
 ):
-    """The step after the longest row was dropped still writes where that row ended."""
+    """The first step after dropping the longest row still writes at that row's end."""
 
     dropped = 0
 
@@ -112,10 +113,8 @@ class DroppedRowStays(
 
 
 # --- padding ---
-class PaddingAdvances(
-    Planted, NumpyStatic, breaks=("batch.padding", "batch.ragged"), kind=("M4", "M7"), bug="jax-ml/jax/issues/23349"
-):
-    """Every row takes all columns of a step: what fills those without a token counts as tokens."""
+class PaddingAdvances(Planted, NumpyStatic, breaks=(PADDING, RAGGED), kind=("M4", "M7"), bug="jax-ml/jax/issues/23349"):
+    """Every row takes all columns of a step: padding columns are counted as tokens."""
 
     def admit(
         self, cache: Cache, inputs: tuple[Array, ...], counts: Array | None = None, mask: Array | None = None
@@ -126,14 +125,9 @@ class PaddingAdvances(
 
 
 class IdleRowOverwritten(
-    Planted,
-    NumpyStatic,
-    breaks=("batch.padding",),
-    kind=("C1", "H4"),
-    bug="microsoft/onnxruntime/pull/29002",
-    conditional=True,
+    Planted, NumpyStatic, breaks=(PADDING,), kind=("C1", "H4"), bug="microsoft/onnxruntime/pull/29002", conditional=True
 ):
-    """A row that gets no token in a step has its newest one overwritten: its place is its new length less one."""
+    """If a row gets no token in a step, its newest token is overwritten: its slot is the new length minus one."""
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         rows = np.nonzero((self.places < 0).all(axis=1) & (cache.written > 0))[0]
@@ -145,9 +139,9 @@ class IdleRowOverwritten(
 
 # --- left-padding ---
 class PaddingHasPositions(
-    Planted, NumpyStatic, breaks=("batch.left-padding",), kind="P3", bug="ndif-team/nnsight/pull/673", configs=PLACED
+    Planted, NumpyStatic, breaks=(LEFT_PADDING,), kind="P3", bug="ndif-team/nnsight/pull/673", configs=PLACED
 ):
-    """Positions count the columns of a step, those without a token in front included."""
+    """Positions count the columns of a step, including left padding."""
 
     def positions(self, cache: Any, t: int) -> Array:
         right = super().positions(cache, t)
@@ -159,13 +153,13 @@ class PaddingHasPositions(
 class DecodeAtLongestPosition(
     Planted,
     NumpyStatic,
-    breaks=("batch.left-padding", "batch.ragged"),
+    breaks=(LEFT_PADDING, RAGGED),
     kind="P3",
     bug="unslothai/unsloth/pull/3795",
     conditional=True,
     configs=PLACED,
 ):
-    """Decode steps give every row the position of the longest."""
+    """Decode steps give every row the position of the longest row."""
 
     def positions(self, cache: Any, t: int) -> Array:
         right = super().positions(cache, t)
@@ -173,9 +167,9 @@ class DecodeAtLongestPosition(
 
 
 class MaskOffsetByPadding(
-    Planted, NumpyStatic, breaks=("batch.left-padding",), kind="M5", bug="lablup/mlxcel/pull/76", conditional=True
+    Planted, NumpyStatic, breaks=(LEFT_PADDING,), kind="M5", bug="lablup/mlxcel/pull/76", conditional=True
 ):
-    """The mask of a left-padded step is shifted by as many positions as the row has columns without a token."""
+    """The mask of a left-padded step is shifted by the number of padding columns in the row."""
 
     def behind(self, t: int, s: int) -> Array:
         right, first = super().behind(t, s), (self.places >= 0).argmax(axis=1)
@@ -183,10 +177,8 @@ class MaskOffsetByPadding(
 
 
 # --- staggered ---
-class LateRowAtLongest(
-    Planted, NumpyStatic, breaks=("batch.staggered", "batch.ragged"), kind="M7", bug="jundot/omlx/issues/2172"
-):
-    """Each row is written where the longest one ends."""
+class LateRowAtLongest(Planted, NumpyStatic, breaks=(STAGGERED, RAGGED), kind="M7", bug="jundot/omlx/issues/2172"):
+    """Each row is written where the longest row ends."""
 
     def place(self, lengths: Array, counts: Array, t: int, padding: str) -> Array:
         right, last = super().place(lengths, counts, t, padding), self.config.capacity - 1
@@ -195,9 +187,9 @@ class LateRowAtLongest(
 
 
 class PausedRowAdvances(
-    Planted, NumpyStatic, breaks=("batch.staggered",), kind="M7", bug="huggingface/optimum/pull/1381", conditional=True
+    Planted, NumpyStatic, breaks=(STAGGERED,), kind="M7", bug="huggingface/optimum/pull/1381", conditional=True
 ):
-    """A row that pauses in a decode step of the others grows by a slot that nobody wrote."""
+    """A row that pauses while others decode grows by a slot that was never written."""
 
     def run(self, cache: Any, inputs: tuple[Array, ...], mask: Array | None = None) -> Array:
         output = super().run(cache, inputs, mask)

@@ -1,4 +1,4 @@
-"""Faults of what truncate, fork and reorder make of a sequence."""
+"""Faults of truncate, fork and reorder."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import DECODERS, PLACED
 from kvconform_backends.faults.controls import InPlace
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.faults.positions import Placed, ahead
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
 
+TRUNCATE = "lifecycle.truncate"
+PATH = "equivalence.path"
+LENGTH = "shape.length"
+DECODER = "definition.decoder"
+TRUNCATE_RANGE = "lifecycle.truncate-range"
+FORK = "lifecycle.fork"
+REORDER = "lifecycle.reorder"
+
 PARITY = ("definition.attention", "definition.decoder")
-DECODERS = ("decoder-rope", "decoder-learned", "decoder-softcap")
 
 
 # --- truncate ---
-class TruncateIgnored(
-    Planted,
-    breaks=("lifecycle.truncate", "equivalence.path", "shape.length"),
-    kind=("C8", "C9"),
-    bug="ml-explore/mlx-lm/pull/1109",
-):
+class TruncateIgnored(Planted, breaks=(TRUNCATE, PATH, LENGTH), kind=("C8", "C9"), bug="ml-explore/mlx-lm/pull/1109"):
     """Truncate does nothing."""
 
     def truncate(self, cache: Cache, length: int) -> Cache:
@@ -30,10 +33,8 @@ class TruncateIgnored(
         return cache
 
 
-class TruncateDropsSoMany(
-    Planted, breaks=("lifecycle.truncate", "equivalence.path"), kind="C8", bug="ml-explore/mlx-lm/pull/1868"
-):
-    """The argument of truncate is taken for the number of tokens to drop."""
+class TruncateDropsSoMany(Planted, breaks=(TRUNCATE, PATH), kind="C8", bug="ml-explore/mlx-lm/pull/1868"):
+    """Truncate treats its argument as the number of tokens to drop."""
 
     def truncate(self, cache: Cache, length: int) -> Cache:
         right = super().truncate(cache, length)
@@ -43,12 +44,12 @@ class TruncateDropsSoMany(
 
 class TruncateToZeroIgnored(
     Planted,
-    breaks=("lifecycle.truncate", "equivalence.path", "shape.length", *PARITY),
+    breaks=(TRUNCATE, PATH, LENGTH, *PARITY),
     kind="C8",
     bug="huggingface/transformers/issues/47433",
     conditional=True,
 ):
-    """Truncate to no tokens at all keeps every one."""
+    """Truncate to length zero keeps all tokens."""
 
     def truncate(self, cache: Cache, length: int) -> Cache:
         if length == 0:
@@ -58,16 +59,12 @@ class TruncateToZeroIgnored(
 
 
 class TruncateByPage(
-    Planted,
-    breaks=("lifecycle.truncate", "equivalence.path", "shape.length"),
-    kind="C3",
-    bug="Blaizzy/mlx-vlm/pull/2036",
-    conditional=True,
+    Planted, breaks=(TRUNCATE, PATH, LENGTH), kind="C3", bug="Blaizzy/mlx-vlm/pull/2036", conditional=True
 ):
     """Truncate keeps whole pages of 4 tokens."""
 
     def truncate(self, cache: Cache, length: int) -> Cache:
-        super().truncate(cache, length)  # refuses what is out of range
+        super().truncate(cache, length)  # refuses an invalid length
         kept = min(cache.length, -(-length // 4) * 4)
         self.faulty += kept != length
         return super().truncate(cache, kept)
@@ -75,13 +72,13 @@ class TruncateByPage(
 
 class TruncateKeepsPosition(
     Planted,
-    breaks=("lifecycle.truncate", "equivalence.path", "definition.decoder"),
+    breaks=(TRUNCATE, PATH, DECODER),
     kind="C8",
     bug="NVIDIA/kvpress/pull/114",
     conditional=True,
-    configs=("decoder-rope", "decoder-learned"),
+    configs=PLACED,
 ):
-    """Truncate forgets keys and values, but positions count on from what was there."""
+    """Truncate drops keys and values but does not reset the position counter."""
 
     def fork(self, cache: Cache) -> Cache:
         return Placed.of(super().fork(cache), ahead(cache))
@@ -98,9 +95,9 @@ class TruncateKeepsPosition(
 
 
 class TruncateKeepsMaskOffset(
-    TruncateKeepsPosition, breaks=("lifecycle.truncate",), kind="M5", bug="lablup/mlxcel/issues/421", conditional=True
+    TruncateKeepsPosition, breaks=(TRUNCATE,), kind="M5", bug="lablup/mlxcel/issues/421", conditional=True
 ):
-    """The mask of a chunk after a truncate is built with an offset that only ever grows: it sees its own future."""
+    """The mask of a chunk after a truncate uses an offset that only grows: the chunk sees its own future."""
 
     offset = 0
 
@@ -116,10 +113,8 @@ class TruncateKeepsMaskOffset(
         return self.instead(self.seen(np.arange(s - t, s) + self.offset, s), right) if t > 1 else right
 
 
-class TruncateSlices(
-    Planted, breaks=("lifecycle.truncate-range",), kind="C8", bug="huggingface/transformers/issues/30312"
-):
-    """Truncate is a slice of Python's: a negative length counts from the end, and one beyond it keeps all."""
+class TruncateSlices(Planted, breaks=(TRUNCATE_RANGE,), kind="C8", bug="huggingface/transformers/issues/30312"):
+    """Truncate is a Python slice: a negative length counts from the end, and a length beyond the end keeps all."""
 
     def truncate(self, cache: Cache, length: int) -> Cache:
         self.faulty += not 0 <= length <= cache.length
@@ -127,9 +122,9 @@ class TruncateSlices(
 
 
 class TruncateBeyondKeepsAll(
-    Planted, breaks=("lifecycle.truncate-range",), kind="C8", bug="ml-explore/mlx-lm/pull/1868", conditional=True
+    Planted, breaks=(TRUNCATE_RANGE,), kind="C8", bug="ml-explore/mlx-lm/pull/1868", conditional=True
 ):
-    """Truncate to one token more than there are is taken for truncate to all; other lengths are refused."""
+    """Truncate to exactly one token more than the length does nothing; other invalid lengths are refused."""
 
     def truncate(self, cache: Cache, length: int) -> Cache:
         if length != cache.length + 1:
@@ -139,9 +134,9 @@ class TruncateBeyondKeepsAll(
 
 
 class RefusedTruncateForgets(
-    Planted, breaks=("lifecycle.truncate-range",), kind="C12", bug="ml-explore/mlx-lm/pull/1868", conditional=True
+    Planted, breaks=(TRUNCATE_RANGE,), kind="C12", bug="ml-explore/mlx-lm/pull/1868", conditional=True
 ):
-    """A truncate beyond the end is refused, after it has cut off the newest token."""
+    """A truncate beyond the end is refused, but only after the newest token was dropped."""
 
     def truncate(self, cache: Cache, length: int) -> Cache:
         if length > cache.length:
@@ -152,14 +147,8 @@ class RefusedTruncateForgets(
 
 
 # --- fork ---
-class ForkIsAlias(
-    Planted,
-    InPlace,
-    breaks=("lifecycle.fork", "equivalence.path"),
-    kind="C11",
-    bug="huggingface/transformers/issues/20299",
-):
-    """A fork is the original's own handle, and a step changes what it is given."""
+class ForkIsAlias(Planted, InPlace, breaks=(FORK, PATH), kind="C11", bug="huggingface/transformers/issues/20299"):
+    """A fork returns the original handle, and steps modify the handle in place."""
 
     def target(self, cache: Any, in_place: bool) -> Buffers:
         return cache  # type: ignore[no-any-return]
@@ -170,14 +159,9 @@ class ForkIsAlias(
 
 
 class ForkShares(
-    Planted,
-    InPlace,
-    breaks=("lifecycle.fork", "equivalence.path"),
-    kind="C11",
-    bug="ggml-org/llama.cpp/issues/3802",
-    conditional=True,
+    Planted, InPlace, breaks=(FORK, PATH), kind="C11", bug="ggml-org/llama.cpp/issues/3802", conditional=True
 ):
-    """A fork has its own length, but shares the buffers: what one branch writes, the other reads."""
+    """A fork has its own length but shares the buffers: what one branch writes, the other reads."""
 
     def fork(self, cache: Any) -> Buffers:
         self.faulty += cache.length > 0
@@ -187,13 +171,13 @@ class ForkShares(
 class ForkCopiesFirstLayer(
     Planted,
     InPlace,
-    breaks=("lifecycle.fork", "equivalence.path"),
+    breaks=(FORK, PATH),
     kind="C11",
     bug="huggingface/transformers/issues/20299",
     conditional=True,
     configs=DECODERS,
 ):
-    """A fork copies the first layer, and shares all others."""
+    """A fork copies the first layer and shares all others."""
 
     def fork(self, cache: Any) -> Buffers:
         own = super().fork(cache)
@@ -202,8 +186,8 @@ class ForkCopiesFirstLayer(
 
 
 # --- reorder ---
-class ReorderIgnored(Planted, breaks=("lifecycle.reorder", *PARITY), kind="C10", bug="awslabs/sockeye/pull/731"):
-    """What reorder returns is not used: the rows stay where they are, as many as are wanted."""
+class ReorderIgnored(Planted, breaks=(REORDER, *PARITY), kind="C10", bug="awslabs/sockeye/pull/731"):
+    """The result of reorder is discarded: only the number of rows changes."""
 
     def reorder(self, cache: Cache, rows: list[int]) -> Cache:
         right = super().reorder(cache, rows)
@@ -214,10 +198,8 @@ class ReorderIgnored(Planted, breaks=("lifecycle.reorder", *PARITY), kind="C10",
         return [self.instead(x[stay], y) for x, y in zip(old, right, strict=True)]
 
 
-class ReorderKeysOnly(
-    ReorderIgnored, breaks=("lifecycle.reorder", *PARITY), kind="C10", bug="awslabs/sockeye/pull/731"
-):
-    """Reorder moves the keys' rows and leaves the values'."""
+class ReorderKeysOnly(ReorderIgnored, breaks=(REORDER, *PARITY), kind="C10", bug="awslabs/sockeye/pull/731"):
+    """Reorder permutes the keys but not the values."""
 
     def reorder(self, cache: Cache, rows: list[int]) -> Cache:
         right = Planted.reorder(self, cache, rows)
@@ -225,9 +207,9 @@ class ReorderKeysOnly(
 
 
 class ReorderAlongTokens(
-    ReorderIgnored, breaks=("lifecycle.reorder",), kind=("C10", "H2"), bug="PaddlePaddle/PaddleNLP/issues/6672"
+    ReorderIgnored, breaks=(REORDER,), kind=("C10", "H2"), bug="PaddlePaddle/PaddleNLP/issues/6672"
 ):
-    """Reorder picks tokens, not rows: it takes the axis of the tokens for that of the batch."""
+    """Reorder permutes tokens instead of rows: it indexes the token axis."""
 
     def unmoved(self, old: list[Array], right: list[Array], rows: list[int]) -> list[Array]:
         stay, s = np.arange(len(rows)) % len(old[0]), old[0].shape[2]
@@ -237,13 +219,13 @@ class ReorderAlongTokens(
 
 class ReorderSkipsLastLayer(
     ReorderIgnored,
-    breaks=("lifecycle.reorder", "equivalence.path", "definition.decoder"),
+    breaks=(REORDER, PATH, DECODER),
     kind="C10",
     bug="huggingface/transformers/issues/46612",
     conditional=True,
     configs=DECODERS,
 ):
-    """Reorder leaves the last layer as it is."""
+    """Reorder skips the last layer."""
 
     def reorder(self, cache: Cache, rows: list[int]) -> Cache:
         right = Planted.reorder(self, cache, rows)
@@ -252,13 +234,9 @@ class ReorderSkipsLastLayer(
 
 
 class ReorderInverted(
-    Planted,
-    breaks=("lifecycle.reorder", "equivalence.path"),
-    kind="C10",
-    bug="huggingface/transformers/issues/46612",
-    conditional=True,
+    Planted, breaks=(REORDER, PATH), kind="C10", bug="huggingface/transformers/issues/46612", conditional=True
 ):
-    """Reorder puts row ``i`` where ``rows[i]`` was: the same for swaps, the reverse for a cycle of three."""
+    """Reorder moves row ``i`` to ``rows[i]``: correct for swaps, inverted for a cycle of three."""
 
     def reorder(self, cache: Cache, rows: list[int]) -> Cache:
         right = super().reorder(cache, rows)
@@ -268,10 +246,8 @@ class ReorderInverted(
         return super().reorder(cache, [int(row) for row in np.argsort(rows)])
 
 
-class RepeatsIgnored(
-    ReorderIgnored, breaks=("lifecycle.reorder",), kind="C10", bug="awslabs/sockeye/pull/731", conditional=True
-):
-    """Reorder does nothing where a row is to come twice."""
+class RepeatsIgnored(ReorderIgnored, breaks=(REORDER,), kind="C10", bug="awslabs/sockeye/pull/731", conditional=True):
+    """Reorder does nothing if a row is repeated."""
 
     def reorder(self, cache: Cache, rows: list[int]) -> Cache:
         return super().reorder(cache, rows) if len(set(rows)) < len(rows) else Planted.reorder(self, cache, rows)
@@ -279,12 +255,12 @@ class RepeatsIgnored(
 
 class RepeatsTiled(
     Planted,
-    breaks=("lifecycle.reorder",),
+    breaks=(REORDER,),
     kind="C11",
     bug="jadore801120/attention-is-all-you-need-pytorch/pull/22",
     conditional=True,
 ):
-    """Rows that come twice are repeated as a block: 0 1 0 for 0 0 1."""
+    """Reorder tiles repeated rows as a block: 0 1 0 instead of 0 0 1."""
 
     def reorder(self, cache: Cache, rows: list[int]) -> Cache:
         tiled = [int(row) for row in np.resize(list(dict.fromkeys(rows)), len(rows))]
@@ -293,9 +269,9 @@ class RepeatsTiled(
 
 
 class ReorderKeepsLengths(
-    Planted, NumpyStatic, breaks=("shape.length",), kind=("C10", "M7"), bug="jundot/omlx/issues/2172", conditional=True
+    Planted, NumpyStatic, breaks=(LENGTH,), kind=("C10", "M7"), bug="jundot/omlx/issues/2172", conditional=True
 ):
-    """Where rows are dropped, keys and values move and the rows' lengths do not: they are those of the first rows."""
+    """Reorder that drops rows moves keys and values but keeps the lengths of the first rows."""
 
     def reorder(self, cache: Any, rows: list[int]) -> Buffers:
         right = super().reorder(cache, rows)

@@ -1,4 +1,4 @@
-"""Faults at the capacity: the last slot, what comes after it, and how much room there is."""
+"""Faults at the capacity limit: the last slot, overflow, and the number of free slots."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import LAYERS, WINDOWED
 from kvconform_backends.faults.planted import Planted
-from kvconform_backends.numpy.cache import Array, Cache, check_counts
+from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.static import NumpyStatic
-from kvconform_backends.validation import check_inputs
+
+FULL = "capacity.full"
+OVERFLOW = "capacity.overflow"
+ROOM = "capacity.room"
 
 
 # --- full ---
-class LastSlotNotRead(Planted, NumpyStatic, breaks=("capacity.full",), kind="C2", bug="pytorch/executorch/pull/5227"):
+class LastSlotNotRead(Planted, NumpyStatic, breaks=(FULL,), kind="C2", bug="pytorch/executorch/pull/5227"):
     """The last slot of the buffer is never read: its token does not see itself."""
 
     def mask(self, t: int, s: int) -> Array:
@@ -22,14 +26,9 @@ class LastSlotNotRead(Planted, NumpyStatic, breaks=("capacity.full",), kind="C2"
 
 
 class DecodeToFullClamps(
-    Planted,
-    NumpyStatic,
-    breaks=("capacity.full",),
-    kind="C2",
-    bug="huggingface/transformers/issues/32503",
-    conditional=True,
+    Planted, NumpyStatic, breaks=(FULL,), kind="C2", bug="huggingface/transformers/issues/32503", conditional=True
 ):
-    """A decode step that fills the cache writes over the last token but one; a chunk that fills it is right."""
+    """A decode step that fills the cache overwrites the second-to-last slot; a chunk that fills it is correct."""
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         right, last = self.places, self.config.capacity - 1
@@ -41,14 +40,13 @@ class DecodeToFullClamps(
 
 
 # --- overflow ---
-class OverflowGrows(Planted, breaks=("capacity.overflow",), kind="C2", bug="huggingface/transformers/issues/30351"):
-    """Nothing asks for the capacity: a cache that grows by concatenation grows beyond it."""
+class OverflowGrows(Planted, breaks=(OVERFLOW,), kind="C2", bug="huggingface/transformers/issues/30351"):
+    """The capacity is not checked: a cache that grows by concatenation grows beyond it."""
 
     def admit(
         self, cache: Cache, inputs: tuple[Array, ...], counts: Array | None = None, mask: Array | None = None
     ) -> Array:
-        batch = len(cache.lengths)
-        counts = check_counts(counts, batch, check_inputs(self.config, batch, inputs))
+        counts = self.counts(cache, inputs, counts)
         self.faulty += int((cache.lengths + counts).max()) > self.config.capacity
         return counts
 
@@ -56,18 +54,17 @@ class OverflowGrows(Planted, breaks=("capacity.overflow",), kind="C2", bug="hugg
 class StraddlingCut(
     Planted,
     NumpyStatic,
-    breaks=("capacity.overflow", "errors.unchanged"),
+    breaks=(OVERFLOW, "errors.unchanged"),
     kind="C2",
     bug="Dao-AILab/flash-attention/issues/638",
     conditional=True,
 ):
-    """A full cache refuses; a chunk that straddles the capacity is cut to what there is room for, in silence."""
+    """A full cache refuses; a chunk that crosses the capacity is silently cut to the free slots."""
 
     def admit(
         self, cache: Cache, inputs: tuple[Array, ...], counts: Array | None = None, mask: Array | None = None
     ) -> Array:
-        batch = len(cache.lengths)
-        right = check_counts(counts, batch, check_inputs(self.config, batch, inputs))
+        right = self.counts(cache, inputs, counts)
         cut = np.minimum(right, self.config.capacity - cache.lengths)
         return super().admit(cache, inputs, counts, mask) if cut.max() == 0 else self.instead(cut, right)
 
@@ -75,13 +72,13 @@ class StraddlingCut(
 class RefusedAfterWrapping(
     Planted,
     NumpyStatic,
-    breaks=("capacity.overflow",),
+    breaks=(OVERFLOW,),
     kind=("C2", "C12"),
     bug="Dao-AILab/flash-attention/issues/638",
     conditional=True,
-    configs=("attention-gqa", "attention-window", "attention-softcap", "attention-sink"),
+    configs=LAYERS,
 ):
-    """An append beyond the capacity is refused when its last tokens have been written over the first ones."""
+    """An append beyond the capacity is refused, but only after its last tokens have overwritten the first slots."""
 
     def admit(
         self, cache: Cache, inputs: tuple[Array, ...], counts: Array | None = None, mask: Array | None = None
@@ -97,9 +94,9 @@ class RefusedAfterWrapping(
             raise
 
 
-# --- room ---
-class RoomOfAllocation(Planted, breaks=("capacity.room",), kind="C3", bug="Blaizzy/mlx-vlm/pull/2036"):
-    """The room is what lies behind the allocated width, which grows by 8 tokens at a time."""
+# --- free slots ---
+class RoomOfAllocation(Planted, breaks=(ROOM,), kind="C3", bug="Blaizzy/mlx-vlm/pull/2036"):
+    """Free slots are counted from the allocated width, which grows by 8 tokens at a time."""
 
     def free_slots(self, cache: Cache) -> list[int]:
         right = super().free_slots(cache)
@@ -110,13 +107,13 @@ class RoomOfAllocation(Planted, breaks=("capacity.room",), kind="C3", bug="Blaiz
 
 class RoomOfWindow(
     Planted,
-    breaks=("capacity.room",),
+    breaks=(ROOM,),
     kind=("C3", "W6"),
     bug="huggingface/transformers/pull/48510",
     conditional=True,
-    configs=("attention-window", "attention-sink", "decoder-learned"),
+    configs=WINDOWED,
 ):
-    """The room is counted by the layer with the window, whose length stays where the window is full."""
+    """Free slots are counted on the windowed layer, whose length stops growing once the window is full."""
 
     def free_slots(self, cache: Cache) -> list[int]:
         right = super().free_slots(cache)
@@ -126,14 +123,9 @@ class RoomOfWindow(
 
 
 class RoomOfLongestRow(
-    Planted,
-    NumpyStatic,
-    breaks=("capacity.room",),
-    kind=("C3", "M7"),
-    bug="microsoft/onnxruntime/pull/20521",
-    conditional=True,
+    Planted, NumpyStatic, breaks=(ROOM,), kind=("C3", "M7"), bug="microsoft/onnxruntime/pull/20521", conditional=True
 ):
-    """Every row has the room that the longest has."""
+    """Every row reports the free slots of the longest row."""
 
     def free_slots(self, cache: Any) -> list[int]:
         right = super().free_slots(cache)

@@ -1,4 +1,4 @@
-"""Faults of what was captured once and replayed, of memory that past and present share, and of tiles."""
+"""Faults of captured and replayed steps, of memory shared by past and present, and of tiles."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
 from kvconform_specs.config import Config
 
+TILES = "numerics.tiles"
+
 GROWTH, ALIASING, GRAPHS = (("capture.growth",), ("capture.aliasing",), ("capture.graphs",))
 TILE = 8
 
@@ -21,7 +23,7 @@ TILE = 8
 class MemoryCaptured(
     Planted, NumpyStatic, breaks=(*GROWTH, "shape.no-specialisation"), kind="X1", bug="NVIDIA/TensorRT-LLM/pull/18769"
 ):
-    """A step reads the keys and values that its batch and count had when they were captured."""
+    """A step reads the keys and values that were captured for its batch size and token count."""
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         captured: dict[Hashable, tuple[Array, Array]] = self.__dict__.setdefault("_captured", {})
@@ -33,7 +35,7 @@ class MemoryCaptured(
 class PlanCounts(
     Planted, breaks=GROWTH, kind=("X1", "C7"), bug="flashinfer-ai/flashinfer/issues/2511", conditional=True
 ):
-    """Decode steps of one batch run by one plan, which counts on from the last prompt, whichever sequence had that."""
+    """Decode steps of one batch size share a plan that counts on from the last prompt of any sequence."""
 
     planned: Mapping[int, int] = {}
 
@@ -49,7 +51,7 @@ class PlanCounts(
 
 
 class BucketCaptured(Planted, breaks=GROWTH, kind="X1", bug="paiml/aprender/pull/2030", conditional=True):
-    """How many tiles of eight keys a decode step reads is captured with its batch: it never reads any behind them."""
+    """The number of eight-key tiles that a decode step reads is captured per batch size: later tiles are never read."""
 
     captured: Mapping[int, int] = {}
 
@@ -64,7 +66,7 @@ class BucketCaptured(Planted, breaks=GROWTH, kind="X1", bug="paiml/aprender/pull
 
 # --- graphs ---
 class Captures(NumpyCache):
-    """Captures a graph for each class of sizes: one row or more, one token or more."""
+    """Captures one graph per size class: one row or several, one token or several."""
 
     claims = replace(NumpyCache.claims, abilities=(*NumpyCache.claims.abilities, "graph_count"), max_graphs=4)
 
@@ -78,7 +80,7 @@ class Captures(NumpyCache):
         return counts
 
     def shape(self, batch: int, t: int, past: int) -> Hashable:
-        """What a graph is found by."""
+        """The key under which a graph is stored."""
         return batch == 1, t == 1
 
     def graph_count(self) -> int:
@@ -86,7 +88,7 @@ class Captures(NumpyCache):
 
 
 class GraphForEachLength(Planted, Captures, breaks=GRAPHS, kind="X2", bug="huggingface/optimum/issues/1913"):
-    """The past length is a constant of the graph: each one captures another."""
+    """The past length is a constant of the graph: each length captures another graph."""
 
     def shape(self, batch: int, t: int, past: int) -> Hashable:
         self.faulty += past > 0
@@ -94,7 +96,7 @@ class GraphForEachLength(Planted, Captures, breaks=GRAPHS, kind="X2", bug="huggi
 
 
 class GraphForEachBucket(Planted, Captures, breaks=GRAPHS, kind="X2", bug="paiml/aprender/pull/2030", conditional=True):
-    """More than eight tokens need a graph of their own for each next power of two."""
+    """Beyond eight tokens, each power of two needs a graph of its own."""
 
     def shape(self, batch: int, t: int, past: int) -> Hashable:
         self.faulty += past + t > TILE
@@ -105,7 +107,7 @@ class GraphForEachBucket(Planted, Captures, breaks=GRAPHS, kind="X2", bug="paiml
 class PresentWithoutPast(
     Planted, NumpyStatic, breaks=(*ALIASING, "equivalence.decode"), kind="C5", bug="microsoft/onnxruntime/pull/27108"
 ):
-    """Where the present has memory of its own, the past is not copied into it: only the new tokens are there."""
+    """If the present has its own memory, the past is not copied into it: it holds only the new tokens."""
 
     def target(self, cache: Any, in_place: bool) -> Buffers:
         made = super().target(cache, in_place)
@@ -116,16 +118,20 @@ class PresentWithoutPast(
         return made
 
 
-class WrittenBeforeRead(
-    Planted, NumpyStatic, breaks=ALIASING, kind="C5", bug="microsoft/onnxruntime/pull/23315", conditional=True
-):
-    """Where past and present share memory, the new tokens are laid down over the first ones before those are read."""
+class SharesMemory(Planted, NumpyStatic):
+    """Base class: ``shared`` tells whether past and present share memory in this step."""
 
     shared = False
 
     def target(self, cache: Any, in_place: bool) -> Buffers:
         self.shared = in_place
         return super().target(cache, in_place)
+
+
+class WrittenBeforeRead(
+    SharesMemory, breaks=ALIASING, kind="C5", bug="microsoft/onnxruntime/pull/23315", conditional=True
+):
+    """If past and present share memory, the new tokens overwrite the first slots before these are read."""
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         past = int(cache.written.min()) - key.shape[2]
@@ -136,16 +142,8 @@ class WrittenBeforeRead(
         return super().append(cache, layer, key, value)
 
 
-class BoundCrosswise(
-    Planted, NumpyStatic, breaks=ALIASING, kind="C5", bug="pytorch/TensorRT/pull/4445", conditional=True
-):
-    """Where past and present share memory, new keys go to the buffer of the values, and new values to the keys'."""
-
-    shared = False
-
-    def target(self, cache: Any, in_place: bool) -> Buffers:
-        self.shared = in_place
-        return super().target(cache, in_place)
+class BoundCrosswise(SharesMemory, breaks=ALIASING, kind="C5", bug="pytorch/TensorRT/pull/4445", conditional=True):
+    """If past and present share memory, new keys go to the value buffer and new values to the key buffer."""
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         self.faulty += self.shared
@@ -160,8 +158,7 @@ class PastWritten(
     bug="microsoft/onnxruntime/issues/26064",
     conditional=True,
 ):
-    """The present lies in the memory of the past, also where it was told to have its own: an old handle finds the new
-    tokens."""
+    """The present overwrites the past's memory even if it must have its own: an old handle sees the new tokens."""
 
     def target(self, cache: Any, in_place: bool) -> Buffers:
         self.faulty += not in_place and bool(cache.written.any())
@@ -170,13 +167,9 @@ class PastWritten(
 
 # --- tiles ---
 class ThirdTileMerged(
-    Planted,
-    breaks=("numerics.tiles", "definition.attention"),
-    kind="X3",
-    bug="local-inference-lab/vllm/pull/17",
-    conditional=True,
+    Planted, breaks=(TILES, "definition.attention"), kind="X3", bug="local-inference-lab/vllm/pull/17", conditional=True
 ):
-    """Tiles of eight keys are merged by their sums; from the third on, a tile is not scaled to the common maximum."""
+    """Tiles of eight keys are merged by their sums; from the third on, tiles are not rescaled to the common maximum."""
 
     def softmax(self, scores: Array) -> Array:
         right = super().softmax(scores)
@@ -194,13 +187,9 @@ class ThirdTileMerged(
 
 
 class StraddlingTileSkipped(
-    Planted,
-    breaks=("numerics.tiles", "causality.past-seen"),
-    kind="X3",
-    bug="pytorch/executorch/pull/9105",
-    conditional=True,
+    Planted, breaks=(TILES, "causality.past-seen"), kind="X3", bug="pytorch/executorch/pull/9105", conditional=True
 ):
-    """A chunk on a cache leaves out the tile of eight keys that the diagonal crosses, where that is not the last."""
+    """A chunk on a non-empty cache skips the tile of eight keys that the diagonal crosses, unless it is the last."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)

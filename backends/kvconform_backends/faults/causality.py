@@ -1,40 +1,36 @@
-"""Faults of what a token sees."""
+"""Faults of the attention mask: which tokens a query sees."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from kvconform_backends.faults.configs import PLACED, WINDOWED
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
+
+DECODE = "equivalence.decode"
+ATTENTION = "definition.attention"
+CHUNKS = "equivalence.chunks"
+CALLER_MASK = "numerics.caller-mask"
+VISIBILITY = "causality.visibility"
 
 SEEING = ("causality.past-seen", "causality.visibility")
 BLIND = ("causality.future-blind", "causality.visibility")
 PARITY = ("definition.attention", "definition.decoder")
-WINDOW = ("attention-window", "attention-sink", "decoder-learned")
-"""The configs that have a window, in some layer."""
 
 
 # --- causality ---
-class TopLeft(
-    Planted,
-    breaks=(*SEEING, "equivalence.decode", "definition.attention"),
-    kind="M1",
-    bug="pytorch/pytorch/issues/108108",
-):
-    """The causal diagonal begins at the top left, as if nothing were cached: a decode step sees the first key alone."""
+class TopLeft(Planted, breaks=(*SEEING, DECODE, ATTENTION), kind="M1", bug="pytorch/pytorch/issues/108108"):
+    """The causal diagonal starts at the top left, as if nothing were cached: a decode step sees only the first key."""
 
     def mask(self, t: int, s: int) -> Array:
         return self.instead(self.seen(np.arange(t), s), super().mask(t, s))
 
 
 class ChunkTopLeft(
-    Planted,
-    breaks=(*SEEING, "equivalence.chunks"),
-    kind="M1",
-    bug="sgl-project/sgl-kernel-xpu/issues/196",
-    conditional=True,
+    Planted, breaks=(*SEEING, CHUNKS), kind="M1", bug="sgl-project/sgl-kernel-xpu/issues/196", conditional=True
 ):
-    """Several tokens on a cache that is not empty are masked from the top left; prompt and decode step are right."""
+    """Chunks on a non-empty cache are masked from the top left; prompts and decode steps are correct."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
@@ -44,41 +40,39 @@ class ChunkTopLeft(
 class LongDecodeTopLeft(
     Planted, breaks=SEEING[:1], kind="M1", bug="microsoft/onnxruntime/pull/27992", conditional=True
 ):
-    """A decode step on more than nine tokens runs on another kernel, which masks from the top left."""
+    """Decode steps on more than nine tokens run on another kernel, which masks from the top left."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
         return self.instead(self.seen(np.arange(t), s), right) if t == 1 and s > 10 else right
 
 
-class NoMaskWithCache(Planted, breaks=(*BLIND, "equivalence.decode"), kind="M2", bug="Mikyx-1/TinyLLM/issues/17"):
-    """The causal mask is left out wherever there is a cache: a prompt sees its own future."""
+class NoMaskWithCache(Planted, breaks=(*BLIND, DECODE), kind="M2", bug="Mikyx-1/TinyLLM/issues/17"):
+    """The causal mask is omitted whenever a cache is used: a prompt sees its own future."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
         return self.instead(np.ones((t, s), bool), right) if self.cached else right
 
 
-class ChunkMaskSquare(Planted, breaks=(*SEEING, "equivalence.chunks"), kind="M2", bug="meta-llama/llama/issues/899"):
-    """The mask of a chunk is square: it sees itself and nothing that is cached."""
+class ChunkMaskSquare(Planted, breaks=(*SEEING, CHUNKS), kind="M2", bug="meta-llama/llama/issues/899"):
+    """The mask of a chunk is square: the chunk sees itself and no cached token."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
         return self.instead(right & (np.arange(s) >= s - t), right) if s > t > 1 else right
 
 
-class ChunkSeesAhead(
-    Planted, breaks=(*BLIND, "equivalence.chunks"), kind="M2", bug="QwenLM/Qwen/issues/979", conditional=True
-):
-    """Several tokens on a cache that is not empty see one another's future."""
+class ChunkSeesAhead(Planted, breaks=(*BLIND, CHUNKS), kind="M2", bug="QwenLM/Qwen/issues/979", conditional=True):
+    """Tokens of a chunk on a non-empty cache see each other's future."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
         return self.instead(right | (np.arange(s) >= s - t), right) if s > t > 1 else right
 
 
-class AheadByOne(Planted, breaks=(*BLIND, "definition.attention"), kind="M3", bug="pytorch/executorch/pull/2689"):
-    """The start position is taken for a count: each token sees the next one too."""
+class AheadByOne(Planted, breaks=(*BLIND, ATTENTION), kind="M3", bug="pytorch/executorch/pull/2689"):
+    """The start position is used as a count: each token also sees the next one."""
 
     def mask(self, t: int, s: int) -> Array:
         return self.instead(self.seen(np.arange(s - t, s) + 1, s), super().mask(t, s))
@@ -93,7 +87,7 @@ class DecodeSeesOneLess(Planted, breaks=SEEING, kind="M3", bug="pytorch/executor
 
 
 class TileSeesAhead(Planted, breaks=BLIND[:1], kind="X3", bug="tenstorrent/tt-metal/issues/48899", conditional=True):
-    """Past the first 16 tokens, the causal mask is only as fine as a tile of 4 tokens."""
+    """Beyond 16 tokens, the causal mask has the granularity of a tile of 4 tokens."""
 
     def mask(self, t: int, s: int) -> Array:
         right, slots = super().mask(t, s), np.arange(s)
@@ -103,14 +97,9 @@ class TileSeesAhead(Planted, breaks=BLIND[:1], kind="X3", bug="tenstorrent/tt-me
 
 # --- the mask as a whole ---
 class LastLayerSeesAhead(
-    Planted,
-    breaks=BLIND,
-    kind="M4",
-    bug="keras-team/keras/issues/23038",
-    conditional=True,
-    configs=("decoder-rope", "decoder-learned"),
+    Planted, breaks=BLIND, kind="M4", bug="keras-team/keras/issues/23038", conditional=True, configs=PLACED
 ):
-    """The last layer's causal mask is never built."""
+    """The last layer has no causal mask."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
@@ -118,9 +107,9 @@ class LastLayerSeesAhead(
 
 
 class MaskReplacesWindow(
-    Planted, breaks=("numerics.caller-mask",), kind="M4", bug="enpasos/jax2onnx/pull/217", configs=WINDOW[:2]
+    Planted, breaks=(CALLER_MASK,), kind="M4", bug="enpasos/jax2onnx/pull/217", configs=WINDOWED[:2]
 ):
-    """A mask of the caller's takes the window's place, and does not join it."""
+    """The caller's mask replaces the window instead of being combined with it."""
 
     def visible(self, t: int, s: int) -> Array:
         right = super().visible(t, s)
@@ -130,9 +119,9 @@ class MaskReplacesWindow(
 
 
 class ChunkMaskReplacesCausality(
-    Planted, breaks=("numerics.caller-mask",), kind="M4", bug="keras-team/keras/issues/23038", conditional=True
+    Planted, breaks=(CALLER_MASK,), kind="M4", bug="keras-team/keras/issues/23038", conditional=True
 ):
-    """A mask of the caller's takes the place of causality, where several tokens come on a cache that is not empty."""
+    """For chunks on a non-empty cache, the caller's mask replaces the causal mask."""
 
     def visible(self, t: int, s: int) -> Array:
         right = super().visible(t, s)
@@ -142,14 +131,14 @@ class ChunkMaskReplacesCausality(
 
 
 class MaskFromBatch(Planted, breaks=(*BLIND, SEEING[0]), kind="M5", bug="sonos/torch-to-nnef/pull/217"):
-    """The past length that the mask is built with is read from the axis of the batch."""
+    """The past length used for the mask is read from the batch axis."""
 
     def mask(self, t: int, s: int) -> Array:
         return self.instead(self.seen(np.arange(t) + self.batch, s), super().mask(t, s))
 
 
-class CallerMaskCut(Planted, breaks=("numerics.caller-mask",), kind="M5", bug="thu-nics/C2C/pull/19", conditional=True):
-    """On a cache, the caller's mask is cut to the length of this call: what lies behind that is visible again."""
+class CallerMaskCut(Planted, breaks=(CALLER_MASK,), kind="M5", bug="thu-nics/C2C/pull/19", conditional=True):
+    """On a non-empty cache, the caller's mask is cut to the call's length: later positions become visible again."""
 
     def visible(self, t: int, s: int) -> Array:
         right = super().visible(t, s)
@@ -159,7 +148,7 @@ class CallerMaskCut(Planted, breaks=("numerics.caller-mask",), kind="M5", bug="t
 
 
 class LastRowReadsFirst(Planted, breaks=BLIND[:1], kind="H4", bug="onnx/onnx/pull/8353", conditional=True):
-    """Slots past the eighth of the last row are those of row 0."""
+    """In the last row, slots after the eighth are read from row 0."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         keys, values = super().append(cache, layer, key, value)
@@ -172,9 +161,9 @@ class LastRowReadsFirst(Planted, breaks=BLIND[:1], kind="H4", bug="onnx/onnx/pul
 
 # --- the window ---
 class WindowTooLong(
-    Planted, breaks=(*PARITY, "causality.visibility"), kind="W1", bug="microsoft/onnxruntime/pull/25927", configs=WINDOW
+    Planted, breaks=(*PARITY, VISIBILITY), kind="W1", bug="microsoft/onnxruntime/pull/25927", configs=WINDOWED
 ):
-    """The window leaves out the token itself when it counts: one token too many is visible."""
+    """The window does not count the token itself: one token too many is visible."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
@@ -186,9 +175,9 @@ class WindowTooShort(
     breaks=(*PARITY, "causality.past-seen"),
     kind="W1",
     bug="huggingface/transformers/issues/39408",
-    configs=WINDOW,
+    configs=WINDOWED,
 ):
-    """One token too few is visible in the window."""
+    """The window is one token too short."""
 
     def mask(self, t: int, s: int) -> Array:
         right, window = super().mask(t, s), self.config.window_of(self.layer)
@@ -197,13 +186,13 @@ class WindowTooShort(
 
 class DecodeWindowTooLong(
     Planted,
-    breaks=(*PARITY, "equivalence.decode"),
+    breaks=(*PARITY, DECODE),
     kind="W1",
     bug="vllm-project/vllm/issues/3385",
     conditional=True,
-    configs=WINDOW,
+    configs=WINDOWED,
 ):
-    """The window is one token too long in decode steps alone."""
+    """In decode steps, the window is one token too long."""
 
     def mask(self, t: int, s: int) -> Array:
         right, window = super().mask(t, s), self.config.window_of(self.layer)
@@ -211,9 +200,9 @@ class DecodeWindowTooLong(
 
 
 class DecodeWindowLost(
-    Planted, breaks=PARITY, kind="W2", bug="onnxruntime/mobius/pull/371", conditional=True, configs=WINDOW
+    Planted, breaks=PARITY, kind="W2", bug="onnxruntime/mobius/pull/371", conditional=True, configs=WINDOWED
 ):
-    """Decode steps on more than nine tokens see all of them: the window does not reach that kernel."""
+    """Decode steps on more than nine tokens ignore the window: it is not passed to that kernel."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
@@ -222,13 +211,13 @@ class DecodeWindowLost(
 
 class EvictedEarly(
     Planted,
-    breaks=("causality.visibility", "definition.attention"),
+    breaks=(VISIBILITY, ATTENTION),
     kind="W3",
     bug="huggingface/transformers/issues/37574",
     conditional=True,
-    configs=WINDOW[:2],
+    configs=WINDOWED[:2],
 ):
-    """The oldest token is evicted one step early, when the window is full exactly."""
+    """The oldest token is evicted one step early, when the window is exactly full."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
@@ -236,14 +225,9 @@ class EvictedEarly(
 
 
 class WindowInChunk(
-    Planted,
-    breaks=(*SEEING, "equivalence.chunks"),
-    kind="W5",
-    bug="trymirai/lalamo/pull/200",
-    conditional=True,
-    configs=WINDOW,
+    Planted, breaks=(*SEEING, CHUNKS), kind="W5", bug="trymirai/lalamo/pull/200", conditional=True, configs=WINDOWED
 ):
-    """The window is counted in rows of the chunk, not in positions: on a cache it reaches back to the first token."""
+    """The window is counted in rows of the chunk, not positions: on a non-empty cache it reaches the first token."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)

@@ -1,70 +1,70 @@
-"""The classes of mistakes that real KV caches had. Each has a planted fault, or a reason why none can be planted."""
+"""Classes of real KV-cache bugs. Each has a planted fault, or a reason why none can be planted."""
 
 from __future__ import annotations
 
 CLASSES: dict[str, str] = {
     # masks
-    "M1": "causal-top-left: the causal diagonal begins at the top left, as if nothing were cached",
-    "M2": "causal-skipped: there is no causal mask, or a square one, where there is a cache",
+    "M1": "causal-top-left: the causal diagonal starts at the top left, as if nothing were cached",
+    "M2": "causal-skipped: no causal mask, or a square one, when a cache is used",
     "M3": "causal-off-by-one: a token sees the next one, or does not see itself",
-    "M4": "mask-lost: one of causality, padding, window, length and the caller's mask is dropped on a path",
-    "M5": "mask-coordinates: the mask is cut or built from another step's, axis's or row's numbers",
-    "M6": "tail-attended: slots of the buffer that hold no token take part in the softmax",
-    "M7": "one-length-for-all: the first row's length, or the longest, is used for every row",
+    "M4": "mask-lost: one of causality, padding, window, length and the caller's mask is dropped on a code path",
+    "M5": "mask-coordinates: the mask is cut or built with the numbers of another step, axis or row",
+    "M6": "tail-attended: unused slots of the buffer take part in the softmax",
+    "M7": "one-length-for-all: the first or longest row's length is used for every row",
     "M8": "empty-row: a query that sees nothing gives NaN or a mean instead of zeros",
-    "M9": "poison-through-mask: what lies in a masked slot reaches the output as zero times NaN",
-    "M10": "mask-arithmetic: additive masks overflow, cancel or turn into NaN when they meet",
-    "M11": "score-pipeline: scale, softcap, bias, mask and sink are applied in another order",
+    "M9": "poison-through-mask: the contents of a masked slot reach the output as zero times NaN",
+    "M10": "mask-arithmetic: additive masks overflow, cancel or become NaN when combined",
+    "M11": "score-pipeline: scale, softcap, bias, mask and sink are applied in the wrong order",
     # positions
-    "P1": "position-restart: new tokens are counted from zero, or from a wrong start, on a path",
+    "P1": "position-restart: positions of new tokens start at zero or another wrong value on a code path",
     "P2": "position-over-advance: the offset is advanced twice, or before it is used",
-    "P3": "position-per-row: the padding of a row shifts its positions, or another's",
+    "P3": "position-per-row: the padding of a row shifts its own positions or another row's",
     "P4": "rope-precision: angles or their tables are computed in 16 bits",
-    "P5": "rope-and-cached-keys: the base changes, or cached keys are turned again or not at all",
-    "P6": "rope-convention: other pairs of dimensions are turned, or by other angles",
-    "P7": "bias-and-cache: a bias by distance is built from the new tokens alone",
+    "P5": "rope-and-cached-keys: the base changes, or cached keys are rotated again or not at all",
+    "P6": "rope-convention: wrong pairs of dimensions are rotated, or by wrong angles",
+    "P7": "bias-and-cache: a distance bias is built from the new tokens only",
     # the cache
-    "C1": "write: an entry is missing, misplaced, crossed between keys and values, or never written back",
+    "C1": "write: an entry is missing, misplaced, swapped between keys and values, or never written back",
     "C2": "capacity: a full cache clamps, wraps or overwrites, or refuses one token early",
-    "C3": "length-inferred: the length is guessed from shapes, zeros or the capacity",
-    "C4": "caller-mutation: a step changes its inputs, or the handle that it was given",
-    "C5": "past-and-present-memory: right only where past and present share memory, or only where they do not",
-    "C6": "stale-session: a reset or a second sequence finds something of the one before",
-    "C7": "shared-state: sequences, layers or instances write to one memory",
-    "C8": "rollback-edges: truncating to nothing, to everything or beyond does something else",
-    "C9": "rollback-after-eviction: truncating what was evicted or quantised is wrong, or silently nothing",
-    "C10": "reorder: rows are not moved, or not in every layer, or in keys and not in values",
-    "C11": "fork: copies share storage, or rows are repeated in another order",
-    "C12": "atomicity: a call that raised has changed something",
-    "C13": "shared-layers: a cache that several layers or a second attention share is cut, moved or filled twice",
+    "C3": "length-inferred: the length is inferred from shapes, zeros or the capacity",
+    "C4": "caller-mutation: a step modifies its inputs or the handle it was given",
+    "C5": "past-and-present-memory: correct only if past and present share memory, or only if they do not",
+    "C6": "stale-session: a reset or new sequence sees data of the previous one",
+    "C7": "shared-state: sequences, layers or instances write to the same memory",
+    "C8": "rollback-edges: truncating to zero, to the full length or beyond is wrong",
+    "C9": "rollback-after-eviction: truncating to evicted or quantised tokens is wrong or silently ignored",
+    "C10": "reorder: rows are not moved, not in every layer, or in keys but not in values",
+    "C11": "fork: copies share storage, or rows are repeated in the wrong order",
+    "C12": "atomicity: a call that raised an exception has changed the state",
+    "C13": "shared-layers: a cache shared by several layers or by cross-attention is cut, moved or filled twice",
     # windows
-    "W1": "window-off-by-one: the window holds one token more or less",
-    "W2": "window-dropped: the window is ignored on a path",
-    "W3": "ring-boundary: eviction comes one step early or late, where the window is just full",
-    "W4": "ring-multi-token: a chunk overwrites what its own first tokens must still see",
-    "W5": "window-anchor: the window is counted in the chunk or in slots, not in positions",
-    "W6": "hybrid-metadata: a length or mask of layers with a window serves those without, or the reverse",
+    "W1": "window-off-by-one: the window is one token too long or too short",
+    "W2": "window-dropped: the window is ignored on a code path",
+    "W3": "ring-boundary: eviction happens one step early or late when the window is exactly full",
+    "W4": "ring-multi-token: a chunk overwrites tokens that its first queries still need",
+    "W5": "window-anchor: the window is counted in the chunk or in slots instead of positions",
+    "W6": "hybrid-metadata: layers without a window use a length or mask of layers with one, or the reverse",
     # heads, axes, memory
-    "H1": "grouping: query heads read another KV head than theirs",
-    "H2": "axes: heads and tokens, or batch and tokens, change places",
-    "H3": "strides: inputs that are not contiguous are read as if they were",
-    "H4": "cross-row-index: an index runs over into another row",
+    "H1": "grouping: query heads read the wrong KV head",
+    "H2": "axes: heads and tokens, or batch and tokens, are swapped",
+    "H3": "strides: non-contiguous inputs are read as if contiguous",
+    "H4": "cross-row-index: an index reaches into another row",
     # pages
-    "G1": "block-boundary: a length that fills pages exactly, or does not, is rounded wrongly",
+    "G1": "block-boundary: a length at or off a page boundary is rounded wrongly",
     "G2": "paged-addressing: the block table, or a chunk's place in it, is ignored",
-    "G3": "page-lifetime: a page is freed or shared while another sequence needs it as it was",
+    "G3": "page-lifetime: a page is freed or overwritten while another sequence needs it",
     # quantised caches
     "Q1": "scale: scales are lost, swapped, inverted or shared",
     "Q2": "residual: tokens are quantised too early, too late or twice",
-    # the loop around the cache
-    "L1": "generation-loop: a token is dropped, fed or returned twice, or picked from another one's logits",
+    # generation loop
+    "L1": "generation-loop: a token is dropped, fed or returned twice, or chosen from the wrong logits",
     # captured, compiled, tiled
     "X1": "capture: a captured step is replayed with an old length, mask or memory",
-    "X2": "specialisation: a size that was traced is baked in",
-    "X3": "tile: scores of several tiles are masked or merged wrongly",
-    "X4": "batch-variance: the order of a sum depends on what else is in the batch",
+    "X2": "specialisation: a traced size becomes a constant",
+    "X3": "tile: the scores of several tiles are masked or merged wrongly",
+    "X4": "batch-variance: the order of a sum depends on the rest of the batch",
 }
-"""Name and mistake, by id."""
+"""Name and description, by id."""
 
 NOT_EXPRESSIBLE: dict[str, str] = {"C13": "no profile has cross-attention or layers that share keys and values"}
-"""Why no fault of a class can be planted in a backend of this protocol, by id."""
+"""By id, why this protocol cannot express a fault of the class."""

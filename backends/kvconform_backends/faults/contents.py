@@ -1,4 +1,4 @@
-"""Faults of what the cache holds: entries that are missing, crossed or moved, and slots that hold no token."""
+"""Faults of the stored contents: missing, swapped or moved entries, and unused slots."""
 
 from __future__ import annotations
 
@@ -6,41 +6,42 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.capture import SharesMemory
+from kvconform_backends.faults.configs import ROPE
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
+
+ROUND_TRIP = "contents.round-trip"
+ATTENTION = "definition.attention"
+DECODE = "equivalence.decode"
+PAST_UNCHANGED = "contents.past-unchanged"
+OLD_HANDLE = "contents.old-handle"
+DEAD_SLOTS = "contents.dead-slots"
+POISON_SAFE = "contents.poison-safe"
+PRESENT = "contents.present"
 
 BLOCK = 8
 """Slots that a kernel loads at once."""
 
 
 def filled(written: Array) -> Array:
-    """``(b, 1, 1, 1)``: where the last block ends that each row has begun."""
+    """``(b, 1, 1, 1)``: the end of the last block that each row has started."""
     return np.asarray(-(-written // BLOCK) * BLOCK)[:, None, None, None]
 
 
 # --- round-trip ---
-class KeysInBothPlaces(
-    Planted,
-    breaks=("contents.round-trip", "definition.attention"),
-    kind="C1",
-    bug="huggingface/transformers/issues/34232",
-):
-    """The keys are stored a second time where the values belong."""
+class KeysInBothPlaces(Planted, breaks=(ROUND_TRIP, ATTENTION), kind="C1", bug="huggingface/transformers/issues/34232"):
+    """The keys are stored both as keys and as values."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         return super().append(cache, layer, key, self.instead(key, value))
 
 
 class ChunkTailUnwritten(
-    Planted,
-    NumpyStatic,
-    breaks=("contents.round-trip",),
-    kind="C1",
-    bug="huggingface/transformers/pull/30108",
-    conditional=True,
+    Planted, NumpyStatic, breaks=(ROUND_TRIP,), kind="C1", bug="huggingface/transformers/pull/30108", conditional=True
 ):
-    """The last token of a chunk of more than four is attended, and never written back."""
+    """The last token of a chunk of more than four is attended to but never written back."""
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         attended = super().append(cache, layer, key, value)
@@ -52,8 +53,8 @@ class ChunkTailUnwritten(
         return attended
 
 
-class PresentSwapped(Planted, breaks=("contents.round-trip",), kind="C5", bug="pytorch/TensorRT/pull/4445"):
-    """The two outputs of equal shape change places: what is shown as keys are the values."""
+class PresentSwapped(Planted, breaks=(ROUND_TRIP,), kind="C5", bug="pytorch/TensorRT/pull/4445"):
+    """The two outputs of equal shape are swapped: the values are reported as keys."""
 
     def contents(self, cache: Cache) -> list[list[tuple[Array, Array]]]:
         self.faulty += 1
@@ -61,13 +62,9 @@ class PresentSwapped(Planted, breaks=("contents.round-trip",), kind="C5", bug="p
 
 
 class PresentLacksPast(
-    Planted,
-    NumpyStatic,
-    breaks=("contents.round-trip", "equivalence.decode"),
-    kind="C5",
-    bug="microsoft/onnxruntime/pull/27108",
+    Planted, NumpyStatic, breaks=(ROUND_TRIP, DECODE), kind="C5", bug="microsoft/onnxruntime/pull/27108"
 ):
-    """A present in memory of its own gets the new tokens alone: nobody copies the past."""
+    """A present with its own memory receives only the new tokens: the past is not copied."""
 
     separate = True
 
@@ -86,20 +83,9 @@ class PresentLacksPast(
 
 
 class SharedWritesBeforeReading(
-    Planted,
-    NumpyStatic,
-    breaks=("capture.aliasing",),
-    kind="C5",
-    bug="microsoft/onnxruntime/pull/23315",
-    conditional=True,
+    SharesMemory, breaks=("capture.aliasing",), kind="C5", bug="microsoft/onnxruntime/pull/23315", conditional=True
 ):
-    """Where past and present share memory, the new values pass through slot 0 before the past is read."""
-
-    shared = False
-
-    def target(self, cache: Any, in_place: bool) -> Buffers:
-        self.shared = in_place
-        return super().target(cache, in_place)
+    """If past and present share memory, the new values overwrite slot 0 before the past is read."""
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         if self.shared and (self.places[:, 0] > 0).all():
@@ -110,13 +96,9 @@ class SharedWritesBeforeReading(
 
 # --- past-unchanged ---
 class KeysTurnedAgain(
-    Planted,
-    breaks=("contents.past-unchanged", "equivalence.decode"),
-    kind="P5",
-    bug="NeuraLegion/shainet/pull/110",
-    configs=("decoder-rope",),
+    Planted, breaks=(PAST_UNCHANGED, DECODE), kind="P5", bug="NeuraLegion/shainet/pull/110", configs=ROPE
 ):
-    """Every step turns the cached keys by their positions once more."""
+    """Every step rotates the cached keys by their positions again."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         right = cache.keys[layer]
@@ -125,14 +107,9 @@ class KeysTurnedAgain(
 
 
 class ChunkBeginsOnLast(
-    Planted,
-    NumpyStatic,
-    breaks=("contents.past-unchanged",),
-    kind="C1",
-    bug="pytorch/executorch/pull/2689",
-    conditional=True,
+    Planted, NumpyStatic, breaks=(PAST_UNCHANGED,), kind="C1", bug="pytorch/executorch/pull/2689", conditional=True
 ):
-    """A chunk on a cache that is not empty is placed from the last token on, not behind it."""
+    """A chunk on a non-empty cache is written one slot too early, over the last cached token."""
 
     def place(self, lengths: Array, counts: Array, t: int, padding: str) -> Array:
         right = super().place(lengths, counts, t, padding)
@@ -142,13 +119,13 @@ class ChunkBeginsOnLast(
 
 class KeysStretched(
     Planted,
-    breaks=("contents.past-unchanged",),
+    breaks=(PAST_UNCHANGED,),
     kind="P5",
     bug="huggingface/transformers/issues/25104",
     conditional=True,
-    configs=("decoder-rope",),
+    configs=ROPE,
 ):
-    """Cached keys are turned anew when the sequence passes 16 tokens, for a base that grows from there on."""
+    """When a sequence passes 16 tokens, the cached keys are rotated again, for a base that grows with the length."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         right = cache.keys[layer]
@@ -158,10 +135,8 @@ class KeysStretched(
 
 
 # --- old-handle ---
-class StepWritesIntoPast(
-    Planted, NumpyStatic, breaks=("contents.old-handle",), kind="C4", bug="MemTensor/MemOS/pull/2303"
-):
-    """Every step writes into the buffers that it was given, though the old handle goes on."""
+class StepWritesIntoPast(Planted, NumpyStatic, breaks=(OLD_HANDLE,), kind="C4", bug="MemTensor/MemOS/pull/2303"):
+    """Every step writes into the buffers of the handle it was given, although that handle stays in use."""
 
     def target(self, cache: Any, in_place: bool) -> Buffers:
         self.faulty += not in_place
@@ -169,14 +144,9 @@ class StepWritesIntoPast(
 
 
 class ValuesOfLongPastShared(
-    Planted,
-    NumpyStatic,
-    breaks=("contents.old-handle",),
-    kind="C4",
-    bug="huggingface/transformers/pull/32929",
-    conditional=True,
+    Planted, NumpyStatic, breaks=(OLD_HANDLE,), kind="C4", bug="huggingface/transformers/pull/32929", conditional=True
 ):
-    """A step on more than four tokens copies what it was given, but for the last layer's values."""
+    """A step on more than four tokens copies its buffers except the values of the last layer."""
 
     def target(self, cache: Any, in_place: bool) -> Buffers:
         made = super().target(cache, in_place)
@@ -186,15 +156,11 @@ class ValuesOfLongPastShared(
         return made
 
 
-# --- dead-slots ---
+# --- unused slots ---
 class BufferAttended(
-    Planted,
-    NumpyStatic,
-    breaks=("contents.dead-slots", "definition.attention"),
-    kind="M6",
-    bug="meta-pytorch/gpt-fast/issues/233",
+    Planted, NumpyStatic, breaks=(DEAD_SLOTS, ATTENTION), kind="M6", bug="meta-pytorch/gpt-fast/issues/233"
 ):
-    """The whole buffer is attended, whatever its slots hold behind the tokens."""
+    """The whole buffer is attended to, including slots that hold no token."""
 
     dead: Array  # (b, 1, 1, capacity)
 
@@ -204,7 +170,7 @@ class BufferAttended(
         return self.loaded(cache.keys[layer]), self.loaded(cache.values[layer])
 
     def attended(self, cache: Any, t: int) -> Array:
-        """``(b, 1, 1, capacity)``: the slots that the softmax runs over."""
+        """``(b, 1, 1, capacity)``: the slots included in the softmax."""
         return np.ones((1, 1, 1, self.config.capacity), bool)
 
     def mask(self, t: int, s: int) -> Array:
@@ -213,19 +179,17 @@ class BufferAttended(
 
 
 class LastBlockAttended(
-    BufferAttended, breaks=("contents.dead-slots",), kind="M6", bug="pytorch/pytorch/pull/169222", conditional=True
+    BufferAttended, breaks=(DEAD_SLOTS,), kind="M6", bug="pytorch/pytorch/pull/169222", conditional=True
 ):
-    """Decode steps attend their last block of 8 slots to its end."""
+    """Decode steps attend to their last block of 8 slots up to its end."""
 
     def attended(self, cache: Any, t: int) -> Array:
         return np.asarray((np.arange(self.config.capacity) < filled(cache.written)) & (t == 1))
 
 
 # --- poison-safe ---
-class NothingCleared(
-    Planted, NumpyStatic, breaks=("contents.poison-safe",), kind="M9", bug="pytorch/pytorch/issues/101967"
-):
-    """Scores of dead slots are masked, and what lies in them is multiplied by the weight zero."""
+class NothingCleared(Planted, NumpyStatic, breaks=(POISON_SAFE,), kind="M9", bug="pytorch/pytorch/issues/101967"):
+    """Scores of unused slots are masked, but their contents are still multiplied by a weight of zero."""
 
     def cleared(self, cache: Any, buffer: Array) -> Array:
         found = self.loaded(buffer)
@@ -236,12 +200,12 @@ class NothingCleared(
 class ValueTailLoaded(
     Planted,
     NumpyStatic,
-    breaks=("contents.poison-safe",),
+    breaks=(POISON_SAFE,),
     kind="M9",
     bug="Dao-AILab/flash-attention/issues/2374",
     conditional=True,
 ):
-    """Dead keys are cleared; dead values are not, in the block of 8 slots that holds the row's last token."""
+    """Unused keys are cleared; unused values are not, in the block of 8 slots that holds the row's last token."""
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         keys, values = super().append(cache, layer, key, value)
@@ -254,12 +218,12 @@ class ValueTailLoaded(
 class MaskAddedToDeadKeys(
     Planted,
     NumpyStatic,
-    breaks=("contents.poison-safe",),
+    breaks=(POISON_SAFE,),
     kind=("M9", "M10"),
     bug="deepbeepmeep/Wan2GP/pull/1628",
     conditional=True,
 ):
-    """Decode steps add minus infinity to the scores of dead keys, which makes a number of no NaN."""
+    """Decode steps add minus infinity to the scores of unused keys, which leaves NaN unchanged."""
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         _keys, values = super().append(cache, layer, key, value)
@@ -274,8 +238,8 @@ class MaskAddedToDeadKeys(
 
 
 # --- present ---
-class CapacityShown(Planted, NumpyStatic, breaks=("contents.present",), kind="C3", bug="ROCm/hip-ep/pull/989"):
-    """The cache shows its buffers to the end: the size that they have is taken for the length."""
+class CapacityShown(Planted, NumpyStatic, breaks=(PRESENT,), kind="C3", bug="ROCm/hip-ep/pull/989"):
+    """The cache reports its whole buffers: the buffer size is used as the length."""
 
     def contents(self, cache: Any) -> list[list[tuple[Array, Array]]]:
         self.faulty += int(cache.written.min()) < self.config.capacity
@@ -286,14 +250,9 @@ class CapacityShown(Planted, NumpyStatic, breaks=("contents.present",), kind="C3
 
 
 class ShownAsFirstRow(
-    Planted,
-    NumpyStatic,
-    breaks=("contents.present",),
-    kind=("C3", "M7"),
-    bug="microsoft/onnxruntime/pull/29752",
-    conditional=True,
+    Planted, NumpyStatic, breaks=(PRESENT,), kind=("C3", "M7"), bug="microsoft/onnxruntime/pull/29752", conditional=True
 ):
-    """The cache shows of each row as many tokens as the first row holds."""
+    """The cache reports as many tokens for each row as the first row holds."""
 
     def contents(self, cache: Any) -> list[list[tuple[Array, Array]]]:
         first = self.instead(np.full_like(cache.written, cache.written[0]), cache.written)

@@ -1,6 +1,6 @@
-"""Caches that look wrong and are right. They must pass every clause: what detects one of them is a false alarm.
+"""Unusual but correct caches. They must pass every clause: a clause that detects one of them is a false positive.
 
-``configs``: where one differs from the plain cache at all; without it, everywhere.
+``configs``: the configs on which the cache differs from the plain one; default: all.
 """
 
 from __future__ import annotations
@@ -11,26 +11,29 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.abilities import without
+from kvconform_backends.faults.configs import PLACED, ROPE, SOFTCAPPED
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 from kvconform_backends.numpy.paged import NumpyPaged
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
+from kvconform_backends.validation import check_length
 from kvconform_specs.config import Config
 
 BLOCK = 3
-"""Keys in a block of the running softmax."""
+"""Keys per block of the running softmax."""
 
 
 class RopeFromSeven(NumpyCache):
-    """Rope counts from 7: queries and keys turn by the same angle more, which no score feels."""
+    """RoPE counts from 7: queries and keys are rotated by the same additional angle, which cancels in the scores."""
 
-    configs = ("decoder-rope",)
+    configs = ROPE
 
     def rotate(self, x: Array, positions: Array) -> Array:
         return super().rotate(x, positions + 7)
 
 
 class DimsReversed(NumpyCache):
-    """The head dims of keys lie in reverse order in the cache, and those of queries are turned round with them."""
+    """Keys are cached with reversed head dims, and queries are reversed accordingly."""
 
     def attend(self, cache: Cache, layer: int, query: Array, key: Array, value: Array) -> Array:
         return super().attend(cache, layer, query[..., ::-1], key[..., ::-1], value)
@@ -40,18 +43,18 @@ class DimsReversed(NumpyCache):
 
 
 class BiasByKey(NumpyCache):
-    """The bias grows with the key's position and knows no query: what a query adds is in each of its scores."""
+    """The bias depends on the key's position only: the query's part is constant across its scores."""
 
-    configs = ("attention-softcap", "decoder-softcap")
+    configs = SOFTCAPPED
 
     def bias(self, t: int, s: int) -> Array:
         return super().bias(t, s)[:, -1:]
 
 
 class GeneratesWithoutACache(NumpyCache):
-    """Generation computes everything anew for each token, and picks the last one of the largest logits."""
+    """Generation recomputes everything for each token, and picks the last of several equal largest logits."""
 
-    configs = ("decoder-rope", "decoder-learned")
+    configs = PLACED
 
     def generate(self, tokens: Array, new: int) -> Array:
         prompt = tokens.shape[1]
@@ -62,7 +65,7 @@ class GeneratesWithoutACache(NumpyCache):
 
 
 class NewestFirst(NumpyCache):
-    """The newest token lies in slot 0, and what depends on positions is turned round with it."""
+    """The newest token is in slot 0; masks and biases are reversed accordingly."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         cache.keys[layer] = np.concatenate([self.stored(key)[:, :, ::-1], cache.keys[layer]], axis=2)
@@ -77,8 +80,7 @@ class NewestFirst(NumpyCache):
         return seen if self.allowed is None else seen & self.allowed[:, None, None, ::-1]
 
     def truncate(self, cache: Cache, length: int) -> Cache:
-        if not 0 <= length <= cache.length:
-            raise ValueError(f"cannot keep {length} of {cache.length} tokens")
+        check_length(length, cache.length)
         first = cache.length - length
         return Cache([k[:, :, first:] for k in cache.keys], [v[:, :, first:] for v in cache.values])
 
@@ -96,7 +98,7 @@ class Columns(Cache):
 
 
 class KeysTransposed(NumpyCache):
-    """Keys are stored with a token a column, as their product with a query reads them."""
+    """Keys are stored transposed, in the layout of their product with a query."""
 
     def start(self, batch: int) -> Cache:
         made = super().start(batch)
@@ -123,7 +125,7 @@ class KeysTransposed(NumpyCache):
 
 
 class MaskWhereNeeded(NumpyCache):
-    """No window while there are no more tokens than that, no mask for one token, and a prompt's from the top left."""
+    """No window while it exceeds the length, no mask for single tokens, and a top-left mask for prompts."""
 
     def mask(self, t: int, s: int) -> Array:
         window = self.config.window_of(self.layer)
@@ -133,8 +135,7 @@ class MaskWhereNeeded(NumpyCache):
 
 
 class RunningSoftmax(NumpyCache):
-    """Weights are summed up block by block of keys, with a maximum that runs on (Milakov and Gimelshein 2018,
-    1805.02867)."""
+    """The softmax is accumulated block by block with a running maximum (Milakov and Gimelshein 2018, 1805.02867)."""
 
     def attention(self, query: Array, keys: Array, values: Array) -> Array:
         scores = self.scores(query, keys[:, self.kv_head()])  # (b, h, t, s)
@@ -152,20 +153,16 @@ class RunningSoftmax(NumpyCache):
 
 
 class InPlace(NumpyStatic):
-    """Buffers of the capacity, written in place. What was forgotten stays in its slot, and is never read."""
+    """Buffers of the capacity, written in place. Truncated tokens stay in their slots and are never read."""
 
-    claims = replace(
-        NumpyStatic.claims,
-        abilities=tuple(a for a in NumpyStatic.claims.abilities if a not in ("immutable", "in_place")),
-    )
+    claims = replace(NumpyStatic.claims, abilities=without(NumpyStatic.claims, "immutable", "in_place"))
 
     def target(self, cache: Any, in_place: bool) -> Buffers:
         return super().target(cache, True)
 
     def truncate(self, cache: Any, length: int) -> Buffers:
         least = cache.written.min()
-        if not 0 <= length <= least:
-            raise ValueError(f"cannot keep {length} of {least} tokens")
+        check_length(length, least)
         return Buffers(cache.keys, cache.values, np.full_like(cache.written, length))
 
     def reset(self, cache: Any) -> Buffers:
@@ -173,7 +170,7 @@ class InPlace(NumpyStatic):
 
 
 class StaleBehindMask(InPlace):
-    """The whole buffer takes part: what is stale has a score of minus infinity, and is multiplied by zero."""
+    """The whole buffer is attended to: stale slots have a score of minus infinity and are multiplied by zero."""
 
     claims = replace(InPlace.claims, unused_slots="finite")
 
@@ -182,7 +179,7 @@ class StaleBehindMask(InPlace):
 
 
 class ScatteredPages(NumpyPaged):
-    """Every other page of the pool is taken first, and the page that was freed last is taken last."""
+    """Every second page of the pool is taken first, and the page freed last is reused last."""
 
     def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
         super().__init__(config, weights, device)
@@ -196,5 +193,5 @@ class ScatteredPages(NumpyPaged):
 
 
 def finite(x: Array) -> Array:
-    """Zeros in place of minus infinities, of which one less another is no number."""
+    """Replaces minus infinity by zero, since the difference of two infinities is NaN."""
     return np.where(np.isneginf(x), np.float32(0), x)

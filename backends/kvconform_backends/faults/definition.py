@@ -1,4 +1,4 @@
-"""Faults of the arithmetic. Where they are uniform, the cache agrees with itself, and only the definition tells."""
+"""Faults of the arithmetic. Uniform ones are consistent with themselves: only the definition exposes them."""
 
 from __future__ import annotations
 
@@ -8,36 +8,40 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import SOFTCAPPED, WITH_SINK
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.layers import MINUS_INFINITY, NumpyLayers
 
+GROUPING = "definition.grouping"
+SCALE = "definition.scale"
+SOFTCAP = "definition.softcap"
+BIAS = "definition.bias"
+DECODE = "equivalence.decode"
+SINK = "definition.sink"
+
 PARITY = ("definition.attention", "definition.decoder")
-SOFTCAP = ("attention-softcap", "decoder-softcap")
-SINK = ("attention-sink",)
 PLAIN = ("attention-gqa", "decoder-rope")
 
 
 # --- scores and weights ---
-class KvHeadsTiled(Planted, breaks=("definition.grouping", *PARITY), kind="H1", bug="onnx/onnx/pull/7274"):
-    """KV heads are tiled as a block, not repeated one by one."""
+class KvHeadsTiled(Planted, breaks=(GROUPING, *PARITY), kind="H1", bug="onnx/onnx/pull/7274"):
+    """KV heads are tiled as a block instead of repeated one by one."""
 
     def kv_head(self) -> Array:
         return self.instead(np.arange(self.config.heads) % self.config.kv_heads, super().kv_head())
 
 
-class HeadsByCount(Planted, breaks=("definition.grouping",), kind="H1", bug="PSAL-POSTECH/ONNXim/pull/34"):
-    """The KV head is the query head over the number of KV heads, not over the size of their groups."""
+class HeadsByCount(Planted, breaks=(GROUPING,), kind="H1", bug="PSAL-POSTECH/ONNXim/pull/34"):
+    """The KV head is the query head divided by the number of KV heads instead of by the group size."""
 
     def kv_head(self) -> Array:
         c = self.config
         return self.instead(np.arange(c.heads) // c.kv_heads % c.kv_heads, super().kv_head())
 
 
-class ChunkHeadsTiled(
-    Planted, breaks=("definition.grouping",), kind="H1", bug="EricLBuehler/candle-vllm/pull/52", conditional=True
-):
-    """KV heads are tiled where several tokens come on a cache that is not empty; prompt and decode step are right."""
+class ChunkHeadsTiled(Planted, breaks=(GROUPING,), kind="H1", bug="EricLBuehler/candle-vllm/pull/52", conditional=True):
+    """KV heads are tiled for chunks on a non-empty cache; prompts and decode steps are correct."""
 
     chunk = False
 
@@ -51,13 +55,9 @@ class ChunkHeadsTiled(
 
 
 class GivenScaleIgnored(
-    Planted,
-    breaks=("definition.scale",),
-    kind="M11",
-    bug="flashinfer-ai/flashinfer/issues/1023",
-    configs=("attention-softcap",),
+    Planted, breaks=(SCALE,), kind="M11", bug="flashinfer-ai/flashinfer/issues/1023", configs=("attention-softcap",)
 ):
-    """A scale that is given has no effect: scores are multiplied by 1 / sqrt(d) all the same."""
+    """A given scale is ignored: scores are always multiplied by 1 / sqrt(d)."""
 
     def scores(self, query: Array, keys: Array) -> Array:
         c = self.config
@@ -65,16 +65,14 @@ class GivenScaleIgnored(
         return super().scores(self.instead(query * given, query), keys)
 
 
-class ScaleTwice(Planted, breaks=("definition.scale", *PARITY), kind="M11", bug="sgl-project/sglang/pull/34765"):
+class ScaleTwice(Planted, breaks=(SCALE, *PARITY), kind="M11", bug="sgl-project/sglang/pull/34765"):
     """The scale is applied when keys are written and again when they are read."""
 
     def scores(self, query: Array, keys: Array) -> Array:
         return super().scores(query, self.instead(keys * np.float32(self.config.score_scale), keys))
 
 
-class DecodeScaleTwice(
-    Planted, breaks=("definition.scale",), kind="M11", bug="sgl-project/sglang/pull/34765", conditional=True
-):
+class DecodeScaleTwice(Planted, breaks=(SCALE,), kind="M11", bug="sgl-project/sglang/pull/34765", conditional=True):
     """Decode steps apply the scale twice."""
 
     def scores(self, query: Array, keys: Array) -> Array:
@@ -85,13 +83,13 @@ class DecodeScaleTwice(
 
 class ScaleOfPaddedHead(
     Planted,
-    breaks=("definition.scale", "definition.decoder"),
+    breaks=(SCALE, "definition.decoder"),
     kind="M11",
     bug="microsoft/onnxruntime/pull/27992",
     conditional=True,
     configs=("decoder-learned", "decoder-softcap"),
 ):
-    """The default scale is that of the head dim padded to a multiple of 8."""
+    """The default scale uses the head dim padded to a multiple of 8."""
 
     def scores(self, query: Array, keys: Array) -> Array:
         d = self.config.head_dim
@@ -100,7 +98,7 @@ class ScaleOfPaddedHead(
 
 
 class AsIf(Planted):
-    """Base of what computes the scores that another config has."""
+    """Base class: computes the scores of a modified config."""
 
     def as_if(self, query: Array, keys: Array, **changes: Any) -> Array:
         true = self.config
@@ -118,7 +116,7 @@ class AsIf(Planted):
         raise NotImplementedError
 
     def concerned(self, t: int, s: int) -> bool:
-        """Whether a step of ``t`` tokens, of ``s`` then, is one of those that the fault is in."""
+        """Whether the fault affects a step of ``t`` tokens that makes ``s`` in all."""
         return True
 
     def scores(self, query: Array, keys: Array) -> Array:
@@ -127,13 +125,9 @@ class AsIf(Planted):
 
 
 class SoftcapAfterMask(
-    AsIf,
-    breaks=("definition.softcap", "causality.future-blind"),
-    kind="M11",
-    bug="onnx/onnx/issues/7865",
-    configs=SOFTCAP,
+    AsIf, breaks=(SOFTCAP, "causality.future-blind"), kind="M11", bug="onnx/onnx/issues/7865", configs=SOFTCAPPED
 ):
-    """Softcap bends the masked scores: what is masked gets the weight of -softcap."""
+    """Softcap is applied after the mask: masked scores become -softcap and get weight."""
 
     def wrong(self, query: Array, keys: Array) -> Array:
         return self.capped(self.as_if(query, keys, softcap=None))
@@ -141,27 +135,22 @@ class SoftcapAfterMask(
 
 class ChunkSoftcapAfterMask(
     SoftcapAfterMask,
-    breaks=("definition.softcap",),
+    breaks=(SOFTCAP,),
     kind="M11",
     bug="microsoft/onnxruntime/pull/28370",
     conditional=True,
-    configs=SOFTCAP,
+    configs=SOFTCAPPED,
 ):
-    """Softcap bends the masked scores of several tokens on a cache that is not empty."""
+    """For chunks on a non-empty cache, softcap is applied after the mask."""
 
     def concerned(self, t: int, s: int) -> bool:
         return s > t > 1
 
 
 class DecodeSoftcapLost(
-    AsIf,
-    breaks=("definition.softcap",),
-    kind="M11",
-    bug="microsoft/onnxruntime/pull/28379",
-    conditional=True,
-    configs=SOFTCAP,
+    AsIf, breaks=(SOFTCAP,), kind="M11", bug="microsoft/onnxruntime/pull/28379", conditional=True, configs=SOFTCAPPED
 ):
-    """Decode steps have no softcap."""
+    """Decode steps apply no softcap."""
 
     def wrong(self, query: Array, keys: Array) -> Array:
         return self.as_if(query, keys, softcap=None)
@@ -170,10 +159,8 @@ class DecodeSoftcapLost(
         return s > t == 1
 
 
-class BiasBeforeSoftcap(
-    AsIf, breaks=("definition.bias", "definition.softcap"), kind="M11", bug="onnx/onnx/pull/7867", configs=SOFTCAP
-):
-    """Softcap bends the biased scores, before the mask."""
+class BiasBeforeSoftcap(AsIf, breaks=(BIAS, SOFTCAP), kind="M11", bug="onnx/onnx/pull/7867", configs=SOFTCAPPED):
+    """The bias is added before softcap, and the mask after it."""
 
     def wrong(self, query: Array, keys: Array) -> Array:
         scores = self.capped(self.as_if(query, keys, softcap=None))
@@ -182,22 +169,20 @@ class BiasBeforeSoftcap(
 
 class DecodeBiasBeforeSoftcap(
     BiasBeforeSoftcap,
-    breaks=("definition.bias",),
+    breaks=(BIAS,),
     kind="M11",
     bug="microsoft/onnxruntime/pull/28379",
     conditional=True,
-    configs=SOFTCAP,
+    configs=SOFTCAPPED,
 ):
-    """Softcap bends the biased scores of decode steps on more than four tokens, which run on another kernel."""
+    """Decode steps on more than four tokens run on another kernel, which adds the bias before softcap."""
 
     def concerned(self, t: int, s: int) -> bool:
         return t == 1 and s > 5
 
 
-class BiasOfNewTokens(
-    Planted, breaks=("definition.bias",), kind="P7", bug="keras-team/keras-hub/pull/2977", configs=SOFTCAP
-):
-    """The bias is built from the new tokens alone: cached keys have none."""
+class BiasOfNewTokens(Planted, breaks=(BIAS,), kind="P7", bug="keras-team/keras-hub/pull/2977", configs=SOFTCAPPED):
+    """The bias is built for the new tokens only: cached keys have none."""
 
     def bias(self, t: int, s: int) -> Array:
         right = super().bias(t, s)
@@ -206,13 +191,13 @@ class BiasOfNewTokens(
 
 class DecodeBiasLost(
     Planted,
-    breaks=("definition.bias", "equivalence.decode"),
+    breaks=(BIAS, DECODE),
     kind="P7",
     bug="keras-team/keras-hub/pull/2977",
     conditional=True,
-    configs=SOFTCAP,
+    configs=SOFTCAPPED,
 ):
-    """A decode step's bias is that of one token, zero, and is spread over all cached keys; chunks are right."""
+    """The bias of a decode step is that of a single token, zero, broadcast to all cached keys; chunks are correct."""
 
     def bias(self, t: int, s: int) -> Array:
         right = super().bias(t, s)
@@ -221,13 +206,13 @@ class DecodeBiasLost(
 
 class ChunkBiasOfNewTokens(
     Planted,
-    breaks=("definition.bias", "equivalence.chunks"),
+    breaks=(BIAS, "equivalence.chunks"),
     kind="P7",
     bug="keras-team/keras-hub/pull/2977",
     conditional=True,
-    configs=SOFTCAP,
+    configs=SOFTCAPPED,
 ):
-    """The bias of several tokens on more than seven starts anew with them: all cached keys are as far as the first."""
+    """The bias of a chunk on more than seven tokens restarts: cached keys get the distance of its first token."""
 
     def bias(self, t: int, s: int) -> Array:
         right = super().bias(t, s)
@@ -235,20 +220,16 @@ class ChunkBiasOfNewTokens(
         return self.instead(first, right) if t > 1 and s - t > 7 else right
 
 
-class SinkScaled(
-    Planted, breaks=("definition.sink",), kind="M11", bug="openvinotoolkit/openvino/pull/36016", configs=SINK
-):
-    """The sink joins the scores before they are scaled."""
+class SinkScaled(Planted, breaks=(SINK,), kind="M11", bug="openvinotoolkit/openvino/pull/36016", configs=WITH_SINK):
+    """The sink is added to the scores before they are scaled."""
 
     def sink(self) -> Array:
         right = super().sink()
         return self.instead(right * np.float32(self.config.score_scale), right)
 
 
-class SinkPerKey(
-    Planted, breaks=("definition.sink",), kind="M11", bug="openvinotoolkit/openvino/pull/36016", configs=SINK
-):
-    """The sink joins the denominator once for each key."""
+class SinkPerKey(Planted, breaks=(SINK,), kind="M11", bug="openvinotoolkit/openvino/pull/36016", configs=WITH_SINK):
+    """The sink is added to the denominator once per key."""
 
     keys = 1
 
@@ -261,10 +242,8 @@ class SinkPerKey(
         return self.instead(right + np.float32(math.log(self.keys)), right)
 
 
-class SinkOfOtherHead(
-    Planted, breaks=("definition.sink",), kind="H1", bug="openvinotoolkit/openvino/pull/36016", configs=SINK
-):
-    """Each head has the sink of the one before it."""
+class SinkOfOtherHead(Planted, breaks=(SINK,), kind="H1", bug="openvinotoolkit/openvino/pull/36016", configs=WITH_SINK):
+    """Each head uses the sink of the previous head."""
 
     def sink(self) -> Array:
         right = super().sink()
@@ -272,12 +251,7 @@ class SinkOfOtherHead(
 
 
 class DecodeSinkLost(
-    Planted,
-    breaks=("definition.sink", "equivalence.decode"),
-    kind="M11",
-    bug="NVIDIA/TensorRT-LLM/pull/2983",
-    conditional=True,
-    configs=SINK,
+    Planted, breaks=(SINK, DECODE), kind="M11", bug="NVIDIA/TensorRT-LLM/pull/2983", conditional=True, configs=WITH_SINK
 ):
     """Decode steps have no sink."""
 
@@ -293,7 +267,7 @@ class DecodeSinkLost(
 
 
 class TilesAveraged(Planted, breaks=PARITY, kind="X3", bug="local-inference-lab/vllm/pull/17", configs=PLAIN):
-    """Tiles of 8 keys have a softmax each, and their results are averaged, whatever their scores sum up to."""
+    """Each tile of 8 keys has its own softmax, and the results are averaged without weighting by their sums."""
 
     def softmax(self, scores: Array) -> Array:
         right, s = super().softmax(scores), scores.shape[-1]
@@ -304,7 +278,7 @@ class TilesAveraged(Planted, breaks=PARITY, kind="X3", bug="local-inference-lab/
 class ThirdTileUnscaled(
     Planted, breaks=PARITY[:1], kind="X3", bug="local-inference-lab/vllm/pull/17", conditional=True, configs=PLAIN
 ):
-    """When the third tile of 8 keys, or a later one, raises the maximum, what was summed up is not scaled down."""
+    """If the third or a later tile of 8 keys raises the maximum, the sums so far are not rescaled."""
 
     def softmax(self, scores: Array) -> Array:
         right, s = super().softmax(scores), scores.shape[-1]

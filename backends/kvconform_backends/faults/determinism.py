@@ -1,4 +1,4 @@
-"""Faults that are within every bound: the order of a sum, and so the last bits, depend on what should not matter."""
+"""Faults within every bound: the order of a sum, and so the last bits, depends on something irrelevant."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.abilities import without
+from kvconform_backends.faults.configs import DECODERS, ROPE
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
+from kvconform_backends.numpy.layers import turned
 from kvconform_specs.tensors import rounded
 
-DECODERS = ("decoder-rope", "decoder-learned", "decoder-softcap")
 REPEATABLE, BATCH, CHUNK, TOKEN = (
     (f"determinism.{name}",) for name in ("repeatable", "batch-invariant", "chunk-invariant", "same-token")
 )
 
 
 class OneByOne(NumpyCache):
-    """Each token is a step of its own, whatever it came with: the bits of a prompt are those of decode steps."""
+    """Each token is computed in a step of its own: a prompt has the same bits as decode steps."""
 
-    claims = replace(
-        NumpyCache.claims, abilities=tuple(a for a in NumpyCache.claims.abilities if a not in ("mask", "macs"))
-    )
+    claims = replace(NumpyCache.claims, abilities=without(NumpyCache.claims, "mask", "macs"))
     together = 1  # tokens of the call
 
-    def step(  # type: ignore[override]  # its keywords are those of its claims
+    def step(  # type: ignore[override]  # keywords according to its claims
         self, cache: Cache, *inputs: Array, last_only: bool = False
     ) -> tuple[Array, Cache]:
         self.together = int(self.admit(cache, inputs)[0])
@@ -39,10 +39,10 @@ class OneByOne(NumpyCache):
 
 
 class Splits(Planted):
-    """The values of a query are summed in parts: a merge of split keys. In how many, a fault says."""
+    """Base class: sums over the values in several parts, as a merge of split keys does."""
 
     def parts(self, s: int) -> int:
-        """Into how many parts the sum over ``s`` keys is cut."""
+        """The number of parts into which the sum over ``s`` keys is split."""
         return 1
 
     def attention(self, query: Array, keys: Array, values: Array) -> Array:
@@ -56,7 +56,7 @@ class Splits(Planted):
 
 
 class SplitsByCall(Splits, breaks=REPEATABLE, kind="X4", bug="flashinfer-ai/flashinfer/pull/1675"):
-    """Sums are cut in one, two or three parts in turn, call by call: the same program gives other bits again."""
+    """Sums are split into one, two or three parts in turn: repeating a program gives different bits."""
 
     calls = 0
 
@@ -69,7 +69,7 @@ class SplitsByCall(Splits, breaks=REPEATABLE, kind="X4", bug="flashinfer-ai/flas
 
 
 class TunedAtFirst(Splits, breaks=REPEATABLE, kind="X4", bug="flashinfer-ai/flashinfer/pull/1675", conditional=True):
-    """The first call on each batch, count and length beyond eight tries another kernel, which sums in two parts."""
+    """The first call for each shape beyond eight keys tries another kernel, which sums in two parts."""
 
     tuned: frozenset[Hashable] = frozenset()
     tuning = False
@@ -85,14 +85,14 @@ class TunedAtFirst(Splits, breaks=REPEATABLE, kind="X4", bug="flashinfer-ai/flas
 
 
 class SplitsByBatch(Splits, breaks=BATCH, kind="X4", bug="flashinfer-ai/flashinfer/issues/4647"):
-    """The fewer rows a batch has, the more parts its sums over keys are cut into, one for each idle worker."""
+    """The smaller the batch, the more parts its sums over keys are split into, one per idle worker."""
 
     def parts(self, s: int) -> int:
         return max(4 - self.batch, 1)
 
 
 class LongSplitsByBatch(Splits, breaks=BATCH, kind="X4", bug="deepseek-ai/FlashMLA/issues/212", conditional=True):
-    """More than twelve keys are summed in two parts where a batch has three rows."""
+    """More than twelve keys are summed in two parts if the batch has three rows."""
 
     def parts(self, s: int) -> int:
         return 2 if s > 12 and self.batch > 2 else 1
@@ -108,7 +108,7 @@ class SplitsByChunk(Splits, OneByOne, breaks=CHUNK, kind="X4", bug="lightseekorg
 class LongSplitsByChunk(
     Splits, OneByOne, breaks=CHUNK, kind="X4", bug="lightseekorg/tokenspeed/issues/904", conditional=True
 ):
-    """More than eight keys are summed in parts of as many keys as the call has tokens, if that is two to four."""
+    """More than eight keys are summed in parts as long as the call, if it has two to four tokens."""
 
     def parts(self, s: int) -> int:
         return -(-s // self.together) if s > 8 and 2 <= self.together <= 4 else 1
@@ -117,7 +117,7 @@ class LongSplitsByChunk(
 class DilutedByTail(
     Planted, breaks=(*TOKEN, "definition.decoder"), kind="M6", bug="meta-pytorch/gpt-fast/issues/233", configs=DECODERS
 ):
-    """The softmax's denominator counts the slots of the buffer that no token has filled yet, at a score of zero."""
+    """The softmax's denominator includes the unfilled slots of the buffer, at a score of zero."""
 
     def softmax(self, scores: Array) -> Array:
         right = super().softmax(scores)
@@ -128,20 +128,12 @@ class DilutedByTail(
 
 
 class RopeTablesInHalf(
-    Planted,
-    breaks=TOKEN,
-    kind="P4",
-    bug="huggingface/transformers/issues/25681",
-    conditional=True,
-    configs=("decoder-rope",),
+    Planted, breaks=TOKEN, kind="P4", bug="huggingface/transformers/issues/25681", conditional=True, configs=ROPE
 ):
-    """Rope's tables of cosines and sines are kept in bfloat16."""
+    """RoPE's tables of cosines and sines are stored in bfloat16."""
 
     def rotate(self, x: Array, positions: Array) -> Array:
         half = x.shape[-1] // 2
         angle = positions[:, None] * 10000.0 ** (-np.arange(half) / half)
         cos, sin = (rounded(table.astype(np.float32), "bfloat16") for table in (np.cos(angle), np.sin(angle)))
-        a, b = x[..., :half], x[..., half:]
-        return self.instead(
-            np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1), super().rotate(x, positions)
-        )
+        return self.instead(turned(x, cos, sin), super().rotate(x, positions))

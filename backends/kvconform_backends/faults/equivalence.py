@@ -1,4 +1,4 @@
-"""Faults of how a history came about: positions, chunks, detours, and the forward without a cache."""
+"""Faults that depend on how a history was built: positions, chunks, detours, and the uncached forward."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import LEARNED, ROPE
 from kvconform_backends.faults.controls import InPlace
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.static import NumpyStatic
 
+CHUNKS = "equivalence.chunks"
+FULL_STABLE = "equivalence.full-stable"
+
 PARITY = ("definition.attention", "definition.decoder")
 
 
 class PageLost(
-    Planted,
-    breaks=("equivalence.decode", "equivalence.chunks"),
-    kind="G1",
-    bug="sgl-project/sglang/issues/22819",
-    conditional=True,
+    Planted, breaks=("equivalence.decode", CHUNKS), kind="G1", bug="sgl-project/sglang/issues/22819", conditional=True
 ):
-    """When the cached length is a multiple of the page of 4 tokens, its last page is not read."""
+    """If the cached length is a multiple of the page size of 4 tokens, the last page is not read."""
 
     def mask(self, t: int, s: int) -> Array:
         right, past = super().mask(t, s), s - t
@@ -30,9 +30,9 @@ class PageLost(
 
 
 class ChunkWritesAtZero(
-    Planted, InPlace, breaks=("equivalence.chunks",), kind="C1", bug="nntrainer/nntrainer/pull/3814", conditional=True
+    Planted, InPlace, breaks=(CHUNKS,), kind="C1", bug="nntrainer/nntrainer/pull/3814", conditional=True
 ):
-    """Several tokens on a cache that is not empty are written once more from slot 0 on."""
+    """Chunks on a non-empty cache are written a second time, starting at slot 0."""
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         found, t = super().append(cache, layer, key, value), key.shape[2]
@@ -45,11 +45,11 @@ class ChunkWritesAtZero(
 class TailAttended(
     Planted,
     NumpyStatic,
-    breaks=(*PARITY, "equivalence.chunks", "shape.first-step"),
+    breaks=(*PARITY, CHUNKS, "shape.first-step"),
     kind="M6",
     bug="meta-pytorch/gpt-fast/issues/233",
 ):
-    """The whole static buffer is attended: zeros behind the valid tokens take their share."""
+    """The whole static buffer is attended to: zeros behind the valid tokens receive weight."""
 
     def mask(self, t: int, s: int) -> Array:
         right, last = super().mask(t, s), self.places.max(axis=1)[:, None, None, None]
@@ -59,7 +59,7 @@ class TailAttended(
 class LastTileAttended(
     Planted, NumpyStatic, breaks=PARITY, kind="M6", bug="pytorch/pytorch/pull/169222", conditional=True
 ):
-    """A decode step reads its last tile of 4 slots to the end: one stale or empty slot more, when 3 are valid."""
+    """A decode step reads its last tile of 4 slots to the end: one stale or empty slot too many if 3 are valid."""
 
     def mask(self, t: int, s: int) -> Array:
         right, last = super().mask(t, s), self.places.max(axis=1)[:, None, None, None]
@@ -81,7 +81,7 @@ class ReorderMakesValuesKeys(
     bug="huggingface/transformers/issues/34232",
     conditional=True,
 ):
-    """Reorder rebuilds the values out of the keys."""
+    """Reorder rebuilds the values from the keys."""
 
     def reorder(self, cache: Cache, rows: list[int]) -> Cache:
         right = super().reorder(cache, rows)
@@ -91,7 +91,7 @@ class ReorderMakesValuesKeys(
 class RefusedAppends(
     Planted, breaks=("equivalence.path",), kind="C12", bug="ggml-org/llama.cpp/pull/9525", conditional=True
 ):
-    """A call that is refused for the capacity leaves its first token in the cache."""
+    """A call refused for lack of capacity leaves its first token in the cache."""
 
     def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
         try:
@@ -104,8 +104,8 @@ class RefusedAppends(
             raise
 
 
-class FullUnmasked(Planted, breaks=("equivalence.full-stable",), kind="M4", bug="keras-team/keras/issues/23038"):
-    """The forward without a cache has no causal mask."""
+class FullUnmasked(Planted, breaks=(FULL_STABLE,), kind="M4", bug="keras-team/keras/issues/23038"):
+    """The uncached forward has no causal mask."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
@@ -114,13 +114,13 @@ class FullUnmasked(Planted, breaks=("equivalence.full-stable",), kind="M4", bug=
 
 class FullBaseByLength(
     Planted,
-    breaks=("equivalence.full-stable",),
+    breaks=(FULL_STABLE,),
     kind="P5",
     bug="huggingface/transformers/issues/25104",
     conditional=True,
-    configs=("decoder-rope",),
+    configs=ROPE,
 ):
-    """The forward without a cache stretches rope by the length, once that exceeds 12."""
+    """The uncached forward stretches RoPE by the length once that exceeds 12."""
 
     def rotate(self, x: Array, positions: Array) -> Array:
         right = super().rotate(x, positions)
@@ -129,14 +129,9 @@ class FullBaseByLength(
 
 
 class FullGoesOn(
-    Planted,
-    breaks=("equivalence.full-stable",),
-    kind="P1",
-    bug="OpenNMT/CTranslate2/pull/1572",
-    conditional=True,
-    configs=("decoder-learned",),
+    Planted, breaks=(FULL_STABLE,), kind="P1", bug="OpenNMT/CTranslate2/pull/1572", conditional=True, configs=LEARNED
 ):
-    """The forward without a cache counts positions on from the sequence that was stepped last."""
+    """The uncached forward continues the positions of the sequence that was stepped last."""
 
     last = 0
 
@@ -151,13 +146,9 @@ class FullGoesOn(
 
 
 class FullAppends(
-    Planted,
-    breaks=("equivalence.full-stable",),
-    kind="C4",
-    bug="huggingface/transformers/issues/37078",
-    conditional=True,
+    Planted, breaks=(FULL_STABLE,), kind="C4", bug="huggingface/transformers/issues/37078", conditional=True
 ):
-    """The forward without a cache appends its first token to the sequence of as many rows that was stepped last."""
+    """The uncached forward appends its first token to the last stepped sequence with the same number of rows."""
 
     last: Cache | None = None
 

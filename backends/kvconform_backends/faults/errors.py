@@ -1,4 +1,4 @@
-"""Faults of refusals: calls that make no sense and are taken, and refused ones that leave a trace."""
+"""Faults of refusals: malformed calls that are accepted, and refused calls that leave a trace."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import DECODERS
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
 
-DECODERS = ("decoder-rope", "decoder-learned", "decoder-softcap")
+MALFORMED = "errors.malformed"
+UNCHANGED = "errors.unchanged"
+TRUNCATE_RANGE = "lifecycle.truncate-range"
 
 
 # --- malformed ---
-class AxisGuessed(Planted, breaks=("errors.malformed",), kind="H2", bug="ByteDance-Seed/VeOmni/pull/162"):
-    """Inputs that lack an axis are taken for one row, and given to every row."""
+class AxisGuessed(Planted, breaks=(MALFORMED,), kind="H2", bug="ByteDance-Seed/VeOmni/pull/162"):
+    """Inputs that lack the batch axis are broadcast to all rows."""
 
     def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
         axes = 2 if self.config.profile == "decoder" else 4
@@ -26,9 +29,9 @@ class AxisGuessed(Planted, breaks=("errors.malformed",), kind="H2", bug="ByteDan
 
 
 class SurplusHeadsCut(
-    Planted, breaks=("errors.malformed",), kind="H1", bug="facebookresearch/lingua/issues/44", conditional=True
+    Planted, breaks=(MALFORMED,), kind="H1", bug="facebookresearch/lingua/issues/44", conditional=True
 ):
-    """KV heads beyond those that the config has are cut off without a word."""
+    """KV heads beyond those of the config are silently dropped."""
 
     def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
         if self.config.profile == "attention" and inputs[1].ndim == 4 and inputs[1].shape[1] > self.config.kv_heads:
@@ -38,10 +41,8 @@ class SurplusHeadsCut(
 
 
 # --- unchanged ---
-class LengthBeforeCheck(
-    Planted, NumpyStatic, breaks=("errors.unchanged",), kind="C12", bug="ggml-org/llama.cpp/pull/9525"
-):
-    """The length is advanced before a step is looked at, and not turned back where it is refused."""
+class LengthBeforeCheck(Planted, NumpyStatic, breaks=(UNCHANGED,), kind="C12", bug="ggml-org/llama.cpp/pull/9525"):
+    """The length is advanced before the inputs are checked, and not restored if they are refused."""
 
     def admit(
         self, cache: Any, inputs: tuple[Array, ...], counts: Array | None = None, mask: Array | None = None
@@ -56,13 +57,13 @@ class LengthBeforeCheck(
 
 class UnknownTokenInLastLayer(
     Planted,
-    breaks=("errors.unchanged",),
+    breaks=(UNCHANGED,),
     kind="C12",
     bug="huggingface/transformers/issues/37078",
     conditional=True,
     configs=DECODERS,
 ):
-    """Where a token id is refused, the last layer has taken a token: each layer is advanced by itself."""
+    """If a token id is refused, the last layer has already stored a token: each layer advances separately."""
 
     def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
         try:
@@ -78,12 +79,12 @@ class UnknownTokenInLastLayer(
 class RefusedTruncateGrows(
     Planted,
     NumpyStatic,
-    breaks=("errors.unchanged", "lifecycle.truncate-range"),
+    breaks=(UNCHANGED, TRUNCATE_RANGE),
     kind=("C12", "C8"),
     bug="ml-explore/mlx-lm/pull/1868",
     conditional=True,
 ):
-    """Truncate sets the length before it looks whether there are so many tokens."""
+    """Truncate sets the length before checking that the sequence is that long."""
 
     def truncate(self, cache: Any, length: int) -> Buffers:
         try:
@@ -96,12 +97,12 @@ class RefusedTruncateGrows(
 
 class NegativeTruncateSlices(
     Planted,
-    breaks=("errors.unchanged", "lifecycle.truncate-range"),
+    breaks=(UNCHANGED, TRUNCATE_RANGE),
     kind="C8",
     bug="huggingface/transformers/issues/47433",
     conditional=True,
 ):
-    """A negative length counts from the end, as a slice does."""
+    """A negative length counts from the end, as in a Python slice."""
 
     def truncate(self, cache: Cache, length: int) -> Cache:
         if -cache.length <= length < 0:

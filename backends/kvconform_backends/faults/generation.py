@@ -1,4 +1,4 @@
-"""Faults of the loop that generates: what it feeds, what it picks from, what it returns, and what it leaves behind."""
+"""Faults of the generation loop: what it feeds, samples and returns, and what it leaves in the cache."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ CLAUSE = ("equivalence.generation",)
 
 
 class Loop(Planted):
-    """The loop of ``greedy``, open in two places: where it begins, and what the first token is picked from."""
+    """The loop of ``greedy`` with two hooks: its initial cache, and the choice of the first token."""
 
-    used: Cache | None = None  # as the last generation left it
+    used: Cache | None = None  # the cache of the previous generation
 
     def begin(self, batch: int, room: int) -> Cache:
-        """A cache of ``batch`` rows that takes ``room`` tokens."""
+        """A cache of ``batch`` rows with room for ``room`` tokens."""
         return self.start(batch)
 
     def pick(self, logits: Array) -> Array:
@@ -36,7 +36,7 @@ class Loop(Planted):
 
 
 class FirstTokenDropped(Planted, breaks=CLAUSE, kind="L1", bug="Lightning-AI/litgpt/issues/2307"):
-    """The prefill runs twice, and its token is fed and never returned: what is returned begins with the second."""
+    """The prefill runs twice, and its token is fed but not returned: the output starts with the second token."""
 
     def generate(self, tokens: Array, new: int) -> Array:
         self.step(self.start(len(tokens)), tokens)
@@ -53,7 +53,7 @@ class FirstTokenTwice(Planted, breaks=CLAUSE, kind="L1", bug="AI-Hypercomputer/j
 
 
 class LastPromptTokenTwice(Planted, breaks=CLAUSE, kind="L1", bug="oobabooga/textgen/pull/4145"):
-    """Decoding begins with the last token of the prompt, which the prefill has written already."""
+    """Decoding starts by feeding the last prompt token, which the prefill has already written."""
 
     def generate(self, tokens: Array, new: int) -> Array:
         doubled = np.concatenate([tokens, tokens[:, -1:]], axis=1)
@@ -61,7 +61,7 @@ class LastPromptTokenTwice(Planted, breaks=CLAUSE, kind="L1", bug="oobabooga/tex
 
 
 class GenerationGoesOn(Loop, breaks=CLAUSE, kind="C6", bug="casper-hansen/AutoAWQ/issues/170", conditional=True):
-    """A generation of as many rows as the one before it begins on what that has left, where it has room."""
+    """A generation continues on the cache of the previous one if that has as many rows and enough free slots."""
 
     def begin(self, batch: int, room: int) -> Cache:
         used = self.used
@@ -72,7 +72,7 @@ class GenerationGoesOn(Loop, breaks=CLAUSE, kind="C6", bug="casper-hansen/AutoAW
 
 
 class PickedOneEarly(Loop, breaks=CLAUSE, kind="L1", bug="abetlen/llama-cpp-python/pull/1179", conditional=True):
-    """In a batch the first token is picked from the logits of the prompt's last token but one."""
+    """In a batch, the first token is chosen from the logits of the second-to-last prompt token."""
 
     def pick(self, logits: Array) -> Array:
         right = super().pick(logits)
@@ -80,7 +80,7 @@ class PickedOneEarly(Loop, breaks=CLAUSE, kind="L1", bug="abetlen/llama-cpp-pyth
 
 
 class FirstRowForAll(Loop, breaks=CLAUSE, kind=("L1", "H4"), bug="neuralmagic/deepsparse/pull/1128", conditional=True):
-    """The first token of every row is that of the first one."""
+    """Every row gets the first token of row 0."""
 
     def pick(self, logits: Array) -> Array:
         right = super().pick(logits)
@@ -90,7 +90,7 @@ class FirstRowForAll(Loop, breaks=CLAUSE, kind=("L1", "H4"), bug="neuralmagic/de
 class FullCacheRepeats(
     Planted, breaks=CLAUSE, kind="C2", bug="huggingface/transformers/issues/32503", conditional=True
 ):
-    """Where prompt and tokens fill the capacity, the last decode step finds no slot and repeats its input."""
+    """If prompt and new tokens fill the capacity, the last decode step finds no slot and repeats its input."""
 
     def generate(self, tokens: Array, new: int) -> Array:
         right = super().generate(tokens, new)
@@ -100,7 +100,7 @@ class FullCacheRepeats(
 
 
 class GenerationAppends(Planted, breaks=CLAUSE, kind=("C4", "C7"), bug="MemTensor/MemOS/pull/2303", conditional=True):
-    """The first token of the prompt is appended to the sequence of as many rows that was stepped last."""
+    """The first prompt token is appended to the last stepped sequence with the same number of rows."""
 
     last: Cache | None = None
     alone = False

@@ -1,4 +1,4 @@
-"""Faults in graphs: that of ``node_by_node`` with something wrong in it, or in how its presents are bound."""
+"""Faults in graphs: ``node_by_node.Graph`` with a wrong node, or with wrongly bound presents."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import PLACED, SOFTCAPPED
 from kvconform_backends.faults.node_by_node import Graph, Nodes, tokens
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_specs.config import Config
 
-ATTENTION, DECODERS, WINDOWED = (
-    ("attention-gqa", "attention-window"),
-    ("decoder-rope", "decoder-learned"),
-    ("attention-window", "decoder-learned"),
-)
+DECODE = "equivalence.decode"
+VISIBILITY = "causality.visibility"
+NO_SPECIALISATION = "shape.no-specialisation"
+GROWTH = "capture.growth"
+EMPTY_ROW = "numerics.empty-row"
+
+LAYERS, WINDOWS = ("attention-gqa", "attention-window"), ("attention-window", "decoder-learned")
 
 
 class Wrong(Planted, Graph):
-    """A graph that differs from the right one, which runs beside it to count where that shows."""
+    """Base class: a wrong graph beside the correct one, which runs on the same inputs to count differences."""
 
     def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
         super().__init__(config, weights, device)
         self.right = Graph(config, weights, device)
 
     def run(self, cache: Cache, inputs: tuple[Array, ...], mask: Array | None = None) -> Array:
-        twin, self.right.last_only = self.fork(cache), self.last_only
-        right = [self.right.run(twin, inputs, mask), *twin.keys, *twin.values]
+        copy, self.right.last_only = self.fork(cache), self.last_only
+        right = [self.right.run(copy, inputs, mask), *copy.keys, *copy.values]
         output = super().run(cache, inputs, mask)
         wrong = [output, *cache.keys, *cache.values]
         self.faulty += not all(np.array_equal(x, y, equal_nan=True) for x, y in zip(wrong, right, strict=True))
@@ -36,58 +39,42 @@ class Wrong(Planted, Graph):
 
 
 # --- masks and positions ---
-class DiagonalFromZero(
-    Wrong, breaks=("causality.past-seen", "equivalence.decode"), kind="M1", bug="onnx/onnx/issues/8054"
-):
-    """The graph's causal mask compares with a range from zero, without the past's length."""
+class DiagonalFromZero(Wrong, breaks=("causality.past-seen", DECODE), kind="M1", bug="onnx/onnx/issues/8054"):
+    """The graph's causal mask compares with a range that starts at zero instead of the past's length."""
 
     def rows(self, add: Nodes, t: str) -> str:
         return add("Range", 0, t, 1)
 
 
-class PastFromBatchAxis(
-    Wrong, breaks=("causality.visibility", "shape.no-specialisation"), kind="M5", bug="sonos/torch-to-nnef/pull/217"
-):
-    """The graph takes the past's length from the wrong axis of its shape, the batch."""
+class PastFromBatchAxis(Wrong, breaks=(VISIBILITY, NO_SPECIALISATION), kind="M5", bug="sonos/torch-to-nnef/pull/217"):
+    """The graph reads the past's length from the batch axis of its shape."""
 
     def past(self, add: Nodes) -> str:
         return tokens(add, "past.0.key", axis=0)
 
 
 class ConstantPast(
-    Wrong,
-    breaks=("shape.no-specialisation", "capture.growth"),
-    kind="X2",
-    bug="huggingface/transformers/pull/10651",
-    configs=ATTENTION,
+    Wrong, breaks=(NO_SPECIALISATION, GROWTH), kind="X2", bug="huggingface/transformers/pull/10651", configs=LAYERS
 ):
-    """The graph was traced with five tokens in the past, and the mask takes that number for a constant."""
+    """The graph was traced with five tokens in the past, and its mask uses that number as a constant."""
 
     def past(self, add: Nodes) -> str:
         return add("Identity", 5)
 
 
 class PlacesFromZero(
-    Wrong,
-    breaks=("definition.positions", "equivalence.decode"),
-    kind="P1",
-    bug="sonos/torch-to-nnef/pull/217",
-    configs=DECODERS,
+    Wrong, breaks=("definition.positions", DECODE), kind="P1", bug="sonos/torch-to-nnef/pull/217", configs=PLACED
 ):
-    """The graph has no input for positions, and counts those of new tokens from zero; its mask is right."""
+    """The graph has no input for positions and counts those of new tokens from zero; its mask is correct."""
 
     def places(self, add: Nodes, t: str) -> str:
         return add("Range", 0, t, 1)
 
 
 class WindowInclusive(
-    Wrong,
-    breaks=("window.width", "causality.visibility"),
-    kind="W1",
-    bug="microsoft/onnxruntime/pull/25927",
-    configs=WINDOWED,
+    Wrong, breaks=("window.width", VISIBILITY), kind="W1", bug="microsoft/onnxruntime/pull/25927", configs=WINDOWS
 ):
-    """The graph has LessOrEqual where Less would be right: the window is one token too wide."""
+    """The graph uses LessOrEqual instead of Less: the window is one token too wide."""
 
     def shown(self, add: Nodes, layer: int, behind: str) -> str:
         seen, window = add("GreaterOrEqual", behind, 0), self.config.window_of(layer)
@@ -95,13 +82,9 @@ class WindowInclusive(
 
 
 class CappedWithBias(
-    Wrong,
-    breaks=("definition.softcap", "definition.bias"),
-    kind="M11",
-    bug="onnx/onnx/issues/7865",
-    configs=("attention-softcap", "decoder-softcap"),
+    Wrong, breaks=("definition.softcap", "definition.bias"), kind="M11", bug="onnx/onnx/issues/7865", configs=SOFTCAPPED
 ):
-    """The graph adds the bias first, and caps the sum."""
+    """The graph adds the bias before softcap."""
 
     def capped(self, add: Nodes, scores: str) -> str:
         return scores
@@ -111,12 +94,7 @@ class CappedWithBias(
 
 
 class UnguardedSoftmax(
-    Wrong,
-    breaks=("numerics.empty-row",),
-    kind="M8",
-    bug="robertknight/rten/pull/1321",
-    conditional=True,
-    configs=ATTENTION,
+    Wrong, breaks=(EMPTY_ROW,), kind="M8", bug="robertknight/rten/pull/1321", conditional=True, configs=LAYERS
 ):
     """The graph's softmax has no guard: a query that sees nothing gives NaN."""
 
@@ -125,12 +103,7 @@ class UnguardedSoftmax(
 
 
 class LowestForMinusInfinity(
-    Wrong,
-    breaks=("numerics.empty-row",),
-    kind="M8",
-    bug="microsoft/onnxruntime/pull/28958",
-    conditional=True,
-    configs=ATTENTION,
+    Wrong, breaks=(EMPTY_ROW,), kind="M8", bug="microsoft/onnxruntime/pull/28958", conditional=True, configs=LAYERS
 ):
     """The graph masks with the lowest finite number: a query that sees nothing gives the mean of all values."""
 
@@ -140,22 +113,18 @@ class LowestForMinusInfinity(
 
 # --- heads, past and present ---
 class HeadsTiled(
-    Wrong, breaks=("definition.grouping",), kind="H1", bug="onnx/onnx/pull/7274", configs=(*ATTENTION, *DECODERS)
+    Wrong, breaks=("definition.grouping",), kind="H1", bug="onnx/onnx/pull/7274", configs=(*LAYERS, *PLACED)
 ):
-    """The graph repeats the KV heads by Tile: the query heads take turns with them."""
+    """The graph repeats the KV heads with Tile, which interleaves them across query heads."""
 
     def by_query_head(self, add: Nodes, x: str) -> str:
         return add("Tile", x, [1, self.config.group, 1, 1])
 
 
 class PresentCrossed(
-    Wrong,
-    breaks=("equivalence.decode", "contents.round-trip"),
-    kind=("C1", "C5"),
-    bug="pytorch/TensorRT/pull/4445",
-    configs=ATTENTION,
+    Wrong, breaks=(DECODE, "contents.round-trip"), kind=("C1", "C5"), bug="pytorch/TensorRT/pull/4445", configs=LAYERS
 ):
-    """Present key and present value, equal in shape, have changed names."""
+    """The names of present key and present value, which have equal shapes, are swapped."""
 
     def call(self, feeds: list[Array]) -> list[Array]:
         output, *present = super().call(feeds)
@@ -163,13 +132,9 @@ class PresentCrossed(
 
 
 class PresentOnPast(
-    Wrong,
-    breaks=("equivalence.decode", "contents.past-unchanged"),
-    kind="C5",
-    bug="microsoft/onnxruntime/pull/31150",
-    configs=ATTENTION,
+    Wrong, breaks=(DECODE, "contents.past-unchanged"), kind="C5", bug="microsoft/onnxruntime/pull/31150", configs=LAYERS
 ):
-    """The present is bound to the memory of the past, as for a buffer of the capacity; this one moves as it grows."""
+    """The present is bound to the memory of the past, as for a fixed-size buffer; this past moves as it grows."""
 
     def call(self, feeds: list[Array]) -> list[Array]:
         first = len(feeds) - 2 * self.config.layers
@@ -178,7 +143,7 @@ class PresentOnPast(
         return bound(self.session, [*feeds[:first], *on_them], rooms)
 
     def room_of(self, past: Array) -> Array:
-        """Memory for as many tokens as the capacity: that which the past lies in, or else a copy of it."""
+        """Memory for ``capacity`` tokens: that of the past if it is large enough, else a copy."""
         if isinstance(past.base, np.ndarray) and past.base.ndim == 1 and past.flags.c_contiguous:
             return past.base
         made = np.zeros(past.shape[0] * past.shape[1] * past.shape[3] * self.config.capacity, np.float32)
@@ -188,13 +153,13 @@ class PresentOnPast(
 
 class RoomsTakeTurns(
     Wrong,
-    breaks=("lifecycle.independent", "capture.growth"),
+    breaks=("lifecycle.independent", GROWTH),
     kind=("C5", "C7"),
     bug="microsoft/onnxruntime-genai/pull/1604",
     conditional=True,
-    configs=ATTENTION,
+    configs=LAYERS,
 ):
-    """The present is bound to one of two buffers, and the next one to the other, for all sequences of a batch size."""
+    """The present is bound alternately to two buffers, shared by all sequences of a batch size."""
 
     turn = 0
 
@@ -211,7 +176,7 @@ class RoomsTakeTurns(
 
 
 def bound(session: Any, feeds: list[Array], rooms: list[Array]) -> list[Array]:
-    """The outputs of a graph whose presents are written to the beginning of ``rooms``, one each."""
+    """The outputs of a graph whose presents are written to the start of ``rooms``, one each."""
     binding, held = session.io_binding(), [np.ascontiguousarray(x) for x in feeds]
     for given, x in zip(session.get_inputs(), held, strict=True):
         binding.bind_input(given.name, "cpu", 0, x.dtype, x.shape, x.ctypes.data)

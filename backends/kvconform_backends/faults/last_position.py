@@ -1,4 +1,4 @@
-"""Faults of steps that are asked for their last position alone: which logits they give, and what they leave behind."""
+"""Faults of steps that return only the last position: wrong logits, or a wrong cache afterwards."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from kvconform_backends.numpy.cache import Array, Cache
 
 CLAUSE = ("equivalence.last-position",)
 TILE = 8
-"""So many rows of the flattened hidden states are gathered from."""
+"""Rows of the flattened hidden states that the gather indexes."""
 
 
 class Picks(Planted):
-    """A step with a last position of its own: of all its logits it gives those at ``index``."""
+    """Base class: a ``last_only`` step returns the logits at ``index``."""
 
     def index(self, batch: int, t: int, past: int) -> Array:
-        """``(b,)``: which of ``b t`` flattened positions each row is given, in a step on ``past`` tokens."""
+        """``(b,)``: which of ``b t`` flattened positions each row returns, in a step on ``past`` tokens."""
         return np.arange(batch) * t + t - 1
 
     def step(self, cache: Cache, *inputs: Array, last_only: bool = False, **options: Any) -> tuple[Array, Cache]:
@@ -31,21 +31,21 @@ class Picks(Planted):
 
 
 class FirstForLast(Picks, breaks=CLAUSE, kind="L1", bug="pytorch/executorch/pull/16171"):
-    """Asked for the last position alone, a step gives the logits of its first."""
+    """A step asked for its last position returns the logits of its first."""
 
     def index(self, batch: int, t: int, past: int) -> Array:
         return np.arange(batch) * t
 
 
 class IndexOfThePrompt(Picks, breaks=CLAUSE, kind="L1", bug="mlx-node/mlx-node/pull/47", conditional=True):
-    """The last position is counted from the start of the prompt, and wraps in a chunk that begins later."""
+    """The last position is counted from the start of the prompt and wraps in later chunks."""
 
     def index(self, batch: int, t: int, past: int) -> Array:
         return np.arange(batch) * t + (past + t - 1) % t
 
 
 class GatherRunsOver(Picks, breaks=CLAUSE, kind="H4", bug="tenstorrent/tt-xla/issues/5929", conditional=True):
-    """The last hidden states of a batch are gathered by a flat index, which starts again after eight positions."""
+    """The last hidden states of a batch are gathered by a flat index that wraps at eight positions."""
 
     def index(self, batch: int, t: int, past: int) -> Array:
         right = super().index(batch, t, past)
@@ -53,7 +53,7 @@ class GatherRunsOver(Picks, breaks=CLAUSE, kind="H4", bug="tenstorrent/tt-xla/is
 
 
 class MiddleNeverCached(Planted, breaks=CLAUSE, kind="C1", bug="Integral2u/SharpMind/issues/57", conditional=True):
-    """More than two tokens of which the last position alone is asked for: those between first and last are not kept."""
+    """If more than two tokens are appended and only the last output is requested, the middle tokens are not cached."""
 
     def step(self, cache: Cache, *inputs: Array, last_only: bool = False, **options: Any) -> tuple[Array, Cache]:
         past, (output, cache) = cache.length, super().step(cache, *inputs, last_only=last_only, **options)
@@ -63,10 +63,8 @@ class MiddleNeverCached(Planted, breaks=CLAUSE, kind="C1", bug="Integral2u/Sharp
         return output, cache
 
 
-class WithoutTokensBefore(
-    Planted, breaks=CLAUSE, kind="C1", bug="mobilint/mblt-model-catalogue/pull/84", conditional=True
-):
-    """The forward without a cache runs its tokens one by one up to the last, and keeps nothing of those before it."""
+class WithoutTokensBefore(Planted, breaks=CLAUSE, kind="C1", bug="mobilint/mblt-model-zoo/pull/84", conditional=True):
+    """If only the last output is requested, the uncached forward sees the last token alone."""
 
     def uncached_forward(self, *inputs: Array, last_only: bool = False, **options: Any) -> Array:
         right = super().uncached_forward(*inputs, last_only=last_only, **options)

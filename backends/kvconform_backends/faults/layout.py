@@ -1,18 +1,20 @@
-"""Faults of memory and axes: views that are read as if they were dense, and axes that are told by their sizes."""
+"""Faults of memory layout: views read as if dense, and axes identified by their sizes."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from kvconform_backends.faults.configs import LAYERS
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 
-ATTENTION = ("attention-gqa", "attention-window", "attention-softcap", "attention-sink")
+STRIDES = "layout.strides"
+EQUAL_SIZES = "layout.equal-sizes"
 
 
 def dense(x: Array) -> Array:
-    """The numbers that lie at ``x`` in memory one behind the other; ``x`` itself where it repeats some of them."""
+    """The consecutive numbers in memory at ``x``; ``x`` itself if it is dense or broadcast."""
     if 0 in x.strides or x.flags.c_contiguous:
         return x
     strides = np.cumprod((1, *x.shape[:0:-1]))[::-1] * x.itemsize
@@ -20,36 +22,26 @@ def dense(x: Array) -> Array:
 
 
 # --- strides ---
-class ReadAsDense(Planted, breaks=("layout.strides",), kind="H3", bug="pytorch/pytorch/issues/112577"):
-    """Inputs that are views are read as if their numbers lay one behind the other."""
+class ReadAsDense(Planted, breaks=(STRIDES,), kind="H3", bug="pytorch/pytorch/issues/112577"):
+    """Inputs that are views are read as if they were contiguous."""
 
     def run(self, cache: Cache, inputs: tuple[Array, ...], mask: Array | None = None) -> Array:
         return super().run(cache, tuple(self.instead(dense(x), x) for x in inputs), mask)
 
 
 class DecodeValuesReadAsDense(
-    Planted,
-    breaks=("layout.strides",),
-    kind="H3",
-    bug="torch-spyre/torch-spyre/issues/4331",
-    conditional=True,
-    configs=ATTENTION,
+    Planted, breaks=(STRIDES,), kind="H3", bug="torch-spyre/torch-spyre/issues/4331", conditional=True, configs=LAYERS
 ):
-    """The values of a decode step are read as if their numbers lay one behind the other."""
+    """The values of a decode step are read as if they were contiguous."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         return super().append(cache, layer, key, self.instead(dense(value), value) if key.shape[2] == 1 else value)
 
 
 class SharedKeysScaledForEach(
-    Planted,
-    breaks=("layout.strides",),
-    kind="H3",
-    bug="pytorch/pytorch/issues/191937",
-    conditional=True,
-    configs=ATTENTION,
+    Planted, breaks=(STRIDES,), kind="H3", bug="pytorch/pytorch/issues/191937", conditional=True, configs=LAYERS
 ):
-    """Keys that all rows share are scaled in place, once for each row."""
+    """Keys broadcast across rows are scaled in place, once per row."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         if key.strides[0] == 0 and self.batch > 1:
@@ -63,9 +55,9 @@ class MaskOfFirstRow(
     kind="H3",
     bug="pytorch/pytorch/pull/184180",
     conditional=True,
-    configs=ATTENTION,
+    configs=LAYERS,
 ):
-    """The caller's mask is read without the stride of its rows: the first row's serves all."""
+    """The row stride of the caller's mask is ignored: the first row's mask is used for all."""
 
     def visible(self, t: int, s: int) -> Array:
         right = super().visible(t, s)
@@ -74,9 +66,9 @@ class MaskOfFirstRow(
 
 # --- equal sizes ---
 class HeadsTakenForTokens(
-    Planted, breaks=("layout.equal-sizes",), kind="H2", bug="ByteDance-Seed/VeOmni/pull/162", configs=ATTENTION
+    Planted, breaks=(EQUAL_SIZES,), kind="H2", bug="ByteDance-Seed/VeOmni/pull/162", configs=LAYERS
 ):
-    """Keys of as many new tokens as there are KV heads are taken for tokens before heads."""
+    """If the number of new tokens equals the number of KV heads, keys are read as (tokens, heads)."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         square = key.shape[1] == key.shape[2]
@@ -84,9 +76,9 @@ class HeadsTakenForTokens(
 
 
 class SquareBatchTurned(
-    Planted, breaks=("layout.equal-sizes",), kind="H2", bug="PaddlePaddle/PaddleNLP/issues/6672", conditional=True
+    Planted, breaks=(EQUAL_SIZES,), kind="H2", bug="PaddlePaddle/PaddleNLP/issues/6672", conditional=True
 ):
-    """A chunk of as many tokens as there are rows, on a cache that is not empty, has its rows and tokens swapped."""
+    """In a chunk on a non-empty cache with as many tokens as rows, rows and tokens are swapped."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         if cache.keys[layer].shape[2] and key.shape[0] == key.shape[2]:
@@ -96,13 +88,13 @@ class SquareBatchTurned(
 
 class RepeatedAlongTokens(
     Planted,
-    breaks=("layout.equal-sizes",),
+    breaks=(EQUAL_SIZES,),
     kind="H2",
     bug="PrimeIntellect-ai/prime-rl/pull/2681",
     conditional=True,
-    configs=ATTENTION,
+    configs=LAYERS,
 ):
-    """Decode steps on as many tokens as there are KV heads repeat values along the tokens, for the heads of a group."""
+    """Decode steps on as many tokens as there are KV heads repeat values along the token axis."""
 
     def attention(self, query: Array, keys: Array, values: Array) -> Array:
         square = query.shape[2] == 1 < values.shape[1] == values.shape[2]

@@ -1,4 +1,4 @@
-"""Faults of where a sequence begins and ends, and of what belongs to it."""
+"""Faults of the start, end and ownership of sequences."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import DECODERS, LEARNED, ROPE
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.faults.positions import Placed, ahead
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
 
-DECODERS = ("decoder-rope", "decoder-learned", "decoder-softcap")
+RESET = "lifecycle.reset"
+INDEPENDENT = "lifecycle.independent"
 
 
 # --- reset ---
 class ResetKeepsLength(
-    Planted,
-    breaks=("lifecycle.reset", "shape.length", "equivalence.path"),
-    kind="C6",
-    bug="huggingface/transformers/pull/48509",
+    Planted, breaks=(RESET, "shape.length", "equivalence.path"), kind="C6", bug="huggingface/transformers/pull/48509"
 ):
-    """Reset fills keys and values with zeros, and keeps how many there are."""
+    """Reset zeroes keys and values but keeps the length."""
 
     def reset(self, cache: Cache) -> Cache:
         self.faulty += cache.length > 0
@@ -30,14 +29,9 @@ class ResetKeepsLength(
 
 
 class ResetKeepsPosition(
-    Planted,
-    breaks=("lifecycle.reset",),
-    kind="C6",
-    bug="rasbt/LLMs-from-scratch/pull/925",
-    conditional=True,
-    configs=("decoder-learned",),
+    Planted, breaks=(RESET,), kind="C6", bug="rasbt/LLMs-from-scratch/pull/925", conditional=True, configs=LEARNED
 ):
-    """Reset empties the cache, and not the counter of positions."""
+    """Reset empties the cache but not the position counter."""
 
     def fork(self, cache: Cache) -> Cache:
         return Placed.of(super().fork(cache), ahead(cache))
@@ -51,14 +45,9 @@ class ResetKeepsPosition(
 
 
 class ResetFirstLayerOnly(
-    Planted,
-    breaks=("lifecycle.reset",),
-    kind="C6",
-    bug="abetlen/llama-cpp-python/pull/2180",
-    conditional=True,
-    configs=DECODERS,
+    Planted, breaks=(RESET,), kind="C6", bug="abetlen/llama-cpp-python/pull/2180", conditional=True, configs=DECODERS
 ):
-    """Reset empties the first layer only."""
+    """Reset empties only the first layer."""
 
     def reset(self, cache: Cache) -> Cache:
         right = super().reset(cache)
@@ -66,10 +55,8 @@ class ResetFirstLayerOnly(
         return Cache([right.keys[0], *cache.keys[1:]], [right.values[0], *cache.values[1:]])
 
 
-class LongResetKept(
-    Planted, breaks=("lifecycle.reset",), kind="C6", bug="Lightning-AI/litgpt/pull/1596", conditional=True
-):
-    """Reset keeps the first token of a sequence of more than nine."""
+class LongResetKept(Planted, breaks=(RESET,), kind="C6", bug="Lightning-AI/litgpt/pull/1596", conditional=True):
+    """Reset keeps the first token of a sequence of more than nine tokens."""
 
     def reset(self, cache: Cache) -> Cache:
         if cache.length > 9:
@@ -79,8 +66,8 @@ class LongResetKept(
 
 
 # --- several sequences, several layers ---
-class OneCacheForAll(Planted, breaks=("lifecycle.independent",), kind="C7", bug="rajveer43/VeloxQuant-MLX/pull/59"):
-    """All sequences of one batch size are one list, made once: the second begins where the first ended."""
+class OneCacheForAll(Planted, breaks=(INDEPENDENT,), kind="C7", bug="rajveer43/VeloxQuant-MLX/pull/59"):
+    """All sequences of one batch size share a cache: the second starts where the first ended."""
 
     def start(self, batch: int) -> Cache:
         made: dict[int, Cache] = self.__dict__.setdefault("_made", {})
@@ -93,8 +80,8 @@ class OneCacheForAll(Planted, breaks=("lifecycle.independent",), kind="C7", bug=
         return cache
 
 
-class ClosedAreRecycled(Planted, breaks=("lifecycle.independent",), kind="C6", bug="EricLBuehler/candle-vllm/issues/6"):
-    """A sequence gets the cache of the one that was closed before it, if that has as many rows, as it was left."""
+class ClosedAreRecycled(Planted, breaks=(INDEPENDENT,), kind="C6", bug="EricLBuehler/candle-vllm/issues/6"):
+    """A new sequence gets the uncleared cache of the last closed one, if that has the same number of rows."""
 
     closed: Cache | None = None
 
@@ -111,7 +98,7 @@ class ClosedAreRecycled(Planted, breaks=("lifecycle.independent",), kind="C6", b
 
 @dataclass(eq=False)
 class Owned(Cache):
-    """A cache that knows whose it is."""
+    """A cache that records its sequence."""
 
     owner: object = None
 
@@ -121,13 +108,9 @@ def owned(cache: Cache, by: Cache) -> Cache:
 
 
 class LastWriterWins(
-    Planted,
-    breaks=("lifecycle.independent",),
-    kind=("C7", "G2"),
-    bug="ggml-org/llama.cpp/issues/27994",
-    conditional=True,
+    Planted, breaks=(INDEPENDENT,), kind=("C7", "G2"), bug="ggml-org/llama.cpp/issues/27994", conditional=True
 ):
-    """Position 0 is that of whichever sequence was stepped last, if that has as many rows."""
+    """Position 0 belongs to the sequence that was stepped last, if that has the same number of rows."""
 
     last: Cache | None = None
 
@@ -168,7 +151,7 @@ class LayersShareBuffers(
     conditional=True,
     configs=DECODERS,
 ):
-    """All layers write into one pair of buffers: each attends its own new tokens, and the last layer's old ones."""
+    """All layers write into one pair of buffers: each attends to its own new tokens and the last layer's old ones."""
 
     def start(self, batch: int) -> Buffers:
         return self.merged(super().start(batch))
@@ -191,9 +174,9 @@ class LongSessionStays(
     kind=("P5", "C6"),
     bug="huggingface/transformers/pull/27227",
     conditional=True,
-    configs=("decoder-rope",),
+    configs=ROPE,
 ):
-    """A sequence of more than 16 tokens stretches rope, for itself and for every sequence after it."""
+    """A sequence of more than 16 tokens stretches RoPE for itself and for every later sequence."""
 
     longest = 16
 

@@ -1,6 +1,6 @@
-"""A right graph: attention and decoder, built node by node from plain operators and run by ONNX Runtime.
+"""A correct graph of attention and decoder, built from plain operators and run by ONNX Runtime.
 
-Importing this module imports neither onnx nor ONNX Runtime: a backend needs them when it is built.
+Importing this module imports neither onnx nor ONNX Runtime; building the backend needs both.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvconform.errors import Unavailable
+from kvconform_backends.abilities import without
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 from kvconform_specs.config import Config
 
@@ -19,7 +20,7 @@ OPSET, IR = 20, 10
 
 
 class Nodes:
-    """A graph that grows: a call adds a node and gives the name of its output. Numbers become constants."""
+    """A graph under construction: a call adds a node and returns the name of its output. Numbers become constants."""
 
     def __init__(self) -> None:
         self.inputs: list[tuple[str, str, list[str | int]]] = []  # name, type, shape
@@ -40,11 +41,9 @@ class Nodes:
 
 
 class Graph(NumpyCache):
-    """The cache of ``numpy`` as past and present of one graph of plain operators, which masks and counts positions."""
+    """The cache of ``numpy`` as past and present of a single graph, which also computes masks and positions."""
 
-    claims = replace(
-        NumpyCache.claims, abilities=tuple(a for a in NumpyCache.claims.abilities if a != "macs"), dtypes=("float32",)
-    )
+    claims = replace(NumpyCache.claims, abilities=without(NumpyCache.claims, "macs"), dtypes=("float32",))
 
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:
@@ -63,7 +62,7 @@ class Graph(NumpyCache):
         return output[:, -1:] if self.last_only else output
 
     def call(self, feeds: list[Array]) -> list[Array]:
-        """The graph's outputs: what the step gives, then each layer's present key and value."""
+        """The graph's outputs: the step's output, then each layer's present key and value."""
         names = (x.name for x in self.session.get_inputs())
         outputs: list[Array] = self.session.run(None, dict(zip(names, feeds, strict=True)))
         return outputs
@@ -85,7 +84,7 @@ class Graph(NumpyCache):
         return add
 
     def mixed(self, add: Nodes, layer: int, t: str, query: str, key: str, value: str) -> str:
-        """``(b, h, t, d)``: grows the layer's cache and attends."""
+        """``(b, h, t, d)``: appends to the layer's cache and attends."""
         keys, values = self.grown(add, layer, key, value)
         scores = add("MatMul", query, add("Transpose", self.by_query_head(add, keys), perm=[0, 1, 3, 2]))
         scores = add("Mul", scores, self.config.score_scale)
@@ -103,14 +102,14 @@ class Graph(NumpyCache):
         return scores if cap is None else add("Mul", add("Tanh", add("Div", scores, cap)), cap)
 
     def biased(self, add: Nodes, scores: str, behind: str) -> str:
-        """Alibi, as in ``NumpyLayers.bias``."""
+        """ALiBi, as in ``NumpyLayers.bias``."""
         if self.config.positions != "alibi":
             return scores
         slopes = 2.0 ** (-8 * np.arange(1, self.config.heads + 1) / self.config.heads)
         return add("Sub", scores, add("Mul", add("Cast", behind, to=1), slopes[:, None, None]))
 
     def past(self, add: Nodes) -> str:
-        """How many tokens the past holds."""
+        """The number of tokens in the past."""
         return tokens(add, "past.0.key")
 
     def rows(self, add: Nodes, t: str) -> str:
@@ -119,7 +118,7 @@ class Graph(NumpyCache):
         return add("Range", past, add("Add", past, t), 1)
 
     def shown(self, add: Nodes, layer: int, behind: str) -> str:
-        """``(t, s)``: what is behind and within the window."""
+        """``(t, s)``: the causal mask and the window."""
         seen, window = add("GreaterOrEqual", behind, 0), self.config.window_of(layer)
         return seen if window is None else add("And", seen, add("Less", behind, window))
 
@@ -127,7 +126,7 @@ class Graph(NumpyCache):
         return add("Gather", x, np.arange(self.config.heads) // self.config.group, axis=1)
 
     def weighed(self, add: Nodes, scores: str, seen: str) -> str:
-        """The softmax over what is seen; a query that sees nothing gives zeros, not NaN."""
+        """The softmax over the visible scores; a query that sees nothing gives zeros, not NaN."""
         weights = add("Softmax", add("Where", seen, scores, -np.inf), axis=-1)
         return add("Where", add("IsNaN", weights), 0.0, weights)
 
@@ -154,7 +153,7 @@ class Graph(NumpyCache):
         return add("MatMul", self.normed(add, x, w["norm_final"]), w["lm_head"])
 
     def places(self, add: Nodes, t: str) -> str:
-        """``(t,)``: the positions of the new tokens, for embedding and rope."""
+        """``(t,)``: the positions of the new tokens, for embedding and RoPE."""
         return Graph.rows(self, add, t)
 
     def normed(self, add: Nodes, x: str, gain: Array) -> str:
@@ -178,12 +177,12 @@ class Graph(NumpyCache):
 
 
 def tokens(add: Nodes, x: str, axis: int = 2) -> str:
-    """The size of an axis, a scalar."""
+    """The size of an axis, as a scalar."""
     return add("Squeeze", add("Shape", x, start=axis, end=axis + 1))
 
 
 def session_of(model: Nodes) -> Any:
-    """An ONNX Runtime session on the CPU. Raises Unavailable where onnx or ONNX Runtime is missing."""
+    """An ONNX Runtime session on the CPU. Raises Unavailable if onnx or ONNX Runtime is not installed."""
     try:
         import onnx
         import onnxruntime  # type: ignore[import-untyped]

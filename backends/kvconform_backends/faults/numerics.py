@@ -1,4 +1,4 @@
-"""Faults of arithmetic where scores are large, rows are empty, masks meet, head dims are odd and contexts are long."""
+"""Faults with large scores, empty rows, combined masks, odd head dims and long contexts."""
 
 from __future__ import annotations
 
@@ -6,22 +6,31 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import LONG, SOFTCAPPED
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 from kvconform_backends.numpy.layers import MINUS_INFINITY
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
 
+LARGE_SCORES = "numerics.large-scores"
+ZERO_KEYS = "numerics.zero-keys"
+EMPTY_ROW = "numerics.empty-row"
+CALLER_MASK = "numerics.caller-mask"
+FINITE = "numerics.finite"
+HEAD_DIM = "numerics.head-dim"
+TILES = "numerics.tiles"
+LONG_CONTEXT = "numerics.long-context"
+
 UNCAPPED = ("attention-gqa", "attention-window", "attention-sink")
-SOFTCAP = ("attention-softcap", "decoder-softcap")
 ODD = ("attention-softcap", "attention-sink", "decoder-learned", "decoder-softcap")
 TILE = 64
 
 
 # --- large scores ---
 class MaximumNotSubtracted(
-    Planted, breaks=("numerics.large-scores",), kind="M10", bug="pytorch/pytorch/issues/109517", configs=UNCAPPED
+    Planted, breaks=(LARGE_SCORES,), kind="M10", bug="pytorch/pytorch/issues/109517", configs=UNCAPPED
 ):
-    """The softmax takes the exponential of the scores as they are."""
+    """The softmax does not subtract the maximum before the exponential."""
 
     def softmax(self, scores: Array) -> Array:
         right = super().softmax(scores)
@@ -32,14 +41,9 @@ class MaximumNotSubtracted(
 
 
 class MaximumFromZero(
-    Planted,
-    breaks=("numerics.large-scores",),
-    kind="M10",
-    bug="pytorch/pytorch/issues/109517",
-    conditional=True,
-    configs=UNCAPPED,
+    Planted, breaks=(LARGE_SCORES,), kind="M10", bug="pytorch/pytorch/issues/109517", conditional=True, configs=UNCAPPED
 ):
-    """The running maximum begins at 0: where all scores are far below, every weight underflows."""
+    """The running maximum starts at 0: if all scores are far below, every weight underflows."""
 
     def softmax(self, scores: Array) -> Array:
         right = super().softmax(scores)
@@ -52,8 +56,8 @@ class MaximumFromZero(
 
 
 # --- zero keys ---
-class ZeroKeysAreEmpty(Planted, breaks=("numerics.zero-keys",), kind="C3", bug="huggingface/transformers/issues/30377"):
-    """A slot whose key is zero is taken for one that was never written."""
+class ZeroKeysAreEmpty(Planted, breaks=(ZERO_KEYS,), kind="C3", bug="huggingface/transformers/issues/30377"):
+    """A slot whose key is zero is treated as unwritten."""
 
     def scores(self, query: Array, keys: Array) -> Array:
         right = super().scores(query, keys)
@@ -61,18 +65,14 @@ class ZeroKeysAreEmpty(Planted, breaks=("numerics.zero-keys",), kind="C3", bug="
         return self.instead(np.where(written[:, None, None], right, MINUS_INFINITY), right)
 
     def written(self, loud: Array) -> Array:
-        """``(b, s)``: which slots count, from which are not zero."""
+        """``(b, s)``: the slots treated as written, given those with a non-zero key."""
         return loud
 
 
 class LeadingZeroKeysArePadding(
-    ZeroKeysAreEmpty,
-    breaks=("numerics.zero-keys",),
-    kind="C3",
-    bug="huggingface/transformers/issues/30377",
-    conditional=True,
+    ZeroKeysAreEmpty, breaks=(ZERO_KEYS,), kind="C3", bug="huggingface/transformers/issues/30377", conditional=True
 ):
-    """Zero keys before the first other one are taken for padding."""
+    """Zero keys before the first non-zero one are treated as padding."""
 
     def written(self, loud: Array) -> Array:
         return np.asarray(np.arange(loud.shape[1]) >= loud.argmax(axis=1)[:, None])
@@ -81,12 +81,12 @@ class LeadingZeroKeysArePadding(
 # --- empty rows ---
 class EmptyRowUnguarded(
     Planted,
-    breaks=("numerics.empty-row",),
+    breaks=(EMPTY_ROW,),
     kind="M8",
     bug="pytorch/pytorch/issues/103749",
     configs=("attention-gqa", "attention-window", "attention-softcap"),
 ):
-    """Nobody looks whether a query sees anything: the softmax of nothing is zero over zero."""
+    """The softmax does not check for empty rows: a query that sees nothing gives zero over zero."""
 
     def softmax(self, scores: Array) -> Array:
         right = super().softmax(scores)
@@ -95,9 +95,9 @@ class EmptyRowUnguarded(
 
 
 class DecodeEmptyRowIsMean(
-    Planted, breaks=("numerics.empty-row",), kind="M8", bug="microsoft/onnxruntime/pull/28958", conditional=True
+    Planted, breaks=(EMPTY_ROW,), kind="M8", bug="microsoft/onnxruntime/pull/28958", conditional=True
 ):
-    """Decode steps mask with the least finite number: a row that sees nothing gets the mean of the values."""
+    """Decode steps mask with the lowest finite number: a query that sees nothing gives the mean of the values."""
 
     def softmax(self, scores: Array) -> Array:
         right = super().softmax(scores)
@@ -107,13 +107,9 @@ class DecodeEmptyRowIsMean(
 
 
 class MinimaAdded(
-    Planted,
-    breaks=("numerics.empty-row",),
-    kind=("M10", "M8"),
-    bug="huggingface/transformers/pull/27114",
-    conditional=True,
+    Planted, breaks=(EMPTY_ROW,), kind=("M10", "M8"), bug="huggingface/transformers/pull/27114", conditional=True
 ):
-    """Two masks of the least finite number are added: to a query that sees nothing, only what both hide is hidden."""
+    """Two masks of the lowest finite number are added: a query that sees nothing sees what only one mask hides."""
 
     def visible(self, t: int, s: int) -> Array:
         right = super().visible(t, s)
@@ -124,8 +120,8 @@ class MinimaAdded(
 
 
 # --- caller's mask ---
-class MaskReplacesCausality(Planted, breaks=("numerics.caller-mask",), kind="M4", bug="keras-team/keras/issues/23038"):
-    """A mask of the caller's takes the place of the causal one."""
+class MaskReplacesCausality(Planted, breaks=(CALLER_MASK,), kind="M4", bug="keras-team/keras/issues/23038"):
+    """The caller's mask replaces the causal mask."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
@@ -133,17 +129,17 @@ class MaskReplacesCausality(Planted, breaks=("numerics.caller-mask",), kind="M4"
 
 
 class MaskOnFirstStepOnly(
-    Planted, breaks=("numerics.caller-mask",), kind="M4", bug="OpenNMT/OpenNMT-py/pull/2532", conditional=True
+    Planted, breaks=(CALLER_MASK,), kind="M4", bug="OpenNMT/OpenNMT-py/pull/2532", conditional=True
 ):
-    """A mask of the caller's is looked at in the first step of a sequence alone."""
+    """The caller's mask is applied only in the first step of a sequence."""
 
     def visible(self, t: int, s: int) -> Array:
         right = super().visible(t, s)
         return right if s == t else self.instead(np.broadcast_to(self.mask(t, s), right.shape), right)
 
 
-class MaskTimesInfinity(Planted, breaks=("numerics.caller-mask",), kind="M10", bug="onnx/onnx/pull/8068"):
-    """A mask of the caller's is multiplied by minus infinity: what it allows becomes NaN."""
+class MaskTimesInfinity(Planted, breaks=(CALLER_MASK,), kind="M10", bug="onnx/onnx/pull/8068"):
+    """The caller's mask is multiplied by minus infinity: allowed positions become NaN."""
 
     def scores(self, query: Array, keys: Array) -> Array:
         right = super().scores(query, keys)
@@ -155,13 +151,13 @@ class MaskTimesInfinity(Planted, breaks=("numerics.caller-mask",), kind="M10", b
 
 class CapAfterCallersMask(
     Planted,
-    breaks=("numerics.caller-mask",),
+    breaks=(CALLER_MASK,),
     kind="M11",
     bug="onnx/onnx/pull/7867",
     conditional=True,
     configs=("attention-softcap",),
 ):
-    """Softcap bends what the caller's mask has hidden: it gets the weight of -softcap. The causal mask comes later."""
+    """Softcap follows the caller's mask, so that hidden scores become -softcap; the causal mask comes later."""
 
     def visible(self, t: int, s: int) -> Array:
         return self.mask(t, s)
@@ -181,9 +177,9 @@ class BiasBeforeCap(
     breaks=("definition.softcap", "definition.bias"),
     kind="M11",
     bug="microsoft/onnxruntime/pull/28370",
-    configs=SOFTCAP,
+    configs=SOFTCAPPED,
 ):
-    """The bias is added before softcap, which bends it: prompt, chunk and decode agree on it."""
+    """The bias is added before softcap: prompt, chunk and decode agree with each other."""
 
     def scores(self, query: Array, keys: Array) -> Array:
         c, (t, s) = self.config, (query.shape[2], keys.shape[2])
@@ -195,9 +191,9 @@ class BiasBeforeCap(
 
 # --- finite ---
 class BuffersUninitialised(
-    Planted, NumpyStatic, breaks=("numerics.finite",), kind="M9", bug="flashinfer-ai/flashinfer/issues/941"
+    Planted, NumpyStatic, breaks=(FINITE,), kind="M9", bug="flashinfer-ai/flashinfer/issues/941"
 ):
-    """New buffers hold what was in memory, NaN included, and dead slots get the weight zero."""
+    """New buffers are uninitialised, possibly NaN, and unused slots are multiplied by a weight of zero."""
 
     def start(self, batch: int) -> Buffers:
         made = super().start(batch)
@@ -210,13 +206,9 @@ class BuffersUninitialised(
 
 
 class ResetUninitialised(
-    BuffersUninitialised,
-    breaks=("numerics.finite",),
-    kind=("M9", "C6"),
-    bug="vllm-project/vllm/pull/936",
-    conditional=True,
+    BuffersUninitialised, breaks=(FINITE,), kind=("M9", "C6"), bug="vllm-project/vllm/pull/936", conditional=True
 ):
-    """A sequence that was reset gets buffers that hold what was in memory; a new one gets zeros."""
+    """A reset sequence gets uninitialised buffers; a new one gets zeros."""
 
     def start(self, batch: int) -> Buffers:
         return NumpyStatic.start(self, batch)
@@ -226,10 +218,8 @@ class ResetUninitialised(
 
 
 # --- head dim ---
-class PaddedLanesSummed(
-    Planted, breaks=("numerics.head-dim",), kind="H3", bug="pytorch/pytorch/issues/112577", configs=ODD
-):
-    """A head is padded to a multiple of 8 lanes, which hold its first numbers again and are summed with the others."""
+class PaddedLanesSummed(Planted, breaks=(HEAD_DIM,), kind="H3", bug="pytorch/pytorch/issues/112577", configs=ODD):
+    """A head is padded to a multiple of 8 lanes with copies of its first numbers, which enter the sums."""
 
     def scores(self, query: Array, keys: Array) -> Array:
         lanes = -self.config.head_dim % 8
@@ -239,14 +229,9 @@ class PaddedLanesSummed(
 
 
 class OddHeadTopLeft(
-    Planted,
-    breaks=("numerics.head-dim",),
-    kind="M1",
-    bug="microsoft/onnxruntime/pull/27992",
-    conditional=True,
-    configs=ODD,
+    Planted, breaks=(HEAD_DIM,), kind="M1", bug="microsoft/onnxruntime/pull/27992", conditional=True, configs=ODD
 ):
-    """Where the head dim is no multiple of 8, a chunk on a cache runs on a kernel that masks from the top left."""
+    """If the head dim is no multiple of 8, a chunk on a cache runs on a kernel that masks from the top left."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
@@ -254,10 +239,8 @@ class OddHeadTopLeft(
 
 
 # --- tiles ---
-class MaskByTile(
-    Planted, breaks=("numerics.tiles",), kind="X3", bug="pytorch/executorch/pull/9105", configs=("attention-long",)
-):
-    """The causal mask is as fine as a tile of 64 keys: a query sees all of its own tile."""
+class MaskByTile(Planted, breaks=(TILES,), kind="X3", bug="pytorch/executorch/pull/9105", configs=LONG):
+    """The causal mask has the granularity of a tile of 64 keys: a query sees all of its own tile."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
@@ -269,14 +252,9 @@ class MaskByTile(
 
 
 class ChunkMaskByTile(
-    MaskByTile,
-    breaks=("numerics.tiles",),
-    kind="X3",
-    bug="tenstorrent/tt-metal/issues/48899",
-    conditional=True,
-    configs=("attention-long",),
+    MaskByTile, breaks=(TILES,), kind="X3", bug="tenstorrent/tt-metal/issues/48899", conditional=True, configs=LONG
 ):
-    """Chunks on 64 cached tokens or more have a causal mask as fine as a tile; the last query sees nothing wrong."""
+    """Chunks on 64 or more cached tokens use a causal mask with tile granularity; the last query is unaffected."""
 
     def coarse(self, t: int, s: int) -> bool:
         return t > 1 and s - t >= TILE
@@ -284,13 +262,13 @@ class ChunkMaskByTile(
 
 class ThirdTileNotRescaled(
     Planted,
-    breaks=("numerics.tiles", "numerics.long-context"),
+    breaks=(TILES, LONG_CONTEXT),
     kind="X3",
     bug="local-inference-lab/vllm/pull/17",
     conditional=True,
-    configs=("attention-long",),
+    configs=LONG,
 ):
-    """From the third tile of 64 keys on, weights are relative to their tile's maximum, not to that of all."""
+    """From the third tile of 64 keys on, weights are relative to the tile's maximum instead of the overall one."""
 
     def softmax(self, scores: Array) -> Array:
         right, s = super().softmax(scores), scores.shape[-1]
@@ -306,14 +284,8 @@ class ThirdTileNotRescaled(
 
 
 # --- long context ---
-class IndexWraps(
-    Planted,
-    breaks=("numerics.long-context",),
-    kind="H4",
-    bug="pytorch/pytorch/issues/162588",
-    configs=("attention-long",),
-):
-    """The index of a slot has ten bits: the values of late tokens are those of the first 1 024."""
+class IndexWraps(Planted, breaks=(LONG_CONTEXT,), kind="H4", bug="pytorch/pytorch/issues/162588", configs=LONG):
+    """The slot index has ten bits: the values of late tokens are those of the first 1 024."""
 
     def attention(self, query: Array, keys: Array, values: Array) -> Array:
         read = values[:, :, np.arange(values.shape[2]) % 1024]
@@ -321,12 +293,7 @@ class IndexWraps(
 
 
 class FirstOfManyLost(
-    Planted,
-    breaks=("numerics.long-context",),
-    kind="X3",
-    bug="pytorch/pytorch/pull/169222",
-    conditional=True,
-    configs=("attention-long",),
+    Planted, breaks=(LONG_CONTEXT,), kind="X3", bug="pytorch/pytorch/pull/169222", conditional=True, configs=LONG
 ):
     """Decode steps on more than 1 024 tokens do not see the first one."""
 

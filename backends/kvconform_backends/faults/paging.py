@@ -1,4 +1,4 @@
-"""Faults of pages: where a token lies, where a page ends, and who else reads it."""
+"""Faults of paged caches: the location of tokens, page boundaries, and shared pages."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import PLACED
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array
 from kvconform_backends.numpy.paged import PAGE, NumpyPaged, Tables
 
-PLACED = ("paging.placement",)
-ENDED = ("paging.boundary",)
-SHARED = ("paging.copy-on-write",)
+FORK = "lifecycle.fork"
+
+PLACEMENT = ("paging.placement",)
+BOUNDARY = ("paging.boundary",)
+COPY_ON_WRITE = ("paging.copy-on-write",)
 
 
-class PoolReadInOrder(Planted, NumpyPaged, breaks=(*PLACED, *SHARED), kind="G2", bug="golang-design/accel/issues/10"):
-    """The block table says where tokens are written; they are read from the pages behind its first one, in order."""
+class PoolReadInOrder(
+    Planted, NumpyPaged, breaks=(*PLACEMENT, *COPY_ON_WRITE), kind="G2", bug="golang-design/accel/issues/10"
+):
+    """Tokens are written through the block table but read from consecutive pages after its first one."""
 
     def read(self, pool: Array, table: list[int], n: int) -> Array:
         first = table[0] if table else 0
@@ -27,12 +32,12 @@ class PoolReadInOrder(Planted, NumpyPaged, breaks=(*PLACED, *SHARED), kind="G2",
 class ChunkPlacedFromStart(
     Planted,
     NumpyPaged,
-    breaks=(*PLACED, "equivalence.chunks"),
+    breaks=(*PLACEMENT, "equivalence.chunks"),
     kind="G2",
     bug="vllm-project/vllm/pull/36580",
     conditional=True,
 ):
-    """A chunk's pages are looked up by the numbers of its own tokens: from the beginning of the table on."""
+    """A chunk's pages are looked up by its own token numbers, from the start of the table."""
 
     def write(self, pool: Array, table: list[int], positions: Array, new: Array) -> None:
         if len(positions) > 1 and positions[0] >= PAGE:
@@ -42,9 +47,14 @@ class ChunkPlacedFromStart(
 
 
 class ChunkPlacedOnPage(
-    Planted, NumpyPaged, breaks=(*PLACED, *ENDED), kind=("G1", "G2"), bug="tanishqkumar/ssd/pull/22", conditional=True
+    Planted,
+    NumpyPaged,
+    breaks=(*PLACEMENT, *BOUNDARY),
+    kind=("G1", "G2"),
+    bug="tanishqkumar/ssd/pull/22",
+    conditional=True,
 ):
-    """A chunk that begins in the middle of a page is written from the beginning of that page on."""
+    """A chunk that starts inside a page is written from the beginning of that page."""
 
     def write(self, pool: Array, table: list[int], positions: Array, new: Array) -> None:
         if len(positions) > 1 and positions[0] % PAGE:
@@ -53,8 +63,10 @@ class ChunkPlacedOnPage(
         super().write(pool, table, positions, new)
 
 
-class MaskByPlace(Planted, NumpyPaged, breaks=PLACED, kind="G2", bug="pytorch/pytorch/issues/182593", conditional=True):
-    """Causality compares where tokens lie in the pool: right as long as a sequence's pages lie in order."""
+class MaskByPlace(
+    Planted, NumpyPaged, breaks=PLACEMENT, kind="G2", bug="pytorch/pytorch/issues/182593", conditional=True
+):
+    """The causal mask compares locations in the pool: correct only while a sequence's pages are in order."""
 
     table: list[int]
 
@@ -71,13 +83,13 @@ class MaskByPlace(Planted, NumpyPaged, breaks=PLACED, kind="G2", bug="pytorch/py
 class WeakPrefixHash(
     Planted,
     NumpyPaged,
-    breaks=PLACED,
+    breaks=PLACEMENT,
     kind="G3",
     bug="openvinotoolkit/openvino.genai/issues/3722",
     conditional=True,
-    configs=("decoder-rope", "decoder-learned"),
+    configs=PLACED,
 ):
-    """A prompt's first page is shared with another prompt's whose tokens had the same hash, one of eight."""
+    """A prompt's first page is shared with any other prompt whose tokens have the same hash, one of eight."""
 
     def step(self, cache: Any, *inputs: Array, **options: Any) -> tuple[Array, Tables]:
         fresh = cache.written == 0
@@ -103,9 +115,9 @@ class WeakPrefixHash(
 
 
 class LastPageReadWhole(
-    Planted, NumpyPaged, breaks=(*ENDED, "equivalence.decode"), kind=("G1", "M6"), bug="pytorch/pytorch/pull/160861"
+    Planted, NumpyPaged, breaks=(*BOUNDARY, "equivalence.decode"), kind=("G1", "M6"), bug="pytorch/pytorch/pull/160861"
 ):
-    """The last page is read whole: its slots that hold no token take part in the softmax."""
+    """The last page is read in full: its unused slots take part in the softmax."""
 
     held = 0
 
@@ -119,9 +131,9 @@ class LastPageReadWhole(
 
 
 class FullPageForgotten(
-    Planted, NumpyPaged, breaks=ENDED, kind="G1", bug="sgl-project/sglang/issues/22819", conditional=True
+    Planted, NumpyPaged, breaks=BOUNDARY, kind="G1", bug="sgl-project/sglang/issues/22819", conditional=True
 ):
-    """A chunk that fills its last page exactly leaves that page to the next step, which does not come back to it."""
+    """A chunk that fills its last page exactly leaves that page to the next step, which does not write it."""
 
     def write(self, pool: Array, table: list[int], positions: Array, new: Array) -> None:
         end = int(positions[-1]) + 1
@@ -133,9 +145,9 @@ class FullPageForgotten(
 
 
 class TruncateFreesOpenPage(
-    Planted, NumpyPaged, breaks=ENDED, kind="G1", bug="Blaizzy/mlx-vlm/pull/2036", conditional=True
+    Planted, NumpyPaged, breaks=BOUNDARY, kind="G1", bug="Blaizzy/mlx-vlm/pull/2036", conditional=True
 ):
-    """Truncating to a length in the middle of a page takes another page in place of that one."""
+    """Truncating to a length inside a page replaces that page by another one."""
 
     def truncate(self, cache: Any, length: int) -> Tables:
         kept = super().truncate(cache, length)
@@ -149,9 +161,9 @@ class TruncateFreesOpenPage(
 
 
 class ForkNotCounted(
-    Planted, NumpyPaged, breaks=(*SHARED, "lifecycle.fork"), kind=("G3", "C11"), bug="ggml-org/llama.cpp/issues/3802"
+    Planted, NumpyPaged, breaks=(*COPY_ON_WRITE, FORK), kind=("G3", "C11"), bug="ggml-org/llama.cpp/issues/3802"
 ):
-    """A fork takes the pages without counting that it uses them: both write into the page that is half full."""
+    """A fork does not count its use of the pages: both sequences write into the half-full page."""
 
     def fork(self, cache: Any) -> Tables:
         self.faulty += cache.length > 0
@@ -161,12 +173,12 @@ class ForkNotCounted(
 class CloseFreesShared(
     Planted,
     NumpyPaged,
-    breaks=(*SHARED, "lifecycle.fork"),
+    breaks=(*COPY_ON_WRITE, FORK),
     kind="G3",
     bug="sgl-project/sglang/issues/38319",
     conditional=True,
 ):
-    """A sequence that ends returns its pages to the pool, also those that a fork of it still reads."""
+    """Closing a sequence returns its pages to the pool, including those that a fork still reads."""
 
     def close(self, cache: Any) -> None:
         held = {page for table in cache.tables for page in table}
@@ -184,12 +196,12 @@ class CloseFreesShared(
 class CopyWithoutValues(
     Planted,
     NumpyPaged,
-    breaks=(*SHARED, "lifecycle.fork"),
+    breaks=(*COPY_ON_WRITE, FORK),
     kind="G3",
     bug="huggingface/transformers/pull/34746",
     conditional=True,
 ):
-    """Copy on write copies the keys of a shared page, and leaves in the copy whatever values were there."""
+    """Copy-on-write copies the keys of a shared page but not its values."""
 
     def copied(self, page: int) -> int:
         before = [pool.copy() for pool in self.values]

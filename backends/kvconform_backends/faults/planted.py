@@ -1,4 +1,4 @@
-"""What a planted fault is: the simplest cache with one override that is wrong, and the count of how often it was."""
+"""Base class of planted faults: a correct cache with one wrong override that counts its effects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ GITHUB = "https://github.com/"
 
 
 class Planted(NumpyCache):
-    """Base of the faults: a subclass that names the clauses it ``breaks`` is one, and its docstring is the sentence.
+    """Base class of the faults: a subclass that names the clauses it ``breaks`` is a fault; its docstring is the
+    sentence.
 
     ``kind``: its class or classes, of ``classes.CLASSES``. Faults of another cache have that as their second base:
     ``class StaleTail(Planted, NumpyStatic, breaks=...)``.
@@ -41,7 +42,7 @@ class Planted(NumpyCache):
 
     faulty = 0  # how often the fault changed something
     batch = 1  # rows of the step
-    cached = True  # not in the cache-less forward
+    cached = True  # False during uncached_forward
 
     def attend(self, cache: Cache, layer: int, query: Array, key: Array, value: Array) -> Array:
         self.layer, self.batch = layer, query.shape[0]
@@ -55,12 +56,12 @@ class Planted(NumpyCache):
             self.cached = True
 
     def instead(self, wrong: Array, right: Array) -> Array:
-        """The wrong array, counted where it differs from the right one."""
+        """Returns the wrong array, and counts it if it differs from the right one."""
         self.faulty += not np.array_equal(wrong, right, equal_nan=True)
         return wrong
 
     def seen(self, i: Array, s: int) -> Array:
-        """``(t, s)``: which of ``s`` tokens are visible from positions ``i`` ``(t,)``: the mask, were ``i`` right."""
+        """``(t, s)``: which of ``s`` tokens are visible from positions ``i`` ``(t,)``: the mask if ``i`` were right."""
         behind = i[:, None] - np.arange(s)
         return (behind >= 0) & (behind < (self.config.window_of(self.layer) or s + self.config.capacity))
 
@@ -69,6 +70,6 @@ class Planted(NumpyCache):
 
 
 def faults_of(module: ModuleType) -> tuple[Fault, ...]:
-    """The faults that a module plants, in its order."""
+    """The faults defined in a module, in order."""
     kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
     return tuple(vars(kind)["fault"] for kind in kinds if "fault" in vars(kind))

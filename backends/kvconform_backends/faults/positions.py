@@ -1,4 +1,4 @@
-"""Faults of the places that tokens are counted to be at."""
+"""Faults of token positions."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import LEARNED, PLACED, ROPE
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
+from kvconform_backends.numpy.layers import rotated, turned
 from kvconform_specs.tensors import rounded
 
-PLACED = ("decoder-rope", "decoder-learned")
-"""The configs whose decoder has positions."""
-ROPE = ("decoder-rope",)
+DECODE = "equivalence.decode"
+POSITIONS = "definition.positions"
+DECODER = "definition.decoder"
 
 
 @dataclass(eq=False)
 class Placed(Cache):
-    """A cache whose positions run ahead of its length."""
+    """A cache whose positions are ahead of its length."""
 
     ahead: int = 0
 
@@ -33,25 +35,21 @@ def ahead(cache: Cache) -> int:
 
 class PositionRestart(
     Planted,
-    breaks=("equivalence.decode", "equivalence.chunks", "definition.positions"),
+    breaks=(DECODE, "equivalence.chunks", POSITIONS),
     kind="P1",
     bug="pytorch/executorch/pull/2010",
     configs=PLACED,
 ):
-    """Each step's positions begin at 0."""
+    """Positions start at 0 in each step."""
 
     def positions(self, cache: Cache, t: int) -> Array:
         return self.instead(np.arange(t), super().positions(cache, t))
 
 
 class RopeInterleaved(
-    Planted,
-    breaks=("definition.positions", "definition.decoder"),
-    kind="P6",
-    bug="vllm-project/vllm-ascend/pull/12780",
-    configs=ROPE,
+    Planted, breaks=(POSITIONS, DECODER), kind="P6", bug="vllm-project/vllm-ascend/pull/12780", configs=ROPE
 ):
-    """Rope turns neighbours, not halves; queries and keys alike, so that the cache agrees with itself."""
+    """RoPE rotates neighbouring dimensions instead of halves, in queries and keys alike (self-consistent)."""
 
     def rotate(self, x: Array, positions: Array) -> Array:
         d = x.shape[-1]
@@ -60,31 +58,20 @@ class RopeInterleaved(
         return self.instead(wrong, super().rotate(x, positions))
 
 
-class RopeInHalfPrecision(
-    Planted, breaks=("definition.positions",), kind="P4", bug="EleutherAI/gpt-neox/issues/1003", configs=ROPE
-):
-    """Rope's angles are computed in half precision."""
+class RopeInHalfPrecision(Planted, breaks=(POSITIONS,), kind="P4", bug="EleutherAI/gpt-neox/issues/1003", configs=ROPE):
+    """RoPE's angles are computed in half precision."""
 
     def rotate(self, x: Array, positions: Array) -> Array:
         half = x.shape[-1] // 2
-        angle = positions[:, None].astype(np.float16) * np.float16(10000.0) ** (-np.arange(half) / half).astype(
-            np.float16
-        )
-        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        a, b = x[..., :half], x[..., half:]
-        wrong = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-        return self.instead(wrong, super().rotate(x, positions))
+        powers = (-np.arange(half) / half).astype(np.float16)
+        angle = positions[:, None].astype(np.float16) * np.float16(10000.0) ** powers
+        return self.instead(rotated(x, angle), super().rotate(x, positions))
 
 
 class QueryAfterUpdate(
-    Planted,
-    breaks=("definition.positions",),
-    kind="P2",
-    bug="ml-explore/mlx-lm/issues/1805",
-    conditional=True,
-    configs=ROPE,
+    Planted, breaks=(POSITIONS,), kind="P2", bug="ml-explore/mlx-lm/issues/1805", conditional=True, configs=ROPE
 ):
-    """In a batch, queries turn by the offset after the update: by the chunk too far."""
+    """In a batch, queries are rotated by the offset after the update, too far by the length of the chunk."""
 
     def rotate(self, x: Array, positions: Array) -> Array:
         right = super().rotate(x, positions)
@@ -95,13 +82,13 @@ class QueryAfterUpdate(
 
 class PositionsSaturate(
     Planted,
-    breaks=("definition.positions", "definition.decoder"),
+    breaks=(POSITIONS, DECODER),
     kind="W6",
     bug="huggingface/transformers/pull/38156",
     conditional=True,
-    configs=("decoder-learned",),
+    configs=LEARNED,
 ):
-    """Positions count on from the sliding window's length, which saturates."""
+    """Positions continue from the sliding window's length, which saturates."""
 
     def positions(self, cache: Cache, t: int) -> Array:
         past = min(cache.length, self.config.window or cache.length)
@@ -109,14 +96,9 @@ class PositionsSaturate(
 
 
 class ChunkAtLastPosition(
-    Planted,
-    breaks=("definition.positions",),
-    kind="P1",
-    bug="NVIDIA/TransformerEngine/pull/536",
-    conditional=True,
-    configs=PLACED,
+    Planted, breaks=(POSITIONS,), kind="P1", bug="NVIDIA/TransformerEngine/pull/536", conditional=True, configs=PLACED
 ):
-    """All tokens of a chunk on a cache that is not empty get the position of its last one."""
+    """All tokens of a chunk on a non-empty cache get the position of its last token."""
 
     def positions(self, cache: Cache, t: int) -> Array:
         right = super().positions(cache, t)
@@ -124,9 +106,9 @@ class ChunkAtLastPosition(
 
 
 class SecondDecodeTwice(
-    Planted, breaks=("definition.positions",), kind="P2", bug="skyzh/tiny-llm/pull/46", conditional=True, configs=PLACED
+    Planted, breaks=(POSITIONS,), kind="P2", bug="skyzh/tiny-llm/pull/46", conditional=True, configs=PLACED
 ):
-    """From the second decode step in a row on, the offset has advanced by all tokens and not by the new ones."""
+    """From the second consecutive decode step on, the offset has advanced by all tokens instead of the new ones."""
 
     twice = False
     steps: tuple[Cache, int] | None = None  # the cache of the last step, and how many decode steps made it
@@ -146,13 +128,9 @@ class SecondDecodeTwice(
 
 
 class PositionsAdvanceTwice(
-    Planted,
-    breaks=("definition.positions", "equivalence.decode"),
-    kind="P2",
-    bug="skyzh/tiny-llm/pull/46",
-    configs=PLACED,
+    Planted, breaks=(POSITIONS, DECODE), kind="P2", bug="skyzh/tiny-llm/pull/46", configs=PLACED
 ):
-    """The offset is advanced once by the cache and once by the model."""
+    """The offset is advanced by both the cache and the model."""
 
     def positions(self, cache: Cache, t: int) -> Array:
         right = super().positions(cache, t)
@@ -160,13 +138,9 @@ class PositionsAdvanceTwice(
 
 
 class CachedKeysTurnAgain(
-    Planted,
-    breaks=("definition.positions", "equivalence.decode"),
-    kind="P5",
-    bug="NeuraLegion/shainet/pull/110",
-    configs=ROPE,
+    Planted, breaks=(POSITIONS, DECODE), kind="P5", bug="NeuraLegion/shainet/pull/110", configs=ROPE
 ):
-    """Each step turns the cached keys once more, by their own positions."""
+    """Each step rotates the cached keys again by their own positions."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         past = cache.keys[layer]
@@ -176,13 +150,13 @@ class CachedKeysTurnAgain(
 
 class BaseGrowsWithLength(
     Planted,
-    breaks=("definition.positions", "equivalence.decode"),
+    breaks=(POSITIONS, DECODE),
     kind="P5",
     bug="huggingface/transformers/issues/25104",
     conditional=True,
     configs=ROPE,
 ):
-    """Beyond 10 tokens rope is stretched by the length; cached keys stay as they were turned before."""
+    """Beyond 10 tokens, RoPE is stretched by the length; cached keys keep their previous rotation."""
 
     def rotate(self, x: Array, positions: Array) -> Array:
         right, s = super().rotate(x, positions), int(positions[-1]) + 1
@@ -191,53 +165,42 @@ class BaseGrowsWithLength(
 
 class RopeTableGrownInHalf(
     Planted,
-    breaks=("shape.first-step", "definition.positions", "definition.decoder"),
+    breaks=("shape.first-step", POSITIONS, DECODER),
     kind="P4",
     bug="huggingface/transformers/issues/25681",
     conditional=True,
     configs=ROPE,
 ):
-    """The table of cosines and sines is right up to position 16; what is added to it later is in bfloat16."""
+    """The table of cosines and sines is correct up to position 16; later entries are in bfloat16."""
 
     def rotate(self, x: Array, positions: Array) -> Array:
         half = x.shape[-1] // 2
         angle = positions[:, None] * 10000.0 ** (-np.arange(half) / half)
         table = np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
         cos, sin = np.where(positions[:, None] < 16, table, rounded(table, "bfloat16"))
-        a, b = x[..., :half], x[..., half:]
-        return self.instead(
-            np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1), super().rotate(x, positions)
-        )
+        return self.instead(turned(x, cos, sin), super().rotate(x, positions))
 
 
 class RopeOfHeadDim(
-    Planted,
-    breaks=("definition.positions", "definition.decoder"),
-    kind="P6",
-    bug="huggingface/transformers/issues/48630",
-    configs=ROPE,
+    Planted, breaks=(POSITIONS, DECODER), kind="P6", bug="huggingface/transformers/issues/48630", configs=ROPE
 ):
-    """Frequencies fall as if twice as many dimensions turned: theta to the power of -i / d, not of -2 i / d."""
+    """RoPE's frequencies are theta^(-i / d) instead of theta^(-2 i / d), as if twice as many dims were rotated."""
 
     def rotate(self, x: Array, positions: Array) -> Array:
         half = x.shape[-1] // 2
         angle = positions[:, None] * 10000.0 ** (-np.arange(half) / (2 * half))
-        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        a, b = x[..., :half], x[..., half:]
-        return self.instead(
-            np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1), super().rotate(x, positions)
-        )
+        return self.instead(rotated(x, angle), super().rotate(x, positions))
 
 
 class LastPairStays(
     Planted,
-    breaks=("definition.positions", "definition.decoder"),
+    breaks=(POSITIONS, DECODER),
     kind="P6",
     bug="huggingface/transformers/issues/48630",
     conditional=True,
     configs=ROPE,
 ):
-    """The last pair of dimensions, which turns slowest, is not turned at all: only far tokens feel it."""
+    """The last pair of dimensions, which rotates slowest, is not rotated: only distant tokens are affected."""
 
     def rotate(self, x: Array, positions: Array) -> Array:
         right, half = super().rotate(x, positions), x.shape[-1] // 2

@@ -1,8 +1,7 @@
-"""Published caches as they were published, over torch: each has the mistake of its source and no other.
+"""Published torch caches as they were published: each has the mistake of its source and no other.
 
 ``past-tuples`` is a notebook (two listings of its attention, and its generation), ``module-buffers`` the decoder of a
-book, ``list-cache`` an article. What the sources do not have (windows, softcaps, sinks), they refuse. The catalogue names
-them by their addresses (``faults/__init__.py``), so that importing it imports no framework.
+book, ``list-cache`` an article. Features that the sources lack (windows, softcaps, sinks) are refused.
 """
 
 from __future__ import annotations
@@ -15,18 +14,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kvconform_backends.abilities import without
 from kvconform_backends.faults.planted import MARKER
 from kvconform_backends.greedy import greedy
 from kvconform_backends.numpy.cache import Array
 from kvconform_backends.published.list_cache import ListCache, Lists
 from kvconform_backends.published.module_buffers import CachedAttention, ModuleBuffers, Rows
 from kvconform_backends.published.past_tuples import Layer, PastTuples, grown
-from kvconform_backends.torch.decoder import Sight
+from kvconform_backends.torch.decoder import LayerMask
+from kvconform_backends.torch.eager import Torch
 from kvconform_specs.config import Config
 
 
-class Plain:
-    """What the sources have: causal attention and nothing else. ``faulty`` counts how often the mistake mattered."""
+class Plain(Torch):
+    """What the sources support: causal attention only. ``faulty`` counts how often the mistake mattered."""
 
     faulty = 0
 
@@ -37,11 +38,14 @@ class Plain:
                 return f"the listing has no {asked}"
         return "the listing has no alibi" if config.positions == "alibi" else None
 
+    def runtime_info(self) -> dict[str, Any]:
+        return {**super().runtime_info(), MARKER: self.faulty}
+
 
 class FirstListing(Plain, PastTuples):
-    """``is_causal=True`` always: torch aligns it top-left, so a decode step sees the first key alone."""
+    """``is_causal=True`` always: torch aligns it top-left, so a decode step sees only the first key."""
 
-    claims = replace(PastTuples.claims, abilities=tuple(a for a in PastTuples.claims.abilities if a != "macs"))
+    claims = replace(PastTuples.claims, abilities=without(PastTuples.claims, "macs"))
 
     def is_causal(self, past: int, t: int) -> bool:
         self.faulty += past > 0
@@ -58,12 +62,9 @@ class FirstListing(Plain, PastTuples):
         )
         return mixed, present
 
-    def runtime_info(self) -> dict[str, Any]:
-        return {**super().runtime_info(), MARKER: self.faulty}
-
 
 class SecondListing(FirstListing):
-    """``is_causal=(past_kv is None)``: a chunk on a cache that is not empty has no mask, and sees its own future."""
+    """``is_causal=(past_kv is None)``: a chunk on a non-empty cache has no mask and sees its own future."""
 
     def is_causal(self, past: int, t: int) -> bool:
         self.faulty += past > 0 and t > 1
@@ -71,7 +72,7 @@ class SecondListing(FirstListing):
 
 
 class PrefillTwice(Plain, PastTuples):
-    """Generation runs the prefill twice, and goes on from the token that the prefill gave without keeping it."""
+    """Generation runs the prefill twice and continues from its token without keeping that token."""
 
     def generate(self, tokens: Array, new: int) -> Array:
         for _ in range(2):
@@ -85,19 +86,16 @@ class PrefillTwice(Plain, PastTuples):
         self.faulty += not np.array_equal(made, greedy(self, tokens, new))
         return made
 
-    def runtime_info(self) -> dict[str, Any]:
-        return {**super().runtime_info(), MARKER: self.faulty}
-
 
 class SquareMask(CachedAttention):
-    """A mask of as many keys as there are queries. It fits without a cache, and one query, by broadcasting, with it."""
+    """A mask of as many keys as queries. It fits without a cache and, by broadcasting, for a single query with one."""
 
-    def sight(self, start: int, t: int) -> Sight:
-        return Sight(0, start + t, torch.ones(t, t, dtype=torch.bool, device=self.sights.device).tril())
+    def layer_mask(self, start: int, t: int) -> LayerMask:
+        return LayerMask(0, start + t, torch.ones(t, t, dtype=torch.bool, device=self.layer_masks.device).tril())
 
 
 class ChunkOnCache(Plain, ModuleBuffers):
-    """The mask is cut to the new tokens, ``mask[:t, :t]``: a chunk on a cache that is not empty raises an exception."""
+    """The mask is cut to the new tokens, ``mask[:t, :t]``: a chunk on a non-empty cache raises an exception."""
 
     module = SquareMask
 
@@ -106,16 +104,13 @@ class ChunkOnCache(Plain, ModuleBuffers):
         self.faulty += before > 0 and inputs[0].shape[-2 if len(inputs) == 3 else 1] > 1
         return super().step(cache, *inputs, **options)
 
-    def runtime_info(self) -> dict[str, Any]:
-        return {**super().runtime_info(), MARKER: self.faulty}
-
 
 KV_CACHE: dict[Config, Lists] = {}
-"""The article's cache, one a program (and, here, one a config, so that others are not in its way)."""
+"""The article's cache, one per process (here: one per config, so that configs do not interfere)."""
 
 
 class GlobalList(Plain, ListCache):
-    """The lists are global and nobody clears them: a second prompt reads the keys of the first."""
+    """The lists are global and never cleared: a second prompt reads the keys of the first."""
 
     claims = replace(
         ListCache.claims, abilities=("uncached_forward", "length"), max_batch=1, max_sequences=1, overflow="undefined"
@@ -123,7 +118,7 @@ class GlobalList(Plain, ListCache):
 
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:
-        return super().refuses(config, device) if config.profile == "attention" else "the article has one layer only"
+        return super().refuses(config, device) if config.profile == "attention" else "the article has only one layer"
 
     def check_room(self, length: int, t: int) -> None:
         """There is no capacity."""
@@ -132,9 +127,6 @@ class GlobalList(Plain, ListCache):
         cache = KV_CACHE.setdefault(self.config, super().start(batch))
         self.faulty += cache.length > 0
         return cache
-
-    def runtime_info(self) -> dict[str, Any]:
-        return {**super().runtime_info(), MARKER: self.faulty}
 
 
 def picked(output: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Faults of caches that hold integers: which scale a token has, and which tokens are exact."""
+"""Faults of quantised caches: wrong scales, and wrong choice of the exact tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROMPT, DECODE, SCALES, NEWEST = (f"quantised.{name}" for name in ("prefill", "d
 class ScaleIgnored(
     Planted, NumpyInt8, breaks=(PROMPT, DECODE, SCALES), kind="Q1", bug="flashinfer-ai/flashinfer/issues/1023"
 ):
-    """Scales are handed over and not applied: the integers themselves are attended."""
+    """Scales are passed but not applied: attention uses the stored integers."""
 
     def dequantised(self, x: Tokens) -> Array:
         return self.instead(super().dequantised(replace(x, steps=np.ones_like(x.steps))), super().dequantised(x))
@@ -25,7 +25,7 @@ class ScaleIgnored(
 class ScaleInverted(
     Planted, NumpyInt8, breaks=(PROMPT, DECODE, SCALES), kind="Q1", bug="vllm-project/vllm-xpu-kernels/pull/475"
 ):
-    """Writing divides by the scale, and so does reading."""
+    """Both writing and reading divide by the scale."""
 
     def dequantised(self, x: Tokens) -> Array:
         steps = 1 / np.where(x.steps == 0, np.float32(1), x.steps)
@@ -33,7 +33,7 @@ class ScaleInverted(
 
 
 class ValuesByKeyScale(Planted, NumpyInt8, breaks=(SCALES, PROMPT), kind="Q1", bug="sgl-project/sglang/pull/26852"):
-    """Values are read with the keys' scale."""
+    """Values are read with the scale of the keys."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         keys, values = super().append(cache, layer, key, value)
@@ -44,7 +44,7 @@ class ValuesByKeyScale(Planted, NumpyInt8, breaks=(SCALES, PROMPT), kind="Q1", b
 class DecodeByKeyScale(
     Planted, NumpyInt8, breaks=(SCALES, DECODE), kind="Q1", bug="vllm-project/vllm/pull/55557", conditional=True
 ):
-    """A value that is quantised by a decode step gets the key's scale to be read with."""
+    """A value quantised by a decode step is read with the scale of its key."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         before = cache.keys[layer].codes.shape[2]
@@ -60,7 +60,7 @@ class DecodeByKeyScale(
 class FirstScaleKept(
     Planted, NumpyInt8, breaks=(DECODE, NEWEST), kind="Q1", bug="sgl-project/sglang/pull/34765", conditional=True
 ):
-    """The scale of the first token that is quantised serves every later one, which it may clip."""
+    """The scale of the first quantised token is used for every later one, which it may clip."""
 
     first: Array | None = None
 
@@ -80,7 +80,7 @@ class FirstScaleKept(
 class OneScaleForPrompt(
     Planted, NumpyInt8, breaks=(PROMPT,), kind="Q1", bug="huggingface/transformers/issues/35185", conditional=True
 ):
-    """Tokens that are quantised together share the scale of the largest: the small ones lose bits."""
+    """Tokens quantised together share the scale of the largest: small ones lose precision."""
 
     def steps(self, x: Array) -> Array:
         right = super().steps(x)
@@ -90,7 +90,7 @@ class OneScaleForPrompt(
 class PromptQuantisedWhole(
     Planted, NumpyInt8, breaks=(NEWEST, PROMPT), kind="Q2", bug="huggingface/transformers/issues/35185"
 ):
-    """Whatever the residual window, a prompt of several tokens is quantised to its last one."""
+    """A prompt of several tokens is quantised completely, ignoring the residual window."""
 
     def grown(self, past: Tokens, new: Array) -> Tokens:
         right = super().grown(past, new)
@@ -106,7 +106,7 @@ class PromptQuantisedWhole(
 
 
 class DoubledOnLeaving(Planted, NumpyInt8, breaks=(NEWEST, DECODE), kind="Q2", bug="rajveer43/VeloxQuant-MLX/pull/89"):
-    """The token that leaves the residual window is lost, and the one behind it stands in both places."""
+    """The token leaving the residual window is lost, and the next one is stored in both places."""
 
     def grown(self, past: Tokens, new: Array) -> Tokens:
         right = super().grown(past, new)
@@ -122,7 +122,7 @@ class DoubledOnLeaving(Planted, NumpyInt8, breaks=(NEWEST, DECODE), kind="Q2", b
 class WindowOfTheStep(
     Planted, NumpyInt8, breaks=(NEWEST, DECODE), kind="Q2", bug="rajveer43/VeloxQuant-MLX/issues/86", conditional=True
 ):
-    """The residual window is compared with the step's tokens, not with the row's: a decode step leaves one exact."""
+    """The residual window is applied to the step's tokens, not the row's: a decode step leaves one exact token."""
 
     def grown(self, past: Tokens, new: Array) -> Tokens:
         right = super().grown(past, new)
@@ -139,7 +139,7 @@ class WindowOfTheStep(
 class ShortPromptQuantised(
     Planted, NumpyInt8, breaks=(NEWEST,), kind="Q2", bug="huggingface/transformers/issues/35185", conditional=True
 ):
-    """A first step of fewer tokens than the residual window has is quantised."""
+    """A first step with fewer tokens than the residual window is quantised."""
 
     def grown(self, past: Tokens, new: Array) -> Tokens:
         right = super().grown(past, new)

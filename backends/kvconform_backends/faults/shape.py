@@ -1,4 +1,4 @@
-"""Faults of what comes out, and of what the cache says it holds."""
+"""Faults of output shapes and reported lengths."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ import numpy as np
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
 
+OUTPUT = "shape.output"
+LENGTH = "shape.length"
+FIRST_STEP = "shape.first-step"
+NO_SPECIALISATION = "shape.no-specialisation"
 
-class LastPositionOnly(Planted, breaks=("shape.output",), kind="X2", bug="huggingface/optimum/issues/1913"):
-    """The decode branch serves the prompt too: only the last position's output comes back."""
+
+class LastPositionOnly(Planted, breaks=(OUTPUT,), kind="X2", bug="huggingface/optimum/issues/1913"):
+    """The decode branch also serves the prompt: only the last position's output is returned."""
 
     def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
         output, cache = super().step(cache, *inputs, **options)
         return self.instead(output[..., -1:, :], output), cache
 
 
-class SingleSqueezed(
-    Planted, breaks=("shape.output",), kind="X2", bug="microsoft/onnxruntime/issues/26262", conditional=True
-):
-    """One token of one row on a cache loses its batch axis."""
+class SingleSqueezed(Planted, breaks=(OUTPUT,), kind="X2", bug="microsoft/onnxruntime/issues/26262", conditional=True):
+    """One token of one row on a non-empty cache loses its batch axis."""
 
     def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
         past = cache.length
@@ -31,8 +34,8 @@ class SingleSqueezed(
         return output, cache
 
 
-class LengthCountsHeads(Planted, breaks=("shape.length",), kind="H2", bug="fla-org/flash-linear-attention/issues/126"):
-    """The length is read from the axis of the heads."""
+class LengthCountsHeads(Planted, breaks=(LENGTH,), kind="H2", bug="fla-org/flash-linear-attention/issues/126"):
+    """The length is read from the head axis."""
 
     def length(self, cache: Cache) -> list[int]:
         batch, heads = cache.keys[0].shape[:2]
@@ -42,24 +45,22 @@ class LengthCountsHeads(Planted, breaks=("shape.length",), kind="H2", bug="fla-o
 
 class LengthSaturates(
     Planted,
-    breaks=("shape.length",),
+    breaks=(LENGTH,),
     kind="W6",
     bug="huggingface/transformers/pull/38156",
     conditional=True,
     configs=("attention-window", "decoder-learned"),
 ):
-    """The length is that of the sliding window, once more tokens than that are there."""
+    """The reported length stops at the sliding window."""
 
     def length(self, cache: Cache) -> list[int]:
-        told = min(cache.length, self.config.window or cache.length)
-        self.faulty += told < cache.length
-        return [told] * cache.keys[0].shape[0]
+        reported = min(cache.length, self.config.window or cache.length)
+        self.faulty += reported < cache.length
+        return [reported] * cache.keys[0].shape[0]
 
 
-class LengthAfterTruncate(
-    Planted, breaks=("shape.length",), kind="C8", bug="NVIDIA/kvpress/pull/114", conditional=True
-):
-    """The counter that tells the length is not turned back by a truncate, only by the next append."""
+class LengthAfterTruncate(Planted, breaks=(LENGTH,), kind="C8", bug="NVIDIA/kvpress/pull/114", conditional=True):
+    """The reported length is not updated by truncate, only by the next append."""
 
     stale: tuple[Cache, int] | None = None
 
@@ -69,15 +70,15 @@ class LengthAfterTruncate(
         return kept
 
     def length(self, cache: Cache) -> list[int]:
-        told = cache.length
+        reported = cache.length
         if self.stale is not None and self.stale[0] is cache:
-            self.faulty += told != self.stale[1]
-            told = self.stale[1]
-        return [told] * cache.keys[0].shape[0]
+            self.faulty += reported != self.stale[1]
+            reported = self.stale[1]
+        return [reported] * cache.keys[0].shape[0]
 
 
 class FirstTokenUnwritten(
-    Planted, breaks=("shape.first-step", "equivalence.decode"), kind="C1", bug="TrenTorch/TrenTorch/pull/192"
+    Planted, breaks=(FIRST_STEP, "equivalence.decode"), kind="C1", bug="TrenTorch/TrenTorch/pull/192"
 ):
     """The first token's key and value are never written: its slot holds zeros."""
 
@@ -88,7 +89,7 @@ class FirstTokenUnwritten(
 
 
 class SinglePromptUnwritten(
-    Planted, breaks=("shape.first-step",), kind="C1", bug="TrenTorch/TrenTorch/pull/192", conditional=True
+    Planted, breaks=(FIRST_STEP,), kind="C1", bug="TrenTorch/TrenTorch/pull/192", conditional=True
 ):
     """A prompt of one token is not written; longer prompts are."""
 
@@ -98,8 +99,8 @@ class SinglePromptUnwritten(
         return super().append(cache, layer, key, value)
 
 
-class PastBaked(Planted, breaks=("shape.no-specialisation",), kind="X2", bug="huggingface/transformers/issues/13175"):
-    """The past length of the first step on a cache is traced as a constant: every later mask is built with it."""
+class PastBaked(Planted, breaks=(NO_SPECIALISATION,), kind="X2", bug="huggingface/transformers/issues/13175"):
+    """The past length of the first step on a cache is traced as a constant and used for every later mask."""
 
     baked: int | None = None
 
@@ -112,9 +113,9 @@ class PastBaked(Planted, breaks=("shape.no-specialisation",), kind="X2", bug="hu
 
 
 class RowsOfFirstCall(
-    Planted, breaks=("shape.no-specialisation",), kind="X2", bug="sonos/torch-to-nnef/pull/217", conditional=True
+    Planted, breaks=(NO_SPECIALISATION,), kind="X2", bug="sonos/torch-to-nnef/pull/217", conditional=True
 ):
-    """The batch of the first call is traced as a constant: rows beyond it read its last row's keys."""
+    """The batch size of the first call is traced as a constant: further rows read its last row's keys."""
 
     baked: int | None = None
 
@@ -125,9 +126,9 @@ class RowsOfFirstCall(
 
 
 class CapturedByCount(
-    Planted, breaks=("shape.no-specialisation",), kind="X1", bug="paiml/aprender/pull/2030", conditional=True
+    Planted, breaks=(NO_SPECIALISATION,), kind="X1", bug="paiml/aprender/pull/2030", conditional=True
 ):
-    """A captured step is found by batch and count alone, and replayed with the past length that it was captured at."""
+    """A captured step is looked up by batch and token count only, and replayed with the past length of its capture."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)

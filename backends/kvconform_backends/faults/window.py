@@ -1,4 +1,4 @@
-"""Faults of windows: their width, the paths that forget them, and the rings that evict."""
+"""Faults of sliding windows: their width, code paths that ignore them, and ring buffers."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 
 import numpy as np
 
+from kvconform_backends.faults.configs import LEARNED, WINDOWED
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array
 from kvconform_backends.numpy.ring import NumpyRing, Rings
+from kvconform_backends.validation import check_length
 from kvconform_specs.config import Config
 
-WINDOWS = ("attention-window", "attention-sink", "decoder-learned")
-HYBRID = ("decoder-learned",)
+WIDTH = "window.width"
+HYBRID = "window.hybrid"
+LONG_CHUNK = "window.long-chunk"
+STEP_BY_STEP = "window.step-by-step"
+TRUNCATE = "lifecycle.truncate"
 
 
 # --- width ---
 class RingOneSlotMore(
-    Planted,
-    NumpyRing,
-    breaks=("window.width", "definition.attention"),
-    kind="W1",
-    bug="zml/zml/pull/763",
-    configs=WINDOWS,
+    Planted, NumpyRing, breaks=(WIDTH, "definition.attention"), kind="W1", bug="zml/zml/pull/763", configs=WINDOWED
 ):
-    """Ring and mask have one slot more than the window: prompt, chunk and decode agree on it."""
+    """Ring and mask have one slot more than the window: prompt, chunk and decode agree with each other."""
 
     def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
         super().__init__(replace(config, window=(config.window or 0) + 1), weights, device)
@@ -38,9 +38,9 @@ class RingOneSlotMore(
 
 
 class ChunkWindowShort(
-    Planted, breaks=("window.width",), kind="W1", bug="ml-explore/mlx-lm/pull/390", conditional=True, configs=WINDOWS
+    Planted, breaks=(WIDTH,), kind="W1", bug="ml-explore/mlx-lm/pull/390", conditional=True, configs=WINDOWED
 ):
-    """Several tokens on a cache that is not empty have a window of one token less."""
+    """In chunks on a non-empty cache, the window is one token too short."""
 
     def mask(self, t: int, s: int) -> Array:
         right, window = super().mask(t, s), self.config.window_of(self.layer)
@@ -48,22 +48,18 @@ class ChunkWindowShort(
 
 
 class WindowNeverApplied(
-    Planted,
-    breaks=("window.width", "window.hybrid"),
-    kind="W2",
-    bug="huggingface/transformers/pull/35691",
-    configs=WINDOWS,
+    Planted, breaks=(WIDTH, HYBRID), kind="W2", bug="huggingface/transformers/pull/35691", configs=WINDOWED
 ):
-    """No layer has a window any more."""
+    """No layer applies its window."""
 
     def mask(self, t: int, s: int) -> Array:
         return self.instead(self.behind(t, s) >= 0, super().mask(t, s))
 
 
 class PromptWindowLost(
-    Planted, breaks=("window.long-chunk",), kind="W2", bug="sonos/tract/pull/2327", conditional=True, configs=WINDOWS
+    Planted, breaks=(LONG_CHUNK,), kind="W2", bug="sonos/tract/pull/2327", conditional=True, configs=WINDOWED
 ):
-    """The first step of a sequence sees all of itself; the window holds from the second on."""
+    """The first step of a sequence ignores the window; later steps apply it."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
@@ -76,9 +72,9 @@ class WindowLostWithMask(
     kind=("W2", "M4"),
     bug="enpasos/jax2onnx/pull/217",
     conditional=True,
-    configs=WINDOWS[:2],
+    configs=WINDOWED[:2],
 ):
-    """A mask of the caller's takes the place of the window."""
+    """The caller's mask replaces the window."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
@@ -89,12 +85,12 @@ class WindowLostWithMask(
 class RingReadBySlot(
     Planted,
     NumpyRing,
-    breaks=("window.step-by-step", "contents.round-trip"),
+    breaks=(STEP_BY_STEP, "contents.round-trip"),
     kind="W3",
     bug="EricLBuehler/mistral.rs/issues/246",
-    configs=WINDOWS[:2],
+    configs=WINDOWED[:2],
 ):
-    """A ring that has wrapped is read from its first slot to its last, as if that were the order of its tokens."""
+    """A ring that has wrapped is read in slot order instead of token order."""
 
     def slots(self, positions: Array, window: int) -> Array:
         right = super().slots(positions, window)
@@ -109,13 +105,13 @@ class RingReadBySlot(
 class NewestSlotOverwritten(
     Planted,
     NumpyRing,
-    breaks=("window.step-by-step",),
+    breaks=(STEP_BY_STEP,),
     kind="W3",
     bug="huggingface/transformers/pull/38046",
     conditional=True,
-    configs=WINDOWS,
+    configs=WINDOWED,
 ):
-    """The decode step that finds the window just full overwrites the newest token, and evicts none."""
+    """A decode step at an exactly full window overwrites the newest token instead of evicting the oldest."""
 
     def write(self, cache: Any, layer: int, ring: Array, new: Array) -> None:
         window = ring.shape[2]
@@ -126,10 +122,8 @@ class NewestSlotOverwritten(
             super().write(cache, layer, ring, new)
 
 
-class WindowOfStep(
-    Planted, breaks=("window.step-by-step",), kind="W5", bug="keras-team/keras-hub/pull/1738", configs=WINDOWS
-):
-    """The window is no longer than the step: a decode step sees itself alone."""
+class WindowOfStep(Planted, breaks=(STEP_BY_STEP,), kind="W5", bug="keras-team/keras-hub/pull/1738", configs=WINDOWED):
+    """The window is limited to the step: a decode step sees only itself."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
@@ -139,13 +133,13 @@ class WindowOfStep(
 class ValidByWrappedSlot(
     Planted,
     NumpyRing,
-    breaks=("window.step-by-step",),
+    breaks=(STEP_BY_STEP,),
     kind="W5",
     bug="quic/efficient-transformers/pull/1235",
     conditional=True,
-    configs=WINDOWS,
+    configs=WINDOWED,
 ):
-    """Once a ring has wrapped, a decode step takes the slots behind its own for empty."""
+    """Once a ring has wrapped, a decode step treats the slots after its own as empty."""
 
     written = 0
 
@@ -163,11 +157,11 @@ class ValidByWrappedSlot(
 
 # --- long-chunk ---
 class ChunkEvictsFirst(
-    Planted, NumpyRing, breaks=("window.long-chunk",), kind="W4", bug="Lightning-AI/litgpt/issues/2182", configs=WINDOWS
+    Planted, NumpyRing, breaks=(LONG_CHUNK,), kind="W4", bug="Lightning-AI/litgpt/issues/2182", configs=WINDOWED
 ):
-    """A chunk is written into the ring and then attends the ring: its first queries miss what it evicted."""
+    """A chunk is written into the ring before it attends: its first queries miss the tokens it evicted."""
 
-    slack = 1  # windows that a chunk finds when it attends
+    slack = 1  # windows that remain when a chunk attends
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         keys, values = super().append(cache, layer, key, value)
@@ -180,13 +174,13 @@ class ChunkEvictsFirst(
 
 class RingTooSmallForChunk(
     ChunkEvictsFirst,
-    breaks=("window.long-chunk",),
+    breaks=(LONG_CHUNK,),
     kind="W4",
     bug="pytorch/executorch/pull/22358",
     conditional=True,
-    configs=WINDOWS,
+    configs=WINDOWED,
 ):
-    """The ring has two windows of slots, too few for what a chunk of more than one window still needs."""
+    """The ring has two windows of slots, too few for a chunk longer than one window."""
 
     slack = 2
 
@@ -194,13 +188,13 @@ class RingTooSmallForChunk(
 class FirstOfDuplicatesWins(
     Planted,
     NumpyRing,
-    breaks=("window.long-chunk",),
+    breaks=(LONG_CHUNK,),
     kind="W4",
     bug="pytorch/executorch/pull/19213",
     conditional=True,
-    configs=WINDOWS,
+    configs=WINDOWED,
 ):
-    """Where a chunk is longer than the ring, its first token for a slot stays there, and not its last."""
+    """If a chunk is longer than the ring, each slot keeps the first token written to it instead of the last."""
 
     def write(self, cache: Any, layer: int, ring: Array, new: Array) -> None:
         window = ring.shape[2]
@@ -210,13 +204,9 @@ class FirstOfDuplicatesWins(
 
 # --- hybrid ---
 class WindowInEveryLayer(
-    Planted,
-    breaks=("window.hybrid", "definition.decoder"),
-    kind="W6",
-    bug="pytorch/executorch/pull/21635",
-    configs=HYBRID,
+    Planted, breaks=(HYBRID, "definition.decoder"), kind="W6", bug="pytorch/executorch/pull/21635", configs=LEARNED
 ):
-    """Layers that should see everything have the window of the others."""
+    """Layers without a window use that of the others."""
 
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
@@ -224,14 +214,9 @@ class WindowInEveryLayer(
 
 
 class DecodeMaskOfFirstLayer(
-    Planted,
-    breaks=("window.hybrid",),
-    kind="W6",
-    bug="huggingface/transformers/pull/39737",
-    conditional=True,
-    configs=HYBRID,
+    Planted, breaks=(HYBRID,), kind="W6", bug="huggingface/transformers/pull/39737", conditional=True, configs=LEARNED
 ):
-    """Decode steps on more than twelve tokens make one mask, the first layer's, for all."""
+    """Decode steps on more than twelve tokens use the first layer's mask for all layers."""
 
     def mask(self, t: int, s: int) -> Array:
         right, window = super().mask(t, s), self.config.window_of(0)
@@ -239,20 +224,14 @@ class DecodeMaskOfFirstLayer(
 
 
 class RingTruncateIgnored(
-    Planted,
-    NumpyRing,
-    breaks=("lifecycle.truncate", "window.hybrid"),
-    kind="C9",
-    bug="ml-explore/mlx-lm/pull/1109",
-    configs=WINDOWS,
+    Planted, NumpyRing, breaks=(TRUNCATE, HYBRID), kind="C9", bug="ml-explore/mlx-lm/pull/1109", configs=WINDOWED
 ):
-    """A ring claims that it can be truncated, and does nothing."""
+    """A ring claims truncate but ignores it."""
 
     claims = replace(NumpyRing.claims, abilities=(*NumpyRing.claims.abilities, "truncate"))
 
     def truncate(self, cache: Any, length: int) -> Rings:
-        if not 0 <= length <= cache.written:
-            raise ValueError(f"cannot keep {length} of {cache.written} tokens")
+        check_length(length, cache.written)
         return self.cut(cache, length)
 
     def cut(self, cache: Rings, length: int) -> Rings:
@@ -262,17 +241,19 @@ class RingTruncateIgnored(
 
 class RingPointerTurnedBack(
     RingTruncateIgnored,
-    breaks=("lifecycle.truncate",),
+    breaks=(TRUNCATE,),
     kind="C9",
     bug="ml-explore/mlx-lm/issues/1776",
     conditional=True,
-    configs=WINDOWS,
+    configs=WINDOWED,
 ):
-    """Truncate turns the ring's pointer back: right until it has wrapped, for what was evicted does not come back."""
+    """Truncate moves the ring's pointer back: correct until the ring has wrapped, since evicted tokens are gone."""
 
     def cut(self, cache: Rings, length: int) -> Rings:
         window = self.config.window or 0
-        self.faulty += cache.written > window and 0 < length < cache.written - 1  # one step back needs none of it
+        self.faulty += (
+            cache.written > window and 0 < length < cache.written - 1
+        )  # stepping back by one needs no evicted token
         for layer in self.layers():
             if self.config.window_of(layer) is None:
                 cache.keys[layer] = cache.keys[layer][:, :, :length]

@@ -1,4 +1,4 @@
-"""``numpy``: the simplest correct cache, to be checked by eye. It grows by concatenation; no step changes its handle.
+"""``numpy``: the simplest correct cache. It grows by concatenation; no step modifies its handle.
 
 The attention profile also stores keys and values in 16 bits, computes in float32 and rounds its outputs.
 """
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from kvconform.backend import Backend, CacheDesign
+from kvconform_backends.abilities import BASIC
 from kvconform_backends.greedy import greedy
 from kvconform_backends.numpy.layers import Array, NumpyLayers
-from kvconform_backends.validation import check_inputs
+from kvconform_backends.validation import check_counts, check_inputs, check_length, check_rows
 from kvconform_specs.claims import Claims
-from kvconform_specs.config import Config
+from kvconform_specs.config import DTYPES, Config
 from kvconform_specs.tensors import rounded
 
 __all__ = ["Array", "Cache", "NumpyCache"]
@@ -23,46 +24,45 @@ __all__ = ["Array", "Cache", "NumpyCache"]
 
 @dataclass(eq=False)
 class Cache:
-    """Keys and values of every layer, ``(b, g, s, d)`` each, as stored."""
+    """Stored keys and values of every layer, ``(b, g, s, d)`` each."""
 
     keys: list[Any]
     values: list[Any]
 
     @property
     def length(self) -> int:
-        """Of the longest row."""
+        """The length of the longest row."""
         return int(self.keys[0].shape[2])
 
     @property
     def lengths(self) -> Array:
-        """Of each row."""
+        """The length of each row."""
         return np.full(self.keys[0].shape[0], self.length)
 
 
+@dataclass(eq=False)
+class RaggedCache(Cache):
+    """A cache whose rows have different lengths, ``written``."""
+
+    written: Array
+
+    @property
+    def length(self) -> int:
+        return int(self.written.max())
+
+    @property
+    def lengths(self) -> Array:
+        return self.written
+
+
 class NumpyCache(NumpyLayers, Backend):
-    """Attention and decoder over a cache that is plain arrays."""
+    """Attention and decoder over plain arrays."""
 
     cache_design: CacheDesign | None = "concatenation"
     claims = Claims(
         profiles=("attention", "decoder"),
-        abilities=(
-            "uncached_forward",
-            "length",
-            "free_slots",
-            "truncate",
-            "fork",
-            "reorder",
-            "reset",
-            "immutable",
-            "mask",
-            "contents",
-            "bytes",
-            "macs",
-            "refusal",
-            "generate",
-            "last_only",
-        ),
-        dtypes=("float32", "bfloat16", "float16"),
+        abilities=(*BASIC, "truncate", "immutable", "mask", "bytes", "macs", "generate", "last_only"),
+        dtypes=DTYPES,
         overflow="refused",
     )
 
@@ -71,7 +71,7 @@ class NumpyCache(NumpyLayers, Backend):
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:
         if config.profile == "decoder" and config.dtype != "float32":
-            return "the decoder computes in float32 only"
+            return "the decoder supports float32 only"
         return None
 
     # --- lifecycle ---
@@ -81,8 +81,7 @@ class NumpyCache(NumpyLayers, Backend):
         return Cache([empty] * c.layers, [empty] * c.layers)
 
     def truncate(self, cache: Cache, length: int) -> Cache:
-        if not 0 <= length <= cache.length:
-            raise ValueError(f"cannot keep {length} of {cache.length} tokens")
+        check_length(length, cache.length)
         return Cache([k[:, :, :length] for k in cache.keys], [v[:, :, :length] for v in cache.values])
 
     def fork(self, cache: Cache) -> Cache:
@@ -95,7 +94,7 @@ class NumpyCache(NumpyLayers, Backend):
     def reset(self, cache: Cache) -> Cache:
         return self.start(len(cache.lengths))
 
-    # --- what it tells ---
+    # --- introspection ---
     def length(self, cache: Cache) -> list[int]:
         return [int(n) for n in cache.lengths]
 
@@ -131,16 +130,21 @@ class NumpyCache(NumpyLayers, Backend):
     def admit(
         self, cache: Cache, inputs: tuple[Array, ...], counts: Array | None = None, mask: Array | None = None
     ) -> Array:
-        """``(b,)``: how many tokens come to each row. Raises TypeError or ValueError for what the cache cannot take,
-        before anything is written."""
-        batch = len(cache.lengths)
-        counts = check_counts(counts, batch, check_inputs(self.config, batch, inputs))
+        """``(b,)``: the number of tokens added to each row. Raises TypeError or ValueError, before any write, if the
+        cache cannot take the inputs."""
+        batch, counts = len(cache.lengths), self.counts(cache, inputs, counts)
         s = int((cache.lengths + counts).max())
         if s > self.config.capacity:
             raise ValueError(f"{s} tokens exceed the capacity of {self.config.capacity}")
         if mask is not None and (mask.dtype != np.bool_ or mask.shape != (batch, s)):
-            raise ValueError(f"want a mask of bool {(batch, s)}, got {mask.dtype} {mask.shape}")
+            raise ValueError(f"expected a bool mask {(batch, s)}, got {mask.dtype} {mask.shape}")
         return counts
+
+    def counts(self, cache: Cache, inputs: tuple[Array, ...], counts: Array | None) -> Array:
+        """``(b,)``: the number of tokens that well-formed inputs add to each row."""
+        batch = len(cache.lengths)
+        t = check_inputs(self.config, batch, inputs)
+        return np.full(batch, t) if counts is None else np.array(check_counts(counts, batch, t))
 
     def uncached_forward(self, *inputs: Array, **options: Any) -> Array:
         return self.step(self.start(inputs[0].shape[0]), *inputs, **options)[0]
@@ -149,7 +153,7 @@ class NumpyCache(NumpyLayers, Backend):
         return greedy(self, tokens, new)
 
     def run(self, cache: Cache, inputs: tuple[Array, ...], mask: Array | None = None) -> Array:
-        """The outputs of inputs that are in order; their keys and values go into ``cache``."""
+        """The outputs for validated inputs, whose keys and values are appended to ``cache``."""
         self.allowed, self.products = mask, 0
         if self.config.profile == "decoder":
             return self.decode(cache, inputs[0])
@@ -163,13 +167,13 @@ class NumpyCache(NumpyLayers, Backend):
         return self.attention(query, keys, values)
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
-        """Stores key and value ``(b, g, t, d)`` behind those that are there, and returns all of them."""
+        """Appends key and value ``(b, g, t, d)`` and returns all keys and values."""
         cache.keys[layer] = np.concatenate([cache.keys[layer], self.stored(key)], axis=2)
         cache.values[layer] = np.concatenate([cache.values[layer], self.stored(value)], axis=2)
         return self.loaded(cache.keys[layer]), self.loaded(cache.values[layer])
 
     def stored(self, x: Array) -> Array:
-        """float32 as it lies in the cache: in the config's dtype, bfloat16 as the upper half of a float32's bits."""
+        """float32 in the cache's representation: the config's dtype, bfloat16 as the upper 16 bits."""
         if self.config.dtype == "float16":
             return x.astype(np.float16)
         if self.config.dtype == "bfloat16":
@@ -177,21 +181,7 @@ class NumpyCache(NumpyLayers, Backend):
         return x
 
     def loaded(self, x: Array) -> Array:
-        """What lies in the cache, as float32."""
+        """Stored numbers as float32."""
         if self.config.dtype == "bfloat16":
             return (x.astype(np.uint32) << 16).view(np.float32)
         return x.astype(np.float32, copy=False)
-
-
-def check_counts(counts: Array | None, batch: int, t: int) -> Array:
-    """How many of the ``t`` columns hold a token in each row; None: all."""
-    if counts is None:
-        return np.full(batch, t)
-    if counts.shape != (batch,) or counts.min() < 0 or counts.max() > t:
-        raise ValueError(f"want {batch} counts of 0..{t}, got {counts.tolist()}")
-    return counts
-
-
-def check_rows(rows: list[int], batch: int) -> None:
-    if not rows or not all(0 <= row < batch for row in rows):
-        raise ValueError(f"want rows of 0..{batch - 1}, got {rows}")

@@ -1,7 +1,7 @@
-"""``numpy-int8``: keys and values in 8 bits, but for the newest tokens of a row.
+"""``numpy-int8``: keys and values in 8 bits, except the newest tokens of each row.
 
-Symmetric absmax quantisation (Dettmers et al. 2022, "LLM.int8()", 2208.07339, section 2) with one scale for each token
-and KV head, and a residual window in full precision (Liu et al. 2024, "KIVI", 2402.02750).
+Symmetric absmax quantisation (Dettmers et al. 2022, "LLM.int8()", 2208.07339, section 2) with one scale per token and
+KV head, and a residual window in full precision (Liu et al. 2024, "KIVI", 2402.02750).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from kvconform.backend import Backend
-from kvconform_backends.numpy.cache import Array, Cache, NumpyCache, check_rows
+from kvconform_backends.abilities import BASIC
+from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
+from kvconform_backends.validation import check_rows
 from kvconform_specs.claims import Claims
 
 LARGEST = 127
@@ -21,7 +23,7 @@ RESIDUAL = 4
 
 @dataclass(frozen=True)
 class Tokens:
-    """Keys or values of a layer: the older tokens are ``codes * steps``, the newest, ``RESIDUAL`` at most, as given."""
+    """Keys or values of a layer: older tokens are ``codes * steps``; the newest, at most ``RESIDUAL``, are exact."""
 
     codes: Array  # (b, g, s - r, d) int8
     steps: Array  # (b, g, s - r, 1) float32
@@ -34,27 +36,15 @@ class Tokens:
 
 
 class NumpyInt8(NumpyCache):
-    """What left the residual window stays quantised, so that nothing can be truncated: the newest would not be exact.
+    """Truncate is not supported: the newest remaining tokens would not be exact.
 
-    The forward without a cache quantises nothing.
+    The uncached forward does not quantise.
     """
 
-    cache_design = None  # nobody has counted what it moves
+    cache_design = None  # memory traffic not modelled
     claims = Claims(
         profiles=("attention",),
-        abilities=(
-            "uncached_forward",
-            "length",
-            "free_slots",
-            "fork",
-            "reorder",
-            "reset",
-            "immutable",
-            "mask",
-            "contents",
-            "macs",
-            "refusal",
-        ),
+        abilities=(*BASIC, "immutable", "mask", "macs"),
         overflow="refused",
         kv_bits=8,
         residual=RESIDUAL,
@@ -66,7 +56,7 @@ class NumpyInt8(NumpyCache):
         empty = Tokens(recent.astype(np.int8), recent[..., :1], recent)
         return Cache([empty], [empty])
 
-    truncate = Backend.truncate  # not implemented: the newest of the remaining tokens would not be exact
+    truncate = Backend.truncate  # not implemented: the newest remaining tokens would not be exact
 
     def reorder(self, cache: Cache, rows: list[int]) -> Cache:
         check_rows(rows, len(cache.lengths))
@@ -80,7 +70,7 @@ class NumpyInt8(NumpyCache):
         return NumpyCache(self.config, self.weights).uncached_forward(*inputs, **options)
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
-        """A step attends what it leaves behind: it quantises first."""
+        """Quantises first: a step attends to the contents that it leaves in the cache."""
         cache.keys[layer] = self.grown(cache.keys[layer], key)
         cache.values[layer] = self.grown(cache.values[layer], value)
         return self.dequantised(cache.keys[layer]), self.dequantised(cache.values[layer])
@@ -97,7 +87,7 @@ class NumpyInt8(NumpyCache):
         )
 
     def steps(self, x: Array) -> Array:
-        """``(b, g, t, 1)``: one of ``LARGEST`` equal parts of the largest number of each token and head."""
+        """``(b, g, t, 1)``: the largest magnitude of each token and head, divided by ``LARGEST``."""
         return np.asarray(np.abs(x).max(axis=-1, keepdims=True) / np.float32(LARGEST))
 
     def quantised(self, x: Array, steps: Array) -> Array:

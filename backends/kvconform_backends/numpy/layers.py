@@ -1,4 +1,4 @@
-"""Attention and a decoder in numpy and float32: what the ``numpy-*`` backends share, whatever their caches are."""
+"""Attention and decoder in numpy and float32, shared by the ``numpy-*`` backends."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ MINUS_INFINITY = np.float32(-np.inf)
 
 
 class NumpyLayers:
-    """The arithmetic. A cache brings ``attend``, and ``behind`` and ``positions`` where its rows differ in length."""
+    """The arithmetic. A cache provides ``attend``, and overrides ``behind`` and ``positions`` if its rows differ in
+    length."""
 
-    layer = 0  # that is attending
-    allowed: Array | None = None  # the caller's mask (b, s) in this step
+    layer = 0  # the attending layer
+    allowed: Array | None = None  # the caller's mask (b, s) of this step
     products = 0  # multiply-adds of this step so far
-    last_only = False  # this step gives the logits of its last position alone
+    last_only = False  # whether this step returns only its last logits
 
     def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
         self.config, self.weights = config, weights
@@ -36,7 +37,7 @@ class NumpyLayers:
         return self.product(weights, values[:, self.kv_head()])
 
     def kv_head(self) -> Array:
-        """Which KV head each query head reads."""
+        """The KV head of each query head."""
         return np.arange(self.config.heads) // self.config.group
 
     def scores(self, query: Array, keys: Array) -> Array:
@@ -50,7 +51,7 @@ class NumpyLayers:
         return np.where(self.visible(t, s), scores, MINUS_INFINITY)
 
     def behind(self, t: int, s: int) -> Array:
-        """``(t, s)``: how many positions each of ``s`` tokens is behind each of the ``t`` newest."""
+        """``(t, s)``: the distance from each of the ``t`` newest tokens back to each of ``s`` tokens."""
         return np.arange(s - t, s)[:, None] - np.arange(s)
 
     def bias(self, t: int, s: int) -> Array:
@@ -60,23 +61,23 @@ class NumpyLayers:
         return np.asarray(-slopes[:, None, None] * self.behind(t, s).astype(np.float32))
 
     def mask(self, t: int, s: int) -> Array:
-        """``(t, s)``: which of ``s`` tokens each of the ``t`` newest may see: causality and the layer's window."""
+        """``(t, s)``: which of ``s`` tokens each of the ``t`` newest sees, by causality and the layer's window."""
         behind, window = self.behind(t, s), self.config.window_of(self.layer)
         return behind >= 0 if window is None else (behind >= 0) & (behind < window)
 
     def visible(self, t: int, s: int) -> Array:
-        """The mask, and what the caller allows."""
+        """The mask combined with the caller's mask."""
         seen = self.mask(t, s)
         return seen if self.allowed is None else seen & self.allowed[:, None, None]
 
     def sink(self) -> Array:
-        """``(h, 1, 1)``: the score without a value; minus infinity where there is none."""
+        """``(h, 1, 1)``: the score of each head's sink; minus infinity without sinks."""
         h, sink = self.config.heads, self.config.sink
         shares = np.arange(1, h + 1, dtype=np.float32) / np.float32(h)
         return np.full((h, 1, 1), MINUS_INFINITY) if sink is None else (np.float32(sink) * shares)[:, None, None]
 
     def softmax(self, scores: Array) -> Array:
-        """Weights of the scores, those of the sink left out. A query that sees nothing gives every key 0."""
+        """Attention weights, excluding that of the sink. For a query that sees nothing they are 0."""
         sink = self.sink()
         top = np.maximum(scores.max(axis=-1, keepdims=True), sink)
         top = np.where(top == MINUS_INFINITY, np.float32(0), top)
@@ -85,7 +86,7 @@ class NumpyLayers:
         return np.asarray(powers / np.where(total == 0, np.float32(1), total))
 
     def product(self, x: Array, w: Array) -> Array:
-        """``x @ w``, counted."""
+        """``x @ w``, counting multiply-adds."""
         result = x @ w
         self.products += result.size * x.shape[-1]
         return np.asarray(result)
@@ -113,7 +114,7 @@ class NumpyLayers:
         return self.product(self.norm(x[:, -1:] if self.last_only else x, w["norm_final"]), w["lm_head"])
 
     def positions(self, cache: Any, t: int) -> Array:
-        """``(t,)``, or ``(b, t)`` where rows differ: the logical positions of the new tokens."""
+        """The logical positions of the new tokens: ``(t,)``, or ``(b, t)`` if rows differ."""
         return np.arange(cache.length, cache.length + t)
 
     def split(self, x: Array) -> Array:
@@ -122,10 +123,17 @@ class NumpyLayers:
 
     def rotate(self, x: Array, positions: Array) -> Array:
         half = x.shape[-1] // 2
-        angle = positions[..., None, :, None] * 10000.0 ** (-np.arange(half) / half)
-        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        a, b = x[..., :half], x[..., half:]
-        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        return rotated(x, positions[..., None, :, None] * 10000.0 ** (-np.arange(half) / half))
 
     def norm(self, x: Array, gain: Array) -> Array:
         return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(1e-6)) * gain)
+
+
+def rotated(x: Array, angle: Array) -> Array:
+    """Rotates the pairs ``(x_i, x_(i + d/2))`` by ``angle``, ``(..., t, d / 2)``."""
+    return turned(x, np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))
+
+
+def turned(x: Array, cos: Array, sin: Array) -> Array:
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

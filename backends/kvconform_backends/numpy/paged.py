@@ -1,4 +1,4 @@
-"""``numpy-paged``: pages of four tokens in a pool that all sequences share; a block table for each row.
+"""``numpy-paged``: pages of four tokens in a pool shared by all sequences, and a block table per row.
 
 After Kwon et al. 2023, "Efficient memory management for large language model serving with PagedAttention" (2309.06180).
 """
@@ -12,74 +12,51 @@ from weakref import WeakSet
 
 import numpy as np
 
-from kvconform_backends.numpy.cache import Array, Cache, NumpyCache, check_rows
+from kvconform_backends.abilities import BASIC
+from kvconform_backends.numpy.cache import Array, NumpyCache, RaggedCache
+from kvconform_backends.validation import check_length, check_rows
 from kvconform_specs.claims import Claims
-from kvconform_specs.config import Config
+from kvconform_specs.config import DTYPES, Config
 
 PAGE = 4
 
 
 @dataclass(eq=False)
-class Tables(Cache):
-    """``keys`` and ``values`` are the pools ``(pages, g, PAGE, d)`` of every layer, the same for all sequences.
-
-    tables: the pages of each row, in logical order. written: how many tokens each row holds.
-    """
+class Tables(RaggedCache):
+    """``keys`` and ``values`` are the pools ``(pages, g, PAGE, d)`` of every layer, shared by all sequences;
+    ``tables`` holds the pages of each row in logical order."""
 
     tables: list[list[int]]
-    written: Array
-
-    @property
-    def length(self) -> int:
-        return int(self.written.max())
-
-    @property
-    def lengths(self) -> Array:
-        return self.written
 
 
 class NumpyPaged(NumpyCache):
-    """Forks share pages. A shared page is copied before it is written (copy on write); the page that was freed last is
-    taken first. A step changes the handle that it is given."""
+    """Forks share pages; a shared page is copied before a write. The page freed last is reused first. Steps modify
+    their handle."""
 
-    cache_design = None  # nobody has counted what it moves
+    cache_design = None  # memory traffic not modelled
     claims = Claims(
         profiles=("attention", "decoder"),
-        abilities=(
-            "uncached_forward",
-            "length",
-            "free_slots",
-            "truncate",
-            "fork",
-            "reorder",
-            "reset",
-            "ragged",
-            "contents",
-            "poison",
-            "bytes",
-            "refusal",
-            "last_only",
-        ),
-        dtypes=("float32", "bfloat16", "float16"),
+        abilities=(*BASIC, "truncate", "ragged", "poison", "bytes", "last_only"),
+        dtypes=DTYPES,
         overflow="refused",
         unused_slots="any",
         page=PAGE,
         memory="pages",
     )
 
-    places: Array  # (b, t): the position of each column of this step, -1 where it holds no token
+    places: Array  # (b, t): the position of each column of this step, -1 for padding
 
     def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
         super().__init__(config, weights, device)
         empty = self.stored(np.zeros((0, config.kv_heads, PAGE, config.head_dim), np.float32))
         self.keys, self.values = [empty] * config.layers, [empty] * config.layers
-        self.uses: list[int] = []  # how many block tables name each page
+        self.uses: list[int] = []  # the number of block tables that use each page
         self.unused: list[int] = []  # a stack
         self.sequences: WeakSet[Tables] = WeakSet()
 
     # --- pages ---
     def take(self) -> int:
-        """A page of one's own, for all layers."""
+        """Allocates an unshared page in all layers."""
         if not self.unused:
             self.grow(max(len(self.uses), 8))
         page = self.unused.pop()
@@ -104,7 +81,7 @@ class NumpyPaged(NumpyCache):
                 self.unused.append(page)
 
     def reserve(self, table: list[int], start: int, stop: int) -> None:
-        """Makes the row's positions from ``start`` to ``stop`` writable."""
+        """Makes positions ``start`` to ``stop`` of the row writable."""
         for index in range(start // PAGE, pages(stop)):
             if index == len(table):
                 table.append(self.take())
@@ -123,7 +100,7 @@ class NumpyPaged(NumpyCache):
         return self.opened([[] for _ in range(batch)], np.zeros(batch, np.int64))
 
     def opened(self, tables: list[list[int]], written: Array) -> Tables:
-        made = Tables(self.keys, self.values, tables, written)
+        made = Tables(self.keys, self.values, written, tables)
         self.sequences.add(made)
         return made
 
@@ -135,8 +112,7 @@ class NumpyPaged(NumpyCache):
 
     def truncate(self, cache: Any, length: int) -> Tables:
         least = cache.written.min()
-        if not 0 <= length <= least:
-            raise ValueError(f"cannot keep {length} of {least} tokens")
+        check_length(length, least)
         kept: Tables = cache
         for table in kept.tables:
             self.release(table[pages(length) :])
@@ -161,7 +137,7 @@ class NumpyPaged(NumpyCache):
         self.close(cache)
         return self.start(len(cache.tables))
 
-    # --- what it tells ---
+    # --- introspection ---
     def contents(self, cache: Any) -> list[list[tuple[Array, Array]]]:
         rows = list(zip(cache.tables, cache.written, strict=True))
         return [
@@ -190,7 +166,7 @@ class NumpyPaged(NumpyCache):
         return live
 
     # --- steps ---
-    def step(  # type: ignore[override]  # its keywords are those of its claims
+    def step(  # type: ignore[override]  # keywords according to its claims
         self, cache: Any, *inputs: Array, counts: Array | None = None, last_only: bool = False
     ) -> tuple[Array, Tables]:
         counts, self.last_only = self.admit(cache, inputs, counts), last_only
@@ -212,7 +188,7 @@ class NumpyPaged(NumpyCache):
         return self.places
 
     def attend(self, cache: Any, layer: int, query: Array, key: Array, value: Array) -> Array:
-        """Row by row, on the tokens that the row holds and on nothing else."""
+        """Row by row, on exactly the tokens of the row."""
         self.layer = layer
         output = np.zeros_like(query)
         for row, (table, n) in enumerate(zip(cache.tables, cache.written, strict=True)):
@@ -225,15 +201,15 @@ class NumpyPaged(NumpyCache):
         return output
 
     def write(self, pool: Array, table: list[int], positions: Array, new: Array) -> None:
-        """Puts tokens ``(g, t, d)`` where they belong."""
+        """Writes tokens ``(g, t, d)`` to their slots."""
         pool[np.array(table)[positions // PAGE], :, positions % PAGE] = self.stored(new).swapaxes(0, 1)
 
     def read(self, pool: Array, table: list[int], n: int) -> Array:
-        """The row's tokens ``(g, n, d)``, as float32."""
+        """The row's tokens ``(g, n, d)`` as float32."""
         found = pool[np.array(table, int)].swapaxes(0, 1)  # (g, pages, PAGE, d)
         return self.loaded(found.reshape(found.shape[0], -1, found.shape[3])[:, :n])
 
 
 def pages(n: int) -> int:
-    """How many pages ``n`` tokens take."""
+    """The number of pages that ``n`` tokens take."""
     return -(-n // PAGE)

@@ -1,4 +1,4 @@
-"""``numpy-ring``: a layer with a window keeps that many tokens, in a ring; a layer without one keeps everything."""
+"""``numpy-ring``: layers with a window keep that many tokens in a ring; other layers keep everything."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from kvconform.backend import Backend
-from kvconform_backends.numpy.cache import Array, Cache, NumpyCache, check_rows
+from kvconform_backends.abilities import BASIC
+from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
+from kvconform_backends.validation import check_rows
 from kvconform_specs.claims import Claims
-from kvconform_specs.config import Config
+from kvconform_specs.config import DTYPES, Config
 
 
 @dataclass
@@ -25,24 +27,13 @@ class Rings(Cache):
 
 
 class NumpyRing(NumpyCache):
-    """Tokens are evicted for good, so that nothing can be truncated. A step changes the handle that it is given."""
+    """Truncate is not supported: evicted tokens are gone. Steps modify their handle."""
 
-    cache_design = None  # nobody has counted what it moves
+    cache_design = None  # memory traffic not modelled
     claims = Claims(
         profiles=("attention", "decoder"),
-        abilities=(
-            "uncached_forward",
-            "length",
-            "free_slots",
-            "fork",
-            "reorder",
-            "reset",
-            "mask",
-            "contents",
-            "refusal",
-            "last_only",
-        ),
-        dtypes=("float32", "bfloat16", "float16"),
+        abilities=(*BASIC, "mask", "last_only"),
+        dtypes=DTYPES,
         overflow="refused",
         retention="window",
     )
@@ -50,7 +41,7 @@ class NumpyRing(NumpyCache):
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:
         if config.window is None:
-            return "there is nothing to evict: the config has no window"
+            return "the config has no window, so nothing is evicted"
         return super().refuses(config, device)
 
     # --- lifecycle ---
@@ -74,7 +65,7 @@ class NumpyRing(NumpyCache):
         return [list(zip(keys, values, strict=True)) for keys, values in shown]
 
     # --- steps ---
-    def step(  # type: ignore[override]  # its keywords are those of its claims
+    def step(  # type: ignore[override]  # keywords according to its claims
         self, cache: Any, *inputs: Array, mask: Array | None = None, last_only: bool = False
     ) -> tuple[Array, Rings]:
         counts, self.last_only = self.admit(cache, inputs, mask=mask), last_only
@@ -83,7 +74,7 @@ class NumpyRing(NumpyCache):
         return output, cache
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
-        """Returns what is held and the new tokens behind it: a chunk is attended before it evicts."""
+        """Returns the stored tokens followed by the new ones: a chunk attends before it evicts."""
         if self.config.window_of(layer) is None:
             return super().append(cache, layer, key, value)
         keys = np.concatenate([self.held(cache, layer, cache.keys[layer]), key], axis=2)
@@ -101,7 +92,7 @@ class NumpyRing(NumpyCache):
         return self.loaded(buffer[:, :, self.slots(positions, window)])
 
     def write(self, cache: Any, layer: int, ring: Array, new: Array) -> None:
-        """Puts the new tokens ``(b, g, t, d)`` into their slots, as many as there are slots: the newest."""
+        """Writes the newest of the new tokens ``(b, g, t, d)``, at most one per slot."""
         window, t = ring.shape[2], new.shape[2]
         columns = np.arange(max(t - window, 0), t)
         ring[:, :, self.slots(cache.written + columns, window)] = self.stored(new[:, :, columns])
@@ -110,7 +101,7 @@ class NumpyRing(NumpyCache):
         return positions % window
 
     def visible(self, t: int, s: int) -> Array:
-        """The caller's mask is about all positions, the keys are the newest ``s``."""
+        """The caller's mask covers all positions, the keys only the newest ``s``."""
         seen = self.mask(t, s)
         return seen if self.allowed is None else seen & self.allowed[:, None, None, -s:]
 

@@ -1,67 +1,41 @@
-"""``numpy-static``: buffers of the capacity that are written in place; each row has a length of its own.
+"""``numpy-static``: buffers of the capacity, written in place; each row has its own length.
 
-A step attends the whole buffer. What lies in slots without a token is replaced, never multiplied by zero, so that it
-may be anything.
+A step attends to the whole buffer. Unused slots are replaced by zeros before any multiplication, so that they may hold
+anything.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from kvconform_backends.numpy.cache import Array, Cache, NumpyCache, check_rows
+from kvconform_backends.abilities import BASIC
+from kvconform_backends.numpy.cache import Array, NumpyCache, RaggedCache
+from kvconform_backends.validation import check_length, check_rows
 from kvconform_specs.claims import Claims
+from kvconform_specs.config import DTYPES
 
 
-@dataclass
-class Buffers(Cache):
-    """Keys and values of every layer, ``(b, g, capacity, d)``: of row ``r`` the first ``written[r]`` slots count."""
-
-    written: Array
-
-    @property
-    def length(self) -> int:
-        return int(self.written.max())
-
-    @property
-    def lengths(self) -> Array:
-        return self.written
+class Buffers(RaggedCache):
+    """Keys and values of every layer, ``(b, g, capacity, d)``; row ``r`` uses the first ``written[r]`` slots."""
 
 
 class NumpyStatic(NumpyCache):
-    """A step writes into a copy of the buffers, or into the given ones where it is told that they are ``shared``."""
+    """A step writes into a copy of the buffers, or into the given ones with ``in_place=True``."""
 
-    cache_design = None  # nobody has counted what it moves
+    cache_design = None  # memory traffic not modelled
     claims = Claims(
         profiles=("attention", "decoder"),
-        abilities=(
-            "uncached_forward",
-            "length",
-            "free_slots",
-            "truncate",
-            "fork",
-            "reorder",
-            "reset",
-            "immutable",
-            "ragged",
-            "mask",
-            "contents",
-            "poison",
-            "in_place",
-            "bytes",
-            "refusal",
-            "last_only",
-        ),
-        dtypes=("float32", "bfloat16", "float16"),
+        abilities=(*BASIC, "truncate", "immutable", "ragged", "mask", "poison", "in_place", "bytes", "last_only"),
+        dtypes=DTYPES,
         overflow="refused",
         padding=("right", "left"),
         unused_slots="any",
         memory="capacity",
     )
 
-    places: Array  # (b, t): the position of each column of this step, -1 where it holds no token
+    places: Array  # (b, t): the position of each column of this step, -1 for padding
 
     # --- lifecycle ---
     def start(self, batch: int) -> Buffers:
@@ -72,8 +46,7 @@ class NumpyStatic(NumpyCache):
 
     def truncate(self, cache: Any, length: int) -> Buffers:
         least = cache.written.min()
-        if not 0 <= length <= least:
-            raise ValueError(f"cannot keep {length} of {least} tokens")
+        check_length(length, least)
         kept = self.fork(cache)
         kept.written[:] = length
         return kept
@@ -85,7 +58,7 @@ class NumpyStatic(NumpyCache):
         check_rows(rows, len(cache.written))
         return Buffers([k[rows] for k in cache.keys], [v[rows] for v in cache.values], cache.written[rows])
 
-    # --- what it tells ---
+    # --- introspection ---
     def contents(self, cache: Any) -> list[list[tuple[Array, Array]]]:
         return [
             [(k[row, :, :n], v[row, :, :n]) for row, n in enumerate(cache.written)]
@@ -100,7 +73,7 @@ class NumpyStatic(NumpyCache):
                     x[...] = np.where(self.live(cache), x, filling)
 
     # --- steps ---
-    def step(  # type: ignore[override]  # its keywords are those of its claims
+    def step(  # type: ignore[override]  # keywords according to its claims
         self,
         cache: Any,
         *inputs: Array,
@@ -120,11 +93,11 @@ class NumpyStatic(NumpyCache):
 
     def place(self, lengths: Array, counts: Array, t: int, padding: str) -> Array:
         first = t - counts if padding == "left" else np.zeros_like(counts)
-        number = np.arange(t) - first[:, None]  # of the row's new tokens
+        number = np.arange(t) - first[:, None]  # index among the row's new tokens
         return np.where((number >= 0) & (number < counts[:, None]), lengths[:, None] + number, -1)
 
     def target(self, cache: Any, in_place: bool) -> Buffers:
-        """The buffers that the step writes into."""
+        """The buffers that the step writes to."""
         return Buffers(cache.keys, cache.values, cache.written) if in_place else self.fork(cache)
 
     def append(self, cache: Any, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
@@ -139,11 +112,11 @@ class NumpyStatic(NumpyCache):
         return np.asarray(np.arange(self.config.capacity)[:, None] < cache.written[:, None, None, None])
 
     def cleared(self, cache: Any, buffer: Array) -> Array:
-        """The buffer as float32, with zeros where it holds no token."""
+        """The buffer as float32, with zeros in unused slots."""
         return np.where(self.live(cache), self.loaded(buffer), np.float32(0))
 
     def behind(self, t: int, s: int) -> Array:
-        """``(b, 1, t, s)``: negative, so invisible, for slots without a token and for columns without one."""
+        """``(b, 1, t, s)``: negative, and so invisible, for unused slots and padding columns."""
         return self.places[:, None, :, None] - np.arange(s)
 
     def positions(self, cache: Any, t: int) -> Array:

@@ -1,5 +1,5 @@
-"""What the backends of ONNX Runtime share: sessions, exported files, the forward without a cache, and the proof
-that CUDA runs them."""
+"""Base class of the ONNX Runtime backends: sessions, exported files, the uncached forward, and the proof that CUDA is
+used."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ Array = NDArray[Any]
 
 
 class CannotRun(Exception):
-    """CUDA is there and cannot run the graphs of this config: the reason."""
+    """CUDA is available but cannot run the graphs of this config; the message is the reason."""
 
 
 class OnnxBackend(CountedSessions, Backend):
-    """A backend adds a cache, and the graphs of a step on it: ``attention_model``, ``decoder_model``, ``MODULES``."""
+    """A subclass adds a cache and the graphs of a step on it: ``attention_model``, ``decoder_model``, ``MODULES``."""
 
     MODULES: tuple[Any, ...] = (torch_decoder, onnx_graphs)
     """An exported file depends on their source."""
     PREFIX = "decoder-"
-    """Of the files' names."""
+    """Prefix of the file names."""
 
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:
-        """On CUDA only built sessions know: it builds them, and the constructor does so again."""
-        backend: Any = cls  # mypy takes a class for no Hashable
+        """On CUDA, only building the sessions can tell; the constructor builds them again."""
+        backend: Any = cls  # mypy does not treat a class as Hashable
         return unable(backend, config, device) if device == "cuda" else None
 
     def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
-        onnxruntime.set_default_logger_severity(4)  # what fails here is raised, too
+        onnxruntime.set_default_logger_severity(4)  # failures are raised as exceptions too
         self.config, self.weights, self.device = config, weights, device
         self.dtype = np.float16 if config.dtype == "float16" else np.float32
-        self.sessions: dict[tuple[bool, bool], InferenceSession] = {}  # with a cache or without, masked or causal
+        self.sessions: dict[tuple[bool, bool], InferenceSession] = {}  # keys: (cached, masked)
         self.files: list[str] = []
         self.seen_on: str | None = None  # the device of the last outputs
         self.device_time = device_time.DeviceTime(device)
@@ -68,15 +68,19 @@ class OnnxBackend(CountedSessions, Backend):
         else:
             self.session(cached=True, masked=self.masked())
 
+    # --- sizes ---
+    def free_slots(self, cache: Any) -> list[int]:
+        return [self.config.capacity - length for length in self.length(cache)]
+
     # --- arithmetic ---
     def uncached_forward(self, *inputs: Array, last_only: bool = False) -> Array:
-        """A graph of its own, which has no past to read."""
+        """Uses a graph without past inputs."""
         t = check_inputs(self.config, None, inputs)
         feeds = self.feeds(inputs, 0, t, None, last_only)
         return self.array(self.run(self.session(False, onnx_graphs.needs_mask(self.config)), feeds)[0])
 
     def feeds(self, inputs: tuple[Array, ...], past: int, t: int, allowed: Array | None, last: bool) -> list[OrtValue]:
-        """What the graphs take before the cache: the tokens, and which of them give logits, or the mask."""
+        """The graph's inputs before the cache: the tokens, and either the positions that give logits or the mask."""
         dtype = np.int64 if self.config.profile == "decoder" else self.dtype
         feeds = [self.value(x.astype(dtype, copy=False)) for x in inputs]
         if self.config.profile == "decoder":
@@ -89,12 +93,12 @@ class OnnxBackend(CountedSessions, Backend):
     def run(self, session: InferenceSession, feeds: list[OrtValue]) -> list[OrtValue]:
         named = dict(zip(onnx_runtime.names(session)[0], feeds, strict=True))
         values = onnx_runtime.run(session, named, self.device)
-        self.seen_on = self.device  # or it would have raised
+        self.seen_on = self.device  # otherwise the run raises
         return values
 
     @functools.cached_property
     def first(self) -> OrtValue:
-        """Of a decode step's tokens the one that gives logits."""
+        """The position that gives logits in a decode step."""
         return self.value(np.zeros(1, np.int64))
 
     def value(self, x: Array) -> OrtValue:
@@ -105,7 +109,7 @@ class OnnxBackend(CountedSessions, Backend):
 
     # --- timing ---
     def synchronise(self) -> None:
-        """A session waits for its stream at the end of each run: nothing is left to do."""
+        """A session waits for its stream at the end of each run, so that nothing remains to be done."""
         device_time.synchronise(self.device)
 
     def device_ns(self, call: Callable[[int], object], steps: int) -> int | None:
@@ -113,7 +117,7 @@ class OnnxBackend(CountedSessions, Backend):
 
     # --- sessions ---
     def session(self, cached: bool, masked: bool) -> InferenceSession:
-        """Built at first use: a backend that is never asked for ``full`` or a mask does not pay for its graph."""
+        """Built at first use, so that unused graphs (uncached, masked) cost nothing."""
         if (cached, masked) in self.sessions:
             return self.sessions[cached, masked]
         source: bytes | str
@@ -121,7 +125,7 @@ class OnnxBackend(CountedSessions, Backend):
             source = self.attention_model(cached, masked)
         else:
             source = str(self.artefact(cached))
-            self.files.append(Path(source).name)  # the folder is the run's own: artefacts, beside the results
+            self.files.append(Path(source).name)  # the folder is specific to a run
         session = onnx_runtime.open_session(source, self.device)
         if self.device == "cuda":
             self.prove_session(session)
@@ -129,7 +133,7 @@ class OnnxBackend(CountedSessions, Backend):
         return session
 
     def masked(self) -> bool:
-        """Whether a step takes a mask where the caller gives none."""
+        """Whether a step takes a mask even if the caller gives none."""
         return onnx_graphs.needs_mask(self.config)
 
     def attention_model(self, cached: bool, masked: bool) -> bytes:
@@ -139,7 +143,7 @@ class OnnxBackend(CountedSessions, Backend):
         return onnx_graphs.decoder_model(self.config, self.weights, cached)
 
     def artefact(self, cached: bool) -> Path:
-        """The exported file, made unless one of the same config, weights, versions and source is there."""
+        """The exported file; it is reused for the same config, weights, package versions and source."""
         digest = hashlib.sha256(json.dumps(self.config.to_json(), sort_keys=True).encode())
         for package in ("torch", "onnx", "onnxscript"):
             digest.update(importlib.metadata.version(package).encode())
@@ -153,7 +157,7 @@ class OnnxBackend(CountedSessions, Backend):
         if not path.exists():
             made = path.with_suffix(f".{os.getpid()}")
             made.write_bytes(self.decoder_model(cached))
-            made.replace(path)  # another worker sees the whole file or none
+            made.replace(path)  # atomic for other workers
         return path
 
     def scratch(self) -> str:
@@ -161,20 +165,20 @@ class OnnxBackend(CountedSessions, Backend):
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return folder
 
-    # --- what really runs ---
+    # --- execution providers ---
     def reach_device(self) -> None:
-        """Raises Unavailable where there is no CUDA: a session asked for it would run on the CPU without a word."""
+        """Raises Unavailable without CUDA: a session would otherwise silently run on the CPU."""
         onnx_runtime.reach_cuda()
 
     def prove_session(self, session: InferenceSession) -> None:
-        """Raises CannotRun unless CUDA runs every heavy node: the session itself would fall back in silence."""
+        """Raises CannotRun unless CUDA runs every heavy node: sessions fall back silently."""
         onnx_runtime.check_first(session)
-        strays = onnx_runtime.strays(nodes(session))
-        if strays:
-            raise CannotRun(f"ONNX Runtime {onnxruntime.__version__} has no CUDA kernel for {', '.join(strays)} here")
+        missing = onnx_runtime.off_cuda(nodes(session))
+        if missing:
+            raise CannotRun(f"ONNX Runtime {onnxruntime.__version__} has no CUDA kernel for {', '.join(missing)} here")
 
     def prove_device(self) -> None:
-        """Builds every graph and runs it: some kernels tell only then what they cannot do, such as grouped heads."""
+        """Builds and runs every graph: some kernels report unsupported cases, such as grouped heads, only then."""
         try:
             self.try_out()
         except (Unavailable, CannotRun):
@@ -205,7 +209,7 @@ class OnnxBackend(CountedSessions, Backend):
 
 @functools.cache
 def unable(backend: Callable[..., OnnxBackend], config: Config, device: str) -> str | None:
-    """Why this config cannot run on the device. Raises Unavailable where nothing can."""
+    """Why this config cannot run on the device. Raises Unavailable if no config can."""
     try:
         backend(config, weights_of(config), device)
     except CannotRun as reason:

@@ -1,8 +1,7 @@
-"""What a call does in ONNX Runtime, from the runtime's own profile: nodes that ran, the bytes of their outputs,
-multiply-adds, and copies between devices.
+"""Counts a call's nodes, output bytes, multiply-adds and device copies from ONNX Runtime's profile.
 
-The profile is of the graph as it runs, after all fusions, and not of the file. A session is profiled from its birth on;
-so the counted call runs on sessions of their own, opened from the same models.
+The profile describes the optimised graph that runs, not the file. Profiling must be enabled when a session is created;
+the counted call therefore runs on separate sessions of the same models.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from kvconform_backends.onnx.runtime import HEAVY, providers, session_options
 Counts = dict[str, Mapping[str, int]]
 Node = dict[str, Any]
 """``op_name``, ``output_size`` in bytes, ``input_type_shape`` and ``output_type_shape``: each tensor's type and shape.
-Weights are no inputs here."""
+Inputs exclude weights."""
 
 FREE = ("Softmax",)
 """Heavy nodes without a matrix product."""
 
 
 class CountedSessions:
-    """Gives an ONNX backend the methods ``count`` and ``counted_by``."""
+    """Adds the methods ``count`` and ``counted_by`` to an ONNX backend."""
 
     device: str
-    sessions: dict[tuple[bool, bool], InferenceSession]  # with a cache or without, masked or causal
+    sessions: dict[tuple[bool, bool], InferenceSession]  # keys: (cached, masked)
     artefact: Callable[[bool], Path]
 
     def model_of(self, cached: bool, masked: bool) -> str | bytes:
@@ -42,7 +41,7 @@ class CountedSessions:
         return str(self.artefact(cached))
 
     def count(self, call: Callable[[], None]) -> Counts:
-        """Raises RuntimeError where the call runs on none of the sessions that are there before it."""
+        """Raises RuntimeError if the call runs on none of the existing sessions."""
         plain = self.sessions
         with tempfile.TemporaryDirectory(prefix="kvconform-") as folder:
             self.sessions = {
@@ -56,7 +55,7 @@ class CountedSessions:
                 files = [watched[key].end_profiling() for key in plain]
             ran = [node for file in files for node in nodes_of(Path(file))]
         if not ran:
-            raise RuntimeError("no node ran in the sessions that are counted")
+            raise RuntimeError("no node ran in the counted sessions")
         return counts(ran)
 
     def counted_by(self) -> dict[str, str]:
@@ -65,7 +64,7 @@ class CountedSessions:
 
 
 def profiled(model: str | bytes, device: str, prefix: str) -> InferenceSession:
-    """A session that writes what it runs to a file that begins with ``prefix``."""
+    """A session that writes its profile to a file whose name starts with ``prefix``."""
     options = session_options()
     options.enable_profiling, options.profile_file_prefix = True, prefix
     session = InferenceSession(model, options, providers=providers(device))
@@ -74,7 +73,7 @@ def profiled(model: str | bytes, device: str, prefix: str) -> InferenceSession:
 
 
 def nodes_of(file: Path) -> list[Node]:
-    """The nodes that ran, in order, from a profile: a list of events, one for each run of a node's kernel."""
+    """The executed nodes of a profile, in order: one event per kernel run."""
     events = json.loads(file.read_text())
     return [event["args"] for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
 
@@ -100,19 +99,19 @@ def counts(ran: Iterable[Node]) -> Counts:
 
 
 def fresh(node: Node) -> int:
-    """Bytes of a node's outputs; a present of ``GroupQueryAttention`` that is no longer than its past is the past's
-    memory."""
+    """Newly allocated output bytes of a node: a present of ``GroupQueryAttention`` with the shape of its past shares
+    the past's memory."""
     size = int(node["output_size"])
     if node["op_name"] != "GroupQueryAttention":
         return size
     numbers = [math.prod(shape) for shape in shapes(node["output_type_shape"])]
     outputs, inputs = node["output_type_shape"], node["input_type_shape"]
-    kept = sum(count for count, told in zip(numbers[1:], outputs[1:], strict=True) if told in inputs)
+    kept = sum(count for count, shape in zip(numbers[1:], outputs[1:], strict=True) if shape in inputs)
     return size * (sum(numbers) - kept) // sum(numbers)
 
 
 def multiply_adds(node: Node) -> int | None:
-    """Of one run of a node; None where there is no formula, so that nothing is said of the whole call."""
+    """Of one run of a node; None without a formula, so that the whole call has no count."""
     kind = node["op_name"]
     if kind not in HEAVY or kind in FREE:
         return 0
@@ -120,13 +119,11 @@ def multiply_adds(node: Node) -> int | None:
     if kind in ("MatMul", "FusedMatMul"):
         return math.prod(outputs[0]) * inputs[0][-1]  # (..., m, n) of (..., m, k)
     if kind == "Attention" and len(inputs[0]) == 4:
-        slots = max(
-            int(tensor[2]) for tensor in (inputs[1], *outputs[1:])
-        )  # of the keys, or with the past: the present
+        slots = max(int(tensor[2]) for tensor in (inputs[1], *outputs[1:]))  # of the keys, or of the present
         return 2 * math.prod(inputs[0]) * slots
     return None
 
 
 def shapes(tensors: list[dict[str, list[int]]]) -> list[list[int]]:
-    """Of tensors as a profile tells them: ``[{"float": [1, 8, 1, 32]}]``."""
+    """Shapes of tensors in a profile: ``[{"float": [1, 8, 1, 32]}]``."""
     return [shape for tensor in tensors for shape in tensor.values()]

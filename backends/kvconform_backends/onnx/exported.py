@@ -1,8 +1,7 @@
-"""``onnx``: the torch decoder, exported once and run by ONNX Runtime: one graph for prefill, chunk and decode.
+"""``onnx``: the exported torch decoder in ONNX Runtime, with one graph for prefill, chunk and decode.
 
-The present outputs of a step are bound as the past inputs of the next and never leave the device. They are never
-written again, so that a fork is the same handles and an old handle stays good. Truncate and reorder go through numpy,
-on CUDA as well.
+The present outputs of a step are bound as the past inputs of the next and stay on the device. They are never modified,
+so that a fork shares them and old handles stay valid. Truncate and reorder copy through numpy, also on CUDA.
 """
 
 from __future__ import annotations
@@ -13,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxruntime import OrtValue  # type: ignore[import-untyped]
 
+from kvconform_backends.abilities import BASIC
 from kvconform_backends.onnx import graphs as onnx_graphs
 from kvconform_backends.onnx.backend import OnnxBackend
-from kvconform_backends.validation import check_inputs
+from kvconform_backends.validation import check_inputs, check_length, check_rows
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 
@@ -25,39 +25,25 @@ Past = tuple[OrtValue, ...]
 
 
 class OnnxExported(OnnxBackend):
-    """Attention is a hand-built ``Attention`` node, the decoder is exported; both keep a functional cache."""
+    """Attention is a hand-built ``Attention`` node, the decoder is exported; both have an immutable cache."""
 
     cache_design = "concatenation"
     claims = Claims(
         profiles=("attention", "decoder"),
-        abilities=(
-            "uncached_forward",
-            "length",
-            "free_slots",
-            "truncate",
-            "fork",
-            "reorder",
-            "reset",
-            "immutable",
-            "mask",
-            "contents",
-            "bytes",
-            "refusal",
-            "last_only",
-        ),
-        dtypes=("float32", "float16"),  # bfloat16: ONNX Runtime has no CPU kernels, and numpy has no such type
+        abilities=(*BASIC, "truncate", "immutable", "mask", "bytes", "last_only"),
+        dtypes=("float32", "float16"),  # bfloat16: no CPU kernels in ONNX Runtime, no numpy type
         devices=("cpu", "cuda"),
         overflow="refused",
         memory="length",
-        # measured on 1.31.1: the CPU kernel of Attention rounds float16 scores to float16 before the softmax, whatever
-        # softmax_precision says. In float32 the class has the same bound.
+        # measured on 1.31.1: the CPU kernel of Attention rounds float16 scores before the softmax, regardless of
+        # softmax_precision. In float32 both classes have the same bound.
         intermediates="storage",
     )
 
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:
         if (device, config.profile, config.dtype) == ("cuda", "attention", "float16") and onnx_graphs.has_bias(config):
-            return "ONNX Runtime's kernels of Attention take the bias in the dtype of the query: float16 rounds it"
+            return "ONNX Runtime's Attention kernels take the bias in the query's dtype: float16 would round it"
         return super().refuses(config, device)
 
     # --- lifecycle ---
@@ -69,9 +55,6 @@ class OnnxExported(OnnxBackend):
         batch, _, s, _ = cache[0].shape()
         return [s] * batch
 
-    def free_slots(self, cache: Past) -> list[int]:
-        return [self.config.capacity - length for length in self.length(cache)]
-
     def bytes(self, cache: Past) -> int:
         return sum(int(x.tensor_size_in_bytes()) for x in cache)
 
@@ -81,17 +64,14 @@ class OnnxExported(OnnxBackend):
 
     def truncate(self, cache: Past, length: int) -> Past:
         s = cache[0].shape()[2]
-        if not 0 <= length <= s:
-            raise ValueError(f"cannot keep {length} of {s} tokens")
+        check_length(length, s)
         return tuple(self.value(x.numpy()[:, :, :length].copy()) for x in cache)
 
     def fork(self, cache: Past) -> Past:
         return cache
 
     def reorder(self, cache: Past, rows: list[int]) -> Past:
-        batch = cache[0].shape()[0]
-        if not rows or not all(0 <= row < batch for row in rows):
-            raise ValueError(f"want rows of 0..{batch - 1}, got {rows}")
+        check_rows(rows, cache[0].shape()[0])
         return tuple(self.value(x.numpy()[rows]) for x in cache)
 
     def reset(self, cache: Past) -> Past:

@@ -1,8 +1,8 @@
 """The ONNX graphs of backend ``onnx``: the exported decoder, and the ``Attention`` node.
 
-Inputs, outputs and their order are the same in both: ``past_key_values.N.key``, ``.value`` in, ``present.N.key``,
-``.value`` out. Opset 23 is the first with ``Attention`` and ``RMSNormalization``, which the exporter then uses
-instead of a dozen small nodes. IR 10 is what every ONNX Runtime that knows opset 23 reads.
+Inputs and outputs have the same order in both: ``past_key_values.N.key``, ``.value`` in, ``present.N.key``, ``.value``
+out. Opset 23 is the first with ``Attention`` and ``RMSNormalization``, which the exporter uses instead of many small
+nodes. IR 10 is supported by every ONNX Runtime that supports opset 23.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from torch.export import Dim
 from torch.nn import functional
 
 from kvconform_backends.onnx.runtime import session_options
-from kvconform_backends.torch.decoder import DTYPES, Decoder, attention, masks
+from kvconform_backends.torch.decoder import DTYPES, Decoder, attention, masks, mixing
 from kvconform_specs.config import Config
 
 OPSET, IR = 23, 10
 PROBES = ((1, 1, 0, True), (2, 1, 7, True), (2, 3, 4, True), (2, 3, 4, False))
-"""(batch, new, past, all logits or the last) of the check after export: sizes of 0 and 1 are those that torch.export
-likes to specialise."""
+"""(batch, new, past, all logits or the last) of the check after export; torch.export tends to specialise sizes 0
+and 1."""
 SLACK = 256
-"""How many eps of the largest logit a probe may stray. A specialised axis fails or is off by the logits' own size."""
+"""Allowed deviation of a probe, in eps of the largest logit. A specialised axis fails or is off by the size of the
+logits."""
 
 Array = NDArray[Any]
 Pairs = list[tuple[Tensor, Tensor]]
@@ -41,8 +42,8 @@ Pairs = list[tuple[Tensor, Tensor]]
 class Exportable(nn.Module):
     """The decoder with its past as plain inputs: token ids ``(b, t)``, per layer key and value ``(b, g, p, d)``.
 
-    logit_positions: which of the ``t`` new tokens give logits, ``(k,)``: all of them, or the last one alone. One graph
-    does both.
+    logit_positions: which of the ``t`` new tokens give logits, ``(k,)``. One graph serves all positions or only the
+    last.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -65,9 +66,9 @@ class Exportable(nn.Module):
             return attention(config, query, key, value, seen[layer])
 
         x = embedded(decoder, input_ids, positions)
-        rotate = rotation(decoder, positions.expand(input_ids.shape))
+        mix = mixing(config, rotation(decoder, positions.expand(input_ids.shape)), attend)
         for block in decoder.blocks:
-            x = block(x, rotate, attend)
+            x = block(x, mix)
         logits = projected(decoder, x, logit_positions)
         return logits if past is None else (logits, present)
 
@@ -79,14 +80,14 @@ def embedded(decoder: Decoder, input_ids: Tensor, positions: Tensor) -> Tensor:
 
 
 def projected(decoder: Decoder, x: Tensor, logit_positions: Tensor) -> Tensor:
-    """The logits ``(b, k, V)`` of some columns of what the last layer gave, ``(b, t, width)``."""
+    """The logits ``(b, k, V)`` at some positions of the last layer's output ``(b, t, width)``."""
     x = x.index_select(1, logit_positions)
     return functional.rms_norm(x, x.shape[-1:], decoder.norm_final, 1e-6) @ decoder.lm_head
 
 
 def rotation(decoder: Decoder, positions: Tensor) -> Callable[[Tensor], Tensor]:
-    """As ``Decoder.rotation`` for positions ``(b, t)``, by one node: opset 23 has the operator, for heads ``(b, heads,
-    t, d)`` and for rows of them, ``(b, t, heads * d)``."""
+    """``Decoder.rotation`` for positions ``(b, t)`` as one node of opset 23, for heads ``(b, heads, t, d)`` or rows
+    ``(b, t, heads * d)``."""
     config = decoder.config
     if config.positions != "rope":
         return lambda x: x
@@ -95,7 +96,7 @@ def rotation(decoder: Decoder, positions: Tensor) -> Callable[[Tensor], Tensor]:
 
     def rotate(x: Tensor) -> Tensor:
         heads = 0 if x.ndim == 4 else x.shape[-1] // config.head_dim
-        # in float32 in every dtype: a rotated head is rounded once, when it is stored
+        # float32 for every dtype: a rotated head is rounded once, when it is stored
         return torch.onnx.ops.rotary_embedding(x.float(), cos, sin, positions, num_heads=heads).to(x.dtype)
 
     return rotate
@@ -112,7 +113,7 @@ def presents(config: Config) -> list[str]:
 def decoder_model(config: Config, weights: Mapping[str, NDArray[np.float32]], cached: bool) -> bytes:
     """The exported decoder, checked against torch; without ``cached`` it has neither past nor present."""
     module = Exportable(Decoder(config, weights)).eval()
-    # every size is 2 or more, and no two are equal: torch.export takes a 1 for a constant, and equal sizes for one axis
+    # sizes are distinct and at least 2: torch.export treats 1 as a constant, and equal sizes as one axis
     given = example(config, 2, 3, 5, [0, 2, 1, 1], cached)
     b, t, p = Dim("batch"), Dim("new"), Dim("past")
     shapes = {
@@ -138,13 +139,13 @@ def decoder_model(config: Config, weights: Mapping[str, NDArray[np.float32]], ca
 def exported(
     module: nn.Module, given: dict[str, Any], shapes: dict[str, Any], inputs: list[str], outputs: list[str]
 ) -> onnx.ModelProto:
-    """The module's graph. ``given``: its arguments; ``shapes``: of each the axes that are dynamic."""
+    """The module's graph. ``given``: its arguments; ``shapes``: their dynamic axes."""
     log = logging.getLogger("torch.onnx")
     level = log.level
-    log.setLevel(logging.ERROR)  # one line for each torchvision operator that is not installed
+    log.setLevel(logging.ERROR)  # one warning per missing torchvision operator
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # torch.export copies its own deprecated classes
+            warnings.simplefilter("ignore")  # torch.export uses its own deprecated classes
             program = torch.onnx.export(
                 module,
                 kwargs=given,
@@ -164,7 +165,7 @@ def exported(
 
 
 def example(config: Config, b: int, t: int, p: int, asked: list[int], cached: bool) -> dict[str, Any]:
-    """The module's arguments for ``t`` tokens behind ``p`` others, whose keys and values are random."""
+    """The module's arguments for ``t`` tokens after ``p`` others with random keys and values."""
     made = torch.Generator().manual_seed(b * 100 + t * 10 + p)
     ids = torch.randint(config.vocabulary, (b, t), generator=made)
     fresh = {"input_ids": ids, "logit_positions": torch.tensor(asked)}
@@ -176,17 +177,17 @@ def example(config: Config, b: int, t: int, p: int, asked: list[int], cached: bo
 
 
 def check_symbolic(model: onnx.ModelProto, known: Mapping[str, Mapping[int, str]], cache: Mapping[int, str]) -> None:
-    """Raises RuntimeError where the export turned a dynamic axis into a constant. ``known``: the dynamic axes of inputs
-    by their names; ``cache``: of all others."""
+    """Raises RuntimeError if the export turned a dynamic axis into a constant. ``known``: the dynamic axes of inputs by
+    name; ``cache``: those of all other inputs."""
     for value in model.graph.input:
         axes = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
         wanted = known.get(value.name, cache)
         if any(axes[axis] != name for axis, name in wanted.items()):
-            raise RuntimeError(f"torch.onnx.export specialised {value.name}: axes {axes}, want {wanted}")
+            raise RuntimeError(f"torch.onnx.export specialised {value.name}: axes {axes}, expected {wanted}")
 
 
 def _check_values(model: bytes, module: Exportable, config: Config, cached: bool) -> None:
-    """Raises RuntimeError where the graph and the module it was exported from disagree on a probe."""
+    """Raises RuntimeError if the graph and the exported module disagree on a probe."""
     session = onnxruntime.InferenceSession(model, session_options(), providers=["CPUExecutionProvider"])
     for b, t, p, every in PROBES:
         t = min(t, config.capacity)
@@ -200,32 +201,31 @@ def _check_values(model: bytes, module: Exportable, config: Config, cached: bool
         got = session.run(None, {name: x.numpy() for name, x in zip(names, flat, strict=True)})
         for output, have, want in zip(session.get_outputs(), got, wanted, strict=True):
             if not close(have, want):
-                raise RuntimeError(f"the exported graph's {output.name} is not torch's for (b, t, p) = {(b, t, p)}")
+                raise RuntimeError(f"the exported graph's {output.name} differs from torch for (b, t, p) = {(b, t, p)}")
 
 
 def close(have: Array, want: Tensor) -> bool:
-    """Whether they are no further apart than two orders of the same sums may leave them."""
+    """Whether they differ by no more than a different summation order may cause."""
     slack = SLACK * torch.finfo(want.dtype).eps * float(want.abs().max())
     exact = want.float().numpy()
     return have.shape == exact.shape and bool((np.abs(have.astype(np.float32) - exact) <= slack).all())
 
 
 def needs_mask(config: Config) -> bool:
-    """Whether the graph always takes a mask: a hand-built ``Attention`` node that is not just causal does."""
+    """Whether the graph always takes a mask, as an ``Attention`` node with more than causality does."""
     return config.profile == "attention" and (config.window is not None or has_bias(config))
 
 
 def has_bias(config: Config) -> bool:
-    """Whether the mask moves scores, too: then it is a float."""
+    """Whether the mask is a float that also changes visible scores."""
     return config.positions == "alibi" or config.sink is not None
 
 
 def attention_mask(config: Config, past: int, t: int, allowed: Array | None) -> Array:
     """What the ``t`` newest of ``s = past + t`` tokens see: bool ``(b, 1, t, s)``, where ``b`` may be 1.
 
-    allowed: bool ``(b, s)``, the caller's mask. Where the config has a bias it is float32 ``(b, h, t, s)``, -inf where
-    a token is not seen; a sink is one column more. The query axis is never left to broadcasting, which ONNX Runtime
-    refuses.
+    allowed: bool ``(b, s)``, the caller's mask. If the config has a bias, the mask is float32 ``(b, h, t, s)``, -inf
+    for hidden tokens; a sink adds a column. The query axis is always explicit: ONNX Runtime does not broadcast it.
     """
     seen = None if allowed is None else torch.tensor(allowed)
     mask = masks(config, torch.arange(past, past + t), torch.arange(past + t), seen)[0]
@@ -242,9 +242,9 @@ def attention_mask(config: Config, past: int, t: int, allowed: Array | None) -> 
 def attention_model(config: Config, cached: bool, masked: bool) -> bytes:
     """One ``Attention`` node with past and present.
 
-    masked: what a token sees is an input, made by ``attention_mask``; else ``is_causal``, which counts from the past's
-    end. The operator has no sink: a key and a value of zeros are put behind the others. That key's score is its bias
-    alone, and its value adds nothing: all that is left of it is its share of the softmax's denominator.
+    masked: the mask is an input (see ``attention_mask``); else ``is_causal``, counted from the end of the past. The
+    operator has no sink: a zero key and value are appended. The key's score is its bias alone and the value adds
+    nothing, so that only its share of the softmax's denominator remains.
     """
     c, kind = config, TensorProto.FLOAT16 if config.dtype == "float16" else TensorProto.FLOAT
     total = "total" if cached else "new"
@@ -263,7 +263,7 @@ def attention_model(config: Config, cached: bool, masked: bool) -> bytes:
     names = ["query", "key", "value", "mask" if masked else "", *(pasts(c) if cached else [])]
     made = [value.name for value in outputs]
     nodes, constants = [], []
-    if c.sink is not None:  # the node has no past then: the zeros must come last
+    if c.sink is not None:  # the past is concatenated outside the node, since the zeros must come last
         names, made = ["query", "key_and_sink", "value_and_sink", "mask"], ["output"]
         for part, past, present in zip(("key", "value"), pasts(c), presents(c), strict=True):
             if cached:

@@ -1,7 +1,7 @@
-"""``onnx-shared``: the torch decoder, exported with ``GroupQueryAttention``, whose past and present are one buffer.
+"""``onnx-shared``: the torch decoder, exported with ``GroupQueryAttention``, whose past and present share a buffer.
 
-A step writes its tokens into the buffers of its cache and reads the filled slots, as ``eager-static`` does. All that a
-decode step hands over is bound once for each cache, and written anew in place.
+A step writes its tokens into the buffers of its cache and reads the filled slots, as ``eager-static`` does. The inputs
+of a decode step are bound once per cache and updated in place.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession, OrtValue  # type: ignore[import-untyped]
 
+from kvconform_backends.abilities import BASIC
 from kvconform_backends.onnx import graphs as onnx_graphs
 from kvconform_backends.onnx import runtime as onnx_runtime
 from kvconform_backends.onnx import shared_graphs
@@ -21,33 +22,35 @@ from kvconform_backends.onnx.backend import OnnxBackend
 from kvconform_backends.onnx.graphs import pasts, presents
 from kvconform_backends.onnx.shared_graphs import bias, padded
 from kvconform_backends.torch import decoder as torch_decoder
-from kvconform_backends.validation import check_inputs, check_rows
+from kvconform_backends.validation import check_inputs, check_length, check_rows
 from kvconform_specs.claims import Claims
 
 Array = NDArray[Any]
 
 
-class Bound:
-    """A session's inputs and outputs on one cache: the buffers stay bound, and so does what keeps its shape."""
+class CacheBinding:
+    """A session's bindings for one cache: the buffers stay bound, and so do inputs that keep their shape."""
 
     def __init__(self, session: InferenceSession, buffers: list[OrtValue], backend: OnnxShared) -> None:
         self.session, self.device = session, backend.device
         self.binding = session.io_binding()
         self.values: dict[str, tuple[tuple[int, ...], OrtValue]] = {}
         self.output = onnx_runtime.names(session)[1][0]
-        self.binding.bind_output(self.output, self.device, 0)  # outputs come in the order in which they are bound first
+        self.binding.bind_output(
+            self.output, self.device, 0
+        )  # outputs are returned in the order in which they were bound first
         for past, present, buffer in zip(pasts(backend.config), presents(backend.config), buffers, strict=True):
             self.binding.bind_ortvalue_input(past, buffer)
             self.binding.bind_ortvalue_output(present, buffer)
 
     def run(self, feeds: Mapping[str, Array]) -> OrtValue:
-        """The first output, in memory of its own. Raises RuntimeError where it is not on the device."""
+        """The first output, in memory of its own. Raises RuntimeError if it is not on the device."""
         for name, x in feeds.items():
             held = self.values.get(name)
             if held is not None and held[0] == x.shape:
                 held[1].update_inplace(np.ascontiguousarray(x))
                 continue
-            # the operator reads the total on the host, on whatever device it runs
+            # the operator always reads the total on the host
             value = onnx_runtime.value_of(x.copy(), "cpu" if name == "total_sequence_length" else self.device)
             self.values[name] = x.shape, value
             self.binding.bind_ortvalue_input(name, value)
@@ -57,65 +60,50 @@ class Bound:
 
 
 @dataclass
-class Shared:
-    """Keys and values of each layer in turn, ``(b, g, capacity, d)`` each, ``d`` padded, and the tokens in each row."""
+class SharedBuffers:
+    """Keys and values of each layer in turn, ``(b, g, capacity, d)`` each, ``d`` padded, and the length of the rows."""
 
     buffers: list[OrtValue]
     batch: int
     length: int = 0
-    bound: Bound | None = field(default=None, repr=False)
+    bound: CacheBinding | None = field(default=None, repr=False)
 
 
 class OnnxShared(OnnxBackend):
-    """A buffer of ``capacity`` slots, written in place by the operator that attends to it."""
+    """Buffers of ``capacity`` slots, written in place by the operator that attends to them."""
 
     MODULES = (torch_decoder, onnx_graphs, shared_graphs)
     PREFIX = "decoder-shared-"
     cache_design = "in-place"
     claims = Claims(
         profiles=("attention", "decoder"),
-        # not ``bytes``: where the head dim is no multiple of 8, padding comes on top
-        abilities=(
-            "uncached_forward",
-            "length",
-            "free_slots",
-            "truncate",
-            "fork",
-            "reorder",
-            "reset",
-            "contents",
-            "poison",
-            "refusal",
-            "last_only",
-        ),
+        # not ``bytes``: head dims are padded to a multiple of 8
+        abilities=(*BASIC, "truncate", "poison", "last_only"),
         dtypes=("float32", "float16"),
         devices=("cpu", "cuda"),
         overflow="refused",
         memory="capacity",
         unused_slots="any",
-        intermediates="storage",  # as ``onnx``, whose graph ``full`` is; alibi's bias is given in the config's dtype
+        intermediates="storage",  # as ``onnx``, whose uncached graph it uses; ALiBi's bias is in the config's dtype
     )
 
     # --- lifecycle ---
-    def start(self, batch: int) -> Shared:
+    def start(self, batch: int) -> SharedBuffers:
         c = self.config
         shape = (batch, c.kv_heads, c.capacity, padded(c))
-        return Shared([self.value(np.zeros(shape, self.dtype)) for _ in range(2 * c.layers)], batch)
+        return SharedBuffers([self.value(np.zeros(shape, self.dtype)) for _ in range(2 * c.layers)], batch)
 
-    def length(self, cache: Shared) -> list[int]:
+    def length(self, cache: SharedBuffers) -> list[int]:
         return [cache.length] * cache.batch
 
-    def free_slots(self, cache: Shared) -> list[int]:
-        return [self.config.capacity - cache.length] * cache.batch
-
-    def contents(self, cache: Shared) -> list[list[tuple[Array, Array]]]:
+    def contents(self, cache: SharedBuffers) -> list[list[tuple[Array, Array]]]:
         held = [x.numpy()[:, :, : cache.length, : self.config.head_dim].astype(np.float32) for x in cache.buffers]
         return [
             [(keys[row], values[row]) for row in range(cache.batch)]
             for keys, values in zip(held[::2], held[1::2], strict=True)
         ]
 
-    def poison(self, cache: Shared, keys: float | None, values: float | None) -> None:
+    def poison(self, cache: SharedBuffers, keys: float | None, values: float | None) -> None:
         for number, buffers in ((keys, cache.buffers[::2]), (values, cache.buffers[1::2])):
             if number is not None:
                 for buffer in buffers:
@@ -123,44 +111,43 @@ class OnnxShared(OnnxBackend):
                     held[:, :, cache.length :] = number
                     buffer.update_inplace(held)
 
-    def truncate(self, cache: Shared, length: int) -> Shared:
-        if not 0 <= length <= cache.length:
-            raise ValueError(f"cannot keep {length} of {cache.length} tokens")
+    def truncate(self, cache: SharedBuffers, length: int) -> SharedBuffers:
+        check_length(length, cache.length)
         cache.length = length
         return cache
 
-    def fork(self, cache: Shared) -> Shared:
-        return Shared([self.value(x.numpy().copy()) for x in cache.buffers], cache.batch, cache.length)
+    def fork(self, cache: SharedBuffers) -> SharedBuffers:
+        return SharedBuffers([self.value(x.numpy().copy()) for x in cache.buffers], cache.batch, cache.length)
 
-    def reorder(self, cache: Shared, rows: list[int]) -> Shared:
+    def reorder(self, cache: SharedBuffers, rows: list[int]) -> SharedBuffers:
         check_rows(rows, cache.batch)
-        return Shared([self.value(x.numpy()[rows]) for x in cache.buffers], len(rows), cache.length)
+        return SharedBuffers([self.value(x.numpy()[rows]) for x in cache.buffers], len(rows), cache.length)
 
-    def reset(self, cache: Shared) -> Shared:
+    def reset(self, cache: SharedBuffers) -> SharedBuffers:
         cache.length = 0
         return cache
 
     # --- arithmetic ---
-    def step(self, cache: Shared, *inputs: Array, last_only: bool = False) -> tuple[Array, Shared]:
+    def step(self, cache: SharedBuffers, *inputs: Array, last_only: bool = False) -> tuple[Array, SharedBuffers]:
         t = check_inputs(self.config, cache.batch, inputs)
         past = cache.length
         if past + t > self.config.capacity:
             raise ValueError(f"{past} + {t} tokens exceed the capacity of {self.config.capacity}")
-        if past and t > 1 and cache.batch > 1:  # behind a past the operator takes several tokens of one row alone
+        if past and t > 1 and cache.batch > 1:  # after a past, the operator takes several tokens only for a single row
             axis = 1 if self.config.profile == "decoder" else 2
             ones = [[x.take([column], axis) for x in inputs] for column in range(t)]
             made = [self.append(cache, one, past + column, False) for column, one in enumerate(ones)]
             output = made[-1] if last_only else np.concatenate(made, axis)
         else:
             output = self.append(cache, inputs, past, last_only)
-        cache.length = past + t  # only now: a step that raised has added nothing
+        cache.length = past + t  # last: a step that raises must not change the length
         return output, cache
 
-    def append(self, cache: Shared, inputs: Sequence[Array], past: int, last: bool) -> Array:
-        """The output of new tokens, whose keys and values go into the slots from ``past`` on."""
+    def append(self, cache: SharedBuffers, inputs: Sequence[Array], past: int, last: bool) -> Array:
+        """The output of new tokens, whose keys and values are written to the slots from ``past`` on."""
         c, x = self.config, inputs[0]
         t = x.shape[1] if c.profile == "decoder" else x.shape[2]
-        if not x.size:  # the operator wants a token: without a row it divides by zero
+        if not x.size:  # the operator divides by zero without rows or tokens
             return np.zeros((*x.shape, c.vocabulary) if c.profile == "decoder" else x.shape, np.float32)
         s = past + t
         feeds = {"seqlens_k": np.full(cache.batch, s - 1, np.int32), "total_sequence_length": np.array([s], np.int32)}
@@ -175,23 +162,23 @@ class OnnxShared(OnnxBackend):
                 feeds["position_ids"] = np.broadcast_to(np.arange(past, s), (cache.batch, t))
         session = self.session(cached=True, masked=False)
         if cache.bound is None or cache.bound.session is not session:
-            cache.bound = Bound(session, cache.buffers, self)
+            cache.bound = CacheBinding(session, cache.buffers, self)
         output = self.array(cache.bound.run(feeds))
-        self.seen_on = self.device  # or it would have raised
+        self.seen_on = self.device  # otherwise the run raises
         if c.profile == "decoder":
             return output
         heads: Array = output.reshape(cache.batch, t, c.heads, padded(c))[..., : c.head_dim].transpose(0, 2, 1, 3)
         return heads
 
     def side_by_side(self, inputs: Sequence[Array]) -> Array:
-        """Queries, keys and values ``(b, heads, t, d)`` in rows, ``(b, t, (h + 2 g) * d)``, padded."""
+        """Queries, keys and values ``(b, heads, t, d)`` as padded rows ``(b, t, (h + 2 g) * d)``."""
         heads = np.concatenate(inputs, axis=1).astype(self.dtype, copy=False).transpose(0, 2, 1, 3)
         wide = np.pad(heads, [(0, 0)] * 3 + [(0, padded(self.config) - self.config.head_dim)])
         return wide.reshape(*wide.shape[:2], -1)
 
     # --- graphs ---
     def masked(self) -> bool:
-        """The operator knows window, softcap and sink, and alibi's bias is no mask."""
+        """The operator supports window, softcap and sink; ALiBi's bias is not a mask."""
         return False
 
     def attention_model(self, cached: bool, masked: bool) -> bytes:

@@ -1,9 +1,9 @@
-"""The ONNX graphs of backend ``onnx-shared``: ``GroupQueryAttention``, which writes into the buffer that it reads.
+"""The ONNX graphs of backend ``onnx-shared``: ``GroupQueryAttention``, which writes to the buffer that it reads.
 
-The operator is ONNX Runtime's own (domain ``com.microsoft``, docs/ContribOperators.md there). Its past and present are
-buffers ``(b, g, capacity, d)``; where both are one memory, a step writes its tokens and copies nothing. Heads lie side
-by side in a row, ``(b, t, (h + 2 g) * d)``: queries, keys, values. ``d`` is padded with zeros to a multiple of 8, which
-the operator asks for: they add nothing to a score, and their values are cut off.
+The operator is ONNX Runtime's (domain ``com.microsoft``, docs/ContribOperators.md there). Its past and present are
+buffers ``(b, g, capacity, d)``; if both share memory, a step writes its tokens and copies nothing. Heads are packed in
+rows, ``(b, t, (h + 2 g) * d)``: queries, keys, values. ``d`` is zero-padded to a multiple of 8, as the operator
+requires: the zeros do not change scores, and padded values are cut off.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch.nn import functional
 from kvconform_backends.onnx import graphs as onnx_graphs
 from kvconform_backends.onnx.graphs import Pairs, close, pasts, presents
 from kvconform_backends.onnx.runtime import session_options
-from kvconform_backends.torch.decoder import DTYPES, Block, Decoder, alibi
+from kvconform_backends.torch.decoder import DTYPES, Decoder, alibi
 from kvconform_specs.config import Config
 
 Array = NDArray[Any]
 
 PROBES = ((1, 1, 0), (2, 1, 7), (1, 3, 4), (2, 3, 0))
-"""(batch, new, past) of the check after export; several tokens behind others come in one row alone."""
+"""(batch, new, past) of the check after export; a chunk after others is only possible for a single row."""
 
 
 def padded(config: Config) -> int:
@@ -39,20 +39,20 @@ def padded(config: Config) -> int:
 
 
 def arguments(config: Config) -> list[str]:
-    """The graph's inputs before the buffers: the new tokens, what of them is asked for, and where they are.
+    """The graph's inputs before the buffers: the new tokens, the requested logits, and the positions.
 
-    ``seqlens_k`` int32 ``(b,)`` is each row's number of tokens with the new ones, less one;
-    ``total_sequence_length`` int32 ``(1,)`` the largest number; it stays on the CPU.
+    ``seqlens_k`` int32 ``(b,)`` is each row's number of tokens including the new ones, minus one;
+    ``total_sequence_length`` int32 ``(1,)`` is the maximum length, on the CPU.
     """
-    told = ["seqlens_k", "total_sequence_length"] + ["attention_bias"] * (config.positions == "alibi")
+    sizes = ["seqlens_k", "total_sequence_length"] + ["attention_bias"] * (config.positions == "alibi")
     if config.profile == "attention":
-        return ["query_key_value", *told]
+        return ["query_key_value", *sizes]
     placed = ["position_ids"] if config.positions in ("rope", "learned") else []
-    return ["input_ids", "logit_positions", *placed, *told]
+    return ["input_ids", "logit_positions", *placed, *sizes]
 
 
 def attributes(config: Config, layer: int) -> dict[str, Any]:
-    """Of the layer's node."""
+    """The attributes of the layer's node."""
     window = config.window_of(layer)
     return {
         "num_heads": config.heads,
@@ -69,12 +69,12 @@ def sinks(config: Config) -> Array | None:
 
 
 def bias(config: Config, past: int, t: int) -> Array:
-    """alibi's on the scores of the ``t`` newest of ``s = past + t`` tokens, ``(1, h, t, s)``."""
+    """ALiBi's bias on the scores of the ``t`` newest of ``s = past + t`` tokens, ``(1, h, t, s)``."""
     made: Array = alibi(config, torch.arange(past, past + t), torch.arange(past + t)).numpy()
     return made
 
 
-class Packed(nn.Module):
+class SharedBufferDecoder(nn.Module):
     """The decoder whose attention is the operator: logits ``(b, k, V)``, and the buffers after the step."""
 
     def __init__(self, decoder: Decoder) -> None:
@@ -93,56 +93,37 @@ class Packed(nn.Module):
         position_ids: Tensor | None = None,
         attention_bias: Tensor | None = None,
     ) -> tuple[Tensor, Pairs]:
-        decoder, c = self.decoder, self.decoder.config
-        b, t = input_ids.shape
-        turned = (c.heads + c.kv_heads) * c.head_dim  # queries and keys
-        missing = padded(c) - c.head_dim
-        x = functional.embedding(input_ids, decoder.embed)
-        if c.positions == "learned":
-            x = x + decoder.position[position_ids]
-        rotate = None if position_ids is None else onnx_graphs.rotation(decoder, position_ids)
+        decoder, c, (b, t) = self.decoder, self.decoder.config, input_ids.shape
+        places = input_ids if position_ids is None else position_ids  # a model without positions uses neither
+        rotate = onnx_graphs.rotation(decoder, places)
+        turned, padding = (c.heads + c.kv_heads) * c.head_dim, padded(c) - c.head_dim
         present: Pairs = []
-        for block in decoder.blocks:
-            assert isinstance(block, Block)  # of a list of them, which torch does not type
-            y = functional.rms_norm(x, x.shape[-1:], block.norm_attention, 1e-6) @ block.query_key_value
-            if c.positions == "rope" and rotate is not None:
-                y = torch.cat((rotate(y[..., :turned]), y[..., turned:]), dim=-1)
-            if missing:
-                y = functional.pad(y.reshape(b, t, c.heads + 2 * c.kv_heads, c.head_dim), (0, missing)).flatten(2)
-            keys, values = past[block.number]
+
+        def mix(layer: int, y: Tensor) -> Tensor:
+            if c.positions == "rope":
+                y = torch.cat((rotate(y[..., :turned]), y[..., turned:]), dim=-1)  # queries and keys
+            if padding:
+                y = functional.pad(y.reshape(b, t, c.heads + 2 * c.kv_heads, c.head_dim), (0, padding)).flatten(2)
+            sizes = seqlens_k, total_sequence_length
             mixed, *grown = torch.onnx.ops.symbolic_multi_out(
                 "com.microsoft::GroupQueryAttention",
-                (
-                    y,
-                    None,
-                    None,
-                    keys,
-                    values,
-                    seqlens_k,
-                    total_sequence_length,
-                    None,
-                    None,
-                    None,
-                    attention_bias,
-                    self.sinks,
-                ),
-                attributes(c, block.number),
+                (y, None, None, *past[layer], *sizes, None, None, None, attention_bias, self.sinks),
+                attributes(c, layer),
                 dtypes=(y.dtype,) * 3,
-                shapes=([b, t, c.heads * padded(c)], keys.shape, values.shape),
+                shapes=([b, t, c.heads * padded(c)], *(buffer.shape for buffer in past[layer])),
                 version=1,
             )
             present.append((grown[0], grown[1]))
-            if missing:
-                mixed = mixed.reshape(b, t, c.heads, padded(c))[..., : c.head_dim].flatten(2)
-            x = x + mixed @ block.output
-            if c.mlp:
-                gate, up = (functional.rms_norm(x, x.shape[-1:], block.norm_mlp, 1e-6) @ block.gate_up).chunk(2, dim=-1)
-                x = x + (functional.silu(gate) * up) @ block.down
+            return mixed.reshape(b, t, c.heads, padded(c))[..., : c.head_dim].flatten(2) if padding else mixed
+
+        x = onnx_graphs.embedded(decoder, input_ids, places)
+        for block in decoder.blocks:
+            x = block(x, mix)
         return onnx_graphs.projected(decoder, x, logit_positions), present
 
 
 def decoder_model(config: Config, weights: Mapping[str, NDArray[np.float32]]) -> bytes:
-    """The exported decoder, checked against the one of ``onnx_graphs`` in torch, which attends by itself."""
+    """The exported decoder, checked against the one of ``onnx_graphs`` in torch, which has its own attention."""
     decoder = Decoder(config, weights).eval()
     b, t, total, slots = Dim("batch"), Dim("new"), Dim("total"), Dim("slots")
     axes: dict[str, Any] = {
@@ -157,7 +138,7 @@ def decoder_model(config: Config, weights: Mapping[str, NDArray[np.float32]]) ->
     example = _example(config, 2, 3, 5, [0, 2, 1, 1], 9)
     order = [*arguments(config), "past"]
     model = onnx_graphs.exported(
-        Packed(decoder).eval(),
+        SharedBufferDecoder(decoder).eval(),
         {name: example[name] for name in order},
         {name: axes[name] for name in order},
         [*arguments(config), *pasts(config)],
@@ -181,7 +162,7 @@ def decoder_model(config: Config, weights: Mapping[str, NDArray[np.float32]]) ->
 
 
 def _example(config: Config, b: int, t: int, p: int, asked: list[int], slots: int) -> dict[str, Any]:
-    """Inputs for ``t`` tokens behind ``p`` others in buffers of ``slots``."""
+    """Inputs for ``t`` tokens after ``p`` others in buffers of ``slots``."""
     plain = onnx_graphs.example(config, b, t, p, asked, cached=True)
     room = (0, padded(config) - config.head_dim, 0, slots - p)
     return {
@@ -196,7 +177,7 @@ def _example(config: Config, b: int, t: int, p: int, asked: list[int], slots: in
 
 
 def _check_values(model: bytes, module: onnx_graphs.Exportable) -> None:
-    """Raises RuntimeError where the graph and the decoder in torch disagree on a probe."""
+    """Raises RuntimeError if the graph and the decoder in torch disagree on a probe."""
     config = module.decoder.config
     session = onnxruntime.InferenceSession(model, session_options(), providers=["CPUExecutionProvider"])
     for b, t, p in PROBES:
@@ -212,11 +193,11 @@ def _check_values(model: bytes, module: onnx_graphs.Exportable) -> None:
         wanted = [logits, *(x for pair in grown for x in pair)]
         for output, have, want in zip(session.get_outputs(), [got[0], *cut], wanted, strict=True):
             if not close(have, want):
-                raise RuntimeError(f"the exported graph's {output.name} is not torch's for (b, t, p) = {(b, t, p)}")
+                raise RuntimeError(f"the exported graph's {output.name} differs from torch for (b, t, p) = {(b, t, p)}")
 
 
 def attention_model(config: Config) -> bytes:
-    """One node on heads that lie side by side already, ``(b, t, (h + 2 g) * d)``, to ``(b, t, h * d)``."""
+    """One node on packed heads, ``(b, t, (h + 2 g) * d)``, to ``(b, t, h * d)``."""
     c, kind = config, TensorProto.FLOAT16 if config.dtype == "float16" else TensorProto.FLOAT
     axes: dict[str, list[str | int | None]] = {
         "query_key_value": ["batch", "new", (c.heads + 2 * c.kv_heads) * padded(c)],

@@ -1,6 +1,6 @@
-"""``list-cache``: each token's key and value is an entry of a list, and every step stacks the lists.
+"""``list-cache``: each token's key and value is a list entry; every step stacks the lists.
 
-The lists belong to the sequence. A list of the whole program, which is never cleared, is in the fault catalogue
+The lists belong to the sequence. A program-wide list that is never cleared is in the fault catalogue
 (``faults/published.py``).
 """
 
@@ -14,13 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvconform_backends.abilities import without
 from kvconform_backends.torch.decoder import attend_to
 from kvconform_backends.torch.eager import COMMON, Torch, copied
-from kvconform_backends.validation import check_rows
+from kvconform_backends.validation import check_length, check_rows
 
 Array = NDArray[Any]
 Tokens = list[Tensor]
-"""An entry for each token, ``(b, g, d)``; entries are never written again, so copies of a list may share them."""
+"""One entry ``(b, g, d)`` per token. Entries are never modified, so that copies of a list may share them."""
 
 
 @dataclass
@@ -37,10 +38,10 @@ class Lists:
 
 
 class ListCache(Torch):
-    """A layer or a decoder around lists of tokens."""
+    """A layer or a decoder over lists of tokens."""
 
     cache_design = "concatenation"
-    claims = replace(COMMON, abilities=tuple(a for a in COMMON.abilities if a != "mask"))
+    claims = replace(COMMON, abilities=without(COMMON, "mask"))
 
     def start(self, batch: int) -> Lists:
         return Lists(batch, [[] for _ in range(self.config.layers)], [[] for _ in range(self.config.layers)])
@@ -50,22 +51,19 @@ class ListCache(Torch):
     ) -> tuple[Array, Lists]:
         start = cache.length
         s = start + self.admit(inputs, cache.batch, start)
-        sights = self.sights.of(slice(start, s), s)
+        layer_masks = self.layer_masks.of(slice(start, s), s)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            # t entries of (b, g, d); views would keep the memory of the queries
+            # t entries of (b, g, d); a view would keep the memory of the queries alive
             cache.keys[layer] += [token.clone() for token in key.unbind(2)]
             cache.values[layer] += [token.clone() for token in value.unbind(2)]
             keys, values = torch.stack(cache.keys[layer], dim=2), torch.stack(cache.values[layer], dim=2)
-            return attend_to(self.config, sights[layer], query, keys, values)
+            return attend_to(self.config, layer_masks[layer], query, keys, values)
 
         return self.run(inputs, slice(start, s), attend, count_macs, last_only), cache
 
     def length(self, cache: Lists) -> list[int]:
         return [cache.length] * cache.batch
-
-    def free_slots(self, cache: Lists) -> list[int]:
-        return [self.config.capacity - cache.length] * cache.batch
 
     def contents(self, cache: Lists) -> list[list[tuple[Array, Array]]]:
         nothing = np.zeros((cache.batch, self.config.kv_heads, 0, self.config.head_dim), np.float32)
@@ -78,8 +76,7 @@ class ListCache(Torch):
         return sum(token.untyped_storage().nbytes() for kept in (*cache.keys, *cache.values) for token in kept)
 
     def truncate(self, cache: Lists, length: int) -> Lists:
-        if not 0 <= length <= cache.length:
-            raise ValueError(f"cannot keep {length} of {cache.length} tokens")
+        check_length(length, cache.length)
         for kept in (*cache.keys, *cache.values):
             del kept[length:]
         return cache

@@ -1,7 +1,7 @@
 """``module-buffers``: the attention modules own the cache, as in the decoder of *LLMs from scratch* (chapter 4, bonus).
 
-Each keeps one cache in its buffers ``cache_k`` and ``cache_v``, which grow by concatenation, and counts its tokens. So
-one sequence lives in a model at a time, of any number of rows, until the cache is reset.
+Each keeps its cache in the buffers ``cache_k`` and ``cache_v``, which grow by concatenation, and counts its tokens. A
+model holds one sequence at a time, of any number of rows, until the cache is reset.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, cat, nn
 
-from kvconform_backends.torch.decoder import Attend, Sight, Sights, attend_to
+from kvconform_backends.abilities import without
+from kvconform_backends.torch.decoder import Attend, LayerMask, LayerMasks, attend_to
 from kvconform_backends.torch.eager import COMMON, Torch, copied
-from kvconform_backends.validation import check_rows
+from kvconform_backends.validation import check_length, check_rows
 from kvconform_specs.config import Config
 
 Array = NDArray[Any]
 Rows = int
-"""The handle of a sequence is its number of rows: all else is in the modules."""
+"""The handle of a sequence is its number of rows; all other state is in the modules."""
 
 
 class CachedAttention(nn.Module):
@@ -30,9 +31,9 @@ class CachedAttention(nn.Module):
     cache_k: Tensor | None
     cache_v: Tensor | None
 
-    def __init__(self, config: Config, layer: int, sights: Sights) -> None:
+    def __init__(self, config: Config, layer: int, layer_masks: LayerMasks) -> None:
         super().__init__()
-        self.config, self.layer, self.sights = config, layer, sights
+        self.config, self.layer, self.layer_masks = config, layer, layer_masks
         self.reset_cache()
 
     def reset_cache(self) -> None:
@@ -49,25 +50,25 @@ class CachedAttention(nn.Module):
             if self.cache_k is not None and self.cache_v is not None:
                 key, value = cat((self.cache_k, key), dim=2), cat((self.cache_v, value), dim=2)  # (b, g, s, d)
             else:
-                key, value = key.clone(), value.clone()  # views would keep the memory of the queries
+                key, value = key.clone(), value.clone()  # a view would keep the memory of the queries alive
             self.fill(key, value)
-        return attend_to(self.config, self.sight(start, t), query, key, value)
+        return attend_to(self.config, self.layer_mask(start, t), query, key, value)
 
-    def sight(self, start: int, t: int) -> Sight:
-        """What ``t`` tokens behind ``start`` cached ones see."""
-        return self.sights.of_layer(self.layer, slice(start, start + t), start + t)
+    def layer_mask(self, start: int, t: int) -> LayerMask:
+        """The mask of ``t`` tokens after ``start`` cached ones."""
+        return self.layer_masks.of_layer(self.layer, slice(start, start + t), start + t)
 
 
 class ModuleBuffers(Torch):
     """A layer or a decoder whose attention modules own the cache."""
 
     cache_design = "concatenation"
-    claims = replace(COMMON, abilities=tuple(a for a in COMMON.abilities if a not in ("fork", "mask")), max_sequences=1)
+    claims = replace(COMMON, abilities=without(COMMON, "fork", "mask"), max_sequences=1)
     module: ClassVar[type[CachedAttention]] = CachedAttention
 
     def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
         super().__init__(config, weights, device)
-        self.layers = [self.module(config, layer, self.sights).eval() for layer in range(config.layers)]
+        self.layers = [self.module(config, layer, self.layer_masks).eval() for layer in range(config.layers)]
 
     def uncached_forward(self, *inputs: Array, last_only: bool = False) -> Array:
         return self.through(inputs, self.admit(inputs, None, 0), use_cache=False, last_only=last_only)
@@ -83,24 +84,21 @@ class ModuleBuffers(Torch):
     def through(
         self, inputs: tuple[Array, ...], t: int, use_cache: bool, count_macs: bool = False, last_only: bool = False
     ) -> Array:
-        """The output for ``t`` tokens, on the cache or without one."""
+        """The output for ``t`` tokens, with or without the cache."""
         start = self.held if use_cache else 0
         attend: Attend = lambda layer, q, k, v: self.layers[layer](q, k, v, use_cache)  # noqa: E731
         return self.run(inputs, slice(start, start + t), attend, count_macs, last_only)
 
     @property
     def held(self) -> int:
-        """How many tokens the cache holds."""
+        """The number of cached tokens."""
         return self.layers[0].position
 
     def length(self, rows: Rows) -> list[int]:
         return [self.held] * rows
 
-    def free_slots(self, rows: Rows) -> list[int]:
-        return [self.config.capacity - self.held] * rows
-
     def buffers(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer; of none while the cache is empty."""
+        """Keys and values of each layer; empty while the cache is."""
         return [(x.cache_k, x.cache_v) for x in self.layers if x.cache_k is not None and x.cache_v is not None]
 
     def contents(self, rows: Rows) -> list[list[tuple[Array, Array]]]:
@@ -112,10 +110,9 @@ class ModuleBuffers(Torch):
         return sum(x.untyped_storage().nbytes() for layer in self.buffers() for x in layer)
 
     def truncate(self, rows: Rows, length: int) -> Rows:
-        if not 0 <= length <= self.held:
-            raise ValueError(f"cannot keep {length} of {self.held} tokens")
+        check_length(length, self.held)
         for module, (k, v) in zip(self.layers, self.buffers(), strict=bool(self.held)):
-            # copies: views would keep the memory of what is forgotten
+            # copies: a view would keep the memory of dropped tokens alive
             module.fill(k[:, :, :length].clone(), v[:, :, :length].clone())
         return rows
 

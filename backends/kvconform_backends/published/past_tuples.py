@@ -1,6 +1,6 @@
-"""``past-tuples``: each layer's past is a tuple ``(key, value)`` that is passed to a step and comes back grown.
+"""``past-tuples``: each layer's past is a tuple ``(key, value)``, passed to a step and returned grown.
 
-It is None before the first step. The causal mask stands at the bottom right: the last new token sees everything.
+It is None before the first step. The causal mask is aligned bottom-right: the last new token sees everything.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvconform_backends.abilities import without
 from kvconform_backends.torch.decoder import Attend, attend_to
 from kvconform_backends.torch.eager import COMMON, Torch, copied
-from kvconform_backends.validation import check_rows
+from kvconform_backends.validation import check_length, check_rows
 
 Array = NDArray[Any]
 Layer = tuple[Tensor, Tensor]
@@ -26,10 +27,10 @@ Past = tuple[int, Sequence[Layer | None]]
 
 
 class PastTuples(Torch):
-    """A layer or a decoder around tuples that nobody writes again, so that whoever holds one can go on from it."""
+    """A layer or a decoder over tuples that are never modified: any of them can be continued."""
 
     cache_design = "concatenation"
-    claims = replace(COMMON, abilities=tuple(a for a in (*COMMON.abilities, "immutable") if a != "mask"))
+    claims = replace(COMMON, abilities=(*without(COMMON, "mask"), "immutable"))
 
     def start(self, batch: int) -> Past:
         return batch, (None,) * self.config.layers
@@ -55,17 +56,14 @@ class PastTuples(Torch):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, past_kv: Layer | None
     ) -> tuple[Tensor, Layer]:
-        """One layer's attention: what it mixed, ``(b, h, t, d)``, and its present."""
+        """One layer's attention: the mixed heads ``(b, h, t, d)`` and the layer's present."""
         keys, values = present = grown(key, value, past_kv)
         s = keys.shape[2]
-        sight = self.sights.of_layer(layer, slice(s - query.shape[2], s), s)
-        return attend_to(self.config, sight, query, keys, values), present
+        mask = self.layer_masks.of_layer(layer, slice(s - query.shape[2], s), s)
+        return attend_to(self.config, mask, query, keys, values), present
 
     def length(self, past: Past) -> list[int]:
         return [tokens(past)] * past[0]
-
-    def free_slots(self, past: Past) -> list[int]:
-        return [self.config.capacity - s for s in self.length(past)]
 
     def contents(self, past: Past) -> list[list[tuple[Array, Array]]]:
         c = self.config
@@ -79,9 +77,8 @@ class PastTuples(Torch):
         return sum(x.untyped_storage().nbytes() for layer in past[1] if layer is not None for x in layer)
 
     def truncate(self, past: Past, length: int) -> Past:
-        if not 0 <= length <= tokens(past):
-            raise ValueError(f"cannot keep {length} of {tokens(past)} tokens")
-        # copies: views would keep the memory of what is forgotten
+        check_length(length, tokens(past))
+        # copies: a view would keep the memory of dropped tokens alive
         kept = [layer and (layer[0][:, :, :length].clone(), layer[1][:, :, :length].clone()) for layer in past[1]]
         return past[0], kept
 
@@ -97,13 +94,13 @@ class PastTuples(Torch):
 
 
 def grown(key: Tensor, value: Tensor, past_kv: Layer | None) -> Layer:
-    """The past and, behind it, the new tokens' keys and values ``(b, g, t, d)``."""
+    """The past followed by the new tokens' keys and values ``(b, g, t, d)``."""
     if past_kv is None:
-        return key.clone(), value.clone()  # views would keep the memory of the queries
+        return key.clone(), value.clone()  # a view would keep the memory of the queries alive
     return torch.cat((past_kv[0], key), dim=2), torch.cat((past_kv[1], value), dim=2)
 
 
 def tokens(past: Past) -> int:
-    """How many tokens each row holds."""
+    """The number of tokens in each row."""
     layer = past[1][0]
     return 0 if layer is None else layer[0].shape[2]

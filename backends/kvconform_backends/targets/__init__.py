@@ -1,1 +1,1 @@
-"""What a person has, as black boxes: modules in files, ONNX decoders, models of transformers."""
+"""Black-box targets: modules in files, ONNX decoders, transformers models."""

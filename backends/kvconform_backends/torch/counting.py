@@ -1,8 +1,8 @@
-"""What a call does in torch, counted where torch dispatches it: operators, the bytes that they allocate, multiply-adds.
+"""Counts a call's operators, allocated bytes and multiply-adds at torch's dispatcher.
 
-The counts are the program's and not the machine's: the same call gives the same counts, whatever else runs. They speak
-of what torch dispatches: memory that a kernel takes for itself and gives back is not seen, and inside a compiled graph
-neither are the kernels that the compiler wrote. What such a graph allocates, torch's allocator tells instead.
+The counts depend on the program, not on the machine. Memory that a kernel allocates and frees internally is not
+counted, nor are compiler-generated kernels inside a compiled graph; what such a graph allocates is taken from torch's
+allocator.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 Counts = dict[str, Mapping[str, int]]
-"""As ``Counting.count`` gives them (``kvconform.backend``): counter, then kind, then how much."""
+"""As returned by ``Counting.count`` (``kvconform.backend``): counter, then kind, then amount."""
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-"""The fused attention of the CPU, for which torch's own counter has no formula."""
+"""The fused CPU attention, for which torch's counter has no formula."""
 
 
 class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what is dispatched while it is entered. Operators that torch makes of others are counted as those others,
-    with gradients and without, so that ``inference_mode`` changes nothing."""
+    """Counts dispatched operators while it is active. Composite operators are counted as their parts, with and without
+    gradients, so that ``inference_mode`` changes nothing."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -38,7 +38,7 @@ class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """torch.compile runs its graphs under this mode, instead of refusing it."""
+        """Lets torch.compile run its graphs under this mode."""
         return True
 
     def __torch_dispatch__(
@@ -70,7 +70,7 @@ class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def storages(values: Any) -> dict[int, int]:
-    """The memory behind all tensors in ``values``: bytes by address. Views of one storage are one; empty ones none."""
+    """The memory of all tensors in ``values``: bytes by address. Views share a storage; empty ones are omitted."""
     found = [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, Tensor)]
     return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
 
@@ -81,7 +81,7 @@ def attended(query: Tensor, keys: Tensor) -> int:
 
 
 class Counted:
-    """Gives a torch backend the methods ``count`` and ``counted_by``."""
+    """Adds the methods ``count`` and ``counted_by`` to a torch backend."""
 
     def count(self, call: Callable[[], None]) -> Counts:
         mode = Dispatched()
@@ -94,7 +94,7 @@ class Counted:
 
 
 class CountedGraphs(Counted):
-    """The same for a backend that compiles: its graphs allocate behind the dispatcher's back."""
+    """The same for a backend that compiles: its graphs allocate without the dispatcher."""
 
     device: str
 
@@ -104,14 +104,14 @@ class CountedGraphs(Counted):
         return {**found[0], "allocated": {"allocator": taken}}
 
     def counted_by(self) -> dict[str, str]:
-        """Which operators the compiler leaves to torch, and which it writes itself, hangs on the processor as well."""
+        """Includes the processor, since the compiler's choice of operators depends on it."""
         cuda = self.device == "cuda"
         unit = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
         return {**super().counted_by(), "unit": unit}
 
 
 def handed_out(call: Callable[[], None], device: str) -> int:
-    """Bytes that torch's allocator hands out during a call, those that come back meanwhile included."""
+    """Bytes that torch's allocator allocates during a call, including those freed meanwhile."""
     if device == "cuda":
         before = torch.cuda.memory_stats()["allocated_bytes.all.allocated"]
         call()
@@ -122,6 +122,6 @@ def handed_out(call: Callable[[], None], device: str) -> int:
 
 
 def allocations(profiled: profile) -> int:
-    """The sum of all allocations that a profile has seen: each is an event, as each release is with minus its bytes."""
+    """The sum of all allocations in a profile: releases are events with negative bytes."""
     seen: Any = profiled.profiler
     return sum(max(0, event.nbytes()) for event in seen.kineto_results.events() if event.name() == "[memory]")

@@ -1,6 +1,6 @@
-"""The decoder family in torch, open in one place: how attention stores and finds its keys and values.
+"""The decoder in torch, parameterised by how attention stores and finds its keys and values.
 
-``eager``, ``compiled`` and ``onnx`` are this module with three ways of running it; a cache design is an ``Attend``.
+``eager``, ``compiled`` and ``onnx`` run this module in three ways; a cache design is an ``Attend``.
 """
 
 from __future__ import annotations
@@ -18,32 +18,34 @@ from kvconform_specs.config import Config
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``(layer, query (b, h, t, d), key (b, g, t, d), value (b, g, t, d))`` to the mixed heads ``(b, h, t, d)``."""
+Mix = Callable[[int, Tensor], Tensor]
+"""``(layer, packed queries, keys and values (b, t, (h + 2 g) * d))`` to ``(b, t, h * d)``."""
 Multiply = Callable[[Tensor, Tensor], Tensor]
-"""As ``Decoder.multiply``."""
+"""See ``Decoder.multiply``."""
 Positions = Tensor | slice
-"""Of new tokens: a slice where all rows are as long and grow alike, so that tables are cut and not gathered; else
-``(t,)``, or ``(b, t)`` of each row."""
+"""Positions of new tokens: a slice if all rows have the same length and grow equally, so that tables are sliced instead
+of gathered; else ``(t,)``, or ``(b, t)`` per row."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def visible(i: Tensor, j: Tensor, window: int | None) -> Tensor:
-    """Which absolute positions ``j`` ``(s,)`` the tokens at ``i`` see: ``(t, s)`` for positions ``(t,)``, and
-    ``(b, 1, t, s)`` for positions ``(b, t)`` of each row."""
+    """Which absolute positions ``j`` ``(s,)`` the tokens at ``i`` see: ``(t, s)`` for positions ``(t,)``, ``(b, 1, t,
+    s)`` for positions ``(b, t)``."""
     behind = distance(i, j)
     return behind >= 0 if window is None else (behind >= 0) & (behind < window)
 
 
 def distance(i: Tensor, j: Tensor) -> Tensor:
-    """How far the keys at ``j`` lie behind the tokens at ``i``; shapes as in ``visible``."""
+    """The distance from the tokens at ``i`` back to the keys at ``j``; shapes as in ``visible``."""
     return (i if i.ndim == 1 else i[:, None])[..., None] - j
 
 
 def masks(config: Config, i: Tensor, j: Tensor, seen: Tensor | None = None) -> list[Tensor]:
-    """Each layer's mask for ``attention``, made once for each window that occurs; ``i`` and ``j`` as in ``visible``.
+    """Each layer's mask for ``attention``, built once per distinct window; ``i`` and ``j`` as in ``visible``.
 
-    It is bool, True where a token is seen; under ``alibi`` it is float32, the bias there and -inf elsewhere.
-    seen: bool ``(b, s)``, which tokens the caller lets be seen.
+    It is bool, True for visible tokens; with ``alibi`` it is float32: the bias, and -inf for hidden tokens. seen: bool
+    ``(b, s)``, the caller's mask.
     """
     windows = [config.window_of(layer) for layer in range(config.layers)]
     made = {window: mask_of(config, window, i, j, seen) for window in dict.fromkeys(windows)}
@@ -51,7 +53,7 @@ def masks(config: Config, i: Tensor, j: Tensor, seen: Tensor | None = None) -> l
 
 
 def mask_of(config: Config, window: int | None, i: Tensor, j: Tensor, seen: Tensor | None) -> Tensor:
-    """The mask of a layer with that window, as in ``masks``."""
+    """The mask for one window, as in ``masks``."""
     mask = visible(i, j, window)
     if seen is not None:
         mask = mask & seen[:, None, None]  # (b, 1, t, s)
@@ -66,10 +68,10 @@ def alibi(config: Config, i: Tensor, j: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
-    """What a step's tokens see of one layer: the slots ``first`` to ``stop``, and of these what the mask says.
+class LayerMask:
+    """What a step's tokens see in one layer: slots ``first`` to ``stop``, further restricted by the mask.
 
-    mask: as in ``attention``, or None: all of them; causal: as many queries as keys, each sees those up to its own.
+    mask: as in ``attention``; None: all of them. causal: as many queries as keys, each sees those up to its own.
     """
 
     first: int
@@ -78,53 +80,53 @@ class Sight:
     causal: bool = False
 
     def cut(self, x: Tensor) -> Tensor:
-        """A view of the slots that are seen, of keys or values ``(b, g, any, d)``."""
+        """A view of the visible slots of keys or values ``(b, g, any, d)``."""
         return x if self.first == 0 and self.stop == x.shape[2] else x[:, :, self.first : self.stop]
 
 
-class Sights:
-    """Chooses what is seen: slots that nobody sees are cut off, and a mask is made only where that is not enough.
+class LayerMasks:
+    """Chooses each layer's mask: hidden slots are cut off, and a mask is built only if that does not suffice.
 
-    So a decode step, where all rows are as long, never has one; alibi's bias is cut from a table then.
+    A decode step with rows of equal length needs none; ALiBi's bias is then cut from a table.
     """
 
     def __init__(self, config: Config, device: str) -> None:
         self.config, self.device = config, device
         self.windows = [config.window_of(layer) for layer in range(config.layers)]
         places = torch.arange(config.capacity, device=device)
-        # the newest token's bias on s keys is the end of its bias on as many as there can be, (1, h, 1, capacity)
+        # the newest token's bias on s keys is the end of its bias on ``capacity`` keys, (1, h, 1, capacity)
         self.newest = alibi(config, places[-1:], places) if config.positions == "alibi" else None
-        # SDPA alone knows is_causal, and aligns it top-left: it is right only where there is no past
+        # only SDPA has is_causal; it aligns top-left, so that it is correct only without a past
         self.fused = config.softcap is None and config.sink is None and self.newest is None
 
-    def of(self, at: Positions, s: int, seen: Tensor | None = None) -> list[Sight]:
-        """Of each layer, for tokens at ``at`` whose rows hold at most ``s`` tokens with them.
+    def of(self, at: Positions, s: int, seen: Tensor | None = None) -> list[LayerMask]:
+        """The masks of all layers for tokens at ``at``, with at most ``s`` tokens per row including them.
 
-        seen: bool ``(b, s)``, which tokens the caller lets be seen.
+        seen: bool ``(b, s)``, the caller's mask.
         """
         made = {window: self._of(window, at, s, seen) for window in dict.fromkeys(self.windows)}
         return [made[window] for window in self.windows]
 
-    def of_layer(self, layer: int, at: Positions, s: int) -> Sight:
+    def of_layer(self, layer: int, at: Positions, s: int) -> LayerMask:
         return self._of(self.windows[layer], at, s, None)
 
-    def _of(self, window: int | None, at: Positions, s: int, seen: Tensor | None) -> Sight:
+    def _of(self, window: int | None, at: Positions, s: int, seen: Tensor | None) -> LayerMask:
         if isinstance(at, Tensor):
             every = torch.arange(s, device=self.device)
-            return Sight(0, s, mask_of(self.config, window, at, every, seen))
-        first = 0 if window is None else max(0, at.start + 1 - window)  # the oldest that the first new token sees
+            return LayerMask(0, s, mask_of(self.config, window, at, every, seen))
+        first = 0 if window is None else max(0, at.start + 1 - window)  # the oldest token that the first new one sees
         if seen is None and s - at.start == 1:
-            # contiguous: a GPU's kernels ask for a mask that is aligned
-            return Sight(first, s, None if self.newest is None else self.newest[..., first - s :].contiguous())
+            # contiguous: GPU kernels require an aligned mask
+            return LayerMask(first, s, None if self.newest is None else self.newest[..., first - s :].contiguous())
         if seen is None and at.start == 0 and self.fused and (window is None or s <= window):
-            return Sight(0, s, causal=True)
+            return LayerMask(0, s, causal=True)
         new, every = torch.arange(at.start, s, device=self.device), torch.arange(first, s, device=self.device)
-        return Sight(first, s, mask_of(self.config, window, new, every, None if seen is None else seen[:, first:]))
+        return LayerMask(first, s, mask_of(self.config, window, new, every, None if seen is None else seen[:, first:]))
 
 
-def attend_to(config: Config, sight: Sight, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """As ``attention``, on what is seen of all keys and values that there are."""
-    return attention(config, query, sight.cut(keys), sight.cut(values), sight.mask, sight.causal)
+def attend_to(config: Config, seen: LayerMask, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """``attention`` on the visible part of all keys and values."""
+    return attention(config, query, seen.cut(keys), seen.cut(values), seen.mask, seen.causal)
 
 
 def attention(
@@ -132,13 +134,13 @@ def attention(
 ) -> Tensor:
     """Query ``(b, h, t, d)`` on keys and values ``(b, g, s, d)``: ``(b, h, t, d)``.
 
-    mask: bool, True where a token is seen, or float, added to the scores; it broadcasts to ``(b, h, t, s)``.
-    causal: in place of a mask, of SDPA alone, where ``t == s``. A query that sees nothing gives zeros.
+    mask: bool, True for visible tokens, or float, added to the scores; it broadcasts to ``(b, h, t, s)``. causal: use
+    SDPA's own causal mask instead; requires ``t == s``. A query that sees nothing gives zeros.
     """
     (b, h, t, d), (_, g, s, _) = query.shape, keys.shape
     if config.softcap is None and config.sink is None:
         if t == 1 and h > g:
-            # the query heads of a KV head are rows of it: its keys are read once, and no kernel has to repeat them
+            # query heads become rows of their KV head: its keys are read once, and no kernel repeats them
             query = query.reshape(b, g, h // g, d)
             mask = mask if mask is None or mask.ndim == 2 or mask.shape[1] == 1 else mask.reshape(-1, g, h // g, s)
         mixed = functional.scaled_dot_product_attention(
@@ -151,7 +153,7 @@ def attention(
             enable_gqa=query.shape[1] > g,
         )
         return mixed.reshape(b, h, t, d)
-    # SDPA has neither. Scores and weights stay in float32, as inside its kernels.
+    # SDPA has no softcap and no sink. Scores and weights stay in float32, as inside its kernels.
     scores = query.float().reshape(b, g, h // g * t, d) @ keys.float().mT * config.score_scale  # (b, g, h/g * t, s)
     scores = scores.reshape(b, h, t, s)
     if config.softcap is not None:
@@ -163,14 +165,14 @@ def attention(
         scores = torch.cat((scores, sinks[:, None, None].expand(b, h, t, 1)), dim=-1)
     weights = scores.softmax(-1)[..., :s]
     if mask is not None and config.sink is None:
-        weights = weights.masked_fill(scores == -torch.inf, 0.0)  # where a query sees nothing, softmax gave NaN
+        weights = weights.masked_fill(scores == -torch.inf, 0.0)  # softmax gives NaN for a query that sees nothing
     return (weights.reshape(b, g, h // g * t, s) @ values.float()).reshape(b, h, t, d).to(query.dtype)
 
 
 class Block(nn.Module):
-    """One layer: ``x += attention(norm(x))``, then ``x += mlp(norm(x))`` where the config has an MLP.
+    """One layer: ``x += attention(norm(x))``, then ``x += mlp(norm(x))`` if the config has an MLP.
 
-    Matrices with a common input are laid side by side: fewer kernels to launch, and half the time to compile.
+    Matrices with a common input are concatenated, which saves kernel launches and halves the compile time.
     """
 
     norm_attention: Tensor  # (width,)
@@ -192,15 +194,9 @@ class Block(nn.Module):
             self.register_buffer("gate_up", laid_out(torch.cat([w["gate"], w["up"]], dim=1)))
             self.register_buffer("down", laid_out(w["down"]))
 
-    def forward(
-        self, x: Tensor, rotate: Callable[[Tensor], Tensor], attend: Attend, multiply: Multiply = torch.matmul
-    ) -> Tensor:
-        h, g, d = self.config.heads, self.config.kv_heads, self.config.head_dim
+    def forward(self, x: Tensor, mix: Mix, multiply: Multiply = torch.matmul) -> Tensor:
         y = multiply(functional.rms_norm(x, x.shape[-1:], self.norm_attention, 1e-6), self.query_key_value)
-        heads = y.reshape(*x.shape[:2], h + 2 * g, d).transpose(1, 2)  # (b, h + 2 g, t, d): queries, keys, values
-        turned = rotate(heads[:, : h + g])
-        mixed = attend(self.number, turned[:, :h], turned[:, h:], heads[:, h + g :])  # (b, h, t, d)
-        x = x + multiply(mixed.transpose(1, 2).flatten(2), self.output)
+        x = x + multiply(mix(self.number, y), self.output)
         if self.config.mlp:
             normed = functional.rms_norm(x, x.shape[-1:], self.norm_mlp, 1e-6)
             gate, up = multiply(normed, self.gate_up).chunk(2, dim=-1)
@@ -208,11 +204,24 @@ class Block(nn.Module):
         return x  # (b, t, width)
 
 
-class Decoder(nn.Module):
-    """Token ids ``(b, t)`` at absolute positions to logits ``(b, t, V)`` in the config's dtype; with ``last`` to those
-    of the last position alone, ``(b, 1, V)``.
+def mixing(config: Config, rotate: Callable[[Tensor], Tensor], attend: Attend) -> Mix:
+    """The attention of the decoder's blocks."""
+    h, g, d = config.heads, config.kv_heads, config.head_dim
 
-    Positions that are a bias on the scores (alibi) are the business of ``attend``.
+    def mix(layer: int, y: Tensor) -> Tensor:
+        heads = y.reshape(*y.shape[:2], h + 2 * g, d).transpose(1, 2)  # (b, h + 2 g, t, d): queries, keys, values
+        turned = rotate(heads[:, : h + g])
+        mixed = attend(layer, turned[:, :h], turned[:, h:], heads[:, h + g :])  # (b, h, t, d)
+        return mixed.transpose(1, 2).flatten(2)
+
+    return mix
+
+
+class Decoder(nn.Module):
+    """Token ids ``(b, t)`` at absolute positions to logits ``(b, t, V)`` in the config's dtype; with ``last_only``,
+    only those of the last position, ``(b, 1, V)``.
+
+    Position biases on the scores (ALiBi) are part of ``attend``.
     """
 
     embed: Tensor
@@ -225,7 +234,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
         super().__init__()
         self.config, dtype = config, DTYPES[config.dtype]
-        # exact: the weights are float32 that were rounded to the config's dtype. The copy parts us from the caller.
+        # exact: the weights are already rounded to the config's dtype. The copy is independent of the caller.
         held = {name: torch.tensor(weight).to(device, dtype) for name, weight in weights.items()}
         for name, weight in held.items():
             if "." not in name:
@@ -235,7 +244,7 @@ class Decoder(nn.Module):
             half = config.head_dim // 2
             angle = np.arange(config.capacity)[:, None] * 10000.0 ** (-np.arange(half) / half)
             cos, sin = np.tile(np.cos(angle), 2), np.concatenate((-np.sin(angle), np.sin(angle)), axis=1)
-            # float32 in every dtype: a rotated head is rounded once, when it is stored
+            # float32 for every dtype: a rotated head is rounded once, when it is stored
             self.register_buffer("cos", torch.tensor(cos, dtype=torch.float32, device=device))  # (capacity, d)
             self.register_buffer("sin", torch.tensor(sin, dtype=torch.float32, device=device))
 
@@ -243,9 +252,9 @@ class Decoder(nn.Module):
         x = functional.embedding(tokens, self.embed)  # (b, t, width)
         if self.config.positions == "learned":
             x = x + self.position[positions]
-        rotate = self.rotation(positions)
+        mix = mixing(self.config, self.rotation(positions), attend)
         for block in self.blocks:
-            x = block(x, rotate, attend, self.multiply)
+            x = block(x, mix, self.multiply)
         if last_only:
             x = x[:, -1:]
         return self.multiply(functional.rms_norm(x, x.shape[-1:], self.norm_final, 1e-6), self.lm_head)
@@ -255,24 +264,25 @@ class Decoder(nn.Module):
         return x @ matrix
 
     def rotation(self, positions: Positions) -> Callable[[Tensor], Tensor]:
-        """Turns ``(b, heads, t, d)`` to the positions: pairs are ``(x_i, x_(i + d/2))``."""
+        """Rotates ``(b, heads, t, d)`` to the positions; pairs are ``(x_i, x_(i + d/2))``."""
         if self.config.positions != "rope":
             return lambda x: x
         cos, sin = self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)  # ([b,] 1, t, d)
 
         def rotate(x: Tensor) -> Tensor:
             x32 = x.float()
-            other = x32.roll(x.shape[-1] // 2, -1)  # each number's partner; the first half's sines are negative
+            other = x32.roll(x.shape[-1] // 2, -1)  # the other number of each pair; the first half's sines are negative
             return torch.addcmul(x32 * cos, other, sin).to(x.dtype)
 
         return rotate
 
 
 def laid_out(matrix: Tensor) -> Tensor:
-    """The matrix ``(in, out)`` in the order of memory in which a decode step's product of one row reads it fastest.
+    """The matrix ``(in, out)`` in the memory layout in which a decode step's single-row product reads it fastest.
 
-    On a CPU in float32 that is along the longer axis, since the inner loops are; otherwise along ``in``, the order of
-    ``nn.Linear``, without which a CPU's float16 falls back to a plain loop. Products of many rows do not mind.
+    On a CPU in float32 that is along the longer axis, like the inner loops; otherwise along ``in``, the order of
+    ``nn.Linear``: any other order makes float16 on a CPU fall back to a plain loop. Products of many rows are
+    unaffected.
     """
     wide = matrix.shape[1] >= matrix.shape[0]
     if matrix.device.type == "cpu" and matrix.dtype == torch.float32 and wide:

@@ -1,6 +1,6 @@
-"""``eager`` and ``eager-static``: PyTorch's scaled dot-product attention over the two usual caches.
+"""``eager`` and ``eager-static``: PyTorch's scaled dot-product attention over the two common cache designs.
 
-``eager`` grows tuples of past keys and values by concatenation, ``eager-static`` writes into a buffer of fixed size.
+``eager`` grows tuples of past keys and values by concatenation; ``eager-static`` writes into fixed-size buffers.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvconform.backend import Backend, CacheDesign
 from kvconform.errors import Unavailable
+from kvconform_backends.abilities import BASIC
 from kvconform_backends.greedy import greedy
 from kvconform_backends.torch import device_time
 from kvconform_backends.torch.counting import Counted
-from kvconform_backends.torch.decoder import DTYPES, Attend, Decoder, Positions, Sights, attend_to
-from kvconform_backends.validation import check_counts, check_inputs, check_rows
+from kvconform_backends.torch.decoder import DTYPES, Attend, Decoder, LayerMasks, Positions, attend_to
+from kvconform_backends.validation import check_counts, check_inputs, check_length, check_rows
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 
@@ -32,30 +33,15 @@ Index = tuple[Any, ...]
 
 COMMON = Claims(
     profiles=("attention", "decoder"),
-    abilities=(
-        "uncached_forward",
-        "length",
-        "free_slots",
-        "truncate",
-        "fork",
-        "reorder",
-        "reset",
-        "refusal",
-        "mask",
-        "contents",
-        "bytes",
-        "macs",
-        "generate",
-        "last_only",
-    ),
-    dtypes=("float32", "bfloat16", "float16"),
+    abilities=(*BASIC, "truncate", "mask", "bytes", "macs", "generate", "last_only"),
+    dtypes=tuple(DTYPES),
     devices=("cpu", "cuda"),
     overflow="refused",
 )
 
 
 class Torch(Counted, Backend):
-    """What both caches share: numpy to torch and back, the forward without a cache, and the runtime_info."""
+    """Base class of the torch backends: conversion between numpy and torch, the uncached forward, and runtime_info."""
 
     claims = COMMON
     family: type[Decoder] = Decoder
@@ -63,14 +49,14 @@ class Torch(Counted, Backend):
     def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable(f"torch {torch.__version__} finds no CUDA device on this machine")
-        torch.set_float32_matmul_precision("highest")  # float32 means float32: no TF32, no bf16x3 passes
+        torch.set_float32_matmul_precision("highest")  # float32 without TF32 or bf16x3 passes
         if device == "cuda":
             torch.backends.cudnn.allow_tf32 = False
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self.config, self.device, self.dtype = config, device, DTYPES[config.dtype]
         self.decoder = self.family(config, weights, device).eval() if config.profile == "decoder" else None
-        self.sights = Sights(config, device)
+        self.layer_masks = LayerMasks(config, device)
         self.seen_on: str | None = None  # the device of the last output
         self.counted = 0  # multiply-adds of the last count_macs step
         self.device_time = device_time.DeviceTime(device, self)
@@ -78,15 +64,15 @@ class Torch(Counted, Backend):
 
     def uncached_forward(self, *inputs: Array, last_only: bool = False) -> Array:
         t = self.admit(inputs, None, 0)
-        sights = self.sights.of(slice(0, t), t)
-        attend: Attend = lambda layer, q, k, v: attend_to(self.config, sights[layer], q, k, v)  # noqa: E731
+        layer_masks = self.layer_masks.of(slice(0, t), t)
+        attend: Attend = lambda layer, q, k, v: attend_to(self.config, layer_masks[layer], q, k, v)  # noqa: E731
         return self.run(inputs, slice(0, t), attend, last_only=last_only)
 
     def generate(self, tokens: Array, new: int) -> Array:
         return greedy(self, tokens, new)
 
     def admit(self, inputs: tuple[Array, ...], batch: int | None, length: int) -> int:
-        """How many tokens come. Raises TypeError or ValueError where they are malformed or exceed the capacity."""
+        """The number of new tokens. Raises TypeError or ValueError if inputs are malformed or exceed the capacity."""
         t = check_inputs(self.config, batch, inputs)
         self.check_room(length, t)
         return t
@@ -104,8 +90,8 @@ class Torch(Counted, Backend):
         count_macs: bool = False,
         last_only: bool = False,
     ) -> Array:
-        """The new tokens' output, or the last one's alone, whose attention goes through ``attend``: layer 0 alone, or
-        the decoder's layers."""
+        """The output of the new tokens, or of the last one only; attention goes through ``attend``. Attention profile:
+        layer 0 only."""
         with self.meter() if count_macs else nullcontext():
             if self.decoder is None:
                 query, key, value = (self.tensor(x) for x in inputs)
@@ -116,10 +102,10 @@ class Torch(Counted, Backend):
 
     @contextmanager
     def meter(self) -> Iterator[None]:
-        """Counts multiply-adds: every matrix product's, ``2 * m * n * k`` FLOPs being ``m * n * k`` of them.
+        """Counts the multiply-adds of every matrix product (2 * m * n * k FLOPs are m * n * k multiply-adds).
 
-        torch's counter does not know the fused kernel of CPU attention and takes it for 0 FLOPs. A count_macs step
-        therefore attends by SDPA's two plain matrix products, which read the same keys.
+        torch's counter reports 0 FLOPs for the fused CPU attention kernel. A step with ``count_macs`` therefore uses
+        SDPA's math backend: two plain matrix products that read the same keys.
         """
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             yield
@@ -127,6 +113,9 @@ class Torch(Counted, Backend):
 
     def macs(self) -> int:
         return self.counted
+
+    def free_slots(self, cache: Any) -> list[int]:
+        return [self.config.capacity - length for length in self.length(cache)]
 
     def synchronise(self) -> None:
         device_time.synchronise(self.device)
@@ -138,8 +127,8 @@ class Torch(Counted, Backend):
         return self.allocator.grown() if self.device == "cuda" else None
 
     def tensor(self, x: Array) -> Tensor:
-        """Without a copy where torch can share the memory; nothing below keeps or writes it."""
-        shared = torch.from_numpy(x if x.flags.writeable else x.copy())  # torch warns of memory it must not write
+        """Shares the array's memory if possible; it is neither kept nor modified."""
+        shared = torch.from_numpy(x if x.flags.writeable else x.copy())  # torch warns about read-only memory
         return shared.to(self.device, self.dtype if shared.is_floating_point() else torch.int64)
 
     def array(self, x: Tensor) -> Array:
@@ -148,13 +137,13 @@ class Torch(Counted, Backend):
         return widened
 
     def seen(self, mask: Array | None, batch: int, s: int) -> Tensor | None:
-        """The caller's mask ``(b, s)``. Raises ValueError for another shape, TypeError for another dtype."""
+        """The caller's mask ``(b, s)``. Raises ValueError for a wrong shape, TypeError for a wrong dtype."""
         if mask is None:
             return None
         if mask.dtype != np.bool_:
-            raise TypeError(f"the mask is {mask.dtype}, want bool")
+            raise TypeError(f"the mask is {mask.dtype}, expected bool")
         if mask.shape != (batch, s):
-            raise ValueError(f"the mask has the shape {mask.shape}, want {(batch, s)}: rows, cached and new tokens")
+            raise ValueError(f"the mask has shape {mask.shape}, expected {(batch, s)}: rows, cached and new tokens")
         return torch.from_numpy(mask.copy()).to(self.device)
 
     def runtime_info(self) -> dict[str, Any]:
@@ -179,7 +168,7 @@ Past = tuple[tuple[Tensor, Tensor], ...]
 
 
 class Eager(Torch):
-    """Past tuples: every step concatenates and returns new ones, none is ever written again."""
+    """Past tuples: every step concatenates and returns new ones; none is modified."""
 
     cache_design = "concatenation"
     claims = replace(COMMON, abilities=(*COMMON.abilities, "immutable"), memory="length")
@@ -194,14 +183,14 @@ class Eager(Torch):
     ) -> tuple[Array, Past]:
         batch, _, past, _ = cache[0][0].shape
         s = past + self.admit(inputs, batch, past)
-        sights = self.sights.of(slice(past, s), s, self.seen(mask, batch, s))
+        layer_masks = self.layer_masks.of(slice(past, s), s, self.seen(mask, batch, s))
         grown: list[tuple[Tensor, Tensor]] = []
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys = torch.cat((cache[layer][0], key), dim=2)  # (b, g, s, d)
             values = torch.cat((cache[layer][1], value), dim=2)
             grown.append((keys, values))
-            return attend_to(self.config, sights[layer], query, keys, values)
+            return attend_to(self.config, layer_masks[layer], query, keys, values)
 
         output = self.run(inputs, slice(past, s), attend, count_macs, last_only)
         return output, tuple(grown)
@@ -209,9 +198,6 @@ class Eager(Torch):
     def length(self, cache: Past) -> list[int]:
         batch, _, s, _ = cache[0][0].shape
         return [s] * batch
-
-    def free_slots(self, cache: Past) -> list[int]:
-        return [self.config.capacity - s for s in self.length(cache)]
 
     def contents(self, cache: Past) -> list[list[tuple[Array, Array]]]:
         return [[(copied(k), copied(v)) for k, v in zip(*layer, strict=True)] for layer in cache]
@@ -221,9 +207,8 @@ class Eager(Torch):
 
     def truncate(self, cache: Past, length: int) -> Past:
         s = cache[0][0].shape[2]
-        if not 0 <= length <= s:
-            raise ValueError(f"cannot keep {length} of {s} tokens")
-        # a copy: a view would keep the memory of what is forgotten
+        check_length(length, s)
+        # a copy: a view would keep the memory of dropped tokens alive
         return tuple((k[:, :, :length].clone(), v[:, :, :length].clone()) for k, v in cache)
 
     def fork(self, cache: Past) -> Past:
@@ -238,8 +223,8 @@ class Eager(Torch):
 
 
 @dataclass
-class Buffers:
-    """A static cache: keys and values of every layer, ``(b, g, capacity, d)`` each, and the tokens each row holds."""
+class StaticBuffers:
+    """A static cache: keys and values of every layer, ``(b, g, capacity, d)`` each, and each row's length."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -251,30 +236,30 @@ class Buffers:
 
 
 class EagerStatic(Torch):
-    """A buffer of ``capacity`` slots, written in place. A step attends to the slots that are filled: a view of them."""
+    """Buffers of ``capacity`` slots, written in place. A step attends to a view of the filled slots."""
 
     cache_design: CacheDesign | None = "in-place"
     claims = replace(
         COMMON, abilities=(*COMMON.abilities, "ragged", "poison"), padding=("right", "left"), memory="capacity"
     )
 
-    def start(self, batch: int) -> Buffers:
+    def start(self, batch: int) -> StaticBuffers:
         c = self.config
         shape = (batch, c.kv_heads, c.capacity, c.head_dim)
-        # zeros, not empty: of ragged rows the longest counts, and 0 * NaN of uninitialised memory is NaN
+        # zeros, not empty: ragged rows are read up to the longest, and 0 * NaN from uninitialised memory is NaN
         made = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2 * c.layers)]
-        return Buffers(made[::2], made[1::2], [0] * batch)
+        return StaticBuffers(made[::2], made[1::2], [0] * batch)
 
     def step(
         self,
-        cache: Buffers,
+        cache: StaticBuffers,
         *inputs: Array,
         counts: Array | None = None,
         padding: str = "right",
         mask: Array | None = None,
         count_macs: bool = False,
         last_only: bool = False,
-    ) -> tuple[Array, Buffers]:
+    ) -> tuple[Array, StaticBuffers]:
         t = check_inputs(self.config, cache.batch, inputs)
         added = [t] * cache.batch if counts is None else check_counts(counts, cache.batch, t)
         lengths = [length + count for length, count in zip(cache.lengths, added, strict=True)]
@@ -282,79 +267,75 @@ class EagerStatic(Torch):
             self.check_room(length, count)
         s = max(lengths)
         positions, slots, columns = self.place(cache.lengths, added, t, padding)
-        sights = self.sights.of(positions, s, self.seen(mask, cache.batch, s))
+        layer_masks = self.layer_masks.of(positions, s, self.seen(mask, cache.batch, s))
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = cache.keys[layer], cache.values[layer]
             keys[slots] = key[columns]
             values[slots] = value[columns]
-            return attend_to(self.config, sights[layer], query, keys, values)
+            return attend_to(self.config, layer_masks[layer], query, keys, values)
 
         output = self.run(inputs, positions, attend, count_macs, last_only)
-        cache.lengths = lengths  # only now: a step that raised has added nothing
+        cache.lengths = lengths  # last: a step that raises must not change the length
         return output, cache
 
     def place(self, lengths: list[int], added: list[int], t: int, padding: str) -> tuple[Positions, Index, Index]:
-        """Positions of the step's columns, the slots that are written, and the columns that are written there.
+        """Positions of the step's columns, the slots to write, and the columns written to them.
 
-        Positions are a slice where all rows are as long and grow alike, else ``(b, t)``, 0 where there is no token.
+        Positions are a slice if all rows have the same length and grow equally, else ``(b, t)``, 0 for padding.
         """
         every, past = slice(None), lengths[0]
         if len(set(lengths)) == 1 and min(added) == t:
             new = slice(past, past + t)
             return new, (every, every, new), (every,)
         old, count = torch.tensor([lengths, added], device=self.device)[:, :, None]  # (b, 1) each
-        # which of its row's new tokens a column holds, (b, t)
+        # the index of each column among its row's new tokens, (b, t)
         number = torch.arange(t, device=self.device) - (t - count if padding == "left" else 0)
         held = (number >= 0) & (number < count)
         positions = torch.where(held, old + number, 0)
         row, column = held.nonzero(as_tuple=True)
         return positions, (row, every, positions[row, column]), (row, every, column)
 
-    def length(self, cache: Buffers) -> list[int]:
+    def length(self, cache: StaticBuffers) -> list[int]:
         return list(cache.lengths)
 
-    def free_slots(self, cache: Buffers) -> list[int]:
-        return [self.config.capacity - length for length in cache.lengths]
-
-    def contents(self, cache: Buffers) -> list[list[tuple[Array, Array]]]:
+    def contents(self, cache: StaticBuffers) -> list[list[tuple[Array, Array]]]:
         return [
             [(copied(k[row, :, :s]), copied(v[row, :, :s])) for row, s in enumerate(cache.lengths)]
             for k, v in zip(cache.keys, cache.values, strict=True)
         ]
 
-    def poison(self, cache: Buffers, keys: float | None, values: float | None) -> None:
+    def poison(self, cache: StaticBuffers, keys: float | None, values: float | None) -> None:
         for number, buffers in ((keys, cache.keys), (values, cache.values)):
             if number is not None:
                 for buffer in buffers:
                     for row, length in enumerate(cache.lengths):
                         buffer[row, :, length:] = number
 
-    def bytes(self, cache: Buffers) -> int:
+    def bytes(self, cache: StaticBuffers) -> int:
         return sum(x.untyped_storage().nbytes() for x in (*cache.keys, *cache.values))
 
-    def truncate(self, cache: Buffers, length: int) -> Buffers:
-        if not 0 <= length <= min(cache.lengths):
-            raise ValueError(f"cannot keep {length} of {min(cache.lengths)} tokens")
+    def truncate(self, cache: StaticBuffers, length: int) -> StaticBuffers:
+        check_length(length, min(cache.lengths))
         cache.lengths = [length] * cache.batch
         return cache
 
-    def fork(self, cache: Buffers) -> Buffers:
-        return Buffers([k.clone() for k in cache.keys], [v.clone() for v in cache.values], list(cache.lengths))
+    def fork(self, cache: StaticBuffers) -> StaticBuffers:
+        return StaticBuffers([k.clone() for k in cache.keys], [v.clone() for v in cache.values], list(cache.lengths))
 
-    def reorder(self, cache: Buffers, rows: list[int]) -> Buffers:
+    def reorder(self, cache: StaticBuffers, rows: list[int]) -> StaticBuffers:
         check_rows(rows, cache.batch)
         cache.keys = [k[rows] for k in cache.keys]
         cache.values = [v[rows] for v in cache.values]
         cache.lengths = [cache.lengths[row] for row in rows]
         return cache
 
-    def reset(self, cache: Buffers) -> Buffers:
+    def reset(self, cache: StaticBuffers) -> StaticBuffers:
         cache.lengths = [0] * cache.batch
         return cache
 
 
 def copied(x: Tensor) -> Array:
-    """Floats that are nobody else's memory."""
+    """A float32 copy."""
     made: Array = x.to("cpu", torch.float32, copy=True).numpy()
     return made

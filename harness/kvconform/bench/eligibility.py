@@ -21,7 +21,7 @@ from kvconform.bench.presets import Preset
 from kvconform.bench.worker.gpu import unfit
 from kvconform.bench.worker.timer import digest, tokens
 from kvconform.errors import BackendUnavailable, KvconformError, WorkerDied
-from kvconform.results.results import exit_code, missing_core, read
+from kvconform.results.results import missing_core, read
 from kvconform.worker.client import WorkerClient, WorkerSpec, unproven
 from kvconform.worker.execute import StepResult
 from kvconform_specs import SUITE_VERSION
@@ -99,9 +99,8 @@ def conformance(name: str, spec: WorkerSpec, results_dir: Path) -> str:
         results = read(results_dir / f"{name}.json")
     except SpecError as error:
         return f"no conformance results: {error}"
-    code, sentence = exit_code(results)
-    if code != 0:
-        return sentence
+    if not results.ok:
+        return results.summary
     if not results.finished:
         return "its conformance run is not finished"
     missing = missing_core(results, "decoder")
@@ -176,8 +175,8 @@ def by_definition(config: Config, seed: int) -> ExpectedLogits:
     value = decoder(ids, exact, config, attend=blockwise)
     noise, rough = bounds.Noisy(bounds.STORAGE[config.dtype], seed=len(ids)), bounds.single(exact)
     # one run after another: eight at once take ten times the memory and are no faster
-    strays = [bounds.stray(decoder(ids, rough, config, 0, noise, blockwise), value) for _ in range(bounds.RUNS)]
-    return ExpectedLogits(columns, value, bounds.decoder_bound(strays, bounds.RUNS, noise.gain))
+    deviations = [bounds.deviation(decoder(ids, rough, config, 0, noise, blockwise), value) for _ in range(bounds.RUNS)]
+    return ExpectedLogits(columns, value, bounds.decoder_bound(deviations, bounds.RUNS, noise.gain))
 
 
 def by_reference(forward: ReferenceForward, config: Config, seed: int) -> ExpectedLogits:
@@ -185,11 +184,12 @@ def by_reference(forward: ReferenceForward, config: Config, seed: int) -> Expect
     columns = _drawn(config, seed)
     ids: NDArray[Any] = tokens(config, seed)
     value = forward(ids, 0.0, 0.0, 0)[0].astype(np.float64)
-    noise = bounds.disturbance(config.dtype)
-    strays = [
-        bounds.stray(forward(ids, noise.storage, noise.accumulation, 1 + run)[0], value) for run in range(bounds.RUNS)
+    noise = bounds.perturbation(config.dtype)
+    deviations = [
+        bounds.deviation(forward(ids, noise.storage, noise.accumulation, 1 + run)[0], value)
+        for run in range(bounds.RUNS)
     ]
-    return ExpectedLogits(columns, value[:, columns], bounds.own_bound(strays, bounds.RUNS, noise.gain))
+    return ExpectedLogits(columns, value[:, columns], bounds.black_box_bound(deviations, bounds.RUNS, noise.gain))
 
 
 def _drawn(config: Config, seed: int) -> NDArray[np.int64]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -10,11 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
-import msgspec
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
 from kvconform.bench import presets, protocol, runner
 from kvconform.bench.counters import compare as counters
@@ -24,7 +20,7 @@ from kvconform.bench.gate import self_test as self_tests
 from kvconform.bench.gate.environments import environment
 from kvconform.bench.presets import Preset
 from kvconform.bench.record import PHASES, Record, json_schema
-from kvconform.cli.options import Device, Out, Pythons, Seed, launches, screen, usage
+from kvconform.cli.options import Device, Json, Out, Pythons, Seed, launches, print_json, say, screen, usage
 from kvconform.results.gate import exit_code
 from kvconform.results.results import read
 from kvconform.run.run import Plan, run_backend
@@ -36,19 +32,16 @@ TIMED = [phase for phase in PHASES if phase not in ("read", "multiply")]
 NOTHING = 5
 """Exit code: nothing was timed, or counted."""
 
-app = typer.Typer(
-    invoke_without_command=True, help="Times conformant backends; `gate` and `counters` compare versions."
-)
+app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
 Backends = Annotated[
     list[str],
-    typer.Option("--backend", "-b", help="A backend, the reference first; the presets' by default. Repeatable."),
+    typer.Option("--backend", "-b", help="A backend, the reference first; the presets' by default. May be repeated."),
 ]
-Presets = Annotated[list[str], typer.Option("--preset", help=f"One of: {', '.join(presets.PRESETS)}. Repeatable.")]
+Presets = Annotated[list[str], typer.Option("--preset", help=f"One of: {', '.join(presets.PRESETS)}. May be repeated.")]
 Seconds = Annotated[float, typer.Option(help="Seconds of one case in one restart, after its warm-up.")]
 TimeLimit = Annotated[float | None, typer.Option(help="Seconds of the whole run after the backends were judged.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of each worker.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")]
 
 
 @app.callback()
@@ -58,14 +51,14 @@ def bench(
     preset: Presets = ["quick"],  # noqa: B006
     device: Device = "cpu",
     out: Out = Path("results"),
-    phase: Annotated[list[str], typer.Option(help=f"Time only one of: {', '.join(TIMED)}. Repeatable.")] = [],  # noqa: B006
+    phase: Annotated[list[str], typer.Option(help=f"Time only one of: {', '.join(TIMED)}. May be repeated.")] = [],  # noqa: B006
     seconds: Seconds = protocol.SECONDS_PER_CASE,
     time_limit: TimeLimit = None,
     restarts: Annotated[int, typer.Option(min=1, help="How often all workers are started.")] = protocol.RESTARTS,
     threads: Threads = 1,
     seed: Seed = 0,
     python: Pythons = [],  # noqa: B006
-    json: Json = False,
+    as_json: Json = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of the record and exit.")] = False,
 ) -> None:
     """Times conformant backends against one another in paired rounds; writes OUT/speed.json.
@@ -87,12 +80,12 @@ def bench(
         raise usage(f"--phase: no phase named {unknown[0]!r}; known: {', '.join(TIMED)}")
     chosen = _presets(preset)
     specs = launches(backend or _backends(chosen), device, python)
-    with _Shown(quiet=json) as shown:
+    with _Shown(quiet=as_json) as shown:
         _judge(specs, out, shown.say)
         options = Options(out / "speed.json", seconds, out, time_limit, seed, threads, shown.say)
         record = runner.bench(specs, chosen, options, restarts=restarts, phases=phase, advance=shown.advance)
-    if json:
-        _print_json(record)
+    if as_json:
+        print_json(record)
     else:
         _conclude(record, out / "speed.json")
     raise typer.Exit(0 if record.rounds else NOTHING)
@@ -117,7 +110,7 @@ def gate(
     time_limit: TimeLimit = None,
     threads: Threads = 1,
     seed: Seed = 0,
-    json: Json = False,
+    as_json: Json = False,
 ) -> None:
     """Compares the times of one backend in two versions; writes OUT/gate/<backend>.json.
 
@@ -129,11 +122,10 @@ def gate(
     if history is not None and not self_test:
         raise usage("--history applies to a self-test only")
     chosen = _presets(preset)
-    say: Say = (lambda line: None) if json else _say
-    options = Options(out / "gate", seconds, None, time_limit, seed, threads, say)
+    options = Options(out / "gate", seconds, None, time_limit, seed, threads, _lines(as_json))
     codes = []
     with TemporaryDirectory(prefix="kvconform-") as folder:
-        sides = {ref: environment(ref, Path(folder), say) for ref in ({head} if self_test else {base, head})}
+        sides = {ref: environment(ref, Path(folder), options.say) for ref in ({head} if self_test else {base, head})}
         for name, spec in launches(backend or _backends(chosen), device, []).items():
             after = sides[head].spec(spec.address, spec.device)
             if self_test:
@@ -141,15 +133,15 @@ def gate(
                 log = history or out / "gate-history.jsonl"
                 tested = self_tests.self_test(after, chosen, name, log, mine, runs=runs)
                 codes.append(int(tested.verdict == self_tests.EXCEEDED))
-                _print_json(tested) if json else None
+                print_json(tested) if as_json else None
                 continue
             before, mine = sides[base].spec(spec.address, spec.device), replace(options, out=out / f"gate/{name}.json")
             record = gates.gate(before, after, chosen, name, mine, {"base": sides[base], "head": sides[head]})
             codes.append(record.exit_code)
-            if json:
-                _print_json(record)
+            if as_json:
+                print_json(record)
             else:
-                _say("\n".join(f"{name}: {line}" for line in record.lines()))
+                say("\n".join(f"{name}: {line}" for line in record.lines()))
     raise typer.Exit(max(codes))
 
 
@@ -161,7 +153,7 @@ def count(
     device: Device = "cpu",
     out: Out = Path("results"),
     python: Pythons = [],  # noqa: B006
-    json: Json = False,
+    as_json: Json = False,
 ) -> None:
     """Counts what each backend does, which is exact and never flaky; writes OUT/counters.json.
 
@@ -170,13 +162,17 @@ def count(
     """
     chosen, before = _presets(preset), None if baseline is None else counters.read(baseline)
     specs = launches(backend or _backends(chosen), device, python)
-    record = counters.count(specs, chosen, out / "counters.json", (lambda line: None) if json else _say)
+    record = counters.count(specs, chosen, out / "counters.json", _lines(as_json))
     found = counters.broken(record) + ([] if before is None else counters.compare(before, record))
-    if json:
-        _print_json(record)
+    if as_json:
+        print_json(record)
     else:
-        _say("\n".join([*counters.lines(found), f"counters: {out / 'counters.json'}"]))
+        say("\n".join([*counters.lines(found), f"counters: {out / 'counters.json'}"]))
     raise typer.Exit(exit_code(found) if found or record.counts else NOTHING)
+
+
+def _lines(quiet: bool) -> Say:
+    return (lambda line: None) if quiet else say
 
 
 def _presets(names: list[str]) -> dict[str, Preset]:
@@ -190,7 +186,7 @@ def _backends(chosen: Mapping[str, Preset]) -> list[str]:
     return list(dict.fromkeys(name for preset in chosen.values() for name in preset.backends))
 
 
-def _judge(specs: dict[str, WorkerSpec], out: Path, say: Say) -> None:
+def _judge(specs: Mapping[str, WorkerSpec], out: Path, say: Say) -> None:
     """Judges backends without complete conformance results."""
     for name, spec in specs.items():
         path = out / f"{name}.json"
@@ -209,47 +205,35 @@ def _cut_short(path: Path) -> bool:
 
 
 def _conclude(record: Record, path: Path) -> None:
-    """The ratios of a run, what was not timed, and the path of the record."""
-    table = Table("case", "backend", "against", "ratio [95 % interval]", box=None, pad_edge=False)
+    """Prints the ratios of a run, what was not timed, and the path of the record."""
+    rows = [("case", "backend", "against", "ratio [95 % interval]")]
     for one in record.ratios:
         case = record.cases[one.case]
         arm, other = case.arms[one.arm], case.arms[one.reference]
         where = f"{case.preset}: {arm.phase} at {case.depth}{f' x {case.batch}' if case.batch > 1 else ''}"
-        against = other.phase if other.backend == arm.backend else other.backend
-        number = f"{one.ratio:.3f} [{one.low:.3f}, {one.high:.3f}]"
-        table.add_row(
-            *map(escape, (where, arm.backend, against, number if one.valid else f"not valid: {one.why_invalid}"))
-        )
-    if record.ratios:
-        screen.print(table)
+        number = f"{one.ratio:.3f} [{one.low:.3f}, {one.high:.3f}]" if one.valid else f"not valid: {one.why_invalid}"
+        rows.append((where, arm.backend, other.phase if other.backend == arm.backend else other.backend, number))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        say("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     for excluded in record.excluded:
         what = " ".join(part for part in (excluded.backend, excluded.phase) if part)
-        _say(f"{excluded.preset}: no time for {what}: {excluded.why}")
+        say(f"{excluded.preset}: no time for {what}: {excluded.why}")
     valid = sum(one.valid for one in record.ratios)
-    _say(f"{valid} of {len(record.ratios)} ratios are valid, in {record.seconds:.0f} s; record: {path.resolve()}")
-
-
-def _say(words: str) -> None:
-    screen.print(escape(words))
-
-
-def _print_json(record: msgspec.Struct) -> None:
-    sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
+    say(f"{valid} of {len(record.ratios)} ratios are valid, in {record.seconds:.0f} s; record: {path.resolve()}")
 
 
 class _Shown:
     """Lines, and on a terminal a bar with the time that remains."""
 
     def __init__(self, quiet: bool) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:.0f} % {task.fields[left]}"),
-        )
+        percent = TextColumn("{task.percentage:.0f} % {task.fields[left]}")
         hidden = quiet or not screen.is_terminal
-        self.progress = Progress(*columns, console=screen, transient=True, disable=hidden)
+        self.progress = Progress(
+            TextColumn("bench"), BarColumn(), percent, console=screen, transient=True, disable=hidden
+        )
         self.task = self.progress.add_task("bench", total=1.0, left="")
-        self.say: Say = (lambda line: None) if quiet else lambda line: self.progress.console.print(escape(line))
+        self.say: Say = (lambda line: None) if quiet else lambda line: say(line, self.progress.console)
 
     def __enter__(self) -> _Shown:
         self.progress.start()

@@ -1,40 +1,89 @@
-"""What all commands share: where they print, options that several have, and how backends are launched."""
+"""What the commands share: how they print, options that several have, and how backends are started."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvconform.api import file_name
-from kvconform.worker.client import STEP_TIMEOUT, WorkerSpec
+from kvconform.search.effort import EFFORTS
+from kvconform.worker.client import DEVICES, STEP_TIMEOUT, WorkerSpec
+from kvconform_specs.config import DTYPES
 
-screen, errors = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+screen, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
 
 Backends = Annotated[
-    list[str], typer.Option("--backend", "-b", help="Installed name, module:Name or file.py:Name. Repeatable.")
+    list[str],
+    typer.Option(
+        "--backend", "-b", help="The backend: an installed name, module:Name or file.py:Name. May be repeated."
+    ),
 ]
-Device = Annotated[str, typer.Option(help="cpu or cuda; cuda is proven, or the run ends with exit code 3.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder of results.")]
-Pythons = Annotated[list[str], typer.Option("--python", help="Interpreter of the workers, or BACKEND=INTERPRETER.")]
-Seed = Annotated[int, typer.Option(help="Seed of the whole run.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help=f"{' or '.join(DEVICES)}. With cuda, the backend must report the device that computed its outputs; "
+        "otherwise no clause passes and nothing is timed."
+    ),
+]
+Dtypes = Annotated[list[str], typer.Option("--dtype", help=f"{', '.join(DTYPES)}. May be repeated.")]
+EffortName = Annotated[str, typer.Option("--effort", help=f"How much to try for each cell: {', '.join(EFFORTS)}.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
+Out = Annotated[Path, typer.Option("--out", help="The folder for results.")]
+Pythons = Annotated[
+    list[str],
+    typer.Option(
+        "--python",
+        help="The interpreter of the workers: a path for all backends, or BACKEND=PATH for one. May be repeated.",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="The seed of the run; the same seed draws the same programs.")]
+StepTimeout = Annotated[float, typer.Option(help="Seconds without progress after which a worker is killed.")]
+
+
+def say(text: str, console: Console = screen) -> None:
+    """Prints text as it is: names, paths and messages are never read as markup or as emoji."""
+    console.print(text, markup=False, emoji=False, highlight=False)
+
+
+def print_json(data: Any) -> None:
+    """Prints a record, or a list of records, as JSON."""
+    print(json.dumps(msgspec.to_builtins(data), indent=1))
 
 
 def usage(sentence: str) -> typer.Exit:
-    errors.print(f"kvconform: {escape(sentence)}")
+    say(f"kvconform: {sentence}", errors)
     return typer.Exit(2)
+
+
+def progress_bar(quiet: bool = False) -> Progress:
+    """A bar on a terminal, nothing elsewhere."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=screen,
+        transient=True,
+        disable=quiet or not screen.is_terminal,
+    )
+
+
+def worst(codes: list[int]) -> int:
+    """The exit code of several backends: failures first, then regressions, missing infrastructure, undecided."""
+    return next((code for code in (1, 4, 3, 5) if code in codes), 0)
 
 
 def launches(
     backends: list[str], device: str, pythons: list[str], step_timeout: float = STEP_TIMEOUT
 ) -> dict[str, WorkerSpec]:
-    """One launch for each backend, by the name of its results."""
-    if device not in ("cpu", "cuda"):
-        raise usage(f"--device: unknown device {device!r}; known: cpu, cuda")
+    """How to start each backend, by the name of its results."""
     common, own = sys.executable, {}
     for item in pythons:
         name, equals, path = item.partition("=")

@@ -1,9 +1,8 @@
-"""The null-model power table: which wrong models each clause rejects, and to which it is blind.
+"""The null-model power table: the wrong models that each clause rejects, and those that it cannot detect.
 
-A *null model* is the definition with one mistake: it answers every step of a program as a function of the histories,
-in float64, rounded to the config's dtype, and tells its lengths truthfully. It stands in the place of a backend, and
-the same ``judge`` decides. A clause that compares programs with one another must be blind to a
-mistake that all of them make; the power_table says so.
+A *null model* is the definition with one mistake. It computes every step of a program from the tokens, in float64
+rounded to the config's dtype, and reports its lengths correctly. The same ``judge`` decides as for a backend. A clause
+that compares programs with one another cannot detect a mistake that affects all of them alike; the table shows this.
 """
 
 from __future__ import annotations
@@ -16,16 +15,14 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from hypothesis import HealthCheck, Phase, Verbosity, given, settings
-from hypothesis import seed as hypothesis_seed
 from numpy.typing import NDArray
 
+from kvconform.errors import Raised
 from kvconform.judging.judge import judge
-from kvconform.spec_docs.clause import ENOUGH
 from kvconform.worker.execute import StepResult
 from kvconform.worker.protocol import Traces
 from kvconform_specs import SUITE_VERSION
-from kvconform_specs.claims import ABILITIES, Claims
+from kvconform_specs.claims import ABILITIES, ENOUGH, Claims
 from kvconform_specs.clause import Case, Clause
 from kvconform_specs.clauses import ALL
 from kvconform_specs.config import DTYPES, PROFILES, Config
@@ -34,19 +31,20 @@ from kvconform_specs.history import Histories, prefixed, requests
 from kvconform_specs.program import Append, Generate, ReadCache, Reject, Step, UncachedForward, called
 from kvconform_specs.reference.definition import Attended, attention, decoder, rope, sinks
 from kvconform_specs.reference.oracle import Expected, Generation, expect
+from kvconform_specs.strategies import drawn
 from kvconform_specs.tensors import Streams, rounded, weights
 
 Array = NDArray[Any]
-BOOKKEEPING = "judges no numbers"
+NO_OUTPUTS = "judges no numbers"
 STRUCTURES = 6
-"""Cases that are drawn for each clause at least, as many on each config that it concerns."""
+"""The least number of cases for each clause; as many are drawn on each config that it concerns."""
 
 
 class Power(msgspec.Struct, frozen=True, kw_only=True):
     """How often a clause rejects a null model in a dtype.
 
-    cases: programs, or sets of them, that were drawn on configs where the model is a mistake. tried: those in which it
-    is outside the bound somewhere. note: why there is nothing to count, or nothing.
+    cases: the number of cases that were drawn on configs where the model is wrong. tried: those in which an output of
+    it is outside its bound. rejected: those of them that the clause rejects. note: why nothing is counted, or empty.
     """
 
     clause: str
@@ -59,7 +57,7 @@ class Power(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def power(self) -> float | None:
-        """Share of the cases tried that were rejected; None where the model was never wrong."""
+        """The share of the cases tried that were rejected; None if the model was never wrong."""
         return self.rejected / self.tried if self.tried else None
 
 
@@ -74,8 +72,8 @@ def _always(config: Config) -> bool:
 
 @dataclass(frozen=True)
 class Null:
-    """A mistake. ``changed``: the config that attention is computed with. ``counts``: how often each key counts, by its
-    ``rank`` among the ``n`` visible ones, the oldest being 1. ``applies``: the configs on which it is one."""
+    """A mistake. ``changed``: the config with which attention is computed. ``counts``: how often each key is counted,
+    by its ``rank`` among the ``n`` visible ones, 1 being the oldest. ``applies``: whether a config is affected."""
 
     name: str
     applies: Callable[[Config], bool] = _always
@@ -85,7 +83,7 @@ class Null:
     tiled: bool = False  # query head i reads KV head i % g
 
     def attend(self, query: Array, keys: Array, values: Array, config: Config, **options: Any) -> Attended:
-        """As ``definition.attention``; of the result only the output counts."""
+        """As ``definition.attention``; only the output of the result is used."""
         if self.tiled:
             heads = np.arange(config.heads) % config.kv_heads
             keys, values, config = (
@@ -118,7 +116,7 @@ def _stale(rank: Array, n: Array) -> Array:
 
 
 DEFINITION = Null("definition")
-"""No mistake: what no clause may reject."""
+"""The definition without a mistake: no clause may reject it."""
 NULLS = (
     Null("zeros", counts=lambda rank, n: rank * 0),
     Null("mean of the visible values", changed=lambda c: replace(c, scale=0.0, positions="none", sink=None)),
@@ -131,20 +129,20 @@ NULLS = (
     Null("newest visible token only", counts=lambda rank, n: rank == n),
     Null("first token only", changed=lambda c: replace(c, window=None), counts=lambda rank, n: rank == 1),
 )
-"""Alibi's bias with a query's position one too large is the same softmax: that is no mistake."""
+"""With alibi, a query's position one too large gives the same softmax, so that it is not a mistake."""
 
 
-# --- their answers ---
+# --- their outputs ---
 Answers = list[list[Array | None]]
-"""Of each program and step ``(1, b, t, e)`` in float32, as ``Observed.outputs``, or the token ids ``(1, b, new)`` that
-were generated; None where it computes nothing."""
+"""For each program and step ``(1, b, t, e)`` in float32, as ``Observed.outputs``, or the generated token ids
+``(1, b, new)``; None for a step that computes nothing."""
 
 
 class _Trial:
-    """A case that one model after another answers.
+    """A case on which models are evaluated.
 
-    All histories of its programs are one batch, padded at the end, since models are causal; a history that another
-    begins with is cut from it. So a model's answer is a function of the history, to the bit.
+    All rows of its programs are one batch, padded at the end, since models are causal; a row with which another one
+    begins is cut from it. A model's output is therefore a function of the tokens, bit for bit.
     """
 
     def __init__(self, case: Case, claims: Claims) -> None:
@@ -222,7 +220,7 @@ class _Trial:
         return tokens[..., -step.new :]
 
     def wrong(self, model: Null, given: Answers) -> bool:
-        """Whether an answer is outside its bound somewhere; of what was generated the logits behind it."""
+        """Whether an output, or a logit from which a token was generated, is outside its bound."""
         for wants, outputs in zip(self.wants, given, strict=True):
             for want, output in zip(wants, outputs, strict=True):
                 if want is None or output is None:
@@ -236,13 +234,13 @@ class _Trial:
         return False
 
     def _behind(self, model: Null, want: Generation, ids: Array) -> Array:
-        """The logits that a model picked these tokens from."""
+        """The logits from which a model chose these tokens."""
         tokens = np.concatenate([want.prompts(), ids[..., :-1]], axis=-1)
         return rounded(self._logits(model, tokens, tokens.shape[-1] - ids.shape[-1]), self.config.dtype)
 
     def rejects(self, clause: Clause, given: Answers) -> bool:
         traces = [self._traces(number, outputs) for number, outputs in enumerate(given)]
-        return judge(self.case, clause.relations, self.claims, traces, self.expected).finding is not None
+        return judge(self.case, clause.relations, self.claims, traces, self.expected).mismatch is not None
 
     def _traces(self, number: int, outputs: Sequence[Array | None]) -> Traces:
         c, histories, trace = self.config, Histories(), []
@@ -256,7 +254,7 @@ class _Trial:
                 told, width = {"token_counts": lengths}, c.layers * 2 * c.kv_heads * c.head_dim
                 shown = np.zeros((1, len(lengths), max(lengths), width)) if want is None else want.value
                 output = shown.astype(np.float32)
-            trace.append(StepResult(output, told, refused="refused" if isinstance(step, Reject) else None))
+            trace.append(StepResult(output, told, refused=Raised("Refused", "") if isinstance(step, Reject) else None))
         return Traces(1, tuple(trace))
 
 
@@ -268,20 +266,21 @@ def _weights(config: Config, late: bool) -> dict[str, Array]:
     return exact
 
 
-# --- the power_table ---
+# --- the table ---
 def power_table(dtype: str, clauses: Iterable[Clause] = ALL, models: Sequence[Null] = NULLS) -> list[Power]:
-    """Every clause against every model, in one dtype; the same each time."""
+    """Every clause with every model, in one dtype; the same each time."""
     return [entry for clause in clauses for entry in _entries(clause, dtype, models)]
 
 
 def _entries(clause: Clause, dtype: str, models: Sequence[Null]) -> list[Power]:
     if not any(relation.judges_outputs for relation in clause.relations):
-        return [Power(clause=clause.name, dtype=dtype, note=BOOKKEEPING)]
+        return [Power(clause=clause.name, dtype=dtype, note=NO_OUTPUTS)]
     counts = {model.name: [0, 0, 0] for model in models}
     configs = [replace(point, dtype=dtype) for point in CONFIGS.values() if clause.concerns(point)]
     for config in configs:
         claims = _everything(clause, config)
-        for case in _drawn(clause, config, claims, -(-STRUCTURES // len(configs))):
+        cases = drawn(clause.strategy(config, claims), -(-STRUCTURES // len(configs)) + 1)
+        for case in cases[1:] or cases:  # the first is the simplest
             trial = _Trial(case, claims)
             for model in models:
                 if not model.applies(config):
@@ -298,8 +297,8 @@ def _entries(clause: Clause, dtype: str, models: Sequence[Null]) -> list[Power]:
 
 
 def _everything(clause: Clause, config: Config) -> Claims:
-    """Every ability, and of what excludes something else what the clause needs. Of long contexts only the last outputs:
-    all of them would take gigabytes."""
+    """Claims of every ability; where claims exclude one another, those that the clause needs. In long contexts only the
+    last outputs: all of them would take gigabytes."""
     claimed: dict[str, Any] = {"overflow": "refused", "unused_slots": "any", "padding": ("right", "left"), "page": 4}
     for need in clause.needs:
         claimed |= ENOUGH.get(need, {})
@@ -309,34 +308,13 @@ def _everything(clause: Clause, config: Config) -> Claims:
     return Claims(**claimed)
 
 
-def _drawn(clause: Clause, config: Config, claims: Claims, structures: int) -> list[Case]:
-    """The first that Hypothesis draws is the simplest, and is left out."""
-    cases: list[Case] = []
-
-    @hypothesis_seed(0)
-    @settings(
-        max_examples=structures + 1,
-        deadline=None,
-        database=None,
-        verbosity=Verbosity.quiet,
-        phases=(Phase.generate,),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(clause.strategy(config, claims))
-    def draw(case: Case) -> None:
-        cases.append(case)
-
-    draw()
-    return cases[1:] or cases
-
-
-# --- the power_table that is shipped ---
+# --- the table in the package ---
 STORED = "power_table.json"
 FIELDS = ("clause", "model", "cases", "tried", "rejected", "note")
 
 
 def stored(dtype: str) -> list[dict[str, Any]]:
-    """The power_table of this suite as it is shipped (a test computes it anew); empty where it is of another suite."""
+    """The table of this suite in the package (a test recomputes it); empty if it belongs to another suite."""
     shipped = msgspec.json.decode(files("kvconform.mutation").joinpath(STORED).read_bytes())
     if shipped["suite"] != SUITE_VERSION:
         return []
@@ -344,7 +322,7 @@ def stored(dtype: str) -> list[dict[str, Any]]:
 
 
 def shipped_as(certificates: Iterable[list[Power]]) -> bytes:
-    """The text of the file: one line for each clause and model."""
+    """The contents of the file: one line for each clause and model."""
     power = {rows[0].dtype: [[getattr(row, name) for name in FIELDS] for row in rows] for rows in certificates}
     lines = {
         dtype: "[\n" + ",\n".join(msgspec.json.encode(row).decode() for row in rows) + "\n]"

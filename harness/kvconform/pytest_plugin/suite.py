@@ -1,9 +1,10 @@
-"""The suite as pytest items: one for each backend and cell.
+"""The suite as pytest items, one for each backend and cell, each with the marker ``kvconform``.
 
-A PASS is green, and so is a known failure by its row of the known failures (``xfailed``). UNSUPPORTED and REFUTED, which say
-nothing against conformance, skip with their reason; everything else fails, and so does a stale row.
+PASS passes, and a known failure is ``xfailed``. UNSUPPORTED and REFUTED, which do not speak against conformance, are
+skipped with their reason, and so is a backend for which this machine lacks something. Everything else fails, and so does
+a stale row of the known failures. The results are written to OUT/<backend>.json.
 
-xdist's ``--dist loadgroup`` keeps a backend and config in one process, so that each backend is built once.
+``--dist loadgroup`` of pytest-xdist keeps a backend and config in one process, so that each backend is built once.
 """
 
 from __future__ import annotations
@@ -11,29 +12,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kvconform.api import file_name
-from kvconform.errors import BackendUnavailable
+from kvconform.errors import BackendUnavailable, InvalidBackend, KvconformError, Unavailable
 from kvconform.judging.verdict import Outcome
-from kvconform.results.known_failures import EMPTY, KnownFailures
-from kvconform.results.known_failures import read as read_known_failures
-from kvconform.run.run import Plan, cells, judged, unmatched_entries
+from kvconform.pytest_plugin.options import known_failures_of, plan_of, spec_of
+from kvconform.pytest_plugin.plugin import DATA
+from kvconform.pytest_plugin.record import Judged
+from kvconform.results.known_failures import KnownFailures
+from kvconform.run.run import cells, describe, empty, judged, unmatched_entries
 from kvconform.search.cell import Cell
-from kvconform.search.effort import EFFORTS
-from kvconform.worker.client import WorkerClient, WorkerSpec
-from kvconform_specs.errors import SpecError
+from kvconform.worker.client import WorkerClient
+
+pytestmark = pytest.mark.kvconform
+Clients = dict[str, WorkerClient | KvconformError]
+"""The live workers, and why a backend has none."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    option = metafunc.config.getoption
-    backends: list[str] = option("--kv-backend")
+    config = metafunc.config
+    backends: list[str] = config.getoption("--kv-backend")
     if not backends:
         raise pytest.UsageError("--kv-backend: name at least one backend to judge")
-    effort: str = option("--kv-effort")
-    if effort not in EFFORTS:
-        raise pytest.UsageError(f"--kv-effort: unknown effort {effort!r}; known: {', '.join(EFFORTS)}")
-    known = ledger_of(metafunc.config)
+    try:
+        known, plan = known_failures_of(config), plan_of(config)
+        for backend in backends:
+            spec_of(config, backend)
+    except KvconformError as error:
+        raise pytest.UsageError(str(error)) from error
     stale = [words for backend in backends for words in unmatched_entries(known, file_name(backend))]
     if stale:
         raise pytest.UsageError("\n".join(stale))
@@ -41,63 +49,67 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param(
             backend,
             cell,
+            place,
             id=f"{cell.clause.name}-{backend}-{cell.config_name}",
             marks=pytest.mark.xdist_group(f"{backend}-{cell.config_name}"),
         )
         for backend in backends
-        for cell in cells(plan_of(metafunc.config))
+        for place, cell in enumerate(cells(plan))
     ]
-    metafunc.parametrize(("backend", "cell"), params)
-
-
-def plan_of(config: pytest.Config) -> Plan:
-    option = config.getoption
-    return Plan(EFFORTS[option("--kv-effort")], option("--kv-seed"), tuple(option("--kv-dtype") or ["float32"]))
-
-
-def ledger_of(config: pytest.Config) -> KnownFailures:
-    file: str = config.getoption("--kv-known-failures")
-    try:
-        return read_known_failures(Path(file)) if file else EMPTY
-    except SpecError as sentence:
-        raise pytest.UsageError(f"--kv-known-failures: {sentence}") from sentence
+    metafunc.parametrize(("backend", "cell", "place"), params)
 
 
 @pytest.fixture(scope="session")
 def known_failures(pytestconfig: pytest.Config) -> KnownFailures:
-    return ledger_of(pytestconfig)
+    return known_failures_of(pytestconfig)
 
 
 @pytest.fixture(scope="session")
-def clients(request: pytest.FixtureRequest) -> Iterator[dict[str, WorkerClient]]:
-    opened: dict[str, WorkerClient] = {}
+def clients() -> Iterator[Clients]:
+    opened: Clients = {}
     yield opened
     for client in opened.values():
-        client.close()
+        if isinstance(client, WorkerClient):
+            client.close()
 
 
 def test_clause(
     backend: str,
     cell: Cell,
-    clients: dict[str, WorkerClient],
+    place: int,
+    clients: Clients,
     known_failures: KnownFailures,
     request: pytest.FixtureRequest,
 ) -> None:
-    option = request.config.getoption
-    out, name = Path(option("--kv-out")), file_name(backend)
-    folder = out / "failures" / name
+    out, name = Path(request.config.getoption("--kv-out")), file_name(backend)
+    record, folder = Judged(backend=name, place=place), out / "failures" / name
     try:
-        if backend not in clients:
-            artefacts = {"KVCONFORM_ARTEFACTS": str((out / "artefacts").resolve())}
-            clients[backend] = WorkerClient(WorkerSpec(backend, option("--kv-device"), environment=artefacts))
-        plan = plan_of(request.config)
-        verdict, stale = judged(cell, clients[backend], plan, folder, known_failures.find(name, cell))
-    except BackendUnavailable as sentence:
-        pytest.fail(f"{backend}: {sentence}", pytrace=False)
+        client = _client(backend, clients, request.config)
+        if client.target is not None and cell.config_name not in client.configs:
+            pytest.fail(
+                f"{backend} is a black box: judge it with kvconform check, or with conformance()", pytrace=False
+            )
+        plan, known = plan_of(request.config), known_failures.find(name, cell)
+        verdict, record.stale = judged(cell, client, plan, folder, known)
+    except BackendUnavailable as error:
+        record.unavailable, record.lacking = str(error), isinstance(error, Unavailable)
+        request.node.stash[DATA] = msgspec.json.encode(record).decode()
+        if record.lacking:
+            pytest.skip(f"{backend}: {error}")
+        pytest.fail(f"{backend}: {error}", pytrace=False)
+    except InvalidBackend as error:
+        pytest.fail(str(error), pytrace=False)
+    described = empty(name, client.spec.device, plan)
+    describe(described, client)
+    record.claims, record.environment, record.target = described.claims, described.environment, described.target
+    record.verdict, record.runtime_info = verdict, client.runtime_info(cell.config)
+    record.known = known.row if known is not None and verdict.outcome is Outcome.KNOWN_FAILURE else None
+    request.node.stash[DATA] = msgspec.json.encode(record).decode()
+
     words = f"{verdict.outcome.value}: {verdict.sentence}"
     if verdict.outcome is Outcome.KNOWN_FAILURE:
         pytest.xfail(f"{backend}: {words}")
-    lines = [stale] if stale else []
+    lines = [record.stale] if record.stale else []
     if verdict.outcome not in (Outcome.PASS, Outcome.UNSUPPORTED, Outcome.REFUTED):
         lines.append(f"{verdict.clause} on {backend} [{verdict.config}]: {words}")
         if verdict.counterexample:
@@ -106,3 +118,16 @@ def test_clause(
         pytest.fail("\n".join(lines), pytrace=False)
     if verdict.outcome is not Outcome.PASS:
         pytest.skip(f"{backend}: {words if verdict.outcome is Outcome.REFUTED else verdict.sentence}")
+
+
+def _client(backend: str, clients: Clients, config: pytest.Config) -> WorkerClient:
+    """The worker of a backend, started once in this process. Raises what starting it raised."""
+    if backend not in clients:
+        try:
+            clients[backend] = WorkerClient(spec_of(config, backend))
+        except (BackendUnavailable, InvalidBackend) as error:
+            clients[backend] = error
+    client = clients[backend]
+    if isinstance(client, KvconformError):
+        raise client
+    return client

@@ -1,7 +1,7 @@
-"""The guarantee guarantees: what a backend's outputs are sure of beyond conformance, measured for each config.
+"""Guarantees: what holds for a backend's outputs beyond conformance, measured for each config.
 
-Each level is a clause. They are ordered from the weakest to the strongest; a backend has a level where its clause and
-those of all levels below it hold. What refutes the next one is its counterexample.
+Each level is a clause. The levels are ordered from the weakest to the strongest; a backend has a level if its clause and
+those of all lower levels hold. The next level is refuted by a counterexample.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ LEVELS = {
 
 
 class Guarantee(msgspec.Struct, frozen=True, kw_only=True):
-    """What holds under one config.
-
-    level: the strongest that no program refuted, with all below it; empty: not even the weakest. refuted: the next
-    level, where a program refutes it; empty where all hold, or where nothing decides on it. sentence, counterexample:
-    how it is refuted, or why nobody knows.
-    """
+    """The guarantee under one config."""
 
     level: str = ""
+    """The strongest level that holds, with all lower ones; empty if not even the weakest holds."""
     refuted: str = ""
+    """The next level, if a program refutes it; empty if all hold or the next one is undecided."""
     sentence: str = ""
+    """How the next level is refuted, or why it is undecided."""
     counterexample: str = ""
+    """The name of the file that refutes it."""
 
 
 def measured(verdicts: Sequence[Verdict]) -> dict[str, Guarantee]:
-    """By config, for those that have a verdict on at least one level. A level that does not concern a config (tokens
-    have no margin in the attention profile) is passed over."""
+    """By config, for those that have a verdict on at least one level. A level that does not concern a config is skipped
+    (in the attention profile there are no tokens)."""
     known = {verdict.key: verdict for verdict in verdicts}
     found = {}
     for config in dict.fromkeys(verdict.config for verdict in verdicts):

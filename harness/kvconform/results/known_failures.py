@@ -1,20 +1,20 @@
-"""The known failures: a TOML file, written by hand, of cells that break for a reason that is known.
+"""Known failures: a TOML file, written by hand, of cells that fail for a known reason.
 
     schema = "kvconform-known-failures/1"
 
     [[known]]
-    backend = "eager"                                   # as its results are called
+    backend = "eager"                                   # the name of its results
     clause = "numerics.zero-keys"
-    config = "attention-gqa"                            # one cell: there is no wildcard
+    config = "attention-gqa"                            # one cell; there are no wildcards
     reason = "bug in a library"                         # one of REASONS
     link = "https://github.com/pytorch/pytorch/issues/103082"
-    versions = { torch = "2.11.*" }                     # under which it is known
+    versions = { torch = "2.11.*" }                     # the versions that have the bug
     expires = 2027-03-31                                # the last day, at most a year ahead
-    counterexample = "known/numerics.zero-keys-1a2b3c4d.json"   # beside the known failures
+    counterexample = "known/numerics.zero-keys-1a2b3c4d.json"   # relative to this file
 
-A cell with a row is replayed, not searched: KNOWN_FAILURE if its counterexample still fails. A row hides nothing: past its day,
-under other versions, where it no longer fails or where there is no such cell, the row is *stale*. Then the cell is
-searched as any other, and the run ends with exit code 1.
+A cell with a row is replayed, not searched: its outcome is KNOWN_FAILURE if its counterexample still fails. A row is
+*stale* if it has expired, if the versions differ, if the counterexample no longer fails, or if there is no such cell.
+A cell with a stale row is searched like any other, and the run ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from kvconform.errors import StaleEntry, WorkerDied
-from kvconform.judging.verdict import Outcome, Verdict
-from kvconform.search.cell import Cell, unsupported
-from kvconform.search.counterexample import Broken, Counterexample, replayed, sentence
+from kvconform.judging.render import render
+from kvconform.judging.verdict import Outcome, Reason, Verdict
+from kvconform.search.cell import OUTCOMES, Cell, unsupported
+from kvconform.search.counterexample import Counterexample, replayed
 from kvconform.search.counterexample import read as read_counterexample
 from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case
@@ -50,25 +52,29 @@ REASONS = (
     "cause not yet known",
 )
 LONGEST = timedelta(days=366)
-"""How far ahead a row's last day may lie: what is known must be looked at once a year."""
+"""How far ahead a row may expire: each known failure must be reviewed once a year."""
 VERSION = re.compile(r"[\w.!+-]*\w(\.\*)?")
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One known failure; the fields are explained at the head of this module.
-
-    versions: by the names that results record in their ``environment``; exact, or a prefix that ends in ``.*``.
-    counterexample: a file, relative to the known failures.
-    """
+    """One known failure."""
 
     backend: str
+    """The name of the backend's results."""
     clause: str
+    """The clause of the cell."""
     config: str
+    """The config of the cell."""
     reason: str
+    """One of ``REASONS``."""
     link: str
+    """The address of an issue."""
     versions: dict[str, str]
+    """By the names in the ``environment`` of results; exact, or a prefix that ends in ``.*``."""
     expires: date
+    """The last day on which the row holds."""
     counterexample: str
+    """A file, relative to the file of known failures."""
 
     def __post_init__(self) -> None:
         if self.reason not in REASONS:
@@ -86,14 +92,14 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return f"{self.clause} on {self.backend} [{self.config}]"
 
     def outdated(self, environment: Mapping[str, object], today: date) -> str:
-        """Why the row no longer speaks of this day and these versions, or nothing."""
+        """Why the row does not hold on this day and with these versions, or nothing."""
         if self.expires < today:
-            return f"expired on {self.expires}: mend the failure, or look at it again and give the row another day"
+            return f"expired on {self.expires}: fix the failure, or review it and set a later day"
         for name, version in self.versions.items():
             if name not in environment:
-                return f"is known under {name} {version}, and no version of {name} is recorded here"
+                return f"is known with {name} {version}, and no version of {name} is recorded here"
             if not _is_version(str(environment[name]), version):
-                return f"is known under {name} {version}, and here is {environment[name]}: see whether it still fails"
+                return f"is known with {name} {version}, and this is {environment[name]}: check whether it still fails"
         return ""
 
 
@@ -104,8 +110,12 @@ def _is_version(installed: str, wanted: str) -> bool:
 
 
 class KnownFailuresFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A file of known failures."""
+
     schema: str
+    """Name and version of this schema."""
     known: list[Row] = []
+    """The known failures."""
 
 
 @dataclass(frozen=True)
@@ -121,56 +131,58 @@ class KnownFailure:
     def replay(self, cell: Cell, client: WorkerClient, folder: Path) -> Verdict:
         """Replays the counterexample on a fresh worker, and keeps a copy of it in ``folder``.
 
-        Raises StaleEntry where the row does not hold here, BackendUnavailable where the backend cannot run here at all.
+        Raises StaleEntry if the row does not hold here, BackendUnavailable if the backend cannot run here at all.
         """
         began = time.perf_counter()
         self._check(cell, client)
         tried = replayed(cell.clause, client, self.before, self.case)
         fallback = client.runtime_info(cell.config).get("fallback")
         if fallback:
-            return self._verdict(client, began, Outcome.NOT_EXERCISED, f"not tested: {fallback}")
-        if not isinstance(tried, Broken):
+            words = f"not tested: {fallback}"
+            return self._verdict(client, began, Outcome.NOT_EXERCISED, words, reason=Reason.FALLBACK)
+        if tried is None:
             raise StaleEntry(f"{self.row.place}: the known failure no longer fails: remove the row")
-        words = sentence(tried, self.before)
-        was = "fail" if self.stored.outcome == Outcome.REFUTED.value else self.stored.outcome
-        if tried.kind != was:
-            raise StaleEntry(f"{self.row.place}: the known {was} is a {tried.kind} now: {words}")
-        words = f"{self.row.reason}, known until {self.row.expires}, {self.row.link}: {words}"
-        return self._verdict(client, began, Outcome.KNOWN_FAILURE, words, self.stored.write(folder).name)
+        now = OUTCOMES[tried.ending]
+        was = Outcome.FAIL if self.stored.outcome is Outcome.REFUTED else self.stored.outcome
+        if now is not was:
+            words = f"the known {was.value} is a {now.value} now: {render(tried)}"
+            raise StaleEntry(f"{self.row.place}: {words}")
+        words = f"{self.row.reason}, known until {self.row.expires}, {self.row.link}: {render(tried)}"
+        counterexample = self.stored.write(folder).name
+        return self._verdict(client, began, Outcome.KNOWN_FAILURE, words, mismatch=tried, counterexample=counterexample)
 
     def _check(self, cell: Cell, client: WorkerClient) -> None:
-        """Raises StaleEntry where the row speaks of another day, other versions or another cell than is judged here."""
+        """Raises StaleEntry if the row has expired, or its versions or its cell differ from those judged here."""
         words = self.row.outdated(client.environment, self.today)
         if not words and any(program.config != cell.config for program in self.case.programs):
-            words = f"has a counterexample of another config than {cell.config_name}: replace it"
+            words = f"has a counterexample of a config other than {cell.config_name}: replace it"
         if not words:
-            reason = unsupported(cell, client)
-            if reason is None:
+            why = unsupported(cell, client)
+            reason = "" if why is None else why[1]
+            if not reason:
                 with suppress(WorkerDied):  # that it cannot be built may be what is known
-                    reason = client.build(cell.config)
-            words = f"is of a cell that is unsupported ({reason}): remove the row" if reason else ""
+                    reason = client.build(cell.config) or ""
+            words = f"is about a cell that is unsupported ({reason}): remove the row" if reason else ""
         if words:
             raise StaleEntry(f"{self.row.place}: the known failure {words}")
 
-    def _verdict(
-        self, client: WorkerClient, began: float, outcome: Outcome, words: str, counterexample: str = ""
-    ) -> Verdict:
+    def _verdict(self, client: WorkerClient, began: float, outcome: Outcome, words: str, **more: Any) -> Verdict:
         return Verdict(
             clause=self.row.clause,
             config=self.row.config,
             backend=client.spec.address,
             outcome=outcome,
             sentence=words,
-            counterexample=counterexample,
             programs=len(self.before) + len(self.case.programs),
             structures=1,
             seconds=round(time.perf_counter() - began, 3),
+            **more,
         )
 
 
 @dataclass(frozen=True)
 class KnownFailures:
-    """KnownFailure failures by backend, clause and config."""
+    """Known failures by backend, clause and config."""
 
     known: Mapping[tuple[str, str, str], KnownFailure]
 
@@ -178,10 +190,10 @@ class KnownFailures:
         return self.known.get((backend, cell.clause.name, cell.config_name))
 
     def unmatched_entries(self, backend: str, cells: Iterable[Cell]) -> list[str]:
-        """One sentence for each row of a backend that is of none of these cells."""
+        """One sentence for each row of a backend that matches none of these cells."""
         found = {(backend, cell.clause.name, cell.config_name) for cell in cells}
         return [
-            f"{known.row.place}: the suite has no such cell: remove the row, or mend its names"
+            f"{known.row.place}: the suite has no such cell: remove the row, or correct its names"
             for key, known in self.known.items()
             if key[0] == backend and key not in found
         ]
@@ -191,7 +203,7 @@ EMPTY = KnownFailures({})
 
 
 def read(path: Path, today: date | None = None) -> KnownFailures:
-    """The known failures in a file, with its counterexamples. Raises SpecError with one sentence where it is malformed."""
+    """The known failures in a file, with their counterexamples. Raises SpecError if the file is malformed."""
     today = today or date.today()
     try:
         file = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), KnownFailuresFile)
@@ -210,7 +222,7 @@ def read(path: Path, today: date | None = None) -> KnownFailures:
             raise SpecError(f"{at}.expires", f"{row.expires} is more than a year ahead")
         stored = read_counterexample(path.parent / row.counterexample)
         if stored.clause != row.clause:
-            raise SpecError(f"{at}.counterexample", f"is of {stored.clause}, not of {row.clause}")
+            raise SpecError(f"{at}.counterexample", f"is about {stored.clause}, not about {row.clause}")
         before = [Program.from_json(program, f"{at}.before[{i}]") for i, program in enumerate(stored.before)]
         known[key] = KnownFailure(row, stored, before, Case.from_json(stored.case, f"{at}.case"), today)
     return KnownFailures(known)

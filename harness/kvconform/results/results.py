@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -11,96 +12,158 @@ import msgspec
 
 from kvconform.explain.diagnosis import Diagnosis
 from kvconform.explain.visibility import Map
-from kvconform.files import read_versioned, write_atomically
+from kvconform.files import read_versioned, write_versioned
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.guarantees import Guarantee, measured
 from kvconform.results.known_failures import Row
-from kvconform_specs.clauses import BY_NAME
+from kvconform_specs import SUITE_VERSION
+from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.config import Config
-from kvconform_specs.configs import CONFIGS
+from kvconform_specs.configs import CONFIGS, config_named, label
 from kvconform_specs.errors import SpecError
 
-SCHEMA = "kvconform-results/3"
+SCHEMA = "kvconform-results/4"
 SAME_RUN = ("schema", "suite", "backend", "device", "dtypes", "effort", "seed", "claims", "environment")
-"""What two parts of one run have in common: all that could change a verdict."""
+"""What the parts of one run have in common: everything that could change a verdict."""
+EXIT_CODES = {
+    0: "conformant, or nothing failed in the selected part or shard",
+    1: "non-conformant, or a stale known failure",
+    2: "bad argument, malformed file or invalid backend",
+    3: "backend absent or broken, or the machine lacks what it needs",
+    4: "regression against a baseline",
+    5: "undecided: inconclusive cells, or a core clause without a pass",
+}
+"""The exit codes of the command line; ``Results.exit_code`` is 0, 1, 3 or 5."""
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """A black box, which is judged by its own cache-less forward: how it is called, what was assumed of it, and its own
-    configs by name.
-
-    noise: for each, how far an output may stray at most by rounding, relative to the outputs' size.
-    """
+    """A black box, which is judged by its own forward without a cache."""
 
     recognised: str
+    """How it is called, in words."""
     assumed: list[str]
+    """What was assumed about it, one sentence each."""
     configs: dict[str, Any]
+    """Its own configs, by name."""
     noise: dict[str, float] = {}
+    """For each config, how far rounding can move an output, relative to the size of the outputs."""
 
 
 class Results(msgspec.Struct, kw_only=True):
-    """What one run of one backend gave.
-
-    unavailable: why the backend could not run here at all. finished: all cells were judged; a run that was killed
-    leaves False and is resumed. runtime_info: what really ran, by config. environment: versions, machine.
-    shard: ``i/n`` where these are the cells of shard ``i`` of ``n``; empty: of a whole run. known_failures: the rows of known
-    failures that held. stale: one sentence for each row that did not. power: the suite's null-model power table, by clause
-    and dtype (``power``). guarantees: the guarantees measured, by config (``guarantees``). target: what was judged by itself
-    (claim ``reference``); None where the truth is the definition. maps, diagnoses: of configs under which something is
-    broken (of a black box: of each), what outputs see of tokens, and what the backend behaves like.
-    """
+    """The results of one run of one backend."""
 
     schema: str = SCHEMA
+    """The name and version of this schema."""
     suite: str
+    """The version of the clauses."""
     backend: str
+    """The name of the backend."""
     device: str
+    """The requested device, ``cpu`` or ``cuda``."""
     dtypes: list[str]
+    """The dtypes of the configs."""
     effort: str
+    """How much was tried for each cell: ``smoke``, ``pr``, ``nightly``, or ``check``."""
     seed: int
+    """The seed of the run."""
     started: str
+    """When the run started, in UTC."""
     environment: dict[str, Any] = {}
+    """Versions of software, and the machine."""
     claims: dict[str, Any] = {}
+    """What the backend claims."""
     unavailable: str = ""
+    """Why the backend could not run here; empty if it could."""
+    lacking: bool = False
+    """Whether it is unavailable because this machine lacks something, and not because it is unknown or broken."""
     verdicts: list[Verdict] = []
+    """One for each judged cell."""
     runtime_info: dict[str, Any] = {}
+    """What ran, by config."""
     shard: str = ""
+    """``i/n`` for shard ``i`` of ``n``; empty for a run that was not divided."""
     known_failures: list[Row] = []
+    """The rows of known failures that still fail."""
     stale: list[str] = []
-    power: dict[str, Any] = {}
+    """One sentence for each row of the known failures that no longer holds."""
     guarantees: dict[str, Guarantee] = {}
+    """The measured guarantees, by config."""
     target: Target | None = None
+    """The black box that was judged by its own forward; null if outputs were compared with the definition."""
     maps: dict[str, list[Map]] = {}
+    """For each config with a broken clause (for each config of a black box), which tokens the outputs depend on."""
     diagnoses: dict[str, Diagnosis] = {}
+    """For each config with a broken clause, the known mistake that the backend behaves like."""
     seconds: float = 0.0
+    """Seconds of judging, interruptions excluded."""
     finished: bool = False
+    """Whether all cells were judged; a run that was interrupted has false and is resumed."""
 
     def write(self, path: Path) -> None:
-        write_atomically(path, msgspec.json.format(msgspec.json.encode(self), indent=1))
+        write_versioned(path, self)
 
     def same_run(self, other: Results) -> bool:
         """Whether ``other`` is an earlier part of this run: nothing that could change a verdict differs."""
         return all(getattr(self, name) == getattr(other, name) for name in (*SAME_RUN, "shard"))
 
+    @property
+    def failures(self) -> tuple[Verdict, ...]:
+        """The verdicts of the cells in which the backend broke a clause."""
+        return tuple(verdict for verdict in self.verdicts if verdict.outcome.broken)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the exit code is 0."""
+        return self.exit_code == 0
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of ``kvconform run`` (``EXIT_CODES``)."""
+        return _conclusion(self)[0]
+
+    @property
+    def summary(self) -> str:
+        """What the run amounts to, in one sentence."""
+        return _conclusion(self)[1]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many cells had each outcome."""
+        found = Counter(verdict.outcome for verdict in self.verdicts)
+        return {outcome.value: found[outcome] for outcome in Outcome}
+
+    @property
+    def partial(self) -> bool:
+        """Whether cells of the suite are missing: a shard, a selection of clauses or configs, or an interrupted run.
+
+        Of another version of the suite it is not known which cells there are.
+        """
+        if self.shard:
+            return True
+        if self.suite != SUITE_VERSION:
+            return False
+        if self.target is not None:
+            asked = configs_of(self)
+        else:
+            asked = {label(name, dtype): config_named(name, dtype) for dtype in self.dtypes for name in CONFIGS}
+        cells = {(clause.name, name) for name, config in asked.items() for clause in ALL if clause.concerns(config)}
+        return not cells <= {verdict.key for verdict in self.verdicts}
+
 
 def read(path: Path) -> Results:
-    """Raises SpecError with one sentence where the file holds no results."""
+    """Raises SpecError with one sentence if the file holds no results."""
     return read_versioned(path, Results, SCHEMA, "results")
 
 
-def schema() -> dict[str, Any]:
-    """The JSON Schema of a results file."""
-    return msgspec.json.schema(Results)
-
-
-def configs_of(results: Results) -> dict[str, Config]:
-    """The configs that a backend is asked for: the suite's, or a black box's own."""
+def configs_of(results: Results) -> Mapping[str, Config]:
+    """The configs that a backend is judged under: the suite's, or a black box's own."""
     if results.target is None:
         return CONFIGS
     return {name: Config.from_json(config) for name, config in results.target.configs.items()}
 
 
 def missing_core(results: Results, profile: str) -> list[str]:
-    """Core clauses of a profile without a PASS under any of its configs; all of them for a shard, a part of a run."""
+    """The core clauses of a profile without a PASS under any of its configs; all of them for a shard."""
     passed = {
         verdict.clause
         for verdict in results.verdicts
@@ -116,36 +179,55 @@ def missing_core(results: Results, profile: str) -> list[str]:
     return sorted(concerned - passed)
 
 
-def exit_code(results: Results) -> tuple[int, str]:
-    """0 conformant, 1 non-conformant, 3 infrastructure, 5 inconclusive or core clauses missing; and the sentence.
+def _conclusion(results: Results) -> tuple[int, str]:
+    """The exit code and its sentence.
 
-    A stale known failure gives 1. A shard concludes nothing: it gives 0 where nothing in it stands against conformance.
+    A stale known failure gives 1. A shard or a selected part does not decide conformance: it gives 0 if nothing in it
+    speaks against conformance, that is, if at least one cell passed and so did each selected core clause.
     """
-    broken = [verdict for verdict in results.verdicts if verdict.outcome.broken]
-    if broken:
-        return 1, f"non-conformant: {len(broken)} of {len(results.verdicts)} cells broken"
+    verdicts = results.verdicts
+    judged = sum(verdict.outcome is not Outcome.UNSUPPORTED for verdict in verdicts)
+    if results.failures:
+        skipped = f"; {len(verdicts) - judged} not applicable" if judged < len(verdicts) else ""
+        return 1, f"non-conformant: {len(results.failures)} of {_counted(judged, 'judged cell')} failed{skipped}"
     if results.stale:
-        return 1, f"stale known failures: {_counted(len(results.stale), 'row')} to mend or to remove"
+        return 1, f"stale known failures: {_counted(len(results.stale), 'row')} to correct or to remove"
     if results.unavailable:
         return 3, results.unavailable
     if not results.finished:
-        return 5, f"the run did not finish: {len(results.verdicts)} cells were judged"
-    profiles = sorted({config.profile for config in configs_of(results).values()})
-    missing = {profile: missing_core(results, profile) for profile in profiles}
-    good = [profile for profile in profiles if not missing[profile]]
-    undecided = [v for v in results.verdicts if v.outcome in (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED)]
+        return 5, f"the run did not finish: {_counted(len(verdicts), 'cell')} judged"
+    undecided = sum(verdict.outcome in (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED) for verdict in verdicts)
     if undecided:
-        return 5, f"inconclusive or not exercised: {len(undecided)} of {len(results.verdicts)} cells"
-    known = sum(verdict.outcome is Outcome.KNOWN_FAILURE for verdict in results.verdicts)
-    more = f", but {_counted(known, 'known failure')}" if known else ""
+        return 5, f"undecided: {undecided} of {_counted(judged, 'judged cell')} inconclusive or not exercised"
+    known = sum(verdict.outcome is Outcome.KNOWN_FAILURE for verdict in verdicts)
+    more = f", with {_counted(known, 'known failure')}" if known else ""
+    cells = _counted(judged, "cell")
     if results.shard:
-        cells = _counted(len(results.verdicts), "cell")
-        return 0, f"shard {results.shard}: {cells}, nothing broken{more}; merge the shards to conclude"
+        return 0, f"shard {results.shard}: {cells}, nothing failed{more}; merge the shards to conclude"
+    partial = results.partial
+    missing = _missing(results, partial)
+    good = [profile for profile, clauses in missing.items() if not clauses]
     if not good:
-        profile = min(profiles, key=lambda p: len(missing[p]))
+        profile = min(missing, key=lambda p: len(missing[p]), default="")
+        if not profile:
+            return 5, "undecided: no cell was judged"
         return 5, f"not conformant: no PASS on the core clauses {', '.join(missing[profile])} ({profile} profile)"
-    by = ", judged by its own forward" if results.target is not None else ""
-    return 0, f"conformant: {' and '.join(good)} profile{by}{more}"
+    if not partial:
+        by = ", judged by its own forward" if results.target is not None else ""
+        return 0, f"conformant: {' and '.join(good)} profile{by}{more}"
+    if not any(verdict.outcome is Outcome.PASS for verdict in verdicts):
+        return 5, f"undecided: no cell of the selected part passed ({_counted(len(verdicts), 'cell')}{more})"
+    return 0, f"the selected part passed: {cells}{more}; conformance needs the whole suite"
+
+
+def _missing(results: Results, partial: bool) -> dict[str, list[str]]:
+    """By profile, the core clauses without a PASS; in a part of the suite only those that were selected."""
+    found = {}
+    for profile in sorted({config.profile for config in configs_of(results).values()}):
+        selected = {verdict.clause for verdict in results.verdicts if verdict.config.startswith(profile)}
+        if selected or not partial:
+            found[profile] = [c for c in missing_core(results, profile) if c in selected or not partial]
+    return found
 
 
 def _counted(number: int, noun: str) -> str:
@@ -153,14 +235,14 @@ def _counted(number: int, noun: str) -> str:
 
 
 def merged(parts: Sequence[Results]) -> Results:
-    """The run whose shards these are, all of them. Raises SpecError with one sentence where they are not."""
+    """The run whose shards these are, all of them. Raises SpecError if they are not."""
     shards: dict[int, Results] = {}
     first = parts[0]
     for part in parts:
         index, count = _place(part)
         _same_run(first, part)
         if shards.setdefault(index, part) != part:
-            raise SpecError(f"shard {part.shard}", "is given twice, and differs")
+            raise SpecError(f"shard {part.shard}", "is given twice, with different contents")
     missing = [f"{index}/{count}" for index in range(1, count + 1) if index not in shards]
     if missing:
         raise SpecError("merge", f"shard {', '.join(missing)} is missing")
@@ -177,8 +259,7 @@ def merged(parts: Sequence[Results]) -> Results:
         environment=environment,
         started=min(part.started for part in ordered),
         seconds=round(sum(part.seconds for part in ordered), 3),
-        runtime_info=_union("runtime_info", ordered, strict=False),
-        power=_union("power", ordered),
+        runtime_info={config: info for part in ordered for config, info in part.runtime_info.items()},
         guarantees=measured(verdicts),
         known_failures=[row for part in ordered for row in part.known_failures],
         stale=list(dict.fromkeys(words for part in ordered for words in part.stale)),
@@ -188,9 +269,9 @@ def merged(parts: Sequence[Results]) -> Results:
 def _place(part: Results) -> tuple[int, int]:
     """Index and count of a finished shard."""
     if not part.shard:
-        raise SpecError(f"results of {part.backend}", "are of a whole run, not of a shard")
+        raise SpecError(f"results of {part.backend}", "are those of a whole run, not of a shard")
     if part.unavailable or not part.finished:
-        raise SpecError(f"shard {part.shard}", part.unavailable or "did not finish: run it again, it goes on")
+        raise SpecError(f"shard {part.shard}", part.unavailable or "did not finish: run it again to resume it")
     index, _, count = part.shard.partition("/")
     return int(index), int(count)
 
@@ -198,7 +279,7 @@ def _place(part: Results) -> tuple[int, int]:
 def _same_run(first: Results, part: Results) -> None:
     """Shards may run on different machines, but with the same versions of everything."""
     if first.shard.partition("/")[2] != part.shard.partition("/")[2]:
-        raise SpecError("merge", f"shards {first.shard} and {part.shard} are not of one division")
+        raise SpecError("merge", f"shards {first.shard} and {part.shard} belong to different divisions")
     for name in SAME_RUN:
         mine, other = getattr(first, name), getattr(part, name)
         if isinstance(mine, dict):  # say which entry it is
@@ -206,7 +287,7 @@ def _same_run(first: Results, part: Results) -> None:
             name = f"{name}.{keys[0]}" if keys else name
             mine, other = (mine.get(keys[0]), other.get(keys[0])) if keys else (None, None)
         if mine != other:
-            raise SpecError("merge", f"{name} of shard {first.shard} is {mine}, of shard {part.shard} {other}")
+            raise SpecError("merge", f"{name} is {mine} in shard {first.shard} and {other} in shard {part.shard}")
 
 
 def _dealt_back(ordered: Sequence[Results]) -> list[Verdict]:
@@ -215,7 +296,7 @@ def _dealt_back(ordered: Sequence[Results]) -> list[Verdict]:
     for index, part in enumerate(ordered):
         due = len(range(index, total, len(ordered)))
         if len(part.verdicts) != due:
-            words = f"has {_counted(len(part.verdicts), 'cell')}, its part of {total} is {due}: not one selection"
+            words = f"has {_counted(len(part.verdicts), 'cell')}; its part of {total} is {due}: the selections differ"
             raise SpecError(f"shard {part.shard}", words)
     turns = zip_longest(*(part.verdicts for part in ordered))
     verdicts = [verdict for turn in turns for verdict in turn if verdict is not None]
@@ -225,14 +306,3 @@ def _dealt_back(ordered: Sequence[Results]) -> list[Verdict]:
             raise SpecError("merge", f"{verdict.clause} [{verdict.config}] is in two shards")
         seen.add(verdict.key)
     return verdicts
-
-
-def _union(name: str, ordered: Sequence[Results], strict: bool = True) -> dict[str, Any]:
-    """One dictionary of the shards' own; ``strict`` refuses different values of one key, else the last one counts."""
-    found: dict[str, Any] = {}
-    for part in ordered:
-        for key, value in getattr(part, name).items():
-            if strict and found.get(key, value) != value:
-                raise SpecError("merge", f"{name}.{key} differs between shards")
-            found[key] = value
-    return found

@@ -1,4 +1,4 @@
-"""A run: every cell of one backend or of its shard, its results written as they come, resumed where it was killed."""
+"""A run: judges every selected cell of a backend, writes its results after each, and resumes an interrupted run."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from kvconform.errors import BackendUnavailable, StaleEntry
+from kvconform.errors import BackendUnavailable, BadArgument, StaleEntry, Unavailable, UnknownClause
 from kvconform.files import write_atomically
 from kvconform.host import machine
-from kvconform.judging.verdict import Outcome, Verdict
-from kvconform.mutation.power import stored
+from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.results.guarantees import measured
 from kvconform.results.known_failures import EMPTY, KnownFailure, KnownFailures
 from kvconform.results.results import Results, Target, read
 from kvconform.run import cross_backend, explain_failures
 from kvconform.search import counterexample
 from kvconform.search.cell import Cell, run_cell
-from kvconform.search.effort import DEFAULT_EFFORT, EFFORTS, Effort
+from kvconform.search.effort import DEFAULT_EFFORT, EFFORTS, Effort, effort_named
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case
-from kvconform_specs.clauses import ALL, BY_NAME
+from kvconform_specs.clauses import ALL, BY_NAME, CHAPTERS
 from kvconform_specs.config import DTYPES, Config
 from kvconform_specs.configs import CONFIGS, config_named, label
 from kvconform_specs.errors import SpecError
@@ -38,10 +37,12 @@ from kvconform_specs.program import UncachedForward
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. ``clauses`` and ``configs`` keep the cells whose names begin so; empty keeps all.
+    """What to run.
 
-    shard: ``(i, n)`` keeps every ``n``-th of these cells, from the ``i``-th on (from 1): each config's cells are dealt
-    to all shards in turn, whatever the backend. explain: whether what is broken is also mapped and diagnosed.
+    clauses, configs: prefixes of names; only matching cells are kept; empty keeps all.
+    shard: ``(i, n)`` keeps every ``n``-th of these cells, from the ``i``-th on (from 1): the cells of each config are
+    dealt to all shards in turn, for every backend alike.
+    explain: whether failures are also mapped and diagnosed.
     """
 
     effort: Effort
@@ -53,16 +54,50 @@ class Plan:
     explain: bool = False
 
 
+def plan_for(
+    effort: str = DEFAULT_EFFORT,
+    seed: int = 0,
+    dtypes: Sequence[str] = ("float32",),
+    clauses: Sequence[str] = (),
+    configs: Sequence[str] = (),
+    shard: str = "",
+    explain: bool = False,
+) -> Plan:
+    """The plan of a user's options. Raises BadArgument if one is unknown or malformed, UnknownClause if no cell matches."""
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise BadArgument("dtype", dtype, DTYPES)
+    for clause in clauses:
+        if not any(known.startswith(clause) for known in BY_NAME):
+            known = ", ".join(CHAPTERS)
+            raise UnknownClause("clause", clause, CHAPTERS, f"no clause starts with {clause!r}; chapters: {known}")
+    named = [label(name, dtype) for dtype in dtypes for name in CONFIGS]
+    for config in configs:
+        if not any(known.startswith(config) for known in (*named, *OWN_CONFIGS)):
+            raise BadArgument("config", config, named, f"no config starts with {config!r}; known: {', '.join(named)}")
+    whole = Plan(effort_named(effort), seed, tuple(dtypes), tuple(clauses), tuple(configs), explain=explain)
+    count = sum(1 for _ in cells(whole))
+    if not count and not any(name.startswith(whole.configs) for name in OWN_CONFIGS):
+        selected = f"clauses {', '.join(clauses)} and configs {', '.join(configs)}"
+        raise UnknownClause(
+            "clause", clauses, (), f"no cell matches {selected}: the clauses do not concern the configs"
+        )
+    plan = replace(whole, shard=parse_shard(shard) if shard else None)
+    if count and plan.shard is not None and plan.shard[0] > count:
+        raise BadArgument("shard", shard, (), f"shard {shard}: there are fewer cells than shards")
+    return plan
+
+
 def parse_shard(text: str) -> tuple[int, int]:
-    """``2/5`` as ``(2, 5)``. Raises SpecError with one sentence where it is none."""
+    """``2/5`` as ``(2, 5)``. Raises BadArgument if it is malformed."""
     index, slash, count = text.partition("/")
     if slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count):
         return int(index), int(count)
-    raise SpecError("shard", f"want i/n with i from 1 to n, such as 2/5, got {text!r}")
+    raise BadArgument("shard", text, (), f"shard: want i/n with i from 1 to n, such as 2/5, got {text!r}")
 
 
 def cells(plan: Plan, own_configs: Mapping[str, Config] | None = None) -> Iterator[Cell]:
-    """The cells of a plan, config by config: a backend is built once for each. ``own_configs``: a black box's own."""
+    """The cells of a plan, config by config, since a backend is built once for each. ``own_configs``: a black box's."""
     index, count = plan.shard or (1, 1)
     return islice(_selected(plan, own_configs), index - 1, None, count)
 
@@ -80,19 +115,20 @@ def _selected(plan: Plan, own_configs: Mapping[str, Config] | None) -> Iterator[
 
 
 _REFERENCE_CLAUSE = BY_NAME["equivalence.full-stable"]
-"""What a black box is judged by must hold first; the others are not asked where it does not."""
+"""Judged first for a black box: if its own forward breaks this clause, it cannot be the reference of the others."""
+OWN_CONFIGS = ("decoder-self", "hidden-self")
+"""The configs of black boxes, which are known only after loading."""
 
 
 def unmatched_entries(known_failures: KnownFailures, backend: str) -> list[str]:
-    """One sentence for each row of a backend that is of no cell of the suite. What a run selects does not matter: a row
-    of a cell that is not judged hides nothing."""
+    """One sentence for each row of a backend that matches no cell of the suite, whatever the run selects."""
     return known_failures.unmatched_entries(backend, cells(Plan(EFFORTS[DEFAULT_EFFORT], dtypes=DTYPES)))
 
 
 def judged(
     cell: Cell, client: WorkerClient, plan: Plan, failures: Path, known: KnownFailure | None
 ) -> tuple[Verdict, str]:
-    """The verdict on one cell; and why its row of the known failures is stale, if it has one that is."""
+    """The verdict on one cell, and why its row of the known failures is stale, or nothing."""
     stale = ""
     if known is not None:
         try:
@@ -103,7 +139,7 @@ def judged(
 
 
 def path_of(name: str, plan: Plan, out: Path) -> Path:
-    """Where a backend's results go: those of shards lie apart, so that ``out`` holds one file a backend."""
+    """Where a backend's results are written: shards have a folder of their own, so that ``out`` has one file a backend."""
     if plan.shard is None:
         return out / f"{name}.json"
     return out / "shards" / f"{name}-{plan.shard[0]}-of-{plan.shard[1]}.json"
@@ -118,31 +154,24 @@ def run_backend(
     known_failures: KnownFailures = EMPTY,
     begin: Callable[[int], None] = lambda cells: None,
 ) -> Results:
-    """Judges every cell of a backend; its results (``path_of``) grow with each. A backend that cannot run here gives
-    results that say why (``unavailable``). ``begin`` is told how many cells there are, ``tell`` each verdict."""
+    """Judges every selected cell of a backend and writes its results (``path_of``) after each.
+
+    A backend that cannot run here gives results that say why (``unavailable``). ``begin`` is called with the number of
+    cells, ``tell`` with each verdict. Raises InvalidBackend.
+    """
     began = time.perf_counter()
     path, failures = path_of(name, plan, out), out / "failures" / name
-    spec.environment.setdefault("KVCONFORM_ARTEFACTS", str((out / "artefacts").resolve()))
-    results = Results(
-        suite=SUITE_VERSION,
-        backend=name,
-        device=spec.device,
-        dtypes=list(plan.dtypes),
-        effort=plan.effort.name,
-        seed=plan.seed,
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
-        shard="/".join(map(str, plan.shard or ())),
-    )
+    spec.environment.setdefault("KVCONFORM_ARTEFACTS", artefacts(out))
+    results = empty(name, spec.device, plan)
     try:
         client = WorkerClient(spec)
-    except BackendUnavailable as sentence:
-        results.unavailable, results.finished = str(sentence), True
+    except BackendUnavailable as error:
+        set_unavailable(results, error)
+        results.finished = True
         results.write(path)
         return results
     with client:
-        results.claims = client.claims.to_json()
-        results.target = None if client.target is None else msgspec.convert(client.target, Target)
-        results.environment = {**client.environment, "hypothesis": version("hypothesis"), "machine": machine()}
+        describe(results, client)
         spent = _resume(results, path)
         done = {verdict.key: verdict for verdict in results.verdicts}
         results.verdicts = []
@@ -163,8 +192,8 @@ def run_backend(
                     verdict, stale = judged(cell, client, plan, failures, known)
                 if _reference_broken(client, verdict, failures):
                     unreliable.add(cell.config_name)
-            except BackendUnavailable as sentence:
-                results.unavailable = str(sentence)
+            except BackendUnavailable as error:
+                set_unavailable(results, error)
                 break
             runtime_info = client.runtime_info(cell.config)
             if runtime_info:
@@ -175,7 +204,7 @@ def run_backend(
             if stale:
                 results.stale.append(stale)
             results.seconds = round(spent + time.perf_counter() - began, 3)
-            if len(results.verdicts) > len(done):  # until then the file holds more than what was gone through again
+            if len(results.verdicts) > len(done):  # until then the file of the interrupted run holds more
                 results.write(path)
             tell(verdict)
         if not results.unavailable and results.target is None:
@@ -184,40 +213,68 @@ def run_backend(
         if plan.explain and not results.unavailable:
             asked = {cell.config_name: cell.config for cell in cells(plan, client.configs)}
             explain_failures.add(client, results, asked, failures)
-        if results.target is None:  # what the clauses see in the definition's configs says nothing about others
-            results.power = {dtype: stored(dtype) for dtype in plan.dtypes}
         results.finished = not results.unavailable
         results.write(path)
     return results
 
 
+def empty(name: str, device: str, plan: Plan) -> Results:
+    """The results of a run that begins now."""
+    return Results(
+        suite=SUITE_VERSION,
+        backend=name,
+        device=device,
+        dtypes=list(plan.dtypes),
+        effort=plan.effort.name,
+        seed=plan.seed,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        shard="/".join(map(str, plan.shard or ())),
+    )
+
+
+def describe(results: Results, client: WorkerClient) -> None:
+    """Fills in what the worker knows about the backend and its machine."""
+    results.claims = client.claims.to_json()
+    results.target = None if client.target is None else msgspec.convert(client.target, Target)
+    results.environment = {**client.environment, "hypothesis": version("hypothesis"), "machine": machine()}
+
+
+def set_unavailable(results: Results, error: BackendUnavailable) -> None:
+    results.unavailable, results.lacking = str(error), isinstance(error, Unavailable)
+
+
+def artefacts(out: Path) -> str:
+    """Where backends keep files that they export, as the value of ``KVCONFORM_ARTEFACTS``."""
+    return str((out / "artefacts").resolve())
+
+
 def _reference_broken(client: WorkerClient, verdict: Verdict, failures: Path) -> bool:
-    """Whether a black box's own forward has been found to be no yardstick: it breaks the clause about it by itself, and
-    not only beside cached steps, which the truth's own process never runs."""
-    if (
-        client.target is None
-        or verdict.clause != _REFERENCE_CLAUSE.name
-        or not verdict.counterexample
-        or verdict.raised
-    ):
+    """Whether a black box's own forward is unusable as the reference: it breaks its clause without any cached step, too
+    (the process of the reference runs no cached steps)."""
+    about_reference = client.target is not None and verdict.clause == _REFERENCE_CLAUSE.name
+    if not about_reference or not verdict.counterexample or verdict.raised:
         return False
     case = Case.from_json(counterexample.read(failures / verdict.counterexample).case)
     alone = [
         replace(program, steps=tuple(s for s in program.steps if isinstance(s, UncachedForward)))
         for program in case.programs
     ]
-    return isinstance(counterexample.replayed(_REFERENCE_CLAUSE, client, [], Case(tuple(alone))), counterexample.Broken)
+    return counterexample.replayed(_REFERENCE_CLAUSE, client, [], Case(tuple(alone))) is not None
 
 
 def _not_judged(cell: Cell, backend: str) -> Verdict:
-    words = f"not judged: its own forward, which it would be judged by, breaks {_REFERENCE_CLAUSE.name}"
     return Verdict(
-        clause=cell.clause.name, config=cell.config_name, backend=backend, outcome=Outcome.INCONCLUSIVE, sentence=words
+        clause=cell.clause.name,
+        config=cell.config_name,
+        backend=backend,
+        outcome=Outcome.INCONCLUSIVE,
+        reason=Reason.REFERENCE_BROKEN,
+        sentence=f"not judged: its own forward, the reference, breaks {_REFERENCE_CLAUSE.name}",
     )
 
 
 def _write_vectors(client: WorkerClient, results: Results, path: Path) -> None:
-    """Keeps the backend's outputs of the common program, for ``pairwise``."""
+    """Stores the backend's outputs of the common program, for the comparison of backends (``cross_backend``)."""
     vectors = {}
     for config_name, config in named_configs([results]).items():
         if any(v.config == config_name and v.outcome is Outcome.PASS for v in results.verdicts):
@@ -232,13 +289,13 @@ def _write_vectors(client: WorkerClient, results: Results, path: Path) -> None:
 
 
 def _resume(results: Results, path: Path) -> float:
-    """Takes over what an unfinished earlier part of the same run found. Returns the seconds that it took."""
+    """Adopts the verdicts of an unfinished earlier part of the same run. Returns the seconds that it took."""
     if not path.exists():
         return 0.0
     try:
         earlier = read(path)
     except SpecError:
-        return 0.0  # not results of this version: they are replaced
+        return 0.0  # of another version of the schema: the file is replaced
     if earlier.finished or not results.same_run(earlier):
         return 0.0
     results.started, results.verdicts, results.runtime_info = earlier.started, earlier.verdicts, earlier.runtime_info
@@ -246,14 +303,6 @@ def _resume(results: Results, path: Path) -> float:
 
 
 def named_configs(judged: Sequence[Results]) -> dict[str, Config]:
-    """Every config that these results speak of, by the name that they use."""
+    """Every config in these results, by the name that they use."""
     dtypes = {dtype for results in judged for dtype in results.dtypes}
     return {label(name, dtype): config_named(name, dtype) for dtype in sorted(dtypes) for name in CONFIGS}
-
-
-def summary(results: Results) -> dict[str, int]:
-    """How many cells had each outcome."""
-    counts = {outcome.value: 0 for outcome in Outcome}
-    for verdict in results.verdicts:
-        counts[verdict.outcome.value] += 1
-    return counts

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvconform.errors import BadArgument
+
 
 @dataclass(frozen=True)
 class Effort:
-    """structures: how many shapes of program are drawn for a cell; variants: seeds tried within each, in one message.
+    """How many programs are tried for a cell, and how long a failure is analysed.
 
-    seconds: no new structure is begun after that many seconds of a cell. shrink: whether a failure is made small and
-    confirmed on a fresh process; an audit needs to know only that there was one. rebuild: seconds that may go into
-    new processes for one failure (crashes, hangs, leaked state). leaks: of how many failures by leaked state the list
-    of programs that must run before is made short; that of a further one is all that ran.
+    structures: how many shapes of program are drawn for a cell.
+    variants: how many seeds are tried with each structure, in one message to the worker.
+    seconds: after so many seconds of a cell no new structure is begun.
+    shrink: whether a failure is shrunk and confirmed on a fresh process; an audit only needs to know that it failed.
+    rebuild: seconds of starting new processes for one failure (crashes, timeouts, leaked state).
+    leaks: for how many failures by leaked state the list of earlier programs is shortened; later ones keep all of it.
     """
 
     name: str
@@ -29,9 +33,19 @@ EFFORTS = {
     for effort in (Effort("smoke", 16, 2, 120.0), Effort("pr", 20, 3, 120.0), Effort("nightly", 250, 20, 600.0))
 }
 DEFAULT_EFFORT = "pr"
+CHECK = Effort("check", 8, 2, 20.0, rebuild=5.0, leaks=3)
+"""The default of ``kvconform check``: a broken module shows in the first structures, and a small one takes less than a
+minute."""
 SHRINK_TRIALS, SHRINK_SECONDS = 400, 20.0
 """Shrinking a failure ends after so many trials or seconds."""
 GUARANTEE_TRIALS, GUARANTEE_SECONDS = 60, 1.0
-"""The same where a measured guarantee is refuted: many backends refute many, and that one does is what matters."""
+"""The same for a refuted guarantee: many backends refute many, and a small counterexample matters less."""
 REBUILDS = 30
 """Shrinking a crash or timeout, and looking for leaked state, end after so many new workers or ``Effort.rebuild``."""
+
+
+def effort_named(name: str) -> Effort:
+    """Raises BadArgument if there is no such effort."""
+    if name not in EFFORTS:
+        raise BadArgument("effort", name, EFFORTS)
+    return EFFORTS[name]

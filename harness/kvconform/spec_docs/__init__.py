@@ -1,1 +1,1 @@
-"""The spec as documentation: one page, and one clause at a time."""
+"""The spec as documentation: one page, or one clause."""

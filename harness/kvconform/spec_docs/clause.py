@@ -1,47 +1,40 @@
-"""One clause explained: what it says in words, and a small program that tries it."""
+"""One clause explained: its text, its relations and a small program that tests it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import msgspec
-from hypothesis import HealthCheck, Phase, Verbosity, given, settings
-from hypothesis import seed as hypothesis_seed
 
+from kvconform.judging.verdict import Outcome
+from kvconform.mutation.fault import load_faults
 from kvconform.search.counterexample import Counterexample
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.ambiguities import AMBIGUITIES
-from kvconform_specs.claims import Claims
+from kvconform_specs.claims import ENOUGH, Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.configs import CONFIGS, LONG
 from kvconform_specs.describe import described
+from kvconform_specs.errors import SpecError
+from kvconform_specs.strategies import drawn
 
-ENOUGH: dict[str, dict[str, Any]] = {
-    "overflow refused": {"overflow": "refused"},
-    "poison-safe slots": {"unused_slots": "any"},
-    "left padding": {"padding": ("right", "left"), "abilities": ("ragged",)},
-    "pages": {"page": 4},
-    "quantised cache": {"kv_bits": 8},
-    "lossless cache": {"kv_bits": 0},
-    "residual window": {"kv_bits": 8, "residual": 3},
-    "bound on graphs": {"max_graphs": 8, "abilities": ("graph_count",)},
-    "two rows": {"max_batch": None},
-    "two sequences": {"max_sequences": None},
-}
-"""Claims from which each need of ``claims.DERIVED`` follows."""
+CATALOGUE = "kvconform_backends.faults:FAULTS"
+"""The planted faults of the ``kvconform-backends`` package, loaded by address: the harness imports no backend."""
 DRAWS = 20
-"""The example of a clause is the median, by size, of so many draws."""
+"""Number of draws; the example of a clause is their median by size."""
 SHOWN = 3
-"""So many of its programs are shown."""
+"""The most programs of an example that are printed."""
 
 
 def explained(clause: Clause) -> str:
-    """One clause in words, a program that tries it, and how to try it on a backend."""
+    """The text of ``kvconform spec CLAUSE``."""
     lines = [f"{clause.name} ({clause.level.value}{', core' if clause.core else ''})", clause.text, ""]
     lines += [f"holds if: {relation.value} ({named(relation)})" for relation in clause.relations]
-    lines += [f"asked on: {scope(clause)}", f"needs: {needs(clause) or 'nothing'}"]
+    lines += [f"tested on: {scope(clause)}", f"needs: {needs(clause) or 'nothing'}"]
     lines += [f"settles {a.id}: {a.question} {a.settled}" for a in AMBIGUITIES if clause.name in a.by]
-    lines += [f"stops: {link}" for link in clause.why]
+    lines += [f"real bug: {link}" for link in clause.why]
+    if names := faults(clause):
+        lines.append(f"planted faults that name it: {', '.join(names)}")
     name, case = example(clause)
     compares = any(relation.compares_two for relation in clause.relations)
     for number, one in enumerate(case.programs[:SHOWN]):
@@ -53,32 +46,25 @@ def explained(clause: Clause) -> str:
     return "\n  ".join(lines).replace("\n  \n", "\n\n").replace("`", "")
 
 
+def faults(clause: Clause) -> list[str]:
+    """The names of the planted faults that the clause must detect; none if no catalogue is installed."""
+    try:
+        return [fault.name for fault in load_faults(CATALOGUE) if clause.name in fault.clauses]
+    except SpecError:
+        return []
+
+
 def example(clause: Clause) -> tuple[str, Case]:
     """The name of the first config that the clause concerns, and a case for a backend that claims what it needs."""
     name = next(name for name, config in CONFIGS.items() if clause.concerns(config))
-    drawn: list[Case] = []
-
-    @hypothesis_seed(0)
-    @settings(
-        max_examples=DRAWS,
-        deadline=None,
-        database=None,
-        verbosity=Verbosity.quiet,
-        phases=(Phase.generate,),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(clause.strategy(CONFIGS[name], least_claims(clause)))
-    def draw(case: Case) -> None:
-        drawn.append(case)
-
-    draw()
-    # programs that are all alike compare nothing, unless they always are
-    telling = [case for case in drawn if len(set(case.programs)) == len(case.programs)] or drawn
-    return name, sorted(telling, key=lambda case: case.size)[len(telling) // 2]
+    cases = drawn(clause.strategy(CONFIGS[name], least_claims(clause)), DRAWS)
+    # equal programs compare nothing, unless the clause draws no others
+    differing = [case for case in cases if len(set(case.programs)) == len(case.programs)] or cases
+    return name, sorted(differing, key=lambda case: case.size)[len(differing) // 2]
 
 
 def least_claims(clause: Clause) -> Claims:
-    """What the clause needs, all of ``needs_any`` included, and nothing else."""
+    """The claims that the clause needs, all of ``needs_any`` included, and nothing else."""
     claimed: dict[str, Any] = {"profiles": clause.profiles}
     abilities: list[str] = []
     for need in (*clause.needs, *clause.needs_any):
@@ -95,8 +81,8 @@ def as_file(clause: Clause) -> bytes:
         clause=clause.name,
         backend="numpy",
         device="cpu",
-        sentence="an example, never a failure",
-        outcome="pass",
+        sentence="an example, not a failure",
+        outcome=Outcome.PASS,
         before=[],
         case=example(clause)[1].to_json(),
         reduced=False,
@@ -109,7 +95,7 @@ def named(relation: Relation) -> str:
 
 
 def scope(clause: Clause) -> str:
-    """Which configs the clause is asked on."""
+    """The configs that the clause is tested on."""
     asked = [name for name, config in CONFIGS.items() if clause.concerns(config)]
     usual = [n for n, c in CONFIGS.items() if c.profile in clause.profiles and c.capacity < LONG]
     return f"every {' and '.join(clause.profiles)} config" if asked == usual else ", ".join(asked)

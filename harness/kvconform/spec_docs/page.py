@@ -1,4 +1,4 @@
-"""The spec as a page to read, ``docs/spec.md``: everything on it is read off the spec itself."""
+"""The spec as a page, ``docs/spec.md``, generated from the clauses, configs, claims and docstrings."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import MISSING, fields
 from itertools import groupby
 from typing import Any
 
-from kvconform.spec_docs.clause import ENOUGH, named, needs, scope
+from kvconform.spec_docs.clause import named, needs, scope
 from kvconform_specs import SUITE_VERSION, program
 from kvconform_specs.ambiguities import AMBIGUITIES
-from kvconform_specs.claims import ABILITIES, DERIVED, Claims, Precision
+from kvconform_specs.claims import ABILITIES, DERIVED, ENOUGH, Claims, Precision
 from kvconform_specs.clause import Relation
 from kvconform_specs.clauses import ALL, CHAPTERS
 from kvconform_specs.config import DTYPES, POSITIONS, PROFILES, Config
@@ -35,15 +35,15 @@ def page() -> str:
         "`kvconform spec --write docs/spec.md` from `specs/kvconform_specs/`; change it there. "
         "`kvconform spec CLAUSE` explains one clause and shows a program that tries it.",
         f"## The law\n\n> {LAW}",
-        "Each clause is a corner of this law, isolated so that its failure names one mistake. A **must** binds: who "
-        "breaks it is not conformant. A **should** is a guarantee that is measured and told, not demanded. Without a "
-        "pass on every **core** clause of a profile no backend is conformant in that profile. A clause that needs what "
-        "a backend does not claim is *unsupported* there, and that is no pass.",
+        "Each clause is one part of this law, isolated so that its failure identifies one mistake. A backend that "
+        "violates a **must** is not conformant. A **should** is a guarantee that is measured and reported, and not "
+        "required. Conformance in a profile needs a pass on each of its **core** clauses. A clause that needs "
+        "something that a backend does not claim is *unsupported* there, which is not a pass.",
         "\n".join(f"- [{name}](#{name}): {_line(words)}" for name, words in CHAPTERS.items()),
         "[Configs](#configs) · [Programs](#programs) · [Claims](#claims) · [The definition](#the-definition) · "
         "[Bounds](#bounds) · [Relations](#relations) · [Settled ambiguities](#settled-ambiguities) · "
         "[Table of configs](#table-of-configs) · [Versions](#versions)",
-        *_words(),
+        *_definitions(),
         *(part for chapter in CHAPTERS for part in _chapter(chapter)),
         *_tables(),
         f"## Versions\n\nThis is suite {SUITE_VERSION}; every results file names its suite. A change that can turn a "
@@ -53,9 +53,9 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _words() -> Iterator[str]:
+def _definitions() -> Iterator[str]:
     """Configs, programs, claims, the definition, its bounds, and the relations."""
-    prose, told = documented(Config)
+    prose, texts = documented(Config)
     meanings = {
         "profile": f"{_codes(PROFILES)}: q, k, v to the output of one layer, or token ids to logits.",
         "heads": "Query heads, `h`.",
@@ -63,52 +63,52 @@ def _words() -> Iterator[str]:
         "head_dim": "Head dim, `d`.",
         "layers": "Layers, `l`; 1 in the attention profile.",
         "vocabulary": "Number of token ids, `V`; read by the decoder only.",
-        "positions": f"{_codes(POSITIONS)}; {told['positions']}",
+        "positions": f"{_codes(POSITIONS)}; {texts['positions']}",
         "dtype": f"{_codes(DTYPES)}.",
         "seed": "Seed of the weights.",
-        "init_std": "Their standard deviation.",
+        "init_std": "Standard deviation of the weights.",
     }
     yield f"## Configs\n\n{prose}"
     yield (
         "Axes, everywhere: `b` batch, `h` query heads, `g` KV heads, `t` new tokens, `s` cached + new tokens, `d` head "
-        "dim, `l` layers, `V` vocabulary. The configs that are asked for are a [closed table](#table-of-configs)."
+        "dim, `l` layers, `V` vocabulary. The suite uses a [closed table](#table-of-configs) of configs."
     )
-    yield _table(("field", "default", "meaning"), _fields(Config, {**told, **meanings}))
+    yield _table(("field", "default", "meaning"), _fields(Config, {**texts, **meanings}))
     yield f"## Programs\n\n{_marked(program.__doc__)}"
     for op, kind in OPS.items():
-        prose, told = documented(kind)
-        yield "\n".join([f"**{op}.** {prose}", "", *(f"- {names}: {text}" for names, text in _grouped(told))]).rstrip()
+        prose, texts = documented(kind)
+        yield "\n".join([f"**{op}.** {prose}", "", *(f"- {names}: {text}" for names, text in _grouped(texts))]).rstrip()
     yield (
-        f"Layouts: {_codes(LAYOUTS)}. Poisons: {_codes(POISONS)}. Distributions of a stream: {_codes(DISTRIBUTIONS)}. What can be "
+        f"Layouts: {_codes(LAYOUTS)}. Poisons: {_codes(POISONS)}. Distributions: {_codes(DISTRIBUTIONS)}. What can be "
         "wrong with an append: "
         + "; ".join(f"{_codes(wrong)} in the {profile} profile" for profile, wrong in MALFORMED.items())
         + "."
     )
-    prose, told = documented(Claims)
-    told |= documented(Precision)[1] | {
+    prose, texts = documented(Claims)
+    texts |= documented(Precision)[1] | {
         "profiles": f"{_codes(PROFILES)}.",
         "abilities": "See below.",
         "dtypes": f"{_codes(DTYPES)}.",
         "devices": "`cpu`, `cuda`.",
     }
     yield f"## Claims\n\n{prose}"
-    yield _table(("claim", "default", "meaning"), _fields(Claims, told))
-    yield "What `abilities` may name, and what else a clause may need:"
+    yield _table(("claim", "default", "meaning"), _fields(Claims, texts))
+    yield "The names in `abilities`, and the other needs of clauses:"
     needed = {need: [c.name for c in ALL if need in (*c.needs, *c.needs_any)] for need in (*ABILITIES, *DERIVED)}
     rows = [(f"`{name}`", words, _linked(needed[name])) for name, words in ABILITIES.items()]
-    rows += [(name, f"claims {_claimed(name)}, for instance", _linked(needed[name])) for name in DERIVED]
+    rows += [(name, f"claims, for example, {_claimed(name)}", _linked(needed[name])) for name in DERIVED]
     yield _table(("ability", "the backend", "needed by"), rows)
     yield f"## The definition\n\n{_marked(definition.__doc__)}"
     yield (
-        "Scores pass through **scale → softcap → bias → mask → sink → softmax**: the scale multiplies them; the "
-        "softcap bends them; alibi's bias is added; causality, window and the caller's mask hide keys, all of them "
-        "together; the sink joins the denominator, neither scaled nor capped; the weights multiply the values. A query "
-        "that sees no key gives exactly 0."
+        "Scores pass through **scale → softcap → bias → mask → sink → softmax**: they are multiplied by the scale; the "
+        "softcap is applied; alibi's bias is added; a key is visible if causality, window and the caller's mask all "
+        "allow it; the sink is added to the denominator, neither scaled nor capped; the weights multiply the values. "
+        "A query that sees no key gives exactly 0."
     )
     yield f"## Bounds\n\n{_marked(bounds.__doc__)}"
     yield (
-        "## Relations\n\nWhat can be asked of a case's programs is a closed list. Whatever the relation, every legal "
-        "step must run, every rejected one must be refused, and every output must have its shape."
+        "## Relations\n\nWhat a clause can require of a case's programs is a closed list. With every relation, each "
+        "legal step must run, each reject step must be refused, and each output must have its shape."
     )
     yield _table(("relation", "holds if"), [(named(relation), relation.value) for relation in Relation])
 
@@ -129,11 +129,11 @@ def _chapter(chapter: str) -> Iterator[str]:
 
 def _tables() -> Iterator[str]:
     yield (
-        "## Settled ambiguities\n\nImplementations differ on these questions. For each, a clause says what holds, or a "
-        "claim lets the backend say it and a clause checks the claim, or the question cannot come up."
+        "## Settled ambiguities\n\nImplementations differ on these questions. For each, a clause states the answer, or "
+        "a claim lets the backend choose it and a clause checks the claim, or no program raises the question."
     )
     yield _table(
-        ("", "question", "settled", "by", "where a claim is silent"),
+        ("", "question", "answer", "by", "without a claim"),
         [(f'<a id="{a.id.lower()}"></a>{a.id}', a.question, a.settled, _linked(a.by), a.default) for a in AMBIGUITIES],
     )
     sizes = ("profile", "heads", "kv_heads", "head_dim", "layers", "capacity")
@@ -143,35 +143,35 @@ def _tables() -> Iterator[str]:
         own = {field: value for field, value in config.to_json().items() if value != standard[field]}
         rest = [f"{field} {value}" for field, value in own.items() if field not in sizes]
         rows.append((name, *(str(getattr(config, size)) for size in sizes), ", ".join(rest)))
-    yield "## Table of configs\n\nEvery backend is asked for these, in float32 or in the dtypes that a run names."
-    yield _table(("config", "profile", "h", "g", "d", "l", "capacity", "and"), rows)
+    yield "## Table of configs\n\nEvery backend is tested on these, in float32 or in the dtypes of the run."
+    yield _table(("config", "profile", "h", "g", "d", "l", "capacity", "other fields"), rows)
 
 
 # --- words and Markdown ---
 def documented(kind: type[Any]) -> tuple[str, dict[str, str]]:
-    """A dataclass's docstring: the prose that comes first, and what it says of each field."""
+    """A dataclass's docstring: its first part, and the text of each field."""
     either = "|".join(field.name for field in fields(kind))
     prose, *rest = re.split(
         rf"(?:^|\s)((?:{either})(?:, (?:{either}))*)(?= ``\w+``:\s|:\s)", inspect.getdoc(kind) or ""
     )
-    told: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for names, text in zip(rest[::2], rest[1::2], strict=True):
-        told |= dict.fromkeys(names.split(", "), _line(text.removeprefix(":")))
-    return _marked(prose), told
+        texts |= dict.fromkeys(names.split(", "), _line(text.removeprefix(":")))
+    return _marked(prose), texts
 
 
-def _grouped(told: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Neighbouring fields of which the same is said, as one."""
-    for text, names in groupby(told, key=lambda name: told[name]):
+def _grouped(texts: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Neighbouring fields with the same text, as one."""
+    for text, names in groupby(texts, key=lambda name: texts[name]):
         yield ", ".join(f"`{name}`" for name in names), text
 
 
-def _fields(kind: type[Any], told: dict[str, str]) -> list[tuple[str, ...]]:
+def _fields(kind: type[Any], texts: dict[str, str]) -> list[tuple[str, ...]]:
     """Name, default and meaning of each field, in the order of the class."""
     standard = {f.name: "" if f.default is MISSING else f"`{f.default!r}`" for f in fields(kind)}
     return [
         (names, _line(", ".join(dict.fromkeys(standard[name] for name in names.replace("`", "").split(", ")))), text)
-        for names, text in _grouped({name: told[name] for name in standard})
+        for names, text in _grouped({name: texts[name] for name in standard})
     ]
 
 
@@ -181,7 +181,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _linked(names: Iterable[str]) -> str:
-    """Clauses, and what else an ambiguity may be settled by, as links."""
+    """Links to clauses, claims, abilities, fields of configs, steps and methods."""
     places = {"claims": "#claims", "ability": "#claims", "config": "#configs", "program": "#programs"}
     links = []
     for name in names:
@@ -194,7 +194,7 @@ def _linked(names: Iterable[str]) -> str:
 
 
 def _claimed(need: str) -> str:
-    """``page=4``: claims that a derived need follows from."""
+    """``page=4``: claims from which a derived need follows."""
     return ", ".join(f"`{name}={value!r}`" for name, value in ENOUGH[need].items())
 
 

@@ -14,7 +14,7 @@ for (const code of document.querySelectorAll(".replay code")) {
   });
 }
 // Nobody can open anything on paper.
-const shut = () => [...document.querySelectorAll(":is(.witness, :is(#guarantees, #power, #speed) details):not([open])")];
+const shut = () => [...document.querySelectorAll(":is(.runtime_info, :is(#guarantees, #power, #speed) details):not([open])")];
 let opened = [];
 addEventListener("beforeprint", () => { opened = shut(); opened.forEach((d) => { d.open = true; }); });
 addEventListener("afterprint", () => { opened.forEach((d) => { d.open = false; }); });

@@ -17,7 +17,7 @@ from kvconform.mutation import record as audit_record
 from kvconform.results.results import Results
 from kvconform.run.cross_backend import Pair
 
-SCHEMA = "kvconform-report/2"
+SCHEMA = "kvconform-report/3"
 # Beyond this the readable form gives way to a packed one: 20 000 verdicts are 5 MB of plain JSON, and in bz2 and base64
 # 0.36 MB field by field, 0.41 MB verdict by verdict (in gzip 0.65 MB).
 PLAIN_LIMIT = 400_000
@@ -33,34 +33,17 @@ def embed(
     """The text of the script element, and whether it is packed.
 
     The raw rounds and tokens of the speed record stay in its own file: they are most of its bytes, and no figure here
-    needs them.
-    A null-model power table that several results share is written once, and named by its place.
-    """
+    needs them."""
     speed: dict[str, Any] | None = None
     if latency is not None:
         speed = msgspec.to_builtins(latency)
         for raw in ("rounds", "tokens"):
             speed[raw], speed[f"{raw}_left_out"] = [], len(speed[raw])
-    certificates: dict[bytes, int] = {}
-    shared = []
-    for result in results:
-        places = {
-            dtype: certificates.setdefault(msgspec.json.encode(rows), len(certificates))
-            for dtype, rows in result.power.items()
-        }
-        shared.append(msgspec.structs.replace(result, power=places))
-    data = {
-        "schema": SCHEMA,
-        "results": shared,
-        "certificates": [msgspec.Raw(rows) for rows in certificates],
-        "pairs": list(pairs),
-        "latency": speed,
-        "audit": audit,
-    }
+    data = {"schema": SCHEMA, "results": list(results), "pairs": list(pairs), "latency": speed, "audit": audit}
     plain = msgspec.json.encode(data)
     packed = len(plain) > PLAIN_LIMIT
     if packed:
-        plain = msgspec.json.encode({**data, "results": [_by_field(result) for result in shared]})
+        plain = msgspec.json.encode({**data, "results": [_by_field(result) for result in results]})
         text = base64.b64encode(bz2.compress(plain)).decode()
         plain = msgspec.json.encode({"schema": SCHEMA, "bz2": text})
     return _inert(plain.decode()), packed
@@ -83,12 +66,10 @@ def extract(html: str) -> dict[str, Any]:
     data: dict[str, Any] = msgspec.json.decode(found[1])
     if "bz2" in data:
         data = msgspec.json.decode(bz2.decompress(base64.b64decode(data["bz2"])))
-    certificates = data.pop("certificates", [])
     for result in data["results"]:
         if isinstance(result["verdicts"], dict):
             names, columns = result["verdicts"].keys(), result["verdicts"].values()
             result["verdicts"] = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-        result["power"] = {dtype: certificates[place] for dtype, place in result["power"].items()}
     return data
 
 

@@ -1,7 +1,7 @@
 """Visibility maps, drawn: expected and seen side by side as one SVG picture, and the same in words.
 
-Differences are told by shape: a disc with a plus is seen and must not be, a dashed frame with a minus is not seen and
-must be. Colours are the report's own (``style.css``), by presentation attributes, which its policy lets pass.
+Differences differ in shape: a disc with a plus is seen and must not be, a dashed frame with a minus is not seen and
+must be. Colours are the report's own (``style.css``), as presentation attributes, which its policy allows.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Iterable, Mapping
 
 from markupsafe import Markup, escape
 
-from kvconform.explain.visibility import BLIND, FORBIDDEN, REQUIRED, SEES, UNTOLD, Map
+from kvconform.explain.visibility import BLIND, FORBIDDEN, REQUIRED, SEES, UNKNOWN, Map
 from kvconform.explain.visibility import text as visibility_text
 
 CELL, LEFT, BETWEEN, TOP, EDGE = 17, 82, 34, 38, 3
-"""Pixels: a cell; names and numbers of the outputs; between the pictures; names and numbers above; around it all."""
+"""Pixels: a cell; names and numbers of the outputs; between the pictures; names and numbers above; the margin."""
 GROUP = 7
 """Pixels between two rows or sequences."""
 LEGEND = (
     (SEES, "sees"),
     (BLIND, "does not see"),
-    (UNTOLD, "cannot be told"),
+    (UNKNOWN, "unknown"),
     (FORBIDDEN, "sees and must not"),
     (REQUIRED, "does not see and must"),
 )
@@ -143,7 +143,7 @@ def _marks(places: Places) -> Markup:
         for kind, (look, shape, half) in table.items()
         if places.get(kind)
     ]
-    parts += [_text(x, y + 3.5, UNTOLD, "middle") for x, y in places.get(UNTOLD, ())]
+    parts += [_text(x, y + 3.5, UNKNOWN, "middle") for x, y in places.get(UNKNOWN, ())]
     return Markup("").join(parts)
 
 

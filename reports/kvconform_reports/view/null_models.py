@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 import msgspec
 
+from kvconform.mutation.power import stored
 from kvconform.results.results import Results
-from kvconform_reports.view.outcomes import labels, percent
+from kvconform_reports.view.outcomes import percent
+from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clauses import BY_NAME
 
 WEAKEST = 6  # clauses and models that the summary names
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """What results hold of ``kvconform.mutation.power.Power``, of one dtype."""
+    """One row of the table (``kvconform.mutation.power.Power``), for one dtype."""
 
     clause: str
     model: str = ""
@@ -43,37 +45,31 @@ Cell = tuple[tuple[str, Entry], ...]
 
 @dataclass(frozen=True)
 class Power:
-    """The certificates of all dtypes in one. ``summaries``: by dtype, what each amounts to; ``faults``: why one cannot
-    be read. ``chapters``: of each the clauses, each with the note that stands for its cells, or its cells by model."""
+    """The tables of all dtypes in one.
+
+    summaries: by dtype, what each table amounts to.
+    chapters: for each chapter its clauses, each with the note that stands for its cells, or with its cells by model.
+    """
 
     summaries: tuple[tuple[str, tuple[str, ...]], ...]
-    faults: tuple[tuple[str, str], ...]
     models: tuple[str, ...]
     chapters: tuple[tuple[tuple[str, str, tuple[Cell, ...]], ...], ...]
 
 
 def power(results: Sequence[Results]) -> Power | None:
-    """What the results hold of certificates; None where they hold none. A dtype has more than one only where results
-    of different suites came together: then it is named with its backends."""
-    held: dict[str, dict[bytes, list[str]]] = {}
-    for label, result in zip(labels(results), results, strict=True):
-        for dtype, rows in result.power.items():
-            if rows:
-                held.setdefault(dtype, {}).setdefault(msgspec.json.encode(rows), []).append(label)
-    read: dict[str, list[Entry]] = {}
-    faults = []
-    for dtype, certificates in held.items():
-        for rows, holders in certificates.items():
-            name = dtype if len(certificates) == 1 else f"{dtype} of {', '.join(holders)}"
-            try:
-                read[name] = msgspec.json.decode(rows, type=list[Entry])
-            except msgspec.ValidationError as error:
-                faults.append((name, f"it cannot be read: {error}"))
-    if not held:
+    """The shipped tables for the dtypes of these results; None if there is none for their version of the suite.
+
+    Black boxes have none: what the clauses detect under the suite's configs says nothing about other configs.
+    """
+    dtypes = dict.fromkeys(
+        dtype for one in results if one.target is None and one.suite == SUITE_VERSION for dtype in one.dtypes
+    )
+    read = {dtype: msgspec.convert(rows, list[Entry]) for dtype in dtypes if (rows := stored(dtype))}
+    if not read:
         return None
     models = tuple(dict.fromkeys(entry.model for entries in read.values() for entry in entries if entry.model))
     summaries = tuple((name, tuple(_summary(entries, models))) for name, entries in read.items())
-    return Power(summaries, tuple(faults), models, _chapters(read, models))
+    return Power(summaries, models, _chapters(read, models))
 
 
 def _chapters(

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from shlex import quote
 
-from kvconform.judging.verdict import Outcome
-from kvconform.results.known_failures import Row
-from kvconform.results.results import Results, exit_code
+from kvconform.judging.render import render
+from kvconform.judging.verdict import Outcome, Verdict
+from kvconform.results.results import Results
 
 WORST_FIRST: tuple[Outcome, ...] = (
     Outcome.FAIL,
@@ -53,7 +53,7 @@ MEANINGS = {
     Outcome.CRASH: "the worker process died",
     Outcome.TIMEOUT: "no answer came in time",
     Outcome.REFUTED: "a measured guarantee does not hold here, which is no failure",
-    Outcome.KNOWN_FAILURE: "it is broken, and the known failures says why and until when; no pass",
+    Outcome.KNOWN_FAILURE: "it failed for a known reason (see the known failures); not a pass",
     Outcome.INCONCLUSIVE: "a question without an answer",
     Outcome.UNSUPPORTED: "an ability that the backend does not claim",
     Outcome.NOT_EXERCISED: "nothing tried it",
@@ -101,8 +101,8 @@ class Standing:
 
 
 def standing(results: Results) -> Standing:
-    code, sentence = exit_code(results)
-    word, like = ("part of a run", Outcome.NOT_EXERCISED) if results.shard and code == 0 else STANDINGS[code]
+    code, sentence = results.exit_code, results.summary
+    word, like = ("part of a run", Outcome.NOT_EXERCISED) if results.partial and code == 0 else STANDINGS[code]
     sentence = sentence.removeprefix(f"{word}: ")  # the word stands above it
     notes = []
     if not results.finished:
@@ -129,9 +129,9 @@ def replay_line(backend: str, counterexample: str, folder: str) -> str:
     return f"kvconform replay {quote(str(PurePosixPath(folder, 'failures', backend, counterexample)))}"
 
 
-def given_now(sentence: str, row: Row) -> str:
-    """What a known failure gives now: its sentence without what its row says, which stands beside it."""
-    return sentence.removeprefix(f"{row.reason}, known until {row.expires}, {row.link}: ")
+def given_now(verdict: Verdict) -> str:
+    """What a known failure gives now, without what its row says, which stands beside it."""
+    return "" if verdict.mismatch is None else render(verdict.mismatch)
 
 
 def short(link: str) -> str:

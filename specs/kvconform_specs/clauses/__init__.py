@@ -1,4 +1,4 @@
-"""The spec, chapter by chapter; each clause carries its text, its reasons, its programs and its relation."""
+"""The spec, one module for each chapter. A clause holds its text, its reasons, its programs and its relations."""
 
 from __future__ import annotations
 

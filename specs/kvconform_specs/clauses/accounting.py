@@ -1,4 +1,4 @@
-"""The cache costs what it says, and saves what it is for."""
+"""The cache takes the memory that it claims, and a cached step computes its new tokens only."""
 
 from __future__ import annotations
 
@@ -65,23 +65,23 @@ CLAUSES = (
     ),
     Clause(
         name="accounting.positions",
-        text="A cached step computes its new tokens, and none of those that are cached.",
+        text="A cached step computes its new tokens only, and none of the cached ones.",
         why=("https://github.com/huggingface/transformers/pull/32929",),
         strategy=_metered,
         relations=(Relation.POSITIONS,),
         needs=("macs",),
         share=0.25,
-        variants=1,  # work does not depend on the numbers, and metering is slow
+        variants=1,  # the count does not depend on the numbers, and counting is slow
     ),
     Clause(
         name="accounting.affine",
-        text="The multiply-adds of equal steps grow with the depth by equal amounts, those of attention, less "
-        "where a window is full, or not at all where all slots are read.",
+        text="The multiply-adds of equal steps grow linearly with the depth, by those of attention, by less where a "
+        "window is full, or not at all where all slots are read.",
         why=("https://github.com/huggingface/transformers/pull/32929",),
         strategy=_at_depths,
         relations=(Relation.LINEAR_COST,),
         needs=("macs",),
         share=0.25,
-        variants=1,  # work does not depend on the numbers, and metering is slow
+        variants=1,  # the count does not depend on the numbers, and counting is slow
     ),
 )

@@ -1,4 +1,4 @@
-"""The rows of a batch do not see one another, whatever their lengths."""
+"""The rows of a batch do not affect one another, whatever their lengths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _largest(claims: Claims) -> int:
 
 @st.composite
 def rows_alone(draw: Draw, config: Config, claims: Claims) -> Case:
-    """A batch, and each of its rows by itself."""
+    """A batch, and each of its rows alone."""
     steps: tuple[Append, ...]
     if claims.can("ragged") and draw(st.booleans()):
         steps = draw(uneven(config, claims))
@@ -45,7 +45,7 @@ def _permuted(draw: Draw, config: Config, claims: Claims) -> Case:
 def _uneven(side: str) -> Callable[[Config, Claims], SearchStrategy[Case]]:
     @st.composite
     def family(draw: Draw, config: Config, claims: Claims) -> Case:
-        """Ragged appends, then perhaps the longest row is dropped or rows are repeated, and it goes on."""
+        """Ragged appends, then perhaps the longest row is dropped or rows are repeated, and the others continue."""
         first: tuple[Append, ...] = draw(uneven(config, claims, side))
         steps: list[Step] = [*first]
         lengths = [sum(step.counts[row] for step in first) for row in range(len(first[0].counts))]
@@ -78,15 +78,18 @@ def _padded(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _arriving(draw: Draw, config: Config, claims: Claims) -> Case:
-    """Rows arrive one after another, while those that are there go on."""
+    """Rows arrive one after another, while those that are there grow or pause; at the end all grow."""
     batch, seed, steps = draw(st.integers(2, _largest(claims))), draw(seeds), []
     for row in range(batch):
         steps.append(tuple(draw(counts(claims)) if r == row else int(r < row) for r in range(batch)))
-        steps += [tuple(int(r <= row) for r in range(batch))] * draw(st.integers(0, 2))
+        for _ in range(draw(st.integers(0, 2))):
+            pausing = draw(st.integers(-1, row)) if row else -1  # -1: none
+            steps.append(tuple(int(r <= row and r != pausing) for r in range(batch)))
+    steps.append((1,) * batch)
     side = claims.padding[draw(st.integers(0, len(claims.padding) - 1))]
     made = [
         Append("a", grown, seed, pad=(side, seed + 31) if len(set(grown)) > 1 else None) for grown in steps
-    ]  # at most 9 + 2 + 2 tokens a row: within any capacity
+    ]  # at most 9 + 3 * 2 + 2 + 1 tokens a row: within any capacity
     return Case((Program(config, tuple(made)),))
 
 
@@ -97,7 +100,7 @@ def _roomy(config: Config) -> bool:
 CLAUSES = (
     Clause(
         name="batch.row-solo",
-        text="A row gives in a batch what it gives alone.",
+        text="A row's outputs in a batch are those of the row alone.",
         why=(
             "https://github.com/microsoft/onnxruntime/pull/29247",
             "https://github.com/onnx/onnx/pull/8353",
@@ -117,8 +120,8 @@ CLAUSES = (
     ),
     Clause(
         name="batch.ragged",
-        text="Each row has its own length: what it sees, where it is written and what position it has follow from its "
-        "own tokens, not from row 0, the longest row or the column, also after rows were dropped or repeated.",
+        text="Each row has its own length: its mask, its slots and its positions follow from its own tokens, and not "
+        "from row 0, the longest row or the column, also after rows were dropped or repeated.",
         why=(
             "https://github.com/microsoft/onnxruntime/pull/29752",
             "https://github.com/jundot/omlx/issues/2172",
@@ -131,7 +134,7 @@ CLAUSES = (
     ),
     Clause(
         name="batch.padding",
-        text="What stands in the columns without a token is arbitrary: no output of a token feels it by a single bit.",
+        text="The contents of columns without a token are arbitrary: they do not change a bit of any token's output.",
         why=("https://github.com/unslothai/unsloth/pull/3795", "https://github.com/jax-ml/jax/issues/23349"),
         strategy=_padded,
         relations=(Relation.INSENSITIVE,),
@@ -140,8 +143,8 @@ CLAUSES = (
     ),
     Clause(
         name="batch.left-padding",
-        text="Columns without a token may come first: the first real token of a row still has position 0, and "
-        "decoding goes on from the row's own length.",
+        text="Columns without a token may come first: the first real token of a row still has position 0, and decoding "
+        "continues from the row's own length.",
         why=(
             "https://github.com/thu-nics/C2C/pull/19",
             "https://github.com/huggingface/optimum/pull/1381",
@@ -154,7 +157,7 @@ CLAUSES = (
     ),
     Clause(
         name="batch.staggered",
-        text="A row may stay empty while others grow, and may pause: it begins at its own position 0 when it arrives.",
+        text="A row may stay empty while others grow, and may pause: its positions are its own, from 0 on.",
         why=("https://github.com/ml-explore/mlx-lm/issues/1776", "https://github.com/jundot/omlx/issues/2172"),
         strategy=_arriving,
         relations=(Relation.PARITY,),

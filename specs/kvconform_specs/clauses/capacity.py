@@ -1,4 +1,4 @@
-"""The capacity is known, can be used to the last token, and is not exceeded in silence."""
+"""The capacity is reported, usable to the last token, and never exceeded silently."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _to_the_last(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _beyond(draw: Draw, config: Config, claims: Claims) -> Case:
-    """Appends that would exceed the capacity, straddling it or behind it, among those that do not."""
+    """Appends that would exceed the capacity, from below it or at it, among appends that do not."""
     drawn: tuple[int, ...] = draw(splits(config, claims, most=3))
     near = config.capacity - draw(st.integers(0, 3))
     sizes = landing(list(drawn), near, claims) if draw(st.booleans()) else drawn
@@ -47,7 +47,7 @@ def _beyond(draw: Draw, config: Config, claims: Claims) -> Case:
 CLAUSES = (
     Clause(
         name="capacity.full",
-        text="A sequence may hold exactly as many tokens as the capacity says, and the last one is like any other.",
+        text="A sequence may hold exactly as many tokens as the capacity, and the last one is like any other.",
         why=(
             "https://github.com/pytorch/executorch/pull/5227",
             "https://github.com/huggingface/transformers/issues/32503",
@@ -57,8 +57,8 @@ CLAUSES = (
     ),
     Clause(
         name="capacity.overflow",
-        text="An append that would exceed the capacity is refused with an exception, and nothing is clamped, wrapped "
-        "or written elsewhere: afterwards everything is as it was.",
+        text="An append that would exceed the capacity is refused with an exception and changes nothing: no token is "
+        "clamped, wrapped around or written elsewhere.",
         why=(
             "https://github.com/Dao-AILab/flash-attention/issues/638",
             "https://github.com/huggingface/transformers/issues/30351",
@@ -70,7 +70,7 @@ CLAUSES = (
     ),
     Clause(
         name="capacity.room",
-        text="The backend knows how many more tokens each row takes: the capacity less what the row holds.",
+        text="The backend reports how many more tokens each row takes: the capacity minus the row's length.",
         why=("https://github.com/ROCm/hip-ep/pull/989", "https://github.com/huggingface/transformers/issues/30377"),
         strategy=any_history,
         relations=(Relation.FREE_SLOTS,),

@@ -1,4 +1,4 @@
-"""What was compiled, captured or bound once serves every later length, and aliases only as it was told."""
+"""What was compiled, captured or bound once works for every later length, and shares memory only as requested."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def _growing(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _aliased(draw: Draw, config: Config, claims: Claims) -> Case:
-    """The same appends with the present in the past's memory, in its own, and in either; an old handle is kept where
-    it was not written."""
+    """The same appends with the present in the memory of the past, in its own, and in either; an old handle is used
+    again only where its memory was not written."""
     sizes: tuple[int, ...] = draw(splits(config, claims, least=2))
     steps = appends("a", sizes, draw(batches(claims)), draw(seeds))
     mixed: list[Step] = []
@@ -56,8 +56,8 @@ def _aliased(draw: Draw, config: Config, claims: Claims) -> Case:
 CLAUSES = (
     Clause(
         name="capture.growth",
-        text="Steps of one shape run as the length grows, in several sequences at once: nothing that was captured "
-        "keeps an old length, position, mask or address.",
+        text="Steps of one shape work as the length grows, in several sequences at once: no captured step uses an old "
+        "length, position, mask or address.",
         why=(
             "https://github.com/NVIDIA/TensorRT-LLM/pull/18769",
             "https://github.com/alibaba/rtp-llm/pull/1084",
@@ -69,8 +69,8 @@ CLAUSES = (
     ),
     Clause(
         name="capture.aliasing",
-        text="Whether the present is written into the memory of the past or into its own is unobservable, and where "
-        "it has its own, the past stays as it was.",
+        text="Outputs do not depend on whether the present is written into the memory of the past or into its own, and "
+        "with its own the past does not change.",
         why=(
             "https://github.com/microsoft/onnxruntime/pull/23315",
             "https://github.com/microsoft/onnxruntime/pull/27108",
@@ -82,7 +82,7 @@ CLAUSES = (
     ),
     Clause(
         name="capture.graphs",
-        text="However batch, count and past vary, no more graphs are compiled or captured than claimed.",
+        text="Whatever the batch, count and past, no more graphs are compiled or captured than claimed.",
         why=("https://github.com/huggingface/optimum/issues/1913", "https://github.com/paiml/aprender/pull/2030"),
         strategy=sweep,
         relations=(Relation.GRAPH_COUNT,),

@@ -1,4 +1,4 @@
-"""A token sees every token up to itself that the window allows, and none after."""
+"""A token attends to every token up to itself that the window allows, and to no later one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program
-from kvconform_specs.strategies import Draw, appends, batches, seeds, splits, straight, swapped
+from kvconform_specs.strategies import Draw, appends, batches, landing, seeds, splits, straight, swapped
 
 
 @st.composite
@@ -20,8 +20,11 @@ def _one_changed(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _aimed(draw: Draw, config: Config, claims: Claims) -> Case:
-    """One token changes; in the attention profile every query points at its key (a needle)."""
+    """One token changes; in the attention profile every query points at its key (a needle). Half of the sequences end
+    at the capacity, so that every slot is tried."""
     sizes: tuple[int, ...] = draw(splits(config, claims))
+    if draw(st.booleans()):
+        sizes = landing(list(sizes), config.capacity, claims)
     batch, seed = draw(batches(claims)), draw(seeds)
     position = draw(st.integers(0, sum(sizes) - 1))
     aim = (seed, position) if config.profile == "attention" else None
@@ -32,7 +35,8 @@ def _aimed(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _each_changed(draw: Draw, config: Config, claims: Claims) -> Case:
-    """A short sequence, and one variant for each of its tokens with that token changed: a map of what sees what."""
+    """A short sequence, and one program for each of its tokens with that token changed: together they show which
+    output depends on which token."""
     sizes: tuple[int, ...] = draw(splits(config, claims, capacity=8))
     base = Program(config, appends("a", sizes, 1, draw(seeds)))
     return Case((base, *(swapped(base, "a", 0, position, _other(base)) for position in range(sum(sizes)))))
@@ -45,7 +49,7 @@ def _token(draw: Draw, base: Program) -> tuple[int, int]:
 
 
 def _other(base: Program) -> int:
-    """A stream that the program does not read."""
+    """The seed of a stream that the program does not read."""
     step = base.steps[0]
     assert isinstance(step, Append)
     return step.seed + 1_000_003
@@ -54,8 +58,8 @@ def _other(base: Program) -> int:
 CLAUSES = (
     Clause(
         name="causality.future-blind",
-        text="Changing a token changes no output before it, and none of another row, by a single bit: not within its "
-        "chunk, not across chunks.",
+        text="Changing a token does not change a single bit of an earlier output or of another row's output, neither "
+        "within its chunk nor across chunks.",
         why=(
             "https://github.com/Mikyx-1/TinyLLM/issues/17",
             "https://github.com/QwenLM/Qwen/issues/979",
@@ -68,8 +72,8 @@ CLAUSES = (
     ),
     Clause(
         name="causality.past-seen",
-        text="Every visible token is felt: when one changes, each output that sees it moves, wherever the definition "
-        "moves by more than the bounds.",
+        text="Every visible token has an effect: when one changes, each output that depends on it changes, wherever "
+        "the definition's value changes by more than the bounds.",
         why=(
             "https://github.com/pytorch/pytorch/issues/108108",
             "https://github.com/onnx/onnx/issues/8054",
@@ -82,8 +86,9 @@ CLAUSES = (
     ),
     Clause(
         name="causality.visibility",
-        text="The map of which output depends on which token, recovered by changing one token at a time, is the map "
-        "that the definition demands: forbidden cells do not move by a bit, required cells move.",
+        text="The map of which output depends on which token, measured by changing one token at a time, is that of the "
+        "definition: an output that must not depend on the token is equal bit for bit, one that must depend on it "
+        "changes.",
         why=(
             "https://github.com/lucidrains/x-transformers/issues/187",
             "https://github.com/microsoft/onnxruntime/issues/29020",

@@ -1,4 +1,4 @@
-"""What the cache holds is what it was given, and only slots that hold a token matter."""
+"""The cache holds the keys and values that were appended, and slots that hold no token have no effect."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _with_reads(program: Program) -> tuple[Step, ...]:
 
 @st.composite
 def _growing(draw: Draw, config: Config, claims: Claims) -> Case:
-    """A sequence that grows and whose rows may turn, read after every step."""
+    """A sequence that grows and whose rows may be permuted, read after every step."""
     sizes: tuple[int, ...] = draw(splits(config, claims, least=2))
     batch, seed = draw(batches(claims)), draw(seeds)
     steps: list[Step] = []
@@ -47,7 +47,7 @@ def _growing(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _two_futures(draw: Draw, config: Config, claims: Claims) -> Case:
-    """A handle that is kept while its sequence goes on, and then goes on itself, with other tokens."""
+    """A handle that is kept while its sequence continues, and that then continues with other tokens."""
     sizes: tuple[int, ...] = draw(splits(config, claims, most=3, capacity=config.capacity // 2))
     batch, seed = draw(batches(claims)), draw(seeds)
     steps: list[Step] = [*appends("a", sizes, batch, seed), AliasHandle("a", "b")]
@@ -64,7 +64,7 @@ def _two_futures(draw: Draw, config: Config, claims: Claims) -> Case:
 def _poisoned(kinds: tuple[str, ...]) -> Callable[[Config, Claims], SearchStrategy[Case]]:
     @st.composite
     def family(draw: Draw, config: Config, claims: Claims) -> Case:
-        """Dead slots are filled anew after every step, keys and values apart."""
+        """Slots without a token are filled after every step; keys, values or both."""
         sizes: tuple[int, ...] = draw(splits(config, claims))
         batch, seed = draw(batches(claims)), draw(seeds)
         steps: list[Step] = []
@@ -89,8 +89,8 @@ def _poisoned(kinds: tuple[str, ...]) -> Callable[[Config, Claims], SearchStrate
 CLAUSES = (
     Clause(
         name="contents.round-trip",
-        text="The keys and values that the cache shows are those that were appended, in the order of the tokens, each "
-        "under its own head; a quantised cache may be off by half a step.",
+        text="A read gives the keys and values that were appended, in the order of the tokens, each under its own "
+        "head; those of a quantised cache may differ by half a step.",
         why=(
             "https://github.com/nntrainer/nntrainer/pull/3814",
             "https://github.com/huggingface/transformers/issues/34232",
@@ -102,7 +102,7 @@ CLAUSES = (
     ),
     Clause(
         name="contents.past-unchanged",
-        text="What the cache holds of a token is written once: no later step moves a bit of it, in any layer.",
+        text="A token's cached keys and values are written once: no later step changes a bit of them, in any layer.",
         why=("https://github.com/huggingface/transformers/pull/24653", "https://github.com/MemTensor/MemOS/pull/2303"),
         strategy=_growing,
         relations=(Relation.STABLE_CONTENTS,),
@@ -110,8 +110,8 @@ CLAUSES = (
     ),
     Clause(
         name="contents.old-handle",
-        text="A functional cache leaves the handle that a step was given as it was: both the old and the new one go "
-        "on, and neither sees what the other appended.",
+        text="A step on an immutable cache does not change the handle that it was given: the old and the new one both "
+        "continue, and neither is affected by what the other appends.",
         why=(
             "https://github.com/huggingface/transformers/issues/37078",
             "https://github.com/MemTensor/MemOS/pull/2303",
@@ -122,7 +122,7 @@ CLAUSES = (
     ),
     Clause(
         name="contents.dead-slots",
-        text="Slots that hold no token may hold any finite number, in keys and in values, and no output feels it.",
+        text="Slots without a token may hold any finite number, in keys and in values, and no output depends on it.",
         why=("https://github.com/meta-pytorch/gpt-fast/issues/233", "https://github.com/pytorch/pytorch/pull/169222"),
         strategy=_poisoned(("junk",)),
         relations=(Relation.PARITY,),
@@ -142,8 +142,8 @@ CLAUSES = (
     ),
     Clause(
         name="contents.present",
-        text="The cache shows every token that it holds, and no slot besides; one that evicts shows at least those "
-        "that the next query may see.",
+        text="A read gives every token that the cache holds, and no other slot; a cache that evicts gives at least "
+        "those that the next query may attend to.",
         why=("https://github.com/onnx/onnx/pull/8068", "https://github.com/Blaizzy/mlx-vlm/pull/2036"),
         strategy=_read,
         relations=(Relation.RETAINED_COUNT,),

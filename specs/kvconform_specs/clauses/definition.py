@@ -1,4 +1,4 @@
-"""What is computed is what attention and the decoder are defined to be, also where every path is wrong alike."""
+"""Outputs are those of the definition of attention and of the decoder, also where all paths of a backend agree."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _growing(config: Config, claims: Claims) -> SearchStrategy[Case]:
 
 @st.composite
 def _decoding(draw: Draw, config: Config, claims: Claims) -> Case:
-    """A prompt, decode steps, then a chunk: positions go on from the cache in three ways, near and far."""
+    """A prompt, decode steps, then a chunk: positions continue from the cache in three ways, near the start and far."""
     prompt = draw(st.integers(1, 8) | st.just(config.capacity - 9))
     new, chunk = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     sizes = (*at_once(prompt, claims), *(1,) * new, *at_once(chunk, claims))
@@ -28,7 +28,7 @@ def _decoding(draw: Draw, config: Config, claims: Claims) -> Case:
 CLAUSES = (
     Clause(
         name="definition.attention",
-        text="Attention over any program is softmax(scale q k + mask) v in exact arithmetic, within the derived bound.",
+        text="Any program's outputs are softmax(scale q k + mask) v in exact arithmetic, within the derived bound.",
         why=(
             "https://github.com/onnx/onnx/pull/8068",
             "https://github.com/microsoft/onnxruntime/pull/25927",
@@ -53,7 +53,8 @@ CLAUSES = (
     ),
     Clause(
         name="definition.grouping",
-        text="Query head i reads KV head i // (h / g): KV heads are repeated one by one, not tiled as a block.",
+        text="Query head i uses KV head i // (h / g): each KV head is repeated, and the heads are not tiled as a "
+        "block.",
         why=("https://github.com/onnx/onnx/pull/7274", "https://github.com/ekzhang/jax-js/pull/180"),
         strategy=_growing,
         relations=(Relation.PARITY,),
@@ -62,8 +63,8 @@ CLAUSES = (
     ),
     Clause(
         name="definition.scale",
-        text="Scores are multiplied by the scale that is given, by 1 / sqrt(d) of the true head dim where none is, "
-        "once.",
+        text="Scores are multiplied once, by the given scale, or by 1 / sqrt(d) of the unpadded head dim if none is "
+        "given.",
         why=("https://github.com/onnx/onnx/issues/7865",),
         strategy=_growing,
         relations=(Relation.PARITY,),
@@ -71,7 +72,7 @@ CLAUSES = (
     ),
     Clause(
         name="definition.softcap",
-        text="Softcap bends the scaled scores, before bias and mask: a masked key keeps no weight.",
+        text="Softcap applies to the scaled scores, before bias and mask: a masked key has weight zero.",
         why=("https://github.com/onnx/onnx/issues/7865", "https://github.com/microsoft/onnxruntime/pull/28370"),
         strategy=_growing,
         relations=(Relation.PARITY,),
@@ -80,8 +81,8 @@ CLAUSES = (
     ),
     Clause(
         name="definition.bias",
-        text="A bias follows the logical positions of query and key, also those of a cached key, and is added after "
-        "the softcap and before the mask.",
+        text="A bias depends on the logical positions of query and key, cached keys included, and is added after the "
+        "softcap and before the mask.",
         why=(
             "https://github.com/keras-team/keras-hub/pull/2977",
             "https://github.com/onnx/onnx/pull/7867",
@@ -93,8 +94,8 @@ CLAUSES = (
     ),
     Clause(
         name="definition.sink",
-        text="A sink is a score without a value: it joins the denominator of every query, neither scaled nor capped, "
-        "and is no token.",
+        text="A sink is a score without a value: it is part of every query's denominator, is neither scaled nor "
+        "capped, and is not a token.",
         why=(
             "https://github.com/openvinotoolkit/openvino/pull/36016",
             "https://github.com/NVIDIA/TensorRT-LLM/pull/2983",
@@ -106,8 +107,8 @@ CLAUSES = (
     ),
     Clause(
         name="definition.positions",
-        text="Positions are logical: a token's is its index in its row, however many tokens are cached, whatever the "
-        "chunk. Rope turns the pair (x_i, x_(i + d/2)).",
+        text="Positions are logical: a token's position is its index in its row, whatever the number of cached tokens "
+        "and the chunk. Rope rotates the pair (x_i, x_(i + d/2)).",
         why=(
             "https://github.com/pytorch/executorch/pull/2010",
             "https://github.com/skyzh/tiny-llm/pull/46",

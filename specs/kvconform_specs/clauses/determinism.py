@@ -1,4 +1,4 @@
-"""Guarantees beyond the bound, from the weakest to the strongest: measured for each backend, demanded of none."""
+"""Guarantees beyond the bound, from the weakest to the strongest: measured for each backend, required of none."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ CLAUSES = (
     ),
     _guarantee(
         "determinism.repeatable",
-        "The same program gives the same bits again.",
+        "Running the same program again gives the same bits.",
         ("https://github.com/flashinfer-ai/flashinfer/pull/1675",),
         _twice,
         Relation.BITWISE,
     ),
     _guarantee(
         "determinism.batch-invariant",
-        "A row gives in a batch the bits that it gives alone.",
+        "A row's outputs in a batch are those of the row alone, bit for bit.",
         (
             "https://github.com/flashinfer-ai/flashinfer/issues/4647",
             "https://github.com/deepseek-ai/FlashMLA/issues/212",
@@ -59,7 +59,7 @@ CLAUSES = (
     ),
     _guarantee(
         "determinism.chunk-invariant",
-        "Cutting the same tokens into chunks in any way gives the same bits.",
+        "The same tokens give the same bits however they are split into chunks.",
         ("https://github.com/lightseekorg/tokenspeed/issues/904",),
         chunks,
         Relation.BITWISE,

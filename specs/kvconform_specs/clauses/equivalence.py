@@ -1,4 +1,4 @@
-"""However a history came about, the outputs are the same."""
+"""The outputs depend on the tokens only, and not on the steps by which they were appended."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kvconform_specs.strategies import (
 
 
 def _whole(seq: str, total: int, batch: int, seed: int, claims: Claims) -> tuple[Step, ...]:
-    """All tokens at once: by the cache-less forward where there is one, else by one prefill."""
+    """All tokens at once: by the cache-less forward if there is one, otherwise by one prefill."""
     if claims.can("uncached_forward"):
         return (UncachedForward(seq, (total,) * batch, seed),)
     return appends(seq, at_once(total, claims), batch, seed)
@@ -61,7 +61,7 @@ def _paths(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _full(draw: Draw, config: Config, claims: Claims) -> Case:
-    """The full forward on a prefix after the sequence, and on more tokens in the middle of it."""
+    """The cache-less forward on a prefix after the sequence, and on more tokens in the middle of it."""
     prefix, more = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     batch, seed = draw(batches(claims)), draw(seeds)
     first, second = (appends("a", (draw(counts(claims)),), batch, seed + 77) for _ in range(2))
@@ -72,15 +72,16 @@ def _full(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _generations(draw: Draw, config: Config, claims: Claims) -> Case:
-    """Some generations, one after another, some of which end where something changes; at times while a sequence is
-    open, which is then compared with one that goes on without them."""
+    """Several generations, some of which end at a length where something changes (``edges``). In some cases a sequence
+    is open meanwhile, and is compared with one that continues without them."""
     half = max(config.capacity // 2, 1)
-    ends = st.sampled_from((0, 0, *edges(config)))
-    asked = st.tuples(st.integers(1, half), st.integers(1, 8), batches(claims), ends)
+    ends = st.sampled_from((0, 0, *(edge for edge in edges(config) if edge > 1)))
+    prompts, lengths = st.integers(1, half) | st.sampled_from((1, half)), st.integers(1, 8) | st.just(8)
+    asked = st.tuples(prompts, lengths, batches(claims), ends)
     seed, steps = draw(seeds), list[Step]()
     for number, (prompt, new, batch, end) in enumerate(draw(st.lists(asked, min_size=1, max_size=3))):
-        new = min(new, config.capacity - 1)
-        prompt = max(end - new, 1) if end else min(prompt, config.capacity - new)
+        new = min(new, (end or config.capacity) - 1)
+        prompt = end - new if end else min(prompt, config.capacity - new)
         steps.append(Generate("g", (prompt,) * batch, seed + 29 * number, new=new))
     if not claims.can("two sequences") or not draw(st.booleans()):
         return Case((Program(config, tuple(steps)),))
@@ -91,8 +92,8 @@ def _generations(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _last(draw: Draw, config: Config, claims: Claims) -> Case:
-    """Some steps are asked for their last position alone, at least one of them before another step; and the cache-less
-    forward of other tokens amid them."""
+    """Some steps give their last position only, at least one of them before another step; in between, the cache-less
+    forward of other tokens."""
     sizes: tuple[int, ...] = draw(splits(config, claims, least=2))
     batch, seed = draw(batches(claims)), draw(seeds)
     steps: list[Append | UncachedForward] = list(appends("a", sizes, batch, seed))
@@ -109,7 +110,7 @@ def _last(draw: Draw, config: Config, claims: Claims) -> Case:
 CLAUSES = (
     Clause(
         name="equivalence.decode",
-        text="Decoding one token at a time gives the outputs of one forward over all of them.",
+        text="Decoding one token at a time gives the outputs of one forward over all of these tokens.",
         why=(
             "https://github.com/pytorch/executorch/pull/2010",
             "https://github.com/skyzh/tiny-llm/pull/46",
@@ -121,7 +122,7 @@ CLAUSES = (
     ),
     Clause(
         name="equivalence.chunks",
-        text="Cutting the same tokens into chunks in any way gives the same outputs.",
+        text="The same tokens give the same outputs however they are split into chunks.",
         why=(
             "https://github.com/QwenLM/Qwen/issues/979",
             "https://github.com/sgl-project/sgl-kernel-xpu/issues/196",
@@ -133,8 +134,8 @@ CLAUSES = (
     ),
     Clause(
         name="equivalence.path",
-        text="Outputs depend on the tokens of the row alone, and not on what was appended and forgotten, forked, "
-        "reordered, reset or refused on the way to them.",
+        text="Outputs depend on the tokens of the row only, and not on tokens that were appended and removed, or on "
+        "forks, reorders, resets and refused calls before them.",
         why=(
             "https://github.com/huggingface/transformers/issues/47433",
             "https://github.com/huggingface/transformers/issues/46612",
@@ -146,8 +147,8 @@ CLAUSES = (
     ),
     Clause(
         name="equivalence.full-stable",
-        text="The backend's own cache-less forward gives a prefix of the tokens the outputs that it gives it within "
-        "more tokens, also while cached sequences are open, and leaves those as they are.",
+        text="The backend's own cache-less forward gives a prefix the same outputs alone and as part of more tokens, "
+        "also while cached sequences are open, and does not change these.",
         why=(
             "https://github.com/OpenNMT/CTranslate2/pull/1572",
             "https://github.com/huggingface/transformers/pull/27227",
@@ -158,9 +159,9 @@ CLAUSES = (
     ),
     Clause(
         name="equivalence.generation",
-        text="Each token that the backend generates greedily on its own is the one with the largest logit of the "
-        "cache-less forward over the prompt and the tokens generated before it, wherever its lead exceeds the bounds; "
-        "one generation does not depend on another, and open sequences stay as they are.",
+        text="Each token that the backend's own greedy generation gives has the largest logit of the cache-less "
+        "forward over the prompt and the tokens generated before it, wherever the lead exceeds the bounds; a "
+        "generation does not depend on an earlier one, and does not change open sequences.",
         why=(
             "https://github.com/Lightning-AI/litgpt/issues/2307",
             "https://github.com/nod-ai/amd-shark-ai/pull/338",
@@ -176,14 +177,14 @@ CLAUSES = (
     ),
     Clause(
         name="equivalence.last-position",
-        text="Asked for the last position alone, a step and the cache-less forward give each row the logits of its "
-        "last new token, those that they give it among all positions, and a step leaves the same in the cache.",
+        text="If only the last position is requested, a step and the cache-less forward give each row the same logits "
+        "of its last new token as among those of all positions, and a step leaves the same cache.",
         why=(
             "https://github.com/pytorch/executorch/pull/16171",
             "https://github.com/mlx-node/mlx-node/pull/47",
             "https://github.com/tenstorrent/tt-xla/issues/5929",
             "https://github.com/Integral2u/SharpMind/issues/57",
-            "https://github.com/mobilint/mblt-model-catalogue/pull/84",
+            "https://github.com/mobilint/mblt-model-zoo/pull/84",
         ),
         strategy=_last,
         relations=(Relation.AGREEMENT,),

@@ -1,4 +1,4 @@
-"""A call that makes no sense is refused, and leaves no trace."""
+"""A call with invalid arguments is refused with an exception, and changes nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvconform_specs.strategies import Draw, appends, batches, refusals, seeds, 
 
 @st.composite
 def _malformed(draw: Draw, config: Config, claims: Claims) -> Case:
-    """An append with something wrong about its inputs, on an empty cache or on one that holds tokens."""
+    """An append with malformed inputs, on an empty cache or on one that holds tokens."""
     sizes: tuple[int, ...] = draw(splits(config, claims, most=3, capacity=config.capacity - 9))
     batch, seed = draw(batches(claims)), draw(seeds)
     steps: list[Step] = [*appends("a", sizes, batch, seed)]
@@ -31,7 +31,7 @@ def _refused(draw: Draw, config: Config, claims: Claims) -> Case:
     fresh = appends("a", sizes, batch, seed)
     steps: list[Step] = []
     length = 0
-    sure = draw(st.integers(0, len(fresh) - 1))  # behind this append there is one, if any is claimed
+    sure = draw(st.integers(0, len(fresh) - 1))  # after this append there is a refused call, if any is claimed
     for number, append in enumerate(fresh):
         steps.append(append)
         length += append.counts[0]
@@ -57,8 +57,8 @@ CLAUSES = (
     ),
     Clause(
         name="errors.unchanged",
-        text="A refused call of any kind leaves everything as it was, in every layer and every row: what follows is "
-        "as if it had never been made.",
+        text="A refused call of any kind changes nothing, in every layer and every row: everything after it is as if "
+        "it had not been made.",
         why=(
             "https://github.com/ggml-org/llama.cpp/pull/9525",
             "https://github.com/mdegans/drama_llama/issues/52",

@@ -1,4 +1,4 @@
-"""Numbers mean what they say, wherever they lie in memory and however sizes happen to be equal."""
+"""Inputs are read by their axes, whatever their memory layout, and also where sizes are equal."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ CLAUSES = (
     ),
     Clause(
         name="layout.equal-sizes",
-        text="An axis is known by its place: where the number of tokens equals that of rows, heads or head dims, no "
-        "two axes are taken for one another.",
+        text="An axis is identified by its place: where the number of tokens equals that of rows, heads or head dims, "
+        "no two axes are confused.",
         why=(
             "https://github.com/ByteDance-Seed/VeOmni/pull/162",
             "https://github.com/fla-org/flash-linear-attention/issues/126",

@@ -1,4 +1,4 @@
-"""A sequence begins empty, ends for good, and belongs to itself."""
+"""A sequence begins empty, leaves nothing behind when it ends, and is independent of the others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _two(draw: Draw, config: Config, claims: Claims) -> Case:
             steps += [*a[i : i + 1], *b[i : i + 1]]
     else:
         steps += [*a, Close("a"), *b]
-    # alone first: what the other sequence changes for good would change both programs if it came before them
+    # alone first: if the other sequence came before both programs, a lasting effect of it would be in both
     alone = a if interleaved and draw(st.booleans()) else b
     return Case((Program(config, alone), Program(config, tuple(steps))))
 
@@ -75,7 +75,7 @@ def _out_of_range(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _forked(draw: Draw, config: Config, claims: Claims) -> Case:
-    """A sequence, its copy and perhaps a copy of that: they go on in turn with tokens of their own."""
+    """A sequence, its copy and perhaps a copy of that: they continue in turn, each with its own tokens."""
     sizes: tuple[int, ...] = draw(splits(config, claims, most=3, capacity=config.capacity // 2))
     batch, seed = draw(batches(claims)), draw(seeds)
     steps: list[Step] = [*appends("a", sizes, batch, seed), Fork("a", "b")]
@@ -93,7 +93,7 @@ def _forked(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _turned(draw: Draw, config: Config, claims: Claims) -> Case:
-    """Rows that have diverged are permuted by a cycle, repeated, dropped or any of these, and go on."""
+    """Rows with different tokens are permuted by a cycle, or repeated, or dropped, and continue."""
     batch, seed = min(claims.max_batch or LARGEST_BATCH, LARGEST_BATCH), draw(seeds)
     sizes: tuple[int, ...] = draw(splits(config, claims, most=2, capacity=config.capacity // 2))
     steps: list[Step] = [*appends("a", sizes, batch, seed)]
@@ -112,7 +112,7 @@ def _turned(draw: Draw, config: Config, claims: Claims) -> Case:
 CLAUSES = (
     Clause(
         name="lifecycle.reset",
-        text="A sequence that was reset is a fresh one: keys, values, length and positions begin anew.",
+        text="A sequence that was reset is like a new one: keys, values, length and positions start from nothing.",
         why=("https://github.com/rasbt/LLMs-from-scratch/pull/925", "https://github.com/Lightning-AI/litgpt/pull/1596"),
         strategy=_reset,
         relations=(Relation.AGREEMENT,),
@@ -121,8 +121,8 @@ CLAUSES = (
     ),
     Clause(
         name="lifecycle.independent",
-        text="Sequences do not see one another: neither while both are open, nor the next one after the last was "
-        "closed, shorter or longer.",
+        text="Sequences do not affect one another: neither while both are open, nor when one is opened after another "
+        "was closed, whether shorter or longer.",
         why=(
             "https://github.com/rajveer43/VeloxQuant-MLX/pull/59",
             "https://github.com/TrenTorch/TrenTorch/pull/141",
@@ -133,8 +133,8 @@ CLAUSES = (
     ),
     Clause(
         name="lifecycle.truncate",
-        text="To truncate is to forget: what follows is as if the tokens behind the length that is kept had never "
-        "been appended, be it 0, all but one, or all, and other tokens may take their places.",
+        text="After a truncation to 0, to all but one, to all or to any other length, everything is as if the removed "
+        "tokens had never been appended, and other tokens may take their places.",
         why=(
             "https://github.com/huggingface/transformers/issues/47433",
             "https://github.com/ml-explore/mlx-lm/pull/1868",
@@ -146,8 +146,8 @@ CLAUSES = (
     ),
     Clause(
         name="lifecycle.truncate-range",
-        text="The argument of truncate is the number of tokens to keep, from 0 to the length; any other is refused "
-        "with an exception and changes nothing.",
+        text="The argument of truncate is the number of tokens to keep, from 0 to the length; any other value is "
+        "refused with an exception and changes nothing.",
         why=(
             "https://github.com/huggingface/transformers/issues/30312",
             "https://github.com/ml-explore/mlx-lm/pull/1868",
@@ -158,8 +158,8 @@ CLAUSES = (
     ),
     Clause(
         name="lifecycle.fork",
-        text="A fork and its original are siblings: each goes on as if it were alone, whatever the other appends or "
-        "however it ends.",
+        text="A fork and its original are independent: each continues as if it were alone, whatever the other appends, "
+        "and also after the other is closed.",
         why=(
             "https://github.com/ggml-org/llama.cpp/issues/3802",
             "https://github.com/huggingface/transformers/issues/20299",
@@ -170,8 +170,8 @@ CLAUSES = (
     ),
     Clause(
         name="lifecycle.reorder",
-        text="After a reorder row i is the old row rows[i], in every layer, keys and values alike; a row may come "
-        "twice and its copies part, or not at all.",
+        text="After a reorder row i is the old row rows[i], in every layer, keys and values alike; a row may be taken "
+        "twice, its copies being independent, or not at all.",
         why=(
             "https://github.com/huggingface/transformers/issues/46612",
             "https://github.com/PaddlePaddle/PaddleNLP/issues/6672",

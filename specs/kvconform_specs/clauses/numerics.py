@@ -1,4 +1,4 @@
-"""Arithmetic holds where scores are large, rows are empty, sizes are odd and contexts are long."""
+"""Outputs are right where scores are large, queries attend to nothing, sizes are odd and contexts are long."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _distributed(*distributions: str) -> Callable[[Config, Claims], SearchStrate
 
 @st.composite
 def _hidden(draw: Draw, config: Config, claims: Claims) -> Case:
-    """A mask of the caller's on some steps: any tokens of any row, cached ones and new ones."""
+    """A caller's mask on some steps that hides any tokens of any row, cached ones and new ones."""
     sizes: tuple[int, ...] = draw(splits(config, claims))
     batch, seed = draw(batches(claims)), draw(seeds)
     steps, length = [], 0
@@ -58,7 +58,7 @@ def _hidden(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _empty(draw: Draw, config: Config, claims: Claims) -> Case:
-    """A mask that hides from one row, or from each, every token up to some place: queries before it see nothing."""
+    """A mask that hides from one row, or from all rows, every token up to some position: earlier queries see no key."""
     sizes: tuple[int, ...] = draw(splits(config, claims))
     batch, seed = draw(batches(claims)), draw(seeds)
     steps, length = [], 0
@@ -73,7 +73,7 @@ def _empty(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _tiled(draw: Draw, config: Config, claims: Claims) -> Case:
-    """Lengths and chunks that end one before, at and one behind the tiles of kernels, with or without needles."""
+    """Lengths and chunks of a kernel's tile, of one token less and of one more, with or without needles."""
     tile: int = draw(st.sampled_from(TILES))
     end = tile + draw(st.integers(-1, 1))
     past = draw(st.sampled_from((0, 1, end // 2, end - 1)))
@@ -102,8 +102,8 @@ def _deep(draw: Draw, config: Config, claims: Claims) -> Case:
 CLAUSES = (
     Clause(
         name="numerics.large-scores",
-        text="Scores of several hundred overflow no exponential: the softmax is that of the scores less their maximum "
-        "over the visible keys.",
+        text="Scores of several hundred do not overflow: the softmax is that of the scores minus their maximum over "
+        "the visible keys.",
         why=("https://github.com/pytorch/pytorch/issues/103749", "https://github.com/onnx/onnx/pull/8068"),
         strategy=_distributed("large_queries", "large_queries", "normal"),
         relations=(Relation.PARITY,),
@@ -111,7 +111,7 @@ CLAUSES = (
     ),
     Clause(
         name="numerics.zero-keys",
-        text="A key that is zero is a key: it has the score zero, takes part in the softmax, and is counted.",
+        text="A key that is zero is a key like any other: it has score zero, is part of the softmax, and is counted.",
         why=("https://github.com/huggingface/transformers/issues/30377",),
         strategy=_distributed("zero_keys", "zero_keys", "normal"),
         relations=(Relation.PARITY, Relation.LENGTHS),
@@ -119,8 +119,8 @@ CLAUSES = (
     ),
     Clause(
         name="numerics.empty-row",
-        text="A query that sees no key at all gives zeros: neither NaN nor the mean of the values, with a sink or "
-        "without.",
+        text="A query that may attend to no key gives zeros, and neither NaN nor the mean of the values, with or "
+        "without a sink.",
         why=(
             "https://github.com/pytorch/pytorch/issues/103749",
             "https://github.com/ml-explore/mlx/pull/2608",
@@ -133,7 +133,7 @@ CLAUSES = (
     ),
     Clause(
         name="numerics.caller-mask",
-        text="A mask of the caller's joins causality and window: a key is seen where all three allow it. It is "
+        text="A caller's mask is combined with causality and window: a key is visible if all three allow it. It is "
         "boolean, True attends, and it covers every token that the row holds.",
         why=(
             "https://github.com/keras-team/keras/issues/23038",
@@ -147,7 +147,7 @@ CLAUSES = (
     ),
     Clause(
         name="numerics.finite",
-        text="Finite inputs give finite outputs, whatever was appended, forgotten, forked or refused before.",
+        text="Finite inputs give finite outputs, whatever was appended, removed, forked or refused before.",
         why=(
             "https://github.com/Dao-AILab/flash-attention/issues/1745",
             "https://github.com/pytorch/pytorch/issues/103963",
@@ -158,8 +158,8 @@ CLAUSES = (
     ),
     Clause(
         name="numerics.head-dim",
-        text="A head dim that is no multiple of 8 is a head dim like any other: what a kernel pads, it neither scales "
-        "by nor sums over.",
+        text="A head dim that is not a multiple of 8 is like any other: padding in a kernel changes neither the scale "
+        "nor a sum.",
         why=("https://github.com/pytorch/pytorch/issues/112577", "https://github.com/pytorch/pytorch/pull/184180"),
         strategy=growing,
         relations=(Relation.PARITY,),
@@ -168,8 +168,8 @@ CLAUSES = (
     ),
     Clause(
         name="numerics.tiles",
-        text="Lengths and chunks that end one before, at or one behind a kernel's tile of 16, 64 or 128 tokens are "
-        "like any other, in every row of the tile.",
+        text="Lengths and chunks of a kernel's tile of 16, 64 or 128 tokens, of one token less or of one more are like "
+        "any other, in every row of the tile.",
         why=(
             "https://github.com/pytorch/executorch/pull/9105",
             "https://github.com/tenstorrent/tt-metal/issues/48899",
@@ -182,7 +182,7 @@ CLAUSES = (
     ),
     Clause(
         name="numerics.long-context",
-        text="Among 1 024 and among 4 096 tokens each single one can be read back.",
+        text="Among 1 024 and among 4 096 tokens, each single one can be retrieved.",
         why=("https://github.com/local-inference-lab/vllm/pull/17", "https://github.com/pytorch/pytorch/pull/169222"),
         strategy=_deep,
         relations=(Relation.PARITY,),

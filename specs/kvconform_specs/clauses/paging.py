@@ -1,4 +1,4 @@
-"""Pages are an address, and nothing else: where they lie, where they end and who shares them is unobservable."""
+"""Pages are only addresses: outputs do not depend on where pages lie, where they end or which sequences share them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvconform_specs.strategies import Draw, appends, at_once, batches, counts, 
 
 @st.composite
 def _scattered(draw: Draw, config: Config, claims: Claims) -> Case:
-    """Other sequences take and return pages first, so that a sequence's pages lie out of order; then it grows."""
+    """Other sequences first take and return pages, so that the pages of a sequence are out of order; then it grows."""
     page, batch, seed = claims.page or 1, draw(batches(claims)), draw(seeds)
     steps: list[Step] = []
     for number in range(draw(st.integers(1, 3))):
@@ -26,7 +26,7 @@ def _scattered(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _ending(draw: Draw, config: Config, claims: Claims) -> Case:
-    """Lengths one before, at and one behind the end of a page, by prompt, chunk, decode or truncation."""
+    """Lengths around the end of a page, by prompt, chunk, decode or truncation."""
     page, batch, seed = claims.page or 1, draw(batches(claims)), draw(seeds)
     steps: list[Step] = []
     length = 0
@@ -67,7 +67,7 @@ def _sharing(draw: Draw, config: Config, claims: Claims) -> Case:
 CLAUSES = (
     Clause(
         name="paging.placement",
-        text="A sequence's pages may lie anywhere in the pool and in any order: outputs do not depend on it, neither "
+        text="A sequence's pages may lie anywhere in the pool and in any order: outputs do not depend on it, not even "
         "for a chunk that begins in the middle of a page.",
         why=(
             "https://github.com/GeeeekExplorer/nano-vllm/issues/212",
@@ -80,7 +80,7 @@ CLAUSES = (
     ),
     Clause(
         name="paging.boundary",
-        text="A length one before, at or one behind the end of a page is like any other.",
+        text="A length of whole pages, of one token less or of one more is like any other.",
         why=(
             "https://github.com/vllm-project/vllm/pull/7380",
             "https://github.com/sgl-project/sglang/issues/22819",
@@ -92,8 +92,8 @@ CLAUSES = (
     ),
     Clause(
         name="paging.copy-on-write",
-        text="Sequences with a common prefix may share its pages, until one of them writes: none reads what another "
-        "wrote, and no page is returned that one still reads.",
+        text="Sequences with a common prefix may share its pages until one of them writes: none reads what another "
+        "wrote, and no page is returned to the pool while one still reads it.",
         why=(
             "https://github.com/ggml-org/llama.cpp/issues/3802",
             "https://github.com/ovg-project/kvcached/issues/446",

@@ -1,4 +1,4 @@
-"""A quantised cache is off by its step and by no more: each value by half a step of its own scale."""
+"""The error of a quantised cache is that of its step: for each number at most half a step of its own scale."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ATTENTION = ("attention",)
 CLAUSES = (
     Clause(
         name="quantised.prefill",
-        text="A prompt's outputs are within the bound that follows from the step of its tokens' own scales.",
+        text="A prompt's outputs are within the bound that follows from the steps of its tokens' own scales.",
         why=(
             "https://github.com/flashinfer-ai/flashinfer/issues/1023",
             "https://github.com/ggml-org/llama.cpp/issues/5652",
@@ -65,7 +65,7 @@ CLAUSES = (
     ),
     Clause(
         name="quantised.decode",
-        text="Decode steps are within the same bound: errors do not add up, and old scales are not applied to new "
+        text="Decode steps are within the same bound: errors do not accumulate, and old scales are not applied to new "
         "tokens.",
         why=(
             "https://github.com/sgl-project/sglang/pull/34765",
@@ -78,7 +78,7 @@ CLAUSES = (
     ),
     Clause(
         name="quantised.scales",
-        text="Keys and values have scales of their own, which multiply on the way out.",
+        text="Keys and values have separate scales; a stored integer times its scale is the number.",
         why=(
             "https://github.com/flashinfer-ai/flashinfer/issues/1023",
             "https://github.com/vllm-project/vllm-xpu-kernels/pull/475",
@@ -91,8 +91,8 @@ CLAUSES = (
     ),
     Clause(
         name="quantised.residual",
-        text="The newest tokens that are claimed to be exact are exact, and every token is in one place: none is lost "
-        "or counted twice when it leaves the residual window.",
+        text="The newest tokens are exact, as many as claimed, and no token is lost or counted twice when it leaves "
+        "the residual window.",
         why=(
             "https://github.com/rajveer43/VeloxQuant-MLX/issues/86",
             "https://github.com/rajveer43/VeloxQuant-MLX/pull/89",

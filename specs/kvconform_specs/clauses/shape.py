@@ -1,4 +1,4 @@
-"""What comes out has the right shape, and the cache knows how much it holds."""
+"""Outputs have the right shape, and the cache reports how many tokens it holds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _first(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def sweep(draw: Draw, config: Config, claims: Claims) -> Case:
-    """Three sequences of drawn batch, past and count, one after another on the same artefact."""
+    """Three sequences with different batch, past and count, one after another on the same artefact."""
     steps: list[Step] = []
     largest = min(claims.max_batch or LARGEST_BATCH, LARGEST_BATCH)
     for seq in "abc":
@@ -34,7 +34,7 @@ CLAUSES = (
     Clause(
         name="shape.output",
         text="An append of t tokens to b rows gives (b, h, t, d) in the attention profile and (b, t, V) logits in the "
-        "decoder profile, as float32, at every batch, count and past, 1 included.",
+        "decoder profile, as float32, for every batch, count and past, including 1.",
         why=(
             "https://github.com/huggingface/transformers/pull/10651",
             "https://github.com/microsoft/onnxruntime/issues/26262",
@@ -45,8 +45,8 @@ CLAUSES = (
     ),
     Clause(
         name="shape.length",
-        text="After every step each row holds as many tokens as were appended to it less those that were forgotten, "
-        "and the backend says so: not the calls, not the capacity, not the window, not the heads.",
+        text="After every step the backend reports the number of tokens that each row holds: those appended to it "
+        "minus those removed, and not the number of calls, the capacity, the window or the number of heads.",
         why=(
             "https://github.com/huggingface/transformers/pull/38156",
             "https://github.com/fla-org/flash-linear-attention/issues/126",
@@ -58,7 +58,7 @@ CLAUSES = (
     ),
     Clause(
         name="shape.first-step",
-        text="The first append to an empty cache may have any count up to the capacity, 1 included, and gives what "
+        text="The first append to an empty cache may have any count up to the capacity, including 1, and gives what "
         "the definition gives.",
         why=("https://github.com/TrenTorch/TrenTorch/pull/192",),
         strategy=_first,
@@ -67,8 +67,8 @@ CLAUSES = (
     ),
     Clause(
         name="shape.no-specialisation",
-        text="One artefact serves every batch, count and past length: nothing that was traced, exported, compiled or "
-        "captured with one size remembers it.",
+        text="One artefact works for every batch, count and past length: no size with which it was traced, exported, "
+        "compiled or captured is built into it.",
         why=(
             "https://github.com/huggingface/transformers/issues/13175",
             "https://github.com/huggingface/optimum/issues/1913",

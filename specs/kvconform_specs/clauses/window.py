@@ -1,4 +1,4 @@
-"""A window of W shows the token itself and the W - 1 before it, by position, however they were stored."""
+"""With a window of W a token attends to itself and the W - 1 tokens before it, by position, however they are stored."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _by_one(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _chunk(draw: Draw, config: Config, claims: Claims) -> Case:
-    """A chunk of more tokens than the window has slots, on a cache that holds some, then decode steps."""
+    """A chunk of more tokens than the window, on a cache that holds some tokens, then decode steps."""
     w = config.window or 1
     past, chunk, new = draw(st.integers(0, 2 * w)), draw(st.integers(w, 3 * w)), draw(st.integers(0, 3))
     sizes = (*at_once(past, claims), *at_once(chunk, claims), *(1,) * new)
@@ -64,7 +64,7 @@ def _chunk(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _layers(draw: Draw, config: Config, claims: Claims) -> Case:
-    """Past the window, by prompts, chunks and decode steps, or on a winding path."""
+    """More tokens than the window, by prompts, chunks and decode steps, or any history."""
     if draw(st.booleans()):
         return Case((draw(histories(config, claims)),))
     drawn: tuple[int, ...] = draw(splits(config, claims))
@@ -76,8 +76,8 @@ def _layers(draw: Draw, config: Config, claims: Claims) -> Case:
 CLAUSES = (
     Clause(
         name="window.width",
-        text="A query sees exactly W tokens, itself included, once there are so many: the one W positions back is not "
-        "seen, the one after it is.",
+        text="A query attends to exactly W tokens, its own included, once there are that many: not to the one W "
+        "positions back, but to the one after it.",
         why=(
             "https://github.com/microsoft/onnxruntime/pull/25927",
             "https://github.com/huggingface/transformers/issues/29623",
@@ -89,8 +89,8 @@ CLAUSES = (
     ),
     Clause(
         name="window.step-by-step",
-        text="Nothing happens to the outputs when a window fills, overflows or wraps: decoding over W - 1, W, W + 1 "
-        "and 2 W tokens gives the definition's values at each.",
+        text="The outputs are those of the definition when a window fills, overflows or wraps: decoding over W - 1, W, "
+        "W + 1 and 2 W tokens.",
         why=(
             "https://github.com/huggingface/transformers/issues/37574",
             "https://github.com/EricLBuehler/mistral.rs/issues/246",
@@ -101,8 +101,8 @@ CLAUSES = (
     ),
     Clause(
         name="window.long-chunk",
-        text="A chunk may be longer than the window: its first queries still see what they may of the past, before "
-        "anything is evicted.",
+        text="A chunk may be longer than the window: its first queries still attend to the cached tokens in their "
+        "window, before anything is evicted.",
         why=("https://github.com/Lightning-AI/litgpt/issues/2182", "https://github.com/pytorch/executorch/pull/22358"),
         strategy=_chunk,
         relations=(Relation.PARITY,),
@@ -110,8 +110,8 @@ CLAUSES = (
     ),
     Clause(
         name="window.hybrid",
-        text="Where some layers have a window and others see everything, each layer goes by its own: length, mask and "
-        "capacity of one kind are not those of the other.",
+        text="Where some layers have a window and others do not, each layer uses its own: length, mask and capacity of "
+        "one kind are not those of the other.",
         why=(
             "https://github.com/huggingface/transformers/pull/38156",
             "https://github.com/huggingface/transformers/pull/39737",

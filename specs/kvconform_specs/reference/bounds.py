@@ -4,53 +4,54 @@
 where they are kept in float32 (intermediates ``single``: FlashAttention, Dao 2023, 2307.08691), ``w = u`` where every
 one of them is stored (``storage``: the math path of PyTorch's SDPA, the function body of ONNX ``Attention``).
 
-*Scores.* Key ``j``'s exponent strays by at most ``e_j``, the sum of
+*Scores.* The error of key ``j``'s exponent is at most ``e_j``, the sum of
 
 - ``a sqrt(d) A_j`` with ``A_j = scale sum|q||k_j|``: a dot product of ``d`` terms with independent rounding errors
   (Higham & Mary 2019, "A new approach to probabilistic rounding error analysis", theorem 2.4);
 - ``2 w A_j``: the scale, on the product or its root on both operands; ``w |x_j|``: the product ``x_j``, stored;
-- softcap: ``8 a |x_j| + 3 w |x_j|``: a tanh of at most 4 ulp; division, tanh and product, stored. What strayed before
-  it does not grow, since the slope of ``c tanh(x / c)`` is 1 at most;
+- softcap: ``8 a |x_j| + 3 w |x_j|``: a tanh of at most 4 ulp; division, tanh and product, stored. Earlier errors do
+  not grow, since the slope of ``c tanh(x / c)`` is at most 1;
 - alibi: ``2 w |b_j| + w |s_j|``: the slope, the bias ``b_j = slope (i - j)``, and the score ``s_j`` it is added to;
 - ``2 w (m - s_j)``: the shift by the maximum ``m``, in one base or another; ``8 a + w``: an exp of at most 4 ulp,
   stored.
 
-A sink is one score more, of error ``2 w |s| + 2 w (m - s) + 8 a + w``, without a value.
+A sink is one more score, with error ``2 w |s| + 2 w (m - s) + 8 a + w`` and without a value.
 
-*Weights.* If every exponent strays by at most its ``e_j``, each weight ``p_j`` is multiplied by at most ``exp(e_j) Z``
-and by at least ``1 / (exp(e_j) Z)``, ``Z = sum_k p_k exp(e_k)``, the sink among the ``k``. So ``p_j`` strays by no more
-than ``r_j = min(p_j (exp(e_j) Z - 1), 1)``. Weights sum to one: none strays by more than all others together, so that
+*Weights.* If the error of every exponent is at most its ``e_j``, each weight ``p_j`` is multiplied by at most
+``exp(e_j) Z`` and by at least ``1 / (exp(e_j) Z)``, ``Z = sum_k p_k exp(e_k)``, with the sink among the ``k``. Its
+error is therefore at most ``r_j = min(p_j (exp(e_j) Z - 1), 1)``. Weights sum to one, so that no error exceeds the sum
+of all others:
 
-    r'_j = min(r_j, sum_k r_k - r_j)        strays = min(sum_j r'_j |v_j|, |o| + max|v|)
+    r'_j = min(r_j, sum_k r_k - r_j)        weighted = min(sum_j r'_j |v_j|, |o| + max|v|)
 
-and the second bound on the strays holds because the output is a mean of values. It speaks where scores of several
-hundred are rounded to 16 bits; where some ``e_j`` exceeds ``HOPELESS``, the first is not asked.
+The second bound on ``weighted`` holds because the output is a mean of values. It is the smaller one where scores of
+several hundred are rounded to 16 bits; where some ``e_j`` exceeds ``MAX_EXPONENT_ERROR``, only the second is used.
 
 *Sums.* Denominator and output are sums over the ``n`` visible keys, of error ``N a`` each. ``N = sqrt(n)``, since the
-suite draws K and V independently; ``N = n`` where keys repeat (all zero) and errors may all point one way. Then two
+suite draws K and V independently; ``N = n`` where keys repeat (all zero) and errors may all have one sign. Then two
 roundings ``a`` of the normalisation, one ``u`` of the weights on their way into the product with V (matrix units take
 both operands in storage precision), and one ``u`` of the result:
 
-    mean  = sum_j p_j |v_j| + strays
-    core  = strays + mean ((2 N + 2) a + u)
+    mean  = sum_j p_j |v_j| + weighted
+    core  = weighted + mean ((2 N + 2) a + u)
     bound = core + u (|o| + core) + eta (1 + n max|v|)
 
-``eta`` covers weights and results that underflow. A row that sees nothing has value 0, bound 0.
+``eta`` covers weights and results that underflow. A query that sees no key has value 0 and bound 0.
 
 *Quantised cache.* An element ``x`` of a token whose absmax is ``M`` in that head has ``step = M / (2^(bits - 1) - 1)``
-and strays by at most ``h = (1 + u) step / 2 + 3 a M + u |x|``: rounding to an integer, with a step that may be stored;
-the step, the quotient and the product, in float32; what comes out of it, stored. Scores then stray by
-``scale sum|q| h`` of the key more, the output by ``sum_j (p_j + r'_j) h`` of the values. Tokens from ``exact_from`` on
-are not quantised.
+and an error of at most ``h = (1 + u) step / 2 + 3 a M + u |x|``: rounding to an integer, with a step that may be
+stored; the step, the quotient and the product, in float32; the result, stored. The error of scores then grows by
+``scale sum|q| h`` of the key, that of the output by ``sum_j (p_j + r'_j) h`` of the values. Tokens from ``exact_from``
+on are not quantised.
 
 **Decoder.** Errors pass through layers, so the bound is measured on the definition by Monte-Carlo arithmetic (Parker
 1997, "Monte Carlo arithmetic", UCLA CSD-970002): it is run ``RUNS`` times with random noise of the size of each
 rounding, and ``bound = C sigma``, sigma pooled over one position's vocabulary. ``C`` is Student's t at ``RUNS``
-degrees of freedom for a two-sided false-alarm rate of ``FALSE_ALARM``: if all the error lies in one direction of the
-vocabulary, eight runs are eight draws, and no more. That rate holds for a logit whose own sigma is the pooled one; a
-logit's sigma is up to ``SPREAD`` times that (a test measures it on the suite's configs), for which 2e-6 is left. In 16
-bits the noise has scores rounded to storage, too: an implementation that does so stays inside for a decoder, and is
-told by the attention profile.
+degrees of freedom for a two-sided false-positive rate of ``FALSE_ALARM``: if all the error has one direction in the
+vocabulary, eight runs are only eight samples. That rate holds for a logit whose own sigma is the pooled one; a logit's
+sigma is up to ``SPREAD`` times that (a test measures it on the suite's configs), with a rate of 2e-6. In 16 bits the
+noise includes scores that are rounded to storage, so that a decoder which does this is within the bound; the
+attention profile detects it.
 """
 
 from __future__ import annotations
@@ -79,11 +80,11 @@ FALSE_ALARM = 1e-9
 C = 31.96
 """Student's t quantile: P(|t_8| > C) = 1e-9 (a test recomputes it)."""
 SPREAD = 2.5
-"""No logit's own sigma is more than so many times the one that is pooled over its position."""
+"""The largest ratio of a logit's own sigma to the one that is pooled over its position."""
 ELEMENTARY = 8
-"""Error of exp and tanh in units of ``a``: 4 ulp at most."""
-HOPELESS = 300.0
-"""From this stray of an exponent on nothing is said about the weights of its row, so that nothing overflows."""
+"""Error of exp and tanh in units of ``a``: at most 4 ulp."""
+MAX_EXPONENT_ERROR = 300.0
+"""If the error of an exponent exceeds this, no bound on its row's weights is computed, so that nothing overflows."""
 
 
 def attention_bound(
@@ -99,8 +100,8 @@ def attention_bound(
 ) -> Array:
     """Bound of each output element ``(..., h, t, d)``; arguments as for ``definition.attention``.
 
-    biased: keys repeat, so that rounding errors of the sums over keys may all point one way. exact_from: the position
-    from which on tokens are not quantised; None: all are.
+    biased: keys repeat, so that rounding errors of the sums over keys may all have one sign. exact_from: the first
+    position whose tokens are not quantised; None: all are quantised.
     """
     a, u = ACCUMULATION, STORAGE[config.dtype]
     w = u if precision.intermediates == "storage" else a
@@ -113,16 +114,16 @@ def attention_bound(
             expand(_quantised(x, config.dtype, precision, exact_from), config.group) for x in (keys, values)
         )
         errors += abs(config.score_scale) * (np.abs(query) @ key_error.swapaxes(-1, -2))
-    hopeless = np.max(errors, axis=-1, keepdims=True, initial=0.0, where=attended.visible) > HOPELESS
-    stray = _weight_strays(np.minimum(errors, HOPELESS), attended, config, a, w)
+    unbounded = np.max(errors, axis=-1, keepdims=True, initial=0.0, where=attended.visible) > MAX_EXPONENT_ERROR
+    shifts = _weight_errors(np.minimum(errors, MAX_EXPONENT_ERROR), attended, config, a, w)
     output = np.abs(attended.output)
     highest = sizes.max(axis=-2, keepdims=True, initial=0.0)
     largest = output + highest
-    strays = np.where(hopeless, largest, np.minimum(stray @ sizes, largest))
-    mean = attended.weights @ sizes + strays
-    core = strays + mean * ((2 * terms + 2) * a + u)
+    weighted = np.where(unbounded, largest, np.minimum(shifts @ sizes, largest))
+    mean = attended.weights @ sizes + weighted
+    core = weighted + mean * ((2 * terms + 2) * a + u)
     if precision.kv_bits:
-        core += np.where(hopeless, value_error.max(axis=-2, keepdims=True), (attended.weights + stray) @ value_error)
+        core += np.where(unbounded, value_error.max(axis=-2, keepdims=True), (attended.weights + shifts) @ value_error)
     bound = core + u * (output + core) + UNDERFLOW[config.dtype] * (1 + counted * highest)
     return np.asarray(bound * (counted > 0))
 
@@ -140,24 +141,24 @@ def _score_errors(query: Array, keys: Array, attended: Attended, config: Config,
     return errors
 
 
-def _weight_strays(errors: Array, attended: Attended, config: Config, a: float, w: float) -> Array:
+def _weight_errors(errors: Array, attended: Attended, config: Config, a: float, w: float) -> Array:
     """``r'_j`` of each key, ``(..., h, t, s)``."""
     grown = attended.weights * np.exp(errors)
     z = grown.sum(axis=-1, keepdims=True)
     if config.sink is None:
-        stray = np.minimum(grown * z - attended.weights, 1.0)
-        return np.asarray(np.minimum(stray, stray.sum(axis=-1, keepdims=True) - stray))
+        shifts = np.minimum(grown * z - attended.weights, 1.0)
+        return np.asarray(np.minimum(shifts, shifts.sum(axis=-1, keepdims=True) - shifts))
     sink = sinks(config)
     weight = np.exp(sink - attended.top) / attended.total
     heavy = weight * np.exp(2 * w * (np.abs(sink) + attended.top - sink) + ELEMENTARY * a + w)
     z += heavy
-    stray = np.minimum(grown * z - attended.weights, 1.0)
-    others = stray.sum(axis=-1, keepdims=True) + np.minimum(heavy * z - weight, 1.0) - stray
-    return np.asarray(np.minimum(stray, others))
+    shifts = np.minimum(grown * z - attended.weights, 1.0)
+    others = shifts.sum(axis=-1, keepdims=True) + np.minimum(heavy * z - weight, 1.0) - shifts
+    return np.asarray(np.minimum(shifts, others))
 
 
 def _quantised(x: Array, dtype: str, precision: Precision, exact_from: int | None) -> Array:
-    """``(..., g, s, d)``: how far what is stored for each token may be from ``x``."""
+    """``(..., g, s, d)``: the largest error of what is stored for each token of ``x``."""
     error = quantisation_error(x, precision, dtype)
     if exact_from is not None:
         error[..., max(exact_from, 0) :, :] = 0.0
@@ -165,7 +166,7 @@ def _quantised(x: Array, dtype: str, precision: Precision, exact_from: int | Non
 
 
 def quantisation_error(x: Array, precision: Precision, dtype: str = "float32") -> Array:
-    """``h``: how far each element that a quantised cache gives back may be from ``x`` ``(..., s, d)``; else zeros."""
+    """``h``: the largest error of each element of ``x`` ``(..., s, d)`` in a quantised cache; zeros if it is not."""
     sizes, u = np.abs(x), STORAGE[dtype]
     if not precision.kv_bits:
         return np.asarray(sizes * 0.0)
@@ -179,8 +180,8 @@ class Noisy(Arithmetic):
     Storage: ``u |x| xi``, ``xi`` uniform in (-1, 1). A dot product of ``n`` terms of root-mean-square size
     ``r = |x| |w| / n`` has partial sums of size ``sqrt(k) r``, each rounded by ``a`` times that; their errors add up to
     ``a n r / sqrt(2) = a |x| |w| / sqrt(2)``, and the noise is ``a |x| |w| xi``.
-    The noise is enlarged by ``gain`` so that it stands out of the rounding of the run itself; errors of first order
-    scale with it. ``xi`` is read from one fixed pool at random offsets, which costs a third of drawing it.
+    The noise is enlarged by ``gain`` so that it exceeds the rounding of the run itself; errors of first order scale
+    with it. ``xi`` is read from one fixed pool at random offsets, which takes a third of the time of drawing it.
     """
 
     def __init__(self, u: float, seed: int) -> None:
@@ -190,7 +191,7 @@ class Noisy(Arithmetic):
         self._offsets = np.random.Generator(np.random.Philox(key=seed))
 
     def _xi(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Noise of this shape, to be read and not written."""
+        """Noise of this shape, read-only."""
         size, pool = int(np.prod(shape)), _pool()
         if size > pool.size // 2:  # it repeats after a million numbers, which are never compared with one another
             return np.resize(np.roll(pool, int(self._offsets.integers(pool.size))), shape)
@@ -225,37 +226,36 @@ def single(weights: Mapping[str, Array]) -> dict[str, Array]:
 
 
 @dataclass(frozen=True)
-class Disturbance:
-    """How far a black box's weights are perturbed, relative to each: ``storage + accumulation * sqrt(n)`` for a weight
-    that is one of ``n`` terms of a sum. ``gain``: how much larger that is than the rounding that it stands for."""
+class Perturbation:
+    """The relative perturbation of a black box's weights: ``storage + accumulation * sqrt(n)`` for a weight that is one
+    of ``n`` terms of a sum. ``gain``: its ratio to the rounding that it represents."""
 
     storage: float
     accumulation: float
     gain: float
 
 
-def disturbance(dtype: str) -> Disturbance:
+def perturbation(dtype: str) -> Perturbation:
     """A product computed in floating point is the exact product of perturbed factors (Higham, *Accuracy and Stability
     of Numerical Algorithms*, 2nd ed., section 3.1), by about ``sqrt(n) a`` each where roundings are independent (Higham
-    and Mary 2019, doi:10.1137/18M1226312). So weights that are perturbed at random show what rounding does to what
-    follows, whoever computes it. Enlarged as in ``Noisy``, so that it stands out of the rounding of the run itself."""
+    and Mary 2019, doi:10.1137/18M1226312). Randomly perturbed weights therefore show the effect of rounding on what
+    follows, in any implementation. It is enlarged as in ``Noisy``, to exceed the rounding of the run itself."""
     gain = max(1.0, 2.0**-13 / STORAGE[dtype])
-    return Disturbance(STORAGE[dtype] * gain, ACCUMULATION * gain, gain)
+    return Perturbation(STORAGE[dtype] * gain, ACCUMULATION * gain, gain)
 
 
-def own_bound(strays: Sequence[Array], runs: int, gain: float) -> Array:
-    """As ``decoder_bound``, times ``sqrt(2)``: the own forward, to which a cached step is compared, is rounded as
-    well as the step."""
-    return np.asarray(np.sqrt(2) * decoder_bound(strays, runs, gain))
+def black_box_bound(deviations: Sequence[Array], runs: int, gain: float) -> Array:
+    """As ``decoder_bound``, times ``sqrt(2)``: both the forward that is the reference and the step are rounded."""
+    return np.asarray(np.sqrt(2) * decoder_bound(deviations, runs, gain))
 
 
-def stray(run: Array, value: Array) -> Array:
-    """Mean square over the vocabulary of how far a noisy run ``(..., t, V)`` strays from the exact logits."""
+def deviation(run: Array, value: Array) -> Array:
+    """Mean square over the vocabulary of the deviation of a noisy run ``(..., t, V)`` from the exact logits."""
     error = run - value
     return np.asarray(np.mean(np.square(error, out=error), axis=-1))
 
 
-def decoder_bound(strays: Sequence[Array], runs: int, gain: float) -> Array:
-    """``C sigma`` for each position, ``(..., t, 1)``, from the strays of noisy runs. With fewer of them than ``runs``
-    it is a lower bound of what all would give: the others are taken not to have strayed."""
-    return np.asarray(C / gain * np.sqrt(sum(strays) / runs))[..., None]
+def decoder_bound(deviations: Sequence[Array], runs: int, gain: float) -> Array:
+    """``C sigma`` for each position, ``(..., t, 1)``, from the deviations of noisy runs. With fewer of them than
+    ``runs`` it is a lower bound: the missing ones are assumed to be zero."""
+    return np.asarray(C / gain * np.sqrt(sum(deviations) / runs))[..., None]

@@ -1,9 +1,9 @@
 """The cache-less definition, in float64: what attention and the decoder *are*.
 
-There is no cache here and no state: every call gets all tokens and recomputes everything. Causality is by position:
-the token at position ``j`` is visible to the token at position ``i`` iff ``j <= i``, and with a window of ``W`` iff
-also ``j > i - W``, so ``W`` counts the token itself. A token that sees nothing gets exactly 0. Leading axes ``...``
-are any batch.
+It has no cache and no state: every call gets all tokens and recomputes everything. Causality is by position: the token
+at position ``j`` is visible to the token at position ``i`` iff ``j <= i``, and with a window of ``W`` iff also
+``j > i - W``, so ``W`` counts the token itself. The output of a token that sees no key is exactly 0. Leading axes
+``...`` are any batch.
 
 Sources: scaled dot-product attention, Vaswani et al. 2017 (1706.03762, eq. 1); grouped KV heads, Ainslie et al. 2023
 (2305.13245); sliding window, Beltagy et al. 2020 (2004.05150, section 3.1); softcap before the mask, Gemma 2
@@ -30,10 +30,10 @@ LOWEST = float(np.finfo(np.float32).min)
 
 
 class Arithmetic:
-    """How the definition computes: exactly. ``bounds.Noisy`` replaces it to measure what rounding does."""
+    """Exact arithmetic. ``bounds.Noisy`` replaces it to measure the effect of rounding."""
 
     def stored(self, x: Array) -> Array:
-        """A value that an implementation writes in storage precision."""
+        """A value that an implementation stores in the config's dtype."""
         return x
 
     def product(self, x: Array, w: Array) -> Array:
@@ -45,7 +45,7 @@ EXACT = Arithmetic()
 
 
 class Attended(NamedTuple):
-    """Attention's result and the quantities that its error bound is made of (``bounds.py``)."""
+    """Attention's result, and the quantities that its error bound depends on (``bounds.py``)."""
 
     output: Array  # (..., h, t, d)
     scores: Array  # (..., h, t, s) after scale, softcap and bias, before the mask
@@ -98,7 +98,7 @@ def attention(
 
     The queries are those of the last ``t`` tokens, or of the ``t`` tokens from position ``at`` on: a long context is
     computed in blocks of rows. ``mask`` is the caller's, True where a query may attend; it broadcasts to
-    ``(..., h, t, s)`` and joins causality and window.
+    ``(..., h, t, s)`` and is combined with causality and window.
     """
     keys, values = expand(keys, config.group), expand(values, config.group)
     t, s = query.shape[-2], keys.shape[-2]

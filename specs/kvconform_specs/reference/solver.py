@@ -234,7 +234,7 @@ class _Model:
         if kind == "value":
             return self._value
         while len(self._deviations) < (bounds.RUNS if kind == "bound" else 1):
-            self._deviations.append(bounds.stray(self.noisy(len(self._deviations)), self._value))
+            self._deviations.append(bounds.deviation(self.noisy(len(self._deviations)), self._value))
         return self.bound(len(self._deviations) if kind == "likely" else bounds.RUNS)
 
 
@@ -254,11 +254,11 @@ class _Decoder(_Model):
 
 class _BlackBox(_Model):
     """The value is what its own forward gives; the bound follows from what that gives when its weights are perturbed by
-    noise of the size of the rounding (``bounds.own_bound``)."""
+    noise of the size of the rounding (``bounds.black_box_bound``)."""
 
     def __init__(self, config: Config, reference: ReferenceForward, contents: Contents, start: int) -> None:
         super().__init__(config, contents, start)
-        self._reference, self._noise = reference, bounds.disturbance(config.dtype)
+        self._reference, self._noise = reference, bounds.perturbation(config.dtype)
 
     def exact(self) -> Array:
         return self._run(0.0, 0.0, 0)
@@ -267,7 +267,7 @@ class _BlackBox(_Model):
         return self._run(self._noise.storage, self._noise.accumulation, number + 1)
 
     def bound(self, runs: int) -> Array:
-        return bounds.own_bound(self._deviations, runs, self._noise.gain)
+        return bounds.black_box_bound(self._deviations, runs, self._noise.gain)
 
     def _run(self, storage: float, accumulation: float, seed: int) -> Array:
         inputs = self.contents()

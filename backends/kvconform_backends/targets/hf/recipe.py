@@ -1,4 +1,4 @@
-"""How a model of transformers is made: here, and as the Python source of a reproduction, which must be the same."""
+"""How a transformers model is built: here, and identically as Python source for a reproduction."""
 
 from __future__ import annotations
 
@@ -30,44 +30,32 @@ from kvconform_specs.program import (
 )
 
 SPREAD = 0.2
-"""Standard deviation of random weights: at the usual 0.02 attention is nearly uniform, which hides mistakes."""
+"""Standard deviation of random weights: with the usual 0.02, attention is nearly uniform, which hides errors."""
 WINDOW = 5
 """Shorter than most prompts of the suite."""
 SIZES: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 97,
-        "hidden_size": 32,
-        "n_embd": 32,
-        "word_embed_proj_dim": 32,
-        "num_hidden_layers": 2,
-        "n_layer": 2,
-        "num_attention_heads": 4,
-        "n_head": 4,
-        "num_key_value_heads": 2,
-        "num_kv_heads": 2,
-        "head_dim": 8,
-        "query_pre_attn_scalar": 8,
-        "intermediate_size": 48,
-        "ffn_dim": 48,
-        "ffn_hidden_size": 48,
+        **dict.fromkeys(("hidden_size", "n_embd", "word_embed_proj_dim"), 32),
+        **dict.fromkeys(("num_hidden_layers", "n_layer"), 2),
+        **dict.fromkeys(("num_attention_heads", "n_head"), 4),
+        **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+        **dict.fromkeys(("head_dim", "query_pre_attn_scalar"), 8),
+        **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size"), 48),
         "moe_intermediate_size": 24,
-        "num_local_experts": 4,
-        "num_experts": 4,
+        **dict.fromkeys(("num_local_experts", "num_experts"), 4),
         "num_experts_per_tok": 2,
-        "max_position_embeddings": 40,
-        "n_positions": 40,
-        "sliding_window": WINDOW,
-        "attention_chunk_size": WINDOW,
-        "initializer_range": SPREAD,
-        "init_std": SPREAD,
+        **dict.fromkeys(("max_position_embeddings", "n_positions"), 40),
+        **dict.fromkeys(("sliding_window", "attention_chunk_size"), WINDOW),
+        **dict.fromkeys(("initializer_range", "init_std"), SPREAD),
     }
 )
-"""Fields of configs and what they are in a tiny model, where they are set at all."""
+"""Values of config fields for a tiny model, for the fields that are set."""
 SPECIAL: Mapping[str, int] = MappingProxyType({"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
 MIXED_LAYERS = 4
-"""Layers of a tiny model whose layers are of several types, which then take turns."""
+"""Layers of a tiny model with several layer types, which alternate."""
 CAPACITY = 40
-"""Tokens that a sequence holds, unless the model has fewer positions: programs stay short."""
+"""Maximum length of a sequence, unless the model has fewer positions: programs stay short."""
 
 
 def tiny(plain: PreTrainedConfig) -> dict[str, Any]:
@@ -82,8 +70,8 @@ def tiny(plain: PreTrainedConfig) -> dict[str, Any]:
     return fields
 
 
-def point_of(config: PreTrainedConfig, dtype: str) -> Config:
-    """The model's config in the words of the suite, as far as it has them."""
+def config_of(config: PreTrainedConfig, dtype: str) -> Config:
+    """The model's config as a suite config, as far as it can be expressed."""
     text = config.get_text_config(decoder=True)
     heads, width = int(text.num_attention_heads), int(text.hidden_size)
     kv_heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
@@ -113,19 +101,19 @@ def point_of(config: PreTrainedConfig, dtype: str) -> Config:
     )
 
 
-def tokens_of(point: Config, count: int) -> list[int]:
+def tokens_of(config: Config, count: int) -> list[int]:
     """Tokens that programs may use."""
-    allowed = np.setdiff1d(np.arange(point.vocabulary), point.reserved)
+    allowed = np.setdiff1d(np.arange(config.vocabulary), config.reserved)
     return [int(token) for token in np.resize(allowed, count)]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A causal language model, and the cache that it is run with.
+    """A causal language model, and the cache it is run with.
 
-    origin: a local directory, or the name of a config class. fields: what its config has otherwise than it would have.
-    weights: the directory holds them; else they are random, from ``seed``. attention, experts: how these are computed;
-    None is the model's own choice. cache: ``dynamic`` or ``static``.
+    origin: a local directory, or the name of a config class. fields: changed fields of its config. weights: whether the
+    directory contains weights; else they are random, from ``seed``. attention, experts: their implementations; None is
+    the model's default. cache: ``dynamic`` or ``static``.
     """
 
     origin: str
@@ -144,7 +132,7 @@ class Recipe:
 
     @property
     def source(self) -> str:
-        """The file whose change makes earlier results void; empty where there is none."""
+        """The file whose modification invalidates earlier results; empty if there is none."""
         return str(Path(self.origin) / "config.json") if self.directory else ""
 
     def config(self) -> PreTrainedConfig:
@@ -158,8 +146,7 @@ class Recipe:
         return made
 
     def model(self) -> Any:
-        """A ``PreTrainedModel``. Raises what transformers raises where it cannot be made. The random numbers of others
-        are left alone."""
+        """A ``PreTrainedModel``. Raises transformers' exceptions. The global random state is preserved."""
         how = {"attn_implementation": self.attention, "dtype": getattr(torch, self.dtype)}
         make: Any = AutoModelForCausalLM
         if self.weights:
@@ -176,7 +163,7 @@ class Recipe:
 
     # --- as Python source ---
     def setup(self, capacity: int, positions: bool) -> str:
-        """Makes ``model``, ``empty()`` and ``step(cache, ids)``; ``positions``: whether the model takes positions."""
+        """Defines ``model``, ``empty()`` and ``step(cache, ids)``; ``positions``: whether the model takes positions."""
         kind = "AutoConfig" if self.directory else self.origin
         fields = ", ".join(f"{name}={value!r}" for name, value in self.fields.items())
         how = f"attn_implementation={self.attention!r}, dtype=torch.{self.dtype}"
@@ -217,7 +204,7 @@ def empty():
 
 
 def step(cache, x):
-    """What ``generate`` does: new tokens (b, t) behind those that the cache holds, logits (b, t, V) of the new ones."""
+    """Like ``generate``: appends tokens (b, t) to the cache and returns their logits (b, t, V)."""
     ids, past = torch.from_numpy(x), int(cache.get_seq_length())
     mask = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.long)
     inputs = model.prepare_inputs_for_generation(
@@ -228,7 +215,7 @@ def step(cache, x):
 
 
 def steps(program: Program, tag: str) -> str:
-    """The program's steps as Python source behind ``Recipe.setup``; sequences are entries of a dict."""
+    """The program's steps as Python source after ``Recipe.setup``; sequences are entries of a dict."""
     lines, held = [f"caches{tag} = {{}}"], dict[str, int]()
     for number, step in enumerate(program.steps):
         call = called(step)
@@ -247,13 +234,13 @@ def steps(program: Program, tag: str) -> str:
 
 
 def _line(step: Step, number: int, tag: str, held: Mapping[str, int]) -> str:
-    """``held``: how many tokens each sequence holds."""
+    """``held``: the length of each sequence."""
     call = called(step)
     if isinstance(call, UncachedForward):
         return f"y{tag}{number} = model(torch.from_numpy(x{tag}{number}), use_cache=False).logits.float().numpy()"
     cache = f"caches{tag}[{call.seq!r}]"
     if isinstance(step, Reject):
-        return "pass  # the backend refuses it, so that nothing is called:"
+        return "pass  # refused by the backend, so that nothing is called:"
     if isinstance(call, Append):
         return f"y{tag}{number} = step({cache}, x{tag}{number})"
     if isinstance(call, Truncate):
@@ -265,5 +252,5 @@ def _line(step: Step, number: int, tag: str, held: Mapping[str, int]) -> str:
         return f"caches{tag}[{call.into!r}] = copy.deepcopy({cache})"
     if isinstance(call, Reset):
         return f"{cache}.reset()"
-    assert isinstance(call, Close)  # the others need abilities that no cache of transformers has
+    assert isinstance(call, Close)  # other steps need abilities that no transformers cache has
     return f"del {cache}"

@@ -1,8 +1,8 @@
-"""``hf:`` addresses: a causal language model of transformers as a black box, judged by its own forward without a cache.
+"""``hf:`` targets: a causal language model of transformers as a black box, judged by its own uncached forward.
 
 The target is a local directory with a ``config.json``, or the name of a config class (``LlamaConfig``), of which a tiny
-instance is made. Nothing is downloaded. A step is what ``generate`` does between two tokens, for any number of them:
-``prepare_inputs_for_generation`` with an attention mask of ones and the positions that follow from it, then the model.
+instance is built. Nothing is downloaded. A step does what ``generate`` does between two tokens, for any number of them:
+``prepare_inputs_for_generation`` with an attention mask of ones and the corresponding positions, then the model.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from transformers import AutoConfig, DynamicCache, PreTrainedConfig, StaticCache
 from kvconform.backend import BlackBox
 from kvconform.errors import BackendUnavailable, Unavailable
 from kvconform_backends.targets import black_box
-from kvconform_backends.targets.foreign import Raised, foreign
 from kvconform_backends.targets.hf import recipe
-from kvconform_backends.targets.hf.recipe import SPREAD, Recipe, point_of, tiny, tokens_of
+from kvconform_backends.targets.hf.recipe import SPREAD, Recipe, config_of, tiny, tokens_of
+from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 from kvconform_backends.torch import device_time
-from kvconform_backends.validation import check_rows
+from kvconform_backends.validation import check_length, check_rows
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import DTYPES, Config
 from kvconform_specs.program import Program
@@ -48,24 +48,24 @@ OPTIONS: Mapping[str, Any] = MappingProxyType(
         "seed": 0,
     }
 )
-"""What may stand behind the ``?`` of an address, and what holds where it does not. ``config``: fields of the model's
-config. ``attn_implementation``: None is the model's own choice. ``experts_implementation``: None is ``BATCHED_EXPERTS`` for a
-model with experts. ``seed``: of random weights."""
+"""Options after the ``?`` of an address, with their defaults. ``config``: fields of the model's config.
+``attn_implementation``: None is the model's default. ``experts_implementation``: None is ``BATCHED_EXPERTS`` for a
+model with experts. ``seed``: for random weights."""
 BATCHED_EXPERTS = "batched_mm"
-"""How experts are computed: a product for each token. With ``grouped_mm``, transformers' own choice, the tokens of an
-expert share one, and what other tokens choose moves a token's output by rounding (116 of 200 tries, 4e-6 at most)."""
+"""How experts are computed: one product per token. With transformers' default ``grouped_mm``, the tokens of an expert
+share a product, so that other tokens change a token's rounding (116 of 200 tries, at most 4e-6)."""
 
 
 @dataclass
-class Sequence:
-    """A cache of transformers, which knows its length but not always its batch."""
+class HfSequence:
+    """A transformers cache, which knows its length but not always its batch size."""
 
     cache: Any
     batch: int
 
 
 class Transformers(BlackBox):
-    """One model and one cache design; ``open_hf`` makes a subclass that has the class attributes."""
+    """One model with one cache design; ``open_hf`` creates a subclass with the class attributes."""
 
     claims: Claims
     configs: Mapping[str, Config]
@@ -78,7 +78,7 @@ class Transformers(BlackBox):
     def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable(f"torch {torch.__version__} finds no CUDA device on this machine")
-        torch.set_float32_matmul_precision("highest")  # float32 means float32: no TF32
+        torch.set_float32_matmul_precision("highest")  # no TF32
         self.config, self.device = config, device
         self.model: Any = self.made.to(device)
         self.seen_on: str | None = None  # the device of the last logits
@@ -86,17 +86,17 @@ class Transformers(BlackBox):
 
     # --- the cache ---
     def cache(self) -> Any:
-        """An empty cache, as ``generate`` makes it."""
+        """An empty cache, as created by ``generate``."""
         text = self.model.config.get_text_config(decoder=True)
         if self.recipe.cache == "static":
             return StaticCache(config=text, max_cache_len=self.config.capacity)
         return DynamicCache(config=text)
 
-    def start(self, batch: int) -> Sequence:
-        return Sequence(self.cache(), batch)
+    def start(self, batch: int) -> HfSequence:
+        return HfSequence(self.cache(), batch)
 
     @torch.no_grad()
-    def step(self, sequence: Sequence, tokens: Array) -> tuple[Array, Sequence]:
+    def step(self, sequence: HfSequence, tokens: Array) -> tuple[Array, HfSequence]:
         ids = torch.from_numpy(tokens).to(self.device)
         past = int(sequence.cache.get_seq_length())
         mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.long, device=self.device)
@@ -113,25 +113,24 @@ class Transformers(BlackBox):
         sequence.cache = output.past_key_values
         return self._given(output.logits), sequence
 
-    def length(self, sequence: Sequence) -> list[int]:
+    def length(self, sequence: HfSequence) -> list[int]:
         return [int(sequence.cache.get_seq_length())] * sequence.batch
 
-    def reset(self, sequence: Sequence) -> Sequence:
+    def reset(self, sequence: HfSequence) -> HfSequence:
         sequence.cache.reset()
         return sequence
 
-    def truncate(self, sequence: Sequence, length: int) -> Sequence:
-        """``crop`` takes the number of tokens to forget, and forgets all of them where there are fewer."""
+    def truncate(self, sequence: HfSequence, length: int) -> HfSequence:
+        """``crop`` takes the number of tokens to drop, and drops all if there are fewer."""
         held = int(sequence.cache.get_seq_length())
-        if not 0 <= length <= held:
-            raise ValueError(f"cannot keep {length} of {held} tokens")
+        check_length(length, held)
         if length < held:
             sequence.cache.crop(length - held)
         return sequence
 
     @torch.no_grad()
-    def reorder(self, sequence: Sequence, rows: list[int]) -> Sequence:
-        """An empty cache keeps the batch that it was made for (transformers#42454): it is made anew."""
+    def reorder(self, sequence: HfSequence, rows: list[int]) -> HfSequence:
+        """An empty cache keeps its original batch size (transformers#42454): it is created again."""
         check_rows(rows, sequence.batch)
         if not sequence.cache.get_seq_length():
             return self.start(len(rows))
@@ -139,11 +138,11 @@ class Transformers(BlackBox):
         sequence.batch = len(rows)
         return sequence
 
-    def fork(self, sequence: Sequence) -> Sequence:
-        """As prefixes are reused in the field: by a deep copy of the cache."""
+    def fork(self, sequence: HfSequence) -> HfSequence:
+        """A deep copy of the cache, as used for prefix reuse in practice."""
         return copy.deepcopy(sequence)
 
-    # --- the truth ---
+    # --- reference ---
     @torch.no_grad()
     def uncached_forward(self, tokens: Array) -> Array:
         ids = torch.from_numpy(tokens).to(self.device)
@@ -184,60 +183,64 @@ class Transformers(BlackBox):
 
 
 def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
-    """The backend around a target. Raises BackendUnavailable with a sentence."""
+    """The backend around a target. Raises BackendUnavailable."""
     for name in options:
         if name not in OPTIONS:
-            raise BackendUnavailable(f"target hf:{target}: no option {name!r}; known: {', '.join(OPTIONS)}")
+            raise BackendUnavailable(f"target hf:{target}: unknown option {name!r}; known: {', '.join(OPTIONS)}")
     chosen = {**OPTIONS, **options}
     for name, known in (("cache", CACHES), ("dtype", DTYPES)):
         if chosen[name] not in known:
             raise BackendUnavailable(f"target hf:{target}: {name} is {chosen[name]!r}; known: {', '.join(known)}")
     try:
-        with foreign(), torch.no_grad():
+        with guarded(), torch.no_grad():
             recipe, assumed = _recipe(target, chosen)
             model = recipe.model()
             if recipe.experts is None and _experts(model) == "grouped_mm":
                 recipe = replace(recipe, experts=BATCHED_EXPERTS)
                 model.set_experts_implementation(BATCHED_EXPERTS)
-                apart = f"its experts are computed by {BATCHED_EXPERTS}, since grouped_mm lets tokens share a rounding"
-                assumed = (*assumed, apart)
-            point = point_of(model.config, str(chosen["dtype"]))
-            model(input_ids=torch.tensor([tokens_of(point, 2)]), use_cache=False)
-    except Raised as words:
-        raise BackendUnavailable(f"target hf:{target}: transformers {transformers.__version__} says {words}") from words
+                assumption = (
+                    f"its experts use {BATCHED_EXPERTS}, since grouped_mm makes rounding depend on other tokens"
+                )
+                assumed = (*assumed, assumption)
+            config = config_of(model.config, str(chosen["dtype"]))
+            model(input_ids=torch.tensor([tokens_of(config, 2)]), use_cache=False)
+    except ThirdPartyError as words:
+        raise BackendUnavailable(
+            f"target hf:{target}: transformers {transformers.__version__} raised {words}"
+        ) from words
     kind = type(model).__name__
     attributes = {
-        "configs": {"decoder-self": point},
+        "configs": {"decoder-self": config},
         "made": model,
         "recipe": recipe,
         "source": recipe.source,
         "recognised": f"transformers {kind}, {recipe.cache_class}, {model.config._attn_implementation}",
-        "assumed": (*assumed, *_assumed(point)),
-        "claims": _claims(point, recipe, ()),
+        "assumed": (*assumed, *_assumed(config)),
+        "claims": _claims(config, recipe, ()),
         "__module__": __name__,
         "__doc__": f"{kind} of {target}.",
     }
     backend: type[Transformers] = type(kind, (Transformers,), attributes)
-    backend.claims = _claims(point, recipe, _offered(backend(point, {})))
+    backend.claims = _claims(config, recipe, _offered(backend(config, {})))
     return backend
 
 
 @lru_cache(maxsize=1)
 def gpt2() -> type[Transformers]:
-    """The published design ``gpt2-transformers``: GPT-2 through transformers with the cache that it has by itself.
-    Published: 124 million parameters, 1000 new tokens; here: tiny, since a cache is right or wrong at any size."""
+    """The published design ``gpt2-transformers``: GPT-2 through transformers with its default cache. Published: 124
+    million parameters, 1000 new tokens; here: a tiny model, since correctness does not depend on the size."""
     return open_hf("GPT2Config", {})
 
 
 def __getattr__(name: str) -> Any:
-    """``GPT2`` is made when it is asked for: nothing happens at import."""
+    """Builds ``GPT2`` on demand: importing builds nothing."""
     if name == "GPT2":
         return gpt2()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _recipe(target: str, options: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
-    """How the target is made, and what was assumed of it on the way."""
+    """How the target is built, and the assumptions made."""
     directory = Path(target).resolve()
     found = (directory / "config.json").is_file()
     kind = getattr(transformers, target, None)
@@ -267,28 +270,28 @@ def _recipe(target: str, options: Mapping[str, Any]) -> tuple[Recipe, tuple[str,
         dtype=options["dtype"],
         seed=options["seed"],
     )
-    assumed = [] if found else ["its sizes are tiny, as they were chosen here"]
+    assumed = [] if found else ["its sizes were chosen here and are tiny"]
     spread = {recipe.fields[name] for name in ("initializer_range", "init_std") if name in recipe.fields}
     if held:
         assumed.append(f"its weights are those in {target}")
     else:
-        size = f", of standard deviation {spread.pop():g}, since 0.02 hides mistakes" if spread else ""
+        size = f", of standard deviation {spread.pop():g}, since 0.02 hides errors" if spread else ""
         assumed.append(f"its weights are random (seed {recipe.seed}{size})")
     return recipe, tuple(assumed)
 
 
-def _assumed(point: Config) -> tuple[str, ...]:
-    said = ["it is called as generate does: an attention mask of ones, and positions that follow from it"]
-    if point.reserved:
-        said.append(f"tokens {', '.join(map(str, point.reserved))} are special and never used")
+def _assumed(config: Config) -> tuple[str, ...]:
+    said = ["it is called like in generate: an attention mask of ones and the corresponding positions"]
+    if config.reserved:
+        said.append(f"tokens {', '.join(map(str, config.reserved))} are special and not used")
     return tuple(said)
 
 
-def _claims(point: Config, recipe: Recipe, offered: tuple[str, ...]) -> Claims:
+def _claims(config: Config, recipe: Recipe, offered: tuple[str, ...]) -> Claims:
     return Claims(
         profiles=("decoder",),
         abilities=("uncached_forward", "length", "reset", "fork", *offered),
-        dtypes=(point.dtype,),
+        dtypes=(config.dtype,),
         devices=("cpu", "cuda"),
         memory="capacity" if recipe.cache == "static" else "length",
         reference="self",
@@ -296,15 +299,14 @@ def _claims(point: Config, recipe: Recipe, offered: tuple[str, ...]) -> Claims:
 
 
 def _experts(model: Any) -> str | None:
-    """How a model's experts are computed; None where it has none, or no choice."""
-    told = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else {}
-    return dict(told).get("")
+    """The experts implementation of a model; None without experts or choice."""
+    names = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else {}
+    return dict(names).get("")
 
 
 def _offered(backend: Transformers) -> tuple[str, ...]:
-    """What this cache offers of what not every cache does, by trying it on a full one: sliding layers, which have
-    forgotten what was before their window, and static ones cannot be cropped. Where a step raises nothing is offered,
-    and the step is for the clauses to find."""
+    """Optional abilities of this cache, found by trying them on a full one: sliding layers, which have dropped older
+    tokens, and static ones cannot be cropped. If a step raises, nothing is offered, and the clauses report the step."""
     tokens = np.array([tokens_of(backend.config, backend.config.capacity)] * 2)
     offered = []
     for ability, attempt in (("truncate", _cropped), ("reorder", _reordered)):
@@ -315,9 +317,9 @@ def _offered(backend: Transformers) -> tuple[str, ...]:
     return tuple(offered)
 
 
-def _cropped(backend: Transformers, sequence: Sequence) -> None:
+def _cropped(backend: Transformers, sequence: HfSequence) -> None:
     backend.truncate(sequence, backend.config.capacity - 1)
 
 
-def _reordered(backend: Transformers, sequence: Sequence) -> None:
+def _reordered(backend: Transformers, sequence: HfSequence) -> None:
     backend.reorder(sequence, [1, 0])

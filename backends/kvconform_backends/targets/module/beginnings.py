@@ -1,4 +1,4 @@
-"""How a sequence begins: what an empty past is, or what empties a module that owns its cache."""
+"""How a sequence starts: candidates for an empty past, or for the call that empties a module owning its cache."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from torch import nn
 
-from kvconform_backends.targets.module import conventions
-from kvconform_backends.targets.module.conventions import Signature
-from kvconform_backends.targets.module.recognised import CAPACITY, Target
+from kvconform_backends.targets.module import identifiers
+from kvconform_backends.targets.module.recognised import CAPACITY, ProbedTarget
+from kvconform_backends.targets.module.signature import ForwardSignature
 
 
 class Beginnings:
-    """Candidates, the likeliest first. ``overrides``: fields of the convention that a person gives."""
+    """Candidates, the likeliest first. ``overrides``: fields of the convention given by the user."""
 
-    def __init__(self, target: Target, signature: Signature, overrides: Mapping[str, Any]) -> None:
+    def __init__(self, target: ProbedTarget, signature: ForwardSignature, overrides: Mapping[str, Any]) -> None:
         self.target, self.sig, self.overrides = target, signature, overrides
 
     def empties(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Expressions for an empty past, and the names beside the target that they use."""
+        """Expressions for an empty past, and the names from the target's file that they use."""
         sig = self.sig
         if "empty" in self.overrides:
             yield self.overrides["empty"], tuple(self.overrides.get("imports", ()))
@@ -35,9 +35,9 @@ class Beginnings:
         yield from ((text, ()) for text in ("[]", "{}", "()", f"[None] * {count}", f"[[] for _ in range({count})]"))
 
     def _made(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Pasts that a method of the module, a function of its file, or a class of its file makes."""
+        """Pasts created by a method of the module, or by a function or class of its file."""
         module, names = self.target.module, self.target.namespace
-        for name in conventions.MAKERS:
+        for name in identifiers.MAKERS:
             if callable(getattr(module, name, None)):
                 yield from ((text, ()) for text in self._filled(f"module.{name}", getattr(module, name)))
             if callable(names.get(name)):
@@ -52,7 +52,7 @@ class Beginnings:
                 yield f"[{text} for _ in range({self.layers()})]", (name,)
 
     def _filled(self, name: str, maker: Any) -> Iterator[str]:
-        """The call of a maker whose required arguments are known by their names; nothing where one is not."""
+        """The call of a maker, if all its required arguments have known names."""
         try:
             parameters = inspect.signature(maker).parameters.values()
         except ValueError:
@@ -63,7 +63,7 @@ class Beginnings:
                 yield f"{name}({', '.join(f'{key}={known[key]}' for key in given)})"
 
     def _arguments(self) -> Iterator[dict[str, str]]:
-        """What the arguments of a maker may be, by name. Heads may be those of queries or of keys."""
+        """Values for a maker's arguments by name. Heads may be query heads or KV heads."""
         known = {
             **dict.fromkeys(("batch", "batch_size", "max_batch", "max_batch_size", "b", "bsz", "B"), "batch"),
             "dtype": str(self.target.dtype),
@@ -71,16 +71,16 @@ class Beginnings:
             "model": "module",
             "module": "module",
         }
-        width, number = self.target.number(conventions.WIDTHS, 0), self.target.number
-        heads = number(conventions.HEADS, 1)
-        kv_heads = number(conventions.KV_HEADS, heads)
+        width, number = self.target.number(identifiers.WIDTHS, 0), self.target.number
+        heads = number(identifiers.HEADS, 1)
+        kv_heads = number(identifiers.KV_HEADS, heads)
         for group, value in (
-            (conventions.CAPACITIES, min(CAPACITY, number(conventions.CAPACITIES, CAPACITY))),
-            (conventions.LAYERS, self.layers()),
-            (conventions.HEADS, heads),
-            (conventions.KV_HEADS, kv_heads),
-            (conventions.HEAD_DIMS, number(conventions.HEAD_DIMS, width // heads)),
-            (conventions.WIDTHS, width),
+            (identifiers.CAPACITIES, min(CAPACITY, number(identifiers.CAPACITIES, CAPACITY))),
+            (identifiers.LAYERS, self.layers()),
+            (identifiers.HEADS, heads),
+            (identifiers.KV_HEADS, kv_heads),
+            (identifiers.HEAD_DIMS, number(identifiers.HEAD_DIMS, width // heads)),
+            (identifiers.WIDTHS, width),
         ):
             known |= dict.fromkeys(group, str(value) if value else "")
         for key in ("config", "cfg"):
@@ -88,21 +88,21 @@ class Beginnings:
                 known |= {"config": f"module.{key}", "cfg": f"module.{key}"}
         yield known
         if kv_heads != heads:
-            yield known | dict.fromkeys(conventions.HEADS, str(kv_heads))
+            yield known | dict.fromkeys(identifiers.HEADS, str(kv_heads))
 
     def layers(self) -> int:
         module = self.target.module
         lists = (
             [len(m) for m in module.modules() if isinstance(m, nn.ModuleList)] if isinstance(module, nn.Module) else []
         )
-        return self.target.number(conventions.LAYERS, max(lists, default=1))
+        return self.target.number(identifiers.LAYERS, max(lists, default=1))
 
     def begins(self) -> list[tuple[str, tuple[str, ...]]]:
-        """Ways to begin a sequence in a module that owns its cache, and the names beside the target that they use; the
-        empty one where there is no method or function for it."""
+        """Calls that start a sequence in a module owning its cache, and the names from its file that they use; the
+        empty call if there is no such method or function."""
         module, names = self.target.module, self.target.namespace
         found: list[tuple[str, tuple[str, ...]]] = []
-        for name in conventions.RESETS:
+        for name in identifiers.RESETS:
             if callable(getattr(module, name, None)):
                 found += [(text, ()) for text in self._filled(f"module.{name}", getattr(module, name))]
             elif callable(names.get(name)):

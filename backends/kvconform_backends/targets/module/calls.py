@@ -1,4 +1,4 @@
-"""Runs a convention's expressions on a module, a function or an object, with numpy arrays in and out."""
+"""Evaluates a convention's expressions on a module, function or object, with numpy arrays in and out."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Held:
-    """One sequence: what the target returned as its past, kept as it is, and how many rows and tokens there are."""
+class ModuleSequence:
+    """One sequence: the past as the target returned it, and the numbers of rows and tokens."""
 
     past: Any
     batch: int
@@ -29,7 +29,7 @@ class Held:
 
 
 class Caller:
-    """A target that is called by a convention. ``dtype`` is that of hidden states; ``namespace``: what its file has."""
+    """Calls a target by a convention. ``dtype``: of hidden states; ``namespace``: the names in the target's file."""
 
     def __init__(
         self,
@@ -46,47 +46,53 @@ class Caller:
         self.seen_on: str | None = None  # the device of the last output
 
     def on(self, module: Any) -> Caller:
-        """The same calls of another module."""
+        """The same calls on another module."""
         other = copy.copy(self)
         other.module, other._fixed = module, {**self._fixed, "module": module}
         return other
 
     @torch.no_grad()
-    def start(self, batch: int) -> Held:
+    def start(self, batch: int) -> ModuleSequence:
         names = {"batch": batch, "new": 0, "cached": 0}
         if self.convention.begin:
             self._value(self.convention.begin, names)
-        return Held(self._value(self.convention.empty, names), batch)
+        return ModuleSequence(self._value(self.convention.empty, names), batch)
 
     @torch.no_grad()
-    def step(self, held: Held, x: Array) -> tuple[Array, Held]:
-        names = self.called(self.convention.call, held, x)
+    def step(self, sequence: ModuleSequence, x: Array) -> tuple[Array, ModuleSequence]:
+        names = self.called(self.convention.call, sequence, x)
         y = self._value(self.convention.output, names)
         past = self._value(self.convention.present, names) if self.convention.present else None
-        return self.numbers(y), Held(past, held.batch, held.tokens + x.shape[1])
+        return self.numbers(y), ModuleSequence(past, sequence.batch, sequence.tokens + x.shape[1])
 
     @torch.no_grad()
-    def whole(self, x: Array) -> Array:
-        """The forward without a cache; where there is none, the first call of a sequence."""
-        names = self.called(self.convention.whole, self.first(len(x)), x)
-        return self.numbers(self._value(self.convention.whole_output, names))
+    def uncached(self, x: Array) -> Array:
+        """The uncached forward; if there is none, the first call of a sequence."""
+        names = self.called(self.convention.uncached, self.first(len(x)), x)
+        return self.numbers(self._value(self.convention.uncached_output, names))
 
     @torch.no_grad()
-    def first(self, batch: int) -> Held:
-        """What ``whole`` is called with: an empty past, or a sequence that is begun where there is no other call."""
+    def first(self, batch: int) -> ModuleSequence:
+        """The sequence for ``uncached``: an empty past, or a new sequence if every call uses the cache."""
         if self.convention.always:
             return self.start(batch)
-        return Held(self._value(self.convention.empty, {"batch": batch, "new": 0, "cached": 0}), batch)
+        return ModuleSequence(self._value(self.convention.empty, {"batch": batch, "new": 0, "cached": 0}), batch)
 
     @torch.no_grad()
-    def called(self, expression: str, held: Held, x: Array) -> dict[str, Any]:
-        """All names after a call, ``out`` among them."""
-        names = {"x": self._into(x), "past": held.past, "batch": x.shape[0], "new": x.shape[1], "cached": held.tokens}
+    def called(self, expression: str, sequence: ModuleSequence, x: Array) -> dict[str, Any]:
+        """All names after a call, including ``out``."""
+        names = {
+            "x": self._into(x),
+            "past": sequence.past,
+            "batch": x.shape[0],
+            "new": x.shape[1],
+            "cached": sequence.tokens,
+        }
         return {**names, "out": self._value(expression, names)}
 
-    def length(self, held: Held) -> int:
-        """The tokens in the past, read off its shape."""
-        return int(self._value(self.convention.length, {"past": held.past})) if held.tokens else 0
+    def length(self, sequence: ModuleSequence) -> int:
+        """The number of tokens in the past, from its shape."""
+        return int(self._value(self.convention.length, {"past": sequence.past})) if sequence.tokens else 0
 
     def _value(self, expression: str, names: Mapping[str, Any]) -> Any:
         if expression not in self._code:
@@ -94,7 +100,7 @@ class Caller:
         return eval(self._code[expression], {**self._fixed, **names})
 
     def _into(self, x: Array) -> Any:
-        x = np.array(x)  # of its own: torch warns of memory that is not to be written
+        x = np.array(x)  # a copy: torch warns about read-only memory
         if not self.convention.batched:
             x = x[0]
         if self.convention.arrays == "numpy":
@@ -110,24 +116,24 @@ class Caller:
 
 
 def perturbed(target: Any, storage: float, accumulation: float, seed: int) -> Any:
-    """A copy of any target whose weights are perturbed (``black_box.perturbed``). Of a function, the weights are the
-    modules and floating-point matrices that its file holds; of another object, those among its attributes."""
+    """A copy of any target with perturbed weights (``black_box.perturbed``). The weights of a function are the modules
+    and floating-point matrices in its file; those of another object are among its attributes."""
     noise = storage, accumulation, seed
     if isinstance(target, nn.Module):
         return black_box.perturbed(target, *noise)
     if isinstance(target, types.FunctionType):
-        return _rebound(target, {k: _disturbed_value(v, *noise) for k, v in target.__globals__.items()})
+        return _rebound(target, {k: _perturbed_value(v, *noise) for k, v in target.__globals__.items()})
     other = copy.copy(target)
     for name, value in vars(target).items():
-        setattr(other, name, _disturbed_value(value, *noise))
+        setattr(other, name, _perturbed_value(value, *noise))
     return other
 
 
-def _disturbed_value(value: Any, storage: float, accumulation: float, seed: int) -> Any:
+def _perturbed_value(value: Any, storage: float, accumulation: float, seed: int) -> Any:
     if isinstance(value, nn.Module):
         return black_box.perturbed(value, storage, accumulation, seed)
     if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim > 1:
-        made = _disturbed_value(torch.from_numpy(np.array(value)), storage, accumulation, seed)
+        made = _perturbed_value(torch.from_numpy(np.array(value)), storage, accumulation, seed)
         return np.asarray(made.numpy(), value.dtype)
     if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1:
         held = nn.Module()
@@ -135,7 +141,7 @@ def _disturbed_value(value: Any, storage: float, accumulation: float, seed: int)
         return black_box.perturbed(held, storage, accumulation, seed).weight
     if isinstance(value, dict | list) and any(_is_weight(item) for item in _items(value)):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        made = {key: _disturbed_value(item, storage, accumulation, seed) for key, item in pairs}
+        made = {key: _perturbed_value(item, storage, accumulation, seed) for key, item in pairs}
         return made if isinstance(value, dict) else list(made.values())
     return value
 
@@ -149,7 +155,7 @@ def _is_weight(value: Any) -> bool:
 
 
 def _rebound(function: types.FunctionType, names: dict[str, Any]) -> types.FunctionType:
-    """The function over other globals, and with it the functions of its file that it calls."""
+    """The function over other globals, together with the functions of its file that it calls."""
     for name, value in function.__globals__.items():
         if isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__:
             names[name] = _over(value, names)
@@ -163,7 +169,7 @@ def _over(function: types.FunctionType, names: dict[str, Any]) -> types.Function
 
 
 def leaves(value: Any, deep: int = 6) -> list[Any]:
-    """Every array in a past, whatever it is made of, in order."""
+    """Every array in a past of any structure, in order."""
     if isinstance(value, Tensor | np.ndarray):
         return [value]
     if deep == 0 or value is None or isinstance(value, str | int | float | type):

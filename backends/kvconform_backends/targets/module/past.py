@@ -1,4 +1,4 @@
-"""What a past is made of, whatever a target returns as one."""
+"""Inspects pasts of any structure."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from kvconform_backends.targets.module.calls import leaves
 
 
 def contents(past: Any) -> list[tuple[tuple[int, ...], bytes]]:
-    """The shapes and the bytes of its arrays: what tells whether it was changed in place."""
+    """The shapes and bytes of its arrays, to detect changes in place."""
     arrays = [x.detach().cpu().float().numpy() if isinstance(x, Tensor) else x for x in leaves(past)]
     return [(x.shape, x.tobytes()) for x in arrays]
 
 
 def sizes(value: Any, at: str = "past", deep: int = 5) -> Iterator[tuple[str, tuple[int, ...] | int]]:
-    """Where a past has arrays and numbers, as expressions, with their shapes and values."""
+    """The arrays and numbers in a past: their expressions, with shapes and values."""
     if isinstance(value, int) and not isinstance(value, bool):
         yield at, value
     elif isinstance(value, Tensor | np.ndarray):
@@ -35,7 +35,7 @@ def sizes(value: Any, at: str = "past", deep: int = 5) -> Iterator[tuple[str, tu
 
 
 def grown_axis(before: object, after: object) -> int | None:
-    """The axis that grew by one, if there is one and it alone changed."""
+    """The axis that grew by one, if no other axis changed."""
     if not isinstance(before, tuple) or not isinstance(after, tuple) or len(after) != len(before):
         return None
     grown = [axis for axis, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
@@ -43,7 +43,7 @@ def grown_axis(before: object, after: object) -> int | None:
 
 
 def frozen(past: Any) -> bool:
-    """Whether nobody can put something else into it."""
+    """Whether its items cannot be replaced."""
     return isinstance(past, Tensor) or (type(past) is tuple and all(map(frozen, past)))
 
 

@@ -1,4 +1,4 @@
-"""What is known of a target before its first call, and what trials found out."""
+"""What is known of a target before its first call, and what trials found."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvconform_backends.targets.module import conventions
-from kvconform_backends.targets.module.conventions import Convention, Signature
+from kvconform_backends.targets.module.conventions import Convention
+from kvconform_backends.targets.module.signature import ForwardSignature, concrete
 
 Rank = tuple[bool, bool, bool, bool]
-"""Whether the prompt ran, one more token ran, it agreed with the whole forward, and so did a chunk after it."""
+"""Whether the prompt ran, one more token ran, that token agreed with the uncached forward, and a chunk after it did."""
 CAPACITY = 40
-"""Most tokens that a sequence is given: programs stay short."""
+"""Maximum length of a sequence: programs stay short."""
 
 
 @dataclass
-class Target:
-    """What is probed: the object, where it comes from, and what it was built with."""
+class ProbedTarget:
+    """The object under trial, its origin, and its constructor arguments."""
 
     module: Any
     name: str
@@ -28,8 +28,8 @@ class Target:
     init: Mapping[str, Any]
     dtype: torch.dtype = torch.float32
 
-    def told(self, names: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-        """Each of these numbers that its arguments, attributes or config objects tell, and its name there."""
+    def reported(self, names: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+        """The values of these names in its arguments, attributes or config objects, each with its name."""
         places = list(self._places())
         for name in names:
             for place in places:
@@ -38,7 +38,7 @@ class Target:
                     yield value, name
 
     def number(self, names: tuple[str, ...], otherwise: int) -> int:
-        return next(self.told(names), (otherwise, ""))[0]
+        return next(self.reported(names), (otherwise, ""))[0]
 
     def _places(self) -> Iterator[Any]:
         holders = [self.module]
@@ -57,17 +57,20 @@ class Target:
 
 @dataclass
 class Recognised:
-    """A convention, and what trials told. ``vocabulary``: how many token ids there are; ``outputs``: numbers of one
-    token's output; ``rows``: the most that are taken, and the ``refusal`` of more; ``given``: what masks and positions
-    are given; ``past``: what the past is, in words; ``hints``: what giving what is left out would change."""
+    """A convention, and what trials found.
 
-    signature: Signature
+    vocabulary: the number of token ids. outputs: the size of one token's output. rows: the maximum batch, and
+    ``refusal`` the exception beyond it. given: the arguments for masks and positions. past: a description of the past.
+    hints: what giving an omitted argument would change.
+    """
+
+    signature: ForwardSignature
     convention: Convention
     given: dict[str, str] = field(default_factory=dict)
     width: int = 0
     vocabulary: int = 0
     outputs: int = 0
-    whole_last: bool = False
+    uncached_last: bool = False
     last_only: bool = False
     rows: int | None = None
     refusal: str = ""
@@ -78,7 +81,7 @@ class Recognised:
     heads: int = 1
     kv_heads: int = 1
     head_dim: int = 1
-    functional: bool = False
+    immutable: bool = False
     reserved: tuple[int, ...] = ()
     hints: dict[str, str] = field(default_factory=dict)
     rank: Rank = (False, False, False, False)
@@ -89,7 +92,7 @@ class Recognised:
 
     @property
     def restarts(self) -> bool:
-        """Whether there is a way to empty a sequence: an empty past, a method, or a call at position 0."""
+        """Whether a sequence can be emptied: by an empty past, a method, or a call at position 0."""
         return bool(self.convention.present or self.convention.begin or "cached" in self.convention.call)
 
     @property
@@ -97,44 +100,44 @@ class Recognised:
         """How it is called, in words."""
         c, names = self.convention, " and ".join(self.signature.pasts)
         if c.present == "past":
-            how = f"{names} passed and changed in place, {self.past}"
+            how = f"{names} passed and modified in place, {self.past}"
         elif c.present:
             how = f"{names} passed and returned as {self.past}"
         else:
-            how = "the cache lives in the module" + (f" and is emptied by {c.begin}" if c.begin else "")
+            how = "the module owns the cache" + (f", emptied by {c.begin}" if c.begin else "")
         one = "" if c.batched else ", without a batch axis"
         arrays = ", numpy arrays" if c.arrays == "numpy" else ""
         kind = "token ids" if c.takes == "tokens" else "hidden states"
-        return f"{kind} in{one}{arrays}, {how}; called as {conventions.concrete(c.call, {})}"
+        return f"{kind} in{one}{arrays}, {how}; called as {concrete(c.call, {})}"
 
     @property
     def assumed(self) -> Iterator[str]:
-        """What nobody said, one sentence each."""
+        """The assumptions made, one sentence each."""
         c, sig = self.convention, self.signature
-        whole = conventions.concrete(c.whole, {"past": c.empty})
+        uncached = concrete(c.uncached, {"past": c.empty})
         if c.always:
-            begun = f"the first {whole} after {c.begin}" if c.begin else f"{whole} at position 0"
-            yield f"the truth is {begun}, in a process of its own: there is no call without the cache"
+            begun = f"the first {uncached} after {c.begin}" if c.begin else f"{uncached} at position 0"
+            yield f"the reference is {begun}, in a separate process: every call uses the cache"
         else:
-            yield f"the truth is {whole}"
+            yield f"the reference is {uncached}"
         if c.present and c.empty != "None":
             yield f"an empty past is {c.empty}"
         if c.owned and not c.begin:
-            yield "nothing empties the cache: a sequence begins with " + (
+            yield "the cache cannot be emptied: a sequence starts with " + (
                 "a call at position 0" if sig.positions else "the next call"
             )
         if c.owned:
-            yield "one sequence at a time lives in the module"
+            yield "the module holds one sequence at a time"
         for name, form in self.given.items():
-            counts = " (cached tokens, new ones)" if "new" in form else " (how many tokens are cached)"
-            yield f"{name} is given as {conventions.concrete(form, {})}" + counts * ("cached" in form)
+            counts = " (cached and new tokens)" if "new" in form else " (the number of cached tokens)"
+            yield f"{name} is given as {concrete(form, {})}" + counts * ("cached" in form)
         for name in (*sig.masks, *sig.positions):
             if name not in self.given:
-                yield f"{name} is left out{self.hints.get(name, '')}"
+                yield f"{name} is omitted{self.hints.get(name, '')}"
         if self.refusal:
             rows = "one row" if self.rows == 1 else f"{self.rows} rows"
-            yield f"it takes {rows} at a time: more raised {self.refusal}"
+            yield f"it takes at most {rows}: more raised {self.refusal}"
         if self.last_only:
-            yield "a call gives the output of its last token alone"
-        told = f", by its {self.capacity_from}" if self.capacity_from else ": nothing tells how many it holds"
-        yield f"a sequence has at most {self.capacity} tokens{told}"
+            yield "a call returns only the output of its last token"
+        source = f", from its {self.capacity_from}" if self.capacity_from else ", as it reports no limit"
+        yield f"a sequence has at most {self.capacity} tokens{source}"

@@ -1,4 +1,4 @@
-"""A target's calls as Python source without this package: what is pasted in an issue upstream."""
+"""A target's calls as Python source without this package, for upstream bug reports."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from kvconform_backends.targets.module.conventions import concrete
 from kvconform_backends.targets.module.recognised import Recognised
+from kvconform_backends.targets.module.signature import concrete
 from kvconform_specs.describe import describe
 from kvconform_specs.program import AliasHandle, Append, Close, Program, Reset, Step, UncachedForward
 
 
 class Origin(Protocol):
-    """Where a target comes from (``module.Source``)."""
+    """Where a target comes from (``target.Source``)."""
 
     @property
     def file(self) -> str: ...
@@ -32,9 +32,9 @@ class Origin(Protocol):
     def dtype(self) -> torch.dtype | None: ...
 
 
-class Script:
-    """Source for one build of a target. ``built``: how its name is called, and the names that this uses; None where it
-    is the target itself."""
+class ModuleScript:
+    """Source for one build of a target. ``built``: the call of its name, and the names this uses; None if the name is
+    the target itself."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Script:
                 f"torch.manual_seed({source.seed})",
                 f"from {path.stem} import {names}",
             ]
-        else:  # a name that cannot be imported, or that is taken
+        else:  # a name that cannot be imported, or a standard module's
             lines += [
                 "import runpy",
                 f"torch.manual_seed({source.seed})",
@@ -100,7 +100,7 @@ class Script:
             held[step.seq] = batch, cached + step.counts[0]
             yield from self._called(name, past_of(step.seq), batch, step.counts[0], cached)
         elif type(step) is UncachedForward:
-            yield from self._whole(name, len(step.counts), step.counts[0])
+            yield from self._uncached(name, len(step.counts), step.counts[0])
         elif isinstance(step, Reset):
             held[step.seq] = held[step.seq][0], 0
             yield from list(self._begun(step.seq, held[step.seq][0]))
@@ -111,7 +111,7 @@ class Script:
             del held[step.seq]
             yield f"{past_of(step.seq)} = None"
         else:
-            raise ValueError(f"steps[{number}]: a module that is called by a convention takes no {type(step).__name__}")
+            raise ValueError(f"steps[{number}]: a module called by convention does not support {type(step).__name__}")
 
     def _begun(self, seq: str, batch: int) -> Iterator[str]:
         convention, numbers = self.convention, {"batch": batch, "new": 0, "cached": 0}
@@ -120,7 +120,7 @@ class Script:
         if not convention.owned:
             yield f"{past_of(seq)} = {self._text(convention.empty, numbers)}"
         elif not convention.begin:
-            yield f"# {seq} begins: nothing empties the cache"
+            yield f"# {seq} starts: the cache cannot be emptied"
 
     def _called(self, name: str, past: str, batch: int, new: int, cached: int) -> Iterator[str]:
         c, numbers = self.convention, {"batch": batch, "new": new, "cached": cached}
@@ -137,26 +137,26 @@ class Script:
             yield f"y{name} = {c.output}"
         yield f"y{name} = {self._out(f'y{name}')}"
 
-    def _whole(self, name: str, batch: int, new: int) -> Iterator[str]:
+    def _uncached(self, name: str, batch: int, new: int) -> Iterator[str]:
         c, numbers = self.convention, {"batch": batch, "new": new, "cached": 0}
         if c.always and c.begin:
             yield self._text(c.begin, numbers)
-        if self.found.whole_last:
+        if self.found.uncached_last:
             yield from self._prefixes(name, batch, new)
             return
-        call = self._text(c.whole, {**numbers, "past": c.empty})
-        part = c.whole_output.removeprefix("out")  # of what it returns
+        call = self._text(c.uncached, {**numbers, "past": c.empty})
+        part = c.uncached_output.removeprefix("out")  # of what it returns
         yield f"y{name} = {_fed(call, self._into(f'x{name}'))}{part}"
         yield f"y{name} = {self._out(f'y{name}')}"
 
     def _prefixes(self, name: str, batch: int, new: int) -> Iterator[str]:
-        """The whole forward of each prefix, where it gives the last output alone."""
+        """The uncached forward of each prefix, if it returns only the last output."""
         c = self.convention
-        call = self._text(c.whole, {"batch": batch, "new": "n", "cached": 0, "past": c.empty})
+        call = self._text(c.uncached, {"batch": batch, "new": "n", "cached": 0, "past": c.empty})
         yield f"y{name} = []"
         yield f"for n in range(1, {new + 1}):"
         yield f"    out = {_fed(call, self._into(f'x{name}[:, :n]'))}"
-        yield f"    y{name}.append(np.array({self._out(c.whole_output)})[:, -1:])"
+        yield f"    y{name}.append(np.array({self._out(c.uncached_output)})[:, -1:])"
         yield f"y{name} = np.concatenate(y{name}, axis=1)"
 
     def _text(self, expression: str, numbers: Mapping[str, int | str]) -> str:
@@ -185,5 +185,5 @@ def past_of(seq: str) -> str:
 
 
 def _fed(call: str, x: str) -> str:
-    """The call with the input written out."""
+    """The call with its input filled in."""
     return re.sub(r"(?<![\w.])x(?![\w=])", lambda _found: x, call)

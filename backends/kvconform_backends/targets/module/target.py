@@ -1,7 +1,7 @@
-"""``py:`` addresses: a module, a function or a factory of one's own as a black box, judged by its own forward.
+"""``py:`` targets: the user's module, function or factory as a black box, judged by its own uncached forward.
 
-The target is ``file.py:NAME`` or ``package.module:NAME``. How it is called is found out by trial
-(``module_recognition``); what nobody can tell is one sentence, and the adapter to write instead.
+The target is ``file.py:NAME`` or ``package.module:NAME``. Its calling convention is detected by trial
+(``recognition``); if that fails, the error shows the adapter to write.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from kvconform.backend import BlackBox
 from kvconform.errors import BackendUnavailable, InvalidBackend, SpecError, Unavailable
 from kvconform.worker.registry import module_of
 from kvconform_backends.targets import black_box
-from kvconform_backends.targets.foreign import Raised, foreign
-from kvconform_backends.targets.module import calls, conventions
-from kvconform_backends.targets.module.calls import Caller, Held
-from kvconform_backends.targets.module.recognised import Recognised, Target
+from kvconform_backends.targets.module import calls, conventions, identifiers
+from kvconform_backends.targets.module.calls import Caller, ModuleSequence
+from kvconform_backends.targets.module.recognised import ProbedTarget, Recognised
 from kvconform_backends.targets.module.recognition import Unrecognised, recognise
-from kvconform_backends.targets.module.script import Script
+from kvconform_backends.targets.module.script import ModuleScript
+from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 from kvconform_backends.torch import device_time
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
@@ -39,14 +39,14 @@ from kvconform_specs.program import Program
 Array = NDArray[Any]
 
 OPTIONS: Mapping[str, Any] = MappingProxyType({"init": {}, "seed": 0, "dtype": None, "convention": {}})
-"""What may stand behind the ``?`` of an address. ``init``: keyword arguments of a class or factory; ``seed``: of its
-random weights; ``dtype``: what it is turned into; ``convention``: fields of ``conventions.Convention``."""
+"""Options after the ``?`` of an address. ``init``: keyword arguments of a class or factory; ``seed``: for random
+weights; ``dtype``: converts the target; ``convention``: fields of ``conventions.Convention``."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a target comes from, and how it is built anew."""
+    """Where a target comes from, and how to build it."""
 
     address: str
     file: str
@@ -56,26 +56,26 @@ class Source:
     dtype: torch.dtype | None
 
     def namespace(self) -> dict[str, Any]:
-        """What the file has, executed anew where it is one: no trial leaves anything in its globals."""
+        """The names in the file, which is executed again each time: trials leave nothing in its globals."""
         torch.manual_seed(self.seed)
         if not self.file.endswith(".py"):
             namespace: dict[str, Any] = vars(importlib.import_module(self.file))
             return namespace
         folder = str(Path(self.file).resolve().parent)
         if folder not in sys.path:
-            sys.path.insert(0, folder)  # a file's neighbours are importable, as when it is run
+            sys.path.insert(0, folder)  # neighbouring files are importable, as when it is run
         namespace = vars(module_of(self.file))
         return namespace
 
     def made(self, namespace: Mapping[str, Any]) -> Any:
-        """The target, built, and ready to be called. Raises BackendUnavailable where that fails."""
+        """The built target, ready to be called. Raises BackendUnavailable if building fails."""
         found = namespace[self.name]
         torch.manual_seed(self.seed)
         if self._builds(found):
             try:
-                with foreign():
+                with guarded():
                     found = found(**arguments(found, self.init))
-            except Raised as error:
+            except ThirdPartyError as error:
                 needed = ", ".join(f'"{name}": ...' for name in required(found))
                 hint = f"; give its arguments: --init '{{{needed}}}'" if needed and not self.init else ""
                 raise BackendUnavailable(f"{self.address} cannot be built: {error}{hint}") from error
@@ -88,7 +88,8 @@ class Source:
         return found
 
     def written(self, namespace: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:
-        """How ``made`` calls the name, and the names that this uses; None where it is the target itself."""
+        """The expression with which ``made`` builds the target, and the names it uses; None if the name is the target
+        itself."""
         found = namespace[self.name]
         if not self._builds(found):
             return None
@@ -97,14 +98,14 @@ class Source:
         return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in given.items())})", classes
 
     def _builds(self, found: Any) -> bool:
-        """Whether the name is called to get the target: a class, or a function that takes no tokens and no past."""
+        """Whether the name is called to build the target: a class, or a function without tokens and past."""
         if isinstance(found, type):
             return True
         if isinstance(found, nn.Module) or not inspect.isfunction(found):
             return False
         if self.init:
             return True
-        return not required(found) and not set(inspect.signature(found).parameters) & conventions.PASTS
+        return not required(found) and not set(inspect.signature(found).parameters) & identifiers.PASTS
 
 
 def required(found: Any) -> list[str]:
@@ -114,7 +115,7 @@ def required(found: Any) -> list[str]:
 
 
 def arguments(found: Any, init: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with those that are annotated as a dataclass made into one."""
+    """The arguments, with those annotated as a dataclass converted to it."""
     given = dict(init)
     for name, hint in _hints(found).items():
         if is_dataclass(hint) and isinstance(hint, type) and name in required(found):
@@ -126,12 +127,12 @@ def arguments(found: Any, init: Mapping[str, Any]) -> dict[str, Any]:
 def _hints(found: Any) -> dict[str, Any]:
     try:
         return get_type_hints(inspect.getattr_static(found, "__init__") if isinstance(found, type) else found)
-    except (NameError, TypeError):  # names that exist for a type checker alone
+    except (NameError, TypeError):  # names imported for type checkers only
         return {}
 
 
 def open_module(target: str, options: Mapping[str, Any]) -> Any:
-    """The black box around a target; a ``kvconform.backend.Backend`` as it is. Raises BackendUnavailable with a sentence."""
+    """The black box around a target; a ``kvconform.backend.Backend`` is returned unchanged."""
     address = f"py:{target}"
     for option in options:
         if option not in OPTIONS:
@@ -141,21 +142,27 @@ def open_module(target: str, options: Mapping[str, Any]) -> Any:
         raise BackendUnavailable(f"{address}: unknown dtype {asked['dtype']!r}; known: {', '.join(DTYPES)}")
     file, colon, name = target.rpartition(":")
     if not colon:
-        raise BackendUnavailable(f"{address}: want file.py:NAME or package.module:NAME")
+        raise BackendUnavailable(f"{address}: expected file.py:NAME or package.module:NAME")
     source = Source(address, file, name, asked["init"], asked["seed"], DTYPES.get(asked["dtype"] or ""))
     try:
-        with foreign():
+        with guarded():
             namespace = source.namespace()
     except BackendUnavailable as missing:
         raise BackendUnavailable(f"{address}: {missing}") from missing
-    except Raised as error:
-        if isinstance(error.__cause__, SpecError):  # claims with a value that is not one of the known ones
+    except ThirdPartyError as error:
+        if isinstance(error.__cause__, SpecError):  # claims with an unknown value
             raise InvalidBackend(f"{address}: {error.__cause__}") from error
         raise BackendUnavailable(f"{address} cannot be imported: {error}") from error
-    if name not in namespace:
+    top, *inner = name.split(".")
+    item = namespace.get(top)
+    for part in inner:
+        item = getattr(item, part, None)
+    if item is None:
         raise BackendUnavailable(f"{address}: {file} has no {name!r}")
-    if hasattr(namespace[name], "claims"):
-        return namespace[name]
+    if hasattr(item, "claims"):
+        return item
+    if inner:
+        raise BackendUnavailable(f"{address}: {name} is nested in a class and is not a backend: move it to the module")
     module = source.made(namespace)
     if hasattr(module, "claims"):
         return module
@@ -163,13 +170,13 @@ def open_module(target: str, options: Mapping[str, Any]) -> Any:
         raise BackendUnavailable(f"{address} is a {type(module).__name__}, which cannot be called")
     floats = (p.dtype for p in module.parameters() if p.is_floating_point()) if isinstance(module, nn.Module) else ()
     dtype = source.dtype or next(iter(floats), torch.float32)
-    probed = Target(module, name, namespace, asked["init"], dtype)
+    probed = ProbedTarget(module, name, namespace, asked["init"], dtype)
     try:
         found = recognise(probed, asked["convention"])
     except Unrecognised as words:
         raise BackendUnavailable(
-            f"{address}: cannot tell how its cache works: found {words}; the known conventions are "
-            f"{conventions.KNOWN}. For any other call an adapter is written, such as:\n\n{conventions.ADAPTER}"
+            f"{address}: no known calling convention: found {words}; known conventions: {conventions.KNOWN}. "
+            f"For other calls, write an adapter such as:\n\n{conventions.ADAPTER}"
         ) from words
     except ValueError as error:
         raise BackendUnavailable(f"{address}: {error}") from error
@@ -177,7 +184,7 @@ def open_module(target: str, options: Mapping[str, Any]) -> Any:
 
 
 class ModuleTarget:
-    """A recognised target; called with a config it builds the target anew."""
+    """A recognised target; calling it with a config builds the backend."""
 
     def __init__(self, source: Source, module: Any, found: Recognised, dtype: torch.dtype) -> None:
         convention = found.convention
@@ -185,7 +192,7 @@ class ModuleTarget:
             "uncached_forward": not convention.always,
             "reset": found.restarts,
             "length": bool(convention.length),
-            "immutable": found.functional,
+            "immutable": found.immutable,
         }
         profile = "decoder" if convention.takes == "tokens" else "hidden"
         stored = next((name for name, kind in DTYPES.items() if kind is dtype), "float32")
@@ -221,55 +228,55 @@ class ModuleTarget:
     def __call__(self, config: Config, weights: Mapping[str, Any], device: str) -> ModuleBackend:
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable(f"torch {torch.__version__} finds no CUDA device on this machine")
-        torch.set_float32_matmul_precision("highest")  # float32 means float32: no TF32
+        torch.set_float32_matmul_precision("highest")  # no TF32
         namespace = self._source.namespace()
         module = self._source.made(namespace)
         if device != "cpu":
             module.to(device)
         caller = Caller(module, self.found.convention, namespace, self.dtype, device)
         built = self._source.written(namespace)
-        script = Script(self._source, self.found, module, built, self.dtype, device)
+        script = ModuleScript(self._source, self.found, module, built, self.dtype, device)
         return ModuleBackend(self, caller, script)
 
 
 def _built(source: Source) -> str:
-    """How the target is made, as a sentence."""
+    """How the target is built, as a sentence."""
     given = ", ".join(f"{name}={value!r}" for name, value in source.init.items())
     of = f" with {given}" if given else ""
-    return f"it is built{of} after torch.manual_seed({source.seed}), in eval mode, with the weights that it then has"
+    return f"it is built{of} after torch.manual_seed({source.seed}), in eval mode, with its initial weights"
 
 
 class ModuleBackend(BlackBox):
     """One build of a target on one device."""
 
-    def __init__(self, target: ModuleTarget, caller: Caller, source: Script) -> None:
-        self.claims, self.target, self.caller, self.written = target.claims, target, caller, source
-        self.noise: tuple[float, float, int] | None = None
-        """What its hidden states are perturbed by."""
+    def __init__(self, target: ModuleTarget, caller: Caller, written: ModuleScript) -> None:
+        self.claims, self.target, self.caller, self.written = target.claims, target, caller, written
+        self.noise: tuple[float, float, int] | None = None  # perturbs its hidden states
 
-    def start(self, batch: int) -> Held:
+    def start(self, batch: int) -> ModuleSequence:
         return self.caller.start(batch)
 
-    def step(self, held: Held, x: Array) -> tuple[Array, Held]:
-        return self.caller.step(held, x)
+    def step(self, sequence: ModuleSequence, x: Array) -> tuple[Array, ModuleSequence]:
+        return self.caller.step(sequence, x)
 
     def uncached_forward(self, x: Array) -> Array:
-        """``(b, t, e)``, as many rows at a time as it takes, and by prefixes where it gives the last output."""
+        """``(b, t, e)``, at most ``max_batch`` rows at a time, and prefix by prefix if it returns only the last
+        output."""
         if self.noise is not None and self.caller.convention.takes == "states":
-            x = black_box.disturbed_states(x, *self.noise)
+            x = black_box.perturbed_states(x, *self.noise)
         rows = self.claims.max_batch or len(x)
-        return np.concatenate([self._whole(x[row : row + rows]) for row in range(0, len(x), rows)])
+        return np.concatenate([self._uncached(x[row : row + rows]) for row in range(0, len(x), rows)])
 
-    def _whole(self, x: Array) -> Array:
-        if self.target.found.whole_last:
-            return np.concatenate([self.caller.whole(x[:, : t + 1])[:, -1:] for t in range(x.shape[1])], axis=1)
-        return self.caller.whole(x)
+    def _uncached(self, x: Array) -> Array:
+        if self.target.found.uncached_last:
+            return np.concatenate([self.caller.uncached(x[:, : t + 1])[:, -1:] for t in range(x.shape[1])], axis=1)
+        return self.caller.uncached(x)
 
-    def length(self, held: Held) -> list[int]:
-        return [self.caller.length(held)] * held.batch
+    def length(self, sequence: ModuleSequence) -> list[int]:
+        return [self.caller.length(sequence)] * sequence.batch
 
-    def reset(self, held: Held) -> Held:
-        return self.caller.start(held.batch)
+    def reset(self, sequence: ModuleSequence) -> ModuleSequence:
+        return self.caller.start(sequence.batch)
 
     def perturbed(self, storage: float, accumulation: float, seed: int) -> ModuleBackend:
         noise = storage, accumulation, seed

@@ -1,4 +1,4 @@
-"""Calls of a target on a few tokens, to find out what it takes and gives; they judge nothing."""
+"""Calls of a target on a few tokens, to find out what it takes and gives. Nothing is judged here."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from kvconform_backends.targets.foreign import Raised, foreign
-from kvconform_backends.targets.module import conventions
+from kvconform_backends.targets.module import identifiers
 from kvconform_backends.targets.module.calls import Caller
 from kvconform_backends.targets.module.conventions import Convention
-from kvconform_backends.targets.module.recognised import Recognised, Target
+from kvconform_backends.targets.module.recognised import ProbedTarget, Recognised
+from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 
 Array = NDArray[Any]
 
 PROMPT, CHUNK = 3, 2
 LENGTH = PROMPT + 1 + CHUNK
 """Tokens of a trial: a prompt, one more, and a chunk."""
-CROWD = 32
-"""Rows that stand for any number of them."""
-SHORTEST = 8
-"""A sequence has at least so many tokens, or programs would say nothing."""
+MANY_ROWS = 32
+"""A number of rows that stands for any number."""
+MIN_CAPACITY = 8
+"""Minimum length of a sequence for meaningful programs."""
 
 
 class Trials:
-    """One target's. ``raised``: the words of the last one that raised."""
+    """Trials of one target. ``raised``: the last exception, in words."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: ProbedTarget) -> None:
         self.target, self.raised = target, ""
 
     def caller(self, convention: Convention) -> Caller:
-        """Calls of a copy that no other trial has touched: what owns its cache may not be able to empty it."""
+        """Calls a fresh copy if the module owns its cache, which may not be possible to empty."""
         module = self.target.module
         if isinstance(module, nn.Module) and (convention.owned or convention.always):
             module = copy.deepcopy(module)
@@ -51,49 +51,50 @@ class Trials:
     def runs(
         self, made: Recognised, tokens: int, token: int | None = None, cached: bool = False, rows: int = 0
     ) -> bool:
-        """Whether the whole forward, or the first call with a cache, takes that many tokens, all of them ``token`` if
-        one is given, in that many rows."""
+        """Whether the uncached forward, or the first cached call, takes that many tokens in that many rows; all tokens
+        are ``token`` if given."""
         x = np.resize(self.sample(made, tokens), (rows or made.batch, tokens, *[made.width] * bool(made.width)))
         if token is not None:
             x = np.full_like(x, token)
         caller = self.caller(made.convention)
         try:
-            with foreign():
+            with guarded():
                 if cached:
                     caller.step(caller.start(len(x)), x)
                 else:
-                    caller.whole(x)
-        except Raised as error:
+                    caller.uncached(x)
+        except ThirdPartyError as error:
             self.raised = str(error)
             return False
         return True
 
-    def ranked(self, made: Recognised) -> None:
-        """How far cached calls come. Agreement to half of the digits: it chooses among ways of calling, no more."""
+    def rank(self, made: Recognised) -> None:
+        """Ranks how far cached calls work. Agreement to half of the digits suffices: it only chooses among ways of
+        calling."""
         caller, x = self.caller(made.convention), self.sample(made, LENGTH)
         ends, ranks, start = (PROMPT, PROMPT + 1, LENGTH), [False] * 4, 0
         try:
-            with foreign():
-                wants = [caller.whole(x[:, :end]) for end in ends]  # before the sequence: it may live in the module
-                held = caller.start(len(x))
+            with guarded():
+                wants = [caller.uncached(x[:, :end]) for end in ends]  # first, since the module may own the cache
+                sequence = caller.start(len(x))
                 for number, (end, want) in enumerate(zip(ends, wants, strict=True)):
-                    got, held = caller.step(held, x[:, start:end])
+                    got, sequence = caller.step(sequence, x[:, start:end])
                     if number == 0:
                         made.last_only = got.shape[1] == 1
-                    shown = 1 if made.whole_last or made.last_only else end - start
+                    shown = 1 if made.uncached_last or made.last_only else end - start
                     agrees = close(got[:, -shown:], want[:, -shown:])
                     for index in ((0,), (1, 2), (3,))[number]:
                         ranks[index] = agrees or index < 2
                     start = end
-        except Raised as error:
+        except ThirdPartyError as error:
             self.raised = str(error)
         made.rank = ranks[0], ranks[1], ranks[2], ranks[3]
 
     def outputs(self, out: Any, x: Array, convention: Convention) -> Iterator[tuple[str, bool]]:
-        """Expressions for the output of a call, and whether it is of the last token alone."""
+        """Expressions for the output of a call, and whether it is that of the last token only."""
         batch, new = x.shape[:2]
         heads = (batch, new) if convention.batched else (new,)
-        for expression, value in parts(out, conventions.OUTPUTS):
+        for expression, value in parts(out, identifiers.OUTPUTS):
             shape = tuple(getattr(value, "shape", ()))
             if len(shape) == len(heads) + 1:
                 if shape[:-1] == heads:
@@ -105,7 +106,7 @@ class Trials:
 
 
 def parts(out: Any, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """What a call returned, taken apart: expressions and values."""
+    """The parts of a call's result: expressions and values."""
     if isinstance(out, Mapping) and not hasattr(out, names[0]):
         yield from ((f"out[{name!r}]", out[name]) for name in names if name in out)
     elif isinstance(out, tuple | list) and not hasattr(out, "_fields"):

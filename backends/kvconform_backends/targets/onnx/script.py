@@ -1,4 +1,4 @@
-"""A program on an ONNX decoder, written out in Python that needs onnxruntime and numpy alone."""
+"""A program on an ONNX decoder as Python source that needs only onnxruntime and numpy."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvconform_backends.targets.onnx.signature import Signature
+from kvconform_backends.targets.onnx.signature import GraphSignature
 from kvconform_specs.describe import describe
 from kvconform_specs.program import Append, Close, Program, Reset, UncachedForward
 
 
 @dataclass(frozen=True)
-class Call:
+class GraphCall:
     """A graph, and its name in the script."""
 
     name: str
     path: Path
-    signature: Signature
+    signature: GraphSignature
 
     def feeds(self, x: str, batch: int, past: int, t: int | str, held: str) -> str:
-        """What it is given for ``t`` tokens ``x`` behind ``past`` others, which ``held`` holds; ``t`` may be a name."""
+        """Its inputs for ``t`` tokens ``x`` after ``past`` others stored in ``held``; ``t`` may be a name."""
         s = self.signature
         feeds = {s.tokens.name: f"{x}.astype(np.{s.tokens.dtype})"}
         end = past + t if isinstance(t, int) else t
@@ -36,20 +36,20 @@ class Call:
             feeds[s.branch.name] = f"np.full({(1,) * len(s.branch.axes)}, {past > 0})"
         if s.kept is not None:
             feeds[s.kept.name] = f"np.zeros({(1,) * len(s.kept.axes)}, {_scalar(s.kept.dtype)})"
-        told = [f"{_text(name)}: {value}" for name, value in feeds.items()]
+        items = [f"{_text(name)}: {value}" for name, value in feeds.items()]
         if s.pasts:
-            told.append(f"**dict(zip(PASTS, {held}))")
-        return f"{{{', '.join(told)}}}"
+            items.append(f"**dict(zip(PASTS, {held}))")
+        return f"{{{', '.join(items)}}}"
 
 
 @dataclass(frozen=True)
-class Script:
-    """What a script must know of a target. first: the graph of the first step of a sequence; later: of all others;
-    whole: the one whose output on all tokens is the truth. dummy, last: as of ``onnx_decoder.Graphs``."""
+class OnnxScript:
+    """What a script needs to know of a target. first: the graph of a sequence's first step; cached: of later steps;
+    uncached: of the reference. dummy, last: see ``decoder.DecoderGraphs``."""
 
-    first: Call
-    later: Call
-    whole: Call
+    first: GraphCall
+    cached: GraphCall
+    uncached: GraphCall
     device: str
     dummy: int
     last: bool
@@ -57,12 +57,12 @@ class Script:
     def setup(self) -> str:
         cuda = '("CUDAExecutionProvider", {"use_tf32": "0"}), ' if self.device == "cuda" else ""
         lines = ["import onnxruntime", "", f'PROVIDERS = [{cuda}"CPUExecutionProvider"]']
-        calls = {call.name: call for call in (self.later, self.first, self.whole)}
+        calls = {call.name: call for call in (self.cached, self.first, self.uncached)}
         for name, call in calls.items():
             lines.append(f"{name} = onnxruntime.InferenceSession({_text(str(call.path))}, providers=PROVIDERS)")
-        pasts = self.later.signature.pasts
+        pasts = self.cached.signature.pasts
         lines += _listed("PASTS", [past.tensor.name for past in pasts])
-        for name in dict.fromkeys((self.later.name, self.first.name)):
+        for name in dict.fromkeys((self.cached.name, self.first.name)):
             presents = [calls[name].signature.present(past.slot) or "" for past in pasts]
             lines += _listed(f"{name}_PRESENTS", presents)
         lines += ["", "", "def nothing(batch):", '    """The past of a sequence without tokens."""']
@@ -77,7 +77,7 @@ class Script:
         return "\n".join([*lines, ""])
 
     def steps(self, program: Program, tag: str) -> str:
-        """Raises ValueError where a step needs what no ONNX target claims."""
+        """Raises ValueError for steps that no ONNX target supports."""
         lines, lengths = [f"past{tag} = {{}}"], dict[str, int]()
         for number, step in enumerate(program.steps):
             x, y, words = f"x{tag}{number}", f"y{tag}{number}", f"  # {describe(program, number)}"
@@ -85,21 +85,21 @@ class Script:
                 held, past = f"past{tag}[{_text(step.seq)}]", lengths.get(step.seq, 0)
                 lines.append(self._append(x, y, step, held, past) + words)
                 lines.append(f"{y} = {y}.astype(np.float32)")
-                call = self.later if past else self.first
+                call = self.cached if past else self.first
                 lines[-1] += "[:, None]" * (len(call.signature.output.axes) == 2)
                 lengths[step.seq] = past + max(step.counts)
             elif type(step) is UncachedForward:
-                lines.append(f"{y} = {self._whole(x, len(step.counts), max(step.counts))}{words}")
+                lines.append(f"{y} = {self._uncached(x, len(step.counts), max(step.counts))}{words}")
                 lines.append(f"{y} = {y}.astype(np.float32)")
             elif isinstance(step, Reset | Close):
                 lines.append(f"past{tag}.pop({_text(step.seq)}, None){words}")
                 lengths.pop(step.seq, None)
             else:
-                raise ValueError(f"an ONNX target claims no {type(step).__name__.lower()}")
+                raise ValueError(f"an ONNX target does not support {type(step).__name__}")
         return "\n".join([*lines, ""])
 
     def _append(self, x: str, y: str, step: Append, held: str, past: int) -> str:
-        call, batch, t = self.later if past else self.first, len(step.counts), max(step.counts)
+        call, batch, t = self.cached if past else self.first, len(step.counts), max(step.counts)
         outputs = f"[{_text(call.signature.output.name)}, *{call.name}_PRESENTS]"
         feeds = call.feeds(x, batch, past, t, held if past else f"nothing({batch})")
         line = f"{y}, *{held} = {call.name}.run({outputs}, {feeds})"
@@ -107,8 +107,8 @@ class Script:
             line if len(line) <= 100 else line.replace(f"({outputs}, {feeds})", f"(\n    {outputs},\n    {feeds},\n)")
         )
 
-    def _whole(self, x: str, batch: int, t: int) -> str:
-        call, held = self.whole, f"nothing({batch})"
+    def _uncached(self, x: str, batch: int, t: int) -> str:
+        call, held = self.uncached, f"nothing({batch})"
         outputs = f"[{_text(call.signature.output.name)}]"
         if not self.last:
             return f"{call.name}.run({outputs}, {call.feeds(x, batch, 0, t, held)})[0]"
@@ -118,7 +118,7 @@ class Script:
 
 
 def _listed(name: str, texts: Sequence[str]) -> list[str]:
-    """An assignment of a list, a line for each where one line does not hold it."""
+    """An assignment of a list, one item per line if it does not fit on one."""
     line = f"{name} = [{', '.join(map(_text, texts))}]"
     return [line] if len(line) <= 100 else [f"{name} = [", *(f"    {_text(text)}," for text in texts), "]"]
 

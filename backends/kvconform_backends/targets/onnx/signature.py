@@ -1,4 +1,4 @@
-"""How a decoder's ONNX graph takes and gives its cache, read from the names and shapes of its inputs and outputs."""
+"""The inputs and outputs of a decoder's ONNX graph by purpose, from their names and shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from kvconform.errors import BackendUnavailable
 
 Array = NDArray[Any]
 Slot = tuple[tuple[int, ...], str]
-"""Which part of the cache a name speaks of: its numbers, the first being the layer, and ``key``, ``value`` or empty."""
+"""The part of the cache that a name refers to: its numbers, starting with the layer, and ``key``, ``value`` or
+empty."""
 
 IDS = ("input_ids", "ids", "tokens", "token_ids", "input", "inputs")
 STATES = ("inputs_embeds", "hidden_states", "inputs", "input", "x")
@@ -38,7 +39,7 @@ _SILENT = {"layer", "layers", "block", "blocks", "decoder", "self", "attn", "att
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output; an axis is a size, or the name of one that may vary (empty: it has none)."""
+    """An input or output; an axis is a size, or the name of a variable axis (empty: unnamed)."""
 
     name: str
     dtype: str
@@ -49,8 +50,8 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Past:
-    """A past input, which of its axes are the batch and the cached tokens, and the output to give it next."""
+class PastInput:
+    """A past input, its batch and token axes, and the slot of the corresponding output."""
 
     tensor: Tensor
     slot: Slot
@@ -67,7 +68,7 @@ class Past:
 
     @property
     def heads(self) -> int:
-        """Four axes but for a stack of key and value: ``(b, g, s, d)`` or in another order; of three, one head."""
+        """Four axes besides a stack of key and value, ``(b, g, s, d)`` in any order, or three for a single head."""
         inner = self._inner
         return int(inner[0]) if len(inner) > 1 else 1
 
@@ -87,8 +88,8 @@ class Past:
 
 
 @dataclass(frozen=True)
-class Signature:
-    """Inputs and outputs of one graph, by what they are for. ``presents``: the names of outputs, by slot."""
+class GraphSignature:
+    """Inputs and outputs of one graph by purpose. ``presents``: the names of outputs, by slot."""
 
     tokens: Tensor
     output: Tensor
@@ -97,7 +98,7 @@ class Signature:
     cache_position: Tensor | None = None
     branch: Tensor | None = None
     kept: Tensor | None = None
-    pasts: tuple[Past, ...] = ()
+    pasts: tuple[PastInput, ...] = ()
     presents: tuple[tuple[Slot, str], ...] = ()
     assumed: tuple[str, ...] = ()
 
@@ -108,7 +109,7 @@ class Signature:
 
     @property
     def layers(self) -> int:
-        """A list of tensors that are numbered and no more holds key and value of each layer in turn."""
+        """Tensors that are only numbered are the key and value of each layer in turn."""
         numbered = not any(past.slot[1] or past.batch or len(past.slot[0]) > 1 for past in self.pasts)
         layers = len({past.slot[0][:1] for past in self.pasts})
         return max(1, layers // 2) if numbered else layers
@@ -117,7 +118,7 @@ class Signature:
         return dict(self.presents).get(slot)
 
     def feeds(self, x: Array, past: int, branch: bool) -> dict[str, Array]:
-        """What the graph is given beside its past for ``t`` new tokens ``x`` behind ``past`` others."""
+        """The inputs except the past for ``t`` new tokens ``x`` after ``past`` others."""
         batch, t = x.shape[:2]
         made = {self.tokens.name: x.astype(self.tokens.dtype, copy=False)}
         counted = np.arange(past, past + t)
@@ -134,8 +135,8 @@ class Signature:
         return made
 
 
-def read(model: onnx.ModelProto, name: str) -> Signature:
-    """The signature of a graph; no weights are needed. Raises BackendUnavailable with one sentence where it is not known."""
+def read(model: onnx.ModelProto, name: str) -> GraphSignature:
+    """The signature of a graph, without its weights. Raises BackendUnavailable if it is not recognised."""
     inputs, outputs = _tensors(model)
     try:
         return _signature(inputs, outputs)
@@ -144,19 +145,19 @@ def read(model: onnx.ModelProto, name: str) -> Signature:
 
 
 def unknown(model: onnx.ModelProto, name: str, why: str) -> BackendUnavailable:
-    """One sentence that says what a graph takes and gives, and what is known."""
+    """An error that lists the graph's inputs and outputs, and the known ones."""
     inputs, outputs = (", ".join(map(str, tensors)) or "none" for tensors in _tensors(model))
     return BackendUnavailable(
-        f"{name} is no decoder with a cache as known here: {why}; it has the inputs {inputs} and the outputs "
-        f"{outputs}; known are {CONVENTIONS}"
+        f"{name} is not a recognised decoder with a cache: {why}; inputs: {inputs}; outputs: {outputs}; known names: "
+        f"{CONVENTIONS}"
     )
 
 
 class _Unknown(Exception):
-    """What of the inputs and outputs is not understood."""
+    """What is not recognised about the inputs and outputs."""
 
 
-def _signature(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Signature:
+def _signature(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> GraphSignature:
     slots = {tensor.name: slot(tensor.name, PASTS) for tensor in inputs}
     left = [tensor for tensor in inputs if slots[tensor.name] is None]
     named = {name: _take(left, [name]) for name in (MASK, POSITIONS, CACHE_POSITION, BRANCH)}
@@ -167,13 +168,13 @@ def _signature(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Signature
     if tokens is None:
         raise _Unknown("no input holds token ids (b, t) or hidden states (b, t, width)")
     if left:
-        raise _Unknown(f"the input {left[0].name} is for something else")
+        raise _Unknown(f"unknown input {left[0].name}")
     mask = named[MASK]
     if mask is not None and len(mask.axes) != 2:
-        raise _Unknown(f"{mask.name} has {len(mask.axes)} axes, want 2: batch, past and new tokens")
+        raise _Unknown(f"{mask.name} has {len(mask.axes)} axes, expected 2: batch, past and new tokens")
     for tensor in (named[POSITIONS], named[CACHE_POSITION]):
         if tensor is not None and len(tensor.axes) not in (1, 2):
-            raise _Unknown(f"{tensor.name} has {len(tensor.axes)} axes, want (t) or (b, t)")
+            raise _Unknown(f"{tensor.name} has {len(tensor.axes)} axes, expected (t) or (b, t)")
     presents = {tensor.name: slot(tensor.name, PRESENTS) for tensor in outputs}
     rest = [tensor for tensor in outputs if presents[tensor.name] is None]
     output = _take(rest, OUTPUTS) or (rest.pop(0) if rest else None)
@@ -185,12 +186,12 @@ def _signature(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Signature
     assumed: tuple[str, ...] = ()
     if pasts and not found and len(rest) == len(pasts):
         found = {_slot(slots, past): tensor.name for past, tensor in zip(pasts, rest, strict=True)}
-        assumed = ("The outputs behind the first are the presents, in the order of the pasts.",)
+        assumed = ("the outputs after the first are the presents, in the order of the pasts",)
     missing = [past.name for past in pasts if _slot(slots, past) not in found]
     if missing:
         raise _Unknown(f"no output is the present of {missing[0]}")
     filled = [_past(past, _slot(slots, past), sizes[found[_slot(slots, past)]]) for past in pasts]
-    return Signature(
+    return GraphSignature(
         tokens,
         output,
         mask,
@@ -205,7 +206,7 @@ def _signature(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Signature
 
 
 def slot(name: str, roots: Sequence[str]) -> Slot | None:
-    """``past_key_values.3.key`` is ``((3,), "key")``; None where the name is of no cache."""
+    """``past_key_values.3.key`` is ``((3,), "key")``; None if the name does not belong to a cache."""
     lowered = name.lower()
     root = next((root for root in roots if re.match(rf"{root}(?![a-z])", lowered)), None)
     if root is None:
@@ -218,23 +219,23 @@ def slot(name: str, roots: Sequence[str]) -> Slot | None:
     return numbers, "".join(parts)
 
 
-def _past(tensor: Tensor, slot: Slot, present: tuple[int | str, ...]) -> Past:
-    """Finds out which axes grow; a size that the past does not tell its present may tell."""
+def _past(tensor: Tensor, slot: Slot, present: tuple[int | str, ...]) -> PastInput:
+    """Determines which axes grow; sizes missing in the past are taken from its present."""
     if tensor.dtype not in FLOATS:
-        raise _Unknown(f"{tensor.name} holds {tensor.dtype}, want one of {', '.join(FLOATS)}")
+        raise _Unknown(f"{tensor.name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}")
     axes: list[int | str] = list(tensor.axes)
     if len(present) == len(axes):
         pairs = zip(tensor.axes, present, strict=True)
         axes = [next((size for size in pair if isinstance(size, int)), pair[0]) for pair in pairs]
     batch = 1 if len(axes) == 5 and axes[0] == 2 else 0
     if len(axes) - batch not in (3, 4):
-        raise _Unknown(f"{tensor.name} has {len(axes)} axes, want (b, h, s, d), (b, s, h, d) or (2, b, h, s, d)")
+        raise _Unknown(f"{tensor.name} has {len(axes)} axes, expected (b, h, s, d), (b, s, h, d) or (2, b, h, s, d)")
     growing = [axis for axis, size in enumerate(axes) if axis > batch and not isinstance(size, int)]
     if not growing:
         raise _Unknown(f"no axis of {tensor.name} grows with the cached tokens")
     if len(growing) > 1:
-        raise _Unknown(f"the sizes of {tensor.name} do not tell heads, tokens and head dim apart")
-    return Past(replace(tensor, axes=tuple(axes)), slot, batch, growing[0])
+        raise _Unknown(f"the sizes of {tensor.name} do not distinguish heads, tokens and head dim")
+    return PastInput(replace(tensor, axes=tuple(axes)), slot, batch, growing[0])
 
 
 def _slot(slots: Mapping[str, Slot | None], tensor: Tensor) -> Slot:
@@ -246,7 +247,7 @@ def _slot(slots: Mapping[str, Slot | None], tensor: Tensor) -> Slot:
 def _take(
     tensors: list[Tensor], names: Sequence[str], fits: Callable[[Tensor], bool] = lambda tensor: True
 ) -> Tensor | None:
-    """Takes the first of these names out of the list."""
+    """Removes the first of these names from the list."""
     by_name = {tensor.name: tensor for tensor in tensors if fits(tensor)}
     found = next((by_name[name] for name in names if name in by_name), None)
     if found is not None:
@@ -255,7 +256,7 @@ def _take(
 
 
 def _tensors(model: onnx.ModelProto) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs and outputs; what has an initializer of its name is a constant, not an input."""
+    """Inputs and outputs; names with an initializer are constants, not inputs."""
     given = {initializer.name for initializer in model.graph.initializer}
     inputs = [_tensor(value) for value in model.graph.input if value.name not in given]
     return inputs, [_tensor(value) for value in model.graph.output]

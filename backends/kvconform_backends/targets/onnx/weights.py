@@ -1,15 +1,15 @@
-"""The weights of an ONNX graph, perturbed by noise of the size of rounding.
+"""Perturbs the weights of an ONNX graph by noise of the size of rounding.
 
-A weight is a constant of more than one number, an initializer or the value of a ``Constant`` node, in the graph or in a
-branch of it. Constants that nobody learned stay: scalars (epsilons, factors of scores), what holds only integers
-(such as ranges), and what holds a number of ``HUGE`` and more (masks). Stored integers stay as well; the scales that
-``DequantizeLinear`` and its like multiply them by are perturbed, single ones too, and those that ``Mul`` joins to
-the scale of ``DynamicQuantizeLinear``. Scales of activations stay.
+A weight is a constant of more than one number: an initializer or the value of a ``Constant`` node, also in subgraphs.
+Scalars (epsilons, score factors), integer-valued constants (ranges) and constants with a magnitude of ``HUGE`` or more
+(masks) are not perturbed. Stored integers are not perturbed either, but their scales are: inputs of
+``DequantizeLinear`` and similar nodes, including scalars, and factors of ``DynamicQuantizeLinear``'s scale. Scales of
+activations are not.
 
-How many terms the sums have that a weight is part of is read off its use, behind ``Transpose``, ``Cast``, ``Identity``
-and ``DequantizeLinear``: the axis that ``MatMul`` sums over (the last but one of its right operand, the last of its
-left one), that of ``Gemm`` with its ``transA`` and ``transB``, all axes of ``Conv``'s weight but the first, ``K`` of
-``MatMulNBits``. Of any other use, an embedding's among them, it is the last axis, and 1 of a vector.
+The number of terms in the sums of a weight follows from its use, looking through ``Transpose``, ``Cast``, ``Identity``
+and ``DequantizeLinear``: the axis that ``MatMul`` sums over (the second-to-last of its right operand, the last of its
+left one), that of ``Gemm`` according to ``transA`` and ``transB``, all axes of ``Conv``'s weight except the first,
+``K`` of ``MatMulNBits``. For other uses, such as embeddings, it is the last axis, and 1 for vectors.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ Shape = tuple[int, ...]
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 SCALES = {"DequantizeLinear": 1, "MatMulNBits": 2, "GatherBlockQuantized": 2}
-"""Which input of a node is the scale of stored integers."""
+"""The index of each node kind's scale input."""
 HUGE = 6e4
-"""No weight is as large, and every mask is: the most negative float16 is -65504."""
+"""Weights are smaller, masks are not: the most negative float16 is -65504."""
 
 
 def perturbed(model: ModelProto, storage: float, accumulation: float, seed: int) -> ModelProto:
-    """A copy whose weights are perturbed (``kvconform.backend.BlackBox.perturbed``); they must be loaded.
+    """A copy with perturbed weights (``kvconform.backend.BlackBox.perturbed``); they must be loaded.
 
-    Raises ValueError where there are none: a bound made of nothing would accuse everybody.
+    Raises ValueError without weights: the rounding bound would be zero.
     """
     copied = ModelProto()
     copied.CopyFrom(model)
     noise = np.random.Generator(np.random.Philox(key=seed))
     uses = Uses(copied.graph)
-    moved_any = False
+    any_perturbed = False
     for name, tensor in constants(copied.graph):
         if tensor.data_type not in FLOATS:
             continue
@@ -50,23 +50,23 @@ def perturbed(model: ModelProto, storage: float, accumulation: float, seed: int)
         if not (learned(weight) or uses.scales(name)):
             continue
         size = storage + accumulation * math.sqrt(uses.terms(name, weight.shape))
-        # in 64 bits: the disturbance of a float32 weight is a few of its own last places
-        moved = weight.astype(np.float64) * (1 + size * noise.uniform(-1, 1, weight.shape))
-        tensor.CopyFrom(numpy_helper.from_array(moved.astype(weight.dtype), tensor.name))
-        moved_any = True
-    if not moved_any:
-        raise ValueError("the graph holds no floating-point weights: what rounding does to it cannot be told")
+        # in float64: the perturbation of a float32 weight is a few units in its last place
+        noisy = weight.astype(np.float64) * (1 + size * noise.uniform(-1, 1, weight.shape))
+        tensor.CopyFrom(numpy_helper.from_array(noisy.astype(weight.dtype), tensor.name))
+        any_perturbed = True
+    if not any_perturbed:
+        raise ValueError("the graph has no floating-point weights, so that its rounding error cannot be estimated")
     return copied
 
 
 def learned(constant: Array) -> bool:
-    """Whether a constant is a weight, as far as its numbers tell."""
+    """Whether a constant looks like a weight."""
     wide = constant.astype(np.float64)
     return wide.size > 1 and bool((np.abs(wide) < HUGE).all()) and not bool((wide == np.rint(wide)).all())
 
 
 def graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """The graph and the branches and bodies in it."""
+    """The graph and its subgraphs."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
@@ -75,7 +75,7 @@ def graphs(graph: GraphProto) -> Iterator[GraphProto]:
 
 
 def constants(graph: GraphProto) -> Iterator[tuple[str, TensorProto]]:
-    """The constants of a graph and its branches, by the name that nodes call them."""
+    """The constants of a graph and its subgraphs, by name."""
     for inner in graphs(graph):
         for tensor in inner.initializer:
             yield tensor.name, tensor
@@ -86,15 +86,15 @@ def constants(graph: GraphProto) -> Iterator[tuple[str, TensorProto]]:
 
 
 def dtypes(graph: GraphProto) -> set[str]:
-    """What dtypes the matrices have, by numpy's names; stored integers are none."""
+    """The dtypes of the matrices by numpy name, without stored integers."""
     found = {tensor.data_type for _name, tensor in constants(graph) if len(tensor.dims) > 1}
     return {helper.tensor_dtype_to_np_dtype(kind).name for kind in found if kind in FLOATS}
 
 
 def embedding(graph: GraphProto, ids: str) -> tuple[int, int] | None:
-    """Rows and columns of the table that token ids are looked up in; None where it is not found."""
+    """Rows and columns of the embedding table of the token ids; None if it is not found."""
     shapes = {name: tuple(tensor.dims) for name, tensor in constants(graph)}
-    called = {ids}  # what they are called behind nodes that change none
+    called = {ids}  # their names after nodes that do not change them
     for inner in graphs(graph):
         for node in inner.node:
             if node.op_type in ("Reshape", "Cast", "Identity") and node.input[0] in called:
@@ -106,12 +106,12 @@ def embedding(graph: GraphProto, ids: str) -> tuple[int, int] | None:
 
 
 class Uses:
-    """What a graph does with its constants."""
+    """How a graph uses its constants."""
 
     def __init__(self, graph: GraphProto) -> None:
         self.shapes: dict[str, Shape] = {name: tuple(tensor.dims) for name, tensor in constants(graph)}
         self.nodes: dict[str, list[tuple[NodeProto, int]]] = defaultdict(list)
-        self.makers: dict[str, str] = {}  # which kind of node a value comes from
+        self.makers: dict[str, str] = {}  # the kind of node that produces each value
         for inner in graphs(graph):
             for node in inner.node:
                 self.makers |= dict.fromkeys(node.output, node.op_type)
@@ -119,7 +119,7 @@ class Uses:
                     self.nodes[name].append((node, index))
 
     def scales(self, name: str) -> bool:
-        """Whether it is the scale of stored integers; that of activations is not."""
+        """Whether it is a scale of stored integers, as opposed to activations."""
         activations = ("QuantizeLinear", "DynamicQuantizeLinear")
         for node, index in self.nodes[name]:
             if SCALES.get(node.op_type) == index and self.makers.get(node.input[0]) not in activations:
@@ -129,7 +129,7 @@ class Uses:
         return False
 
     def terms(self, name: str, shape: Shape) -> int:
-        """How many terms the longest sum has that a weight is part of."""
+        """The number of terms in the longest sum that includes a weight."""
         return max((self._summed(node, index, shape) for node, index in self.nodes[name]), default=1)
 
     def _summed(self, node: NodeProto, index: int, shape: Shape) -> int:

@@ -1,227 +1,155 @@
-"""Diagnosis: what a broken backend behaves like, and under which smallest condition. Detection never depends on it.
+"""Diagnosis: which known mistake the wrong outputs of a backend match, and under which smallest condition they occur.
 
-A fixed battery of probes says what is off (``symptoms``) and when (``signature``). The faults of the catalogue that
-show the same pattern are run on the same programs, each in a worker of its own: where one gives the backend's outputs,
-bad ones included, the backend behaves exactly like it. A black box has other weights, so that patterns must do. Where
-the bad outputs are what the truth gives on other tokens (``edits``), that is said, whether anybody planted it or not.
+Detection never depends on it. A fixed battery of probes is run, and each wrong output recorded with its circumstances.
+Three kinds of evidence can name a class of mistakes, all from data about which tokens an output sees:
+
+- edits: the reference gives the wrong outputs if the cache or the mask is edited in one way (``edits``);
+- the visibility maps show exactly what attention with one edited mask sees, or tokens of other rows or sequences
+  (``map_matches``);
+- only greedy generation is wrong, and each of its steps is right.
+
+A wrong name is worse than none. Each kind of evidence is silent unless everything that it explains is explained
+exactly, and unless all explanations that are equally good stand for one class. If two kinds of evidence name different
+classes, no class is named. Without a name, the smallest condition that separates wrong outputs from right ones remains.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 
-import msgspec
-
-from kvconform.errors import BackendUnavailable, WorkerDied
-from kvconform.explain.diagnosis.edits import MIN_SHARE, Explanation, explanations, kinds
-from kvconform.explain.diagnosis.fingerprints import (
-    SHORT_CONFIGS,
-    Match,
-    Prints,
-    catalogue,
-    decided,
-    exactly,
-    named,
-    nearest,
-)
-from kvconform.explain.diagnosis.probe_run import SIGHT, Examination, examine
-from kvconform.explain.diagnosis.probes import SEEN, Probe, changes, probes
-from kvconform.explain.diagnosis.remedies import ADVICE
-from kvconform.explain.diagnosis.signature import condition, first, generating, loop, sighted, told
-from kvconform.explain.diagnosis.symptoms import Truth, alike, symptom
-from kvconform.explain.visibility import FORBIDDEN, Map
-from kvconform.worker.client import WorkerClient, WorkerSpec
-from kvconform.worker.execute import StepResult, Trace
+from kvconform.errors import WorkerDied
+from kvconform.explain.diagnosis import edits, map_matches
+from kvconform.explain.diagnosis.conditions import condition
+from kvconform.explain.diagnosis.mistakes import MISTAKES
+from kvconform.explain.diagnosis.probes import Probe, probes
+from kvconform.explain.diagnosis.record import Condition, Diagnosis, FirstFailure
+from kvconform.explain.diagnosis.symptoms import EARLIER_PROGRAM, OutputCell, ReferenceOutputs, Symptom, death, symptom
+from kvconform.explain.visibility import Map
+from kvconform.judging.render import render
+from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
-from kvconform_specs.configs import CONFIGS
-from kvconform_specs.program import Program
+from kvconform_specs.program import Generate
 
-SECONDS = 10.0
-"""After so many seconds no further fault is run beside the backend."""
-DEATHS = 3
-"""After so many probes in which the backend's process died no further one is run."""
-FAULT_TIMEOUT = 5.0
-"""Seconds without progress after which a fault's step is given up."""
+__all__ = ["Diagnosis", "diagnose"]
 
-
-class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
-    """What a backend that broke clauses under one config behaves like.
-
-    named: the id of the class of mistakes (``M1``), empty where none stands out; fault: the planted fault that it
-    behaves like, empty where the tokens that it sees are all that names it; bug: its real-world upstream bug, a link.
-    exactly: whether its outputs are that fault's, within the bounds.
-    signature: first bad step, position, row, head or logit, and the smallest condition that separates bad outputs from
-    good ones, in words. sentence: all of it in one sentence, with what to do about it.
-    """
-
-    named: str = ""
-    fault: str = ""
-    bug: str = ""
-    exactly: bool = False
-    signature: str = ""
-    sentence: str = ""
+MAX_DEATHS = 3
+"""After so many probes that ended the backend's process, no further one is run."""
 
 
 def diagnose(client: WorkerClient, config: Config, cases: Sequence[Case], maps: Sequence[Map]) -> Diagnosis | None:
-    """What the backend behaves like, from probes of its own; ``cases`` are the small counterexamples that were found.
-    None where no probe shows anything. Raises WorkerDied where a black box's own forward does."""
+    """What the backend's mistake matches. ``cases``: the counterexamples that were found, which serve as probes too.
+
+    None where no probe is wrong, or where the backend cannot be built. Raises WorkerDied where a black box's own
+    forward ends its process.
+    """
     if config.profile not in client.claims.profiles:
         return None
-    client.fresh()  # what ran before must not show
+    if map_matches.sees_later(maps) and client.claims.reference == "self":
+        return Diagnosis(reference_wrong=True)
+    client.fresh()  # without what earlier programs left behind
     try:
         if client.build(config) is not None:
             return None
     except WorkerDied:
-        return None  # there is nothing to probe
-    truth = Truth(client.claims.precision, client.reference_forward)
-    run = ProbeRunner(client)
-    examination = examine(run, config, client.claims, truth)
+        return None
+    reference = ReferenceOutputs(client.claims.precision, client.reference_forward)
     programs = dict.fromkeys(program for case in cases for program in case.programs if program.config == config)
-    extra = [
+    extra = (
         Probe(f"case {number}", "a counterexample", program)
         for number, program in zip(count(1), programs, strict=False)
-    ]
-    found = [symptom(probe, run(probe.program), truth, client.claims) for probe in extra]
-    whole = Examination((*examination.symptoms, *found), examination.pattern)
-    if not whole.off and not any(one.off for one in found):
+    )
+    battery = list(_run(client, probes(config, client.claims), reference))
+    symptoms = [*battery, *_run(client, extra, reference)]
+    wrong = [one for one in symptoms if one.wrong]
+    if not wrong:
         return None
     own = None if client.reference_forward is None else client.reference_forward(config)
-    explained = explanations(whole.symptoms, config, client.claims, own)
-    likened = None
-    if examination.off and run.deaths < DEATHS:
-        likened = _match(client, config, whole)
-    return _said(whole, config, likened, explained, across(maps))
-
-
-def across(maps: Sequence[Map]) -> str:
-    """``C7`` where open sequences see each other's tokens, ``C6`` where one sees those of sequences before it, empty
-    where none does, or the maps do not show it."""
-    seen = [
-        (found.place(query)[0], found.place(key)[0])
-        for found in maps
-        if found.schedule == "sequences"
-        for query, key, kind in found.differences
-        if kind == FORBIDDEN
+    by_edits = edits.matches(symptoms, config, client.claims, own)
+    by_maps = map_matches.matches(maps, config, client.claims)
+    leak = map_matches.leak(maps)
+    generating = all(isinstance(step, Generate) for one in wrong for step in one.probe.program.steps)
+    evidence = [
+        edits.named(by_edits),
+        map_matches.named(by_maps),
+        frozenset(leak.mistakes) if leak is not None else frozenset(),
+        frozenset({"L1"}) if generating and _from_the_first(wrong) else frozenset(),
     ]
-    if any(query < key for query, key in seen):
-        return "C7"
-    return "C6" if any(query > key for query, key in seen) else ""
+    mistake = decided(evidence)
+    return Diagnosis(
+        mistake=mistake,
+        bug=MISTAKES[mistake].bug if mistake else "",
+        edit=by_edits[0] if by_edits and by_edits[0].share >= edits.MIN_SHARE else None,
+        map=by_maps[0] if by_maps else None,
+        leak=leak,
+        generation_only=generating,
+        condition=_condition(client, config, symptoms, reference),
+        heads=_heads([cell for one in symptoms for cell in one.cells], config),
+        first=_first(wrong),
+    )
 
 
-class ProbeRunner:
-    """Runs programs on the backend; where its process dies, the program's trace says so."""
+def decided(evidence: Iterable[frozenset[str]]) -> str:
+    """The one class that all evidence which names any has in common; empty where there is none, or more than one."""
+    speaking = [classes for classes in evidence if classes]
+    shared = frozenset.intersection(*speaking) if speaking else frozenset()
+    return next(iter(shared)) if len(shared) == 1 else ""
 
-    def __init__(self, client: WorkerClient) -> None:
-        self.client, self.deaths = client, 0
 
-    def __call__(self, program: Program) -> Trace:
-        if self.deaths >= DEATHS:
-            return ()
+def _run(client: WorkerClient, battery: Iterable[Probe], reference: ReferenceOutputs) -> Iterator[Symptom]:
+    """Runs the probes one after another in one process, as long as it lives."""
+    deaths, process = 0, -1  # the process that the last program was run in
+    for probe in battery:
         try:
-            return self.client.run(program, (0,)).apart()[0]
-        except WorkerDied as death:
-            self.deaths += 1
-            return (StepResult(error=death.words),)
+            trace = client.run(probe.program, (0,)).apart()[0]
+        except WorkerDied as died:
+            yield death(probe, died, client.claims, earlier=client.starts == process)
+            deaths, process = deaths + 1, -1
+            if deaths == MAX_DEATHS:
+                return
+        else:
+            yield symptom(probe, trace, reference, client.claims, earlier=client.starts == process)
+            process = client.starts
 
 
-# --- which fault it is ---
-@dataclass(frozen=True)
-class _Likened:
-    """The class of mistakes that a backend shows, the fault that it is like, and whether its outputs are the same."""
-
-    kind: str
-    match: Match
-    exact: bool
+def _from_the_first(wrong: Sequence[Symptom]) -> bool:
+    """Whether the first generation of a probe is wrong: later ones may find what earlier ones left behind."""
+    return any(one.at_once for one in wrong)
 
 
-def _match(client: WorkerClient, config: Config, whole: Examination) -> _Likened | None:
-    matches = nearest(whole.pattern, _comparable(config, client.claims.reference == "self"))
-    if client.claims.reference == "definition":
-        began = time.monotonic()
-
-        def same(match: Match) -> bool:
-            return time.monotonic() - began < SECONDS and _same(match.found.entry.address, config, whole)
-
-        exact = exactly(matches, same)
-        if exact is not None:
-            return _Likened(exact.found.entry.classes[0], exact, True)
-    found = named(matches)
-    return None if found is None else _Likened(*found, False)
+# --- when ---
+def _condition(
+    client: WorkerClient, config: Config, symptoms: Sequence[Symptom], reference: ReferenceOutputs
+) -> Condition | None:
+    cells = [cell for one in symptoms for cell in one.cells]
+    left_out: frozenset[str] = frozenset()
+    while True:
+        found = condition(cells, config, left_out) or condition([c for c in cells if not c.raised], config, left_out)
+        if found is None or EARLIER_PROGRAM not in found.predicates or _right_when_fresh(client, symptoms, reference):
+            return found
+        left_out = frozenset({EARLIER_PROGRAM})
 
 
-def _comparable(config: Config, own_truth: bool) -> Prints:
-    """The catalogue's patterns under this config if it has them, else under those of the same kind; nobody knows
-    whether a black box has a window."""
-    own = [name for name in SHORT_CONFIGS if CONFIGS[name] == config]
-    alike = [
-        name
-        for name in SHORT_CONFIGS
-        if (CONFIGS[name].profile == config.profile or config.profile == "hidden")
-        and (own_truth or (CONFIGS[name].window is None) == (config.window is None))
-    ]
-    return Prints(list(catalogue().prints(own or alike or SHORT_CONFIGS)))
+def _right_when_fresh(client: WorkerClient, symptoms: Sequence[Symptom], reference: ReferenceOutputs) -> bool:
+    """Whether the simplest probe that was wrong after others is right in a process of its own."""
+    wrong = next(one for one in symptoms if any(cell.wrong for cell in one.cells))
+    client.fresh()
+    return not any(cell.wrong for one in _run(client, [wrong.probe], reference) for cell in one.cells)
 
 
-def _same(address: str, config: Config, whole: Examination) -> bool:
-    """Whether a fault does on every program that is off what the backend did, and on all others that it can run."""
-    try:
-        with WorkerClient(WorkerSpec(address, step_timeout=FAULT_TIMEOUT)) as fault:
-            if fault.build(config) is not None:
-                return False
-            asked = {probe.name for probe in probes(config, fault.claims)}
-            off, truth = 0, Truth(fault.claims.precision)
-            for one in whole.symptoms:
-                if one.probe.name not in asked and not one.probe.name.startswith("case "):
-                    if one.off:
-                        return False
-                    continue
-                trace = fault.run(one.probe.program, (0,)).apart()[0]
-                if not alike(one, symptom(one.probe, trace, truth, fault.claims)):
-                    return False
-                if one.probe.name == SEEN:  # a fault may keep something of them, as the backend may have
-                    for _position, program in (*changes(one.probe), (0, one.probe.program)):
-                        fault.run(program, (0,))
-                off += one.off
-            return off > 0
-    except (WorkerDied, BackendUnavailable):
-        return False
+def _heads(cells: Sequence[OutputCell], config: Config) -> list[int]:
+    heads = {part for cell in cells for part in cell.parts}
+    return sorted(heads) if config.profile == "attention" and len(heads) < config.heads else []
 
 
-# --- words ---
-ACROSS = {
-    "C6": "a sequence sees tokens of one that ran before it",
-    "C7": "sequences that are open together see each other's tokens",
-}
+def _first(wrong: Sequence[Symptom]) -> FirstFailure:
+    """The first probe with a wrong number, else the first that raised, else the first with another violation."""
 
+    def rank(one: Symptom) -> int:
+        begins = next((cell for cell in one.cells if cell.wrong), None)
+        return 2 if begins is None else int(begins.raised)
 
-def _said(
-    whole: Examination, config: Config, likened: _Likened | None, explained: Sequence[Explanation], other: str
-) -> Diagnosis:
-    cells = [cell for one in whole.symptoms for cell in one.cells]
-    numbers = [cell for cell in cells if cell.status != "raised"]
-    when = told(condition(cells, config) or condition(numbers, config)) or generating(whole)
-    sight = sighted(whole.pattern.get(SIGHT, ""))
-    why = explained[0].words if explained and explained[0].share >= MIN_SHARE else ""
-    foreign = ACROSS.get(other, "")
-    signature = "; ".join(words for words in (why, foreign, when, sight, first(whole)) if words)
-    by_tokens = kinds(explained) or frozenset(filter(None, [other or loop(whole)]))
-    kind = decided(likened.kind if likened else "", likened is not None and likened.exact, by_tokens)
-    if not kind:
-        return Diagnosis(signature=signature, sentence=f"like no known mistake: {signature}")
-    mistake = catalogue().classes[kind].partition(": ")[2]
-    details = [words for words in (why, foreign, sight, when) if words]
-    if not sight and when in ("", generating(whole)) and not (explained and explained[0].share == 1):
-        details.append(first(whole))
-    if likened is not None and kind == likened.kind:
-        entry = likened.match.found.entry
-        how = "behaves exactly like" if likened.exact else f"behaves like (to {likened.match.likeness:.0%})"
-        which, known = f"{kind}, {entry.bug}", Diagnosis(fault=entry.name, bug=entry.bug, exactly=likened.exact)
-    else:
-        how = "the tokens that it sees are those of" if explained or foreign else "what it generates is that of"
-        which, known = kind, Diagnosis()
-    sentence = f'{how} "{mistake}" ({which}): {"; ".join(details)}. {ADVICE[kind]}'
-    return msgspec.structs.replace(known, named=kind, signature=signature, sentence=sentence)
+    first = min(wrong, key=rank)
+    assert first.mismatch is not None
+    return FirstFailure(probe=first.probe.words, mismatch=first.mismatch, sentence=render(first.mismatch))

@@ -1,12 +1,12 @@
-"""Edits of what is remembered: mistakes in the memory of rows, followed through a program."""
+"""Cache edits: mistakes in what the cache holds for each row, followed through a program."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from kvconform_specs.history import Token as Streamed
-from kvconform_specs.history import new_tokens
+from kvconform_specs.history import Token, new_tokens
 from kvconform_specs.program import (
     AliasHandle,
     Append,
@@ -22,22 +22,26 @@ from kvconform_specs.program import (
     UncachedForward,
 )
 
-Token = tuple[Streamed, int, int]
-"""A token, and the past and the count of the step that it came with."""
-Rows = tuple[tuple[Token, ...], ...]
+CachedToken = tuple[Token, int, int]
+"""A token, and the past and the count of the step that appended it."""
+CachedRow = tuple[CachedToken, ...]
+CachedRows = tuple[CachedRow, ...]
 
 
-class Memory:
-    """What the rows of each sequence hold: rightly. A mistake overrides one of the methods."""
+class CacheModel:
+    """The tokens that a cache holds for each row of each sequence. A mistake overrides one of the methods."""
 
     broken = False
 
     def __init__(self) -> None:
-        self.rows: dict[str, Rows] = {}
+        self.rows: dict[str, CachedRows] = {}
 
-    def append(self, seq: str, new: Rows) -> Rows:
-        """What the step's outputs see, new tokens last."""
-        self.rows[seq] = _joined(self.rows.get(seq, ((),) * len(new)), new)
+    def past(self, seq: str, count: int) -> CachedRows:
+        return self.rows.get(seq, ((),) * count)
+
+    def append(self, seq: str, new: CachedRows) -> CachedRows:
+        """Caches the new tokens and returns what the outputs of the step see, new tokens last."""
+        self.rows[seq] = _joined(self.past(seq, len(new)), new)
         return self.rows[seq]
 
     def truncate(self, seq: str, length: int) -> None:
@@ -46,7 +50,7 @@ class Memory:
     def fork(self, seq: str, into: str) -> None:
         self.rows[into] = self.rows[seq]
 
-    def keep(self, seq: str, into: str) -> None:
+    def alias(self, seq: str, into: str) -> None:
         self.rows[into] = self.rows[seq]
 
     def reorder(self, seq: str, rows: Sequence[int]) -> None:
@@ -58,105 +62,107 @@ class Memory:
     def close(self, seq: str) -> None:
         del self.rows[seq]
 
-    def refused(self, call: object, new: Rows) -> None:
-        """A call that must change nothing; ``new``: the tokens of an append."""
+    def refused(self, call: object, new: CachedRows) -> None:
+        """Applies a call that must change nothing; ``new``: the tokens of an append."""
 
 
-def _joined(past: Rows, new: Rows) -> Rows:
+def _joined(past: CachedRows, new: CachedRows) -> CachedRows:
     return tuple((*old, *row) for old, row in zip(past, new, strict=True))
 
 
 @dataclass(frozen=True)
-class MemoryEdit:
-    """words: ``with what a reset must drop``. classes: the mistakes that it stands for, by the catalogue's ids."""
+class CacheEdit:
+    """A wrong cache.
+
+    words: completes "what the reference gives ...". classes: the ids of the mistakes that it may stand for; none where
+    several different mistakes look like it. across_programs: whether the model keeps its rows from one program of a
+    process to the next.
+    """
 
     words: str
     classes: tuple[str, ...]
-    memory: Callable[[], Memory]
-    lasting: bool = False
-    """Whether it outlives a program: what the process has run before is remembered, too."""
+    model: Callable[[], CacheModel]
+    across_programs: bool = False
 
 
-def remembered(program: Program, memory: Memory) -> list[Rows | None]:
-    """For each step that computes, what its outputs see in this memory, new tokens last; None for other steps, and from
-    where on the mistake makes no sense."""
-    right = Memory()
-    views: list[Rows | None] = []
+def views(program: Program, model: CacheModel) -> list[CachedRows | None]:
+    """What the outputs of each step see if the cache behaves as the model, new tokens last. None for steps without
+    outputs, and for all steps after one that the model cannot follow."""
+    right = CacheModel()
+    found: list[CachedRows | None] = []
     for step in program.steps:
-        view: Rows | None = None
-        if isinstance(step, Append | UncachedForward):
-            if not isinstance(step, Append):
-                views.append(None if isinstance(step, Generate) else _new(step, ((),) * len(step.counts)))
-                continue
-            new = _new(step, right.rows.get(step.seq, ((),) * len(step.counts)))
-            right.append(step.seq, new)
-        else:
-            new = ()
-            if isinstance(step, Reject):
-                if isinstance(step.step, Append):
-                    new = _new(step.step, right.rows.get(step.step.seq, ((),) * len(step.step.counts)))
-            else:
-                _apply(right, step)
+        if isinstance(step, UncachedForward):
+            found.append(None if isinstance(step, Generate) else _new(step, ((),) * len(step.counts)))
+            continue
+        call = step.step if isinstance(step, Reject) else step
+        new = _new(call, right.past(call.seq, len(call.counts))) if isinstance(call, Append) else ()
+        if not isinstance(step, Reject):
+            _apply(right, step, new)
+        view = None
         try:
-            if isinstance(step, Append):
-                view = memory.append(step.seq, new)
-            elif isinstance(step, Reject):
-                memory.refused(step.step, new)
+            if isinstance(step, Reject):
+                model.refused(step.step, new)
             else:
-                _apply(memory, step)
-        except (KeyError, ValueError, IndexError):  # a memory of other rows
-            memory.broken = True
-        views.append(None if memory.broken else view)
-    return views
+                view = _apply(model, step, new)
+        except (KeyError, ValueError, IndexError):  # the model holds other rows than the call names
+            model.broken = True
+        found.append(None if model.broken else view)
+    return found
 
 
-def _new(step: Run, rows: Rows) -> Rows:
-    """The step's tokens, behind the rows that are there."""
-    new = new_tokens(step, map(len, rows))
-    return tuple(tuple((token, len(row), len(its)) for token in its) for row, its in zip(rows, new, strict=True))
+def _new(step: Run, past: CachedRows) -> CachedRows:
+    """The tokens of a step, numbered from the end of each row; none where the step has another number of rows."""
+    if len(step.counts) != len(past):
+        return ()
+    new = new_tokens(step, map(len, past))
+    return tuple(tuple((token, len(row), len(its)) for token in its) for row, its in zip(past, new, strict=True))
 
 
-def _apply(memory: Memory, step: object) -> None:
-    if isinstance(step, Truncate):
-        memory.truncate(step.seq, step.length)
-    elif isinstance(step, Fork):
-        memory.fork(step.seq, step.into)
-    elif isinstance(step, AliasHandle):
-        memory.keep(step.seq, step.into)
-    elif isinstance(step, Reorder):
-        memory.reorder(step.seq, step.rows)
-    elif isinstance(step, Reset):
-        memory.reset(step.seq)
-    elif isinstance(step, Close):
-        memory.close(step.seq)
+def _apply(model: CacheModel, step: object, new: CachedRows) -> CachedRows | None:
+    match step:
+        case Append():
+            return model.append(step.seq, new)
+        case Truncate():
+            model.truncate(step.seq, step.length)
+        case Fork():
+            model.fork(step.seq, step.into)
+        case AliasHandle():
+            model.alias(step.seq, step.into)
+        case Reorder():
+            model.reorder(step.seq, step.rows)
+        case Reset():
+            model.reset(step.seq)
+        case Close():
+            model.close(step.seq)
+    return None
 
 
 # --- mistakes ---
-class _ResetIgnored(Memory):
+class _ResetIgnored(CacheModel):
     def reset(self, seq: str) -> None:
         pass
 
 
-class _GoesOn(Memory):
-    """A new sequence begins with what one that ended has left."""
+class _ClosedRowsReused(CacheModel):
+    """A new sequence starts with the rows of a closed one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.left: list[Rows] = []
+        self.closed: list[CachedRows] = []
 
-    def append(self, seq: str, new: Rows) -> Rows:
+    def append(self, seq: str, new: CachedRows) -> CachedRows:
         if seq not in self.rows:
-            self.rows[seq] = next((rows for rows in self.left[::-1] if len(rows) == len(new)), ((),) * len(new))
+            self.rows[seq] = next((rows for rows in self.closed[::-1] if len(rows) == len(new)), ((),) * len(new))
         return super().append(seq, new)
 
     def close(self, seq: str) -> None:
-        self.left.append(self.rows.pop(seq))
+        self.closed.append(self.rows.pop(seq))
 
 
-class _OneForAll(Memory):
-    """All sequences are one."""
+class _OneForAll(CacheModel):
+    """All sequences share one cache."""
 
-    def append(self, seq: str, new: Rows) -> Rows:
+    def append(self, seq: str, new: CachedRows) -> CachedRows:
         return super().append("", new)
 
     def truncate(self, seq: str, length: int) -> None:
@@ -171,221 +177,159 @@ class _OneForAll(Memory):
     def fork(self, seq: str, into: str) -> None:
         pass
 
-    def keep(self, seq: str, into: str) -> None:
+    def alias(self, seq: str, into: str) -> None:
         pass
 
     def close(self, seq: str) -> None:
         pass
 
 
-class _Linked(Memory):
-    """A copy and its original grow together."""
+class _SharedCopies(CacheModel):
+    """A copy and its original share their rows: copies by forks, or handles to older states (``aliases``)."""
 
-    forks, keeps = True, False
-
-    def __init__(self) -> None:
+    def __init__(self, aliases: bool) -> None:
         super().__init__()
+        self.aliases = aliases
         self.names: dict[str, str] = {}
 
-    def append(self, seq: str, new: Rows) -> Rows:
+    def append(self, seq: str, new: CachedRows) -> CachedRows:
         return super().append(self.names.get(seq, seq), new)
 
     def fork(self, seq: str, into: str) -> None:
-        if self.forks:
-            self.names[into] = self.names.get(seq, seq)
-        else:
-            super().fork(seq, into)
+        super().fork(seq, into) if self.aliases else self._share(seq, into)
 
-    def keep(self, seq: str, into: str) -> None:
-        if self.keeps:
-            self.names[into] = self.names.get(seq, seq)
-        else:
-            super().keep(seq, into)
+    def alias(self, seq: str, into: str) -> None:
+        self._share(seq, into) if self.aliases else super().alias(seq, into)
+
+    def _share(self, seq: str, into: str) -> None:
+        self.names[into] = self.names.get(seq, seq)
 
     def close(self, seq: str) -> None:
         if seq in self.rows and seq not in self.names.values():
             super().close(seq)
 
 
-class _LinkedHandles(_Linked):
-    forks, keeps = False, True
-
-
-class _EmptyCopy(Memory):
+class _EmptyCopy(CacheModel):
     def fork(self, seq: str, into: str) -> None:
         self.rows[into] = ((),) * len(self.rows[seq])
 
 
-class _TruncateIgnored(Memory):
-    def truncate(self, seq: str, length: int) -> None:
-        pass
+class _Truncated(CacheModel):
+    """``kept`` takes a row and the length that must remain, and returns the tokens that do remain."""
 
-
-class _TruncateMore(Memory):
-    by = 1
-
-    def truncate(self, seq: str, length: int) -> None:
-        super().truncate(seq, max(length + self.by, 0))
-
-
-class _TruncateLess(_TruncateMore):
-    by = -1
-
-
-class _TruncateEmpties(Memory):
-    def truncate(self, seq: str, length: int) -> None:
-        super().truncate(seq, 0)
-
-
-class _TruncateDrops(Memory):
-    """It forgets so many, instead of all but so many."""
+    def __init__(self, kept: Callable[[CachedRow, int], CachedRow]) -> None:
+        super().__init__()
+        self.kept = kept
 
     def truncate(self, seq: str, length: int) -> None:
-        self.rows[seq] = tuple(row[: max(len(row) - length, 0)] for row in self.rows[seq])
+        self.rows[seq] = tuple(self.kept(row, length) for row in self.rows[seq])
 
 
-class _TruncateKeepsNewest(Memory):
-    def truncate(self, seq: str, length: int) -> None:
-        self.rows[seq] = tuple(row[len(row) - length :] for row in self.rows[seq])
-
-
-class _ReorderIgnored(Memory):
+class _ReorderIgnored(CacheModel):
     def reorder(self, seq: str, rows: Sequence[int]) -> None:
         if len(rows) > len(self.rows[seq]):
             raise ValueError
         self.rows[seq] = self.rows[seq][: len(rows)]
 
 
-class _ReorderTwice(Memory):
+class _ReorderTwice(CacheModel):
     def reorder(self, seq: str, rows: Sequence[int]) -> None:
         super().reorder(seq, rows)
         super().reorder(seq, rows)
 
 
-class _ReorderInverse(Memory):
+class _ReorderInverse(CacheModel):
     def reorder(self, seq: str, rows: Sequence[int]) -> None:
         super().reorder(seq, [list(rows).index(row) for row in range(len(rows))])
 
 
-class _Refused(Memory):
-    """A call that is refused takes effect."""
+class _RefusedAppends(CacheModel):
+    """A refused append takes effect."""
 
-    def refused(self, call: object, new: Rows) -> None:
+    def refused(self, call: object, new: CachedRows) -> None:
         if isinstance(call, Append):
-            self.rows[call.seq] = _joined(self.rows.get(call.seq, ((),) * len(new)), new)
+            self.rows[call.seq] = _joined(self.past(call.seq, len(new)), new)
 
 
-class _Stored(Memory):
-    """Of each step only part is kept for later ones."""
+class _Cached(CacheModel):
+    """``cached`` takes a row and the new tokens of a step, and returns the row that later steps find."""
 
-    def stored(self, past: tuple[Token, ...], new: tuple[Token, ...]) -> tuple[Token, ...]:
-        raise NotImplementedError
+    def __init__(self, cached: Callable[[CachedRow, CachedRow], CachedRow]) -> None:
+        super().__init__()
+        self.cached = cached
 
-    def append(self, seq: str, new: Rows) -> Rows:
-        past = self.rows.get(seq, ((),) * len(new))
-        self.rows[seq] = tuple(self.stored(old, row) for old, row in zip(past, new, strict=True))
+    def append(self, seq: str, new: CachedRows) -> CachedRows:
+        past = self.past(seq, len(new))
+        self.rows[seq] = tuple(self.cached(old, row) for old, row in zip(past, new, strict=True))
         return _joined(past, new)
 
 
-class _Dropped(_Stored):
-    def stored(self, past: tuple[Token, ...], new: tuple[Token, ...]) -> tuple[Token, ...]:
-        return (*past, *new[:-1])
+class _NewestOverwritten(CacheModel):
+    """Each step writes over the newest cached token."""
 
-
-class _FirstDropped(_Stored):
-    def stored(self, past: tuple[Token, ...], new: tuple[Token, ...]) -> tuple[Token, ...]:
-        return (*past, *new[1:])
-
-
-class _PromptAlone(_Stored):
-    def stored(self, past: tuple[Token, ...], new: tuple[Token, ...]) -> tuple[Token, ...]:
-        return past or new
-
-
-class _LastStep(_Stored):
-    def stored(self, past: tuple[Token, ...], new: tuple[Token, ...]) -> tuple[Token, ...]:
-        return new or past
-
-
-class _Twice(_Stored):
-    def stored(self, past: tuple[Token, ...], new: tuple[Token, ...]) -> tuple[Token, ...]:
-        return (*past, *new, *new[-1:])
-
-
-class _StepTwice(_Stored):
-    def stored(self, past: tuple[Token, ...], new: tuple[Token, ...]) -> tuple[Token, ...]:
-        return (*past, *new, *new)
-
-
-class _LastAlone(_Stored):
-    def stored(self, past: tuple[Token, ...], new: tuple[Token, ...]) -> tuple[Token, ...]:
-        return (*past, *new[-1:])
-
-
-class _FirstAlone(_Stored):
-    def stored(self, past: tuple[Token, ...], new: tuple[Token, ...]) -> tuple[Token, ...]:
-        return (*past, *new[:1])
-
-
-class _Overwritten(Memory):
-    """Each step writes over the newest token."""
-
-    def append(self, seq: str, new: Rows) -> Rows:
-        past = self.rows.get(seq, ((),) * len(new))
+    def append(self, seq: str, new: CachedRows) -> CachedRows:
+        past = self.past(seq, len(new))
         self.rows[seq] = tuple((*(old[:-1] if row else old), *row) for old, row in zip(past, new, strict=True))
         return self.rows[seq]
 
 
-class _OtherRow(Memory):
-    """Rows read what another one has cached."""
+class _OtherRow(CacheModel):
+    """Rows see the cached tokens of another row; ``other`` takes a row and the number of rows."""
 
-    def other(self, row: int, rows: int) -> int:
-        return 0
+    def __init__(self, other: Callable[[int, int], int]) -> None:
+        super().__init__()
+        self.other = other
 
-    def append(self, seq: str, new: Rows) -> Rows:
-        past = self.rows.get(seq, ((),) * len(new))
+    def append(self, seq: str, new: CachedRows) -> CachedRows:
+        past = self.past(seq, len(new))
         super().append(seq, new)
         return _joined(tuple(past[self.other(row, len(past))] for row in range(len(past))), new)
 
 
-class _NextRow(_OtherRow):
-    def other(self, row: int, rows: int) -> int:
-        return (row + 1) % rows
+def _truncated(words: str, classes: tuple[str, ...], kept: Callable[[CachedRow, int], CachedRow]) -> CacheEdit:
+    return CacheEdit(words, classes, partial(_Truncated, kept))
 
 
-class _LastRow(_OtherRow):
-    def other(self, row: int, rows: int) -> int:
-        return rows - 1
+def _cached(words: str, cached: Callable[[CachedRow, CachedRow], CachedRow]) -> CacheEdit:
+    return CacheEdit(words, ("C1",), partial(_Cached, cached))
 
 
-MEMORIES: tuple[MemoryEdit, ...] = (
-    MemoryEdit("with what a reset must drop in front", ("C6",), _ResetIgnored),
-    MemoryEdit("with the tokens of a sequence that has ended in front", ("C6",), _GoesOn),
-    MemoryEdit("with the tokens of other sequences among its own", ("C7",), _OneForAll),
-    MemoryEdit("with the tokens of all that ran before in front", ("C6",), _OneForAll, lasting=True),
-    MemoryEdit("where a fork's copy and its original grow together", ("C11",), _Linked),
-    MemoryEdit("where an older handle grows with the newer one", ("C4",), _LinkedHandles),
-    MemoryEdit("where a fork's copy is empty", ("C11",), _EmptyCopy),
-    MemoryEdit("with what a truncation must drop", ("C8",), _TruncateIgnored),
-    MemoryEdit("with one token more than a truncation must keep", (), _TruncateMore),
-    MemoryEdit("with one token less than a truncation must keep", ("C8",), _TruncateLess),
-    MemoryEdit("without what a truncation must keep", ("C8",), _TruncateEmpties),
-    MemoryEdit("where a truncation drops as many as it must keep", ("C8",), _TruncateDrops),
-    MemoryEdit("where a truncation keeps the newest tokens", ("C8",), _TruncateKeepsNewest),
-    MemoryEdit("with rows that are not reordered", ("C10",), _ReorderIgnored),
-    MemoryEdit("with rows that are reordered twice", ("C10",), _ReorderTwice),
-    MemoryEdit("with rows that are reordered the other way round", ("C10",), _ReorderInverse),
-    MemoryEdit("with the tokens of a refused call", ("C12",), _Refused),
-    MemoryEdit("where the last token of each step is not cached", ("C1",), _Dropped),
-    MemoryEdit("where the first token of each step is not cached", ("C1",), _FirstDropped),
-    MemoryEdit("where nothing is cached after the first step", ("C1",), _PromptAlone),
-    MemoryEdit("where each step replaces what is cached", ("C1",), _LastStep),
-    MemoryEdit("where the last token of each step is cached twice", ("C1",), _Twice),
-    MemoryEdit("where each step is cached twice", ("C1",), _StepTwice),
-    MemoryEdit("where the last token alone of each step is cached", ("C1",), _LastAlone),
-    MemoryEdit("where the first token alone of each step is cached", ("C1",), _FirstAlone),
-    MemoryEdit("where each step writes over the newest cached token", ("C1",), _Overwritten),
-    MemoryEdit("with what row 0 has cached", (), _OtherRow),
-    MemoryEdit("with what the next row has cached", (), _NextRow),
-    MemoryEdit("with what the last row has cached", (), _LastRow),
+def _row(words: str, other: Callable[[int, int], int]) -> CacheEdit:
+    return CacheEdit(words, (), partial(_OtherRow, other))
+
+
+CACHE_EDITS: tuple[CacheEdit, ...] = (
+    CacheEdit("if a reset is ignored", ("C6",), _ResetIgnored),
+    CacheEdit("with the tokens of a closed sequence in front", ("C6",), _ClosedRowsReused),
+    CacheEdit("if all sequences share one cache", ("C7",), _OneForAll),
+    CacheEdit("with the tokens of all earlier programs in front", ("C6",), _OneForAll, across_programs=True),
+    CacheEdit("if the two sides of a fork share their cache", ("C11",), partial(_SharedCopies, False)),
+    CacheEdit("if an older handle shares its cache with the newer one", ("C4",), partial(_SharedCopies, True)),
+    CacheEdit("if the copy of a fork is empty", ("C11",), _EmptyCopy),
+    _truncated("if a truncation is ignored", ("C8",), lambda row, n: row),
+    _truncated("if a truncation keeps one token too many", (), lambda row, n: row[: n + 1]),
+    _truncated("if a truncation keeps one token too few", ("C8",), lambda row, n: row[: max(n - 1, 0)]),
+    _truncated("if a truncation empties the cache", ("C8",), lambda row, n: ()),
+    _truncated(
+        "if a truncation drops the number of tokens that it must keep",
+        ("C8",),
+        lambda row, n: row[: max(len(row) - n, 0)],
+    ),
+    _truncated("if a truncation keeps the newest tokens", ("C8",), lambda row, n: row[len(row) - n :]),
+    CacheEdit("if a reorder is ignored", ("C10",), _ReorderIgnored),
+    CacheEdit("if a reorder is applied twice", ("C10",), _ReorderTwice),
+    CacheEdit("if a reorder applies the inverse permutation", ("C10",), _ReorderInverse),
+    CacheEdit("with the tokens of a refused call", ("C12",), _RefusedAppends),
+    _cached("if the last token of each step is not cached", lambda past, new: (*past, *new[:-1])),
+    _cached("if the first token of each step is not cached", lambda past, new: (*past, *new[1:])),
+    _cached("if only the first step is cached", lambda past, new: past or new),
+    _cached("if each step replaces the cached tokens", lambda past, new: new or past),
+    _cached("if the last token of each step is cached twice", lambda past, new: (*past, *new, *new[-1:])),
+    _cached("if each step is cached twice", lambda past, new: (*past, *new, *new)),
+    _cached("if only the last token of each step is cached", lambda past, new: (*past, *new[-1:])),
+    _cached("if only the first token of each step is cached", lambda past, new: (*past, *new[:1])),
+    CacheEdit("if each step overwrites the newest cached token", ("C1",), _NewestOverwritten),
+    _row("with the cached tokens of row 0", lambda row, rows: 0),
+    _row("with the cached tokens of the next row", lambda row, rows: (row + 1) % rows),
+    _row("with the cached tokens of the last row", lambda row, rows: rows - 1),
 )

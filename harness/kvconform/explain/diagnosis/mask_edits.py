@@ -1,4 +1,4 @@
-"""Edits of what is seen: rules by which a query sees other tokens of its row than it must."""
+"""Mask edits: rules by which a query sees other tokens of its row than the causal mask and the window allow."""
 
 from __future__ import annotations
 
@@ -8,108 +8,128 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.explain.diagnosis.cache_edits import Token
+from kvconform.explain.diagnosis.cache_edits import CachedToken
 
 Flags = NDArray[np.bool_]
 Numbers = NDArray[np.int64]
 Rule = Callable[[Numbers, Numbers, Numbers, Numbers, int | None], Flags]
-"""Queries ``i (s, 1)`` and keys ``j (1, s)`` by position, the past and the count of the step that each query was a
-token of, ``(s, 1)``, and the window, to what is seen ``(s, s)``."""
+"""Takes the positions of queries ``i (s, 1)`` and keys ``j (1, s)``, the past and the count of the step that each query
+belongs to, ``p`` and ``q (s, 1)``, and the window; returns which keys each query sees, ``(s, s)``."""
+Steps = Callable[[Numbers, Numbers], Flags]
+"""Takes ``p`` and ``q`` and returns the queries whose steps have the mistake."""
 
 
 @dataclass(frozen=True)
-class SightEdit:
-    """words: ``without the newest cached token``. classes: the mistakes that it stands for, by the catalogue's ids."""
+class MaskEdit:
+    """A wrong mask.
+
+    words: completes "what the reference gives ...". classes: the ids of the mistakes that it may stand for; none where
+    several different mistakes look like it.
+    """
 
     words: str
     classes: tuple[str, ...]
     rule: Rule
+    steps: Steps = lambda p, q: p >= 0
 
-    def seen(self, row: Sequence[Token], window: int | None) -> Flags:
-        return np.broadcast_to(self.rule(*_numbers(row), window), (len(row), len(row)))
+    def seen(self, row: Sequence[CachedToken], window: int | None) -> Flags:
+        past, count = (np.array([token[which] for token in row], np.int64) for which in (1, 2))
+        return self.mask(past, count, window)
 
-    def right(self, row: Sequence[Token], window: int | None) -> Flags:
-        i, j, _past, _count = _numbers(row)
-        return _right(i, j, window)
+    def changed(self, row: Sequence[CachedToken], window: int | None) -> Flags:
+        """Where the edited mask differs from the right one."""
+        i = np.arange(len(row))
+        return np.asarray(self.seen(row, window) != causal(i[:, None], i[None, :], window))
 
-
-def _numbers(row: Sequence[Token]) -> tuple[Numbers, Numbers, Numbers, Numbers]:
-    i = np.arange(len(row))
-    past, count = (np.array([token[which] for token in row], np.int64).reshape(-1, 1) for which in (1, 2))
-    return i[:, None], i[None, :], past, count
-
-
-def _right(i: Numbers, j: Numbers, window: int | None) -> Flags:
-    return (j <= i) if window is None else (j <= i) & (j > i - window)
+    def mask(self, past: Numbers, count: Numbers, window: int | None) -> Flags:
+        """Which tokens each token sees ``(s, s)``; ``past`` and ``count (s,)``: of the step that each belongs to."""
+        i, j, p, q = np.arange(len(past))[:, None], np.arange(len(past))[None, :], past[:, None], count[:, None]
+        return np.where(self.steps(p, q), self.rule(i, j, p, q, window), causal(i, j, window))
 
 
-def _wider(by: int, chunks: bool = True, decodes: bool = True) -> Rule:
-    """The window is so much larger; in steps of one token alone, or of several."""
-
-    def rule(i: Numbers, j: Numbers, p: Numbers, q: Numbers, w: int | None) -> Flags:
-        there = ((q > 1) & chunks) | ((q == 1) & decodes)
-        return _right(i, j, w) if w is None else np.where(there, _right(i, j, w + by), _right(i, j, w))
-
-    return rule
+def causal(i: Numbers, j: Numbers, window: int | None) -> Flags:
+    """The right mask."""
+    seen: Flags = j <= i
+    return seen if window is None else seen & (j > i - window)
 
 
-def _no_window(where: Callable[[Numbers, Numbers], Flags]) -> Rule:
-    return lambda i, j, p, q, w: _right(i, j, w) | (where(p, q) & (j <= i))
+CACHED: Steps = lambda p, q: p > 0  # noqa: E731
+PROMPTS: Steps = lambda p, q: p == 0  # noqa: E731
+DECODES: Steps = lambda p, q: (p > 0) & (q == 1)  # noqa: E731
+CHUNKS: Steps = lambda p, q: (p > 0) & (q > 1)  # noqa: E731
+SINGLE: Steps = lambda p, q: q == 1  # noqa: E731
+SEVERAL: Steps = lambda p, q: q > 1  # noqa: E731
 
 
-SIGHTS: tuple[SightEdit, ...] = (
-    SightEdit("without the newest cached token", (), lambda i, j, p, q, w: _right(i, j, w) & (j != p - 1)),
-    SightEdit("without token 0", (), lambda i, j, p, q, w: _right(i, j, w) & ((j > 0) | (i == 0))),
-    SightEdit("without what is cached", (), lambda i, j, p, q, w: _right(i, j, w) & (j >= p)),
-    SightEdit(
-        "on token 0 and the step's own tokens", (), lambda i, j, p, q, w: _right(i, j, w) & ((j >= p) | (j == 0))
+def _wider(by: int) -> Rule:
+    return lambda i, j, p, q, w: causal(i, j, None if w is None else w + by)
+
+
+def _windowless(i: Numbers, j: Numbers, p: Numbers, q: Numbers, w: int | None) -> Flags:
+    return causal(i, j, None)
+
+
+def _top_left(i: Numbers, j: Numbers, p: Numbers, q: Numbers, w: int | None) -> Flags:
+    return causal(i - p, j, w)
+
+
+def _uncached(i: Numbers, j: Numbers, p: Numbers, q: Numbers, w: int | None) -> Flags:
+    return causal(i, j, w) & (j >= p)
+
+
+def _future(i: Numbers, j: Numbers, p: Numbers, q: Numbers, w: int | None) -> Flags:
+    return causal(i, j, w) | ((j > i) & (j < p + q))
+
+
+def _without_itself(i: Numbers, j: Numbers, p: Numbers, q: Numbers, w: int | None) -> Flags:
+    return causal(i, j, w) & (j < i)
+
+
+TOP_LEFT = "with the causal mask aligned to the top left"
+LATER = "with the later tokens of the step visible"
+MASK_EDITS: tuple[MaskEdit, ...] = (
+    MaskEdit("without the newest cached token", (), lambda i, j, p, q, w: causal(i, j, w) & (j != p - 1)),
+    MaskEdit("without token 0", (), lambda i, j, p, q, w: causal(i, j, w) & ((j > 0) | (i == 0))),
+    MaskEdit("without the cached tokens", (), _uncached),
+    MaskEdit("without the cached tokens in steps of several tokens", ("M2",), _uncached, CHUNKS),
+    MaskEdit(
+        "on token 0 and the tokens of the step", (), lambda i, j, p, q, w: causal(i, j, w) & ((j >= p) | (j == 0))
     ),
-    SightEdit("on the token alone", (), lambda i, j, p, q, w: (j == i) & (i >= 0)),
-    SightEdit("without the step's earlier tokens", (), lambda i, j, p, q, w: _right(i, j, w) & ((j < p) | (j == i))),
-    SightEdit(
-        "with the causal mask at the top left",
-        ("M1",),
-        lambda i, j, p, q, w: np.where(p > 0, _right(i - p, j, w), _right(i, j, w)),
+    MaskEdit("on the token itself only", (), lambda i, j, p, q, w: (j == i) & (i >= 0)),
+    MaskEdit(
+        "without the earlier tokens of the step", (), lambda i, j, p, q, w: causal(i, j, w) & ((j < p) | (j == i))
     ),
-    SightEdit(
-        "with the step's later tokens, where something is cached",
-        ("M2",),
-        lambda i, j, p, q, w: _right(i, j, w) | ((p > 0) & (j > i) & (j < p + q)),
+    MaskEdit(TOP_LEFT, ("M1",), _top_left, CACHED),
+    MaskEdit(f"{TOP_LEFT} in steps of several tokens", ("M1",), _top_left, CHUNKS),
+    MaskEdit(f"{TOP_LEFT} in decode steps", ("M1",), _top_left, DECODES),
+    MaskEdit(f"{LATER}, where tokens are cached", ("M2",), _future, CACHED),
+    MaskEdit(LATER, ("M2", "M4"), _future),
+    MaskEdit(f"{LATER} in prompts", ("M4",), _future, PROMPTS),
+    MaskEdit(
+        "with the next token visible", ("M3",), lambda i, j, p, q, w: causal(i, j, w) | ((j == i + 1) & (j < p + q))
     ),
-    SightEdit(
-        "with the step's later tokens", ("M2", "M4"), lambda i, j, p, q, w: _right(i, j, w) | ((j > i) & (j < p + q))
-    ),
-    SightEdit(
-        "with all the tokens of prompts",
-        ("M4",),
-        lambda i, j, p, q, w: _right(i, j, w) | ((p == 0) & (j > i) & (j < q)),
-    ),
-    SightEdit("with the next token", ("M3",), lambda i, j, p, q, w: _right(i, j, w) | ((j == i + 1) & (j < p + q))),
-    SightEdit("without the token itself", (), lambda i, j, p, q, w: _right(i, j, w) & (j < i)),
-    SightEdit(
-        "without the token itself, where something is cached",
-        (),
-        lambda i, j, p, q, w: _right(i, j, w) & ((j < i) | (p == 0)),
-    ),
-    SightEdit("with a window that is one larger", ("W1",), _wider(1)),
-    SightEdit("with a window that is one smaller", ("W1",), _wider(-1)),
-    SightEdit("with a window that is one larger in decode steps", ("W1", "W3"), _wider(1, chunks=False)),
-    SightEdit("with a window that is one smaller in decode steps", ("W1", "W3"), _wider(-1, chunks=False)),
-    SightEdit("with a window that is one larger in steps of several tokens", ("W1",), _wider(1, decodes=False)),
-    SightEdit("with a window that is one smaller in steps of several tokens", ("W1",), _wider(-1, decodes=False)),
-    SightEdit("without a window", ("W2",), _no_window(lambda p, q: q > 0)),
-    SightEdit("without a window in decode steps", ("W2",), _no_window(lambda p, q: (q == 1) & (p > 0))),
-    SightEdit("without a window in steps of several tokens", ("W2",), _no_window(lambda p, q: q > 1)),
-    SightEdit("without a window in prompts", ("W2",), _no_window(lambda p, q: p == 0)),
-    SightEdit("without a window where something is cached", ("W2",), _no_window(lambda p, q: p > 0)),
-    SightEdit(
+    MaskEdit("without the token itself", (), _without_itself),
+    MaskEdit("without the token itself, where tokens are cached", (), _without_itself, CACHED),
+    MaskEdit("without the token itself in decode steps", (), _without_itself, DECODES),
+    MaskEdit("with a window larger by one", ("W1",), _wider(1)),
+    MaskEdit("with a window smaller by one", ("W1",), _wider(-1)),
+    MaskEdit("with a window larger by one in decode steps", ("W1",), _wider(1), SINGLE),
+    MaskEdit("with a window smaller by one in decode steps", ("W1",), _wider(-1), SINGLE),
+    MaskEdit("with a window larger by one in steps of several tokens", ("W1",), _wider(1), SEVERAL),
+    MaskEdit("with a window smaller by one in steps of several tokens", ("W1",), _wider(-1), SEVERAL),
+    MaskEdit("without a window", ("W2",), _windowless),
+    MaskEdit("without a window in decode steps", ("W2",), _windowless, DECODES),
+    MaskEdit("without a window in steps of several tokens", ("W2",), _windowless, SEVERAL),
+    MaskEdit("without a window in prompts", ("W2",), _windowless, PROMPTS),
+    MaskEdit("without a window, where tokens are cached", ("W2",), _windowless, CACHED),
+    MaskEdit(
         "with the window of the step's last token",
         ("W4", "W5"),
-        lambda i, j, p, q, w: _right(i, j, w) if w is None else (j <= i) & (j > p + q - 1 - w),
+        lambda i, j, p, q, w: (j <= i) if w is None else (j <= i) & (j > p + q - 1 - w),
     ),
-    SightEdit(
+    MaskEdit(
         "with the window of the step's first token",
         ("W5",),
-        lambda i, j, p, q, w: _right(i, j, w) if w is None else (j <= i) & (j > p - w),
+        lambda i, j, p, q, w: (j <= i) if w is None else (j <= i) & (j > p - w),
     ),
 )

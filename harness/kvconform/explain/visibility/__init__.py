@@ -1,15 +1,15 @@
-"""Visibility maps: which tokens each output depends on, recovered from outside by changing one token at a time."""
+"""Visibility maps: which tokens each output depends on, measured from outside by changing one token at a time."""
 
 from __future__ import annotations
 
 import msgspec
 
-from kvconform.explain.visibility.measure import BLIND, MISSING, SEES, UNTOLD, Sight, remembered
+from kvconform.explain.visibility.measure import BLIND, MISSING, SEES, UNKNOWN, MeasuredMap, memoized
 from kvconform.explain.visibility.schedules import schedules
 from kvconform.worker.client import WorkerClient
 from kvconform_specs.config import Config
 
-__all__ = ["BLIND", "FORBIDDEN", "MISSING", "REQUIRED", "SEES", "UNTOLD", "Difference", "Map", "maps"]
+__all__ = ["BLIND", "FORBIDDEN", "MISSING", "REQUIRED", "SEES", "UNKNOWN", "Difference", "Map", "maps"]
 
 FORBIDDEN, REQUIRED = "seen but forbidden", "not seen but required"
 Difference = tuple[int, int, str]
@@ -17,30 +17,29 @@ Difference = tuple[int, int, str]
 
 
 class Map(msgspec.Struct, frozen=True, kw_only=True):
-    """What each of ``n`` tokens' outputs sees of ``n`` tokens under one schedule.
-
-    schedule: ``full`` (the backend's own cache-less forward), ``prefill`` (one append), ``chunked``, ``decode``,
-    ``rows`` (two rows that grow together), ``sequences`` (three, the last one after the first is closed). sizes: the
-    counts of the appends, of each row or sequence. rows: how many rows or sequences; the ``n`` tokens are those of the
-    first, then those of the second, and so on.
-    wanted: a string for each output, a character for each token: ``x`` must be seen, ``.`` must not, ``?`` not
-    resolvable: the bounds do not allow to say, blank: there is no such output (claim ``returns="last"``). seen: ``x``
-    moved, ``.`` did not, ``?`` cannot be told (``notes`` say why), blank: no output came.
-    stopped: the words of an exception that ended the schedule, whose outputs are then missing in ``seen``.
-    notes: what else was noticed, one sentence each.
-    """
+    """Which of ``n`` tokens the output of each of them sees under one schedule."""
 
     schedule: str
+    """`full` (the backend's own uncached forward), `prefill` (one append), `chunked`, `decode`, `rows` (two rows that
+    grow together) or `sequences` (three, the last of which starts after the first is closed)."""
     sizes: list[int]
+    """Tokens of each append, of every row or sequence."""
     wanted: list[str]
+    """A string for each output, a character for each token: `x` must be seen, `.` must not, `?` not resolvable within
+    the bounds, blank: there is no such output (claim `returns="last"`)."""
     seen: list[str]
+    """The same for what was measured: `x` the output moved, `.` it did not, `?` unknown (`notes` say why), blank: no
+    output came."""
     stopped: str = ""
+    """The exception that ended the schedule, whose later outputs are then missing in `seen`."""
     rows: int = 1
+    """How many rows or sequences; the `n` tokens are those of the first, then those of the second, and so on."""
     notes: list[str] = []
+    """What else was noticed, one sentence each."""
 
     @property
     def differences(self) -> list[Difference]:
-        """Where ``seen`` is not what is ``wanted``, output by output."""
+        """Where ``seen`` differs from ``wanted``, output by output."""
         kinds = {(BLIND, SEES): FORBIDDEN, (SEES, BLIND): REQUIRED}
         return [
             (query, key, kinds[pair])
@@ -51,13 +50,13 @@ class Map(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def right(self) -> bool:
-        """Whether every output came, could be told, and sees what it must."""
-        return not self.stopped and not self.differences and not any(UNTOLD in line for line in self.seen)
+        """Whether every output came, is known, and sees what it must."""
+        return not self.stopped and not self.differences and not any(UNKNOWN in line for line in self.seen)
 
     @property
     def unresolved(self) -> int:
-        """How many cells the bounds do not allow to judge."""
-        return sum(line.count(UNTOLD) for line in self.wanted)
+        """How many cells cannot be judged within the bounds."""
+        return sum(line.count(UNKNOWN) for line in self.wanted)
 
     def place(self, token: int) -> tuple[int, int]:
         """Row, or sequence, and position of one of the ``n`` tokens."""
@@ -68,38 +67,38 @@ def maps(client: WorkerClient, config: Config) -> list[Map]:
     """The maps of a backend under one config, one for each schedule that its claims allow; none where it does not take
     the config. Raises WorkerDied.
 
-    Where outputs change from run to run though no token does, one schedule tells so, and only sequences are looked at
-    further: each run of them on a fresh process.
+    Where outputs differ between runs of the same tokens, the first schedule says so, and of the others only sequences
+    are measured, each run in a fresh process.
     """
     claims = client.claims
     if config.profile not in claims.profiles or config.dtype not in claims.dtypes or client.build(config) is not None:
         return []
-    own = None if client.reference_forward is None else remembered(client.reference_forward(config))
+    own = None if client.reference_forward is None else memoized(client.reference_forward(config))
     found: list[Map] = []
     starts, fresh = client.starts, False
     for schedule in schedules(config, claims):
         if fresh and schedule.name != "sequences":
             continue
-        sight = Sight(client, config, own, schedule, starts, fresh)
-        found.append(_map(sight))
-        if sight.unsteady and not fresh:
+        measured = MeasuredMap(client, config, own, schedule, starts, fresh)
+        found.append(_map(measured))
+        if measured.unsteady and not fresh:
             fresh = True
             if schedule.name == "sequences":
-                found[-1] = _map(Sight(client, config, own, schedule, starts, fresh))
+                found[-1] = _map(MeasuredMap(client, config, own, schedule, starts, fresh))
     return found
 
 
-def _map(sight: Sight) -> Map:
-    sight.look()
-    schedule = sight.schedule
+def _map(measured: MeasuredMap) -> Map:
+    measured.measure()
+    schedule = measured.schedule
     return Map(
         schedule=schedule.name,
         sizes=list(schedule.sizes),
         rows=schedule.rows,
-        wanted=_lines(sight.wanted().tolist()),
-        seen=_lines(sight.seen().tolist()),
-        stopped=sight.stopped,
-        notes=sight.notes,
+        wanted=_lines(measured.wanted().tolist()),
+        seen=_lines(measured.seen().tolist()),
+        stopped=measured.stopped,
+        notes=measured.notes,
     )
 
 

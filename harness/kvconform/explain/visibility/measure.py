@@ -1,11 +1,10 @@
-"""Looking: one schedule of one backend, run as it is and with each token changed.
+"""Measuring one schedule of one backend: it is run unchanged, and once with each token changed.
 
-Every cell is measured directly, by runs of the same shapes: the schedule as it is, once more to see whether outputs
-repeat, then once for each token with that token changed. A cell that must not be seen is compared bit for bit. A cell
-that must be seen is judged only where the truth moves by more than the two bounds together; where it does not, other
-contents are tried, then, in the attention profile, needles. Those tell there, too, whether a token sees itself: its own
-query, which would move the output as well, is then the needle's and stays. In other profiles a token always moves its
-own output.
+Every cell is measured by runs of the same shapes: the schedule as it is, once more to see whether outputs repeat, then
+once for each token with that token changed. A cell that must not be seen is compared bit for bit. A cell that must be
+seen is judged only where the reference moves by more than the two bounds together; where it does not, other contents
+are tried, then, in the attention profile, needles. Needles also show whether a token sees itself: its own query, which
+would move the output as well, is then the needle's and stays. In other profiles a token always moves its own output.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvconform.explain.visibility.schedules import NAMES, Schedule
-from kvconform.judging.judge import conforming
+from kvconform.judging.judge import observe
 from kvconform.judging.observed import Array, Observed, pairs
 from kvconform.judging.outputs import wavers
+from kvconform.judging.render import render
 from kvconform.worker.client import WorkerClient
 from kvconform_specs.claims import Precision
 from kvconform_specs.config import Config
@@ -29,38 +29,38 @@ from kvconform_specs.program import Append, Program, UncachedForward
 from kvconform_specs.reference.oracle import Expected, ReferenceForward, expect
 
 SEEDS = (3, 1_409, 2_718)
-"""Contents that are tried one after another while a cell is not resolved."""
-SEES, BLIND, UNTOLD, MISSING = "x", ".", "?", " "
+"""Streams that are tried one after another while a cell is not resolved."""
+SEES, BLIND, UNKNOWN, MISSING = "x", ".", "?", " "
 
 
-def remembered(own: ReferenceForward) -> ReferenceForward:
-    """A black box's own forward, run once for each input: all schedules have one truth."""
+def memoized(own: ReferenceForward) -> ReferenceForward:
+    """A black box's own forward, run once for each input."""
     known: dict[tuple[bytes, tuple[int, ...], float, float, int], Array] = {}
 
-    def asked(inputs: Array, storage: float, accumulation: float, seed: int) -> Array:
+    def forward(inputs: Array, storage: float, accumulation: float, seed: int) -> Array:
         key = inputs.tobytes(), inputs.shape, storage, accumulation, seed
         if key not in known:
             known[key] = own(inputs, storage, accumulation, seed)
         return known[key]
 
-    return asked
+    return forward
 
 
 @dataclass(frozen=True)
 class _Ran:
-    """A program as relations look at it. Outputs from step ``stop`` on are missing, and NaN here; ``words`` say why."""
+    """A program and its outputs. Those from step ``stop`` on are missing, and NaN here; ``words`` say why."""
 
     observed: Observed
     stop: int
     words: str
 
 
-class Sight:
-    """What one schedule shows: ``wanted`` and ``seen`` after ``look``, arrays ``(n, n)``, outputs by tokens.
+class MeasuredMap:
+    """What one schedule shows: ``wanted`` and ``seen`` after ``measure``, arrays ``(n, n)``, outputs by tokens.
 
-    starts: how often the backend had been started before anything was looked at. fresh: each run is on a fresh process,
-    and of three sequences only the first one's tokens are changed. unsteady: outputs changed from run to run, by more
-    than the bounds, though no token did.
+    starts: how often the backend had been started before the first schedule. fresh: each run is in a fresh process, and
+    of three sequences only the first one's tokens are changed. unsteady: outputs differ between runs of the same
+    tokens, by more than the bounds.
     """
 
     def __init__(
@@ -80,17 +80,17 @@ class Sight:
         self.stopped, self.notes, self.unsteady, self.tried = "", list[str](), False, 0
         # cells: an output is asked for; it came
         self.asked, self.came = np.zeros((n, n), bool), np.zeros((n, n), bool)
-        # its history is the same; it moved nevertheless
+        # its history is the same; it moved all the same
         self.banned, self.leaked = np.zeros((n, n), bool), np.zeros((n, n), bool)
-        # the truth moves by more than the bounds; the output moved as well
+        # the reference moves by more than the bounds; the output moved as well
         self.required, self.felt = np.zeros((n, n), bool), np.zeros((n, n), bool)
-        # the truth has not moved by a bit yet; the output has; by more than the bounds
+        # the reference has not moved by a bit yet; the output has; by more than the bounds
         self.still, self.moved, self.far = np.ones((n, n), bool), np.zeros((n, n), bool), np.zeros((n, n), bool)
-        # outputs: repeat to the bit; cannot be told; are no numbers. tokens: were changed
-        self.steady, self.untold = np.ones(n, bool), np.zeros(n, bool)
+        # outputs: repeat to the bit; are unknown; are not finite. tokens: were changed
+        self.steady, self.unknown = np.ones(n, bool), np.zeros(n, bool)
         self.infinite, self.changed = np.zeros(n, bool), np.zeros(n, bool)
 
-    def look(self) -> None:
+    def measure(self) -> None:
         for seed in SEEDS:
             first = seed == SEEDS[0]
             tokens = list(range(self.n)) if first else self.open_tokens()
@@ -111,53 +111,53 @@ class Sight:
             for token in self.open_tokens(aimed=True):
                 self.compare(self.run(SEEDS[0], aimed=token), self.run(SEEDS[0], token, aimed=token), token, aimed=True)
         if self.infinite.any():
-            self.untold |= self.infinite
-            self.notes.append(f"no finite numbers: {_outputs(self.infinite)}")
+            self.unknown |= self.infinite
+            self.notes.append(f"{_outputs(self.infinite)} is not finite")
         if self.fresh:
-            self.notes.append("each run is on a fresh process; only the first sequence's tokens were changed")
+            self.notes.append("each run is in a fresh process; only the first sequence's tokens were changed")
 
     def open_tokens(self, aimed: bool = False) -> list[int]:
-        """The tokens with a cell that must perhaps be seen and is not resolved."""
-        unresolved = self.came & ~self.banned & ~self.required & ~self.untold[:, None]
+        """The tokens with a cell that may have to be seen and is not resolved."""
+        unresolved = self.came & ~self.banned & ~self.required & ~self.unknown[:, None]
         if self.needles and not aimed:
             np.fill_diagonal(unresolved, False)
         return [int(token) for token in np.flatnonzero(unresolved.any(axis=0))]
 
     def wanted(self) -> NDArray[np.str_]:
-        # a black box's own forward that never moved does not look there: of its windows nothing else is known
+        # where a black box's own forward never moved, it does not see: its window is not known otherwise
         unseen = self.still & ~self.required & (self.own is not None) & (self.tried == len(SEEDS))
-        return np.select([~self.asked, self.banned | unseen, self.required], [MISSING, BLIND, SEES], UNTOLD)
+        return np.select([~self.asked, self.banned | unseen, self.required], [MISSING, BLIND, SEES], UNKNOWN)
 
     def seen(self) -> NDArray[np.str_]:
         which = [self.banned, self.required, self.wanted() == BLIND]
         sees = np.select(which, [self.leaked, self.felt, self.far], self.moved)
-        untold = self.asked & (self.untold[:, None] | ~self.changed)
-        return np.select([untold, ~self.came], [UNTOLD, MISSING], np.where(sees, SEES, BLIND))
+        unknown = self.asked & (self.unknown[:, None] | ~self.changed)
+        return np.select([unknown, ~self.came], [UNKNOWN, MISSING], np.where(sees, SEES, BLIND))
 
     # --- running ---
     def run(self, seed: int, changed: int | None = None, aimed: int | None = None, looked: bool = True) -> _Ran:
-        """A run of the schedule; ``looked`` False: only what must come of it."""
+        """A run of the schedule; ``looked`` False: only what the reference gives."""
         claims = self.client.claims
         program = self.schedule.program(self.config, claims, seed, changed, aimed)
         if self.fresh and looked:
             self.client.fresh()
         trace = self.client.run(program, (0,)).apart()[0] if looked else ()
-        expected = self.truth(program)
-        words, wants, outputs = conforming(program, trace, claims, expected)
+        expected = self.expected(program)
+        observed, mismatch = observe(program, trace, claims, expected)
+        wants, outputs, words = [*observed.expected], [*observed.outputs], ""
         stop = len(wants)
-        if words is not None:
-            _words, wants, outputs = conforming(program, trace[:stop], claims, expected)
-            words = words if changed is None else f"with token {changed} changed: {words}"
+        if mismatch is not None:
+            words = render(mismatch) if changed is None else f"with token {changed} changed: {render(mismatch)}"
             self.stopped = self.stopped or words
         for want in expected[stop:]:
             last = want is not None and claims.returns == "last" and self.schedule.name != "full"
             wants.append(want.last() if want is not None and last else want)
             shape = None if want is None else (1, len(want.counts), 1 if last else max(want.counts))
             outputs.append(None if shape is None else np.full((*shape, self.config.outputs), np.nan))
-        return _Ran(Observed(program, trace, wants, outputs, claims), stop, words or "")
+        return _Ran(Observed(program, trace, wants, outputs, claims), stop, words)
 
-    def truth(self, program: Program) -> tuple[Expected | None, ...]:
-        """What must come of the program. A row has one truth, computed once and cut, however it is run."""
+    def expected(self, program: Program) -> tuple[Expected | None, ...]:
+        """What the reference gives for the program. A row is computed once and cut, however it is run."""
         precision, step = self.client.claims.precision, program.steps[0]
         if self.own is not None:
             return expect(program, (0,), precision, self.own)
@@ -175,7 +175,7 @@ class Sight:
 
     # --- comparing ---
     def repeat(self, base: _Ran, again: _Ran) -> None:
-        """Tells outputs that differ from run to run though nothing was changed."""
+        """Notes outputs that differ between two runs of the same tokens."""
         worse = np.zeros(self.n, bool)
         for _base, _again, number, row, column, _same in pairs((base.observed, again.observed)):
             query = self.query(base.observed, number, row, column)
@@ -186,12 +186,12 @@ class Sight:
             self.steady[query] = np.array_equal(mine, its, equal_nan=True)
             if not self.steady[query]:
                 worse[query] = not bool(np.all(abs(mine - its) <= 2 * base.observed.want(number).bound[:, row, column]))
-        self.untold |= worse
+        self.unknown |= worse
         self.unsteady = bool(worse.any())
         if self.unsteady:
-            self.notes.append(f"changes from run to run, though no token does: {_outputs(worse)}")
+            self.notes.append(f"not repeatable: {_outputs(worse)} differs between runs of the same tokens")
         elif not self.steady.all():
-            self.notes.append(f"differs from run to run, but within its bound: {_outputs(~self.steady)}")
+            self.notes.append(f"{_outputs(~self.steady)} differs between runs of the same tokens, within its bound")
 
     def compare(self, base: _Ran, other: _Ran, token: int, aimed: bool = False) -> None:
         for _base, _other, number, row, column, same in pairs((base.observed, other.observed)):
@@ -222,7 +222,7 @@ class Sight:
             return
         resolvable = response > bounds
         self.required[cell] = bool(resolvable.any())
-        # as much as it must, or more than rounding can: how much a wrong output moves says nothing about its mask
+        # as much as it must, or more than rounding allows: how much a wrong output moves says nothing about its mask
         self.felt[cell] = far or (came and bool(np.all((moves >= response - bounds) | ~resolvable)))
         self.still[cell] &= not response.any()
         self.moved[cell] |= differs
@@ -239,12 +239,12 @@ class Sight:
 
 @lru_cache(maxsize=512)
 def _defined(program: Program, precision: Precision) -> tuple[Expected | None, ...]:
-    """The definition's; the same programs are run on one backend after another."""
+    """What the definition gives; other backends run the same programs."""
     return expect(program, (0,), precision)
 
 
 def _part(want: Expected, start: int, stop: int) -> Expected:
-    """What an append of these tokens of the one row must give."""
+    """What an append of these tokens of the only row must give."""
     (row,), part = want.rows, slice(start, stop)
     return Expected((row[:stop],), (stop - start,), want.real[:, part], 1, lambda kind: want.numbers(kind)[:, :, part])
 

@@ -1,4 +1,4 @@
-"""Schedules: the ways in which a few tokens are run, so that it shows what their outputs depend on."""
+"""Schedules: the ways in which a few tokens are run, to measure what their outputs depend on."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kvconform_specs.program import Append, Close, Program, Step, UncachedForwar
 from kvconform_specs.tensors import Streams
 
 TOKENS, MOST_TOKENS, PAST_WINDOW = 8, 12, 3
-"""How many tokens a schedule has; where there is a window, so many more than it shows, so that eviction is seen."""
+"""Tokens of a schedule: by default, at most, and beyond a window so that eviction shows."""
 ROW_TOKENS, ROWS = 5, 2
 SEQUENCE_TOKENS, NAMES = 3, "abc"
-"""How many tokens each of two rows has, and each of the sequences of these names."""
+"""Tokens of each of two rows, and of each of the sequences of these names."""
 OTHER, TRIES = 1_000_003, 32
-"""How far the stream of a changed token is from that of the token, and how many of them are tried for another token."""
+"""How far the stream of a changed token is from the token's own, and how many streams are tried for another token."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Schedule:
     def program(
         self, config: Config, claims: Claims, seed: int, changed: int | None = None, aimed: int | None = None
     ) -> Program:
-        """The schedule on streams ``seed + row``. changed: a token that is another one. aimed: a token; every query
-        points at the key at its position of its own row (attention profile)."""
+        """The schedule on streams ``seed + row``. changed: the token that is replaced. aimed: a token; each query
+        points at the key at its position in its own row (attention profile)."""
         row, position = divmod(-1 if changed is None else changed, self.length)
         swap = () if changed is None else (row, position, other(config, seed + row, position))
         aim = None if aimed is None else (seed, aimed % self.length)
@@ -60,7 +60,7 @@ class Schedule:
     def _appends(
         self, seq: str, rows: int, seed: int, swap: tuple[int, ...], aim: tuple[int, int] | None
     ) -> Iterator[Step]:
-        """``swap``: row, position and stream of the token that is another one; empty: none is."""
+        """``swap``: row, position and stream of the replaced token; empty: none is."""
         length = 0
         for size in self.sizes:
             here = bool(swap) and length <= swap[1] < length + size
@@ -69,7 +69,7 @@ class Schedule:
 
 
 def schedules(config: Config, claims: Claims) -> Iterator[Schedule]:
-    """The schedules within a backend's claims; sequences come last."""
+    """The schedules within a backend's claims, sequences last."""
     n = min(TOKENS if config.window is None else config.window + PAST_WINDOW, MOST_TOKENS)
     n = min(max(n, TOKENS), config.capacity)
     longest = min(claims.max_chunk or n, n)
@@ -85,7 +85,7 @@ def schedules(config: Config, claims: Claims) -> Iterator[Schedule]:
 
 
 def _cut(first: tuple[int, ...], n: int, longest: int) -> tuple[int, ...]:
-    """``n`` tokens in these sizes and what remains, none longer than ``longest``."""
+    """``n`` tokens in these sizes and a rest, none longer than ``longest``."""
     sizes: list[int] = []
     for size in (*first, *(longest,) * n):
         sizes.append(min(size, longest, n - sum(sizes)))
@@ -93,7 +93,7 @@ def _cut(first: tuple[int, ...], n: int, longest: int) -> tuple[int, ...]:
 
 
 def other(config: Config, seed: int, position: int) -> int:
-    """A stream with another token there; of a small vocabulary the next stream may have the same."""
+    """A stream with another token there; with a small vocabulary, the next stream may have the same token."""
     streams = Streams(config, position + 1, (0,))
     candidates = [seed + OTHER * further for further in range(1, TRIES)]
     mine = streams.tape(seed)[:, position]

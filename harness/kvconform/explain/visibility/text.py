@@ -1,4 +1,4 @@
-"""Visibility maps as text: expected and seen side by side, and in words for those who cannot see a picture.
+"""Visibility maps as text: expected and seen side by side, and in words.
 
 Tokens are counted from 0, as positions are.
 """
@@ -13,7 +13,7 @@ from kvconform.explain.visibility import FORBIDDEN, MISSING, REQUIRED, SEES, Map
 from kvconform.explain.visibility.measure import listed
 
 MARKS = {FORBIDDEN: "+", REQUIRED: "-"}
-LEGEND = "x sees   . does not   ? cannot be told   + sees and must not   - does not see and must"
+LEGEND = "x sees   . does not see   ? unknown   + sees and must not   - does not see and must"
 
 Span = tuple[int, int, int]
 """Position of an output, and of the first and the last of the tokens side by side that it sees or misses."""
@@ -35,9 +35,9 @@ def steps(one: Map) -> dict[int, int]:
 
 
 def drawing(one: Map) -> str:
-    """Lines of text: the title with what is wrong in words, then expected and seen, side by side.
+    """Lines of text: the title with the differences in words, then expected and seen, side by side.
 
-    A difference is marked in ``seen`` by its sign and at the end of its line.
+    A difference is marked by its sign in ``seen``, and at the end of its line.
     """
     n, starts = len(one.wanted), steps(one)
     marks = {(query, key): MARKS[kind] for query, key, kind in one.differences}
@@ -63,10 +63,21 @@ def words(one: Map) -> str:
         parts.append(f"{missing}stopped at {one.stopped}")
     parts += one.notes
     if one.right:
-        parts.insert(0, "as demanded")
+        parts.insert(0, "as expected")
     if one.unresolved:
         parts.append(f"{one.unresolved} cell{'s are' if one.unresolved > 1 else ' is'} not resolvable")
-    return f"{title(one)}: {'; '.join(parts) or 'cannot be told'}"
+    return f"{title(one)}: {'; '.join(parts) or 'unknown'}"
+
+
+def coverage(maps: Sequence[Map]) -> str:
+    """``full, prefill, chunked 3+2+1+2, decode (8 tokens); rows 2+1+2 (2 rows of 5 tokens)``: what maps cover."""
+    titles: dict[str, list[str]] = defaultdict(list)
+    for one in maps:
+        tokens = len(one.wanted) // one.rows
+        titles[f"{tokens} tokens" if one.rows == 1 else f"{one.rows} {_noun(one)}s of {tokens} tokens"].append(
+            title(one)
+        )
+    return "; ".join(f"{', '.join(of)} ({size})" for size, of in titles.items())
 
 
 def _spaced(one: Map, cells: Iterable[str]) -> str:
@@ -98,7 +109,7 @@ def _token(positions: Sequence[int]) -> str:
     return f"token{'s' if len(positions) > 1 else ''} {listed(positions)}"
 
 
-# --- differences, as few sentences as they need ---
+# --- differences, in as few sentences as possible ---
 def _phrases(one: Map) -> list[str]:
     spans: dict[tuple[str, str, int, int], list[Span]] = defaultdict(list)
     for (kind, why, row, other, i), keys in _keys(one).items():
@@ -122,7 +133,7 @@ def _phrases(one: Map) -> list[str]:
 
 
 def _only(one: Map, row: int, queries: list[int]) -> str:
-    """What outputs that miss something see, where that is the same few tokens of their own row for all of them."""
+    """What the outputs see that miss something, where all see the same few tokens of their own row."""
     each = len(one.wanted) // one.rows
     seen = {tuple(i for i, cell in enumerate(one.seen[row * each + query]) if cell == SEES) for query in queries}
     (first, *others) = seen
@@ -132,7 +143,7 @@ def _only(one: Map, row: int, queries: list[int]) -> str:
 
 
 def _keys(one: Map) -> dict[tuple[str, str, int, int, int], list[int]]:
-    """Positions that are seen or missed, by kind, reason, the output's row, theirs, and the output's position."""
+    """Positions that are wrongly seen or missed, by kind, reason, row of the output, row of the token, and output."""
     found: dict[tuple[str, str, int, int, int], list[int]] = defaultdict(list)
     for query, key, kind in one.differences:
         (row, i), (other, j) = one.place(query), one.place(key)
@@ -142,7 +153,7 @@ def _keys(one: Map) -> dict[tuple[str, str, int, int, int], list[int]]:
 
 
 def _grouped(items: list[Span]) -> Iterable[tuple[list[int], Form]]:
-    """Outputs whose spans have one form, largest group first."""
+    """Outputs whose spans have the same form, the largest group first."""
     left = list(items)
     while left:
         counted = Counter(form for item in left for form in _forms(item))

@@ -1,0 +1,87 @@
+"""Names that modules with a KV cache give to parameters, methods, fields and sizes, the likeliest first."""
+
+from __future__ import annotations
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+TOKENS = frozenset(_words("input_ids ids idx in_idx tokens token_ids input_tokens indices"))
+"""First parameters that are token ids; others are also tried as hidden states."""
+SELF_ATTENTION = (("query", "key", "value"), ("q", "k", "v"), ("queries", "keys", "values"))
+"""Parameters that all take the same hidden states in self-attention."""
+PASTS = frozenset(
+    _words("""
+    past past_kv past_kvs past_key_values past_key_value past_kv_cache past_cache past_states layer_past layer_pasts
+    kv kvs kv_cache kv_caches cache caches cached_kv cache_kv layer_cache prev_kv prev state key_value_cache pasts
+    presents memory_kv kv_past incremental_state inference_params cache_params kv_state past_state kv_memory
+""")
+)
+"""Parameters that take a past."""
+PAIRS = (
+    ("past_k", "past_v"),
+    ("past_key", "past_value"),
+    ("past_keys", "past_values"),
+    ("k_cache", "v_cache"),
+    ("cache_k", "cache_v"),
+    ("cached_k", "cached_v"),
+    ("key_cache", "value_cache"),
+    ("k_past", "v_past"),
+    ("prev_k", "prev_v"),
+)
+"""Pairs of parameters that together take a past."""
+FLAGS = frozenset(
+    _words("""
+    use_cache use_kv_cache use_kv use_past return_present return_presents return_past return_kv return_cache
+    return_kv_cache return_past_kv cache_kv update_cache cached kv_cache cache
+""")
+)
+"""Switches; those also in ``PASTS`` are switches if their default or annotation is a bool."""
+MASKS = frozenset(_words("attention_mask mask attn_mask causal_mask attn_bias src_mask tgt_mask"))
+"""Parameters that take a mask."""
+OFFSETS = frozenset(
+    _words("""
+    start_pos pos start start_position offset position past_length past_len cur_pos current_pos cache_len
+    cache_length seq_offset position_offset pos_offset step start_idx
+""")
+)
+"""Positions that are usually the index of the first new token."""
+POSITIONS = frozenset(_words("position_ids positions pos_ids cache_position cache_positions input_pos"))
+"""Positions that are usually a tensor with one entry per new token."""
+RESETS = _words("""
+    reset_kv_cache reset_cache reset_kv_caches reset_caches clear_kv_cache clear_cache clear_caches empty_cache
+    flush_cache reset_past reset_state reset clear setup_caches setup_cache init_kv_cache init_cache init_caches
+    allocate_cache allocate_kv_cache enable_cache set_kv_cache setup_kv_cache setup_kv_caches enable_kv_cache
+    start_sequence new_sequence
+""")
+"""Methods that start a sequence in a module that owns its cache."""
+MAKERS = _words("""
+    make_cache make_kv_cache init_cache init_kv_cache init_caches new_cache create_cache empty_cache get_cache
+    build_cache allocate_cache make_caches new_kv_cache create_kv_cache initial_cache init_state initial_state
+    make_empty_cache empty_past init_past make_past
+""")
+"""Methods, or functions beside the target, that create an empty past."""
+OUTPUTS = _words("logits last_hidden_state hidden_states output out y x attn_output hidden")
+"""Fields of a returned dict or object that hold the output."""
+PRESENTS = _words("""
+    past_key_values present_key_values present_key_value past_key_value past_kv present presents present_kv past
+    cache kv_cache kv new_cache layer_past state caches
+""")
+"""Fields of a returned dict or object that hold the present."""
+# sizes, read from constructor arguments, attributes and config objects
+WIDTHS = _words("""
+    d_model dim d_in embed_dim emb_dim hidden_size n_embd n_embed width model_dim hidden_dim d_embed embedding_dim
+    dim_model in_features d C E
+""")
+CAPACITIES = _words("""
+    context_length sequence_len sequence_length max_seq_len max_seq_length block_size max_len max_length n_positions
+    max_position_embeddings n_ctx ctx_len context_len max_context max_context_length max_positions max_tokens
+    cache_len max_cache_len seq_len seq_length capacity
+""")
+VOCABULARIES = _words("vocab_size n_vocab vocabulary vocabulary_size num_tokens n_tokens vocab")
+HEADS = _words("n_heads num_heads n_head nheads num_attention_heads heads n_q_heads h H")
+KV_HEADS = _words("n_kv_heads num_kv_heads num_key_value_heads n_kv_head kv_heads n_kv_groups num_kv_groups")
+HEAD_DIMS = _words("head_dim d_head head_size d_k dim_head")
+LAYERS = _words("n_layers num_layers n_layer num_hidden_layers depth layers L n_blocks")
+WINDOWS = _words("window window_size sliding_window attention_window local_window")

@@ -1,0 +1,143 @@
+"""Measures a target by trial: its vocabulary, how many rows and tokens it takes, and the shape of its past."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from kvconform_backends.targets.module import identifiers
+from kvconform_backends.targets.module.beginnings import Beginnings
+from kvconform_backends.targets.module.calls import leaves
+from kvconform_backends.targets.module.past import contents, described, frozen, grown_axis, sizes
+from kvconform_backends.targets.module.recognised import CAPACITY, ProbedTarget, Recognised
+from kvconform_backends.targets.module.trials import LENGTH, MANY_ROWS, MIN_CAPACITY, PROMPT, Trials
+from kvconform_backends.targets.third_party import largest
+
+
+class Measurements(Trials):
+    """Each ``measure_`` method stores its results in the given ``Recognised``."""
+
+    def __init__(self, target: ProbedTarget, beginnings: Beginnings) -> None:
+        super().__init__(target)
+        self.beginnings = beginnings
+
+    def vocabulary(self, made: Recognised) -> int:
+        """The number of token ids: the size of the embedding that receives them, else the largest that works."""
+        tables = self._embeddings(made)
+        made.reserved = tuple(m.padding_idx for m in tables if m.padding_idx is not None)
+        known = [m.num_embeddings for m in tables]
+        known += [value for value, _name in self.target.reported(identifiers.VOCABULARIES)]
+        for count in (*known, made.outputs):
+            if self.runs(replace(made, vocabulary=count), LENGTH, count - 1):
+                return count
+        return largest(2, max(2, made.outputs), lambda count: self.runs(made, LENGTH, count - 1))
+
+    def _embeddings(self, made: Recognised) -> list[nn.Embedding]:
+        """The embeddings that are called with the token ids themselves."""
+        if not isinstance(self.target.module, nn.Module):
+            return []
+        x = self.sample(made, LENGTH)
+        found: list[nn.Embedding] = []
+
+        def seen(table: Any, inputs: tuple[Any, ...]) -> None:
+            ids = inputs[0]
+            if isinstance(ids, Tensor) and ids.numel() == x.size and np.array_equal(ids.numpy().reshape(x.shape), x):
+                found.append(table)
+
+        caller = self.caller(made.convention)
+        tables = [m for m in caller.module.modules() if isinstance(m, nn.Embedding)]
+        hooks = [table.register_forward_pre_hook(seen) for table in tables]
+        caller.uncached(x)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    def widths(self) -> list[int]:
+        """Candidates for the width of hidden states, the likeliest first."""
+        target = self.target
+        found = [value for value, _name in target.reported(identifiers.WIDTHS)]
+        if isinstance(target.module, nn.Module):
+            for part in target.module.modules():
+                if isinstance(part, nn.Linear):
+                    found.append(part.in_features)
+                elif isinstance(part, nn.LayerNorm):
+                    found.append(part.normalized_shape[-1])
+            matrices: list[Any] = list(target.module.parameters())
+        else:
+            matrices = leaves(dict(target.namespace), 2) + leaves(target.module, 2)
+        found += [int(size) for x in matrices if x.ndim > 1 for size in x.shape]
+        return list(dict.fromkeys(found))
+
+    def _limiting(self, made: Recognised) -> tuple[bool, ...]:
+        """Which calls limit it: uncached ones, and first cached ones if earlier trials leave nothing in the cache."""
+        return (False, True) if made.rank[0] and made.restarts else (False,)
+
+    def measure_rows(self, made: Recognised) -> None:
+        """The maximum number of rows, if it takes two."""
+        for cached in self._limiting(made) if made.batch == 2 else ():
+            if not self.runs(made, PROMPT, cached=cached, rows=MANY_ROWS):
+                made.refusal = self.raised
+                rows = largest(2, MANY_ROWS - 1, lambda n: self.runs(made, PROMPT, cached=cached, rows=n))  # noqa: B023
+                made.rows = rows if made.rows is None else min(rows, made.rows)
+
+    def measure_capacity(self, made: Recognised) -> None:
+        """The maximum length of a sequence: what the target reports, as far as its calls take it."""
+        value, name = next(self.target.reported(identifiers.CAPACITIES), (CAPACITY, ""))
+        made.capacity, made.capacity_from = min(value, CAPACITY), name
+        for cached in self._limiting(made):
+            if not self.runs(made, made.capacity, cached=cached):
+                low = largest(LENGTH, made.capacity, lambda n: self.runs(made, n, cached=cached))  # noqa: B023
+                made.capacity, made.capacity_from = low, f"longest {'prompt' if cached else 'input without a cache'}"
+                if low < MIN_CAPACITY:
+                    raise ValueError(f"it takes only {low} tokens ({self.raised}); at least {MIN_CAPACITY} are needed")
+
+    def measure_shape(self, made: Recognised) -> None:
+        """Heads and layers, from the past if possible, else from attributes."""
+        target = self.target
+        width = made.width or target.number(identifiers.WIDTHS, next(iter(self.widths()), 1))
+        made.heads = target.number(identifiers.HEADS, 1)
+        made.kv_heads = target.number(identifiers.KV_HEADS, made.heads)
+        made.head_dim = target.number(identifiers.HEAD_DIMS, max(1, width // made.heads))
+        made.layers = self.beginnings.layers()
+        if not made.convention.owned:
+            self._measure_past(made)
+        if made.heads % made.kv_heads:
+            made.heads = made.kv_heads
+
+    def _measure_past(self, made: Recognised) -> None:
+        """What the past consists of, which axis grows, and which expression gives its length."""
+        convention = made.convention
+        caller, x = self.caller(convention), self.sample(made, LENGTH)
+        _output, first = caller.step(caller.start(len(x)), x[:, :PROMPT])
+        before, held = dict(sizes(first.past)), contents(first.past)
+        addresses = {leaf.data_ptr() for leaf in leaves(first.past) if isinstance(leaf, Tensor)}
+        _output, second = caller.step(first, x[:, PROMPT : PROMPT + 1])
+        after = dict(sizes(second.past))
+        apart = not any(leaf.data_ptr() in addresses for leaf in leaves(second.past) if isinstance(leaf, Tensor))
+        made.immutable = apart and convention.present != "past" and frozen(first.past)
+        made.immutable &= contents(first.past) == held
+        counts = [at for at, size in before.items() if size == PROMPT and after.get(at) == PROMPT + 1]
+        axes = {at: grown_axis(shape, after.get(at)) for at, shape in before.items()}
+        grown = {at: axis for at, axis in axes.items() if axis is not None}
+        made.past = described(second.past)
+        if grown:
+            at, axis = next(iter(grown.items()))
+            shape = after[at]
+            assert isinstance(shape, tuple)
+            counts.insert(0, f"{at}.shape[{axis}]")
+            made.layers = max(1, len(grown) // 2)
+            rows = ["b"] if convention.batched else []
+            letters = {2: ["h", "s", "d"], 3: ["s", "h", "d"]}.get(len(shape) - axis, [])
+            if len(shape) == len(rows) + 2 and letters[:1] == ["h"]:
+                made.past += f", ({', '.join([*rows, 's', 'd'])})"
+            elif letters and len(shape) > len(rows) + 2:
+                made.kv_heads, made.head_dim = shape[letters.index("h") - 3], shape[-1]
+                more = len(shape) > len(rows) + 3
+                made.past += f", ({', '.join([*(['...'] if more else rows), *letters])})"
+        else:
+            made.past += ", of constant size"
+        windowed = any(self.target.reported(identifiers.WINDOWS))  # its length stops growing
+        made.convention = replace(convention, length="" if windowed or not counts else counts[0])

@@ -1,0 +1,57 @@
+"""``kvconform gate`` and ``merge``: results against a baseline, and the shards of a run together."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvconform.cli.options import Json, print_json, say, worst
+from kvconform.results import gate as gates
+from kvconform.results import results
+
+MARKS = {gates.OK: "note", gates.NEW_FAILURE: "new failure", gates.REGRESSION: "regression"}
+CONCLUSIONS = {gates.OK: "no regression", gates.NEW_FAILURE: "new failures", gates.REGRESSION: "regressed"}
+
+
+def gate(
+    files: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="The results files to compare.")],
+    baseline: Annotated[Path, typer.Option(help="A results file, or a folder of them, to compare with.")],
+    as_json: Json = False,
+) -> None:
+    """Compares results with a baseline.
+
+    The exit code is 1 for a new failure, and 4 if a pass, a clause or a claim was lost.
+    """
+    records, codes = [], []
+    for file in files:
+        now = results.read(file)
+        differences = gates.compare(now, results.read(baseline / file.name if baseline.is_dir() else baseline))
+        codes.append(gates.exit_code(differences))
+        found = [asdict(difference) for difference in differences]
+        records.append({"backend": now.backend, "exit_code": codes[-1], "differences": found})
+        if not as_json:
+            for difference in differences:
+                say(f"{MARKS[difference.code]}: {now.backend}: {difference.words}")
+            say(f"{now.backend}: {CONCLUSIONS[codes[-1]]}")
+    if as_json:
+        print_json(records)
+    raise typer.Exit(worst(codes))
+
+
+def merge(
+    files: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="The results of all shards of a backend.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The results file to write.")],
+    as_json: Json = False,
+) -> None:
+    """Merges the results of all shards of a run. The exit code is that of the whole run."""
+    whole = results.merged([results.read(file) for file in files])
+    whole.write(out)
+    if as_json:
+        print_json(whole)
+    else:
+        for line in (*whole.stale, f"{whole.backend}: {whole.summary}"):
+            say(line)
+    raise typer.Exit(whole.exit_code)

@@ -1,0 +1,198 @@
+"""``kvconform run``, ``check`` and ``replay``: the commands that judge."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from kvconform.api import file_name
+from kvconform.cli.options import (
+    Backends,
+    Device,
+    Dtypes,
+    EffortName,
+    Json,
+    Out,
+    Pythons,
+    Seed,
+    StepTimeout,
+    launches,
+    print_json,
+    progress_bar,
+    say,
+    worst,
+)
+from kvconform.errors import UnknownClause
+from kvconform.explain import repro
+from kvconform.files import write_atomically
+from kvconform.judging.render import render
+from kvconform.judging.verdict import Verdict
+from kvconform.results.known_failures import EMPTY, KnownFailures
+from kvconform.results.known_failures import read as read_known_failures
+from kvconform.results.results import Results
+from kvconform.run import check as checks
+from kvconform.run.run import Plan, path_of, plan_for, run_backend
+from kvconform.search import counterexample as counterexamples
+from kvconform.search.effort import CHECK, DEFAULT_EFFORT, EFFORTS, effort_named
+from kvconform.worker.client import STEP_TIMEOUT, WorkerClient, WorkerSpec
+from kvconform_specs.clause import Case
+from kvconform_specs.clauses import BY_NAME
+from kvconform_specs.program import Program
+
+
+def run(
+    backend: Backends,
+    device: Device = "cpu",
+    dtype: Dtypes = ["float32"],  # noqa: B006
+    effort: EffortName = DEFAULT_EFFORT,
+    seed: Seed = 0,
+    out: Out = Path("results"),
+    clause: Annotated[
+        list[str], typer.Option(help="Only clauses whose name starts with this prefix. May be repeated.")
+    ] = [],  # noqa: B006
+    config: Annotated[
+        list[str], typer.Option(help="Only configs whose name starts with this prefix. May be repeated.")
+    ] = [],  # noqa: B006
+    python: Pythons = [],  # noqa: B006
+    step_timeout: StepTimeout = STEP_TIMEOUT,
+    known_failures: Annotated[Path | None, typer.Option(help="A TOML file of known failures.")] = None,
+    shard: Annotated[str, typer.Option(help="Only part i of n of the cells, as i/n.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Judges backends by every clause. Writes OUT/<backend>.json, and a counterexample for each failure.
+
+    An interrupted run is resumed. With several backends, the most severe exit code counts. A shard writes to OUT/shards,
+    for kvconform merge. A shard, or a part that --clause or --config select, does not decide conformance: the exit code
+    is 0 if each selected core clause passed and nothing failed.
+    """
+    known = EMPTY if known_failures is None else read_known_failures(known_failures)
+    plan = plan_for(effort, seed, dtype, clause, config, shard, explain=True)
+    found = []
+    for name, spec in launches(backend, device, python, step_timeout).items():
+        results = _judged(name, spec, plan, out, known_failures=known, quiet=as_json)
+        found.append(results)
+        if not as_json:
+            _print_results(results, path_of(name, plan, out))
+    if as_json:
+        print_json(found)
+    raise typer.Exit(worst([results.exit_code for results in found]))
+
+
+def check(
+    target: Annotated[str, typer.Argument(help=f"What to judge: {checks.FORMS}.")],
+    init: Annotated[str, typer.Option(help="Keyword arguments of the class or factory, as JSON.")] = "",
+    option: Annotated[
+        list[str], typer.Option(help="An option of the target as NAME=JSON, such as cache=static. May be repeated.")
+    ] = [],  # noqa: B006
+    device: Device = "cpu",
+    effort: Annotated[
+        str, typer.Option(help=f"How much to try: {', '.join(EFFORTS)}. Default: less than smoke, in under a minute.")
+    ] = "",
+    seed: Seed = 0,
+    out: Out = Path("results/check"),
+    python: Annotated[str, typer.Option(help="The interpreter of the workers.")] = sys.executable,
+    step_timeout: StepTimeout = STEP_TIMEOUT,
+    as_json: Json = False,
+) -> None:
+    """Judges a target without an adapter.
+
+    Detects the calling convention, prints its assumptions, and uses the target's own uncached forward as the reference,
+    after testing that forward. Prints what is broken, which known mistake it behaves like, and which tokens its outputs
+    depend on.
+    """
+    plan = Plan(effort_named(effort) if effort else CHECK, seed, explain=True)
+    found = []
+    for address in checks.addresses(target, checks.options(init, option)):
+        name = file_name(address)
+        shutil.rmtree(out / "failures" / name, ignore_errors=True)  # of an earlier check
+        spec = WorkerSpec(address, device, python, step_timeout)
+        found.append(_judged(name, spec, plan, out, quiet=True, bar=not as_json))
+        if not as_json:
+            for line in checks.lines(found[-1], out):
+                say(line)
+    if as_json:
+        print_json(found)
+    raise typer.Exit(worst([results.exit_code for results in found]))
+
+
+def _judged(
+    name: str,
+    spec: WorkerSpec,
+    plan: Plan,
+    out: Path,
+    *,
+    known_failures: KnownFailures = EMPTY,
+    quiet: bool = False,
+    bar: bool | None = None,
+) -> Results:
+    """The results of one backend. On a terminal a bar shows the progress (``bar``); failures are printed at once unless
+    ``quiet``."""
+    with progress_bar(quiet if bar is None else not bar) as progress:
+        task = progress.add_task(name, total=None)
+
+        def begin(count: int) -> None:
+            progress.update(task, total=count)
+
+        def tell(verdict: Verdict) -> None:
+            progress.advance(task)
+            if verdict.outcome.broken and not quiet:
+                say(f"{verdict.clause} on {name} [{verdict.config}]: {verdict.sentence}", progress.console)
+                if verdict.counterexample:
+                    file = out / "failures" / name / verdict.counterexample
+                    say(f"  replay: kvconform replay {file}", progress.console)
+
+        return run_backend(name, spec, plan, out, tell, known_failures, begin)
+
+
+def _print_results(results: Results, path: Path) -> None:
+    for line in (*checks.diagnosed(results), *results.stale, f"{results.backend}: {results.summary}"):
+        say(line)
+    if results.verdicts:
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in results.counts.items() if count)
+        programs = sum(verdict.programs for verdict in results.verdicts)
+        say(f"  {counts}; {programs} programs in {results.seconds:.0f} s; {path}")
+
+
+def replay(
+    file: Annotated[Path, typer.Argument(help="A counterexample.")],
+    backend: Annotated[str, typer.Option("--backend", "-b", help="The backend; default: the one in the file.")] = "",
+    device: Annotated[str, typer.Option(help="The device; default: the one in the file.")] = "",
+    python: Annotated[str, typer.Option(help="The interpreter of the worker.")] = sys.executable,
+    step_timeout: StepTimeout = STEP_TIMEOUT,
+    script: Annotated[
+        Path | None, typer.Option(help="Write the failure as a Python file that needs only the target and numpy.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Runs a counterexample on a fresh process. The exit code is 1 if it still fails."""
+    found = counterexamples.read(file)
+    if found.clause not in BY_NAME:
+        sentence = f"{file}: no clause named {found.clause!r}; known: {', '.join(BY_NAME)}"
+        raise UnknownClause("clause", found.clause, BY_NAME, sentence)
+    case = Case.from_json(found.case, "case")
+    before = [Program.from_json(program, f"before[{i}]") for i, program in enumerate(found.before)]
+    address, lines = backend or found.backend, []
+    with WorkerClient(WorkerSpec(address, device or found.device, python, step_timeout)) as client:
+        tried = counterexamples.replayed(BY_NAME[found.clause], client, before, case)
+        if tried is not None:
+            sentence = render(tried)
+            if script is not None:
+                write_atomically(script, repro.script(found, client).encode())
+                lines.append(f"  script: {repro.tried(script, python)}")
+        else:
+            sentence = f"holds now; the file says: {found.sentence}"
+            if script is not None:
+                lines.append("  no script: there is nothing to reproduce")
+    if as_json:
+        record = {"clause": found.clause, "backend": address, "broken": tried is not None, "sentence": sentence}
+        written = None if script is None or tried is None else str(script)
+        print_json({**record, "mismatch": None if tried is None else msgspec.to_builtins(tried), "script": written})
+    else:
+        for line in (f"{found.clause} on {address}: {sentence}", *lines):
+            say(line)
+    raise typer.Exit(int(tried is not None))

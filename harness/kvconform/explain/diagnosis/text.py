@@ -1,0 +1,71 @@
+"""Diagnoses in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvconform.explain.diagnosis.mistakes import MISTAKES
+from kvconform.explain.diagnosis.record import Condition, Diagnosis, EditMatch
+from kvconform.explain.visibility.measure import listed
+
+LEAKS = {
+    "rows": "rows see tokens of other rows",
+    "open sequences": "open sequences see each other's tokens",
+    "earlier sequences": "a sequence sees tokens of an earlier one",
+}
+REFERENCE_WRONG = (
+    "the reference itself is wrong: the target's uncached forward sees later tokens, so that its cached steps "
+    "cannot be judged by it"
+)
+
+
+def sentence(found: Diagnosis) -> str:
+    """The mistake with its upstream bug, the evidence, the condition and the remedy; or that no mistake is named."""
+    if found.reference_wrong:
+        return REFERENCE_WRONG
+    details = "; ".join(_details(found))
+    if not found.mistake:
+        return f"matches no known mistake: {details}"
+    known = MISTAKES[found.mistake]
+    return f'matches "{known.words}" ({found.mistake}, {found.bug}): {details}. {known.remedy}'
+
+
+def _details(found: Diagnosis) -> Iterator[str]:
+    if found.map is not None:
+        yield f"the visibility maps ({', '.join(found.map.schedules)}) show attention {found.map.words}"
+    if found.edit is not None:
+        yield edit(found.edit)
+    if found.leak is not None:
+        yield LEAKS[found.leak.between]
+    if found.generation_only:
+        yield "only greedy generation is wrong, its steps are right"
+    if found.condition is not None:
+        yield condition(found.condition)
+    if found.heads:
+        yield f"only in head{'s' if len(found.heads) > 1 else ''} {listed(found.heads)}"
+    if found.first is not None and (not found.mistake or found.condition is None):
+        yield f"first wrong probe ({found.first.probe}): {found.first.sentence}"
+
+
+def edit(found: EditMatch) -> str:
+    """``every wrong output is what the reference gives without the newest cached token``."""
+    first = "first " * found.first_only
+    if found.matched == found.wrong:
+        return f"every {first}wrong output is what the reference gives {found.words}"
+    which = f"{found.matched} of {found.wrong} {first}wrong outputs"
+    return f"{which} are what the reference gives {found.words}, all that this changes"
+
+
+def condition(found: Condition) -> str:
+    """``only with q > 1 and past > 0``."""
+    if not found.predicates:
+        total = found.wrong + found.right
+        return "wrong in every output" if not found.right else f"wrong in {found.wrong} of {total} outputs"
+    predicates = found.predicates
+    if all(one.startswith("with ") for one in predicates):
+        predicates = [predicates[0], *(one.removeprefix("with ") for one in predicates[1:])]
+    words = " and ".join(predicates)
+    if not found.exact:
+        met = f"{found.wrong_met} of {found.wrong} wrong outputs and {found.right_met} of {found.right} right ones"
+        return f"mostly {words} ({met})"
+    return f"only {words}" + ", and in later outputs of the same sequence" * found.first_only
