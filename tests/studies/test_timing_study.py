@@ -16,8 +16,8 @@ from timing.analyse import AFTER, COMPARED, EQUAL, NEEDED, REFERENCE, ROUNDS, SL
 from timing.collect import PLANTED, Restart, Series, Study, read
 from timing.rules import RULES
 
+from kvconform.bench.gate.decision import RATE
 from kvconform.bench.gate.self_test import SelfTest, history
-from kvconform.bench.gate.sign_flip import RATE
 from kvconform.bench.protocol import ENOUGH_ROUNDS
 from kvconform.files import write_versioned
 
