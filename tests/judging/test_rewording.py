@@ -74,7 +74,10 @@ def without_docstring(script: str) -> str:
 
 @pytest.mark.parametrize(
     ("address", "clause", "config"),
-    [pytest.param(*one, id=one[0].rpartition(":")[2], marks=[pytest.mark.slow] * (one in BROKEN[2:])) for one in BROKEN],
+    [
+        pytest.param(*one, id=one[0].rpartition(":")[2], marks=[pytest.mark.slow] * (one in BROKEN[2:]))
+        for one in BROKEN
+    ],
 )
 def test_results_counterexamples_replay_and_repro_scripts_stay_the_same(
     address: str, clause: str, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -164,7 +164,9 @@ def published(failure: str = "step 1: got -1.9, want -0.03", **more: object) -> 
         "target": Target(recognised="a past passed and returned", assumed=[], configs={"hidden-self": OWN.to_json()}),
         "maps": {"hidden-self": [RIGHT, SEEN]},
         "diagnoses": {
-            "hidden-self": Diagnosis(mistake="M1", bug=BUG, first=FirstFailure(probe="a probe", mismatch=WRONG, sentence=failure))
+            "hidden-self": Diagnosis(
+                mistake="M1", bug=BUG, first=FirstFailure(probe="a probe", mismatch=WRONG, sentence=failure)
+            )
         },
     }
     return results("FirstListing", **({"verdicts": verdicts} | settings | more))
