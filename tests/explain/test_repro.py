@@ -16,6 +16,7 @@ from places import ROOT, SUPPORT
 
 from kvconform.explain import repro
 from kvconform.explain.repro.inputs import Run, inputs, literal
+from kvconform.judging.verdict import Outcome
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import Counterexample, read
 from kvconform.search.effort import EFFORTS
@@ -57,7 +58,7 @@ def written(address: str, clause: str, *steps: tuple[Step, ...], **spec: Any) ->
             backend=address,
             device="cpu",
             sentence="",
-            outcome="fail",
+            outcome=Outcome.FAIL,
             before=[],
             case=Case(tuple(Program(config, program) for program in steps)).to_json(),
             reduced=True,
@@ -404,7 +405,7 @@ def test_what_holds_has_no_script(tmp_path: Path) -> None:
         backend="numpy",
         device="cpu",
         sentence="none",
-        outcome="fail",
+        outcome=Outcome.FAIL,
         before=[],
         case=Case((program,)).to_json(),
         reduced=True,
