@@ -119,9 +119,9 @@ def expect(
     histories, solution, n = Histories(), Solution(program, indices, precision, reference), len(indices)
     wanted: list[Expected | None] = []
     for number, step in enumerate(program.steps):
-        numbers, want = partial(solution.numbers, number), None
+        numbers, want, rows = partial(solution.numbers, number), None, histories.apply(step)
         if isinstance(step, Append | UncachedForward):
-            rows = histories.after(step)
+            assert rows is not None
             solution.want(number, step, rows)
             want = Expected(rows, step.counts, columns(step), n, numbers)
             if step.last_only:
@@ -130,10 +130,9 @@ def expect(
                 prompts, along = partial(solution.contents, rows), partial(given, program.config, reference)
                 want = Generation(rows, step.counts, columns(step), n, numbers, prompts, along)
         elif isinstance(step, ReadCache) and program.config.profile == "attention":
-            rows = solution.reads[number] = histories.rows[step.seq]
-            lengths = tuple(map(len, rows))
-            want = Expected(rows, lengths, np.arange(max(lengths)) < np.array(lengths)[:, None], n, numbers)
-        histories.apply(step)
+            held = solution.reads[number] = histories.rows[step.seq]
+            lengths = tuple(map(len, held))
+            want = Expected(held, lengths, np.arange(max(lengths)) < np.array(lengths)[:, None], n, numbers)
         wanted.append(want)
     return tuple(wanted)
 

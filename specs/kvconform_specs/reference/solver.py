@@ -110,7 +110,8 @@ class Solution:
             starts[owner] = min(starts.get(owner, len(request.row)), self._starts[request])
         members: dict[tuple[int, int, bool, bool], list[Request]] = defaultdict(list)
         for request, start in starts.items():
-            repeats = any(stream.distribution == "zero_keys" for stream, _position in request.row)
+            streams = {stream for stream, _position in request.row}
+            repeats = any(stream.distribution == "zero_keys" for stream in streams)
             members[len(request.row), start, request.needle is None, repeats].append(request)
         homes: dict[Request, tuple[_Group, int, int]] = {}
         for (_length, start, _aimed, repeats), together in members.items():
