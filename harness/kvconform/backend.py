@@ -114,7 +114,7 @@ class Backend(ABC):
         """Why this config is not supported, or None. Default: every config is supported."""
         return None
 
-    def close(self, cache: Cache) -> None:
+    def close(self, cache: Cache) -> None:  # noqa: B027 - a default that does nothing
         """Ends the sequence. Default: the cache is dropped."""
 
     def runtime_info(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Backend(ABC):
         """
         return {}
 
-    def synchronise(self) -> None:
+    def synchronise(self) -> None:  # noqa: B027 - a default that does nothing
         """Waits until the device has finished; a timed region ends with it. Default: nothing to wait for."""
 
     def device_ns(self, call: Callable[[int], object], steps: int) -> int | None:
@@ -330,7 +330,11 @@ def completed(built: Any) -> Backend:
         return built
     base = BlackBox if built.claims.reference == "self" else Backend
     names = [name for name in dir(base) if not name.startswith("_")]
-    given = {name: getattr(built, name) for name in (*names, *base.__annotations__) if hasattr(built, name)}
+    given = {
+        name: getattr(built, name)
+        for name in (*names, *Backend.__annotations__, *base.__annotations__)
+        if hasattr(built, name)
+    }
     body = {name: staticmethod(value) if callable(value) else value for name, value in given.items()}
     made: Backend = type(type(built).__name__, (base,), {**body, "__init__": lambda self: None})()
     return made

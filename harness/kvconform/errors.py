@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Literal
 
 from kvconform_specs.errors import KvconformError, SpecError
 
@@ -15,9 +16,11 @@ __all__ = [
     "BackendLost",
     "BackendUnavailable",
     "BadArgument",
+    "Exit",
     "GpuBusy",
     "InvalidBackend",
     "KvconformError",
+    "Raised",
     "SpecError",
     "StaleEntry",
     "Unavailable",
@@ -68,23 +71,73 @@ class GpuBusy(Unavailable):
     """Another benchmark holds the GPU."""
 
 
-class WorkerDied(KvconformError):
-    """The worker process died while it ran a program.
+@dataclass(frozen=True)
+class Raised:
+    """An exception, as it came from a backend."""
 
-    words: what happened. variant, step: where in the program; step -1: before the first one.
+    type: str
+    """Name of the exception's type."""
+    message: str
+    """What the exception said, at most 500 characters."""
+
+    def __str__(self) -> str:
+        return f"{self.type}: {self.message}"
+
+    @classmethod
+    def of(cls, error: Exception) -> Raised:
+        message = (str(error).strip() or "no message")[:500]
+        return cls(type(error).__name__, message.encode(errors="replace").decode())  # a lone surrogate is no JSON
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a worker process ended: with a status, by a signal, or killed because it made no progress."""
+
+    status: int | None = None
+    """Exit status of a process that ended without a signal; no unit."""
+    signal: str = ""
+    """Name of the signal that ended the process, such as `SIGSEGV`."""
+    timeout: float | None = None
+    """Seconds without progress after which the process was killed; null where it ended before."""
+    stderr: str = ""
+    """Last line that the process wrote to its standard error, at most 200 characters."""
+
+    def __str__(self) -> str:
+        if self.timeout is not None:
+            return f"no answer within {self.timeout:g} s"
+        how = f"died of {self.signal}" if self.signal else f"ended with exit status {self.status}"
+        return f"the process {how}" + (f" ({self.stderr})" if self.stderr else "")
+
+
+class WorkerDied(KvconformError):
+    """The worker process died, or the backend raised outside a step.
+
+    stage: what the worker was doing: a step, the build of the backend, the target's own uncached forward, or another
+    message. error or ended: the exception, or how the process ended. variant, step: where in the program; call: the step
+    in words, empty where no step was running.
     """
 
-    kind: ClassVar[str] = "crash"
+    def __init__(
+        self,
+        stage: Literal["step", "build", "reference", "message"],
+        error: Raised | None = None,
+        ended: Exit | None = None,
+        variant: int = 0,
+        step: int = -1,
+        call: str = "",
+    ) -> None:
+        self.stage, self.error, self.ended = stage, error, ended
+        self.variant, self.step, self.call = variant, step, call
+        place = f"step {step} ({call}): " if call else ""
+        super().__init__(f"{place}{STAGES[stage]}{error or ended}")
 
-    def __init__(self, words: str, variant: int = 0, step: int = -1) -> None:
-        super().__init__(words)
-        self.words, self.variant, self.step = words, variant, step
+
+STAGES = {"step": "", "build": "could not be built: ", "reference": "its own uncached forward failed: ", "message": ""}
+"""What the message of a WorkerDied begins with."""
 
 
 class WorkerTimeout(WorkerDied):
     """The worker process made no progress within the timeout and was killed."""
-
-    kind = "timeout"
 
 
 class BackendLost(KvconformError):

@@ -16,6 +16,7 @@ import tempfile
 import textwrap
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_args, get_type_hints
@@ -177,7 +178,7 @@ def descriptions(struct: type) -> dict[str, str]:
     """The string below each field of a struct, by field."""
     found: dict[str, str] = {}
     for base in reversed(struct.__mro__):
-        if issubclass(base, msgspec.Struct) and base is not msgspec.Struct:
+        if base not in (object, msgspec.Struct) and (issubclass(base, msgspec.Struct) or is_dataclass(base)):
             (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
             assert isinstance(definition, ast.ClassDef)
             for field, below in pairwise(definition.body):
@@ -193,8 +194,8 @@ def _plain(docstring: str) -> str:
 
 
 def _structs(info: object, seen: dict[type, None]) -> dict[type, None]:
-    """Every struct in a type."""
-    if isinstance(info, msgspec.inspect.StructType):
+    """Every struct or dataclass in a type."""
+    if isinstance(info, msgspec.inspect.StructType | msgspec.inspect.DataclassType):
         if info.cls in seen:
             return seen
         seen[info.cls] = None

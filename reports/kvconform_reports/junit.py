@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.results import Results
 from kvconform_reports.view.outcomes import labels, standing
+from kvconform_reports.view.tables import facts
 
 # All but what XML 1.0 calls a character: no escape makes these legal.
 _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -59,6 +60,10 @@ def _case(suite: ET.Element, label: str, verdict: Verdict) -> None:
         name=_legal(verdict.config),
         time=f"{verdict.seconds:.3f}",
     )
+    if verdict.mismatch is not None:
+        properties = ET.SubElement(case, "properties")
+        for name, value in (("clause", verdict.clause), ("config", verdict.config), *facts(verdict)):
+            ET.SubElement(properties, "property", name=name, value=_legal(value))
     kind, message = verdict.outcome.value, _legal(verdict.sentence)
     if verdict.outcome.broken:
         element = ET.SubElement(case, "failure", type=kind, message=message)

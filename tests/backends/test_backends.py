@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvconform.judging.verdict import Outcome
-from kvconform.results.results import Results, exit_code
+from kvconform.results.results import Results
 from kvconform.run.cross_backend import pairs
 from kvconform.run.run import Plan, named_configs, run_backend
 from kvconform.search.effort import EFFORTS, Effort
@@ -15,7 +15,7 @@ from kvconform.worker.client import WorkerSpec
 from kvconform_specs.clause import Level
 from kvconform_specs.clauses import ALL, BY_NAME, CHAPTERS
 
-pytest.importorskip("torch", reason="the backends of the suite need torch")
+torch = pytest.importorskip("torch", reason="the backends of the suite need torch")
 
 BRIEF = Effort("brief", structures=6, variants=3, seconds=60.0)
 """Less than any effort that a run is offered: every cell is tried here, and the CI's own runs try harder."""
@@ -61,9 +61,10 @@ def assert_clean(results: Results) -> None:
         and not (v.outcome is Outcome.REFUTED and BY_NAME[v.clause].level is Level.SHOULD)
     ]
     assert not bad, "\n".join(f"{v.clause} [{v.config}]: {v.outcome.value}: {v.sentence}" for v in bad)
-    assert exit_code(results)[0] == 0, exit_code(results)[1]
+    assert results.ok, results.summary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLEAN)
 def test_a_clean_backend_is_conformant_with_every_cell_passed(name: str, folder: Path) -> None:
     results = judged(name, ("float32",), CLEAN[name], folder)
@@ -79,6 +80,12 @@ def test_a_clean_backend_is_conformant_with_every_cell_passed(name: str, folder:
             assert all((folder / "artefacts" / file).is_file() for file in runtime_info["files"])
 
 
+def test_a_clean_backend_is_conformant_on_one_config(folder: Path) -> None:
+    """The fast lane's part of the test above."""
+    assert_clean(judged("eager", ("float32",), ("attention-gqa",), folder / "one"))
+
+
+@pytest.mark.slow
 def test_the_loops_over_large_matrices_are_conformant(folder: Path) -> None:
     looped = folder / "looped.py"
     looped.write_text(
@@ -94,6 +101,7 @@ def test_the_loops_over_large_matrices_are_conformant(folder: Path) -> None:
     assert {runtime_info["looped"] for runtime_info in results.runtime_info.values()} == {True}
 
 
+@pytest.mark.slow
 def test_torch_compile_that_runs_eagerly_was_not_tested(folder: Path) -> None:
     plan = Plan(EFFORTS["smoke"], clauses=("shape.output",), configs=("attention-gqa",))
     spec = WorkerSpec("compiled", environment={"TORCHDYNAMO_DISABLE": "1"})
@@ -106,12 +114,13 @@ def test_without_a_compiler_the_compiled_backend_is_one_sentence(folder: Path) -
     nowhere = {"PATH": str(folder / "nowhere"), "CXX": ""}
     plan = Plan(EFFORTS["smoke"], configs=("attention-gqa",))
     results = run_backend("compiled", WorkerSpec("compiled", environment=nowhere), plan, folder / "bare")
-    code, sentence = exit_code(results)
+    code, sentence = results.exit_code, results.summary
     assert code == 3
     assert "needs a C++ compiler" in sentence
     assert "apt-get install g++" in sentence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "configs"),
     [
@@ -127,6 +136,7 @@ def test_a_clean_backend_is_conformant_in_sixteen_bits(
     assert_clean(judged(name, (dtype,), configs, folder / dtype))
 
 
+@pytest.mark.slow
 def test_backends_with_the_same_weights_agree_with_one_another(folder: Path) -> None:
     plan = Plan(EFFORTS["smoke"], clauses=("shape.output",), configs=("decoder-rope",))
     both = [run_backend(name, WorkerSpec(name), plan, folder / "pair") for name in ("numpy", "eager")]
@@ -134,3 +144,12 @@ def test_backends_with_the_same_weights_agree_with_one_another(folder: Path) -> 
     assert (pair.one, pair.other, pair.config) == ("eager", "numpy", "decoder-rope")
     assert 0 < pair.ratio < 1
     assert pair.compared == 2 * 14 * 53  # rows, tokens, vocabulary
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_clean_backend_is_conformant_on_a_gpu_and_reports_it(folder: Path) -> None:
+    plan = Plan(BRIEF, configs=TWO)
+    results = run_backend("eager-static", WorkerSpec("eager-static", device="cuda"), plan, folder / "cuda")
+    assert_clean(results)
+    assert all(str(runtime_info["device"]).startswith("cuda") for runtime_info in results.runtime_info.values())

@@ -361,7 +361,7 @@ def test_classes_of_precision_are_not_compared_and_a_gpu_must_be_proven(
         "its graphs have 3 Memcpy nodes: they copy between host and device in every step"
     }
     assert why("OnCuda", "Silent", "cuda") == {
-        "cuda was asked for, and its runtime_info does not tell on what device it ran"
+        "cuda was requested, but runtime_info() does not report the device that ran"
     }
     assert why("OnCuda", "OnCuda", "cuda") == set()
 

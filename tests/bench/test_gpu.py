@@ -323,7 +323,7 @@ def test_on_a_gpu_the_witness_tells_the_device() -> None:
     assert unproven({}, "cpu") == ""
     assert unproven({"device": "cuda:0"}, "cuda") == ""
     assert unproven({"device": None}, "cuda") == (
-        "cuda was asked for, and its runtime_info does not tell on what device it ran"
+        "cuda was requested, but runtime_info() does not report the device that ran"
     )
 
 

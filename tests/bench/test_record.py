@@ -92,7 +92,7 @@ def test_malformed_columns_are_one_sentence(rounds: object, words: str, tmp_path
 def test_what_is_no_compressed_file_is_one_sentence(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "speed.json.gz"
     path.write_bytes(data)
-    with pytest.raises(SpecError, match="speed.json.gz: "):
+    with pytest.raises(SpecError, match=r"speed\.json\.gz: "):
         read(path)
     assert not is_record(path)
 

@@ -33,7 +33,7 @@ EXAMPLES = ROOT / "examples"
 SUBJECTS = SUPPORT / "subjects.py"
 FAULTS = "kvconform_backends.faults"
 GQA, ROPE = "attention-gqa", "decoder-rope"
-ALONE = "import runpy, sys; sys.modules.update(dict.fromkeys({hidden})); sys.argv = [{file!r}]; "
+ALONE = "import runpy, sys; sys.modules.update(dict.fromkeys({packages})); sys.argv = [{file!r}]; "
 ALONE += "runpy.run_path({file!r}, run_name='__main__')"
 PACKAGES = ("kvconform", "kvconform_specs", "kvconform_backends")
 
@@ -79,7 +79,7 @@ def run(
     place.mkdir(exist_ok=True)
     file = place / "issue.py"
     file.write_text(text)
-    code = ["-c", ALONE.format(masked=PACKAGES, file=str(file))] if alone else [str(file)]
+    code = ["-c", ALONE.format(packages=PACKAGES, file=str(file))] if alone else [str(file)]
     return subprocess.run(
         [sys.executable, *code], capture_output=True, text=True, check=False, cwd=place, env=environment
     )

@@ -179,7 +179,7 @@ def test_an_exception_leaves_the_outputs_blank_from_there_on() -> None:
 def test_what_ends_the_process_is_raised() -> None:
     with (
         WorkerClient(WorkerSpec(f"{SUBJECTS}:Dies")) as client,
-        pytest.raises(WorkerDied, match=r"step 0 \(full 8 to a\)"),
+        pytest.raises(WorkerDied, match=r"step 0 \(uncached_forward 8 to a\)"),
     ):
         maps(client, CONFIGS["attention-gqa"])
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvconform.judging.judge import Judged, judge
-from kvconform.judging.observed import at as place
+from kvconform.judging.judge import judge
+from kvconform.judging.mismatch import Kind
+from kvconform.judging.observed import Checked
 from kvconform.judging.verdict import Outcome
 from kvconform.search import counterexample
 from kvconform.search.cell import Cell, run_cell
@@ -41,7 +42,7 @@ CLAUSE = BY_NAME["equivalence.generation"]
 FAULTS = "kvconform_backends.faults.generation:"
 
 
-def judged(program: Program, *outputs: Any, expected: tuple[Expected | None, ...] | None = None) -> Judged:
+def judged(program: Program, *outputs: Any, expected: tuple[Expected | None, ...] | None = None) -> Checked:
     """The verdict on what the steps of a program gave, of one variant."""
     traces = unpack(*pack([tuple(StepResult(None if o is None else np.asarray(o)) for o in outputs)]))
     wants = expect(program) if expected is None else expected
@@ -113,25 +114,25 @@ def test_a_token_that_is_behind_by_no_more_than_the_two_bounds_is_fair_and_not_c
     ids = np.full((1, 3), 7)
     ids[0, at] = 2
     fair = judged(HAND, ids, expected=told(lead(at, 0.5), 0.25))
-    assert (fair.finding, fair.compared) == (None, 2)
+    assert (fair.mismatch, fair.compared) == (None, 2)
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_token_that_is_behind_by_more_is_named_with_its_place_and_by_how_much(at: int) -> None:
     ids = np.full((1, 3), 7)
     ids[0, at] = 2
-    found = judged(HAND, ids, expected=told(lead(at, 0.5), 0.2499)).finding
+    found = judged(HAND, ids, expected=told(lead(at, 0.5), 0.2499)).mismatch
     assert found is not None
-    assert found.sentence == (
-        f"{place(HAND, 0)}, row 0, position {3 + at}: got token 2, want 7, whose logit leads by 0.5 ± 0.5"
-    )
+    assert (found.kind, found.step, found.row, found.position, found.column) == (Kind.GENERATED, 0, 0, 3 + at, at)
+    assert (found.got, found.want) == (2, 7)
+    assert (found.lead, found.bound) == pytest.approx((0.5, 0.4998))
 
 
 def test_a_token_far_behind_is_accused_also_where_two_others_tie() -> None:
     value = lead(1, 0.0)
     assert judged(HAND, [[7, 7, 7]], expected=told(value, 0.1)).compared == 2
-    assert judged(HAND, [[7, 2, 7]], expected=told(value, 0.1)).finding is None
-    assert judged(HAND, [[7, 4, 7]], expected=told(value, 0.1)).finding is not None
+    assert judged(HAND, [[7, 2, 7]], expected=told(value, 0.1)).mismatch is None
+    assert judged(HAND, [[7, 4, 7]], expected=told(value, 0.1)).mismatch is not None
 
 
 @pytest.mark.parametrize("wrong", ["value", "bound"])
@@ -139,7 +140,7 @@ def test_nan_is_no_reason_to_let_a_token_pass(wrong: str) -> None:
     value = lead(0, 1.0)
     if wrong == "value":
         value[1, 3] = np.nan
-    assert judged(HAND, [[7, 7, 7]], expected=told(value, np.nan if wrong == "bound" else 0.1)).finding is not None
+    assert judged(HAND, [[7, 7, 7]], expected=told(value, np.nan if wrong == "bound" else 0.1)).mismatch is not None
 
 
 def test_what_follows_a_reserved_token_is_not_judged() -> None:
@@ -147,27 +148,28 @@ def test_what_follows_a_reserved_token_is_not_judged() -> None:
     program = Program(config, HAND.steps)
     expected = told(lead(1, 0.0), 0.1)
     stopped = judged(program, [[7, 2, 5]], expected=expected)
-    assert (stopped.finding, stopped.compared) == (None, 1)
-    assert judged(HAND, [[7, 2, 5]], expected=expected).finding is not None
-    assert judged(program, [[2, 7, 7]], expected=expected).finding is not None  # it is judged itself
+    assert (stopped.mismatch, stopped.compared) == (None, 1)
+    assert judged(HAND, [[7, 2, 5]], expected=expected).mismatch is not None
+    assert judged(program, [[2, 7, 7]], expected=expected).mismatch is not None  # it is judged itself
 
 
 @pytest.mark.parametrize(
-    ("ids", "words"),
+    ("ids", "kind", "got", "want"),
     [
-        ([[7, 7]], "generated ids of the shape (1, 2), want (1, 3)"),
-        ([7, 7, 7], "generated ids of the shape (3,), want (1, 3)"),
-        (np.full((1, 3), 7, np.int32), "generated ids are int32, want int64"),
-        (np.full((1, 3), 7.0), "generated ids are float64, want int64"),
-        ([[7, 10, 7]], "generated token 10, want ids of 0..9"),
-        ([[7, -1, 7]], "generated token -1, want ids of 0..9"),
-        (None, "gave no output"),
+        ([[7, 7]], Kind.SHAPE, (1, 2), (1, 3)),
+        ([7, 7, 7], Kind.SHAPE, (3,), (1, 3)),
+        (np.full((1, 3), 7, np.int32), Kind.DTYPE, "int32", "int64"),
+        (np.full((1, 3), 7.0), Kind.DTYPE, "float64", "int64"),
+        ([[7, 10, 7]], Kind.TOKEN_ID, 10, 0),
+        ([[7, -1, 7]], Kind.TOKEN_ID, -1, 0),
+        (None, Kind.NO_OUTPUT, None, None),
     ],
 )
-def test_what_are_no_ids_is_found_before_any_is_judged(ids: Any, words: str) -> None:
-    found = judged(HAND, ids, expected=told(lead(0, 1.0), 0.1)).finding
+def test_what_are_no_ids_is_found_before_any_is_judged(ids: Any, kind: Kind, got: object, want: object) -> None:
+    found = judged(HAND, ids, expected=told(lead(0, 1.0), 0.1)).mismatch
     assert found is not None
-    assert found.sentence == f"{place(HAND, 0)}: {words}"
+    assert (found.kind, found.step, found.got, found.want) == (kind, 0, got, want)
+    assert found.want_max == (9 if kind is Kind.TOKEN_ID else None)
 
 
 # --- the truth along the backend's own tokens ---
@@ -175,7 +177,7 @@ def test_what_are_no_ids_is_found_before_any_is_judged(ids: Any, words: str) -> 
 def test_the_loop_without_a_cache_is_right_and_every_token_of_it_counts(name: str) -> None:
     program = Program(CONFIGS[name], (STEP,))
     right = judged(program, loop(CONFIGS[name], prompts(program, STEP), STEP.new))
-    assert (right.finding, right.compared) == (None, 2 * STEP.new)
+    assert (right.mismatch, right.compared) == (None, 2 * STEP.new)
 
 
 @pytest.mark.parametrize("i", range(STEP.new))
@@ -187,15 +189,15 @@ def test_a_token_is_judged_along_those_before_it(i: int) -> None:
     second = np.argsort(logits(ROPE, row)[:, -1])[:, -2:-1]
     row = np.concatenate([row, second], axis=1)
     picked = np.concatenate([row[:, 6:], loop(ROPE, row, STEP.new - i - 1)], axis=1)
-    found = judged(PROGRAM, picked).finding
+    found = judged(PROGRAM, picked).mismatch
     assert found is not None
-    assert f"row 0, position {6 + i}: got token {second[0, 0]}, want" in found.sentence
+    assert (found.row, found.position, found.got) == (0, 6 + i, second[0, 0])
 
     (want,) = expect(PROGRAM)
     assert isinstance(want, Generation)
     tie = partial(_blurred, want.given, at=i, by=100.0)
     fair = judged(PROGRAM, picked, expected=(replace(want, given=tie),))
-    assert (fair.finding, fair.compared) == (None, 2 * (STEP.new - 1))
+    assert (fair.mismatch, fair.compared) == (None, 2 * (STEP.new - 1))
 
 
 def _blurred(exact: Callable[..., Any], ids: np.ndarray, start: int, *, at: int, by: float) -> Callable[[str], Any]:
@@ -237,8 +239,8 @@ def test_a_variant_alone_is_judged_by_its_own_prompts(own: bool) -> None:
 def test_a_black_box_is_judged_by_its_own_forward() -> None:
     shifted = lambda ids, *noise: np.roll(definition(ROPE)(ids, *noise), 1, axis=-1)  # noqa: E731
     right = loop(ROPE, prompts(PROGRAM, STEP), STEP.new)
-    assert judged(PROGRAM, right, expected=expect(PROGRAM, reference=definition(ROPE))).finding is None
-    assert judged(PROGRAM, right, expected=expect(PROGRAM, reference=shifted)).finding is not None
+    assert judged(PROGRAM, right, expected=expect(PROGRAM, reference=definition(ROPE))).mismatch is None
+    assert judged(PROGRAM, right, expected=expect(PROGRAM, reference=shifted)).mismatch is not None
 
 
 # --- the step ---
@@ -318,9 +320,9 @@ def test_a_wrong_token_is_a_counterexample_that_replay_runs(fault: str, tmp_path
         assert verdict.outcome is Outcome.FAIL, verdict.sentence
         held = counterexample.read(tmp_path / verdict.counterexample)
         again = counterexample.replayed(CLAUSE, client, [], Case.from_json(held.case))
-    assert isinstance(again, counterexample.Broken)
-    assert again.sentence == verdict.sentence == held.sentence
-    assert ": got token " in verdict.sentence
+    assert again is not None
+    assert again == verdict.mismatch == held.mismatch
+    assert again.kind is Kind.GENERATED
 
 
 def test_what_the_first_generation_leaves_is_found_in_the_second(tmp_path: Path) -> None:
@@ -329,6 +331,7 @@ def test_what_the_first_generation_leaves_is_found_in_the_second(tmp_path: Path)
         first = counterexample.attempt(CLAUSE, client, Case((Program(ROPE, left.steps[:1]),)), (0,))
         client.fresh()
         both = counterexample.attempt(CLAUSE, client, Case((left,)), (0,))
-    assert isinstance(first, Judged)
-    assert isinstance(both, counterexample.Broken)
-    assert both.sentence.startswith(f"{place(left, 1)}, row 0, position 5: got token ")
+    assert first.mismatch is None
+    found = both.mismatch
+    assert found is not None
+    assert (found.kind, found.step, found.row, found.position) == (Kind.GENERATED, 1, 0, 5)

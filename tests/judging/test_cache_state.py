@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from kvconform.judging.judge import RELATIONS, Judged, judge
+from kvconform.judging.judge import RELATIONS, judge
+from kvconform.judging.mismatch import Kind, Place
+from kvconform.judging.observed import Checked
 from kvconform.worker.execute import Trace, execute
 from kvconform.worker.protocol import pack, unpack
 from kvconform_backends.numpy.cache import NumpyCache
@@ -26,6 +29,8 @@ GROWING = Program(
     CONFIG, (Append("a", (4, 4), 5), ReadCache("a"), Reorder("a", (1, 0)), Append("a", (2, 2), 5), ReadCache("a"))
 )
 METERED = Program(CONFIG, tuple(Append("a", (2,), 5, count_macs=True) for _ in range(4)))
+READ_BEFORE = Place(program=0, step=1, call="read_cache a", row=0, position=2)
+"""Row 1 was row 0 before the reorder."""
 Spoil = Callable[[Trace], Trace]
 
 
@@ -35,7 +40,7 @@ def judged(
     spoil: Spoil = lambda t: t,
     claims: Claims = NumpyCache.claims,
     kind: type = NumpyCache,
-) -> Judged:
+) -> Checked:
     """The verdict on a numpy cache's traces, those of the last program changed by ``spoil``."""
     config = case.programs[0].config
     backend, traces = kind(config, {}), []
@@ -68,58 +73,80 @@ def shown(step: int, row: int, slot: int, element: int, value: float) -> Spoil:
 
 def test_every_relation_is_judged() -> None:
     assert set(RELATIONS) == set(Relation)
+    assert {relation.name for relation in Relation} <= {kind.name for kind in Kind}
 
 
 @pytest.mark.parametrize(
-    ("relation", "program", "spoil", "words"),
+    ("relation", "program", "spoil", "facts"),
     [
-        (Relation.FREE_SLOTS, GROWING, told(3, "free_slots", 34, 33), "takes|take [34, 33] more tokens, want [34, 34]"),
-        (Relation.LENGTHS, GROWING, told(2, "length", 4, 5), "hold [4, 5] tokens, want [4, 4]"),
-        (Relation.RETAINED_COUNT, GROWING, told(4, "token_counts", 6, 5), "row 1: shows 5 tokens, want 6"),
-        (Relation.CONTENTS, GROWING, shown(1, 1, 3, 9, 0.5), "row 1, position 3, layer 0, key of KV head 1: holds 0.5"),
-        (Relation.CONTENTS, GROWING, shown(4, 0, 5, 24, np.nan), "position 5, layer 0, value of KV head 0: holds nan"),
+        (Relation.FREE_SLOTS, GROWING, told(3, "free_slots", 34, 33), {"step": 3, "got": (34, 33), "want": (34, 34)}),
+        (Relation.LENGTHS, GROWING, told(2, "length", 4, 5), {"step": 2, "got": (4, 5), "want": (4, 4)}),
+        (
+            Relation.RETAINED_COUNT,
+            GROWING,
+            told(4, "token_counts", 6, 5),
+            {"step": 4, "row": 1, "got": 5, "want": 6, "want_max": 6},
+        ),
+        (
+            Relation.CONTENTS,
+            GROWING,
+            shown(1, 1, 3, 9, 0.5),
+            {"step": 1, "row": 1, "position": 3, "layer": 0, "part": "key", "head": 1, "element": 1, "got": 0.5},
+        ),
+        (
+            Relation.CONTENTS,
+            GROWING,
+            shown(4, 0, 5, 24, np.nan),
+            {"position": 5, "layer": 0, "part": "value", "head": 0, "element": 0, "got": "nan"},
+        ),
         (
             Relation.STABLE_CONTENTS,
             GROWING,
             shown(4, 1, 2, 0, 0.5),
-            "row 1, position 2, layer 0, key of KV head 0: holds 0.5",
+            {"step": 4, "row": 1, "position": 2, "part": "key", "head": 0, "got": 0.5, "other": READ_BEFORE},
         ),
-        (Relation.BYTES, GROWING, told(3, "bytes", 6 * 2 * 6 * 3 * 8 * 4), "bytes, want 2304"),
+        (Relation.BYTES, GROWING, told(3, "bytes", 6 * 2 * 6 * 3 * 8 * 4), {"step": 3, "want": 2304}),
         (
             Relation.POSITIONS,
             METERED,
             told(3, "macs", 2 * 6 * 8 * 8 * 8),
-            "multiply-adds for 2 new tokens of 8, want 0",
+            {"step": 3, "got": 6144, "want": 0, "new_tokens": 2, "depths": (8,)},
         ),
-        (Relation.LINEAR_COST, METERED, told(3, "macs", 2 * 6 * 2 * 8 * 7), "not a line of slope 192 at most"),
+        (
+            Relation.LINEAR_COST,
+            METERED,
+            told(3, "macs", 2 * 6 * 2 * 8 * 7),
+            {"step": 3, "want_max": 192, "steps": (1, 2, 3), "depths": (4, 6, 8)},
+        ),
     ],
 )
 def test_a_wrong_book_is_found_and_a_right_one_is_not(
-    relation: Relation, program: Program, spoil: Spoil, words: str
+    relation: Relation, program: Program, spoil: Spoil, facts: dict[str, Any]
 ) -> None:
     clean = judged(Case((program,)), relation)
-    assert clean.finding is None
+    assert clean.mismatch is None
     assert clean.compared > 0
-    found = judged(Case((program,)), relation, spoil).finding
+    found = judged(Case((program,)), relation, spoil).mismatch
     assert found is not None
-    assert words.partition("|")[2] in found.sentence if "|" in words else words in found.sentence
+    assert found.kind is Kind[relation.name]
+    assert {name: getattr(found, name) for name in facts} == facts
 
 
 def test_bytes_follow_the_claim() -> None:
     """A buffer of the capacity is not what its length says, and the other way round."""
     program = Program(CONFIG, (Append("a", (3,), 5),))
-    assert judged(Case((program,)), Relation.BYTES, claims=NumpyStatic.claims, kind=NumpyStatic).finding is None
+    assert judged(Case((program,)), Relation.BYTES, claims=NumpyStatic.claims, kind=NumpyStatic).mismatch is None
     wrong = replace(NumpyStatic.claims, memory="length")
-    assert judged(Case((program,)), Relation.BYTES, claims=wrong, kind=NumpyStatic).finding is not None
+    assert judged(Case((program,)), Relation.BYTES, claims=wrong, kind=NumpyStatic).mismatch is not None
 
 
 def test_more_graphs_than_claimed_are_found() -> None:
     claims = replace(NumpyCache.claims, max_graphs=2)
     case = Case((Program(CONFIG, (Append("a", (3,), 5),)),))
-    assert judged(case, Relation.GRAPH_COUNT, told(0, "graph_count", 2), claims).finding is None
-    found = judged(case, Relation.GRAPH_COUNT, told(0, "graph_count", 3), claims).finding
+    assert judged(case, Relation.GRAPH_COUNT, told(0, "graph_count", 2), claims).mismatch is None
+    found = judged(case, Relation.GRAPH_COUNT, told(0, "graph_count", 3), claims).mismatch
     assert found is not None
-    assert "has made 3 graphs, and claims no more than 2" in found.sentence
+    assert (found.kind, found.step, found.got, found.want_max) == (Kind.GRAPH_COUNT, 0, 3, 2)
 
 
 def test_a_cache_that_evicts_may_show_less_and_no_less_than_the_window() -> None:
@@ -134,27 +161,29 @@ def test_a_cache_that_evicts_may_show_less_and_no_less_than_the_window() -> None
 
         return change
 
-    assert judged(case, Relation.RETAINED_COUNT, evicted(4), claims).finding is None
-    assert judged(case, Relation.CONTENTS, evicted(4), claims).finding is None
-    assert judged(case, Relation.RETAINED_COUNT, evicted(3), claims).finding is not None
-    assert judged(case, Relation.RETAINED_COUNT, evicted(4)).finding is not None  # who claims to keep all must show all
+    assert judged(case, Relation.RETAINED_COUNT, evicted(4), claims).mismatch is None
+    assert judged(case, Relation.CONTENTS, evicted(4), claims).mismatch is None
+    assert judged(case, Relation.RETAINED_COUNT, evicted(3), claims).mismatch is not None
+    assert (
+        judged(case, Relation.RETAINED_COUNT, evicted(4)).mismatch is not None
+    )  # who claims to keep all must show all
 
 
 def test_bitwise_takes_no_bound() -> None:
     base = Program(CONFIG, appends("a", (4, 2), 2, 5))
     case = Case((base, alone(base, 1)))
-    assert judged(case, Relation.AGREEMENT).finding is None
+    assert judged(case, Relation.AGREEMENT).mismatch is None
 
     def last_bit(trace: Trace) -> Trace:
         output = np.array(trace[1].output)
         output[0, 2, 1, 3] = np.nextafter(output[0, 2, 1, 3], np.float32(9))
         return (trace[0], replace(trace[1], output=output))
 
-    assert judged(case, Relation.AGREEMENT, last_bit).finding is None
-    found = judged(case, Relation.BITWISE, last_bit).finding
+    assert judged(case, Relation.AGREEMENT, last_bit).mismatch is None
+    found = judged(case, Relation.BITWISE, last_bit).mismatch
     assert found is not None
-    assert "row 0, position 5, head 2" in found.sentence
-    assert "must be the same to the bit" in found.sentence
+    assert (found.kind, found.row, found.position, found.head, found.element) == (Kind.BITWISE, 0, 5, 2, 3)
+    assert found.other == Place(program=0, step=1, call="append 2 to a of 2 rows", row=1, position=5, column=1)
 
 
 def test_a_permuted_batch_is_compared_row_by_row() -> None:
@@ -165,7 +194,7 @@ def test_a_permuted_batch_is_compared_row_by_row() -> None:
     def unturned(trace: Trace) -> Trace:
         return tuple(replace(done, output=np.array(done.output)[[1, 2, 0]]) for done in trace)
 
-    assert judged(Case((base, turned)), Relation.AGREEMENT, unturned).finding is not None
+    assert judged(Case((base, turned)), Relation.AGREEMENT, unturned).mismatch is not None
 
 
 def test_infinity_is_no_finite_output() -> None:
@@ -176,10 +205,10 @@ def test_infinity_is_no_finite_output() -> None:
         output[1, 0, 0, 0] = np.inf
         return (replace(trace[0], output=output),)
 
-    assert judged(case, Relation.FINITE).finding is None
-    found = judged(case, Relation.FINITE, infinite).finding
+    assert judged(case, Relation.FINITE).mismatch is None
+    found = judged(case, Relation.FINITE, infinite).mismatch
     assert found is not None
-    assert "row 1, position 0, head 0: got inf from finite inputs" in found.sentence
+    assert (found.kind, found.row, found.position, found.head, found.got) == (Kind.FINITE, 1, 0, 0, "inf")
 
 
 def test_the_token_is_compared_only_where_it_is_sure() -> None:
@@ -191,7 +220,7 @@ def test_the_token_is_compared_only_where_it_is_sure() -> None:
 
     case = Case((Program(DECODER, appends("a", (4,), 2, 5)),))
     clean = judged(case, Relation.SAME_TOKEN, kind=Decoder)
-    assert clean.finding is None
+    assert clean.mismatch is None
     assert 0 < clean.compared <= 2 * 2 * 4
 
     def other(trace: Trace) -> Trace:
@@ -199,9 +228,10 @@ def test_the_token_is_compared_only_where_it_is_sure() -> None:
         output[0, 1, output[0, 1].argmin()] = 1e3
         return (replace(trace[0], output=output),)
 
-    found = judged(case, Relation.SAME_TOKEN, other, kind=Decoder).finding
+    found = judged(case, Relation.SAME_TOKEN, other, kind=Decoder).mismatch
     assert found is not None
-    assert "row 0, position 1, logit " in found.sentence
+    assert (found.kind, found.row, found.position, found.part) == (Kind.SAME_TOKEN, 0, 1, "logit")
+    assert found.element == found.got != found.want
 
 
 def test_a_step_that_gives_its_last_position_alone_may_spare_the_head_for_the_others() -> None:
@@ -215,7 +245,7 @@ def test_a_step_that_gives_its_last_position_alone_may_spare_the_head_for_the_ot
         def says(work: int, program: Program = program, trace: Trace = trace) -> bool:
             told_so = unpack(*pack([told(0, "macs", work)(trace)]))
             case, expected = Case((program,)), [expect(program, (0,))]
-            return judge(case, [Relation.POSITIONS], NumpyCache.claims, [told_so], expected).finding is None
+            return judge(case, [Relation.POSITIONS], NumpyCache.claims, [told_so], expected).mismatch is None
 
         matrices = (w.size for name, w in weights(DECODER).items() if w.ndim == 2 and name != "embed")
         least = 2 * t * sum(matrices) - last * 2 * (t - 1) * head

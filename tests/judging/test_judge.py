@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvconform.judging.judge import Judged, judge
+from kvconform.errors import Raised
+from kvconform.judging.judge import judge
+from kvconform.judging.mismatch import Kind, Place
+from kvconform.judging.observed import Checked
 from kvconform.worker.execute import StepResult, Trace, execute
 from kvconform.worker.protocol import Traces, pack, unpack
 from kvconform_backends.numpy.cache import Cache, NumpyCache
@@ -27,7 +30,9 @@ VARIANTS = (0, 1, 2)
 Spoil = Callable[[int, Trace], Trace]
 
 
-def judged(case: Case, relation: Relation, spoil: Spoil = lambda i, t: t, claims: Claims = NumpyCache.claims) -> Judged:
+def judged(
+    case: Case, relation: Relation, spoil: Spoil = lambda i, t: t, claims: Claims = NumpyCache.claims
+) -> Checked:
     """The verdict on the numpy cache's traces, each of which ``spoil(number of the program, trace)`` may change."""
     backend = NumpyCache(CONFIG, {})
     traces = []
@@ -45,6 +50,11 @@ def altered(step: int, change: Callable[[np.ndarray], np.ndarray]) -> Spoil:
     )
 
 
+def last(step: int, change: Callable[[np.ndarray], np.ndarray]) -> Spoil:
+    """Changes one step's output in the second program of the case."""
+    return lambda number, trace: altered(step, change)(number, trace) if number == 1 else trace
+
+
 def put(value: float) -> Callable[[np.ndarray], np.ndarray]:
     def change(output: np.ndarray) -> np.ndarray:
         output[1, 3, 1, 2] = value  # row 1, head 3, second new token
@@ -54,9 +64,14 @@ def put(value: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def test_parity_names_step_row_position_and_head() -> None:
-    found = judged(Case((BASE,)), Relation.PARITY, altered(1, put(9.0))).finding
+    found = judged(Case((BASE,)), Relation.PARITY, altered(1, put(9.0))).mismatch
     assert found is not None
-    assert found.sentence.startswith("step 1 (append 2 to a of 2 rows), row 1, position 5, head 3: got 9, want ")
+    place = found.step, found.call, found.row, found.position, found.column, found.part, found.head, found.element
+    assert place == (1, "append 2 to a of 2 rows", 1, 5, 1, "head", 3, 2)
+    assert (found.kind, found.program, found.variant, found.got) == (Kind.PARITY, 0, 0, 9.0)
+    assert isinstance(found.want, float)
+    assert isinstance(found.bound, float)
+    assert 9 - found.want > found.bound > 0
 
 
 @pytest.mark.parametrize("relation", [Relation.PARITY, Relation.AGREEMENT])
@@ -67,16 +82,22 @@ def test_nan_is_never_within_a_bound(relation: Relation) -> None:
     def spoil(number: int, trace: Trace) -> Trace:
         return altered(1, put(np.nan))(number, trace) if number == len(case.programs) - 1 else trace
 
-    assert judged(case, relation, spoil).finding is not None
+    found = judged(case, relation, spoil).mismatch
+    assert found is not None
+    assert (found.kind, found.got) == (Kind[relation.name], "nan")
 
 
 def test_agreement_matches_outputs_by_their_history() -> None:
     other = Program(CONFIG, (Append("x", (3, 3), 99), UncachedForward("full", (6, 6), 5)))
     fine = judged(Case((BASE, other)), Relation.AGREEMENT)
-    assert fine.finding is None
+    assert fine.mismatch is None
     assert fine.compared == 3 * 2 * 6 * CONFIG.heads * CONFIG.head_dim  # variants, rows, positions, elements
-    spoiled = judged(Case((BASE, other)), Relation.AGREEMENT, altered(1, put(9.0)))
-    assert spoiled.finding is not None
+    found = judged(Case((other, BASE)), Relation.AGREEMENT, last(1, put(9.0))).mismatch
+    assert found is not None
+    assert (found.program, found.step, found.row, found.position, found.got) == (1, 1, 1, 5, 9.0)
+    assert found.other == Place(
+        program=0, step=1, call="uncached_forward 6 to full of 2 rows", row=1, position=5, column=5
+    )
 
 
 def test_a_program_is_never_compared_with_itself() -> None:
@@ -90,58 +111,73 @@ def test_unaffected_is_bit_for_bit() -> None:
         up = altered(0, lambda o: np.nextafter(o, np.float32(9)))
         return up(number, trace) if number == 1 else trace
 
-    assert judged(case, Relation.INSENSITIVE).finding is None
-    found = judged(case, Relation.INSENSITIVE, nudge).finding
+    assert judged(case, Relation.INSENSITIVE).mismatch is None
+    found = judged(case, Relation.INSENSITIVE, nudge).mismatch
     assert found is not None
-    assert "changing the token at row 1, position 5 must not be seen here" in found.sentence
+    assert (found.change, found.changed_row, found.changed_position) == ("token", 1, 5)
+    assert (found.program, found.step, found.row, found.position) == (1, 0, 0, 0)
 
 
 def test_affected_accuses_outputs_that_stay() -> None:
     case = Case((BASE, swapped(BASE, "a", 1, 0, 77)))
     still = execute(NumpyCache(CONFIG, {}), BASE, VARIANTS)
-    assert judged(case, Relation.SENSITIVE).finding is None
+    assert judged(case, Relation.SENSITIVE).mismatch is None
     calls = iter(range(2 * len(VARIANTS)))
-    found = judged(case, Relation.SENSITIVE, lambda number, trace: still[next(calls) % len(VARIANTS)]).finding
+    found = judged(case, Relation.SENSITIVE, lambda number, trace: still[next(calls) % len(VARIANTS)]).mismatch
     assert found is not None
-    assert "changing the token at row 1, position 0 must move the output by" in found.sentence
+    assert (found.kind, found.row, found.got) == (Kind.SENSITIVE, 1, 0.0)
+    assert (found.change, found.changed_row, found.changed_position) == ("token", 1, 0)
+    assert isinstance(found.want, float)
+    assert isinstance(found.bound, float)
+    assert found.want > found.bound
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "kind", "got", "want"),
     [
-        (lambda o: o[:, :, :1], "output has the shape (2, 6, 1, 8), want (2, 6, 2, 8)"),
-        (lambda o: o.astype(np.float64), "output is float64, want float32"),
+        (lambda o: o[:, :, :1], Kind.SHAPE, (2, 6, 1, 8), (2, 6, 2, 8)),
+        (lambda o: o.astype(np.float64), Kind.DTYPE, "float64", "float32"),
     ],
 )
-def test_a_wrong_shape_or_dtype_is_found_before_any_number(change: Callable[..., np.ndarray], words: str) -> None:
-    found = judged(Case((BASE,)), Relation.SHAPE, altered(1, change)).finding
+def test_a_wrong_shape_or_dtype_is_found_before_any_number(
+    change: Callable[..., np.ndarray], kind: Kind, got: object, want: object
+) -> None:
+    found = judged(Case((BASE,)), Relation.SHAPE, altered(1, change)).mismatch
     assert found is not None
-    assert words in found.sentence
+    assert (found.kind, found.relation, found.part) == (kind, None, "output")
+    assert (found.step, found.got, found.want) == (1, got, want)
 
 
 def test_lengths_are_tokens() -> None:
     def more(number: int, trace: Trace) -> Trace:
-        return (*trace[:1], replace(trace[1], told={"length": (6, 7)}))
+        return (*trace[:1], replace(trace[1], reported={"length": (6, 7)}))
 
-    found = judged(Case((BASE,)), Relation.LENGTHS, more).finding
+    found = judged(Case((BASE,)), Relation.LENGTHS, more).mismatch
     assert found is not None
-    assert "says that its rows hold [6, 7] tokens, want [6, 6]" in found.sentence
+    assert (found.kind, found.step, found.got, found.want) == (Kind.LENGTHS, 1, (6, 7), (6, 6))
 
 
 def test_a_rejected_call_must_be_refused() -> None:
     program = Program(CONFIG, (*BASE.steps, Reject(Append("a", (35, 35), 5))))
-    assert judged(Case((program,)), Relation.PARITY).finding is None
-    accepts = judged(Case((program,)), Relation.PARITY, lambda n, trace: (*trace[:2], StepResult()))
-    assert accepts.finding is not None
-    assert "step 2 (reject append 35 to a of 2 rows): was accepted and must be refused" in accepts.finding.sentence
+    assert judged(Case((program,)), Relation.PARITY).mismatch is None
+    found = judged(Case((program,)), Relation.PARITY, lambda n, trace: (*trace[:2], StepResult())).mismatch
+    assert found is not None
+    assert (found.kind, found.step) == (Kind.ACCEPTED, 2)
+
+
+def test_an_exception_of_a_legal_step_keeps_its_type_and_message() -> None:
+    raised = StepResult(error=Raised("KeyError", "'raised MemoryError: want 3'"))
+    found = judged(Case((BASE,)), Relation.PARITY, lambda n, trace: (trace[0], raised)).mismatch
+    assert found is not None
+    assert (found.kind, found.step, found.error) == (Kind.RAISED, 1, raised.error)
 
 
 def test_one_bad_variant_of_many_is_named() -> None:
     calls = iter(range(len(VARIANTS)))
     spoil: Spoil = lambda n, trace: altered(1, put(9.0))(n, trace) if next(calls) == 1 else trace  # noqa: E731
-    found = judged(Case((BASE,)), Relation.PARITY, spoil).finding
+    found = judged(Case((BASE,)), Relation.PARITY, spoil).mismatch
     assert found is not None
-    assert found.variant == 1
+    assert (found.variant, found.kind) == (1, Kind.PARITY)
 
 
 def test_last_outputs_only_are_judged_as_what_they_are() -> None:
@@ -151,22 +187,24 @@ def test_last_outputs_only_are_judged_as_what_they_are() -> None:
         return tuple(replace(done, output=None if done.output is None else done.output[:, :, -1:]) for done in trace)
 
     good = judged(Case((BASE,)), Relation.PARITY, last, claims)
-    assert good.finding is None
+    assert good.mismatch is None
     assert good.compared == 3 * 2 * 2 * CONFIG.heads * CONFIG.head_dim  # variants, rows, steps, elements
     first = judged(Case((BASE,)), Relation.PARITY, altered(1, lambda o: o[:, :, :1]), claims)
-    assert first.finding is not None
+    assert first.mismatch is not None
 
 
 # --- the last position alone ---
 DECODER = CONFIGS["decoder-rope"]
 STEPS: tuple[Append | UncachedForward, ...] = (*appends("a", (4, 3, 2), 2, 5), UncachedForward("f", (6, 6), 9))
 ALONE = Case(
-    tuple(Program(DECODER, tuple(replace(s, last=i in last) for i, s in enumerate(STEPS))) for last in ((), (1, 3)))
+    tuple(
+        Program(DECODER, tuple(replace(s, last_only=i in last) for i, s in enumerate(STEPS))) for last in ((), (1, 3))
+    )
 )
 """The same calls, and two of them asked for the last position alone."""
 
 
-def judged_alone(relation: Relation, kind: type[NumpyCache] = NumpyCache) -> Judged:
+def judged_alone(relation: Relation, kind: type[NumpyCache] = NumpyCache) -> Checked:
     made = [unpack(*pack(execute(kind(DECODER, weights(DECODER)), program, (0,)))) for program in ALONE.programs]
     return judge(ALONE, [relation], kind.claims, made, [expect(program, (0,)) for program in ALONE.programs])
 
@@ -177,7 +215,7 @@ def judged_alone(relation: Relation, kind: type[NumpyCache] = NumpyCache) -> Jud
 )
 def test_a_call_that_is_asked_for_its_last_position_is_judged_by_it_alone(relation: Relation, positions: int) -> None:
     fine = judged_alone(relation)
-    assert fine.finding is None
+    assert fine.mismatch is None
     assert fine.compared == 2 * positions * DECODER.vocabulary  # rows, positions, logits
 
 
@@ -193,17 +231,17 @@ class AllOfThem(NumpyCache):
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        (FirstInstead, "step 1 (append 3 to a of 2 rows), row 0, position 6, logit "),
-        (AllOfThem, "step 1 (append 3 to a of 2 rows): output has the shape (2, 3, 53), want (2, 1, 53)"),
-    ],
+    ("kind", "place", "got"),
+    [(FirstInstead, (1, 0, 6, "logit"), None), (AllOfThem, (1, None, None, "output"), (2, 3, 53))],
 )
-def test_another_position_is_found_as_the_last_one(kind: type[NumpyCache], words: str) -> None:
+def test_another_position_is_found_as_the_last_one(
+    kind: type[NumpyCache], place: tuple[object, ...], got: tuple[int, ...] | None
+) -> None:
     for relation in (Relation.PARITY, Relation.AGREEMENT):
-        found = judged_alone(relation, kind).finding
+        found = judged_alone(relation, kind).mismatch
         assert found is not None
-        assert found.sentence.startswith(words)
+        assert (found.program, found.step, found.row, found.position, found.part) == (1, *place)
+        assert got is None or (found.got, found.want) == (got, (2, 1, 53))
 
 
 def test_a_keyword_is_given_only_to_a_call_that_asks_for_it() -> None:
@@ -225,7 +263,7 @@ def test_a_keyword_is_given_only_to_a_call_that_asks_for_it() -> None:
 def test_traces_survive_the_wire() -> None:
     """Alike or not: variants that end differently are sent one by one."""
     traces = execute(NumpyCache(CONFIG, {}), BASE, VARIANTS)
-    uneven = [*traces[:2], (traces[2][0], StepResult(error="RuntimeError: no"))]
+    uneven = [*traces[:2], (traces[2][0], StepResult(error=Raised("RuntimeError", "no")))]
     for sent in (traces, uneven):
         got = unpack(*pack(sent))
         assert isinstance(got, Traces)

@@ -361,14 +361,19 @@ def test_a_fault_that_cannot_run_here_is_told(tmp_path: Path) -> None:
 # --- the command ---
 def test_the_command_tells_survivors_and_exits_with_1(tmp_path: Path) -> None:
     out = tmp_path / "audit.json"
-    done = command("audit", "--faults", f"{ELSEWHERE}:SURVIVING", "--jobs", "2", "-o", str(out))
+    done = command("audit", "--effort", "smoke", "--faults", f"{ELSEWHERE}:SURVIVING", "--jobs", "2", "-o", str(out))
     assert done.returncode == 1, done.stderr
     assert "survives smoke: right: Nothing is wrong with it." in done.stdout
     assert "last-output-only (unconditional): shape.output [attention-gqa] after " in done.stdout
     found = read(out)
     assert [one.name for one in found.audited] == ["last-output-only", "right"]
     assert found.finished
-    assert command("audit", "last-output", "--faults", f"{ELSEWHERE}:SURVIVING", "-o", str(out)).returncode == 0
+    assert (
+        command(
+            "audit", "last-output", "--effort", "smoke", "--faults", f"{ELSEWHERE}:SURVIVING", "-o", str(out)
+        ).returncode
+        == 0
+    )
 
 
 def test_a_control_is_tried_by_every_clause_and_what_breaks_is_an_alarm(tmp_path: Path) -> None:

@@ -123,7 +123,9 @@ def test_every_exception_is_caught_in_two_places_where_a_backend_runs_and_where_
         ("kvconform.worker.server", "serve"),
     }
     # opening a target runs its own code
-    assert {place for place in found if ".targets." in place[0]} == {("kvconform_backends.targets.foreign", "foreign")}
+    assert {place for place in found if ".targets." in place[0]} == {
+        ("kvconform_backends.targets.third_party", "guarded")
+    }
 
 
 def test_only_workers_call_a_backend() -> None:

@@ -45,6 +45,7 @@ def test_the_readme_names_a_command_for_each_kind_of_target() -> None:
         assert any(target in command for command in COMMANDS), target
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_in_their_order_find_the_examples_conformant(clone: Path) -> None:
     for command in COMMANDS:
         done = run(command, clone)
@@ -54,6 +55,7 @@ def test_the_commands_of_the_readme_in_their_order_find_the_examples_conformant(
             assert " noise floor [" in done.stdout, command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shown", SHOWN, ids=lambda shown: shown.split()[2])
 def test_what_the_readme_shows_is_what_is_printed(shown: str, clone: Path) -> None:
     prompt, *lines = shown.rstrip("\n").splitlines()

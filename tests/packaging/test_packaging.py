@@ -53,6 +53,7 @@ def test_the_wheel_holds_four_packages_their_data_and_nothing_else(wheel: Path) 
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_a_worker_runs_under_an_interpreter_that_has_numpy_and_the_package_alone(foreign: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kvconform", "run", "-b", "numpy", "--python", foreign, "--effort", "smoke"]
     done = subprocess.run(
@@ -63,6 +64,7 @@ def test_a_worker_runs_under_an_interpreter_that_has_numpy_and_the_package_alone
     assert "ModuleNotFoundError" in absent.stderr
 
 
+@pytest.mark.slow
 def test_the_backend_of_contributing_runs_from_another_distribution_exactly_as_printed(
     foreign: str, tmp_path: Path
 ) -> None:
@@ -91,6 +93,7 @@ def test_the_backend_of_contributing_runs_from_another_distribution_exactly_as_p
     assert set(outcomes) <= {Outcome.PASS, Outcome.UNSUPPORTED, Outcome.REFUTED}  # guarantees are told, not asked
 
 
+@pytest.mark.slow
 def test_an_editable_install_works_from_outside_the_checkout(tmp_path: Path) -> None:
     place = tmp_path / "editable"
     venv.create(place, with_pip=True)

@@ -20,7 +20,7 @@ from kvconform.bench.record import Excluded
 from kvconform.judging.verdict import Outcome
 from kvconform.mutation.record import AuditRecord
 from kvconform.results.guarantees import LEVELS, Guarantee, measured
-from kvconform.results.results import Results, exit_code
+from kvconform.results.results import Results
 from kvconform.run.cross_backend import Pair
 from kvconform_reports import junit, markdown, terminal
 from kvconform_reports.html import render
@@ -236,7 +236,7 @@ def test_each_backend_has_its_standing_and_its_sentence() -> None:
     results = given.four()
     text, table = page(rendered(results)).text, terminal.table(results).splitlines()
     for result, line in zip(results, table[1:], strict=True):
-        code, sentence = exit_code(result)
+        code, sentence = (result.exit_code, result.summary)
         word = STANDINGS[code][0]
         assert sentence.removeprefix(f"{word}: ") in text
         assert line.startswith(result.backend)

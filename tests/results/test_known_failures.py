@@ -17,7 +17,7 @@ from kvconform import conformance
 from kvconform.judging.verdict import Outcome
 from kvconform.results import known_failures
 from kvconform.results.known_failures import Row
-from kvconform.results.results import Results, exit_code, read
+from kvconform.results.results import Results, read
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.counterexample import Counterexample
 from kvconform.search.effort import Effort
@@ -132,7 +132,7 @@ def test_a_known_failure_is_replayed_and_says_why_it_is_known(place: Path) -> No
     assert found.known_failures == [msgspec.convert(ROW, Row)]
     assert not found.stale
     assert read(place / "out" / "mine.json") == found
-    code, words = exit_code(found)
+    code, words = (found.exit_code, found.summary)
     assert code == 5  # a core clause without a pass: a row excuses a failure, it is no pass
     assert "definition.attention" in words
 
@@ -141,12 +141,18 @@ def test_a_known_failure_is_replayed_and_says_why_it_is_known(place: Path) -> No
     ("backend", "row", "file", "outcome", "words"),
     [
         ("Mine", {"expires": date.today() - timedelta(days=1)}, {}, Outcome.FAIL, "the known failure expired on 2"),
-        ("Mine", {"versions": {"python": "2.7"}}, {}, Outcome.FAIL, "is known under python 2.7, and here is 3."),
-        ("Mine", {"versions": {"jax": "0.4"}}, {}, Outcome.FAIL, "known under jax 0.4, and no version of jax is recor"),
-        ("Mine", {}, {"config": "attention-window"}, Outcome.FAIL, "of another config than attention-gqa: replace it"),
+        ("Mine", {"versions": {"python": "2.7"}}, {}, Outcome.FAIL, "is known with python 2.7, and this is 3."),
+        ("Mine", {"versions": {"jax": "0.4"}}, {}, Outcome.FAIL, "known with jax 0.4, and no version of jax is reco"),
+        ("Mine", {}, {"config": "attention-window"}, Outcome.FAIL, "of a config other than attention-gqa: replace it"),
         ("Dies", {}, {}, Outcome.CRASH, "the known fail is a crash now: step 0 (append 2 to a): the process ended"),
         ("Mine", {}, {"outcome": "crash"}, Outcome.FAIL, "the known crash is a fail now: step 0"),
-        ("Refuses", {}, {}, Outcome.UNSUPPORTED, "a cell that is unsupported (no such layer here): remove the row"),
+        (
+            "Refuses",
+            {},
+            {},
+            Outcome.UNSUPPORTED,
+            "is about a cell that is unsupported (no such layer here): remove the row",
+        ),
         ("NumpyCache", {}, {}, Outcome.PASS, "the known failure no longer fails: remove the row"),
     ],
 )
@@ -161,7 +167,7 @@ def test_a_stale_row_excuses_nothing_and_the_cell_is_searched(
     assert found.stale[0].startswith(PLACE)
     assert words in found.stale[0]
     assert found.known_failures == []
-    assert exit_code(found)[0] == 1
+    assert found.exit_code == 1
 
 
 def test_a_row_is_good_through_its_last_day(place: Path) -> None:
@@ -179,7 +185,7 @@ def test_a_row_of_no_cell_of_the_suite_is_stale(names: dict[str, str], place: Pa
     (place / "known_failures.toml").write_text(toml(**names))
     (place / "stored.json").write_bytes(stored(names.get("clause", ROW["clause"])))
     found = run(place)
-    assert "the suite has no such cell: remove the row, or mend its names" in found.stale[0]
+    assert "the suite has no such cell: remove the row, or correct its names" in found.stale[0]
     assert outcomes(found)["definition.attention"] is Outcome.FAIL
 
 
@@ -213,8 +219,8 @@ def test_a_resumed_run_asks_its_ledger_again(place: Path) -> None:
         ("schema = ", "holds no known failures: Invalid value"),
         ("known = []", "holds no known failures: Object missing required field `schema`"),
         (
-            'schema = "kvconform-known_failures/9"',
-            "unknown schema 'kvconform-known_failures/9'; known: kvconform-known-failures/1",
+            'schema = "kvconform-known-failures/9"',
+            "unknown schema 'kvconform-known-failures/9'; known: kvconform-known-failures/1",
         ),
         (toml(reason="works for me"), "unknown reason 'works for me'; known: bug in the backend, bug in a library"),
         (toml(link="see Slack"), "link: want the address of an issue, got 'see Slack'"),
@@ -226,7 +232,7 @@ def test_a_resumed_run_asks_its_ledger_again(place: Path) -> None:
         (toml(note="hush"), "unknown field `note`"),
         (toml(counterexample="none.json"), "none.json: cannot be read: No such file or directory"),
         (toml(counterexample="known_failures.toml"), "known_failures.toml: holds no counterexample"),
-        (toml(clause="shape.output"), "counterexample: is of definition.attention, not of shape.output"),
+        (toml(clause="shape.output"), "counterexample: is about definition.attention, not about shape.output"),
         (toml() + toml().partition("\n")[2], "known[1]: a second row of definition.attention on mine [attention-gqa]"),
     ],
 )
@@ -291,18 +297,27 @@ def test_in_pytest_a_known_failure_is_green_and_a_stale_row_is_not(place: Path) 
     (place / "known_failures.toml").write_text(toml(backend="Mine", versions={"python": "2.7"}))
     stale = tool(*asked, folder=place)
     assert stale.returncode == 1
-    assert "is known under python 2.7" in stale.stdout
+    assert "is known with python 2.7" in stale.stdout
     (place / "known_failures.toml").write_text(toml(backend="Mine", config="attention-poetry"))
     stranger = tool(*asked, folder=place)
     assert stranger.returncode not in (0, 1)
     assert "the suite has no such cell" in stranger.stdout + stranger.stderr
 
 
-def test_the_importable_door_takes_a_ledger_and_raises_what_is_stale(place: Path) -> None:
-    only: dict[str, Any] = {"configs": ("attention-gqa",), "clauses": ("definition.attention", "shape.output")}
+def test_conformance_takes_known_failures_and_raises_what_is_stale(place: Path) -> None:
+    known: dict[str, Any] = {"known_failures": place / "known_failures.toml", "configs": ("attention-gqa",)}
+    (place / "known_failures.toml").write_text(toml(backend="Mine", clause="numerics.large-scores"))
+    (place / "stored.json").write_bytes(stored("numerics.large-scores"))
+    clauses = ("numerics.large-scores", "shape.output")
+    found = conformance(f"{place / 'mine.py'}:Mine", clauses=clauses, **known)
+    assert outcomes(found)["numerics.large-scores"] is Outcome.KNOWN_FAILURE
+    assert found.summary == "the selected part passed: 2 cells, with 1 known failure; conformance needs the whole suite"
+
+    core = ("definition.attention", "shape.output")
     (place / "known_failures.toml").write_text(toml(backend="Mine"))
-    found = conformance(f"{place / 'mine.py'}:Mine", known_failures=place / "known_failures.toml", **only)
-    assert outcomes(found)["definition.attention"] is Outcome.KNOWN_FAILURE
+    (place / "stored.json").write_bytes(stored())
+    with pytest.raises(AssertionError, match=r"no PASS on the core clauses definition\.attention"):
+        conformance(f"{place / 'mine.py'}:Mine", clauses=core, **known)
     (place / "known_failures.toml").write_text(toml(backend="NumpyCache"))
     with pytest.raises(AssertionError, match="no longer fails: remove the row"):
-        conformance(f"{place / 'mine.py'}:NumpyCache", known_failures=place / "known_failures.toml", **only)
+        conformance(f"{place / 'mine.py'}:NumpyCache", clauses=core, **known)

@@ -11,17 +11,21 @@ from typing import Any
 import jsonschema
 import msgspec
 import pytest
+from mismatches import cause
 from places import SUPPORT
 
+from kvconform.cli.schemas import json_schema
+from kvconform.errors import BadArgument
 from kvconform.files import write_atomically
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results import gate
-from kvconform.results.results import Results, exit_code, merged, missing_core, read, schema
+from kvconform.results.results import Results, merged, missing_core, read
 from kvconform.run.run import Plan, cells, parse_shard, path_of, run_backend
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import read as read_counterexample
 from kvconform.search.effort import EFFORTS, GUARANTEE_SECONDS, GUARANTEE_TRIALS, SHRINK_SECONDS, SHRINK_TRIALS, Effort
 from kvconform.worker.client import WorkerClient, WorkerSpec
+from kvconform_specs import SUITE_VERSION
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Level
 from kvconform_specs.clauses import BY_NAME
@@ -32,16 +36,16 @@ from kvconform_specs.errors import SpecError
 
 def verdict(clause: str = "shape.output", outcome: Outcome = Outcome.PASS, **more: Any) -> Verdict:
     words = "" if outcome is Outcome.PASS else "it broke"
-    fields: dict[str, Any] = {"compared": 10, "sentence": words, **more}
+    fields: dict[str, Any] = {"compared": 10, "sentence": words, **cause(outcome), **more}
     return Verdict(clause=clause, config="attention-gqa", backend="x", outcome=outcome, **fields)
 
 
-CLAIMS: dict[str, Any] = {"abilities": ["full", "reset"], "max_batch": None, "overflow": "refused"}
+CLAIMS: dict[str, Any] = {"abilities": ["uncached_forward", "reset"], "max_batch": None, "overflow": "refused"}
 
 
 def results(*verdicts: Verdict, **more: Any) -> Results:
     fields: dict[str, Any] = {
-        "claims": {"abilities": ["full", "reset"], "max_batch": None, "overflow": "refused"},
+        "claims": {"abilities": ["uncached_forward", "reset"], "max_batch": None, "overflow": "refused"},
         **more,
     }
     return Results(
@@ -70,7 +74,11 @@ def results(*verdicts: Verdict, **more: Any) -> Results:
         (results(verdict(outcome=Outcome.NOT_EXERCISED)), 4, "pass -> not exercised"),
         (results(verdict(compared=9)), 4, "compared 9 values, was 10"),
         (results(), 4, "shape.output [attention-gqa]: was pass, is gone"),
-        (results(verdict(), claims={**CLAIMS, "abilities": ["full"]}), 4, "no longer claims abilities: reset"),
+        (
+            results(verdict(), claims={**CLAIMS, "abilities": ["uncached_forward"]}),
+            4,
+            "no longer claims abilities: reset",
+        ),
         (results(verdict(), claims={**CLAIMS, "max_batch": 2}), 4, "narrowed max_batch from unlimited to 2"),
         (results(verdict(), claims={**CLAIMS, "overflow": "undefined"}), 4, "narrowed overflow from refused"),
         (results(verdict(outcome=Outcome.REFUTED)), 4, "pass -> refuted: it broke"),
@@ -156,19 +164,35 @@ def test_a_failure_that_the_baseline_knows_is_not_new() -> None:
     assert "fail -> pass" in fixed[0].words
 
 
+def concluded(found: Results) -> tuple[int, str]:
+    return found.exit_code, found.summary
+
+
 def test_only_conformance_exits_with_zero() -> None:
-    assert exit_code(msgspec.structs.replace(results(verdict()), finished=False))[1].startswith(
-        "the run did not finish"
+    """Of the whole suite; ``results`` are of a version whose cells are not known."""
+    assert (
+        msgspec.structs.replace(results(verdict()), finished=False).summary == "the run did not finish: 1 cell judged"
     )
-    assert exit_code(results(unavailable="no GPU")) == (3, "no GPU")
-    assert exit_code(results(verdict(outcome=Outcome.FAIL)))[0] == 1
-    assert exit_code(results(verdict(outcome=Outcome.FAIL), unavailable="no GPU"))[0] == 1
-    assert exit_code(results(verdict(outcome=Outcome.INCONCLUSIVE)))[0] == 5
-    assert "not exercised" in exit_code(results(verdict(outcome=Outcome.NOT_EXERCISED)))[1]
-    code, sentence = exit_code(results(verdict()))
+    assert concluded(results(unavailable="no GPU")) == (3, "no GPU")
+    assert results(verdict(outcome=Outcome.FAIL)).exit_code == 1
+    assert results(verdict(outcome=Outcome.FAIL), unavailable="no GPU").exit_code == 1
+    assert results(verdict(outcome=Outcome.INCONCLUSIVE)).exit_code == 5
+    assert "not exercised" in results(verdict(outcome=Outcome.NOT_EXERCISED)).summary
+    code, sentence = concluded(results(verdict()))
     assert code == 5
     assert "no PASS on the core clauses" in sentence
     assert "lifecycle.reset" in sentence
+    assert results().exit_code == 5
+
+
+def test_failures_are_counted_among_the_cells_that_were_judged() -> None:
+    bad, skipped = verdict(outcome=Outcome.CRASH), verdict("shape.length", Outcome.UNSUPPORTED)
+    found = results(verdict("shape.first-step"), bad, skipped)
+    assert found.failures == (bad,)
+    assert not found.ok
+    assert found.summary == "non-conformant: 1 of 2 judged cells failed; 1 not applicable"
+    assert results(bad).summary == "non-conformant: 1 of 1 judged cell failed"
+    assert found.counts == dict.fromkeys((o.value for o in Outcome), 0) | {"pass": 1, "crash": 1, "unsupported": 1}
 
 
 CORE = [verdict(name) for name, clause in BY_NAME.items() if clause.core and "attention" in clause.profiles]
@@ -176,35 +200,80 @@ CORE = [verdict(name) for name, clause in BY_NAME.items() if clause.core and "at
 
 def test_a_refuted_guarantee_and_a_known_failure_are_no_failure_and_no_pass() -> None:
     more = [verdict("definition.scale", outcome) for outcome in (Outcome.REFUTED, Outcome.KNOWN_FAILURE)]
-    assert exit_code(results(*CORE)) == (0, "conformant: attention profile")
-    assert exit_code(results(*CORE, *more)) == (0, "conformant: attention profile, but 1 known failure")
+    assert concluded(results(*CORE)) == (0, "conformant: attention profile")
+    assert concluded(results(*CORE, *more)) == (0, "conformant: attention profile, with 1 known failure")
     for one in more:
         assert not one.outcome.broken
-        code, sentence = exit_code(results(*CORE[1:], verdict(CORE[0].clause, one.outcome)))
+        code, sentence = concluded(results(*CORE[1:], verdict(CORE[0].clause, one.outcome)))
         assert code == 5
         assert CORE[0].clause in sentence
 
 
-def test_a_stale_ledger_is_not_conformant() -> None:
-    code, sentence = exit_code(results(*CORE, stale=["one", "two"]))
-    assert (code, sentence) == (1, "stale known failure: 2 rows of known failures to mend or to remove")
+def test_stale_known_failures_are_not_conformant() -> None:
+    found = results(*CORE, stale=["one", "two"])
+    assert concluded(found) == (1, "stale known failures: 2 rows to correct or to remove")
 
 
 def test_a_shard_concludes_nothing() -> None:
     part = results(*CORE, shard="1/3")
-    assert exit_code(part) == (0, f"shard 1/3: {len(CORE)} cells, nothing broken; merge the shards to conclude")
+    assert concluded(part) == (0, f"shard 1/3: {len(CORE)} cells, nothing failed; merge the shards to conclude")
+    assert part.partial
     assert missing_core(part, "attention") == sorted(v.clause for v in CORE)
-    assert exit_code(results(*CORE, verdict(outcome=Outcome.FAIL), shard="1/3"))[0] == 1
-    assert exit_code(results(*CORE, verdict(outcome=Outcome.NOT_EXERCISED), shard="1/3"))[0] == 5
-    assert exit_code(results(*CORE, shard="1/3", stale=["one"]))[0] == 1
+    assert results(*CORE, verdict(outcome=Outcome.FAIL), shard="1/3").exit_code == 1
+    assert results(*CORE, verdict(outcome=Outcome.NOT_EXERCISED), shard="1/3").exit_code == 5
+    assert results(*CORE, shard="1/3", stale=["one"]).exit_code == 1
+
+
+def part(*verdicts: Verdict, **more: Any) -> Results:
+    return msgspec.structs.replace(results(*verdicts, **more), suite=SUITE_VERSION)
+
+
+@pytest.mark.parametrize(
+    ("found", "code", "words"),
+    [
+        (part(verdict()), 0, "the selected part passed: 1 cell; conformance needs the whole suite"),
+        (part(*CORE), 0, f"the selected part passed: {len(CORE)} cells; conformance needs the whole suite"),
+        (part(verdict("capacity.full"), verdict("shape.output", Outcome.UNSUPPORTED)), 5, "no PASS on the core claus"),
+        (part(verdict("lifecycle.fork"), verdict("lifecycle.reset", Outcome.KNOWN_FAILURE)), 5, "lifecycle.reset (att"),
+        (part(verdict("lifecycle.fork"), verdict("lifecycle.reorder", Outcome.KNOWN_FAILURE)), 0, ", with 1 known fai"),
+        (
+            part(verdict("lifecycle.fork", Outcome.UNSUPPORTED)),
+            5,
+            "undecided: no cell of the selected part passed (1 c",
+        ),
+        (part(verdict(), verdict("shape.length", Outcome.INCONCLUSIVE)), 5, "undecided: 1 of 2 judged cells inconclus"),
+        (part(verdict(), verdict("shape.length", Outcome.FAIL)), 1, "non-conformant: 1 of 2 judged cells failed"),
+        (part(verdict(), stale=["a row"]), 1, "stale known failures: 1 row to correct or to remove"),
+        (part(), 5, "undecided: no cell was judged"),
+    ],
+)
+def test_a_part_of_the_suite_passes_and_is_not_called_conformant(found: Results, code: int, words: str) -> None:
+    assert found.partial
+    assert found.exit_code == code
+    assert words in found.summary
+    assert not found.summary.startswith("conformant:")
+
+
+def test_every_cell_of_the_suite_makes_it_whole() -> None:
+    plan = Plan(EFFORTS["smoke"], dtypes=("float32", "bfloat16"))
+    verdicts = [replaced(verdict(cell.clause.name), cell.config_name) for cell in cells(plan)]
+    whole = msgspec.structs.replace(part(*verdicts), dtypes=list(plan.dtypes))
+    assert concluded(whole) == (0, "conformant: attention and decoder profile")
+    assert msgspec.structs.replace(whole, verdicts=verdicts[1:]).partial
+    assert not msgspec.structs.replace(whole, dtypes=["float32"]).partial
+    assert msgspec.structs.replace(whole, dtypes=list(DTYPES)).partial
+
+
+def replaced(one: Verdict, config: str) -> Verdict:
+    return msgspec.structs.replace(one, config=config)
 
 
 def test_a_results_file_fits_its_own_json_schema(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     results(verdict(), verdict("shape.length", Outcome.FAIL)).write(path)
-    jsonschema.validate(json.loads(path.read_text()), schema())
+    jsonschema.validate(json.loads(path.read_text()), json_schema("results"))
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**json.loads(path.read_text()), "verdicts": [{"clause": 3}]}, schema())
+        jsonschema.validate({**json.loads(path.read_text()), "verdicts": [{"clause": 3}]}, json_schema("results"))
 
 
 def test_what_is_no_results_file_is_one_sentence(tmp_path: Path) -> None:
@@ -216,7 +285,7 @@ def test_what_is_no_results_file_is_one_sentence(tmp_path: Path) -> None:
         read(path)
     data = msgspec.to_builtins(results(verdict()))
     path.write_text(json.dumps({**data, "schema": "kvconform-results/99"}))
-    with pytest.raises(SpecError, match="unknown schema 'kvconform-results/99'; known: kvconform-results/3"):
+    with pytest.raises(SpecError, match="unknown schema 'kvconform-results/99'; known: kvconform-results/4"):
         read(path)
 
 
@@ -278,7 +347,7 @@ def test_shards_part_the_cells_evenly_config_by_config(count: int) -> None:
 @pytest.mark.parametrize("text", ["", "2", "0/2", "3/2", "-1/2", "a/b", "1/2/3", "1/"])
 def test_what_is_no_shard_is_one_sentence(text: str) -> None:
     assert parse_shard("2/3") == (2, 3)
-    with pytest.raises(SpecError, match="want i/n with i from 1 to n, such as 2/5"):
+    with pytest.raises(BadArgument, match="shard: want i/n with i from 1 to n, such as 2/5"):
         parse_shard(text)
 
 
@@ -287,14 +356,14 @@ def test_merged_shards_are_the_whole_run(tmp_path: Path) -> None:
     plan = Plan(tiny, clauses=("shape", "lifecycle.reset"), configs=("attention-gqa", "attention-window"))
     whole = run_backend("numpy", WorkerSpec("numpy"), plan, tmp_path)
     parts = [replace(plan, shard=(index, 3)) for index in (1, 2, 3)]
-    for part in parts:
-        run_backend("numpy", WorkerSpec("numpy"), part, tmp_path)
-    found = merged([read(path_of("numpy", part, tmp_path)) for part in reversed(parts)])
+    for one in parts:
+        run_backend("numpy", WorkerSpec("numpy"), one, tmp_path)
+    found = merged([read(path_of("numpy", one, tmp_path)) for one in reversed(parts)])
     assert len({v.config for v in found.verdicts}) == 2
     assert [timeless(v) for v in found.verdicts] == [timeless(v) for v in whole.verdicts]
     assert found.same_run(whole)
     assert found.finished
-    assert exit_code(found) == exit_code(whole)
+    assert concluded(found) == concluded(whole)
     assert read(path_of("numpy", plan, tmp_path)) == whole  # shards wrote beside it, not over it
 
 
@@ -309,22 +378,24 @@ TWO = msgspec.structs.replace(ONE, verdicts=[verdict("shape.first-step")], shard
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        ([results(verdict())], "results of x: are of a whole run, not of a shard"),
+        ([results(verdict())], "results of x: are those of a whole run, not of a shard"),
         ([TWO], "merge: shard 1/2 is missing"),
-        ([ONE, msgspec.structs.replace(ONE, seed=0, seconds=1.0), TWO], "shard 1/2: is given twice, and differs"),
-        ([ONE, msgspec.structs.replace(TWO, seed=1)], "merge: seed of shard 1/2 is 0, of shard 2/2 1"),
-        ([ONE, msgspec.structs.replace(TWO, backend="y")], "merge: backend of shard 1/2 is x, of shard 2/2 y"),
-        ([ONE, msgspec.structs.replace(TWO, shard="2/3")], "shards 1/2 and 2/3 are not of one division"),
-        ([ONE, msgspec.structs.replace(TWO, environment={"numpy": "1"})], "environment.numpy of shard 1/2 is 2, of"),
-        ([ONE, msgspec.structs.replace(TWO, claims={})], "claims.abilities of shard 1/2 is"),
-        ([ONE, msgspec.structs.replace(TWO, finished=False)], "shard 2/2: did not finish: run it again, it goes on"),
-        ([ONE, msgspec.structs.replace(TWO, unavailable="no GPU")], "shard 2/2: no GPU"),
-        ([ONE, msgspec.structs.replace(TWO, verdicts=[])], "shard 1/2: has 2 cells, its part of 2 is 1: not one selec"),
-        ([ONE, msgspec.structs.replace(TWO, verdicts=[verdict("shape.output")])], "shape.output [attention-gqa] is in"),
         (
-            [msgspec.structs.replace(ONE, power={"a": 1}), msgspec.structs.replace(TWO, power={"a": 2})],
-            "merge: power.a differs between shards",
+            [ONE, msgspec.structs.replace(ONE, seed=0, seconds=1.0), TWO],
+            "shard 1/2: is given twice, with different contents",
         ),
+        ([ONE, msgspec.structs.replace(TWO, seed=1)], "merge: seed is 0 in shard 1/2 and 1 in shard 2/2"),
+        ([ONE, msgspec.structs.replace(TWO, backend="y")], "merge: backend is x in shard 1/2 and y in shard 2/2"),
+        ([ONE, msgspec.structs.replace(TWO, shard="2/3")], "shards 1/2 and 2/3 belong to different divisions"),
+        ([ONE, msgspec.structs.replace(TWO, environment={"numpy": "1"})], "environment.numpy is 2 in shard 1/2 and 1"),
+        ([ONE, msgspec.structs.replace(TWO, claims={})], "claims.abilities is"),
+        ([ONE, msgspec.structs.replace(TWO, finished=False)], "shard 2/2: did not finish: run it again to resume it"),
+        ([ONE, msgspec.structs.replace(TWO, unavailable="no GPU")], "shard 2/2: no GPU"),
+        (
+            [ONE, msgspec.structs.replace(TWO, verdicts=[])],
+            "shard 1/2: has 2 cells; its part of 2 is 1: the selections d",
+        ),
+        ([ONE, msgspec.structs.replace(TWO, verdicts=[verdict("shape.output")])], "shape.output [attention-gqa] is in"),
     ],
 )
 def test_what_are_not_all_shards_of_one_run_is_one_sentence(parts: list[Results], words: str) -> None:
@@ -334,10 +405,10 @@ def test_what_are_not_all_shards_of_one_run_is_one_sentence(parts: list[Results]
 
 def test_merging_keeps_rows_stale_sentences_and_machines() -> None:
     mine = {"numpy": "2", "machine": "b"}
-    two = msgspec.structs.replace(TWO, environment=mine, stale=["s", "t"], power={"b": 2}, seconds=2.0)
-    found = merged([two, msgspec.structs.replace(ONE, stale=["s"], power={"a": 1}, seconds=1.0), two])
+    two = msgspec.structs.replace(TWO, environment=mine, stale=["s", "t"], seconds=2.0)
+    found = merged([two, msgspec.structs.replace(ONE, stale=["s"], seconds=1.0), two])
     assert [v.clause for v in found.verdicts] == ["shape.output", "shape.first-step", "shape.length"]
-    assert (found.shard, found.stale, found.power, found.seconds) == ("", ["s", "t"], {"a": 1, "b": 2}, 3.0)
+    assert (found.shard, found.stale, found.seconds) == ("", ["s", "t"], 3.0)
     assert found.environment == {"numpy": "2", "machine": ["a", "b"]}
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import published_designs
 import pytest
+from mismatches import WRONG
 from report_data import HOSTILE, everywhere, other, passed, results
 
 from kvconform.explain.diagnosis import Diagnosis
 from kvconform.explain.diagnosis.record import FirstFailure
 from kvconform.explain.visibility import Map
 from kvconform.judging.verdict import Outcome
-from kvconform.results.results import Results, Target, exit_code
+from kvconform.results.results import Results, Target
 from kvconform.run import check
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.effort import Effort
@@ -54,7 +55,7 @@ def test_a_design_as_intended_holds_in_every_corner(name: str, tmp_path: Path) -
     bad = [v for v in found.verdicts if v.outcome not in (Outcome.PASS, Outcome.UNSUPPORTED)]
     assert not bad, "\n".join(f"{v.clause} [{v.config}]: {v.sentence}" for v in bad)
     assert {v.config for v in found.verdicts if v.outcome is Outcome.PASS} == set(CORNERS)
-    assert exit_code(found)[0] == 0, exit_code(found)[1]
+    assert found.exit_code == 0, found.summary
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,9 @@ def published(failure: str = "step 1: got -1.9, want -0.03", **more: object) -> 
         "target": Target(recognised="a past passed and returned", assumed=[], configs={"hidden-self": OWN.to_json()}),
         "maps": {"hidden-self": [RIGHT, SEEN]},
         "diagnoses": {
-            "hidden-self": Diagnosis(mistake="M1", bug=BUG, first=FirstFailure(probe="a probe", sentence=failure))
+            "hidden-self": Diagnosis(
+                mistake="M1", bug=BUG, first=FirstFailure(probe="a probe", mismatch=WRONG, sentence=failure)
+            )
         },
     }
     return results("FirstListing", **({"verdicts": verdicts} | settings | more))

@@ -15,12 +15,12 @@ from kvconform_specs.program import Program
 
 Array = NDArray[Any]
 Cache = tuple[Array, int]
-"""Hidden states of the past ``(b, s, width)``, and how many rows there are."""
+"""Hidden states of the past ``(b, s, width)``, and the number of rows."""
 WIDTH, HEADS, DIM = 12, 3, 4
 
 
 class BlackBox:
-    """Two layers of attention over hidden states. It caches the inputs, which is slow and right."""
+    """Two layers of attention over hidden states. It caches the inputs, which is slow but correct."""
 
     claims = Claims(profiles=("hidden",), abilities=("uncached_forward", "length", "reset"), reference="self")
     configs: ClassVar[dict[str, Config]] = {
@@ -85,14 +85,14 @@ class BlackBox:
         return np.asarray(x * (1 + size * drawn.uniform(-1, 1, x.shape)), np.float32)
 
     def script_setup(self) -> str:
-        return "from black_boxes import BlackBox\nsubject = BlackBox(None, {}, 'cpu')"
+        return "from black_boxes import BlackBox\nbackend = BlackBox(None, {}, 'cpu')"
 
     def script(self, program: Program, tag: str) -> str:
         raise NotImplementedError
 
 
 class DropsOldest(BlackBox):
-    """From the sixth token on the cached path sees one token less."""
+    """From the sixth token on, the cached path does not see the oldest one."""
 
     def seen(self, s: int, cached: bool) -> NDArray[np.bool_]:
         seen = super().seen(s, cached)
@@ -102,21 +102,21 @@ class DropsOldest(BlackBox):
 
 
 class OffBy(BlackBox):
-    """The cached path alone is wrong by a ten-thousandth of the scores' scale."""
+    """Scores of the cached path are wrong by a ten-thousandth."""
 
     def attention(self, q: Array, k: Array, v: Array, cached: bool) -> Array:
         return super().attention(q * np.float32(1 + 1e-4 * cached), k, v, cached)
 
 
 class NotCausal(BlackBox):
-    """Its own forward lets a token see the next one, and so does the cached path: nothing can be judged by it."""
+    """Both its uncached forward and its cached path let a token see the next one: its reference is unreliable."""
 
     def seen(self, s: int, cached: bool) -> NDArray[np.bool_]:
         return np.tri(s, k=1, dtype=bool)
 
 
 class Perturbed(BlackBox):
-    """Its own forward finds the tokens of the last cached step in front of its own."""
+    """Its uncached forward prepends the tokens of the last cached step."""
 
     left: Array | None = None
 
@@ -132,7 +132,7 @@ class Perturbed(BlackBox):
 
 
 class Wavers(BlackBox):
-    """Right, but each output is rounded according to all tokens of the call, as experts that share a product are."""
+    """Correct, but the rounding of each output depends on all tokens of the call, as with shared expert products."""
 
     def forward(self, x: Array, cached: bool) -> Array:
         last = np.float32(2.0**-22) * np.sign(x[:, -1:, :1])
@@ -140,7 +140,7 @@ class Wavers(BlackBox):
 
 
 class Raises(BlackBox):
-    """Its own forward raises on more than nine tokens."""
+    """Its uncached forward raises on more than nine tokens."""
 
     def uncached_forward(self, x: Array) -> Array:
         if x.shape[1] > 9:

@@ -1,4 +1,4 @@
-"""Small ONNX decoders for tests of targets: one arithmetic in every naming convention, correct or with a mistake."""
+"""Small ONNX decoders in every naming convention, correct or with a mistake."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TYPES |= {"int64": TensorProto.INT64, "bool": TensorProto.BOOL}
 
 @dataclass(frozen=True)
 class Style:
-    """How a decoder is called. past, present: their names for layer ``{n}`` and its ``{part}``; without a part the two
-    are stacked. tokens_first: ``(b, s, h, d)``. presents: whether it hands the cache out. table: positions that it has.
-    last: logits of the last token alone. needs_past: it raises on an empty one. mistake: what is wrong with it."""
+    """The convention of a decoder. past, present: names for layer ``{n}`` and its ``{part}``; without a part both are
+    stacked. tokens_first: ``(b, s, h, d)``. presents: whether it returns the cache. table: its number of positions.
+    last_only: only logits of the last token. needs_past: it raises on an empty past. mistake: its fault."""
 
     past: str = "past_key_values.{n}.{part}"
     present: str = "present.{n}.{part}"
@@ -58,11 +58,11 @@ CONVENTIONS = {
     "last": Style(last_only=True),
     "short table": Style(table=23),
 }
-"""One graph each; a merged graph and a pair of files are made otherwise."""
+"""One graph each; merged graphs and pairs of files are built separately."""
 
 
 class Builder:
-    """Nodes and constants of one graph; a method call appends a node and gives the name of its output."""
+    """Nodes and constants of one graph; methods append a node and return the name of its output."""
 
     def __init__(self, style: Style, prefix: str = "") -> None:
         self.style, self.prefix = style, prefix
@@ -89,7 +89,7 @@ class Builder:
 
     # --- the decoder ---
     def build(self, pasts: dict[str, str]) -> list[str]:
-        """The names of logits and presents. ``pasts``: those that there are, by name."""
+        """The names of logits and presents. ``pasts``: the available pasts, by name."""
         s = self.style
         tokens = "inputs_embeds" if s.hidden else "input_ids"
         t = self.size(tokens, 1)
@@ -117,7 +117,7 @@ class Builder:
         return [self.op("MatMul", x, self.weight("head", WIDTH, VOCABULARY)), *presents]
 
     def touched(self, logits: str) -> str:
-        """The logits, where the past has a last token; else the node that reads it raises."""
+        """The logits, after reading the past's last token, which raises if there is none."""
         if not self.style.needs_past:
             return logits
         axis = (1 if self.style.tokens_first else 2) + self.style.stacked
@@ -167,7 +167,7 @@ class Builder:
 
 
 def inputs_of(style: Style) -> list[ValueInfoProto]:
-    """Those beside the past."""
+    """The inputs other than the past."""
     made = [
         helper.make_tensor_value_info("inputs_embeds", TYPES[style.dtype], ["batch", "new", WIDTH])
         if style.hidden
@@ -218,7 +218,7 @@ def decoder(style: Style) -> ModelProto:
 
 
 def merged(style: Style) -> ModelProto:
-    """Two branches, chosen by ``use_cache_branch``; the mistake is in the one with a past alone."""
+    """Two branches, chosen by ``use_cache_branch``; only the one with a past has the mistake."""
     builders, branches = [], []
     for name, pasts in (("cached", {n: n for n in style.names(style.past)}), ("first", {})):
         builder = Builder(style if pasts else replace(style, mistake=""), f"{name}_")

@@ -7,10 +7,12 @@ from datetime import date
 from typing import Any
 
 import msgspec
+from mismatches import WRONG, cause
 
 from kvconform.explain.diagnosis import Diagnosis
 from kvconform.explain.diagnosis.record import FirstFailure
 from kvconform.explain.visibility import Map
+from kvconform.judging.render import render
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.mutation import record as audit_record
 from kvconform.mutation.record import Audited, AuditTrial
@@ -39,9 +41,8 @@ def passed(clause: str, config: str, seed: int = 0) -> Verdict:
 
 
 def other(clause: str, config: str, outcome: Outcome, sentence: str, **more: Any) -> Verdict:
-    return Verdict(
-        clause=clause, config=config, backend="", outcome=outcome, sentence=sentence, programs=40, structures=2, **more
-    )
+    fields: dict[str, Any] = {"programs": 40, "structures": 2, **cause(outcome), **more}
+    return Verdict(clause=clause, config=config, backend="", outcome=outcome, sentence=sentence, **fields)
 
 
 def everywhere(seed: int = 0) -> list[Verdict]:
@@ -148,7 +149,7 @@ def row(backend: str, **more: Any) -> known_failures.Row:
 def known(backend: str, verdicts: list[Verdict]) -> dict[str, Any]:
     """The same cells with one in the known failures: the verdicts and the known_failures of their results."""
     entry = row(backend)
-    sentence = f"{entry.reason}, known until {entry.expires}, {entry.link}: step 0 out[0]: got nan, want 0.25"
+    sentence = f"{entry.reason}, known until {entry.expires}, {entry.link}: {render(WRONG)}"
     failure = other(*KNOWN, Outcome.KNOWN_FAILURE, sentence, counterexample="numerics.zero-keys-1a2b3c4d.json")
     return {"verdicts": [failure if v.key == KNOWN else v for v in verdicts], "known_failures": [entry]}
 
@@ -305,7 +306,7 @@ def black_box(name: str, words: str = "behaves like a mask that begins at the to
             "hidden-self": Diagnosis(
                 mistake="M1",
                 bug="https://github.com/pytorch/pytorch/issues/108108",
-                first=FirstFailure(probe=words, sentence=words),
+                first=FirstFailure(probe=words, mismatch=WRONG, sentence=words),
             )
         },
     )

@@ -1,4 +1,4 @@
-"""Faults as another project brings them: ``tests/support/third_party_faults.py:MIXED``. A class for each."""
+"""Faults as defined by another project, addressed as ``tests/support/third_party_faults.py:MIXED``."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class LastOutputOnly(NumpyCache):
 
 
 class Doubled(NumpyCache):
-    """Outputs are twice what they must be from the fourth token on."""
+    """From the fourth token on, outputs are doubled."""
 
-    clauses = ["definition.attention", "shape.length"]  # noqa: RUF012 - a list will do, and the second is right here
+    clauses = ["definition.attention", "shape.length"]  # noqa: RUF012 - lists are allowed; the second clause holds here
     classes = ("M11",)
     conditional = True
     configs = ("attention-gqa",)
@@ -65,7 +65,7 @@ class Dies(Raises):
 
 
 class NeverRan(Doubled):
-    """It says that its faulty path never ran."""
+    """It reports that its faulty path never ran."""
 
     clauses = ["definition.attention"]  # noqa: RUF012
 
@@ -74,7 +74,7 @@ class NeverRan(Doubled):
 
 
 class Right(NumpyCache):
-    """Nothing is wrong with it."""
+    """A correct backend."""
 
     clauses = ("shape.output",)
     configs = ("attention-gqa",)

@@ -1,6 +1,6 @@
-"""Small modules as people write them, each in its own way of keeping keys and values; some with a bug.
+"""Small modules in the styles found in the wild, each with a different cache convention.
 
-Addressed as ``tests/support/third_party_modules.py:Name``. They need torch and numpy, and know nothing of this package.
+Addressed as ``tests/support/third_party_modules.py:Name``. They need torch and numpy, and do not use this package.
 """
 
 # mypy: ignore-errors
@@ -30,7 +30,7 @@ def rotated(x: Tensor, start: int) -> Tensor:
 
 
 class Projections(nn.Module):
-    """What all attention modules here share; weights are large enough for attention to be sharp."""
+    """Base class of the attention modules; weights are large enough for sharp attention."""
 
     def __init__(self, width: int = 24, heads: int = 3, window: int = 0) -> None:
         super().__init__()
@@ -46,9 +46,9 @@ class Projections(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-# --- attention on hidden states, the past is passed ---
+# --- attention on hidden states, with a past argument ---
 class LayerPast(Projections):
-    """``use_cache`` asks for a present, laid out (b, s, h, d), as in Falcon and many older models."""
+    """``use_cache`` returns a present in the layout (b, s, h, d), as in Falcon and many older models."""
 
     def forward(self, hidden_states, layer_past=None, use_cache=False):
         query, key, value = self.projected(hidden_states)
@@ -81,7 +81,7 @@ class Stacked(Projections):
 
 
 class MaskFromCaller(Projections):
-    """The caller says what may be seen; without a mask everything is."""
+    """The caller gives the mask; without one, everything is visible."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None, past: tuple[Tensor, Tensor] | None = None):
         query, key, value = self.projected(x)
@@ -113,7 +113,7 @@ class CacheObject(Projections):
 
 
 class MakesCache(Projections):
-    """A preallocated cache that a method of the module makes, and that forward fills."""
+    """A preallocated cache, created by a method of the module and filled by forward."""
 
     max_len = 30
 
@@ -132,7 +132,7 @@ class MakesCache(Projections):
 
 
 class Rotary(Projections):
-    """The caller says where the tokens stand."""
+    """The caller gives the positions."""
 
     def forward(self, x: Tensor, pos: int, past: tuple[Tensor, Tensor] | None = None):
         query, key, value = self.projected(x)
@@ -143,7 +143,7 @@ class Rotary(Projections):
 
 
 class QueryKeyValue(Projections):
-    """Attention that could be cross-attention: one argument for each."""
+    """Attention with separate arguments, as for cross-attention."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, past: list[Tensor] | None = None):
         (q, _, _), (_, k, _), (_, _, v) = self.projected(query), self.projected(key), self.projected(value)
@@ -239,7 +239,7 @@ class LikeTransformers(Embedded):
 
 
 class ListOfPasts(Embedded):
-    """The past is required: a list with None for each layer at first. Only the last logits are returned."""
+    """The past is required: initially a list with None per layer. Only the last logits are returned."""
 
     def forward(self, idx: Tensor, kv_caches: list) -> tuple[Tensor, list]:
         start = 0 if kv_caches[0] is None else kv_caches[0][0].shape[2]
@@ -248,7 +248,7 @@ class ListOfPasts(Embedded):
 
 
 class Owned(nn.Module):
-    """Attention with buffers ``cache_k``, ``cache_v`` in the module, on which several below are built."""
+    """Base class: attention with buffers ``cache_k``, ``cache_v`` in the module."""
 
     heads, size = 2, 20
 
@@ -286,7 +286,7 @@ class AlwaysCaches(ModuleBuffers):
 
 
 class StartPos(Owned):
-    """A preallocated cache that is written at ``start_pos``, as in the first Llama: position 0 begins a sequence."""
+    """A preallocated cache, written at ``start_pos``, as in the first Llama: position 0 starts a sequence."""
 
     max_seq_len = 26
 
@@ -319,7 +319,7 @@ class InputPos(Owned):
 
 
 class SetsCache(Owned):
-    """With positions it uses a cache that was set up, without them none, as in LitGPT."""
+    """With positions it uses a prepared cache, without them none, as in LitGPT."""
 
     max_seq_length = 22
 
@@ -338,8 +338,8 @@ class SetsCache(Owned):
         return InputPos.forward(self, x, input_pos)
 
 
-class NamesItItsOwn(CacheObject):
-    """A past that is called what no other is."""
+class UnusualName(CacheObject):
+    """A past with an unusual name."""
 
     def forward(self, x: Tensor, pantry: KVCache | None = None) -> Tensor:
         return super().forward(x, pantry)
@@ -356,111 +356,7 @@ class FourRows(StartPos):
         return super().forward(x, start_pos)
 
 
-# --- with a bug each ---
-class ChunkSeesFuture(Projections):
-    """A mask only where there is no past: fine token by token."""
-
-    def forward(self, x: Tensor, past_kv: tuple[Tensor, Tensor] | None = None):
-        query, key, value = self.projected(x)
-        if past_kv is not None:
-            key, value = torch.cat([past_kv[0], key], 2), torch.cat([past_kv[1], value], 2)
-        return self.joined(sdpa(query, key, value, is_causal=past_kv is None)), (key, value)
-
-
-class NeverReset(ModuleBuffers):
-    """``reset_cache`` empties nothing."""
-
-    def reset_cache(self) -> None:
-        self.cache = None
-
-
-class SquareMask(ModuleBuffers):
-    """A square mask over the new tokens, which does not fit the scores of a chunk after the first."""
-
-    def forward(self, x: Tensor, use_cache: bool = False) -> Tensor:
-        query, key, value = self.grown(x, use_cache)
-        scores = query @ key.mT / query.shape[-1] ** 0.5
-        if x.shape[1] > 1:
-            scores.masked_fill_(~lower(x.shape[1], x.shape[1]), -torch.inf)
-        return self.out((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
-
-
-KV_CACHE: list[tuple[Tensor, Tensor]] = []
-
-
-class GlobalList(Projections):
-    """A list that nobody clears."""
-
-    def forward(self, x: Tensor, use_cache: bool = True) -> Tensor:
-        query, key, value = self.projected(x)
-        if use_cache:
-            KV_CACHE.append((key, value))
-            key, value = (torch.cat(parts, 2) for parts in zip(*KV_CACHE, strict=True))
-        return self.joined(sdpa(query, key, value, attn_mask=lower(x.shape[1], key.shape[2])))
-
-
-class RestartedPositions(Projections):
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None = None):
-        query, key, value = self.projected(x)
-        query, key = rotated(query, 0), rotated(key, 0)
-        if past is not None:
-            key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
-        return self.joined(sdpa(query, key, value, attn_mask=lower(x.shape[1], key.shape[2]))), (key, value)
-
-
-class RotatedTwice(Projections):
-    """Keys are cached after their rotation, and rotated once more with all others at each call."""
-
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None = None):
-        query, key, value = self.projected(x)
-        start = 0 if past is None else past[0].shape[2]
-        if past is not None:
-            key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
-        query, key = rotated(query, start), rotated(key, 0)
-        return self.joined(sdpa(query, key, value, attn_mask=lower(x.shape[1], key.shape[2]))), (key, value)
-
-
-class ForgetsOrder(Projections):
-    """Positions restart where they are left out."""
-
-    def forward(self, x: Tensor, position_ids: Tensor | None = None, past: tuple[Tensor, Tensor] | None = None):
-        query, key, value = self.projected(x)
-        start = 0 if position_ids is None else int(position_ids.flatten()[0])
-        query, key = rotated(query, start), rotated(key, start)
-        if past is not None:
-            key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
-        return self.joined(sdpa(query, key, value, attn_mask=lower(x.shape[1], key.shape[2]))), (key, value)
-
-
-class SharedRow(LayerPast):
-    """Every row reads the past of the first."""
-
-    def forward(self, hidden_states, layer_past=None, use_cache=False):
-        if layer_past is not None:
-            layer_past = tuple(part[:1].expand_as(part) for part in layer_past)
-        return super().forward(hidden_states, layer_past, use_cache)
-
-
-class Overwrites(LayerPast):
-    """A step writes into the past that it was given."""
-
-    def forward(self, hidden_states, layer_past=None, use_cache=False):
-        y, present = super().forward(hidden_states, layer_past, use_cache)
-        if layer_past is not None and hidden_states.shape[1] > 2:
-            layer_past[0].mul_(0.5)
-        return y, present
-
-
-class OffByOne(MakesCache):
-    """A chunk is written one slot too early."""
-
-    def forward(self, x: Tensor, kv_cache: dict | None = None) -> Tensor:
-        if kv_cache is not None and kv_cache["length"] > 4:
-            kv_cache["length"] -= 1
-        return super().forward(x, kv_cache)
-
-
-# --- what nobody can tell ---
+# --- not recognisable ---
 class Strange(Projections):
     def forward(self, x: Tensor, ledger: dict) -> Tensor:
         return x

@@ -22,7 +22,7 @@ DECODERS = {f"{name}-self": config for name, config in CONFIGS.items() if config
 
 
 class Wrapped:
-    """What the backend of that name claims and does, but for its weights, which are its own now."""
+    """The backend of that name, but with its own weights."""
 
     name: ClassVar[str]
     kind: ClassVar[Any]
@@ -70,7 +70,7 @@ class Wrapped:
 def __getattr__(name: str) -> type[Wrapped]:
     """The wrapped backend of an installed name; ``numpy_paged`` is ``numpy-paged``."""
     if name.replace("_", "-") not in installed():
-        raise AttributeError(name)  # what inspects a module asks for much
+        raise AttributeError(name)  # introspection asks for other names
     kind = load(name.replace("_", "-"))
     own = replace(
         kind.claims,

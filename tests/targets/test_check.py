@@ -1,4 +1,4 @@
-"""``kvconform check``: targets, the truth that a black box is judged by, and what a person reads."""
+"""``kvconform check``: targets, the reference of a black box, and the printed output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from places import SUPPORT
 
 from kvconform.errors import BackendUnavailable
 from kvconform.judging.verdict import Outcome
-from kvconform.results.results import Results, exit_code, read
+from kvconform.results.results import Results, read
 from kvconform.run import check
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.effort import Effort
@@ -81,17 +81,17 @@ def test_options_are_json_and_a_bare_word_is_a_word() -> None:
             check.options(init, others)
 
 
-# --- judged by itself ---
-def test_a_correct_black_box_is_conformant_by_its_own_forward(tmp_path: Path) -> None:
+# --- judged by its own forward ---
+def test_a_correct_black_box_is_conformant(tmp_path: Path) -> None:
     found = judged("BlackBox", tmp_path)
-    assert exit_code(found) == (0, "conformant: hidden profile, judged by its own forward")
+    assert (found.exit_code, found.summary) == (0, "conformant: hidden profile, judged by its own forward")
     assert found.target is not None
     assert found.target.recognised == "hidden states in and out, written for a test"
     worst = max(verdict.worst or 0.0 for verdict in found.verdicts)
     assert 0.0 < worst < 0.2  # as DESIGN.md says
 
 
-def test_what_the_own_forward_cannot_show_is_unsupported_and_says_blind(tmp_path: Path) -> None:
+def test_clauses_that_the_reference_cannot_show_are_unsupported_as_blind(tmp_path: Path) -> None:
     blind = [name for name, clause in BY_NAME.items() if clause.blind and "decoder" in clause.profiles]
     assert blind
     for verdict in judged("BlackBox", tmp_path).verdicts:
@@ -100,7 +100,7 @@ def test_what_the_own_forward_cannot_show_is_unsupported_and_says_blind(tmp_path
             assert verdict.sentence.startswith("blind: ")
 
 
-def test_a_token_that_the_cached_path_drops_is_convicted(tmp_path: Path) -> None:
+def test_a_token_dropped_by_the_cached_path_is_detected(tmp_path: Path) -> None:
     found = outcomes(judged("DropsOldest", tmp_path))
     assert {name for name, outcome in found.items() if outcome.broken} >= {
         "equivalence.decode",
@@ -109,39 +109,39 @@ def test_a_token_that_the_cached_path_drops_is_convicted(tmp_path: Path) -> None
     }
 
 
-def test_an_error_of_a_ten_thousandth_in_the_cached_path_alone_is_convicted(tmp_path: Path) -> None:
+def test_an_error_of_a_ten_thousandth_in_the_cached_path_is_detected(tmp_path: Path) -> None:
     assert outcomes(judged("OffBy", tmp_path))["equivalence.decode"] is Outcome.FAIL
 
 
-def test_a_forward_that_is_no_yardstick_is_the_finding_and_nothing_is_judged_by_it(tmp_path: Path) -> None:
+def test_an_unreliable_reference_is_reported_and_not_used(tmp_path: Path) -> None:
     found = judged("NotCausal", tmp_path)
-    assert exit_code(found)[0] == 1
+    assert found.exit_code == 1
     assert [v.clause for v in found.verdicts if v.outcome.broken] == ["equivalence.full-stable"]
     others = {v.outcome for v in found.verdicts if v.clause != "equivalence.full-stable"}
     assert others == {Outcome.INCONCLUSIVE, Outcome.UNSUPPORTED}
 
 
-def test_a_forward_that_cached_steps_disturb_is_a_finding_and_still_a_yardstick_where_none_runs(tmp_path: Path) -> None:
+def test_a_reference_disturbed_by_cached_steps_is_reported_and_still_used_in_its_own_process(tmp_path: Path) -> None:
     found = outcomes(judged("Perturbed", tmp_path))
     assert found["equivalence.full-stable"] is Outcome.FAIL
     assert found["equivalence.chunks"] is Outcome.FAIL  # it compares with the forward in the backend's own process
     assert found["lifecycle.reset"] is Outcome.PASS
 
 
-def test_what_wavers_in_its_last_bits_like_its_own_forward_is_no_leak(tmp_path: Path) -> None:
+def test_rounding_shared_by_the_tokens_of_a_call_is_not_a_leak(tmp_path: Path) -> None:
     found = outcomes(judged("Wavers", tmp_path))
     assert found["causality.future-blind"] is Outcome.PASS
     assert not any(outcome.broken for outcome in found.values())
 
 
-def test_an_own_forward_that_raises_is_told_and_not_taken_for_a_wrong_cache(tmp_path: Path) -> None:
+def test_an_exception_of_the_reference_is_reported(tmp_path: Path) -> None:
     broken = [verdict for verdict in judged("Raises", tmp_path).verdicts if verdict.outcome.broken]
     assert broken
     assert all("at most nine tokens" in verdict.sentence for verdict in broken)
 
 
-def test_no_cached_step_ever_runs_where_the_truth_is_computed() -> None:
-    """``Perturbed`` would show it: after a step in the backend, its truth is still that of a fresh process."""
+def test_the_reference_process_runs_no_cached_steps() -> None:
+    """``Perturbed`` would show it: after a step in the backend, its reference must equal that of a fresh process."""
     with (
         WorkerClient(WorkerSpec(f"{BOXES}:Perturbed")) as client,
         WorkerClient(WorkerSpec(f"{BOXES}:BlackBox")) as right,
@@ -160,8 +160,8 @@ def test_no_cached_step_ever_runs_where_the_truth_is_computed() -> None:
         assert (values[0] == values[1]).all()
 
 
-# --- what a person reads ---
-def test_a_check_says_how_it_was_called_what_was_assumed_and_what_is_wrong(tmp_path: Path) -> None:
+# --- output ---
+def test_a_check_prints_the_convention_the_assumptions_and_the_failures(tmp_path: Path) -> None:
     done = kvconform("check", f"{BOXES}:DropsOldest", folder=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     first, second, *others = done.stdout.splitlines()
@@ -199,4 +199,4 @@ def test_an_unknown_kind_of_option_does_not_start_a_worker() -> None:
 @pytest.mark.parametrize("name", ["numpy", "eager"])
 def test_a_shipped_backend_as_a_black_box_is_conformant(name: str, tmp_path: Path) -> None:
     found = run_backend(name, WorkerSpec(f"{BOXES.with_name('wrapped_backends.py')}:{name}"), PLAN, tmp_path)
-    assert exit_code(found) == (0, "conformant: decoder profile, judged by its own forward")
+    assert (found.exit_code, found.summary) == (0, "conformant: decoder profile, judged by its own forward")

@@ -1,4 +1,4 @@
-"""The backend of targets ``onnx:``: what it runtime_info, how its weights are perturbed, and its scripts."""
+"""The backend of targets ``onnx:``: its runtime_info, perturbed weights, and scripts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def built(target: Any) -> Any:
 
 
 # --- CUDA ---
-def test_cuda_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_cuda_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object) -> None:
         raise RuntimeError("no CUDA-capable device is detected")
 
@@ -45,7 +45,7 @@ def test_cuda_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.Monk
         onnx_runtime.reach_cuda()
 
 
-def test_heavy_nodes_that_stray_from_cuda_are_a_fallback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heavy_nodes_off_cuda_are_a_fallback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = opened(Style(), tmp_path)
     backend = built(target)
     assert "fallback" not in backend.runtime_info()
@@ -59,7 +59,7 @@ def test_heavy_nodes_that_stray_from_cuda_are_a_fallback(tmp_path: Path, monkeyp
     assert backend.runtime_info()["fallback"] == "CUDA was requested, but ONNX Runtime ran Softmax on the CPU"
 
 
-def test_the_witness_tells_what_ran(tmp_path: Path) -> None:
+def test_the_runtime_info_describes_what_ran(tmp_path: Path) -> None:
     backend = built(opened(Style(), tmp_path))
     backend.uncached_forward(np.ones((1, 3), np.int64))
     runtime_info = backend.runtime_info()
@@ -73,17 +73,17 @@ def test_the_witness_tells_what_ran(tmp_path: Path) -> None:
 
 
 # --- perturbed weights ---
-def test_only_weights_are_disturbed_and_by_the_length_of_their_sums() -> None:
+def test_only_weights_are_perturbed_according_to_the_length_of_their_sums() -> None:
     made = {
-        "wide": np.uncached_forward((4, 9), 0.3),
-        "turned": np.uncached_forward((9, 4), 0.3),
-        "gemm": np.uncached_forward((4, 9), 0.3),
-        "table": np.uncached_forward((5, 4), 0.3),
-        "gain": np.uncached_forward(9, 0.3),
+        "wide": np.full((4, 9), 0.3),
+        "turned": np.full((9, 4), 0.3),
+        "gemm": np.full((4, 9), 0.3),
+        "table": np.full((5, 4), 0.3),
+        "gain": np.full(9, 0.3),
         "scale": np.array([0.3]),
-        "mask": np.uncached_forward((3, 3), -3e38),
+        "mask": np.full((3, 3), -3e38),
         "range": np.arange(9.0),
-        "held": np.uncached_forward((4, 9), 3),
+        "held": np.full((4, 9), 3),
         "step": np.array(0.5),
     }
     kinds = {name: np.int8 if name == "held" else np.float32 for name in made}
@@ -122,7 +122,7 @@ def test_a_graph_without_weights_has_no_bound() -> None:
         weights.perturbed(model, 0.1, 0.1, seed=1)
 
 
-def test_scales_of_weights_are_disturbed_and_those_of_activations_are_not() -> None:
+def test_scales_of_weights_are_perturbed_and_those_of_activations_are_not() -> None:
     node = helper.make_node
     nodes = [
         node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"]),
@@ -143,7 +143,7 @@ def test_scales_of_weights_are_disturbed_and_those_of_activations_are_not() -> N
 
 
 @pytest.mark.parametrize("form", [decoder, merged])
-def test_disturbed_weights_move_the_own_forward_and_leave_the_subject_alone(form: Any, tmp_path: Path) -> None:
+def test_perturbed_weights_change_the_uncached_forward_and_not_the_backend(form: Any, tmp_path: Path) -> None:
     path = tmp_path / "decoder.onnx"
     onnx.save_model(form(Style()), path, save_as_external_data=True, location="decoder.data", size_threshold=256)
     backend = built(load(f"onnx:{path}"))
@@ -155,7 +155,7 @@ def test_disturbed_weights_move_the_own_forward_and_leave_the_subject_alone(form
     assert (backend.uncached_forward(ids) == before).all()
 
 
-def test_disturbed_hidden_states_are_inputs(tmp_path: Path) -> None:
+def test_hidden_states_are_perturbed(tmp_path: Path) -> None:
     backend = built(opened(Style(hidden=True), tmp_path))
     x = np.ones((1, 3, WIDTH), np.float32)
     still = backend.perturbed(0.0, 0.0, 1)
@@ -175,7 +175,7 @@ KEEP = "np.savez('outputs.npz', **{name: x for name, x in list(globals().items()
 
 
 def ran(backend: Any, program: Program, folder: Path) -> None:
-    """Runs the program's script where nothing of ours can be imported: it must compute what was recorded."""
+    """Runs the program's script in a process that cannot import this package: outputs must equal the recorded ones."""
     (trace,) = execute(backend, program, (0,))
     inputs = {f"x_{n}": given[0][0] for n, (given, _) in enumerate(feeds_of(program, (0,))) if given}
     np.savez(folder / "inputs.npz", **inputs)
@@ -214,7 +214,7 @@ def test_a_script_computes_the_same_without_this_package(name: str, tmp_path: Pa
     assert [line.partition("  # ")[2] for line in text.splitlines() if "  # " in line] == [
         "append 3 to a of 2 rows",
         "append 1 to a of 2 rows",
-        "full 4 to f of 2 rows",
+        "uncached_forward 4 to f of 2 rows",
         "append 2 to b",
         "reset a",
         "append 2 to a of 2 rows",
@@ -224,7 +224,7 @@ def test_a_script_computes_the_same_without_this_package(name: str, tmp_path: Pa
     ]
 
 
-def test_a_script_of_what_no_target_claims_is_an_error(tmp_path: Path) -> None:
+def test_a_script_of_an_unsupported_step_is_an_error(tmp_path: Path) -> None:
     backend = built(opened(Style(), tmp_path))
     with pytest.raises(ValueError, match="an ONNX target does not support AliasHandle"):
         backend.script(Program(backend.config, (Append("a", (1,), 0), AliasHandle("a", "b"))), "")

@@ -1,4 +1,4 @@
-"""Targets ``onnx:``: every naming convention is found and judged, and what is no decoder gets one sentence."""
+"""Targets ``onnx:``: every naming convention is recognised and judged; other graphs are errors of one sentence."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def opened(style: Style, folder: Path, **options: Any) -> Any:
 
 # --- conventions ---
 @pytest.mark.parametrize("name", CONVENTIONS)
-def test_a_correct_decoder_breaks_no_clause_however_it_names_its_cache(name: str, tmp_path: Path) -> None:
+def test_a_correct_decoder_breaks_no_clause_in_any_naming_convention(name: str, tmp_path: Path) -> None:
     results = judged(saved(decoder(CONVENTIONS[name]), tmp_path), tmp_path)
     assert broken(results) == {}
     passed = {v.clause for v in results.verdicts if v.outcome is Outcome.PASS}
@@ -73,7 +73,7 @@ def test_a_merged_graph_takes_its_first_step_without_the_cache_branch(
     )
 
 
-def test_of_two_files_the_one_without_a_past_takes_the_first_step(tmp_path: Path) -> None:
+def test_with_two_files_the_one_without_a_past_takes_the_first_step(tmp_path: Path) -> None:
     later = saved(decoder(Style(needs_past=True)), tmp_path, "decoder_with_past_model.onnx")
     first = saved(decoder(Style(cached=False)), tmp_path, "decoder_model.onnx")
     for path in (later, first):
@@ -86,7 +86,7 @@ def test_of_two_files_the_one_without_a_past_takes_the_first_step(tmp_path: Path
     assert "equivalence.decode" in broken(judged(wrong, tmp_path / "again", ("equivalence",)))
 
 
-def test_a_graph_without_cache_may_be_named_as_the_truth(tmp_path: Path) -> None:
+def test_a_graph_without_a_cache_can_be_the_reference(tmp_path: Path) -> None:
     saved(decoder(Style(cached=False, presents=False)), tmp_path, "plain.onnx")
     path = saved(decoder(Style()), tmp_path)
     results = judged(path, tmp_path, ("equivalence",), uncached="plain.onnx")
@@ -105,14 +105,14 @@ def test_dims_heads_and_dtypes_are_read_from_the_graph(tmp_path: Path) -> None:
     assert (hidden.profile, hidden.width, hidden.vocabulary) == ("hidden", WIDTH, VOCABULARY)
 
 
-def test_a_table_of_positions_is_the_capacity(tmp_path: Path) -> None:
+def test_the_size_of_a_position_table_is_the_capacity(tmp_path: Path) -> None:
     target = opened(Style(table=23), tmp_path)
     assert target.configs["decoder-self"].capacity == 23
     assert target.assumed == ("a sequence has at most 23 tokens: its uncached forward raises on 24",)
     assert opened(Style(table=23), tmp_path, capacity=9).configs["decoder-self"].capacity == 9
 
 
-def test_token_ids_that_the_embedding_lacks_are_not_used(tmp_path: Path) -> None:
+def test_token_ids_missing_from_the_embedding_are_reserved(tmp_path: Path) -> None:
     model = decoder(Style())
     (table,) = (x for x in model.graph.initializer if x.name == "embed")
     table.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(table)[:-2], "embed"))
@@ -172,7 +172,7 @@ def test_a_step_that_raises_is_a_finding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken_on_purpose", [False, True])
-def test_the_example_is_conformant_unless_it_is_to_be_broken(broken_on_purpose: bool, tmp_path: Path) -> None:
+def test_the_example_is_conformant_unless_exported_broken(broken_on_purpose: bool, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="torch.onnx exports with it")
     example = ROOT / "examples" / "export_decoder.py"
     path = tmp_path / "decoder.onnx"
@@ -186,7 +186,7 @@ def test_the_example_is_conformant_unless_it_is_to_be_broken(broken_on_purpose: 
     )
 
 
-# --- what it is not ---
+# --- errors ---
 def axes(model: onnx.ModelProto, name: str, *sizes: Any) -> onnx.ModelProto:
     """The model with other axes declared for an input or output."""
     (value,) = (value for value in (*model.graph.input, *model.graph.output) if value.name == name)
@@ -218,7 +218,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("words", UNKNOWN)
-def test_what_is_not_known_gets_one_sentence_with_what_was_found(words: str, tmp_path: Path) -> None:
+def test_an_unrecognised_graph_is_an_error_that_lists_its_inputs_and_outputs(words: str, tmp_path: Path) -> None:
     path = tmp_path / "decoder.onnx"
     onnx.save(UNKNOWN[words], path)
     with pytest.raises(BackendUnavailable) as caught:
@@ -248,7 +248,7 @@ def test_what_is_not_known_gets_one_sentence_with_what_was_found(words: str, tmp
         ("{0}/needs.onnx", "cannot run on an empty past (of length 0), which the reference needs: RuntimeError: "),
     ],
 )
-def test_what_cannot_be_opened_gets_one_sentence(target: str, words: str, tmp_path: Path) -> None:
+def test_a_target_that_cannot_be_opened_is_an_error_of_one_sentence(target: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("this is no model")
     saved(decoder(Style()), tmp_path)
     saved(decoder(Style(needs_past=True)), tmp_path, "needs.onnx")

@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mismatches import WRONG
 from places import SUPPORT
 
-from kvconform.errors import BackendUnavailable
-from kvconform.judging.verdict import Outcome, Verdict
+from kvconform.errors import BackendUnavailable, Raised
+from kvconform.judging.mismatch import Kind, Mismatch
+from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import read
 from kvconform.search.effort import EFFORTS, Effort
@@ -46,24 +49,26 @@ def replay(folder: Path, verdict: Verdict, *more: str) -> subprocess.CompletedPr
 
 
 @pytest.mark.parametrize(
-    ("name", "outcome", "words"),
+    ("name", "outcome", "kind", "facts"),
     [
-        ("Raises", Outcome.FAIL, "raised RuntimeError: the cache is haunted"),
-        ("Segfaults", Outcome.CRASH, "the process died of SIGSEGV"),
-        ("Exits", Outcome.CRASH, "the process ended with exit status 7"),
-        ("Hangs", Outcome.TIMEOUT, "no answer within 0.5 s"),
-        ("PrintsAndIsWrong", Outcome.FAIL, "x the bound"),
+        ("Raises", Outcome.FAIL, Kind.RAISED, {"error": Raised("RuntimeError", "the cache is haunted")}),
+        ("Segfaults", Outcome.CRASH, Kind.DIED, {"signal": "SIGSEGV", "status": None, "timeout": None}),
+        ("Exits", Outcome.CRASH, Kind.DIED, {"signal": "", "status": 7, "timeout": None}),
+        ("Hangs", Outcome.TIMEOUT, Kind.TIMED_OUT, {"signal": "", "status": None, "timeout": 0.5}),
+        ("PrintsAndIsWrong", Outcome.FAIL, Kind.PARITY, {"row": 0, "program": 0, "variant": 0}),
     ],
 )
 def test_misbehaviour_is_a_verdict_with_a_shrunk_counterexample_that_replays(
-    name: str, outcome: Outcome, words: str, tmp_path: Path
+    name: str, outcome: Outcome, kind: Kind, facts: dict[str, Any], tmp_path: Path
 ) -> None:
     verdict = judged(name, tmp_path, step_timeout=0.5)
-    assert verdict.outcome is outcome
-    assert words in verdict.sentence
-    assert verdict.sentence.startswith("step 0 (")
+    mismatch = verdict.mismatch
+    assert mismatch is not None
+    assert (verdict.outcome, mismatch.kind, mismatch.step) == (outcome, kind, 0)
+    where: object = mismatch.ended or mismatch
+    assert {field: getattr(where, field) for field in facts} == facts
     found = read(tmp_path / verdict.counterexample)
-    assert found.sentence == verdict.sentence
+    assert (found.outcome, found.mismatch, found.sentence) == (outcome, mismatch, verdict.sentence)
     programs = [Program.from_json(program) for program in found.case]
     if name != "PrintsAndIsWrong":
         assert max(program.size[0] for program in programs) <= 2
@@ -75,8 +80,9 @@ def test_misbehaviour_is_a_verdict_with_a_shrunk_counterexample_that_replays(
 
 def test_words_that_are_no_text_can_still_be_written_down(tmp_path: Path) -> None:
     verdict = judged("RaisesSurrogates", tmp_path)
-    assert read(tmp_path / verdict.counterexample).sentence == verdict.sentence
-    assert "raised RuntimeError: half a ? pair" in verdict.sentence
+    assert read(tmp_path / verdict.counterexample).mismatch == verdict.mismatch
+    assert verdict.mismatch is not None
+    assert verdict.mismatch.error == Raised("RuntimeError", "half a ? pair")
 
 
 def test_a_subject_that_prints_is_judged_as_if_it_were_silent(tmp_path: Path) -> None:
@@ -88,7 +94,8 @@ def test_a_subject_that_prints_is_judged_as_if_it_were_silent(tmp_path: Path) ->
 def test_leaked_state_is_a_list_of_two_programs_that_replays_in_a_fresh_process(tmp_path: Path) -> None:
     verdict = judged("GlobalCache", tmp_path, clause="shape.first-step")
     assert verdict.outcome is Outcome.FAIL
-    assert "state leaked" in verdict.sentence
+    assert verdict.mismatch is not None
+    assert verdict.mismatch.earlier_programs == 1
     found = read(tmp_path / verdict.counterexample)
     assert len(found.before) == 1
     assert len(found.case) == 1
@@ -117,10 +124,10 @@ def test_what_ran_as_a_fallback_was_not_tested(name: str, tmp_path: Path) -> Non
     ("name", "device", "outcome", "sentence"),
     [
         ("ClaimsCuda", "cpu", Outcome.PASS, ""),
-        ("ClaimsCuda", "cuda", Outcome.NOT_EXERCISED, "cuda was asked for, and its runtime_info does not tell on what"),
-        ("TellsTheCpu", "cuda", Outcome.NOT_EXERCISED, "not tested: cuda was asked for, and it ran on cpu"),
+        ("ClaimsCuda", "cuda", Outcome.NOT_EXERCISED, "cuda was requested, but runtime_info() does not report"),
+        ("TellsTheCpu", "cuda", Outcome.NOT_EXERCISED, "not tested: cuda was requested, but cpu ran"),
         ("TellsItsGpu", "cuda", Outcome.PASS, ""),
-        ("TellsItsGpu", "cpu", Outcome.NOT_EXERCISED, "not tested: cpu was asked for, and it ran on cuda:1"),
+        ("TellsItsGpu", "cpu", Outcome.NOT_EXERCISED, "not tested: cpu was requested, but cuda:1 ran"),
     ],
 )
 def test_a_result_is_of_the_device_that_its_witness_tells(
@@ -137,13 +144,15 @@ def test_a_result_is_of_the_device_that_its_witness_tells(
 def test_a_witness_that_fails_is_no_pass(name: str, tmp_path: Path) -> None:
     verdict = judged(name, tmp_path)
     assert verdict.outcome is Outcome.NOT_EXERCISED
-    assert verdict.sentence.startswith("nobody knows what ran: its runtime_info failed: ")
+    assert verdict.sentence.startswith("cannot verify what ran: runtime_info() failed: ")
 
 
 def test_a_step_that_gives_no_array_is_a_failure(tmp_path: Path) -> None:
     verdict = judged("GivesADictionary", tmp_path)
     assert verdict.outcome is Outcome.FAIL
-    assert "raised TypeError: the step gave dict, want an array of numbers" in verdict.sentence
+    assert verdict.mismatch is not None
+    assert (verdict.mismatch.kind, verdict.mismatch.got) == (Kind.NOT_NUMERIC, "dict")
+    assert verdict.raised  # it keeps numbers from being judged, as an exception does
 
 
 def test_a_backend_that_cannot_be_built_leaves_a_counterexample_and_is_built_once(tmp_path: Path) -> None:
@@ -154,7 +163,7 @@ def test_a_backend_that_cannot_be_built_leaves_a_counterexample_and_is_built_onc
         verdicts = [run_cell(cell, client, EFFORTS["smoke"], 0, tmp_path) for cell in cells]
     for verdict in verdicts:
         assert verdict.outcome is Outcome.CRASH
-        assert verdict.sentence == "could not be built: RuntimeError: no weights for me"
+        assert verdict.mismatch == Mismatch(kind=Kind.NOT_BUILT, error=Raised("RuntimeError", "no weights for me"))
         again = replay(tmp_path, verdict)
         assert again.returncode == 1
         assert verdict.sentence in again.stdout
@@ -171,13 +180,27 @@ def test_what_the_machine_lacks_is_one_sentence(tmp_path: Path) -> None:
 
 def test_an_undeclared_ability_is_unsupported(tmp_path: Path) -> None:
     verdict = judged("WithoutReset", tmp_path, clause="lifecycle.reset")
-    assert verdict.outcome is Outcome.UNSUPPORTED
+    assert (verdict.outcome, verdict.reason) == (Outcome.UNSUPPORTED, Reason.ABILITY)
     assert verdict.sentence == "claims no reset"
 
 
-def test_a_pass_that_compared_nothing_cannot_be_built() -> None:
-    with pytest.raises(ValueError, match="a pass must have compared something"):
-        Verdict(clause="shape.output", config="attention-gqa", backend="x", outcome=Outcome.PASS)
+@pytest.mark.parametrize(
+    ("outcome", "fields", "words"),
+    [
+        (Outcome.PASS, {}, "a pass must have compared something"),
+        (Outcome.PASS, {"compared": 1, "reason": Reason.ABILITY}, "a reason is given if and only if"),
+        (Outcome.FAIL, {"mismatch": WRONG}, "fail must say why"),
+        (Outcome.FAIL, {"sentence": "so"}, "fail must have a mismatch"),
+        (Outcome.KNOWN_FAILURE, {"sentence": "so"}, "known failure must have a mismatch"),
+        (Outcome.REFUTED, {"sentence": "so", "mismatch": WRONG, "reason": Reason.ABILITY}, "a reason is given if and"),
+        (Outcome.UNSUPPORTED, {"sentence": "so"}, "a reason is given if and only if there is no verdict"),
+    ],
+)
+def test_a_verdict_that_lacks_what_its_outcome_needs_cannot_be_built(
+    outcome: Outcome, fields: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        Verdict(clause="shape.output", config="attention-gqa", backend="x", outcome=outcome, **fields)
 
 
 def test_the_frozen_variant_is_the_one_that_replays(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def audit(
         list[str], typer.Argument(help="Only faults, or clauses, whose name starts with one of these; default: all.")
     ] = [],  # noqa: B006
     faults: Annotated[str, typer.Option(help="The list of faults: module:LIST or path/file.py:LIST.")] = CATALOGUE,
-    effort: Annotated[list[str], typer.Option(help=f"How much to try: {', '.join(EFFORTS)}. May be repeated.")] = [
+    effort: Annotated[list[str], typer.Option(help=f"How much to try: {', '.join(EFFORTS)}. May be repeated.")] = [  # noqa: B006
         DEFAULT_EFFORT
     ],
     seed: Seed = 0,

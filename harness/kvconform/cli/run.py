@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from kvconform.api import file_name
@@ -29,6 +30,7 @@ from kvconform.cli.options import (
 from kvconform.errors import UnknownClause
 from kvconform.explain import repro
 from kvconform.files import write_atomically
+from kvconform.judging.render import render
 from kvconform.judging.verdict import Verdict
 from kvconform.results.known_failures import EMPTY, KnownFailures
 from kvconform.results.known_failures import read as read_known_failures
@@ -36,7 +38,6 @@ from kvconform.results.results import Results
 from kvconform.run import check as checks
 from kvconform.run.run import Plan, path_of, plan_for, run_backend
 from kvconform.search import counterexample as counterexamples
-from kvconform.search.counterexample import Broken
 from kvconform.search.effort import CHECK, DEFAULT_EFFORT, EFFORTS, effort_named
 from kvconform.worker.client import STEP_TIMEOUT, WorkerClient, WorkerSpec
 from kvconform_specs.clause import Case
@@ -178,9 +179,8 @@ def replay(
     address, lines = backend or found.backend, []
     with WorkerClient(WorkerSpec(address, device or found.device, python, step_timeout)) as client:
         tried = counterexamples.replayed(BY_NAME[found.clause], client, before, case)
-        broken = isinstance(tried, Broken)
-        if isinstance(tried, Broken):
-            sentence = counterexamples.sentence(tried, before)
+        if tried is not None:
+            sentence = render(tried)
             if script is not None:
                 write_atomically(script, repro.script(found, client).encode())
                 lines.append(f"  script: {repro.tried(script, python)}")
@@ -189,10 +189,10 @@ def replay(
             if script is not None:
                 lines.append("  no script: there is nothing to reproduce")
     if as_json:
-        written = str(script) if script is not None and broken else None
-        record = {"clause": found.clause, "backend": address, "broken": broken, "sentence": sentence}
-        print_json({**record, "script": written})
+        record = {"clause": found.clause, "backend": address, "broken": tried is not None, "sentence": sentence}
+        written = None if script is None or tried is None else str(script)
+        print_json({**record, "mismatch": None if tried is None else msgspec.to_builtins(tried), "script": written})
     else:
         for line in (f"{found.clause} on {address}: {sentence}", *lines):
             say(line)
-    raise typer.Exit(int(broken))
+    raise typer.Exit(int(tried is not None))

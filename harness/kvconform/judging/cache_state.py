@@ -6,45 +6,39 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from kvconform.judging.observed import Array, Observed, Outcome, at
+from kvconform.judging.mismatch import Kind, Place, json_number
+from kvconform.judging.observed import Array, Checked, Observed
 from kvconform_specs.config import ITEMSIZE, Config
 from kvconform_specs.history import Histories, Row
 from kvconform_specs.program import Append, Close, Step
 from kvconform_specs.tensors import weight_shapes
 
 
-def lengths(observed: Sequence[Observed]) -> Outcome:
-    return _told(observed, "length", "says that its rows hold {} tokens, want {}", lambda one, n: n)
+def lengths(observed: Sequence[Observed]) -> Checked:
+    return _reported(observed, Kind.LENGTHS, "length", lambda one, n: n)
 
 
-def free_slots(observed: Sequence[Observed]) -> Outcome:
-    return _told(
-        observed,
-        "free_slots",
-        "says that its rows take {} more tokens, want {}",
-        lambda o, n: o.program.config.capacity - n,
-    )
+def free_slots(observed: Sequence[Observed]) -> Checked:
+    return _reported(observed, Kind.FREE_SLOTS, "free_slots", lambda one, n: one.program.config.capacity - n)
 
 
-def _told(observed: Sequence[Observed], name: str, words: str, want_of: Callable[[Observed, int], int]) -> Outcome:
+def _reported(observed: Sequence[Observed], kind: Kind, name: str, want_of: Callable[[Observed, int], int]) -> Checked:
+    """What a backend reports of each row, against what follows from how many tokens the row holds."""
     compared = 0
     for one in observed:
-        for number, _step, rows in _after(one):
-            told = one.trace[number].reported.get(name)
-            if told is None:
-                continue
+        for number, _step, rows, got in _after(one, name):
             want = tuple(want_of(one, len(row)) for row in rows)
             compared += len(want)
-            if told != want:
-                return f"{at(one.program, number)}: {words.format(list(told), list(want))}", compared, None
-    return None, compared, None
+            if got != want:
+                return Checked(one.at_step(kind, number, got=got, want=want), compared)
+    return Checked(None, compared)
 
 
-def contents(observed: Sequence[Observed]) -> Outcome:
+def contents(observed: Sequence[Observed]) -> Checked:
     compared, worst = 0, 0.0
     for one in observed:
-        for number in one.reads():
-            got, want, held = one.trace[number].output, one.want(number), one.trace[number].reported["token_counts"]
+        for step in one.reads():
+            got, want, held = one.trace[step].output, one.want(step), one.trace[step].reported["token_counts"]
             assert got is not None
             for row, history in enumerate(want.rows):
                 shown = min(held[row], len(history))
@@ -56,64 +50,62 @@ def contents(observed: Sequence[Observed]) -> Outcome:
                 off = ~(np.abs(mine - value) <= bound)
                 if bool(off.any()):
                     n, slot, element = (int(i) for i in np.argwhere(off)[0])
-                    words = (
-                        f"{at(one.program, number)}, row {row}, position {first + slot}, {_part(one, element)}: holds "
-                        f"{mine[n, slot, element]:.6g}, want {value[n, slot, element]:.6g}"
-                        + (f" ± {bound[n, slot, element]:.2g}" if bound[n, slot, element] else "")
-                    )
-                    return words, compared, None
+                    cell = n, slot, element
+                    facts = {
+                        "got": json_number(mine[cell]),
+                        "want": json_number(value[cell]),
+                        "bound": json_number(bound[cell]),
+                    }
+                    place = step, row, first + slot
+                    return Checked(one.at_read(Kind.CONTENTS, place, element, **facts), compared)
                 worst = max(worst, float(np.max(np.abs(mine - value) / np.where(bound > 0, bound, 1), initial=0.0)))
-    return None, compared, worst if compared else None
+    return Checked(None, compared, worst if compared else None)
 
 
-def stable_contents(observed: Sequence[Observed]) -> Outcome:
+def stable_contents(observed: Sequence[Observed]) -> Checked:
     """A token is known by its history, so that rows may move."""
     compared = 0
     for one in observed:
-        known: dict[Row, tuple[int, Array]] = {}
-        for number, _step, rows in _after(one):
-            output, told = one.trace[number].output, one.trace[number].reported
-            if output is None or "token_counts" not in told:
+        known: dict[Row, tuple[int, int, Array]] = {}
+        for step, _step, rows, token_counts in _after(one, "token_counts"):
+            output = one.trace[step].output
+            if output is None:
                 continue
             for row, history in enumerate(rows):
-                shown = min(told["token_counts"][row], len(history))
+                shown = min(token_counts[row], len(history))
                 for slot in range(shown):
                     position = len(history) - shown + slot
-                    now = output[:, row, told["token_counts"][row] - shown + slot]
-                    since, was = known.setdefault(history[: position + 1], (number, now))
-                    if since == number:
+                    now = output[:, row, token_counts[row] - shown + slot]
+                    since, its_row, was = known.setdefault(history[: position + 1], (step, row, now))
+                    if since == step:
                         continue
                     compared += now.size
                     same = (now == was) | (np.isnan(now) & (one.claims.retention == "window"))  # evicted by some layers
                     if not bool(np.all(same)):
                         n, element = (int(i) for i in np.argwhere(~same)[0])
-                        words = (
-                            f"{at(one.program, number)}, row {row}, position {position}, {_part(one, element)}: holds "
-                            f"{now[n, element]:.9g}, and held {was[n, element]:.9g} at step {since}"
-                        )
-                        return words, compared, None
-    return None, compared, None
+                        other = Place(**one.place(since, its_row), position=position)
+                        facts = {
+                            "got": json_number(now[n, element]),
+                            "want": json_number(was[n, element]),
+                            "other": other,
+                        }
+                        place = step, row, position
+                        return Checked(one.at_read(Kind.STABLE_CONTENTS, place, element, **facts), compared)
+    return Checked(None, compared)
 
 
-def retained_count(observed: Sequence[Observed]) -> Outcome:
+def retained_count(observed: Sequence[Observed]) -> Checked:
     compared = 0
     for one in observed:
         window = _shown(one.program.config) if one.claims.retention == "window" else None
-        for number, _step, rows in _after(one):
-            told = one.trace[number].reported.get("token_counts")
-            if told is None:
-                continue
+        for step, _step, rows, got in _after(one, "token_counts"):
             compared += len(rows)
             for row, history in enumerate(rows):
                 least = len(history) if window is None else min(len(history), window - 1)
-                if not least <= told[row] <= len(history):
-                    want = f"{least}" if least == len(history) else f"{least} to {len(history)}"
-                    return (
-                        f"{at(one.program, number)}, row {row}: shows {told[row]} tokens, want {want}",
-                        compared,
-                        None,
-                    )
-    return None, compared, None
+                if not least <= got[row] <= len(history):
+                    facts = {"row": row, "got": got[row], "want": least, "want_max": len(history)}
+                    return Checked(one.at_step(Kind.RETAINED_COUNT, step, **facts), compared)
+    return Checked(None, compared)
 
 
 def _shown(config: Config) -> int | None:
@@ -122,40 +114,37 @@ def _shown(config: Config) -> int | None:
     return None if None in windows else config.window
 
 
-def graph_count(observed: Sequence[Observed]) -> Outcome:
+def graph_count(observed: Sequence[Observed]) -> Checked:
     compared = 0
     for one in observed:
-        for number, done in enumerate(one.trace):
-            for made in done.reported.get("graph_count", ()):
+        most = one.claims.max_graphs or 0
+        for step, done in enumerate(one.trace):
+            for compiled in done.reported.get("graph_count", ()):
                 compared += 1
-                if made > (one.claims.max_graphs or 0):
-                    words = f"has made {made} graphs, and claims no more than {one.claims.max_graphs}"
-                    return f"{at(one.program, number)}: {words}", compared, None
-    return None, compared, None
+                if compiled > most:
+                    return Checked(one.at_step(Kind.GRAPH_COUNT, step, got=compiled, want_max=most), compared)
+    return Checked(None, compared)
 
 
-def held_bytes(observed: Sequence[Observed]) -> Outcome:
+def held_bytes(observed: Sequence[Observed]) -> Checked:
     compared = 0
     for one in observed:
         c = one.program.config
         token = 2 * c.layers * c.kv_heads * c.head_dim * ITEMSIZE[c.dtype]
-        for number, _step, rows in _after(one):
-            told = one.trace[number].reported.get("bytes")
-            if told is None:
-                continue
+        for step, _step, rows, (got,) in _after(one, "bytes"):
             compared += 1
             want = token * sum(_slots(one, len(row)) for row in rows)
-            if told != (want,):
-                return f"{at(one.program, number)}: says that it takes {told[0]} bytes, want {want}", compared, None
-    return None, compared, None
+            if got != want:
+                return Checked(one.at_step(Kind.BYTES, step, got=got, want=want), compared)
+    return Checked(None, compared)
 
 
-def positions(observed: Sequence[Observed]) -> Outcome:
+def positions(observed: Sequence[Observed]) -> Checked:
     """``b t`` tokens times every weight matrix, and ``2 b h t d`` for each slot and layer that attention reads. Where
     the last position is asked for alone, ``lm_head`` may be left out for the others."""
     compared = 0
     for one in observed:
-        for number, step, work, depth in _metered(one):
+        for number, step, work, depth in _counted(one):
             c, b, t = one.program.config, len(step.counts), max(step.counts)
             matrices = {name: shape for name, shape in weight_shapes(c).items() if len(shape) == 2}
             weights = sum(a * z for name, (a, z) in matrices.items() if name not in ("embed", "position"))
@@ -163,49 +152,41 @@ def positions(observed: Sequence[Observed]) -> Outcome:
             spared = b * (t - 1) * c.width * c.vocabulary if step.last_only else 0
             attention = 2 * b * c.heads * t * c.head_dim * c.layers * _slots(one, depth)
             compared += 1
-            if not linear - spared <= work <= linear + attention:
-                extra = f", as for {work / (linear + attention) * t:.3g} new tokens" if work > linear else ""
-                words = (
-                    f"took {work} multiply-adds for {t} new tokens of {depth}, want {linear - spared} to "
-                    f"{linear + attention}"
-                )
-                return f"{at(one.program, number)}: {words}{extra}", compared, None
-    return None, compared, None
+            least, most = linear - spared, linear + attention
+            if not least <= work <= most:
+                facts = {"got": work, "want": least, "want_max": most, "new_tokens": t, "depths": (depth,)}
+                return Checked(one.at_step(Kind.POSITIONS, number, **facts), compared)
+    return Checked(None, compared)
 
 
-def linear_cost(observed: Sequence[Observed]) -> Outcome:
+def linear_cost(observed: Sequence[Observed]) -> Checked:
     """``w(s)`` of steps of equal size at three depths lies on a line, whose slope is attention's at most; where a
     window is full it may be less."""
     compared = 0
     for one in observed:
         c = one.program.config
         alike: dict[tuple[str, tuple[int, ...]], list[tuple[int, int, int]]] = {}
-        for number, step, work, depth in _metered(one):
+        for number, step, work, depth in _counted(one):
             points = alike.setdefault((step.seq, step.counts), [])
             points.append((depth, work, number))
             if len(points) < 3:
                 continue
-            (s0, w0, _), (s1, w1, _), (s2, w2, _) = points[-3:]
+            (s0, s1, s2), (w0, w1, w2), steps = zip(*points[-3:], strict=True)
             most = 2 * len(step.counts) * c.heads * max(step.counts) * c.head_dim * c.layers
             compared += 1
             before, after = (w1 - w0) * (s2 - s1), (w2 - w1) * (s1 - s0)
             bent = c.window is not None and s2 > c.window and 0 <= after < before  # a full window grows no more
             if not (after == before or bent) or not 0 <= w1 - w0 <= most * (s1 - s0):
-                words = f"took {w0}, {w1}, {w2} multiply-adds at the depths {s0}, {s1}, {s2}"
-                return (
-                    f"{at(one.program, number)}: equal steps {words}: not a line of slope {most} at most",
-                    compared,
-                    None,
-                )
-    return None, compared, None
+                facts = {"got": (w0, w1, w2), "want_max": most, "steps": steps, "depths": (s0, s1, s2)}
+                return Checked(one.at_step(Kind.LINEAR_COST, number, **facts), compared)
+    return Checked(None, compared)
 
 
-def _metered(one: Observed) -> Iterator[tuple[int, Append, int, int]]:
-    """Steps whose work was told: number, step, multiply-adds, tokens a row holds afterwards."""
-    for number, step, rows in _after(one):
-        told = one.trace[number].reported.get("macs")
-        if told is not None and isinstance(step, Append):
-            yield number, step, told[0], max(map(len, rows))
+def _counted(one: Observed) -> Iterator[tuple[int, Append, int, int]]:
+    """Steps whose multiply-adds were counted: number, step, multiply-adds, tokens the longest row holds afterwards."""
+    for number, step, rows, (macs,) in _after(one, "macs"):
+        if isinstance(step, Append):
+            yield number, step, macs, max(map(len, rows))
 
 
 def _slots(one: Observed, length: int) -> int:
@@ -217,20 +198,12 @@ def _slots(one: Observed, length: int) -> int:
     return length
 
 
-def _after(one: Observed) -> Iterator[tuple[int, Step, tuple[Row, ...]]]:
-    """Each step that ran, with the histories of the sequence that it was about after it."""
+def _after(one: Observed, name: str) -> Iterator[tuple[int, Step, tuple[Row, ...], tuple[int, ...]]]:
+    """Each step after which the backend reported that count: its number, the step, the histories of the sequence that
+    it was about, and the count."""
     histories = Histories()
     for number, step in enumerate(one.program.steps[: len(one.trace)]):
         histories.apply(step)
-        rows = histories.rows.get(getattr(step, "seq", ""))
-        if rows is not None and not isinstance(step, Close):
-            yield number, step, rows
-
-
-def _part(one: Observed, element: int) -> str:
-    """``layer 0, value of KV head 1``."""
-    c = one.program.config
-    size = c.kv_heads * c.head_dim
-    layer, rest = divmod(element, 2 * size)
-    kind, rest = divmod(rest, size)
-    return f"layer {layer}, {('key', 'value')[kind]} of KV head {rest // c.head_dim}"
+        rows, reported = histories.rows.get(getattr(step, "seq", "")), one.trace[number].reported.get(name)
+        if rows is not None and reported is not None and not isinstance(step, Close):
+            yield number, step, rows, reported

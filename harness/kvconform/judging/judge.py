@@ -1,45 +1,28 @@
-"""Judging: traces and what the oracle expects, to one finding or none. It knows relations, and no backend.
+"""Judging: traces and what the oracle expects, to one mismatch or none. It knows relations, and no backend.
 
-All variants of a case are compared at once; a finding names the first variant, step and position that is off.
+All variants of a case are compared at once; a mismatch is of the first variant, program, step and position that is off.
 Comparisons are written so that NaN fails.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
+import msgspec
 
 from kvconform.judging import cache_state, outputs
-from kvconform.judging.observed import Array, Observed, Outcome, at
+from kvconform.judging.mismatch import Kind, Mismatch
+from kvconform.judging.observed import Array, Checked, Observed
 from kvconform.worker.execute import StepResult, Trace
 from kvconform.worker.protocol import Traces
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Relation
-from kvconform_specs.program import Append, Generate, Program, ReadCache, Reject
+from kvconform_specs.program import Append, Generate, Program, ReadCache, Reject, Step
 from kvconform_specs.reference.oracle import Expected
 
-
-@dataclass(frozen=True)
-class Finding:
-    """What is wrong, in one sentence, and in which variant of the case. ``raised``: a legal step raised."""
-
-    sentence: str
-    variant: int
-    raised: bool = False
-
-
-@dataclass(frozen=True)
-class Judged:
-    """``compared`` counts numbers; ``worst`` is the largest error as a fraction of its bound."""
-
-    finding: Finding | None = None
-    compared: int = 0
-    worst: float | None = None
-
-
-RELATIONS: dict[Relation, Callable[[Sequence[Observed]], Outcome]] = {
+RELATIONS: dict[Relation, Callable[[Sequence[Observed]], Checked]] = {
     Relation.PARITY: outputs.parity,
     Relation.AGREEMENT: outputs.agreement,
     Relation.INSENSITIVE: outputs.insensitive,
@@ -67,20 +50,20 @@ def judge(
     claims: Claims,
     traces: Sequence[Traces],
     expected: Sequence[Sequence[Expected | None]],
-) -> Judged:
-    """Judges a case, all variants together where they went alike, else one by one up to the first finding."""
+) -> Checked:
+    """Judges a case, all variants together where they went alike, else one by one up to the first mismatch."""
     if all(t.stacked is not None for t in traces):
-        together = _judge(case, relations, claims, [t.stacked for t in traces if t.stacked is not None], expected, None)
-        if together is not None:
+        together = _judge(case, relations, claims, [t.stacked for t in traces if t.stacked is not None], expected)
+        if together.mismatch is None:
             return together
     compared = 0
     for variant, apart in enumerate(zip(*(t.apart() for t in traces), strict=True)):
-        one = _judge(case, relations, claims, apart, expected, variant)
-        assert one is not None
-        compared += one.compared
-        if one.finding is not None:
-            return one
-    return Judged(None, compared)
+        wants = [[None if want is None else want.variant(variant) for want in one] for one in expected]
+        found = _judge(case, relations, claims, apart, wants)
+        compared += found.compared
+        if found.mismatch is not None:
+            return replace(found, mismatch=msgspec.structs.replace(found.mismatch, variant=variant))
+    return Checked(None, compared)
 
 
 def _judge(
@@ -89,91 +72,87 @@ def _judge(
     claims: Claims,
     traces: Sequence[Trace],
     expected: Sequence[Sequence[Expected | None]],
-    variant: int | None,
-) -> Judged | None:
-    """Judges all variants at once (``variant`` None; returns None if there is a finding) or one of them."""
+) -> Checked:
+    """Judges all variants at once, or one of them."""
     observed = []
-    for program, trace, wants in zip(case.programs, traces, expected, strict=True):
-        if variant is not None:
-            wants = [None if want is None else want.variant(variant) for want in wants]
-        words, wants, outputs = conforming(program, trace, claims, wants)
-        if words is not None:
-            raised = trace[len(wants)].error is not None  # the step that words are about
-            return None if variant is None else Judged(Finding(words, variant, raised), 0)
-        observed.append(Observed(program, trace, wants, outputs, claims))
+    for number, (program, trace, wants) in enumerate(zip(case.programs, traces, expected, strict=True)):
+        one, mismatch = observe(program, trace, claims, wants, number)
+        if mismatch is not None:
+            return Checked(mismatch, 0)
+        observed.append(one)
     compared, worst = 0, None
     for relation in relations:
-        words, count, ratio = RELATIONS[relation](observed)
-        compared += count
-        worst = ratio if worst is None else worst if ratio is None else max(worst, ratio)
-        if words is not None:
-            return None if variant is None else Judged(Finding(words, variant), compared, worst)
-    return Judged(None, compared, worst)
+        found = RELATIONS[relation](observed)
+        compared += found.compared
+        worst = found.worst if worst is None else worst if found.worst is None else max(worst, found.worst)
+        if found.mismatch is not None:
+            return Checked(found.mismatch, compared, worst)
+    return Checked(None, compared, worst)
 
 
 # --- what every relation takes for granted: legal steps ran, rejects were refused, shapes fit ---
-def conforming(
-    program: Program, trace: Trace, claims: Claims, expected: Sequence[Expected | None]
-) -> tuple[str | None, list[Expected | None], list[Array | None]]:
-    """A sentence about the first step that went wrong or None, and what is expected and what came up to there."""
+def observe(
+    program: Program, trace: Trace, claims: Claims, expected: Sequence[Expected | None], index: int = 0
+) -> tuple[Observed, Mismatch | None]:
+    """A program as relations see it, up to the first step that went wrong, and what was wrong with that step."""
     wants: list[Expected | None] = []
-    outputs: list[Array | None] = []
+    arrays: list[Array | None] = []
+    one = Observed(program, trace, wants, arrays, claims, index)
     for number, done in enumerate(trace):
         step, want = program.steps[number], expected[number]
-        if done.error is not None:
-            return f"{at(program, number)}: raised {done.error}", wants, []
-        if isinstance(step, Reject) and done.refused is None:
-            return f"{at(program, number)}: was accepted and must be refused", wants, []
-        output = None
-        if isinstance(step, ReadCache):
-            if done.output is not None and (words := _shown(program, done)) is not None:
-                return f"{at(program, number)}: {words}", wants, []
-        elif isinstance(step, Generate):
-            if (words := _picked(program, step, done)) is not None:
-                return f"{at(program, number)}: {words}", wants, []
-        elif want is not None:
-            if claims.returns == "last" and isinstance(step, Append):
-                want = want.last()
-            words, output = _shaped(program, number, done, want)
-            if words is not None:
-                return words, wants, []
+        if want is not None and claims.returns == "last" and isinstance(step, Append):
+            want = want.last()
+        wrong = _wrong(program, step, done, want)
+        if wrong is not None:
+            return one, Mismatch(**one.place(number), **wrong)
+        computes = want is not None and not isinstance(step, ReadCache | Generate)
         wants.append(want)
-        outputs.append(output)
-    return None, wants, outputs
+        arrays.append(_tokens_first(program, done) if computes else None)
+    return one, None
 
 
-def _shaped(program: Program, number: int, done: StepResult, want: Expected) -> tuple[str | None, Array | None]:
-    """The output as ``(n, b, t, e)``, or a sentence about its shape or dtype."""
+def _wrong(program: Program, step: Step, done: StepResult, want: Expected | None) -> dict[str, Any] | None:
+    """What is wrong with a step, whatever its numbers should be: the fields of a mismatch, or None."""
     c, got = program.config, done.output
-    if got is None:
-        return f"{at(program, number)}: gave no output", None
+    if done.returned is not None:
+        return {"kind": Kind.NOT_NUMERIC, "got": done.returned}
+    if done.error is not None:
+        return {"kind": Kind.RAISED, "error": done.error}
+    if isinstance(step, Reject):
+        return {"kind": Kind.ACCEPTED} if done.refused is None else None
+    if isinstance(step, ReadCache):
+        width = c.layers * 2 * c.kv_heads * c.head_dim
+        if got is None or got.shape[-1] == width:
+            return None
+        return {"kind": Kind.SHAPE, "part": "read", "got": got.shape[-1:], "want": (width,)}
+    if isinstance(step, Generate):
+        return _wrong_array("token ids", got, (len(step.counts), step.new), "int64") or _strange(got, c.vocabulary)
+    if want is None:
+        return None
     b, t = len(want.counts), max(want.counts)
     shape = (b, c.heads, t, c.head_dim) if c.profile == "attention" else (b, t, c.outputs)
-    if got.shape[1:] != shape:
-        return f"{at(program, number)}: output has the shape {got.shape[1:]}, want {shape}", None
-    if got.dtype != np.float32:
-        return f"{at(program, number)}: output is {got.dtype}, want float32", None
-    if c.profile == "attention":
-        got = got.swapaxes(2, 3).reshape(len(got), b, t, -1)
-    return None, got
+    return _wrong_array("output", got, shape, "float32")
 
 
-def _picked(program: Program, step: Generate, done: StepResult) -> str | None:
-    """What is wrong with generated token ids, whatever they should be, or None."""
-    got, shape = done.output, (len(step.counts), step.new)
+def _wrong_array(part: str, got: Array | None, shape: tuple[int, ...], dtype: str) -> dict[str, Any] | None:
     if got is None:
-        return "gave no output"
-    if got.shape[1:] != shape:
-        return f"generated ids of the shape {got.shape[1:]}, want {shape}"
-    if got.dtype != np.int64:
-        return f"generated ids are {got.dtype}, want int64"
-    strange = got[(got < 0) | (got >= program.config.vocabulary)]
-    return f"generated token {strange[0]}, want ids of 0..{program.config.vocabulary - 1}" if strange.size else None
+        return {"kind": Kind.NO_OUTPUT}
+    if got.shape[1:] != shape:  # behind the variants
+        return {"kind": Kind.SHAPE, "part": part, "got": got.shape[1:], "want": shape}
+    return {"kind": Kind.DTYPE, "part": part, "got": got.dtype.name, "want": dtype} if got.dtype != dtype else None
 
 
-def _shown(program: Program, done: StepResult) -> str | None:
-    """What is wrong with the shape of a read, or None."""
-    c, got = program.config, done.output
-    assert got is not None
-    width = c.layers * 2 * c.kv_heads * c.head_dim
-    return None if got.shape[-1] == width else f"shows {got.shape[-1]} numbers a token, want {width}"
+def _strange(ids: Array | None, vocabulary: int) -> dict[str, Any] | None:
+    assert ids is not None
+    strange = ids[(ids < 0) | (ids >= vocabulary)]
+    if not strange.size:
+        return None
+    return {"kind": Kind.TOKEN_ID, "got": int(strange[0]), "want": 0, "want_max": vocabulary - 1}
+
+
+def _tokens_first(program: Program, done: StepResult) -> Array | None:
+    """The output as ``(n, b, t, e)``."""
+    got = done.output
+    if got is None or program.config.profile != "attention":
+        return got
+    return got.swapaxes(2, 3).reshape(len(got), got.shape[1], got.shape[3], -1)

@@ -1,4 +1,4 @@
-"""What the relations look at: a program with what was done and what had to be, and the words for a place in it."""
+"""What the relations look at: a program with what was done and what had to be, and how they name a place in it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvconform.judging.mismatch import Kind, Mismatch
 from kvconform.worker.execute import Trace
 from kvconform_specs.claims import Claims
 from kvconform_specs.describe import describe
@@ -17,15 +18,24 @@ from kvconform_specs.program import Append, Program, ReadCache
 from kvconform_specs.reference.oracle import Expected
 
 Array = NDArray[Any]
-Outcome = tuple[str | None, int, float | None]
-"""A sentence or None, how many numbers were compared, and the largest error as a fraction of its bound."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What one relation found: the first mismatch or None, how many numbers were compared, and the largest error as a
+    fraction of its bound, where the relation has bounds."""
+
+    mismatch: Mismatch | None
+    compared: int
+    worst: float | None = None
 
 
 @dataclass(frozen=True)
 class Observed:
     """One program of a case: what was done and what had to be, all variants stacked.
 
-    ``outputs[i]`` is ``(n, b, t, e)`` as in ``oracle.Expected``, None where step ``i`` computes nothing.
+    ``outputs[i]`` is ``(n, b, t, e)`` as in ``oracle.Expected``, None where step ``i`` computes nothing. index: of the
+    program in its case.
     """
 
     program: Program
@@ -33,6 +43,7 @@ class Observed:
     expected: Sequence[Expected | None]
     outputs: Sequence[Array | None]
     claims: Claims
+    index: int = 0
 
     def want(self, number: int) -> Expected:
         expected = self.expected[number]
@@ -50,6 +61,37 @@ class Observed:
 
     def reads(self) -> list[int]:
         return [number for number, step in enumerate(self.program.steps) if isinstance(step, ReadCache)]
+
+    # --- mismatches ---
+    def place(self, step: int, row: int | None = None, column: int | None = None) -> dict[str, Any]:
+        """The fields of a ``Place``: a step, a row, and a token among the step's outputs."""
+        found = {"program": self.index, "step": step, "call": describe(self.program, step), "row": row}
+        if row is not None and column is not None:
+            want = self.want(step)
+            later = int(np.count_nonzero(want.real[row, column:]))  # tokens of the step from this column on
+            found |= {"column": column, "position": len(want.rows[row]) - later}
+        return found
+
+    def at_step(self, kind: Kind, step: int, **facts: Any) -> Mismatch:
+        return Mismatch(kind=kind, **{**self.place(step), **facts})
+
+    def at_output(self, kind: Kind, place: tuple[int, int, int], element: int, **facts: Any) -> Mismatch:
+        """``place``: step, row and column; ``element``: among all numbers of that output."""
+        c = self.program.config
+        if c.profile == "attention":
+            part: dict[str, Any] = {"part": "head", "head": element // c.head_dim, "element": element % c.head_dim}
+        else:
+            part = {"part": "logit" if c.profile == "decoder" else "channel", "element": element}
+        return Mismatch(kind=kind, **self.place(*place), **part, **facts)
+
+    def at_read(self, kind: Kind, place: tuple[int, int, int], element: int, **facts: Any) -> Mismatch:
+        """``place``: step, row and position; ``element``: among all numbers that a read shows of a token."""
+        c, (step, row, position) = self.program.config, place
+        layer, is_value, head, index = (
+            int(i) for i in np.unravel_index(element, (c.layers, 2, c.kv_heads, c.head_dim))
+        )
+        part = {"layer": layer, "part": ("key", "value")[is_value], "head": head, "element": index}
+        return self.at_step(kind, step, row=row, position=position, **part, **facts)
 
 
 # --- where outputs are ---
@@ -93,32 +135,18 @@ def _felt(key: Key, reach: int | None) -> Key:
     return key if reach is None else key._replace(row=key.row[-reach:])
 
 
-# --- words ---
-def at(program: Program, number: int) -> str:
-    return f"step {number} ({describe(program, number)})"
-
-
-def where(one: Observed, number: int, row: int, column: int, element: int) -> str:
-    """``, row 0, position 7, head 3``: the logical position of the token, and the head or logit."""
-    want, c = one.want(number), one.program.config
-    later = int(np.count_nonzero(want.real[row, column:]))  # tokens of the step from this column on
-    parts = {"attention": f"head {element // c.head_dim}", "decoder": f"logit {element}"}
-    part = parts.get(c.profile, f"channel {element}")
-    return f", row {row}, position {len(want.rows[row]) - later}, {part}"
-
-
 def ratio(error: Array, bound: Array) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(np.nanmax(np.where(error == 0, 0.0, error / bound), initial=0.0))
 
 
-def changed(base: Observed, other: Observed) -> str:
-    """``changing the token at row 0, position 3``."""
+def changed(base: Observed, other: Observed) -> dict[str, Any]:
+    """The fields of a ``Mismatch`` about what differs between two programs."""
     for mine, its in zip(base.program.steps, other.program.steps, strict=True):
         if isinstance(its, Append) and isinstance(mine, Append):
             if its.substitutions != mine.substitutions:
                 row, position, _seed = its.substitutions[-1]
-                return f"changing the token at row {row}, position {position}"
+                return {"change": "token", "changed_row": row, "changed_position": position}
             if its.pad != mine.pad:
-                return "what fills the columns without a token"
-    return "the change"
+                return {"change": "padding"}
+    return {"change": "other"}

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from kvconform.judging.observed import Array, Key, Observed, Outcome, at, cells, changed, located, pairs, ratio, where
+from kvconform.judging.mismatch import Kind, Mismatch, Place, json_number
+from kvconform.judging.observed import Array, Checked, Key, Observed, cells, changed, located, pairs, ratio
 from kvconform_specs.reference.oracle import Expected, Generation
 
 
-def shape(observed: Sequence[Observed]) -> Outcome:
+def shape(observed: Sequence[Observed]) -> Checked:
     """Shapes were looked at before any relation; count what had one."""
-    return None, sum(len(one.got(number)) for one in observed for number in one.computed()), None
+    return Checked(None, sum(len(one.got(step)) for one in observed for step in one.computed()))
 
 
-def parity(observed: Sequence[Observed]) -> Outcome:
+def parity(observed: Sequence[Observed]) -> Checked:
     compared, worst = 0, 0.0
     for one in observed:
-        for number in one.computed():
-            got, want = one.got(number), one.want(number)
+        for step in one.computed():
+            got, want = one.got(step), one.want(step)
             real = want.real[None, :, :, None]  # columns without a token are not judged
             error = np.abs(got - want.value)
             compared += int(np.count_nonzero(want.real)) * got.shape[0] * got.shape[-1]
@@ -27,127 +29,117 @@ def parity(observed: Sequence[Observed]) -> Outcome:
                 off = ~(error <= want.bound) & real
                 if bool(off.any()):
                     bound = np.broadcast_to(want.bound, got.shape)
-                    return _worst_of(one, number, off, got, want.value, bound), compared, None
+                    return Checked(_worst_of(one, step, off, got, want.value, bound), compared)
             worst = max(worst, ratio(np.where(real, error, 0.0), want.bound_estimate))
-    return None, compared, worst if compared else None
+    return Checked(None, compared, worst if compared else None)
 
 
-def agreement(observed: Sequence[Observed]) -> Outcome:
+def agreement(observed: Sequence[Observed]) -> Checked:
     base = located(observed[0])
     compared, worst = 0, 0.0
     for other in observed[1:]:
         if other.program == observed[0].program:
             continue  # it would be compared with itself
-        for number, row, column, there, mine, its in _alike(base, observed[0], other):
+        for found in _alike(base, observed[0], other):
+            (step, row, column), there, mine, its = found
             compared += mine.size
             if np.array_equal(mine, its):
                 continue  # agreement to the bit needs no bound
             error = np.abs(mine - its)
-            here, base_place = (other.want(number), row, column), (observed[0].want(there[0]), *there[1:])
+            here, base_place = (other.want(step), row, column), (observed[0].want(there[0]), *there[1:])
             if bool(np.all(error <= _sum("floor", here, base_place))):
                 worst = max(worst, ratio(error, _sum("likely", here, base_place)))
                 continue
             allowed = _sum("bound", here, base_place)
             if not bool(np.all(error <= allowed)):
                 element = int(np.argmax(np.nan_to_num(error[0] / allowed[0], nan=np.inf)))
-                bound = float(np.broadcast_to(allowed, error.shape)[0, element])
-                words = (
-                    f"{at(other.program, number)}{where(other, number, row, column, element)}: "
-                    f"got {mine[0, element]:.6g}, but {its[0, element]:.6g} in {at(observed[0].program, there[0])} "
-                    f"of the program it must agree with, ± {bound:.2g} ({error[0, element] / bound:.3g}x the bound)"
-                )
-                return words, compared, None
+                bound = json_number(np.broadcast_to(allowed, error.shape)[0, element])
+                return Checked(_apart(Kind.AGREEMENT, found, observed[0], other, element, bound), compared)
             worst = max(worst, ratio(error, allowed))
-    return None, compared, worst if compared else None
+    return Checked(None, compared, worst if compared else None)
 
 
-def bitwise(observed: Sequence[Observed]) -> Outcome:
+def bitwise(observed: Sequence[Observed]) -> Checked:
     base = located(observed[0])
     compared = 0
     for other in observed[1:]:
-        for number, row, column, there, mine, its in _alike(base, observed[0], other):
+        for found in _alike(base, observed[0], other):
+            _here, _there, mine, its = found
             compared += mine.size
             if not bool(np.all(mine == its)):
                 element = int(np.argmax(~(mine[0] == its[0])))
-                words = (
-                    f"{at(other.program, number)}{where(other, number, row, column, element)}: got "
-                    f"{mine[0, element]:.9g}, but {its[0, element]:.9g} in {at(observed[0].program, there[0])}, and "
-                    f"must be the same to the bit"
-                )
-                return words, compared, None
-    return None, compared, None
+                return Checked(_apart(Kind.BITWISE, found, observed[0], other, element), compared)
+    return Checked(None, compared)
 
 
-def insensitive(observed: Sequence[Observed]) -> Outcome:
+def insensitive(observed: Sequence[Observed]) -> Checked:
     compared = 0
-    for base, other, number, row, column, same in pairs(observed):
+    for base, other, step, row, column, same in pairs(observed):
         if not same:
             continue
-        got, was = other.got(number)[:, row, column], base.got(number)[:, row, column]
+        got, was = other.got(step)[:, row, column], base.got(step)[:, row, column]
         compared += got.size
-        if not bool(np.all(got == was)) and not wavers(base, other, number, row, column):
+        if not bool(np.all(got == was)) and not wavers(base, other, step, row, column):
             element = int(np.argmax(~(got[0] == was[0])))
-            words = (
-                f"{at(other.program, number)}{where(other, number, row, column, element)}: {changed(base, other)} "
-                f"must not be seen here, but the output moved from {was[0, element]:.9g} to {got[0, element]:.9g}"
-            )
-            return words, compared, None
-    return None, compared, None
+            facts = {"got": json_number(got[0, element]), "want": json_number(was[0, element]), **changed(base, other)}
+            return Checked(other.at_output(Kind.INSENSITIVE, (step, row, column), element, **facts), compared)
+    return Checked(None, compared)
 
 
-def wavers(base: Observed, other: Observed, number: int, row: int, column: int) -> bool:
+def wavers(base: Observed, other: Observed, step: int, row: int, column: int) -> bool:
     """Whether an output moved within the bounds, where its last bits are not its own tokens' alone (claim
     ``rounding``)."""
     if base.claims.rounding != "shared":
         return False
-    allowed = _sum("bound", (other.want(number), row, column), (base.want(number), row, column))
-    moved = np.abs(other.got(number)[:, row, column] - base.got(number)[:, row, column])
+    allowed = _sum("bound", (other.want(step), row, column), (base.want(step), row, column))
+    moved = np.abs(other.got(step)[:, row, column] - base.got(step)[:, row, column])
     return bool(np.all(moved <= allowed))
 
 
-def sensitive(observed: Sequence[Observed]) -> Outcome:
+def sensitive(observed: Sequence[Observed]) -> Checked:
     compared = 0
-    for base, other, number, row, column, same in pairs(observed):
+    for base, other, step, row, column, same in pairs(observed):
         if same:
             continue
-        want, was = other.want(number), base.want(number)
+        want, was = other.want(step), base.want(step)
         moves = np.abs(want.value[:, row, column] - was.value[:, row, column])
         bounds = want.bound[:, row, column] + was.bound[:, row, column]
-        moved = np.abs(other.got(number)[:, row, column] - base.got(number)[:, row, column])
+        moved = np.abs(other.got(step)[:, row, column] - base.got(step)[:, row, column])
         resolvable = moves > bounds
         compared += int(np.count_nonzero(resolvable))
         felt = moved >= moves - bounds
         if not bool(np.all(felt | ~resolvable)):
             element = int(np.argmax(~felt[0] & resolvable[0]))
-            words = (
-                f"{at(other.program, number)}{where(other, number, row, column, element)}: {changed(base, other)} "
-                f"must move the output by {moves[0, element]:.6g} ± "
-                f"{np.broadcast_to(bounds, moves.shape)[0, element]:.2g}, but it moved by {moved[0, element]:.6g}"
-            )
-            return words, compared, None
-    return None, compared, None
+            facts = {
+                "got": json_number(moved[0, element]),
+                "want": json_number(moves[0, element]),
+                "bound": json_number(np.broadcast_to(bounds, moves.shape)[0, element]),
+                **changed(base, other),
+            }
+            return Checked(other.at_output(Kind.SENSITIVE, (step, row, column), element, **facts), compared)
+    return Checked(None, compared)
 
 
-def finite(observed: Sequence[Observed]) -> Outcome:
+def finite(observed: Sequence[Observed]) -> Checked:
     compared = 0
     for one in observed:
-        for number in one.computed():
-            got, want = one.got(number), one.want(number)
+        for step in one.computed():
+            got, want = one.got(step), one.want(step)
             compared += int(np.count_nonzero(want.real)) * got.shape[0] * got.shape[-1]
             off = ~np.isfinite(got) & want.real[None, :, :, None]
             if bool(off.any()):
                 _n, row, column, element = (int(i) for i in np.argwhere(off)[0])
-                place = f"{at(one.program, number)}{where(one, number, row, column, element)}"
-                return f"{place}: got {got[0, row, column, element]} from finite inputs", compared, None
-    return None, compared, None
+                came = json_number(got[0, row, column, element])
+                return Checked(one.at_output(Kind.FINITE, (step, row, column), element, got=came), compared)
+    return Checked(None, compared)
 
 
-def same_token(observed: Sequence[Observed]) -> Outcome:
+def same_token(observed: Sequence[Observed]) -> Checked:
     """Only where the lead of the definition's largest logit over every other one exceeds the two bounds."""
     compared = 0
     for one in observed:
-        for number in one.computed():
-            got, want = one.got(number), one.want(number)
+        for step in one.computed():
+            got, want = one.got(step), one.want(step)
             value = np.where(want.real[None, :, :, None], want.value, 0.0)
             second, first = np.partition(value, -2, axis=-1)[..., -2:].transpose(3, 0, 1, 2)
             clear = want.real & (first - second > 2 * want.bound[..., 0])
@@ -156,19 +148,18 @@ def same_token(observed: Sequence[Observed]) -> Outcome:
             off = clear & ~((picked == right) & np.isfinite(got).all(axis=-1))
             if bool(off.any()):
                 n, row, column = (int(i) for i in np.argwhere(off)[0])
-                place = f"{at(one.program, number)}{where(one, number, row, column, int(picked[n, row, column]))}"
-                lead = first[n, row, column] - second[n, row, column]
-                words = f"{place}: is the largest, but it must be logit {right[n, row, column]} by a lead of {lead:.3g}"
-                return words, compared, None
-    return None, compared, None
+                token, lead = int(picked[n, row, column]), float(first[n, row, column] - second[n, row, column])
+                facts = {"got": token, "want": int(right[n, row, column]), "lead": lead}
+                return Checked(one.at_output(Kind.SAME_TOKEN, (step, row, column), token, **facts), compared)
+    return Checked(None, compared)
 
 
-def generated(observed: Sequence[Observed]) -> Outcome:
+def generated(observed: Sequence[Observed]) -> Checked:
     """Each token is judged by the truth on the backend's own tokens before it. What follows a reserved one is not: no
     program feeds it, and a truth may take it for padding."""
     compared = 0
     for one in observed:
-        for number, (want, done) in enumerate(zip(one.expected, one.trace, strict=True)):
+        for step, (want, done) in enumerate(zip(one.expected, one.trace, strict=True)):
             if not isinstance(want, Generation) or done.output is None:
                 continue
             got = done.output  # (n, b, new)
@@ -183,13 +174,18 @@ def generated(observed: Sequence[Observed]) -> Outcome:
             off = judged & ~(value - _of(value, got) <= bound + _of(bound, got)).all(axis=-1)
             if bool(off.any()):
                 n, row, i = (int(index) for index in np.argwhere(off)[0])
-                token, right = got[n, row, i], best[n, row, i]
-                lead = value[n, row, i, right] - value[n, row, i, token]
-                within = bound[n, row, i, right] + bound[n, row, i, token]
-                place = f"{at(one.program, number)}, row {row}, position {len(want.rows[row]) + i}"
-                words = f"got token {token}, want {right}, whose logit leads by {lead:.3g} ± {within:.2g}"
-                return f"{place}: {words}", compared, None
-    return None, compared, None
+                token, right = int(got[n, row, i]), int(best[n, row, i])
+                facts = {
+                    "row": row,
+                    "column": i,
+                    "position": len(want.rows[row]) + i,
+                    "got": token,
+                    "want": right,
+                    "lead": float(value[n, row, i, right] - value[n, row, i, token]),
+                    "bound": json_number(bound[n, row, i, right] + bound[n, row, i, token]),
+                }
+                return Checked(one.at_step(Kind.GENERATED, step, **facts), compared)
+    return Checked(None, compared)
 
 
 def _of(x: Array, token: Array) -> Array:
@@ -203,28 +199,35 @@ def _sum(kind: str, *places: tuple[Expected, int, int]) -> Array:
     return np.asarray(one.numbers(kind)[:, row, column] + other.numbers(kind)[:, its_row, its_column])
 
 
-def _alike(
-    base: dict[Key, tuple[int, int, int]], first: Observed, other: Observed
-) -> list[tuple[int, int, int, tuple[int, int, int], Array, Array]]:
-    """Outputs of ``other`` whose history the first program has too: step, row, column, where that is, and both."""
+Alike = tuple[tuple[int, int, int], tuple[int, int, int], Array, Array]
+"""Step, row and column of an output, those of the base's output with the same history, and both outputs."""
+
+
+def _alike(base: dict[Key, tuple[int, int, int]], first: Observed, other: Observed) -> list[Alike]:
+    """Outputs of ``other`` whose history the first program has too."""
     found = []
-    for number in other.computed():
-        for row, column, key in cells(other, number):
+    for step in other.computed():
+        for row, column, key in cells(other, step):
             if key in base:
                 there = base[key]
-                mine, its = other.got(number)[:, row, column], first.got(there[0])[:, there[1], there[2]]
-                found.append((number, row, column, there, mine, its))
+                mine, its = other.got(step)[:, row, column], first.got(there[0])[:, there[1], there[2]]
+                found.append(((step, row, column), there, mine, its))
     return found
 
 
-def _worst_of(one: Observed, number: int, off: Array, got: Array, value: Array, bound: Array) -> str:
+def _apart(kind: Kind, found: Alike, first: Observed, other: Observed, element: int, bound: Any = None) -> Mismatch:
+    """Two outputs with the same history that differ in one number."""
+    here, there, mine, its = found
+    facts = {"got": json_number(mine[0, element]), "want": json_number(its[0, element]), "bound": bound}
+    return other.at_output(kind, here, element, other=Place(**first.place(*there)), **facts)
+
+
+def _worst_of(one: Observed, step: int, off: Array, got: Array, value: Array, bound: Array) -> Mismatch:
     """The first position that is off, and its worst element."""
     _n, row, column = (int(i) for i in np.argwhere(off.any(axis=-1))[0])
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.nan_to_num(np.abs(got - value)[0, row, column] / bound[0, row, column], nan=np.inf)
     element = int(np.argmax(np.where(off[0, row, column], ratios, -1.0)))
-    place = (0, row, column, element)
-    return (
-        f"{at(one.program, number)}{where(one, number, row, column, element)}: got {got[place]:.6g}, "
-        f"want {value[place]:.6g} ± {bound[place]:.2g} ({ratios[element]:.3g}x the bound)"
-    )
+    found = {"got": got, "want": value, "bound": bound}
+    numbers = {name: json_number(x[0, row, column, element]) for name, x in found.items()}
+    return one.at_output(Kind.PARITY, (step, row, column), element, **numbers)

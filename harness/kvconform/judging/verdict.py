@@ -6,6 +6,8 @@ from enum import Enum
 
 import msgspec
 
+from kvconform.judging.mismatch import Mismatch
+
 
 class Outcome(Enum):
     """The closed set. Only PASS is a pass.
@@ -30,35 +32,68 @@ class Outcome(Enum):
         return self in (Outcome.FAIL, Outcome.CRASH, Outcome.TIMEOUT)
 
 
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """One cell of the matrix.
+class Reason(Enum):
+    """Why a cell has no verdict on the backend."""
 
-    sentence: what is wrong (broken, refuted, known), or why there is no verdict (the others but PASS).
-    counterexample: the name of its file. compared: numbers that were compared; programs, structures: what was judged
-    and how many shapes they had. worst: largest error as a fraction of its bound, where the relation has bounds.
-    found_after: programs judged up to and with the first that broke the clause. raised: a fail that is an exception of
-    a legal step, so that no output was wrong.
-    """
+    PROFILE = "profile not claimed"
+    DTYPE = "dtype not claimed"
+    ABILITY = "ability not claimed"
+    REFUSED = "config refused"
+    REFERENCE = "about the reference"
+    REFERENCE_BROKEN = "reference broken"
+    NOT_CONFIRMED = "not confirmed"
+    FALLBACK = "fallback ran"
+    UNKNOWN_RUNTIME = "what ran is not known"
+    NOTHING_COMPARED = "nothing compared"
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """One cell of the matrix: what was found out about one clause on one backend under one config."""
 
     clause: str
+    """Name of the clause, such as `equivalence.decode`."""
     config: str
+    """Name of the config, with its dtype where that is not float32."""
     backend: str
+    """Address of the backend."""
     outcome: Outcome
+    """What it comes to; only `pass` is a pass."""
+    reason: Reason | None = None
+    """Why there is no verdict, where the outcome is inconclusive, unsupported or not exercised."""
+    mismatch: Mismatch | None = None
+    """What broke the clause, where something did."""
     sentence: str = ""
+    """The mismatch or the reason in words, for people: nothing reads it; empty for a pass."""
     counterexample: str = ""
+    """Name of the file with the programs that break the clause; empty where none was written."""
     compared: int = 0
+    """How many numbers were compared."""
     programs: int = 0
+    """How many programs were judged, each variant of its seeds counted."""
     structures: int = 0
+    """How many different shapes of programs these had."""
     seconds: float = 0.0
+    """Wall time of the cell, in seconds."""
     worst: float | None = None
+    """Largest error as a fraction of its bound, up to the first mismatch; null where no relation has bounds."""
     found_after: int | None = None
-    raised: bool = False
+    """How many programs were judged up to and with the first that broke the clause."""
 
     def __post_init__(self) -> None:
         if self.outcome is Outcome.PASS and self.compared == 0:
             raise ValueError(f"{self.clause} on {self.backend}: a pass must have compared something")
         if self.outcome is not Outcome.PASS and not self.sentence:
             raise ValueError(f"{self.clause} on {self.backend}: {self.outcome.value} must say why")
+        violated = self.outcome.broken or self.outcome in (Outcome.REFUTED, Outcome.KNOWN_FAILURE)
+        if violated and self.mismatch is None:
+            raise ValueError(f"{self.clause} on {self.backend}: {self.outcome.value} must have a mismatch")
+        if (self.reason is None) is not (violated or self.outcome is Outcome.PASS):
+            raise ValueError(f"{self.clause} on {self.backend}: a reason is given if and only if there is no verdict")
+
+    @property
+    def raised(self) -> bool:
+        """Whether a legal step raised, so that no output was wrong."""
+        return self.mismatch is not None and self.mismatch.raised
 
     @property
     def key(self) -> tuple[str, str]:

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from kvconform.errors import Raised
 from kvconform.judging.judge import judge
 from kvconform.worker.execute import StepResult
 from kvconform.worker.protocol import Traces
@@ -239,7 +240,7 @@ class _Trial:
 
     def rejects(self, clause: Clause, given: Answers) -> bool:
         traces = [self._traces(number, outputs) for number, outputs in enumerate(given)]
-        return judge(self.case, clause.relations, self.claims, traces, self.expected).finding is not None
+        return judge(self.case, clause.relations, self.claims, traces, self.expected).mismatch is not None
 
     def _traces(self, number: int, outputs: Sequence[Array | None]) -> Traces:
         c, histories, trace = self.config, Histories(), []
@@ -253,7 +254,7 @@ class _Trial:
                 told, width = {"token_counts": lengths}, c.layers * 2 * c.kv_heads * c.head_dim
                 shown = np.zeros((1, len(lengths), max(lengths), width)) if want is None else want.value
                 output = shown.astype(np.float32)
-            trace.append(StepResult(output, told, refused="refused" if isinstance(step, Reject) else None))
+            trace.append(StepResult(output, told, refused=Raised("Refused", "") if isinstance(step, Reject) else None))
         return Traces(1, tuple(trace))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from kvconform.files import read_versioned, write_atomically
+from kvconform.files import read_versioned, write_versioned
 from kvconform.judging.verdict import Outcome
 
 SCHEMA = "kvconform-audit/2"
@@ -132,7 +132,7 @@ class AuditRecord(msgspec.Struct, kw_only=True):
     """Whether the audit was completed."""
 
     def write(self, path: Path) -> None:
-        write_atomically(path, msgspec.json.format(msgspec.json.encode(self), indent=1))
+        write_versioned(path, self)
 
 
 def read(path: Path) -> AuditRecord:

@@ -27,13 +27,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from kvconform.errors import StaleEntry, WorkerDied
-from kvconform.judging.verdict import Outcome, Verdict
-from kvconform.search.cell import Cell, unsupported
-from kvconform.search.counterexample import Broken, Counterexample, replayed, sentence
+from kvconform.judging.render import render
+from kvconform.judging.verdict import Outcome, Reason, Verdict
+from kvconform.search.cell import OUTCOMES, Cell, unsupported
+from kvconform.search.counterexample import Counterexample, replayed
 from kvconform.search.counterexample import read as read_counterexample
 from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case
@@ -136,15 +138,18 @@ class KnownFailure:
         tried = replayed(cell.clause, client, self.before, self.case)
         fallback = client.runtime_info(cell.config).get("fallback")
         if fallback:
-            return self._verdict(client, began, Outcome.NOT_EXERCISED, f"not tested: {fallback}")
-        if not isinstance(tried, Broken):
+            words = f"not tested: {fallback}"
+            return self._verdict(client, began, Outcome.NOT_EXERCISED, words, reason=Reason.FALLBACK)
+        if tried is None:
             raise StaleEntry(f"{self.row.place}: the known failure no longer fails: remove the row")
-        words = sentence(tried, self.before)
-        was = "fail" if self.stored.outcome == Outcome.REFUTED.value else self.stored.outcome
-        if tried.kind != was:
-            raise StaleEntry(f"{self.row.place}: the known {was} is a {tried.kind} now: {words}")
-        words = f"{self.row.reason}, known until {self.row.expires}, {self.row.link}: {words}"
-        return self._verdict(client, began, Outcome.KNOWN_FAILURE, words, self.stored.write(folder).name)
+        now = OUTCOMES[tried.ending]
+        was = Outcome.FAIL if self.stored.outcome is Outcome.REFUTED else self.stored.outcome
+        if now is not was:
+            words = f"the known {was.value} is a {now.value} now: {render(tried)}"
+            raise StaleEntry(f"{self.row.place}: {words}")
+        words = f"{self.row.reason}, known until {self.row.expires}, {self.row.link}: {render(tried)}"
+        counterexample = self.stored.write(folder).name
+        return self._verdict(client, began, Outcome.KNOWN_FAILURE, words, mismatch=tried, counterexample=counterexample)
 
     def _check(self, cell: Cell, client: WorkerClient) -> None:
         """Raises StaleEntry if the row has expired, or its versions or its cell differ from those judged here."""
@@ -152,27 +157,26 @@ class KnownFailure:
         if not words and any(program.config != cell.config for program in self.case.programs):
             words = f"has a counterexample of a config other than {cell.config_name}: replace it"
         if not words:
-            reason = unsupported(cell, client)
-            if reason is None:
+            why = unsupported(cell, client)
+            reason = "" if why is None else why[1]
+            if not reason:
                 with suppress(WorkerDied):  # that it cannot be built may be what is known
-                    reason = client.build(cell.config)
+                    reason = client.build(cell.config) or ""
             words = f"is about a cell that is unsupported ({reason}): remove the row" if reason else ""
         if words:
             raise StaleEntry(f"{self.row.place}: the known failure {words}")
 
-    def _verdict(
-        self, client: WorkerClient, began: float, outcome: Outcome, words: str, counterexample: str = ""
-    ) -> Verdict:
+    def _verdict(self, client: WorkerClient, began: float, outcome: Outcome, words: str, **more: Any) -> Verdict:
         return Verdict(
             clause=self.row.clause,
             config=self.row.config,
             backend=client.spec.address,
             outcome=outcome,
             sentence=words,
-            counterexample=counterexample,
             programs=len(self.before) + len(self.case.programs),
             structures=1,
             seconds=round(time.perf_counter() - began, 3),
+            **more,
         )
 
 

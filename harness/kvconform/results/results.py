@@ -12,7 +12,7 @@ import msgspec
 
 from kvconform.explain.diagnosis import Diagnosis
 from kvconform.explain.visibility import Map
-from kvconform.files import read_versioned, write_atomically
+from kvconform.files import read_versioned, write_versioned
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.guarantees import Guarantee, measured
 from kvconform.results.known_failures import Row
@@ -100,7 +100,7 @@ class Results(msgspec.Struct, kw_only=True):
     """Whether all cells were judged; a run that was interrupted has false and is resumed."""
 
     def write(self, path: Path) -> None:
-        write_atomically(path, msgspec.json.format(msgspec.json.encode(self), indent=1))
+        write_versioned(path, self)
 
     def same_run(self, other: Results) -> bool:
         """Whether ``other`` is an earlier part of this run: nothing that could change a verdict differs."""

@@ -1,5 +1,5 @@
-"""What a run shows beyond verdicts: what outputs see of tokens, what a broken backend behaves like, and a black box's
-noise floor. No verdict depends on it."""
+"""What a run shows beyond verdicts: visibility maps, diagnoses, and the noise floor of a black box. No verdict depends
+on them."""
 
 from __future__ import annotations
 
@@ -22,26 +22,24 @@ from kvconform_specs.program import Append, Program
 from kvconform_specs.reference.oracle import expect
 
 SHARED = (
-    "an output's last bits depend on other tokens of the call, without a cache as well: what must not move may move "
-    "within the bounds"
+    "the last bits of an output depend on other tokens of the call, also in the uncached forward: where a change must "
+    "not be seen, outputs may move within the bounds"
 )
 TOKENS = 8
 """How many tokens the noise floor is measured on."""
 
 
 def add(client: WorkerClient, results: Results, configs: Mapping[str, Config], failures: Path) -> None:
-    """Adds maps and diagnoses of the configs under which something is broken; of a black box, maps and noise floor in
-    any case. What ends the backend's process leaves them out: the verdicts tell it."""
+    """Adds maps and diagnoses of the configs with broken clauses; of a black box, maps and noise floor of all. What
+    ends the backend's process is left out: verdicts report it."""
     for name, config in configs.items():
         broken = [v for v in results.verdicts if v.config == name and v.outcome.broken]
         ran = any(v.config == name and v.outcome in (Outcome.PASS, Outcome.REFUTED) for v in results.verdicts)
-        if results.target is not None and ran:
+        own = results.target is not None and ran
+        if own:
             with suppress(WorkerDied, BackendUnavailable):
-                noise = {**results.target.noise, name: noise_floor(client, config)}
-                shared = [SHARED] if client.claims.rounding == "shared" else []
-                assumed = list(dict.fromkeys((*results.target.assumed, *shared)))
-                results.target = msgspec.structs.replace(results.target, noise=noise, assumed=assumed)
-        if broken or (results.target is not None and ran):
+                _add_noise(client, results, name, config)
+        if broken or own:
             with suppress(WorkerDied, BackendUnavailable):
                 results.maps[name] = visibility.maps(client, config)
         if broken:
@@ -51,6 +49,13 @@ def add(client: WorkerClient, results: Results, configs: Mapping[str, Config], f
                 found = diagnosis.diagnose(client, config, cases, results.maps.get(name, []))
                 if found is not None:
                     results.diagnoses[name] = found
+
+
+def _add_noise(client: WorkerClient, results: Results, name: str, config: Config) -> None:
+    assert results.target is not None
+    noise = {**results.target.noise, name: noise_floor(client, config)}
+    assumed = dict.fromkeys((*results.target.assumed, *([SHARED] if client.claims.rounding == "shared" else [])))
+    results.target = msgspec.structs.replace(results.target, noise=noise, assumed=list(assumed))
 
 
 def noise_floor(client: WorkerClient, config: Config) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 from kvconform.errors import BackendUnavailable, BadArgument, StaleEntry, Unavailable, UnknownClause
 from kvconform.files import write_atomically
 from kvconform.host import machine
-from kvconform.judging.verdict import Outcome, Verdict
+from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.results.guarantees import measured
 from kvconform.results.known_failures import EMPTY, KnownFailure, KnownFailures
 from kvconform.results.results import Results, Target, read
@@ -259,13 +259,17 @@ def _reference_broken(client: WorkerClient, verdict: Verdict, failures: Path) ->
         replace(program, steps=tuple(s for s in program.steps if isinstance(s, UncachedForward)))
         for program in case.programs
     ]
-    return isinstance(counterexample.replayed(_REFERENCE_CLAUSE, client, [], Case(tuple(alone))), counterexample.Broken)
+    return counterexample.replayed(_REFERENCE_CLAUSE, client, [], Case(tuple(alone))) is not None
 
 
 def _not_judged(cell: Cell, backend: str) -> Verdict:
-    words = f"not judged: its own forward, the reference, breaks {_REFERENCE_CLAUSE.name}"
     return Verdict(
-        clause=cell.clause.name, config=cell.config_name, backend=backend, outcome=Outcome.INCONCLUSIVE, sentence=words
+        clause=cell.clause.name,
+        config=cell.config_name,
+        backend=backend,
+        outcome=Outcome.INCONCLUSIVE,
+        reason=Reason.REFERENCE_BROKEN,
+        sentence=f"not judged: its own forward, the reference, breaks {_REFERENCE_CLAUSE.name}",
     )
 
 

@@ -15,11 +15,13 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis.errors import Flaky
+from msgspec.structs import replace
 
 from kvconform.errors import WorkerDied
-from kvconform.judging.verdict import Outcome, Verdict
-from kvconform.search.counterexample import Broken, Counterexample, attempt, frozen, replayed
-from kvconform.search.counterexample import sentence as said
+from kvconform.judging.mismatch import Mismatch, died
+from kvconform.judging.render import render
+from kvconform.judging.verdict import Outcome, Reason, Verdict
+from kvconform.search.counterexample import Counterexample, attempt, frozen, replayed
 from kvconform.search.effort import GUARANTEE_SECONDS, GUARANTEE_TRIALS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Effort
 from kvconform.search.shrink import reduced_death, reduced_list
 from kvconform.worker.client import WorkerClient, unproven
@@ -28,7 +30,9 @@ from kvconform_specs.clause import Case, Clause, Level
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program
 
-OUTCOMES = {"fail": Outcome.FAIL, "crash": Outcome.CRASH, "timeout": Outcome.TIMEOUT}
+OUTCOMES = {"": Outcome.FAIL, "crash": Outcome.CRASH, "timeout": Outcome.TIMEOUT}
+Why = tuple[Reason, str]
+"""Why a cell has no verdict, and that in words."""
 
 
 @dataclass(frozen=True)
@@ -51,46 +55,46 @@ def run_cell(cell: Cell, client: WorkerClient, effort: Effort, seed: int, folder
     """
     began = time.perf_counter()
     search = _Search(cell, client, effort, seed, began)
-    reason = unsupported(cell, client)
-    if reason is None:
+    why = unsupported(cell, client)
+    if why is None:
         try:
             refused = client.build(cell.config)
         except WorkerDied as death:
             smallest = Case((Program(cell.config, (Append("a", (1,), 0),)),))
-            search.best = smallest, Broken(death.kind, death.words)
+            search.best = smallest, died(death)
             return search.conclude(folder)
-        reason = refused
-    if reason is not None:
-        return search.verdict(Outcome.UNSUPPORTED, reason)
+        why = None if refused is None else (Reason.REFUSED, refused)
+    if why is not None:
+        return search.verdict(Outcome.UNSUPPORTED, why)
     search.run()
     runtime_info = client.runtime_info(cell.config)
     fallback = runtime_info.get("fallback")
     if fallback:  # also where it broke the clause: what broke it is not what the backend's name promises
-        return search.verdict(Outcome.NOT_EXERCISED, f"not tested: {fallback}")
+        return search.verdict(Outcome.NOT_EXERCISED, (Reason.FALLBACK, f"not tested: {fallback}"))
     if search.best is not None:
         return search.conclude(folder)
-    unknown = unproven(runtime_info, client.spec.device)
     if search.compared == 0 and "failed" not in runtime_info:
-        unknown = "nothing was compared"
+        return search.verdict(Outcome.NOT_EXERCISED, (Reason.NOTHING_COMPARED, "nothing was compared"))
+    unknown = unproven(runtime_info, client.spec.device)
     if unknown:
-        return search.verdict(Outcome.NOT_EXERCISED, unknown)
+        return search.verdict(Outcome.NOT_EXERCISED, (Reason.UNKNOWN_RUNTIME, unknown))
     return search.verdict(Outcome.PASS)
 
 
-def unsupported(cell: Cell, client: WorkerClient) -> str | None:
+def unsupported(cell: Cell, client: WorkerClient) -> Why | None:
     """Why the backend's claims leave this cell out, or None."""
     claims, config = client.claims, cell.config
     if claims.reference == "self" and cell.clause.blind:
-        return "blind: it is about what the target is judged by, its own forward"
+        return Reason.REFERENCE, "the clause is about the reference, which is the target's own forward"
     if config.profile not in claims.profiles:
-        return f"claims no {config.profile} profile"
+        return Reason.PROFILE, f"claims no {config.profile} profile"
     if config.dtype not in claims.dtypes:
-        return f"claims no {config.dtype}"
+        return Reason.DTYPE, f"claims no {config.dtype}"
     missing = [need for need in cell.clause.needs if not claims.can(need)]
     if missing:
-        return f"claims no {', no '.join(missing)}"
+        return Reason.ABILITY, f"claims no {', no '.join(missing)}"
     if cell.clause.needs_any and not any(claims.can(need) for need in cell.clause.needs_any):
-        return f"claims none of {', '.join(cell.clause.needs_any)}"
+        return Reason.ABILITY, f"claims none of {', '.join(cell.clause.needs_any)}"
     return None
 
 
@@ -104,7 +108,7 @@ class _Search:
         self.compared = self.programs = self.structures = 0
         self.worst: float | None = None
         self.found_after: int | None = None
-        self.best: tuple[Case, Broken] | None = None
+        self.best: tuple[Case, Mismatch] | None = None
         self.log: list[tuple[Program, tuple[int, ...]]] = []
         self.reduced = True
         self._failed_at = 0.0
@@ -146,7 +150,7 @@ class _Search:
         if self.best is None:
             self.structures += 1
             self.programs += len(case.programs) * len(variants)
-        if not isinstance(tried, Broken):
+        if tried.mismatch is None:
             if self.best is None:
                 self.compared += tried.compared
                 if tried.worst is not None:
@@ -157,7 +161,7 @@ class _Search:
             self._failed_at, self._starts = time.perf_counter(), self.client.starts
             self.found_after = self.programs
         if self.best is None or case.size <= self.best[0].size:
-            self.best = case, tried
+            self.best = case, tried.mismatch
             self.log = list(self.client.log)
         raise _Stop
 
@@ -165,7 +169,7 @@ class _Search:
         assert self.best is not None
         if not self.effort.shrink:
             return True
-        if self.best[1].kind != "fail":
+        if self.best[1].ending:
             return True  # each try costs a new process: shrink.reduced_death needs fewer
         must = self.cell.clause.level is Level.MUST
         trials, seconds = (SHRINK_TRIALS, SHRINK_SECONDS) if must else (GUARANTEE_TRIALS, GUARANTEE_SECONDS)
@@ -176,55 +180,50 @@ class _Search:
         assert self.best is not None
         case, broken = self.best
         if not self.effort.shrink:
-            return self.verdict(self._outcome(broken), broken.sentence)
-        if broken.kind != "fail":
+            return self.verdict(self._outcome(broken), mismatch=broken)
+        if broken.ending:
             self.reduced = True
             case, broken = reduced_death(case, broken, self._dies)
         case = Case(tuple(frozen(program, broken.variant) for program in case.programs))
         before: list[Program] = []
-        if self._outcome(broken) is Outcome.REFUTED:
-            confirmed: object = broken  # what holds at times is no guarantee: once is enough, on any process
-        else:
+        confirmed: Mismatch | None = replace(broken, variant=0)
+        if self._outcome(broken) is not Outcome.REFUTED:  # what holds at times is no guarantee: once is enough for that
             confirmed = replayed(self.cell.clause, self.client, before, case)
-        if not isinstance(confirmed, Broken):
+        if confirmed is None:
             found = self._leak(case)
             if found is None:
-                words = f"failed once and passed on fresh processes, alone and after what ran before: {broken.sentence}"
-                return self.verdict(Outcome.INCONCLUSIVE, words)
+                words = f"failed once and passed on fresh processes, alone and after what ran before: {render(broken)}"
+                return self.verdict(Outcome.INCONCLUSIVE, (Reason.NOT_CONFIRMED, words), broken)
             before, confirmed = found
-        outcome, sentence = self._outcome(confirmed), said(confirmed, before)
-        name = (
-            Counterexample(
-                suite=SUITE_VERSION,
-                clause=self.cell.clause.name,
-                backend=self.client.spec.address,
-                device=self.client.spec.device,
-                sentence=sentence,
-                outcome=outcome.value,
-                before=[program.to_json() for program in before],
-                case=case.to_json(),
-                reduced=self.reduced,
-            )
-            .write(folder)
-            .name
+        outcome = self._outcome(confirmed)
+        counterexample = Counterexample(
+            suite=SUITE_VERSION,
+            clause=self.cell.clause.name,
+            backend=self.client.spec.address,
+            device=self.client.spec.device,
+            outcome=outcome,
+            mismatch=confirmed,
+            sentence=render(confirmed),
+            before=[program.to_json() for program in before],
+            case=case.to_json(),
+            reduced=self.reduced,
         )
-        return self.verdict(outcome, sentence, name)
+        return self.verdict(outcome, mismatch=confirmed, counterexample=counterexample.write(folder).name)
 
-    def _outcome(self, broken: Broken) -> Outcome:
-        if broken.kind == "fail" and self.cell.clause.level is Level.SHOULD:
+    def _outcome(self, broken: Mismatch) -> Outcome:
+        if not broken.ending and self.cell.clause.level is Level.SHOULD:
             return Outcome.REFUTED
-        return OUTCOMES[broken.kind]
+        return OUTCOMES[broken.ending]
 
-    def _dies(self, case: Case) -> Broken | None:
+    def _dies(self, case: Case) -> Mismatch | None:
         """One try of reducing a death, as long as its seconds last."""
         assert self.best is not None
         if self.client.starts - self._starts >= REBUILDS or time.perf_counter() - self._failed_at > self.effort.rebuild:
             self.reduced = False
             return None
-        tried = attempt(self.cell.clause, self.client, case, (self.best[1].variant,))
-        return tried if isinstance(tried, Broken) else None
+        return attempt(self.cell.clause, self.client, case, (self.best[1].variant,)).mismatch
 
-    def _leak(self, case: Case) -> tuple[list[Program], Broken] | None:
+    def _leak(self, case: Case) -> tuple[list[Program], Mismatch] | None:
         """The shortest list of earlier programs after which the case fails on a fresh process."""
         ran = [frozen(program, variant) for program, variants in self.log for variant in variants]
         for program in case.programs:  # their last runs are the case itself; what ran before them may be alike
@@ -233,12 +232,11 @@ class _Search:
         earlier = ran
         starts, began = self.client.starts, time.perf_counter()
 
-        def fails(before: list[Program]) -> Broken | None:
+        def fails(before: list[Program]) -> Mismatch | None:
             if self.client.starts - starts > REBUILDS or time.perf_counter() - began > self.effort.rebuild:
                 self.reduced = False
                 return None
-            tried = replayed(self.cell.clause, self.client, before, case)
-            return tried if isinstance(tried, Broken) else None
+            return replayed(self.cell.clause, self.client, before, case)
 
         shorten = self.client.leaks < self.effort.leaks
         length = 1 if shorten else len(earlier)
@@ -253,12 +251,17 @@ class _Search:
                 return None
             length *= 2
 
-    def verdict(self, outcome: Outcome, sentence: str = "", counterexample: str = "") -> Verdict:
+    def verdict(
+        self, outcome: Outcome, why: Why | None = None, mismatch: Mismatch | None = None, counterexample: str = ""
+    ) -> Verdict:
+        reason, sentence = why or (None, "" if mismatch is None else render(mismatch))
         return Verdict(
             clause=self.cell.clause.name,
             config=self.cell.config_name,
             backend=self.client.spec.address,
             outcome=outcome,
+            reason=reason,
+            mismatch=mismatch,
             sentence=sentence,
             counterexample=counterexample,
             compared=self.compared,
@@ -267,5 +270,4 @@ class _Search:
             worst=self.worst,
             found_after=self.found_after,
             seconds=round(time.perf_counter() - self.began, 3),
-            raised=self.best is not None and self.best[1].raised,
         )

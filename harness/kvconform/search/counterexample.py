@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +11,44 @@ import msgspec
 
 from kvconform.errors import WorkerDied
 from kvconform.files import read_versioned, write_atomically
-from kvconform.judging.judge import Judged, judge
+from kvconform.judging.judge import judge
+from kvconform.judging.mismatch import Mismatch, died
+from kvconform.judging.observed import Checked
+from kvconform.judging.verdict import Outcome
 from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case, Clause
 from kvconform_specs.program import Append, Program, Reject, Reorder, Step, Truncate, UncachedForward
 from kvconform_specs.reference.oracle import expect
 from kvconform_specs.tensors import derive
 
-SCHEMA = "kvconform-counterexample/1"
-
-
-@dataclass(frozen=True)
-class Broken:
-    """One trial that broke its clause. ``kind``: fail, crash or timeout; of the latter two, where the process was.
-    ``raised``: a fail that is an exception of a legal step."""
-
-    kind: str
-    sentence: str
-    variant: int = 0
-    program: int = 0
-    step: int = -1
-    raised: bool = False
+SCHEMA = "kvconform-counterexample/2"
 
 
 class Counterexample(msgspec.Struct, frozen=True, kw_only=True):
-    """What a file holds. ``before``: programs that must run first in the same process (leaked state), oldest first.
-
-    ``reduced``: whether shrinking came to its end.
-    """
+    """What a file holds: the smallest programs found that break a clause, and how."""
 
     schema: str = SCHEMA
+    """Name and version of this format."""
     suite: str
+    """Version of the suite that found it."""
     clause: str
+    """Name of the clause."""
     backend: str
+    """Address of the backend that broke it."""
     device: str
+    """Device that it ran on."""
+    outcome: Outcome
+    """What the cell came to: `fail`, `crash`, `timeout` or `refuted`; `pass` of an example that breaks nothing."""
+    mismatch: Mismatch | None = None
+    """What broke the clause; null in an example."""
     sentence: str
-    outcome: str
+    """The mismatch in words, for people: nothing reads it."""
     before: list[Any]
+    """Programs that must run first in the same process (leaked state), oldest first."""
     case: list[Any]
+    """The programs of the case."""
     reduced: bool
+    """Whether shrinking came to its end."""
 
     def write(self, folder: Path) -> Path:
         programs = (str(self.case) + str(self.before)).encode()
@@ -84,7 +82,7 @@ def _frozen(step: Step, variant: int) -> Step:
     return step
 
 
-def attempt(clause: Clause, client: WorkerClient, case: Case, variants: tuple[int, ...]) -> Judged | Broken:
+def attempt(clause: Clause, client: WorkerClient, case: Case, variants: tuple[int, ...]) -> Checked:
     """Runs a case's programs on the live worker and judges them. The definition is computed while the worker runs, and
     the worker has its next program before it has answered to the last."""
     traces, expected, sent = [], [], 0
@@ -105,33 +103,24 @@ def attempt(clause: Clause, client: WorkerClient, case: Case, variants: tuple[in
                 sent += 1
             traces.append(client.receive(program))
         except WorkerDied as death:
-            client.discard(case.programs[len(traces) : sent])  # where it was the truth that died
-            variant = variants[min(death.variant, len(variants) - 1)]
-            return Broken(death.kind, death.words, variant, number, death.step)
+            client.discard(case.programs[len(traces) : sent])  # where it was the reference that died
+            return Checked(died(death, variants[min(death.variant, len(variants) - 1)], number), 0)
     try:
         judged = judge(case, clause.relations, client.claims, traces, expected)
     except WorkerDied as death:  # of a black box's own forward
-        return Broken(death.kind, death.words)
-    if judged.finding is not None:
-        finding = judged.finding
-        return Broken("fail", finding.sentence, variants[finding.variant], raised=finding.raised)
-    return judged
+        return Checked(died(death), 0)
+    if judged.mismatch is None:
+        return judged
+    return replace(judged, mismatch=msgspec.structs.replace(judged.mismatch, variant=variants[judged.mismatch.variant]))
 
 
-def sentence(broken: Broken, before: Sequence[Program]) -> str:
-    """The one line of fact: what is wrong, and whether it takes earlier programs."""
-    if not before:
-        return broken.sentence
-    plural = "s" if len(before) > 1 else ""
-    return f"{broken.sentence} (only after {len(before)} earlier program{plural} in the same process: state leaked)"
-
-
-def replayed(clause: Clause, client: WorkerClient, before: list[Program], case: Case) -> Judged | Broken:
-    """Runs the programs of a counterexample, in order, on a fresh worker."""
+def replayed(clause: Clause, client: WorkerClient, before: list[Program], case: Case) -> Mismatch | None:
+    """What breaks when the programs of a counterexample run, in order, on a fresh worker."""
     client.fresh()
     for program in before:
         try:
             client.run(program, (0,))
         except WorkerDied as death:
-            return Broken(death.kind, death.words)
-    return attempt(clause, client, case, (0,))
+            return died(death)
+    found = attempt(clause, client, case, (0,)).mismatch
+    return None if found is None else msgspec.structs.replace(found, earlier_programs=len(before))

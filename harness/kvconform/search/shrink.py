@@ -9,33 +9,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from kvconform.search.counterexample import Broken
+from kvconform.judging.mismatch import Mismatch
 from kvconform_specs.clause import Case
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Append, Program, Step, UncachedForward
 
-Try = Callable[[Case], Broken | None]
-"""Runs a case; what broke, or None, also where all tries are spent."""
+Try = Callable[[Case], Mismatch | None]
+"""Runs a case; returns what broke, or None, also where no more tries are allowed."""
 
 
-def reduced_death(case: Case, broken: Broken, dies: Try) -> tuple[Case, Broken]:
+def reduced_death(case: Case, broken: Mismatch, dies: Try) -> tuple[Case, Mismatch]:
     """The program that killed the process alone, cut behind the fatal step, then greedily made smaller."""
-    program = case.programs[broken.program]
-    if not 0 <= broken.step < len(program.steps):
+    if broken.program is None or broken.step is None:
         return case, broken
-    best, words = case, broken
+    program = case.programs[broken.program]
+    best, found = case, broken
     current = replace(program, steps=program.steps[: broken.step + 1])
     again = dies(Case((current,)))
-    if again is None or again.kind != broken.kind:
-        return best, words
-    best, words = Case((current,)), again
+    if again is None or again.ending != broken.ending:
+        return best, found
+    best, found = Case((current,)), again
     candidates = smaller(current)
     while (candidate := next(candidates, None)) is not None:
         again = dies(Case((candidate,)))
-        if again is not None and again.kind == broken.kind:
-            best, words = Case((candidate,)), again
+        if again is not None and again.ending == broken.ending:
+            best, found = Case((candidate,)), again
             candidates = smaller(candidate)
-    return best, words
+    return best, found
 
 
 def smaller(program: Program) -> Iterator[Program]:
@@ -70,8 +70,8 @@ def _resized(step: Step, counts: tuple[int, ...]) -> Step:
 
 
 def reduced_list(
-    programs: list[Program], broken: Broken, fails: Callable[[list[Program]], Broken | None]
-) -> tuple[list[Program], Broken]:
+    programs: list[Program], broken: Mismatch, fails: Callable[[list[Program]], Mismatch | None]
+) -> tuple[list[Program], Mismatch]:
     """Leaves out every program, and every step at the end of one, that the failure does not need."""
     kept = list(programs)
     for program in programs:

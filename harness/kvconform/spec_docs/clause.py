@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from kvconform.judging.verdict import Outcome
 from kvconform.mutation.fault import load_faults
 from kvconform.search.counterexample import Counterexample
 from kvconform_specs import SUITE_VERSION
@@ -81,7 +82,7 @@ def as_file(clause: Clause) -> bytes:
         backend="numpy",
         device="cpu",
         sentence="an example, not a failure",
-        outcome="pass",
+        outcome=Outcome.PASS,
         before=[],
         case=example(clause)[1].to_json(),
         reduced=False,

@@ -22,7 +22,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.errors import BackendUnavailable, BadArgument, InvalidBackend, Unavailable, WorkerDied, WorkerTimeout
+from kvconform.errors import (
+    BackendUnavailable,
+    BadArgument,
+    Exit,
+    InvalidBackend,
+    Raised,
+    Unavailable,
+    WorkerDied,
+    WorkerTimeout,
+)
 from kvconform.worker.protocol import LENGTHS, PROGRESS, Header, Traces, send, unpack
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
@@ -61,12 +70,12 @@ class WorkerSpec:
 
 
 def unproven(runtime_info: Mapping[str, Any], device: str) -> str:
-    """Why nobody knows what ran, or nothing: the runtime_info failed, or did not tell the device, which on a GPU it must."""
+    """Why it is not known what ran, or nothing: runtime_info() failed, or does not report the device, as on a GPU it must."""
     if "failed" in runtime_info:
-        return f"nobody knows what ran: its runtime_info failed: {runtime_info['failed']}"
+        return f"cannot verify what ran: runtime_info() failed: {runtime_info['failed']}"
     if device == "cpu" or str(runtime_info.get("device")).startswith(device):
         return ""
-    return f"{device} was asked for, and its runtime_info does not tell on what device it ran"
+    return f"{device} was requested, but runtime_info() does not report the device that ran"
 
 
 class WorkerClient:
@@ -119,7 +128,7 @@ class WorkerClient:
     def _reference_forward(
         self, config: Config, inputs: NDArray[Any], storage: float, accumulation: float, seed: int
     ) -> NDArray[Any]:
-        """The black box's own forward (``oracle.ReferenceForward``). Raises WorkerDied where it raises, or its process dies."""
+        """The black box's own forward (``oracle.ReferenceForward``). Raises WorkerDied where it raises or its process dies."""
         if self._reference is None:
             self._reference = WorkerClient(self.spec)
             self._reference._measured = True
@@ -136,9 +145,12 @@ class WorkerClient:
             "accumulation": accumulation,
             "seed": seed,
         }
-        header, blob = reference._ask(message, self.spec.step_timeout, np.ascontiguousarray(inputs).tobytes())
+        try:
+            header, blob = reference._ask(message, self.spec.step_timeout, np.ascontiguousarray(inputs).tobytes())
+        except WorkerDied as death:
+            raise type(death)("reference", ended=death.ended) from None
         if "error" in header:
-            raise WorkerDied(f"its own cache-less forward raised {header['error']}")
+            raise WorkerDied("reference", Raised(*header["error"]))
         return np.frombuffer(blob, header["dtype"]).reshape(header["shape"])
 
     def close(self) -> None:
@@ -156,7 +168,7 @@ class WorkerClient:
     def build(self, config: Config) -> str | None:
         """Builds the backend for a config, once a worker. Returns the reason where the backend refuses it.
 
-        Raises BackendUnavailable where the machine lacks something, WorkerDied where building fails or kills the worker.
+        Raises BackendUnavailable where the machine lacks something, WorkerDied where building fails or ends the worker.
         """
         if config in self._failed:
             raise self._failed[config]
@@ -165,10 +177,10 @@ class WorkerClient:
         try:
             header, _ = self._ask({"op": "build", "config": config.to_json()}, BUILD_TIMEOUT)
         except WorkerDied as death:
-            self._failed[config] = type(death)(f"could not be built: {death.words}")
+            self._failed[config] = type(death)("build", ended=death.ended)
             raise self._failed[config] from None
         if "error" in header:
-            self._failed[config] = WorkerDied(f"could not be built: {header['error']}")
+            self._failed[config] = WorkerDied("build", Raised(*header["error"]))
             raise self._failed[config]
         if "refused" in header:
             return str(header["refused"])
@@ -195,11 +207,12 @@ class WorkerClient:
         try:
             header, blob = self._reply(self.spec.step_timeout)
         except WorkerDied as death:
-            place = _place(program, death.step)
-            raise type(death)(f"{place}: {death.words}", death.variant, death.step) from None
+            known = 0 <= death.step < len(program.steps)
+            call = describe(program, death.step) if known else ""
+            raise type(death)("step", None, death.ended, death.variant, death.step, call) from None
         if "error" in header:  # recording failed, not a step: nothing the backend could cause by raising
             self._kill()  # it may owe other replies
-            raise WorkerDied(str(header["error"]))
+            raise WorkerDied("message", Raised(*header["error"]))
         return unpack(header, blob)
 
     def discard(self, programs: Sequence[Program]) -> None:
@@ -210,17 +223,19 @@ class WorkerClient:
                     self.receive(program)
 
     def runtime_info(self, config: Config) -> dict[str, Any]:
-        """What really ran. One that tells the other device than was asked for is a fallback, whatever else it tells."""
+        """What really ran. Where that is another device than was requested, it counts as a fallback."""
         if config not in self._built or self._process is None:
             return {}
         try:
             reply = self._ask({"op": "runtime_info", "config": config.to_json()}, self.spec.step_timeout)[0]
         except WorkerDied as death:
-            return {"failed": death.words}
-        runtime_info: dict[str, Any] = reply.get("runtime_info", {"failed": reply.get("error")})
+            return {"failed": str(death)}
+        if "error" in reply:
+            return {"failed": str(Raised(*reply["error"]))}
+        runtime_info: dict[str, Any] = reply["runtime_info"]
         told = str(runtime_info.get("device"))
         if told.partition(":")[0] in {"cpu", "cuda"} - {self.spec.device}:
-            runtime_info.setdefault("fallback", f"{self.spec.device} was asked for, and it ran on {told}")
+            runtime_info.setdefault("fallback", f"{self.spec.device} was requested, but {told} ran")
         return runtime_info
 
     def script(self, config: Config, programs: Sequence[tuple[Program, str]]) -> tuple[str, list[str]] | None:
@@ -233,10 +248,10 @@ class WorkerClient:
         return None if header["setup"] is None else (header["setup"], header["sources"])
 
     def ask(self, message: Header, timeout: float) -> Header:
-        """The answer to any message; ``timeout`` in seconds. Raises WorkerDied where the worker dies or answers an error."""
+        """The answer to any message; ``timeout`` in seconds. Raises WorkerDied where the worker ends or reports an error."""
         header, _ = self._ask(message, timeout)
         if "error" in header:
-            raise WorkerDied(str(header["error"]))
+            raise WorkerDied("message", Raised(*header["error"]))
         return header
 
     # --- the process ---
@@ -267,7 +282,7 @@ class WorkerClient:
             raise BackendUnavailable(f"the worker of {spec.address!r} did not start: {death}") from death
         if "error" in description:
             raise BackendUnavailable(
-                f"backend {spec.address!r} is installed but failed to load: {description['error']}"
+                f"backend {spec.address!r} is installed but failed to load: {Raised(*description['error'])}"
             )
         return description
 
@@ -337,16 +352,15 @@ class WorkerClient:
         _count, variant, step = self._step()
         if timeout is not None:
             self._kill()
-            return WorkerTimeout(f"no answer within {timeout:g} s", variant, step)
-        code = self._process.wait()
-        how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-        words = f"the process {how}{self._last_words()}"
+            return WorkerTimeout("step", ended=Exit(timeout=timeout), variant=variant, step=step)
+        code, stderr = self._process.wait(), self._last_words()
         self._kill()
-        return WorkerDied(words, variant, step)
+        end = Exit(signal=signal.Signals(-code).name, stderr=stderr) if code < 0 else Exit(code, stderr=stderr)
+        return WorkerDied("step", ended=end, variant=variant, step=step)
 
     def _last_words(self) -> str:
         lines = [line.strip() for line in self._stderr.read_text(errors="replace").splitlines() if line.strip()]
-        return f" ({lines[-1][:200]})" if lines else ""
+        return lines[-1][:200] if lines else ""
 
 
 @contextmanager
@@ -368,10 +382,3 @@ def _variables() -> dict[str, str]:
     and the parent computes the definition on another core meanwhile."""
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
     return {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", **threads}
-
-
-def _place(program: Program, step: int) -> str:
-    """``step 2 (append 1 to a)``."""
-    if not 0 <= step < len(program.steps):
-        return "before the first step"
-    return f"step {step} ({describe(program, step)})"

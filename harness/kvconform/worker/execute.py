@@ -9,6 +9,7 @@ from typing import Any, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
+from kvconform.errors import Raised
 from kvconform_specs.history import Histories
 from kvconform_specs.program import (
     POISONS,
@@ -36,18 +37,29 @@ Feed = tuple[tuple[Array, ...], dict[str, Any]]
 """What a step hands to the backend: inputs and keywords."""
 
 
+class NotNumeric(TypeError):
+    """A step gave something that is no array of numbers: ``returned`` is its type's name."""
+
+    def __init__(self, output: object) -> None:
+        self.returned = type(output).__name__
+        super().__init__(f"the step gave {self.returned}, want an array of numbers")
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. ``reported``: what the backend says, where it claims to know: ``length`` and ``room`` of each row,
-    ``bytes``, ``graphs``, ``work``; and of a read how many tokens each row ``token_counts``.
+    """What one step did. ``reported``: what the backend reports, by the names of its abilities: ``length`` and
+    ``free_slots`` of each row, ``bytes``, ``graph_count``, ``macs``; and ``token_counts``, the tokens of each row that a
+    read showed.
 
-    ``refused``: a ``reject`` step raised, with these words. ``error``: a legal step raised, with these words.
+    ``error``: what a legal step raised. ``refused``: what a ``reject`` step raised. ``returned``: the name of the type
+    that a step gave instead of an array of numbers, which is also an ``error``.
     """
 
     output: Array | None = None
     reported: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    error: str | None = None
-    refused: str | None = None
+    error: Raised | None = None
+    refused: Raised | None = None
+    returned: str | None = None
 
 
 Trace = tuple[StepResult, ...]
@@ -118,14 +130,13 @@ def _guarded(backend: Any, caches: dict[str, Any], step: Step, feed: Feed) -> St
     open_before = set(caches)
     try:
         return _do(backend, caches, called(step), feed)
-    except Exception as raised:  # noqa: BLE001 - the one place that calls a backend; it records words, decides nothing
-        words = f"{type(raised).__name__}: {str(raised).strip() or 'no message'}"[:500]
-        words = words.encode(errors="replace").decode()  # a lone surrogate could not be written to a results file
+    except Exception as error:  # noqa: BLE001 - the one place that calls a backend; it records words, decides nothing
+        raised = Raised.of(error)
         if not isinstance(step, Reject):
-            return StepResult(error=words)
+            return StepResult(error=raised, returned=error.returned if isinstance(error, NotNumeric) else None)
         for name in set(caches) - open_before:  # a refused call opens no sequence
             del caches[name]
-        return StepResult(refused=words)
+        return StepResult(refused=raised)
 
 
 def _do(backend: Any, caches: dict[str, Any], step: Call, feed: Feed) -> StepResult:
@@ -183,7 +194,7 @@ def _reported(backend: Any, cache: Any, count_macs: bool = False) -> dict[str, t
 def _array(output: Any) -> Array:
     array = np.asarray(output)
     if array.dtype.kind not in "fiub":
-        raise TypeError(f"the step gave {type(output).__name__}, want an array of numbers")
+        raise NotNumeric(output)
     return array
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvconform.errors import Raised
 from kvconform.worker.execute import StepResult, Trace
 
 LENGTHS = struct.Struct("<IQ")
@@ -84,16 +85,17 @@ def unpack(header: Header, blob: bytes) -> Traces:
 
 
 def _variant(done: StepResult, i: int) -> StepResult:
-    return StepResult(None if done.output is None else done.output[i : i + 1], done.reported, done.error, done.refused)
+    return done if done.output is None else replace(done, output=done.output[i : i + 1])
 
 
 def _note(done: StepResult) -> Header:
     note: Header = {}
     if done.output is not None:
         note["shape"], note["dtype"] = list(done.output.shape), done.output.dtype.str
-    for name in ("reported", "error", "refused"):
-        if getattr(done, name):
-            note[name] = getattr(done, name)
+    for name, raised in (("error", done.error), ("refused", done.refused)):
+        if raised is not None:
+            note[name] = [raised.type, raised.message]
+    note |= {name: value for name in ("reported", "returned") if (value := getattr(done, name))}
     return note
 
 
@@ -105,4 +107,5 @@ def _done(note: Header, blob: bytes, offset: int, n: int) -> tuple[StepResult, i
         output = np.frombuffer(blob, dtype, size, offset).reshape(shape)
         offset += size * dtype.itemsize
     reported = {name: tuple(numbers) for name, numbers in note.get("reported", {}).items()}
-    return StepResult(output, reported, note.get("error"), note.get("refused")), offset
+    error, refused = (Raised(*note[name]) if name in note else None for name in ("error", "refused"))
+    return StepResult(output, reported, error, refused, note.get("returned")), offset

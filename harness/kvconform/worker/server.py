@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import astuple
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +29,7 @@ from kvconform.bench.counters.collect import Tally
 from kvconform.bench.worker.ceilings import Ceiling
 from kvconform.bench.worker.gpu import Gpu
 from kvconform.bench.worker.timer import Timer, tokens
-from kvconform.errors import BackendUnavailable, InvalidBackend, Unavailable
+from kvconform.errors import BackendUnavailable, InvalidBackend, Raised, Unavailable
 from kvconform.worker.execute import execute
 from kvconform.worker.protocol import PROGRESS, Header, pack, receive, send
 from kvconform.worker.registry import load
@@ -181,8 +182,7 @@ def serve(worker: Worker, inbox: BinaryIO, outbox: BinaryIO) -> None:
             kind = Unavailable if isinstance(error, Unavailable) else BackendUnavailable
             header, blob = {"raised": kind.__name__, "words": [error.sentence, error.remedy]}, b""
         except Exception as raised:  # noqa: BLE001 - importing and building run a backend's code: its words go back
-            words = f"{type(raised).__name__}: {raised}"[:500].encode(errors="replace").decode()
-            header, blob = {"error": words}, b""
+            header, blob = {"error": astuple(Raised.of(raised))}, b""
         send(outbox, header, blob)
 
 

@@ -134,8 +134,7 @@ def _row(name: str, cells: list[_Cell], ran: list[bool]) -> Row:
 def _entries(cell: _Cell, configs: set[str]) -> Iterator[Entry]:
     by_outcome: dict[Outcome, dict[str, list[tuple[Verdict, int | None]]]] = defaultdict(lambda: defaultdict(list))
     for verdict, number in cell.verdicts:
-        told_elsewhere = verdict.outcome is Outcome.PASS or verdict.outcome.broken
-        by_outcome[verdict.outcome]["" if told_elsewhere else verdict.sentence].append((verdict, number))
+        by_outcome[verdict.outcome][_why(verdict)].append((verdict, number))
     seen = [outcome for outcome in WORST_FIRST if outcome in by_outcome]
     whole = {verdict.config for verdict, _ in cell.verdicts} == configs
     for outcome in seen:
@@ -152,6 +151,13 @@ def _entries(cell: _Cell, configs: set[str]) -> Iterator[Entry]:
         yield Entry(chip(outcome, count), note, () if alone else parts)
 
 
+def _why(verdict: Verdict) -> str:
+    """The reason that a cell gives; empty where it is told elsewhere."""
+    if verdict.outcome is Outcome.PASS or verdict.outcome.broken:
+        return ""
+    return given_now(verdict) if verdict.outcome is Outcome.KNOWN_FAILURE else verdict.sentence
+
+
 def _known(cell: _Cell, found: Sequence[tuple[Verdict, int | None]]) -> Iterator[known_failures.Row]:
     return (cell.known[verdict.key] for verdict, _ in found if verdict.key in cell.known)
 
@@ -160,7 +166,7 @@ def _part(sentence: str, found: Sequence[tuple[Verdict, int | None]], row: known
     configs = tuple((verdict.config, number) for verdict, number in found)
     if row is None:
         return Part(configs, sentence)
-    words = f"{row.reason}, known until {row.expires}: {given_now(sentence, row)}"
+    words = f"{row.reason}, known until {row.expires}: {sentence}"
     return Part(configs, words, (row.link, short(row.link)))
 
 

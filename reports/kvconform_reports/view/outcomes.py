@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from shlex import quote
 
-from kvconform.judging.verdict import Outcome
-from kvconform.results.known_failures import Row
+from kvconform.judging.render import render
+from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.results import Results
 
 WORST_FIRST: tuple[Outcome, ...] = (
@@ -129,9 +129,9 @@ def replay_line(backend: str, counterexample: str, folder: str) -> str:
     return f"kvconform replay {quote(str(PurePosixPath(folder, 'failures', backend, counterexample)))}"
 
 
-def given_now(sentence: str, row: Row) -> str:
-    """What a known failure gives now: its sentence without what its row says, which stands beside it."""
-    return sentence.removeprefix(f"{row.reason}, known until {row.expires}, {row.link}: ")
+def given_now(verdict: Verdict) -> str:
+    """What a known failure gives now, without what its row says, which stands beside it."""
+    return "" if verdict.mismatch is None else render(verdict.mismatch)
 
 
 def short(link: str) -> str:

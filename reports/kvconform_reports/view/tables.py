@@ -58,12 +58,15 @@ class Backend:
 
 @dataclass(frozen=True)
 class Failure:
+    """A broken cell. ``facts``: the fields of its mismatch, by name."""
+
     number: int
     label: str
     verdict: Verdict
     chip: Chip
     replay: str
     text: str
+    facts: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,7 @@ def failures(results: Sequence[Results], folder: str) -> tuple[Failure, ...]:
                         chip(verdict.outcome, 1),
                         replay_line(result.backend, verdict.counterexample, folder),
                         clause.text if clause else "",
+                        tuple(facts(verdict)),
                     )
                 )
     return tuple(found)
@@ -186,10 +190,9 @@ def known(results: Sequence[Results], folder: str) -> tuple[KnownRow, ...]:
         verdicts = {verdict.key: verdict for verdict in result.verdicts if verdict.outcome is Outcome.KNOWN_FAILURE}
         for key in dict.fromkeys((*verdicts, *rows)):
             row, verdict = rows.get(key), verdicts.get(key)
-            now, counterexample = (verdict.sentence, verdict.counterexample) if verdict else ("", "")
+            now, counterexample = (given_now(verdict), verdict.counterexample) if verdict else ("", "")
             versions = ", ".join(f"{name} {version}" for name, version in row.versions.items()) if row else ""
             link = row.link if row else ""
-            now = given_now(now, row) if row else now
             replay = replay_line(result.backend, counterexample, folder)
             found.append(KnownRow(label, *key, row, versions, short(link), now, replay))
     return tuple(found)
@@ -303,6 +306,11 @@ def runtime_info(results: Sequence[Results]) -> tuple[tuple[str, tuple[Witness, 
             groups.setdefault(tuple(flattened(runtime_info)), []).append(config)
         found.append((label, tuple(Witness(tuple(configs), facts) for facts, configs in groups.items())))
     return tuple(found)
+
+
+def facts(verdict: Verdict) -> list[tuple[str, str]]:
+    """The fields of a verdict's mismatch that are set, by name, as texts."""
+    return [] if verdict.mismatch is None else flattened(msgspec.to_builtins(verdict.mismatch))
 
 
 def flattened(value: Any, name: str = "") -> list[tuple[str, str]]:

@@ -184,7 +184,7 @@ CLAUSES = (
             "https://github.com/mlx-node/mlx-node/pull/47",
             "https://github.com/tenstorrent/tt-xla/issues/5929",
             "https://github.com/Integral2u/SharpMind/issues/57",
-            "https://github.com/mobilint/mblt-model-catalogue/pull/84",
+            "https://github.com/mobilint/mblt-model-zoo/pull/84",
         ),
         strategy=_last,
         relations=(Relation.AGREEMENT,),

@@ -26,6 +26,7 @@ from kvconform.explain.diagnosis.probes import Probe, probes
 from kvconform.explain.diagnosis.record import Condition, Diagnosis, FirstFailure
 from kvconform.explain.diagnosis.symptoms import EARLIER_PROGRAM, OutputCell, ReferenceOutputs, Symptom, death, symptom
 from kvconform.explain.visibility import Map
+from kvconform.judging.render import render
 from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
@@ -150,4 +151,5 @@ def _first(wrong: Sequence[Symptom]) -> FirstFailure:
         return 2 if begins is None else int(begins.raised)
 
     first = min(wrong, key=rank)
-    return FirstFailure(probe=first.probe.words, sentence=first.finding)
+    assert first.mismatch is not None
+    return FirstFailure(probe=first.probe.words, mismatch=first.mismatch, sentence=render(first.mismatch))

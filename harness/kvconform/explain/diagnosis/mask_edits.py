@@ -73,6 +73,10 @@ def _top_left(i: Numbers, j: Numbers, p: Numbers, q: Numbers, w: int | None) -> 
     return causal(i - p, j, w)
 
 
+def _uncached(i: Numbers, j: Numbers, p: Numbers, q: Numbers, w: int | None) -> Flags:
+    return causal(i, j, w) & (j >= p)
+
+
 def _future(i: Numbers, j: Numbers, p: Numbers, q: Numbers, w: int | None) -> Flags:
     return causal(i, j, w) | ((j > i) & (j < p + q))
 
@@ -86,7 +90,8 @@ LATER = "with the later tokens of the step visible"
 MASK_EDITS: tuple[MaskEdit, ...] = (
     MaskEdit("without the newest cached token", (), lambda i, j, p, q, w: causal(i, j, w) & (j != p - 1)),
     MaskEdit("without token 0", (), lambda i, j, p, q, w: causal(i, j, w) & ((j > 0) | (i == 0))),
-    MaskEdit("without the cached tokens", (), lambda i, j, p, q, w: causal(i, j, w) & (j >= p)),
+    MaskEdit("without the cached tokens", (), _uncached),
+    MaskEdit("without the cached tokens in steps of several tokens", ("M2",), _uncached, CHUNKS),
     MaskEdit(
         "on token 0 and the tokens of the step", (), lambda i, j, p, q, w: causal(i, j, w) & ((j >= p) | (j == 0))
     ),
@@ -108,8 +113,8 @@ MASK_EDITS: tuple[MaskEdit, ...] = (
     MaskEdit("without the token itself in decode steps", (), _without_itself, DECODES),
     MaskEdit("with a window larger by one", ("W1",), _wider(1)),
     MaskEdit("with a window smaller by one", ("W1",), _wider(-1)),
-    MaskEdit("with a window larger by one in decode steps", ("W1", "W3"), _wider(1), SINGLE),
-    MaskEdit("with a window smaller by one in decode steps", ("W1", "W3"), _wider(-1), SINGLE),
+    MaskEdit("with a window larger by one in decode steps", ("W1",), _wider(1), SINGLE),
+    MaskEdit("with a window smaller by one in decode steps", ("W1",), _wider(-1), SINGLE),
     MaskEdit("with a window larger by one in steps of several tokens", ("W1",), _wider(1), SEVERAL),
     MaskEdit("with a window smaller by one in steps of several tokens", ("W1",), _wider(-1), SEVERAL),
     MaskEdit("without a window", ("W2",), _windowless),

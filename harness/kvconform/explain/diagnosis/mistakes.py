@@ -85,11 +85,6 @@ MISTAKES: dict[str, Mistake] = {
         "https://github.com/huggingface/transformers/pull/35691",
         "Pass the window on every path: prompt, chunk and decode step.",
     ),
-    "W3": Mistake(
-        "eviction comes one step early or late, where the window is just full",
-        "https://github.com/huggingface/transformers/issues/37574",
-        "Evict when the window holds W tokens and one more comes, not before; read a wrapped ring in logical order.",
-    ),
     "W4": Mistake(
         "a chunk overwrites what its own first tokens must still see",
         "https://github.com/Lightning-AI/litgpt/issues/2182",

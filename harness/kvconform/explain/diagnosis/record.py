@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from kvconform.judging.mismatch import Mismatch
+
 
 class Condition(msgspec.Struct, frozen=True, kw_only=True):
     """The smallest condition found that separates the wrong outputs of the probes from the right ones."""
@@ -72,8 +74,10 @@ class FirstFailure(msgspec.Struct, frozen=True, kw_only=True):
 
     probe: str
     """What the probe does."""
-    sentence: str
+    mismatch: Mismatch
     """The first violation in it."""
+    sentence: str
+    """The mismatch in words, for people: nothing reads it."""
 
 
 class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

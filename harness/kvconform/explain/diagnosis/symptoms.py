@@ -10,7 +10,8 @@ import numpy as np
 
 from kvconform.errors import WorkerDied
 from kvconform.explain.diagnosis.probes import Probe
-from kvconform.judging.judge import conforming, judge
+from kvconform.judging.judge import judge, observe
+from kvconform.judging.mismatch import Mismatch, died
 from kvconform.judging.observed import Array
 from kvconform.worker.execute import StepResult, Trace
 from kvconform.worker.protocol import Traces
@@ -63,19 +64,19 @@ class OutputCell:
 class Symptom:
     """What one probe showed.
 
-    outputs: for each step, its output and bound, ``(b, t, e)``; None where it has none. finding: the first violation in
-    words, empty where the probe is right. at_once: whether the first step is wrong.
+    outputs: for each step, its output and bound, ``(b, t, e)``; None where it has none. mismatch: the first
+    violation, None where the probe is right. at_once: whether the first step is wrong.
     """
 
     probe: Probe
     cells: tuple[OutputCell, ...]
     outputs: tuple[tuple[Array, Array] | None, ...]
-    finding: str
+    mismatch: Mismatch | None
     at_once: bool
 
     @property
     def wrong(self) -> bool:
-        return bool(self.finding)
+        return self.mismatch is not None
 
 
 @dataclass
@@ -102,29 +103,32 @@ def symptom(probe: Probe, trace: Trace, reference: ReferenceOutputs, claims: Cla
     reading = _Reading(probe.program, claims, earlier)
     for number, done in enumerate(trace):
         reading.read(number, done, expected[number])
-    finding, at_once = _finding(probe.program, trace, claims, expected)
-    return Symptom(probe, tuple(reading.cells), tuple(reading.outputs), finding, at_once)
+    mismatch, at_once = _mismatch(probe.program, trace, claims, expected)
+    return Symptom(probe, tuple(reading.cells), tuple(reading.outputs), mismatch, at_once)
 
 
-def death(probe: Probe, died: WorkerDied, claims: Claims, earlier: bool) -> Symptom:
+def death(probe: Probe, error: WorkerDied, claims: Claims, earlier: bool) -> Symptom:
     """The symptom of a probe that ended the backend's process: nothing is known of the steps before."""
     reading = _Reading(probe.program, claims, earlier)
-    for number in range(max(died.step, 0)):
+    for number in range(max(error.step, 0)):
         reading.enter(probe.program.steps[number])
-    reading.failed(max(died.step, 0), raised=True)
-    return Symptom(probe, tuple(reading.cells), (None,) * len(probe.program.steps), died.words, died.step <= 0)
+    reading.failed(max(error.step, 0), raised=True)
+    outputs = (None,) * len(probe.program.steps)
+    return Symptom(probe, tuple(reading.cells), outputs, died(error, program=0), error.step <= 0)
 
 
-def _finding(program: Program, trace: Trace, claims: Claims, expected: Sequence[Expected | None]) -> tuple[str, bool]:
-    """The first violation in words, and whether it is in the first step: of the steps before one that failed, else of
-    that one."""
-    _words, wants, _outputs = conforming(program, trace, claims, expected)
-    for stop in sorted({1, max(len(wants), 1), len(trace)}):
+def _mismatch(
+    program: Program, trace: Trace, claims: Claims, expected: Sequence[Expected | None]
+) -> tuple[Mismatch | None, bool]:
+    """The first violation, and whether it is in the first step: of the steps before one that failed, else of that
+    one."""
+    ran = len(observe(program, trace, claims, expected)[0].expected)
+    for stop in sorted({1, max(ran, 1), len(trace)}):
         case, traces = Case((Program(program.config, program.steps[:stop]),)), Traces(1, None, (trace[:stop],))
-        found = judge(case, RELATIONS, claims, [traces], [expected[:stop]]).finding
+        found = judge(case, RELATIONS, claims, [traces], [expected[:stop]]).mismatch
         if found is not None:
-            return found.sentence, stop == 1
-    return "", False
+            return found, stop == 1
+    return None, False
 
 
 def _shaped(output: Array | None, config: Config, want: Expected) -> Array | None:

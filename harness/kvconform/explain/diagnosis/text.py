@@ -43,7 +43,7 @@ def _details(found: Diagnosis) -> Iterator[str]:
         yield condition(found.condition)
     if found.heads:
         yield f"only in head{'s' if len(found.heads) > 1 else ''} {listed(found.heads)}"
-    if found.first is not None:
+    if found.first is not None and (not found.mistake or found.condition is None):
         yield f"first wrong probe ({found.first.probe}): {found.first.sentence}"
 
 

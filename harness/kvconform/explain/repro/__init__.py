@@ -13,14 +13,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+
 from kvconform.errors import WorkerDied
 from kvconform.explain.repro.calls import cache, calls, imports_of, target
 from kvconform.explain.repro.checks import check
 from kvconform.explain.repro.failure import Failure, located
 from kvconform.explain.repro.inputs import WIDTH, Run, inputs, layouts
-from kvconform.search.counterexample import Broken, Counterexample, sentence
+from kvconform.judging.render import render
+from kvconform.search.counterexample import Counterexample
 from kvconform.worker.client import WorkerClient
-from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clause import Case, Clause
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.config import Config
 from kvconform_specs.describe import describe
@@ -47,7 +50,7 @@ def script(found: Counterexample, client: WorkerClient) -> str:
     single = len(programs) == 1
     runs = [Run(program, "" if single else f"{number}_") for number, program in enumerate(programs)]
     body, imports = _body(failure, runs, client)
-    words = sentence(Broken("fail", failure.sentence), before)
+    words = render(msgspec.structs.replace(failure.mismatch, earlier_programs=len(before)))
     return "\n".join([*_header(clause, words, client), *_imports(imports, body), *body]) + "\n"
 
 
@@ -111,7 +114,7 @@ def _body(failure: Failure, runs: list[Run], client: WorkerClient) -> tuple[list
         steps = [calls(run, names[run.program.config], run is not runs[-1]) for run in runs]
         sources, imports = [[line for step in program for line in step] for program in steps], imports_of(address)
         last, earlier = steps[-1][-1], [x for step in steps[-1][:-1] for x in step]
-        if failure.kind == "raised":
+        if failure.raised:
             last = [*last, *_asked(runs[-1], names[runs[-1].program.config], client)]
     else:
         setup, imports = [line for line in box[0].strip().splitlines() if line != "import sys"], []
@@ -120,17 +123,17 @@ def _body(failure: Failure, runs: list[Run], client: WorkerClient) -> tuple[list
         sources = [source.strip().splitlines() for source in box[1]]
         last, earlier = sources[-1], []
     given = inputs(runs, box is None)
-    lines = _watched() if failure.kind == "died" else []
+    lines = _watched() if failure.died else []
     lines += ["# the target", *setup, "", "# what it is given", *given]
     for run, source in zip(runs, sources, strict=True):
-        whole = run is not runs[-1] or isinstance(failure.kind, Relation) or failure.kind in ("died", "shape")
+        whole = run is not runs[-1] or not (failure.raised or failure.accepted)
         lines += ["", f"# program {run.tag.rstrip('_')}" if run.tag else "# the steps"]
         lines += source if whole else earlier
     backend_name = names[runs[-1].program.config]
-    if failure.kind in ("raised", "accepted", "died"):
+    if failure.raised or failure.accepted or failure.died:
         lines += _outcome(failure, runs[-1], last)
     else:
-        relation = failure.kind.value if isinstance(failure.kind, Relation) else "what an output is like"
+        relation = "what an output is like" if failure.mismatch.relation is None else failure.mismatch.relation.value
         if client.claims.reference == "self":
             relation = relation.replace("the definition's value", "what it gives for the same tokens without a cache")
         compared = runs[-len(failure.observed) :]
@@ -147,9 +150,9 @@ def _names(runs: Sequence[Run]) -> dict[Config, str]:
 
 def _black_box(failure: Failure, runs: Sequence[Run], client: WorkerClient) -> tuple[str, list[str]] | None:
     """What the target's own adapter writes; None where it cannot say it without the backend protocol."""
-    if client.claims.reference != "self" or failure.kind == "accepted":
+    if client.claims.reference != "self" or failure.accepted:
         return None
-    if isinstance(failure.kind, Relation) and not failure.kind.judges_outputs:
+    if failure.mismatch.relation is not None and not failure.mismatch.relation.judges_outputs:
         return None
     try:
         return client.script(runs[0].program.config, [(run.program, run.tag) for run in runs])
@@ -189,9 +192,9 @@ def _tools(runs: Sequence[Run], lines: Sequence[str]) -> list[str]:
 
 def _outcome(failure: Failure, run: Run, last: Sequence[str]) -> list[str]:
     """The end of a failure that has no numbers."""
-    if failure.kind == "died":
+    if failure.died:
         return []
-    if failure.kind == "accepted":
+    if failure.accepted:
         flag = run.name("refused", failure.step)
         what = describe(run.program, failure.step)
         return [

@@ -12,9 +12,7 @@ from kvconform.explain.repro.failure import (
     Failure,
     compared,
     native,
-    place_of,
     same,
-    same_history,
     shortened,
     token_of,
     wanted,
@@ -22,6 +20,7 @@ from kvconform.explain.repro.failure import (
 )
 from kvconform.explain.repro.inputs import WRITTEN_OUT, Array, Run, literal
 from kvconform.explain.repro.state_checks import TOLD
+from kvconform.judging.mismatch import Kind
 from kvconform_specs.clause import Relation
 from kvconform_specs.program import Append, Generate, ReadCache
 from kvconform_specs.reference.oracle import Generation
@@ -32,9 +31,8 @@ SHOWN = 32
 
 def check(failure: Failure, runs: Sequence[Run], backend: str) -> list[str]:
     """The last lines of the file; ``runs`` are those of ``failure.observed``."""
-    if isinstance(failure.kind, Relation):
-        return CHECKS[failure.kind](failure, runs, backend)
-    return _shape(failure, runs[-1])
+    relation = failure.mismatch.relation
+    return _shape(failure, runs[-1]) if relation is None else CHECKS[relation](failure, runs, backend)
 
 
 # --- outputs ---
@@ -44,7 +42,7 @@ def _parity(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
     bound = np.broadcast_to(bound, value.shape)
     name, comment = runs[-1].name("y", failure.step), ""
     if value.size > WRITTEN_OUT:
-        row, column = place_of(failure)
+        row, column = failure.token
         got, value, bound = got[row, column], value[row, column], bound[row, column]
         name, comment = token_of(config, name, row, column), f"  # row {row}, column {column}"
         cut, index = _furthest(np.abs(got - value) - bound)
@@ -67,8 +65,8 @@ def _furthest(excess: Array) -> tuple[Array, str]:
 
 
 def _agreement(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
-    there = same_history(failure)
-    return ["# the same token with the same tokens before it", *_within(failure, runs, place_of(failure), there)]
+    there = failure.other
+    return ["# the same token with the same tokens before it", *_within(failure, runs, failure.token, there)]
 
 
 def _within(failure: Failure, runs: Sequence[Run], place: tuple[int, int], there: tuple[int, int, int]) -> list[str]:
@@ -90,7 +88,7 @@ def _within(failure: Failure, runs: Sequence[Run], place: tuple[int, int], there
 
 
 def _bitwise(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
-    (row, column), (there, its_row, its_column) = place_of(failure), same_history(failure)
+    (row, column), (there, its_row, its_column) = failure.token, failure.other
     config = failure.one.program.config
     return [
         "# the same token with the same tokens before it",
@@ -101,7 +99,7 @@ def _bitwise(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
 
 
 def _unaffected(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
-    row, column = place_of(failure)
+    row, column = failure.token
     config = failure.one.program.config
     comment = f"# row {row}, column {column}: what differs between the two programs must not be seen here"
     if failure.one.claims.rounding == "shared":
@@ -115,7 +113,7 @@ def _unaffected(failure: Failure, runs: Sequence[Run], _backend: str) -> list[st
 
 
 def _affected(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
-    row, column = place_of(failure)
+    row, column = failure.token
     config, step = failure.one.program.config, failure.step
     want, was = failure.one.want(step), failure.base.want(step)
     moves = np.abs(want.value[0, row, column] - was.value[0, row, column])
@@ -139,7 +137,7 @@ def _affected(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]
 
 
 def _finite(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
-    row, column = place_of(failure)
+    row, column = failure.token
     return [
         f"got = {token_of(failure.one.program.config, runs[-1].name('y', failure.step), row, column)}",
         "off = ~np.isfinite(got)",
@@ -150,18 +148,17 @@ def _finite(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
 
 
 def _same_token(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
-    row, column = place_of(failure)
-    right = int(failure.one.want(failure.step).value[0, row, column].argmax())
+    row, column = failure.token
     name = token_of(failure.one.program.config, runs[-1].name("y", failure.step), row, column)
-    return compared(f"int({name}.argmax())", str(right), "got != want", "the largest logit is that of token ")
+    return compared(
+        f"int({name}.argmax())", str(failure.mismatch.want), "got != want", "the largest logit is that of token "
+    )
 
 
 def _generated(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
-    step, want = failure.one.program.steps[failure.step], failure.one.expected[failure.step]
-    output = failure.one.trace[failure.step].output
-    assert isinstance(step, Generate) and isinstance(want, Generation) and output is not None
-    row = failure.number("row")
-    place = failure.number("position") - step.counts[row]
+    want, output = failure.one.expected[failure.step], failure.one.trace[failure.step].output
+    assert isinstance(want, Generation) and output is not None
+    row, place = failure.token
     numbers = want.along(output)
     value, bound = numbers("value")[0, row, place], np.broadcast_to(numbers("bound"), numbers("value").shape)
     exceeds = value[None] - value[:, None] > bound[0, row, place][None] + bound[0, row, place][:, None]
@@ -189,7 +186,7 @@ def _shape(failure: Failure, run: Run) -> list[str]:
     shape: tuple[int, ...]
     if isinstance(step, Generate):
         shape, dtype = (len(step.counts), step.new), "int64"
-        if "generated token" in failure.sentence:
+        if failure.mismatch.kind is Kind.TOKEN_ID:
             inside = f"0 <= {name}.min() <= {name}.max() < {config.vocabulary}"
             return compared(f"{name}.tolist()", f'"ids of 0..{config.vocabulary - 1}"', f"not {inside}")
     else:

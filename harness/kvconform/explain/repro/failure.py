@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +11,16 @@ from numpy.typing import NDArray
 
 from kvconform.errors import WorkerDied
 from kvconform.explain.repro.inputs import Run, literal
-from kvconform.judging import observed as places
 from kvconform.judging.judge import judge
-from kvconform.judging.observed import Observed, cells
+from kvconform.judging.mismatch import Kind, Mismatch, died
+from kvconform.judging.observed import Observed
 from kvconform.worker.client import WorkerClient
 from kvconform.worker.protocol import Traces
-from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clause import Case, Clause
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
 from kvconform_specs.history import Histories, Row, seen_by
-from kvconform_specs.program import Append, Program, Reject, UncachedForward
+from kvconform_specs.program import Append, Program, UncachedForward
 from kvconform_specs.reference.oracle import Expected, expect
 
 Array = NDArray[Any]
@@ -33,15 +32,10 @@ CLOSE = 1.0051
 
 @dataclass(frozen=True)
 class Failure:
-    """What broke, and where: a relation, or ``died``, ``raised``, ``accepted`` or ``shape``.
+    """What broke, and the programs that were compared: one or two, the last of which is the one with the mismatch."""
 
-    observed: the programs that were compared, one or two; the last is the one that ``step`` is of.
-    """
-
-    kind: Relation | str
-    sentence: str
-    step: int
-    observed: tuple[Observed, ...] = ()
+    mismatch: Mismatch
+    observed: tuple[Observed, ...]
 
     @property
     def one(self) -> Observed:
@@ -52,15 +46,40 @@ class Failure:
         return self.observed[0]
 
     @property
-    def want(self) -> str:
-        """The end of its own sentence."""
-        return self.sentence.rpartition("want ")[2]
+    def step(self) -> int:
+        """The step that is wrong; -1 where none was running."""
+        return -1 if self.mismatch.step is None else self.mismatch.step
 
-    def number(self, name: str) -> int:
-        """``row`` or ``position``, as the sentence says."""
-        found = re.search(rf", {name} (\d+)", self.sentence)
-        assert found is not None, self.sentence
-        return int(found[1])
+    @property
+    def raised(self) -> bool:
+        """Whether a call raised, of a step or of the target's own uncached forward."""
+        return self.mismatch.kind is Kind.RAISED or (self._reference and self.mismatch.error is not None)
+
+    @property
+    def died(self) -> bool:
+        """Whether the process ended or hung, or the target could not be built."""
+        return self.mismatch.ending != "" and not self.raised
+
+    @property
+    def _reference(self) -> bool:
+        return self.mismatch.kind is Kind.REFERENCE_FAILED
+
+    @property
+    def accepted(self) -> bool:
+        return self.mismatch.kind is Kind.ACCEPTED
+
+    @property
+    def token(self) -> tuple[int, int]:
+        """Row and column of the token that is wrong."""
+        assert self.mismatch.row is not None and self.mismatch.column is not None
+        return self.mismatch.row, self.mismatch.column
+
+    @property
+    def other(self) -> tuple[int, int, int]:
+        """Step, row and column of the base's output that it is compared with."""
+        other = self.mismatch.other
+        assert other is not None and other.step is not None and other.row is not None and other.column is not None
+        return other.step, other.row, other.column
 
 
 Check = Callable[[Failure, Sequence[Run], str], list[str]]
@@ -75,9 +94,9 @@ def located(clause: Clause, client: WorkerClient, before: list[Program], case: C
         raise SpecError("", f"{clause.name} holds on {client.spec.address} now: there is nothing to reproduce")
     failure, ran = found
     alone = [program for program in ran if any(program is one.program for one in failure.observed)]
-    if len(alone) < len(ran) and isinstance(failure.kind, Relation) and not before:
+    if len(alone) < len(ran) and failure.mismatch.relation is not None and not before:
         again = _failure(clause, client, [], Case(tuple(alone)))
-        if again is not None and again[0].kind == failure.kind and len(again[1]) == len(alone):
+        if again is not None and again[0].mismatch.kind is failure.mismatch.kind and len(again[1]) == len(alone):
             return again[0], []
     return failure, [program for program in ran if not any(program is one.program for one in failure.observed)]
 
@@ -94,50 +113,23 @@ def _failure(
         try:
             traces.append(client.run(program, (0,)))
         except WorkerDied as death:
-            step = death.step if "could not be built" not in death.words else -1
             dead = Observed(program, (), (), (), client.claims)
-            return Failure("died", death.words, step, (dead,)), programs[: number + 1]
+            return Failure(died(death), (dead,)), programs[: number + 1]
     traces = traces[len(before) :]
     own = None if client.reference_forward is None else client.reference_forward(case.programs[0].config)
     expected = [expect(program, (0,), client.claims.precision, own) for program in case.programs]
-    observed = [
-        _observed(program, ran, wants, client)
-        for program, ran, wants in zip(case.programs, traces, expected, strict=True)
-    ]
-
-    def words_of(relation: Relation, *numbers: int) -> str | None:
-        asked = Case(tuple(case.programs[i] for i in numbers))
-        judged = judge(asked, (relation,), client.claims, [traces[i] for i in numbers], [expected[i] for i in numbers])
-        return None if judged.finding is None else judged.finding.sentence
-
-    every = range(len(case.programs))
-    # legal steps ran, rejects were refused, shapes fit: no relation is asked before
-    asked: list[tuple[Relation, tuple[int, ...]]] = [(Relation.SHAPE, (number,)) for number in every]
-    for relation in clause.relations:
-        if relation.compares_two:
-            asked += [(relation, (0, other)) for other in every[1:]]
-        else:
-            asked += [(relation, (number,)) for number in every]
     try:
-        for relation, numbers in asked:
-            words = words_of(relation, *numbers)
-            if words is not None:
-                compared = tuple(observed[number] for number in numbers)
-                kind = _kind(words, compared[0]) if relation is Relation.SHAPE else relation
-                return Failure(kind, words, _step_of(words), compared), [*before, *case.programs[: numbers[-1] + 1]]
+        mismatch = judge(case, clause.relations, client.claims, traces, expected).mismatch
     except WorkerDied as death:  # a black box's own forward
         whole = Observed(_whole(case), (), (), (), client.claims)
-        return Failure("raised" if " raised " in death.words else "died", death.words, 0, (whole,)), [whole.program]
-    return None
-
-
-def _kind(words: str, one: Observed) -> str:
-    """What went wrong before any relation was asked."""
-    step = _step_of(words)
-    error = one.trace[step].error
-    if error is not None:
-        return "shape" if error.startswith("TypeError: the step gave ") else "raised"
-    return "accepted" if isinstance(one.program.steps[step], Reject) else "shape"
+        return Failure(died(death), (whole,)), [whole.program]
+    if mismatch is None:
+        return None
+    assert mismatch.program is not None
+    two = mismatch.relation is not None and mismatch.relation.compares_two
+    numbers = (0, mismatch.program) if two else (mismatch.program,)
+    observed = tuple(_observed(case.programs[i], traces[i], expected[i], client) for i in numbers)
+    return Failure(mismatch, observed), programs[: len(before) + mismatch.program + 1]
 
 
 def _observed(program: Program, traces: Traces, wants: Sequence[Expected | None], client: WorkerClient) -> Observed:
@@ -154,12 +146,6 @@ def _observed(program: Program, traces: Traces, wants: Sequence[Expected | None]
         asked.append(want)
         outputs.append(got)
     return Observed(program, trace, asked, outputs, client.claims)
-
-
-def _step_of(sentence: str) -> int:
-    found = re.match(r"step (\d+) \(", sentence)
-    assert found is not None, sentence
-    return int(found[1])
 
 
 def _whole(case: Case) -> Program:
@@ -179,20 +165,6 @@ def rows(one: Observed, step: int, seq: str) -> tuple[Row, ...]:
     for done in one.program.steps[: step + 1]:
         histories.apply(done)
     return histories.rows[seq]
-
-
-def place_of(failure: Failure) -> tuple[int, int]:
-    """Row and column of the token that the sentence names."""
-    row, position = failure.number("row"), failure.number("position")
-    found = cells(failure.one, failure.step)
-    return next((r, column) for r, column, key in found if r == row and len(key[0]) == position + 1)
-
-
-def same_history(failure: Failure) -> tuple[int, int, int]:
-    """Step, row and column of the base's output that the failing one is compared with."""
-    place = place_of(failure)
-    key = next(key for row, column, key in cells(failure.one, failure.step) if (row, column) == place)
-    return places.located(failure.base)[key]
 
 
 def token_of(config: Config, name: str, row: int, column: int) -> str:

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvconform.explain.visibility.schedules import NAMES, Schedule
-from kvconform.judging.judge import conforming
+from kvconform.judging.judge import observe
 from kvconform.judging.observed import Array, Observed, pairs
 from kvconform.judging.outputs import wavers
+from kvconform.judging.render import render
 from kvconform.worker.client import WorkerClient
 from kvconform_specs.claims import Precision
 from kvconform_specs.config import Config
@@ -142,18 +143,18 @@ class MeasuredMap:
             self.client.fresh()
         trace = self.client.run(program, (0,)).apart()[0] if looked else ()
         expected = self.expected(program)
-        words, wants, outputs = conforming(program, trace, claims, expected)
+        observed, mismatch = observe(program, trace, claims, expected)
+        wants, outputs, words = [*observed.expected], [*observed.outputs], ""
         stop = len(wants)
-        if words is not None:
-            _words, wants, outputs = conforming(program, trace[:stop], claims, expected)
-            words = words if changed is None else f"with token {changed} changed: {words}"
+        if mismatch is not None:
+            words = render(mismatch) if changed is None else f"with token {changed} changed: {render(mismatch)}"
             self.stopped = self.stopped or words
         for want in expected[stop:]:
             last = want is not None and claims.returns == "last" and self.schedule.name != "full"
             wants.append(want.last() if want is not None and last else want)
             shape = None if want is None else (1, len(want.counts), 1 if last else max(want.counts))
             outputs.append(None if shape is None else np.full((*shape, self.config.outputs), np.nan))
-        return _Ran(Observed(program, trace, wants, outputs, claims), stop, words or "")
+        return _Ran(Observed(program, trace, wants, outputs, claims), stop, words)
 
     def expected(self, program: Program) -> tuple[Expected | None, ...]:
         """What the reference gives for the program. A row is computed once and cut, however it is run."""
