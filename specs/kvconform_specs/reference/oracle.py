@@ -55,12 +55,12 @@ class Expected:
     @property
     def bound_lower(self) -> Array:
         """At most ``bound``, and much cheaper for a decoder: an error within it is within the bound."""
-        return self.numbers("floor")
+        return self.numbers("bound_lower")
 
     @property
     def bound_estimate(self) -> Array:
         """The bound if it was computed, otherwise an estimate from ``bound_lower``: for display only."""
-        return self.numbers("likely")
+        return self.numbers("bound_estimate")
 
     def variant(self, index: int) -> Expected:
         """One of the ``n`` variants alone."""
