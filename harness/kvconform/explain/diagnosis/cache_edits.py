@@ -75,8 +75,8 @@ class CacheEdit:
     """A wrong cache.
 
     words: completes "what the reference gives ...". classes: the ids of the mistakes that it may stand for; none where
-    several different mistakes look like it. windowed: further ids under a config with a window. across_programs: whether the model keeps its rows from one program of a
-    process to the next.
+    several different mistakes look like it. windowed: further ids under a config with a window. across_programs:
+    whether the model keeps its rows from one program of a process to the next.
     """
 
     words: str
