@@ -50,7 +50,7 @@ class InvalidBackend(KvconformError, ValueError):
 
 
 class BackendUnavailable(KvconformError):
-    """No backend can be started: the address is unknown, the backend fails to load, or it cannot run here (exit code 3).
+    """A backend cannot be started: its address is unknown, it fails to load, or it cannot run here (exit code 3).
 
     remedy: what to do about it, such as a command that installs what is missing; empty where there is none.
     """

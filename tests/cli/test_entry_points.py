@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import kvconform
 from places import SUPPORT
 
 from kvconform.judging.verdict import Outcome
@@ -22,11 +23,6 @@ SUBJECTS = SUPPORT / "subjects.py"
 ONE_CONFIG = ("--effort", "smoke", "--config", "attention-gqa")
 CORE = [c.name for c in BY_NAME.values() if c.core and c.concerns(CONFIGS["attention-gqa"])]
 ONLY_CORE = (*ONE_CONFIG, *(word for name in CORE for word in ("--clause", name)))
-
-
-def kvconform(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kvconform", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
 
 
 def test_a_conformant_backend_exits_with_0(tmp_path: Path) -> None:
