@@ -311,8 +311,8 @@ def test_a_refuted_guarantee_is_told_apart_from_a_failure() -> None:
     result = given.results("eager", verdicts, guarantees=measured(verdicts))
     source = render([result], [], None)
     row = matrix_row(source, "determinism.chunk-invariant")
-    assert row.startswith("≠ refuted 7 measured, no failure")
-    assert "a measured guarantee does not hold here, which is no failure" in section(source, "matrix")
+    assert row.startswith("≠ refuted 7 measured, not required")
+    assert "a measured guarantee does not hold; guarantees are not required" in section(source, "matrix")
     assert "No cell is broken" in section(source, "failures")
     assert "Every cell has a verdict" in section(source, "unjudged")
     assert "eager is conformant" in page(source).text
@@ -463,7 +463,7 @@ def test_the_audit_shows_scores_survivors_alarms_and_what_did_not_run() -> None:
     assert "conditional-mask conditional, M1 · a report · survives smoke" in text
     assert "causality.past-seen pass under attention-gqa" in text
     assert "gpu-only : it needs a GPU" in text
-    assert "2 right backends tried by every clause: ✗ 1 false alarm" in text
+    assert "2 correct backends judged by every clause: ✗ 1 false alarm" in text
     assert "right-too unconditional, M1 · pytorch/pytorch#108108" in text
     for words in ("smoke, conditional: 1 of 2 killed", "survives smoke: conditional-mask", "false alarm: right-too"):
         assert words in short
@@ -489,8 +489,8 @@ def test_an_audit_that_is_only_a_part_or_of_another_suite_says_so() -> None:
     text = section(render(given.four(), [], None, audit=record), "mutation")
     assert "did not finish" in text
     assert "shard 1/4" in text
-    assert "Only what begins with window was audited" in text
-    assert "The audit is of suite 0.0.9, results are of suite 0.1.0." in text
+    assert "Only faults whose name starts with window were audited" in text
+    assert "The audit is for suite 0.0.9, the results are for suite 0.1.0." in text
 
 
 def test_every_clause_of_the_spec_can_be_linked_to() -> None:
@@ -661,7 +661,7 @@ def test_a_black_box_is_told_apart_from_what_the_definition_judged() -> None:
     parsed = page(render([given.black_box("mine"), given.four()[0]], [], None))
     assert parsed.text.count("judged by its own uncached forward") >= 1
     assert parsed.text.count("judged by the definition") == 1
-    assert "by itself" in parsed.text
+    assert "own reference" in parsed.text
     assert "noise floor, hidden-self" in parsed.text
 
 
