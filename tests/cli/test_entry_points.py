@@ -88,7 +88,10 @@ def test_a_broken_backend_exits_with_1_and_each_failure_is_two_lines(tmp_path: P
         (("bench", "-b", "numpy", "--phase", "dance"), "--phase: no phase named 'dance'; known: prefill, decode"),
         (("bench", "-b", "numpy", "gate"), "options of 'gate' are given after that word"),
         (("bench", "gate", "-b", "numpy", "--phase", "decode"), "No such option: --phase"),
-        (("bench", "gate", "-b", "numpy", "--self-test", "--time-limit", "9"), "--time-limit does not apply to a self-test"),
+        (
+            ("bench", "gate", "-b", "numpy", "--self-test", "--time-limit", "9"),
+            "--time-limit does not apply to a self-test",
+        ),
         (("bench", "gate", "-b", "numpy", "--history", "x"), "--history applies to a self-test only"),
         (("bench", "counters", "-b", "numpy", "--preset", "huge"), "--preset: no preset named 'huge'; known: "),
         (("report", "none.json"), "none.json: cannot be read: No such file or directory"),
