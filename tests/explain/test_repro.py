@@ -228,7 +228,8 @@ class Mean:
     def script(self, program, tag):
         lines = ["past = None"]
         for i, step in enumerate(program.steps):
-            if type(step).__name__ == "UncachedForward": lines.append(f"y{{tag}}{{i}} = mean(x{{tag}}{{i}})[0]  # step {{i}}")
+            if type(step).__name__ == "UncachedForward":
+                lines.append(f"y{{tag}}{{i}} = mean(x{{tag}}{{i}})[0]  # step {{i}}")
             else: lines.append(f"y{{tag}}{{i}}, past = mean(x{{tag}}{{i}}, past)  # step {{i}}")
         return "\\n".join(lines)
 """

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kvconform.backend import Backend
-from kvconform.cli.main import app
+from kvconform.cli.main import app, main
 from kvconform.search import counterexample
 from kvconform.spec_docs.clause import as_file, example, explained, faults, least_claims
 from kvconform.spec_docs.page import LAW, documented, page

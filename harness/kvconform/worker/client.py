@@ -249,7 +249,7 @@ class WorkerClient:
         return None if header["setup"] is None else (header["setup"], header["sources"])
 
     def ask(self, message: Header, timeout: float) -> Header:
-        """The answer to any message; ``timeout`` in seconds. Raises WorkerDied if the worker ends or reports an error."""
+        """The answer to any message; ``timeout`` in seconds. Raises WorkerDied if it ends or reports an error."""
         header, _ = self._ask(message, timeout)
         if "error" in header:
             raise WorkerDied("message", Raised(*header["error"]))
