@@ -52,7 +52,7 @@ SLOT = 2 * 2 * 4 * 6
 ON_NUMPY = '''
 from dataclasses import replace
 import numpy as np
-from kvconform_backends import numpy_cache
+from kvconform_backends.numpy import cache as numpy_cache
 
 class NoCache(numpy_cache.NumpyCache):
     """Keeps the tokens and computes all of them anew."""
@@ -95,7 +95,7 @@ class CountsNothing(numpy_cache.NumpyCache):
 '''
 
 ON_TORCH = '''
-from kvconform_backends import eager
+from kvconform_backends.torch import eager
 
 class Plain(eager.Eager):
     pass
@@ -362,7 +362,7 @@ def test_graphs_compiled_along_a_decode_are_counted_after_its_first_steps(counte
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("CountsApples", "counts 'apples', which is not known; known: multiply_adds"),
+        ("CountsApples", "counts 'apples', which is unknown; known: multiply_adds"),
         ("CountsNothing", "it counts nothing"),
         ("Absent", "has no 'Absent'"),
     ],
@@ -406,7 +406,7 @@ def test_what_is_no_longer_counted_is_a_regression() -> None:
     ]
     gone = moved([OPERATORS, WORK], [], missing=[Missing("tiny", "a", "it died")])
     assert gone == [(REGRESSION, "tiny, a: is no longer counted: it died")]
-    assert moved([OPERATORS], []) == [(REGRESSION, "tiny, a: is no longer counted: it was not asked for")]
+    assert moved([OPERATORS], []) == [(REGRESSION, "tiny, a: is no longer counted: it was not part of the run")]
 
 
 def test_what_is_new_is_told_and_blocks_nothing() -> None:

@@ -18,10 +18,13 @@ from report_page import Page, page, section, shape
 from speed_data import latency
 
 from kvconform.bench.record import Excluded
+from kvconform.errors import Exit, Raised
+from kvconform.judging.mismatch import Kind, Mismatch
+from kvconform.judging.render import render as sentence_of
 from kvconform.judging.verdict import Outcome
 from kvconform.mutation.record import AuditRecord
 from kvconform.results.guarantees import LEVELS, Guarantee, measured
-from kvconform.results.results import Results, Target
+from kvconform.results.results import Results
 from kvconform.run.cross_backend import Pair
 from kvconform_reports import junit, markdown, terminal
 from kvconform_reports.html import render
@@ -34,7 +37,10 @@ from kvconform_specs.configs import CONFIGS
 
 def hostile(name: str) -> list[Results]:
     """Results in which every text that a stranger may choose is ``name``."""
-    fail = given.other("definition.attention", name, Outcome.FAIL, name, counterexample=name)
+    raised = Mismatch(kind=Kind.RAISED, program=0, step=1, call=name, error=Raised(name, name))
+    died = Mismatch(kind=Kind.DIED, step=1, call=name, ended=Exit(7, stderr=name))
+    fail = given.other("definition.attention", name, Outcome.FAIL, name, counterexample=name, mismatch=raised)
+    crash = given.other("shape.first-step", name, Outcome.CRASH, name, mismatch=died)
     skip = given.other(name, name, Outcome.UNSUPPORTED, name)
     good = given.passed("definition.attention", "attention-gqa")
     tree = {name: {name: [name, name]}}
@@ -43,7 +49,7 @@ def hostile(name: str) -> list[Results]:
     row = given.row(name, clause="errors.unchanged", config=name, versions={name: "1.0"}, counterexample=name)
     one = given.results(
         name,
-        [fail, skip, good, held, weak],
+        [fail, crash, skip, good, held, weak],
         device=name,
         effort=name,
         started=name,
@@ -201,7 +207,8 @@ def test_every_sentence_appears_and_every_failure_says_how_to_replay_it() -> Non
         for verdict in result.verdicts:
             said = verdict.sentence
             if verdict.outcome is Outcome.KNOWN_FAILURE:  # its row says the rest
-                said = said.rpartition("103082: ")[2]
+                assert verdict.mismatch is not None
+                said = sentence_of(verdict.mismatch)
             assert said in text
             if verdict.outcome.broken:
                 broken += 1
@@ -304,8 +311,8 @@ def test_a_refuted_guarantee_is_told_apart_from_a_failure() -> None:
     result = given.results("eager", verdicts, guarantees=measured(verdicts))
     source = render([result], [], None)
     row = matrix_row(source, "determinism.chunk-invariant")
-    assert row.startswith("≠ refuted 7 measured, no failure")
-    assert "a measured guarantee does not hold here, which is no failure" in section(source, "matrix")
+    assert row.startswith("≠ refuted 7 measured, not required")
+    assert "a measured guarantee does not hold; guarantees are not required" in section(source, "matrix")
     assert "No cell is broken" in section(source, "failures")
     assert "Every cell has a verdict" in section(source, "unjudged")
     assert "eager is conformant" in page(source).text
@@ -342,7 +349,14 @@ def test_a_known_failure_shows_reason_link_versions_last_day_and_replay_line() -
     source, short = render([result], [], None), markdown.render([result], [], None)
     text, row = section(source, "known"), result.known_failures[0]
     replay = "kvconform replay results/failures/eager/numerics.zero-keys-1a2b3c4d.json"
-    for words in (row.reason, "pytorch/pytorch#103082", "torch 2.11.*", "2027-03-31", "got -0.4482, want -0.4266", replay):
+    for words in (
+        row.reason,
+        "pytorch/pytorch#103082",
+        "torch 2.11.*",
+        "2027-03-31",
+        "got -0.4482, want -0.4266",
+        replay,
+    ):
         assert words in text
     for words in (row.reason, "pytorch/pytorch\\#103082", "2027-03-31", "got -0.4482, want -0.4266"):
         assert words in short
@@ -358,7 +372,7 @@ def test_a_stale_row_is_an_error_before_everything_else() -> None:
     words = "numerics.zero-keys on eager [attention-gqa]: the known failure no longer fails: remove the row"
     result = given.results("eager", given.everywhere(), stale=[words])
     source, short = render([result], [], None), markdown.render([result], [], None)
-    assert source.index("✗</i> stale known failures") < source.index(words) < source.index('class="backends"')
+    assert source.index("✗</i> stale known failure") < source.index(words) < source.index('class="backends"')
     assert words in page(source).text
     assert short.index("stale known failure") < short.index("| chapter |")
     assert words in terminal.table([result])
@@ -367,14 +381,24 @@ def test_a_stale_row_is_an_error_before_everything_else() -> None:
     assert error.get("message") == words
 
 
-def shipped(monkeypatch: pytest.MonkeyPatch, **tables: Any) -> list[Results]:
-    """Results whose version of the suite has these power tables, by dtype."""
+@pytest.fixture
+def shipped(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
+    """Null-model power tables in the place of those in the package, by dtype."""
+    tables: dict[str, list[dict[str, Any]]] = {}
     monkeypatch.setattr(null_models, "stored", lambda dtype: tables.get(dtype, []))
-    return [given.results("eager", [], suite=SUITE_VERSION, dtypes=list(tables))]
+    return tables
 
 
-def test_the_power_table_says_share_blind_untried_and_no_numbers_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    results = shipped(monkeypatch, float32=given.power())
+def current(*dtypes: str, **more: Any) -> list[Results]:
+    """Results of this version of the suite."""
+    return [given.results("eager", [], suite=SUITE_VERSION, dtypes=list(dtypes), **more)]
+
+
+def test_the_power_table_says_share_blind_untried_and_no_numbers_in_words(
+    shipped: dict[str, list[dict[str, Any]]],
+) -> None:
+    shipped["float32"] = given.power()
+    results = current("float32")
     source = render(results, [], None)
     first, blind, weak, full = (clause.name for clause in ALL[:4])
     text = section(source, "power")
@@ -389,45 +413,42 @@ def test_the_power_table_says_share_blind_untried_and_no_numbers_in_words(monkey
 
 
 def test_dtypes_share_a_cell_of_the_power_table_and_are_named_where_they_differ(
-    monkeypatch: pytest.MonkeyPatch,
+    shipped: dict[str, list[dict[str, Any]]],
 ) -> None:
     def row(model: str, rejected: int) -> dict[str, object]:
         return {"clause": "batch.ragged", "model": model, "cases": 4, "tried": 4, "rejected": rejected, "note": ""}
 
     single, half = [row("zeros", 4), row("stale", 4)], [row("zeros", 4), row("stale", 2)]
-    results = shipped(monkeypatch, float32=single, bfloat16=half, float16=single)
-    text = section(render(results, [], None), "power")
+    shipped |= {"float32": single, "bfloat16": half, "float16": single}
+    text = section(render(current("float32", "bfloat16", "float16"), [], None), "power")
     assert "batch.ragged 100 % 4/4 100 % 4/4 float32, float16 50 % 2/4 bfloat16" in text
 
 
 def test_a_model_that_no_clause_rejects_and_a_clause_blind_to_one_model_are_named(
-    monkeypatch: pytest.MonkeyPatch,
+    shipped: dict[str, list[dict[str, Any]]],
 ) -> None:
     def row(clause: str, model: str, rejected: int) -> dict[str, object]:
         return {"clause": clause, "model": model, "cases": 4, "tried": 4, "rejected": rejected, "note": ""}
 
     rows = [row("batch.ragged", "zeros", 4), row("batch.ragged", "mean", 0), row("batch.ragged", "stale", 4)]
     rows += [row("batch.padding", "zeros", 0), row("batch.padding", "mean", 0), row("batch.padding", "stale", 4)]
-    text = section(render(shipped(monkeypatch, float32=rows), [], None), "power")
+    shipped["float32"] = rows
+    text = section(render(current("float32"), [], None), "power")
     assert "No clause rejects “mean”." in text
     assert "Blind to some models: batch.ragged to “mean”; batch.padding to all but “stale”." in text
     assert "weakest" not in text
 
 
-def test_results_without_a_power_table_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of another version of the suite, of a black box, and of a dtype that has none."""
-    (mine,) = shipped(monkeypatch, float32=given.power())
-    assert "There is no null-model power table" not in section(render([mine], [], None), "power")
-    box = msgspec.structs.replace(mine, target=Target(recognised="", assumed=[], configs={}))
-    older, other = msgspec.structs.replace(mine, suite="0"), msgspec.structs.replace(mine, dtypes=["float16"])
-    for without in (older, box, other):
-        assert "There is no null-model power table" in section(render([without], [], None), "power")
-        assert "Power of the clauses" not in markdown.render([without], [], None)
-
-
-def test_the_shipped_power_table_is_shown() -> None:
-    results = [given.results("eager", [], suite=SUITE_VERSION)]
-    assert "of a clause and a null model that were tried" in section(render(results, [], None), "power")
+@pytest.mark.parametrize(
+    "results",
+    [current("float32"), [given.results("old", [])], [given.black_box("own")]],
+    ids=["not shipped", "another suite", "black box"],
+)
+def test_results_without_a_power_table_say_so(results: list[Results], shipped: dict[str, list[dict[str, Any]]]) -> None:
+    if results[0].suite != SUITE_VERSION or results[0].target is not None:
+        shipped["float32"] = given.power()
+    assert "There is no null-model power table for these results" in section(render(results, [], None), "power")
+    assert "Power of the clauses" not in markdown.render(results, [], None)
 
 
 @pytest.mark.parametrize(
@@ -449,7 +470,7 @@ def test_the_audit_shows_scores_survivors_alarms_and_what_did_not_run() -> None:
     assert "conditional-mask conditional, M1 · a report · survives smoke" in text
     assert "causality.past-seen pass under attention-gqa" in text
     assert "gpu-only : it needs a GPU" in text
-    assert "2 right backends tried by every clause: ✗ 1 false alarm" in text
+    assert "2 correct backends judged by every clause: ✗ 1 false alarm" in text
     assert "right-too unconditional, M1 · pytorch/pytorch#108108" in text
     for words in ("smoke, conditional: 1 of 2 killed", "survives smoke: conditional-mask", "false alarm: right-too"):
         assert words in short
@@ -475,8 +496,8 @@ def test_an_audit_that_is_only_a_part_or_of_another_suite_says_so() -> None:
     text = section(render(given.four(), [], None, audit=record), "mutation")
     assert "did not finish" in text
     assert "shard 1/4" in text
-    assert "Only what begins with window was audited" in text
-    assert "The audit is of suite 0.0.9, results are of suite 0.1.0." in text
+    assert "Only faults whose name starts with window were audited" in text
+    assert "The audit is for suite 0.0.9, the results are for suite 0.1.0." in text
 
 
 def test_every_clause_of_the_spec_can_be_linked_to() -> None:
@@ -524,6 +545,45 @@ def test_junit_parses_and_its_counts_agree_with_the_verdicts() -> None:
     }
     sentences = {element.get("message") for element in root.iter("failure")}
     assert sentences == {v.sentence for r in results for v in r.verdicts if v.outcome.broken}
+
+
+def test_a_failure_says_where_it_is_as_data() -> None:
+    """The fields of its mismatch, in the report and as properties of the test case."""
+    fail = given.other("equivalence.decode", "attention-gqa", Outcome.FAIL, "wrong")
+    leaked = given.other(
+        "shape.length",
+        "attention-gqa",
+        Outcome.FAIL,
+        "wrong",
+        mismatch=Mismatch(kind=Kind.LENGTHS, step=2, call="append 1 to a", got=(4, 5), want=(4, 4), earlier_programs=2),
+    )
+    result = given.results("eager", [fail, leaked, given.passed("shape.output", "attention-gqa")])
+    text = section(render([result], [], None), "failures")
+    assert "kind parity" in text
+    assert "row 1 position 7" in text
+    assert "got -0.4482 want -0.4266 bound 7.4e-7" in text
+    assert "got 4, 5 want 4, 4 earlier_programs 2" in text
+    cases = list(ET.fromstring(junit.render([result])).iter("testcase"))
+    first, second, passed = ({p.get("name"): p.get("value") for p in case.iter("property")} for case in cases)
+    assert first == {
+        "clause": "equivalence.decode",
+        "config": "attention-gqa",
+        "kind": "parity",
+        "program": "1",
+        "step": "2",
+        "call": "append 1 to a of 2 rows",
+        "row": "1",
+        "position": "7",
+        "column": "0",
+        "part": "head",
+        "head": "3",
+        "element": "5",
+        "got": "-0.4482",
+        "want": "-0.4266",
+        "bound": "7.4e-7",
+    }
+    assert (second["step"], second["got"], second["want"], second["earlier_programs"]) == ("2", "4, 5", "4, 4", "2")
+    assert passed == {}
 
 
 def test_the_policy_allows_this_style_and_this_script_and_nothing_else() -> None:
@@ -608,7 +668,7 @@ def test_a_black_box_is_told_apart_from_what_the_definition_judged() -> None:
     parsed = page(render([given.black_box("mine"), given.four()[0]], [], None))
     assert parsed.text.count("judged by its own uncached forward") >= 1
     assert parsed.text.count("judged by the definition") == 1
-    assert "by itself" in parsed.text
+    assert "own reference" in parsed.text
     assert "noise floor, hidden-self" in parsed.text
 
 

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kvconform.backend import Backend
-from kvconform.cli.main import app
+from kvconform.cli.main import app, main
 from kvconform.search import counterexample
 from kvconform.spec_docs.clause import as_file, example, explained, faults, least_claims
 from kvconform.spec_docs.page import LAW, documented, page
@@ -267,11 +267,16 @@ def test_a_clause_is_explained_with_a_program_that_tries_it() -> None:
         (["lifecycle", "--write", "x.json"], "--write: lifecycle is a chapter; name a clause"),
     ],
 )
-def test_what_names_no_clause_is_one_sentence(arguments: list[str], words: str) -> None:
-    done = spec(*arguments)
-    assert done.exit_code == 2
-    assert words in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_what_names_no_clause_is_one_sentence(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["kvconform", "spec", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    stderr = capsys.readouterr().err
+    assert words in stderr
+    assert stderr.count("\n") == 1
 
 
 def test_the_page_is_written(tmp_path: Path) -> None:

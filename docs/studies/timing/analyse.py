@@ -19,7 +19,7 @@ from timing.rules import ALPHA, RULES, Rule, Samples, bootstrap_slower, mann_whi
 
 from kvconform.bench import protocol
 from kvconform.bench.analysis.intervals import interval, rank, student
-from kvconform.bench.gate.sign_flip import CONFIRM, REGRESSION, RESTARTS, SCREEN, find
+from kvconform.bench.gate.decision import CONFIRM, REGRESSION, RESTARTS, SCREEN, find
 from kvconform.bench.protocol import ENOUGH_ROUNDS, TARGET_HALF_WIDTH
 
 Values = NDArray[np.float64]

@@ -35,8 +35,8 @@ from timing.collect import CONDITIONS, PLANTED, Study, read
 from timing.rules import ALPHA, RULES
 
 from kvconform.bench.analysis.intervals import t95
+from kvconform.bench.gate.decision import CONFIRM, LEVEL, PROTOCOL, RATE, RESTARTS, SCREEN, SMALLEST
 from kvconform.bench.gate.self_test import SelfTest, history
-from kvconform.bench.gate.sign_flip import CONFIRM, LEVEL, PROTOCOL, RATE, RESTARTS, SCREEN, SMALLEST
 from kvconform.bench.protocol import ENOUGH_ROUNDS, TARGET_HALF_WIDTH
 from kvconform.files import write_atomically
 

@@ -1,19 +1,21 @@
-"""What is timed: a decoder's config, how many tokens are in its cache when, who takes part, and what was published."""
+"""What is timed: a decoder's config, its depths and prompts, the backends that take part, and published figures."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from kvconform.bench.record import CEILINGS
 from kvconform_specs.config import Config
 
 
 @dataclass(frozen=True)
 class Published:
-    """Figures that somebody published: what was done, seconds or tokens a second with the cache and without it, and
-    how many times faster that is. ``arm``: the backend that has the design here; ``phases``: what corresponds to the
-    figures, with the cache and without. ``differs``: sentences. ``runs``: of how many runs its figures are the mean."""
+    """Published figures: what was done, seconds or tokens a second with the cache and without it, and the ratio of the
+    two. ``arm``: the backend that has the design here; ``phases``: what corresponds to the figures, with the cache and
+    without. ``differs``: sentences. ``runs``: the number of runs whose mean the figures are."""
 
     what: str
     cached: str
@@ -29,12 +31,13 @@ class Published:
 
 @dataclass(frozen=True)
 class Preset:
-    """``depths``: tokens in the cache where a decode step is timed, and recomputed without it; ``prompts``: lengths of
-    a timed prefill; ``batches``: rows, each with the same tokens. ``generate``: tokens of the prompt, and how many are
-    generated after it, with the cache and without. All in tokens. ``about``: one sentence.
+    """A decoder and the sizes at which it is timed; all sizes are in tokens.
 
-    backends: who is timed where nobody is named, the reference first. addresses: of those that are no installed
-    backend, or are at other sizes; the conformance results that they need are those of the name.
+    depths: tokens in the cache before a timed decode step. prompts: lengths of a timed prefill. about: one sentence.
+    batches: numbers of rows, each with the same tokens. recomputed: the depths whose tokens are also computed without
+    a cache; None: all depths. generate: the tokens of the prompt and the tokens that are generated after it, with the
+    cache and without. backends: those that are timed by default, the reference first. addresses: of names that are
+    not installed backends, or are built at other sizes; they need the conformance results of the name.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Preset:
     prompts: tuple[int, ...]
     about: str
     batches: tuple[int, ...] = (1,)
+    recomputed: tuple[int, ...] | None = None
     generate: tuple[int, int] | None = None
     backends: tuple[str, ...] = ("eager-static", "eager", "compiled", "onnx")
     addresses: dict[str, str] = field(default_factory=dict, hash=False)
@@ -58,8 +62,62 @@ class Preset:
 
     def to_json(self) -> dict[str, Any]:
         """As it is read back: lists for tuples."""
-        told: dict[str, Any] = json.loads(json.dumps({**asdict(self), "config": self.config.to_json()}))
-        return told
+        found: dict[str, Any] = json.loads(json.dumps({**asdict(self), "config": self.config.to_json()}))
+        return found
+
+
+@dataclass(frozen=True)
+class CasePlan:
+    """A case before any backend is admitted to it: its phases (``record.PHASES``), depth, batch and new tokens.
+    ``designs_only``: only the reference and backends with a published design are timed, because it takes long."""
+
+    phases: tuple[str, ...]
+    depth: int
+    batch: int = 1
+    new: int = 0
+    designs_only: bool = False
+
+    def __str__(self) -> str:
+        phases = " and ".join(phase for phase in self.phases if phase not in CEILINGS)
+        return f"{phases} at {self.depth}{f' x {self.batch}' if self.batch > 1 else ''}"
+
+
+def case_plans(preset: Preset, phases: Sequence[str] = ()) -> list[CasePlan]:
+    """The cases of a preset in the order in which they are run, short ones first; with ``phases`` only theirs."""
+    found = []
+    for batch in preset.batches:
+        found += [CasePlan(("decode", *CEILINGS), n, batch) for n in preset.depths]
+        found += [CasePlan(("prefill",), n, batch) for n in preset.prompts]
+        if preset.generate is not None:
+            found.append(CasePlan(("generate",), preset.generate[0], batch, preset.generate[1]))
+    recomputed = preset.depths if preset.recomputed is None else preset.recomputed
+    found += [CasePlan(("decode", "recompute", "recompute-last"), n) for n in recomputed]
+    if preset.generate is not None:
+        loops = ("generate", "regenerate", "regenerate-last")
+        found.append(CasePlan(loops, preset.generate[0], 1, preset.generate[1], designs_only=True))
+    return [plan for plan in found if not phases or _asked(plan, phases)]
+
+
+def _asked(plan: CasePlan, phases: Sequence[str]) -> bool:
+    """Whether phases select a case; one that compares a cached phase with uncached ones is selected by the latter."""
+    first, *others = (phase for phase in plan.phases if phase not in CEILINGS)
+    return any(phase in phases for phase in others) if others else first in phases
+
+
+STEPS_OF = {"generate": ("prefill", "decode"), "regenerate": ("recompute",), "regenerate-last": ("recompute-last",)}
+"""The steps of which a generation is made."""
+
+
+def single_steps(plans: Iterable[CasePlan]) -> list[tuple[str, int, int]]:
+    """Each phase of a single step that these cases need, with its depth and its batch, once."""
+    found = [
+        (step, plan.depth, plan.batch)
+        for plan in plans
+        for phase in plan.phases
+        if phase not in CEILINGS
+        for step in STEPS_OF.get(phase, (phase,))
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _gpt2(capacity: int) -> Config:
@@ -119,29 +177,40 @@ LONG_GENERATION = Preset(
         ),
     ),
 )
+SMALL = Preset(
+    "small",
+    Config(
+        "decoder",
+        heads=8,
+        kv_heads=4,
+        head_dim=32,
+        layers=4,
+        width=256,
+        mlp=512,
+        vocabulary=1024,
+        positions="rope",
+        capacity=528,
+    ),
+    depths=(64, 128, 256, 512),
+    prompts=(64, 256, 512),
+    about="four layers of a usual decoder: how each phase grows with the depth",
+    batches=(1, 4),
+    generate=(64, 64),
+)
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset(
-            "small",
-            Config(
-                "decoder",
-                heads=8,
-                kv_heads=4,
-                head_dim=32,
-                layers=4,
-                width=256,
-                mlp=512,
-                vocabulary=1024,
-                positions="rope",
-                capacity=528,
-            ),
-            depths=(64, 128, 256, 512),
-            prompts=(64, 256, 512),
-            about="four layers of a usual decoder: how each phase grows with the depth",
-            batches=(1, 4),
-            generate=(64, 64),
+        replace(
+            SMALL,
+            name="quick",
+            depths=(64, 256, 512),
+            prompts=(256,),
+            about="the preset small in few cases: a run of three minutes",
+            batches=(1,),
+            recomputed=(256,),
+            generate=None,
         ),
+        SMALL,
         Preset(
             "past-tuples",
             Config(

@@ -11,8 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvconform import __version__
-from kvconform.cli import audit, baseline, report, run, spec
-from kvconform.cli.bench import bench
+from kvconform.cli import audit, baseline, bench, report, run, spec
 from kvconform.cli.options import errors, say
 from kvconform.errors import BackendUnavailable, KvconformError
 from kvconform.results.results import EXIT_CODES
@@ -72,7 +71,7 @@ app.command()(run.replay)
 app.command()(baseline.gate)
 app.command()(baseline.merge)
 app.command()(audit.audit)
-app.command()(bench)
+app.add_typer(bench.app, name="bench")
 app.command()(report.report)
 app.command()(spec.backends)
 app.command()(spec.spec)
