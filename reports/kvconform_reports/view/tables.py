@@ -71,8 +71,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class KnownRow:
-    """A failure in the known failures. ``row`` is None where the results hold none for it. ``now``: what it gave in this
-    run."""
+    """A known failure. ``row``: None where the results hold none for it. ``now``: what broke in this run."""
 
     label: str
     clause: str
