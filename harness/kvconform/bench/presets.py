@@ -120,7 +120,7 @@ def single_steps(plans: Iterable[CasePlan]) -> list[tuple[str, int, int]]:
     return list(dict.fromkeys(found))
 
 
-def _rope(capacity: int, **sizes: int) -> Config:
+def _rope(capacity: int, **sizes: Any) -> Config:
     """A decoder with rotary positions and a vocabulary that is small, so that the LM head does not dominate."""
     return Config("decoder", **sizes, vocabulary=1024, positions="rope", capacity=capacity)
 
