@@ -219,13 +219,11 @@ def test_each_restart_is_a_dot(written: dict[str, str]) -> None:
     assert written[page.STRIPS].count("<circle") == 3 * 2 * NEEDED
 
 
-def test_the_page_in_the_documents_is_that_of_the_samples_beside_it() -> None:
+def test_the_samples_in_the_documents_are_small_and_enough() -> None:
     samples = ROOT / "docs" / page.SAMPLES
-    assert samples.stat().st_size < 1_000_000
-    tests = history(ROOT / "docs" / page.HISTORY)
-    for name, text in page.render(read(samples), tests).items():
-        path = name or "latency.md"
-        assert (ROOT / "docs" / path).read_text() == text, f"{path} is stale: nox -s regenerate"
+    assert samples.stat().st_size < 500_000
+    assert {pool.name for pool in analyse.pools(read(samples))} == set(page.WORDS)
+    assert history(ROOT / "docs" / page.HISTORY)
 
 
 def test_a_study_survives_its_file(tmp_path: Path) -> None:
