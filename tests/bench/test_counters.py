@@ -12,10 +12,10 @@ import torch
 from places import ROOT
 
 from kvconform.bench.counters import compare as counters
-from kvconform.bench.counters.collect import LOOP, WARM, Tally
 from kvconform.bench.counters.compare import Count, Missing, Record
 from kvconform.bench.counters.record import COUNTERS, PHASES, growth, written
 from kvconform.bench.presets import Preset
+from kvconform.bench.worker.collect import LOOP, WARM, Tally
 from kvconform.results.gate import OK, REGRESSION
 from kvconform.worker.client import WorkerSpec
 from kvconform_backends.onnx import counting as onnx_counting
