@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from mismatches import RAISED, cause
 from places import SUPPORT
 
 from kvconform.judging.verdict import Outcome, Verdict
@@ -220,9 +221,8 @@ class Told:
 def test_what_counts_as_a_kill(
     clause: str, outcome: Outcome, raised: bool, ran: int | None, kills: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verdict = Verdict(
-        clause=clause, config="attention-gqa", backend="x", outcome=outcome, sentence="so", raised=raised, compared=1
-    )
+    fields = {"sentence": "so", "compared": 1, **cause(outcome)} | ({"mismatch": RAISED} if raised else {})
+    verdict = Verdict(clause=clause, config="attention-gqa", backend="x", outcome=outcome, **fields)
     monkeypatch.setattr(audits, "run_cell", lambda *_: verdict)
     trial = audits._try(Fault("x", "a:X"), BY_NAME[clause], cast(WorkerClient, Told(ran)), BRIEF, 0)
     assert trial.kills is kills
@@ -231,7 +231,8 @@ def test_what_counts_as_a_kill(
 
 def test_a_refuted_guarantee_kills_a_fault_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "determinism.repeatable"
-    verdict = Verdict(clause=name, config="attention-gqa", backend="x", outcome=Outcome.REFUTED, sentence="so")
+    fields = {"outcome": Outcome.REFUTED, "sentence": "so", **cause(Outcome.REFUTED)}
+    verdict = Verdict(clause=name, config="attention-gqa", backend="x", **fields)
     monkeypatch.setattr(audits, "run_cell", lambda *_: verdict)
     trial = audits._try(Fault("x", "a:X", (name,)), BY_NAME[name], cast(WorkerClient, Told(1)), BRIEF, 0)
     assert (trial.kills, trial.by) == (True, "judgement")
