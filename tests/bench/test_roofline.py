@@ -12,10 +12,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvconform.bench.analysis.costs import DESIGNS, bytes_expected, bytes_min, cost, weights_read
 from kvconform.bench.analysis.intervals import times
 from kvconform.bench.analysis.ratios import MAX_RATIO_HALF_WIDTH
 from kvconform.bench.analysis.roofline import MAX_ROOFLINE_FRACTION, roofs
+from kvconform.bench.costs import DESIGNS, bytes_expected, bytes_min, cost, weights_read
 from kvconform.bench.record import MACHINE, Arm, Case, Record, Roof, Round
 from kvconform.bench.worker import ceilings
 from kvconform.bench.worker.ceilings import COLUMNS, PIECE, SIDE, WAYS, Ceiling, excess, fastest, floats, products

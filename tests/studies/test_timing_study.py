@@ -16,7 +16,7 @@ from timing.analyse import AFTER, COMPARED, EQUAL, NEEDED, REFERENCE, ROUNDS, SL
 from timing.collect import PLANTED, Restart, Series, Study, read
 from timing.rules import RULES
 
-from kvconform.bench.gate.decision import RATE
+from kvconform.bench.gate.decision import PROTOCOL, RATE
 from kvconform.bench.gate.self_test import SelfTest, history
 from kvconform.bench.protocol import ENOUGH_ROUNDS
 from kvconform.files import write_versioned
@@ -121,7 +121,7 @@ def test_tests_on_samples_of_one_pair_give_false_positives_where_processes_diffe
         for samples in (AFTER, ROUNDS):
             assert by_rule[name, samples].share[EQUAL] == 0.5  # in one of both orders: always wrong
     assert by_rule["mean of 10, +10 %", AFTER].share[EQUAL] == 0.0
-    assert {one.trials for key, one in by_rule.items() if "pingpong" not in key[0]} == {4 * NEEDED}
+    assert {one.trials for key, one in by_rule.items() if PROTOCOL not in key[0]} == {4 * NEEDED}
 
 
 def test_the_stopping_rule_goes_on_while_the_interval_is_wide() -> None:

@@ -120,23 +120,21 @@ def single_steps(plans: Iterable[CasePlan]) -> list[tuple[str, int, int]]:
     return list(dict.fromkeys(found))
 
 
+def _rope(capacity: int, **sizes: Any) -> Config:
+    """A decoder with rotary positions and a vocabulary that is small, so that the LM head does not dominate."""
+    return Config("decoder", **sizes, vocabulary=1024, positions="rope", capacity=capacity)
+
+
+def _learned(capacity: int, **more: Any) -> Config:
+    """A decoder with learned positions and GPT-2's vocabulary."""
+    return Config("decoder", head_dim=64, vocabulary=50257, positions="learned", capacity=capacity, **more)
+
+
 def _gpt2(capacity: int) -> Config:
-    """The shape of GPT-2 124M; its MLP is gated here, with as many weights. Reserved are the special
-    tokens of a model that is made of a transformers config here."""
-    return Config(
-        "decoder",
-        heads=12,
-        kv_heads=12,
-        head_dim=64,
-        layers=12,
-        width=768,
-        mlp=2048,
-        vocabulary=50257,
-        positions="learned",
-        capacity=capacity,
-        init_std=0.02,
-        reserved=(0, 1, 2),
-    )
+    """The shape of GPT-2 124M; its MLP is gated here, with as many weights. Reserved are the special tokens of a model
+    that is made of a transformers config here."""
+    sizes: dict[str, Any] = {"heads": 12, "kv_heads": 12, "layers": 12, "width": 768, "mlp": 2048}
+    return _learned(capacity, **sizes, init_std=0.02, reserved=(0, 1, 2))
 
 
 SIZES = {
@@ -179,18 +177,7 @@ LONG_GENERATION = Preset(
 )
 SMALL = Preset(
     "small",
-    Config(
-        "decoder",
-        heads=8,
-        kv_heads=4,
-        head_dim=32,
-        layers=4,
-        width=256,
-        mlp=512,
-        vocabulary=1024,
-        positions="rope",
-        capacity=528,
-    ),
+    _rope(528, heads=8, kv_heads=4, head_dim=32, layers=4, width=256, mlp=512),
     depths=(64, 128, 256, 512),
     prompts=(64, 256, 512),
     about="four layers of a usual decoder: how each phase grows with the depth",
@@ -213,18 +200,7 @@ PRESETS: dict[str, Preset] = {
         SMALL,
         Preset(
             "past-tuples",
-            Config(
-                "decoder",
-                heads=8,
-                kv_heads=8,
-                head_dim=64,
-                layers=1,
-                width=512,
-                mlp=0,
-                vocabulary=50257,
-                positions="learned",
-                capacity=264,
-            ),
+            _learned(264, heads=8, kv_heads=8, layers=1, width=512, mlp=0),
             depths=(128, 192, 255),
             prompts=(128,),
             about="one layer under GPT-2's vocabulary, prompt 128, 128 tokens generated: the LM head weighs most",
@@ -282,18 +258,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "gqa",
-            Config(
-                "decoder",
-                heads=16,
-                kv_heads=2,
-                head_dim=64,
-                layers=4,
-                width=512,
-                mlp=1024,
-                vocabulary=1024,
-                positions="rope",
-                capacity=1040,
-            ),
+            _rope(1040, heads=16, kv_heads=2, head_dim=64, layers=4, width=512, mlp=1024),
             depths=(128, 256, 512, 1024),
             prompts=(128,),
             about="eight query heads share a KV head: a cache an eighth as large",
@@ -302,18 +267,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "long",
-            Config(
-                "decoder",
-                heads=8,
-                kv_heads=2,
-                head_dim=64,
-                layers=2,
-                width=256,
-                mlp=512,
-                vocabulary=1024,
-                positions="rope",
-                capacity=8208,
-            ),
+            _rope(8208, heads=8, kv_heads=2, head_dim=64, layers=2, width=256, mlp=512),
             depths=(1024, 2048, 4096, 8192),
             prompts=(1024,),
             about="where the cache weighs more than the weights",

@@ -19,7 +19,7 @@ from kvconform.bench.gate import runner as gates
 from kvconform.bench.gate import self_test as self_tests
 from kvconform.bench.gate.environments import environment
 from kvconform.bench.presets import Preset
-from kvconform.bench.record import PHASES, Record, json_schema
+from kvconform.bench.record import PHASES, Record
 from kvconform.cli.options import Device, Json, Out, Pythons, Seed, launches, print_json, say, screen, usage
 from kvconform.results.gate import exit_code
 from kvconform.results.results import read
@@ -59,7 +59,6 @@ def bench(
     seed: Seed = 0,
     python: Pythons = [],  # noqa: B006
     as_json: Json = False,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of the record and exit.")] = False,
 ) -> None:
     """Times conformant backends against one another in paired rounds; writes OUT/speed.json.
 
@@ -71,9 +70,6 @@ def bench(
         sources = [context.get_parameter_source(one.name or "") for one in context.command.params]
         if any(source is not None and source.name == "COMMANDLINE" for source in sources):
             raise usage(f"options of {context.invoked_subcommand!r} are given after that word")
-        return
-    if schema:
-        screen.print_json(json_schema().decode())
         return
     unknown = [name for name in phase if name not in TIMED]
     if unknown:

@@ -12,9 +12,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvconform.bench.analysis.costs import bytes_expected, cost
 from kvconform.bench.analysis.intervals import Times, by_restart, log_ratios, medians, student
 from kvconform.bench.analysis.ratios import busy_words, ratio_of
+from kvconform.bench.costs import bytes_expected, cost
 from kvconform.bench.record import CEILINGS, MACHINE, Case, Record, Roof
 from kvconform.bench.worker.ceilings import excess
 from kvconform_specs.config import Config

@@ -17,9 +17,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from kvconform.bench.analysis.costs import cost
 from kvconform.bench.analysis.intervals import Times, by_restart, log_ratios, student
 from kvconform.bench.analysis.ratios import pairs
+from kvconform.bench.costs import cost
 from kvconform.bench.record import CEILINGS, MACHINE, Arm, Case, Exponent, Record
 from kvconform.bench.worker.ceilings import excess
 from kvconform_specs.config import Config

@@ -24,12 +24,11 @@ from kvconform.bench.counters.record import (
     is_record,
     positions,
     read,
-    written,
 )
 from kvconform.bench.eligibility import Ineligible
 from kvconform.bench.presets import Preset
 from kvconform.errors import BackendUnavailable, WorkerDied
-from kvconform.files import write_atomically
+from kvconform.files import write_versioned
 from kvconform.results.gate import OK, REGRESSION, Difference
 from kvconform.worker.client import BUILD_TIMEOUT, WorkerClient, WorkerSpec
 from kvconform_specs.config import Config
@@ -62,7 +61,7 @@ def count(
         except BackendUnavailable as sentence:
             for preset_name in presets:
                 _note(record, preset_name, name, str(sentence), say)
-    write_atomically(out, written(record))
+    write_versioned(out, record)
     return record
 
 

@@ -103,13 +103,6 @@ def is_record(path: Path) -> bool:
     return family_of(path) == SCHEMA.partition("/")[0]
 
 
-def written(record: Record) -> bytes:
-    """The record as JSON, one count a line, for a readable diff."""
-    head = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(record, counts=[])), indent=1)
-    lines = b",\n  ".join(map(msgspec.json.encode, record.counts))
-    return head.replace(b'\n "counts": []', b'\n "counts": [\n  ' + lines + b"\n ]", 1) + b"\n"
-
-
 def attention_of(config: Config) -> int:
     """Multiply-adds of one position's attention for each slot that it reads."""
     return multiply_adds(config, 0, 1, keys=1) - multiply_adds(config, 0, 1, keys=0)

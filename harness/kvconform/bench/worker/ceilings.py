@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.bench.analysis.costs import cost
+from kvconform.bench.costs import cost
 from kvconform_specs.config import Config
 
 Array = NDArray[np.float32]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from kvconform.bench.counters.collect import Tally
 from kvconform.bench.worker.ceilings import Ceiling
+from kvconform.bench.worker.collect import Tally
 from kvconform.bench.worker.gpu import Gpu
 from kvconform.bench.worker.timer import Timer, tokens
 from kvconform.worker.protocol import Header
