@@ -103,11 +103,7 @@ class Standing:
 def standing(results: Results) -> Standing:
     code, said, sentence = results.conclusion
     word, like = ("part of a run", Outcome.NOT_EXERCISED) if results.partial and code == 0 else STANDINGS[code]
-<<<<<<< HEAD
-    sentence = sentence.removeprefix(f"{word}: ")  # the word is shown above it
-=======
     sentence = f"{said}: {sentence}" if said not in ("", word) else sentence  # the word stands above it
->>>>>>> h-facts
     notes = []
     if not results.finished:
         notes.append(f"This run did not finish: only the {len(results.verdicts)} cells below were judged.")
