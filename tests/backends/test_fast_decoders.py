@@ -1,4 +1,4 @@
-"""What a fast decode step leaves out: copies of the cache, masks, repeated keys, and logits that nobody asked for."""
+"""What a fast decode step leaves out: copies of the cache, masks, repeated keys, and logits that were not requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numpy caches keep what their files say, where they say; that they are right, the clauses tell."""
+"""The layouts of the numpy caches are what their files say. Their correctness is tested by the clauses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a backend generates on its own: what is accused, what is fair, and that the truth is asked on its own tokens."""
+"""Greedy generation: which tokens are wrong, which are ties, and that the reference follows the backend's tokens."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ TEN = replace(ROPE, vocabulary=10)
 HAND = Program(TEN, (Generate("g", (3,), 1, new=3),))
 
 
-def told(value: np.ndarray, bound: float, config: Config = TEN) -> tuple[Expected, ...]:
-    """What is expected of ``HAND`` where the truth's logits ``(new, V)`` are these, whatever was generated."""
+def reference_of(value: np.ndarray, bound: float, config: Config = TEN) -> tuple[Expected, ...]:
+    """What is expected of ``HAND`` if the reference's logits ``(new, V)`` are these, for any generated tokens."""
     numbers = {"value": value[None, None], "bound": np.full((1, 1, len(value), 1), bound)}
     step = HAND.steps[0]
     assert isinstance(step, Generate)
@@ -113,7 +113,7 @@ def lead(at: int, by: float) -> np.ndarray:
 def test_a_token_that_is_behind_by_no_more_than_the_two_bounds_is_fair_and_not_counted(at: int) -> None:
     ids = np.full((1, 3), 7)
     ids[0, at] = 2
-    fair = judged(HAND, ids, expected=told(lead(at, 0.5), 0.25))
+    fair = judged(HAND, ids, expected=reference_of(lead(at, 0.5), 0.25))
     assert (fair.mismatch, fair.compared) == (None, 2)
 
 
@@ -121,7 +121,7 @@ def test_a_token_that_is_behind_by_no_more_than_the_two_bounds_is_fair_and_not_c
 def test_a_token_that_is_behind_by_more_is_named_with_its_place_and_by_how_much(at: int) -> None:
     ids = np.full((1, 3), 7)
     ids[0, at] = 2
-    found = judged(HAND, ids, expected=told(lead(at, 0.5), 0.2499)).mismatch
+    found = judged(HAND, ids, expected=reference_of(lead(at, 0.5), 0.2499)).mismatch
     assert found is not None
     assert (found.kind, found.step, found.row, found.position, found.column) == (Kind.GENERATED, 0, 0, 3 + at, at)
     assert (found.got, found.want) == (2, 7)
@@ -130,9 +130,9 @@ def test_a_token_that_is_behind_by_more_is_named_with_its_place_and_by_how_much(
 
 def test_a_token_far_behind_is_accused_also_where_two_others_tie() -> None:
     value = lead(1, 0.0)
-    assert judged(HAND, [[7, 7, 7]], expected=told(value, 0.1)).compared == 2
-    assert judged(HAND, [[7, 2, 7]], expected=told(value, 0.1)).mismatch is None
-    assert judged(HAND, [[7, 4, 7]], expected=told(value, 0.1)).mismatch is not None
+    assert judged(HAND, [[7, 7, 7]], expected=reference_of(value, 0.1)).compared == 2
+    assert judged(HAND, [[7, 2, 7]], expected=reference_of(value, 0.1)).mismatch is None
+    assert judged(HAND, [[7, 4, 7]], expected=reference_of(value, 0.1)).mismatch is not None
 
 
 @pytest.mark.parametrize("wrong", ["value", "bound"])
@@ -140,13 +140,16 @@ def test_nan_is_no_reason_to_let_a_token_pass(wrong: str) -> None:
     value = lead(0, 1.0)
     if wrong == "value":
         value[1, 3] = np.nan
-    assert judged(HAND, [[7, 7, 7]], expected=told(value, np.nan if wrong == "bound" else 0.1)).mismatch is not None
+    assert (
+        judged(HAND, [[7, 7, 7]], expected=reference_of(value, np.nan if wrong == "bound" else 0.1)).mismatch
+        is not None
+    )
 
 
 def test_what_follows_a_reserved_token_is_not_judged() -> None:
     config = replace(TEN, reserved=(2,))
     program = Program(config, HAND.steps)
-    expected = told(lead(1, 0.0), 0.1)
+    expected = reference_of(lead(1, 0.0), 0.1)
     stopped = judged(program, [[7, 2, 5]], expected=expected)
     assert (stopped.mismatch, stopped.compared) == (None, 1)
     assert judged(HAND, [[7, 2, 5]], expected=expected).mismatch is not None
@@ -166,13 +169,13 @@ def test_what_follows_a_reserved_token_is_not_judged() -> None:
     ],
 )
 def test_what_are_no_ids_is_found_before_any_is_judged(ids: Any, kind: Kind, got: object, want: object) -> None:
-    found = judged(HAND, ids, expected=told(lead(0, 1.0), 0.1)).mismatch
+    found = judged(HAND, ids, expected=reference_of(lead(0, 1.0), 0.1)).mismatch
     assert found is not None
     assert (found.kind, found.step, found.got, found.want) == (kind, 0, got, want)
     assert found.want_max == (9 if kind is Kind.TOKEN_ID else None)
 
 
-# --- the truth along the backend's own tokens ---
+# --- the reference along the backend's tokens ---
 @pytest.mark.parametrize("name", ["decoder-rope", "decoder-learned", "decoder-softcap"])
 def test_the_loop_without_a_cache_is_right_and_every_token_of_it_counts(name: str) -> None:
     program = Program(CONFIGS[name], (STEP,))
@@ -210,23 +213,23 @@ def _blurred(exact: Callable[..., Any], ids: np.ndarray, start: int, *, at: int,
 @pytest.mark.parametrize("own", [False, True], ids=["definition", "own"])
 def test_ids_are_judged_as_the_stream_that_holds_them(own: bool) -> None:
     """Value and bound, to the bit, of the definition and of a black box's own forward."""
-    truth = definition(ROPE) if own else None
+    reference = definition(ROPE) if own else None
     program = Program(ROPE, (UncachedForward("f", (9, 9, 9), 5),))
-    (want,) = expect(program, (0, 1, 2), reference=truth)
+    (want,) = expect(program, (0, 1, 2), reference=reference)
     assert want is not None
     streams = Streams(ROPE, 9, (0, 1, 2))
     ids = np.stack([streams.tape(5 + row) for row in range(3)], axis=1)
-    numbers = given(ROPE, truth, ids.astype(np.int64))
-    for kind in ("value", "floor", "bound"):
+    numbers = given(ROPE, reference, ids.astype(np.int64))
+    for kind in ("value", "bound_lower", "bound"):
         assert np.array_equal(numbers(kind), want.numbers(kind)), kind
-    tail = given(ROPE, truth, ids.astype(np.int64), 4)("value")
+    tail = given(ROPE, reference, ids.astype(np.int64), 4)("value")
     assert np.allclose(tail, want.value[:, :, 4:], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["definition", "own"])
 def test_a_variant_alone_is_judged_by_its_own_prompts(own: bool) -> None:
-    truth = definition(ROPE) if own else None
-    (want,) = expect(PROGRAM, (0, 1, 2), reference=truth)
+    reference = definition(ROPE) if own else None
+    (want,) = expect(PROGRAM, (0, 1, 2), reference=reference)
     assert isinstance(want, Generation)
     ids = np.concatenate([loop(ROPE, prompt, STEP.new)[None] for prompt in want.prompts()])
     whole = want.along(ids)("value")

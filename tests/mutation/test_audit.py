@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from mismatches import RAISED, cause
 from places import SUPPORT
 
 from kvconform.judging.verdict import Outcome, Verdict
@@ -148,13 +149,13 @@ def test_a_judgement_kills_and_what_is_right_survives() -> None:
 
 def test_one_of_the_chosen_clauses_kills_a_fault_that_names_none_of_them() -> None:
     wrong = BROUGHT["doubled"]
-    told: list[str] = []
+    found_lines: list[str] = []
     chosen = AuditPlan((BRIEF,), clauses=("shape.output", "equivalence.decode"))
-    found = audit_fault(wrong, chosen, lambda fault, trial: told.append(progress(fault, trial)))
+    found = audit_fault(wrong, chosen, lambda fault, trial: found_lines.append(progress(fault, trial)))
     assert found.clauses == ()
     assert [trial.clause for trial in found.trials if trial.kills] == ["equivalence.decode"]
     assert (kill := found.kill("brief")) is not None
-    assert told == [
+    assert found_lines == [
         f"doubled: shape.output misses it after {found.trials[0].programs} programs (pass)",
         f"doubled: equivalence.decode [{kill.config}] kills it after {kill.programs} programs, {kill.seconds:.2f} s",
     ]
@@ -220,9 +221,8 @@ class Told:
 def test_what_counts_as_a_kill(
     clause: str, outcome: Outcome, raised: bool, ran: int | None, kills: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verdict = Verdict(
-        clause=clause, config="attention-gqa", backend="x", outcome=outcome, sentence="so", raised=raised, compared=1
-    )
+    fields = {"sentence": "so", "compared": 1, **cause(outcome)} | ({"mismatch": RAISED} if raised else {})
+    verdict = Verdict(clause=clause, config="attention-gqa", backend="x", outcome=outcome, **fields)
     monkeypatch.setattr(audits, "run_cell", lambda *_: verdict)
     trial = audits._try(Fault("x", "a:X"), BY_NAME[clause], cast(WorkerClient, Told(ran)), BRIEF, 0)
     assert trial.kills is kills
@@ -231,7 +231,8 @@ def test_what_counts_as_a_kill(
 
 def test_a_refuted_guarantee_kills_a_fault_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "determinism.repeatable"
-    verdict = Verdict(clause=name, config="attention-gqa", backend="x", outcome=Outcome.REFUTED, sentence="so")
+    fields = {"outcome": Outcome.REFUTED, "sentence": "so", **cause(Outcome.REFUTED)}
+    verdict = Verdict(clause=name, config="attention-gqa", backend="x", **fields)
     monkeypatch.setattr(audits, "run_cell", lambda *_: verdict)
     trial = audits._try(Fault("x", "a:X", (name,)), BY_NAME[name], cast(WorkerClient, Told(1)), BRIEF, 0)
     assert (trial.kills, trial.by) == (True, "judgement")
@@ -295,8 +296,8 @@ def test_the_score_tells_blatant_from_stealth_and_budget_from_budget() -> None:
         audited("away", unavailable="no torch"),
         efforts=("smoke", "pr"),
     )
-    told = [(s.effort, s.conditional, s.killed, s.faults, s.programs, s.seconds) for s in both.scores]
-    assert told == [
+    found = [(s.effort, s.conditional, s.killed, s.faults, s.programs, s.seconds) for s in both.scores]
+    assert found == [
         ("smoke", False, 2, 2, (6, 9), (0.6, 0.9)),  # of one fault, the clause that needed the fewest programs
         ("smoke", True, 1, 1, (20, 20), (2.0, 2.0)),
         ("pr", False, 2, 2, (29.5, 50), (2.95, 5.0)),
@@ -363,7 +364,7 @@ def test_the_command_tells_survivors_and_exits_with_1(tmp_path: Path) -> None:
     out = tmp_path / "audit.json"
     done = command("audit", "--effort", "smoke", "--faults", f"{ELSEWHERE}:SURVIVING", "--jobs", "2", "-o", str(out))
     assert done.returncode == 1, done.stderr
-    assert "survives smoke: right: Nothing is wrong with it." in done.stdout
+    assert "survives smoke: right: A correct backend." in done.stdout
     assert "last-output-only (unconditional): shape.output [attention-gqa] after " in done.stdout
     found = read(out)
     assert [one.name for one in found.audited] == ["last-output-only", "right"]
