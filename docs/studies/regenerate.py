@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -17,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import schemas
 import speed_page
 import timing.collect
 import timing.page
 
 from kvconform.bench import record as speed
 from kvconform.bench.gate.self_test import history
+from kvconform.cli.schemas import FILES as KINDS
+from kvconform.cli.schemas import file_name, json_schema
 from kvconform.files import write_atomically
 from kvconform.mutation import power
 from kvconform.results import results
@@ -69,7 +71,8 @@ def _spec() -> dict[str, bytes]:
 
 
 def _schemas() -> dict[str, bytes]:
-    return {f"docs/schema/{name}": text.encode() for name, text in schemas.render().items()}
+    texts = {file_name(kind): json.dumps(json_schema(kind), indent=1) + "\n" for kind in KINDS}
+    return {f"docs/schema/{name}": text.encode() for name, text in texts.items()}
 
 
 def _speed() -> dict[str, bytes]:
@@ -78,8 +81,8 @@ def _speed() -> dict[str, bytes]:
 
 
 def _latency() -> dict[str, bytes]:
-    proof = timing.collect.read(ROOT / "docs" / timing.page.SAMPLES)
-    rendered = timing.page.render(proof, history(ROOT / "docs" / timing.page.HISTORY))
+    samples = timing.collect.read(ROOT / "docs" / timing.page.SAMPLES)
+    rendered = timing.page.render(samples, history(ROOT / "docs" / timing.page.HISTORY))
     return {f"docs/{name or 'latency.md'}": text.encode() for name, text in rendered.items()}
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kvconform.errors import UnknownClause as UnknownClause
     from kvconform.errors import WorkerDied as WorkerDied
     from kvconform.errors import WorkerTimeout as WorkerTimeout
+    from kvconform.judging.mismatch import Mismatch as Mismatch
     from kvconform.judging.verdict import Outcome as Outcome
     from kvconform.judging.verdict import Verdict as Verdict
     from kvconform.results.results import Results as Results

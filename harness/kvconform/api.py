@@ -44,7 +44,7 @@ def conformance(
 
     Raises AssertionError with one line for each failure if the backend is not conformant, or if a selected core clause
     was not passed; ValueError (``BadArgument``, ``SpecError``, ``InvalidBackend``) for a bad argument, a malformed file
-    or a class that is not a backend; ``Unavailable`` if this machine lacks something, which a test may turn into a skip;
+    or a class that is not a backend; ``Unavailable`` if this machine lacks something (a test may turn it into a skip);
     ``BackendUnavailable`` if the backend does not exist or fails to load.
     """
     known = EMPTY if known_failures is None else read_known_failures(Path(known_failures))

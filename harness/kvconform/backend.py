@@ -21,7 +21,7 @@ Array = NDArray[Any]
 Cache = Any
 """What the backend keeps of one sequence; the harness passes it back and never looks inside."""
 CacheDesign = Literal["in-place", "capacity", "concatenation"]
-"""How a step moves the cache: ``bench.analysis.costs.DESIGNS`` says what each value means."""
+"""How a step moves the cache: ``bench.costs.DESIGNS`` says what each value means."""
 
 
 class Backend(ABC):

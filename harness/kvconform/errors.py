@@ -50,7 +50,7 @@ class InvalidBackend(KvconformError, ValueError):
 
 
 class BackendUnavailable(KvconformError):
-    """No backend can be started: the address is unknown, the backend fails to load, or it cannot run here (exit code 3).
+    """A backend cannot be started: its address is unknown, it fails to load, or it cannot run here (exit code 3).
 
     remedy: what to do about it, such as a command that installs what is missing; empty where there is none.
     """
@@ -112,9 +112,13 @@ class Exit:
 class WorkerDied(KvconformError):
     """The worker process died, or the backend raised outside a step.
 
-    stage: what the worker was doing: a step, the build of the backend, the target's own uncached forward, or another
-    message. error or ended: the exception, or how the process ended. variant, step: where in the program; call: the step
-    in words, empty where no step was running.
+        stage: what the worker was doing: a step, the build of the backend, the target's own uncached forward, or another
+    <<<<<<< HEAD
+        message. error or ended: the exception, or how the process ended. variant, step: where in the program; call: the
+    =======
+        message. error or ended: the exception, or how the process ended. variant, step: where in the program. call: the
+    >>>>>>> h-facts
+        step in words, empty where no step was running.
     """
 
     def __init__(

@@ -1,6 +1,5 @@
-"""Verdicts to pictures, tables and files. Renderers only: they decide nothing, and nothing but an entry point imports
-them.
+"""Renderers of results; they make no decisions, and only entry points import them.
 
-``html`` writes the report, ``markdown`` the job summary, ``junit`` the XML that CI systems read, ``summary`` the table
-for the terminal.
+``html`` writes the report, ``markdown`` the job summary, ``junit`` XML for CI systems, ``terminal`` a table for the
+terminal.
 """

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else, runs nothing of others, and reads without JavaScript."""
+"""The report: one self-contained HTML file that runs no third-party code and is readable without JavaScript."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def render(
     folder: str = "results",
     audit: audit_record.AuditRecord | None = None,
 ) -> str:
-    """The report of one or more backends as HTML. ``folder``: the results folder that replay lines name."""
+    """The report of one or more backends as HTML. ``folder``: the results folder in replay commands."""
     templates = _templates()
     style, script = (_source(templates, name) for name in ("style.css", "script.js"))
     data, packed = embedding.embed(results, pairs, latency, audit)
@@ -65,7 +65,7 @@ def render(
 
 @cache
 def _templates() -> Environment:
-    """Compiled once in a process."""
+    """Compiled once per process."""
     templates = Environment(
         loader=PackageLoader("kvconform_reports"),
         autoescape=True,
@@ -79,7 +79,7 @@ def _templates() -> Environment:
 
 
 def headline(rows: Sequence[tables.Backend]) -> str:
-    """How many backends stand where, in one sentence."""
+    """The number of backends per standing, in one sentence."""
     if not rows:
         return "No results were given"
     if len(rows) == 1:
@@ -93,7 +93,7 @@ def headline(rows: Sequence[tables.Backend]) -> str:
 
 
 def policy(style: str, script: str) -> str:
-    """The content security policy: this style and this script, and nothing from anywhere."""
+    """The content security policy: only this style and this script."""
     return (
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -105,13 +105,13 @@ def _digest(text: str) -> str:
 
 
 def _source(templates: Environment, name: str) -> Markup:
-    """The style sheet or script, as it is: our own package data, in which nothing is filled in."""
+    """The unmodified style sheet or script, from our own package data."""
     assert templates.loader is not None
     return Markup(templates.loader.get_source(templates, name)[0].strip())
 
 
 def _runs(results: Sequence[Results]) -> tuple[tuple[str, str], ...]:
-    """What the runs have in common or differ in, for the line under the headline."""
+    """What the runs share or differ in, for the line below the headline."""
     found = []
     for name, values in (
         ("suite", [result.suite for result in results]),
@@ -128,7 +128,7 @@ def _runs(results: Sequence[Results]) -> tuple[tuple[str, str], ...]:
 
 
 def _software(latency: Record | None) -> tables.Facts | None:
-    """The versions that the speed run names, backends beside one another where it names them by backend."""
+    """The versions in the speed record, side by side if recorded per backend."""
     if latency is None or not latency.software:
         return None
     by_backend = all(isinstance(versions, dict) for versions in latency.software.values())
@@ -152,7 +152,7 @@ def _latency_facts(latency: Record | None) -> tuple[tuple[str, tuple[tuple[str, 
 
 
 def _load(values: Sequence[float]) -> str:
-    """At the start, after each restart but the last, and at the end."""
+    """At the start, after each restart except the last, and at the end."""
     if not values:
         return "not recorded"
     first, *between, last = [f"{value:.2f}" for value in values] if len(values) > 1 else [f"{values[0]:.2f}", ""]

@@ -20,7 +20,7 @@ from kvconform_reports.view.outcomes import SYMBOLS, Chip, chips, counted, durat
 from kvconform_reports.view.tables import Guarantee, failures, guarantees, known
 from kvconform_specs.clauses import CHAPTERS
 
-MOST_FAILURES = 50  # GitHub cuts a summary off at 1 MiB; the report has them all
+MOST_FAILURES = 50  # GitHub limits a summary to 1 MiB; the report has all
 
 
 def render(
@@ -31,8 +31,8 @@ def render(
     folder: str = "results",
     audit: audit_record.AuditRecord | None = None,
 ) -> str:
-    """Verdicts, chapters by backend, failures with their replay lines, known failures, guarantees, the worst pair, what
-    the cache saves, and how much the clauses see."""
+    """Verdicts, chapters by backend, failures with replay commands, known failures, guarantees, the worst pair, speed,
+    power and mutation score."""
     parts = [
         _verdicts(results),
         _chapters(results),
@@ -123,7 +123,7 @@ def _known(results: Sequence[Results], folder: str) -> str:
 
 
 def _guarantees(results: Sequence[Results]) -> str:
-    """The strongest level of each backend under each config, and the one that is refuted."""
+    """The strongest level of each backend under each config, and the refuted one."""
     found = guarantees(results, "")
     if not found:
         return ""
@@ -156,7 +156,7 @@ def _pairs(pairs: Sequence[Pair]) -> str:
 
 
 def _speed(latency: Record | None) -> str:
-    """For each preset and batch the answer in a sentence and a table; what was published; who has no time."""
+    """For each preset and batch a sentence and a table, published figures, and backends without a time."""
     if latency is None:
         return ""
     lines = ["### Speed", ""]
@@ -196,7 +196,7 @@ def _answer(group: speed.Group, where: str) -> list[str]:
 
 
 def _published(section: speed.Section) -> list[str]:
-    """How much longer without the cache: as published, and measured here."""
+    """The ratio without / with the cache: as published, and as measured."""
     if section.published is None:
         return []
     found = [f"published {one.ratio or 'without a ratio'} ({one.source})" for one in section.published.published]
@@ -207,7 +207,7 @@ def _published(section: speed.Section) -> list[str]:
 
 
 def _power(results: Sequence[Results]) -> str:
-    """For each power table how much it rejects, and where it is weakest."""
+    """For each power table the share rejected and the weakest pairs."""
     found = power(results)
     if found is None:
         return ""
@@ -226,12 +226,12 @@ def _audit(record: audit_record.AuditRecord | None) -> str:
 
 
 def text(words: str) -> str:
-    """Words as words: no tag, table cell, emphasis, link, mention or line break comes out of them."""
+    """Escaped text: no tag, table cell, emphasis, link, mention or line break results from it."""
     escaped = re.sub(r"([\\`*_{}\[\]|~#!])", r"\\\1", html.escape(printable(words), quote=False))
     return escaped.replace("@", "&#64;").replace("://", "&#58;//")
 
 
 def code(words: str) -> str:
-    """Words in a code element: what Markdown would read in it is written as entities."""
+    """Text in a code element, with Markdown characters as entities."""
     entities = (f"&#{ord(c)};" if c in "\\`*_{}[]|~#!@:<>&" else c for c in printable(words))
     return f"<code>{''.join(entities)}</code>"

@@ -1,4 +1,4 @@
-"""The results as plain text: a short table for a terminal or a log."""
+"""The results as plain text: a short table for a terminal or log."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def table(results: Sequence[Results]) -> str:
 
 
 def printable(text: str) -> str:
-    """Text on one line that moves no cursor and colours no terminal."""
+    """Text on one line without control characters."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

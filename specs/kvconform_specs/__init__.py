@@ -4,5 +4,5 @@ Only ``numpy`` is needed to import ``config``, ``program``, ``claims``, ``histor
 ``bounds`` and ``oracle``; the strategies of programs in ``clauses`` need ``hypothesis`` as well.
 """
 
-SUITE_VERSION = "0.4.0"
+SUITE_VERSION = "0.5.0"
 """Version of the suite's clauses. A change that can turn a conformant backend red raises it."""

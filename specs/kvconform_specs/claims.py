@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from kvconform_specs.config import DTYPES, PROFILES, take
 from kvconform_specs.errors import SpecError
+
+Returns = Literal["all", "last"]
+Overflow = Literal["refused", "undefined"]
+Retention = Literal["all", "window"]
+UnusedSlots = Literal["finite", "any"]
+Memory = Literal["length", "capacity", "pages"]
+Intermediates = Literal["single", "storage"]
+Reference = Literal["definition", "self"]
+Rounding = Literal["own", "shared"]
 
 ABILITIES = {
     "uncached_forward": "has a cache-less forward of its own",
@@ -30,9 +39,6 @@ ABILITIES = {
     "generate": "has a greedy generation of its own (decoder profile)",
     "last_only": "can give the last position's output only (decoder profile)",
 }
-
-REFERENCES = ("definition", "self")
-"""What outputs are compared with: the definition, or a black box's own cache-less forward."""
 
 DERIVED: dict[str, Callable[[Claims], bool]] = {
     "overflow refused": lambda claims: claims.overflow == "refused",
@@ -63,6 +69,26 @@ ENOUGH: dict[str, dict[str, Any]] = {
 """For each need of ``DERIVED`` claims from which it follows."""
 
 
+MANY_OF = {
+    "profiles": PROFILES,
+    "abilities": tuple(ABILITIES),
+    "dtypes": DTYPES,
+    "devices": ("cpu", "cuda"),
+    "padding": ("right", "left"),
+}
+ONE_OF = {
+    "returns": Returns,
+    "overflow": Overflow,
+    "retention": Retention,
+    "unused_slots": UnusedSlots,
+    "memory": Memory,
+    "intermediates": Intermediates,
+    "reference": Reference,
+    "rounding": Rounding,
+}
+"""The claims that are a choice, or several, of a closed list."""
+
+
 @dataclass(frozen=True, slots=True)
 class Precision:
     """How an implementation computes, as far as the error bound depends on it (``bounds.py``).
@@ -89,7 +115,7 @@ class Claims:
     or ``any``, including NaN and infinities. page: tokens in a page; None: no pages. memory: what the bytes of a
     sequence are proportional to: its ``length``, the ``capacity``, or whole ``pages``. max_graphs: the most graphs that
     the backend compiles or captures, for any program. intermediates, kv_bits, residual: see ``Precision``. reference:
-    what outputs are compared with (``REFERENCES``); ``self`` is for backends whose weights the harness does not set.
+    what outputs are compared with; ``self`` is for backends whose weights the harness does not set.
     rounding: whether the last bits of an output depend on its ``own`` tokens only, or are ``shared`` with other tokens
     of the call (experts that share a matrix product); it is measured for black boxes.
     """
@@ -101,43 +127,26 @@ class Claims:
     max_batch: int | None = None
     max_chunk: int | None = None
     max_sequences: int | None = None
-    returns: str = "all"
-    overflow: str = "undefined"
+    returns: Returns = "all"
+    overflow: Overflow = "undefined"
     padding: tuple[str, ...] = ("right",)
-    retention: str = "all"
-    unused_slots: str = "finite"
+    retention: Retention = "all"
+    unused_slots: UnusedSlots = "finite"
     page: int | None = None
-    memory: str = "length"
+    memory: Memory = "length"
     max_graphs: int | None = None
-    intermediates: str = "single"
+    intermediates: Intermediates = "single"
     kv_bits: int = 0
     residual: int = 0
-    reference: str = "definition"
-    rounding: str = "own"
+    reference: Reference = "definition"
+    rounding: Rounding = "own"
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("profiles", PROFILES),
-            ("abilities", tuple(ABILITIES)),
-            ("dtypes", DTYPES),
-            ("devices", ("cpu", "cuda")),
-            ("padding", ("right", "left")),
-        ):
+        for name, known in MANY_OF.items():
             for value in getattr(self, name):
-                if value not in known:
-                    raise SpecError(f"claims.{name}", f"unknown value {value!r}; known: {', '.join(known)}")
-        for name, allowed in (
-            ("returns", ("all", "last")),
-            ("overflow", ("refused", "undefined")),
-            ("retention", ("all", "window")),
-            ("unused_slots", ("finite", "any")),
-            ("memory", ("length", "capacity", "pages")),
-            ("intermediates", ("single", "storage")),
-            ("reference", REFERENCES),
-            ("rounding", ("own", "shared")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise SpecError(f"claims.{name}", f"unknown value {getattr(self, name)!r}; known: {', '.join(allowed)}")
+                _one_of(f"claims.{name}", value, known)
+        for name, choice in ONE_OF.items():
+            _one_of(f"claims.{name}", getattr(self, name), get_args(choice))
         for name in ("max_batch", "max_chunk", "max_sequences", "page", "max_graphs"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -170,3 +179,8 @@ class Claims:
         body = take(data, at, {f.name for f in fields(cls)})
         frozen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in body.items()}
         return cls(**frozen)
+
+
+def _one_of(at: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise SpecError(at, f"unknown value {value!r}; known: {', '.join(known)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from kvconform_specs.program import Append, Program, Run, Sequences, Step, UncachedForward
+from kvconform_specs.program import Append, Program, Run, Sequences, Step
 
 
 class Stream(NamedTuple):
@@ -45,11 +45,7 @@ def new_tokens(step: Run, lengths: Iterable[int]) -> list[Row]:
 def seen_by(program: Program) -> list[tuple[Row, ...] | None]:
     """For each step that computes, the rows that its outputs belong to, new tokens included; None for other steps."""
     histories = Histories()
-    seen: list[tuple[Row, ...] | None] = []
-    for step in program.steps:
-        seen.append(histories.after(step) if isinstance(step, Append | UncachedForward) else None)
-        histories.apply(step)
-    return seen
+    return [histories.apply(step) for step in program.steps]
 
 
 class Request(NamedTuple):
@@ -85,9 +81,9 @@ def prefixed(asked: Iterable[Request]) -> dict[Request, Request]:
     owners: dict[Request, Request] = {}
     longest: list[Request] = []
     for request in sorted(asked, key=lambda r: -len(r.row)):
-        row = request.row
-        same = (other for other in longest if request.plain and other.plain and other.row[: len(row)] == row)
-        owners[request] = next(same, request)
-        if owners[request] is request:
-            longest.append(request)
+        row, owner = request.row, request
+        if request.plain:
+            owner = next((other for other in longest if other.row[: len(row)] == row), request)
+            longest += [request] if owner is request else []
+        owners[request] = owner
     return owners

@@ -23,12 +23,11 @@ class Append:
     substitutions: ``(row, position, seed)``: the token at that logical position of that row comes from another stream.
     needle: ``(seed, position)``: every query of the step has the direction of that token's key, so that it attends to
     that token almost alone (attention profile). masked: ``(row, position)``: tokens that the caller's mask hides from
-    every query of the step (attention profile).
-    pad: ``(side, seed)``: the side, ``right`` or ``left``, of the columns of ragged rows that hold no token, and the
-    stream that fills them; None: right, zeros. layout: the memory layout of the inputs (``LAYOUTS``). in_place: the
-    present is written into the memory of the past. count_macs: the multiply-adds of the step are counted. last_only:
-    only the output of each row's last new token is requested; all counts are equal (decoder profile).
-    distribution: the distribution of the streams that the step names (``DISTRIBUTIONS``).
+    every query (attention profile). pad: ``(side, seed)``: the side, ``right`` or ``left``, of the columns of ragged
+    rows that hold no token, and the stream that fills them; None: right, zeros. layout: the memory layout of the inputs
+    (``LAYOUTS``). in_place: the present is written into the memory of the past. count_macs: the multiply-adds of the
+    step are counted. last_only: only the output of each row's last new token is requested; all counts are equal
+    (decoder profile). distribution: the distribution of the streams that the step names (``DISTRIBUTIONS``).
     """
 
     seq: str
@@ -177,8 +176,7 @@ MALFORMED = {
     "hidden": ("dtype", "rank", "batch", "width"),
 }
 """What can be wrong with the inputs of an append: integers for floats, or floats for token ids; a missing axis; a KV
-head too many; a head dim one too small; a row too many; fewer values than keys; an unknown token id; a channel too few.
-"""
+head too many; a head dim one too small; a row too many; fewer values than keys; an unknown token id; a channel less."""
 NAMES = {kind: op for op, kind in OPS.items()}
 R = TypeVar("R")
 
@@ -189,7 +187,7 @@ def called(step: Step) -> Call:
 
 
 class Sequences(Generic[R]):
-    """The rows of every open sequence, as the steps of a program change them. Subclasses say what a row is."""
+    """The rows of every open sequence. A subclass says what a row is, and how steps make it longer or shorter."""
 
     empty: R
 
@@ -197,11 +195,9 @@ class Sequences(Generic[R]):
         self.rows: dict[str, tuple[R, ...]] = {}
 
     def grown(self, rows: tuple[R, ...], step: Run) -> tuple[R, ...]:
-        """The rows with the new tokens of ``step`` appended."""
         raise NotImplementedError
 
     def cut(self, row: R, length: int) -> R:
-        """The first ``length`` tokens of a row."""
         raise NotImplementedError
 
     def of(self, name: str) -> tuple[R, ...]:
@@ -213,11 +209,14 @@ class Sequences(Generic[R]):
         past = self.of(step.seq) if isinstance(step, Append) else ()
         return self.grown(past or (self.empty,) * len(step.counts), step)
 
-    def apply(self, step: Step) -> None:
-        """Changes the rows as a legal step does."""
+    def apply(self, step: Step) -> tuple[R, ...] | None:
+        """Changes the rows as a legal step does, and returns those that its outputs belong to, if it has any."""
         match step:
             case Append(seq):
-                self.rows[seq] = self.after(step)
+                self.rows[seq] = rows = self.after(step)
+                return rows
+            case UncachedForward():
+                return self.after(step)
             case Truncate(seq, length):
                 self.rows[seq] = tuple(self.cut(row, length) for row in self.rows[seq])
             case Fork(seq, into) | AliasHandle(seq, into):
@@ -228,10 +227,11 @@ class Sequences(Generic[R]):
                 self.rows[seq] = (self.empty,) * len(self.rows[seq])
             case Close(seq):
                 del self.rows[seq]
-            case UncachedForward() | ReadCache() | Poison() | Reject():
+            case ReadCache() | Poison() | Reject():
                 pass
             case _:
                 assert_never(step)
+        return None
 
 
 class Lengths(Sequences[int]):
@@ -276,9 +276,8 @@ class Program:
     @classmethod
     def from_json(cls, data: object, at: str = "program") -> Program:
         known = take(data, at, {"config", "steps"})
-        for name in ("config", "steps"):
-            if name not in known:
-                raise SpecError(f"{at}.{name}", "is missing")
+        if missing := [name for name in ("config", "steps") if name not in known]:
+            raise SpecError(f"{at}.{missing[0]}", "is missing")
         config = Config.from_json(known["config"], f"{at}.config")
         return cls(config, tuple(step_from_json(s, f"{at}.steps[{i}]") for i, s in enumerate(known["steps"])))
 

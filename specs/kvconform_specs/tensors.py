@@ -8,7 +8,7 @@ rounding. Arrays are float32, already rounded to the config's dtype: definition 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +78,9 @@ class Streams:
     def tape(self, seed: int, distribution: str = "normal") -> NDArray[np.generic]:
         """The contents of one stream, positions ``0..span - 1``. Attention: ``(n, span, (h + 2 g) d)`` floats; query,
         key and value side by side. Decoder: ``(n, span)`` ids. Hidden: ``(n, span, width)`` floats."""
-        stream = Stream(seed, distribution)
+        return self._tape(Stream(seed, distribution))
+
+    def _tape(self, stream: Stream) -> NDArray[np.generic]:
         tape = self._tapes.get(stream)
         if tape is None:
             tape = self._tapes[stream] = self._make(stream)
@@ -108,7 +110,7 @@ class Streams:
 
     def row(self, tokens: Iterable[Token]) -> NDArray[np.generic]:
         """The contents of these tokens, in order: ``(n, len(tokens), ...)``."""
-        pieces = [self.tape(*stream)[:, start:stop] for stream, start, stop in _runs(tokens)]
+        pieces = [self._tape(stream)[:, start:stop] for stream, start, stop in _runs(tokens)]
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces, axis=1) if pieces else self.tape(0)[:, :0]
@@ -235,12 +237,14 @@ def weights(config: Config) -> dict[str, Array]:
     return made
 
 
-def _runs(tokens: Iterable[Token]) -> list[tuple[Stream, int, int]]:
+def _runs(tokens: Iterable[Token]) -> Iterator[tuple[Stream, int, int]]:
     """Consecutive tokens of one stream as ``(stream, start, stop)``."""
-    runs: list[tuple[Stream, int, int]] = []
-    for stream, position in tokens:
-        if runs and runs[-1][0] == stream and runs[-1][2] == position:
-            runs[-1] = (stream, runs[-1][1], position + 1)
-        else:
-            runs.append((stream, position, position + 1))
-    return runs
+    stream, start, stop = Stream(-1), 0, 0
+    for of, position in tokens:
+        if position != stop or (of is not stream and of != stream):
+            if stop > start:
+                yield stream, start, stop
+            stream, start = of, position
+        stop = position + 1
+    if stop > start:
+        yield stream, start, stop

@@ -204,7 +204,7 @@ def test_a_graph_is_timed_behind_other_replays_and_told_per_step(monkeypatch: py
     timed, call = DeviceTime("cuda", backend), Steps(backend)
     assert timed.ns(call, 4) == 500_000 * 4 // STEPS  # 0.5 ms for ten steps
     assert fake.log == ["capture", *["replay"] * 2, "poison", "event", "replay", "event"]
-    assert timed.said == ["graph: CUDA graph of steps on copies of weights and cache in turn; L2 flushed"]
+    assert timed.methods == ["graph: CUDA graph of steps on copies of weights and cache in turn; L2 flushed"]
     timed.ns(call, 4)
     assert fake.log.count("capture") == 1
 
@@ -229,13 +229,13 @@ def test_what_is_not_measured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = built()
     timed = DeviceTime("cpu", backend)
     assert timed.ns(Steps(backend), 1) is None
-    assert timed.said == ["not measured: the device is cpu"]
+    assert timed.methods == ["not measured: the device is cpu"]
 
     Fake(l2=0, refuses="operation not permitted when stream is capturing").install(monkeypatch)
     monkeypatch.setattr(device_time, "supported_activities", set)
     timed = DeviceTime("cuda", backend)
     assert timed.ns(Steps(backend), 1) is None
-    assert timed.said == [
+    assert timed.methods == [
         "not measured: no CUDA graph: the step cannot be captured: operation not permitted when stream is capturing; "
         f"no CUPTI: torch {torch.__version__} has no CUPTI"
     ]
@@ -243,7 +243,7 @@ def test_what_is_not_measured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
     timed = DeviceTime("cuda")
     assert timed.ns(lambda copy: None, 1) is None
-    assert timed.said[0].startswith("not measured: no CUDA graph: the step has no torch decoder")
+    assert timed.methods[0].startswith("not measured: no CUDA graph: the step has no torch decoder")
 
 
 class Trace:
@@ -297,14 +297,14 @@ def test_kernels_count_and_copies_to_and_from_the_host_do_not(profiler: pytest.M
     timed = DeviceTime("cuda")
     assert timed.ns(calls.append, 3) == 4000  # 6 to 9 and 10 to 11 microseconds
     assert calls == [0] * 4  # one to warm up
-    assert timed.said == ["cupti: union of kernel spans, step after step; L2 warm"]
+    assert timed.methods == ["cupti: union of kernel spans, step after step; L2 warm"]
 
 
 def test_no_kernel_seen_is_not_zero_nanoseconds(profiler: pytest.MonkeyPatch) -> None:
     profiler.setattr(device_time, "profile", Trace(("Memcpy HtoD (Pageable -> Device)", 0.0, 5.0)))
     timed = DeviceTime("cuda")
     assert timed.ns(lambda copy: None, 1) is None
-    assert timed.said[0].endswith("CUPTI saw no kernel (another profiler holds it, or it lacks the permission)")
+    assert timed.methods[0].endswith("CUPTI saw no kernel (another profiler holds it, or it lacks the permission)")
 
 
 def test_no_wall_time_follows_a_profiler(profiler: pytest.MonkeyPatch) -> None:

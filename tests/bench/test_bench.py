@@ -1,4 +1,4 @@
-"""The stopwatch: every summary is recomputable from the raw rounds, and no one is timed who is not right."""
+"""The bench: every summary is recomputable from the raw rounds, and no backend is timed that is not conformant."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from scipy import stats
 
-from kvconform.bench import client, restart
-from kvconform.bench import runner as controller
+from kvconform.bench import client, eligibility, engine, runner
 from kvconform.bench.analysis.intervals import ALPHA, MIN_SAMPLES, T95, interval, rank, reaches, student, t95
 from kvconform.bench.analysis.ratios import pairs
 from kvconform.bench.analysis.summarize import summarise
@@ -26,9 +26,9 @@ from kvconform.bench.client import TimingClient
 from kvconform.bench.eligibility import conformance, outdated
 from kvconform.bench.presets import PRESETS, Preset, Published
 from kvconform.bench.protocol import ROUNDS_WANTED, processors, variables
-from kvconform.bench.record import MACHINE, PHASES, Arm, Case, Record, Round, Tokens, is_record, read
+from kvconform.bench.record import MACHINE, PHASES, Arm, Case, Once, Record, Round, Tokens, is_record, read
 from kvconform.bench.worker.timer import Block, Timer, tokens
-from kvconform.cli.main import bench
+from kvconform.cli import bench
 from kvconform.results.results import Results
 from kvconform.worker.client import WorkerSpec
 from kvconform_backends.numpy.cache import NumpyCache
@@ -146,9 +146,9 @@ def timed(tmp_path: Path) -> Any:
 
     def run(*names: str, preset: Preset = ONE, per_case: float = 0.2, restarts: int = 1, **more: Any) -> Record:
         launches = {name: WorkerSpec("numpy" if name.startswith("numpy") else f"{file}:{name}") for name in names}
-        out = tmp_path / "speed.json"
-        common = {"seconds_per_case": per_case, "restarts": restarts}
-        return controller.bench(launches, {preset.name: preset}, None, out, **{**common, **more})
+        fields = {name: more.pop(name) for name in ("time_limit", "seed", "threads", "say") if name in more}
+        options = engine.Options(tmp_path / "speed.json", per_case, **fields)
+        return runner.bench(launches, {preset.name: preset}, options, restarts=restarts, **more)
 
     return run
 
@@ -166,20 +166,23 @@ def summarised(record: Record) -> Record:
 
 # --- the numbers ---
 def test_the_interval_of_a_median_is_the_narrowest_pair_of_order_statistics_that_covers_it() -> None:
-    def missed(n: int, j: int) -> float:
-        """P(the median is outside the j-th smallest and the j-th largest of n), from its definition."""
-        return 2 * sum(math.comb(n, i) for i in range(j)) / 2**n
-
     for n in range(1, 300):
         j = rank(n)
-        assert missed(n, j) <= ALPHA if j else n < MIN_SAMPLES
-        assert missed(n, j + 1) > ALPHA
-    assert (MIN_SAMPLES, rank(5), rank(6), rank(100)) == (
-        6,
-        0,
-        1,
-        40,
-    )  # 100 samples: the 40th and the 61st, the textbook's
+        # the median is outside the j-th smallest and the j-th largest if fewer than j samples lie on one side of it
+        missed = 2 * stats.binom.cdf(np.array([j - 1, j]), n, 0.5)
+        assert missed[0] <= ALPHA if j else n < MIN_SAMPLES
+        assert missed[1] > ALPHA
+    assert (MIN_SAMPLES, rank(5), rank(6)) == (6, 0, 1)
+    assert rank(100) == 40  # the 40th and the 61st, the textbook's
+
+
+def test_the_interval_of_a_median_is_that_of_the_exact_sign_test() -> None:
+    samples = np.random.default_rng(0).normal(size=50)
+    _, low, high = interval(list(samples))
+    inside = np.nextafter(low, high), np.nextafter(high, low)
+    outside = np.nextafter(low, -np.inf), np.nextafter(high, np.inf)
+    assert all(stats.quantile_test(samples, q=x, p=0.5).pvalue > ALPHA for x in inside)
+    assert all(stats.quantile_test(samples, q=x, p=0.5).pvalue <= ALPHA for x in outside)
 
 
 @pytest.mark.parametrize("n", [6, 11, 60])
@@ -244,17 +247,19 @@ def test_student_covers_as_often_as_it_says_where_the_range_of_three_does_not() 
     assert np.mean((draws.min(1) <= 0) & (draws.max(1) >= 0)) < 0.78  # all that a bootstrap can reach: 1 - 2 / 2^3
 
 
-def test_the_table_of_t_is_the_distribution() -> None:
-    for freedom, value in enumerate(T95, 1):
-        # density of Student's t, integrated from 0 by Simpson's rule
-        scale = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
-        x = np.linspace(0, value, 20001)
-        density = scale * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
-        weights_ = np.ones(20001)
-        weights_[1:-1:2], weights_[2:-1:2] = 4, 2
-        assert 2 * float((density * weights_).sum() * (x[1] - x[0]) / 3) == pytest.approx(0.95, abs=5e-5)
+def test_the_table_of_t_is_that_of_scipy() -> None:
+    assert pytest.approx(stats.t.ppf(0.975, np.arange(1, len(T95) + 1)), abs=5e-4) == T95
     assert t95(500) == T95[-1]  # wider than it need be
     assert [round(t95(n - 1) / math.sqrt(n), 2) for n in (3, 5)] == [2.48, 1.24]  # as protocol.RESTARTS says
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10])
+def test_the_interval_of_a_mean_is_that_of_scipy(n: int) -> None:
+    values = np.random.default_rng(n).normal(1, 3, n)
+    mean, low, high = student(list(values))
+    wanted = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert mean == pytest.approx(values.mean())
+    assert [low, high] == pytest.approx([wanted.low, wanted.high], rel=1e-3)  # the table has four digits
 
 
 def test_a_quantile_is_told_where_the_samples_reach_beyond_it() -> None:
@@ -296,7 +301,7 @@ def test_a_time_by_itself_that_means_nothing_says_why() -> None:
     assert found.timeless([(0, 1)]) == f"not valid: {vague.why_invalid}"
 
 
-def test_tokens_of_a_block_under_the_clock_do_not_count_and_what_held_it_down_is_told() -> None:
+def test_tokens_of_a_block_with_a_slow_clock_do_not_count_and_the_reason_is_noted() -> None:
     record = record_of([Arm("a", "generate")], [[1000]] * 2)
     record.cases[0] = msgspec.structs.replace(record.cases[0], new=3)
     record.machine["default_mhz"] = 1000
@@ -309,7 +314,7 @@ def test_tokens_of_a_block_under_the_clock_do_not_count_and_what_held_it_down_is
     assert (made.ttft, made.tpot) == (100, 10)
     assert record.notes == [
         "1 of 2 blocks ran below 75% of the device's default clock and are left out",
-        "after 1 of 2 blocks the device's clock was held down: power cap",
+        "after 1 of 2 blocks the device's clock was reduced: power cap",
     ]
 
 
@@ -436,33 +441,35 @@ def test_decode_runs_at_the_depth_that_it_says(truncates: bool) -> None:
 
 def test_prefill_starts_from_nothing_and_recompute_takes_all_tokens() -> None:
     spy = Spy()
-    stopwatch = Timer(spy, IDS)
-    stopwatch.blocks("prefill", 9, 2, 1)
+    timer = Timer(spy, IDS)
+    timer.blocks("prefill", 9, 2, 1)
     assert spy.calls == [(0, 9, True)] * 2
-    stopwatch.blocks("recompute", 12, 1, 1)
+    timer.blocks("recompute", 12, 1, 1)
     assert spy.calls[2:] == [(0, 13, True)]
 
 
-def test_a_subject_that_loses_count_of_its_tokens_is_not_timed() -> None:
+def test_a_backend_that_reports_a_wrong_length_is_not_timed() -> None:
     spy = Spy()
     spy.length = lambda cache: [3]  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match=r"says that it holds \[3\] tokens after 13"):
+    with pytest.raises(RuntimeError, match=r"reports the length \[3\] after 13 tokens"):
         Timer(spy, IDS).blocks("decode", 12, 1, 1)
 
 
 # --- no time without conformance ---
-def test_who_was_not_judged_to_the_end_is_judged_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_without_complete_results_is_judged_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def results(name: str, finished: bool) -> None:
         common = {"suite": "1", "device": "cpu", "dtypes": [], "effort": "smoke", "seed": 0, "started": ""}
         Results(**common, backend=name, finished=finished).write(tmp_path / f"{name}.json")
 
     results("done", True)
     results("cut", False)
-    (tmp_path / "broken.json").write_text("{")  # told by who reads it for the bench
+    (tmp_path / "broken.json").write_text("{")  # the bench reports it
     asked: list[str] = []
+    lines: list[str] = []
     monkeypatch.setattr(bench, "run_backend", lambda name, spec, plan, out: asked.append(name))
-    bench._judge({name: WorkerSpec(name) for name in ("done", "cut", "broken", "absent")}, tmp_path)
+    bench._judge({name: WorkerSpec(name) for name in ("done", "cut", "broken", "absent")}, tmp_path, lines.append)
     assert asked == ["cut", "absent"]
+    assert [line.partition(":")[0] for line in lines] == asked
 
 
 @pytest.mark.parametrize(
@@ -492,7 +499,8 @@ def test_a_backend_that_is_not_right_gets_no_time_and_is_listed(name: str, why: 
 
 
 def test_a_backend_without_conformance_results_gets_no_time(tmp_path: Path) -> None:
-    record = controller.bench({"numpy": WorkerSpec("numpy")}, {"one": ONE}, tmp_path, tmp_path / "speed.json")
+    options = engine.Options(tmp_path / "speed.json", results_dir=tmp_path)
+    record = runner.bench({"numpy": WorkerSpec("numpy")}, {"one": ONE}, options)
     assert record.rounds == []
     assert record.excluded[0].why.startswith("no conformance results:")
 
@@ -500,7 +508,6 @@ def test_a_backend_without_conformance_results_gets_no_time(tmp_path: Path) -> N
 def test_results_admit_only_what_is_conformant_finished_and_of_this_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvconform.bench import eligibility
     from kvconform_specs import SUITE_VERSION
 
     def said(**fields: Any) -> str:
@@ -509,7 +516,7 @@ def test_results_admit_only_what_is_conformant_finished_and_of_this_device(
         return conformance("b", WorkerSpec("b"), tmp_path)
 
     assert "core clauses" in said()
-    monkeypatch.setattr(eligibility, "exit_code", lambda results: (0, "conformant"))
+    monkeypatch.setattr(Results, "ok", True)
     assert "no PASS on the core clauses" in said()
     monkeypatch.setattr(eligibility, "missing_core", lambda results, profile: [])
     assert said() == ""
@@ -527,14 +534,15 @@ def test_results_admit_only_what_is_conformant_finished_and_of_this_device(
     assert past(source="bb", same_file=False) == ""
 
 
-def test_results_of_other_software_admit_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restart, "conformance", lambda *args: "")
+def test_results_of_other_software_do_not_allow_timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eligibility, "conformance", lambda *args: "")
 
     def excluded(environment: dict[str, Any]) -> list[str]:
         common = {"suite": "1", "device": "cpu", "dtypes": [], "effort": "smoke", "seed": 0, "started": ""}
         Results(**common, backend="numpy", environment=environment).write(tmp_path / "numpy.json")
-        preset, more = {"one": ONE}, {"restarts": 1, "phases": ("prefill",), "seconds_per_case": 0.05}
-        record = controller.bench({"numpy": WorkerSpec("numpy")}, preset, tmp_path, tmp_path / "speed.json", **more)
+        options = engine.Options(tmp_path / "speed.json", 0.05, tmp_path)
+        specs, presets = {"numpy": WorkerSpec("numpy")}, {"one": ONE}
+        record = runner.bench(specs, presets, options, restarts=1, phases=("prefill",))
         assert bool(record.rounds) != bool(record.excluded)
         return [one.why for one in record.excluded]
 
@@ -552,7 +560,7 @@ def test_a_backend_without_a_full_forward_recomputes_by_a_prefill_and_the_record
         (MACHINE, "read"),
         (MACHINE, "multiply"),
     }
-    assert record.software["numpy"]["recompute"] == "full"
+    assert record.software["numpy"]["recompute"] == "uncached forward"
     assert record.software["NoFull"]["recompute"] == "prefill of all tokens"
 
 
@@ -567,24 +575,54 @@ def test_a_generation_is_run_as_often_as_the_published_one(timed: Any) -> None:
     assert record.protocol["phases"] == ["generate"]
 
 
-def test_a_budget_goes_before_the_published_runs(timed: Any) -> None:
-    known = Published("4 tokens", "1 s", "2 s", 2.0, "here", "somewhere", "Sleepy", ("generate",), (), runs=400)
+def test_a_time_limit_takes_precedence_over_the_published_runs(timed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "MIN_SECONDS", 0.2)
+    known = Published("4 tokens", "1 s", "2 s", 2.0, "here", "somewhere", "numpy", ("generate",), (), runs=4000)
     preset = replace(ONE, generate=(4, 4), published=(known,))
-    record = timed("Sleepy", preset=preset, restarts=2, phases=("generate",), seconds=1e-3)
-    assert 0 < len(record.rounds) < 100  # 50 ms a restart at least, of generations that sleep for 6
+    record = timed("numpy", preset=preset, restarts=2, phases=("generate",), time_limit=1e-3)
+    assert 0 < len(record.rounds) < 2000  # 0.2 s a restart
     assert record.protocol["seconds"] == 1e-3
+
+
+def test_a_time_limit_leaves_out_cases_that_would_have_too_few_rounds_and_the_record_lists_them(
+    timed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of Sleepy takes 2 ms: six prefills fit into 0.2 s, six generations of 25 tokens do not."""
+    monkeypatch.setattr(runner, "MIN_SECONDS", 0.2)
+    preset, lines = replace(ONE, depths=(12,), generate=(4, 25)), list[str]()
+    phases = ("prefill", "generate")
+    record = timed("Sleepy", preset=preset, restarts=2, time_limit=1e-3, phases=phases, say=lines.append)
+    assert [(case.arms[0].phase, case.depth) for case in record.cases] == [("prefill", 9)]
+    (left_out,) = record.excluded
+    assert (left_out.backend, left_out.preset, left_out.phase) == ("", "one", "generate at 4")
+    assert left_out.why == "the time limit leaves 0.2 s a restart, which is too little"
+    assert {block.restart for block in record.rounds} == {0, 1}
+    rounds = Counter((block.case, block.arm, block.restart) for block in record.rounds)
+    assert min(rounds.values()) >= ROUNDS_WANTED
+    assert any("left out: generate at 4" in line for line in lines)
+
+
+def test_a_later_start_is_expected_to_take_what_the_first_took_without_exports_and_compilations() -> None:
+    run = runner._Bench({}, [ONE], engine.Options(Path("x"), 1.0, time_limit=100.0), 3, (), lambda *_: None)
+    run.starts = {("one", 0): 60.0}
+    run.record.once = [Once("one", "a", 0, 2.0, 30.0, {"decode(12)": 20.0})]
+    assert run._start_seconds() == pytest.approx(10)
+    cases = len(run.plans["one"])
+    assert run.case_seconds() == pytest.approx((100 - 2 * 10) / (3 * cases), rel=0.01)
+    run.starts["one", 1] = 14.0
+    assert run._start_seconds() == 14
 
 
 def test_a_device_that_is_not_the_processor_has_none_of_its_ceilings(
     timed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    began = controller._Run.preset
+    began = runner._Bench.time
 
     def elsewhere(run: Any, *args: Any) -> None:
         run.record.device = "cuda"
         began(run, *args)
 
-    monkeypatch.setattr(controller._Run, "preset", elsewhere)
+    monkeypatch.setattr(runner._Bench, "time", elsewhere)
     record = timed("numpy", phases=("decode",))
     assert {arm.phase for case in record.cases for arm in case.arms} == {"decode"}
     assert record.rounds
@@ -601,16 +639,13 @@ def test_a_block_of_a_worker_of_another_version_is_understood_by_its_names() -> 
         client._block({"ns": 5, "tokens": []})
 
 
-@pytest.mark.parametrize("budget", [None, 1e-3])
-def test_filling_the_caches_takes_no_rounds_away_but_of_a_budget(
-    budget: float | None, timed: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_filling_the_caches_takes_no_rounds_away(timed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     warm = TimingClient.warm
     monkeypatch.setattr(TimingClient, "warm", lambda *args: time.sleep(0.2) or warm(*args))
-    record = timed("numpy", per_case=0.05, phases=("decode",), seconds=budget)
+    record = timed("numpy", per_case=0.05, phases=("decode",))
     rounds = Counter((block.case, block.arm) for block in record.rounds)
     assert rounds
-    assert all((count >= ROUNDS_WANTED) == (budget is None) for count in rounds.values()), rounds
+    assert all(count >= ROUNDS_WANTED for count in rounds.values()), rounds
 
 
 def test_what_holds_one_sequence_at_a_time_is_timed_at_every_batch(timed: Any) -> None:
@@ -627,7 +662,7 @@ def test_every_worker_gets_the_same_threads_before_it_starts(timed: Any) -> None
     assert seen["GLIBC_TUNABLES"] == record.protocol["variables"]["GLIBC_TUNABLES"] != ""
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not tell its processors")
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not report its processors")
 def test_all_workers_of_a_restart_share_a_processor_and_the_next_restart_has_another(
     timed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -666,13 +701,13 @@ def test_times_of_a_machine_that_changes_are_taken_out_and_a_gpu_beside_it_is_no
     def held(device: str) -> Iterator[dict[str, Any]]:
         yield {"gpu": "one"}
 
-    monkeypatch.setattr(controller, "held", held)
+    monkeypatch.setattr(engine, "held", held)
     assert timed("numpy", restarts=2).excluded == []
-    told = iter([{"cores": 2}, {"cores": 2}])
-    monkeypatch.setattr(controller, "machine", lambda: next(told, {"cores": 1}))
+    seen = iter([{"cores": 2}, {"cores": 2}])
+    monkeypatch.setattr(engine, "machine", lambda: next(seen, {"cores": 1}))
     record = timed("numpy", restarts=3)
     assert record.rounds == record.cases == []
-    assert [one.why for one in record.excluded] == ["the machine has changed while it was timed"]
+    assert [one.why for one in record.excluded] == ["the machine changed during the run"]
 
 
 # --- interrupted ---
@@ -690,7 +725,7 @@ def test_an_interrupt_keeps_what_was_measured(
 
     monkeypatch.setattr(TimingClient, "blocks", interrupted)
     lines: list[str] = []
-    record = timed("numpy", "numpy-again", preset=TINY, per_case=60.0, tell=lines.append)
+    record = timed("numpy", "numpy-again", preset=TINY, per_case=60.0, say=lines.append)
     assert not record.finished
     assert "interrupted" in lines[-1]
     assert record.rounds

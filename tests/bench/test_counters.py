@@ -12,10 +12,10 @@ import torch
 from places import ROOT
 
 from kvconform.bench.counters import compare as counters
-from kvconform.bench.counters.collect import LOOP, WARM, Tally
 from kvconform.bench.counters.compare import Count, Missing, Record
-from kvconform.bench.counters.record import COUNTERS, PHASES, growth, written
+from kvconform.bench.counters.record import COUNTERS, PHASES, growth
 from kvconform.bench.presets import Preset
+from kvconform.files import write_versioned
 from kvconform.results.gate import OK, REGRESSION
 from kvconform.worker.client import WorkerSpec
 from kvconform_backends.onnx import counting as onnx_counting
@@ -52,7 +52,7 @@ SLOT = 2 * 2 * 4 * 6
 ON_NUMPY = '''
 from dataclasses import replace
 import numpy as np
-from kvconform_backends import numpy_cache
+from kvconform_backends.numpy import cache as numpy_cache
 
 class NoCache(numpy_cache.NumpyCache):
     """Keeps the tokens and computes all of them anew."""
@@ -95,7 +95,7 @@ class CountsNothing(numpy_cache.NumpyCache):
 '''
 
 ON_TORCH = '''
-from kvconform_backends import eager
+from kvconform_backends.torch import eager
 
 class Plain(eager.Eager):
     pass
@@ -249,7 +249,8 @@ def test_counting_twice_writes_the_same_bytes(counted: Any, tmp_path: Path) -> N
     first, file = counted("Plain"), tmp_path / "counted.py"
     file.write_text(ON_TORCH)
     again = counters.count({"backend": WorkerSpec(f"{file}:Plain")}, {"tiny": TINY}, tmp_path / "again.json", str)
-    assert (tmp_path / "again.json").read_bytes() == written(first)
+    write_versioned(tmp_path / "first.json", first)
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "first.json").read_bytes()
     assert counters.compare(first, again) == counters.compare(again, first) == []
 
 
@@ -362,7 +363,7 @@ def test_graphs_compiled_along_a_decode_are_counted_after_its_first_steps(counte
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("CountsApples", "counts 'apples', which is not known; known: multiply_adds"),
+        ("CountsApples", "counts 'apples', which is unknown; known: multiply_adds"),
         ("CountsNothing", "it counts nothing"),
         ("Absent", "has no 'Absent'"),
     ],
@@ -406,7 +407,7 @@ def test_what_is_no_longer_counted_is_a_regression() -> None:
     ]
     gone = moved([OPERATORS, WORK], [], missing=[Missing("tiny", "a", "it died")])
     assert gone == [(REGRESSION, "tiny, a: is no longer counted: it died")]
-    assert moved([OPERATORS], []) == [(REGRESSION, "tiny, a: is no longer counted: it was not asked for")]
+    assert moved([OPERATORS], []) == [(REGRESSION, "tiny, a: is no longer counted: it was not part of the run")]
 
 
 def test_what_is_new_is_told_and_blocks_nothing() -> None:
@@ -452,7 +453,7 @@ def test_growth_needs_two_depths_and_a_bend_three() -> None:
 
 def test_a_record_survives_its_file_and_one_of_another_version_is_one_sentence(tmp_path: Path) -> None:
     record, path = record_of([OPERATORS, WORK], missing=[Missing("tiny", "b", "why")]), tmp_path / "counters.json"
-    path.write_bytes(written(record))
+    write_versioned(path, record)
     assert counters.read(path) == record
     assert counters.is_record(path)
     assert sum(line.startswith("  {") and '"counter"' in line for line in path.read_text().splitlines()) == 2

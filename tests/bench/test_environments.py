@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvconform.bench.engine import Options
 from kvconform.bench.gate import record as gate_record
-from kvconform.bench.gate import runner as pingpong
+from kvconform.bench.gate import runner
+from kvconform.bench.gate.decision import NOT_COMPARABLE, REGRESSION
 from kvconform.bench.gate.environments import Environment, environment
-from kvconform.bench.gate.sign_flip import NOT_COMPARABLE, REGRESSION
 from kvconform.bench.presets import Preset
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
@@ -114,12 +115,12 @@ def test_a_backend_that_is_given_by_its_file_is_the_file_of_the_ref(
 ) -> None:
     monkeypatch.chdir(repository)
     tree = made["trunk~1"].tree
-    assert made["trunk~1"].launch("planted.py:Steady").address == f"{tree}/planted.py:Steady"
-    assert made["trunk~1"].launch(f"{repository}/planted.py:Steady").address == f"{tree}/planted.py:Steady"
-    assert made["trunk~1"].launch('py:planted.py:Model?{"a": "b.py:c"}').address == (
+    assert made["trunk~1"].spec("planted.py:Steady").address == f"{tree}/planted.py:Steady"
+    assert made["trunk~1"].spec(f"{repository}/planted.py:Steady").address == f"{tree}/planted.py:Steady"
+    assert made["trunk~1"].spec('py:planted.py:Model?{"a": "b.py:c"}').address == (
         f'py:{tree}/planted.py:Model?{{"a": "b.py:c"}}'
     )
-    assert [made["trunk"].launch(name).address for name in ("numpy", "planted:Steady", "/a/b.py:C")] == [
+    assert [made["trunk"].spec(name).address for name in ("numpy", "planted:Steady", "/a/b.py:C")] == [
         "numpy",
         "planted:Steady",
         "/a/b.py:C",
@@ -151,15 +152,13 @@ def test_a_step_that_takes_twice_as_long_is_a_regression_between_two_commits(
 ) -> None:
     base, head = made["trunk~1"], made["trunk"]
     told: list[str] = []
-    record = pingpong.gate(
-        base.launch("planted:Steady"),
-        head.launch("planted:Steady"),
+    record = runner.gate(
+        base.spec("planted:Steady"),
+        head.spec("planted:Steady"),
         {"tiny": TINY},
         "planted",
-        tmp_path / "gate.json",
-        seconds_per_case=0.1,
-        tell=told.append,
-        environments={"base": base, "head": head},
+        Options(tmp_path / "gate.json", 0.1, say=told.append),
+        {"base": base, "head": head},
     )
     decode, prefill = record.verdicts
     assert (decode.verdict, record.exit_code) == (REGRESSION, 4)
@@ -168,11 +167,7 @@ def test_a_step_that_takes_twice_as_long_is_a_regression_between_two_commits(
     assert gate_record.read(tmp_path / "gate.json") == record
     assert record.finished
     assert [side.name for side in record.sides.values()] == ["trunk~1", "trunk"]
-    assert record.sides["head"].environment["numpy"] == np.__version__
-    orders = {
-        (block.restart, block.stage, block.round): block.side
-        for block in record.blocks
-        if (block.place, block.case) == (0, 0)
-    }
+    assert record.software["head"]["environment"]["numpy"] == np.__version__
+    orders = {(block.restart, block.round): block.arm for block in record.rounds if (block.place, block.case) == (0, 0)}
     assert 0.2 < np.mean(list(orders.values())) < 0.8  # either runs first in a round
     assert any(line.startswith("confirm 10/10: 1 of 1 cases") for line in told)

@@ -11,15 +11,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+from scipy import stats
 
 import kvconform
+from kvconform.bench import engine
+from kvconform.bench.client import TimingClient
+from kvconform.bench.engine import Options
 from kvconform.bench.gate import record as gate_record
-from kvconform.bench.gate import runner as pingpong
-from kvconform.bench.gate import self_test
-from kvconform.bench.gate.record import CaseVerdict, GateBlock, GateCase, GateRecord, Lasting, Side
-from kvconform.bench.gate.sign_flip import (
+from kvconform.bench.gate import runner, self_test
+from kvconform.bench.gate.decision import (
     CONFIRM,
     IMPROVEMENT,
     INCONCLUSIVE,
@@ -31,12 +34,13 @@ from kvconform.bench.gate.sign_flip import (
     RESTARTS,
     SCREEN,
     Evidence,
-    attained,
     find,
     play,
-    sign_flip,
 )
+from kvconform.bench.gate.record import CaseVerdict, GateRecord, NotComparable, Side
+from kvconform.bench.gate.sign_flip import sign_flip
 from kvconform.bench.presets import Preset
+from kvconform.bench.record import Arm, Case, Round
 from kvconform.errors import GpuBusy
 from kvconform.worker.client import WorkerSpec
 from kvconform_specs.config import Config
@@ -93,6 +97,11 @@ class Silent(OnCuda):
 """
 
 
+def attained(n: int, level: float) -> float:
+    """How often ``p <= level`` comes with equal code and magnitudes without ties: the level on a grid of 2^-n."""
+    return math.floor(level * 2**n) / 2**n
+
+
 def slack(n: int, rate: float) -> float:
     """Four standard deviations of a binomial count: an honest one is that far off with probability below 1e-4."""
     return 4 * math.sqrt(n * rate * (1 - rate))
@@ -110,6 +119,10 @@ def test_p_counts_every_sign_vector_and_ties_against_an_alarm() -> None:
     values = [0.1, 0.2, 0.3, -0.15, 0.0, 0.2]
     sums = [sum(s * v for s, v in zip(signs, values, strict=True)) for signs in product((1, -1), repeat=6)]
     assert sign_flip(values) == sum(total >= sum(values) - 1e-12 for total in sums) / 64
+    drawn = np.random.default_rng(4).normal(0.3, 1, (5, 7))
+    for row in drawn:
+        by_scipy = stats.permutation_test((row,), np.sum, permutation_type="samples", alternative="greater")
+        assert sign_flip(list(row)) == pytest.approx(by_scipy.pvalue)
     assert sign_flip([0.1] * 6) == 1 / 64
     assert sign_flip([0.0] * 6) == 1.0
     assert sign_flip([-0.1] * 6) == 1.0
@@ -219,11 +232,12 @@ def record_of(d: Mapping[str, Sequence[Sequence[float]]], rounds: int = 8) -> Ga
     """Whose restarts have these d: by stage, for each restart of each case."""
     blocks = []
     for stage, cases in d.items():
+        first = RESTARTS[SCREEN] if stage == CONFIRM else 0
         for case, values in enumerate(cases):
-            for restart, value in enumerate(values):
+            for restart, value in enumerate(values, first):
                 for n in range(rounds):
                     for side, ns in enumerate((10**6, round(10**6 * math.exp(value)))):
-                        blocks.append(GateBlock(case, stage, restart, n, side, side, 2, ns * (n + 1), 0, 0))
+                        blocks.append(Round(case, restart, n, side, side, ns * (n + 1), 0, 0))
     count = max(map(len, d.values()))
     return GateRecord(
         suite="1",
@@ -231,13 +245,14 @@ def record_of(d: Mapping[str, Sequence[Sequence[float]]], rounds: int = 8) -> Ga
         backend="b",
         device="cpu",
         machine={},
+        software={},
         protocol={},
         presets={},
         load=[],
         sides={name: Side(name, "", "") for name in gate_record.SIDES},
         finished=True,
-        blocks=blocks,
-        cases=[GateCase("p", "decode", n) for n in range(count)],
+        rounds=blocks,
+        cases=[Case("p", n, 1, [Arm(side, "decode") for side in gate_record.SIDES], 2) for n in range(count)],
     )
 
 
@@ -247,8 +262,9 @@ def test_verdicts_and_medians_of_a_written_record_are_those_of_its_raw_blocks(tm
     read = gate_record.read(tmp_path / "gate.json")
     assert gate_record.is_record(tmp_path / "gate.json")
     assert read == record
-    assert read.trials == gate_record.trials(read.blocks)
-    assert read.verdicts == gate_record.verdicts(read)
+    again = msgspec.structs.replace(read, trials=[], verdicts=[])
+    again.conclude()
+    assert again == read
     assert [one.verdict for one in read.verdicts] == [REGRESSION, PASS]
     assert [one.d for one in read.trials if one.case == 0] == pytest.approx([0.2] * 16, abs=1e-5)
     assert read.verdicts[0].ratio == pytest.approx(math.exp(0.2), rel=1e-5)
@@ -258,7 +274,7 @@ def test_verdicts_and_medians_of_a_written_record_are_those_of_its_raw_blocks(tm
 
 def test_nothing_but_a_regression_blocks() -> None:
     record = record_of({SCREEN: [SAME, QUICK, SLOW, SAME], CONFIRM: [[], [-0.2] * 10, [0.2, -0.2] * 5, []]})
-    record.lasting = [Lasting(3, "base: absent"), Lasting(3, "later")]
+    record.not_comparable = [NotComparable(3, "base: absent"), NotComparable(3, "later")]
     record.conclude()
     assert [one.verdict for one in record.verdicts] == [PASS, IMPROVEMENT, INCONCLUSIVE, NOT_COMPARABLE]
     assert record.verdicts[3].why == "base: absent"
@@ -267,7 +283,7 @@ def test_nothing_but_a_regression_blocks() -> None:
 
 def test_a_restart_counts_whole_rounds_and_too_few_of_them_are_noise() -> None:
     record = record_of({SCREEN: [SAME]}, rounds=5)
-    record.blocks.append(GateBlock(0, SCREEN, 0, 5, 0, 1, 2, 10**9, 0, 0))
+    record.rounds.append(Round(0, 0, 5, 0, 1, 10**9, 0, 0))
     record.conclude()
     assert [one.rounds for one in record.trials] == [5] * 6
     assert (record.trials[0].half_width, record.verdicts[0].verdict) == (None, INCONCLUSIVE)
@@ -276,8 +292,8 @@ def test_a_restart_counts_whole_rounds_and_too_few_of_them_are_noise() -> None:
 def test_a_block_under_the_clock_is_kept_in_the_record_and_is_in_no_trial() -> None:
     record = record_of({SCREEN: [SAME]}, rounds=5)
     record.machine = {"default_mhz": 1000}
-    record.blocks += [
-        GateBlock(0, SCREEN, restart, 5, side, side, 2, 10**6 * (1 + 99 * side), 0, 0, 1000 - 251 * side)
+    record.rounds += [
+        Round(0, restart, 5, side, side, 10**6 * (1 + 99 * side), 0, 0, 0, 1000 - 251 * side)
         for restart in range(6)
         for side in (0, 1)
     ]
@@ -292,13 +308,13 @@ def test_a_pass_that_compared_nothing_and_an_unknown_verdict_cannot_be_built(tmp
     with pytest.raises(ValueError, match="unknown verdict 'fine'"):
         CaseVerdict(0, "fine")
     (tmp_path / "gate.json").write_text('{"schema": "kv-gate/9"}')
-    with pytest.raises(SpecError, match="holds no record of a gate"):
+    with pytest.raises(SpecError, match="unknown schema 'kv-gate/9'; known: kv-gate/2"):
         gate_record.read(tmp_path / "gate.json")
 
 
 # --- live ---
 def compared(tmp_path: Path, base: WorkerSpec, head: WorkerSpec, **more: Any) -> GateRecord:
-    return pingpong.gate(base, head, {"tiny": TINY}, "b", tmp_path / "gate.json", **{"seconds_per_case": 0.05, **more})
+    return runner.gate(base, head, {"tiny": TINY}, "b", Options(tmp_path / "gate.json", 0.05, **more))
 
 
 @pytest.mark.parametrize(
@@ -322,11 +338,22 @@ def test_a_side_that_is_not_right_gets_no_time(name: str, why: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("file", "old", "new", "why"),
     [
-        ("worker.py", '"clock": self.clock,', "", "KeyError: 'clock'"),
-        ("worker.py", "block._asdict()", "list(block)", "answers no block that this version understands"),
-        ("worker.py", '"platform": platform.platform()', '"platform": "Elsewhere-1"', ", the base on Elsewhere-1"),
-        ("speed/stopwatch.py", ".hexdigest()[:16]", ".hexdigest()[:15]", "makes other tokens of the same seed"),
-        ("worker.py", "from __future__", "import nothing_such\nfrom __future__", "did not start"),
+        ("bench/worker/server.py", '"time": self.time,', "", "KeyError: 'time'"),
+        ("bench/worker/server.py", "block._asdict()", "list(block)", "sends no block that this version understands"),
+        ("bench/worker/server.py", "from __future__", "import nothing_such\nfrom __future__", "did not start"),
+        (
+            "worker/server.py",
+            '"platform": platform.platform()',
+            '"platform": "Elsewhere-1"',
+            ", the base on Elsewhere-1",
+        ),
+        (
+            "worker/server.py",
+            '"claims": claims, ',
+            "",
+            "its worker is of another version: its description lacks 'claims'",
+        ),
+        ("bench/worker/timer.py", ".hexdigest()[:16]", ".hexdigest()[:15]", "makes other tokens of the same seed"),
     ],
 )
 def test_a_side_of_another_version_or_machine_is_not_compared(
@@ -348,11 +375,11 @@ def test_classes_of_precision_are_not_compared_and_a_gpu_must_be_proven(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "subjects.py").write_text(SUBJECTS)
-    monkeypatch.setattr(pingpong, "held", lambda device: nullcontext({"gpu": f"of {device}"}))
+    monkeypatch.setattr(engine, "held", lambda device: nullcontext({"gpu": f"of {device}"}))
 
     def why(base: str, head: str, device: str) -> set[str]:
         launches = [WorkerSpec(f"{tmp_path / 'subjects.py'}:{name}", device=device) for name in (base, head)]
-        record = compared(tmp_path, *launches, seconds=0.0)
+        record = compared(tmp_path, *launches, time_limit=0.0)
         assert record.machine["gpu"] == f"of {device}"
         return {one.why.partition("): ")[2] for one in record.verdicts if one.verdict == NOT_COMPARABLE}
 
@@ -370,12 +397,16 @@ def test_classes_of_precision_are_not_compared_and_a_gpu_must_be_proven(
 def test_rounds_of_a_slow_clock_make_no_verdict(
     mhz: int, verdicts: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask = pingpong.ask
-    monkeypatch.setattr(pingpong, "ask", lambda *args: (*ask(*args)[:3], mhz, 0x4))
-    monkeypatch.setattr(pingpong, "held", lambda device: nullcontext({"default_mhz": 1000}))
+    blocks = TimingClient.blocks
+
+    def clocked(*args: Any, **more: Any) -> Any:
+        return [block._replace(sm_mhz=mhz, throttle=0x4) for block in blocks(*args, **more)]
+
+    monkeypatch.setattr(TimingClient, "blocks", clocked)
+    monkeypatch.setattr(engine, "held", lambda device: nullcontext({"default_mhz": 1000}))
     record = compared(tmp_path, WorkerSpec("numpy"), WorkerSpec("numpy"))
     assert {one.verdict for one in record.verdicts} <= verdicts
-    assert {(block.sm_mhz, block.throttle) for block in record.blocks} == {(mhz, 0x4)}
+    assert {(block.sm_mhz, block.throttle) for block in record.rounds} == {(mhz, 0x4)}
     if mhz < 1000:
         assert {one.why.partition("): ")[2] for one in record.verdicts} == {
             "no round of a restart had both blocks near the device's default clock"
@@ -395,7 +426,8 @@ def test_a_self_test_counts_the_runs_before_somebody_took_the_gpu(
         return given.pop()
 
     monkeypatch.setattr(self_test, "gate", gate)
-    common = (WorkerSpec("numpy", device="cuda"), {"tiny": TINY}, "b", tmp_path / "runs", tmp_path / "history.jsonl")
+    spec = WorkerSpec("numpy", device="cuda")
+    common = (spec, {"tiny": TINY}, "b", tmp_path / "history.jsonl", Options(tmp_path / "runs"))
     told = self_test.self_test(*common, runs=3, simulate=10)
     assert (told.runs, told.device) == (1, "cuda")
     with pytest.raises(GpuBusy):
@@ -408,7 +440,7 @@ def test_the_gate_waits_for_nobody_who_holds_the_gpu(tmp_path: Path, monkeypatch
         raise GpuBusy("it is being timed")
         yield
 
-    monkeypatch.setattr(pingpong, "held", busy)
+    monkeypatch.setattr(engine, "held", busy)
     (tmp_path / "gate.json").write_text("of before")
     with pytest.raises(GpuBusy, match="it is being timed"):
         compared(tmp_path, WorkerSpec("numpy"), WorkerSpec("numpy"))
@@ -417,7 +449,7 @@ def test_the_gate_waits_for_nobody_who_holds_the_gpu(tmp_path: Path, monkeypatch
 
 def test_what_was_not_decided_in_time_is_inconclusive(tmp_path: Path) -> None:
     told: list[str] = []
-    record = compared(tmp_path, WorkerSpec("numpy"), WorkerSpec("numpy"), seconds=0.01, tell=told.append)
+    record = compared(tmp_path, WorkerSpec("numpy"), WorkerSpec("numpy"), time_limit=0.01, say=told.append)
     assert [one.verdict for one in record.verdicts] == [INCONCLUSIVE] * 2
     assert not record.finished
     assert told[-1].startswith("the 0.01 s are used")
@@ -427,6 +459,8 @@ def test_what_was_not_decided_in_time_is_inconclusive(tmp_path: Path) -> None:
 def test_the_binomial_tail_is_that_of_its_definition() -> None:
     fair = [sum(heads) for heads in product((0, 1), repeat=7)]
     assert self_test.tail(5, 7, 0.5) == pytest.approx(sum(n >= 5 for n in fair) / 128)
+    for k, n, rate in ((1, 60, 1e-3), (30, 2000, 5e-3), (40, 50, 0.7)):
+        assert self_test.tail(k, n, rate) == pytest.approx(stats.binom.sf(k - 1, n, rate))
     assert self_test.tail(0, 7, 0.5) == 1
     assert self_test.tail(3, 7, 0.0) == 0
 
@@ -465,14 +499,7 @@ def test_simulated_gates_keep_the_rate_even_where_restarts_differ_much() -> None
 def test_a_self_test_runs_one_environment_against_itself_and_leaves_a_line(tmp_path: Path) -> None:
     log = tmp_path / "history" / "gate.jsonl"
     told = self_test.self_test(
-        WorkerSpec("numpy"),
-        {"tiny": TINY},
-        "numpy",
-        tmp_path / "runs",
-        log,
-        runs=1,
-        simulate=100,
-        seconds_per_case=0.05,
+        WorkerSpec("numpy"), {"tiny": TINY}, "numpy", log, Options(tmp_path / "runs", 0.05), runs=1, simulate=100
     )
     (line,) = self_test.history(log)
     assert line == told

@@ -11,7 +11,8 @@ import msgspec
 import pytest
 from speed_data import latency
 
-from kvconform.bench.record import Record, Round, Tokens, is_record, json_schema, read, write
+from kvconform.bench.record import Record, Round, Tokens, is_record, read, write
+from kvconform.cli.schemas import json_schema
 from kvconform_specs.errors import SpecError
 
 
@@ -109,7 +110,7 @@ def test_a_record_of_another_version_is_one_sentence(tmp_path: Path) -> None:
 
 def test_the_schema_describes_the_file_rather_than_the_struct(tmp_path: Path) -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    schema, path = json.loads(json_schema()), tmp_path / "speed.json"
+    schema, path = json_schema("speed"), tmp_path / "speed.json"
     write(latency(), path)
     jsonschema.validate(document(path), schema)
     for kind, required in ((Round, 8), (Tokens, 5)):

@@ -12,16 +12,17 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvconform.bench.analysis.costs import DESIGNS, bytes_expected, bytes_min, cost, multiply_adds, weights_read
 from kvconform.bench.analysis.intervals import times
 from kvconform.bench.analysis.ratios import MAX_RATIO_HALF_WIDTH
 from kvconform.bench.analysis.roofline import MAX_ROOFLINE_FRACTION, roofs
+from kvconform.bench.costs import DESIGNS, bytes_expected, bytes_min, cost, weights_read
 from kvconform.bench.record import MACHINE, Arm, Case, Record, Roof, Round
 from kvconform.bench.worker import ceilings
 from kvconform.bench.worker.ceilings import COLUMNS, PIECE, SIDE, WAYS, Ceiling, excess, fastest, floats, products
 from kvconform_backends.numpy.cache import NumpyCache
 from kvconform_backends.numpy.static import NumpyStatic
 from kvconform_specs.config import Config
+from kvconform_specs.costs import multiply_adds
 from kvconform_specs.tensors import Streams, weights
 
 GROUPED = Config(
@@ -126,7 +127,7 @@ def test_phases_cost_what_their_steps_cost() -> None:
     assert cost(c, "recompute", n).flops == 2 * multiply_adds(c, 0, n + 1)
     assert cost(c, "recompute", n).flops - cost(c, "recompute-last", n).flops == 2 * n * head
     assert cost(c, "recompute", n).bytes == weights_read(c, n + 1, 1)  # keys and values are kept nowhere
-    with pytest.raises(ValueError, match="no step is known of the phase 'generate'"):
+    with pytest.raises(ValueError, match="the phase 'generate' is not made of equal steps"):
         cost(c, "generate", n)
 
 

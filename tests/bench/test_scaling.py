@@ -10,13 +10,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvconform.bench.analysis.costs import cost, multiply_adds
 from kvconform.bench.analysis.intervals import student
 from kvconform.bench.analysis.scaling import expected, last_octaves, slope
 from kvconform.bench.analysis.summarize import summarise
+from kvconform.bench.costs import cost
 from kvconform.bench.record import MACHINE, Arm, Case, Exponent, Record, Round
 from kvconform.bench.worker.ceilings import excess
 from kvconform_specs.config import Config
+from kvconform_specs.costs import multiply_adds
 
 SHAPE = Config(
     "decoder",

@@ -64,7 +64,7 @@ def test_every_error_is_one_of_ours_and_bad_input_is_a_value_error() -> None:
         UnknownClause,
     }
     assert issubclass(Unavailable, BackendUnavailable)
-    assert (WorkerDied("x").kind, WorkerTimeout("x").kind) == ("crash", "timeout")
+    assert issubclass(WorkerTimeout, WorkerDied)
     lacking = Unavailable("this needs a GPU", "rent one")
     assert (lacking.sentence, lacking.remedy, str(lacking)) == (
         "this needs a GPU",

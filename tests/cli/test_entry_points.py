@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import kvconform
 from places import SUPPORT
 
 from kvconform.judging.verdict import Outcome
@@ -22,11 +23,6 @@ SUBJECTS = SUPPORT / "subjects.py"
 ONE_CONFIG = ("--effort", "smoke", "--config", "attention-gqa")
 CORE = [c.name for c in BY_NAME.values() if c.core and c.concerns(CONFIGS["attention-gqa"])]
 ONLY_CORE = (*ONE_CONFIG, *(word for name in CORE for word in ("--clause", name)))
-
-
-def kvconform(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kvconform", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
 
 
 def test_a_conformant_backend_exits_with_0(tmp_path: Path) -> None:
@@ -89,9 +85,15 @@ def test_a_broken_backend_exits_with_1_and_each_failure_is_two_lines(tmp_path: P
         (("spec", "poetry"), "no clause or chapter named 'poetry'; chapters: shape, causality"),
         (("replay", "none.json"), "none.json: cannot be read: No such file or directory"),
         (("bench", "-b", "numpy", "--preset", "huge"), "--preset: no preset named 'huge'; known: "),
-        (("bench", "-b", "numpy", "--gate", "--phase", "decode"), "--phase and --restarts are not of the gate"),
-        (("bench", "-b", "numpy", "--gate", "--restarts", "3"), "--phase and --restarts are not of the gate"),
-        (("bench", "-b", "numpy", "--gate", "--self-test", "--budget", "9"), "--budget: a self-test has --runs"),
+        (("bench", "-b", "numpy", "--phase", "dance"), "--phase: no phase named 'dance'; known: prefill, decode"),
+        (("bench", "-b", "numpy", "gate"), "options of 'gate' are given after that word"),
+        (("bench", "gate", "-b", "numpy", "--phase", "decode"), "No such option: --phase"),
+        (
+            ("bench", "gate", "-b", "numpy", "--self-test", "--time-limit", "9"),
+            "--time-limit does not apply to a self-test",
+        ),
+        (("bench", "gate", "-b", "numpy", "--history", "x"), "--history applies to a self-test only"),
+        (("bench", "counters", "-b", "numpy", "--preset", "huge"), "--preset: no preset named 'huge'; known: "),
         (("report", "none.json"), "none.json: cannot be read: No such file or directory"),
         (("run",), "Missing option"),
     ],
@@ -104,7 +106,7 @@ def test_bad_input_exits_with_2_and_one_clear_sentence(arguments: tuple[str, ...
 
 
 def test_counters_that_count_nothing_are_no_success(tmp_path: Path) -> None:
-    done = kvconform("bench", "--counters", "-b", "missing.py:Thing", "--preset", "small", folder=tmp_path)
+    done = kvconform("bench", "counters", "-b", "missing.py:Thing", "--preset", "small", folder=tmp_path)
     assert done.returncode == 5
     assert "no counts: " in done.stdout
 

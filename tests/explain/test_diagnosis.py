@@ -9,6 +9,7 @@ from itertools import accumulate
 
 import numpy as np
 import pytest
+from naming_rates import named
 from places import SUPPORT
 
 from kvconform.explain import visibility
@@ -128,6 +129,13 @@ def test_every_mistake_is_a_class_of_the_catalogue_with_one_of_its_bugs() -> Non
         assert mistake.bug in {fault.bug for fault in FAULTS.values() if name in fault.classes}
         assert mistake.remedy.endswith(".")
         assert ". " not in mistake.remedy
+
+
+@pytest.mark.slow
+def test_a_wrong_name_is_rare() -> None:
+    outcomes = [outcome for _fault, _config, outcome, _words in named(list(FAULTS.values())[::24])]
+    assert len(outcomes) > 6
+    assert "wrong" not in outcomes
 
 
 # --- without a name ---
@@ -303,7 +311,7 @@ def test_a_map_shows_leaks_between_rows_and_sequences() -> None:
         return map_matches.leak([Map(schedule=schedule, sizes=[1], wanted=["x..", ".x.", "..x"], seen=seen, rows=3)])
 
     assert leak("sequences") is None
-    assert leak("sequences", (1, 0), (2, 0)) == Leak(between="earlier sequences", mistakes=["C6"])
+    assert leak("sequences", (1, 0), (2, 0)) == Leak(between="earlier sequences", mistakes=["C6", "M6"])
     assert leak("sequences", (1, 0), (0, 1)) == Leak(between="open sequences", mistakes=["C7"])
     assert leak("rows", (1, 0)) == Leak(between="rows", mistakes=[])
 

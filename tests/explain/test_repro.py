@@ -16,6 +16,7 @@ from places import ROOT, SUPPORT
 
 from kvconform.explain import repro
 from kvconform.explain.repro.inputs import Run, inputs, literal
+from kvconform.judging.verdict import Outcome
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import Counterexample, read
 from kvconform.search.effort import EFFORTS
@@ -57,7 +58,7 @@ def written(address: str, clause: str, *steps: tuple[Step, ...], **spec: Any) ->
             backend=address,
             device="cpu",
             sentence="",
-            outcome="fail",
+            outcome=Outcome.FAIL,
             before=[],
             case=Case(tuple(Program(config, program) for program in steps)).to_json(),
             reduced=True,
@@ -227,7 +228,8 @@ class Mean:
     def script(self, program, tag):
         lines = ["past = None"]
         for i, step in enumerate(program.steps):
-            if type(step).__name__ == "UncachedForward": lines.append(f"y{{tag}}{{i}} = mean(x{{tag}}{{i}})[0]  # step {{i}}")
+            if type(step).__name__ == "UncachedForward":
+                lines.append(f"y{{tag}}{{i}} = mean(x{{tag}}{{i}})[0]  # step {{i}}")
             else: lines.append(f"y{{tag}}{{i}}, past = mean(x{{tag}}{{i}}, past)  # step {{i}}")
         return "\\n".join(lines)
 """
@@ -404,7 +406,7 @@ def test_what_holds_has_no_script(tmp_path: Path) -> None:
         backend="numpy",
         device="cpu",
         sentence="none",
-        outcome="fail",
+        outcome=Outcome.FAIL,
         before=[],
         case=Case((program,)).to_json(),
         reduced=True,

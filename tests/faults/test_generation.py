@@ -220,7 +220,7 @@ def test_ids_are_judged_as_the_stream_that_holds_them(own: bool) -> None:
     streams = Streams(ROPE, 9, (0, 1, 2))
     ids = np.stack([streams.tape(5 + row) for row in range(3)], axis=1)
     numbers = given(ROPE, reference, ids.astype(np.int64))
-    for kind in ("value", "floor", "bound"):
+    for kind in ("value", "bound_lower", "bound"):
         assert np.array_equal(numbers(kind), want.numbers(kind)), kind
     tail = given(ROPE, reference, ids.astype(np.int64), 4)("value")
     assert np.allclose(tail, want.value[:, :, 4:], rtol=0, atol=1e-12)

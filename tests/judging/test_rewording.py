@@ -22,7 +22,7 @@ from kvconform.explain import repro
 from kvconform.judging.mismatch import Mismatch
 from kvconform.judging.render import render
 from kvconform.results import gate
-from kvconform.results.results import Results, exit_code
+from kvconform.results.results import Results
 from kvconform.run.run import Plan, run_backend
 from kvconform.search import counterexample
 from kvconform.search.effort import Effort
@@ -60,7 +60,7 @@ def run(address: str, clause: str, config: str, out: Path) -> Results:
 def facts(results: Results) -> Any:
     """Verdicts and guarantees without their sentences and times."""
     found = [msgspec.structs.replace(verdict, sentence="-", seconds=0.0) for verdict in results.verdicts]
-    return found, {name: (held.level, held.refuted) for name, held in results.guarantees.items()}, exit_code(results)
+    return found, {name: (held.level, held.refuted) for name, held in results.guarantees.items()}, results.exit_code
 
 
 def stored(results: Results, out: Path) -> counterexample.Counterexample:

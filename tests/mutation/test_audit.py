@@ -9,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import msgspec
 import pytest
-from mismatches import WRONG, cause
+from mismatches import RAISED, cause
 from places import SUPPORT
 
-from kvconform.judging.mismatch import Kind
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.mutation import audit as audits
 from kvconform.mutation.audit import AuditPlan, audit, audit_fault
@@ -223,12 +221,8 @@ class Told:
 def test_what_counts_as_a_kill(
     clause: str, outcome: Outcome, raised: bool, ran: int | None, kills: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = cause(outcome)
-    if raised:
-        known["mismatch"] = msgspec.structs.replace(WRONG, kind=Kind.RAISED)
-    verdict = Verdict(
-        clause=clause, config="attention-gqa", backend="x", outcome=outcome, sentence="so", compared=1, **known
-    )
+    fields = {"sentence": "so", "compared": 1, **cause(outcome)} | ({"mismatch": RAISED} if raised else {})
+    verdict = Verdict(clause=clause, config="attention-gqa", backend="x", outcome=outcome, **fields)
     monkeypatch.setattr(audits, "run_cell", lambda *_: verdict)
     trial = audits._try(Fault("x", "a:X"), BY_NAME[clause], cast(WorkerClient, Told(ran)), BRIEF, 0)
     assert trial.kills is kills
@@ -237,9 +231,8 @@ def test_what_counts_as_a_kill(
 
 def test_a_refuted_guarantee_kills_a_fault_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "determinism.repeatable"
-    verdict = Verdict(
-        clause=name, config="attention-gqa", backend="x", outcome=Outcome.REFUTED, sentence="so", mismatch=WRONG
-    )
+    fields = {"outcome": Outcome.REFUTED, "sentence": "so", **cause(Outcome.REFUTED)}
+    verdict = Verdict(clause=name, config="attention-gqa", backend="x", **fields)
     monkeypatch.setattr(audits, "run_cell", lambda *_: verdict)
     trial = audits._try(Fault("x", "a:X", (name,)), BY_NAME[name], cast(WorkerClient, Told(1)), BRIEF, 0)
     assert (trial.kills, trial.by) == (True, "judgement")

@@ -86,7 +86,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         claims=tree,
         stale=[name],
         known_failures=[given.row(name, clause="errors.unchanged", config=name)],
-        power={name: given.power()},
         guarantees={name: Guarantee(level=name, refuted=name, sentence=name, counterexample=name)},
     )
     speed = latency(("eager", "onnx", name))

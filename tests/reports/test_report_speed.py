@@ -173,8 +173,8 @@ def test_the_sentence_says_ratio_and_how_much_longer_it_takes_without_the_cache(
     assert "8.00 times as long with the last position alone projected." in text
     every(record, ratios={"valid": False, "why_invalid": "a storm"})
     text = said(record)
-    assert "; its ratio to eager is not valid. How much longer it takes without, all positions projected to" in text
-    assert "or the last position alone projected, is not valid here: the table says why." in text
+    assert "; its ratio to eager is not valid. The ratio to the time without the cache, all positions projected" in text
+    assert "or the last position alone projected, is not valid: the reason is in the table." in text
     assert "times as long" not in text
 
 

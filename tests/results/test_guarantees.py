@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mismatches import cause
+
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.guarantees import LEVELS, Guarantee, measured
 from kvconform_specs.clause import Level
@@ -10,7 +12,8 @@ from kvconform_specs.clauses import BY_NAME
 
 def verdict(clause: str, outcome: Outcome = Outcome.PASS, config: str = "decoder-rope") -> Verdict:
     words = "" if outcome is Outcome.PASS else f"{clause} does not hold"
-    return Verdict(clause=clause, config=config, backend="b", outcome=outcome, sentence=words, compared=1)
+    fields = {"sentence": words, "compared": 1, **cause(outcome)}
+    return Verdict(clause=clause, config=config, backend="b", outcome=outcome, **fields)
 
 
 ALL = [verdict(clause) for clauses in LEVELS.values() for clause in clauses if clause != "definition.attention"]

@@ -27,13 +27,6 @@ def test_the_evidence_is_there_and_is_small() -> None:
     assert sum(path.stat().st_size for path in EVIDENCE) < 2_000_000
 
 
-def test_the_page_in_the_documents_is_that_of_the_records_beside_it() -> None:
-    page = render({path.name: read(path) for path in EVIDENCE})
-    assert (ROOT / "docs" / "speed.md").read_text() == page, (
-        "stale: PYTHONPATH=docs/studies python -m speed_page docs/evidence/* -o docs/speed.md"
-    )
-
-
 @pytest.mark.parametrize("path", EVIDENCE, ids=lambda path: path.name)
 def test_what_a_published_record_says_follows_from_its_raw_rounds(path: Path) -> None:
     stored, again = read(path), read(path)

@@ -16,8 +16,8 @@ from timing.analyse import AFTER, COMPARED, EQUAL, NEEDED, REFERENCE, ROUNDS, SL
 from timing.collect import PLANTED, Restart, Series, Study, read
 from timing.rules import RULES
 
+from kvconform.bench.gate.decision import PROTOCOL, RATE
 from kvconform.bench.gate.self_test import SelfTest, history
-from kvconform.bench.gate.sign_flip import RATE
 from kvconform.bench.protocol import ENOUGH_ROUNDS
 from kvconform.files import write_versioned
 
@@ -121,7 +121,7 @@ def test_tests_on_samples_of_one_pair_give_false_positives_where_processes_diffe
         for samples in (AFTER, ROUNDS):
             assert by_rule[name, samples].share[EQUAL] == 0.5  # in one of both orders: always wrong
     assert by_rule["mean of 10, +10 %", AFTER].share[EQUAL] == 0.0
-    assert {one.trials for key, one in by_rule.items() if "pingpong" not in key[0]} == {4 * NEEDED}
+    assert {one.trials for key, one in by_rule.items() if PROTOCOL not in key[0]} == {4 * NEEDED}
 
 
 def test_the_stopping_rule_goes_on_while_the_interval_is_wide() -> None:
@@ -219,13 +219,11 @@ def test_each_restart_is_a_dot(written: dict[str, str]) -> None:
     assert written[page.STRIPS].count("<circle") == 3 * 2 * NEEDED
 
 
-def test_the_page_in_the_documents_is_that_of_the_samples_beside_it() -> None:
+def test_the_samples_in_the_documents_are_small_and_enough() -> None:
     samples = ROOT / "docs" / page.SAMPLES
-    assert samples.stat().st_size < 1_000_000
-    tests = history(ROOT / "docs" / page.HISTORY)
-    for name, text in page.render(read(samples), tests).items():
-        path = name or "latency.md"
-        assert (ROOT / "docs" / path).read_text() == text, f"{path} is stale: nox -s regenerate"
+    assert samples.stat().st_size < 500_000
+    assert {pool.name for pool in analyse.pools(read(samples))} == set(page.WORDS)
+    assert history(ROOT / "docs" / page.HISTORY)
 
 
 def test_a_study_survives_its_file(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvconform.errors import Exit
+from kvconform.errors import Exit, Raised
 from kvconform.judging.mismatch import Kind, Mismatch
 from kvconform.judging.verdict import Outcome, Reason
 
@@ -23,6 +23,7 @@ WRONG = Mismatch(
     want=-0.4266,
     bound=7.4e-07,
 )
+RAISED = Mismatch(kind=Kind.RAISED, program=0, step=1, call="append 1 to a", error=Raised("RuntimeError", "no"))
 DIED = Mismatch(kind=Kind.DIED, program=0, step=3, call="reset a", ended=Exit(signal="SIGSEGV"))
 TIMED_OUT = Mismatch(kind=Kind.TIMED_OUT, program=0, step=2, call="append 1 to a", ended=Exit(timeout=30.0))
 

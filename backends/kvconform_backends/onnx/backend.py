@@ -201,7 +201,7 @@ class OnnxBackend(CountedSessions, Backend):
             **{name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript")},
             **onnx_runtime.runtime_info(self.sessions.values(), self.config.dtype, self.device),
             "device": self.seen_on,
-            "device_time": self.device_time.said,
+            "device_time": self.device_time.methods,
             "opset": onnx_graphs.OPSET,
             "files": self.files,
         }

@@ -1,18 +1,20 @@
-"""Device time on CUDA, and the rest of what the stopwatch asks of a torch backend there.
+"""Device time on CUDA, and what else the bench needs of a torch backend there.
 
-Two numbers, never mixed. *Step wall* is the stopwatch's: from before the call until the stream is empty, and it holds
-what a caller waits for: the checks of inputs, the copy of token ids to the device, every launch, the work itself, and
-the copy of the logits to the host (a step gives numpy). *Device time* is what the device alone is busy with: the step
-without both copies and without the host's launches. It is measured in one of two ways, which are told with the number:
+Two numbers, never mixed. *Step wall* is measured by the timer: from before the call until the stream is empty. It
+includes everything that a caller waits for: the checks of inputs, the copy of token ids to the device, every launch,
+the work itself, and the copy of the logits to the host (a step returns numpy). *Device time* is the time in which the
+device is busy: the step without both copies and without the host's launches. It is measured in one of two ways, which
+are recorded with the number:
 
-``graph``: a CUDA graph of ten steps or more, timed by events around its replay, behind another replay, so that no
-launch is waited for. Each step has a copy of weights and cache of its own, as many as it takes that five times the
-bytes of L2 are read before one is read again: L2 is *flushed*.
+``graph``: a CUDA graph of ten steps or more, timed by events around its replay, behind another replay, so that it
+includes no wait for a launch. The steps use copies of weights and cache in turn, so many that five times the bytes of
+L2 are read before one is read again: L2 is *flushed*.
 ``cupti``: steps one after another under ``torch.profiler``, the union of the spans of all kernels: L2 is *warm* as it
-is in a decode. For what cannot be captured: compiled steps, and ONNX Runtime, which waits for its stream itself.
+is in a decode. For what cannot be captured: compiled steps, and ONNX Runtime, which waits for its own stream.
 
-Where neither can be, the answer is None and the reason is told. Events around plain steps are never used: they count
-the launches. CUPTI stays in a process and slows its launches (pytorch issue 144455), so that no wall time may follow.
+If neither is possible, the result is None and the reason is recorded. Events around plain steps are never used: they
+include the launches. CUPTI stays in a process and slows its launches (pytorch issue 144455), so that wall times are
+measured first.
 """
 
 from __future__ import annotations
@@ -31,32 +33,32 @@ from torch.profiler import ProfilerActivity, profile, supported_activities
 from kvconform_backends.torch.decoder import Decoder
 
 STEPS = 10
-"""A graph has at least so many steps."""
+"""The fewest steps of a graph."""
 ROTATED = 5
-"""So many times the bytes of L2 are read before a copy is read again."""
+"""The bytes that are read before a copy is read again, as a multiple of L2."""
 LEAD = 2
 """Replays that keep the device busy while the host hands over the one that is timed."""
 GATHERED = ("embed", "position")
-"""Weights of which a step reads a few rows: they do not count as read."""
+"""Weights of which a step reads a few rows; they are not counted."""
 
 Call = Callable[[int], object]
-"""One step from the case's depth, on the copy of the cache that the number names, which is made when it is first asked
-for. The step forgets what it added, on the host alone, so that it can be made again, and inside a capture."""
+"""One step from the case's depth, on the copy of the cache with this number, which is made at its first use. The step
+removes what it added, on the host alone, so that it can be repeated, also inside a capture."""
 
 
 class NotMeasured(Exception):
-    """There is no device time: the reason."""
+    """Why there is no device time."""
 
 
 class Cupti:
-    """Whether it was attached to this process, which it does not leave."""
+    """Whether CUPTI was attached to this process; it is never detached."""
 
     attached = False
 
 
 def synchronise(device: str) -> None:
-    """Waits until the device has nothing left to do; on a CPU nothing is ever left. Raises RuntimeError where a wall
-    time would hold the cost of a profiler."""
+    """Waits until the device has finished its work; does nothing on a CPU. Raises RuntimeError if a wall time would
+    include the cost of a profiler."""
     if device != "cuda":
         return
     if Cupti.attached:
@@ -87,7 +89,7 @@ class Allocator:
         self.before = 0
 
     def grown(self) -> int | None:
-        """Bytes that it held at most above what it held when this was last asked; None without CUDA."""
+        """The peak in bytes above the allocation at the previous call; None without CUDA."""
         if not torch.cuda.is_available():
             return None
         stats = torch.cuda.memory_stats()
@@ -97,15 +99,15 @@ class Allocator:
 
 
 class DeviceTime:
-    """Device times of one backend, and how they came about (``said``, for its runtime_info).
+    """Device times of one backend, and how they were measured (``methods``, for its runtime_info).
 
-    ``backend``: one with the seams of ``eager.Torch``: ``tensor`` (numpy to device), ``array`` (device to numpy) and
-    ``decoder``. None: there are no seams, only CUPTI can tell, and its copies between host and device do not count.
+    ``backend``: one with the attributes of ``eager.Torch``: ``tensor`` (numpy to device), ``array`` (device to numpy)
+    and ``decoder``. None: there are none; only CUPTI is used, and copies between host and device do not count.
     """
 
     def __init__(self, device: str, backend: Any = None) -> None:
         self.device, self.backend = device, backend
-        self.said: list[str] = []
+        self.methods: list[str] = []
         self._newest: tuple[Call, Graph | str] | None = None  # one: it holds copies of the weights
 
     def ns(self, call: Call, steps: int) -> int | None:
@@ -115,20 +117,20 @@ class DeviceTime:
                 raise NotMeasured(f"the device is {self.device}")
             taken = self._measured(call, steps)
         except NotMeasured as reason:
-            self._say(f"not measured: {reason}")
+            self._note(f"not measured: {reason}")
             return None
         return taken
 
     def _measured(self, call: Call, steps: int) -> int:
         graph = self._graph(call, steps)
         if isinstance(graph, Graph):
-            self._say("graph: CUDA graph of steps on copies of weights and cache in turn; L2 flushed")
+            self._note("graph: CUDA graph of steps on copies of weights and cache in turn; L2 flushed")
             return round(graph.ns() * steps)
         try:
             taken = traced(call, steps, self.backend)
         except NotMeasured as reason:
             raise NotMeasured(f"no CUDA graph: {graph}; no CUPTI: {reason}") from reason
-        self._say("cupti: union of kernel spans, step after step; L2 warm")
+        self._note("cupti: union of kernel spans, step after step; L2 warm")
         return taken
 
     def _graph(self, call: Call, steps: int) -> Graph | str:
@@ -141,8 +143,8 @@ class DeviceTime:
                 self._newest = call, str(reason)
         return self._newest[1]
 
-    def _say(self, words: str) -> None:
-        self.said = sorted({*self.said, words})
+    def _note(self, words: str) -> None:
+        self.methods = sorted({*self.methods, words})
 
 
 class Graph:

@@ -159,7 +159,7 @@ class Torch(Counted, Backend):
             "threads": torch.get_num_threads(),
             "sdpa": f"not used: {' and '.join(unfit)}" if unfit else SDPBackend(choice).name,
             "precision": device_time.precision(self.dtype, self.device),
-            "device_time": self.device_time.said,
+            "device_time": self.device_time.methods,
         }
 
 

@@ -19,7 +19,7 @@ from timing.rules import ALPHA, RULES, Rule, Samples, bootstrap_slower, mann_whi
 
 from kvconform.bench import protocol
 from kvconform.bench.analysis.intervals import interval, rank, student
-from kvconform.bench.gate.sign_flip import CONFIRM, REGRESSION, RESTARTS, SCREEN, find
+from kvconform.bench.gate.decision import CONFIRM, PROTOCOL, REGRESSION, RESTARTS, SCREEN, find
 from kvconform.bench.protocol import ENOUGH_ROUNDS, TARGET_HALF_WIDTH
 
 Values = NDArray[np.float64]
@@ -276,7 +276,7 @@ def gate(pool: Pool) -> Rates:
         signs = (1, -1) if arm == EQUAL else (1,)
         verdicts = [_verdict((sign * values[one]).tolist()) for sign in signs for one in chosen]
         share[arm] = float(np.mean([verdict == REGRESSION for verdict in verdicts]))
-    words = f"`pingpong-v1`, {RESTARTS[SCREEN]} + {RESTARTS[CONFIRM]} restarts"
+    words = f"`{PROTOCOL}`, {RESTARTS[SCREEN]} + {RESTARTS[CONFIRM]} restarts"
     return Rates(words, ROUNDS, len(chosen) * 2, share)
 
 

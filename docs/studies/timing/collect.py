@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kvconform.bench.client import TimingClient
+from kvconform.bench.client import WORKER, TimingClient
 from kvconform.bench.presets import Preset
 from kvconform.bench.protocol import processors, variables
 from kvconform.bench.record import Arm
@@ -208,7 +208,9 @@ def _restart(study: Study, condition: str, number: int, seed: tuple[int, ...]) -
     marks = [time.perf_counter()]
     with ExitStack() as stack:
         for index in drawn.permutation(len(arms)):  # the order of starting may decide where memory lies
-            spec = WorkerSpec(ADDRESSES[PLANTED[arms[index]]], environment=variables(1), cpus=processors(1, number))
+            spec = WorkerSpec(
+                ADDRESSES[PLANTED[arms[index]]], environment=variables(1), cpus=processors(1, number), module=WORKER
+            )
             client = clients[arms[index]] = stack.enter_context(WorkerClient(spec))
             refused = client.build(PRESET.config)
             if refused is not None:

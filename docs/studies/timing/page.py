@@ -35,8 +35,8 @@ from timing.collect import CONDITIONS, PLANTED, Study, read
 from timing.rules import ALPHA, RULES
 
 from kvconform.bench.analysis.intervals import t95
+from kvconform.bench.gate.decision import CONFIRM, LEVEL, PROTOCOL, RATE, RESTARTS, SCREEN, SMALLEST
 from kvconform.bench.gate.self_test import SelfTest, history
-from kvconform.bench.gate.sign_flip import CONFIRM, LEVEL, PROTOCOL, RATE, RESTARTS, SCREEN, SMALLEST
 from kvconform.bench.protocol import ENOUGH_ROUNDS, TARGET_HALF_WIDTH
 from kvconform.files import write_atomically
 
@@ -221,7 +221,7 @@ def _rules() -> str:
         f"- **`{PROTOCOL}`** (ours): the median of the paired log ratios of each restart is one number. "
         f"{RESTARTS[SCREEN]} restarts screen by an exact sign-flip test (p ≤ {LEVEL[SCREEN]:g}), {RESTARTS[CONFIRM]} "
         f"other restarts confirm (p ≤ {LEVEL[CONFIRM]:g}), and both medians must exceed log {math.exp(SMALLEST):g} "
-        "(`harness/kvconform/bench/gate/sign_flip.py`)."
+        "(`harness/kvconform/bench/gate/decision.py`)."
     )
     items.append(
         "- All rules get the same samples, fewer than some of these tools take by default. The chart above shows the "

@@ -2,7 +2,7 @@
 
 They take samples of one process of A and of one process of B, in nanoseconds a step. This is the flaw of most of them:
 two processes of the same code differ, and samples of one process, however many, do not show that difference. Our rule
-(``bench.gate.sign_flip``) takes one number from each of many restarts.
+(``bench.gate.decision``) takes one number from each of many restarts.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""No time without conformance: who may be timed on a preset, and one sentence why another may not.
+"""Eligibility: no time without conformance. Which backends may be timed on a preset, and why another may not.
 
-Two questions are asked. What do the results of a conformance run say? And are the outputs on the very inputs that
-will be timed within the bound of the definition? The second judges every position of every call that is timed, on
-``COLUMNS`` logits drawn by the seed: a logit depends on its own column of the LM head alone, so that the drawn ones
-are those of a decoder with a smaller vocabulary, whose bound holds as it stands; a backend cannot know them.
+Three questions are asked: whether the results of a conformance run allow it, whether the outputs on the very inputs
+that will be timed are within the bound of the definition, and whether the right thing ran (``runtime_info``). The
+second judges every position of every call that is timed, on ``COLUMNS`` logits drawn by the seed: a logit depends on
+its own column of the LM head alone, so that the drawn ones are those of a decoder with a smaller vocabulary, whose
+bound holds as it stands; a backend cannot know them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from kvconform.bench.presets import Preset
 from kvconform.bench.worker.gpu import unfit
 from kvconform.bench.worker.timer import digest, tokens
+from kvconform.errors import BackendUnavailable, KvconformError, WorkerDied
 from kvconform.results.results import missing_core, read
 from kvconform.worker.client import WorkerClient, WorkerSpec, unproven
 from kvconform.worker.execute import StepResult
@@ -42,8 +44,57 @@ MOST_STEPS = 16
 """Decode steps that are judged at each depth, and the most that are timed in one block."""
 
 
+class Ineligible(KvconformError):
+    """A backend may not be timed: one sentence."""
+
+
+def config_of(client: WorkerClient, preset: Preset) -> Config:
+    """The config that a backend is built for: the preset's; for a black box its own, with the preset's capacity."""
+    own = list(client.configs.values())
+    return preset.config if not own else replace(own[0], capacity=preset.config.capacity)
+
+
+def build(client: WorkerClient, preset: Preset) -> None:
+    """Builds a backend whose claims cover the preset, unless its worker has it. Raises Ineligible."""
+    try:
+        why = unable(client.claims, preset) or client.build(config_of(client, preset))
+    except (WorkerDied, BackendUnavailable) as error:
+        raise Ineligible(str(error)) from error
+    if why:
+        raise Ineligible(why)
+
+
+def check_outputs(client: WorkerClient, preset: Preset, seed: int, defined: Callable[[], ExpectedLogits]) -> int:
+    """Judges a built backend's outputs on the timed inputs: how many numbers were compared. Raises Ineligible.
+
+    ``defined`` gives what the definition expects; a black box is judged by its own uncached forward.
+    """
+    config = config_of(client, preset)
+    try:
+        forward = client.reference_forward
+        expected = defined() if forward is None else by_reference(forward(config), config, seed)
+        why, compared = parity(client, preset, config, seed, expected)
+    except (WorkerDied, BackendUnavailable) as error:
+        raise Ineligible(str(error)) from error
+    if why:
+        raise Ineligible(why)
+    return compared
+
+
+def check_runtime(client: WorkerClient, preset: Preset, threads: int) -> dict[str, Any]:
+    """What really ran (``Backend.runtime_info``). Raises Ineligible if that may not be timed."""
+    try:
+        found = client.runtime_info(config_of(client, preset))
+    except (WorkerDied, BackendUnavailable) as error:
+        raise Ineligible(f"died in runtime_info(): {error}") from error
+    why = misfit(found, threads, client.spec.device)
+    if why:
+        raise Ineligible(why)
+    return found
+
+
 def conformance(name: str, spec: WorkerSpec, results_dir: Path) -> str:
-    """Why the results ``results_dir/<name>.json`` do not admit this backend, or nothing."""
+    """Why the results ``results_dir/<name>.json`` do not allow timing this backend; empty if they do."""
     try:
         results = read(results_dir / f"{name}.json")
     except SpecError as error:
@@ -63,12 +114,12 @@ def conformance(name: str, spec: WorkerSpec, results_dir: Path) -> str:
 
 
 def outdated(name: str, results_dir: Path, environment: Mapping[str, str], *, same_file: bool = True) -> str:
-    """Why the results ``results_dir/<name>.json`` say nothing of a worker with this ``environment``, or nothing: they
-    were made with other versions, or another state of the backend's file. ``same_file``: False where a preset has
-    another address in the name's place."""
-    told = read(results_dir / f"{name}.json").environment
+    """Why the results ``results_dir/<name>.json`` do not apply to a worker with this ``environment``; empty if they do:
+    they were made with other versions, or with another state of the backend's file. ``same_file``: False if a preset
+    replaces the name's address."""
+    then = read(results_dir / f"{name}.json").environment
     for key, now in environment.items():
-        was = told.get(key, now)
+        was = then.get(key, now)
         if was != now and (same_file or key != "source"):
             words = "another state of its file" if key == "source" else f"{key} {was}, this is {now}"
             return f"its conformance results are of {words}: judge it again (kvconform run -b {name})"
@@ -76,7 +127,7 @@ def outdated(name: str, results_dir: Path, environment: Mapping[str, str], *, sa
 
 
 def unable(claims: Claims, preset: Preset) -> str:
-    """Why the backend's claims leave the preset out, or nothing."""
+    """Why the backend's claims exclude the preset; empty if they do not."""
     longest = max(*preset.depths, *preset.prompts)
     if claims.max_batch is not None and claims.max_batch < max(preset.batches):
         return f"claims no batch of more than {claims.max_batch}, the preset needs {max(preset.batches)}"
@@ -90,8 +141,8 @@ def unable(claims: Claims, preset: Preset) -> str:
 
 
 def misfit(runtime_info: Mapping[str, Any], threads: int, device: str) -> str:
-    """Why what really ran gets no time, or nothing: it is not what its name says, or not on so many threads, nobody
-    knows what it is, or it copies in every step."""
+    """Why what ran may not be timed; empty if it may. It is not what its name says, used another number of threads,
+    cannot be verified, or copies between host and device in every step."""
     if runtime_info.get("fallback"):
         return f"not what its name says: {runtime_info['fallback']}"
     if runtime_info.get("threads", threads) != threads:
@@ -100,21 +151,21 @@ def misfit(runtime_info: Mapping[str, Any], threads: int, device: str) -> str:
 
 
 def room(config: Config, depth: int) -> int:
-    """How many decode steps are judged from a depth on, and may be timed in one block."""
+    """The number of decode steps that are judged from a depth on, and that may be timed in one block."""
     return min(MOST_STEPS, config.capacity - depth)
 
 
 @dataclass(frozen=True)
-class Truth:
-    """What must come out at every position of the timed tokens: ``value`` ``(positions, columns)`` of the drawn
-    ``columns`` of the logits, ``bound`` ``(positions, 1)``."""
+class ExpectedLogits:
+    """The expected logits at every position of the timed tokens: ``value`` ``(positions, columns)`` in the drawn
+    ``columns``, and ``bound`` ``(positions, 1)``."""
 
     columns: NDArray[np.int64]
     value: Array
     bound: Array
 
 
-def truth(config: Config, seed: int) -> Truth:
+def by_definition(config: Config, seed: int) -> ExpectedLogits:
     """By the definition. Takes seconds to minutes: eight noisy runs of it over a whole context."""
     columns = _drawn(config, seed)
     exact: dict[str, Array] = {}
@@ -124,20 +175,21 @@ def truth(config: Config, seed: int) -> Truth:
     value = decoder(ids, exact, config, attend=blockwise)
     noise, rough = bounds.Noisy(bounds.STORAGE[config.dtype], seed=len(ids)), bounds.single(exact)
     # one run after another: eight at once take ten times the memory and are no faster
-    strays = [bounds.deviation(decoder(ids, rough, config, 0, noise, blockwise), value) for _ in range(bounds.RUNS)]
-    return Truth(columns, value, bounds.decoder_bound(strays, bounds.RUNS, noise.gain))
+    deviations = [bounds.deviation(decoder(ids, rough, config, 0, noise, blockwise), value) for _ in range(bounds.RUNS)]
+    return ExpectedLogits(columns, value, bounds.decoder_bound(deviations, bounds.RUNS, noise.gain))
 
 
-def own_truth(own: ReferenceForward, config: Config, seed: int) -> Truth:
-    """Of a black box, by its own forward without a cache. Raises WorkerDied where that raises."""
+def by_reference(forward: ReferenceForward, config: Config, seed: int) -> ExpectedLogits:
+    """By a black box's own forward without a cache. Raises WorkerDied if that raises."""
     columns = _drawn(config, seed)
     ids: NDArray[Any] = tokens(config, seed)
-    value = own(ids, 0.0, 0.0, 0)[0].astype(np.float64)
+    value = forward(ids, 0.0, 0.0, 0)[0].astype(np.float64)
     noise = bounds.perturbation(config.dtype)
-    strays = [
-        bounds.deviation(own(ids, noise.storage, noise.accumulation, 1 + run)[0], value) for run in range(bounds.RUNS)
+    deviations = [
+        bounds.deviation(forward(ids, noise.storage, noise.accumulation, 1 + run)[0], value)
+        for run in range(bounds.RUNS)
     ]
-    return Truth(columns, value[:, columns], bounds.black_box_bound(strays, bounds.RUNS, noise.gain))
+    return ExpectedLogits(columns, value[:, columns], bounds.black_box_bound(deviations, bounds.RUNS, noise.gain))
 
 
 def _drawn(config: Config, seed: int) -> NDArray[np.int64]:
@@ -164,11 +216,13 @@ def blockwise(query: Array, keys: Array, values: Array, config: Config, *, layer
     return parts[-1]._replace(output=np.concatenate([part.output for part in parts], axis=-2))
 
 
-def parity(client: WorkerClient, preset: Preset, config: Config, seed: int, known: Truth) -> tuple[str, int]:
-    """What is wrong with the backend's outputs on the timed inputs, or nothing; and how many numbers were compared.
+def parity(
+    client: WorkerClient, preset: Preset, config: Config, seed: int, expected: ExpectedLogits
+) -> tuple[str, int]:
+    """What is wrong with the backend's outputs on the timed inputs, empty if nothing; and how many numbers were
+    compared.
 
-    ``config``: what the backend is built for, the preset's or a black box's own. Raises WorkerDied and BackendUnavailable where
-    the backend cannot be asked.
+    ``config``: the one that the backend is built for. Raises WorkerDied and BackendUnavailable.
     """
     if config is not preset.config and digest(tokens(config, seed)) != digest(tokens(preset.config, seed)):
         return "its tokens are others than those of the preset: another vocabulary, or other special tokens", 0
@@ -177,7 +231,7 @@ def parity(client: WorkerClient, preset: Preset, config: Config, seed: int, know
         calls = list(_calls(preset, client.claims, n, seed))
         trace = client.run(Program(config, tuple(step for step, _ in calls)), (0,)).apart()[0]
         for (step, first), done in zip(calls, trace, strict=False):  # a trace ends where a step raised
-            words, count = _wrong(step, first, done, config, client.claims, known)
+            words, count = _wrong(step, first, done, config, client.claims, expected)
             compared += count
             if words:
                 return f"not conformant on the timed inputs: {_name(step, first)}: {words}", compared
@@ -195,15 +249,11 @@ def _calls(preset: Preset, claims: Claims, n: int, seed: int) -> Iterator[tuple[
             yield Append("timed", (1,), seed), n - 1
             yield Append("timed", (1,), seed), n
     yield Close("timed"), 0
-    if n in preset.depths:
-        for last in (False, True) if claims.can("last_only") else (False,):
-            yield (
-                (UncachedForward if claims.can("uncached_forward") else Append)(
-                    "whole", (n + 1,), seed, last_only=last
-                ),
-                0,
-            )
-            if not claims.can("uncached_forward"):
+    uncached = UncachedForward if claims.can("uncached_forward") else Append
+    for last in (False, True) if n in preset.depths else ():
+        if not last or claims.can("last_only"):
+            yield uncached("whole", (n + 1,), seed, last_only=last), 0
+            if uncached is Append:
                 yield Close("whole"), 0
 
 
@@ -216,7 +266,9 @@ def _name(step: Step, first: int) -> str:
     return type(step).__name__.lower()
 
 
-def _wrong(step: Step, first: int, done: StepResult, config: Config, claims: Claims, known: Truth) -> tuple[str, int]:
+def _wrong(
+    step: Step, first: int, done: StepResult, config: Config, claims: Claims, expected: ExpectedLogits
+) -> tuple[str, int]:
     if done.error is not None:
         return f"raised {done.error}", 0
     if not isinstance(step, Append | UncachedForward):
@@ -230,13 +282,13 @@ def _wrong(step: Step, first: int, done: StepResult, config: Config, claims: Cla
         return f"gave {came}, want float32 {shape[1:]}", 0
     if not np.isfinite(got).all():
         return "gave numbers that are not finite", 0
-    mine = got[0, 0][:, known.columns]
-    want, bound = known.value[first : first + t], known.bound[first : first + t]
+    mine = got[0, 0][:, expected.columns]
+    want, bound = expected.value[first : first + t], expected.bound[first : first + t]
     off = ~(np.abs(mine - want) <= bound)
     if off.any():
         position, column = (int(i) for i in np.argwhere(off)[0])
         return (
-            f"position {first + position}, logit {known.columns[column]}: got {mine[position, column]:.6g}, "
+            f"position {first + position}, logit {expected.columns[column]}: got {mine[position, column]:.6g}, "
             f"want {want[position, column]:.6g} ± {bound[position, 0]:.2g}"
         ), mine.size
     return "", mine.size

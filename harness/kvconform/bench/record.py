@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from kvconform.files import family_of, read_versioned, schema_of, write_versioned
+from kvconform.files import family_of, read_versioned, write_versioned
 
 SCHEMA = "kv-latency/2"
 
@@ -350,8 +350,3 @@ def is_record(path: Path) -> bool:
 def read(path: Path) -> Record:
     """The speed record in a file. Raises SpecError with one sentence where the file holds none of this version."""
     return read_versioned(path, Record, SCHEMA, "speed record")
-
-
-def json_schema() -> bytes:
-    """The JSON Schema of a speed record."""
-    return msgspec.json.format(msgspec.json.encode(schema_of(Record)), indent=1)

@@ -1,174 +1,182 @@
-"""The controller of a speed run, protocol ``pair-v1``.
-
-All workers of a preset are alive at once, and all are started anew as often as the protocol says: the restart is the
-unit of replication. In each round every arm of a case runs one block, in an order drawn anew, so that what else the
-machine does falls on all alike; ratios are paired within rounds. A worker times itself and answers numbers.
-"""
+"""The bench, protocol ``pair-v1``: backends against one another on presets."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
+from functools import partial
 
+import msgspec
+
+from kvconform.bench.analysis import ratios
 from kvconform.bench.analysis.summarize import summarise, without
-from kvconform.bench.plans import plans
-from kvconform.bench.presets import Preset
-from kvconform.bench.protocol import RESTARTS, SECONDS_PER_CASE, described
-from kvconform.bench.record import MACHINE, Excluded, Record, write
-from kvconform.bench.restart import Restart
-from kvconform.bench.worker.gpu import held
-from kvconform.host import load_average, machine
+from kvconform.bench.engine import Options, Restart, Run, fields
+from kvconform.bench.presets import CasePlan, Preset, case_plans
+from kvconform.bench.protocol import DEVICE_BLOCKS, MIN_SECONDS, NAME, RESTARTS
+from kvconform.bench.record import MACHINE, Excluded, Memory, Once, Record, Round, Tokens, write
+from kvconform.bench.worker.gpu import default_mhz, fast
+from kvconform.errors import BackendLost
 from kvconform.worker.client import WorkerSpec
-from kvconform_specs import SUITE_VERSION
+from kvconform_specs.costs import cache_bytes
 
-Tell = Callable[[str], None]
 Advance = Callable[[float, float], None]
 
 
 def bench(
-    launches: Mapping[str, WorkerSpec],
+    specs: Mapping[str, WorkerSpec],
     presets: Mapping[str, Preset],
-    results_dir: Path | None,
-    out: Path,
+    options: Options,
     *,
-    seconds_per_case: float = SECONDS_PER_CASE,
     restarts: int = RESTARTS,
-    seconds: float | None = None,
     phases: Sequence[str] = (),
-    seed: int = 0,
-    threads: int = 1,
-    tell: Tell = lambda line: None,
     advance: Advance = lambda done, remaining: None,
 ) -> Record:
-    """Times every backend that may be timed on every preset; the file ``out`` grows with each case.
+    """Times every eligible backend on every preset; the file ``options.out`` grows with each restart.
 
-    launches: by name, the reference first; a preset's own address takes a name's place. results_dir: where the
-    results of a conformance run are; None asks for none, which the record says, and then only the outputs on the
-    timed inputs are judged. seconds_per_case: wall seconds in one restart after the warm-up. seconds: of the whole
-    run, from which those of a case follow then, warm-up included. phases: keeps these (``record.PHASES``); empty
-    keeps all. tell: is given one line for each thing done; advance: the share that is done and the seconds that
-    remain. An interrupt (Ctrl-C) ends the run and keeps what is measured: the record that is written and returned
-    has ``finished`` False then. Raises ``device.GpuBusy`` where another benchmark holds the GPU.
+    specs: by name, the reference first; a preset's own address replaces a name's. phases: times only these
+    (``record.PHASES``); empty: all. advance: is called with the share that is done and the seconds that remain. A time
+    limit is divided among the cases; those for which it leaves too little are left out, and the record lists them.
+    After an interrupt (Ctrl-C) the record has ``finished`` False. Raises GpuBusy if another benchmark holds the GPU.
     """
-    run = _Run(
-        list(presets.values()),
-        results_dir,
-        out,
-        seconds_per_case,
-        restarts,
-        seconds,
-        seed,
-        threads,
-        tell,
-        tuple(phases),
-        advance,
-    )
-    run.record.device = ", ".join(sorted({spec.device for spec in launches.values()}))
-    with held("cuda" if "cuda" in run.record.device else "cpu") as told:
-        run.record.machine |= told
-        try:
-            for preset in run.presets:
-                run.preset(preset, launches)
-            run.record.finished = True
-        except KeyboardInterrupt:
-            tell("interrupted: what was measured is kept")
-        finally:
-            run.write()
+    run = _Bench(specs, list(presets.values()), options, restarts, tuple(phases), advance)
+    with run.running():
+        for preset in run.presets:
+            run.time(preset)
     return run.record
 
 
-class _Run:
+class _Bench(Run[Record]):
     """The state of one run."""
 
     def __init__(
         self,
+        specs: Mapping[str, WorkerSpec],
         presets: list[Preset],
-        results_dir: Path | None,
-        out: Path,
-        seconds_per_case: float,
+        options: Options,
         restarts: int,
-        seconds: float | None,
-        seed: int,
-        threads: int,
-        tell: Tell,
         phases: tuple[str, ...],
         advance: Advance,
     ) -> None:
-        self.presets, self.results_dir, self.out = presets, results_dir, out
-        self.seconds_per_case, self.restarts, self.seconds = seconds_per_case, restarts, seconds
-        self.seed, self.threads, self.tell, self.phases, self.advance = seed, threads, tell, phases, advance
-        self.began = time.perf_counter()
-        self.done = 0  # cases
-        self.spent = 0.0  # seconds of these
-        self.record = Record(
-            suite=SUITE_VERSION,
-            started=datetime.now(UTC).isoformat(timespec="seconds"),
-            device="",
-            machine=machine(),
-            software={},
-            load=[load_average()],
-            presets={preset.name: preset.to_json() for preset in presets},
-            protocol=described(presets, results_dir, seconds_per_case, seed, threads, restarts, phases, seconds),
+        self.specs, self.presets, self.restarts, self.advance = specs, presets, restarts, advance
+        self.plans = {preset.name: case_plans(preset, phases) for preset in presets}
+        self.done, self.planned = 0, restarts * sum(map(len, self.plans.values()))  # cases of all restarts
+        self.starts: dict[tuple[str, int], float] = {}  # seconds of each
+        common = fields(
+            presets,
+            ", ".join(sorted({spec.device for spec in specs.values()})),
+            options,
+            name=NAME,
+            restarts=restarts,
+            phases=list(phases) or "all",
+            validity=ratios.RULES,
+            interval="95 %, Student's t over the restarts' median log ratios",
+            conformance="not required" if options.results_dir is None else f"exit code 0 in {options.results_dir}",
         )
+        super().__init__(Record(**common), options)
 
-    def preset(self, preset: Preset, launches: Mapping[str, WorkerSpec]) -> None:
-        """All restarts of a preset. Who is lost in one is not in the next."""
-        cases = plans(preset, self.phases)
+    def time(self, preset: Preset) -> None:
+        """All restarts of a preset. A backend that is lost in one is not in the next."""
         for number in range(self.restarts):
             lost = {one.backend for one in self.record.excluded if one.preset == preset.name and not one.phase}
-            with Restart(self, preset, number) as restart:
-                restart.start({name: spec for name, spec in launches.items() if name not in lost})
-                for plan in cases if restart.admitted else ():
-                    began = time.perf_counter()
-                    restart.cell(plan)
-                    self.spent += time.perf_counter() - began
-                    self.done += 1
-                    self.advance(self.share(), self.remaining())
-                restart.conclude()
-            self.record.load.append(load_average())
-            self.write()
-            if not machine().items() <= self.record.machine.items():  # which may tell of a GPU as well
-                timed = {arm.backend for case in self.record.cases if case.preset == preset.name for arm in case.arms}
-                for name in sorted(timed - {MACHINE}):
-                    self.expel(name, preset, "the machine has changed while it was timed")
+            specs = {name: spec for name, spec in self.specs.items() if name not in lost}
+            began, plans = self.elapsed, self.plans[preset.name]
+            with self.restart(preset, number, specs, plans) as restart:
+                self.starts[preset.name, number] = self.elapsed - began
+                self.record.once += [Once(preset.name, name, number, *once) for name, once in restart.once.items()]
+                for plan in list(plans) if restart.admitted else ():
+                    self._case(restart, plan)
+                restart.conclude(partial(self._afterwards, restart))
 
-    # --- time ---
-    def total(self) -> int:
-        """Cases of the whole run."""
-        return self.restarts * sum(len(plans(preset, self.phases)) for preset in self.presets)
+    def _case(self, restart: Restart, plan: CasePlan) -> None:
+        """One case, again without a backend that is lost in it."""
+        limited, first = self.options.time_limit is not None, restart.number == 0
+        runs = max((one.runs for one in restart.preset.published), default=1) if plan.new and not limited else 1
+        share = self.case_seconds()
+        while arms := restart.arms(plan):
+            least = -(-runs // self.restarts)  # as many generations as were published
+            try:
+                made = restart.time(plan, arms, least, *([share] if limited and first else []))
+            except BackendLost as lost:
+                restart.lose(lost.backend if lost.backend != MACHINE else restart.admitted[0], lost.why)
+                continue
+            if made is None:
+                self._leave_out(restart.preset, plan, share)
+            break
+        self.done += 1
+        self.advance(self.done / max(1, self.planned), self.elapsed / self.done * (self.planned - self.done))
 
-    def share(self) -> float:
-        return self.done / max(1, self.total())
-
-    def remaining(self) -> float:
-        """Seconds, from what has been done so far: starting and building counts with the cases."""
-        return (time.perf_counter() - self.began) / max(1, self.done) * (self.total() - self.done)
+    def _leave_out(self, preset: Preset, plan: CasePlan, share: float) -> None:
+        why = f"the time limit leaves {share:.2g} s a restart, which is too little"
+        self.record.excluded.append(Excluded("", preset.name, why, str(plan)))
+        self.options.say(f"{preset.name}: left out: {plan}: {why}")
+        self.plans[preset.name].remove(plan)
+        self.planned -= self.restarts - 1
 
     def case_seconds(self) -> float:
-        """What one case may take in one restart."""
-        if self.seconds is None:
-            return self.seconds_per_case
-        elapsed = time.perf_counter() - self.began
-        apart = elapsed - self.spent  # starting and building so far, which every restart needs again
-        starts = len({(one.preset, one.restart) for one in self.record.once}) or 1
-        to_come = self.restarts * len(self.presets) - starts
-        left = self.seconds - elapsed - apart / starts * to_come
-        return max(0.05, left / max(1, self.total() - self.done))
+        if self.options.time_limit is None:
+            return self.options.seconds_per_case
+        to_come = self.restarts * len(self.presets) - len(self.starts)
+        left = self.options.time_limit - self.elapsed - self._start_seconds() * to_come
+        return max(MIN_SECONDS, left / max(1, self.planned - self.done))
 
-    # --- who is left out ---
-    def exclude(self, name: str, preset: Preset, why: str, phase: str = "") -> None:
-        self.record.excluded.append(Excluded(name, preset.name, why, phase))
-        self.tell(f"{preset.name}: no time for {name}{' ' * bool(phase)}{phase}: {why}")
+    def _start_seconds(self) -> float:
+        """Seconds of a further start. The first one of a preset exports and compiles, and caches that; until there is
+        another, what it took besides counts."""
+        later = [seconds for (_, number), seconds in self.starts.items() if number]
+        if later:
+            return max(later)
+        once = [one.build + sum(one.compile.values()) for one in self.record.once]
+        return max(0.0, sum(self.starts.values()) - sum(once)) / max(1, len(self.starts))
 
-    def expel(self, name: str, preset: Preset, why: str) -> None:
+    # --- backends that are lost ---
+    def lose(self, preset: Preset, name: str, why: str) -> None:
         """Excludes a backend and takes out what was measured of it on this preset."""
-        self.exclude(name, preset, why)
+        self.record.excluded.append(Excluded(name, preset.name, why))
+        self.options.say(f"{preset.name}: no time for {name}: {why}")
         without(self.record, name, preset.name)
 
+    def machine_changed(self, preset: Preset) -> None:
+        timed = {arm.backend for case in self.record.cases if case.preset == preset.name for arm in case.arms}
+        for name in sorted(timed - {MACHINE}):
+            self.lose(preset, name, "the machine changed during the run")
+
+    # --- after all wall times of a restart ---
+    def _afterwards(self, restart: Restart, name: str) -> None:
+        """Bytes of the caches, in the first restart, and on a GPU the device's own times."""
+        if restart.number == 0:
+            self._memory(restart, name)
+        if restart.clients[name].spec.device == "cuda":
+            self._device_times(restart, name)
+
+    def _device_times(self, restart: Restart, name: str) -> None:
+        """Measured beside the wall times of this restart's first rounds that count."""
+        default = default_mhz(self.record.machine)
+        for index, case in enumerate(self.record.cases):
+            for arm, one in enumerate(case.arms):
+                mine = [
+                    at
+                    for at, block in enumerate(self.record.rounds)
+                    if (block.case, block.restart, block.arm) == (index, restart.number, arm) and fast(block, default)
+                ][:DEVICE_BLOCKS]
+                if one.backend != name or case.preset != restart.preset.name or case.new or not mine:
+                    continue
+                depth, steps, batch = case.depth, case.steps, case.batch
+                found = restart.client.device(restart.preset, one, depth, steps, len(mine), batch=batch)
+                for at, ns in zip(mine, found, strict=True):
+                    self.record.rounds[at] = msgspec.structs.replace(self.record.rounds[at], device_ns=ns)
+
+    def _memory(self, restart: Restart, name: str) -> None:
+        preset, depth = restart.preset, restart.preset.depths[-1]
+        for batch in preset.batches:
+            found = restart.client.memory(preset, name, depth, batch)
+            analytic = cache_bytes(preset.config, depth) * batch
+            self.record.memory.append(Memory(preset.name, name, depth, batch, analytic, **found))
+
+    # --- the record ---
+    def keep(self, rounds: list[Round], tokens: list[Tokens]) -> None:
+        super().keep(rounds, tokens)
+        self.record.tokens += tokens
+
     def write(self) -> None:
-        record = self.record
-        record.seconds = round(time.perf_counter() - self.began, 3)
-        summarise(record)
-        write(record, self.out)
+        self.record.seconds = round(self.elapsed, 3)
+        summarise(self.record)
+        write(self.record, self.options.out)

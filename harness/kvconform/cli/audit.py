@@ -50,8 +50,8 @@ def audit(
     """Tries the clauses on backends with planted faults.
 
     Prints which clauses detect each fault, and after how many programs and seconds.
-    The exit code is 0 if every fault is detected and no control is; 1 if a fault survives or a control is detected; 3 if
-    some could not run here. An exception does not count as detection for a clause about numbers.
+    The exit code is 0 if every fault is detected and no control is; 1 if a fault survives or a control is detected; 3
+    if some could not run here. An exception does not count as detection for a clause about numbers.
     """
     efforts = tuple(effort_named(name) for name in dict.fromkeys(effort))
     part = parse_shard(shard) if shard else None

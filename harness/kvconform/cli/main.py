@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from kvconform import __version__
-from kvconform.cli import audit, baseline, report, run, spec
-from kvconform.cli.bench import bench
+from kvconform.cli import audit, baseline, bench, report, run, spec
 from kvconform.cli.options import errors, say
 from kvconform.errors import BackendUnavailable, KvconformError
 from kvconform.results.results import EXIT_CODES
@@ -21,8 +20,23 @@ from kvconform_specs import SUITE_VERSION
 # Hypothesis stores tables in a folder; by default in the current one
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir()) / "kvconform-hypothesis"))
 
+
+class Commands(TyperGroup):
+    """An error of ours becomes one sentence and an exit code, not a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KvconformError as error:
+            say(f"kvconform: {error}", errors)
+            raise typer.Exit(
+                3 if isinstance(error, BackendUnavailable) else 2 if isinstance(error, ValueError) else 1
+            ) from error
+
+
 app = typer.Typer(
     name="kvconform",
+    cls=Commands,
     help="Tests implementations of KV-cache attention against their definition without a cache.\n\n\b\nExit codes:\n"
     + "\n".join(f"  {code}  {words}" for code, words in EXIT_CODES.items()),
     no_args_is_help=True,
@@ -32,12 +46,8 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The entry point: an error of ours is one sentence and an exit code, not a traceback."""
-    try:
-        app()
-    except KvconformError as error:
-        say(f"kvconform: {error}", errors)
-        sys.exit(3 if isinstance(error, BackendUnavailable) else 2 if isinstance(error, ValueError) else 1)
+    """The entry point."""
+    app()
 
 
 def _version(asked: bool) -> None:
@@ -61,7 +71,7 @@ app.command()(run.replay)
 app.command()(baseline.gate)
 app.command()(baseline.merge)
 app.command()(audit.audit)
-app.command()(bench)
+app.add_typer(bench.app, name="bench")
 app.command()(report.report)
 app.command()(spec.backends)
 app.command()(spec.spec)

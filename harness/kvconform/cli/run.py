@@ -66,9 +66,9 @@ def run(
 ) -> None:
     """Judges backends by every clause. Writes OUT/<backend>.json, and a counterexample for each failure.
 
-    An interrupted run is resumed. With several backends, the most severe exit code counts. A shard writes to OUT/shards,
-    for kvconform merge. A shard, or a part that --clause or --config select, does not decide conformance: the exit code
-    is 0 if each selected core clause passed and nothing failed.
+    An interrupted run is resumed. With several backends, the most severe exit code counts. A shard writes to
+    OUT/shards, for kvconform merge. A shard, or a part that --clause or --config select, does not decide conformance:
+    the exit code is 0 if each selected core clause passed and nothing failed.
     """
     known = EMPTY if known_failures is None else read_known_failures(known_failures)
     plan = plan_for(effort, seed, dtype, clause, config, shard, explain=True)

@@ -8,10 +8,10 @@ import numpy as np
 
 from kvconform.judging.mismatch import Kind, Place, json_number
 from kvconform.judging.observed import Array, Checked, Observed
-from kvconform_specs.config import ITEMSIZE, Config
+from kvconform_specs.config import Config
+from kvconform_specs.costs import cache_bytes, multiply_adds, slots
 from kvconform_specs.history import Histories, Row
 from kvconform_specs.program import Append, Close, Step
-from kvconform_specs.tensors import weight_shapes
 
 
 def lengths(observed: Sequence[Observed]) -> Checked:
@@ -130,10 +130,9 @@ def held_bytes(observed: Sequence[Observed]) -> Checked:
     compared = 0
     for one in observed:
         c = one.program.config
-        token = 2 * c.layers * c.kv_heads * c.head_dim * ITEMSIZE[c.dtype]
         for step, _step, rows, (got,) in _after(one, "bytes"):
             compared += 1
-            want = token * sum(_slots(one, len(row)) for row in rows)
+            want = cache_bytes(c, sum(slots(one.claims, c, len(row)) for row in rows))
             if got != want:
                 return Checked(one.at_step(Kind.BYTES, step, got=got, want=want), compared)
     return Checked(None, compared)
@@ -146,13 +145,9 @@ def positions(observed: Sequence[Observed]) -> Checked:
     for one in observed:
         for number, step, work, depth in _counted(one):
             c, b, t = one.program.config, len(step.counts), max(step.counts)
-            matrices = {name: shape for name, shape in weight_shapes(c).items() if len(shape) == 2}
-            weights = sum(a * z for name, (a, z) in matrices.items() if name not in ("embed", "position"))
-            linear = b * t * weights
-            spared = b * (t - 1) * c.width * c.vocabulary if step.last_only else 0
-            attention = 2 * b * c.heads * t * c.head_dim * c.layers * _slots(one, depth)
+            least = multiply_adds(c, 0, t, b, keys=0, last_only=step.last_only)
+            most = multiply_adds(c, 0, t, b, keys=slots(one.claims, c, depth))
             compared += 1
-            least, most = linear - spared, linear + attention
             if not least <= work <= most:
                 facts = {"got": work, "want": least, "want_max": most, "new_tokens": t, "depths": (depth,)}
                 return Checked(one.at_step(Kind.POSITIONS, number, **facts), compared)
@@ -172,7 +167,8 @@ def linear_cost(observed: Sequence[Observed]) -> Checked:
             if len(points) < 3:
                 continue
             (s0, s1, s2), (w0, w1, w2), steps = zip(*points[-3:], strict=True)
-            most = 2 * len(step.counts) * c.heads * max(step.counts) * c.head_dim * c.layers
+            b, t = len(step.counts), max(step.counts)
+            most = multiply_adds(c, 0, t, b, keys=1) - multiply_adds(c, 0, t, b, keys=0)
             compared += 1
             before, after = (w1 - w0) * (s2 - s1), (w2 - w1) * (s1 - s0)
             bent = c.window is not None and s2 > c.window and 0 <= after < before  # a full window grows no more
@@ -187,15 +183,6 @@ def _counted(one: Observed) -> Iterator[tuple[int, Append, int, int]]:
     for number, step, rows, (macs,) in _after(one, "macs"):
         if isinstance(step, Append):
             yield number, step, macs, max(map(len, rows))
-
-
-def _slots(one: Observed, length: int) -> int:
-    """How many slots a row of that length takes, as claimed."""
-    if one.claims.memory == "capacity":
-        return one.program.config.capacity
-    if one.claims.memory == "pages":
-        return -(-length // (one.claims.page or 1)) * (one.claims.page or 1)
-    return length
 
 
 def _after(one: Observed, name: str) -> Iterator[tuple[int, Step, tuple[Row, ...], tuple[int, ...]]]:

@@ -47,8 +47,8 @@ def agreement(observed: Sequence[Observed]) -> Checked:
                 continue  # agreement to the bit needs no bound
             error = np.abs(mine - its)
             here, base_place = (other.want(step), row, column), (observed[0].want(there[0]), *there[1:])
-            if bool(np.all(error <= _sum("floor", here, base_place))):
-                worst = max(worst, ratio(error, _sum("likely", here, base_place)))
+            if bool(np.all(error <= _sum("bound_lower", here, base_place))):
+                worst = max(worst, ratio(error, _sum("bound_estimate", here, base_place)))
                 continue
             allowed = _sum("bound", here, base_place)
             if not bool(np.all(error <= allowed)):

@@ -1,8 +1,8 @@
 """The suite as pytest items, one for each backend and cell, each with the marker ``kvconform``.
 
 PASS passes, and a known failure is ``xfailed``. UNSUPPORTED and REFUTED, which do not speak against conformance, are
-skipped with their reason, and so is a backend for which this machine lacks something. Everything else fails, and so does
-a stale row of the known failures. The results are written to OUT/<backend>.json.
+skipped with their reason, and so is a backend for which this machine lacks something. Everything else fails, and so
+does a stale row of the known failures. The results are written to OUT/<backend>.json.
 
 ``--dist loadgroup`` of pytest-xdist keeps a backend and config in one process, so that each backend is built once.
 """

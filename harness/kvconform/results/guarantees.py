@@ -1,7 +1,7 @@
 """Guarantees: what holds for a backend's outputs beyond conformance, measured for each config.
 
-Each level is a clause. The levels are ordered from the weakest to the strongest; a backend has a level if its clause and
-those of all lower levels hold. The next level is refuted by a counterexample.
+Each level is a clause. The levels are ordered from the weakest to the strongest; a backend has a level if its clause
+and those of all lower levels hold. The next level is refuted by a counterexample.
 """
 
 from __future__ import annotations

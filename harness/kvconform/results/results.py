@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -119,12 +119,17 @@ class Results(msgspec.Struct, kw_only=True):
     @property
     def exit_code(self) -> int:
         """The exit code of ``kvconform run`` (``EXIT_CODES``)."""
-        return _conclusion(self)[0]
+        return _conclusion(self).code
 
     @property
     def summary(self) -> str:
         """What the run amounts to, in one sentence."""
-        return _conclusion(self)[1]
+        return ": ".join(filter(None, self.conclusion[1:]))
+
+    @property
+    def conclusion(self) -> Conclusion:
+        """What the run amounts to, in parts."""
+        return _conclusion(self)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -179,8 +184,16 @@ def missing_core(results: Results, profile: str) -> list[str]:
     return sorted(concerned - passed)
 
 
-def _conclusion(results: Results) -> tuple[int, str]:
-    """The exit code and its sentence.
+class Conclusion(NamedTuple):
+    """What a run amounts to: its exit code, in a word where there is one for it, and why."""
+
+    code: int
+    word: str
+    why: str
+
+
+def _conclusion(results: Results) -> Conclusion:
+    """The exit code, and why it is that one.
 
     A stale known failure gives 1. A shard or a selected part does not decide conformance: it gives 0 if nothing in it
     speaks against conformance, that is, if at least one cell passed and so did each selected core clause.
@@ -189,35 +202,39 @@ def _conclusion(results: Results) -> tuple[int, str]:
     judged = sum(verdict.outcome is not Outcome.UNSUPPORTED for verdict in verdicts)
     if results.failures:
         skipped = f"; {len(verdicts) - judged} not applicable" if judged < len(verdicts) else ""
-        return 1, f"non-conformant: {len(results.failures)} of {_counted(judged, 'judged cell')} failed{skipped}"
+        why = f"{len(results.failures)} of {_counted(judged, 'judged cell')} failed{skipped}"
+        return Conclusion(1, "non-conformant", why)
     if results.stale:
-        return 1, f"stale known failures: {_counted(len(results.stale), 'row')} to correct or to remove"
+        return Conclusion(1, "stale known failures", f"{_counted(len(results.stale), 'row')} to correct or to remove")
     if results.unavailable:
-        return 3, results.unavailable
+        return Conclusion(3, "", results.unavailable)
     if not results.finished:
-        return 5, f"the run did not finish: {_counted(len(verdicts), 'cell')} judged"
+        return Conclusion(5, "", f"the run did not finish: {_counted(len(verdicts), 'cell')} judged")
     undecided = sum(verdict.outcome in (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED) for verdict in verdicts)
     if undecided:
-        return 5, f"undecided: {undecided} of {_counted(judged, 'judged cell')} inconclusive or not exercised"
+        why = f"{undecided} of {_counted(judged, 'judged cell')} inconclusive or not exercised"
+        return Conclusion(5, "undecided", why)
     known = sum(verdict.outcome is Outcome.KNOWN_FAILURE for verdict in verdicts)
     more = f", with {_counted(known, 'known failure')}" if known else ""
     cells = _counted(judged, "cell")
     if results.shard:
-        return 0, f"shard {results.shard}: {cells}, nothing failed{more}; merge the shards to conclude"
+        return Conclusion(0, "", f"shard {results.shard}: {cells}, nothing failed{more}; merge the shards to conclude")
     partial = results.partial
     missing = _missing(results, partial)
     good = [profile for profile, clauses in missing.items() if not clauses]
     if not good:
         profile = min(missing, key=lambda p: len(missing[p]), default="")
         if not profile:
-            return 5, "undecided: no cell was judged"
-        return 5, f"not conformant: no PASS on the core clauses {', '.join(missing[profile])} ({profile} profile)"
+            return Conclusion(5, "undecided", "no cell was judged")
+        why = f"no PASS on the core clauses {', '.join(missing[profile])} ({profile} profile)"
+        return Conclusion(5, "not conformant", why)
     if not partial:
         by = ", judged by its own forward" if results.target is not None else ""
-        return 0, f"conformant: {' and '.join(good)} profile{by}{more}"
+        return Conclusion(0, "conformant", f"{' and '.join(good)} profile{by}{more}")
     if not any(verdict.outcome is Outcome.PASS for verdict in verdicts):
-        return 5, f"undecided: no cell of the selected part passed ({_counted(len(verdicts), 'cell')}{more})"
-    return 0, f"the selected part passed: {cells}{more}; conformance needs the whole suite"
+        why = f"no cell of the selected part passed ({_counted(len(verdicts), 'cell')}{more})"
+        return Conclusion(5, "undecided", why)
+    return Conclusion(0, "", f"the selected part passed: {cells}{more}; conformance needs the whole suite")
 
 
 def _missing(results: Results, partial: bool) -> dict[str, list[str]]:

@@ -21,7 +21,7 @@ from kvconform.worker.registry import installed
 from kvconform_specs.clauses import ALL
 
 SHOWN, DRAWN = CHECK.leaks, 2
-"""How many broken clauses are printed in full (the others by name), and how many maps are drawn (the others in words)."""
+"""How many broken clauses are printed in full, the others by name; how many maps are drawn, the others in words."""
 FORMS = (
     "file.py:NAME or package.module:NAME (a class, factory or function), decoder.onnx, "
     "hf:DIRECTORY or hf:CONFIG_CLASS (transformers), or the name of an installed backend"

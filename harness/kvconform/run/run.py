@@ -63,7 +63,7 @@ def plan_for(
     shard: str = "",
     explain: bool = False,
 ) -> Plan:
-    """The plan of a user's options. Raises BadArgument if one is unknown or malformed, UnknownClause if no cell matches."""
+    """The plan of a user's options. Raises BadArgument if one is unknown, UnknownClause if no cell matches."""
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise BadArgument("dtype", dtype, DTYPES)
@@ -139,7 +139,7 @@ def judged(
 
 
 def path_of(name: str, plan: Plan, out: Path) -> Path:
-    """Where a backend's results are written: shards have a folder of their own, so that ``out`` has one file a backend."""
+    """Where a backend's results are written; shards have their own folder, so that ``out`` has one file a backend."""
     if plan.shard is None:
         return out / f"{name}.json"
     return out / "shards" / f"{name}-{plan.shard[0]}-of-{plan.shard[1]}.json"

@@ -96,7 +96,7 @@ def attempt(clause: Clause, client: WorkerClient, case: Case, variants: tuple[in
             if clause.needs_numbers:
                 for want in wants:
                     if want is not None:
-                        want.numbers("floor")
+                        want.numbers("bound_lower")
             expected.append(wants)
             for following in case.programs[number + 1 : number + 2]:
                 client.send(following, variants)

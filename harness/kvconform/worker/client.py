@@ -55,7 +55,7 @@ RAISED = {kind.__name__: kind for kind in (InvalidBackend, Unavailable, BackendU
 @dataclass
 class WorkerSpec:
     """How to start the workers of one backend. ``cpus``: the processors that they may use, if the system supports it;
-    None: any. Raises BadArgument for an unknown device."""
+    None: any. ``module``: what the interpreter runs as the worker. Raises BadArgument for an unknown device."""
 
     address: str
     device: str = "cpu"
@@ -63,6 +63,7 @@ class WorkerSpec:
     step_timeout: float = STEP_TIMEOUT
     environment: dict[str, str] = field(default_factory=dict)
     cpus: tuple[int, ...] | None = None
+    module: str = "kvconform.worker.server"
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
@@ -70,7 +71,11 @@ class WorkerSpec:
 
 
 def unproven(runtime_info: Mapping[str, Any], device: str) -> str:
-    """Why it is not known what ran, or nothing: runtime_info() failed, or does not report the device, as on a GPU it must."""
+<<<<<<< HEAD
+    """Why it is not known what ran, or nothing: runtime_info() failed, or on a GPU does not report the device."""
+=======
+    """Why it is not known what ran, or nothing: runtime_info() failed, or does not report a GPU that was requested."""
+>>>>>>> h-facts
     if "failed" in runtime_info:
         return f"cannot verify what ran: runtime_info() failed: {runtime_info['failed']}"
     if device == "cpu" or str(runtime_info.get("device")).startswith(device):
@@ -128,7 +133,11 @@ class WorkerClient:
     def _reference_forward(
         self, config: Config, inputs: NDArray[Any], storage: float, accumulation: float, seed: int
     ) -> NDArray[Any]:
-        """The black box's own forward (``oracle.ReferenceForward``). Raises WorkerDied where it raises or its process dies."""
+<<<<<<< HEAD
+        """The black box's own forward (``oracle.ReferenceForward``). Raises WorkerDied where it raises or dies."""
+=======
+        """The black box's own forward (``oracle.ReferenceForward``). Raises WorkerDied if it raises or its process dies."""
+>>>>>>> h-facts
         if self._reference is None:
             self._reference = WorkerClient(self.spec)
             self._reference._measured = True
@@ -248,7 +257,11 @@ class WorkerClient:
         return None if header["setup"] is None else (header["setup"], header["sources"])
 
     def ask(self, message: Header, timeout: float) -> Header:
-        """The answer to any message; ``timeout`` in seconds. Raises WorkerDied where the worker ends or reports an error."""
+<<<<<<< HEAD
+        """The answer to any message; ``timeout`` in seconds. Raises WorkerDied if it ends or reports an error."""
+=======
+        """The answer to any message; ``timeout`` in seconds. Raises WorkerDied if the worker ends or reports an error."""
+>>>>>>> h-facts
         header, _ = self._ask(message, timeout)
         if "error" in header:
             raise WorkerDied("message", Raised(*header["error"]))
@@ -268,7 +281,7 @@ class WorkerClient:
         try:
             with self._stderr.open("wb") as stderr, _pinned(spec.cpus):
                 self._process = subprocess.Popen(
-                    [spec.python, "-m", "kvconform.worker.server", spec.address, spec.device, str(path)],
+                    [spec.python, "-m", spec.module, spec.address, spec.device, str(path)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=stderr,

@@ -48,8 +48,8 @@ class NotNumeric(TypeError):
 @dataclass(frozen=True)
 class StepResult:
     """What one step did. ``reported``: what the backend reports, by the names of its abilities: ``length`` and
-    ``free_slots`` of each row, ``bytes``, ``graph_count``, ``macs``; and ``token_counts``, the tokens of each row that a
-    read showed.
+    ``free_slots`` of each row, ``bytes``, ``graph_count``, ``macs``; and ``token_counts``, the tokens of each row that
+    a read showed.
 
     ``error``: what a legal step raised. ``refused``: what a ``reject`` step raised. ``returned``: the name of the type
     that a step gave instead of an array of numbers, which is also an ``error``.

@@ -25,10 +25,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kvconform.backend import Backend, BlackBox, completed, unimplemented
-from kvconform.bench.counters.collect import Tally
-from kvconform.bench.worker.ceilings import Ceiling
-from kvconform.bench.worker.gpu import Gpu
-from kvconform.bench.worker.timer import Timer, tokens
 from kvconform.errors import BackendUnavailable, InvalidBackend, Raised, Unavailable
 from kvconform.worker.execute import execute
 from kvconform.worker.protocol import PROGRESS, Header, pack, receive, send
@@ -38,6 +34,7 @@ from kvconform_specs.program import Program
 from kvconform_specs.tensors import weights
 
 Reply = tuple[Header, bytes]
+Handler = Callable[[Header], Reply]
 DISTRIBUTIONS = ("kvconform", "numpy", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "transformers")
 """Whose versions every record names, where they are installed; none of them is imported for it."""
 
@@ -50,22 +47,20 @@ class Worker:
         self.backend: Any = None
         self.backends: dict[Config, Any] = {}
         self.perturbed: dict[tuple[Config, int], Any] = {}
-        self.timers: dict[tuple[Config, Config, int], Timer] = {}
 
     def answer(self, message: Header, blob: bytes = b"") -> Reply:
-        handlers: dict[str, Callable[[Header], Reply]] = {
+        return self.handlers(blob)[message["op"]](message)
+
+    def handlers(self, blob: bytes) -> dict[str, Handler]:
+        """What answers each message, by its ``op``; ``blob`` came with the message."""
+        return {
             "describe": self.describe,
             "build": self.build,
             "run": self.run,
             "runtime_info": self.runtime_info,
-            "clock": self.clock,
-            "device": self.device_times,
-            "memory": self.memory,
-            "count": self.count,
             "script": self.script,
             "reference_forward": partial(self.reference_forward, blob=blob),
         }
-        return handlers[message["op"]](message)
 
     def describe(self, message: Header) -> Reply:
         self.backend = load(self.address)
@@ -95,9 +90,6 @@ class Worker:
 
     def run(self, message: Header) -> Reply:
         program = Program.from_json(message["program"])
-        for (config, *_), stopwatch in self.timers.items():
-            if config == program.config:
-                stopwatch.drop()
         return pack(execute(self.backends[program.config], program, tuple(message["indices"]), self.progress))
 
     def reference_forward(self, message: Header, blob: bytes) -> Reply:
@@ -126,36 +118,6 @@ class Worker:
         backend = self.backends[Config.from_json(message["config"])]
         design = {} if backend.cache_design is None else {"cache_design": backend.cache_design}
         return {"runtime_info": {**design, **backend.runtime_info()}}, b""
-
-    def clock(self, message: Header) -> Reply:
-        """Times blocks of calls: see ``stopwatch.Timer``."""
-        stopwatch = self.stopwatch(message)
-        blocks = stopwatch.blocks(*(message[name] for name in ("phase", "depth", "steps", "count", "batch", "new")))
-        return {"blocks": [block._asdict() for block in blocks], "digest": stopwatch.digest}, b""
-
-    def device_times(self, message: Header) -> Reply:
-        stopwatch = self.stopwatch(message)
-        return {"ns": stopwatch.device(*(message[name] for name in ("phase", "depth", "steps", "count", "batch")))}, b""
-
-    def memory(self, message: Header) -> Reply:
-        return {"memory": self.stopwatch(message).memory(message["depth"], message["batch"])}, b""
-
-    def stopwatch(self, message: Header) -> Timer:
-        """``timed``: the config that the tokens are made for, which for a black box is not its own."""
-        config, timed = Config.from_json(message["config"]), Config.from_json(message["timed"])
-        key = config, timed, message["seed"]
-        if key not in self.timers:
-            ceiling = partial(Ceiling.of, timed)
-            gpu = Gpu.open() if self.device == "cuda" else None
-            self.timers[key] = Timer(self.backends[config], tokens(timed, message["seed"]), ceiling, gpu)
-        return self.timers[key]
-
-    def count(self, message: Header) -> Reply:
-        """Counts what one call of a phase does: see ``tally.Tally``. ``by``: what software the counts hang on."""
-        config = Config.from_json(message["config"])
-        backend = self.backends[config]
-        counts = Tally(backend, config).count(message["phase"], message["depth"])
-        return {"counts": counts, "by": dict(backend.counted_by())}, b""
 
 
 def environment(backend: Any) -> dict[str, str]:
@@ -186,7 +148,8 @@ def serve(worker: Worker, inbox: BinaryIO, outbox: BinaryIO) -> None:
         send(outbox, header, blob)
 
 
-def main() -> None:
+def main(kind: type[Worker] = Worker) -> None:
+    """Serves one backend until the parent closes the pipe. ``kind``: the messages that it understands."""
     address, device, path = sys.argv[1:4]
     inbox, outbox = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -199,7 +162,7 @@ def main() -> None:
             count = (count + 1) & 0xFFFFFFFF
             PROGRESS.pack_into(shared, 0, count, variant, step)
 
-        serve(Worker(address, device, progress), inbox, outbox)
+        serve(kind(address, device, progress), inbox, outbox)
 
 
 if __name__ == "__main__":

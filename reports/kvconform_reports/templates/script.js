@@ -13,7 +13,7 @@ for (const code of document.querySelectorAll(".replay code")) {
     setTimeout(() => { button.textContent = "Copy"; }, 1500);
   });
 }
-// Nobody can open anything on paper.
+// Open all details for printing.
 const shut = () => [...document.querySelectorAll(":is(.runtime_info, :is(#guarantees, #power, #speed) details):not([open])")];
 let opened = [];
 addEventListener("beforeprint", () => { opened = shut(); opened.forEach((d) => { d.open = true; }); });

@@ -132,7 +132,7 @@ def _line(one: Series, points: list[tuple[float, float, float, float]], x_of: _S
 
 
 def _short(name: str) -> str:
-    """Cut before its last word, which tells lines of one backend apart."""
+    """Shortened before its last word, which distinguishes the lines of one backend."""
     if len(name) <= LABEL_CHARACTERS:
         return name
     head, _, tail = name.rpartition(" ")
@@ -141,7 +141,7 @@ def _short(name: str) -> str:
 
 
 def _marker(kind: str, x: float, y: float) -> str:
-    """A path around (x, y); the shape tells the backend where colour does not."""
+    """A path around (x, y); the shape identifies the backend without colour."""
     r = 3.6
     if kind == "circle":
         return f"M{x - r:.1f} {y}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0z"

@@ -51,7 +51,7 @@ def percent(value: float | None) -> str:
 
 
 def octets(count: int | None) -> str:
-    """Bytes in binary units; empty where nobody knows."""
+    """Bytes in binary units; empty if unknown."""
     if count is None:
         return ""
     for power, name in ((3, "GiB"), (2, "MiB"), (1, "KiB")):

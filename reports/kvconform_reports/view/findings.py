@@ -34,7 +34,7 @@ def runs_on(record: Record) -> str:
 
 
 class Findings:
-    """What a record says of each arm, found by its case and place in it."""
+    """The figures of each arm, by its case and its place in the case."""
 
     def __init__(self, record: Record) -> None:
         self.record = record

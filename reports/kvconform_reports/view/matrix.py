@@ -1,4 +1,4 @@
-"""The matrix: every clause by every backend, and why a cell has no pass."""
+"""The matrix of clauses by backends, with the reasons for cells without a pass."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ LONGEST_NOTE = 60  # characters of a reason that a cell shows unopened
 
 @dataclass(frozen=True)
 class Part:
-    """The configs of an entry with one reason: (config, number of its failure or None). ``link``: (address, its text)
+    """The configs of an entry with the same reason: (config, number of its failure or None). ``link``: (address, text)
     of a known failure.
 
-    No config is named where they are all of the row, or all but those that the cell's other entries name, which are the
-    worse ones: 20 000 names are half a megabyte.
+    Configs are omitted if they are all of the row, or all except those of the cell's worse entries: 20 000 names would
+    take half a megabyte.
     """
 
     configs: tuple[tuple[str, int | None], ...]
@@ -32,8 +32,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Entry:
-    """The configs of a cell with one outcome. ``note``: why, in a few words. ``parts``: none where there is nothing
-    more to say than that all configs of the row have this outcome."""
+    """The configs of a cell with the same outcome. ``note``: a short reason. ``parts``: empty if all configs of the row
+    have this outcome and there is no more to say."""
 
     chip: Chip
     note: str
@@ -42,8 +42,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """A clause. ``configs``: all that a backend was judged under. ``cells``: for each backend its entries, worst first;
-    empty where it was not run."""
+    """A clause. ``configs``: all configs under which a backend was judged. ``cells``: for each backend its entries,
+    worst first; empty if it was not run."""
 
     clause: str
     text: str
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Chapter:
-    """``totals``: for each backend how many cells of the chapter had each outcome."""
+    """``totals``: for each backend the number of cells per outcome."""
 
     name: str
     text: str
@@ -71,14 +71,14 @@ class Chapter:
 
 @dataclass(frozen=True)
 class _Cell:
-    """What one backend gave for one clause: verdicts with the numbers of their failures."""
+    """The verdicts of one backend for one clause, with the numbers of their failures."""
 
     verdicts: list[tuple[Verdict, int | None]]
     known: Mapping[tuple[str, str], known_failures.Row]
 
 
 def chapters(results: Sequence[Results]) -> tuple[Chapter, ...]:
-    """Every clause of the spec, and those that only the results know, by chapter."""
+    """Every clause of the spec, and unknown ones in the results, by chapter."""
     known = [{(row.clause, row.config): row for row in result.known_failures} for result in results]
     cells: dict[str, list[_Cell]] = {name: [_Cell([], rows) for rows in known] for name in BY_NAME}
     number = 0
@@ -107,7 +107,7 @@ def chapters(results: Sequence[Results]) -> tuple[Chapter, ...]:
 
 
 def legend(results: Sequence[Results]) -> tuple[tuple[Chip, str], ...]:
-    """The outcomes that occur, worst first, and what each means."""
+    """The outcomes that occur, worst first, with their meanings."""
     found = chips(verdict.outcome for result in results for verdict in result.verdicts)
     meanings = {outcome.value: words for outcome, words in MEANINGS.items()}
     return tuple((one, meanings[one.word]) for one in found)
@@ -146,8 +146,8 @@ def _entries(cell: _Cell, configs: set[str]) -> Iterator[Entry]:
             for sentence, found in reasons.items()
         )
         known = [row for found in reasons.values() for row in _known(cell, found)]
-        note, told = _note(outcome, tuple(reasons), known)
-        alone = rest and len(seen) == 1 and told
+        note, complete = _note(outcome, tuple(reasons), known)
+        alone = rest and len(seen) == 1 and complete
         yield Entry(chip(outcome, count), note, () if alone else parts)
 
 
@@ -171,11 +171,11 @@ def _part(sentence: str, found: Sequence[tuple[Verdict, int | None]], row: known
 
 
 def _note(outcome: Outcome, reasons: Sequence[str], known: Sequence[known_failures.Row]) -> tuple[str, bool]:
-    """A few words beside an outcome, and whether they are all there is to say."""
+    """A short reason beside an outcome, and whether it is complete."""
     if outcome is Outcome.PASS or outcome.broken:
         return "", True
     if outcome is Outcome.REFUTED:
-        return "measured, no failure", False
+        return "measured, not required", False
     if outcome is Outcome.KNOWN_FAILURE:
         return f"until {min(row.expires for row in known)}" if known else "", False
     if len(reasons) > 1:

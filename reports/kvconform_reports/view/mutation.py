@@ -1,4 +1,4 @@
-"""The audit, to be read: mutation scores, what survives, and the kill matrix of faults by clauses."""
+"""The audit for the report: mutation scores, survivors, and the kill matrix of faults by clauses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvconform.mutation.record import Audited, AuditRecord, AuditTrial
 from kvconform_reports.view.outcomes import address, percent, short, when
 from kvconform_specs.clauses import BY_NAME
 
-PITCH, LEFT, TOP = 13, 208, 132  # pixels between two marks, and for the names of faults and clauses
+PITCH, LEFT, TOP = 13, 208, 132  # pixels between marks, and for the names of faults and clauses
 LONGEST_NAME = 36
 
 
@@ -27,7 +27,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Missed:
-    """A fault, or a control, with the clauses that should have done otherwise. ``trials``: (clause, why)."""
+    """A surviving fault, or a detected control, with the clauses responsible. ``trials``: (clause, reason)."""
 
     name: str
     kind: str
@@ -40,8 +40,8 @@ class Missed:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Faults by clauses under one effort, as SVG paths. ``killed``: by a clause that the fault names; ``also``: by
-    another; ``missed``: by one that it names and that did not kill it."""
+    """Faults by clauses for one effort, as SVG paths. ``killed``: by a clause listed for the fault; ``also``: by
+    another clause; ``missed``: not killed by a listed clause."""
 
     effort: str
     width: int
@@ -58,7 +58,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault in words, for each effort: (what killed it first, the others that did, those that should have)."""
+    """One fault, for each effort: (the first kill, other killing clauses, listed clauses that missed it)."""
 
     name: str
     kind: str
@@ -82,21 +82,24 @@ class Mutation:
 
 
 def mutation(record: AuditRecord, suites: Iterable[str] = ()) -> Mutation:
-    """``suites``: of the results beside which the audit is shown."""
-    notes = [] if record.finished else ["This audit did not finish: what follows is a part of it."]
+    """``suites``: the suite versions of the results in the same report."""
+    notes = [] if record.finished else ["This audit did not finish: the following is incomplete."]
     if record.shard:
         notes.append(f"This is shard {record.shard} of an audit.")
     if record.names:
-        notes.append(f"Only what begins with {' or '.join(record.names)} was audited.")
+        notes.append(f"Only faults whose name starts with {' or '.join(record.names)} were audited.")
     if others := sorted(set(suites) - {record.suite}):
-        notes.append(f"The audit is of suite {record.suite}, results are of suite {', '.join(others)}.")
+        notes.append(f"The audit is for suite {record.suite}, the results are for suite {', '.join(others)}.")
     every = (*record.audited, *record.controls)
     return Mutation(
         facts=(
             ("faults", record.faults),
             ("suite", record.suite),
             ("seed", str(record.seed)),
-            ("clauses tried", ", ".join(record.clauses) or ("all" if record.clauses else "those that a fault names")),
+            (
+                "clauses tried",
+                ", ".join(record.clauses) or ("all" if record.clauses else "those listed for each fault"),
+            ),
             ("started", when(record.started)),
         ),
         notes=tuple(notes),
@@ -120,7 +123,7 @@ def _score(score: audit_record.Score) -> Score:
 
 
 def _survivors(record: AuditRecord) -> Iterable[Missed]:
-    """Faults that some effort did not kill, with the trials under the last of these."""
+    """Faults that some effort did not kill, with the trials of the last such effort."""
     efforts: dict[str, list[str]] = {}
     faults = {}
     for effort in record.efforts:
@@ -156,7 +159,7 @@ def _matrix(record: AuditRecord, effort: str) -> Matrix:
     clauses = [name for name in BY_NAME if name in tried] + sorted(tried - set(BY_NAME))
     column = {name: LEFT + PITCH * i for i, name in enumerate(clauses)}
     killed, also, missed = [], [], []
-    width = LEFT + PITCH * len(clauses) + 72  # the last name leans to the right
+    width = LEFT + PITCH * len(clauses) + 72  # the last name is slanted to the right
     for number, one in enumerate(audited):
         y = PITCH * number
         for trial in (trial for trial in one.trials if trial.effort == effort):

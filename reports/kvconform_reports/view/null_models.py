@@ -1,4 +1,4 @@
-"""The null-model power table, to be read: clause by null model, and where a clause is weak or blind."""
+"""The null-model power table for the report: clauses by null models, and weak or blind clauses."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 Cell = tuple[tuple[str, Entry], ...]
-"""What a clause did with a model: entries by the dtypes that have them; no dtype is named where all have one."""
+"""The results of a clause on a model: entries with their dtypes, without dtypes if all share one."""
 
 
 @dataclass(frozen=True)
 class Power:
-    """The tables of all dtypes in one.
+    """The tables of all dtypes combined.
 
-    summaries: by dtype, what each table amounts to.
-    chapters: for each chapter its clauses, each with the note that stands for its cells, or with its cells by model.
+    summaries: sentences by dtype. chapters: for each chapter its clauses, each with a note that replaces its cells, or
+    with its cells by model.
     """
 
     summaries: tuple[tuple[str, tuple[str, ...]], ...]
@@ -59,7 +59,7 @@ class Power:
 def power(results: Sequence[Results]) -> Power | None:
     """The shipped tables for the dtypes of these results; None if there is none for their version of the suite.
 
-    Black boxes have none: what the clauses detect under the suite's configs says nothing about other configs.
+    Black boxes have none: the power under the suite's configs does not carry over to other configs.
     """
     dtypes = dict.fromkeys(
         dtype for one in results if one.target is None and one.suite == SUITE_VERSION for dtype in one.dtypes
@@ -95,15 +95,15 @@ def _cell(found: Mapping[str, Mapping[tuple[str, str], Entry]], clause: str, mod
 
 
 def _summary(entries: Sequence[Entry], models: Sequence[str]) -> list[str]:
-    """What the table amounts to: how much is rejected, what is weakest, who is blind, what nobody rejects."""
+    """Sentences: how much is rejected, the weakest pairs, blind clauses, and models that no clause rejects."""
     tried = [entry for entry in entries if entry.tried]
     if not tried:
         return ["No null model was tried."]
     blind, partial = [e for e in tried if e.blind], sorted((e for e in tried if e.partial), key=_share)
     whole = len(tried) - len(blind) - len(partial)
     words = [
-        f"Of {len(tried)} pairs of a clause and a null model that were tried, {whole} reject it in every case, "
-        f"{len(partial)} in some, {len(blind)} in none."
+        f"Of {len(tried)} pairs of clause and null model, {whole} reject the model in every case, {len(partial)} in "
+        f"some cases, {len(blind)} in none."
     ]
     if partial:
         named = "; ".join(f"{e.clause} on “{e.model}” {e.rejected}/{e.tried}" for e in partial[:WEAKEST])

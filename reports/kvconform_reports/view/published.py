@@ -15,7 +15,7 @@ from kvconform_reports.view.findings import UNCACHED, Findings, Numbered, device
 
 @dataclass(frozen=True)
 class Published:
-    """What a publication says: times and ratio in words; empty what it does not say. ``every``, ``last``: whether its
+    """The figures of a publication in words; empty if it gives none. ``every``, ``last``: whether its
     loop without a cache projects all positions or the last alone; neither where it is unknown."""
 
     what: str
@@ -46,7 +46,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``missing``: why there is nothing reproduced, or empty. ``theirs``: the reproduced, told as it was published."""
+    """``missing``: why nothing is reproduced, or empty. ``theirs``: the reproduced figures in the form of the
+    publication."""
 
     published: tuple[Published, ...]
     measured: tuple[Measured, ...]
@@ -83,12 +84,12 @@ def compare(findings: Findings, preset: str, batches: Sequence[int]) -> Comparis
 
 
 def _theirs(findings: Findings, preset: str, batches: Sequence[int], entry: Mapping[str, Any]) -> str:
-    """Mean and standard deviation over single runs, without restarts or pairs, where the publication tells those; of
+    """Mean and standard deviation over single runs, without restarts or pairs, if the publication gives those; of
     whole generations, each of which is one run here."""
     phases, wanted = _phases(entry), entry.get("runs", 1)
     name = str(entry.get("arm") or preset)
     rounds, _ = kept(findings.record.rounds, default_mhz(findings.record.machine))
-    told, means = [], []
+    parts, means = [], []
     for phase, words in zip(phases, ("with", "without"), strict=False):
         cases = [item for item in findings.cases(preset, batches[0], (phase,)) if item[1].new] if batches else []
         places = set(findings.places(cases, Arm(name, phase)))
@@ -96,10 +97,10 @@ def _theirs(findings: Findings, preset: str, batches: Sequence[int], entry: Mapp
         if wanted < 2 or len(runs) < 2:
             return ""
         one = unit([fmean(runs)])
-        told.append(f"{one.of(fmean(runs))} ± {one.of(stdev(runs))} {one.name} {words} the cache ({len(runs)} runs)")
+        parts.append(f"{one.of(fmean(runs))} ± {one.of(stdev(runs))} {one.name} {words} the cache ({len(runs)} runs)")
         means.append(fmean(runs))
     ratio = f": {digits(means[1] / means[0])} ×" if len(means) == 2 else ""
-    return f"As published, mean ± standard deviation of single runs: {name} {', '.join(told)}{ratio}." if told else ""
+    return f"As published, mean ± standard deviation of single runs: {name} {', '.join(parts)}{ratio}." if parts else ""
 
 
 def _cases(

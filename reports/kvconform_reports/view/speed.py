@@ -227,15 +227,17 @@ def _sentence(row: Standing, slower: Sequence[Proportion], depth: int, batch: in
     to = next((p for p in timing.to if p.against), None)
     if to is not None:
         among += f": {to.text} × {to.against}" if not to.why else f"; its ratio to {to.against} is not valid"
-    said = [f"With {depth} tokens in the cache {what} {name} {timing.median} {one.name}{among}."]
+    sentences = [f"With {depth} tokens in the cache {what} {name} {timing.median} {one.name}{among}."]
     ways = ("all positions projected to logits", "the last position alone projected")
-    told = [f"{p.text} times as long with {way}" for p, way in zip(slower, ways, strict=True) if p.text]
-    if told:
-        said.append(f"Without the cache it takes {', and '.join(told)}.")
+    longer = [f"{p.text} times as long with {way}" for p, way in zip(slower, ways, strict=True) if p.text]
+    if longer:
+        sentences.append(f"Without the cache it takes {', and '.join(longer)}.")
     unsure = [way for p, way in zip(slower, ways, strict=True) if p.why]
     if unsure:
-        said.append(f"How much longer it takes without, {' or '.join(unsure)}, is not valid here: the table says why.")
-    return " ".join(said)
+        sentences.append(
+            f"The ratio to the time without the cache, {' or '.join(unsure)}, is not valid: the reason is in the table."
+        )
+    return " ".join(sentences)
 
 
 def _timing(

@@ -1,4 +1,4 @@
-"""Rows for the template: what the results say, sorted and counted, in words."""
+"""Rows for the templates: results sorted, counted and worded."""
 
 from __future__ import annotations
 
@@ -71,8 +71,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class KnownRow:
-    """A failure in the known failures. ``row`` is None where the results hold none for it. ``now``: what it gave in this
-    run."""
+<<<<<<< HEAD
+    """A known failure. ``row`` is None if the results contain no entry for it. ``now``: its outcome in this run."""
+=======
+    """A known failure. ``row``: None where the results hold none for it. ``now``: what broke in this run."""
+>>>>>>> h-facts
 
     label: str
     clause: str
@@ -107,7 +110,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Share:
-    """A number that should stay under 1. ``length``: of its bar, in percent of the bound."""
+    """A number that should stay below 1. ``length``: of its bar, in percent of the bound."""
 
     text: str
     length: float
@@ -123,14 +126,14 @@ class Pairwise:
 
 @dataclass(frozen=True)
 class Facts:
-    """A comparison: for each name, one text for each column."""
+    """A comparison: for each name, one text per column."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True)
-class Witness:
+class RuntimeFacts:
     configs: tuple[str, ...]
     facts: tuple[tuple[str, str], ...]
 
@@ -162,7 +165,7 @@ def backends(results: Sequence[Results]) -> tuple[Backend, ...]:
 
 
 def failures(results: Sequence[Results], folder: str) -> tuple[Failure, ...]:
-    """Every broken cell, numbered in the order in which the matrix links them."""
+    """Every broken cell, numbered in the order of the links in the matrix."""
     found: list[Failure] = []
     for label, result in zip(labels(results), results, strict=True):
         for verdict in result.verdicts:
@@ -183,7 +186,7 @@ def failures(results: Sequence[Results], folder: str) -> tuple[Failure, ...]:
 
 
 def known(results: Sequence[Results], folder: str) -> tuple[KnownRow, ...]:
-    """Every known failure: cells that the known failures holds, and rows of it without a cell."""
+    """Every known failure: cells with that outcome, and entries without a cell."""
     found = []
     for label, result in zip(labels(results), results, strict=True):
         rows = {(row.clause, row.config): row for row in result.known_failures}
@@ -199,7 +202,7 @@ def known(results: Sequence[Results], folder: str) -> tuple[KnownRow, ...]:
 
 
 def guarantees(results: Sequence[Results], folder: str) -> tuple[tuple[str, tuple[Guarantee | None, ...]], ...]:
-    """For each config the guarantee of each backend, None where it measured none."""
+    """For each config the guarantee of each backend, None if none was measured."""
     configs = dict.fromkeys(config for result in results for config in result.guarantees)
     strongest = tuple(LEVELS)[-1]
     return tuple(
@@ -223,7 +226,7 @@ def guarantees(results: Sequence[Results], folder: str) -> tuple[tuple[str, tupl
 
 
 def levels() -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """The guarantees from the weakest to the strongest, and the clauses that decide on each."""
+    """The guarantees from weakest to strongest, with the clauses that decide each."""
     return tuple(LEVELS.items())
 
 
@@ -243,7 +246,8 @@ def reasons(results: Sequence[Results]) -> tuple[Reason, ...]:
 
 
 def errors(results: Sequence[Results]) -> tuple[tuple[str, tuple[Share | None, ...]], ...]:
-    """For each config the largest error of each backend as a fraction of its bound, and the clause where it was."""
+    """For each config the largest error of each backend as a fraction of its bound, and the clause where it
+    occurred."""
     worst: dict[str, list[tuple[float, str] | None]] = {}
     for column, result in enumerate(results):
         for verdict in result.verdicts:
@@ -269,7 +273,7 @@ def pairwise(pairs: Sequence[Pair]) -> Pairwise:
 
 
 def share(value: float, beside: str = "") -> Share:
-    """A fraction of a bound, to be read and drawn. What is not a number is over every bound."""
+    """A fraction of a bound, as text and bar. NaN exceeds every bound."""
     over = not value <= 1
     if not math.isfinite(value):
         return Share("not finite", 100, True, beside)
@@ -282,7 +286,7 @@ def environments(results: Sequence[Results]) -> Facts:
 
 
 def claims(results: Sequence[Results]) -> Facts:
-    """What each backend declares; a limit of None is none."""
+    """What each backend declares; a limit of None means unlimited."""
     declared = [
         {name: "unlimited" if name.startswith("max_") and value is None else value for name, value in r.claims.items()}
         for r in results
@@ -291,20 +295,20 @@ def claims(results: Sequence[Results]) -> Facts:
 
 
 def beside(columns: Sequence[str], trees: Sequence[Mapping[str, Any]]) -> Facts:
-    """Trees of JSON beside one another; a name that a tree lacks is an empty text."""
+    """JSON trees side by side; missing names are empty."""
     flat = [dict(flattened(tree)) for tree in trees]
     names = list(dict.fromkeys(name for facts in flat for name in facts))
     return Facts(tuple(columns), tuple((n, tuple(facts.get(n, "") for facts in flat)) for n in names))
 
 
-def runtime_info(results: Sequence[Results]) -> tuple[tuple[str, tuple[Witness, ...]], ...]:
-    """For each backend what really ran; configs with the same runtime_info stand together."""
+def runtime_info(results: Sequence[Results]) -> tuple[tuple[str, tuple[RuntimeFacts, ...]], ...]:
+    """For each backend what ran; configs with equal runtime_info are grouped."""
     found = []
     for label, result in zip(labels(results), results, strict=True):
         groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
         for config, runtime_info in result.runtime_info.items():
             groups.setdefault(tuple(flattened(runtime_info)), []).append(config)
-        found.append((label, tuple(Witness(tuple(configs), facts) for facts, configs in groups.items())))
+        found.append((label, tuple(RuntimeFacts(tuple(configs), facts) for facts, configs in groups.items())))
     return tuple(found)
 
 
@@ -314,7 +318,7 @@ def facts(verdict: Verdict) -> list[tuple[str, str]]:
 
 
 def flattened(value: Any, name: str = "") -> list[tuple[str, str]]:
-    """Names with dots and texts of a tree of JSON; a list of plain values is one text."""
+    """Dotted names and texts of a JSON tree; a list of plain values is one text."""
     if isinstance(value, Mapping) and (value or not name):
         return [pair for key, item in value.items() for pair in flattened(item, f"{name}.{key}" if name else str(key))]
     if isinstance(value, list | tuple):

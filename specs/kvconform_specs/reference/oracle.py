@@ -55,12 +55,12 @@ class Expected:
     @property
     def bound_lower(self) -> Array:
         """At most ``bound``, and much cheaper for a decoder: an error within it is within the bound."""
-        return self.numbers("floor")
+        return self.numbers("bound_lower")
 
     @property
     def bound_estimate(self) -> Array:
         """The bound if it was computed, otherwise an estimate from ``bound_lower``: for display only."""
-        return self.numbers("likely")
+        return self.numbers("bound_estimate")
 
     def variant(self, index: int) -> Expected:
         """One of the ``n`` variants alone."""
@@ -119,9 +119,9 @@ def expect(
     histories, solution, n = Histories(), Solution(program, indices, precision, reference), len(indices)
     wanted: list[Expected | None] = []
     for number, step in enumerate(program.steps):
-        numbers, want = partial(solution.numbers, number), None
+        numbers, want, rows = partial(solution.numbers, number), None, histories.apply(step)
         if isinstance(step, Append | UncachedForward):
-            rows = histories.after(step)
+            assert rows is not None
             solution.want(number, step, rows)
             want = Expected(rows, step.counts, columns(step), n, numbers)
             if step.last_only:
@@ -130,10 +130,9 @@ def expect(
                 prompts, along = partial(solution.contents, rows), partial(given, program.config, reference)
                 want = Generation(rows, step.counts, columns(step), n, numbers, prompts, along)
         elif isinstance(step, ReadCache) and program.config.profile == "attention":
-            rows = solution.reads[number] = histories.rows[step.seq]
-            lengths = tuple(map(len, rows))
-            want = Expected(rows, lengths, np.arange(max(lengths)) < np.array(lengths)[:, None], n, numbers)
-        histories.apply(step)
+            held = solution.reads[number] = histories.rows[step.seq]
+            lengths = tuple(map(len, held))
+            want = Expected(held, lengths, np.arange(max(lengths)) < np.array(lengths)[:, None], n, numbers)
         wanted.append(want)
     return tuple(wanted)
 

@@ -25,7 +25,7 @@ from kvconform_specs.tensors import Streams, weights
 Array = NDArray[np.floating]
 Ids = NDArray[np.int64]
 Numbers = Callable[[str], Array]
-"""``value``, ``bound``, ``floor`` or ``likely`` (see ``oracle.Expected``), computed when first requested."""
+"""``value``, ``bound``, ``bound_lower`` or ``bound_estimate`` (see ``oracle.Expected``), computed at first use."""
 Contents = Callable[[], NDArray[Any]]
 """What a model is given: token ids ``(n, rows, s)`` or hidden states ``(n, rows, s, width)``."""
 BLOCK = 1 << 22
@@ -70,7 +70,7 @@ class Solution:
         found = self._known.get((kind, number))
         if found is None:
             found = self._read(number, kind) if number in self.reads else self._computed(number, kind)
-            if kind != "likely":
+            if kind != "bound_estimate":
                 self._known[kind, number] = found
         return found
 
@@ -110,7 +110,8 @@ class Solution:
             starts[owner] = min(starts.get(owner, len(request.row)), self._starts[request])
         members: dict[tuple[int, int, bool, bool], list[Request]] = defaultdict(list)
         for request, start in starts.items():
-            repeats = any(stream.distribution == "zero_keys" for stream, _position in request.row)
+            streams = {stream for stream, _position in request.row}
+            repeats = any(stream.distribution == "zero_keys" for stream in streams)
             members[len(request.row), start, request.needle is None, repeats].append(request)
         homes: dict[Request, tuple[_Group, int, int]] = {}
         for (_length, start, _aimed, repeats), together in members.items():
@@ -209,7 +210,7 @@ def model(config: Config, reference: ReferenceForward | None, contents: Contents
 
 class _Model:
     """Value, and a bound measured from noisy runs. These are made one after another, and only the first unless the
-    bound itself is needed: ``floor`` assumes that the others do not deviate at all."""
+    bound itself is needed: ``bound_lower`` assumes that the others do not deviate at all."""
 
     _value: Array | None = None
 
@@ -235,7 +236,7 @@ class _Model:
             return self._value
         while len(self._deviations) < (bounds.RUNS if kind == "bound" else 1):
             self._deviations.append(bounds.deviation(self.noisy(len(self._deviations)), self._value))
-        return self.bound(len(self._deviations) if kind == "likely" else bounds.RUNS)
+        return self.bound(len(self._deviations) if kind == "bound_estimate" else bounds.RUNS)
 
 
 class _Decoder(_Model):

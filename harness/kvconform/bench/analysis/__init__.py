@@ -1,1 +1,1 @@
-"""What follows from the raw rounds of a bench record: intervals, ratios, costs, rooflines and exponents."""
+"""What follows from the raw rounds of a bench record: intervals, ratios, rooflines and exponents."""

@@ -2,11 +2,11 @@
 
 The unit of replication is the restart of the workers. Blocks of one process are alike and those of two are not
 (``docs/latency.md`` shows by how much). So each restart gives one number, the median of its blocks or of its paired
-ratios, and an interval speaks of the restarts: Student's t on their logarithms (a bootstrap over three values never
+ratios, and an interval is over the restarts: Student's t on their logarithms (a bootstrap over three values never
 leaves their range, and covers three times of four at best).
 
 Within one restart the interval of a median is that of order statistics: for ``n`` independent samples of any continuous
-distribution the median lies between the ``j``-th smallest and the ``j``-th largest but with probability
+distribution the median lies between the ``j``-th smallest and the ``j``-th largest except with probability
 ``2 P(Binomial(n, 1/2) < j)`` (David & Nagaraja 2003, "Order Statistics", section 7.1).
 """
 
@@ -22,45 +22,18 @@ import numpy as np
 from kvconform.bench.record import Case, Round
 
 ALPHA = 0.05
-"""How often an interval may miss."""
+"""The probability that an interval misses."""
 HIDDEN = 0.0013
-"""How often all samples may lie below a quantile that is printed (three standard deviations of a normal, one side): p90
-needs 64 of them, p99 662."""
+"""The highest probability that all samples lie below a quantile that is printed (three standard deviations of a normal,
+one side): p90 needs 64 samples, p99 662."""
 MIN_SAMPLES = next(n for n in range(1, 99) if 2 * 0.5**n <= ALPHA)
 """Blocks without which there is no interval within a restart: 6."""
-T95 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-    2.110,
-    2.101,
-    2.093,
-    2.086,
-    2.080,
-    2.074,
-    2.069,
-    2.064,
-    2.060,
-    2.056,
-    2.052,
-    2.048,
-    2.045,
-    2.042,
-)
-"""The 97.5 % quantile of Student's t, by degrees of freedom from 1 on; the last serves all that are more."""
+_T95 = """
+12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131
+2.120 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042
+"""
+T95 = tuple(map(float, _T95.split()))
+"""The 97.5 % quantile of Student's t, by degrees of freedom from 1 on; the last is used for all greater ones."""
 
 
 def t95(freedom: int) -> float:
@@ -83,14 +56,14 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def reaches(n: int, quantile: float) -> bool:
-    """Whether so many samples say anything about a quantile: all lie below it with probability ``quantile^n``."""
+    """Whether so many samples determine a quantile: all lie below it with probability ``quantile^n``."""
     return quantile**n <= HIDDEN
 
 
 @lru_cache(maxsize=4096)
 def rank(n: int) -> int:
-    """The largest ``j`` such that the ``j``-th smallest and the ``j``-th largest of ``n`` samples hold the median
-    between them with probability ``1 - ALPHA``; 0 where there is none."""
+    """The largest ``j`` such that the median lies between the ``j``-th smallest and the ``j``-th largest of ``n``
+    samples with probability ``1 - ALPHA``; 0 if there is none."""
     below, term, j = 0, 1, 0  # P(Binomial(n, 1/2) < j) 2^n, and the next binomial coefficient
     while 2 * (below + term) <= ALPHA * 2**n and j < n:
         below, j = below + term, j + 1
@@ -99,7 +72,7 @@ def rank(n: int) -> int:
 
 
 def interval(samples: Sequence[float]) -> tuple[float, float, float]:
-    """Median, and the ends of its interval; the extremes where there are too few samples for one."""
+    """Median, and the ends of its interval; the extremes if there are too few samples for one."""
     ordered = sorted(samples)
     j = max(1, rank(len(ordered)))
     return float(np.median(ordered)), ordered[j - 1], ordered[-j]
@@ -129,9 +102,9 @@ def log_ratios(found: Times, arm: int, reference: int) -> dict[int, list[float]]
     return ratios
 
 
-def medians(starts: dict[int, list[float]]) -> list[float]:
-    """Each restart's one number."""
-    return [float(np.median(samples)) for _, samples in sorted(starts.items())]
+def medians(restarts: dict[int, list[float]]) -> list[float]:
+    """One number for each restart."""
+    return [float(np.median(samples)) for _, samples in sorted(restarts.items())]
 
 
 def by_restart(mine: dict[tuple[int, int], float]) -> dict[int, list[float]]:

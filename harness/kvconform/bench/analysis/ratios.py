@@ -12,12 +12,18 @@ from kvconform.bench.record import MACHINE, Case, Ratio, Record
 MAX_RATIO_HALF_WIDTH = 0.10
 """Half-width of a ratio's interval, in its logarithm, above which it is not valid."""
 MAX_TIME_HALF_WIDTH = 0.25
-"""The same for a time by itself: it holds what the machine did meanwhile, which a paired ratio leaves out, so that
+"""The same for a single time: it includes other load on the machine, which a paired ratio leaves out, so that
 intervals of 10 to 20 % are usual on a shared machine. At 25 % its ends lie a factor of 1.6 apart."""
 MAX_RESTART_STD = 0.15
 """Standard deviation between restarts, of the logarithm, above which a ratio is not valid."""
 MAX_LOAD_PER_CORE = 2.0
 """Load average per core above which no ratio is valid."""
+RULES = (
+    f"at least 2 restarts, half-width <= {MAX_RATIO_HALF_WIDTH:.0%}, standard deviation between restarts <= "
+    f"{MAX_RESTART_STD:.0%}, load average <= {MAX_LOAD_PER_CORE:g} x cores; of a single time: half-width <= "
+    f"{MAX_TIME_HALF_WIDTH:.0%}"
+)
+"""When a ratio is valid, and when a single time is."""
 
 
 def pairs(case: Case, designs: Sequence[str] = ()) -> list[tuple[int, int]]:

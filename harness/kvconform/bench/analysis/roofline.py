@@ -12,9 +12,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvconform.bench.analysis.costs import bytes_expected, cost
 from kvconform.bench.analysis.intervals import Times, by_restart, log_ratios, medians, student
 from kvconform.bench.analysis.ratios import busy_words, ratio_of
+from kvconform.bench.costs import bytes_expected, cost
 from kvconform.bench.record import CEILINGS, MACHINE, Case, Record, Roof
 from kvconform.bench.worker.ceilings import excess
 from kvconform_specs.config import Config
@@ -40,8 +40,8 @@ def roofs(record: Record, cases: Sequence[Times]) -> list[Roof]:
         if bound is not None or record.device != "cpu":
             found += [
                 _roof(record, number, arm, bound, taken, busy)
-                for arm, who in enumerate(case.arms)
-                if who.phase == "decode" and taken.get(arm)
+                for arm, one in enumerate(case.arms)
+                if one.phase == "decode" and taken.get(arm)
             ]
     return found
 
@@ -51,7 +51,7 @@ def binding(record: Record, case: Case, taken: Times) -> Bound | None:
 
     It is chosen once for a case: the larger of two in each round would be larger than either by their noise alone.
     """
-    timed = {who.phase: arm for arm, who in enumerate(case.arms) if who.backend == MACHINE and taken.get(arm)}
+    timed = {one.phase: arm for arm, one in enumerate(case.arms) if one.backend == MACHINE and taken.get(arm)}
     if not set(CEILINGS) <= set(timed):
         return None
     asked = cost(config_of(record, case.preset), "decode", case.depth, case.batch)
@@ -91,9 +91,8 @@ def _roof(record: Record, number: int, arm: int, bound: Bound | None, taken: Tim
         paired = ratio_of(number, bound.arm, arm, shifted, busy)
         fraction, low, high = paired.ratio, paired.low, paired.high
         if not fraction <= MAX_ROOFLINE_FRACTION:
-            flags.append(
-                f"over the measured ceiling by more than {MAX_ROOFLINE_FRACTION - 1:.0%}: what was measured is not the limit"
-            )
+            over = f"{MAX_ROOFLINE_FRACTION - 1:.0%}"
+            flags.append(f"over the measured ceiling by more than {over}: what was measured is not the limit")
         flags += [] if paired.valid else [paired.why_invalid]
     if case.arms[bound.arm].phase == "multiply" and config.dtype != "float32":
         flags.append(f"the products bind, and their ceiling is that of float32, not of {config.dtype}")

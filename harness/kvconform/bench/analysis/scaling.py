@@ -17,12 +17,13 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from kvconform.bench.analysis.costs import cost, multiply_adds
 from kvconform.bench.analysis.intervals import Times, by_restart, log_ratios, student
 from kvconform.bench.analysis.ratios import pairs
+from kvconform.bench.costs import cost
 from kvconform.bench.record import CEILINGS, MACHINE, Arm, Case, Exponent, Record
 from kvconform.bench.worker.ceilings import excess
 from kvconform_specs.config import Config
+from kvconform_specs.costs import multiply_adds
 
 OCTAVES = 2
 """Depths from the greatest down to a fourth of it."""

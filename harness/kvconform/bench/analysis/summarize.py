@@ -25,11 +25,11 @@ from kvconform.bench.analysis.ratios import MAX_TIME_HALF_WIDTH, busy_words, des
 from kvconform.bench.analysis.roofline import roofs
 from kvconform.bench.analysis.scaling import exponents
 from kvconform.bench.record import MACHINE, Case, Generation, Record, Round, Summary, Tokens
-from kvconform.bench.worker.gpu import MIN_CLOCK_FRACTION, REASONS, classes, default_mhz, kept, methods, ways
+from kvconform.bench.worker.gpu import MIN_CLOCK_FRACTION, REASONS, classes, default_mhz, kept, methods
 
 
 def summarise(record: Record) -> None:
-    """Fills in what follows from the raw rounds: an arm of one restart with fewer than six blocks has no summary."""
+    """Computes what follows from the raw rounds. An arm of one restart with fewer than six blocks has no summary."""
     by_case, came, slow = _sorted(record)
     taken = [times(case, by_case[number]) for number, case in enumerate(record.cases)]
     busy = busy_words(record)
@@ -61,20 +61,19 @@ def _seen(record: Record, preset: str, names: Iterable[str]) -> dict[str, dict[s
 
 
 def _notes(record: Record, slow: int) -> list[str]:
-    """What a reader of a device's times must know. ``slow``: how many blocks are left out."""
-    said, every = [], len(record.rounds)
+    """Sentences about the times of a device. ``slow``: the number of blocks that are left out."""
+    notes, every = [], len(record.rounds)
     if slow:
-        said.append(
-            f"{slow} of {every} blocks ran below {MIN_CLOCK_FRACTION:.0%} of the device's default clock and are left out"
-        )
+        least = f"{MIN_CLOCK_FRACTION:.0%} of the device's default clock"
+        notes.append(f"{slow} of {every} blocks ran below {least} and are left out")
     for bit, words in REASONS.items():
         count = sum(bool(block.throttle & bit) for block in record.rounds)
-        said += [f"after {count} of {every} blocks the device's clock was held down: {words}"] if count else []
+        notes += [f"after {count} of {every} blocks the device's clock was reduced: {words}"] if count else []
     if any(block.device_ns for block in record.rounds):
         for preset in record.presets:
             seen = _seen(record, preset, record.software)
-            said += [f"{preset}: {words}" for words in (methods(seen) or ways(seen),) if words]
-    return said
+            notes += [f"{preset}: {words}" for words in (methods(seen),) if words]
+    return notes
 
 
 def _sorted(record: Record) -> tuple[dict[int, list[Round]], dict[tuple[int, int], list[Tokens]], int]:

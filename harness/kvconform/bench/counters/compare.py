@@ -1,7 +1,7 @@
-"""Counts of a decoder's steps, ``kv-counters/1``: what does not flake, so that every change can be gated on it.
+"""Counts of a decoder's steps, ``kv-counters/1``: exact, so that every change can be gated on them.
 
-A count is the program's, not the machine's. Some say by themselves that a cache is none (``broken``); all say against
-a baseline what has grown (``compare``). How they are made: ``tally``, and what the backend counts itself.
+A count is the program's, not the machine's. Some show on their own that a decode step uses no cache (``broken``);
+against a baseline all show what has grown (``compare``). ``collect`` makes them, and what a backend counts itself.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kvconform.bench import eligibility
+from kvconform.bench.client import WORKER
 from kvconform.bench.counters.record import (
     COUNTERS,
     Count,
@@ -22,12 +24,11 @@ from kvconform.bench.counters.record import (
     is_record,
     positions,
     read,
-    written,
 )
-from kvconform.bench.eligibility import unable
+from kvconform.bench.eligibility import Ineligible
 from kvconform.bench.presets import Preset
 from kvconform.errors import BackendUnavailable, WorkerDied
-from kvconform.files import write_atomically
+from kvconform.files import write_versioned
 from kvconform.results.gate import OK, REGRESSION, Difference
 from kvconform.worker.client import BUILD_TIMEOUT, WorkerClient, WorkerSpec
 from kvconform_specs.config import Config
@@ -37,32 +38,35 @@ __all__ = ["Count", "Missing", "Record", "broken", "compare", "count", "is_recor
 OF_VERSIONS = ("operators", "allocated", "graphs")
 """Counters that another version of the framework may change though the backend is the same."""
 NEVER = ("memcpy", "bend", "recompilations", "graph_breaks")
-"""Counters that are zero where a cache works as it should."""
+"""Counters that are zero for a cache that works as it should."""
+UPDATE = "update the baseline"
+KINDS = 4
+"""Kinds that a sentence names, those that moved most."""
 
 
 # --- counting ---
 def count(
-    launches: Mapping[str, WorkerSpec], presets: Mapping[str, Preset], out: Path, tell: Callable[[str], None] = print
+    specs: Mapping[str, WorkerSpec], presets: Mapping[str, Preset], out: Path, say: Callable[[str], None] = print
 ) -> Record:
-    """Counts every backend on every preset and writes ``out``. One backend after another: nothing here is a time."""
+    """Counts every backend on every preset and writes ``out``. Nothing is timed, so workers run one after another."""
     record = Record(presets={name: sizes(preset) for name, preset in presets.items()})
-    for name, spec in launches.items():
+    for name, spec in specs.items():
         artefacts = {"KVCONFORM_ARTEFACTS": str((out.parent / "artefacts").resolve()), "OMP_NUM_THREADS": "1"}
+        spec = replace(spec, environment={**artefacts, **spec.environment}, module=WORKER)
         try:
-            with WorkerClient(replace(spec, environment={**artefacts, **spec.environment})) as client:
+            with WorkerClient(spec) as client:
                 record.claims[name] = {"memory": client.claims.memory, "page": client.claims.page}
                 for preset in presets.values():
-                    why = _counted(record, name, client, preset)
-                    _note(record, preset.name, name, why, tell)
+                    _note(record, preset.name, name, _counted(record, name, client, preset), say)
         except BackendUnavailable as sentence:
             for preset_name in presets:
-                _note(record, preset_name, name, str(sentence), tell)
-    write_atomically(out, written(record))
+                _note(record, preset_name, name, str(sentence), say)
+    write_versioned(out, record)
     return record
 
 
 def sizes(preset: Preset) -> dict[str, Any]:
-    """What a preset's counts are of."""
+    """The sizes of a preset's counts."""
     return {"config": preset.config.to_json(), "depths": list(_spread(preset.depths)), "prompt": min(preset.prompts)}
 
 
@@ -72,47 +76,45 @@ def _spread(depths: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted({known[0], known[len(known) // 2], known[-1]}))
 
 
-def _note(record: Record, preset: str, backend: str, why: str, tell: Callable[[str], None]) -> None:
+def _note(record: Record, preset: str, backend: str, why: str, say: Callable[[str], None]) -> None:
     if why:
-        record.counts = [one for one in record.counts if (one.preset, one.backend) != (preset, backend)]
         record.missing.append(Missing(preset, backend, why))
-    tell(f"{preset}: {backend}: {f'no counts: {why}' if why else 'counted'}")
+    say(f"{preset}: {backend}: {f'no counts: {why}' if why else 'counted'}")
 
 
 def _counted(record: Record, name: str, client: WorkerClient, preset: Preset) -> str:
-    """Why the backend has no counts on the preset, or nothing."""
+    """Why the backend has no counts on the preset; empty if it has."""
+    config = eligibility.config_of(client, preset)
+    depths, prompt = _spread(preset.depths), min(preset.prompts)
+    cells = [("loop", depths[0])]  # first: nothing has been compiled yet that it would compile
+    cells += [("decode", n) for n in depths] + [("prefill", prompt), ("recompute", depths[0])]
+    mine: list[Count] = []
     try:
-        config = client.configs.get("decoder-self", preset.config)
-        why = unable(client.claims, preset) or client.build(config)
-        if why:
-            return why
-        depths, prompt = _spread(preset.depths), min(preset.prompts)
-        cells = [("loop", depths[0])]  # first: nothing has been compiled yet that it would compile
-        cells += [("decode", n) for n in depths] + [("prefill", prompt), ("recompute", depths[0])]
+        eligibility.build(client, preset)
         for phase, depth in cells:
             message = {"op": "count", "config": config.to_json(), "phase": phase, "depth": depth}
             reply = client.ask(message, BUILD_TIMEOUT)
             record.by[name] = {**reply["by"], "device": client.spec.device}
             unknown = [counter for counter in reply["counts"] if counter not in COUNTERS]
             if unknown:
-                return f"counts {unknown[0]!r}, which is not known; known: {', '.join(COUNTERS)}"
+                return f"counts {unknown[0]!r}, which is unknown; known: {', '.join(COUNTERS)}"
             for counter, kinds in reply["counts"].items():
                 parts = {kind: n for kind, n in kinds.items() if kind}
-                record.counts.append(Count(preset.name, name, phase, depth, counter, sum(kinds.values()), parts))
-    except (WorkerDied, BackendUnavailable) as words:
-        return str(words)
-    mine = [one for one in record.counts if (one.preset, one.backend, one.phase) == (preset.name, name, "decode")]
-    if not any((one.preset, one.backend) == (preset.name, name) for one in record.counts):
+                mine.append(Count(preset.name, name, phase, depth, counter, sum(kinds.values()), parts))
+    except (Ineligible, WorkerDied, BackendUnavailable) as error:
+        return str(error)
+    if not mine:
         return "it counts nothing"
+    decodes = [one for one in mine if one.phase == "decode"]
     if client.claims.reference == "definition":
-        record.counts += [positions(one, config, client.claims) for one in mine if one.counter == "multiply_adds"]
-    record.counts += growth(mine)
+        mine += [positions(one, config, client.claims) for one in decodes if one.counter == "multiply_adds"]
+    record.counts += [*mine, *growth(decodes)]
     return ""
 
 
-# --- what the counts say ---
+# --- what the counts show ---
 def broken(record: Record) -> list[Difference]:
-    """Counts that no cached decode has, whatever a baseline says."""
+    """Counts that no cached decode has, whatever the baseline."""
     found = []
     for one in record.counts:
         sentence = _law(one, record)
@@ -125,7 +127,7 @@ def _law(one: Count, record: Record) -> str:
     if one.counter == "positions" and one.value != 1:
         return "a cached step computes one query position for each new token"
     if one.counter in NEVER and one.value:
-        return "a decode that stays on its line and compiles and copies nothing has 0"
+        return "it is 0 for a decode that is linear in the depth and compiles and copies nothing"
     if one.phase != "growth":
         return ""
     if one.counter == "operators" and one.value:
@@ -146,7 +148,7 @@ def _is_positions(other: Count, one: Count) -> bool:
 
 
 def compare(base: Record, head: Record) -> list[Difference]:
-    """What moved from the baseline: counts that grew, and what is no longer counted, are regressions."""
+    """What differs from the baseline: counts that grew, and counts that are gone, are regressions."""
     found: list[Difference] = []
     apart = {name for name in base.presets if name in head.presets and base.presets[name] != head.presets[name]}
     found += [
@@ -157,7 +159,8 @@ def compare(base: Record, head: Record) -> list[Difference]:
         was, now = base.by[name], head.by.get(name)
         if now is not None and now != was:
             bound.add(name)
-            found.append(Difference(OK, f"{name}: {_versions(now)}, the baseline has {_versions(was)}: {_UNLIKE}"))
+            versions = f"{_versions(now)}, the baseline has {_versions(was)}"
+            found.append(Difference(OK, f"{name}: {versions}: {', '.join(OF_VERSIONS)} are not comparable"))
     before, after = ({one.key: one for one in record.counts} for record in (base, head))
     gone: dict[tuple[str, str], list[Count]] = defaultdict(list)
     for key, was_count in before.items():
@@ -170,28 +173,20 @@ def compare(base: Record, head: Record) -> list[Difference]:
     found += _lost(gone, head)
     had = {(one.preset, one.backend) for one in base.counts}
     for preset, backend in sorted({(one.preset, one.backend) for one in head.counts} - had):
-        found.append(Difference(OK, f"{preset}, {backend}: is new; {_UPDATE}"))
+        found.append(Difference(OK, f"{preset}, {backend}: is new; {UPDATE}"))
     fresh = [one for key, one in after.items() if key not in before and (one.preset, one.backend) in had]
     fresh = [one for one in fresh if one.preset not in apart]
-    return found + [Difference(OK, f"{one.words} {_number(one)}: is new; {_UPDATE}") for one in fresh]
-
-
-_UPDATE = "update the baseline"
-_UNLIKE = f"{', '.join(OF_VERSIONS)} are not comparable"
+    return found + [Difference(OK, f"{one.words} {_number(one)}: is new; {UPDATE}") for one in fresh]
 
 
 def _moved(was: Count, now: Count) -> Difference:
     shares = {kind: now.kinds.get(kind, 0) - was.kinds.get(kind, 0) for kind in {*was.kinds, *now.kinds}}
-    told = sorted(((n, kind) for kind, n in shares.items() if n), key=lambda share: (-abs(share[0]), share[1]))
-    kinds = f" ({', '.join(f'{kind} {n:+}' for n, kind in told[:_TOLD])})" if told else ""
+    moved = sorted(((n, kind) for kind, n in shares.items() if n), key=lambda share: (-abs(share[0]), share[1]))
+    kinds = f" ({', '.join(f'{kind} {n:+}' for n, kind in moved[:KINDS])})" if moved else ""
     change = f"{now.words} {was.value} -> {now.value}{kinds}"
     if now.value > was.value:
         return Difference(REGRESSION, change)
-    return Difference(OK, f"{change}: an improvement; {_UPDATE}")
-
-
-_TOLD = 4
-"""Kinds that a sentence names, those that moved most."""
+    return Difference(OK, f"{change}: an improvement; {UPDATE}")
 
 
 def _lost(gone: Mapping[tuple[str, str], list[Count]], head: Record) -> Iterator[Difference]:
@@ -202,18 +197,18 @@ def _lost(gone: Mapping[tuple[str, str], list[Count]], head: Record) -> Iterator
         if (preset, backend) in left:
             yield from (Difference(REGRESSION, f"{one.words} was {one.value}, is no longer counted") for one in counts)
         else:
-            why = reasons.get((preset, backend), "it was not asked for")
+            why = reasons.get((preset, backend), "it was not part of the run")
             yield Difference(REGRESSION, f"{preset}, {backend}: is no longer counted: {why}")
 
 
 def lines(differences: Iterable[Difference]) -> list[str]:
-    """What a person reads: regressions first, then what blocks nothing."""
+    """One line each: regressions first, then what does not block."""
     ordered = sorted(differences, key=lambda one: one.code != REGRESSION)
     return [f"{'regression' if one.code == REGRESSION else 'note'}: {one.words}" for one in ordered]
 
 
 def _number(one: Count) -> str:
-    kinds = sorted(one.kinds.items(), key=lambda kind: (-abs(kind[1]), kind[0]))[:_TOLD]
+    kinds = sorted(one.kinds.items(), key=lambda kind: (-abs(kind[1]), kind[0]))[:KINDS]
     return f"{one.value}" + (f" ({', '.join(f'{kind} {n}' for kind, n in kinds)})" if kinds else "")
 
 

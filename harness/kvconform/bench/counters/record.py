@@ -12,7 +12,7 @@ import msgspec
 from kvconform.files import family_of, read_versioned
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
-from kvconform_specs.tensors import weight_shapes
+from kvconform_specs.costs import multiply_adds, slots
 
 SCHEMA = "kv-counters/1"
 
@@ -27,7 +27,7 @@ COUNTERS = {
     "recompilations": "graphs compiled along a decode loop",
     "graph_breaks": "graph breaks",
 }
-"""What is counted, in the order in which it is told. Who does not count it has none of it."""
+"""What is counted, in the order of a record. A backend that does not count something has no such counter."""
 PHASES = {
     "decode": "one token at a depth, with the cache",
     "prefill": "all tokens into an empty cache",
@@ -95,7 +95,7 @@ class Record(msgspec.Struct, kw_only=True):
 
 
 def read(path: Path) -> Record:
-    """Raises SpecError with one sentence where there is none of this version."""
+    """Raises SpecError with one sentence if the file holds no counts of this version."""
     return read_versioned(path, Record, SCHEMA, "counts")
 
 
@@ -103,39 +103,21 @@ def is_record(path: Path) -> bool:
     return family_of(path) == SCHEMA.partition("/")[0]
 
 
-def written(record: Record) -> bytes:
-    """The record as JSON, one count a line: what moved shows in a diff."""
-    head = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(record, counts=[])), indent=1)
-    lines = b",\n  ".join(map(msgspec.json.encode, record.counts))
-    return head.replace(b'\n "counts": []', b'\n "counts": [\n  ' + lines + b"\n ]", 1) + b"\n"
-
-
-def weights_of(config: Config) -> int:
-    """Multiply-adds of one position outside attention: the numbers in all matrices that it is multiplied with."""
-    matrices = {name: shape for name, shape in weight_shapes(config).items() if len(shape) == 2}
-    return sum(a * z for name, (a, z) in matrices.items() if name not in ("embed", "position"))
-
-
 def attention_of(config: Config) -> int:
-    """Multiply-adds of one position's attention for each slot that it reads: two products in each layer."""
-    return 2 * config.heads * config.head_dim * config.layers
+    """Multiply-adds of one position's attention for each slot that it reads."""
+    return multiply_adds(config, 0, 1, keys=1) - multiply_adds(config, 0, 1, keys=0)
 
 
 def positions(decode: Count, config: Config, claims: Claims) -> Count:
-    """How many query positions a decode step's multiply-adds are those of, rounded up: 1, or it computes more than the
-    new token. The slots that one position reads are as claimed; a window lets it read fewer."""
-    slots = {
-        "length": decode.depth + 1,
-        "capacity": config.capacity,
-        "pages": -(-(decode.depth + 1) // (claims.page or 1)) * (claims.page or 1),
-    }[claims.memory]
-    one = weights_of(config) + attention_of(config) * slots
+    """The number of query positions that a decode step's multiply-adds are enough for, rounded up: 1, or it computes
+    more than the new token. The slots that one position reads are as claimed; with a window it may read fewer."""
+    one = multiply_adds(config, decode.depth, 1, keys=slots(claims, config, decode.depth + 1))
     return msgspec.structs.replace(decode, counter="positions", value=-(-decode.value // one), kinds={})
 
 
 def growth(decodes: Iterable[Count]) -> Iterator[Count]:
-    """How much each count of a decode step grows from the first depth to the last, and ``bend``: how far a middle one
-    is from the line between these, times their distance so that it is an integer. Affine counts have none."""
+    """The growth of each count of a decode step from the first depth to the last, and ``bend``: how far a middle one is
+    from the line between these, times their distance so that it is an integer. Affine counts have none."""
     found: dict[str, list[Count]] = defaultdict(list)
     for one in decodes:
         found[one.counter].append(one)

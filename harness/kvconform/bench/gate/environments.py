@@ -1,8 +1,8 @@
 """Two environments to compare: an interpreter as it is, or one made from a git ref of the current repository.
 
-What is made of a ref is a virtual environment with the ref's own distribution, and behind it on the path everything
-that the running interpreter sees and that is not of this repository: torch is shared, the code under test is not.
-``.`` is the working tree as it is, made in the same way, so that both sides differ in their code alone.
+A ref becomes a virtual environment with the ref's own distribution, and behind it on the path everything that the
+running interpreter imports and that is not of this repository: torch is shared, the code under test is not. ``.`` is
+the working tree as it is, made in the same way, so that both sides differ in their code alone.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ SITES = ("site-packages", "dist-packages")
 
 @dataclass(frozen=True)
 class Environment:
-    """An interpreter, and what it stands for. ``name``: as it was asked for. ``commit``: empty for an interpreter, with
-    a ``+`` for a working tree that was changed. ``variables``: of its workers' environment. ``root`` and ``tree``: the
+    """An interpreter, and what it stands for. ``name``: as it was given. ``commit``: empty for an interpreter, with a
+    ``+`` for a working tree that was changed. ``variables``: of its workers' environment. ``root`` and ``tree``: the
     repository, and its files as of the ref."""
 
     python: str
@@ -47,10 +47,10 @@ class Environment:
     tree: Path | None = None
 
     def spec(self, address: str, device: str = "cpu") -> WorkerSpec:
-        """How to start workers of a backend here. One that is given by its file in the repository is the ref's file."""
-        return WorkerSpec(self._reference_forward(address), device, self.python, environment=dict(self.variables))
+        """How to start workers of a backend here. For a file in the repository, the ref's version of it is used."""
+        return WorkerSpec(self._address(address), device, self.python, environment=dict(self.variables))
 
-    def _reference_forward(self, address: str) -> str:
+    def _address(self, address: str) -> str:
         kind, colon, rest = address.partition(":")
         kind, rest = (kind + colon, rest) if colon and kind in openers() else ("", address)
         target, question, options = rest.partition("?")
@@ -64,12 +64,12 @@ class Environment:
 
 
 def environment(
-    ref_or_python: str, folder: Path, tell: Callable[[str], None] = lambda line: None, repository: Path | None = None
+    ref_or_python: str, folder: Path, say: Callable[[str], None] = lambda line: None, repository: Path | None = None
 ) -> Environment:
     """The environment behind the path of an interpreter, ``.``, or a git ref; the latter two are made in ``folder``.
 
-    ``repository``: a path in it; None is the current folder. ``tell`` is given one line where something takes seconds.
-    Raises SpecError with one sentence where it is none of them, or cannot be installed.
+    ``repository``: a path in it; None is the current folder. ``say`` is called with one line for each installation.
+    Raises SpecError with one sentence if it is none of them, or cannot be installed.
     """
     if ref_or_python != WORKING_TREE and Path(ref_or_python).is_file():
         return Environment(os.path.abspath(ref_or_python), ref_or_python)  # a virtual environment's link is kept
@@ -77,7 +77,7 @@ def environment(
     commit = _commit(ref_or_python, root)
     place = folder.resolve() / (FOLDER if ref_or_python == WORKING_TREE else commit[: len(FOLDER)])
     if ref_or_python == WORKING_TREE or not (place / "done").exists():
-        tell(f"{ref_or_python}: installing {commit[: len(FOLDER)]}{commit[40:]} of {root}")
+        say(f"{ref_or_python}: installing {commit[: len(FOLDER)]}{commit[40:]} of {root}")
         shutil.rmtree(place, ignore_errors=True)
         _tree(ref_or_python, root, commit, place / "tree")
         _install(ref_or_python, root, place)
@@ -99,17 +99,8 @@ def _commit(name: str, root: Path) -> str:
     ref = "HEAD" if name == WORKING_TREE else name
     done = _run("git", "-C", str(root), "rev-parse", "--verify", "--quiet", "--end-of-options", ref + "^{commit}")
     if done.returncode:
-        names = _run(
-            "git",
-            "-C",
-            str(root),
-            "for-each-ref",
-            "--count=12",
-            "--sort=-committerdate",
-            "--format=%(refname:short)",
-            "refs/heads",
-            "refs/tags",
-        ).stdout.split()
+        listed = ("--count=12", "--sort=-committerdate", "--format=%(refname:short)", "refs/heads", "refs/tags")
+        names = _run("git", "-C", str(root), "for-each-ref", *listed).stdout.split()
         raise SpecError(
             f"environment {name!r}",
             f"no interpreter and no git ref of {root}; known: {', '.join(names) or 'none'}, any commit, "
@@ -137,22 +128,9 @@ def _install(name: str, root: Path, place: Path) -> None:
     """The tree's distribution into a virtual environment of its own; what it depends on is shared."""
     venv.create(place / "venv", symlinks=os.name != "nt")
     site = Path(_path("purelib", place / "venv"))
-    at_hand = ["--no-build-isolation"] if _builds(place / "tree") else []
-    _must(
-        name,
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-input",
-        *at_hand,
-        "--disable-pip-version-check",
-        "--target",
-        str(site),
-        str(place / "tree"),
-    )
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-input"]
+    pip += ["--no-build-isolation"] if _builds(place / "tree") else []
+    _must(name, *pip, "--disable-pip-version-check", "--target", str(site), str(place / "tree"))
     (site / "shared.pth").write_text("".join(f"{path}\n" for path in _shared(root)))
 
 
@@ -196,6 +174,5 @@ def _must(name: str, *command: str) -> str:
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no words"]
         raised = [line for line in lines if re.match(r"(\w+Error|fatal): ", line)]  # pip goes on to comment on it
-        told = (raised or lines)[-1]
-        raise SpecError(f"environment {name!r}", f"{' '.join(command[:4])} failed: {told}")
+        raise SpecError(f"environment {name!r}", f"{' '.join(command[:4])} failed: {(raised or lines)[-1]}")
     return done.stdout

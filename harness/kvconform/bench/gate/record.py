@@ -1,89 +1,85 @@
-"""The record of a gate run, ``kv-gate/1``: raw blocks first; every median and every verdict follows from them."""
+"""The record of a gate run, ``kv-gate/2``: raw rounds first; every median and every verdict follows from them.
+
+Restarts are numbered through: those of the screen, then those of the confirmation.
+"""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import msgspec
 
-from kvconform.bench.analysis.intervals import interval, rank
-from kvconform.bench.gate.sign_flip import CONFIRM, NOT_COMPARABLE, PASS, REGRESSION, SCREEN, VERDICTS, Finding, find
+from kvconform.bench import record
+from kvconform.bench.analysis.intervals import interval, log_ratios, rank, times
+from kvconform.bench.gate.decision import (
+    CONFIRM,
+    NOT_COMPARABLE,
+    PASS,
+    REGRESSION,
+    RESTARTS,
+    SCREEN,
+    VERDICTS,
+    Finding,
+    find,
+)
+from kvconform.bench.record import Case, Round, TimedRun
 from kvconform.bench.worker.gpu import default_mhz, kept
-from kvconform.files import family_of, read_versioned, write_atomically
+from kvconform.files import family_of, read_versioned
 
-SCHEMA = "kv-gate/1"
-BASE, HEAD = "base", "head"
-SIDES = (BASE, HEAD)
+SCHEMA = "kv-gate/2"
+BASE, HEAD = SIDES = ("base", "head")
+"""The arms of each case, in this order."""
 OK, BLOCKED = 0, 4
-"""Exit codes: 4 where a case is a regression."""
-
-
-class GateCase(msgspec.Struct, frozen=True):
-    """What is compared: ``phase`` (of ``record.PHASES``) at ``depth`` tokens of a preset, batch 1."""
-
-    preset: str
-    phase: str
-    depth: int
-
-    def __str__(self) -> str:
-        return f"{self.preset}: {self.phase}({self.depth})"
-
-
-class GateBlock(msgspec.Struct, frozen=True, array_like=True):
-    """One timed block: case, stage, restart, round, place in the round's random order, side (0 base, 1 head), steps in
-    the block (the same for both sides of a restart), wall and CPU nanoseconds, involuntary context switches; on a GPU
-    its clock and what held it down, as in ``record.Round``."""
-
-    case: int
-    stage: str
-    restart: int
-    round: int
-    place: int
-    side: int
-    steps: int
-    ns: int
-    cpu_ns: int
-    nivcsw: int
-    sm_mhz: int = 0
-    throttle: int = 0
+"""Exit codes: 4 if a case is a regression."""
 
 
 class Trial(msgspec.Struct, frozen=True, array_like=True):
-    """What one restart says of one case: ``d``, the median of log(head / base) over ``rounds`` rounds, and the
-    half-width of its interval within the restart; None with too few rounds for one."""
+    """One case in one restart."""
 
     case: int
-    stage: str
+    """Index into ``cases``."""
     restart: int
+    """Index of the restart of the workers; those of the screen come first."""
     rounds: int
+    """Number of rounds in which both sides count."""
     d: float
+    """Median over the rounds of log(time(head) / time(base)) (no unit)."""
     half_width: float | None
+    """Half-width of the 95 % interval of ``d`` within the restart (no unit); null with too few rounds."""
+
+    @property
+    def stage(self) -> str:
+        return SCREEN if self.restart < RESTARTS[SCREEN] else CONFIRM
 
 
-class Lasting(msgspec.Struct, frozen=True):
-    """A case that has no verdict on its times, and one sentence why: it lasts, whatever else was measured."""
+class NotComparable(msgspec.Struct, frozen=True):
+    """A case whose times cannot be compared, whatever else was measured."""
 
     case: int
+    """Index into ``cases``."""
     why: str
+    """The reason, one sentence."""
 
 
 class CaseVerdict(msgspec.Struct, frozen=True):
-    """``verdict``: one of ``signs.VERDICTS``; ``why``: a sentence, empty for a pass. ``ratio``: time(head) / time(base)
-    of the stage that decided. p: of the direction that its median has; spread: standard deviation of d between the
-    restarts of the screen. None: not measured."""
+    """The verdict on one case."""
 
     case: int
+    """Index into ``cases``."""
     verdict: str
+    """One of ``decision.VERDICTS``."""
     why: str = ""
+    """The reason, one sentence; empty for a pass."""
     ratio: float | None = None
+    """time(head) / time(base) in the stage that decided (no unit); null if not measured."""
     screen_p: float | None = None
+    """p of the sign-flip test in the screen, in the direction of its median (no unit); null if not measured."""
     confirm_p: float | None = None
+    """p of the sign-flip test in the confirmation, in the direction of its median (no unit); null if not measured."""
     spread: float | None = None
+    """Standard deviation of ``d`` between the restarts of the screen (no unit); null if not measured."""
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
@@ -93,45 +89,52 @@ class CaseVerdict(msgspec.Struct, frozen=True):
 
 
 class Side(msgspec.Struct, frozen=True):
-    """One environment. ``name``: as it was asked for; ``commit``: empty where an interpreter was given.
-    ``environment``: versions, as its worker tells them."""
+    """One environment."""
 
     name: str
+    """The environment as it was given: a git ref, ``.`` or an interpreter."""
     commit: str
+    """The commit, with a ``+`` for a changed working tree; empty for an interpreter."""
     python: str
-    environment: dict[str, str] = {}
+    """Path of the interpreter."""
 
 
-class GateRecord(msgspec.Struct, kw_only=True):
-    """One run of the gate. ``load``: 1-minute load average before each restart and at the end. ``finished``: False
-    where it was interrupted or its time ran out."""
+class GateRecord(TimedRun, kw_only=True):
+    """One run of the gate. Trials and verdicts follow from the rounds."""
 
     schema: str = SCHEMA
-    suite: str
-    started: str
     backend: str
-    device: str
-    machine: dict[str, Any]
-    protocol: dict[str, Any]
-    presets: dict[str, Any]
+    """Name of the backend; its arms are called ``base`` and ``head``."""
     sides: dict[str, Side]
-    load: list[float]
-    cases: list[GateCase] = []
-    blocks: list[GateBlock] = []
-    trials: list[Trial] = []
-    lasting: list[Lasting] = []
-    verdicts: list[CaseVerdict] = []
-    seconds: float = 0.0
-    finished: bool = False
+    """The two environments, ``base`` and ``head``."""
+    trials: list[Trial] = msgspec.field(default_factory=list)
+    """One for each case and restart."""
+    not_comparable: list[NotComparable] = msgspec.field(default_factory=list)
+    """Cases whose times cannot be compared, with the reason."""
+    verdicts: list[CaseVerdict] = msgspec.field(default_factory=list)
+    """One for each case."""
 
     def conclude(self) -> None:
-        """Trials and verdicts from the raw blocks; those of a slow clock are kept here, and are in no trial."""
-        self.trials = trials(kept(self.blocks, default_mhz(self.machine))[0])
-        self.verdicts = verdicts(self)
+        """Trials and verdicts from the raw rounds; blocks of a slow clock are in no trial."""
+        fast, _ = kept(self.rounds, default_mhz(self.machine))
+        mine: dict[int, list[Round]] = {}
+        for block in fast:
+            mine.setdefault(block.case, []).append(block)
+        self.trials = [one for case, blocks in sorted(mine.items()) for one in trials(case, self.cases[case], blocks)]
+        self.verdicts = [self._verdict(case) for case in range(len(self.cases))]
+
+    def _verdict(self, case: int) -> CaseVerdict:
+        why = next((one.why for one in self.not_comparable if one.case == case), "")
+        if why:
+            return CaseVerdict(case, NOT_COMPARABLE, why)
+        mine = [one for one in self.trials if one.case == case]
+        d = {stage: [one.d for one in mine if one.stage == stage] for stage in (SCREEN, CONFIRM)}
+        widths = [math.inf if one.half_width is None else one.half_width for one in mine if one.stage == SCREEN]
+        return _verdict_of(case, find(d[SCREEN], d[CONFIRM], widths))
 
     def write(self, path: Path) -> None:
         self.conclude()
-        write_atomically(path, msgspec.json.format(msgspec.json.encode(self), indent=1))
+        record.write(self, path)
 
     def lines(self) -> list[str]:
         """One line for each case."""
@@ -139,68 +142,36 @@ class GateRecord(msgspec.Struct, kw_only=True):
 
     @property
     def exit_code(self) -> int:
-        """4 on a regression. Nothing else blocks: what is inconclusive or not comparable is told."""
+        """4 on a regression. What is inconclusive or not comparable is shown and does not block."""
         return BLOCKED if any(verdict.verdict == REGRESSION for verdict in self.verdicts) else OK
 
 
-def trial(case: int, stage: str, restart: int, blocks: Sequence[GateBlock]) -> Trial | None:
-    """From the blocks of one case in one restart; None without a single whole round."""
-    rounds: dict[int, dict[int, int]] = defaultdict(dict)
-    for block in blocks:
-        rounds[block.round][block.side] = block.ns
-    logs = [math.log(ns[1] / ns[0]) for ns in rounds.values() if len(ns) == 2]
-    if not logs:
-        return None
-    half = None
-    if rank(len(logs)):
-        _, low, high = interval(logs)
-        half = (high - low) / 2
-    return Trial(case, stage, restart, len(logs), median(logs), half)
-
-
-def trials(blocks: Sequence[GateBlock]) -> list[Trial]:
-    """One for each case and restart, in the order in which they were made."""
-    by_restart: dict[tuple[int, str, int], list[GateBlock]] = defaultdict(list)
-    for block in blocks:
-        by_restart[block.case, block.stage, block.restart].append(block)
-    made = (trial(*key, found) for key, found in by_restart.items())
-    return [one for one in made if one is not None]
-
-
-def verdicts(record: GateRecord) -> list[CaseVerdict]:
-    """One for each case, from the trials and from what lasts."""
-    why = {lasting.case: lasting.why for lasting in reversed(record.lasting)}  # the first reason is told
+def trials(number: int, case: Case, blocks: list[Round]) -> list[Trial]:
+    """One for each restart that has a whole round, from the blocks of one case."""
     found = []
-    for case in range(len(record.cases)):
-        if case in why:
-            found.append(CaseVerdict(case, NOT_COMPARABLE, why[case]))
-            continue
-        mine = [one for one in record.trials if one.case == case]
-        d = {stage: [one.d for one in mine if one.stage == stage] for stage in (SCREEN, CONFIRM)}
-        widths = [math.inf if one.half_width is None else one.half_width for one in mine if one.stage == SCREEN]
-        found.append(_told(case, find(d[SCREEN], d[CONFIRM], widths)))
+    for restart, logs in log_ratios(times(case, blocks), arm=1, reference=0).items():
+        half = None
+        if rank(len(logs)):
+            _, low, high = interval(logs)
+            half = (high - low) / 2
+        found.append(Trial(number, restart, len(logs), median(logs), half))
     return found
 
 
-def _told(case: int, finding: Finding) -> CaseVerdict:
+def _verdict_of(case: int, finding: Finding) -> CaseVerdict:
     last = finding.confirm or finding.screen
     screen_p, confirm_p = (
         None if stage is None else min(stage.slower, stage.faster) for stage in (finding.screen, finding.confirm)
     )
-    return CaseVerdict(
-        case,
-        finding.verdict,
-        finding.why,
-        None if last is None else math.exp(last.median),
-        screen_p,
-        confirm_p,
-        None if finding.screen is None else finding.screen.spread,
-    )
+    ratio = None if last is None else math.exp(last.median)
+    spread = None if finding.screen is None else finding.screen.spread
+    return CaseVerdict(case, finding.verdict, finding.why, ratio, screen_p, confirm_p, spread)
 
 
-def _line(case: GateCase, verdict: CaseVerdict) -> str:
+def _line(case: Case, verdict: CaseVerdict) -> str:
     ratio = "" if verdict.ratio is None else f" x{verdict.ratio:.3f}"
-    return f"{case}: {verdict.verdict}{ratio}{': ' * bool(verdict.why)}{verdict.why}"
+    why = f": {verdict.why}" if verdict.why else ""
+    return f"{case.preset}: {case.arms[0].phase}({case.depth}): {verdict.verdict}{ratio}{why}"
 
 
 def is_record(path: Path) -> bool:
@@ -209,5 +180,5 @@ def is_record(path: Path) -> bool:
 
 
 def read(path: Path) -> GateRecord:
-    """Raises SpecError with one sentence where the file holds no record of a gate."""
+    """Raises SpecError with one sentence if the file holds no record of a gate."""
     return read_versioned(path, GateRecord, SCHEMA, "record of a gate")

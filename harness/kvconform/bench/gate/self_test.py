@@ -1,14 +1,15 @@
-"""How often the gate cries wolf: it is run with one environment on both sides, where every alarm is a false one.
+"""How often the gate gives a false alarm: it is run with one environment on both sides, where every alarm is false.
 
 Real runs are few, so the rate is also simulated from what they measured: each simulated gate draws the magnitudes of
-real restarts, with replacement, and a coin for each sign, which is what equal code gives (``signs``).
+real restarts, with replacement, and a coin for each sign, which is what equal code gives (``sign_flip``).
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,19 +18,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from kvconform.bench.engine import Options
+from kvconform.bench.gate import decision
+from kvconform.bench.gate.decision import CONFIRM, IMPROVEMENT, INCONCLUSIVE, NOT_COMPARABLE, RATE, REGRESSION, SCREEN
 from kvconform.bench.gate.record import GateRecord
-from kvconform.bench.gate.runner import SECONDS_PER_CASE, gate
-from kvconform.bench.gate.sign_flip import (
-    CONFIRM,
-    IMPROVEMENT,
-    INCONCLUSIVE,
-    NOT_COMPARABLE,
-    RATE,
-    REGRESSION,
-    SCREEN,
-    find,
-    play,
-)
+from kvconform.bench.gate.runner import gate
 from kvconform.bench.presets import Preset
 from kvconform.errors import GpuBusy
 from kvconform.host import machine
@@ -38,17 +31,17 @@ from kvconform_specs import SUITE_VERSION
 from kvconform_specs.errors import SpecError
 
 REJECTED = 0.01
-"""The stated rate is refuted where so many alarms or more have at most this probability under it."""
+"""The stated rate is refuted if so many alarms or more have at most this probability under it."""
 KEPT, EXCEEDED, UNTESTED = "kept", "exceeded", "untested"
 
 
 class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
-    """One self-test, a line of the history. ``machine``: with its GPU, if ``device`` is one. ``cases``: cases that
-    got a verdict, over all runs. ``alarms``, ``improvements``, ``inconclusive``: how many of them got which;
-    ``alarmed``: runs with a regression or an improvement. ``stated``: the most that a case may alarm, one way. ``p``:
-    of so many alarmed runs under it. ``simulated``: runs and alarms (both ways) of gates simulated from the real
+    """One self-test, a line of the history. ``machine``: with its GPU, if ``device`` is one. ``cases``: cases with a
+    verdict, over all runs. ``alarms``, ``improvements``, ``inconclusive``: how many of them got which; ``alarmed``:
+    runs with a regression or an improvement. ``stated``: the highest probability that a case alarms, one way. ``p``:
+    of so many alarmed runs under it. ``simulated``: runs, cases and alarms (both ways) of gates simulated from the real
     restarts. ``bias``, ``spread``: mean and standard deviation of their d. ``verdict``: ``kept``, ``exceeded``, or
-    ``untested`` where nothing was timed."""
+    ``untested`` if nothing was timed."""
 
     date: str
     machine: dict[str, Any]
@@ -82,56 +75,44 @@ def self_test(
     spec: WorkerSpec,
     presets: Mapping[str, Preset],
     backend: str,
-    folder: Path,
     history: Path,
+    options: Options,
     *,
     runs: int = 20,
     simulate: int = 1000,
-    seconds_per_case: float = SECONDS_PER_CASE,
-    seed: int = 0,
-    threads: int = 1,
-    tell: Callable[[str], None] = lambda line: None,
 ) -> SelfTest:
     """Runs the gate ``runs`` times with one environment on both sides, and ``simulate`` times on what was measured.
 
-    Their records go to ``folder``, one line of JSON is appended to ``history``. An interrupt ends it, and what was
-    finished counts.
+    The records go to the folder ``options.out``; one line of JSON is appended to ``history``. After an interrupt the
+    finished runs count.
     """
     records: list[GateRecord] = []
+    say, seed = options.say, options.seed
     for number in range(runs):
-        tell(f"A/A run {number + 1} of {runs}")
+        say(f"A/A run {number + 1} of {runs}")
+        mine = replace(options, out=options.out / f"a-a-{number + 1:03}.json", seed=seed + number)
         try:
-            record = gate(
-                spec,
-                spec,
-                presets,
-                backend,
-                folder / f"a-a-{number + 1:03}.json",
-                seconds_per_case=seconds_per_case,
-                seed=seed + number,
-                threads=threads,
-                tell=tell,
-            )
-        except GpuBusy as sentence:  # somebody has taken the GPU between two runs
+            record = gate(spec, spec, presets, backend, mine)
+        except GpuBusy as sentence:  # another benchmark has taken the GPU between two runs
             if not records:
                 raise
-            tell(str(sentence))
+            say(str(sentence))
             break
         if not record.finished:
             break
         records.append(record)
-    told = conclude(records, backend, list(presets), simulate, seed, spec.device)
+    made = conclude(records, backend, list(presets), simulate, seed, spec.device)
     history.parent.mkdir(parents=True, exist_ok=True)
     with history.open("ab") as file:
-        file.write(msgspec.json.encode(told) + b"\n")
-    tell(str(told))
-    return told
+        file.write(msgspec.json.encode(made) + b"\n")
+    say(str(made))
+    return made
 
 
 def conclude(
     records: Sequence[GateRecord], backend: str, presets: Sequence[str], simulate: int, seed: int, device: str = "cpu"
 ) -> SelfTest:
-    """What the records of A/A runs say of the stated rate.
+    """What the records of A/A runs show about the stated rate.
 
     The runs are independent, the cases of one are not: so runs with an alarm are counted, each of which has
     probability at most ``2 * cases * RATE`` (both ways), and the binomial tail is that of this bound.
@@ -139,19 +120,15 @@ def conclude(
     verdicts = [[one.verdict for one in record.verdicts if one.verdict != NOT_COMPARABLE] for record in records]
     count = {kind: sum(run.count(kind) for run in verdicts) for kind in (REGRESSION, IMPROVEMENT, INCONCLUSIVE)}
     alarmed = sum(REGRESSION in run or IMPROVEMENT in run for run in verdicts)
-    bound = min(1.0, 2 * RATE * max(map(len, verdicts), default=0))
-    p = tail(alarmed, len(records), bound)
-    timed = sum(map(len, verdicts))
-    d = [one.d for record in records for one in record.trials if one.stage == SCREEN]
-    by_case: dict[int, list[float]] = defaultdict(list)
-    for record in records:
-        for one in record.trials:
-            if one.stage == SCREEN:
-                by_case[one.case].append(one.d)
-    ran = records[0].machine if records else machine()
+    timed, most = sum(map(len, verdicts)), max(map(len, verdicts), default=0)
+    p = tail(alarmed, len(records), min(1.0, 2 * RATE * most))
+    pools: dict[int, list[float]] = defaultdict(list)
+    for one in (one for record in records for one in record.trials if one.stage == SCREEN):
+        pools[one.case].append(one.d)
+    d = [value for pool in pools.values() for value in pool]
     return SelfTest(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=ran,
+        machine=records[0].machine if records else machine(),
         suite=SUITE_VERSION,
         backend=backend,
         presets=list(presets),
@@ -163,7 +140,7 @@ def conclude(
         alarmed=alarmed,
         stated=RATE,
         p=p,
-        simulated=simulated(list(by_case.values()), simulate, seed),
+        simulated=simulated(list(pools.values()), simulate, seed),
         bias=fmean(d) if d else None,
         spread=stdev(d) if len(d) > 1 else None,
         verdict=UNTESTED if not timed else EXCEEDED if p <= REJECTED else KEPT,
@@ -180,17 +157,15 @@ def simulated(pools: Sequence[Sequence[float]], runs: int, seed: int) -> dict[st
 
     alarms = 0
     for _ in range(runs):
-        for found in play(range(len(pools)), restart).values():
-            alarms += find(found[SCREEN], found[CONFIRM]).verdict in (REGRESSION, IMPROVEMENT)
+        for found in decision.play(range(len(pools)), restart).values():
+            alarms += decision.find(found[SCREEN], found[CONFIRM]).verdict in (REGRESSION, IMPROVEMENT)
     return {"runs": runs, "cases": runs * len(pools), "alarms": alarms}
 
 
 def tail(k: int, n: int, rate: float) -> float:
-    """The probability of ``k`` or more of ``n`` at this rate: a sum of binomial terms, each by its logarithm."""
-    if k == 0 or rate >= 1:
-        return 1.0
-    if rate <= 0:
-        return 0.0
+    """The binomial probability of ``k`` or more of ``n`` at this rate; each term by its logarithm."""
+    if k == 0 or not 0 < rate < 1:
+        return float(k == 0 or rate >= 1)
 
     def term(i: int) -> float:
         ways = math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
@@ -200,7 +175,7 @@ def tail(k: int, n: int, rate: float) -> float:
 
 
 def history(path: Path) -> list[SelfTest]:
-    """All self-tests of a history file, oldest first. Raises SpecError with one sentence where a line is none."""
+    """All self-tests of a history file, oldest first. Raises SpecError with one sentence if a line is none."""
     found = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:

@@ -1,7 +1,7 @@
 """The machine's ceilings for one decode step: how fast the same bytes are read, and the same products computed.
 
 They are timed in the rounds of the case that they belong to, at its working-set size: a bandwidth measured at another
-size says what another level of the caches gives. Nothing but numpy is needed here.
+size is that of another level of the caches. Only numpy is needed here.
 
 Which way of reading is the fastest depends on the size and on the machine, so that three are tried when a ceiling is
 built. All are float32 products: a plain sum is limited by its additions as soon as the numbers lie in a cache. The
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform.bench.analysis.costs import cost
+from kvconform.bench.costs import cost
 from kvconform_specs.config import Config
 
 Array = NDArray[np.float32]
@@ -35,17 +35,17 @@ TRIALS = 5
 
 
 def floats(bytes_min: int) -> int:
-    """How many numbers ``read`` reads for so many bytes: rounded up to an even number."""
+    """The number of float32 that ``read`` reads for so many bytes, rounded up to an even one."""
     return -(-max(bytes_min, 1) // 8) * 2
 
 
 def products(flops: int) -> int:
-    """How many products of ``SIDE``-square matrices, ``2 SIDE^3`` FLOPs each, ``multiply`` computes: rounded up."""
+    """The number of products of ``SIDE``-square matrices, ``2 SIDE^3`` FLOPs each, in ``multiply``, rounded up."""
     return max(1, -(-flops // (2 * SIDE**3)))
 
 
 def excess(phase: str, bytes_min: int, flops: int) -> float:
-    """How much more a call does than was asked for, by the rounding: at least 1."""
+    """The work of a call over the work that was needed, because of the rounding: at least 1."""
     return 4 * floats(bytes_min) / bytes_min if phase == "read" else products(flops) * 2 * SIDE**3 / flops
 
 
@@ -97,7 +97,7 @@ def itself(pieces: list[Array]) -> Pairs:
 
 
 def rows(pieces: list[Array]) -> Pairs:
-    """Matrices by one vector, which stays in the cache; what fills no row is read by itself."""
+    """Matrices by one vector, which stays in the cache; a rest shorter than a row is multiplied with itself."""
     vector = np.linspace(-1, 1, COLUMNS, dtype=np.float32)
     pairs: Pairs = []
     for piece in pieces:

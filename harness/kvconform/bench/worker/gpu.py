@@ -1,13 +1,11 @@
-"""The GPU as a worker and the controller see it: its clock, what holds that down, its lock, and what may be compared.
+"""The GPU as a worker and its parent see it: its clock, what reduces that, its lock, and what may be compared.
 
-Nothing but the standard library is needed here. The driver is asked through its own two libraries: ``libcuda`` for
-what belongs to the CUDA device of this process (which ``CUDA_VISIBLE_DEVICES`` may have renumbered), ``libnvidia-ml``
-(NVML) for the clock. Clocks are read, never set.
+The driver is queried through NVML (``pynvml``, of the extra ``cuda``). Clocks are read, never set.
 """
 
 from __future__ import annotations
 
-import ctypes
+import importlib
 import os
 import re
 import sys
@@ -20,14 +18,7 @@ from typing import Any, Protocol, TypeVar
 from kvconform.errors import GpuBusy
 
 MIN_CLOCK_FRACTION = 0.75
-"""The part of the default clock under which a block is dropped, as NVIDIA's nvbench does."""
-
-CLOCK_RATE, L2_CACHE_SIZE = 13, 38
-"""``CUdevice_attribute`` (cuda.h): its typical clock in kHz; bytes of L2."""
-CLOCK_SM = 1
-"""``nvmlClockType_t`` (nvml.h)."""
-TEXT = 96
-"""Bytes of a text buffer: as many as the longest of NVML's, a UUID's (``NVML_DEVICE_UUID_V2_BUFFER_SIZE``), needs."""
+"""The share of the default clock below which a block is dropped, as in NVIDIA's nvbench."""
 REASONS = {
     0x002: "clocks were set by someone",
     0x004: "power cap",
@@ -38,7 +29,9 @@ REASONS = {
     0x080: "power brake",
     0x100: "display clock setting",
 }
-"""``nvmlClocksEventReason*`` (nvml.h). That the GPU is idle (0x001) holds no block down: it is read after the block."""
+"""``nvmlClocksEventReason*`` (nvml.h). An idle GPU (0x001) slows no block: the reasons are read after the block."""
+ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+"""In every timed worker's environment: CUDA numbers its devices as NVML does."""
 
 
 class NoGpu(Exception):
@@ -46,76 +39,69 @@ class NoGpu(Exception):
 
 
 class Gpu:
-    """One GPU. ``default_mhz``: its typical clock; ``l2_bytes``: of its second-level cache. Both
-    come from the CUDA driver: NVML's default application clock is deprecated, and set by whoever runs the machine."""
+    """The first CUDA device of this process. ``default_mhz``: the maximum of its SM clock, which it runs at unless
+    something reduces it (NVML's default application clock is deprecated, and set by the machine's operator)."""
 
-    def __init__(self, cuda: Any, nvml: Any, index: int = 0) -> None:
-        """``cuda`` and ``nvml`` are the two libraries, ``index`` is a CUDA device's. Raises NoGpu."""
-        self._nvml, self._handle = nvml, ctypes.c_void_p()
-        number, place = ctypes.c_int(), ctypes.create_string_buffer(TEXT)
-        _driver(cuda, "cuInit", ctypes.c_uint(0))
-        _driver(cuda, "cuDeviceGet", ctypes.byref(number), ctypes.c_int(index))
-        _driver(cuda, "cuDeviceGetPCIBusId", place, ctypes.c_int(TEXT), number)
-        self.default_mhz = _attribute(cuda, CLOCK_RATE, number) // 1000
-        self.l2_bytes = _attribute(cuda, L2_CACHE_SIZE, number)
-        self._ask("nvmlInit_v2")
-        self._ask("nvmlDeviceGetHandleByPciBusId_v2", ctypes.c_char_p(place.value), ctypes.byref(self._handle))
-        self.uuid, self.name = self._text("nvmlDeviceGetUUID"), self._text("nvmlDeviceGetName")
-        self.clocked = True
-        self.clocked = self.sm_mhz() > 0
-
-    @classmethod
-    def reach(cls, index: int = 0) -> Gpu:
-        """The GPU of this process's CUDA device ``index``. Raises NoGpu with the reason."""
-        windows = sys.platform == "win32"
-        names = ("nvcuda.dll", "nvml.dll") if windows else ("libcuda.so.1", "libnvidia-ml.so.1")
+    def __init__(self) -> None:
+        """Raises NoGpu with the reason."""
         try:
-            cuda, nvml = (ctypes.CDLL(name) for name in names)
-        except OSError as error:
-            raise NoGpu(f"the NVIDIA driver's libraries are not there: {error}") from error
-        return cls(cuda, nvml, index)
+            pynvml: Any = importlib.import_module("pynvml")
+        except ImportError as error:
+            raise NoGpu(f"nvidia-ml-py cannot be imported ({error}): pip install 'kvconform[cuda]'") from error
+        self._nvml = pynvml
+        try:
+            pynvml.nvmlInit()
+            self._handle = self._visible(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip())
+            self.uuid, self.name = pynvml.nvmlDeviceGetUUID(self._handle), pynvml.nvmlDeviceGetName(self._handle)
+            self.default_mhz = int(pynvml.nvmlDeviceGetMaxClockInfo(self._handle, pynvml.NVML_CLOCK_SM))
+        except pynvml.NVMLError as error:
+            raise NoGpu(f"the NVIDIA driver cannot be queried: {error}") from error
 
     @classmethod
-    def open(cls, index: int = 0) -> Gpu | None:
-        """As ``reach``; None where there is none."""
+    def open(cls) -> Gpu | None:
+        """None if there is no GPU."""
         with suppress(NoGpu):
-            return cls.reach(index)
+            return cls()
         return None
 
+    def _visible(self, device: str) -> Any:
+        """The handle behind an entry of CUDA_VISIBLE_DEVICES: a number, or a UUID or its beginning; for an instance
+        (MIG) the handle of its GPU."""
+        nvml = self._nvml
+        if device.isdecimal():
+            return nvml.nvmlDeviceGetHandleByIndex(int(device))
+        if device.startswith("MIG-"):
+            return nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(nvml.nvmlDeviceGetHandleByUUID(device))
+        for handle in map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount())):
+            if device and nvml.nvmlDeviceGetUUID(handle).startswith(device):
+                return handle
+        raise NoGpu(f"CUDA_VISIBLE_DEVICES names no GPU: {device!r}")
+
     def sm_mhz(self) -> int:
-        """The clock of the multiprocessors at this moment, to be read right after a block; 0 where NVML tells none
-        (as under some virtual GPUs)."""
-        mhz = ctypes.c_uint()
-        asked = ctypes.c_int(CLOCK_SM), ctypes.byref(mhz)
-        return mhz.value if self.clocked and self._code("nvmlDeviceGetClockInfo", self._handle, *asked) == 0 else 0
+        """The SM clock in MHz at this moment, to be read right after a block; 0 if NVML does not report it (as under
+        some virtual GPUs)."""
+        with suppress(self._nvml.NVMLError):
+            return int(self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM))
+        return 0
 
     def throttle(self) -> int:
-        """What holds the clock down at this moment, to be read right after a block: bits of ``REASONS``; 0: nothing,
-        or NVML does not tell."""
-        bits = ctypes.c_ulonglong()
-        # drivers before R535 have the older name alone
-        for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
-            if hasattr(self._nvml, name):
-                if self._code(name, self._handle, ctypes.byref(bits)) != 0:
-                    return 0
-                break
-        return bits.value & sum(REASONS)
+        """What reduces the clock at this moment, to be read right after a block: bits of ``REASONS``; 0: nothing, or
+        NVML does not report it."""
+        for name in ("Event", "Throttle"):  # drivers before R535 have the older name alone
+            with suppress(self._nvml.NVMLError):
+                return int(getattr(self._nvml, f"nvmlDeviceGetCurrentClocks{name}Reasons")(self._handle)) & sum(REASONS)
+        return 0
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a record tells of the GPU; times of two of them are never compared."""
-        return {
-            "gpu": self.name,
-            "uuid": self.uuid,
-            "default_mhz": self.default_mhz,
-            "l2_bytes": self.l2_bytes,
-            "clock": "read after each block" if self.clocked else "NVML tells none: no block can be dropped",
-        }
+        """The GPU in a record; times of two GPUs are never compared."""
+        clock = "read after each block" if self.sm_mhz() else "NVML does not report it: no block can be dropped"
+        return {"gpu": self.name, "uuid": self.uuid, "default_mhz": self.default_mhz, "clock": clock}
 
     @contextmanager
     def lock(self, folder: Path | None = None) -> Iterator[None]:
-        """Only one process at a time is inside, whoever's it is: the controller's, while its workers are timed.
-        Raises GpuBusy at once where another is. The system gives the lock back when a process dies, and the file stays:
-        to delete it would let two processes hold two files of one name."""
+        """Only one process at a time is inside: the parent, while its workers are timed. Raises GpuBusy at once if
+        another one is. The system releases the lock when a process dies. The file stays: if it were deleted, two
+        processes could hold two files of one name."""
         path = (folder or _shared()) / f"kvconform-{re.sub(r'[^A-Za-z0-9-]', '_', self.uuid)}.lock"
         handle, writable = _opened(path)
         try:
@@ -127,60 +113,32 @@ class Gpu:
                 os.write(handle, f"{os.getpid()}\n".encode())
             yield
         finally:
-            os.close(handle)  # which gives the lock back
-
-    def _code(self, name: str, *arguments: Any) -> int:
-        return int(getattr(self._nvml, name)(*arguments))
-
-    def _ask(self, name: str, *arguments: Any) -> None:
-        code = self._code(name, *arguments)
-        if code != 0:
-            self._nvml.nvmlErrorString.restype = ctypes.c_char_p
-            words = self._nvml.nvmlErrorString(ctypes.c_int(code)) or b"no words"
-            raise NoGpu(f"{name} failed with code {code}: {words.decode(errors='replace')}")
-
-    def _text(self, name: str) -> str:
-        text = ctypes.create_string_buffer(TEXT)
-        self._ask(name, self._handle, text, ctypes.c_uint(TEXT))
-        return text.value.decode(errors="replace")
+            os.close(handle)  # which releases the lock
 
 
 @contextmanager
 def held(device: str) -> Iterator[dict[str, Any]]:
-    """What a record tells of the GPU, which belongs to this process meanwhile; on a CPU nothing. Where no GPU can be
-    reached the reason is told and the run goes on: each backend says by itself what it lacks. Raises GpuBusy."""
-    gpu, why = None, ""
-    if device == "cuda":
-        try:
-            gpu = Gpu.reach()
-        except NoGpu as reason:
-            why = str(reason)
-    if gpu is None:
-        yield {"gpu": f"not reached: {why}"} if why else {}
-    else:
-        with gpu.lock():
-            yield gpu.fingerprint()
-
-
-def _driver(cuda: Any, name: str, *arguments: Any) -> None:
-    code = int(getattr(cuda, name)(*arguments))
-    if code != 0:
-        raise NoGpu(f"{name} failed with code {code}: no such CUDA device, or no driver that runs")
-
-
-def _attribute(cuda: Any, attribute: int, number: ctypes.c_int) -> int:
-    value = ctypes.c_int()
-    _driver(cuda, "cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), number)
-    return value.value
+    """The GPU in a record, which belongs to this process meanwhile; empty on a CPU. If no GPU can be reached, the
+    reason is recorded and the run goes on: each backend reports what it lacks. Raises GpuBusy."""
+    if device != "cuda":
+        yield {}
+        return
+    try:
+        gpu = Gpu()
+    except NoGpu as reason:
+        yield {"gpu": f"not reached: {reason}"}
+        return
+    with gpu.lock():
+        yield gpu.fingerprint()
 
 
 def _shared() -> Path:
-    """One folder for all users and whatever TMPDIR says: else two benchmarks would hold two locks."""
+    """One folder for all users, whatever TMPDIR is: otherwise two benchmarks would hold two locks."""
     return Path("/tmp" if os.name == "posix" else tempfile.gettempdir())
 
 
 def _opened(path: Path) -> tuple[int, bool]:
-    """A handle of the file, and whether it may be written: another user's may only be read, which is enough to lock."""
+    """A handle of the file, and whether it is writable: another user's can only be read, which suffices for a lock."""
     no_link = getattr(os, "O_NOFOLLOW", 0)
     try:
         return os.open(path, os.O_CREAT | os.O_RDWR | no_link, 0o666), True
@@ -192,7 +150,7 @@ if sys.platform == "win32":
     import msvcrt
 
     def _hold(handle: int) -> bool:
-        """Locks a byte far behind the process id, which others may read then."""
+        """Locks a byte far behind the process id, so that others can read that."""
         os.lseek(handle, 1 << 20, os.SEEK_SET)
         try:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
@@ -214,7 +172,7 @@ else:
 
 # --- what may be summarised, and compared ---
 class Clocked(Protocol):
-    """A timed block: ``stopwatch.Block``, ``record.Round`` or ``gate_record.GateBlock``."""
+    """A timed block: ``timer.Block`` or ``record.Round``."""
 
     @property
     def sm_mhz(self) -> int: ...
@@ -224,20 +182,19 @@ Timed = TypeVar("Timed", bound=Clocked)
 
 
 def default_mhz(machine: Mapping[str, Any]) -> int:
-    """Of the GPU that a record's ``machine`` tells of (``Gpu.fingerprint``); 0 without one."""
+    """The default clock of the GPU in a record's ``machine`` (``Gpu.fingerprint``); 0 without a GPU."""
     return int(machine.get("default_mhz", 0))
 
 
 def kept(blocks: Iterable[Timed], default_mhz: int) -> tuple[list[Timed], int]:
-    """The blocks that count (``fast``), in their order, and how many do not."""
+    """The blocks that count (``fast``), in their order, and the number of the others."""
     every = list(blocks)
     found = [block for block in every if fast(block, default_mhz)]
     return found, len(every) - len(found)
 
 
 def fast(block: Clocked, default_mhz: int) -> bool:
-    """Whether a block ran at ``MIN_CLOCK_FRACTION`` of the default clock or above, or without a clock (0: on a CPU, or NVML tells
-    none)."""
+    """Whether a block ran at ``MIN_CLOCK_FRACTION`` of the default clock or above, or no clock was read (0)."""
     return block.sm_mhz == 0 or block.sm_mhz >= MIN_CLOCK_FRACTION * default_mhz
 
 
@@ -247,46 +204,37 @@ RuntimeInfos = Mapping[str, Mapping[str, Any]]
 
 def classes(runtime_infos: RuntimeInfos) -> str | None:
     """Why arms must not be compared, in one sentence: they compute in different classes of precision (TF32 is three
-    digits and several times the speed), or on a GPU one does not tell its own. None: nothing is against it."""
-    told = {name: str(seen["precision"]) for name, seen in runtime_infos.items() if "precision" in seen}
-    silent = [name for name, seen in runtime_infos.items() if name not in told and _on_gpu(seen)]
+    digits and several times the speed), or one on a GPU does not report its class. None: they may be compared."""
+    found = {name: str(info["precision"]) for name, info in runtime_infos.items() if "precision" in info}
+    silent = [name for name, info in runtime_infos.items() if name not in found and _on_gpu(info)]
     if len(runtime_infos) > 1 and silent:
-        return f"does not tell its class of precision: {', '.join(silent)}"
-    return _differing(told, "classes of precision differ")
+        return f"does not report its class of precision: {', '.join(silent)}"
+    return _differing(found, "classes of precision differ") if len(set(found.values())) > 1 else None
 
 
 def methods(runtime_infos: RuntimeInfos) -> str | None:
-    """Why the device times of arms must not be compared: they were measured in different ways, or with L2 in another
-    state. Step wall is not concerned."""
-    return _differing(_ways(runtime_infos), "device times were measured in different ways")
-
-
-def ways(runtime_infos: RuntimeInfos) -> str | None:
-    """How device times came about, where that was the same for all that tell: the way, and the state of L2."""
-    told = _ways(runtime_infos)
-    return f"device times of {', '.join(told)}: {next(iter(told.values()))}" if told else None
-
-
-def _ways(runtime_infos: RuntimeInfos) -> dict[str, str]:
-    return {name: " and ".join(seen["device_time"]) for name, seen in runtime_infos.items() if seen.get("device_time")}
+    """How device times were measured, and in which state of L2: in one way, or in different ways, and then they must
+    not be compared. None: there are none. Step wall is not concerned."""
+    found = {name: " and ".join(i["device_time"]) for name, i in runtime_infos.items() if i.get("device_time")}
+    if len(set(found.values())) > 1:
+        return _differing(found, "device times were measured in different ways")
+    return f"device times of {', '.join(found)}: {next(iter(found.values()))}" if found else None
 
 
 def _on_gpu(runtime_info: Mapping[str, Any]) -> bool:
     return str(runtime_info.get("device")).startswith("cuda")
 
 
-def _differing(told: Mapping[str, str], what: str) -> str | None:
-    if len(set(told.values())) < 2:
-        return None
-    return f"{what}: " + "; ".join(f"{name}: {words}" for name, words in told.items())
+def _differing(found: Mapping[str, str], what: str) -> str:
+    return f"{what}: " + "; ".join(f"{name}: {words}" for name, words in found.items())
 
 
 def unfit(runtime_info: Mapping[str, Any]) -> str | None:
-    """Why an arm on a GPU gets no time though its outputs are right: ONNX Runtime put nodes into its graph that copy
-    between host and device in every step, or nobody has counted them. None: nothing is against it."""
+    """Why an arm on a GPU may not be timed though its outputs are right: ONNX Runtime put nodes into its graph that
+    copy between host and device in every step, or they were not counted. None: it may be timed."""
     if not _on_gpu(runtime_info) or "providers" not in runtime_info:
         return None
     count = runtime_info.get("memcpy_nodes")
     if count is None:
-        return "nobody has counted the Memcpy nodes of its graphs"
+        return "the Memcpy nodes of its graphs were not counted"
     return f"its graphs have {count} Memcpy nodes: they copy between host and device in every step" if count else None

@@ -1,8 +1,8 @@
-"""The worker's side of a speed run: it times blocks of calls of one backend and answers numbers.
+"""The worker's side of a timed run: it times blocks of calls of one backend and answers with numbers.
 
-Inputs are made and caches put back outside the timed regions; garbage collection is off inside them. Nothing but
-numpy is needed here. Of the harness a timed region holds one Python call for each step and, in a generation, the
-choice of the token and one look at the clock for each of them.
+Inputs are made and caches restored outside the timed regions; garbage collection is off inside them. Only numpy is
+needed here. Of the harness a timed region holds one Python call for each step and, in a generation, the choice of the
+token and one reading of the clock for each of them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Ids = NDArray[np.int64]
 
 class Block(NamedTuple):
     """Wall nanoseconds, CPU nanoseconds of all threads, involuntary context switches; on a GPU its clock in MHz right
-    after the block (0: not read) and what holds that down (``device.REASONS``); when the tokens of a generation came,
-    from its beginning."""
+    after the block (0: not read) and the reasons for a reduced clock (bits of ``gpu.REASONS``); when the tokens of a
+    generation came, in nanoseconds from its beginning."""
 
     ns: int
     cpu_ns: int
@@ -64,9 +64,9 @@ def digest(ids: Ids) -> str:
 
 
 def resident() -> int | None:
-    """Bytes of this process that are in memory; None where the system does not tell."""
-    told = Path("/proc/self/statm")
-    return int(told.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if told.exists() else None
+    """Bytes of this process that are in memory; None if the system does not count them."""
+    counted = Path("/proc/self/statm")
+    return int(counted.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if counted.exists() else None
 
 
 class Timer:
@@ -94,14 +94,14 @@ class Timer:
         self._phase = ""
 
     def blocks(self, phase: str, depth: int, steps: int, count: int, batch: int = 1, new: int = 0) -> list[Block]:
-        """``count`` blocks of ``steps`` calls each, or of one generation of ``new`` tokens. Raises RuntimeError where
-        the backend loses count of tokens."""
+        """``count`` blocks of ``steps`` calls each, or of one generation of ``new`` tokens. Raises RuntimeError if the
+        backend's length is wrong afterwards."""
         self._phase = phase
         return [self._phases[phase](depth, steps, batch, new) for _ in range(count)]
 
     def device(self, phase: str, depth: int, steps: int, count: int, batch: int = 1) -> list[int]:
-        """``count`` times the device's own nanoseconds of ``steps`` steps; 0: not measured, and the backend's runtime_info
-        says why. After the last block of this worker: a profiler may stay in the process."""
+        """``count`` times the device's own nanoseconds of ``steps`` steps; 0: not measured, runtime_info() says why.
+        Called after the last block of this worker: a profiler may stay in the process."""
         self.drop()
         self._phase, caches = phase, dict[int, Any]()
         call = self._again(depth, batch, caches)
@@ -111,7 +111,7 @@ class Timer:
         return found
 
     def _again(self, n: int, batch: int, caches: dict[int, Any]) -> Callable[[int], object]:
-        """One step that can be made again and again on as many caches as are asked for: see ``Backend.device_ns``."""
+        """One step that can be repeated on any number of caches: see ``Backend.device_ns``."""
         backend = self.backend
         if self._phase != "decode":
             prompt = self._ids(0, n if self._phase == "prefill" else n + 1, batch)
@@ -131,7 +131,7 @@ class Timer:
         return call
 
     def memory(self, depth: int, batch: int) -> dict[str, int | None]:
-        """Bytes of a cache of ``depth`` tokens: as the backend counts them, and how the process grew meanwhile."""
+        """Bytes of a cache of ``depth`` tokens: as the backend counts them, and the growth of the process."""
         self.drop()
         gc.collect()
         allocator = self.backend.allocated
@@ -195,7 +195,7 @@ class Timer:
         return taken
 
     def _recompute(self, n: int, steps: int, batch: int, new: int) -> Block:
-        """All ``n + 1`` tokens anew. The kept cache stays, unless there is room for one sequence alone."""
+        """All ``n + 1`` tokens without a cache. The kept cache stays, unless the backend holds one sequence only."""
         if self.backend.claims.max_sequences == 1:
             self.drop()
         whole, forward = self._ids(0, n + 1, batch), self._forward()
@@ -207,8 +207,8 @@ class Timer:
         return self._timed(call)
 
     def _forward(self) -> Callable[[Ids], NDArray[Any]]:
-        """The cache-less forward, of the last position's logits where the phase says so; where the backend claims none
-        a prefill into an empty cache, whose keys nobody reads again."""
+        """The uncached forward, of the last position's logits if the phase is ``-last``; if the backend claims none, a
+        prefill into an empty cache that is not used again."""
         backend, last = self.backend, {"last_only": True} if self._phase.endswith("-last") else {}
         if backend.claims.can("uncached_forward"):
             return lambda ids: backend.uncached_forward(ids, **last)
@@ -247,7 +247,7 @@ class Timer:
         return taken._replace(tokens=tuple(came))
 
     def _ceiling(self, n: int, steps: int, batch: int, new: int) -> Block:
-        """The machine's own time for what a decode step at depth ``n`` needs at least."""
+        """The machine's own time for the least that a decode step at depth ``n`` needs."""
         if self.ceiling is None:
             raise RuntimeError("no ceiling is known")
         if self.measured is None or self.measured[0] != (n, batch):
@@ -262,7 +262,7 @@ class Timer:
         return timed(call)
 
     def _timed(self, call: Callable[[], None]) -> Block:
-        """One timed region of the backend. What a device still has to do is waited for inside it."""
+        """One timed region of the backend. It includes the wait for a device that is still working."""
         taken = self._waited(call)
         if self.gpu is None:
             return taken
@@ -277,21 +277,21 @@ class Timer:
         return timed(waited)
 
     def _ids(self, start: int, stop: int, batch: int) -> Ids:
-        """Contiguous and writable: no arm pays for a copy that others don't."""
+        """Contiguous and writable, so that no arm makes a copy that others do not."""
         return np.repeat(self.tokens[:, start:stop], batch, axis=0)
 
     def _expect(self, cache: Any, length: int) -> None:
         if self.backend.claims.can("length"):
-            told = list(self.backend.length(cache))
-            if told != [length] * len(told):
-                raise RuntimeError(f"says that it holds {told} tokens after {length}")
+            found = list(self.backend.length(cache))
+            if found != [length] * len(found):
+                raise RuntimeError(f"reports the length {found} after {length} tokens")
 
     def _close(self, cache: Any, length: int) -> None:
         self._expect(cache, length)
         self.backend.close(cache)
 
     def drop(self) -> None:
-        """Ends the kept cache: others want the backend, and some hold one sequence at a time."""
+        """Closes the kept cache: the backend is needed otherwise, and some hold one sequence at a time."""
         if self.kept is not None:
             _, length, cache = self.kept
             self.kept = None

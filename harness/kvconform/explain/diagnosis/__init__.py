@@ -115,7 +115,7 @@ def _run(client: WorkerClient, battery: Iterable[Probe], reference: ReferenceOut
 
 def _from_the_first(wrong: Sequence[Symptom]) -> bool:
     """Whether the first generation of a probe is wrong: later ones may find what earlier ones left behind."""
-    return any(one.at_once for one in wrong)
+    return any(one.mismatch is not None and one.mismatch.step == 0 for one in wrong)
 
 
 # --- when ---

@@ -100,8 +100,18 @@ def _match(edit: Edit, symptoms: Sequence[Symptom], reference: _EditedReference)
         return None
     right = all(one.gives(cell) for one in reached for cell in _cells(one.symptom, False, first) if one.within(cell))
     return EditMatch(
-        words=edit.words, mistakes=list(edit.classes), matched=outputs, wrong=wrong, first_only=first, right_too=right
+        words=edit.words,
+        mistakes=_mistakes(edit, reference.config),
+        matched=outputs,
+        wrong=wrong,
+        first_only=first,
+        right_too=right,
     )
+
+
+def _mistakes(edit: Edit, config: Config) -> list[str]:
+    windowed = edit.windowed if isinstance(edit, CacheEdit) and config.window is not None else ()
+    return [*edit.classes, *windowed] if edit.classes else []
 
 
 class _Followed:

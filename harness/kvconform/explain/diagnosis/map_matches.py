@@ -51,7 +51,7 @@ def leak(maps: Sequence[Map]) -> Leak | None:
     if any(query < key for query, key in crossings):
         return Leak(between="open sequences", mistakes=["C7"])
     if crossings:
-        return Leak(between="earlier sequences", mistakes=["C6"])
+        return Leak(between="earlier sequences", mistakes=["C6", "M6"])  # or unused slots that still hold their tokens
     if any(_crossings(maps)):
         return Leak(between="rows", mistakes=[])
     return None

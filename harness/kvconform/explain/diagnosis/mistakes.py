@@ -16,12 +16,12 @@ class Mistake:
 
 MISTAKES: dict[str, Mistake] = {
     "M1": Mistake(
-        "the causal diagonal begins at the top left, as if nothing were cached",
+        "the causal diagonal starts at the top left, as if nothing were cached",
         "https://github.com/pytorch/pytorch/issues/108108",
         "With q_len 1 pass no mask, or align the mask to the bottom right: query i sees keys up to past + i.",
     ),
     "M2": Mistake(
-        "there is no causal mask, or a square one, where there is a cache",
+        "no causal mask, or a square one, when a cache is used",
         "https://github.com/QwenLM/Qwen/issues/979",
         "Build the mask for every step with q_len > 1, (q_len, past + q_len) in shape, also where a cache is passed.",
     ),
@@ -31,72 +31,72 @@ MISTAKES: dict[str, Mistake] = {
         "Let query i see the keys j <= past + i, itself included; check that past is a count and no index.",
     ),
     "M4": Mistake(
-        "one of causality, padding, window, length and the caller's mask is dropped on a path",
+        "one of causality, padding, window, length and the caller's mask is dropped on a code path",
         "https://github.com/keras-team/keras/issues/23038",
         "Join all masks by a logical and on every path: causality, window, padding, lengths and the caller's.",
     ),
     "C1": Mistake(
-        "an entry is missing, misplaced, crossed between keys and values, or never written back",
+        "an entry is missing, misplaced, swapped between keys and values, or never written back",
         "https://github.com/huggingface/transformers/pull/30108",
         "Check where each step writes: every new key and value at past + i, in its own buffer, and handed back.",
     ),
     "C4": Mistake(
-        "a step changes its inputs, or the handle that it was given",
+        "a step modifies its inputs or the handle it was given",
         "https://github.com/microsoft/onnxruntime/issues/26064",
         "Do not write into inputs or into a handle that the caller still holds: copy, or document that it is consumed.",
     ),
     "C6": Mistake(
-        "a reset or a second sequence finds something of the one before",
+        "a reset or new sequence sees data of the previous one",
         "https://github.com/Lightning-AI/litgpt/pull/1596",
         "On reset and for a new sequence, clear length, positions and buffers in every layer.",
     ),
     "C7": Mistake(
-        "sequences, layers or instances write to one memory",
+        "sequences, layers or instances write to the same memory",
         "https://github.com/TrenTorch/TrenTorch/pull/141",
         "Give each sequence and each layer its own memory; keep no cache in a global, a default argument or a class.",
     ),
     "C8": Mistake(
-        "truncating to nothing, to everything or beyond does something else",
+        "truncating to zero, to the full length or beyond is wrong",
         "https://github.com/ml-explore/mlx-lm/pull/1868",
         "Let truncate(n) keep exactly the first n tokens, in data, length and positions, for n from 0 to the length.",
     ),
     "C10": Mistake(
-        "rows are not moved, or not in every layer, or in keys and not in values",
+        "rows are not moved, not in every layer, or in keys but not in values",
         "https://github.com/awslabs/sockeye/pull/731",
         "On reorder, index keys and values of every layer, and the lengths, by the same rows.",
     ),
     "C11": Mistake(
-        "copies share storage, or rows are repeated in another order",
+        "copies share storage, or rows are repeated in the wrong order",
         "https://github.com/huggingface/transformers/issues/20299",
         "Copy the storage on a fork, or copy before the first write; repeat rows one by one, as repeat_interleave.",
     ),
     "C12": Mistake(
-        "a call that raised has changed something",
+        "a call that raised an exception has changed the state",
         "https://github.com/ggml-org/llama.cpp/pull/9525",
         "Check the whole call before anything is written, so that a refused one changes nothing.",
     ),
     "W1": Mistake(
-        "the window holds one token more or less",
+        "the window is one token too long or too short",
         "https://github.com/microsoft/onnxruntime/pull/25927",
         "A window of W holds the token itself and W - 1 before it: j > i - W.",
     ),
     "W2": Mistake(
-        "the window is ignored on a path",
+        "the window is ignored on a code path",
         "https://github.com/huggingface/transformers/pull/35691",
         "Pass the window on every path: prompt, chunk and decode step.",
     ),
     "W4": Mistake(
-        "a chunk overwrites what its own first tokens must still see",
+        "a chunk overwrites tokens that its first queries still need",
         "https://github.com/Lightning-AI/litgpt/issues/2182",
         "For a chunk, attend to the old window and the chunk first, and evict afterwards.",
     ),
     "W5": Mistake(
-        "the window is counted in the chunk or in slots, not in positions",
+        "the window is counted in the chunk or in slots instead of positions",
         "https://github.com/keras-team/keras-hub/pull/1738",
         "Measure the window between absolute positions, not between slots or rows of the chunk.",
     ),
     "L1": Mistake(
-        "a token is dropped, fed or returned twice, or picked from another one's logits",
+        "a token is dropped, fed or returned twice, or chosen from the wrong logits",
         "https://github.com/Lightning-AI/litgpt/issues/2307",
         "Feed the prompt once, then each picked token once: pick it from the newest logits, keep it, feed it back.",
     ),

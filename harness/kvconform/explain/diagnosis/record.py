@@ -100,6 +100,6 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     condition: Condition | None = None
     """The smallest condition that separates wrong outputs from right ones."""
     heads: list[int] = []
-    """The only query heads that are wrong (attention profile); empty where all are."""
+    """Indices of the only query heads that are wrong (attention profile); empty where all are."""
     first: FirstFailure | None = None
     """The first probe that went wrong."""

@@ -65,14 +65,13 @@ class Symptom:
     """What one probe showed.
 
     outputs: for each step, its output and bound, ``(b, t, e)``; None where it has none. mismatch: the first
-    violation, None where the probe is right. at_once: whether the first step is wrong.
+    violation, None where the probe is right.
     """
 
     probe: Probe
     cells: tuple[OutputCell, ...]
     outputs: tuple[tuple[Array, Array] | None, ...]
     mismatch: Mismatch | None
-    at_once: bool
 
     @property
     def wrong(self) -> bool:
@@ -103,8 +102,8 @@ def symptom(probe: Probe, trace: Trace, reference: ReferenceOutputs, claims: Cla
     reading = _Reading(probe.program, claims, earlier)
     for number, done in enumerate(trace):
         reading.read(number, done, expected[number])
-    mismatch, at_once = _mismatch(probe.program, trace, claims, expected)
-    return Symptom(probe, tuple(reading.cells), tuple(reading.outputs), mismatch, at_once)
+    mismatch = _mismatch(probe.program, trace, claims, expected)
+    return Symptom(probe, tuple(reading.cells), tuple(reading.outputs), mismatch)
 
 
 def death(probe: Probe, error: WorkerDied, claims: Claims, earlier: bool) -> Symptom:
@@ -114,21 +113,18 @@ def death(probe: Probe, error: WorkerDied, claims: Claims, earlier: bool) -> Sym
         reading.enter(probe.program.steps[number])
     reading.failed(max(error.step, 0), raised=True)
     outputs = (None,) * len(probe.program.steps)
-    return Symptom(probe, tuple(reading.cells), outputs, died(error, program=0), error.step <= 0)
+    return Symptom(probe, tuple(reading.cells), outputs, died(error, program=0))
 
 
-def _mismatch(
-    program: Program, trace: Trace, claims: Claims, expected: Sequence[Expected | None]
-) -> tuple[Mismatch | None, bool]:
-    """The first violation, and whether it is in the first step: of the steps before one that failed, else of that
-    one."""
+def _mismatch(program: Program, trace: Trace, claims: Claims, expected: Sequence[Expected | None]) -> Mismatch | None:
+    """The first violation: of the steps before one that failed, else of that one."""
     ran = len(observe(program, trace, claims, expected)[0].expected)
-    for stop in sorted({1, max(ran, 1), len(trace)}):
+    for stop in sorted({max(ran, 1), len(trace)}):
         case, traces = Case((Program(program.config, program.steps[:stop]),)), Traces(1, None, (trace[:stop],))
         found = judge(case, RELATIONS, claims, [traces], [expected[:stop]]).mismatch
         if found is not None:
-            return found, stop == 1
-    return None, False
+            return found
+    return None
 
 
 def _shaped(output: Array | None, config: Config, want: Expected) -> Array | None:

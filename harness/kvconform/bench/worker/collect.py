@@ -1,7 +1,7 @@
 """The worker's side of counting: it makes the calls that are counted, each as it is in the middle of a generation.
 
-What is counted does not depend on the numbers in the tokens, nor on when or where it runs. Nothing but numpy is needed
-here; what a framework does, the backend counts (``backend.Abilities.count``).
+Counts depend neither on the numbers in the tokens nor on the time or place of the run. Only numpy is needed here; the
+backend counts what its framework does (``Backend.count``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Counts = dict[str, dict[str, int]]
 STREAM = 0
 """The seed of the counted tokens."""
 LOOP = 64
-"""Decode steps that must compile nothing."""
+"""Decode steps in which nothing may be compiled."""
 WARM = 2
 """Decode steps before those whose compilations count, after one that filled the cache."""
 
@@ -64,8 +64,8 @@ class Tally:
         return self._dispatched(call)
 
     def _loop(self, n: int) -> Counts:
-        """Graphs that are there in the end, those of them that a decode loop compiled after its first steps, and what
-        the runtime_info says of breaks; nothing of a backend that compiles none."""
+        """Graphs at the end, those of them that a decode loop compiled after its first steps, and the graph breaks in
+        runtime_info(); empty for a backend that compiles none."""
         if not self.backend.claims.can("graph_count"):
             return {}
         last = min(n + WARM + LOOP, self.config.capacity)
@@ -81,8 +81,8 @@ class Tally:
         return counts | ({"graph_breaks": {"": seen["graph_breaks"]}} if "graph_breaks" in seen else {})
 
     def _both(self, prepared: Callable[[], Callable[..., None]]) -> Counts:
-        """What the backend's meter and the backend's own counts say of a step, each of a step of its own; of
-        multiply-adds the latter, since a meter may have to take another kernel."""
+        """The backend's meter in one step, and its own counts in another; of multiply-adds the latter, since a meter
+        may have to use another kernel."""
         counts: Counts = {}
         if self.backend.claims.can("macs"):
             prepared()(count_macs=True)
@@ -90,7 +90,7 @@ class Tally:
         return counts | self._dispatched(prepared())
 
     def _dispatched(self, call: Callable[[], None]) -> Counts:
-        """What the backend counts in a call; nothing where it counts nothing."""
+        """What the backend counts in a call."""
         return dict(self.backend.count(call))
 
     def _decoder(self, n: int) -> Callable[..., None]:

@@ -1,0 +1,97 @@
+"""The suite as pytest items: options, skips, the marker, and the results file."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import SUPPORT
+
+from kvconform.judging.verdict import Outcome
+from kvconform.results.results import read
+from kvconform.run.run import cells, plan_for
+
+SUBJECTS = SUPPORT / "subjects.py"
+ONE_CONFIG = ("--kv-effort", "smoke", "--kv-config", "attention-gqa")
+
+
+def suite(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rs", "--strict-markers"]
+    command += ["--pyargs", "kvconform.pytest_plugin.suite", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+
+
+def test_each_cell_is_an_item_and_the_results_are_a_file(tmp_path: Path) -> None:
+    selected = ("--kv-clause", "shape", "--kv-clause", "lifecycle.reset", "--kv-clause", "lifecycle.truncate")
+    plan = plan_for("smoke", clauses=selected[1::2], configs=("attention-gqa",))
+    asked = [(cell.clause.name, cell.config_name) for cell in cells(plan)]
+    good = suite(tmp_path, "--kv-backend", "numpy", *ONE_CONFIG, *selected)
+    assert good.returncode == 0, good.stdout
+    assert f"{len(asked)} passed" in good.stdout
+    assert f"kvconform: numpy: the selected part passed: {len(asked)} cells; conformance needs" in good.stdout
+    found = read(tmp_path / "results" / "numpy.json")
+    assert [verdict.key for verdict in found.verdicts] == asked
+    assert (found.finished, found.ok, found.effort, found.backend) == (True, True, "smoke", "numpy")
+    assert {"python", "hypothesis", "machine"} <= set(found.environment)
+    assert found.runtime_info["attention-gqa"]["numpy"]
+    assert found.claims["profiles"] == ["attention", "decoder"]
+    assert found.guarantees == {}
+
+    part = suite(tmp_path, "--kv-backend", f"{SUBJECTS}:WithoutReset", *ONE_CONFIG, *selected, "--kv-out", "other")
+    assert f"{len(asked) - 1} passed, 1 skipped" in part.stdout
+    assert "claims no reset" in part.stdout
+    assert read(tmp_path / "other" / "WithoutReset.json").exit_code == 5
+
+
+def test_a_failure_has_its_replay_line_and_is_in_the_results(tmp_path: Path) -> None:
+    wrong = suite(
+        tmp_path, "--kv-backend", f"{SUBJECTS}:PrintsAndIsWrong", *ONE_CONFIG, "--kv-clause", "definition.attention"
+    )
+    assert wrong.returncode == 1
+    assert "replay: kvconform replay results/failures/PrintsAndIsWrong/definition.attention-" in wrong.stdout
+    (failure,) = read(tmp_path / "results" / "PrintsAndIsWrong.json").failures
+    assert failure.outcome is Outcome.FAIL
+
+
+def test_a_machine_that_lacks_something_is_a_skip_and_a_broken_backend_is_a_failure(tmp_path: Path) -> None:
+    lacking = suite(tmp_path, "--kv-backend", f"{SUBJECTS}:CannotRunHere", *ONE_CONFIG, "--kv-clause", "shape")
+    assert (lacking.returncode, "4 skipped" in lacking.stdout) == (0, True)
+    assert "this backend needs a quantum computer; install one" in lacking.stdout
+    found = read(tmp_path / "results" / "CannotRunHere.json")
+    assert (found.exit_code, found.lacking) == (3, True)
+    unknown = suite(tmp_path, "--kv-backend", "eagr", *ONE_CONFIG, "--kv-clause", "shape.output")
+    assert unknown.returncode == 1
+    found = read(tmp_path / "results" / "eagr.json")
+    assert (found.exit_code, found.lacking) == (3, False)
+
+
+def test_a_black_box_is_not_judged_under_configs_that_it_does_not_have(tmp_path: Path) -> None:
+    box = f"{SUPPORT / 'black_boxes.py'}:BlackBox"
+    done = suite(tmp_path, "--kv-backend", box, *ONE_CONFIG, "--kv-clause", "shape.output")
+    assert done.returncode == 1
+    assert "is a black box: judge it with kvconform check, or with conformance()" in done.stdout
+
+
+def test_items_have_a_marker_and_the_whole_suite_is_collected_with_the_default_effort(tmp_path: Path) -> None:
+    collected = suite(tmp_path, "--kv-backend", "numpy", "--collect-only", "-m", "kvconform")
+    assert re.search(rf"\b{sum(1 for _ in cells(plan_for()))} tests collected", collected.stdout)
+    assert (
+        "no tests collected" in suite(tmp_path, "--kv-backend", "numpy", "--collect-only", "-m", "not kvconform").stdout
+    )
+    assert not (tmp_path / "results").exists()
+
+
+def test_items_that_ran_in_other_processes_are_in_one_results_file(tmp_path: Path) -> None:
+    pytest.importorskip("xdist")
+    done = suite(tmp_path, "--kv-backend", "numpy", *ONE_CONFIG, "--kv-clause", "shape", "-n", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(read(tmp_path / "results" / "numpy.json").verdicts) == 4
+
+
+def test_without_a_backend_it_is_a_usage_error(tmp_path: Path) -> None:
+    done = suite(tmp_path)
+    assert done.returncode != 0
+    assert "--kv-backend: name at least one backend to judge" in done.stdout + done.stderr
