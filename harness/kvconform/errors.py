@@ -112,13 +112,9 @@ class Exit:
 class WorkerDied(KvconformError):
     """The worker process died, or the backend raised outside a step.
 
-        stage: what the worker was doing: a step, the build of the backend, the target's own uncached forward, or another
-    <<<<<<< HEAD
-        message. error or ended: the exception, or how the process ended. variant, step: where in the program; call: the
-    =======
-        message. error or ended: the exception, or how the process ended. variant, step: where in the program. call: the
-    >>>>>>> h-facts
-        step in words, empty where no step was running.
+    stage: what the worker was doing: a step, the build of the backend, the target's own uncached forward, or another
+    message. error or ended: the exception, or how the process ended. variant, step: where in the program; call: the
+    step in words, empty where no step was running.
     """
 
     def __init__(

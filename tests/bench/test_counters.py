@@ -15,6 +15,7 @@ from kvconform.bench.counters import compare as counters
 from kvconform.bench.counters.compare import Count, Missing, Record
 from kvconform.bench.counters.record import COUNTERS, PHASES, growth
 from kvconform.bench.presets import Preset
+from kvconform.bench.worker.collect import LOOP, WARM, Tally
 from kvconform.files import write_versioned
 from kvconform.results.gate import OK, REGRESSION
 from kvconform.worker.client import WorkerSpec

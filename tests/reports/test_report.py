@@ -349,19 +349,8 @@ def test_a_known_failure_shows_reason_link_versions_last_day_and_replay_line() -
     source, short = render([result], [], None), markdown.render([result], [], None)
     text, row = section(source, "known"), result.known_failures[0]
     replay = "kvconform replay results/failures/eager/numerics.zero-keys-1a2b3c4d.json"
-<<<<<<< HEAD
-    for words in (
-        row.reason,
-        "pytorch/pytorch#103082",
-        "torch 2.11.*",
-        "2027-03-31",
-        "got -0.4482, want -0.4266",
-        replay,
-    ):
-=======
     now = "got -0.4482, want -0.4266"
     for words in (row.reason, "pytorch/pytorch#103082", "torch 2.11.*", "2027-03-31", now, replay):
->>>>>>> h-facts
         assert words in text
     for words in (row.reason, "pytorch/pytorch\\#103082", "2027-03-31", "got -0.4482, want -0.4266"):
         assert words in short

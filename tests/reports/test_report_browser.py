@@ -19,6 +19,7 @@ from kvconform.results.guarantees import Guarantee
 from kvconform.results.results import Results
 from kvconform.run.cross_backend import Pair
 from kvconform_reports.html import render
+from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clauses import ALL
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]  # started once
@@ -95,6 +96,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     audit = given.audit(name)
     audit.audited[2].sentence = name  # it survives
     judged = [*given.four(), hostile, given.black_box("mine", name)]
+    judged[0].suite = SUITE_VERSION  # which has a power table
     path.write_text(render(judged, pairs, speed, audit=audit), encoding="utf-8")
     return path
 

@@ -71,11 +71,7 @@ class WorkerSpec:
 
 
 def unproven(runtime_info: Mapping[str, Any], device: str) -> str:
-<<<<<<< HEAD
     """Why it is not known what ran, or nothing: runtime_info() failed, or on a GPU does not report the device."""
-=======
-    """Why it is not known what ran, or nothing: runtime_info() failed, or does not report a GPU that was requested."""
->>>>>>> h-facts
     if "failed" in runtime_info:
         return f"cannot verify what ran: runtime_info() failed: {runtime_info['failed']}"
     if device == "cpu" or str(runtime_info.get("device")).startswith(device):
@@ -133,11 +129,7 @@ class WorkerClient:
     def _reference_forward(
         self, config: Config, inputs: NDArray[Any], storage: float, accumulation: float, seed: int
     ) -> NDArray[Any]:
-<<<<<<< HEAD
         """The black box's own forward (``oracle.ReferenceForward``). Raises WorkerDied where it raises or dies."""
-=======
-        """The black box's own forward (``oracle.ReferenceForward``). Raises WorkerDied if it raises or its process dies."""
->>>>>>> h-facts
         if self._reference is None:
             self._reference = WorkerClient(self.spec)
             self._reference._measured = True
@@ -257,11 +249,7 @@ class WorkerClient:
         return None if header["setup"] is None else (header["setup"], header["sources"])
 
     def ask(self, message: Header, timeout: float) -> Header:
-<<<<<<< HEAD
         """The answer to any message; ``timeout`` in seconds. Raises WorkerDied if it ends or reports an error."""
-=======
-        """The answer to any message; ``timeout`` in seconds. Raises WorkerDied if the worker ends or reports an error."""
->>>>>>> h-facts
         header, _ = self._ask(message, timeout)
         if "error" in header:
             raise WorkerDied("message", Raised(*header["error"]))

@@ -71,11 +71,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class KnownRow:
-<<<<<<< HEAD
     """A known failure. ``row`` is None if the results contain no entry for it. ``now``: its outcome in this run."""
-=======
-    """A known failure. ``row``: None where the results hold none for it. ``now``: what broke in this run."""
->>>>>>> h-facts
 
     label: str
     clause: str
