@@ -103,7 +103,7 @@ class Standing:
 def standing(results: Results) -> Standing:
     code, said, sentence = results.conclusion
     word, like = ("part of a run", Outcome.NOT_EXERCISED) if results.partial and code == 0 else STANDINGS[code]
-    sentence = sentence.removeprefix(f"{word}: ")  # the word is shown above it
+    sentence = f"{said}: {sentence}" if said not in ("", word) else sentence  # the word is shown above it
     notes = []
     if not results.finished:
         notes.append(f"This run did not finish: only the {len(results.verdicts)} cells below were judged.")
