@@ -1,4 +1,4 @@
-"""What this machine is and how busy it is: times of two machines are never compared."""
+"""The machine, and how busy it is. Times of two machines are never compared."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def load_average() -> float:
-    """Of the last minute; 0 where the system keeps none."""
+    """The load average of the last minute; 0 if the system has none."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
 
 
 def machine() -> dict[str, Any]:
-    """The fingerprint of this machine."""
+    """What identifies this kind of machine: processor, cores, platform."""
     model = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():

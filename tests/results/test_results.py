@@ -84,7 +84,7 @@ def results(*verdicts: Verdict, **more: Any) -> Results:
         (results(verdict(outcome=Outcome.REFUTED)), 4, "pass -> refuted: it broke"),
         (results(verdict(outcome=Outcome.KNOWN_FAILURE)), 4, "pass -> known failure: it broke"),
         (results(verdict(), stale=["a row no longer holds"]), 1, "stale known failure: a row no longer holds"),
-        (results(verdict(), shard="1/2"), 4, "shard is 1/2, the baseline's is the whole: not comparable"),
+        (results(verdict(), shard="1/2"), 4, "shard is 1/2, in the baseline the whole: not comparable"),
         (results(unavailable="no compiler"), 4, "no longer available: no compiler"),
         (results(verdict(), verdict("shape.length")), 0, "absent -> pass"),
     ],

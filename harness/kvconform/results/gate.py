@@ -1,4 +1,4 @@
-"""The conformance gate: results against a baseline. Only PASS is green, and green must not become less."""
+"""The conformance gate: compares results with a baseline. A cell that passed must still pass."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ OK, NEW_FAILURE, REGRESSION = 0, 1, 4
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that moved. ``code``: what it does to the exit code; 0 is worth telling and blocks nothing."""
+    """One difference. ``code``: the exit code that it causes; 0 for a note. ``words``: the difference as a sentence."""
 
     code: int
     words: str
 
 
 def compare(now: Results, baseline: Results) -> list[Difference]:
-    """What moved from the baseline to now: new failures, passes lost, clauses gone, claims narrowed, less compared."""
+    """The differences: new failures, lost passes and clauses, narrowed claims, fewer compared values."""
     found = _moved_claims(now, baseline)
     for name in ("device", "dtypes", "effort", "seed", "suite", "shard"):
         mine, its = (getattr(results, name) or "the whole" for results in (now, baseline))
         if mine != its:
-            found.append(Difference(REGRESSION, f"{name} is {mine}, the baseline's is {its}: not comparable"))
+            found.append(Difference(REGRESSION, f"{name} is {mine}, in the baseline {its}: not comparable"))
     found += [Difference(NEW_FAILURE, f"stale known failure: {words}") for words in now.stale]
     drawn = [results.environment.get("hypothesis") for results in (now, baseline)]
     if drawn[0] != drawn[1]:
-        words = f"programs were drawn by hypothesis {drawn[0]}, the baseline's by {drawn[1]}: other values are compared"
+        words = f"hypothesis {drawn[0]} drew the programs, in the baseline hypothesis {drawn[1]}: the values differ"
         found.append(Difference(OK, words))
     if now.unavailable and not baseline.unavailable:
         found.append(Difference(REGRESSION, f"{now.backend} is no longer available: {now.unavailable}"))
@@ -55,7 +55,7 @@ def compare(now: Results, baseline: Results) -> list[Difference]:
 
 
 def exit_code(differences: list[Difference]) -> int:
-    """1 if there is a new failure, else 4 if anything regressed, else 0."""
+    """1 for a new failure, else 4 for a regression, else 0."""
     codes = {difference.code for difference in differences}
     return NEW_FAILURE if NEW_FAILURE in codes else REGRESSION if REGRESSION in codes else OK
 
@@ -70,11 +70,11 @@ WIDEST_FIRST = {
     "reference": ("definition", "self"),
     "rounding": ("own", "shared"),
 }
-"""What is claimed one of a few ways: from the claim that promises most to the one that promises least."""
+"""The values of claims that are a choice, from the one that promises most to the one that promises least."""
 
 
 def _moved_claims(now: Results, baseline: Results) -> list[Difference]:
-    """Claims of the baseline that promise less now, and what else changed about them and blocks nothing."""
+    """Claims that promise less than in the baseline, and, as notes, their other changes."""
     mine, its = ({**Claims().to_json(), **results.claims} for results in (now, baseline))
     found = []
     for name, was in its.items():
@@ -92,19 +92,19 @@ def _moved_claims(now: Results, baseline: Results) -> list[Difference]:
 
 
 def _narrower(name: str, value: Any, was: Any, mine: dict[str, Any]) -> bool:
-    """Whether a claim promises less than the one that it replaces. ``None`` is: without a limit."""
+    """Whether a claim promises less than the one that it replaces. ``None`` means no limit."""
     if name in WIDEST_FIRST:
         order = WIDEST_FIRST[name]
         return order.index(value) > order.index(was)
     if name in ("max_batch", "max_chunk", "max_sequences"):
         return value is not None and (was is None or value < was)
-    if name == "max_graphs":  # a limit of the backend, not of its caller: who compiles more promises less
+    if name == "max_graphs":  # a limit of the backend, not of its caller: more graphs promise less
         return was is not None and (value is None or value > was)
     if name == "kv_bits":  # 0: the cache is not quantised
         return bool(value != 0 and (was == 0 or value < was))
     if name == "residual":
         return bool(mine["kv_bits"] != 0 and value < was)
-    return False  # another page size promises neither more nor less
+    return False  # a different page size promises neither more nor less
 
 
 def _said(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Cross truth: backends with the same weights on the same program, compared with one another directly."""
+"""Compares backends with one another: their outputs for the same weights and the same program."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Pair(msgspec.Struct, frozen=True):
 
 
 def common_program(config: Config) -> Program:
-    """Prefill, decode, chunk and decode on two rows: what every backend is asked."""
+    """Prefill, decode, chunk and decode on two rows."""
     return Program(config, appends("a", (7, 1, 1, 4, 1), batch=2, seed=2024))
 
 
 def outputs(client: WorkerClient, config: Config) -> Outputs | None:
-    """All outputs of the common program in one flat array, or None where the backend does not get through it."""
+    """All outputs of the common program in one flat array, or None if the backend cannot run it."""
     claims, program = client.claims, common_program(config)
     if (claims.max_batch or 2) < 2 or (claims.max_chunk or 7) < 7 or claims.returns != "all":
         return None
@@ -50,7 +50,7 @@ def outputs(client: WorkerClient, config: Config) -> Outputs | None:
 
 
 def pairs(folder: Path, backends: Sequence[str], configs: dict[str, Config]) -> list[Pair]:
-    """Compares every two of these backends that left their outputs in ``folder`` (``<backend>.npz``, by config)."""
+    """Compares every two of these backends whose outputs are in ``folder`` (``<backend>.npz``, by config)."""
     loaded: dict[str, dict[str, Outputs]] = {}
     for file in sorted(file for file in folder.glob("*.npz") if file.stem in backends):
         with np.load(file, allow_pickle=False) as arrays:
@@ -79,6 +79,8 @@ def _bounds(config: Config) -> NDArray[np.float64]:
         bound = np.broadcast_to(want.bound, want.value.shape)[0]  # (b, t, e)
         if config.profile == "attention":
             b, t, _e = bound.shape
-            bound = bound.reshape(b, t, config.heads, config.head_dim).swapaxes(1, 2)  # (b, h, t, d), as outputs lie
+            bound = bound.reshape(b, t, config.heads, config.head_dim).swapaxes(
+                1, 2
+            )  # (b, h, t, d), the layout of outputs
         flat.append(bound.ravel())
     return np.concatenate(flat)

@@ -1,4 +1,4 @@
-"""How outcomes look and read: a symbol and a word for each, worst first."""
+"""The appearance of outcomes: a symbol and a word for each, worst first."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SYMBOLS = {
     Outcome.UNSUPPORTED: "–",
     Outcome.NOT_EXERCISED: "○",
 }
-# One letter, because 20 000 cells carry it: the class that the style sheet colours.
+# One-letter CSS classes, because 20 000 cells have one.
 TONES = {
     Outcome.PASS: "p",
     Outcome.FAIL: "f",
@@ -49,14 +49,14 @@ TONES = {
 }
 MEANINGS = {
     Outcome.PASS: "it held in every program tried",
-    Outcome.FAIL: "an output or an answer was wrong, or a legal step raised",
+    Outcome.FAIL: "an output or reported value was wrong, or a legal step raised an exception",
     Outcome.CRASH: "the worker process died",
-    Outcome.TIMEOUT: "no answer came in time",
-    Outcome.REFUTED: "a measured guarantee does not hold here, which is no failure",
-    Outcome.KNOWN_FAILURE: "it failed for a known reason (see the known failures); not a pass",
-    Outcome.INCONCLUSIVE: "a question without an answer",
-    Outcome.UNSUPPORTED: "an ability that the backend does not claim",
-    Outcome.NOT_EXERCISED: "nothing tried it",
+    Outcome.TIMEOUT: "the worker did not answer in time",
+    Outcome.REFUTED: "a measured guarantee does not hold; guarantees are not required",
+    Outcome.KNOWN_FAILURE: "it fails for a documented reason (see known failures); not a pass",
+    Outcome.INCONCLUSIVE: "no verdict could be reached",
+    Outcome.UNSUPPORTED: "the backend does not claim a required ability",
+    Outcome.NOT_EXERCISED: "no program exercised it",
 }
 STANDINGS = {
     0: ("conformant", Outcome.PASS),
@@ -68,7 +68,7 @@ STANDINGS = {
 
 @dataclass(frozen=True)
 class Chip:
-    """A count of cells with one outcome. ``tone``: the class that colours it."""
+    """The number of cells with one outcome. ``tone``: the CSS class of its colour."""
 
     symbol: str
     word: str
@@ -81,15 +81,15 @@ def chip(outcome: Outcome, count: int) -> Chip:
 
 
 def chips(outcomes: Iterable[Outcome]) -> tuple[Chip, ...]:
-    """How many cells had each outcome that occurs, worst first."""
+    """The number of cells for each outcome that occurs, worst first."""
     counts = Counter(outcomes)
     return tuple(chip(outcome, counts[outcome]) for outcome in WORST_FIRST if counts[outcome])
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What one backend's run amounts to: the word, symbol and sentence of its exit code. ``notes``: what else to know
-    before that sentence is believed. ``stale``: rows of the known failures that do not hold, each an error."""
+    """The overall result of one backend's run: word, symbol and sentence of its exit code. ``notes``: caveats.
+    ``stale``: invalid rows of the known failures, each an error."""
 
     code: int
     word: str
@@ -103,7 +103,7 @@ class Standing:
 def standing(results: Results) -> Standing:
     code, said, sentence = results.conclusion
     word, like = ("part of a run", Outcome.NOT_EXERCISED) if results.partial and code == 0 else STANDINGS[code]
-    sentence = f"{said}: {sentence}" if said not in ("", word) else sentence  # the word stands above it
+    sentence = f"{said}: {sentence}" if said not in ("", word) else sentence  # the word is shown above it
     notes = []
     if not results.finished:
         notes.append(f"This run did not finish: only the {len(results.verdicts)} cells below were judged.")
@@ -113,7 +113,7 @@ def standing(results: Results) -> Standing:
 
 
 def labels(results: Sequence[Results]) -> list[str]:
-    """The name of each column: the backend, and where two have one name also its device, dtypes, or place."""
+    """The name of each column: the backend, with its device, dtypes or index if names repeat."""
     names = [result.backend for result in results]
     for tell in ([result.device for result in results], [", ".join(result.dtypes) for result in results]):
         seen = Counter(names)
@@ -123,7 +123,7 @@ def labels(results: Sequence[Results]) -> list[str]:
 
 
 def replay_line(backend: str, counterexample: str, folder: str) -> str:
-    """The command that runs a counterexample again, or nothing where there is no file."""
+    """The command that replays a counterexample; empty without a file."""
     if not counterexample:
         return ""
     return f"kvconform replay {quote(str(PurePosixPath(folder, 'failures', backend, counterexample)))}"
@@ -135,25 +135,25 @@ def given_now(verdict: Verdict) -> str:
 
 
 def short(link: str) -> str:
-    """``pytorch/executorch#2010`` of an address on GitHub; another address as it is."""
+    """``pytorch/executorch#2010`` for an address on GitHub; other addresses unchanged."""
     found = re.fullmatch(r"https://github\.com/([^/]+/[^/]+)/(?:issues|pull|discussions)/(\d+)", link)
     return f"{found[1]}#{found[2]}" if found else link.removeprefix("https://")
 
 
 def address(bug: str) -> str:
-    """The address of a bug that is named ``owner/repository/issues/1``; nothing where it is only words."""
+    """The address of a bug given as ``owner/repository/issues/1``; empty if it is only text."""
     if re.fullmatch(r"[\w.-]+/[\w.-]+/(issues|pull)/\d+", bug):
         return f"https://github.com/{bug}"
     return bug if re.fullmatch(r"https?://\S+", bug) else ""
 
 
 def percent(part: int, whole: int) -> str:
-    """A share that says 0 % and 100 % only where it is none and all."""
+    """A share that is 0 % or 100 % only if it is none or all."""
     return f"{round(100 * part / whole) if part in (0, whole) else min(max(round(100 * part / whole), 1), 99)} %"
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 cell``, ``12 640 cells``: groups of three, parted by a narrow space that does not break."""
+    """``1 cell``, ``12 640 cells``: groups of three, separated by narrow no-break spaces."""
     grouped = f"{number:,}".replace(",", "\u202f")
     return f"{grouped} {noun}" if number == 1 else f"{grouped} {noun}s"
 
@@ -166,5 +166,5 @@ def duration(seconds: float) -> str:
 
 
 def when(started: str) -> str:
-    """An ISO time as people read it."""
+    """An ISO time in readable form."""
     return started.replace("T", " ").replace("+00:00", " UTC")
