@@ -1,4 +1,4 @@
-"""Files of records: written whole or not at all, read by their schema, and the JSON Schema of each kind.
+"""Files of records: written whole or not at all, and read by their schema.
 
 A record is a struct with a field ``schema``. Its file is JSON with one line for each field, or for each entry of a
 field that holds structures. A name that ends in ``.gz`` makes the file compressed. Fields that are lists of array-like
@@ -8,16 +8,11 @@ nothing but the default.
 
 from __future__ import annotations
 
-import ast
 import gzip
-import inspect
 import os
 import tempfile
-import textwrap
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import is_dataclass
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_args, get_type_hints
 
@@ -66,7 +61,7 @@ def family_of(path: Path) -> str:
 def write_versioned(path: Path, record: msgspec.Struct) -> None:
     """Writes the file, whole or not at all."""
     document = msgspec.to_builtins(record)
-    for name, row in _tables(type(record)).items():
+    for name, row in tables(type(record)).items():
         document[name] = _columns(getattr(record, name), row)
     data = _lines(document)
     write_atomically(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
@@ -95,16 +90,16 @@ def _content(path: Path) -> bytes:
 
 
 def _decoded(data: bytes, kind: type[Stored]) -> Stored:
-    tables = _tables(kind)
-    if not tables:
+    columned = tables(kind)
+    if not columned:
         return msgspec.json.decode(data, type=kind)
     document = msgspec.json.decode(data, type=dict[str, Any])
-    for name in tables.keys() & document.keys():
-        document[name] = _rows(document[name], tables[name])
+    for name in columned.keys() & document.keys():
+        document[name] = _rows(document[name], columned[name])
     return msgspec.convert(document, type=kind)
 
 
-def _tables(kind: type) -> dict[str, type[msgspec.Struct]]:
+def tables(kind: type) -> dict[str, type[msgspec.Struct]]:
     """The struct of each field that is stored as columns."""
     found = {name: get_args(hint) for name, hint in get_type_hints(kind).items()}
     return {
@@ -118,6 +113,7 @@ def _tables(kind: type) -> dict[str, type[msgspec.Struct]]:
 
 
 def _columns(rows: Sequence[msgspec.Struct], kind: type[msgspec.Struct]) -> dict[str, list[Any]]:
+    """The values of each field; fields that hold nothing but the default are left out."""
     columns = {field.name: [getattr(row, field.name) for row in rows] for field in msgspec.structs.fields(kind)}
     return {
         field.name: columns[field.name]
@@ -154,70 +150,3 @@ def _field(name: str, value: object) -> bytes:
             entries = (b"  " + encode(key) + b": " + encode(entry) for key, entry in value.items())
             return head + b"{\n" + b",\n".join(entries) + b"\n }"
     return head + encode(value)
-
-
-# --- JSON Schemas ---
-def schema_of(kind: type) -> dict[str, Any]:
-    """The JSON Schema of a record's file. Descriptions are docstrings: of the structs, and of their fields."""
-    schema = msgspec.json.schema(kind)
-    tables = _tables(kind)
-    for struct in _structs(msgspec.inspect.type_info(kind), {}):
-        definition, texts = schema["$defs"][struct.__name__], descriptions(struct)
-        definition["description"] = _plain(struct.__doc__ or "")
-        if struct in tables.values():
-            _as_columns(definition, struct)
-        for name, part in definition["properties"].items():
-            part["description"] = texts.get(name, "")
-    properties = schema["$defs"][kind.__name__]["properties"]
-    for name, row in tables.items():
-        properties[name] = {"description": properties[name]["description"], "$ref": f"#/$defs/{row.__name__}"}
-    return schema
-
-
-def descriptions(struct: type) -> dict[str, str]:
-    """The string below each field of a struct, by field."""
-    found: dict[str, str] = {}
-    for base in reversed(struct.__mro__):
-        if base not in (object, msgspec.Struct) and (issubclass(base, msgspec.Struct) or is_dataclass(base)):
-            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-            assert isinstance(definition, ast.ClassDef)
-            for field, below in pairwise(definition.body):
-                match field, below:
-                    case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                        found[name] = _plain(text)
-    return found
-
-
-def _plain(docstring: str) -> str:
-    """A docstring in one line, with code as in Markdown."""
-    return " ".join(docstring.split()).replace("``", "`")
-
-
-def _structs(info: object, seen: dict[type, None]) -> dict[type, None]:
-    """Every struct or dataclass in a type."""
-    if isinstance(info, msgspec.inspect.StructType | msgspec.inspect.DataclassType):
-        if info.cls in seen:
-            return seen
-        seen[info.cls] = None
-    if isinstance(info, tuple):
-        parts: Iterable[object] = info
-    elif isinstance(info, msgspec.Struct):
-        parts = (getattr(info, name) for name in info.__struct_fields__)
-    else:
-        parts = ()
-    for part in parts:
-        _structs(part, seen)
-    return seen
-
-
-def _as_columns(definition: dict[str, Any], row: type[msgspec.Struct]) -> None:
-    fields = msgspec.structs.fields(row)
-    items = definition.pop("prefixItems")
-    for key in ("minItems", "maxItems", "items"):
-        definition.pop(key, None)
-    definition["type"] = "object"
-    definition["properties"] = {
-        field.name: {"type": "array", "items": {k: v for k, v in item.items() if k != "default"}}
-        for field, item in zip(fields, items, strict=True)
-    }
-    definition["required"] = [field.name for field in fields if field.required]

@@ -576,30 +576,44 @@ def test_a_generation_is_run_as_often_as_the_published_one(timed: Any) -> None:
 
 
 def test_a_time_limit_takes_precedence_over_the_published_runs(timed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "MIN_SECONDS", 0.2)
-    known = Published("4 tokens", "1 s", "2 s", 2.0, "here", "somewhere", "numpy", ("generate",), (), runs=4000)
+    monkeypatch.setattr(runner, "MIN_SECONDS", 1.0)
+    known = Published("4 tokens", "1 s", "2 s", 2.0, "here", "somewhere", "numpy", ("generate",), (), runs=40_000)
     preset = replace(ONE, generate=(4, 4), published=(known,))
     record = timed("numpy", preset=preset, restarts=2, phases=("generate",), time_limit=1e-3)
-    assert 0 < len(record.rounds) < 2000  # 0.2 s a restart
+    assert 0 < len(record.rounds) < 20_000  # a second a restart
     assert record.protocol["seconds"] == 1e-3
 
 
 def test_a_time_limit_leaves_out_cases_that_would_have_too_few_rounds_and_the_record_lists_them(
     timed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step of Sleepy takes 2 ms: six prefills fit into 0.2 s, six generations of 25 tokens do not."""
-    monkeypatch.setattr(runner, "MIN_SECONDS", 0.2)
+    """A step of Sleepy takes 2 ms: six prefills fit into 0.29 s, six generations of 25 tokens do not."""
+    monkeypatch.setattr(runner, "MIN_SECONDS", 0.29)
     preset, lines = replace(ONE, depths=(12,), generate=(4, 25)), list[str]()
     phases = ("prefill", "generate")
     record = timed("Sleepy", preset=preset, restarts=2, time_limit=1e-3, phases=phases, say=lines.append)
     assert [(case.arms[0].phase, case.depth) for case in record.cases] == [("prefill", 9)]
     (left_out,) = record.excluded
     assert (left_out.backend, left_out.preset, left_out.phase) == ("", "one", "generate at 4")
-    assert left_out.why == "the time limit leaves 0.2 s a restart, which is too little"
+    assert left_out.why == "the time limit leaves 0.29 s a restart, which is too little"
     assert {block.restart for block in record.rounds} == {0, 1}
     rounds = Counter((block.case, block.arm, block.restart) for block in record.rounds)
     assert min(rounds.values()) >= ROUNDS_WANTED
     assert any("left out: generate at 4" in line for line in lines)
+
+
+def test_no_restart_begins_without_cases_or_after_the_time_limit(timed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "MIN_SECONDS", 0.5)
+    starts = Counter[str]()
+    start = engine.Restart.start
+    monkeypatch.setattr(engine.Restart, "start", lambda self, *args: starts.update("x") or start(self, *args))
+    record = timed("Sleepy", preset=ONE, restarts=9, time_limit=1e-3, phases=("prefill",))
+    assert starts.total() == 2
+    assert {block.restart for block in record.rounds} == {0, 1}
+    monkeypatch.setattr(runner, "MIN_SECONDS", 1e-6)
+    record = timed("Sleepy", preset=ONE, restarts=9, time_limit=1e-3, phases=("prefill",))
+    assert starts.total() == 3
+    assert record.rounds == []
 
 
 def test_a_later_start_is_expected_to_take_what_the_first_took_without_exports_and_compilations() -> None:

@@ -51,16 +51,18 @@ def test_commands_of_the_tool_exist_and_take_the_options_that_are_shown(document
         if shown is None:
             continue
         command: Any = typer.main.get_command(app)
-        for word in shown[1].split():
-            if word in getattr(command, "commands", ()):
+        rest = iter(shown[1].split())
+        for word in rest:
+            option, _, value = word.partition("=")
+            known = {name: one for one in command.params for name in (*one.opts, *one.secondary_opts)}
+            if option.startswith("-"):
+                assert option in {*known, "--help"}, line
+                if option in known and not known[option].is_flag and not value:
+                    next(rest, None)
+            elif word in getattr(command, "commands", ()):
                 command = command.commands[word]
             elif hasattr(command, "commands") and re.fullmatch("[a-z]+", word):
                 pytest.fail(f"no command {word!r}: {line}")
-            elif word.startswith("--"):
-                known = {
-                    option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
-                }
-                assert word.partition("=")[0] in known | {"--help"}, line
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)

@@ -647,7 +647,7 @@ def test_two_runs_of_one_backend_keep_apart() -> None:
 # --- what sees what ---
 def test_what_is_broken_is_named_mapped_and_told_in_words() -> None:
     parsed = page(render([given.black_box("mine")], [], None))
-    assert 'matches "the causal diagonal begins at the top left' in parsed.text
+    assert 'matches "the causal diagonal starts at the top left' in parsed.text
     assert "pytorch/pytorch#108108" in parsed.text
     pictures = [attributes for tag, attributes in parsed.tags if tag == "svg" and attributes.get("class") == "map"]
     assert len(pictures) == 2  # the legend, and the one that differs

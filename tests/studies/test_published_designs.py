@@ -191,7 +191,7 @@ def test_the_page_has_every_version_with_its_command_and_says_which_were_not_run
 def test_a_published_version_shows_its_verdict_its_sentence_and_what_it_sees() -> None:
     part = section(published_designs.render({"past-tuples-first": published()}), "past-tuples-first")
     assert "non-conformant" in part
-    assert '> matches "the causal diagonal begins at the top left' in part
+    assert '> matches "the causal diagonal starts at the top left' in part
     assert "**equivalence.decode** [hidden-self]: step 1: got -1.9" in part
     assert "also broken: equivalence.path" in part  # the fourth broken clause
     assert "Recognised: a past passed and returned." in part

@@ -9,7 +9,8 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, settings
 from numpy.typing import NDArray
 
-from kvconform.search.counterexample import Broken, attempt
+from kvconform.judging.render import render
+from kvconform.search.counterexample import attempt
 from kvconform.worker.execute import execute
 from kvconform.worker.protocol import Traces, pack, unpack
 from kvconform_specs.clause import Case
@@ -65,9 +66,9 @@ def broken(target: Any, clauses: Sequence[str], examples: int = 5) -> dict[str, 
         @given(clause.strategy(client.config, client.claims))
         def tried(case: Case) -> None:
             client.traces.clear()
-            judged = attempt(clause, client, case, (0, 1))  # noqa: B023 - it is called here
-            if isinstance(judged, Broken):
-                found.setdefault(name, judged.sentence)  # noqa: B023
+            mismatch = attempt(clause, client, case, (0, 1)).mismatch  # noqa: B023 - it is called here
+            if mismatch is not None:
+                found.setdefault(name, render(mismatch))  # noqa: B023
 
         tried()
     return found

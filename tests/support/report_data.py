@@ -293,7 +293,7 @@ AS_EXPECTED = Map(schedule="chunked", sizes=[2, 1], wanted=["x..", "xx.", "xxx"]
 
 
 def black_box(name: str, words: str = "behaves like a mask that begins at the top left") -> Results:
-    """A broken one, which was judged by itself, mapped and diagnosed."""
+    """A broken black box with maps and a diagnosis."""
     said = "got 0.41, want -0.18"
     return results(
         name,

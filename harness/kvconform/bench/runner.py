@@ -79,6 +79,9 @@ class _Bench(Run[Record]):
             lost = {one.backend for one in self.record.excluded if one.preset == preset.name and not one.phase}
             specs = {name: spec for name, spec in self.specs.items() if name not in lost}
             began, plans = self.elapsed, self.plans[preset.name]
+            if not plans or self._time_is_up(number):
+                self.planned -= len(plans) * (self.restarts - number)
+                return
             with self.restart(preset, number, specs, plans) as restart:
                 self.starts[preset.name, number] = self.elapsed - began
                 self.record.once += [Once(preset.name, name, number, *once) for name, once in restart.once.items()]
@@ -117,6 +120,12 @@ class _Bench(Run[Record]):
         to_come = self.restarts * len(self.presets) - len(self.starts)
         left = self.options.time_limit - self.elapsed - self._start_seconds() * to_come
         return max(MIN_SECONDS, left / max(1, self.planned - self.done))
+
+    def _time_is_up(self, number: int) -> bool:
+        """Whether a further restart would exceed the time limit; two are made in any case, without which no ratio is
+        valid."""
+        limit = self.options.time_limit
+        return limit is not None and number >= 2 and self.elapsed + self._start_seconds() > limit
 
     def _start_seconds(self) -> float:
         """Seconds of a further start. The first one of a preset exports and compiles, and caches that; until there is

@@ -25,7 +25,7 @@ from kvconform_specs.tensors import Streams, weights
 Array = NDArray[np.floating]
 Ids = NDArray[np.int64]
 Numbers = Callable[[str], Array]
-"""``value``, ``bound``, ``bound_lower`` or ``bound_estimate`` (see ``oracle.Expected``), computed at first use."""
+"""``value``, ``bound``, ``bound_lower`` or ``bound_estimate`` (see ``oracle.Expected``), computed when first needed."""
 Contents = Callable[[], NDArray[Any]]
 """What a model is given: token ids ``(n, rows, s)`` or hidden states ``(n, rows, s, width)``."""
 BLOCK = 1 << 22

@@ -75,14 +75,13 @@ class CacheEdit:
     """A wrong cache.
 
     words: completes "what the reference gives ...". classes: the ids of the mistakes that it may stand for; none where
-    several different mistakes look like it. windowed: further ids under a config with a window. across_programs:
+    several different mistakes look like it. across_programs:
     whether the model keeps its rows from one program of a process to the next.
     """
 
     words: str
     classes: tuple[str, ...]
     model: Callable[[], CacheModel]
-    windowed: tuple[str, ...] = ()
     across_programs: bool = False
 
 
@@ -288,7 +287,7 @@ class _OtherRow(CacheModel):
 
 
 def _truncated(words: str, classes: tuple[str, ...], kept: Callable[[CachedRow, int], CachedRow]) -> CacheEdit:
-    return CacheEdit(words, classes, partial(_Truncated, kept), windowed=("C9",))
+    return CacheEdit(words, classes, partial(_Truncated, kept))
 
 
 def _cached(words: str, cached: Callable[[CachedRow, CachedRow], CachedRow]) -> CacheEdit:

@@ -101,7 +101,7 @@ def _match(edit: Edit, symptoms: Sequence[Symptom], reference: _EditedReference)
     right = all(one.gives(cell) for one in reached for cell in _cells(one.symptom, False, first) if one.within(cell))
     return EditMatch(
         words=edit.words,
-        mistakes=_mistakes(edit, reference.config),
+        mistakes=_mistakes(edit, reference.config, reference.claims),
         matched=outputs,
         wrong=wrong,
         first_only=first,
@@ -109,9 +109,10 @@ def _match(edit: Edit, symptoms: Sequence[Symptom], reference: _EditedReference)
     )
 
 
-def _mistakes(edit: Edit, config: Config) -> list[str]:
-    windowed = edit.windowed if isinstance(edit, CacheEdit) and config.window is not None else ()
-    return [*edit.classes, *windowed] if edit.classes else []
+def _mistakes(edit: Edit, config: Config, claims: Claims) -> list[str]:
+    """A wrong truncation (C8) may also be one of evicted tokens (C9) or of pages (G1)."""
+    others = {"C9": config.window is not None, "G1": claims.can("pages")}
+    return [*edit.classes, *(name for name, possible in others.items() if possible and "C8" in edit.classes)]
 
 
 class _Followed:

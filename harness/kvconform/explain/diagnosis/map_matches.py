@@ -34,7 +34,11 @@ def matches(maps: Sequence[Map], config: Config, claims: Claims) -> list[MapMatc
     layers = _layers(cached, config, claims)
     schedules = [one.schedule for one in wrong]
     return [
-        MapMatch(words=edit.words, mistakes=list(edit.classes), schedules=schedules)
+        MapMatch(
+            words=edit.words,
+            mistakes=[*edit.classes, *(edit.softcapped if config.softcap is not None else ())],
+            schedules=schedules,
+        )
         for edit in MASK_EDITS
         if any(all(_predicts(edit, one, windows, config) for one in cached) for windows in layers)
     ]

@@ -24,13 +24,15 @@ class MaskEdit:
     """A wrong mask.
 
     words: completes "what the reference gives ...". classes: the ids of the mistakes that it may stand for; none where
-    several different mistakes look like it.
+    several different mistakes look like it. softcapped: further ids that maps may stand for under a config with a
+    softcap, which undoes a mask that is applied before it.
     """
 
     words: str
     classes: tuple[str, ...]
     rule: Rule
     steps: Steps = lambda p, q: p >= 0
+    softcapped: tuple[str, ...] = ()
 
     def seen(self, row: Sequence[CachedToken], window: int | None) -> Flags:
         past, count = (np.array([token[which] for token in row], np.int64) for which in (1, 2))
@@ -102,9 +104,9 @@ MASK_EDITS: tuple[MaskEdit, ...] = (
     MaskEdit(TOP_LEFT, ("M1",), _top_left, CACHED),
     MaskEdit(f"{TOP_LEFT} in steps of several tokens", ("M1",), _top_left, CHUNKS),
     MaskEdit(f"{TOP_LEFT} in decode steps", ("M1",), _top_left, DECODES),
-    MaskEdit(f"{LATER}, where tokens are cached", ("M2",), _future, CACHED),
-    MaskEdit(LATER, ("M2", "M4"), _future),
-    MaskEdit(f"{LATER} in prompts", ("M4",), _future, PROMPTS),
+    MaskEdit(f"{LATER}, where tokens are cached", ("M2",), _future, CACHED, softcapped=("M11",)),
+    MaskEdit(LATER, ("M2", "M4"), _future, softcapped=("M11",)),
+    MaskEdit(f"{LATER} in prompts", ("M4",), _future, PROMPTS, softcapped=("M11",)),
     MaskEdit(
         "with the next token visible", ("M3",), lambda i, j, p, q, w: causal(i, j, w) | ((j == i + 1) & (j < p + q))
     ),
