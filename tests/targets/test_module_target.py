@@ -239,8 +239,8 @@ def test_a_convention_can_be_given() -> None:
 
 def test_an_address_opens_a_target_and_a_backend_is_returned_unchanged(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
-    file.write_text("class Mine:\n    claims = 'my own'\n")
-    assert load(f"py:{file}:Mine").claims == "my own"
+    file.write_text("from kvconform_backends.numpy.cache import NumpyCache\n\n\nclass Mine(NumpyCache):\n    pass\n")
+    assert load(f"py:{file}:Mine").__name__ == "Mine"
     options = json.dumps({"init": {"width": 30, "heads": 5}})
     assert load(f"py:{FILE}:LayerPast?{options}").configs["hidden-self"].width == 30
     assert load("py:third_party_modules:ready").recognised.startswith(STATES)

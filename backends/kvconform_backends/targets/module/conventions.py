@@ -13,15 +13,14 @@ from typing import Any
 
 ADAPTER = """\
 import torch
-from kvconform import Claims
-from kvconform_specs.config import Config
+from kvconform import BlackBox, Claims, Config
 from kvconform_backends.targets.black_box import perturbed
 from my_file import Attention  # yours
 
-class Adapter:  # the protocol: kvconform.backend.Backend and BlackBox
+class Adapter(BlackBox):
     claims = Claims(profiles=("hidden",), abilities=("uncached_forward", "reset"), reference="self")
     configs = {"hidden-self": Config("hidden", heads=4, kv_heads=4, head_dim=8, width=32)}  # "decoder": token ids
-    recognised, assumed, source = "my own call", (), __file__
+    recognised, source = "my own call", __file__
     def __init__(self, config, weights, device):
         torch.manual_seed(0)
         self.module = Attention().eval().requires_grad_(False)
