@@ -70,14 +70,24 @@ def check_outputs(client: WorkerClient, preset: Preset, seed: int, defined: Call
     ``defined`` gives what the definition expects; a black box is judged by its own uncached forward.
     """
     config = config_of(client, preset)
+    if config is not preset.config and digest(tokens(config, seed)) != digest(tokens(preset.config, seed)):
+        raise Ineligible("its tokens differ from the preset's: another vocabulary, or other special tokens")
+    compared = 0
     try:
         forward = client.reference_forward
         expected = defined() if forward is None else by_reference(forward(config), config, seed)
-        why, compared = parity(client, preset, config, seed, expected)
+        for n in sorted({*preset.depths, *preset.prompts}):
+            calls = list(_calls(preset, client.claims, n, seed))
+            trace = client.run(Program(config, tuple(step for step, _ in calls)), (0,)).apart()[0]
+            for (step, first), done in zip(calls, trace, strict=False):  # a trace ends where a step raised
+                words, count = _wrong(step, first, done, config, client.claims, expected)
+                compared += count
+                if words:
+                    raise Ineligible(f"not conformant on the timed inputs: {_name(step, first)}: {words}")
     except (WorkerDied, BackendUnavailable) as error:
         raise Ineligible(str(error)) from error
-    if why:
-        raise Ineligible(why)
+    if not compared:
+        raise Ineligible("nothing was compared")
     return compared
 
 
@@ -214,28 +224,6 @@ def blockwise(query: Array, keys: Array, values: Array, config: Config, *, layer
         for at in range(0, s, BLOCK)
     ]
     return parts[-1]._replace(output=np.concatenate([part.output for part in parts], axis=-2))
-
-
-def parity(
-    client: WorkerClient, preset: Preset, config: Config, seed: int, expected: ExpectedLogits
-) -> tuple[str, int]:
-    """What is wrong with the backend's outputs on the timed inputs, empty if nothing; and how many numbers were
-    compared.
-
-    ``config``: the one that the backend is built for. Raises WorkerDied and BackendUnavailable.
-    """
-    if config is not preset.config and digest(tokens(config, seed)) != digest(tokens(preset.config, seed)):
-        return "its tokens are others than those of the preset: another vocabulary, or other special tokens", 0
-    compared = 0
-    for n in sorted({*preset.depths, *preset.prompts}):
-        calls = list(_calls(preset, client.claims, n, seed))
-        trace = client.run(Program(config, tuple(step for step, _ in calls)), (0,)).apart()[0]
-        for (step, first), done in zip(calls, trace, strict=False):  # a trace ends where a step raised
-            words, count = _wrong(step, first, done, config, client.claims, expected)
-            compared += count
-            if words:
-                return f"not conformant on the timed inputs: {_name(step, first)}: {words}", compared
-    return "" if compared else "nothing was compared", compared
 
 
 def _calls(preset: Preset, claims: Claims, n: int, seed: int) -> Iterator[tuple[Step, int]]:

@@ -81,6 +81,6 @@ def _bounds(config: Config) -> NDArray[np.float64]:
             b, t, _e = bound.shape
             bound = bound.reshape(b, t, config.heads, config.head_dim).swapaxes(
                 1, 2
-            )  # (b, h, t, d), the layout of outputs
+            )  # (b, h, t, d), as outputs
         flat.append(bound.ravel())
     return np.concatenate(flat)
