@@ -173,6 +173,7 @@ def test_the_order_of_memory_changes_no_number(dtype: torch.dtype) -> None:
         assert made.stride(along) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's imports use what torch has deprecated
 def test_large_matrices_are_read_by_loops_where_one_token_meets_them_and_give_the_same_numbers(
     monkeypatch: pytest.MonkeyPatch,

@@ -375,6 +375,7 @@ def test_summaries_and_ratios_of_a_written_record_are_those_of_its_raw_rounds(ti
 
 
 # --- the rounds ---
+@pytest.mark.slow
 def test_work_done_twice_takes_twice_the_time(timed: Any) -> None:
     record = timed("Sleepy", "Twice", per_case=1.0, restarts=2)
     for ratio in record.ratios:

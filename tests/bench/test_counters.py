@@ -246,6 +246,7 @@ def test_a_compiled_step_is_counted_as_it_runs_compiled() -> None:
     assert {"torch", "unit"} == set(WorkerClient().counted_by())
 
 
+@pytest.mark.slow
 def test_counting_twice_writes_the_same_bytes(counted: Any, tmp_path: Path) -> None:
     first, file = counted("Plain"), tmp_path / "counted.py"
     file.write_text(ON_TORCH)
@@ -256,6 +257,7 @@ def test_counting_twice_writes_the_same_bytes(counted: Any, tmp_path: Path) -> N
 
 
 # --- ONNX Runtime ---
+@pytest.mark.slow
 def test_onnx_nodes_are_counted_as_they_run(counted: Any) -> None:
     record = counted("Onnx")
     assert record.missing == []
@@ -302,6 +304,7 @@ def test_a_copy_between_devices_breaks_a_law(tmp_path: Path) -> None:
 
 
 # --- planted faults ---
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "laws"),
     [

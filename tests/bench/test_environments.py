@@ -147,6 +147,7 @@ def test_what_cannot_be_installed_is_one_sentence(tmp_path: Path) -> None:
         environment("HEAD", tmp_path / "folder", repository=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_twice_as_long_is_a_regression_between_two_commits(
     made: dict[str, Environment], tmp_path: Path
 ) -> None:

@@ -393,6 +393,7 @@ def test_classes_of_precision_are_not_compared_and_a_gpu_must_be_proven(
     assert why("OnCuda", "OnCuda", "cuda") == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mhz", "verdicts"), [(1000, {PASS, INCONCLUSIVE}), (700, {NOT_COMPARABLE})])
 def test_rounds_of_a_slow_clock_make_no_verdict(
     mhz: int, verdicts: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -496,6 +497,7 @@ def test_simulated_gates_keep_the_rate_even_where_restarts_differ_much() -> None
     assert self_test.tail(found["alarms"], found["cases"], 2 * RATE) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_self_test_runs_one_environment_against_itself_and_leaves_a_line(tmp_path: Path) -> None:
     log = tmp_path / "history" / "gate.jsonl"
     told = self_test.self_test(

@@ -153,6 +153,7 @@ def test_the_gate_exits_with_4_on_a_lost_pass_and_0_on_none(tmp_path: Path) -> N
     assert "regression: numpy: shape.output [attention-gqa]: was pass, is gone" in lost.stdout
 
 
+@pytest.mark.slow
 def test_shards_exit_with_0_and_their_merge_concludes(tmp_path: Path) -> None:
     asked = ("run", "-b", "numpy", *ONE_CONFIG, "--clause", "shape", "--clause", "lifecycle.reset")
     for shard in ("1/2", "2/2"):
@@ -181,6 +182,7 @@ def test_an_empty_or_partial_claim_exits_with_5_and_names_what_is_missing(
     assert words in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_without_repeating_what_is_done(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kvconform", "run", "-b", "numpy", *ONLY_CORE]
     path = tmp_path / "results" / "numpy.json"
@@ -210,12 +212,14 @@ def test_the_spec_prints_every_clause_and_explains_one(tmp_path: Path) -> None:
     assert "lifecycle" not in one
 
 
+@pytest.mark.slow
 def test_backends_are_listed_with_what_they_claim(tmp_path: Path) -> None:
     listed = kvconform("backends", folder=tmp_path).stdout
     assert "numpy: ready (attention, decoder; float32" in listed
     assert {line.partition(":")[0] for line in listed.splitlines()} >= {"numpy", "eager", "compiled", "onnx"}
 
 
+@pytest.mark.slow
 def test_cuda_without_a_gpu_exits_with_3_and_one_sentence(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():

@@ -186,6 +186,7 @@ def test_a_subject_in_a_file_is_imported_from_there(name: str, clause: str, word
     assert holds(right), right
 
 
+@pytest.mark.slow
 def test_a_hang_is_told_by_a_process_that_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repro, "PATIENCE", 2)
     text, _known = found(f"{SUBJECTS}:Hangs", "shape.output", GQA, tmp_path, step_timeout=0.5)
@@ -284,6 +285,7 @@ def test_the_broken_example_is_shown_and_the_right_one_holds(tmp_path: Path) -> 
     assert holds(right), right
 
 
+@pytest.mark.slow
 def test_an_onnx_decoder_is_shown_without_this_package(tmp_path: Path) -> None:
     pytest.importorskip("onnx", reason="the target is made with it")
     from decoder_graphs import Style, decoder, saved
@@ -298,6 +300,7 @@ def test_an_onnx_decoder_is_shown_without_this_package(tmp_path: Path) -> None:
     assert holds(quiet(right)), right
 
 
+@pytest.mark.slow
 def test_a_model_of_transformers_is_shown_without_this_package(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="it makes the target")
     (tmp_path / "sitecustomize.py").write_text(FORGETFUL)
@@ -385,6 +388,7 @@ def test_what_is_too_long_to_write_out_is_made_from_its_seeds(tmp_path: Path) ->
 
 
 # --- doors ---
+@pytest.mark.slow
 def test_replay_writes_the_script_and_says_that_it_shows_the_bug(tmp_path: Path) -> None:
     _text, known = found(f"{FAULTS}.causality:TopLeft", "equivalence.decode", GQA, tmp_path)
     file = known.write(tmp_path)

@@ -360,6 +360,7 @@ def test_a_fault_that_cannot_run_here_is_told(tmp_path: Path) -> None:
 
 
 # --- the command ---
+@pytest.mark.slow
 def test_the_command_tells_survivors_and_exits_with_1(tmp_path: Path) -> None:
     out = tmp_path / "audit.json"
     done = command("audit", "--effort", "smoke", "--faults", f"{ELSEWHERE}:SURVIVING", "--jobs", "2", "-o", str(out))

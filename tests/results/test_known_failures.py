@@ -268,6 +268,7 @@ def tool(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_is_stale_and_exits_with_1(place: Path) -> None:
     (place / "known_failures.toml").write_text(toml(backend="Mine"))
     asked = ("kvconform", "run", "-b", "mine.py:Mine", "--config", "attention-gqa", "--clause", "definition.attention")
@@ -284,6 +285,7 @@ def test_the_command_line_says_what_is_stale_and_exits_with_1(place: Path) -> No
     assert malformed.stderr == "kvconform: none.toml: cannot be read: No such file or directory\n"
 
 
+@pytest.mark.slow
 def test_in_pytest_a_known_failure_is_green_and_a_stale_row_is_not(place: Path) -> None:
     (place / "known_failures.toml").write_text(toml(backend="Mine"))
     asked = ["pytest", "-p", "no:cacheprovider", "-q", "-rxf", "--pyargs", "kvconform.pytest_plugin.suite"]

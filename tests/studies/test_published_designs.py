@@ -48,6 +48,7 @@ CHAPTERS = (
 
 
 # --- as intended ---
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INTENDED)
 def test_a_design_as_intended_holds_in_every_corner(name: str, tmp_path: Path) -> None:
     plan = Plan(BRIEF, 3, ("float32",), CHAPTERS, CORNERS)
@@ -120,6 +121,7 @@ DETECTED = {
 """As published: clauses of which the file breaks one. All other files are as intended."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_file_in_the_style_of_its_source_is_judged_by_itself(name: str, tmp_path: Path) -> None:
     version = EXAMPLES[name]

@@ -91,6 +91,7 @@ def test_a_correct_black_box_is_conformant(tmp_path: Path) -> None:
     assert 0.0 < worst < 0.2  # as DESIGN.md says
 
 
+@pytest.mark.slow
 def test_clauses_that_the_reference_cannot_show_are_unsupported_as_blind(tmp_path: Path) -> None:
     blind = [name for name, clause in BY_NAME.items() if clause.blind and "decoder" in clause.profiles]
     assert blind
@@ -109,10 +110,12 @@ def test_a_token_dropped_by_the_cached_path_is_detected(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_an_error_of_a_ten_thousandth_in_the_cached_path_is_detected(tmp_path: Path) -> None:
     assert outcomes(judged("OffBy", tmp_path))["equivalence.decode"] is Outcome.FAIL
 
 
+@pytest.mark.slow
 def test_an_unreliable_reference_is_reported_and_not_used(tmp_path: Path) -> None:
     found = judged("NotCausal", tmp_path)
     assert found.exit_code == 1
@@ -121,6 +124,7 @@ def test_an_unreliable_reference_is_reported_and_not_used(tmp_path: Path) -> Non
     assert others == {Outcome.INCONCLUSIVE, Outcome.UNSUPPORTED}
 
 
+@pytest.mark.slow
 def test_a_reference_disturbed_by_cached_steps_is_reported_and_still_used_in_its_own_process(tmp_path: Path) -> None:
     found = outcomes(judged("Perturbed", tmp_path))
     assert found["equivalence.full-stable"] is Outcome.FAIL
@@ -128,12 +132,14 @@ def test_a_reference_disturbed_by_cached_steps_is_reported_and_still_used_in_its
     assert found["lifecycle.reset"] is Outcome.PASS
 
 
+@pytest.mark.slow
 def test_rounding_shared_by_the_tokens_of_a_call_is_not_a_leak(tmp_path: Path) -> None:
     found = outcomes(judged("Wavers", tmp_path))
     assert found["causality.future-blind"] is Outcome.PASS
     assert not any(outcome.broken for outcome in found.values())
 
 
+@pytest.mark.slow
 def test_an_exception_of_the_reference_is_reported(tmp_path: Path) -> None:
     broken = [verdict for verdict in judged("Raises", tmp_path).verdicts if verdict.outcome.broken]
     assert broken
@@ -161,6 +167,7 @@ def test_the_reference_process_runs_no_cached_steps() -> None:
 
 
 # --- output ---
+@pytest.mark.slow
 def test_a_check_prints_the_convention_the_assumptions_and_the_failures(tmp_path: Path) -> None:
     done = kvconform("check", f"{BOXES}:DropsOldest", folder=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -196,6 +203,7 @@ def test_an_unknown_kind_of_option_does_not_start_a_worker() -> None:
         WorkerClient(WorkerSpec("py:a.py:Net?{"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["numpy", "eager"])
 def test_a_shipped_backend_as_a_black_box_is_conformant(name: str, tmp_path: Path) -> None:
     found = run_backend(name, WorkerSpec(f"{BOXES.with_name('wrapped_backends.py')}:{name}"), PLAN, tmp_path)

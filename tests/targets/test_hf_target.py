@@ -32,7 +32,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM  # noqa: E4
 from kvconform_backends.targets.hf import target as hf_target  # noqa: E402
 from kvconform_backends.targets.hf.target import Transformers, open_hf, tokens_of  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("transformers")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]
 
 FAMILIES = {
     "GPT2Config": "GPT2LMHeadModel",

@@ -287,6 +287,7 @@ def test_a_file_that_cannot_be_imported_is_an_error_of_one_sentence(tmp_path: Pa
         module.open_module(f"{tmp_path}/absent.py:Net", {})
 
 
+@pytest.mark.slow
 def test_the_adapter_in_the_error_is_a_conformant_backend(tmp_path: Path) -> None:
     """Its import of the user's code is replaced by an example."""
     with pytest.raises(BackendUnavailable) as caught:
@@ -395,6 +396,7 @@ def test_a_script_reads_like_handwritten_calls() -> None:
 
 
 # --- end to end ---
+@pytest.mark.slow
 def test_the_examples_are_judged_in_workers(tmp_path: Path) -> None:
     clauses = ("equivalence.decode",)
     results = conformance(f"py:{EXAMPLES}/buffers.py:Decoder", clauses=clauses, out=tmp_path)

@@ -54,6 +54,7 @@ def test_a_correct_decoder_breaks_no_clause_in_any_naming_convention(name: str, 
     assert {"shape.length", "equivalence.decode", "equivalence.chunks", "lifecycle.reset", "batch.row-solo"} <= passed
 
 
+@pytest.mark.slow
 def test_every_clause_of_a_plain_decoder_holds_or_is_unsupported(tmp_path: Path) -> None:
     results = judged(saved(decoder(Style()), tmp_path), tmp_path, clauses=())
     assert {v.outcome for v in results.verdicts} <= {Outcome.PASS, Outcome.UNSUPPORTED, Outcome.REFUTED}
@@ -171,6 +172,7 @@ def test_a_step_that_raises_is_a_finding(tmp_path: Path) -> None:
     assert "raised RuntimeError" in found["equivalence.chunks"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken_on_purpose", [False, True])
 def test_the_example_is_conformant_unless_exported_broken(broken_on_purpose: bool, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="torch.onnx exports with it")

@@ -155,6 +155,7 @@ def test_a_step_that_gives_no_array_is_a_failure(tmp_path: Path) -> None:
     assert verdict.raised  # it keeps numbers from being judged, as an exception does
 
 
+@pytest.mark.slow
 def test_a_backend_that_cannot_be_built_leaves_a_counterexample_and_is_built_once(tmp_path: Path) -> None:
     with WorkerClient(WorkerSpec(address("CannotBeBuilt"))) as client:
         cells = [
@@ -203,6 +204,7 @@ def test_a_verdict_that_lacks_what_its_outcome_needs_cannot_be_built(
         Verdict(clause="shape.output", config="attention-gqa", backend="x", outcome=outcome, **fields)
 
 
+@pytest.mark.slow
 def test_the_frozen_variant_is_the_one_that_replays(tmp_path: Path) -> None:
     """The stored seeds are the derived ones: the file needs no index beside it."""
     verdict = judged("PrintsAndIsWrong", tmp_path, clause="definition.attention")
