@@ -55,9 +55,12 @@ def _two_futures(draw: Draw, config: Config, claims: Claims) -> Case:
         steps.append(Truncate("a", draw(st.integers(0, sum(sizes)))))
     elif claims.can("reset") and draw(st.integers(0, 3)) == 3:
         steps.append(Reset("a"))
+    free = dict.fromkeys("ab", config.capacity - sum(sizes))  # at most: a truncation frees more
     for number in range(draw(st.integers(1, 2))):
-        steps += [Append("a", (draw(counts(claims)),) * batch, seed + 77 + number)]
-        steps += [Append("b", (draw(counts(claims)),) * batch, seed + 177 + number)]
+        for seq, stream in (("a", seed + 77 + number), ("b", seed + 177 + number)):
+            count = min(draw(counts(claims)), free[seq])
+            free[seq] -= count
+            steps += [Append(seq, (count,) * batch, stream)] if count else []
     return Case((Program(config, tuple(steps)),))
 
 
