@@ -35,9 +35,8 @@ SECTIONS = (
     "error",
     "pairs",
     "speed",
-    "power",
     "mutation",
-    "runtime_info",
+    "runtime-info",
     "environment",
 )
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 800}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from places import SUPPORT
 
-from kvconform.errors import BackendUnavailable
+from kvconform.errors import BackendUnavailable, BadArgument
 from kvconform.judging.verdict import Outcome
 from kvconform.results.results import Results, read
 from kvconform.run import check
@@ -18,7 +18,6 @@ from kvconform.run.run import Plan, run_backend
 from kvconform.search.effort import Effort
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.clauses import BY_NAME
-from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Append, Program
 from kvconform_specs.reference.oracle import expect
 
@@ -58,26 +57,26 @@ def test_each_kind_of_target_has_its_addresses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("numpi", "'numpi' is nothing that is known; known: file.py:NAME"),
+        ("numpi", "unrecognised target 'numpi'; expected file.py:NAME"),
         ("absent.py:Net", "no file absent.py"),
         ("absent.onnx", "no file absent.onnx"),
-        ("a.py:not a name", "nothing that is known"),
+        ("a.py:not a name", "unrecognised target"),
     ],
 )
 def test_what_is_no_target_is_one_sentence_that_lists_the_forms(target: str, words: str) -> None:
-    with pytest.raises(SpecError, match=words):
+    with pytest.raises(BadArgument, match=words):
         check.addresses(target, {})
 
 
 def test_options_are_json_and_a_bare_word_is_a_word() -> None:
     assert check.options('{"d": 3}', ["cache=static", "seed=4"]) == {"init": {"d": 3}, "cache": "static", "seed": 4}
     for init, others, words in (
-        ("{", [], "init: init is no JSON"),
+        ("{", [], "init: init is not valid JSON"),
         ("[1]", [], "init: want a JSON object"),
         ("", ["cache"], "option: want NAME=JSON, got 'cache'"),
-        ("", ["config={1}"], "option: config is no JSON"),
+        ("", ["config={1}"], "option: config is not valid JSON"),
     ):
-        with pytest.raises(SpecError, match=words):
+        with pytest.raises(BadArgument, match=words):
             check.options(init, others)
 
 
@@ -199,7 +198,7 @@ def test_a_target_that_cannot_be_opened_is_one_sentence_and_exit_code_3(tmp_path
 
 
 def test_an_unknown_kind_of_option_does_not_start_a_worker() -> None:
-    with pytest.raises(BackendUnavailable, match="its options are no JSON"):
+    with pytest.raises(BackendUnavailable, match="not valid JSON"):
         WorkerClient(WorkerSpec("py:a.py:Net?{"))
 
 
