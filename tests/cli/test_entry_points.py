@@ -208,7 +208,7 @@ def test_the_spec_prints_every_clause_and_explains_one(tmp_path: Path) -> None:
     one = kvconform("spec", "causality.future-blind", folder=tmp_path).stdout
     assert "lifecycle.independent (must)" in whole
     assert "causality.future-blind (must, core)" in one
-    assert "stops: https://github.com/QwenLM/Qwen/issues/979" in one
+    assert "real bug: https://github.com/QwenLM/Qwen/issues/979" in one
     assert "lifecycle" not in one
 
 

@@ -152,7 +152,7 @@ def _entries(cell: _Cell, configs: set[str]) -> Iterator[Entry]:
 
 
 def _why(verdict: Verdict) -> str:
-    """The reason that a cell gives; empty where it is told elsewhere."""
+    """The reason that a cell gives; empty where it is shown elsewhere."""
     if verdict.outcome is Outcome.PASS or verdict.outcome.broken:
         return ""
     return given_now(verdict) if verdict.outcome is Outcome.KNOWN_FAILURE else verdict.sentence

@@ -66,11 +66,11 @@ def tried(file: Path, python: str) -> str:
             env={"OMP_NUM_THREADS": "1", **os.environ},
         )
     except subprocess.TimeoutExpired:
-        return f"{file} does not end by itself"
+        return f"{file} does not end"
     if done.returncode == 1 and "got: " in done.stdout:
         return f"python {file} shows it, and exits with 1 until it is mended"
     last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-    return f"python {file} does not show it by itself: exit code {done.returncode}, {' '.join(last)}"
+    return f"python {file} does not show the failure: exit code {done.returncode}, {' '.join(last)}"
 
 
 # --- the file ---

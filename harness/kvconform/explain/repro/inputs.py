@@ -20,7 +20,7 @@ WIDTH = 118
 WRITTEN_OUT = 128
 """Arrays of more numbers are written as base64 of their bytes."""
 REGENERATED = 20_000
-"""Programs with more numbers than that are made anew from their seeds, by the package that the target needs anyway."""
+"""Programs with more numbers than that are generated from their seeds, by the package that the target needs anyway."""
 CHANGED = 2
 """An array that differs from another in no more tokens is written as a change of it."""
 LETTERS = {"x": "tokens", "q": "queries", "k": "keys", "v": "values"}
@@ -78,7 +78,7 @@ def filled(text: str) -> str:
 
 # --- inputs ---
 def inputs(runs: Sequence[Run], seeded: bool) -> list[str]:
-    """The lines that define what all steps are given. ``seeded``: large ones may be made anew from their seeds."""
+    """The lines that define what all steps are given. ``seeded``: large ones may be generated from their seeds."""
     fed = [_fed(run.program) for run in runs]
     if seeded and sum(x.size for feeds in fed for given, _keywords in feeds for x in given) > REGENERATED:
         return [line for run, feeds in zip(runs, fed, strict=True) for line in _regenerated(run, feeds)]
