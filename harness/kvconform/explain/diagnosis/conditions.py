@@ -15,7 +15,7 @@ from kvconform_specs.config import Config
 Flags = NDArray[np.bool_]
 NEAR = 0.8
 """The least share of a condition that does not separate exactly: outputs that are wrong and meet it, of all that are
-wrong or meet it. No more than the rest of the right outputs may meet it."""
+wrong or meet it. Below ``NEARLY_ALL``, no more than the rest of the right outputs may meet it."""
 NEARLY_ALL = 0.9
 """From this share of wrong outputs on, no condition is looked for."""
 WORTH = 0.03
@@ -73,7 +73,8 @@ def condition(cells: Sequence[OutputCell], config: Config, left_out: frozenset[s
     if first.exact:
         return first
     near = max(found, first, key=_share)
-    separates = _share(near) >= NEAR and near.right_met <= (1 - NEAR) * near.right
+    share = _share(near)
+    separates = share >= NEARLY_ALL or (share >= NEAR and near.right_met <= (1 - NEAR) * near.right)
     return near if near.predicates and separates else None
 
 
