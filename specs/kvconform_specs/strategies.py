@@ -6,14 +6,17 @@ capacity, so that they shrink well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
 from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs.claims import Claims
@@ -43,25 +46,57 @@ T = TypeVar("T")
 seeds = st.integers(0, 2**31 - 1)
 
 
+def explore(
+    strategy: SearchStrategy[T], trial: Callable[[T], None], examples: int, seed: int = 0, *, shrink: bool = False
+) -> None:
+    """Calls ``trial`` with up to ``examples`` values that Hypothesis draws with that seed, the simplest first.
+
+    A trial fails by raising; the failure is shrunk if ``shrink``, and raised. This is the one place that runs
+    Hypothesis, and the values depend on nothing but the strategy, the seed and Hypothesis' version.
+    """
+
+    @hypothesis_seed(seed)
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
+        verbosity=Verbosity.quiet,
+        report_multiple_bugs=False,
+        phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
+    )
+    @given(strategy)
+    def run(value: T) -> None:
+        trial(value)
+
+    with _no_local_constants():
+        run()
+
+
+@contextmanager
+def _no_local_constants() -> Iterator[None]:
+    """Hypothesis 6.150 and newer mix literals of the loaded modules that are not installed into the integers that they
+    draw: one seed would give other programs in a checkout than from a wheel, and beside other modules of the user."""
+    internal: Any = providers
+    name = "_get_local_constants"
+    if not hasattr(internal, name):
+        yield
+        return
+    none = internal.Constants()
+    with patch.object(internal, name, lambda: none):
+        internal.CONSTANTS_CACHE.cache.clear()  # what was cached holds such literals
+        try:
+            yield
+        finally:
+            internal.CONSTANTS_CACHE.cache.clear()
+
+
 def drawn(strategy: SearchStrategy[T], number: int, seed: int = 0) -> list[T]:
     """The first values that Hypothesis draws from a strategy with that seed, ``number`` at most. The first is the
     simplest."""
     values: list[T] = []
-
-    @hypothesis_seed(seed)
-    @settings(
-        max_examples=number,
-        deadline=None,
-        database=None,
-        verbosity=Verbosity.quiet,
-        phases=(Phase.generate,),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(strategy)
-    def draw(value: T) -> None:
-        values.append(value)
-
-    draw()
+    explore(strategy, values.append, number, seed)
     return values
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
 
 from kvconform.search.effort import DEFAULT_EFFORT, EFFORTS
 from kvconform_specs.claims import ABILITIES, Claims
@@ -409,6 +411,18 @@ def test_the_configs_cover_what_the_suite_speaks_of() -> None:
     for option in ("window", "softcap", "sink", "scale"):
         assert {getattr(c, option) is None for c in configs} == {True, False}, option
     assert any(c.window_every > 1 and c.layers > 1 for c in configs)
+
+
+def test_what_is_drawn_depends_on_the_seed_and_not_on_the_modules_that_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = st.integers(0, 2**40)
+    before = drawn(numbers, 400)
+    (tmp_path / "beside.py").write_text(f"NUMBERS = {[10**11 + 7 * n for n in range(300)]}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    __import__("beside")
+    assert drawn(numbers, 400) == before
+    assert hasattr(providers, "_get_local_constants"), "Hypothesis has changed: see strategies._no_local_constants"
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def test_a_name_tells_the_layer_and_the_part(name: str, roots: tuple[str, ...], 
 def test_presents_without_names_follow_the_order_of_the_pasts(tmp_path: Path) -> None:
     target = opened(Style(past="past_key_values_{n}_{part}", present="cat_{n}_{part}"), tmp_path)
     assert target.assumed == ("the outputs after the first are the presents, in the order of the pasts",)
-    assert target.later.signature.present(((1,), "value")) == "cat_1_value"
+    assert target.cached.signature.present(((1,), "value")) == "cat_1_value"
 
 
 # --- mistakes ---

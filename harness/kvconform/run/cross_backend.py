@@ -79,8 +79,6 @@ def _bounds(config: Config) -> NDArray[np.float64]:
         bound = np.broadcast_to(want.bound, want.value.shape)[0]  # (b, t, e)
         if config.profile == "attention":
             b, t, _e = bound.shape
-            bound = bound.reshape(b, t, config.heads, config.head_dim).swapaxes(
-                1, 2
-            )  # (b, h, t, d), as outputs
+            bound = bound.reshape(b, t, config.heads, config.head_dim).swapaxes(1, 2)  # (b, h, t, d), as outputs
         flat.append(bound.ravel())
     return np.concatenate(flat)

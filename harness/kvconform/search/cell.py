@@ -12,8 +12,6 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from hypothesis import HealthCheck, Phase, Verbosity, given, settings
-from hypothesis import seed as hypothesis_seed
 from hypothesis.errors import Flaky
 from msgspec.structs import replace
 
@@ -29,6 +27,7 @@ from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case, Clause, Level
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program
+from kvconform_specs.strategies import explore
 
 OUTCOMES = {"": Outcome.FAIL, "crash": Outcome.CRASH, "timeout": Outcome.TIMEOUT}
 Why = tuple[Reason, str]
@@ -116,23 +115,11 @@ class _Search:
         self._trials = 0
 
     def run(self) -> None:
-        @hypothesis_seed(self.seed)
-        @settings(
-            max_examples=max(2, round(self.effort.structures * self.cell.clause.share)),
-            deadline=None,
-            database=None,
-            print_blob=False,
-            suppress_health_check=list(HealthCheck),
-            verbosity=Verbosity.quiet,
-            report_multiple_bugs=False,
-            phases=(Phase.generate, Phase.shrink) if self.effort.shrink else (Phase.generate,),
-        )
-        @given(self.cell.clause.strategy(self.cell.config, self.client.claims))
-        def search(case: Case) -> None:
-            self.trial(case)
-
+        cell = self.cell
+        strategy = cell.clause.strategy(cell.config, self.client.claims)
+        structures = max(2, round(self.effort.structures * cell.clause.share))
         try:
-            search()
+            explore(strategy, self.trial, structures, self.seed, shrink=self.effort.shrink)
         except (_Stop, Flaky):
             assert self.best is not None  # what it is worth is found out on a fresh process
 
