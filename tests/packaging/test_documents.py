@@ -119,3 +119,20 @@ def test_no_file_names_a_place_on_the_machine_of_its_author() -> None:
     for file in files:
         found = place.search(file.read_text())
         assert found is None, (file, found)
+
+
+def test_the_tree_in_design_is_the_tree_of_the_checkout() -> None:
+    """Every folder of the four packages that holds code or templates is named in DESIGN's tree, and no other."""
+    text = (ROOT / "DESIGN.md").read_text()
+    tree = re.findall(r"^(\S.*?/|  \S.*?/) {2,}", text.partition("```\nspecs/kvconform_specs/")[2], re.MULTILINE)
+    named = {word.strip("/") for line in tree for word in line.split()} | {"kvconform_specs"}
+    packages = [path for root in ("specs", "harness", "backends", "reports") for path in (ROOT / root).glob("*/")]
+    folders = {path.name for package in packages for path in package.glob("*/") if path.name != "__pycache__"}
+    assert folders <= named
+    assert {word for word in named if "/" not in word} - {
+        "docs",
+        "studies",
+        "examples",
+        "tests",
+        "kvconform_specs",
+    } == (folders)
