@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import api_page
 import msgspec
 import speed_page
 import timing.collect
@@ -68,6 +69,10 @@ class Generated:
 # --- what each is made from ---
 def _spec() -> dict[str, bytes]:
     return {"docs/spec.md": page.page().encode()}
+
+
+def _api() -> dict[str, bytes]:
+    return {"docs/api.md": api_page.render().encode()}
 
 
 def _schemas() -> dict[str, bytes]:
@@ -147,6 +152,7 @@ def _baseline_is_current(name: str) -> bool:
 
 FILES = (
     Generated("docs/spec.md", "specs/kvconform_specs", _spec),
+    Generated("docs/api.md", "the docstrings of what kvconform exports", _api),
     Generated("docs/schema", "the structs of results, records and lists", _schemas),
     Generated("docs/speed.md", "docs/evidence", _speed),
     Generated("docs/latency.md", "docs/latency-samples.json.gz and docs/gate-history.jsonl", _latency),
