@@ -286,6 +286,8 @@ def invalid(kind: Any) -> str:
         return f"claims is a {type(claims).__name__}, want kvconform.Claims"
     if not isinstance(kind, type):
         return "" if callable(kind) else f"is a {type(kind).__name__}, want a class"
+    if hasattr(kind, "__getattr__"):  # it delegates: its methods are known only of a built one
+        return ""
     for name in ("start", "step"):
         if not _implements(kind, name):
             return f"has no method {name}()"

@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from kvconform import (
     WorkerTimeout,
     conformance,
 )
-from kvconform.backend import METHODS, completed
+from kvconform.backend import METHODS, completed, invalid
 from kvconform.search.effort import DEFAULT_EFFORT
 from kvconform.worker import registry
 from kvconform.worker.registry import address_of, load
@@ -279,3 +280,16 @@ def test_a_backend_whose_package_is_missing_is_unavailable_and_says_how_to_insta
         load("onnx")
     assert raised.value.sentence == "backend 'onnx' is not installed: it needs 'no_such_package'"
     assert raised.value.remedy == "install it with: pip install its distribution"
+
+
+def test_methods_of_an_adapter_that_delegates_are_not_judged_before_it_is_built() -> None:
+    class Delegates:
+        claims = Claims(profiles=("decoder",), abilities=("length",))
+
+        def __init__(self, config: Config, weights: Mapping[str, Any], device: str) -> None:
+            self.inner: Any = None
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    assert invalid(Delegates) == ""

@@ -198,7 +198,8 @@ def test_the_published_gpt2_is_conformant_in_workers(tmp_path: Path) -> None:
         "gpt2", WorkerSpec(address), Plan(BRIEF, 0, ("float32",), ("lifecycle.independent",)), tmp_path
     )
     assert all(v.outcome.value in ("pass", "unsupported") for v in results.verdicts), results.verdicts
-    assert results.exit_code == 5, "one clause is not the core"
+    assert results.partial
+    assert results.exit_code == 0
     (runtime_info,) = results.runtime_info.values()
     assert (runtime_info["model"], runtime_info["cache"], runtime_info["attention"]) == (
         "GPT2LMHeadModel",
