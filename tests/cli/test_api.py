@@ -21,6 +21,8 @@ from kvconform import (
     BackendUnavailable,
     BadArgument,
     BlackBox,
+    Claims,
+    Config,
     InvalidBackend,
     KvconformError,
     SpecError,
