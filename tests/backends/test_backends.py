@@ -80,6 +80,7 @@ def test_a_clean_backend_is_conformant_with_every_cell_passed(name: str, folder:
             assert all((folder / "artefacts" / file).is_file() for file in runtime_info["files"])
 
 
+@pytest.mark.slow
 def test_a_clean_backend_is_conformant_on_one_config(folder: Path) -> None:
     """The fast lane's part of the test above."""
     assert_clean(judged("eager", ("float32",), ("attention-gqa",), folder / "one"))
@@ -110,6 +111,7 @@ def test_torch_compile_that_runs_eagerly_was_not_tested(folder: Path) -> None:
     assert verdict.sentence == "not tested: a step ran eagerly: no compiled graph was executed"
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_compiled_backend_is_one_sentence(folder: Path) -> None:
     nowhere = {"PATH": str(folder / "nowhere"), "CXX": ""}
     plan = Plan(EFFORTS["smoke"], configs=("attention-gqa",))

@@ -94,6 +94,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnnxExported]:
         yield OnnxExported(SMALL, weights(SMALL))
 
 
+@pytest.mark.slow
 def test_an_export_is_compared_with_the_module_it_was_made_from(small: OnnxExported) -> None:
     made = small.artefact(cached=True).read_bytes()
     for other in (replace(SMALL, window_every=1), replace(SMALL, window=2), replace(SMALL, positions="none")):
@@ -112,6 +113,7 @@ def test_a_decoder_has_one_graph_for_each_step_whichever_logits_are_asked_for(sm
     assert len(backend.sessions) == 1
 
 
+@pytest.mark.slow
 def test_the_last_positions_logits_are_those_among_all_and_only_its_row_is_multiplied(small: OnnxExported) -> None:
     ids = np.arange(10).reshape(2, 5)
     every, last = small.uncached_forward(ids), small.uncached_forward(ids, last_only=True)

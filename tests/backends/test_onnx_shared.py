@@ -55,6 +55,7 @@ def addresses(cache: SharedBuffers) -> list[int]:
 
 
 # --- one buffer ---
+@pytest.mark.slow
 def test_a_step_writes_its_own_slots_of_the_buffers_and_leaves_all_others_and_the_memory_as_they_were(
     rope: OnnxShared,
 ) -> None:
@@ -135,6 +136,7 @@ def test_prompt_chunk_and_decode_attend_as_scaled_dot_product_attention_does(nam
 
 
 # --- the last position ---
+@pytest.mark.slow
 def test_the_last_positions_logits_are_those_among_all(rope: OnnxShared) -> None:
     prompt, chunk = ids(2, 4), ids(2, 3)
     whole = rope.uncached_forward(np.concatenate((prompt, chunk), axis=1))

@@ -355,6 +355,7 @@ def test_arms_are_set_against_the_first_of_their_phase_and_decode_against_its_ow
     assert {(r.arm, r.reference): round(r.ratio, 9) for r in loops} == {(0, 1): 0.25, (0, 2): 0.5}
 
 
+@pytest.mark.slow
 def test_summaries_and_ratios_of_a_written_record_are_those_of_its_raw_rounds(timed: Any, tmp_path: Path) -> None:
     written = timed("numpy", "numpy-again", "Sleepy", preset=TINY, restarts=2)
     record = read(tmp_path / "speed.json")
@@ -388,6 +389,7 @@ def test_work_done_twice_takes_twice_the_time(timed: Any) -> None:
     pytest.fail("the ratio is not there")
 
 
+@pytest.mark.slow
 def test_in_each_round_every_arm_runs_once_in_an_order_that_varies(timed: Any) -> None:
     record = timed("numpy", "numpy-again", "Sleepy")
     rounds: dict[tuple[int, int], list[Round]] = {}
@@ -403,6 +405,7 @@ def test_in_each_round_every_arm_runs_once_in_an_order_that_varies(timed: Any) -
     assert all(len([o for o in orders if o[0] == case]) > 3 for case in (0, 1))
 
 
+@pytest.mark.slow
 def test_a_case_has_the_same_steps_for_all_arms_and_fits_the_capacity(timed: Any) -> None:
     record = timed("numpy", "NoFull", preset=Preset("p", TINY.config, (28,), (28,), "two tokens of room"))
     decode = next(case for case in record.cases if case.arms[0].phase == "decode")
@@ -473,6 +476,7 @@ def test_a_backend_without_complete_results_is_judged_first(tmp_path: Path, monk
     assert [line.partition(":")[0] for line in lines] == asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "why"),
     [
@@ -552,6 +556,7 @@ def test_results_of_other_software_do_not_allow_timing(tmp_path: Path, monkeypat
     assert f"are of numpy 1.0, this is {np.__version__}" in why
 
 
+@pytest.mark.slow
 def test_a_backend_without_a_full_forward_recomputes_by_a_prefill_and_the_record_says_so(timed: Any) -> None:
     record = timed("numpy", "NoFull")
     assert record.excluded == []
@@ -576,6 +581,7 @@ def test_a_generation_is_run_as_often_as_the_published_one(timed: Any) -> None:
     assert record.protocol["phases"] == ["generate"]
 
 
+@pytest.mark.slow
 def test_a_time_limit_takes_precedence_over_the_published_runs(timed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "MIN_SECONDS", 1.0)
     known = Published("4 tokens", "1 s", "2 s", 2.0, "here", "somewhere", "numpy", ("generate",), (), runs=40_000)
@@ -585,6 +591,7 @@ def test_a_time_limit_takes_precedence_over_the_published_runs(timed: Any, monke
     assert record.protocol["seconds"] == 1e-3
 
 
+@pytest.mark.slow
 def test_a_time_limit_leaves_out_cases_that_would_have_too_few_rounds_and_the_record_lists_them(
     timed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -603,6 +610,7 @@ def test_a_time_limit_leaves_out_cases_that_would_have_too_few_rounds_and_the_re
     assert any("left out: generate at 4" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_no_restart_begins_without_cases_or_after_the_time_limit(timed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "MIN_SECONDS", 0.5)
     starts = Counter[str]()
@@ -663,6 +671,7 @@ def test_filling_the_caches_takes_no_rounds_away(timed: Any, monkeypatch: pytest
     assert all(count >= ROUNDS_WANTED for count in rounds.values()), rounds
 
 
+@pytest.mark.slow
 def test_what_holds_one_sequence_at_a_time_is_timed_at_every_batch(timed: Any) -> None:
     record = timed("OneAtATime", preset=BATCHES)
     assert record.excluded == []
@@ -709,6 +718,7 @@ def test_large_allocations_of_a_timed_worker_lie_on_huge_pages_unless_the_caller
     assert variables(2)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
 
 
+@pytest.mark.slow
 def test_times_of_a_machine_that_changes_are_taken_out_and_a_gpu_beside_it_is_no_change(
     timed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -726,6 +736,7 @@ def test_times_of_a_machine_that_changes_are_taken_out_and_a_gpu_beside_it_is_no
 
 
 # --- interrupted ---
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [200, 500])
 def test_an_interrupt_keeps_what_was_measured(
     blocks: int, timed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -157,6 +157,7 @@ def values(record: Record, counter: str) -> dict[tuple[str, int], int]:
 
 
 # --- what is counted ---
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["numpy", "Plain", "Static"])
 def test_multiply_adds_are_those_of_the_formula(name: str, counted: Any) -> None:
     want = {("decode", n): WEIGHTS + SLOT * (n + 1) for n in TINY.depths}

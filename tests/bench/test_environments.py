@@ -89,6 +89,7 @@ def asked(of: Environment, code: str, cwd: Path) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_an_environment_has_the_code_of_its_ref_and_shares_the_rest(
     made: dict[str, Environment], repository: Path
 ) -> None:

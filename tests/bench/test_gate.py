@@ -371,6 +371,7 @@ def test_a_side_of_another_version_or_machine_is_not_compared(
     assert record.exit_code == 0
 
 
+@pytest.mark.slow
 def test_classes_of_precision_are_not_compared_and_a_gpu_must_be_proven(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

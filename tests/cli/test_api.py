@@ -84,6 +84,7 @@ def test_the_methods_of_the_base_class_are_abilities_with_a_docstring() -> None:
     assert all(inspect.getdoc(value) for value in public.values())
 
 
+@pytest.mark.slow
 def test_the_example_of_the_base_class_is_conformant(tmp_path: Path) -> None:
     source = inspect.getdoc(Backend)
     assert source is not None
@@ -156,6 +157,7 @@ def test_claims_and_methods_that_disagree_are_one_sentence_when_the_class_is_loa
     assert str(raised.value) == f"backend '{ADAPTERS}:{name}' {WRONG[name]}"
 
 
+@pytest.mark.slow
 def test_a_claim_that_is_not_one_of_the_known_ones_is_one_sentence(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("from kvconform import Claims\nclass Mine:\n    claims = Claims(returns='first')\n")
@@ -190,6 +192,7 @@ def test_the_default_effort_is_the_same_at_every_entry_point() -> None:
     assert inspect.signature(conformance).parameters["effort"].default == DEFAULT_EFFORT == "pr"
 
 
+@pytest.mark.slow
 def test_conformance_returns_results_or_raises_each_sentence(tmp_path: Path) -> None:
     good = conformance("numpy", **QUICK, clauses=("shape",))
     assert (len(good.verdicts), good.ok, good.failures, good.exit_code) == (4, True, (), 0)
@@ -207,6 +210,7 @@ def test_conformance_does_not_pass_for_nothing() -> None:
         conformance(f"{SUBJECTS}:WithoutReset", **QUICK, clauses=("contents",))
 
 
+@pytest.mark.slow
 def test_a_worker_may_use_another_interpreter_and_timeout() -> None:
     with pytest.raises(BackendUnavailable, match="interpreter '/no/python' cannot be started"):
         conformance("numpy", **QUICK, python="/no/python")
@@ -240,6 +244,7 @@ def options(arguments: dict[str, Any], prefix: str) -> list[str]:
     return words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_the_same_sentence_at_every_entry_point(mistake: str, tmp_path: Path) -> None:
     given, code, error, words = MISTAKES[mistake]

@@ -25,6 +25,7 @@ CORE = [c.name for c in BY_NAME.values() if c.core and c.concerns(CONFIGS["atten
 ONLY_CORE = (*ONE_CONFIG, *(word for name in CORE for word in ("--clause", name)))
 
 
+@pytest.mark.slow
 def test_a_conformant_backend_exits_with_0(tmp_path: Path) -> None:
     done = kvconform("run", "-b", "numpy", *ONLY_CORE, folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -38,6 +39,7 @@ def test_a_conformant_backend_exits_with_0(tmp_path: Path) -> None:
     assert f"{sum(v.programs for v in found.verdicts)} programs" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_broken_backend_exits_with_1_and_each_failure_is_two_lines(tmp_path: Path) -> None:
     name = f"{SUBJECTS}:PrintsAndIsWrong"
     done = kvconform("run", "-b", name, *ONE_CONFIG, "--clause", "definition.attention", folder=tmp_path)
@@ -138,6 +140,7 @@ def test_a_module_that_fails_to_load_is_said_to_be_broken_not_absent(tmp_path: P
     assert "is installed but failed to load: OSError: libmagic.so.1" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_gate_exits_with_4_on_a_lost_pass_and_0_on_none(tmp_path: Path) -> None:
     kvconform("run", "-b", "numpy", *ONE_CONFIG, "--clause", "shape", folder=tmp_path)
     results = tmp_path / "results" / "numpy.json"
@@ -171,6 +174,7 @@ def test_shards_exit_with_0_and_their_merge_concludes(tmp_path: Path) -> None:
     assert read(tmp_path / "results" / "numpy.json").shard == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"), [("ClaimsNothing", "no PASS on the core clauses"), ("WithoutReset", "lifecycle.reset")]
 )
@@ -203,6 +207,7 @@ def test_a_run_that_was_killed_goes_on_without_repeating_what_is_done(tmp_path: 
     assert len(resumed.verdicts) > count
 
 
+@pytest.mark.slow
 def test_the_spec_prints_every_clause_and_explains_one(tmp_path: Path) -> None:
     whole = kvconform("spec", folder=tmp_path).stdout
     one = kvconform("spec", "causality.future-blind", folder=tmp_path).stdout

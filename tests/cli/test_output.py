@@ -33,6 +33,7 @@ def printed(folder: Path, *arguments: str, code: int = 0) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_commands_that_judge_print_their_results_as_json(tmp_path: Path) -> None:
     backends = ("-b", "numpy", "-b", f"{SUBJECTS}:PrintsAndIsWrong")
     good, bad = msgspec.convert(printed(tmp_path, "run", *backends, *ONE_CELL, code=1), list[Results])
@@ -55,6 +56,7 @@ def test_commands_that_judge_print_their_results_as_json(tmp_path: Path) -> None
     assert len(merged.verdicts) == 2
 
 
+@pytest.mark.slow
 def test_a_check_prints_its_results_as_json(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("raise OSError('libmagic.so.1: not found')\n")
     (found,) = msgspec.convert(printed(tmp_path, "check", "broken.py:Net", code=3), list[Results])
@@ -78,6 +80,7 @@ def test_the_backends_are_printed_as_json(monkeypatch: pytest.MonkeyPatch) -> No
     assert unknown["sentence"].startswith("no backend named 'eagr'; installed: ")
 
 
+@pytest.mark.slow
 def test_the_spec_is_printed_as_json(tmp_path: Path) -> None:
     assert [clause["name"] for clause in printed(tmp_path, "spec")] == list(BY_NAME)
     chapter = printed(tmp_path, "spec", "causality")

@@ -24,6 +24,7 @@ def suite(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
 
 
+@pytest.mark.slow
 def test_each_cell_is_an_item_and_the_results_are_a_file(tmp_path: Path) -> None:
     selected = ("--kv-clause", "shape", "--kv-clause", "lifecycle.reset", "--kv-clause", "lifecycle.truncate")
     plan = plan_for("smoke", clauses=selected[1::2], configs=("attention-gqa",))
@@ -46,6 +47,7 @@ def test_each_cell_is_an_item_and_the_results_are_a_file(tmp_path: Path) -> None
     assert read(tmp_path / "other" / "WithoutReset.json").exit_code == 5
 
 
+@pytest.mark.slow
 def test_a_failure_has_its_replay_line_and_is_in_the_results(tmp_path: Path) -> None:
     wrong = suite(
         tmp_path, "--kv-backend", f"{SUBJECTS}:PrintsAndIsWrong", *ONE_CONFIG, "--kv-clause", "definition.attention"
@@ -56,6 +58,7 @@ def test_a_failure_has_its_replay_line_and_is_in_the_results(tmp_path: Path) -> 
     assert failure.outcome is Outcome.FAIL
 
 
+@pytest.mark.slow
 def test_a_machine_that_lacks_something_is_a_skip_and_a_broken_backend_is_a_failure(tmp_path: Path) -> None:
     lacking = suite(tmp_path, "--kv-backend", f"{SUBJECTS}:CannotRunHere", *ONE_CONFIG, "--kv-clause", "shape")
     assert (lacking.returncode, "4 skipped" in lacking.stdout) == (0, True)
@@ -68,6 +71,7 @@ def test_a_machine_that_lacks_something_is_a_skip_and_a_broken_backend_is_a_fail
     assert (found.exit_code, found.lacking) == (3, False)
 
 
+@pytest.mark.slow
 def test_a_black_box_is_not_judged_under_configs_that_it_does_not_have(tmp_path: Path) -> None:
     box = f"{SUPPORT / 'black_boxes.py'}:BlackBox"
     done = suite(tmp_path, "--kv-backend", box, *ONE_CONFIG, "--kv-clause", "shape.output")
@@ -75,6 +79,7 @@ def test_a_black_box_is_not_judged_under_configs_that_it_does_not_have(tmp_path:
     assert "is a black box: judge it with kvconform check, or with conformance()" in done.stdout
 
 
+@pytest.mark.slow
 def test_items_have_a_marker_and_the_whole_suite_is_collected_with_the_default_effort(tmp_path: Path) -> None:
     collected = suite(tmp_path, "--kv-backend", "numpy", "--collect-only", "-m", "kvconform")
     assert re.search(rf"\b{sum(1 for _ in cells(plan_for()))} tests collected", collected.stdout)
@@ -84,6 +89,7 @@ def test_items_have_a_marker_and_the_whole_suite_is_collected_with_the_default_e
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 def test_items_that_ran_in_other_processes_are_in_one_results_file(tmp_path: Path) -> None:
     pytest.importorskip("xdist")
     done = suite(tmp_path, "--kv-backend", "numpy", *ONE_CONFIG, "--kv-clause", "shape", "-n", "2")
@@ -91,6 +97,7 @@ def test_items_that_ran_in_other_processes_are_in_one_results_file(tmp_path: Pat
     assert len(read(tmp_path / "results" / "numpy.json").verdicts) == 4
 
 
+@pytest.mark.slow
 def test_without_a_backend_it_is_a_usage_error(tmp_path: Path) -> None:
     done = suite(tmp_path)
     assert done.returncode != 0

@@ -51,6 +51,7 @@ def of(name: str) -> str:
 
 
 # --- names ---
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "config", "mistake", "words"),
     [
@@ -91,6 +92,7 @@ def test_a_planted_fault_is_named_by_an_edit(fault: str, config: str, mistake: s
     assert sentence(found).endswith(MISTAKES[mistake].remedy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mistake", "schedules"),
     [("TopLeftMask", "M1", ["chunked", "decode", "rows", "sequences"]), ("UnmaskedChunk", "M2", ["chunked", "rows"])],
@@ -105,6 +107,7 @@ def test_a_published_listing_is_named_by_its_maps(name: str, mistake: str, sched
     assert f"the visibility maps ({', '.join(schedules)}) show attention with" in sentence(found)
 
 
+@pytest.mark.slow
 def test_a_right_mask_is_not_named() -> None:
     pytest.importorskip("torch", reason="the listings are in torch")
     assert diagnosed(f"py:{SUPPORT / 'published_listings.py'}:RightMask", "decoder-self", mapped=True) is None
@@ -115,6 +118,7 @@ def test_a_clean_backend_gets_no_diagnosis(backend: str) -> None:
     assert diagnosed(backend) is None
 
 
+@pytest.mark.slow
 def test_a_loop_that_is_wrong_on_right_steps_is_named() -> None:
     for address in (FAULTS["published-generation"].address, of("WrongLoop")):
         found = diagnosed(address, "decoder-rope")
@@ -289,6 +293,7 @@ def test_every_map_must_show_what_the_edit_predicts() -> None:
     assert map_matches.matches([decode, wrong], config, claims) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["window-too-long", "window-too-short", "window-never-applied"])
 def test_maps_name_mistakes_at_the_edge_of_a_window(name: str) -> None:
     found = diagnosed(FAULTS[name].address, "attention-window", mapped=True)
@@ -298,6 +303,7 @@ def test_maps_name_mistakes_at_the_edge_of_a_window(name: str) -> None:
     assert found.map.mistakes == [found.mistake]
 
 
+@pytest.mark.slow
 def test_the_masks_of_several_layers_compose() -> None:
     found = diagnosed(FAULTS["chunk-sees-ahead"].address, "decoder-rope", mapped=True)
     assert found is not None

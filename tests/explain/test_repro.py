@@ -138,6 +138,7 @@ def test_every_relation_has_a_fault_here() -> None:
     assert {*BROKEN, Relation.GRAPH_COUNT} == set(Relation)  # that one is below
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "clause", "config"), [*BROKEN.values(), *MORE], ids=lambda value: str(value).replace(":", "-")
 )
@@ -165,6 +166,7 @@ def test_too_many_graphs_are_counted(tmp_path: Path) -> None:
 
 
 # --- what has no numbers ---
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "clause", "words"),
     [
@@ -275,6 +277,7 @@ def test_a_black_box_is_called_as_its_adapter_writes_it(trouble: str, words: str
     assert holds(right), right
 
 
+@pytest.mark.slow
 def test_the_broken_example_is_shown_and_the_right_one_holds(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="the target is a module of it")
     text = written(f"py:{EXAMPLES / 'attention_broken.py'}:Attention", "equivalence.decode", *DECODED)
@@ -381,6 +384,7 @@ def test_a_token_is_written_once_and_cut_from_there() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_what_is_too_long_to_write_out_is_made_from_its_seeds(tmp_path: Path) -> None:
     text, _known = found(f"{FAULTS}.numerics:IndexWraps", "numerics.long-context", "attention-long", tmp_path)
     assert len(text) < 20_000

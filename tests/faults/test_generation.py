@@ -306,6 +306,7 @@ def test_only_decoders_are_asked_to_generate() -> None:
 
 
 # --- whole backends ---
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["numpy", "eager", "eager-static"])
 def test_what_clean_backends_generate_is_right(address: str, tmp_path: Path) -> None:
     if address != "numpy":
@@ -316,6 +317,7 @@ def test_what_clean_backends_generate_is_right(address: str, tmp_path: Path) -> 
     assert verdict.compared > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["FirstTokenDropped", "FirstRowForAll"])
 def test_a_wrong_token_is_a_counterexample_that_replay_runs(fault: str, tmp_path: Path) -> None:
     with WorkerClient(WorkerSpec(FAULTS + fault)) as client:

@@ -391,6 +391,7 @@ def test_a_control_is_tried_by_every_clause_and_what_breaks_is_an_alarm(tmp_path
     assert len(made.controls[0].trials) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

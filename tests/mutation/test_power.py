@@ -19,6 +19,7 @@ def entries() -> dict[tuple[str, str], Power]:
     return {(entry.clause, entry.model): entry for entry in power_table("float32", models=MODELS)}
 
 
+@pytest.mark.slow
 def test_every_clause_has_an_entry_for_each_model_or_says_that_it_judges_no_numbers(
     entries: dict[tuple[str, str], Power],
 ) -> None:
@@ -88,6 +89,7 @@ def test_each_model_is_rejected_by_a_clause_that_must_hold(entries: dict[tuple[s
         assert sum(entries[name, model.name].rejected for name in must if (name, model.name) in entries) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_it_is_the_same_each_time(dtype: str) -> None:
     clauses = [BY_NAME["definition.positions"], BY_NAME["causality.visibility"]]

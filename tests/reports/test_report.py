@@ -181,6 +181,7 @@ def crowded() -> AuditRecord:
     return record
 
 
+@pytest.mark.slow
 def test_twenty_thousand_cells_stay_under_a_megabyte_and_decode_to_themselves() -> None:
     results = crowd()
     source = render(results, [], None)

@@ -191,6 +191,7 @@ def test_a_link_to_a_clause_opens_its_chapter_and_its_text(browser: Any, report:
         text.wait_for(state="visible")
 
 
+@pytest.mark.slow
 def test_what_is_folded_is_printed(browser: Any, report: Path) -> None:
     with Visit(browser, report) as visit:
         folded = visit.page.locator("#guarantees td p, #power table, #speed details table, .runtime_info dl")
@@ -234,6 +235,7 @@ def test_only_tables_and_charts_scroll_sideways(browser: Any, report: Path, view
         assert wide <= viewport["width"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [WIDE, NARROW])
 def test_axe_finds_no_violation(browser: Any, report: Path, scheme: str, viewport: dict[str, int]) -> None:

@@ -197,6 +197,7 @@ def test_rows_of_what_is_not_judged_hide_nothing_and_are_no_error(place: Path) -
     assert outcomes(found)["definition.attention"] is Outcome.FAIL
 
 
+@pytest.mark.slow
 def test_a_resumed_run_asks_its_ledger_again(place: Path) -> None:
     found = run(place)
     path = place / "out" / "mine.json"
@@ -306,6 +307,7 @@ def test_in_pytest_a_known_failure_is_green_and_a_stale_row_is_not(place: Path) 
     assert "the suite has no such cell" in stranger.stdout + stranger.stderr
 
 
+@pytest.mark.slow
 def test_conformance_takes_known_failures_and_raises_what_is_stale(place: Path) -> None:
     known: dict[str, Any] = {"known_failures": place / "known_failures.toml", "configs": ("attention-gqa",)}
     (place / "known_failures.toml").write_text(toml(backend="Mine", clause="numerics.large-scores"))

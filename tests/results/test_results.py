@@ -299,6 +299,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_an_unfinished_one_stopped_and_only_there(tmp_path: Path) -> None:
     plan = Plan(EFFORTS["smoke"], clauses=("shape.output", "shape.length"), configs=("attention-gqa",))
     whole = run_backend("numpy", WorkerSpec("numpy"), plan, tmp_path)
@@ -412,6 +413,7 @@ def test_merging_keeps_rows_stale_sentences_and_machines() -> None:
     assert found.environment == {"numpy": "2", "machine": ["a", "b"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "outcome"), [("PrintsAndIsWrong", Outcome.REFUTED), ("Segfaults", Outcome.CRASH)])
 def test_a_broken_guarantee_is_refuted_unless_the_process_dies(backend: str, outcome: Outcome, tmp_path: Path) -> None:
     must = BY_NAME["definition.attention"]

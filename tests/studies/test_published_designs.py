@@ -97,6 +97,7 @@ MISTAKES = {
 """By fault: a config, the clause that detects the mistake, words of its sentence, and a clause that must pass."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", MISTAKES)
 def test_a_published_mistake_breaks_its_clause_and_not_another(fault: str, tmp_path: Path) -> None:
     config, breaks, words, passes = MISTAKES[fault]

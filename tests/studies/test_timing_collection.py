@@ -84,6 +84,7 @@ def test_a_planted_share_is_added_on_the_clock_of_this_machine() -> None:
 
 
 # --- samples ---
+@pytest.mark.slow
 def test_an_interrupted_collection_keeps_its_samples_leaves_no_process_and_gives_a_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ def test_an_interval_within_a_restart_ignores_the_spread_of_restarts_and_ours_do
             assert ours[arm] >= 1 - one_way - slack, (count, arm)
 
 
+@pytest.mark.slow
 def test_the_gate_does_not_alarm_on_swinging_restarts_and_detects_a_slowdown_in_all() -> None:
     """On equal code its rate is at most the product of its levels: one of all these draws is expected at most."""
     assert round(2 * analyse.DRAWS * RATE, 6) == 1
@@ -164,6 +165,7 @@ def test_the_page_prints_what_the_samples_say(text: str) -> None:
     assert "| quiet | 3.0 % in 2.00 s | 3.0 % in 1.00 s | 0 % to 50 % | " in text
 
 
+@pytest.mark.slow
 def test_the_page_has_a_row_for_each_self_test_of_the_gate() -> None:
     tests = [
         SelfTest(
@@ -195,6 +197,7 @@ def test_the_page_has_a_row_for_each_self_test_of_the_gate() -> None:
     assert "Self-tests" not in page.render(study(*EXACT.restarts))[""]
 
 
+@pytest.mark.slow
 def test_other_samples_make_other_figures(text: str) -> None:
     other = page.render(study(*EXACT.restarts))[""]
     rows = [[line for line in one.splitlines() if line.startswith("| random rounds")] for one in (text, other)]

@@ -100,6 +100,7 @@ def test_clauses_that_the_reference_cannot_show_are_unsupported_as_blind(tmp_pat
             assert verdict.reason is Reason.REFERENCE
 
 
+@pytest.mark.slow
 def test_a_token_dropped_by_the_cached_path_is_detected(tmp_path: Path) -> None:
     found = outcomes(judged("DropsOldest", tmp_path))
     assert {name for name, outcome in found.items() if outcome.broken} >= {
@@ -182,6 +183,7 @@ def test_a_check_prints_the_convention_the_assumptions_and_the_failures(tmp_path
     assert "DropsOldest: non-conformant: " in done.stdout
 
 
+@pytest.mark.slow
 def test_a_check_as_json_prints_the_results_and_nothing_else(tmp_path: Path) -> None:
     done = kvconform("check", f"{BOXES}:BlackBox", "--json", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -190,6 +192,7 @@ def test_a_check_as_json_prints_the_results_and_nothing_else(tmp_path: Path) -> 
     assert found["claims"]["reference"] == "self"
 
 
+@pytest.mark.slow
 def test_a_target_that_cannot_be_opened_is_one_sentence_and_exit_code_3(tmp_path: Path) -> None:
     done = kvconform("check", f"{BOXES}:Absent", folder=tmp_path)
     assert done.returncode == 3

@@ -148,6 +148,7 @@ def opened(name: str, **options: Any) -> Any:
 
 
 # --- recognition ---
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CORRECT)
 def test_a_convention_is_recognised_and_a_correct_module_breaks_no_clause(name: str) -> None:
     target = opened(name)
@@ -158,6 +159,7 @@ def test_a_convention_is_recognised_and_a_correct_module_breaks_no_clause(name: 
     assert broken(target, ASKED) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_bug_is_reported_and_not_mistaken_for_a_convention(name: str) -> None:
     target = opened(name)
@@ -321,6 +323,7 @@ def test_perturbed_weights_change_outputs_by_about_the_noise_and_not_the_target(
 
 
 # --- reproductions ---
+@pytest.mark.slow
 def test_scripts_make_the_same_calls_without_this_package(tmp_path: Path) -> None:
     """A correct target's script exits with 0, a broken one's with 1; all run in one process that cannot import this
     package."""

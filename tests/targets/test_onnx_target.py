@@ -46,6 +46,7 @@ def opened(style: Style, folder: Path, **options: Any) -> Any:
 
 
 # --- conventions ---
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_a_correct_decoder_breaks_no_clause_in_any_naming_convention(name: str, tmp_path: Path) -> None:
     results = judged(saved(decoder(CONVENTIONS[name]), tmp_path), tmp_path)
@@ -61,6 +62,7 @@ def test_every_clause_of_a_plain_decoder_holds_or_is_unsupported(tmp_path: Path)
     assert results.claims["abilities"] == ["uncached_forward", "length", "reset"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("needs_past", "dummy"), [(False, 0), (True, 1)])
 def test_a_merged_graph_takes_its_first_step_without_the_cache_branch(
     needs_past: bool, dummy: int, tmp_path: Path
@@ -74,6 +76,7 @@ def test_a_merged_graph_takes_its_first_step_without_the_cache_branch(
     )
 
 
+@pytest.mark.slow
 def test_with_two_files_the_one_without_a_past_takes_the_first_step(tmp_path: Path) -> None:
     later = saved(decoder(Style(needs_past=True)), tmp_path, "decoder_with_past_model.onnx")
     first = saved(decoder(Style(cached=False)), tmp_path, "decoder_model.onnx")

@@ -48,6 +48,7 @@ def replay(folder: Path, verdict: Verdict, *more: str) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "outcome", "kind", "facts"),
     [
@@ -91,6 +92,7 @@ def test_a_subject_that_prints_is_judged_as_if_it_were_silent(tmp_path: Path) ->
     assert verdict.compared > 0
 
 
+@pytest.mark.slow
 def test_leaked_state_is_a_list_of_two_programs_that_replays_in_a_fresh_process(tmp_path: Path) -> None:
     verdict = judged("GlobalCache", tmp_path, clause="shape.first-step")
     assert verdict.outcome is Outcome.FAIL
@@ -104,6 +106,7 @@ def test_leaked_state_is_a_list_of_two_programs_that_replays_in_a_fresh_process(
     assert verdict.sentence in again.stdout
 
 
+@pytest.mark.slow
 def test_after_a_crash_the_next_cell_is_judged(tmp_path: Path) -> None:
     with WorkerClient(WorkerSpec(address("Segfaults"))) as client:
         cells = [
