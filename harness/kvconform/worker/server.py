@@ -81,11 +81,11 @@ class Worker:
         began = time.perf_counter()
         if config not in self.backends:
             held = {} if self.backend.claims.reference == "self" else weights(config)
-            built = self.backend(config, held, self.device)
+            built = completed(self.backend(config, held, self.device))
             wrong = unimplemented(type(built), built.claims)  # a target's claims are known only now
             if wrong:
                 raise InvalidBackend(f"backend {self.address!r} {wrong}")
-            self.backends[config] = completed(built)
+            self.backends[config] = built
         return {"seconds": time.perf_counter() - began}, b""
 
     def run(self, message: Header) -> Reply:
