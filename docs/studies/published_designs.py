@@ -25,6 +25,8 @@ from kvconform_reports.view.outcomes import address, counted, duration, short, s
 from kvconform_specs.clauses import ALL
 from kvconform_specs.errors import SpecError
 
+PLACE = "\x00"
+"""Stands for a link while a sentence is escaped."""
 MOST_CLAUSES = 3
 """Number of broken clauses that are shown with their sentence; the others are named."""
 MOST_MAPS = 2
@@ -280,8 +282,8 @@ def _diagnosis(diagnosis: Diagnosis) -> str:
     """The sentence, with the address of the bug as a link."""
     if not address(diagnosis.bug):
         return f"> {text(sentence(diagnosis))}"
-    before, _bug, after = sentence(diagnosis).partition(diagnosis.bug)
-    return f"> {text(before)}[{text(short(diagnosis.bug))}]({diagnosis.bug}){text(after)}"
+    link = f"[{text(short(diagnosis.bug))}]({diagnosis.bug})"
+    return f"> {text(sentence(diagnosis, bug=PLACE))}".replace(PLACE, link)
 
 
 def _maps(maps: Mapping[str, list[Map]]) -> Iterator[str]:

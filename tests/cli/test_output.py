@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 from commands import kvconform
-from places import SUPPORT
+from places import ROOT, SUPPORT
 from typer.testing import CliRunner
 
 from kvconform import __version__
@@ -123,3 +123,12 @@ def test_a_backend_may_have_a_name_that_looks_like_markup(tmp_path: Path) -> Non
         "backend '[red]/mine.py:Mine' is installed but failed to load: OSError: [bold]Ring: :x: gone[/bold]"
         in done.stdout
     )
+
+
+@pytest.mark.slow
+def test_a_report_and_the_power_table_are_printed_as_json(tmp_path: Path) -> None:
+    asked = printed(tmp_path, "report", str(ROOT / "docs/baseline/eager.json"), "-o", "report.html")
+    assert asked["backends"]["eager"]["exit_code"] == 0
+    assert Path(asked["report"]) == tmp_path / "report.html"
+    rows = printed(tmp_path, "power")
+    assert {row["clause"] for row in rows} == set(BY_NAME)

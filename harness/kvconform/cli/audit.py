@@ -80,6 +80,7 @@ def audit(
 def power(
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
     write: Annotated[Path | None, typer.Option(help="Compute all dtypes and write the table that is shipped.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Computes the null-model power table.
 
@@ -89,7 +90,11 @@ def power(
         write_atomically(write, powers.shipped_as(powers.power_table(name) for name in DTYPES))
         return
     config_named(next(iter(CONFIGS)), dtype)  # refuses an unknown dtype
-    for row in powers.power_table(dtype):
+    table = powers.power_table(dtype)
+    if as_json:
+        print_json(table)
+        return
+    for row in table:
         if row.note:
             say(f"{row.clause:30}{row.note}")
         elif row.cases:

@@ -9,7 +9,7 @@ import typer
 
 from kvconform.bench import record as speeds
 from kvconform.bench.record import Record
-from kvconform.cli.options import say
+from kvconform.cli.options import Json, print_json, say
 from kvconform.files import family_of, write_atomically
 from kvconform.mutation import record as audits
 from kvconform.results import results
@@ -26,6 +26,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("reports/out/report.html"),
     junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write a Markdown summary.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Writes the HTML report, and prints a short table."""
     from kvconform_reports import html, terminal
@@ -40,6 +41,12 @@ def report(
     if markdown is not None:
         text = markdown_reports.render(judged, pairs, speed, folder=folder, audit=audited)
         write_atomically(markdown, text.encode())
+    if as_json:
+        rows = {
+            one.backend: {"exit_code": one.exit_code, "summary": one.summary, "counts": one.counts} for one in judged
+        }
+        print_json({"report": str(out.resolve()), "backends": rows})
+        return
     say(terminal.table(judged))
     say(f"report: {out.resolve()}")
 

@@ -19,15 +19,16 @@ REFERENCE_WRONG = (
 )
 
 
-def sentence(found: Diagnosis) -> str:
-    """The mistake with its upstream bug, the evidence, the condition and the remedy; or that no mistake is named."""
+def sentence(found: Diagnosis, bug: str = "") -> str:
+    """The mistake with its upstream bug, the evidence, the condition and the remedy; or that no mistake is named.
+    ``bug``: what stands for the link to the bug; default: the link itself."""
     if found.reference_wrong:
         return REFERENCE_WRONG
     details = "; ".join(_details(found))
     if not found.mistake:
         return f"matches no known mistake: {details}"
     known = MISTAKES[found.mistake]
-    return f'matches "{known.words}" ({found.mistake}, {found.bug}): {details}. {known.remedy}'
+    return f'matches "{known.words}" ({found.mistake}, {bug or found.bug}): {details}. {known.remedy}'
 
 
 def _details(found: Diagnosis) -> Iterator[str]:
