@@ -25,7 +25,7 @@ from kvconform_reports.view.outcomes import address, counted, duration, short, s
 from kvconform_specs.clauses import ALL
 from kvconform_specs.errors import SpecError
 
-PLACE = "\x00"
+PLACE = "UPSTREAMBUG"
 """Stands for a link while a sentence is escaped."""
 MOST_CLAUSES = 3
 """Number of broken clauses that are shown with their sentence; the others are named."""
