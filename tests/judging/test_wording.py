@@ -29,7 +29,7 @@ SENTENCES = [
     (
         replace(OUTPUT, kind=Kind.BITWISE, part="channel", element=5, other=BASE, got=1 / 3),
         "step 1 (append 1 to a of 2 rows), row 1, position 7, channel 5: got 0.333333333, but -0.4266 in "
-        "step 0 (uncached_forward 2 to a), and must be the same to the bit",
+        "step 0 (uncached_forward 2 to a), and must be the same bit for bit",
     ),
     (
         replace(OUTPUT, kind=Kind.INSENSITIVE, change="token", changed_row=0, changed_position=9),

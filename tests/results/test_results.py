@@ -308,7 +308,7 @@ def test_a_run_goes_on_where_an_unfinished_one_stopped_and_only_there(tmp_path: 
     msgspec.structs.replace(whole, verdicts=[marked], finished=False).write(tmp_path / "numpy.json")
     resumed = run_backend("numpy", WorkerSpec("numpy"), plan, tmp_path)
     assert [v.compared for v in resumed.verdicts] == [123456, whole.verdicts[1].compared]
-    again = run_backend("numpy", WorkerSpec("numpy"), plan, tmp_path)  # it was finished: begins anew
+    again = run_backend("numpy", WorkerSpec("numpy"), plan, tmp_path)  # it was finished: starts again
     assert [v.compared for v in again.verdicts] == [v.compared for v in whole.verdicts]
     msgspec.structs.replace(again, verdicts=[marked], finished=False, seed=1).write(tmp_path / "numpy.json")
     other = run_backend("numpy", WorkerSpec("numpy"), plan, tmp_path)  # another run's: not taken over

@@ -74,7 +74,7 @@ def _agreement(m: Mismatch) -> str:
 
 def _bitwise(m: Mismatch) -> str:
     there = "" if m.other is None else _step(m.other)
-    return f"got {_number(m.got, 9)}, but {_number(m.want, 9)} in {there}, and must be the same to the bit"
+    return f"got {_number(m.got, 9)}, but {_number(m.want, 9)} in {there}, and must be the same bit for bit"
 
 
 def _change(m: Mismatch) -> str:

@@ -130,7 +130,7 @@ def replay_line(backend: str, counterexample: str, folder: str) -> str:
 
 
 def given_now(verdict: Verdict) -> str:
-    """What a known failure gives now, without what its row says, which stands beside it."""
+    """What a known failure gives now, without what its row says; the report shows both."""
     return "" if verdict.mismatch is None else render(verdict.mismatch)
 
 
