@@ -21,6 +21,7 @@ from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import (
     MALFORMED,
@@ -114,7 +115,7 @@ def splits(
     config: Config, claims: Claims, least: int = 1, most: int = 5, capacity: int | None = None
 ) -> SearchStrategy[tuple[int, ...]]:
     """Sizes of successive appends within the capacity; some end exactly at one of the ``edges``."""
-    total = capacity or config.capacity
+    total = config.capacity if capacity is None else min(max(capacity, 1), config.capacity)
     lists = st.lists(counts(claims), min_size=least, max_size=most)
     ends = st.sampled_from((0, 0, *(edge for edge in edges(config) if edge <= total)))
     return st.tuples(lists, ends).map(lambda drawn: fitted(landing(drawn[0], drawn[1], claims), total))
@@ -123,7 +124,8 @@ def splits(
 def edges(config: Config) -> tuple[int, ...]:
     """Lengths at which something changes: around the window and its multiples, and where the capacity is reached."""
     w = config.window
-    return (config.capacity,) if w is None else (*sorted({max(w - 1, 1), w, w + 1, 2 * w, 3 * w}), config.capacity)
+    around = set() if w is None else {max(w - 1, 1), w, w + 1, 2 * w, 3 * w}
+    return (*sorted(length for length in around if length < config.capacity), config.capacity)
 
 
 def landing(sizes: list[int], end: int, claims: Claims) -> tuple[int, ...]:
@@ -209,8 +211,8 @@ def histories(draw: Draw, config: Config, claims: Claims) -> Program:
     drawn = draw(st.lists(triples, min_size=8, max_size=20))
     interpreter = _Interpreter(config, claims, draw(seeds))
     prompt = draw(st.integers(0, 2))  # one in three begins with a long one
-    begun = interpreter.prompt(config.capacity // 2, draw(batches(claims))) if prompt == 2 else ()
-    return Program(config, (*begun, *interpreter.steps(drawn)))
+    begun = interpreter.prompt(-(-config.capacity // 2), draw(batches(claims))) if prompt == 2 else ()
+    return clipped(config, (*begun, *interpreter.steps(drawn)))
 
 
 def any_history(config: Config, claims: Claims) -> SearchStrategy[Case]:
