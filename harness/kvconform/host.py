@@ -42,13 +42,14 @@ def peak_memory(process: int) -> int | None:
     return None if peak is None else peak * 1024
 
 
-def address_space_limited() -> bool:
-    """Whether processes started here may only use so much address space (``ulimit -v``)."""
+def address_space_limited(process: int) -> bool:
+    """Whether a process may only use so much address space (``ulimit -v``)."""
     try:
         import resource
-    except ImportError:  # not on Windows
+
+        return resource.prlimit(process, resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    except (ImportError, AttributeError, OSError):  # not on Linux, or the process has gone
         return False
-    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 VMSTAT = Path("/proc/vmstat")

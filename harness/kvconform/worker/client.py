@@ -269,7 +269,7 @@ class WorkerClient:
     def starved(self) -> bool:
         """Whether the machine may lack memory, so that failing to get some says nothing about the backend: less is free
         than the worker has ever held, or it is not known how much."""
-        if self.spec.device != "cpu" or self._process is None or address_space_limited():
+        if self.spec.device != "cpu" or self._process is None or address_space_limited(self._process.pid):
             return True
         free, held = free_memory(), peak_memory(self._process.pid)
         return free is None or held is None or free < held
