@@ -84,7 +84,7 @@ def test_every_field_of_a_program_is_in_the_digest() -> None:
     with WorkerClient(WorkerSpec("numpy")) as client:
         cases = drawn(clause.strategy(config, client.claims), 4)
     last = cases[-1].programs[-1]
-    wider = replace(last, config=replace(config, weight_seed=config.weight_seed + 1))
+    wider = replace(last, config=replace(config, seed=config.seed + 1))
     changed = [*cases[:-1], replace(cases[-1], programs=(*cases[-1].programs[:-1], wider))]
     found = [digest(cases, (0,)), digest(cases, (0, 1)), digest(cases[:-1], (0,)), digest(changed, (0,))]
     assert len(set(found)) == 4
