@@ -31,7 +31,7 @@ _FACTORS = {
     "zero_keys": (1, 0, 1),
     "small_keys_large_values": (1, 0.25, 16),
 }
-"""Factors of query, key and value in each distribution; powers of two, which no dtype rounds."""
+"""Factors of query, key and value in each distribution of finite numbers; powers of two, which no dtype rounds."""
 
 _philox = np.random.Philox(key=0)
 _state = _philox.state
@@ -100,9 +100,11 @@ class Streams:
         padded = -(-width // 4) * 4
         words = np.stack([raw(s, _ATTENTION, 0, padded * self.span) for s in seeds])
         made = normal(words.reshape(len(seeds), self.span, padded)[..., :width])
-        factors = _FACTORS[stream.distribution]
+        if stream.distribution == "nan":
+            return np.full_like(made, np.nan)
         if c.profile == "hidden":
             return rounded(made, c.dtype)
+        factors = _FACTORS[stream.distribution]
         if factors != (1, 1, 1):
             sizes = (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim)
             made *= np.repeat(np.array(factors, np.float32), sizes)
