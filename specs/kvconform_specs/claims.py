@@ -17,6 +17,7 @@ Memory = Literal["length", "capacity", "pages"]
 Intermediates = Literal["single", "storage"]
 Reference = Literal["definition", "self"]
 Rounding = Literal["own", "shared"]
+Inputs = Literal["copied", "kept"]
 
 ABILITIES = {
     "uncached_forward": "has a cache-less forward of its own",
@@ -49,6 +50,7 @@ DERIVED: dict[str, Callable[[Claims], bool]] = {
     "lossless cache": lambda claims: claims.kv_bits == 0,
     "residual window": lambda claims: claims.kv_bits > 0 and claims.residual > 0,
     "bound on graphs": lambda claims: claims.max_graphs is not None and claims.can("graph_count"),
+    "copied inputs": lambda claims: claims.inputs == "copied",
     "two rows": lambda claims: (claims.max_batch or 2) > 1,
     "two sequences": lambda claims: (claims.max_sequences or 2) > 1,
 }
@@ -63,6 +65,7 @@ ENOUGH: dict[str, dict[str, Any]] = {
     "lossless cache": {"kv_bits": 0},
     "residual window": {"kv_bits": 8, "residual": 3},
     "bound on graphs": {"max_graphs": 8, "abilities": ("graph_count",)},
+    "copied inputs": {"inputs": "copied"},
     "two rows": {"max_batch": None},
     "two sequences": {"max_sequences": None},
 }
@@ -85,6 +88,7 @@ ONE_OF = {
     "intermediates": Intermediates,
     "reference": Reference,
     "rounding": Rounding,
+    "inputs": Inputs,
 }
 """The claims that are a choice, or several, of a closed list."""
 
@@ -117,7 +121,9 @@ class Claims:
     the backend compiles or captures, for any program. intermediates, kv_bits, residual: see ``Precision``. reference:
     what outputs are compared with; ``self`` is for backends whose weights the harness does not set.
     rounding: whether the last bits of an output depend on its ``own`` tokens only, or are ``shared`` with other tokens
-    of the call (experts that share a matrix product); it is measured for black boxes.
+    of the call (experts that share a matrix product); it is measured for black boxes. inputs: whether what a step was
+    given is ``copied`` into the cache, so that the caller may overwrite it after the step, or ``kept`` as views of the
+    caller's memory.
     """
 
     profiles: tuple[str, ...] = ()
@@ -140,6 +146,7 @@ class Claims:
     residual: int = 0
     reference: Reference = "definition"
     rounding: Rounding = "own"
+    inputs: Inputs = "copied"
 
     def __post_init__(self) -> None:
         for name, known in MANY_OF.items():
