@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
 from hypothesis.strategies import SearchStrategy
 
-from kvconform_specs.claims import Claims
+from kvconform_specs.claims import Claims, changes_at
 from kvconform_specs.clause import Case
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
@@ -117,15 +117,17 @@ def splits(
     """Sizes of successive appends within the capacity; some end exactly at one of the ``edges``."""
     total = config.capacity if capacity is None else min(max(capacity, 1), config.capacity)
     lists = st.lists(counts(claims), min_size=least, max_size=most)
-    ends = st.sampled_from((0, 0, *(edge for edge in edges(config) if edge <= total)))
+    ends = st.sampled_from((0, 0, *(edge for edge in edges(config, claims) if edge <= total)))
     return st.tuples(lists, ends).map(lambda drawn: fitted(landing(drawn[0], drawn[1], claims), total))
 
 
-def edges(config: Config) -> tuple[int, ...]:
-    """Lengths at which something changes: around the window and its multiples, and where the capacity is reached."""
+def edges(config: Config, claims: Claims) -> tuple[int, ...]:
+    """Lengths at which something changes: around the window and its multiples, where outputs first depend on the
+    length, and where the capacity is reached."""
     w = config.window
     around = set() if w is None else {max(w - 1, 1), w, w + 1, 2 * w, 3 * w}
-    return (*sorted(length for length in around if length < config.capacity), config.capacity)
+    switch = {length for first in changes_at(config, claims)[:1] for length in (first - 1, first, first + 1)}
+    return (*sorted(n for n in around | switch if n < config.capacity), config.capacity)
 
 
 def landing(sizes: list[int], end: int, claims: Claims) -> tuple[int, ...]:
@@ -279,7 +281,7 @@ class _Interpreter:
         largest = min(claims.max_batch or LARGEST_BATCH, LARGEST_BATCH)
         rows = self.rows.get(seq) or (0,) * (1 + number // 16 % largest)
         longest = min(claims.max_chunk or LONGEST_CHUNK, LONGEST_CHUNK, self.config.capacity - max(rows))
-        end = next(edge for edge in edges(self.config) if edge > max(rows)) - max(rows) - (number % 8 == 7)
+        end = next(edge for edge in edges(self.config, self.claims) if edge > max(rows)) - max(rows) - (number % 8 == 7)
         chunk = 1 + number // 4 % longest
         count = (chunk, 1, chunk, end if 0 < end <= longest else 1)[number % 4]
         grown, pad = [count] * len(rows), None
