@@ -315,8 +315,8 @@ def alone(program: Program, row: int) -> Program:
     for step in program.steps:
         assert isinstance(step, Append)
         swap = tuple((0, position, seed) for of, position, seed in step.substitutions if of == row)
-        only = {"counts": step.counts[row : row + 1], "nan": (0,) * (row in step.nan)}
-        steps.append(replace(step, **only, seed=step.seed + row, substitutions=swap))
+        counts, nan = step.counts[row : row + 1], (0,) * (row in step.nan)
+        steps.append(replace(step, counts=counts, nan=nan, seed=step.seed + row, substitutions=swap))
     return Program(program.config, tuple(step for step in steps if step.counts != (0,)))
 
 
