@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Lengths, Program, Reject, Reorder, Step, Truncate, UncachedForward
+from kvconform_specs.program import Append, Generate, Lengths, Program, Reject, Reorder, Step, Truncate, UncachedForward
 
 
 def clipped(config: Config, steps: Iterable[Step]) -> Program:
@@ -27,12 +27,19 @@ def _clipped(capacity: int, lengths: Lengths, step: Step) -> Step | None:
         inner = _clipped(capacity, lengths, step.step) if step.wrong else step.step
         assert inner is None or isinstance(inner, Append | Truncate | Reorder)
         return None if inner is None else replace(step, step=inner)
+    if isinstance(step, Generate):
+        count = min(*step.counts, capacity - 1)
+        return replace(step, counts=(count,) * len(step.counts), new=min(step.new, capacity - count)) if count else None
     if isinstance(step, Append | UncachedForward):
         old = (lengths.of(step.seq) if isinstance(step, Append) else ()) or (0,) * len(step.counts)
         counts = tuple(min(count, capacity - length) for count, length in zip(step.counts, old, strict=True))
+        if max(counts) < 1:
+            return None
         ends = tuple(a + b for a, b in zip(old, counts, strict=True))
         kept = tuple(one for one in step.substitutions if one[1] < ends[one[0]])
-        return replace(step, counts=counts, substitutions=kept) if max(counts) > 0 else None
+        if isinstance(step, Append):
+            step = replace(step, masked=tuple((row, at) for row, at in step.masked if at < ends[row]))
+        return replace(step, counts=counts, substitutions=kept)
     rows = lengths.of(step.seq)
     if isinstance(step, Truncate) and rows:
         return replace(step, length=min(step.length, *rows))

@@ -31,8 +31,8 @@ def _whole(
     seq: str, total: int, batch: int, seed: int, config: Config, claims: Claims, since: int = 1
 ) -> tuple[Step, ...]:
     """All tokens at once: by the cache-less forward if there is one, otherwise by one prefill. Where outputs change
-    with the length, also the forward on fewer tokens: for each length that ends a step from ``since`` tokens on one of its
-    epoch."""
+    with the length, also the forward on fewer tokens: for each length that ends a step from ``since`` tokens on one of
+    its epoch."""
     if claims.can("uncached_forward"):
         ends = {length - 1 for length in changes_at(config, claims) if since < length <= total}
         return tuple(UncachedForward(seq, (end,) * batch, seed) for end in sorted({*ends, total}))
