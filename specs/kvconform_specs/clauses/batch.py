@@ -7,6 +7,7 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.clip import clipped
@@ -98,6 +99,21 @@ def _roomy(config: Config) -> bool:
     return ordinary(config) and config.capacity >= 24
 
 
+def _middle_first(visit: reach.Visit) -> bool:
+    return len(visit.after) > 2 and min(visit.after) < visit.after[0] < max(visit.after)
+
+
+def _pauses(visit: reach.Visit) -> bool:
+    step = visit.step
+    return isinstance(step, Append) and any(
+        count == 0 < was for count, was in zip(step.counts, visit.before, strict=False)
+    )
+
+
+def _on_the_left(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Append) and visit.step.pad is not None and visit.step.pad[0] == "left"
+
+
 CLAUSES = (
     Clause(
         name="batch.row-solo",
@@ -110,6 +126,7 @@ CLAUSES = (
         strategy=rows_alone,
         relations=(Relation.AGREEMENT,),
         needs=("two rows",),
+        situations=(reach.ROWS, reach.RAGGED, reach.DECODE),
     ),
     Clause(
         name="batch.permutation",
@@ -118,6 +135,7 @@ CLAUSES = (
         strategy=_permuted,
         relations=(Relation.AGREEMENT,),
         needs=("two rows",),
+        situations=(reach.ROWS, reach.DECODE),
     ),
     Clause(
         name="batch.ragged",
@@ -132,6 +150,11 @@ CLAUSES = (
         relations=(Relation.PARITY, Relation.LENGTHS),
         needs=("ragged", "two rows"),
         applies=_roomy,
+        situations=(
+            reach.RAGGED,
+            reach.DECODE,
+            reach.append("a row that is neither the longest nor the shortest first", _middle_first, reach.three_rows),
+        ),
     ),
     Clause(
         name="batch.padding",
@@ -141,6 +164,7 @@ CLAUSES = (
         relations=(Relation.INSENSITIVE,),
         needs=("ragged", "two rows"),
         applies=_roomy,
+        situations=(reach.RAGGED,),
     ),
     Clause(
         name="batch.left-padding",
@@ -155,6 +179,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         needs=("left padding", "two rows"),
         applies=_roomy,
+        situations=(reach.append("columns without a token on the left", _on_the_left), reach.DECODE),
     ),
     Clause(
         name="batch.staggered",
@@ -164,5 +189,9 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         needs=("ragged", "two rows"),
         applies=_roomy,
+        situations=(
+            reach.append("a row without a token beside one that has some", lambda v: 0 in v.after),
+            reach.append("a row that pauses", _pauses),
+        ),
     ),
 )

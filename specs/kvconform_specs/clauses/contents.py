@@ -7,12 +7,24 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.history import Histories
-from kvconform_specs.program import AliasHandle, Append, Poison, Program, ReadCache, Reorder, Reset, Step, Truncate
+from kvconform_specs.program import (
+    AliasHandle,
+    Append,
+    Poison,
+    Program,
+    ReadCache,
+    Reorder,
+    Reset,
+    Step,
+    Truncate,
+    called,
+)
 from kvconform_specs.strategies import Draw, appends, batches, counts, histories, seeds, splits
 
 
@@ -103,6 +115,7 @@ CLAUSES = (
         relations=(Relation.CONTENTS,),
         profiles=("attention",),
         needs=("contents",),
+        situations=(reach.READ, reach.DECODE, *reach.EDITS),
     ),
     Clause(
         name="contents.past-unchanged",
@@ -111,6 +124,7 @@ CLAUSES = (
         strategy=_growing,
         relations=(Relation.STABLE_CONTENTS,),
         needs=("contents", "lossless cache"),
+        situations=(reach.READ, reach.DECODE),
     ),
     Clause(
         name="contents.old-handle",
@@ -123,6 +137,14 @@ CLAUSES = (
         strategy=_two_futures,
         relations=(Relation.PARITY,),
         needs=("immutable", "two sequences"),
+        situations=(
+            reach.after_a(
+                AliasHandle, "a new handle that continues", lambda v: called(v.step).seq == "a", reach.holds(2)
+            ),
+            reach.after_a(
+                AliasHandle, "an old handle that continues", lambda v: called(v.step).seq == "b", reach.holds(2)
+            ),
+        ),
     ),
     Clause(
         name="contents.dead-slots",
@@ -131,6 +153,7 @@ CLAUSES = (
         strategy=_poisoned(("junk",)),
         relations=(Relation.PARITY,),
         needs=("poison",),
+        situations=(reach.poisoned("keys"), reach.poisoned("values")),
     ),
     Clause(
         name="contents.poison-safe",
@@ -143,6 +166,7 @@ CLAUSES = (
         strategy=_poisoned(("nan", "inf")),
         relations=(Relation.PARITY,),
         needs=("poison", "poison-safe slots"),
+        situations=(reach.poisoned("keys"), reach.poisoned("values")),
     ),
     Clause(
         name="contents.present",
@@ -152,5 +176,6 @@ CLAUSES = (
         strategy=_read,
         relations=(Relation.RETAINED_COUNT,),
         needs=("contents",),
+        situations=(reach.READ, reach.DECODE, reach.PAST_WINDOW),
     ),
 )
