@@ -67,7 +67,7 @@ def test_a_cell_reaches_every_situation_of_its_clause(capacity: int, claims: Cla
             strategy = clause.strategy(config, claims)
             for case in drawn(strategy, 4, 0):
                 found.tried(case)
-            for _place, case in found.further(strategy, 1):
+            for case in found.further(strategy, 1):
                 found.tried(case)
             missed += [(clause.name, name, words) for words in found.missing()]
             asked += len(found.counts)

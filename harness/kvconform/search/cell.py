@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from hypothesis.errors import Flaky
+from hypothesis.strategies import SearchStrategy
 from msgspec.structs import replace
 
 from kvconform.errors import WorkerDied
@@ -25,7 +26,7 @@ from kvconform.search.counterexample import Counterexample, attempt, frozen, rep
 from kvconform.search.digest import digest
 from kvconform.search.effort import GUARANTEE_SECONDS, GUARANTEE_TRIALS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Effort
 from kvconform.search.shrink import reduced_death, reduced_list
-from kvconform.search.situations import Situations
+from kvconform.search.situations import FURTHER, Situations
 from kvconform.worker.client import WorkerClient, unproven
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case, Clause, Level
@@ -131,22 +132,26 @@ class _Search:
         """Tries the planned cases, then further ones for the situations that none of them reached."""
         strategy = self.cell.clause.strategy(self.cell.config, self.client.claims)
         try:
-            explore(strategy, self.trial, self.effort.planned(self.cell.clause), self.seed, shrink=self.effort.shrink)
-            more = self.situations.further(strategy, self.seed + 1)
-            if more:
-                last = more[-1][0]
-                chosen = [case for _place, case in more]
-                explore(strategy, partial(self._chosen, chosen), last + 1, self.seed + 1, shrink=self.effort.shrink)
+            explore(strategy, self._first, self.effort.planned(self.cell.clause), self.seed, shrink=self.effort.shrink)
+            for case in self.situations.further(strategy, self.seed + 1):
+                self.trial(case)
         except (_Stop, Flaky):
             assert self.best is not None  # what it is worth is found out on a fresh process
+            if self.effort.shrink and self.structures > len(self.planned):
+                self._shrink_further(strategy)
 
-    def _chosen(self, cases: list[Case], case: Case) -> None:
-        if self.best is not None or case in cases:
-            self.trial(case)
+    def _first(self, case: Case) -> None:
+        if self.best is None:
+            self.planned.append(case)
+        self.trial(case)
+
+    def _shrink_further(self, strategy: SearchStrategy[Case]) -> None:
+        """Shrinks a failure of a further case: they are drawn again, until one fails."""
+        with suppress(_Stop, Flaky):
+            explore(strategy, self.trial, FURTHER, self.seed + 1, shrink=True)
 
     def trial(self, case: Case) -> None:
         if self.best is None:
-            self.planned.append(case)
             if time.perf_counter() - self.began > self.effort.seconds and self.programs:
                 self.cut = True
                 return

@@ -36,20 +36,16 @@ class Situations:
     def missing(self) -> list[str]:
         return [words for words, count in self.counts.items() if not count]
 
-    def further(self, strategy: SearchStrategy[Case], seed: int) -> list[tuple[int, Case]]:
-        """Cases that reach what is missing, and their places among those that the strategy draws with that seed."""
+    def further(self, strategy: SearchStrategy[Case], seed: int) -> list[Case]:
+        """Cases that reach what is missing, among the ``FURTHER`` ones that the strategy gives with that seed."""
         missing = {words: self.all[words] for words in self.missing()}
-        found: list[tuple[int, Case]] = []
-        drawn = 0
+        found: list[Case] = []
 
         def look(case: Case) -> None:
-            nonlocal drawn
             reached = self.reached(case, missing)
-            if reached:
-                found.append((drawn, case))
-                for words in reached:
-                    del missing[words]
-            drawn += 1
+            found.extend([case] if reached else [])
+            for words in reached:
+                del missing[words]
             if not missing:
                 raise _Complete
 
