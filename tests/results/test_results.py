@@ -67,10 +67,12 @@ def results(*verdicts: Verdict, **more: Any) -> Results:
     [
         (results(verdict()), 0, ""),
         (results(verdict(compared=11)), 0, ""),
-        (results(verdict(outcome=Outcome.FAIL)), 1, "shape.output [attention-gqa]: pass -> fail: it broke"),
+        (results(verdict(outcome=Outcome.FAIL)), 4, "shape.output [attention-gqa]: pass -> fail: it broke"),
+        (results(verdict(outcome=Outcome.CRASH)), 4, "shape.output [attention-gqa]: pass -> crash: it broke"),
+        (results(verdict(outcome=Outcome.TIMEOUT)), 4, "shape.output [attention-gqa]: pass -> timeout: it broke"),
         (results(verdict(), verdict("shape.length", Outcome.CRASH)), 1, "shape.length [attention-gqa]: absent -> cr"),
         (results(verdict(outcome=Outcome.UNSUPPORTED)), 4, "pass -> unsupported: it broke"),
-        (results(verdict(outcome=Outcome.INCONCLUSIVE)), 4, "pass -> inconclusive"),
+        (results(verdict(outcome=Outcome.INCONCLUSIVE)), 5, "pass -> inconclusive"),
         (results(verdict(outcome=Outcome.NOT_EXERCISED)), 4, "pass -> not exercised"),
         (results(verdict(compared=9)), 4, "compared 9 values, was 10"),
         (results(), 4, "shape.output [attention-gqa]: was pass, is gone"),
@@ -84,8 +86,11 @@ def results(*verdicts: Verdict, **more: Any) -> Results:
         (results(verdict(outcome=Outcome.REFUTED)), 4, "pass -> refuted: it broke"),
         (results(verdict(outcome=Outcome.KNOWN_FAILURE)), 4, "pass -> known failure: it broke"),
         (results(verdict(), stale=["a row no longer holds"]), 1, "stale known failure: a row no longer holds"),
-        (results(verdict(), shard="1/2"), 4, "shard is 1/2, in the baseline the whole: not comparable"),
-        (results(unavailable="no compiler"), 4, "no longer available: no compiler"),
+        (results(shard="1/2"), 5, "1 cell of the baseline not judged: only shard 1/2"),
+        (results(clauses=["lifecycle"], configs=["attention"]), 5, "only clauses lifecycle, configs attention"),
+        (results(verdict(), shard="1/2"), 0, ""),
+        (results(unavailable="it cannot be imported"), 4, "no longer available: it cannot be imported"),
+        (results(unavailable="no compiler", lacking=True), 5, "no longer available: no compiler"),
         (results(verdict(), verdict("shape.length")), 0, "absent -> pass"),
     ],
 )
@@ -149,11 +154,77 @@ def test_the_gate_knows_every_claim_of_one_value() -> None:
             Claims(**{name: value})
 
 
-def test_results_of_another_device_or_effort_are_not_comparable() -> None:
-    for change in ({"device": "cuda"}, {"effort": "nightly"}, {"seed": 1}, {"dtypes": ["float16"]}):
-        differences = gate.compare(msgspec.structs.replace(results(verdict()), **change), results(verdict()))
-        assert gate.exit_code(differences) == 4
-        assert "not comparable" in differences[0].words
+@pytest.mark.parametrize(
+    ("now", "code", "words"),
+    [
+        (results(verdict(digest="b", compared=3)), 0, ""),
+        (results(verdict(digest="b", outcome=Outcome.FAIL)), 1, "pass -> fail under other programs: it broke"),
+        (results(verdict(digest="b", outcome=Outcome.CRASH)), 1, "pass -> crash under other programs: it broke"),
+        (results(verdict(digest="b", outcome=Outcome.REFUTED)), 0, "pass -> refuted under other programs: it broke"),
+        (results(verdict(digest="b", outcome=Outcome.NOT_EXERCISED)), 5, "pass -> not exercised under other programs"),
+        (results(verdict(digest="b", outcome=Outcome.INCONCLUSIVE)), 5, "pass -> inconclusive: it broke"),
+    ],
+)
+def test_other_programs_are_no_regression_and_a_failure_is_a_new_one(now: Results, code: int, words: str) -> None:
+    differences = gate.compare(msgspec.structs.replace(now, seed=7), results(verdict(digest="a")))
+    assert gate.exit_code(differences) == code
+    told = [difference.words for difference in differences]
+    assert "1 of 1 cell had other programs: seed is 7, in the baseline 0" in told
+    assert words in "\n".join(told)
+
+
+def test_a_gate_between_two_efforts_is_one_line() -> None:
+    cells = list(BY_NAME)[:75]
+    smoke = results(*(verdict(name, digest="a", compared=5) for name in cells), environment={"hypothesis": "6.170.15"})
+    pr = msgspec.structs.replace(
+        results(*(verdict(name, digest="b", compared=50) for name in cells), environment={"hypothesis": "6.100.0"}),
+        effort="pr",
+        claims={**CLAIMS, "max_batch": 2},
+    )
+    words = (
+        f"{len(cells)} of {len(cells)} cells had other programs: effort is smoke, in the baseline pr; "
+        "hypothesis is 6.170.15, in the baseline 6.100.0; the claims differ"
+    )
+    changed = "x changed max_batch from 2 to unlimited"
+    assert [(d.code, d.words) for d in gate.compare(smoke, pr)] == [(0, changed), (0, words)]
+
+
+def test_a_cell_that_time_cut_is_no_regression() -> None:
+    whole, cut = results(verdict(digest="a", planned=9)), results(verdict(digest="a", planned=9, compared=1, cut=True))
+    (note,) = gate.compare(cut, whole)
+    assert note.code == 0
+    assert note.words == "1 of 1 cell cut: the time limit ended before all planned programs were judged"
+    assert gate.compare(whole, cut) == []
+
+
+def test_a_failure_that_the_baseline_had_no_time_to_find_is_a_new_one() -> None:
+    baseline = results(verdict(digest="a", cut=True, programs=12))
+    early, late = (results(verdict(digest="a", outcome=Outcome.FAIL, found_after=after)) for after in (12, 13))
+    assert gate.exit_code(gate.compare(early, baseline)) == 4
+    (new,) = gate.compare(late, baseline)
+    assert (new.code, "under programs that the baseline had no time for" in new.words) == (1, True)
+
+
+def test_passes_on_another_device_or_by_another_suite_are_not_compared() -> None:
+    for change, code in (({"device": "cuda"}, 5), ({"suite": "1"}, 0)):
+        (name,) = change
+        fewer, broken = results(verdict(compared=3)), results(verdict(outcome=Outcome.FAIL))
+        (told,) = gate.compare(msgspec.structs.replace(fewer, **change), results(verdict()))
+        assert (told.code, "passes are not compared" in told.words) == (code, True)
+        differences = gate.compare(msgspec.structs.replace(broken, **change), results(verdict()))
+        assert gate.exit_code(differences) == 1
+        assert f"pass -> fail under another {name}: it broke" in differences[-1].words
+    gone = gate.compare(msgspec.structs.replace(results(), suite="1"), results(verdict()))
+    assert gate.exit_code(gone) == 0
+    assert gone[-1].words == "1 cell of the baseline not judged: the suites differ"
+
+
+def test_cells_of_another_dtype_are_counted_and_not_called_gone() -> None:
+    both = msgspec.structs.replace(
+        results(verdict(), replaced(verdict(), "attention-gqa-float16")), dtypes=["float32", "float16"]
+    )
+    (told,) = gate.compare(results(verdict()), both)
+    assert (told.code, told.words) == (5, "1 cell of the baseline not judged: only dtypes float32")
 
 
 def test_a_failure_that_the_baseline_knows_is_not_new() -> None:
@@ -285,7 +356,7 @@ def test_what_is_no_results_file_is_one_sentence(tmp_path: Path) -> None:
         read(path)
     data = msgspec.to_builtins(results(verdict()))
     path.write_text(json.dumps({**data, "schema": "kvconform-results/99"}))
-    with pytest.raises(SpecError, match="unknown schema 'kvconform-results/99'; known: kvconform-results/4"):
+    with pytest.raises(SpecError, match="unknown schema 'kvconform-results/99'; known: kvconform-results/5"):
         read(path)
 
 

@@ -8,12 +8,22 @@ from typing import Annotated
 
 import typer
 
-from kvconform.cli.options import Json, print_json, say, worst
+from kvconform.cli.options import Json, print_json, say
 from kvconform.results import gate as gates
 from kvconform.results import results
 
-MARKS = {gates.OK: "note", gates.NEW_FAILURE: "new failure", gates.REGRESSION: "regression"}
-CONCLUSIONS = {gates.OK: "no regression", gates.NEW_FAILURE: "new failures", gates.REGRESSION: "regressed"}
+MARKS = {
+    gates.OK: "note",
+    gates.NEW_FAILURE: "new failure",
+    gates.REGRESSION: "regression",
+    gates.UNDECIDED: "undecided",
+}
+CONCLUSIONS = {
+    gates.OK: "no regression",
+    gates.NEW_FAILURE: "new failures",
+    gates.REGRESSION: "regressed",
+    gates.UNDECIDED: "undecided",
+}
 
 
 def gate(
@@ -23,7 +33,9 @@ def gate(
 ) -> None:
     """Compares results with a baseline.
 
-    The exit code is 1 for a new failure, and 4 if a pass, a clause or a claim was lost.
+    The exit code is 4 if a pass on the same programs, a clause or a claim was lost; else 1 for a failure that the
+    baseline does not have; else 5 if something could not be decided. Cells that had other programs, because the effort
+    or the seed differs, for example, are counted; they are no regression.
     """
     records, codes = [], []
     for file in files:
@@ -38,7 +50,7 @@ def gate(
             say(f"{now.backend}: {CONCLUSIONS[codes[-1]]}")
     if as_json:
         print_json(records)
-    raise typer.Exit(worst(codes))
+    raise typer.Exit(gates.worst(codes))
 
 
 def merge(

@@ -22,7 +22,7 @@ from kvconform_specs.config import Config
 from kvconform_specs.configs import CONFIGS, config_named, label
 from kvconform_specs.errors import SpecError
 
-SCHEMA = "kvconform-results/4"
+SCHEMA = "kvconform-results/5"
 SAME_RUN = ("schema", "suite", "backend", "device", "dtypes", "effort", "seed", "claims", "environment")
 """What the parts of one run have in common: everything that could change a verdict."""
 EXIT_CODES = {
@@ -82,6 +82,10 @@ class Results(msgspec.Struct, kw_only=True):
     """What ran, by config."""
     shard: str = ""
     """``i/n`` for shard ``i`` of ``n``; empty for a run that was not divided."""
+    clauses: list[str] = []
+    """With what the names of the judged clauses begin; empty for all clauses."""
+    configs: list[str] = []
+    """With what the names of the judged configs begin; empty for all configs."""
     known_failures: list[Row] = []
     """The rows of known failures that still fail."""
     stale: list[str] = []
@@ -136,6 +140,12 @@ class Results(msgspec.Struct, kw_only=True):
         """How many cells had each outcome."""
         found = Counter(verdict.outcome for verdict in self.verdicts)
         return {outcome.value: found[outcome] for outcome in Outcome}
+
+    @property
+    def selection(self) -> str:
+        """Which part of the suite was asked for, in words; empty for all of it."""
+        named = (("clauses", self.clauses), ("configs", self.configs), ("shard", [self.shard] if self.shard else []))
+        return ", ".join(f"{what} {', '.join(names)}" for what, names in named if names)
 
     @property
     def partial(self) -> bool:
@@ -202,21 +212,21 @@ def _conclusion(results: Results) -> Conclusion:
     judged = sum(verdict.outcome is not Outcome.UNSUPPORTED for verdict in verdicts)
     if results.failures:
         skipped = f"; {len(verdicts) - judged} not applicable" if judged < len(verdicts) else ""
-        why = f"{len(results.failures)} of {_counted(judged, 'judged cell')} failed{skipped}"
+        why = f"{len(results.failures)} of {counted(judged, 'judged cell')} failed{skipped}"
         return Conclusion(1, "non-conformant", why)
     if results.stale:
-        return Conclusion(1, "stale known failures", f"{_counted(len(results.stale), 'row')} to correct or to remove")
+        return Conclusion(1, "stale known failures", f"{counted(len(results.stale), 'row')} to correct or to remove")
     if results.unavailable:
         return Conclusion(3, "", results.unavailable)
     if not results.finished:
-        return Conclusion(5, "", f"the run did not finish: {_counted(len(verdicts), 'cell')} judged")
+        return Conclusion(5, "", f"the run did not finish: {counted(len(verdicts), 'cell')} judged")
     undecided = sum(verdict.outcome in (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED) for verdict in verdicts)
     if undecided:
-        why = f"{undecided} of {_counted(judged, 'judged cell')} inconclusive or not exercised"
+        why = f"{undecided} of {counted(judged, 'judged cell')} inconclusive or not exercised"
         return Conclusion(5, "undecided", why)
     known = sum(verdict.outcome is Outcome.KNOWN_FAILURE for verdict in verdicts)
-    more = f", with {_counted(known, 'known failure')}" if known else ""
-    cells = _counted(judged, "cell")
+    more = f", with {counted(known, 'known failure')}" if known else ""
+    cells = counted(judged, "cell")
     if results.shard:
         return Conclusion(0, "", f"shard {results.shard}: {cells}, nothing failed{more}; merge the shards to conclude")
     partial = results.partial
@@ -232,7 +242,7 @@ def _conclusion(results: Results) -> Conclusion:
         by = ", judged by its own forward" if results.target is not None else ""
         return Conclusion(0, "conformant", f"{' and '.join(good)} profile{by}{more}")
     if not any(verdict.outcome is Outcome.PASS for verdict in verdicts):
-        why = f"no cell of the selected part passed ({_counted(len(verdicts), 'cell')}{more})"
+        why = f"no cell of the selected part passed ({counted(len(verdicts), 'cell')}{more})"
         return Conclusion(5, "undecided", why)
     return Conclusion(0, "", f"the selected part passed: {cells}{more}; conformance needs the whole suite")
 
@@ -247,7 +257,8 @@ def _missing(results: Results, partial: bool) -> dict[str, list[str]]:
     return found
 
 
-def _counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """``1 cell``, ``2 cells``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -313,7 +324,7 @@ def _dealt_back(ordered: Sequence[Results]) -> list[Verdict]:
     for index, part in enumerate(ordered):
         due = len(range(index, total, len(ordered)))
         if len(part.verdicts) != due:
-            words = f"has {_counted(len(part.verdicts), 'cell')}; its part of {total} is {due}: the selections differ"
+            words = f"has {counted(len(part.verdicts), 'cell')}; its part of {total} is {due}: the selections differ"
             raise SpecError(f"shard {part.shard}", words)
     turns = zip_longest(*(part.verdicts for part in ordered))
     verdicts = [verdict for turn in turns for verdict in turn if verdict is not None]

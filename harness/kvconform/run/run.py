@@ -229,6 +229,8 @@ def empty(name: str, device: str, plan: Plan) -> Results:
         seed=plan.seed,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         shard="/".join(map(str, plan.shard or ())),
+        clauses=list(plan.clauses),
+        configs=list(plan.configs),
     )
 
 
