@@ -23,8 +23,8 @@ from kvconform_specs.configs import CONFIGS, config_named, label
 from kvconform_specs.errors import SpecError
 
 SCHEMA = "kvconform-results/5"
-SAME_RUN = ("schema", "suite", "backend", "device", "dtypes", "effort", "seed", "claims", "environment")
-"""What the parts of one run have in common: everything that could change a verdict."""
+SAME_RUN = ("schema", "suite", "backend", "device", "dtypes", "effort", "seed", "claims")
+"""What the parts of one run have in common, beside their environment: everything that could change a verdict."""
 EXIT_CODES = {
     0: "conformant, or nothing failed in the selected part or shard",
     1: "non-conformant, or a stale known failure",
@@ -107,8 +107,12 @@ class Results(msgspec.Struct, kw_only=True):
         write_versioned(path, self)
 
     def same_run(self, other: Results) -> bool:
-        """Whether ``other`` is an earlier part of this run: nothing that could change a verdict differs."""
-        return all(getattr(self, name) == getattr(other, name) for name in (*SAME_RUN, "shard"))
+        """Whether ``other`` is an earlier part of this run: nothing that could change a verdict differs. Environments
+        are compared where both name something: a run names what was imported late at its end."""
+        both = self.environment.keys() & other.environment.keys()
+        return all(getattr(self, name) == getattr(other, name) for name in (*SAME_RUN, "shard")) and all(
+            self.environment[name] == other.environment[name] for name in both
+        )
 
     @property
     def failures(self) -> tuple[Verdict, ...]:

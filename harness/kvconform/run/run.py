@@ -172,14 +172,14 @@ def run_backend(
         return results
     with client:
         describe(results, client)
-        spent = _resume(results, path)
+        spent = _resume(results, path, client)
         done = {verdict.key: verdict for verdict in results.verdicts}
         results.verdicts = []
         results.stale = unmatched_entries(known_failures, name)
         unreliable: set[str] = set()
         begin(sum(1 for _ in cells(plan, client.configs)))
         for cell in cells(plan, client.configs):
-            known = known_failures.find(name, cell)
+            known = known_failures.find(name, cell, spec.device)
             verdict = done.get((cell.clause.name, cell.config_name))
             if verdict is not None and known is None and verdict.outcome is not Outcome.KNOWN_FAILURE:
                 results.verdicts.append(verdict)
@@ -210,6 +210,7 @@ def run_backend(
         if not results.unavailable and results.target is None:
             _write_vectors(client, results, out / "vectors" / f"{name}.npz")
         results.guarantees = measured(results.verdicts)
+        results.environment = {**client.imported(), **results.environment}
         if plan.explain and not results.unavailable:
             asked = {cell.config_name: cell.config for cell in cells(plan, client.configs)}
             explain_failures.add(client, results, asked, failures)
@@ -238,7 +239,8 @@ def describe(results: Results, client: WorkerClient) -> None:
     """Fills in what the worker knows about the backend and its machine."""
     results.claims = client.claims.to_json()
     results.target = None if client.target is None else msgspec.convert(client.target, Target)
-    results.environment = {**client.environment, "hypothesis": version("hypothesis"), "machine": machine()}
+    own = {"hypothesis": version("hypothesis"), "machine": machine()}
+    results.environment = {**client.imported(), **client.environment, **own}
 
 
 def set_unavailable(results: Results, error: BackendUnavailable) -> None:
@@ -290,7 +292,7 @@ def _write_vectors(client: WorkerClient, results: Results, path: Path) -> None:
         write_atomically(path, buffer.getvalue())
 
 
-def _resume(results: Results, path: Path) -> float:
+def _resume(results: Results, path: Path, client: WorkerClient) -> float:
     """Adopts the verdicts of an unfinished earlier part of the same run. Returns the seconds that it took."""
     if not path.exists():
         return 0.0
@@ -298,7 +300,8 @@ def _resume(results: Results, path: Path) -> float:
         earlier = read(path)
     except SpecError:
         return 0.0  # of another version of the schema: the file is replaced
-    if earlier.finished or not results.same_run(earlier):
+    now = client.versions(earlier.environment)  # also of what will be imported later
+    if earlier.finished or not results.same_run(earlier) or any(earlier.environment[name] != now[name] for name in now):
         return 0.0
     results.started, results.verdicts, results.runtime_info = earlier.started, earlier.verdicts, earlier.runtime_info
     return earlier.seconds
