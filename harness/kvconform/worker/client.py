@@ -38,7 +38,8 @@ from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.describe import describe
 from kvconform_specs.program import Program
-from kvconform_specs.reference.oracle import ReferenceForward, shares_rounding
+from kvconform_specs.reference.oracle import ReferenceForward
+from kvconform_specs.reference.own_forward import length_changes, shares_rounding
 
 BUILD_TIMEOUT = 900.0
 """Seconds that a build may take: exports and first compilations are slow, and stand outside the step timeout."""
@@ -192,6 +193,8 @@ class WorkerClient:
             with suppress(WorkerDied, BackendUnavailable):  # what is wrong with its own forward is found by a clause
                 if shares_rounding(self._reference_forward, config):
                     self.claims = replace(self.claims, rounding="shared")
+                changes = length_changes(self._reference_forward, config)
+                self.claims = replace(self.claims, changes_at=changes)
         return None
 
     def _tried_build(self, config: Config) -> Header:
