@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from kvconform.errors import BadArgument
 from kvconform.files import write_atomically
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results import gate
-from kvconform.results.results import Results, merged, missing_core, read
-from kvconform.run.run import Plan, cells, parse_shard, path_of, run_backend
+from kvconform.results.results import Results, missing_core, read
+from kvconform.run.run import Plan, cells, parse_shard, run_backend
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import read as read_counterexample
-from kvconform.search.effort import EFFORTS, GUARANTEE_SECONDS, GUARANTEE_TRIALS, SHRINK_SECONDS, SHRINK_TRIALS, Effort
+from kvconform.search.effort import EFFORTS, GUARANTEE_SECONDS, GUARANTEE_TRIALS, SHRINK_SECONDS, SHRINK_TRIALS
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.claims import Claims
@@ -117,6 +116,7 @@ def test_the_gate_moves_with_the_results(now: Results, code: int, words: str) ->
         ("intermediates", "single", "storage"),
         ("kv_bits", 0, 8),
         ("kv_bits", 8, 4),
+        ("inputs", "copied", "kept"),
     ],
 )
 def test_a_claim_that_promises_less_is_a_regression_and_one_that_promises_more_is_none(
@@ -137,6 +137,14 @@ def test_a_residual_window_promises_something_only_of_a_quantised_cache() -> Non
     assert gate.exit_code(gate.compare(quantised(8, 2), quantised(8, 4))) == 4
     assert gate.exit_code(gate.compare(quantised(8, 4), quantised(8, 2))) == 0
     assert gate.exit_code(gate.compare(quantised(0, 0), quantised(8, 4))) == 0
+
+
+def test_lengths_at_which_a_forward_changes_are_told_and_block_nothing() -> None:
+    for now, was in (([12], []), ([], [12])):
+        told = gate.compare(
+            results(verdict(), claims={"changes_at": now}), results(verdict(), claims={"changes_at": was})
+        )
+        assert [(d.code, d.words) for d in told] == [(0, f"x changed changes_at from {was} to {now}")]
 
 
 def test_another_page_size_is_told_and_blocks_nothing() -> None:
@@ -401,19 +409,23 @@ def test_a_run_is_not_resumed_once_the_backend_has_changed(tmp_path: Path) -> No
     )
 
 
-@pytest.mark.parametrize("count", range(1, 8))
-def test_shards_part_the_cells_evenly_config_by_config(count: int) -> None:
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 13, 40, 200])
+def test_shards_part_the_cells_and_build_each_config_once_where_they_can(count: int) -> None:
     plan = Plan(EFFORTS["smoke"], dtypes=DTYPES)
-    whole = [(cell.config_name, cell.clause.name) for cell in cells(plan)]
-    shards = [
-        [(cell.config_name, cell.clause.name) for cell in cells(replace(plan, shard=(index, count)))]
-        for index in range(1, count + 1)
-    ]
-    assert sorted(cell for shard in shards for cell in shard) == sorted(whole)
-    assert len(set(whole)) == len(whole)
-    for config in {config for config, _ in whole}:
-        sizes = [sum(cell[0] == config for cell in shard) for shard in shards]
-        assert max(sizes) - min(sizes) <= 1
+    whole = list(cells(plan))
+    shards = [list(cells(replace(plan, shard=(index, count)))) for index in range(1, count + 1)]
+    assert sorted((c.config_name, c.clause.name) for shard in shards for c in shard) == sorted(
+        (c.config_name, c.clause.name) for c in whole
+    )
+    order = {(cell.config_name, cell.clause.name): at for at, cell in enumerate(whole)}
+    for shard in shards:
+        places = [order[cell.config_name, cell.clause.name] for cell in shard]
+        assert places == sorted(places)
+    configs = {cell.config_name for cell in whole}
+    built = [len({cell.config_name for cell in shard}) for shard in shards]
+    assert sum(built) == len(configs) if count <= len(configs) else max(built) == 1
+    largest = max(sum(cell.config_name == name for cell in whole) for name in configs)
+    assert max(map(len, shards)) - min(map(len, shards)) <= largest
 
 
 @pytest.mark.parametrize("text", ["", "2", "0/2", "3/2", "-1/2", "a/b", "1/2/3", "1/"])
@@ -421,67 +433,6 @@ def test_what_is_no_shard_is_one_sentence(text: str) -> None:
     assert parse_shard("2/3") == (2, 3)
     with pytest.raises(BadArgument, match="shard: want i/n with i from 1 to n, such as 2/5"):
         parse_shard(text)
-
-
-def test_merged_shards_are_the_whole_run(tmp_path: Path) -> None:
-    tiny = Effort("tiny", 3, 2, 60.0)
-    plan = Plan(tiny, clauses=("shape", "lifecycle.reset"), configs=("attention-gqa", "attention-window"))
-    whole = run_backend("numpy", WorkerSpec("numpy"), plan, tmp_path)
-    parts = [replace(plan, shard=(index, 3)) for index in (1, 2, 3)]
-    for one in parts:
-        run_backend("numpy", WorkerSpec("numpy"), one, tmp_path)
-    found = merged([read(path_of("numpy", one, tmp_path)) for one in reversed(parts)])
-    assert len({v.config for v in found.verdicts}) == 2
-    assert [timeless(v) for v in found.verdicts] == [timeless(v) for v in whole.verdicts]
-    assert found.same_run(whole)
-    assert found.finished
-    assert concluded(found) == concluded(whole)
-    assert read(path_of("numpy", plan, tmp_path)) == whole  # shards wrote beside it, not over it
-
-
-def timeless(one: Verdict) -> Verdict:
-    return msgspec.structs.replace(one, seconds=0.0)
-
-
-ONE = results(verdict("shape.output"), verdict("shape.length"), shard="1/2", environment={"numpy": "2", "machine": "a"})
-TWO = msgspec.structs.replace(ONE, verdicts=[verdict("shape.first-step")], shard="2/2")
-
-
-@pytest.mark.parametrize(
-    ("parts", "words"),
-    [
-        ([results(verdict())], "results of x: are those of a whole run, not of a shard"),
-        ([TWO], "merge: shard 1/2 is missing"),
-        (
-            [ONE, msgspec.structs.replace(ONE, seed=0, seconds=1.0), TWO],
-            "shard 1/2: is given twice, with different contents",
-        ),
-        ([ONE, msgspec.structs.replace(TWO, seed=1)], "merge: seed is 0 in shard 1/2 and 1 in shard 2/2"),
-        ([ONE, msgspec.structs.replace(TWO, backend="y")], "merge: backend is x in shard 1/2 and y in shard 2/2"),
-        ([ONE, msgspec.structs.replace(TWO, shard="2/3")], "shards 1/2 and 2/3 belong to different divisions"),
-        ([ONE, msgspec.structs.replace(TWO, environment={"numpy": "1"})], "environment.numpy is 2 in shard 1/2 and 1"),
-        ([ONE, msgspec.structs.replace(TWO, claims={})], "claims.abilities is"),
-        ([ONE, msgspec.structs.replace(TWO, finished=False)], "shard 2/2: did not finish: run it again to resume it"),
-        ([ONE, msgspec.structs.replace(TWO, unavailable="no GPU")], "shard 2/2: no GPU"),
-        (
-            [ONE, msgspec.structs.replace(TWO, verdicts=[])],
-            "shard 1/2: has 2 cells; its part of 2 is 1: the selections d",
-        ),
-        ([ONE, msgspec.structs.replace(TWO, verdicts=[verdict("shape.output")])], "shape.output [attention-gqa] is in"),
-    ],
-)
-def test_what_are_not_all_shards_of_one_run_is_one_sentence(parts: list[Results], words: str) -> None:
-    with pytest.raises(SpecError, match=re.escape(words)):
-        merged(parts)
-
-
-def test_merging_keeps_rows_stale_sentences_and_machines() -> None:
-    mine = {"numpy": "2", "machine": "b"}
-    two = msgspec.structs.replace(TWO, environment=mine, stale=["s", "t"], seconds=2.0)
-    found = merged([two, msgspec.structs.replace(ONE, stale=["s"], seconds=1.0), two])
-    assert [v.clause for v in found.verdicts] == ["shape.output", "shape.first-step", "shape.length"]
-    assert (found.shard, found.stale, found.seconds) == ("", ["s", "t"], 3.0)
-    assert found.environment == {"numpy": "2", "machine": ["a", "b"]}
 
 
 @pytest.mark.slow

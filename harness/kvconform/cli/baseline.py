@@ -1,4 +1,4 @@
-"""``kvconform gate`` and ``merge``: results against a baseline, and the shards of a run together."""
+"""``kvconform gate`` and ``merge``: results against a baseline, and the parts of a run together."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from kvconform.cli.options import Json, print_json, say
 from kvconform.results import gate as gates
+from kvconform.results import merge as merging
 from kvconform.results import results
 
 MARKS = {
@@ -54,16 +55,25 @@ def gate(
 
 
 def merge(
-    files: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="The results of all shards of a backend.")],
+    files: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Results of one backend.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The results file to write.")],
     as_json: Json = False,
 ) -> None:
-    """Merges the results of all shards of a run. The exit code is that of the whole run."""
-    whole = results.merged([results.read(file) for file in files])
+    """Merges parts of a run: shards, selections of clauses or configs, interrupted runs. The exit code is that of the
+    merged results.
+
+    Parts are joined cell by cell. Where several have judged a cell, a failure stands before a pass, and a pass before
+    what decides nothing. Counterexamples and the outputs for the comparison of backends are copied beside OUT.
+    """
+    whole = merging.merged([results.read(file) for file in files], [str(file) for file in files])
     whole.write(out)
+    missing = merging.gather(files, whole, out)
     if as_json:
         print_json(whole)
     else:
+        folder = out.parent / "failures" / whole.backend
+        for name in missing:
+            say(f"counterexample {name} is beside none of the parts: copy it to {folder}")
         for line in (*whole.stale, f"{whole.backend}: {whole.summary}"):
             say(line)
     raise typer.Exit(whole.exit_code)

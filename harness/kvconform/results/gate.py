@@ -13,7 +13,7 @@ from typing import Any
 
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.results import Results, counted
-from kvconform_specs.claims import Claims
+from kvconform_specs.claims import MANY_OF, Claims
 
 OK, NEW_FAILURE, REGRESSION, UNDECIDED = 0, 1, 4, 5
 MOST_SEVERE_FIRST = (REGRESSION, NEW_FAILURE, UNDECIDED)
@@ -142,6 +142,7 @@ WIDEST_FIRST = {
     "intermediates": ("single", "storage"),
     "reference": ("definition", "self"),
     "rounding": ("own", "shared"),
+    "inputs": ("copied", "kept"),
 }
 """The values of claims that are a choice, from the one that promises most to the one that promises least."""
 
@@ -152,7 +153,7 @@ def _moved_claims(now: Results, baseline: Results) -> list[Difference]:
     found = []
     for name, was in its.items():
         value = mine.get(name)
-        if isinstance(was, list):
+        if name in MANY_OF:
             gone = [item for item in was if item not in (value or [])]
             if gone:
                 words = f"{now.backend} no longer claims {name}: {', '.join(gone)}"

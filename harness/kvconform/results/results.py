@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +14,12 @@ from kvconform.explain.visibility import Map
 from kvconform.files import read_versioned, write_versioned
 from kvconform.judging.order import by_use
 from kvconform.judging.verdict import Outcome, Verdict
-from kvconform.results.guarantees import Guarantee, measured
+from kvconform.results.guarantees import Guarantee
 from kvconform.results.known_failures import Row
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.config import Config
 from kvconform_specs.configs import CONFIGS, config_named, label
-from kvconform_specs.errors import SpecError
 
 SCHEMA = "kvconform-results/5"
 SAME_RUN = ("schema", "suite", "backend", "device", "dtypes", "effort", "seed", "claims")
@@ -265,77 +263,3 @@ def _missing(results: Results, partial: bool) -> dict[str, list[str]]:
 def counted(number: int, noun: str) -> str:
     """``1 cell``, ``2 cells``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def merged(parts: Sequence[Results]) -> Results:
-    """The run whose shards these are, all of them. Raises SpecError if they are not."""
-    shards: dict[int, Results] = {}
-    first = parts[0]
-    for part in parts:
-        index, count = _place(part)
-        _same_run(first, part)
-        if shards.setdefault(index, part) != part:
-            raise SpecError(f"shard {part.shard}", "is given twice, with different contents")
-    missing = [f"{index}/{count}" for index in range(1, count + 1) if index not in shards]
-    if missing:
-        raise SpecError("merge", f"shard {', '.join(missing)} is missing")
-    ordered = [shards[index] for index in range(1, count + 1)]
-    verdicts = _dealt_back(ordered)
-    environment = dict(first.environment)
-    machines = [part.environment.get("machine") for part in ordered]
-    if any(machine != machines[0] for machine in machines):
-        environment["machine"] = machines
-    return msgspec.structs.replace(
-        first,
-        shard="",
-        verdicts=verdicts,
-        environment=environment,
-        started=min(part.started for part in ordered),
-        seconds=round(sum(part.seconds for part in ordered), 3),
-        runtime_info={config: info for part in ordered for config, info in part.runtime_info.items()},
-        guarantees=measured(verdicts),
-        known_failures=[row for part in ordered for row in part.known_failures],
-        stale=list(dict.fromkeys(words for part in ordered for words in part.stale)),
-    )
-
-
-def _place(part: Results) -> tuple[int, int]:
-    """Index and count of a finished shard."""
-    if not part.shard:
-        raise SpecError(f"results of {part.backend}", "are those of a whole run, not of a shard")
-    if part.unavailable or not part.finished:
-        raise SpecError(f"shard {part.shard}", part.unavailable or "did not finish: run it again to resume it")
-    index, _, count = part.shard.partition("/")
-    return int(index), int(count)
-
-
-def _same_run(first: Results, part: Results) -> None:
-    """Shards may run on different machines, but with the same versions of everything."""
-    if first.shard.partition("/")[2] != part.shard.partition("/")[2]:
-        raise SpecError("merge", f"shards {first.shard} and {part.shard} belong to different divisions")
-    for name in SAME_RUN:
-        mine, other = getattr(first, name), getattr(part, name)
-        if isinstance(mine, dict):  # say which entry it is
-            keys = [key for key in {**mine, **other} if key != "machine" and mine.get(key) != other.get(key)]
-            name = f"{name}.{keys[0]}" if keys else name
-            mine, other = (mine.get(keys[0]), other.get(keys[0])) if keys else (None, None)
-        if mine != other:
-            raise SpecError("merge", f"{name} is {mine} in shard {first.shard} and {other} in shard {part.shard}")
-
-
-def _dealt_back(ordered: Sequence[Results]) -> list[Verdict]:
-    """The verdicts of all shards in the order of the whole run: cells were dealt to shards in turn."""
-    total = sum(len(part.verdicts) for part in ordered)
-    for index, part in enumerate(ordered):
-        due = len(range(index, total, len(ordered)))
-        if len(part.verdicts) != due:
-            words = f"has {counted(len(part.verdicts), 'cell')}; its part of {total} is {due}: the selections differ"
-            raise SpecError(f"shard {part.shard}", words)
-    turns = zip_longest(*(part.verdicts for part in ordered))
-    verdicts = [verdict for turn in turns for verdict in turn if verdict is not None]
-    seen: set[tuple[str, str]] = set()
-    for verdict in verdicts:
-        if verdict.key in seen:
-            raise SpecError("merge", f"{verdict.clause} [{verdict.config}] is in two shards")
-        seen.add(verdict.key)
-    return verdicts
