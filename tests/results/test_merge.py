@@ -208,7 +208,7 @@ def elsewhere(**changes: Any) -> Results:
         ),
         (
             [ONE, elsewhere(machine={**HOST, "machine": "arm64"})],
-            "merge: the kind of host is Linux arm64 in shard 1/2 and Linux x86_64 in shard 2/2",
+            "merge: the kind of host is Linux x86_64 in shard 1/2 and Linux arm64 in shard 2/2",
         ),
         ([ONE, changed(claims={})], "claims.abilities is ['reset'] in shard 1/2 and None in shard 2/2"),
         ([ONE, changed(unavailable="no GPU")], "shard 2/2: no GPU"),

@@ -77,7 +77,8 @@ def _same_run(one_name: str, one: Results, name: str, part: Results) -> None:
         pairs += [(f"{field}.{key}", mine.get(key), its.get(key)) for key in sorted(both)] or [(field, mine, its)]
     known = sorted(one.environment.keys() & part.environment.keys() - HOST)
     pairs += [(f"environment.{key}", one.environment[key], part.environment[key]) for key in known]
-    pairs += [("the kind of host", *sorted(hosts)) for hosts in [_hosts(one) | _hosts(part)] if len(hosts) == 2]
+    kinds = sorted(_hosts(one)), sorted(_hosts(part))
+    pairs += [("the kind of host", " and ".join(kinds[0]), " and ".join(kinds[1]))] if all(kinds) else []
     if one.target is not None and part.target is not None:
         pairs.append(("target.configs", one.target.configs, part.target.configs))
     for field, mine, its in pairs:
