@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import zip_longest
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs.claims import Claims
-from kvconform_specs.clause import Case, Clause, Relation, ordinary
+from kvconform_specs.clause import Case, Clause, Relation, floats, ordinary
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program, Reorder, Step
-from kvconform_specs.strategies import LARGEST_BATCH, Draw, alone, appends, arranged, counts, seeds, splits, uneven
+from kvconform_specs.strategies import (
+    LARGEST_BATCH,
+    Draw,
+    alone,
+    appends,
+    arranged,
+    batches,
+    counts,
+    seeds,
+    splits,
+    uneven,
+)
 
 
 def _largest(claims: Claims) -> int:
@@ -93,6 +106,28 @@ def _arriving(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case((Program(config, tuple(made)),))
 
 
+@st.composite
+def _nan_beside(draw: Draw, config: Config, claims: Claims) -> Case:
+    """A row of a batch, or another sequence, with NaN and without it, perhaps from a later step on."""
+    seed = draw(seeds)
+    steps: tuple[Append, ...]
+    if (claims.max_sequences or 2) < 2 or (draw(st.booleans()) and (claims.max_batch or 2) > 1):
+        if claims.can("ragged") and _roomy(config) and draw(st.booleans()):
+            steps = draw(uneven(config, claims))
+        else:
+            steps = appends("a", draw(splits(config, claims, least=2)), draw(st.integers(2, _largest(claims))), seed)
+        row, first = draw(st.integers(0, len(steps[0].counts) - 1)), draw(st.integers(0, len(steps) - 1))
+        turned = tuple(
+            replace(step, nan=(row,)) if number >= first else step for number, step in enumerate(steps)
+        )
+    else:
+        mine = appends("a", draw(splits(config, claims, least=2)), draw(batches(claims)), seed)
+        other = appends("b", draw(splits(config, claims)), draw(batches(claims)), seed + 77)
+        steps = tuple(step for pair in zip_longest(mine, other) for step in pair if step is not None)
+        turned = tuple(replace(step, distribution="nan") if step.seq == "b" else step for step in steps)
+    return Case((Program(config, steps), Program(config, turned)))
+
+
 def _roomy(config: Config) -> bool:
     return ordinary(config) and config.capacity >= 24
 
@@ -163,5 +198,20 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         needs=("ragged", "two rows"),
         applies=_roomy,
+    ),
+    Clause(
+        name="batch.nan-isolated",
+        text="NaN in the tokens of one row or sequence stays there: it does not change a bit of the outputs of any other "
+        "row or sequence.",
+        why=(
+            "https://github.com/flashinfer-ai/flashinfer/pull/942",
+            "https://github.com/nod-ai/amd-shark-ai/pull/665",
+            "https://github.com/ml-explore/mlx/pull/2608",
+        ),
+        strategy=_nan_beside,
+        relations=(Relation.INSENSITIVE,),
+        profiles=("attention", "hidden"),
+        needs_any=("two rows", "two sequences"),
+        applies=floats,
     ),
 )
