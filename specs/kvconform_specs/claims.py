@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from kvconform_specs.config import DTYPES, PROFILES, take
+from kvconform_specs.config import DTYPES, PROFILES, Config, take
 from kvconform_specs.errors import SpecError
 
 Returns = Literal["all", "last"]
@@ -99,12 +99,14 @@ class Precision:
 
     intermediates: ``single``: scores and weights are kept in float32; ``storage``: rounded to the config's dtype.
     kv_bits: keys and values are stored as integers of that many bits, with one absmax scale for each token and head;
-    0: in the config's dtype. residual: the number of newest tokens of a row that are not quantised.
+    0: in the config's dtype. residual: the number of newest tokens of a row that are not quantised. changes_at: see
+    ``Claims``.
     """
 
     intermediates: str = "single"
     kv_bits: int = 0
     residual: int = 0
+    changes_at: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,10 @@ class Claims:
     rounding: whether the last bits of an output depend on its ``own`` tokens only, or are ``shared`` with other tokens
     of the call (experts that share a matrix product); it is measured for black boxes. inputs: whether what a step was
     given is ``copied`` into the cache, so that the caller may overwrite it after the step, or ``kept`` as views of the
-    caller's memory.
+    caller's memory. changes_at: the numbers of tokens
+    with which a black box's own forward gives the tokens before the last other outputs than with one token less (rotary
+    factors that depend on the length); empty: its outputs depend on the tokens up to their own only. It is measured,
+    too.
     """
 
     profiles: tuple[str, ...] = ()
@@ -147,6 +152,7 @@ class Claims:
     reference: Reference = "definition"
     rounding: Rounding = "own"
     inputs: Inputs = "copied"
+    changes_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, known in MANY_OF.items():
@@ -176,7 +182,7 @@ class Claims:
 
     @property
     def precision(self) -> Precision:
-        return Precision(self.intermediates, self.kv_bits, self.residual)
+        return Precision(self.intermediates, self.kv_bits, self.residual, self.changes_at)
 
     def to_json(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -186,6 +192,11 @@ class Claims:
         body = take(data, at, {f.name for f in fields(cls)})
         frozen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in body.items()}
         return cls(**frozen)
+
+
+def changes_at(config: Config, claims: Claims | Precision) -> tuple[int, ...]:
+    """The lengths at which outputs of earlier tokens change: a black box's as measured, otherwise the config's."""
+    return claims.changes_at or config.changes_at
 
 
 def _one_of(at: str, value: object, known: tuple[str, ...]) -> None:

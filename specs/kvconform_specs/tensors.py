@@ -169,9 +169,7 @@ def mask(step: Append, grown: tuple[Row, ...]) -> NDArray[np.bool_]:
     return seen
 
 
-def laid(
-    x: NDArray[np.generic], layout: str, new: Callable[..., NDArray[Any]] = np.empty
-) -> NDArray[np.generic]:
+def laid(x: NDArray[np.generic], layout: str, new: Callable[..., NDArray[Any]] = np.empty) -> NDArray[np.generic]:
     """A copy of the numbers in a layout of ``program.LAYOUTS``. Raises SpecError if rows must be equal and are not.
 
     new: gives memory for an array of that shape and dtype.

@@ -29,12 +29,7 @@ class InputsZeroed(Planted, breaks=(UNCHANGED,), kind="C4", bug="tenstorrent/tt-
 
 
 class QueryScaledInPlace(
-    Planted,
-    breaks=(UNCHANGED,),
-    kind="C4",
-    bug="huggingface/transformers/pull/41535",
-    conditional=True,
-    configs=LAYERS,
+    Planted, breaks=(UNCHANGED,), kind="C4", bug="huggingface/transformers/pull/41535", conditional=True, configs=LAYERS
 ):
     """The query of a decode step is scaled in place, where its numbers are dense."""
 
@@ -47,12 +42,7 @@ class QueryScaledInPlace(
 
 
 class KeysSmoothedInPlace(
-    Planted,
-    breaks=(UNCHANGED,),
-    kind="C4",
-    bug="hao-ai-lab/FastVideo/pull/1457",
-    conditional=True,
-    configs=LAYERS,
+    Planted, breaks=(UNCHANGED,), kind="C4", bug="hao-ai-lab/FastVideo/pull/1457", conditional=True, configs=LAYERS
 ):
     """In a prompt of several tokens the caller's keys lose their mean, after they were stored."""
 
@@ -65,11 +55,7 @@ class KeysSmoothedInPlace(
 
 
 class WritesOnePast(
-    Planted,
-    breaks=(UNCHANGED,),
-    kind="H4",
-    bug="fla-org/flash-linear-attention/issues/1102",
-    configs=LAYERS,
+    Planted, breaks=(UNCHANGED,), kind="H4", bug="fla-org/flash-linear-attention/issues/1102", configs=LAYERS
 ):
     """A kernel without a mask for its last block zeroes the number behind its query."""
 
@@ -129,9 +115,7 @@ class OutputBufferReturned(Planted, breaks=(KEPT,), kind="X1", bug="pytorch/Tens
         return view
 
 
-class DecodeOutputReturned(
-    Planted, breaks=(KEPT,), kind="X1", bug="pytorch/pytorch/issues/144386", conditional=True
-):
+class DecodeOutputReturned(Planted, breaks=(KEPT,), kind="X1", bug="pytorch/pytorch/issues/144386", conditional=True):
     """A captured decode step writes each result into the output of the first one of that shape."""
 
     def run(self, cache: Cache, inputs: tuple[Array, ...], mask: Array | None = None) -> Array:

@@ -84,9 +84,7 @@ def execute(
     return [_traced(backend, program, feeds, variant, at) for variant in range(len(indices))]
 
 
-def _traced(
-    backend: Any, program: Program, feeds: list[Feed], variant: int, at: Callable[[int, int], None]
-) -> Trace:
+def _traced(backend: Any, program: Program, feeds: list[Feed], variant: int, at: Callable[[int, int], None]) -> Trace:
     caches: dict[str, Any] = {}
     trace: list[StepResult] = []
     returned: list[Array | None] = []  # the outputs themselves

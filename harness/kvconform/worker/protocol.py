@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import IO, Any
 
 import numpy as np
@@ -97,7 +97,7 @@ def _note(done: StepResult) -> Header:
         note["shape"], note["dtype"] = list(done.output.shape), done.output.dtype.str
     for name, raised in (("error", done.error), ("refused", done.refused)):
         if raised is not None:
-            note[name] = [raised.type, raised.message]
+            note[name] = astuple(raised)
     note |= {name: value for name in ("reported", "returned") if (value := getattr(done, name))}
     note |= {name: asdict(value) for name in CHANGED if (value := getattr(done, name)) is not None}
     return note

@@ -10,14 +10,26 @@ from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, floats
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.history import Histories
-from kvconform_specs.program import AliasHandle, Append, Close, Poison, Program, ReadCache, Reorder, Reset, Step, Truncate
+from kvconform_specs.program import (
+    AliasHandle,
+    Append,
+    Close,
+    Poison,
+    Program,
+    ReadCache,
+    Reorder,
+    Reset,
+    Step,
+    Truncate,
+)
 from kvconform_specs.strategies import Draw, appends, batches, counts, fitted, histories, seeds, splits
 
 
 def _read(config: Config, claims: Claims) -> SearchStrategy[Case]:
-    return histories(config, claims).map(lambda program: Case((Program(config, _with_reads(program)),)))
+    return histories(config, claims).map(lambda program: Case((clipped(config, _with_reads(program)),)))
 
 
 def _with_reads(program: Program) -> tuple[Step, ...]:
@@ -43,7 +55,7 @@ def _growing(draw: Draw, config: Config, claims: Claims) -> Case:
             steps.append(Reorder("a", tuple((row + 1) % batch for row in range(batch))))
             seed += 17
         steps += [Append("a", (size,) * batch, seed), ReadCache("a")]
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 @st.composite
@@ -62,7 +74,7 @@ def _two_futures(draw: Draw, config: Config, claims: Claims) -> Case:
             count = min(draw(counts(claims)), free[seq])
             free[seq] -= count
             steps += [Append(seq, (count,) * batch, stream)] if count else []
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 def _poisoned(kinds: tuple[str, ...]) -> Callable[[Config, Claims], SearchStrategy[Case]]:
@@ -85,7 +97,7 @@ def _poisoned(kinds: tuple[str, ...]) -> Callable[[Config, Claims], SearchStrate
             steps.append(Poison("a", keys, values))
         if length < config.capacity:
             steps.append(Append("a", (1,) * batch, seed))
-        return Case((Program(config, tuple(steps)),))
+        return Case((clipped(config, tuple(steps)),))
 
     return family
 
@@ -103,7 +115,7 @@ def _nan_removed(draw: Draw, config: Config, claims: Claims) -> Case:
     name = "b" if way == "close" else "a"
     later = appends(name, fitted(draw(splits(config, claims, most=3)), config.capacity - kept), batch, seed + 34)
     turned = tuple(replace(step, distribution="nan") for step in removed)
-    return Case(tuple(Program(config, (*begun, *tokens, removal, *later)) for tokens in (removed, turned)))
+    return Case(tuple(clipped(config, (*begun, *tokens, removal, *later)) for tokens in (removed, turned)))
 
 
 CLAUSES = (
@@ -162,8 +174,8 @@ CLAUSES = (
     ),
     Clause(
         name="contents.nan-removed",
-        text="Tokens that held NaN leave nothing behind where a backend claims that unused slots may hold anything: once "
-        "they are truncated, reset or closed away, no output depends on them by a bit.",
+        text="Tokens that held NaN leave nothing behind where a backend claims that unused slots may hold anything: "
+        "once they are truncated, reset or closed away, no output depends on them by a bit.",
         why=(
             "https://github.com/vllm-project/vllm/pull/50283",
             "https://github.com/alibaba/rtp-llm/pull/587",

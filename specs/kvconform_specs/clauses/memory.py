@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import LAYOUTS, Append, Generate, Program, Step, UncachedForward
 from kvconform_specs.strategies import Draw, appends, at_once, batches, counts, histories, seeds, splits
@@ -25,7 +26,7 @@ def _watched(draw: Draw, config: Config, claims: Claims) -> Case:
             masked = claims.can("mask") and config.profile == "attention" and step.counts[0] > 0
             step = replace(step, masked=((0, 0),)) if masked and draw(st.booleans()) else step
         steps.append(step)
-    return Case((Program(config, (*steps, *_uncached(config, claims, draw(batches(claims)), draw(seeds)))),))
+    return Case((clipped(config, (*steps, *_uncached(config, claims, draw(batches(claims)), draw(seeds)))),))
 
 
 def _uncached(config: Config, claims: Claims, batch: int, seed: int) -> tuple[Step, ...]:
@@ -46,7 +47,7 @@ def _reused(draw: Draw, config: Config, claims: Claims) -> Case:
     else:
         batch, seed = draw(batches(claims)), draw(seeds)
         sizes: tuple[int, ...] = draw(splits(config, claims, most=3, capacity=config.capacity - 3))
-        program = Program(config, appends("a", (*sizes, 1, 1, 1), batch, seed))
+        program = clipped(config, appends("a", (*sizes, 1, 1, 1), batch, seed))
     steps = tuple(replace(step, reused=True) if isinstance(step, Append) else step for step in program.steps)
     return Case((program, Program(config, steps)))
 
@@ -67,7 +68,7 @@ def _kept(draw: Draw, config: Config, claims: Claims) -> Case:
     steps = [*extra, *steps, *extra]
     if claims.can("copied inputs"):  # an output that is a view of an input changes with it
         steps = [replace(step, reused=True) if isinstance(step, Append) else step for step in steps]
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 CLAUSES = (
