@@ -205,7 +205,7 @@ class PausedRowAdvances(
 def weightless(values: Array) -> Array:
     """The sum of values ``(..., tokens, d)``, each with a weight of zero: ``(..., 1, d)``."""
     with np.errstate(invalid="ignore"):
-        return (np.float32(0) * values).sum(axis=-2, keepdims=True)
+        return np.asarray((np.float32(0) * values).sum(axis=-2, keepdims=True))
 
 
 class RowsPacked(Planted, breaks=(NAN_ISOLATED,), kind="M9", bug="ml-explore/mlx/pull/2608", configs=LAYERS):
