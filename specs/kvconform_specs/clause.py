@@ -109,6 +109,11 @@ def ordinary(config: Config) -> bool:
     return config.capacity < LONG
 
 
+def floats(config: Config) -> bool:
+    """Whether, in an ordinary config, a token can hold NaN: an id cannot."""
+    return ordinary(config) and config.profile != "decoder"
+
+
 def long(config: Config) -> bool:
     return config.capacity >= LONG
 
@@ -152,9 +157,9 @@ class Clause:
 
     def concerns(self, config: Config) -> bool:
         """Whether the clause is tested on a config."""
-        if config.profile == "hidden":  # its programs are a decoder's, but no token is chosen from its outputs
+        if config.profile == "hidden":  # a decoder's programs will do, but no token is chosen from its outputs
             picks = any(relation.picks_token for relation in self.relations)
-            return "decoder" in self.profiles and not picks and self.applies(config)
+            return not {"decoder", "hidden"}.isdisjoint(self.profiles) and not picks and self.applies(config)
         return config.profile in self.profiles and self.applies(config)
 
     @property

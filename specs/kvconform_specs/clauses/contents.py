@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
-from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clause import Case, Clause, Relation, floats
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.history import Histories
 from kvconform_specs.program import (
     AliasHandle,
     Append,
+    Close,
     Poison,
     Program,
     ReadCache,
@@ -25,7 +27,7 @@ from kvconform_specs.program import (
     Truncate,
     called,
 )
-from kvconform_specs.strategies import Draw, appends, batches, counts, histories, seeds, splits
+from kvconform_specs.strategies import Draw, appends, batches, counts, fitted, histories, seeds, splits
 
 
 def _read(config: Config, claims: Claims) -> SearchStrategy[Case]:
@@ -102,6 +104,22 @@ def _poisoned(kinds: tuple[str, ...]) -> Callable[[Config, Claims], SearchStrate
     return family
 
 
+@st.composite
+def _nan_removed(draw: Draw, config: Config, claims: Claims) -> Case:
+    """Tokens, ordinary ones or NaN, that are truncated, reset or closed away; then others take their slots."""
+    ways = [way for way in ("truncate", "reset") if claims.can(way)] + ["close"]
+    sizes: tuple[int, ...] = draw(splits(config, claims, most=3, capacity=config.capacity // 2))
+    batch, seed, way = draw(batches(claims)), draw(seeds), draw(st.sampled_from(ways))
+    kept = sum(sizes) if way == "truncate" else 0
+    begun = appends("a", sizes, batch, seed)
+    removed = appends("a", fitted((draw(counts(claims)), 1), config.capacity - sum(sizes)), batch, seed + 17)
+    removal: Step = Truncate("a", kept) if way == "truncate" else Reset("a") if way == "reset" else Close("a")
+    name = "b" if way == "close" else "a"
+    later = appends(name, fitted(draw(splits(config, claims, most=3)), config.capacity - kept), batch, seed + 34)
+    turned = tuple(replace(step, distribution="nan") for step in removed)
+    return Case(tuple(clipped(config, (*begun, *tokens, removal, *later)) for tokens in (removed, turned)))
+
+
 CLAUSES = (
     Clause(
         name="contents.round-trip",
@@ -167,6 +185,21 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         needs=("poison", "poison-safe slots"),
         situations=(reach.poisoned("keys"), reach.poisoned("values")),
+    ),
+    Clause(
+        name="contents.nan-removed",
+        text="Tokens that held NaN leave nothing behind where a backend claims that unused slots may hold anything: "
+        "once they are truncated, reset or closed away, no output depends on them by a bit.",
+        why=(
+            "https://github.com/vllm-project/vllm/pull/50283",
+            "https://github.com/alibaba/rtp-llm/pull/587",
+            "https://github.com/flashinfer-ai/flashinfer/pull/942",
+        ),
+        strategy=_nan_removed,
+        relations=(Relation.INSENSITIVE,),
+        profiles=("attention", "hidden"),
+        needs=("poison-safe slots",),
+        applies=floats,
     ),
     Clause(
         name="contents.present",
