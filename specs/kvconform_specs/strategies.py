@@ -121,10 +121,9 @@ def splits(
 
 
 def edges(config: Config, claims: Claims) -> tuple[int, ...]:
-    """Lengths at which something changes: around the window and its multiples, where outputs first depend on the
-    length, and where the capacity is reached."""
+    """Lengths around the window and its multiples, around the first at which outputs change, and the capacity."""
     w = config.window
-    around = set() if w is None else {max(w - 1, 1), w, w + 1, 2 * w, 3 * w}
+    around = {max(w - 1, 1), w, w + 1, 2 * w, 3 * w} if w else set()
     switch = {length for first in changes_at(config, claims)[:1] for length in (first - 1, first, first + 1)}
     return (*sorted(around | switch), config.capacity)
 
