@@ -17,6 +17,7 @@ Memory = Literal["length", "capacity", "pages"]
 Intermediates = Literal["single", "storage"]
 Reference = Literal["definition", "self"]
 Rounding = Literal["own", "shared"]
+Inputs = Literal["copied", "kept"]
 
 ABILITIES = {
     "uncached_forward": "has a cache-less forward of its own",
@@ -49,6 +50,7 @@ DERIVED: dict[str, Callable[[Claims], bool]] = {
     "lossless cache": lambda claims: claims.kv_bits == 0,
     "residual window": lambda claims: claims.kv_bits > 0 and claims.residual > 0,
     "bound on graphs": lambda claims: claims.max_graphs is not None and claims.can("graph_count"),
+    "copied inputs": lambda claims: claims.inputs == "copied",
     "two rows": lambda claims: (claims.max_batch or 2) > 1,
     "two sequences": lambda claims: (claims.max_sequences or 2) > 1,
 }
@@ -63,6 +65,7 @@ ENOUGH: dict[str, dict[str, Any]] = {
     "lossless cache": {"kv_bits": 0},
     "residual window": {"kv_bits": 8, "residual": 3},
     "bound on graphs": {"max_graphs": 8, "abilities": ("graph_count",)},
+    "copied inputs": {"inputs": "copied"},
     "two rows": {"max_batch": None},
     "two sequences": {"max_sequences": None},
 }
@@ -85,6 +88,7 @@ ONE_OF = {
     "intermediates": Intermediates,
     "reference": Reference,
     "rounding": Rounding,
+    "inputs": Inputs,
 }
 """The claims that are a choice, or several, of a closed list."""
 
@@ -119,7 +123,9 @@ class Claims:
     the backend compiles or captures, for any program. intermediates, kv_bits, residual: see ``Precision``. reference:
     what outputs are compared with; ``self`` is for backends whose weights the harness does not set.
     rounding: whether the last bits of an output depend on its ``own`` tokens only, or are ``shared`` with other tokens
-    of the call (experts that share a matrix product); it is measured for black boxes. changes_at: the numbers of tokens
+    of the call (experts that share a matrix product); it is measured for black boxes. inputs: whether what a step was
+    given is ``copied`` into the cache, so that the caller may overwrite it after the step, or ``kept`` as views of the
+    caller's memory. changes_at: the numbers of tokens
     with which a black box's own forward gives the tokens before the last other outputs than with one token less (rotary
     factors that depend on the length); empty: its outputs depend on the tokens up to their own only. It is measured,
     too.
@@ -145,6 +151,7 @@ class Claims:
     residual: int = 0
     reference: Reference = "definition"
     rounding: Rounding = "own"
+    inputs: Inputs = "copied"
     changes_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -190,6 +197,14 @@ class Claims:
 def changes_at(config: Config, claims: Claims | Precision) -> tuple[int, ...]:
     """The lengths at which outputs of earlier tokens change: a black box's as measured, otherwise the config's."""
     return claims.changes_at or config.changes_at
+
+
+def edges(config: Config, claims: Claims) -> tuple[int, ...]:
+    """Lengths around the window and its multiples, around the first at which outputs change, and the capacity."""
+    w = config.window
+    around = {max(w - 1, 1), w, w + 1, 2 * w, 3 * w} if w else set()
+    switch = {length for first in changes_at(config, claims)[:1] for length in (first - 1, first, first + 1)}
+    return (*sorted(n for n in around | switch if n < config.capacity), config.capacity)
 
 
 def _one_of(at: str, value: object, known: tuple[str, ...]) -> None:

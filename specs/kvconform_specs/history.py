@@ -39,7 +39,8 @@ def new_tokens(step: Run, lengths: Iterable[int]) -> list[Row]:
     other = {(row, position): Stream(seed, step.distribution) for row, position, seed in step.substitutions}
     made = []
     for index, (length, count) in enumerate(zip(lengths, step.counts, strict=True)):
-        own = Stream(step.seed + index, step.distribution)
+        nan = isinstance(step, Append) and index in step.nan
+        own = Stream(step.seed + index, "nan" if nan else step.distribution)
         made.append(tuple((other.get((index, at), own), at) for at in range(length, length + count)))
     return made
 

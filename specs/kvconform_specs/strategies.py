@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
 from hypothesis.strategies import SearchStrategy
 
-from kvconform_specs.claims import Claims, changes_at
+from kvconform_specs.claims import Claims, edges
 from kvconform_specs.clause import Case
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import (
     MALFORMED,
@@ -114,18 +115,10 @@ def splits(
     config: Config, claims: Claims, least: int = 1, most: int = 5, capacity: int | None = None
 ) -> SearchStrategy[tuple[int, ...]]:
     """Sizes of successive appends within the capacity; some end exactly at one of the ``edges``."""
-    total = capacity or config.capacity
+    total = config.capacity if capacity is None else min(max(capacity, 1), config.capacity)
     lists = st.lists(counts(claims), min_size=least, max_size=most)
     ends = st.sampled_from((0, 0, *(edge for edge in edges(config, claims) if edge <= total)))
     return st.tuples(lists, ends).map(lambda drawn: fitted(landing(drawn[0], drawn[1], claims), total))
-
-
-def edges(config: Config, claims: Claims) -> tuple[int, ...]:
-    """Lengths around the window and its multiples, around the first at which outputs change, and the capacity."""
-    w = config.window
-    around = {max(w - 1, 1), w, w + 1, 2 * w, 3 * w} if w else set()
-    switch = {length for first in changes_at(config, claims)[:1] for length in (first - 1, first, first + 1)}
-    return (*sorted(around | switch), config.capacity)
 
 
 def landing(sizes: list[int], end: int, claims: Claims) -> tuple[int, ...]:
@@ -211,8 +204,8 @@ def histories(draw: Draw, config: Config, claims: Claims) -> Program:
     drawn = draw(st.lists(triples, min_size=8, max_size=20))
     interpreter = _Interpreter(config, claims, draw(seeds))
     prompt = draw(st.integers(0, 2))  # one in three begins with a long one
-    begun = interpreter.prompt(config.capacity // 2, draw(batches(claims))) if prompt == 2 else ()
-    return Program(config, (*begun, *interpreter.steps(drawn)))
+    begun = interpreter.prompt(-(-config.capacity // 2), draw(batches(claims))) if prompt == 2 else ()
+    return clipped(config, (*begun, *interpreter.steps(drawn)))
 
 
 def any_history(config: Config, claims: Claims) -> SearchStrategy[Case]:
@@ -313,7 +306,8 @@ def alone(program: Program, row: int) -> Program:
     for step in program.steps:
         assert isinstance(step, Append)
         swap = tuple((0, position, seed) for of, position, seed in step.substitutions if of == row)
-        steps.append(replace(step, counts=step.counts[row : row + 1], seed=step.seed + row, substitutions=swap))
+        counts, nan = step.counts[row : row + 1], (0,) * (row in step.nan)
+        steps.append(replace(step, counts=counts, nan=nan, seed=step.seed + row, substitutions=swap))
     return Program(program.config, tuple(step for step in steps if step.counts != (0,)))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from kvconform.errors import BackendUnavailable, WorkerDied
 from kvconform.explain import diagnosis, visibility
-from kvconform.judging.verdict import Outcome
+from kvconform.judging.verdict import Outcome, Reason
 from kvconform.results.results import Results
 from kvconform.search import counterexample
 from kvconform.worker.client import WorkerClient
@@ -50,7 +50,8 @@ def add(client: WorkerClient, results: Results, configs: Mapping[str, Config], f
             files = [failures / v.counterexample for v in broken if v.counterexample]
             cases = [Case.from_json(counterexample.read(file).case) for file in files if file.exists()]
             with suppress(WorkerDied, BackendUnavailable):
-                found = diagnosis.diagnose(client, config, cases, results.maps.get(name, []))
+                unstable = any(v.config == name and v.reason is Reason.REFERENCE_BROKEN for v in results.verdicts)
+                found = diagnosis.diagnose(client, config, cases, results.maps.get(name, []), unstable)
                 if found is not None:
                     results.diagnoses[name] = found
 

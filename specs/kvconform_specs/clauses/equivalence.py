@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from kvconform_specs.claims import Claims, changes_at
+from kvconform_specs.claims import Claims, changes_at, edges
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Generate, Program, Step, UncachedForward
+from kvconform_specs.program import Append, Generate, Step, UncachedForward
 from kvconform_specs.strategies import (
     LONGEST_CHUNK,
     Draw,
@@ -18,7 +19,6 @@ from kvconform_specs.strategies import (
     batches,
     counts,
     detours,
-    edges,
     fitted,
     resplit,
     seeds,
@@ -42,8 +42,8 @@ def _decode(draw: Draw, config: Config, claims: Claims) -> Case:
     prompt, new = draw(st.integers(0, 9)), draw(st.integers(1, 8))
     batch, seed = draw(batches(claims)), draw(seeds)
     sizes = (*at_once(prompt, claims), *(1,) * new)
-    cached = Program(config, appends("a", sizes, batch, seed))
-    return Case((Program(config, _whole("a", prompt + new, batch, seed, config, claims, prompt + 1)), cached))
+    cached = clipped(config, appends("a", sizes, batch, seed))
+    return Case((clipped(config, _whole("a", prompt + new, batch, seed, config, claims, prompt + 1)), cached))
 
 
 @st.composite
@@ -52,7 +52,7 @@ def chunks(draw: Draw, config: Config, claims: Claims) -> Case:
     other: tuple[int, ...] = draw(resplit(sum(one), claims))
     batch, seed = draw(batches(claims)), draw(seeds)
     whole = _whole("a", sum(one), batch, seed, config, claims, min(one[0], other[0]))
-    return Case((Program(config, whole), *(Program(config, appends("a", s, batch, seed)) for s in (one, other))))
+    return Case((clipped(config, whole), *(clipped(config, appends("a", s, batch, seed)) for s in (one, other))))
 
 
 @st.composite
@@ -60,7 +60,7 @@ def _paths(draw: Draw, config: Config, claims: Claims) -> Case:
     sizes: tuple[int, ...] = draw(splits(config, claims))
     batch, seed = draw(batches(claims)), draw(seeds)
     winding: tuple[Step, ...] = draw(detours(config, claims, sizes, batch, seed))
-    return Case((Program(config, appends("a", sizes, batch, seed)), Program(config, winding)))
+    return Case((clipped(config, appends("a", sizes, batch, seed)), clipped(config, winding)))
 
 
 @st.composite
@@ -71,15 +71,15 @@ def _full(draw: Draw, config: Config, claims: Claims) -> Case:
     changes = changes_at(config, claims)
     if changes:
         prefix += draw(st.sampled_from((0, max(changes[0] - 6, 0))))
-        prefix = min(prefix, config.capacity - more)
+        prefix = max(min(prefix, config.capacity - more), 1)
     batch, seed = draw(batches(claims)), draw(seeds)
     first, second = (appends("a", (draw(counts(claims)),), batch, seed + 77) for _ in range(2))
     later = [UncachedForward("f", (prefix,) * batch, seed)]
     if changes:
         others = tuple((row, at, seed + 99 + row) for row in range(batch) for at in range(prefix, prefix + more))
         later.append(UncachedForward("f", (prefix + more,) * batch, seed, substitutions=others))
-    after = Program(config, (*first, *second, *later))
-    amid = Program(config, (*first, UncachedForward("f", (prefix + more,) * batch, seed), *second))
+    after = clipped(config, (*first, *second, *later))
+    amid = clipped(config, (*first, UncachedForward("f", (prefix + more,) * batch, seed), *second))
     return Case((after, amid))
 
 
@@ -97,10 +97,10 @@ def _generations(draw: Draw, config: Config, claims: Claims) -> Case:
         prompt = end - new if end else min(prompt, config.capacity - new)
         steps.append(Generate("g", (prompt,) * batch, seed + 29 * number, new=new))
     if not claims.can("two sequences") or not draw(st.booleans()):
-        return Case((Program(config, tuple(steps)),))
+        return Case((clipped(config, tuple(steps)),))
     sizes = fitted((draw(counts(claims)), draw(counts(claims))), config.capacity)
     first, *then = appends("a", sizes, draw(batches(claims)), seed + 77)
-    return Case((Program(config, (first, *then)), Program(config, (first, *steps, *then))))
+    return Case((clipped(config, (first, *then)), clipped(config, (first, *steps, *then))))
 
 
 @st.composite
@@ -117,7 +117,7 @@ def _last(draw: Draw, config: Config, claims: Claims) -> Case:
         steps.insert(place, UncachedForward("f", (count,) * batch, seed + 77))
         alone.insert(place, True)
     asked = tuple(replace(step, last_only=last) for step, last in zip(steps, alone, strict=True))
-    return Case((Program(config, tuple(steps)), Program(config, asked)))
+    return Case((clipped(config, tuple(steps)), clipped(config, asked)))
 
 
 CLAUSES = (
