@@ -35,7 +35,7 @@ def inverse_frequencies(config: Config, d: int, total: int) -> Array:
         for rotations in (scaling.beta_fast, scaling.beta_slow)
     )
     low, high = max(math.floor(low), 0), min(math.ceil(high), d - 1)
-    ramp = np.clip((np.arange(d // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    ramp = np.clip((np.arange(d // 2) - low) / (high - low or 0.001), 0.0, 1.0)
     return inverse / scaling.factor * ramp + inverse * (1.0 - ramp)
 
 

@@ -80,6 +80,8 @@ class Config:
             raise SpecError("config.rotary", f"scales rope, and positions are {self.positions!r}")
         if self.rotary is not None and len(self.rotary.short) not in (0, self.head_dim // 2):
             raise SpecError("config.rotary", f"{len(self.rotary.short)} divisors for {self.head_dim // 2} pairs")
+        if self.rotary is not None and self.rotary.kind in ("ntk", "dynamic") and self.head_dim < 4:
+            raise SpecError("config.rotary", f"a base that grows needs a head dim of at least 4, got {self.head_dim}")
         for layer, source in enumerate(self.kv_source):
             if len(self.kv_source) != self.layers or source > layer or self.kv_source[source] != source:
                 raise SpecError("config.kv_source", f"layer {layer} of {self.layers} cannot read layer {source}")

@@ -91,15 +91,14 @@ def frequencies(rotary: Rotary | None, d: int, length: int) -> Array:
     if rotary.kind == "longrope":
         return np.asarray(plain / np.array(rotary.long if length > original else rotary.short))
     # yarn: the pair that makes so many turns in the original length, and the ramp between the two
-    fast, slow = (d * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(BASE)) for turns in _turns(rotary))
+    fast, slow = (
+        d * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(BASE))
+        for turns in (rotary.beta_fast, rotary.beta_slow)
+    )
     low, high = max(math.floor(fast), 0), min(math.ceil(slow), d - 1)
-    kept = 1 - np.clip((pairs - low) / (max(high - low, 0) or 0.001), 0, 1)
+    kept = 1 - np.clip((pairs - low) / (high - low or 0.001), 0, 1)
     return np.asarray(plain / r * (1 - kept) + plain * kept)
 
 
 def attention_factor(rotary: Rotary | None) -> float:
     return 1.0 if rotary is None else rotary.attention_factor
-
-
-def _turns(rotary: Rotary) -> tuple[float, float]:
-    return rotary.beta_fast, rotary.beta_slow
