@@ -237,7 +237,7 @@ AMBIGUITIES: tuple[Ambiguity, ...] = (
     Ambiguity(
         id="A30",
         question="Do layers that borrow another's keys and values, or cross-attention, append, crop and mask?",
-        settled="A layer that reads another one's keys and values appends nothing and holds nothing; it masks them with "
+        settled="A layer that reads another one's keys and values appends nothing and holds none; it masks them with "
         "its own window. There is no cross-attention: keys and values are made from the same tokens as the queries.",
         by=("definition.decoder", "config.kv_source"),
     ),

@@ -18,7 +18,7 @@ def _growing(config: Config, claims: Claims) -> SearchStrategy[Case]:
 
 @st.composite
 def _decoding(draw: Draw, config: Config, claims: Claims) -> Case:
-    """A prompt, decode steps, then a chunk: positions continue from the cache in three ways, near the start and far, and
+    """A prompt, decode steps, then a chunk: positions continue from the cache in three ways, near the start, far, and
     where outputs change with the length."""
     near, far = st.integers(1, 8), st.just(config.capacity - 9)
     prompt = draw(st.one_of(near, far, *(st.just(max(at - 2, 1)) for at in changes_at(config, claims)[:1])))
