@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
 from hypothesis.strategies import SearchStrategy
 
-from kvconform_specs.claims import Claims, changes_at
+from kvconform_specs.claims import Claims, edges
 from kvconform_specs.clause import Case
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
@@ -119,15 +119,6 @@ def splits(
     lists = st.lists(counts(claims), min_size=least, max_size=most)
     ends = st.sampled_from((0, 0, *(edge for edge in edges(config, claims) if edge <= total)))
     return st.tuples(lists, ends).map(lambda drawn: fitted(landing(drawn[0], drawn[1], claims), total))
-
-
-def edges(config: Config, claims: Claims) -> tuple[int, ...]:
-    """Lengths at which something changes: around the window and its multiples, where outputs first depend on the
-    length, and where the capacity is reached."""
-    w = config.window
-    around = set() if w is None else {max(w - 1, 1), w, w + 1, 2 * w, 3 * w}
-    switch = {length for first in changes_at(config, claims)[:1] for length in (first - 1, first, first + 1)}
-    return (*sorted(n for n in around | switch if n < config.capacity), config.capacity)
 
 
 def landing(sizes: list[int], end: int, claims: Claims) -> tuple[int, ...]:

@@ -132,6 +132,14 @@ def _roomy(config: Config) -> bool:
     return ordinary(config) and config.capacity >= 24
 
 
+def _two_rows(config: Config, claims: Claims) -> bool:
+    return claims.can("two rows") and config.capacity > 1
+
+
+def _nan_sequence(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Append) and visit.step.distribution == "nan"
+
+
 def _middle_first(visit: reach.Visit) -> bool:
     return len(visit.after) > 2 and min(visit.after) < visit.after[0] < max(visit.after)
 
@@ -241,5 +249,9 @@ CLAUSES = (
         profiles=("attention", "hidden"),
         needs_any=("two rows", "two sequences"),
         applies=floats,
+        situations=(
+            reach.append("a row of NaN", lambda v: isinstance(v.step, Append) and v.step.nan != (), _two_rows),
+            reach.append("a sequence of NaN", _nan_sequence, reach.claimed("two sequences")),
+        ),
     ),
 )

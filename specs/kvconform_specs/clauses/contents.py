@@ -120,6 +120,14 @@ def _nan_removed(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case(tuple(clipped(config, (*begun, *tokens, removal, *later)) for tokens in (removed, turned)))
 
 
+def _are_nan(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Append) and visit.step.distribution == "nan"
+
+
+def _after_nan(visit: reach.Visit) -> bool:
+    return any(isinstance(made, Append) and made.distribution == "nan" for made in visit.earlier) and visit.longest > 0
+
+
 CLAUSES = (
     Clause(
         name="contents.round-trip",
@@ -200,6 +208,10 @@ CLAUSES = (
         profiles=("attention", "hidden"),
         needs=("poison-safe slots",),
         applies=floats,
+        situations=(
+            reach.append("tokens of NaN", _are_nan, reach.holds(2)),
+            reach.append("an append behind them", _after_nan, reach.holds(2)),
+        ),
     ),
     Clause(
         name="contents.present",
