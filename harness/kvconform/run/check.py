@@ -21,6 +21,10 @@ from kvconform.worker.registry import installed
 
 SHOWN, DRAWN = CHECK.leaks, 2
 """How many broken clauses are printed in full, the others by name; how many maps are drawn, the others in words."""
+NOT_IN_MAPS = (
+    "within these lengths each output depends on the right tokens: the mistake is in the numbers, or shows in programs "
+    "that no map runs"
+)
 FORMS = (
     "file.py:NAME or package.module:NAME (a class, factory or function), decoder.onnx, "
     "hf:DIRECTORY or hf:CONFIG_CLASS (transformers), or the name of an installed backend"
@@ -112,13 +116,15 @@ def _failure(results: Results, verdict: Verdict, folder: Path) -> Iterator[str]:
 
 def _maps(results: Results) -> Iterator[str]:
     """For each config, the wrong maps as pictures and the others in words; one picture if none is wrong."""
-    drawn = False
+    drawn, failed = False, {verdict.config for verdict in results.failures}
     for name, maps in results.maps.items():
         wrong = [one for one in maps if not one.right]
         pictures = wrong[:DRAWN] or [one for one in maps if one.schedule == "chunked"] or maps[:1]
         right = [one for one in maps if one.right]
         if right:
             yield f"visibility [{name}]: as expected: {visibility_text.coverage(right)}"
+        if right and not wrong and name in failed:
+            yield f"visibility [{name}]: {NOT_IN_MAPS}"
         for one in pictures:
             yield f"visibility [{name}]: {visibility_text.drawing(one)}"
         yield from (f"visibility [{name}]: {visibility_text.words(one)}" for one in wrong[DRAWN:])
