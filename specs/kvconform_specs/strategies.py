@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
 from hypothesis.strategies import SearchStrategy
 
-from kvconform_specs.claims import Claims
+from kvconform_specs.claims import Claims, changes_at
 from kvconform_specs.clause import Case
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import (
     MALFORMED,
@@ -114,16 +115,19 @@ def splits(
     config: Config, claims: Claims, least: int = 1, most: int = 5, capacity: int | None = None
 ) -> SearchStrategy[tuple[int, ...]]:
     """Sizes of successive appends within the capacity; some end exactly at one of the ``edges``."""
-    total = capacity or config.capacity
+    total = config.capacity if capacity is None else min(max(capacity, 1), config.capacity)
     lists = st.lists(counts(claims), min_size=least, max_size=most)
-    ends = st.sampled_from((0, 0, *(edge for edge in edges(config) if edge <= total)))
+    ends = st.sampled_from((0, 0, *(edge for edge in edges(config, claims) if edge <= total)))
     return st.tuples(lists, ends).map(lambda drawn: fitted(landing(drawn[0], drawn[1], claims), total))
 
 
-def edges(config: Config) -> tuple[int, ...]:
-    """Lengths at which something changes: around the window and its multiples, and where the capacity is reached."""
+def edges(config: Config, claims: Claims) -> tuple[int, ...]:
+    """Lengths at which something changes: around the window and its multiples, where outputs first depend on the
+    length, and where the capacity is reached."""
     w = config.window
-    return (config.capacity,) if w is None else (*sorted({max(w - 1, 1), w, w + 1, 2 * w, 3 * w}), config.capacity)
+    around = set() if w is None else {max(w - 1, 1), w, w + 1, 2 * w, 3 * w}
+    switch = {length for first in changes_at(config, claims)[:1] for length in (first - 1, first, first + 1)}
+    return (*sorted(n for n in around | switch if n < config.capacity), config.capacity)
 
 
 def landing(sizes: list[int], end: int, claims: Claims) -> tuple[int, ...]:
@@ -209,8 +213,8 @@ def histories(draw: Draw, config: Config, claims: Claims) -> Program:
     drawn = draw(st.lists(triples, min_size=8, max_size=20))
     interpreter = _Interpreter(config, claims, draw(seeds))
     prompt = draw(st.integers(0, 2))  # one in three begins with a long one
-    begun = interpreter.prompt(config.capacity // 2, draw(batches(claims))) if prompt == 2 else ()
-    return Program(config, (*begun, *interpreter.steps(drawn)))
+    begun = interpreter.prompt(-(-config.capacity // 2), draw(batches(claims))) if prompt == 2 else ()
+    return clipped(config, (*begun, *interpreter.steps(drawn)))
 
 
 def any_history(config: Config, claims: Claims) -> SearchStrategy[Case]:
@@ -234,7 +238,7 @@ class _Interpreter:
 
     def steps(self, drawn: Iterable[tuple[int, int, int]]) -> Iterable[Step]:
         made = [step for kind, which, number in drawn if (step := self.step(kind, "aaaabc"[which], number)) is not None]
-        return made or [self.append("a", 0)]
+        return made or ([] if self.rows else [self.append("a", 0)])
 
     def step(self, kind: int, seq: str, number: int) -> Step | None:
         """The step; an append if its verb is not claimed; None if no step is legal."""
@@ -277,7 +281,7 @@ class _Interpreter:
         largest = min(claims.max_batch or LARGEST_BATCH, LARGEST_BATCH)
         rows = self.rows.get(seq) or (0,) * (1 + number // 16 % largest)
         longest = min(claims.max_chunk or LONGEST_CHUNK, LONGEST_CHUNK, self.config.capacity - max(rows))
-        end = next(edge for edge in edges(self.config) if edge > max(rows)) - max(rows) - (number % 8 == 7)
+        end = next(edge for edge in edges(self.config, self.claims) if edge > max(rows)) - max(rows) - (number % 8 == 7)
         chunk = 1 + number // 4 % longest
         count = (chunk, 1, chunk, end if 0 < end <= longest else 1)[number % 4]
         grown, pad = [count] * len(rows), None
@@ -311,7 +315,8 @@ def alone(program: Program, row: int) -> Program:
     for step in program.steps:
         assert isinstance(step, Append)
         swap = tuple((0, position, seed) for of, position, seed in step.substitutions if of == row)
-        steps.append(replace(step, counts=step.counts[row : row + 1], seed=step.seed + row, substitutions=swap))
+        counts, nan = step.counts[row : row + 1], (0,) * (row in step.nan)
+        steps.append(replace(step, counts=counts, nan=nan, seed=step.seed + row, substitutions=swap))
     return Program(program.config, tuple(step for step in steps if step.counts != (0,)))
 
 
@@ -393,7 +398,7 @@ def detours(
         elif way == "reset" and room:  # its tokens are appended again
             steps += [Append("a", (junk,) * batch, other), Reset("a")]
             steps += appends("a", at_once(length, claims), batch, seed)
-        elif way == "refuse" and length and claims.max_chunk is None:
+        elif way == "refuse" and length and config.capacity - length < (claims.max_chunk or config.capacity):
             steps.append(Reject(Append("a", (config.capacity - length + 1,) * batch, other)))
         steps.append(Append("a", (size,) * batch, seed))
         length += size

@@ -61,7 +61,7 @@ def run(
     python: Pythons = [],  # noqa: B006
     step_timeout: StepTimeout = STEP_TIMEOUT,
     known_failures: Annotated[Path | None, typer.Option(help="A TOML file of known failures.")] = None,
-    shard: Annotated[str, typer.Option(help="Only part i of n of the cells, as i/n.")] = "",
+    shard: Annotated[str, typer.Option(help="Only part i of n of the cells, as i/n: whole configs.")] = "",
     as_json: Json = False,
 ) -> None:
     """Judges backends by every clause. Writes OUT/<backend>.json, and a counterexample for each failure.

@@ -80,7 +80,14 @@ def _bitwise(m: Mismatch) -> str:
 def _change(m: Mismatch) -> str:
     if m.change == "token":
         return f"changing the token at row {m.changed_row}, position {m.changed_position}"
-    return "what fills the columns without a token" if m.change == "padding" else "the change"
+    return CHANGES.get(m.change, "the change")
+
+
+CHANGES = {
+    "padding": "what fills the columns without a token",
+    "nan": "the NaN of other tokens",
+    "reused": "what the caller writes over the inputs of earlier steps",
+}
 
 
 def _insensitive(m: Mismatch) -> str:
@@ -110,6 +117,20 @@ def _contents(m: Mismatch) -> str:
 def _stable_contents(m: Mismatch) -> str:
     since = "" if m.other is None else f" at step {m.other.step}"
     return f"holds {_number(m.got, 9)}, and held {_number(m.want, 9)}{since}"
+
+
+def _inputs(m: Mismatch) -> str:
+    if m.where == "inside":
+        return f"overwrote number {list(m.index)} of its input {m.array}: was {_number(m.want)}, is {_number(m.got)}"
+    if m.where == "between":
+        return f"wrote between the numbers of its input {m.array}, which is a view of a larger array"
+    first = {"before": "before the first", "behind": "behind the last"}[m.where]
+    return f"wrote into memory that it was not given: number {m.distance} {first} of its input {m.array}"
+
+
+def _outputs(m: Mismatch) -> str:
+    words = f"number {list(m.index)} of the output was overwritten after it was returned"
+    return f"{words}: was {_number(m.want)}, is {_number(m.got)} at the end of the program"
 
 
 def _positions(m: Mismatch) -> str:
@@ -150,6 +171,8 @@ WORDS: dict[Kind, Callable[[Mismatch], str]] = {
     Kind.CONTENTS: _contents,
     Kind.STABLE_CONTENTS: _stable_contents,
     Kind.RETAINED_COUNT: lambda m: f"shows {m.got} tokens, want {_range(m)}",
+    Kind.INPUTS: _inputs,
+    Kind.OUTPUTS: _outputs,
     Kind.GRAPH_COUNT: lambda m: f"has compiled {m.got} graphs, but claims at most {m.want_max}",
     Kind.BYTES: lambda m: f"reports that it takes {m.got} bytes, want {m.want}",
     Kind.POSITIONS: _positions,

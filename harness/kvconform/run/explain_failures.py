@@ -25,6 +25,10 @@ SHARED = (
     "the last bits of an output depend on other tokens of the call, also in the uncached forward: where a change must "
     "not be seen, outputs may move within the bounds"
 )
+CHANGES = (
+    "its own forward is not a function of the prefix: with {} tokens it gives the tokens before the last other outputs "
+    "than with {}; each step is judged by the forward on exactly the tokens up to its end"
+)
 TOKENS = 8
 """How many tokens the noise floor is measured on."""
 
@@ -61,7 +65,10 @@ def tokens_needed(broken: Sequence[Verdict]) -> int:
 def _add_noise(client: WorkerClient, results: Results, name: str, config: Config) -> None:
     assert results.target is not None
     noise = {**results.target.noise, name: noise_floor(client, config)}
-    assumed = dict.fromkeys((*results.target.assumed, *([SHARED] if client.claims.rounding == "shared" else [])))
+    claims = client.claims
+    measured = [SHARED] if claims.rounding == "shared" else []
+    measured += [CHANGES.format(at, at - 1) for at in claims.changes_at[:1]]
+    assumed = dict.fromkeys((*results.target.assumed, *measured))
     results.target = msgspec.structs.replace(results.target, noise=noise, assumed=list(assumed))
 
 

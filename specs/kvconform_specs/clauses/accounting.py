@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Program, Reorder, Reset, Step, Truncate
+from kvconform_specs.program import Append, Reorder, Reset, Step, Truncate
 from kvconform_specs.strategies import Draw, appends, at_once, batches, counts, seeds, splits
 
 
@@ -31,14 +35,14 @@ def _resized(draw: Draw, config: Config, claims: Claims) -> Case:
             length = 0
             steps.append(Reset("a"))
         seed += 17
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 @st.composite
 def _metered(draw: Draw, config: Config, claims: Claims) -> Case:
     past, size, batch, seed = draw(st.integers(0, 24)), draw(counts(claims)), draw(batches(claims)), draw(seeds)
     step = Append("a", (size,) * batch, seed, count_macs=True)
-    return Case((Program(config, (*appends("a", at_once(past, claims), batch, seed), step)),))
+    return Case((clipped(config, (*appends("a", at_once(past, claims), batch, seed), step)),))
 
 
 @st.composite
@@ -49,7 +53,12 @@ def _at_depths(draw: Draw, config: Config, claims: Claims) -> Case:
     for _ in range(draw(st.integers(3, 4))):
         steps += appends("a", at_once(draw(st.integers(0, 5)), claims), batch, seed)
         steps.append(Append("a", (size,) * batch, seed, count_macs=True))
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
+
+
+def _three_depths(walks: Sequence[reach.Walk]) -> bool:
+    counted = [visit for one in walks for visit in one if isinstance(visit.step, Append) and visit.step.count_macs]
+    return len({visit.past for visit in counted}) > 2 and len({visit.new for visit in counted}) < 3
 
 
 CLAUSES = (
@@ -62,6 +71,7 @@ CLAUSES = (
         relations=(Relation.BYTES,),
         needs=("bytes", "lossless cache"),
         share=0.5,
+        situations=(reach.DECODE, reach.TRUNCATION, reach.RESET),
     ),
     Clause(
         name="accounting.positions",
@@ -72,6 +82,13 @@ CLAUSES = (
         needs=("macs",),
         share=0.25,
         variants=1,  # the count does not depend on the numbers, and counting is slow
+        situations=(
+            reach.append(
+                "a counted step on a cache",
+                lambda v: isinstance(v.step, Append) and v.step.count_macs and v.past > 0,
+                reach.holds(2),
+            ),
+        ),
     ),
     Clause(
         name="accounting.affine",
@@ -83,5 +100,6 @@ CLAUSES = (
         needs=("macs",),
         share=0.25,
         variants=1,  # the count does not depend on the numbers, and counting is slow
+        situations=(reach.Situation("counted steps of one size at three depths", _three_depths, reach.holds(3)),),
     ),
 )

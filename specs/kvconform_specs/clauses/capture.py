@@ -6,11 +6,13 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clauses.shape import sweep
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import AliasHandle, Program, Step
+from kvconform_specs.program import AliasHandle, Append, Step
 from kvconform_specs.strategies import Draw, appends, at_once, batches, seeds, splits
 
 
@@ -30,7 +32,7 @@ def _growing(draw: Draw, config: Config, claims: Claims) -> Case:
             if room[name] > 0:
                 steps += appends(name, (1,), batch, seed + 77 * number)
                 room[name] -= 1
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 @st.composite
@@ -50,7 +52,7 @@ def _aliased(draw: Draw, config: Config, claims: Claims) -> Case:
         if sum(sizes) < config.capacity:
             mixed.append(replace(last, counts=(1,) * len(last.counts)))
     all_shared = tuple(replace(step, in_place=True) for step in steps)
-    return Case((Program(config, steps), Program(config, all_shared), Program(config, tuple(mixed))))
+    return Case((clipped(config, steps), clipped(config, all_shared), clipped(config, tuple(mixed))))
 
 
 CLAUSES = (
@@ -66,6 +68,7 @@ CLAUSES = (
         strategy=_growing,
         relations=(Relation.PARITY,),
         share=0.5,
+        situations=(reach.DECODE, reach.IN_TURN),
     ),
     Clause(
         name="capture.aliasing",
@@ -79,6 +82,13 @@ CLAUSES = (
         strategy=_aliased,
         relations=(Relation.PARITY,),
         needs=("in_place",),
+        situations=(
+            reach.append(
+                "a present in the memory of the past",
+                lambda v: isinstance(v.step, Append) and v.step.in_place and v.past > 0,
+                reach.holds(2),
+            ),
+        ),
     ),
     Clause(
         name="capture.graphs",
@@ -88,5 +98,6 @@ CLAUSES = (
         relations=(Relation.GRAPH_COUNT,),
         needs=("bound on graphs",),
         share=0.5,
+        situations=reach.SIZES,
     ),
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program
 from kvconform_specs.strategies import Draw, appends, batches, landing, seeds, splits, straight, swapped
@@ -28,7 +30,7 @@ def _aimed(draw: Draw, config: Config, claims: Claims) -> Case:
     batch, seed = draw(batches(claims)), draw(seeds)
     position = draw(st.integers(0, sum(sizes) - 1))
     aim = (seed, position) if config.profile == "attention" else None
-    base = Program(config, appends("a", sizes, batch, seed, aim))
+    base = clipped(config, appends("a", sizes, batch, seed, aim))
     row = draw(st.integers(0, batch - 1))
     return Case((base, swapped(base, "a", row, position, _other(base))))
 
@@ -38,7 +40,7 @@ def _each_changed(draw: Draw, config: Config, claims: Claims) -> Case:
     """A short sequence, and one program for each of its tokens with that token changed: together they show which
     output depends on which token."""
     sizes: tuple[int, ...] = draw(splits(config, claims, capacity=8))
-    base = Program(config, appends("a", sizes, 1, draw(seeds)))
+    base = clipped(config, appends("a", sizes, 1, draw(seeds)))
     return Case((base, *(swapped(base, "a", 0, position, _other(base)) for position in range(sum(sizes)))))
 
 
@@ -69,6 +71,7 @@ CLAUSES = (
         strategy=_one_changed,
         relations=(Relation.INSENSITIVE,),
         core=True,
+        situations=(reach.EARLIER_IN_CHUNK, reach.EARLIER_STEP, reach.ROWS),
     ),
     Clause(
         name="causality.past-seen",
@@ -83,6 +86,7 @@ CLAUSES = (
         strategy=_aimed,
         relations=(Relation.SENSITIVE,),
         core=True,
+        situations=(reach.CHANGED_IN_CACHE, reach.DECODE),
     ),
     Clause(
         name="causality.visibility",
@@ -99,5 +103,6 @@ CLAUSES = (
         relations=(Relation.INSENSITIVE, Relation.SENSITIVE),
         core=True,
         share=0.75,
+        situations=(reach.CHANGED_IN_CACHE, reach.EARLIER_STEP),
     ),
 )

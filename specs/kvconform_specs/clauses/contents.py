@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
-from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clause import Case, Clause, Relation, floats
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.history import Histories
-from kvconform_specs.program import AliasHandle, Append, Poison, Program, ReadCache, Reorder, Reset, Step, Truncate
-from kvconform_specs.strategies import Draw, appends, batches, counts, histories, seeds, splits
+from kvconform_specs.program import (
+    AliasHandle,
+    Append,
+    Close,
+    Poison,
+    Program,
+    ReadCache,
+    Reorder,
+    Reset,
+    Step,
+    Truncate,
+    called,
+)
+from kvconform_specs.strategies import Draw, appends, batches, counts, fitted, histories, seeds, splits
 
 
 def _read(config: Config, claims: Claims) -> SearchStrategy[Case]:
-    return histories(config, claims).map(lambda program: Case((Program(config, _with_reads(program)),)))
+    return histories(config, claims).map(lambda program: Case((clipped(config, _with_reads(program)),)))
 
 
 def _with_reads(program: Program) -> tuple[Step, ...]:
@@ -42,7 +57,7 @@ def _growing(draw: Draw, config: Config, claims: Claims) -> Case:
             steps.append(Reorder("a", tuple((row + 1) % batch for row in range(batch))))
             seed += 17
         steps += [Append("a", (size,) * batch, seed), ReadCache("a")]
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 @st.composite
@@ -61,7 +76,7 @@ def _two_futures(draw: Draw, config: Config, claims: Claims) -> Case:
             count = min(draw(counts(claims)), free[seq])
             free[seq] -= count
             steps += [Append(seq, (count,) * batch, stream)] if count else []
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 def _poisoned(kinds: tuple[str, ...]) -> Callable[[Config, Claims], SearchStrategy[Case]]:
@@ -84,9 +99,25 @@ def _poisoned(kinds: tuple[str, ...]) -> Callable[[Config, Claims], SearchStrate
             steps.append(Poison("a", keys, values))
         if length < config.capacity:
             steps.append(Append("a", (1,) * batch, seed))
-        return Case((Program(config, tuple(steps)),))
+        return Case((clipped(config, tuple(steps)),))
 
     return family
+
+
+@st.composite
+def _nan_removed(draw: Draw, config: Config, claims: Claims) -> Case:
+    """Tokens, ordinary ones or NaN, that are truncated, reset or closed away; then others take their slots."""
+    ways = [way for way in ("truncate", "reset") if claims.can(way)] + ["close"]
+    sizes: tuple[int, ...] = draw(splits(config, claims, most=3, capacity=config.capacity // 2))
+    batch, seed, way = draw(batches(claims)), draw(seeds), draw(st.sampled_from(ways))
+    kept = sum(sizes) if way == "truncate" else 0
+    begun = appends("a", sizes, batch, seed)
+    removed = appends("a", fitted((draw(counts(claims)), 1), config.capacity - sum(sizes)), batch, seed + 17)
+    removal: Step = Truncate("a", kept) if way == "truncate" else Reset("a") if way == "reset" else Close("a")
+    name = "b" if way == "close" else "a"
+    later = appends(name, fitted(draw(splits(config, claims, most=3)), config.capacity - kept), batch, seed + 34)
+    turned = tuple(replace(step, distribution="nan") for step in removed)
+    return Case(tuple(clipped(config, (*begun, *tokens, removal, *later)) for tokens in (removed, turned)))
 
 
 CLAUSES = (
@@ -102,6 +133,7 @@ CLAUSES = (
         relations=(Relation.CONTENTS,),
         profiles=("attention",),
         needs=("contents",),
+        situations=(reach.READ, reach.DECODE, *reach.EDITS),
     ),
     Clause(
         name="contents.past-unchanged",
@@ -110,6 +142,7 @@ CLAUSES = (
         strategy=_growing,
         relations=(Relation.STABLE_CONTENTS,),
         needs=("contents", "lossless cache"),
+        situations=(reach.READ, reach.DECODE),
     ),
     Clause(
         name="contents.old-handle",
@@ -122,6 +155,14 @@ CLAUSES = (
         strategy=_two_futures,
         relations=(Relation.PARITY,),
         needs=("immutable", "two sequences"),
+        situations=(
+            reach.after_a(
+                AliasHandle, "a new handle that continues", lambda v: called(v.step).seq == "a", reach.holds(2)
+            ),
+            reach.after_a(
+                AliasHandle, "an old handle that continues", lambda v: called(v.step).seq == "b", reach.holds(2)
+            ),
+        ),
     ),
     Clause(
         name="contents.dead-slots",
@@ -130,6 +171,7 @@ CLAUSES = (
         strategy=_poisoned(("junk",)),
         relations=(Relation.PARITY,),
         needs=("poison",),
+        situations=(reach.poisoned("keys"), reach.poisoned("values")),
     ),
     Clause(
         name="contents.poison-safe",
@@ -142,6 +184,22 @@ CLAUSES = (
         strategy=_poisoned(("nan", "inf")),
         relations=(Relation.PARITY,),
         needs=("poison", "poison-safe slots"),
+        situations=(reach.poisoned("keys"), reach.poisoned("values")),
+    ),
+    Clause(
+        name="contents.nan-removed",
+        text="Tokens that held NaN leave nothing behind where a backend claims that unused slots may hold anything: "
+        "once they are truncated, reset or closed away, no output depends on them by a bit.",
+        why=(
+            "https://github.com/vllm-project/vllm/pull/50283",
+            "https://github.com/alibaba/rtp-llm/pull/587",
+            "https://github.com/flashinfer-ai/flashinfer/pull/942",
+        ),
+        strategy=_nan_removed,
+        relations=(Relation.INSENSITIVE,),
+        profiles=("attention", "hidden"),
+        needs=("poison-safe slots",),
+        applies=floats,
     ),
     Clause(
         name="contents.present",
@@ -151,5 +209,6 @@ CLAUSES = (
         strategy=_read,
         relations=(Relation.RETAINED_COUNT,),
         needs=("contents",),
+        situations=(reach.READ, reach.DECODE, reach.PAST_WINDOW),
     ),
 )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Program
 from kvconform_specs.strategies import Draw, any_history, appends, at_once, batches, seeds, straight
 
 
@@ -22,7 +23,10 @@ def _decoding(draw: Draw, config: Config, claims: Claims) -> Case:
     prompt = draw(st.integers(1, 8) | st.just(config.capacity - 9))
     new, chunk = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     sizes = (*at_once(prompt, claims), *(1,) * new, *at_once(chunk, claims))
-    return Case((Program(config, appends("a", sizes, draw(batches(claims)), draw(seeds))),))
+    return Case((clipped(config, appends("a", sizes, draw(batches(claims)), draw(seeds))),))
+
+
+NEAR_CAPACITY = reach.append("a sequence that ends near the capacity", lambda v: v.longest > v.config.capacity - 9)
 
 
 CLAUSES = (
@@ -38,6 +42,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         profiles=("attention",),
         core=True,
+        situations=(*reach.BASIC, reach.ROWS, *reach.EDITS, reach.PAST_WINDOW),
     ),
     Clause(
         name="definition.decoder",
@@ -50,6 +55,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         profiles=("decoder",),
         core=True,
+        situations=(*reach.BASIC, reach.ROWS, *reach.EDITS, reach.PAST_WINDOW),
     ),
     Clause(
         name="definition.grouping",
@@ -60,6 +66,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         share=0.5,
         applies=lambda config: ordinary(config) and 1 < config.kv_heads < config.heads,
+        situations=reach.BASIC,
     ),
     Clause(
         name="definition.scale",
@@ -69,6 +76,7 @@ CLAUSES = (
         strategy=_growing,
         relations=(Relation.PARITY,),
         share=0.5,
+        situations=reach.BASIC,
     ),
     Clause(
         name="definition.softcap",
@@ -78,6 +86,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         share=0.5,
         applies=lambda config: config.softcap is not None,
+        situations=reach.BASIC,
     ),
     Clause(
         name="definition.bias",
@@ -91,6 +100,7 @@ CLAUSES = (
         strategy=_decoding,
         relations=(Relation.PARITY,),
         applies=lambda config: config.positions == "alibi",
+        situations=(*reach.BASIC, NEAR_CAPACITY),
     ),
     Clause(
         name="definition.sink",
@@ -104,6 +114,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         share=0.5,
         applies=lambda config: config.sink is not None,
+        situations=reach.BASIC,
     ),
     Clause(
         name="definition.positions",
@@ -118,5 +129,6 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         profiles=("decoder",),
         applies=lambda config: config.positions in ("learned", "rope"),
+        situations=(*reach.BASIC, NEAR_CAPACITY),
     ),
 )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import LAYOUTS, Program
+from kvconform_specs.program import LAYOUTS
 from kvconform_specs.strategies import Draw, arranged, at_once, batches, counts, fitted, seeds, splits
 from kvconform_specs.strategies import appends as plain
 
@@ -23,7 +26,7 @@ def _laid(draw: Draw, config: Config, claims: Claims) -> Case:
     steps = arranged("a", sizes, (0,) * batch, seed) if shared else plain("a", sizes, batch, seed)
     known = LAYOUTS if shared else LAYOUTS[:-1]
     laid = tuple(replace(step, layout=draw(st.sampled_from(known))) for step in steps)
-    return Case((Program(config, laid),))
+    return Case((clipped(config, laid),))
 
 
 @st.composite
@@ -34,7 +37,15 @@ def _equal(draw: Draw, config: Config, claims: Claims) -> Case:
     past = draw(st.sampled_from((0, *traps)))
     new = draw(st.sampled_from(traps))
     sizes = fitted((*at_once(past, claims), *at_once(new, claims), draw(counts(claims))), config.capacity)
-    return Case((Program(config, plain("a", sizes, batch, draw(seeds))),))
+    return Case((clipped(config, plain("a", sizes, batch, draw(seeds))),))
+
+
+def _equal_to(words: str, size: Callable[[reach.Visit], int]) -> reach.Situation:
+    def possible(config: Config, claims: Claims) -> bool:
+        largest = {"query heads": config.heads, "KV heads": config.kv_heads, "numbers in a head": config.head_dim}
+        return max(largest.get(words, 1), 1) <= min(config.capacity, claims.max_chunk or config.capacity)
+
+    return reach.append(f"as many new tokens as {words}", lambda visit: visit.new == size(visit), possible)
 
 
 CLAUSES = (
@@ -50,6 +61,7 @@ CLAUSES = (
         strategy=_laid,
         relations=(Relation.PARITY,),
         share=0.5,
+        situations=tuple(reach.laid_out(kind) for kind in LAYOUTS),
     ),
     Clause(
         name="layout.equal-sizes",
@@ -62,5 +74,11 @@ CLAUSES = (
         ),
         strategy=_equal,
         relations=(Relation.PARITY,),
+        situations=(
+            _equal_to("rows", lambda v: len(v.step.counts)),
+            _equal_to("query heads", lambda v: v.config.heads),
+            _equal_to("KV heads", lambda v: v.config.kv_heads),
+            _equal_to("numbers in a head", lambda v: v.config.head_dim),
+        ),
     ),
 )

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, long, ordinary
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Program, ReadCache
+from kvconform_specs.program import Append, ReadCache
 from kvconform_specs.strategies import (
     Draw,
     any_history,
@@ -37,7 +39,7 @@ def _distributed(*distributions: str) -> Callable[[Config, Claims], SearchStrate
         kinds = [draw(st.sampled_from(distributions)) for _ in sizes]
         steps = tuple(Append("a", (n,) * batch, seed, distribution=k) for n, k in zip(sizes, kinds, strict=True))
         reads = (ReadCache("a"),) if claims.can("contents") and config.profile == "attention" else ()
-        return Case((Program(config, (*steps, *reads)),))
+        return Case((clipped(config, (*steps, *reads)),))
 
     return family
 
@@ -53,7 +55,7 @@ def _hidden(draw: Draw, config: Config, claims: Claims) -> Case:
         places = st.tuples(st.integers(0, batch - 1), st.integers(0, length - 1))
         hidden = draw(st.lists(places, max_size=2 * length, unique=True).map(sorted))
         steps.append(Append("a", (size,) * batch, seed, masked=tuple(hidden)))
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 @st.composite
@@ -68,7 +70,7 @@ def _empty(draw: Draw, config: Config, claims: Claims) -> Case:
         rows = range(batch) if row == batch else (row,)
         hidden = tuple((r, position) for r in rows for position in range(end))
         steps.append(Append("a", (size,) * batch, seed, masked=hidden if draw(st.integers(0, 3)) else ()))
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 @st.composite
@@ -81,7 +83,7 @@ def _tiled(draw: Draw, config: Config, claims: Claims) -> Case:
     seed, sizes = draw(seeds), landing([*at_once(past, claims)], end, claims)
     aim = (seed, draw(st.integers(0, end - 1))) if draw(st.booleans()) else None
     steps = appends("a", (*sizes, *at_once(chunk, claims)), draw(batches(claims)), seed, aim)
-    return Case((Program(config, steps),))
+    return Case((clipped(config, steps),))
 
 
 @st.composite
@@ -96,7 +98,30 @@ def _deep(draw: Draw, config: Config, claims: Claims) -> Case:
         slot = draw(st.integers(0, length - 1) | st.sampled_from((0, depth // 2 - 1, depth // 2, length - 2)))
         steps.append(Append("a", (1,), seed, needle=(seed, slot)))
     size = draw(counts(claims, 3))
-    return Case((Program(config, (*steps, Append("a", (size,), seed))),))
+    return Case((clipped(config, (*steps, Append("a", (size,), seed))),))
+
+
+def _hides(cached: bool) -> Callable[[reach.Visit], bool]:
+    def found(visit: reach.Visit) -> bool:
+        step, before = visit.step, visit.before or (0,) * len(visit.after)
+        return isinstance(step, Append) and any((at < before[row]) is cached for row, at in step.masked)
+
+    return found
+
+
+def _sees_nothing(visit: reach.Visit) -> bool:
+    """Some query of some row: everything up to its token is hidden."""
+    step, before = visit.step, visit.before or (0,) * len(visit.after)
+    return isinstance(step, Append) and any(
+        {at for of, at in step.masked if of == row} >= set(range(before[row] + 1)) for row in range(len(step.counts))
+    )
+
+
+def _needle_among(depth: int) -> reach.Situation:
+    def found(visit: reach.Visit) -> bool:
+        return isinstance(visit.step, Append) and visit.step.needle is not None and visit.longest >= depth
+
+    return reach.append(f"a needle among {depth} tokens", found, reach.holds(depth))
 
 
 CLAUSES = (
@@ -108,6 +133,7 @@ CLAUSES = (
         strategy=_distributed("large_queries", "large_queries", "normal"),
         relations=(Relation.PARITY,),
         profiles=("attention",),
+        situations=(reach.distributed("large_queries"), reach.DECODE),
     ),
     Clause(
         name="numerics.zero-keys",
@@ -116,6 +142,7 @@ CLAUSES = (
         strategy=_distributed("zero_keys", "zero_keys", "normal"),
         relations=(Relation.PARITY, Relation.LENGTHS),
         profiles=("attention",),
+        situations=(reach.distributed("zero_keys"), reach.DECODE),
     ),
     Clause(
         name="numerics.empty-row",
@@ -130,6 +157,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         profiles=("attention",),
         needs=("mask",),
+        situations=(reach.append("a query to which the mask leaves no key", _sees_nothing),),
     ),
     Clause(
         name="numerics.caller-mask",
@@ -144,6 +172,10 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         profiles=("attention",),
         needs=("mask",),
+        situations=(
+            reach.append("a mask that hides a cached token", _hides(True), reach.holds(2)),
+            reach.append("a mask that hides a new token", _hides(False)),
+        ),
     ),
     Clause(
         name="numerics.finite",
@@ -155,6 +187,7 @@ CLAUSES = (
         strategy=any_history,
         relations=(Relation.FINITE,),
         share=0.5,
+        situations=(reach.DECODE,),
     ),
     Clause(
         name="numerics.head-dim",
@@ -165,6 +198,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         applies=lambda config: ordinary(config) and config.head_dim % 8 != 0,
         share=0.5,
+        situations=reach.BASIC,
     ),
     Clause(
         name="numerics.tiles",
@@ -179,6 +213,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         applies=long,
         variants=2,
+        situations=tuple(reach.length(tile + more) for tile in TILES for more in (-1, 0, 1)),
     ),
     Clause(
         name="numerics.long-context",
@@ -189,5 +224,6 @@ CLAUSES = (
         applies=long,
         share=0.1,
         variants=1,
+        situations=tuple(_needle_among(depth) for depth in DEPTHS),
     ),
 )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Close, Program, Step
+from kvconform_specs.program import Close, Step
 from kvconform_specs.strategies import LARGEST_BATCH, Draw, any_history, appends, at_once, batches, growing, seeds
 
 
@@ -15,7 +17,7 @@ from kvconform_specs.strategies import LARGEST_BATCH, Draw, any_history, appends
 def _first(draw: Draw, config: Config, claims: Claims) -> Case:
     most = min(claims.max_chunk or config.capacity, config.capacity)
     count = draw(st.integers(1, most) | st.sampled_from((1, most)))
-    return Case((Program(config, appends("a", (count,), draw(batches(claims)), draw(seeds))),))
+    return Case((clipped(config, appends("a", (count,), draw(batches(claims)), draw(seeds))),))
 
 
 @st.composite
@@ -27,7 +29,7 @@ def sweep(draw: Draw, config: Config, claims: Claims) -> Case:
         batch, past, count = draw(st.integers(1, largest)), draw(st.integers(0, 12)), draw(st.integers(1, 9))
         sizes = (*at_once(past, claims), *at_once(count, claims))
         steps += [*appends(seq, sizes, batch, draw(seeds)), Close(seq)]
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 CLAUSES = (
@@ -42,6 +44,7 @@ CLAUSES = (
         strategy=growing,
         relations=(Relation.SHAPE,),
         core=True,
+        situations=(*reach.BASIC, reach.ROWS),
     ),
     Clause(
         name="shape.length",
@@ -55,6 +58,7 @@ CLAUSES = (
         strategy=any_history,
         relations=(Relation.LENGTHS,),
         needs=("length",),
+        situations=(reach.DECODE, reach.ROWS, reach.RAGGED, reach.TRUNCATION, reach.RESET),
     ),
     Clause(
         name="shape.first-step",
@@ -64,6 +68,7 @@ CLAUSES = (
         strategy=_first,
         relations=(Relation.PARITY,),
         core=True,
+        situations=(reach.append("a first step of one token", lambda v: v.new == 1 and v.past == 0), reach.PROMPT),
     ),
     Clause(
         name="shape.no-specialisation",
@@ -76,5 +81,6 @@ CLAUSES = (
         ),
         strategy=sweep,
         relations=(Relation.PARITY,),
+        situations=reach.SIZES,
     ),
 )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Program
 from kvconform_specs.strategies import (
     Draw,
     appends,
@@ -38,7 +39,7 @@ def _edge(draw: Draw, config: Config, claims: Claims) -> Case:
     drawn: tuple[int, ...] = draw(splits(config, claims, capacity=3 * w))
     sizes = landing(list(drawn), w + 1 + draw(st.integers(0, w)), claims)
     seed, ends = draw(seeds), fitted(sizes, config.capacity)
-    base = Program(config, appends("a", ends, 1, seed))
+    base = clipped(config, appends("a", ends, 1, seed))
     places = {place for place in (sum(ends) - w - 1, sum(ends) - w) if place >= 0}
     return Case((base, *(swapped(base, "a", 0, place, seed + 1_000_003) for place in sorted(places))))
 
@@ -49,7 +50,7 @@ def _by_one(draw: Draw, config: Config, claims: Claims) -> Case:
     w = config.window or 1
     prompt = draw(st.integers(0, w - 1))
     sizes = (*at_once(prompt, claims), *(1,) * (2 * w + 1 - prompt))
-    return Case((Program(config, appends("a", sizes, draw(batches(claims)), draw(seeds))),))
+    return Case((clipped(config, appends("a", sizes, draw(batches(claims)), draw(seeds))),))
 
 
 @st.composite
@@ -59,7 +60,7 @@ def _chunk(draw: Draw, config: Config, claims: Claims) -> Case:
     past, chunk, new = draw(st.integers(0, 2 * w)), draw(st.integers(w, 3 * w)), draw(st.integers(0, 3))
     sizes = (*at_once(past, claims), *at_once(chunk, claims), *(1,) * new)
     steps = appends("a", fitted(sizes, config.capacity), draw(batches(claims)), draw(seeds))
-    return Case((Program(config, steps),))
+    return Case((clipped(config, steps),))
 
 
 @st.composite
@@ -70,7 +71,28 @@ def _layers(draw: Draw, config: Config, claims: Claims) -> Case:
     drawn: tuple[int, ...] = draw(splits(config, claims))
     sizes = landing(list(drawn), (config.window or 1) * draw(st.integers(2, 4)), claims)
     steps = appends("a", fitted(sizes, config.capacity), draw(batches(claims)), draw(seeds))
-    return Case((Program(config, steps),))
+    return Case((clipped(config, steps),))
+
+
+def _around(more: int) -> reach.Situation:
+    def possible(config: Config, claims: Claims) -> bool:
+        return config.window is not None and 1 <= config.window + more <= config.capacity
+
+    words = f"a sequence of W{more:+d} tokens" if more else "a sequence of W tokens"
+    return reach.append(words, lambda v: v.longest == (v.config.window or 0) + more, possible)
+
+
+def _twice(config: Config, claims: Claims) -> bool:
+    return config.window is not None and 2 * config.window <= config.capacity
+
+
+def _long_chunk(visit: reach.Visit) -> bool:
+    return visit.past > 0 and visit.new > (visit.config.window or 0)
+
+
+def _takes_long_chunks(config: Config, claims: Claims) -> bool:
+    w = config.window or 1
+    return config.capacity > w + 1 and (claims.max_chunk or config.capacity) > w
 
 
 CLAUSES = (
@@ -86,6 +108,7 @@ CLAUSES = (
         strategy=_edge,
         relations=(Relation.PARITY, Relation.INSENSITIVE, Relation.SENSITIVE),
         applies=_windowed,
+        situations=(reach.PAST_WINDOW,),
     ),
     Clause(
         name="window.step-by-step",
@@ -98,6 +121,13 @@ CLAUSES = (
         strategy=_by_one,
         relations=(Relation.PARITY,),
         applies=_windowed,
+        situations=(
+            reach.PAST_WINDOW,
+            _around(-1),
+            _around(0),
+            _around(1),
+            reach.append("a sequence of 2 W tokens", lambda v: v.longest == 2 * (v.config.window or 0), _twice),
+        ),
     ),
     Clause(
         name="window.long-chunk",
@@ -107,6 +137,7 @@ CLAUSES = (
         strategy=_chunk,
         relations=(Relation.PARITY,),
         applies=_windowed,
+        situations=(reach.append("a chunk longer than the window, on a cache", _long_chunk, _takes_long_chunks),),
     ),
     Clause(
         name="window.hybrid",
@@ -120,5 +151,6 @@ CLAUSES = (
         strategy=_layers,
         relations=(Relation.PARITY, Relation.LENGTHS),
         applies=_hybrid,
+        situations=(reach.PAST_WINDOW, reach.DECODE),
     ),
 )

@@ -30,6 +30,7 @@ from kvconform.judging.render import render
 from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
+from kvconform_specs.history import holds_nan
 from kvconform_specs.program import Generate
 
 __all__ = ["Diagnosis", "diagnose"]
@@ -58,7 +59,8 @@ def diagnose(
     except WorkerDied:
         return None
     reference = ReferenceOutputs(client.claims.precision, client.reference_forward)
-    programs = dict.fromkeys(program for case in cases for program in case.programs if program.config == config)
+    shown = (program for case in cases for program in case.programs if not holds_nan(program))
+    programs = dict.fromkeys(program for program in shown if program.config == config)
     extra = (
         Probe(f"case {number}", "a counterexample", program)
         for number, program in zip(count(1), programs, strict=False)
