@@ -144,6 +144,8 @@ def _judged(
                 say(f"{verdict.clause} on {name} [{verdict.config}]: {verdict.sentence}", progress.console)
                 if verdict.counterexample:
                     file = out / "failures" / name / verdict.counterexample
+                    for line in checks.steps(verdict, file):
+                        say(line, progress.console)
                     say(f"  replay: kvconform replay {file}", progress.console)
 
         return run_backend(name, spec, plan, out, tell, known_failures, begin)
