@@ -2,7 +2,7 @@
 
 Together they cover MHA, GQA, MQA, window, softcap, a sink, a given scale, head dims that are not multiples of 8, layers
 with and without a window in one decoder, each kind of positions, rotary factors that are scaled and that change with
-the length, layers that share keys and values, and a long context. They are few because compiled and
+the length, layers that share keys and values, latent attention, and a long context. They are few because compiled and
 exported backends take long to build.
 """
 
@@ -80,6 +80,18 @@ CONFIGS: dict[str, Config] = {
         rotary=Rotary("yarn", 4.0, 16),
         kv_source=(0, 1, 0),
         seed=4,
+    ),
+    "decoder-latent": Config(
+        "decoder",
+        heads=5,
+        kv_heads=5,
+        head_dim=6,
+        width=18,
+        vocabulary=41,
+        positions="rope",
+        latent=9,
+        rotary_dim=4,
+        seed=5,
     ),
 }
 LONG = 1024
