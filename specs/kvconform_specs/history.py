@@ -51,6 +51,11 @@ def seen_by(program: Program) -> list[tuple[Row, ...] | None]:
     return [histories.apply(step) for step in program.steps]
 
 
+def holds_nan(program: Program) -> bool:
+    """Whether some token holds NaN, so that not every output has a value."""
+    return any(stream.distribution == "nan" for rows in seen_by(program) for row in rows or () for stream, _at in row)
+
+
 class Request(NamedTuple):
     """What the outputs of one row of a step are a function of: its tokens, the token whose key its queries have the
     direction of, the positions that the caller's mask hides, and the epoch of the number of tokens at the end of the

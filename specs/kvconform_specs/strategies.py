@@ -229,7 +229,7 @@ class _Interpreter:
 
     def steps(self, drawn: Iterable[tuple[int, int, int]]) -> Iterable[Step]:
         made = [step for kind, which, number in drawn if (step := self.step(kind, "aaaabc"[which], number)) is not None]
-        return made or [self.append("a", 0)]
+        return made or ([] if self.rows else [self.append("a", 0)])
 
     def step(self, kind: int, seq: str, number: int) -> Step | None:
         """The step; an append if its verb is not claimed; None if no step is legal."""
@@ -389,7 +389,7 @@ def detours(
         elif way == "reset" and room:  # its tokens are appended again
             steps += [Append("a", (junk,) * batch, other), Reset("a")]
             steps += appends("a", at_once(length, claims), batch, seed)
-        elif way == "refuse" and length and claims.max_chunk is None:
+        elif way == "refuse" and length and config.capacity - length < (claims.max_chunk or config.capacity):
             steps.append(Reject(Append("a", (config.capacity - length + 1,) * batch, other)))
         steps.append(Append("a", (size,) * batch, seed))
         length += size

@@ -107,6 +107,18 @@ class NewestFirst(NumpyCache):
         return [[(k[:, ::-1], v[:, ::-1]) for k, v in layer] for layer in super().contents(cache)]
 
 
+class ViewsKept(NumpyCache):
+    """The keys and values of a prompt are not copied, as it claims: they stay in the memory of the caller."""
+
+    claims = replace(NumpyCache.claims, inputs="kept")
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        if cache.length:
+            return super().append(cache, layer, key, value)
+        cache.keys[layer], cache.values[layer] = self.stored(key), self.stored(value)
+        return self.loaded(cache.keys[layer]), self.loaded(cache.values[layer])
+
+
 @dataclass(eq=False)
 class Columns(Cache):
     """Keys are stored as ``(b, g, d, s)``."""

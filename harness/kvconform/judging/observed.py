@@ -151,4 +151,8 @@ def changed(base: Observed, other: Observed) -> dict[str, Any]:
                 return {"change": "token", "changed_row": row, "changed_position": position}
             if its.pad != mine.pad:
                 return {"change": "padding"}
+            if (its.nan, its.distribution) != (mine.nan, mine.distribution):
+                return {"change": "nan"}
+            if its.reused != mine.reused:
+                return {"change": "reused"}
     return {"change": "other"}

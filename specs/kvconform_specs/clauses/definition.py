@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims, changes_at
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.clip import clipped
@@ -27,6 +28,9 @@ def _decoding(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case((clipped(config, appends("a", sizes, draw(batches(claims)), draw(seeds))),))
 
 
+NEAR_CAPACITY = reach.append("a sequence that ends near the capacity", lambda v: v.longest > v.config.capacity - 9)
+
+
 CLAUSES = (
     Clause(
         name="definition.attention",
@@ -40,6 +44,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         profiles=("attention",),
         core=True,
+        situations=(*reach.BASIC, reach.ROWS, *reach.EDITS, reach.PAST_WINDOW),
     ),
     Clause(
         name="definition.decoder",
@@ -53,6 +58,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         profiles=("decoder",),
         core=True,
+        situations=(*reach.BASIC, reach.ROWS, *reach.EDITS, reach.PAST_WINDOW),
     ),
     Clause(
         name="definition.grouping",
@@ -63,6 +69,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         share=0.5,
         applies=lambda config: ordinary(config) and 1 < config.kv_heads < config.heads,
+        situations=reach.BASIC,
     ),
     Clause(
         name="definition.scale",
@@ -72,6 +79,7 @@ CLAUSES = (
         strategy=_growing,
         relations=(Relation.PARITY,),
         share=0.5,
+        situations=reach.BASIC,
     ),
     Clause(
         name="definition.softcap",
@@ -81,6 +89,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         share=0.5,
         applies=lambda config: config.softcap is not None,
+        situations=reach.BASIC,
     ),
     Clause(
         name="definition.bias",
@@ -94,6 +103,7 @@ CLAUSES = (
         strategy=_decoding,
         relations=(Relation.PARITY,),
         applies=lambda config: config.positions == "alibi",
+        situations=(*reach.BASIC, NEAR_CAPACITY),
     ),
     Clause(
         name="definition.sink",
@@ -107,6 +117,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         share=0.5,
         applies=lambda config: config.sink is not None,
+        situations=reach.BASIC,
     ),
     Clause(
         name="definition.positions",
@@ -124,5 +135,6 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         profiles=("decoder",),
         applies=lambda config: config.positions in ("learned", "rope"),
+        situations=(*reach.BASIC, NEAR_CAPACITY),
     ),
 )

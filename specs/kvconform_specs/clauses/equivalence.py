@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims, changes_at, edges
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.clip import clipped
@@ -120,6 +121,36 @@ def _last(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case((clipped(config, tuple(steps)), clipped(config, asked)))
 
 
+LAST_ON_CACHE = reach.append(
+    "a chunk on a cache of which the last position alone is requested",
+    lambda v: isinstance(v.step, Append) and v.step.last_only and v.past > 0,
+    reach.holds(2),
+)
+LAST_UNCACHED = reach.having(
+    "a cache-less forward of which the last position alone is requested",
+    UncachedForward,
+    lambda made: made.last_only,
+    "uncached_forward",
+)
+
+
+def _to_the_capacity(visit: reach.Visit) -> bool:
+    step = visit.step
+    return isinstance(step, Generate) and step.counts[0] + step.new == visit.config.capacity
+
+
+def _several(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Generate) and visit.step.new > 1
+
+
+def _takes_a_chunk_beyond(config: Config, claims: Claims) -> bool:
+    return claims.can("overflow refused") and claims.max_chunk is None and config.capacity > 1
+
+
+def _amid(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, UncachedForward) and any(isinstance(made, Append) for made in visit.earlier)
+
+
 CLAUSES = (
     Clause(
         name="equivalence.decode",
@@ -132,6 +163,7 @@ CLAUSES = (
         strategy=_decode,
         relations=(Relation.AGREEMENT,),
         core=True,
+        situations=(reach.DECODE, reach.ROWS, reach.PAST_WINDOW),
     ),
     Clause(
         name="equivalence.chunks",
@@ -144,6 +176,7 @@ CLAUSES = (
         strategy=chunks,
         relations=(Relation.AGREEMENT,),
         core=True,
+        situations=(*reach.BASIC, reach.PAST_WINDOW),
     ),
     Clause(
         name="equivalence.path",
@@ -157,6 +190,7 @@ CLAUSES = (
         strategy=_paths,
         relations=(Relation.AGREEMENT,),
         needs_any=("truncate", "fork", "reorder", "reset"),
+        situations=(*reach.EDITS, reach.refused("a refused append", lambda v: v.new > 0, _takes_a_chunk_beyond)),
     ),
     Clause(
         name="equivalence.full-stable",
@@ -170,6 +204,7 @@ CLAUSES = (
         strategy=_full,
         relations=(Relation.AGREEMENT,),
         needs=("uncached_forward",),
+        situations=(reach.step("a cache-less forward while a sequence is open", _amid),),
     ),
     Clause(
         name="equivalence.generation",
@@ -188,6 +223,10 @@ CLAUSES = (
         profiles=("decoder",),
         needs=("generate",),
         applies=lambda config: ordinary(config) and config.capacity > 1,
+        situations=(
+            reach.step("a generation of several tokens", _several, reach.holds(3)),
+            reach.step("a generation up to the capacity", _to_the_capacity),
+        ),
     ),
     Clause(
         name="equivalence.last-position",
@@ -204,5 +243,6 @@ CLAUSES = (
         relations=(Relation.AGREEMENT,),
         profiles=("decoder",),
         needs=("last_only",),
+        situations=(LAST_ON_CACHE, LAST_UNCACHED),
     ),
 )
