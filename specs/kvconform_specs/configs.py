@@ -1,9 +1,9 @@
 """The closed table of configs on which every backend is tested; the sizes of each are pairwise distinct.
 
 Together they cover MHA, GQA, MQA, window, softcap, a sink, a bias, a given scale and head dims of every kind: each pair
-of these in some config, and each option alone in one, so that a backend that refuses the others still meets it. Further:
-layers with and without a window in one decoder, each kind of positions, rotary factors that are scaled and that change
-with the length, layers that share keys and values, and a long context.
+of these in some config, and each option alone in one, so that a backend that refuses the others still meets it.
+Further: layers with and without a window in one decoder, each kind of positions, rotary factors that are scaled and that
+change with the length, layers that share keys and values, latent attention, and a long context.
 """
 
 from __future__ import annotations
@@ -108,6 +108,18 @@ CONFIGS: dict[str, Config] = {
         rotary=Rotary("yarn", 4.0, 16),
         kv_source=(0, 1, 0),
         seed=4,
+    ),
+    "decoder-latent": Config(
+        "decoder",
+        heads=5,
+        kv_heads=5,
+        head_dim=6,
+        width=18,
+        vocabulary=41,
+        positions="rope",
+        latent=9,
+        rotary_dim=4,
+        seed=6,
     ),
 }
 LIGHT = frozenset(
