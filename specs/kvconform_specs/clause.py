@@ -14,6 +14,7 @@ from kvconform_specs.config import Config
 from kvconform_specs.configs import LONG
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Program
+from kvconform_specs.situations import Situation
 
 
 class Level(Enum):
@@ -126,7 +127,8 @@ class Clause:
     needs_any: at least one of these must be claimed. applies: whether the clause concerns a config. core: without a
     PASS on it no profile of a backend is conformant. strategy: the programs, drawn for a config within a backend's
     claims. share: the number of structures that are drawn, as a fraction of the effort's. variants: the most seeds of
-    each structure that are run; fewer where programs are long, or where few shapes matter.
+    each structure that are run; fewer where programs are long, or where few shapes matter. situations: what the
+    programs of each cell must reach, as far as its config and claims allow; a cell that misses one is *not exercised*.
     """
 
     name: str
@@ -142,6 +144,7 @@ class Clause:
     core: bool = False
     share: float = 1.0
     variants: int = 20
+    situations: tuple[Situation, ...] = ()
 
     @property
     def chapter(self) -> str:

@@ -101,6 +101,11 @@ def reaches(length: int) -> Callable[[Program], bool]:
     return lambda p: any(max(after) == length for _s, _b, after in lengths(p))
 
 
+def crosses(length: int, by: int) -> Callable[[Program], bool]:
+    """A step on a cache of fewer tokens ends at that length or later; it has one token, or at least ``by``."""
+    return append(lambda s, b, a: 0 < max(b) < length <= max(a) and (max(s.counts) >= by > 1 or max(s.counts) == by))
+
+
 def has(kind: type[Any], that: Callable[[Any], bool] = lambda s: True) -> Callable[[Program], bool]:
     return lambda p: any(isinstance(s, kind) and that(s) for s in p.steps)
 
@@ -224,6 +229,8 @@ def reused_by_equal_steps(p: Program) -> bool:
 W = WINDOW.window or 0
 PAGE = EVERYTHING.page or 0
 LEARNED = CONFIGS["decoder-learned"]
+LONGROPE = CONFIGS["decoder-longrope"]
+(SWITCH,) = LONGROPE.changes_at
 KINDS = (Truncate, Fork, Reorder, Reset, Reject, Close)
 SITUATIONS: tuple[tuple[str, Config, str, Callable[[Program], bool]], ...] = (
     ("shape.output", GQA, "a decode step of one row", append(lambda s, _b, _a: s.counts == (1,))),
@@ -268,6 +275,10 @@ SITUATIONS: tuple[tuple[str, Config, str, Callable[[Program], bool]], ...] = (
     ("definition.attention", GQA, "a row taken twice", repeats_a_row),
     *(("definition.attention", GQA, NAMES[kind], has(kind)) for kind in (*KINDS, AliasHandle)),
     ("definition.decoder", ROPE, "a chunk on a cache", chunk_on_a_cache),
+    ("definition.positions", LONGROPE, "a decode step across the switch", crosses(SWITCH, by=1)),
+    ("equivalence.chunks", LONGROPE, "a chunk across the switch", crosses(SWITCH, by=2)),
+    ("equivalence.decode", LONGROPE, "a decode step across the switch", crosses(SWITCH, by=1)),
+    ("equivalence.path", LONGROPE, "a step across the switch", crosses(SWITCH, by=1)),
     ("lifecycle.reset", GQA, "a chunk on a cache", chunk_on_a_cache),
     ("lifecycle.independent", GQA, "two open sequences in turn", two_live_interleaved),
     ("lifecycle.independent", GQA, "the second sequence is shorter", second_sequence_shorter),
@@ -452,6 +463,8 @@ def test_the_configs_cover_what_the_suite_speaks_of() -> None:
     for option in ("window", "softcap", "sink", "scale"):
         assert {getattr(c, option) is None for c in configs} == {True, False}, option
     assert any(c.window_every > 1 and c.layers > 1 for c in configs)
+    assert {c.rotary is None for c in configs if c.positions == "rope"} == {True, False}
+    assert {bool(c.changes_at) for c in configs} == {bool(c.kv_source) for c in configs} == {True, False}
 
 
 def test_what_is_drawn_depends_on_the_seed_and_not_on_the_modules_that_are_loaded(

@@ -30,7 +30,9 @@ from kvconform_backends.faults import (
     paging,
     positions,
     quantised,
+    scaled_rope,
     shape,
+    shared_layers,
     window,
 )
 from kvconform_backends.faults.planted import GITHUB, Fault, faults_of
@@ -97,6 +99,8 @@ MODULES = (
     last_position,
     definition,
     positions,
+    scaled_rope,
+    shared_layers,
     lifecycle,
     branches,
     contents,

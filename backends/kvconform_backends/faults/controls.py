@@ -35,6 +35,8 @@ class RopeFromSeven(NumpyCache):
 class DimsReversed(NumpyCache):
     """Keys are cached with reversed head dims, and queries are reversed accordingly."""
 
+    designs = ()
+
     def attend(self, cache: Cache, layer: int, query: Array, key: Array, value: Array) -> Array:
         return super().attend(cache, layer, query[..., ::-1], key[..., ::-1], value)
 
@@ -66,6 +68,8 @@ class GeneratesWithoutACache(NumpyCache):
 
 class NewestFirst(NumpyCache):
     """The newest token is in slot 0; masks and biases are reversed accordingly."""
+
+    designs = ()
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         cache.keys[layer] = np.concatenate([self.stored(key)[:, :, ::-1], cache.keys[layer]], axis=2)

@@ -88,7 +88,7 @@ class Observed:
         """``place``: step, row and position; ``element``: among all numbers that a read shows of a token."""
         c, (step, row, position) = self.program.config, place
         layer, is_value, head, index = (
-            int(i) for i in np.unravel_index(element, (c.layers, 2, c.kv_heads, c.head_dim))
+            int(i) for i in np.unravel_index(element, (len(c.caching), 2, c.kv_heads, c.head_dim))
         )
         part = {"layer": layer, "part": ("key", "value")[is_value], "head": head, "element": index}
         return self.at_step(kind, step, row=row, position=position, **part, **facts)

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, floats, ordinary
 from kvconform_specs.clip import clipped
@@ -131,6 +132,29 @@ def _roomy(config: Config) -> bool:
     return ordinary(config) and config.capacity >= 24
 
 
+def _two_rows(config: Config, claims: Claims) -> bool:
+    return claims.can("two rows") and config.capacity > 1
+
+
+def _nan_sequence(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Append) and visit.step.distribution == "nan"
+
+
+def _middle_first(visit: reach.Visit) -> bool:
+    return len(visit.after) > 2 and min(visit.after) < visit.after[0] < max(visit.after)
+
+
+def _pauses(visit: reach.Visit) -> bool:
+    step = visit.step
+    return isinstance(step, Append) and any(
+        count == 0 < was for count, was in zip(step.counts, visit.before, strict=False)
+    )
+
+
+def _on_the_left(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Append) and visit.step.pad is not None and visit.step.pad[0] == "left"
+
+
 CLAUSES = (
     Clause(
         name="batch.row-solo",
@@ -143,6 +167,7 @@ CLAUSES = (
         strategy=rows_alone,
         relations=(Relation.AGREEMENT,),
         needs=("two rows",),
+        situations=(reach.ROWS, reach.RAGGED, reach.DECODE),
     ),
     Clause(
         name="batch.permutation",
@@ -151,6 +176,7 @@ CLAUSES = (
         strategy=_permuted,
         relations=(Relation.AGREEMENT,),
         needs=("two rows",),
+        situations=(reach.ROWS, reach.DECODE),
     ),
     Clause(
         name="batch.ragged",
@@ -165,6 +191,11 @@ CLAUSES = (
         relations=(Relation.PARITY, Relation.LENGTHS),
         needs=("ragged", "two rows"),
         applies=_roomy,
+        situations=(
+            reach.RAGGED,
+            reach.DECODE,
+            reach.append("a row that is neither the longest nor the shortest first", _middle_first, reach.three_rows),
+        ),
     ),
     Clause(
         name="batch.padding",
@@ -174,6 +205,7 @@ CLAUSES = (
         relations=(Relation.INSENSITIVE,),
         needs=("ragged", "two rows"),
         applies=_roomy,
+        situations=(reach.RAGGED,),
     ),
     Clause(
         name="batch.left-padding",
@@ -188,6 +220,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         needs=("left padding", "two rows"),
         applies=_roomy,
+        situations=(reach.append("columns without a token on the left", _on_the_left), reach.DECODE),
     ),
     Clause(
         name="batch.staggered",
@@ -197,6 +230,10 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         needs=("ragged", "two rows"),
         applies=_roomy,
+        situations=(
+            reach.append("a row without a token beside one that has some", lambda v: 0 in v.after),
+            reach.append("a row that pauses", _pauses),
+        ),
     ),
     Clause(
         name="batch.nan-isolated",
@@ -212,5 +249,9 @@ CLAUSES = (
         profiles=("attention", "hidden"),
         needs_any=("two rows", "two sequences"),
         applies=floats,
+        situations=(
+            reach.append("a row of NaN", lambda v: isinstance(v.step, Append) and v.step.nan != (), _two_rows),
+            reach.append("a sequence of NaN", _nan_sequence, reach.claimed("two sequences")),
+        ),
     ),
 )

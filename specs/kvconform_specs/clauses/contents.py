@@ -8,6 +8,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, floats
 from kvconform_specs.clip import clipped
@@ -24,6 +25,7 @@ from kvconform_specs.program import (
     Reset,
     Step,
     Truncate,
+    called,
 )
 from kvconform_specs.strategies import Draw, appends, batches, counts, fitted, histories, seeds, splits
 
@@ -118,6 +120,14 @@ def _nan_removed(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case(tuple(clipped(config, (*begun, *tokens, removal, *later)) for tokens in (removed, turned)))
 
 
+def _are_nan(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Append) and visit.step.distribution == "nan"
+
+
+def _after_nan(visit: reach.Visit) -> bool:
+    return any(isinstance(made, Append) and made.distribution == "nan" for made in visit.earlier) and visit.longest > 0
+
+
 CLAUSES = (
     Clause(
         name="contents.round-trip",
@@ -131,6 +141,7 @@ CLAUSES = (
         relations=(Relation.CONTENTS,),
         profiles=("attention",),
         needs=("contents",),
+        situations=(reach.READ, reach.DECODE, *reach.EDITS),
     ),
     Clause(
         name="contents.past-unchanged",
@@ -139,6 +150,7 @@ CLAUSES = (
         strategy=_growing,
         relations=(Relation.STABLE_CONTENTS,),
         needs=("contents", "lossless cache"),
+        situations=(reach.READ, reach.DECODE),
     ),
     Clause(
         name="contents.old-handle",
@@ -151,6 +163,14 @@ CLAUSES = (
         strategy=_two_futures,
         relations=(Relation.PARITY,),
         needs=("immutable", "two sequences"),
+        situations=(
+            reach.after_a(
+                AliasHandle, "a new handle that continues", lambda v: called(v.step).seq == "a", reach.holds(2)
+            ),
+            reach.after_a(
+                AliasHandle, "an old handle that continues", lambda v: called(v.step).seq == "b", reach.holds(2)
+            ),
+        ),
     ),
     Clause(
         name="contents.dead-slots",
@@ -159,6 +179,7 @@ CLAUSES = (
         strategy=_poisoned(("junk",)),
         relations=(Relation.PARITY,),
         needs=("poison",),
+        situations=(reach.poisoned("keys"), reach.poisoned("values")),
     ),
     Clause(
         name="contents.poison-safe",
@@ -171,6 +192,7 @@ CLAUSES = (
         strategy=_poisoned(("nan", "inf")),
         relations=(Relation.PARITY,),
         needs=("poison", "poison-safe slots"),
+        situations=(reach.poisoned("keys"), reach.poisoned("values")),
     ),
     Clause(
         name="contents.nan-removed",
@@ -186,6 +208,10 @@ CLAUSES = (
         profiles=("attention", "hidden"),
         needs=("poison-safe slots",),
         applies=floats,
+        situations=(
+            reach.append("tokens of NaN", _are_nan, reach.holds(2)),
+            reach.append("an append behind them", _after_nan, reach.holds(2)),
+        ),
     ),
     Clause(
         name="contents.present",
@@ -195,5 +221,6 @@ CLAUSES = (
         strategy=_read,
         relations=(Relation.RETAINED_COUNT,),
         needs=("contents",),
+        situations=(reach.READ, reach.DECODE, reach.PAST_WINDOW),
     ),
 )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
@@ -71,6 +72,13 @@ def _kept(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case((clipped(config, tuple(steps)),))
 
 
+def _behind_reused(visit: reach.Visit) -> bool:
+    return visit.past > 0 and any(isinstance(made, Append) and made.reused for made in visit.earlier)
+
+
+STRIDED = reach.append("inputs that are views", lambda v: isinstance(v.step, Append) and v.step.layout != "contiguous")
+
+
 CLAUSES = (
     Clause(
         name="memory.inputs-unchanged",
@@ -85,6 +93,7 @@ CLAUSES = (
         ),
         strategy=_watched,
         relations=(Relation.INPUTS,),
+        situations=(reach.DECODE, reach.ROWS, STRIDED),
     ),
     Clause(
         name="memory.inputs-reused",
@@ -98,6 +107,7 @@ CLAUSES = (
         strategy=_reused,
         relations=(Relation.INSENSITIVE,),
         needs=("copied inputs",),
+        situations=(reach.append("a step behind one whose inputs were overwritten", _behind_reused, reach.holds(2)),),
     ),
     Clause(
         name="memory.outputs-kept",
@@ -110,5 +120,6 @@ CLAUSES = (
         ),
         strategy=_kept,
         relations=(Relation.OUTPUTS,),
+        situations=(reach.DECODE,),
     ),
 )

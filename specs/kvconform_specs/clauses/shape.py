@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
@@ -43,6 +44,7 @@ CLAUSES = (
         strategy=growing,
         relations=(Relation.SHAPE,),
         core=True,
+        situations=(*reach.BASIC, reach.ROWS),
     ),
     Clause(
         name="shape.length",
@@ -56,6 +58,7 @@ CLAUSES = (
         strategy=any_history,
         relations=(Relation.LENGTHS,),
         needs=("length",),
+        situations=(reach.DECODE, reach.ROWS, reach.RAGGED, reach.TRUNCATION, reach.RESET),
     ),
     Clause(
         name="shape.first-step",
@@ -65,6 +68,7 @@ CLAUSES = (
         strategy=_first,
         relations=(Relation.PARITY,),
         core=True,
+        situations=(reach.append("a first step of one token", lambda v: v.new == 1 and v.past == 0), reach.PROMPT),
     ),
     Clause(
         name="shape.no-specialisation",
@@ -77,5 +81,6 @@ CLAUSES = (
         ),
         strategy=sweep,
         relations=(Relation.PARITY,),
+        situations=reach.SIZES,
     ),
 )

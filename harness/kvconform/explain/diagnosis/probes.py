@@ -37,7 +37,7 @@ def probes(config: Config, claims: Claims) -> Iterator[Probe]:
         if not all(claims.can(need) for need in plan.needs):
             continue
         steps = tuple(plan.steps(config, claims, first_stream(plan.name)))
-        if not steps or not _claimed(steps, claims):
+        if not steps or not claimed(steps, claims):
             continue
         try:
             yield Probe(plan.name, plan.words, Program(config, steps))
@@ -50,7 +50,7 @@ def first_stream(name: str) -> int:
     return crc32(name.encode()) * STREAMS
 
 
-def _claimed(steps: Sequence[Step], claims: Claims) -> bool:
+def claimed(steps: Sequence[Step], claims: Claims) -> bool:
     """Whether the numbers of rows, of tokens of a step and of open sequences stay within the claims."""
     is_open: set[str] = set()
     for step in map(called, steps):
