@@ -33,8 +33,8 @@ def describe(program: Program, step: int) -> str:
 
 
 def outline(program: Program, steps: int | None = None) -> str:
-    """The first ``steps`` steps in one line, equal ones together, and the sizes that they meet: ``append 17 to a, append
-    1 to a (3 times), truncate a to 5 (window 6)``."""
+    """The first ``steps`` steps in one line, equal ones together, and the sizes that they meet: ``append 17 to a,
+    append 1 to a (3 times), truncate a to 5 (window 6)``."""
     parts, lengths, full = [], Lengths(), False
     for words, run in groupby(program.steps[:steps], _short):
         several = list(run)
