@@ -24,10 +24,24 @@ from kvconform_specs.program import (
 )
 
 Key = TypeVar("Key")
+WRONG = {
+    "dtype": "with inputs of another dtype",
+    "rank": "with an axis less",
+    "heads": "with a KV head too many",
+    "head dim": "with a head dim that is one too small",
+    "batch": "with a row too many",
+    "fewer rows": "with one row alone",
+    "lengths": "with fewer values than keys",
+    "vocabulary": "with an unknown token id",
+    "width": "with a channel less",
+    "depth": "deeper than the claimed rollback",
+}
+"""What is wrong with a call that must be refused (``Reject.wrong``), in words."""
 
 
 def describe(program: Program, step: int) -> str:
-    """Step number ``step`` of the program: ``append 3 to a of 2 rows``, ``reject truncate a to 9``."""
+    """Step number ``step`` of the program: ``append 3 to a of 2 rows``, ``reject truncate a to 9``,
+    ``reject append 1 to a of 2 rows, with one row alone``."""
     call = called(program.steps[step])
     words = NAMES[type(call)]
     match call:
@@ -36,12 +50,15 @@ def describe(program: Program, step: int) -> str:
         case Append(seq, counts) | UncachedForward(seq, counts):
             words += f" {counts[0] if len(set(counts)) == 1 else list(counts)} to {seq}"
         case Truncate(seq, length):
-            words += f" {seq} to {length}"
+            words += f" {seq} to {length if isinstance(length, int) else list(length)}"
         case _:
             words += f" {call.seq}"
     if isinstance(call, Append | UncachedForward) and len(call.counts) > 1:
         words += f" of {len(call.counts)} rows"
-    return f"reject {words}" if isinstance(program.steps[step], Reject) else words
+    whole = program.steps[step]
+    if isinstance(whole, Reject):
+        return f"reject {words}, {WRONG[whole.wrong]}" if whole.wrong else f"reject {words}"
+    return words
 
 
 def described(program: Program) -> list[str]:
@@ -56,7 +73,7 @@ def described(program: Program) -> list[str]:
 def _line(step: Step, held: tuple[int, ...]) -> str:
     match step:
         case Reject(call, wrong):
-            return f"must be refused{f', with a wrong {wrong}' if wrong else ''}: {_line(call, held)}"
+            return f"must be refused{f', {WRONG[wrong]}' if wrong else ''}: {_line(call, held)}"
         case Append():
             holds = f"hold{'' if len(held) > 1 else 's'} {_equal(held)}" if any(held) else "is empty"
             return f"append {_tokens(step, 'to')}, which {holds}{_options(step)}"
@@ -65,8 +82,8 @@ def _line(step: Step, held: tuple[int, ...]) -> str:
             return f"generate {tokens} greedily after {_tokens(step, 'of')}{_options(step)}"
         case UncachedForward():
             return f"compute {_tokens(step, 'of')} without a cache{_options(step)}"
-        case Truncate(seq, length):
-            return f"truncate {seq}, which holds {_equal(held)}, to {length}"
+        case Truncate(seq):
+            return f"truncate {seq}, which holds {_equal(held)}, to {_equal(step.lengths(len(held)))}"
         case Fork(seq, into):
             return f"fork {seq} to {into}"
         case AliasHandle(seq, into):

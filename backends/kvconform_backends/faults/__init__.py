@@ -29,6 +29,7 @@ from kvconform_backends.faults import (
     paging,
     positions,
     quantised,
+    rollbacks,
     shape,
     window,
 )
@@ -98,6 +99,7 @@ MODULES = (
     positions,
     lifecycle,
     branches,
+    rollbacks,
     contents,
     batch,
     window,
@@ -119,6 +121,7 @@ CONTROLS: tuple[type, ...] = (
         for kind in vars(controls).values()
         if isinstance(kind, type) and issubclass(kind, NumpyCache) and kind.__module__ == controls.__name__
     ),
+    rollbacks.SlackRing,
     determinism.OneByOne,
     capture.Captures,
     node_by_node.Graph,

@@ -104,7 +104,7 @@ class NumpyLayers:
             q, k, v = (self.split(self.product(y, w[at + name])) for name in ("query", "key", "value"))
             if c.positions == "rope":
                 q, k = self.rotate(q, positions), self.rotate(k, positions)
-            mixed = self.attend(cache, layer, q, k, v).swapaxes(1, 2).reshape(*x.shape[:2], -1)
+            mixed = self.attend(cache, layer, q, k, v).swapaxes(1, 2).reshape(*x.shape[:2], c.heads * c.head_dim)
             x = x + self.product(mixed, w[at + "output"])
             if c.mlp:
                 y = self.norm(x, w[at + "norm_mlp"])
@@ -119,7 +119,8 @@ class NumpyLayers:
 
     def split(self, x: Array) -> Array:
         """``(b, t, heads * d)`` to ``(b, heads, t, d)``."""
-        return x.reshape(*x.shape[:2], -1, self.config.head_dim).swapaxes(1, 2)
+        d = self.config.head_dim
+        return x.reshape(*x.shape[:2], x.shape[2] // d, d).swapaxes(1, 2)
 
     def rotate(self, x: Array, positions: Array) -> Array:
         half = x.shape[-1] // 2

@@ -160,7 +160,7 @@ def _do(backend: Any, caches: dict[str, Any], step: Call, feed: Feed) -> StepRes
                 backend.close(cache)
             return StepResult()
         case Truncate(seq, length):
-            caches[seq] = backend.truncate(caches[seq], length)
+            caches[seq] = backend.truncate(caches[seq], length if isinstance(length, int) else list(length))
         case Fork(seq, into):
             caches[into] = backend.fork(caches[seq])
         case AliasHandle(seq, into):

@@ -11,6 +11,7 @@ from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program, Reorder, Step
+from kvconform_specs.rollbacks import apart
 from kvconform_specs.strategies import LARGEST_BATCH, Draw, alone, appends, arranged, counts, seeds, splits, uneven
 
 
@@ -127,7 +128,7 @@ CLAUSES = (
             "https://github.com/jundot/omlx/issues/2172",
             "https://github.com/huggingface/optimum/pull/1381",
         ),
-        strategy=_uneven("right"),
+        strategy=_uneven(""),
         relations=(Relation.PARITY, Relation.LENGTHS),
         needs=("ragged", "two rows"),
         applies=_roomy,
@@ -161,7 +162,16 @@ CLAUSES = (
         why=("https://github.com/ml-explore/mlx-lm/issues/1776", "https://github.com/jundot/omlx/issues/2172"),
         strategy=_arriving,
         relations=(Relation.PARITY,),
-        needs=("ragged", "two rows"),
+        needs=("ragged at any time", "two rows"),
         applies=_roomy,
+    ),
+    Clause(
+        name="batch.rollback",
+        text="A truncation may keep another number of tokens of each row: each then continues from its own length, and "
+        "none sees what was removed of it.",
+        why=("https://github.com/Blaizzy/mlx-vlm/issues/1155",),
+        strategy=apart,
+        relations=(Relation.PARITY, Relation.LENGTHS),
+        needs=("truncate", "truncate_rows", "two rows"),
     ),
 )

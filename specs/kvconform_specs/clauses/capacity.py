@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from kvconform_specs.any_history import any_history
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program, Reject, Step
-from kvconform_specs.strategies import Draw, any_history, appends, at_once, batches, landing, seeds, splits
+from kvconform_specs.strategies import Draw, appends, at_once, batches, landing, seeds, splits
 
 
 @st.composite

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from kvconform_specs.any_history import histories
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
 from kvconform_specs.history import Histories
 from kvconform_specs.program import AliasHandle, Append, Poison, Program, ReadCache, Reorder, Reset, Step, Truncate
-from kvconform_specs.strategies import Draw, appends, batches, counts, histories, seeds, splits
+from kvconform_specs.strategies import Draw, appends, batches, counts, seeds, splits
 
 
 def _read(config: Config, claims: Claims) -> SearchStrategy[Case]:
@@ -52,7 +53,7 @@ def _two_futures(draw: Draw, config: Config, claims: Claims) -> Case:
     batch, seed = draw(batches(claims)), draw(seeds)
     steps: list[Step] = [*appends("a", sizes, batch, seed), AliasHandle("a", "b")]
     if claims.can("truncate") and draw(st.integers(0, 2)) == 2:
-        steps.append(Truncate("a", draw(st.integers(0, sum(sizes)))))
+        steps.append(Truncate("a", draw(st.integers(claims.keeps(sum(sizes)), sum(sizes)))))
     elif claims.can("reset") and draw(st.integers(0, 3)) == 3:
         steps.append(Reset("a"))
     free = dict.fromkeys("ab", config.capacity - sum(sizes))  # at most: a truncation frees more
@@ -71,12 +72,13 @@ def _poisoned(kinds: tuple[str, ...]) -> Callable[[Config, Claims], SearchStrate
         sizes: tuple[int, ...] = draw(splits(config, claims))
         batch, seed = draw(batches(claims)), draw(seeds)
         steps: list[Step] = []
-        length = 0
+        length = mark = 0
         for size in sizes:
             steps.append(Append("a", (size,) * batch, seed))
             length += size
+            mark = max(mark, length)
             if claims.can("truncate") and draw(st.integers(0, 4)) == 4:
-                length = draw(st.integers(0, length))
+                length = draw(st.integers(claims.keeps(mark), length))
                 seed += 17
                 steps.append(Truncate("a", length))
             kind: str = draw(st.sampled_from(kinds))

@@ -8,6 +8,7 @@ from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Close, Fork, Program, Reject, Reorder, Reset, Step, Truncate
+from kvconform_specs.rollbacks import refused, repeated
 from kvconform_specs.strategies import LARGEST_BATCH, Draw, appends, batches, counts, fitted, seeds, splits
 
 
@@ -47,12 +48,17 @@ def _forgotten(draw: Draw, config: Config, claims: Claims) -> Case:
     """Appends, a truncation to nothing, to one token, to all but one, to all, or to any length, then other tokens."""
     batch, seed = draw(batches(claims)), draw(seeds)
     steps: list[Step] = []
-    length = 0
+    length = mark = 0
     for number in range(draw(st.integers(1, 3))):
         sizes: tuple[int, ...] = draw(splits(config, claims, most=3))
         steps += appends("a", fitted(sizes, config.capacity - length), batch, seed + 17 * number)
         length = min(length + sum(sizes), config.capacity)
-        length = draw(st.sampled_from((0, min(1, length), max(length - 1, 0), length)) | st.integers(0, length))
+        mark = max(mark, length)
+        least = claims.keeps(mark)
+        length = draw(
+            st.sampled_from((least, max(min(1, length), least), max(length - 1, least), length))
+            | st.integers(least, length)
+        )
         steps.append(Truncate("a", length))
     size = min(draw(counts(claims)), config.capacity - length)
     return Case((Program(config, (*steps, *appends("a", (size,) if size else (), batch, seed + 77))),))
@@ -155,6 +161,25 @@ CLAUSES = (
         strategy=_out_of_range,
         relations=(Relation.AGREEMENT,),
         needs=("truncate",),
+    ),
+    Clause(
+        name="lifecycle.rollback",
+        text="Truncations may follow one another, with or without new tokens in between, as long as they do not go "
+        "back further than is claimed: a shallow one does not make a deeper one wrong.",
+        why=("https://github.com/ml-explore/mlx-lm/issues/1776", "https://github.com/ml-explore/mlx-lm/pull/1109"),
+        strategy=repeated,
+        relations=(Relation.PARITY, Relation.LENGTHS),
+        needs=("truncate",),
+    ),
+    Clause(
+        name="lifecycle.rollback-limit",
+        text="A truncation that goes back further than the claimed rollback, counted from the largest length since "
+        "the sequence was opened or reset, is refused with an exception and changes nothing, where that is claimed or "
+        "where the tokens that it needs are not retained.",
+        why=("https://github.com/ml-explore/mlx-lm/pull/1109", "https://github.com/ml-explore/mlx-lm/issues/1776"),
+        strategy=refused,
+        relations=(Relation.AGREEMENT,),
+        needs=("limited rollback",),
     ),
     Clause(
         name="lifecycle.fork",

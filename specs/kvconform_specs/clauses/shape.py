@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from kvconform_specs.any_history import any_history
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.config import Config
 from kvconform_specs.program import Close, Program, Step
-from kvconform_specs.strategies import LARGEST_BATCH, Draw, any_history, appends, at_once, batches, growing, seeds
+from kvconform_specs.rollbacks import paused
+from kvconform_specs.strategies import LARGEST_BATCH, Draw, appends, at_once, batches, growing, seeds
 
 
 @st.composite
@@ -76,5 +78,14 @@ CLAUSES = (
         ),
         strategy=sweep,
         relations=(Relation.PARITY,),
+    ),
+    Clause(
+        name="shape.empty-append",
+        text="An append without a token gives an output without a column, and changes nothing.",
+        why=("https://github.com/huggingface/transformers/issues/36151",),
+        strategy=paused,
+        relations=(Relation.AGREEMENT, Relation.LENGTHS),
+        needs=("empty append",),
+        share=0.5,
     ),
 )

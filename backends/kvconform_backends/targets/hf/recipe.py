@@ -229,7 +229,7 @@ def steps(program: Program, tag: str) -> str:
         elif isinstance(call, Close):
             del held[call.seq]
         elif isinstance(call, Truncate | Reset) and not isinstance(step, Reject):
-            held[call.seq] = call.length if isinstance(call, Truncate) else 0
+            held[call.seq] = call.lengths(1)[0] if isinstance(call, Truncate) else 0
     return "\n".join(lines) + "\n"
 
 
@@ -244,7 +244,7 @@ def _line(step: Step, number: int, tag: str, held: Mapping[str, int]) -> str:
     if isinstance(call, Append):
         return f"y{tag}{number} = step({cache}, x{tag}{number})"
     if isinstance(call, Truncate):
-        return f"{cache}.crop({call.length - held[call.seq]})"
+        return f"{cache}.crop({call.lengths(1)[0] - held[call.seq]})"
     if isinstance(call, Reorder):
         rows = list(call.rows)
         return f"{cache}.reorder_cache(torch.tensor({rows}))" if held[call.seq] else f"{cache} = empty()"
