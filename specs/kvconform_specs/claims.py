@@ -52,7 +52,7 @@ DERIVED: dict[str, Callable[[Claims], bool]] = {
     "left padding": lambda claims: "left" in claims.padding and claims.can("ragged"),
     "ragged at any time": lambda claims: claims.ragged_appends == "any" and claims.can("ragged"),
     "empty append": lambda claims: claims.can("empty_append") and claims.returns == "all",
-    "limited rollback": lambda claims: claims.can("truncate") and claims.refuses(claims.rollback or 0, 1) >= 0,
+    "limited rollback": lambda claims: claims.can("truncate") and claims.rollback_ends,
     "window retention": lambda claims: claims.retention == "window",
     "pages": lambda claims: claims.page is not None,
     "quantised cache": lambda claims: claims.kv_bits > 0,
@@ -200,12 +200,17 @@ class Claims:
         """The fewest tokens that a truncation may keep of a row whose largest length has been ``mark``."""
         return 0 if self.rollback is None else max(mark - self.rollback, 0)
 
+    @property
+    def rollback_ends(self) -> bool:
+        """Whether a truncation by more than the rollback must be refused, at least if it is by far more."""
+        return self.rollback is not None and (self.too_deep == "refused" or self.retention == "window")
+
     def refuses(self, mark: int, longest: int) -> int:
         """The largest length that no truncation may keep of a row whose largest length has been ``mark``, if its
         longest append was of ``longest`` tokens; below 1: none. Where ``too_deep`` is undefined it must still be
         refused for lack of the tokens that the ``window`` does not retain."""
-        if self.rollback is None or (self.too_deep != "refused" and self.retention != "window"):
-            return -1
+        if not self.rollback_ends:
+            return 0
         return self.keeps(mark) - 1 - (0 if self.too_deep == "refused" else longest)
 
     @property

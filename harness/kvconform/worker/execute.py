@@ -82,7 +82,7 @@ def execute(
             at(variant, number)
             inputs, keywords = feeds[number]
             given = tuple(x[variant] for x in inputs)
-            if isinstance(step, Reject) and step.wrong:
+            if isinstance(step, Reject) and isinstance(step.step, Append) and step.wrong:
                 given = malformed(given, step.wrong, program.config)
             call = called(step)
             given = tuple(laid(x, call.layout if isinstance(call, Append) else "contiguous") for x in given)
