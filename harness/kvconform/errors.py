@@ -79,6 +79,8 @@ class Raised:
     """Name of the exception's type."""
     message: str
     """What the exception said, at most 500 characters."""
+    out_of_memory: bool = False
+    """Whether it says that memory could not be had."""
 
     def __str__(self) -> str:
         return f"{self.type}: {self.message}"
@@ -86,7 +88,15 @@ class Raised:
     @classmethod
     def of(cls, error: Exception) -> Raised:
         message = (str(error).strip() or "no message")[:500]
-        return cls(type(error).__name__, message.encode(errors="replace").decode())  # a lone surrogate is no JSON
+        memory = isinstance(error, MemoryError) or any(words in message for words in OUT_OF_MEMORY)
+        return cls(type(error).__name__, message.encode(errors="replace").decode(), memory)  # no lone surrogate in JSON
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "Failed to allocate memory", "RESOURCE_EXHAUSTED")
+"""What torch (CUDA, CPU), ONNX Runtime and XLA say where memory cannot be had: they have no type of their own for it
+everywhere."""
+OWN_FAULT = ("SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGPIPE", "SIGSEGV", "SIGSYS", "SIGTRAP")
+"""The signals that a process brings on itself by a fault. Any other one was sent, by someone else or by ``os.kill``."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +109,15 @@ class Exit:
     """Name of the signal that ended the process, such as `SIGSEGV`."""
     timeout: float | None = None
     """Seconds without progress after which the process was killed; null where it ended before."""
+    oom: bool = False
+    """Whether the system's out-of-memory killer may have ended it: it was at work, or its count cannot be read."""
     stderr: str = ""
     """Last line that the process wrote to its standard error, at most 200 characters."""
+
+    @property
+    def from_outside(self) -> bool:
+        """Whether a signal ended it that a fault of the process does not raise."""
+        return bool(self.signal) and self.signal not in OWN_FAULT
 
     def __str__(self) -> str:
         if self.timeout is not None:

@@ -34,7 +34,7 @@ def render(results: Sequence[Results]) -> str:
         for config, held in result.guarantees.items():
             words = (held.level or "none") + (f"; {held.refuted}: refuted" if held.refuted else "")
             ET.SubElement(properties, "property", name=_legal(f"guarantee.{config}"), value=_legal(words))
-        for verdict in result.verdicts:
+        for verdict in (*result.failures, *(one for one in result.verdicts if not one.outcome.broken)):
             _case(suite, label, verdict)
         if result.unavailable:
             case = ET.SubElement(suite, "testcase", classname=_legal(label), name="available", time="0")

@@ -9,6 +9,7 @@ from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import (
     MALFORMED,
@@ -57,8 +58,8 @@ def histories(draw: Draw, config: Config, claims: Claims) -> Program:
     drawn = draw(st.lists(triples, min_size=8, max_size=20))
     interpreter = _Interpreter(config, claims, draw(seeds))
     prompt = draw(st.integers(0, 2))  # one in three begins with a long one
-    begun = interpreter.prompt(config.capacity // 2, draw(batches(claims))) if prompt == 2 else ()
-    return Program(config, (*begun, *interpreter.steps(drawn)))
+    begun = interpreter.prompt(-(-config.capacity // 2), draw(batches(claims))) if prompt == 2 else ()
+    return clipped(config, (*begun, *interpreter.steps(drawn)))
 
 
 def any_history(config: Config, claims: Claims) -> SearchStrategy[Case]:
@@ -125,7 +126,7 @@ class _Interpreter:
         if verb == "reorder":
             kept = len(rows) if number % 4 else 1 + number // 4 % min(self.claims.max_batch or 3, 3)
             picked = tuple((number // 4**i) % len(rows) for i in range(kept))
-            if number % 3 == 0:
+            if number % 5 < 3:
                 picked = tuple((row + 1) % len(rows) for row in range(len(rows)))
             return (Reorder(seq, picked),)
         return (Reset(seq) if verb == "reset" else Close(seq),)
@@ -153,7 +154,7 @@ class _Interpreter:
         largest = min(claims.max_batch or LARGEST_BATCH, LARGEST_BATCH)
         rows = self.lengths(seq) or (0,) * (1 + number // 16 % largest)
         longest = min(claims.max_chunk or LONGEST_CHUNK, LONGEST_CHUNK, self.config.capacity - max(rows))
-        end = next(edge for edge in edges(self.config) if edge > max(rows)) - max(rows) - (number % 8 == 7)
+        end = next(edge for edge in edges(self.config, self.claims) if edge > max(rows)) - max(rows) - (number % 8 == 7)
         chunk = 1 + number // 4 % longest
         count = (chunk, 1, chunk, end if 0 < end <= longest else 1)[number % 4]
         grown, pad = [count] * len(rows), None

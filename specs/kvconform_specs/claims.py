@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from kvconform_specs.config import DTYPES, PROFILES, take
+from kvconform_specs.config import DTYPES, PROFILES, Config, take
 from kvconform_specs.errors import SpecError
 
 Returns = Literal["all", "last"]
@@ -21,6 +21,7 @@ SeesNothing = Literal["zeros", "mean", "undefined"]
 Intermediates = Literal["single", "storage"]
 Reference = Literal["definition", "self"]
 Rounding = Literal["own", "shared"]
+Inputs = Literal["copied", "kept"]
 
 ABILITIES = {
     "uncached_forward": "has a cache-less forward of its own",
@@ -59,6 +60,7 @@ DERIVED: dict[str, Callable[[Claims], bool]] = {
     "lossless cache": lambda claims: claims.kv_bits == 0,
     "residual window": lambda claims: claims.kv_bits > 0 and claims.residual > 0,
     "bound on graphs": lambda claims: claims.max_graphs is not None and claims.can("graph_count"),
+    "copied inputs": lambda claims: claims.inputs == "copied",
     "two rows": lambda claims: (claims.max_batch or 2) > 1,
     "two sequences": lambda claims: (claims.max_sequences or 2) > 1,
 }
@@ -77,6 +79,7 @@ ENOUGH: dict[str, dict[str, Any]] = {
     "lossless cache": {"kv_bits": 0},
     "residual window": {"kv_bits": 8, "residual": 3},
     "bound on graphs": {"max_graphs": 8, "abilities": ("graph_count",)},
+    "copied inputs": {"inputs": "copied"},
     "two rows": {"max_batch": None},
     "two sequences": {"max_sequences": None},
 }
@@ -103,6 +106,7 @@ ONE_OF = {
     "intermediates": Intermediates,
     "reference": Reference,
     "rounding": Rounding,
+    "inputs": Inputs,
 }
 """The claims that are a choice, or several, of a closed list."""
 
@@ -113,12 +117,14 @@ class Precision:
 
     intermediates: ``single``: scores and weights are kept in float32; ``storage``: rounded to the config's dtype.
     kv_bits: keys and values are stored as integers of that many bits, with one absmax scale for each token and head;
-    0: in the config's dtype. residual: the number of newest tokens of a row that are not quantised.
+    0: in the config's dtype. residual: the number of newest tokens of a row that are not quantised. changes_at: see
+    ``Claims``.
     """
 
     intermediates: str = "single"
     kv_bits: int = 0
     residual: int = 0
+    changes_at: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +147,11 @@ class Claims:
     harness does not set. interface: ``steps``, or ``generation`` for an engine that only generates and is judged by
     that alone. sees_nothing: what a query gives that sees no key: ``zeros``, the ``mean`` of the values, or
     ``undefined``. rounding: whether the last bits of an output depend on its ``own`` tokens only, or are ``shared``
-    with other tokens of the call (experts that share a matrix product); it is measured for black boxes.
+    with other tokens of the call (experts that share a matrix product); it is measured for black boxes. inputs: whether
+    what a step was given is ``copied`` into the cache, so that the caller may overwrite it after the step, or ``kept``
+    as views of the caller's memory. changes_at: the numbers of tokens with which a black box's own forward gives the
+    tokens before the last other outputs than with one token less (rotary factors that depend on the length); empty: its
+    outputs depend on the tokens up to their own only. It is measured, too.
     """
 
     profiles: tuple[str, ...] = ()
@@ -169,6 +179,8 @@ class Claims:
     interface: Interface = "steps"
     reference: Reference = "definition"
     rounding: Rounding = "own"
+    inputs: Inputs = "copied"
+    changes_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, known in MANY_OF.items():
@@ -215,7 +227,7 @@ class Claims:
 
     @property
     def precision(self) -> Precision:
-        return Precision(self.intermediates, self.kv_bits, self.residual)
+        return Precision(self.intermediates, self.kv_bits, self.residual, self.changes_at)
 
     def to_json(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -225,6 +237,11 @@ class Claims:
         body = take(data, at, {f.name for f in fields(cls)})
         frozen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in body.items()}
         return cls(**frozen)
+
+
+def changes_at(config: Config, claims: Claims | Precision) -> tuple[int, ...]:
+    """The lengths at which outputs of earlier tokens change: a black box's as measured, otherwise the config's."""
+    return claims.changes_at or config.changes_at
 
 
 def _one_of(at: str, value: object, known: tuple[str, ...]) -> None:

@@ -47,6 +47,8 @@ class Relation(Enum):
     GENERATED = (
         "no logit exceeds a generated token's by more than the two bounds, on the prompt and the tokens before it"
     )
+    INPUTS = "after each step its inputs are bit for bit what they were, and so is the memory around them"
+    OUTPUTS = "at the end of the program each output is bit for bit what it was when it was returned"
     GRAPH_COUNT = "the backend has compiled no more graphs than it claims"
     BYTES = "the cache takes 2 l g s d b numbers of the storage dtype, s as claimed: length, capacity or whole pages"
     POSITIONS = "a step multiplies weights for its new tokens only"

@@ -97,6 +97,11 @@ class Config:
         """Numbers in the output of one token: ``h * d``, the vocabulary, or hidden channels."""
         return self.heads * self.head_dim if self.profile == "attention" else self.vocabulary or self.width
 
+    @property
+    def changes_at(self) -> tuple[int, ...]:
+        """The numbers of tokens at which the outputs of all tokens change: those of the rotary factors."""
+        return ()
+
     def window_of(self, layer: int) -> int | None:
         """The window of that layer; None if it has none."""
         return self.window if layer % self.window_every == 0 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -37,7 +38,8 @@ def new_tokens(step: Run, lengths: Iterable[int]) -> list[Row]:
     other = {(row, position): Stream(seed, step.distribution) for row, position, seed in step.substitutions}
     made = []
     for index, (length, count) in enumerate(zip(lengths, step.counts, strict=True)):
-        own = Stream(step.seed + index, step.distribution)
+        nan = isinstance(step, Append) and index in step.nan
+        own = Stream(step.seed + index, "nan" if nan else step.distribution)
         made.append(tuple((other.get((index, at), own), at) for at in range(length, length + count)))
     return made
 
@@ -50,11 +52,13 @@ def seen_by(program: Program) -> list[tuple[Row, ...] | None]:
 
 class Request(NamedTuple):
     """What the outputs of one row of a step are a function of: its tokens, the token whose key its queries have the
-    direction of, and the positions that the caller's mask hides."""
+    direction of, the positions that the caller's mask hides, and the epoch of the number of tokens at the end of the
+    step."""
 
     row: Row
     needle: Token | None = None
     masked: tuple[int, ...] = ()
+    epoch: int = 0
 
     @property
     def plain(self) -> bool:
@@ -73,8 +77,15 @@ def requests(step: Step, rows: Sequence[Row]) -> list[Request]:
     return found
 
 
-def prefixed(asked: Iterable[Request]) -> dict[Request, Request]:
-    """For each request the longest one that computes its outputs, too: one whose row begins with the same tokens.
+def epoch_of(length: int, changes_at: Sequence[int]) -> int:
+    """How many of the lengths at which outputs change (``Claims.changes_at``) are at most ``length``. Outputs with the
+    same tokens before them are equal if the steps that gave them ended in the same epoch."""
+    return bisect_right(changes_at, length)
+
+
+def prefixed(asked: Iterable[Request], changes_at: Sequence[int] = ()) -> dict[Request, Request]:
+    """For each request the longest one that computes its outputs, too: one of the same epoch whose row begins with the
+    same tokens.
 
     This holds because the definition is causal (a test of the definition shows it). The longest come first.
     """
@@ -83,7 +94,10 @@ def prefixed(asked: Iterable[Request]) -> dict[Request, Request]:
     for request in sorted(asked, key=lambda r: -len(r.row)):
         row, owner = request.row, request
         if request.plain:
-            owner = next((other for other in longest if other.row[: len(row)] == row), request)
+            same = [
+                other for other in longest if epoch_of(len(other.row), changes_at) == epoch_of(len(row), changes_at)
+            ]
+            owner = next((other for other in same if other.row[: len(row)] == row), request)
             longest += [request] if owner is request else []
         owners[request] = owner
     return owners

@@ -96,6 +96,11 @@ def _problem_of_run(config: Config, lengths: Lengths, step: Run) -> tuple[str, s
             return "seed", f"want a seed of 0..{MAX_SEED}, got {seed}"
     if step.distribution not in DISTRIBUTIONS:
         return "distribution", f"unknown value {step.distribution!r}; known: {', '.join(DISTRIBUTIONS)}"
+    nan_rows = step.nan if isinstance(step, Append) else ()
+    if config.profile == "decoder" and (nan_rows or step.distribution == "nan"):
+        return "nan" if nan_rows else "distribution", "token ids cannot be NaN"
+    if not set(nan_rows) <= set(range(len(grown))):
+        return "nan", f"want rows of 0..{len(grown) - 1}, got {list(nan_rows)}"
     places = [("substitutions", row, position) for row, position, _seed in step.substitutions]
     places += [("masked", *place) for place in step.masked] if isinstance(step, Append) else []
     for name, row, position in places:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Marks, Program, Reject, Reorder, Step, Truncate
 from kvconform_specs.strategies import LARGEST_BATCH, Draw, appends, at_once, batches, counts, pieces, seeds
@@ -59,7 +60,7 @@ class Draft:
             self.add(Append("a", (part,) * len(self.lengths), self.seed))
 
     def program(self) -> Program:
-        return Program(self.config, tuple(self.steps))
+        return clipped(self.config, self.steps)
 
 
 def _grown(draw: Draw, config: Config, claims: Claims, batch: int) -> Draft:

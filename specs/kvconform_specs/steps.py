@@ -19,7 +19,9 @@ class Append:
     rows that hold no token, and the stream that fills them; None: right, zeros. layout: the memory layout of the inputs
     (``LAYOUTS``). in_place: the present is written into the memory of the past. count_macs: the multiply-adds of the
     step are counted. last_only: only the output of each row's last new token is requested; all counts are equal
-    (decoder profile). distribution: the distribution of the streams that the step names (``DISTRIBUTIONS``).
+    (decoder profile). distribution: the distribution of the streams that the step names (``DISTRIBUTIONS``). nan: rows
+    whose streams have the distribution ``nan`` instead. reused: the inputs lie in memory that the caller overwrites
+    after the step, and uses again for the next such step.
     """
 
     seq: str
@@ -34,6 +36,8 @@ class Append:
     count_macs: bool = False
     last_only: bool = False
     distribution: str = "normal"
+    nan: tuple[int, ...] = ()
+    reused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +166,9 @@ OPS: dict[str, type[Any]] = {
     "reject": Reject,
 }
 MAX_SEED = (1 << 48) - 1
-DISTRIBUTIONS = ("normal", "large_queries", "zero_keys", "small_keys_large_values")
+DISTRIBUTIONS = ("normal", "large_queries", "zero_keys", "small_keys_large_values", "nan")
 """The distributions of a stream's numbers: independent normals; queries 64 times as large; all keys zero; values 16
-times as large and keys a quarter. The factors apply in the attention profile."""
+times as large and keys a quarter; NaN. The factors apply in the attention profile. Token ids cannot be NaN."""
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
 """Memory layouts of inputs: dense; token axis before head axis; every other element of a larger array; one row that
 all rows share with a stride of 0 (their tokens must be equal)."""

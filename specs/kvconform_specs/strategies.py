@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
 from hypothesis.strategies import SearchStrategy
 
-from kvconform_specs.claims import Claims
+from kvconform_specs.claims import Claims, changes_at
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Close, Fork, Program, Reject, Reorder, Reset, Step, Truncate
@@ -102,16 +102,19 @@ def splits(
     config: Config, claims: Claims, least: int = 1, most: int = 5, capacity: int | None = None
 ) -> SearchStrategy[tuple[int, ...]]:
     """Sizes of successive appends within the capacity; some end exactly at one of the ``edges``."""
-    total = capacity or config.capacity
+    total = config.capacity if capacity is None else min(max(capacity, 1), config.capacity)
     lists = st.lists(counts(claims), min_size=least, max_size=most)
-    ends = st.sampled_from((0, 0, *(edge for edge in edges(config) if edge <= total)))
+    ends = st.sampled_from((0, 0, *(edge for edge in edges(config, claims) if edge <= total)))
     return st.tuples(lists, ends).map(lambda drawn: fitted(landing(drawn[0], drawn[1], claims), total))
 
 
-def edges(config: Config) -> tuple[int, ...]:
-    """Lengths at which something changes: around the window and its multiples, and where the capacity is reached."""
+def edges(config: Config, claims: Claims) -> tuple[int, ...]:
+    """Lengths at which something changes: around the window and its multiples, where outputs first depend on the
+    length, and where the capacity is reached."""
     w = config.window
-    return (config.capacity,) if w is None else (*sorted({max(w - 1, 1), w, w + 1, 2 * w, 3 * w}), config.capacity)
+    around = set() if w is None else {max(w - 1, 1), w, w + 1, 2 * w, 3 * w}
+    switch = {length for first in changes_at(config, claims)[:1] for length in (first - 1, first, first + 1)}
+    return (*sorted(n for n in around | switch if n < config.capacity), config.capacity)
 
 
 def landing(sizes: list[int], end: int, claims: Claims) -> tuple[int, ...]:
@@ -180,7 +183,8 @@ def alone(program: Program, row: int) -> Program:
     for step in program.steps:
         assert isinstance(step, Append)
         swap = tuple((0, position, seed) for of, position, seed in step.substitutions if of == row)
-        steps.append(replace(step, counts=step.counts[row : row + 1], seed=step.seed + row, substitutions=swap))
+        counts, nan = step.counts[row : row + 1], (0,) * (row in step.nan)
+        steps.append(replace(step, counts=counts, nan=nan, seed=step.seed + row, substitutions=swap))
     return Program(program.config, tuple(step for step in steps if step.counts != (0,)))
 
 

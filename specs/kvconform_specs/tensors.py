@@ -8,7 +8,8 @@ rounding. Arrays are float32, already rounded to the config's dtype: definition 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ _FACTORS = {
     "zero_keys": (1, 0, 1),
     "small_keys_large_values": (1, 0.25, 16),
 }
-"""Factors of query, key and value in each distribution; powers of two, which no dtype rounds."""
+"""Factors of query, key and value in each distribution of finite numbers; powers of two, which no dtype rounds."""
 
 _philox = np.random.Philox(key=0)
 _state = _philox.state
@@ -100,9 +101,11 @@ class Streams:
         padded = -(-width // 4) * 4
         words = np.stack([raw(s, _ATTENTION, 0, padded * self.span) for s in seeds])
         made = normal(words.reshape(len(seeds), self.span, padded)[..., :width])
-        factors = _FACTORS[stream.distribution]
+        if stream.distribution == "nan":
+            return np.full_like(made, np.nan)
         if c.profile == "hidden":
             return rounded(made, c.dtype)
+        factors = _FACTORS[stream.distribution]
         if factors != (1, 1, 1):
             sizes = (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim)
             made *= np.repeat(np.array(factors, np.float32), sizes)
@@ -166,19 +169,28 @@ def mask(step: Append, grown: tuple[Row, ...]) -> NDArray[np.bool_]:
     return seen
 
 
-def laid(x: NDArray[np.generic], layout: str) -> NDArray[np.generic]:
-    """The same numbers in a layout of ``program.LAYOUTS``. Raises SpecError if rows must be equal and are not."""
-    if layout == "transposed":
-        return np.ascontiguousarray(x.swapaxes(-3, -2)).swapaxes(-3, -2) if x.ndim > 2 else np.ascontiguousarray(x.T).T
-    if layout == "sliced":
-        wide = np.full((*x.shape[:-1], 2 * x.shape[-1] + 1), 7, x.dtype)
-        wide[..., 1::2] = x
-        return wide[..., 1::2]
+def laid(x: NDArray[np.generic], layout: str, new: Callable[..., NDArray[Any]] = np.empty) -> NDArray[np.generic]:
+    """A copy of the numbers in a layout of ``program.LAYOUTS``. Raises SpecError if rows must be equal and are not.
+
+    new: gives memory for an array of that shape and dtype.
+    """
     if layout == "expanded":
         if not (x == x[:1]).all():
             raise SpecError("layout", "expanded inputs need rows with equal tokens")
-        return np.broadcast_to(x[:1], x.shape)
-    return np.ascontiguousarray(x)
+        one = new((1, *x.shape[1:]), x.dtype)
+        one[...] = x[:1]
+        return np.ndarray(x.shape, x.dtype, one, strides=(0, *one.strides[1:]))
+    if layout == "transposed":
+        axes = (-3, -2) if x.ndim > 2 else (0, 1)
+        view = new(x.swapaxes(*axes).shape, x.dtype).swapaxes(*axes)
+    elif layout == "sliced":
+        wide = new((*x.shape[:-1], 2 * x.shape[-1] + 1), x.dtype)
+        wide.fill(7)
+        view = wide[..., 1::2]
+    else:
+        view = new(x.shape, x.dtype)
+    view[...] = x
+    return view
 
 
 def malformed(inputs: tuple[NDArray[np.generic], ...], wrong: str, config: Config) -> tuple[NDArray[np.generic], ...]:

@@ -220,7 +220,7 @@ def test_a_black_box_with_an_unknown_mistake_is_not_named() -> None:
 def test_a_reference_that_sees_the_future_is_the_diagnosis() -> None:
     found = diagnosed(f"{SUPPORT / 'mapped_subjects.py'}:BoxWithoutAMask", "decoder-self", mapped=True)
     assert found == Diagnosis(reference_wrong=True)
-    assert sentence(found).startswith("the reference itself is wrong: the target's uncached forward sees later tokens")
+    assert sentence(found).startswith("the reference itself is wrong: the target's uncached forward gives tokens other")
     assert "decode" not in sentence(found)
 
 

@@ -143,6 +143,10 @@ class ClaimsNothing(NumpyCache):
     claims = Claims()
 
 
+class ShortChunks(NumpyCache):
+    claims: ClassVar[Claims] = replace(NumpyCache.claims, max_chunk=2)
+
+
 class WithoutReset(NumpyCache):
     claims = Claims(profiles=("attention",), abilities=("uncached_forward", "length", "truncate"))
 

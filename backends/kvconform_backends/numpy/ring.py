@@ -103,7 +103,7 @@ class NumpyRing(NumpyCache):
 
     def oldest(self, cache: Any, size: int) -> int:
         """The first position that a ring of that size still holds."""
-        return max(cache.written - size, 0)
+        return max(int(cache.written) - size, 0)
 
     def slots(self, positions: Array, size: int) -> Array:
         return positions % size

@@ -150,7 +150,8 @@ def _judged(
 
 
 def _print_results(results: Results, path: Path) -> None:
-    for line in (*checks.diagnosed(results), *results.stale, f"{results.backend}: {results.summary}"):
+    found = (*checks.foremost(results), *checks.diagnosed(results), *results.stale)
+    for line in (*found, f"{results.backend}: {results.summary}"):
         say(line)
     if results.verdicts:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in results.counts.items() if count)

@@ -8,9 +8,10 @@ import numpy as np
 
 from kvconform.judging.mismatch import Kind, Place, json_number
 from kvconform.judging.observed import Array, Checked, Observed
+from kvconform_specs.claims import changes_at
 from kvconform_specs.config import Config
 from kvconform_specs.costs import cache_bytes, multiply_adds, slots
-from kvconform_specs.history import Histories, Row
+from kvconform_specs.history import Histories, Row, epoch_of
 from kvconform_specs.program import Append, Close, Step
 
 
@@ -66,17 +67,18 @@ def stable_contents(observed: Sequence[Observed]) -> Checked:
     """A token is known by its history, so that rows may move."""
     compared = 0
     for one in observed:
-        known: dict[Row, tuple[int, int, Array]] = {}
+        known: dict[tuple[Row, int], tuple[int, int, Array]] = {}
+        changes = changes_at(one.program.config, one.claims)
         for step, _step, rows, token_counts in _after(one, "token_counts"):
             output = one.trace[step].output
             if output is None:
                 continue
             for row, history in enumerate(rows):
-                shown = min(token_counts[row], len(history))
+                shown, epoch = min(token_counts[row], len(history)), epoch_of(len(history), changes)
                 for slot in range(shown):
                     position = len(history) - shown + slot
                     now = output[:, row, token_counts[row] - shown + slot]
-                    since, its_row, was = known.setdefault(history[: position + 1], (step, row, now))
+                    since, its_row, was = known.setdefault((history[: position + 1], epoch), (step, row, now))
                     if since == step:
                         continue
                     compared += now.size

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from kvconform.judging import cache_state, outputs
+from kvconform.judging import cache_state, caller_memory, outputs
 from kvconform.judging.mismatch import Kind, Mismatch
 from kvconform.judging.observed import Array, Checked, Observed
 from kvconform.worker.execute import StepResult, Trace
@@ -37,6 +37,8 @@ RELATIONS: dict[Relation, Callable[[Sequence[Observed]], Checked]] = {
     Relation.CONTENTS: cache_state.contents,
     Relation.STABLE_CONTENTS: cache_state.stable_contents,
     Relation.RETAINED_COUNT: cache_state.retained_count,
+    Relation.INPUTS: caller_memory.inputs,
+    Relation.OUTPUTS: caller_memory.outputs,
     Relation.GRAPH_COUNT: cache_state.graph_count,
     Relation.BYTES: cache_state.held_bytes,
     Relation.POSITIONS: cache_state.positions,

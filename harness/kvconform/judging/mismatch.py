@@ -28,6 +28,8 @@ class Kind(Enum):
     CONTENTS = "contents"
     STABLE_CONTENTS = "stable contents"
     RETAINED_COUNT = "retained count"
+    INPUTS = "inputs"
+    OUTPUTS = "outputs"
     GRAPH_COUNT = "graph count"
     BYTES = "bytes"
     POSITIONS = "positions"
@@ -112,6 +114,14 @@ class Mismatch(Place, frozen=True, kw_only=True, omit_defaults=True):
     """Indices of the equal steps whose multiply-adds `got` lists."""
     depths: tuple[int, ...] = ()
     """Tokens that the longest row holds after each of the steps whose multiply-adds were counted."""
+    array: str = ""
+    """The array of the caller that was overwritten: an input such as `query`, `token ids` or `mask`, or `output`."""
+    where: Literal["", "inside", "before", "behind", "between"] = ""
+    """What was overwritten: a number of the array, the memory before or behind it, or that between its numbers."""
+    index: tuple[int, ...] = ()
+    """The number of the array that was overwritten, one index for each axis; `want` is what it was."""
+    distance: int | None = None
+    """How many numbers before the first or behind the last of the array was written."""
     error: Raised | None = None
     """The exception that the backend raised."""
     ended: Exit | None = None

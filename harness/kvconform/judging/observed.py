@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from kvconform.judging.mismatch import Kind, Mismatch
 from kvconform.worker.execute import Trace
-from kvconform_specs.claims import Claims
+from kvconform_specs.claims import Claims, changes_at
 from kvconform_specs.describe import describe
-from kvconform_specs.history import Request, requests
+from kvconform_specs.history import Request, epoch_of, requests
 from kvconform_specs.program import Append, Program, ReadCache
 from kvconform_specs.reference.oracle import Expected
 
@@ -103,10 +103,11 @@ def cells(one: Observed, number: int) -> list[tuple[int, int, Key]]:
     """Row, column within the step's outputs, and key of each output of a step."""
     want, step = one.want(number), one.program.steps[number]
     found: list[tuple[int, int, Key]] = []
-    for row, (tokens, needle, masked) in enumerate(requests(step, want.rows)):
-        start = len(tokens) - want.counts[row]
+    changes = changes_at(one.program.config, one.claims)
+    for row, (tokens, needle, masked, _epoch) in enumerate(requests(step, want.rows)):
+        start, epoch = len(tokens) - want.counts[row], epoch_of(len(tokens), changes)
         columns = np.flatnonzero(want.real[row]).tolist()
-        found += [(row, c, Request(tokens[: start + p + 1], needle, masked)) for p, c in enumerate(columns)]
+        found += [(row, c, Request(tokens[: start + p + 1], needle, masked, epoch)) for p, c in enumerate(columns)]
     return found
 
 

@@ -112,6 +112,20 @@ def _stable_contents(m: Mismatch) -> str:
     return f"holds {_number(m.got, 9)}, and held {_number(m.want, 9)}{since}"
 
 
+def _inputs(m: Mismatch) -> str:
+    if m.where == "inside":
+        return f"overwrote number {list(m.index)} of its input {m.array}: was {_number(m.want)}, is {_number(m.got)}"
+    if m.where == "between":
+        return f"wrote between the numbers of its input {m.array}, which is a view of a larger array"
+    first = {"before": "before the first", "behind": "behind the last"}[m.where]
+    return f"wrote into memory that it was not given: number {m.distance} {first} of its input {m.array}"
+
+
+def _outputs(m: Mismatch) -> str:
+    words = f"number {list(m.index)} of the output was overwritten after it was returned"
+    return f"{words}: was {_number(m.want)}, is {_number(m.got)} at the end of the program"
+
+
 def _positions(m: Mismatch) -> str:
     assert isinstance(m.got, int) and m.want_max is not None and m.new_tokens is not None
     as_for = f"{m.got / m.want_max * m.new_tokens:.3g}" if m.got > m.want_max else ""
@@ -150,6 +164,8 @@ WORDS: dict[Kind, Callable[[Mismatch], str]] = {
     Kind.CONTENTS: _contents,
     Kind.STABLE_CONTENTS: _stable_contents,
     Kind.RETAINED_COUNT: lambda m: f"shows {m.got} tokens, want {_range(m)}",
+    Kind.INPUTS: _inputs,
+    Kind.OUTPUTS: _outputs,
     Kind.GRAPH_COUNT: lambda m: f"has compiled {m.got} graphs, but claims at most {m.want_max}",
     Kind.BYTES: lambda m: f"reports that it takes {m.got} bytes, want {m.want}",
     Kind.POSITIONS: _positions,

@@ -45,6 +45,8 @@ class Reason(Enum):
     FALLBACK = "fallback ran"
     UNKNOWN_RUNTIME = "what ran is not known"
     NOTHING_COMPARED = "nothing compared"
+    KILLED = "killed from outside"
+    OUT_OF_MEMORY = "out of memory"
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +74,12 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """How many programs were judged, each variant of its seeds counted."""
     structures: int = 0
     """How many different shapes of programs these had."""
+    planned: int = 0
+    """How many shapes were planned; fewer are judged where one breaks the clause, or where time ended (`cut`)."""
+    digest: str = ""
+    """Of the planned programs: cells with equal digests planned the same inputs; empty where none were planned."""
+    cut: bool = False
+    """Whether the time limit of the effort ended the cell before all planned shapes were judged."""
     seconds: float = 0.0
     """Wall time of the cell, in seconds."""
     worst: float | None = None

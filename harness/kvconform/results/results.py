@@ -13,6 +13,7 @@ import msgspec
 from kvconform.explain.diagnosis import Diagnosis
 from kvconform.explain.visibility import Map
 from kvconform.files import read_versioned, write_versioned
+from kvconform.judging.order import by_use
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.guarantees import Guarantee, measured
 from kvconform.results.known_failures import Row
@@ -108,8 +109,8 @@ class Results(msgspec.Struct, kw_only=True):
 
     @property
     def failures(self) -> tuple[Verdict, ...]:
-        """The verdicts of the cells in which the backend broke a clause."""
-        return tuple(verdict for verdict in self.verdicts if verdict.outcome.broken)
+        """The verdicts of the cells in which the backend broke a clause, the most useful to a reader first."""
+        return by_use(self.verdicts)
 
     @property
     def ok(self) -> bool:

@@ -18,7 +18,6 @@ from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.results import Results
 from kvconform.search.effort import CHECK
 from kvconform.worker.registry import installed
-from kvconform_specs.clauses import ALL
 
 SHOWN, DRAWN = CHECK.leaks, 2
 """How many broken clauses are printed in full, the others by name; how many maps are drawn, the others in words."""
@@ -26,7 +25,6 @@ FORMS = (
     "file.py:NAME or package.module:NAME (a class, factory or function), decoder.onnx, "
     "hf:DIRECTORY or hf:CONFIG_CLASS (transformers), or the name of an installed backend"
 )
-CORE = {clause.name for clause in ALL if clause.core}
 
 
 def addresses(target: str, options: Mapping[str, Any]) -> list[str]:
@@ -78,7 +76,7 @@ def lines(results: Results, folder: Path) -> Iterator[str]:
         yield "  reference: its own forward without a cache; a mistake that both share is not detected"
         for name, noise in results.target.noise.items():
             yield f"  noise floor [{name}]: rounding moves outputs by at most {noise:.1g} of their size"
-    broken = sorted(results.failures, key=lambda verdict: verdict.clause not in CORE)  # core clauses first
+    broken = results.failures
     yield from diagnosed(results)
     for verdict in broken[:SHOWN]:
         yield from _failure(results, verdict, folder)
@@ -90,6 +88,13 @@ def lines(results: Results, folder: Path) -> Iterator[str]:
     programs = sum(verdict.programs for verdict in results.verdicts)
     if results.verdicts:
         yield f"  {passed} clauses hold, {len(broken)} are broken; {programs} programs in {results.seconds:.0f} s"
+
+
+def foremost(results: Results) -> Iterator[str]:
+    """Of several failures, the one to read first."""
+    if len(results.failures) > 1:
+        first = results.failures[0]
+        yield f"read first: {first.clause} on {results.backend} [{first.config}]: {first.sentence}"
 
 
 def diagnosed(results: Results) -> Iterator[str]:

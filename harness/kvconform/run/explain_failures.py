@@ -12,7 +12,7 @@ import numpy as np
 
 from kvconform.errors import BackendUnavailable, WorkerDied
 from kvconform.explain import diagnosis, visibility
-from kvconform.judging.verdict import Outcome
+from kvconform.judging.verdict import Outcome, Reason
 from kvconform.results.results import Results
 from kvconform.search import counterexample
 from kvconform.worker.client import WorkerClient
@@ -24,6 +24,10 @@ from kvconform_specs.reference.oracle import expect
 SHARED = (
     "the last bits of an output depend on other tokens of the call, also in the uncached forward: where a change must "
     "not be seen, outputs may move within the bounds"
+)
+CHANGES = (
+    "its own forward is not a function of the prefix: with {} tokens it gives the tokens before the last other outputs "
+    "than with {}; each step is judged by the forward on exactly the tokens up to its end"
 )
 TOKENS = 8
 """How many tokens the noise floor is measured on."""
@@ -46,7 +50,8 @@ def add(client: WorkerClient, results: Results, configs: Mapping[str, Config], f
             files = [failures / v.counterexample for v in broken if v.counterexample]
             cases = [Case.from_json(counterexample.read(file).case) for file in files if file.exists()]
             with suppress(WorkerDied, BackendUnavailable):
-                found = diagnosis.diagnose(client, config, cases, results.maps.get(name, []))
+                unstable = any(v.config == name and v.reason is Reason.REFERENCE_BROKEN for v in results.verdicts)
+                found = diagnosis.diagnose(client, config, cases, results.maps.get(name, []), unstable)
                 if found is not None:
                     results.diagnoses[name] = found
 
@@ -54,7 +59,10 @@ def add(client: WorkerClient, results: Results, configs: Mapping[str, Config], f
 def _add_noise(client: WorkerClient, results: Results, name: str, config: Config) -> None:
     assert results.target is not None
     noise = {**results.target.noise, name: noise_floor(client, config)}
-    assumed = dict.fromkeys((*results.target.assumed, *([SHARED] if client.claims.rounding == "shared" else [])))
+    claims = client.claims
+    measured = [SHARED] if claims.rounding == "shared" else []
+    measured += [CHANGES.format(at, at - 1) for at in claims.changes_at[:1]]
+    assumed = dict.fromkeys((*results.target.assumed, *measured))
     results.target = msgspec.structs.replace(results.target, noise=noise, assumed=list(assumed))
 
 

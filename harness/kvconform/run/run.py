@@ -17,6 +17,7 @@ import numpy as np
 from kvconform.errors import BackendUnavailable, BadArgument, StaleEntry, Unavailable, UnknownClause
 from kvconform.files import write_atomically
 from kvconform.host import machine
+from kvconform.judging.order import REFERENCE_CLAUSE
 from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.results.guarantees import measured
 from kvconform.results.known_failures import EMPTY, KnownFailure, KnownFailures
@@ -114,7 +115,7 @@ def _selected(plan: Plan, own_configs: Mapping[str, Config] | None) -> Iterator[
                 yield Cell(clause, config, name)
 
 
-_REFERENCE_CLAUSE = BY_NAME["equivalence.full-stable"]
+_REFERENCE_CLAUSE = BY_NAME[REFERENCE_CLAUSE]
 """Judged first for a black box: if its own forward breaks this clause, it cannot be the reference of the others."""
 OWN_CONFIGS = ("decoder-self", "hidden-self")
 """The configs of black boxes, which are known only after loading."""

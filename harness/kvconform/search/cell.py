@@ -19,7 +19,9 @@ from kvconform.errors import WorkerDied
 from kvconform.judging.mismatch import Mismatch, died
 from kvconform.judging.render import render
 from kvconform.judging.verdict import Outcome, Reason, Verdict
+from kvconform.search.blame import excuse
 from kvconform.search.counterexample import Counterexample, attempt, frozen, replayed
+from kvconform.search.digest import digest
 from kvconform.search.effort import GUARANTEE_SECONDS, GUARANTEE_TRIALS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Effort
 from kvconform.search.shrink import reduced_death, reduced_list
 from kvconform.worker.client import WorkerClient, unproven
@@ -27,7 +29,7 @@ from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case, Clause, Level
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program
-from kvconform_specs.strategies import explore
+from kvconform_specs.strategies import drawn, explore
 
 OUTCOMES = {"": Outcome.FAIL, "crash": Outcome.CRASH, "timeout": Outcome.TIMEOUT}
 Why = tuple[Reason, str]
@@ -104,6 +106,8 @@ class _Search:
         self.cell, self.client, self.effort = cell, client, effort
         self.seed = zlib.crc32(f"{cell.clause.name} {cell.config_name} {seed}".encode())
         self.began = began
+        self.planned: list[Case] = []  # as they are drawn, until one breaks the clause
+        self.cut = False  # whether time ended before all of them were tried
         self.compared = self.programs = self.structures = 0
         self.worst: float | None = None
         self.found_after: int | None = None
@@ -115,19 +119,19 @@ class _Search:
         self._trials = 0
 
     def run(self) -> None:
-        cell = self.cell
-        strategy = cell.clause.strategy(cell.config, self.client.claims)
-        structures = max(2, round(self.effort.structures * cell.clause.share))
+        strategy = self.cell.clause.strategy(self.cell.config, self.client.claims)
         try:
-            explore(strategy, self.trial, structures, self.seed, shrink=self.effort.shrink)
+            explore(strategy, self.trial, self.effort.planned(self.cell.clause), self.seed, shrink=self.effort.shrink)
         except (_Stop, Flaky):
             assert self.best is not None  # what it is worth is found out on a fresh process
 
     def trial(self, case: Case) -> None:
         if self.best is None:
+            self.planned.append(case)
             if time.perf_counter() - self.began > self.effort.seconds and self.programs:
+                self.cut = True
                 return
-            variants = tuple(range(min(self.effort.variants, self.cell.clause.variants)))
+            variants = self.effort.seeds(self.cell.clause)
         elif self._spent():
             self.reduced = False
             return
@@ -166,6 +170,10 @@ class _Search:
         """Confirms the best case on a fresh process, or finds what must run before it."""
         assert self.best is not None
         case, broken = self.best
+        alone = Case(tuple(frozen(program, broken.variant) for program in case.programs))
+        why = excuse(self.cell.clause, self.client, alone, broken)
+        if why is not None:
+            return self.verdict(Outcome.INCONCLUSIVE, why, broken)
         if not self.effort.shrink:
             return self.verdict(self._outcome(broken), mismatch=broken)
         if broken.ending:
@@ -219,8 +227,11 @@ class _Search:
         earlier = ran
         starts, began = self.client.starts, time.perf_counter()
 
+        def spent() -> bool:
+            return self.client.starts - starts > REBUILDS or time.perf_counter() - began > self.effort.rebuild
+
         def fails(before: list[Program]) -> Mismatch | None:
-            if self.client.starts - starts > REBUILDS or time.perf_counter() - began > self.effort.rebuild:
+            if spent():
                 self.reduced = False
                 return None
             return replayed(self.cell.clause, self.client, before, case)
@@ -228,8 +239,10 @@ class _Search:
         shorten = self.client.leaks < self.effort.leaks
         length = 1 if shorten else len(earlier)
         while True:
+            if spent():  # time decides how short the list becomes, not whether there is one: all of them are tried
+                length = len(earlier)
             suffix = earlier[-length:]
-            broken = fails(suffix)
+            broken = replayed(self.cell.clause, self.client, suffix, case)
             if broken is not None:
                 self.client.leaks += 1
                 self.reduced = self.reduced and shorten
@@ -238,10 +251,18 @@ class _Search:
                 return None
             length *= 2
 
+    def _planned(self) -> list[Case]:
+        """Every case that this cell draws, also those behind one that broke the clause: they are drawn again."""
+        if self.best is None:
+            return self.planned
+        strategy = self.cell.clause.strategy(self.cell.config, self.client.claims)
+        return drawn(strategy, self.effort.planned(self.cell.clause), self.seed)
+
     def verdict(
         self, outcome: Outcome, why: Why | None = None, mismatch: Mismatch | None = None, counterexample: str = ""
     ) -> Verdict:
         reason, sentence = why or (None, "" if mismatch is None else render(mismatch))
+        planned = [] if outcome is Outcome.UNSUPPORTED else self._planned()
         return Verdict(
             clause=self.cell.clause.name,
             config=self.cell.config_name,
@@ -254,6 +275,9 @@ class _Search:
             compared=self.compared,
             programs=self.programs,
             structures=self.structures,
+            planned=len(planned),
+            digest=digest(planned, self.effort.seeds(self.cell.clause)) if planned else "",
+            cut=self.cut,
             worst=self.worst,
             found_after=self.found_after,
             seconds=round(time.perf_counter() - self.began, 3),

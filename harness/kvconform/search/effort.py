@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvconform.errors import BadArgument
+from kvconform_specs.clause import Clause
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,14 @@ class Effort:
     shrink: bool = True
     rebuild: float = 45.0
     leaks: int = 1000
+
+    def planned(self, clause: Clause) -> int:
+        """How many structures are drawn for a cell of the clause."""
+        return max(2, round(self.structures * clause.share))
+
+    def seeds(self, clause: Clause) -> tuple[int, ...]:
+        """The variants that are tried with each structure."""
+        return tuple(range(min(self.variants, clause.variants)))
 
 
 EFFORTS = {

@@ -66,7 +66,10 @@ def _run(step: Step) -> Append | UncachedForward:
 
 
 def _resized(step: Step, counts: tuple[int, ...]) -> Step:
-    return replace(_run(step), counts=counts, substitutions=())
+    shorter = replace(_run(step), counts=counts, substitutions=())
+    if isinstance(shorter, Append):
+        shorter = replace(shorter, nan=tuple(row for row in shorter.nan if row < len(counts)))
+    return shorter
 
 
 def reduced_list(

@@ -32,18 +32,22 @@ from kvconform.errors import (
     WorkerDied,
     WorkerTimeout,
 )
+from kvconform.host import address_space_limited, free_memory, oom_kills, peak_memory
 from kvconform.worker.protocol import LENGTHS, PROGRESS, Header, Traces, send, unpack
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.describe import describe
 from kvconform_specs.program import Program
-from kvconform_specs.reference.oracle import ReferenceForward, shares_rounding
+from kvconform_specs.reference.oracle import ReferenceForward
+from kvconform_specs.reference.own_forward import length_changes, shares_rounding
 
 BUILD_TIMEOUT = 900.0
 """Seconds that a build may take: exports and first compilations are slow, and stand outside the step timeout."""
 STEP_TIMEOUT = 120.0
 """Seconds without progress that make a timeout. A compilation within a step takes 5 to 15 s, and more under load."""
 DEVICES = ("cpu", "cuda")
+BUILDS = 3
+"""How often a build is tried that a signal from outside ends."""
 LOG_LENGTH = 512
 """How many messages a worker's log remembers, for failures that need what ran before."""
 
@@ -175,11 +179,7 @@ class WorkerClient:
             raise self._failed[config]
         if config in self._built and self._process is not None:
             return None
-        try:
-            header, _ = self._ask({"op": "build", "config": config.to_json()}, BUILD_TIMEOUT)
-        except WorkerDied as death:
-            self._failed[config] = type(death)("build", ended=death.ended)
-            raise self._failed[config] from None
+        header = self._tried_build(config)
         if "error" in header:
             self._failed[config] = WorkerDied("build", Raised(*header["error"]))
             raise self._failed[config]
@@ -191,7 +191,21 @@ class WorkerClient:
             with suppress(WorkerDied, BackendUnavailable):  # what is wrong with its own forward is found by a clause
                 if shares_rounding(self._reference_forward, config):
                     self.claims = replace(self.claims, rounding="shared")
+                changes = length_changes(self._reference_forward, config)
+                self.claims = replace(self.claims, changes_at=changes)
         return None
+
+    def _tried_build(self, config: Config) -> Header:
+        """The answer to a build. One that a signal from outside ends is tried again. Raises WorkerDied."""
+        for left in reversed(range(BUILDS)):
+            try:
+                return self._ask({"op": "build", "config": config.to_json()}, BUILD_TIMEOUT)[0]
+            except WorkerDied as death:
+                if left and death.ended is not None and death.ended.from_outside:
+                    continue
+                self._failed[config] = type(death)("build", ended=death.ended)
+                raise self._failed[config] from None
+        raise AssertionError
 
     def run(self, program: Program, indices: Sequence[int]) -> Traces:
         self.send(program, indices)
@@ -255,12 +269,21 @@ class WorkerClient:
             raise WorkerDied("message", Raised(*header["error"]))
         return header
 
+    def starved(self) -> bool:
+        """Whether the machine may lack memory, so that failing to get some says nothing about the backend: less is free
+        than the worker has ever held, or it is not known how much."""
+        if self.spec.device != "cpu" or self._process is None or address_space_limited(self._process.pid):
+            return True
+        free, held = free_memory(), peak_memory(self._process.pid)
+        return free is None or held is None or free < held
+
     # --- the process ---
     def _start(self) -> Header:
         self._built.clear()
         self.log.clear()
         self._early = bytearray()
         self.starts += 1
+        self._oom_kills = oom_kills()
         path = Path(self._scratch.name) / f"progress-{self.starts}"
         path.write_bytes(bytes(PROGRESS.size))
         with path.open("r+b") as file:
@@ -356,7 +379,11 @@ class WorkerClient:
             return WorkerTimeout("step", ended=Exit(timeout=timeout), variant=variant, step=step)
         code, stderr = self._process.wait(), self._last_words()
         self._kill()
-        end = Exit(signal=signal.Signals(-code).name, stderr=stderr) if code < 0 else Exit(code, stderr=stderr)
+        if code >= 0:
+            return WorkerDied("step", ended=Exit(code, stderr=stderr), variant=variant, step=step)
+        kills, name = oom_kills(), signal.Signals(-code).name
+        oom = code == -signal.SIGKILL and (kills is None or kills != self._oom_kills)
+        end = Exit(signal=name, oom=oom, stderr=stderr)
         return WorkerDied("step", ended=end, variant=variant, step=step)
 
     def _last_words(self) -> str:

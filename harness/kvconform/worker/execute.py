@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvconform.errors import Raised
+from kvconform.worker.caller_memory import CallerMemory, Overwritten, changed, room
 from kvconform_specs.history import Histories
 from kvconform_specs.program import (
     POISONS,
@@ -30,11 +31,13 @@ from kvconform_specs.program import (
     UncachedForward,
     called,
 )
-from kvconform_specs.tensors import Streams, laid, malformed, mask
+from kvconform_specs.tensors import Streams, malformed, mask
 
 Array = NDArray[Any]
 Feed = tuple[tuple[Array, ...], dict[str, Any]]
 """What a step hands to the backend: inputs and keywords."""
+INPUTS = {"attention": ("query", "key", "value"), "decoder": ("token ids",), "hidden": ("hidden states",)}
+"""What the inputs are called."""
 
 
 class NotNumeric(TypeError):
@@ -52,7 +55,9 @@ class StepResult:
     a read showed.
 
     ``error``: what a legal step raised. ``refused``: what a ``reject`` step raised. ``returned``: the name of the type
-    that a step gave instead of an array of numbers, which is also an ``error``.
+    that a step gave instead of an array of numbers, which is also an ``error``. input_changed: what the step wrote into
+    the caller's memory. output_changed: what later steps of the program wrote into its output; ``output`` is a copy of
+    what it was when it was returned.
     """
 
     output: Array | None = None
@@ -60,6 +65,8 @@ class StepResult:
     error: Raised | None = None
     refused: Raised | None = None
     returned: str | None = None
+    input_changed: Overwritten | None = None
+    output_changed: Overwritten | None = None
 
 
 Trace = tuple[StepResult, ...]
@@ -74,25 +81,74 @@ def execute(
 ) -> list[Trace]:
     """The traces of the program's variants, one after another. ``at(variant, step)`` is called before each step."""
     feeds = feeds_of(program, indices)
-    traces = []
-    for variant in range(len(indices)):
-        caches: dict[str, Any] = {}
-        trace: list[StepResult] = []
-        for number, step in enumerate(program.steps):
-            at(variant, number)
-            inputs, keywords = feeds[number]
-            given = tuple(x[variant] for x in inputs)
-            if isinstance(step, Reject) and isinstance(step.step, Append) and step.wrong:
-                given = malformed(given, step.wrong, program.config)
-            call = called(step)
-            given = tuple(laid(x, call.layout if isinstance(call, Append) else "contiguous") for x in given)
-            trace.append(_guarded(backend, caches, step, (given, keywords)))
-            if trace[-1].error is not None:
-                break
-        for name in list(caches):  # what a program leaves open is ended; how that goes belongs to no step
-            _guarded(backend, caches, Close(name), ((), {}))
-        traces.append(tuple(trace))
-    return traces
+    return [_traced(backend, program, feeds, variant, at) for variant in range(len(indices))]
+
+
+def _traced(backend: Any, program: Program, feeds: list[Feed], variant: int, at: Callable[[int, int], None]) -> Trace:
+    caches: dict[str, Any] = {}
+    trace: list[StepResult] = []
+    returned: list[Array | None] = []  # the outputs themselves
+    reused = _reused(program, feeds, variant)
+    for number, step in enumerate(program.steps):
+        at(variant, number)
+        call, feed, memory = called(step), feeds[number], None
+        if feed[0]:
+            arrays = _arrays(program, step, feed, variant)
+            memory = reused if reused is not None and _reuses(call) else CallerMemory(room(arrays))
+            feed = _handed(memory.hand_over(arrays), feed)
+        done = _guarded(backend, caches, step, feed)
+        returned.append(done.output)
+        trace.append(replace(done, output=_copied(done.output), input_changed=memory and memory.overwritten()))
+        if memory is not None and memory is reused:
+            memory.overwrite()
+        if done.error is not None:
+            break
+    for name in list(caches):  # what a program leaves open is ended; how that goes belongs to no step
+        _guarded(backend, caches, Close(name), ((), {}))
+    return tuple(_kept(done, output) for done, output in zip(trace, returned, strict=True))
+
+
+# --- the caller's memory ---
+def _reuses(call: Call) -> bool:
+    return isinstance(call, Append) and call.reused
+
+
+def _reused(program: Program, feeds: list[Feed], variant: int) -> CallerMemory | None:
+    """The memory that all steps share which ask for it."""
+    asked = [n for n, step in enumerate(program.steps) if _reuses(called(step))]
+    sizes = [room(_arrays(program, program.steps[n], feeds[n], variant)) for n in asked]
+    return CallerMemory(max(sizes)) if sizes else None
+
+
+def _arrays(program: Program, step: Step, feed: Feed, variant: int) -> list[tuple[str, Array, str]]:
+    """Name, numbers and layout of each array that a step hands over."""
+    inputs, keywords = feed
+    given, call = tuple(x[variant] for x in inputs), called(step)
+    if isinstance(step, Reject) and isinstance(step.step, Append) and step.wrong:
+        given = malformed(given, step.wrong, program.config)
+    layout = call.layout if isinstance(call, Append) else "contiguous"
+    named = [(name, x, layout) for name, x in zip(INPUTS[program.config.profile], given, strict=True)]
+    return [*named, *((name, x, "contiguous") for name, x in keywords.items() if isinstance(x, np.ndarray))]
+
+
+def _handed(views: list[Array], feed: Feed) -> Feed:
+    """What a step is given, in the caller's memory."""
+    inputs, keywords = feed
+    arrays = iter(views[len(inputs) :])
+    return tuple(views[: len(inputs)]), {
+        name: next(arrays) if isinstance(x, np.ndarray) else x for name, x in keywords.items()
+    }
+
+
+def _kept(done: StepResult, returned: Array | None) -> StepResult:
+    """The result, with what has become of the output that the step returned."""
+    if returned is None or done.output is None or done.output.tobytes() == returned.tobytes():
+        return done
+    return replace(done, output_changed=changed("output", done.output, returned))
+
+
+def _copied(output: Array | None) -> Array | None:
+    return None if output is None else np.array(output, order="C")
 
 
 def feeds_of(program: Program, indices: tuple[int, ...]) -> list[Feed]:

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvconform.errors import Raised
+from kvconform.worker.caller_memory import Overwritten
 from kvconform.worker.execute import StepResult, Trace
 
 LENGTHS = struct.Struct("<IQ")
 """Bytes of the header and of the blob behind it."""
 PROGRESS = struct.Struct("<III")
 """In the progress file: a counter that rises with each step, the variant and the step under way."""
+CHANGED = ("input_changed", "output_changed")
+"""The fields of a ``StepResult`` about the caller's memory."""
 
 Header = dict[str, Any]
 
@@ -94,8 +97,9 @@ def _note(done: StepResult) -> Header:
         note["shape"], note["dtype"] = list(done.output.shape), done.output.dtype.str
     for name, raised in (("error", done.error), ("refused", done.refused)):
         if raised is not None:
-            note[name] = [raised.type, raised.message]
+            note[name] = astuple(raised)
     note |= {name: value for name in ("reported", "returned") if (value := getattr(done, name))}
+    note |= {name: asdict(value) for name in CHANGED if (value := getattr(done, name)) is not None}
     return note
 
 
@@ -108,4 +112,9 @@ def _done(note: Header, blob: bytes, offset: int, n: int) -> tuple[StepResult, i
         offset += size * dtype.itemsize
     reported = {name: tuple(numbers) for name, numbers in note.get("reported", {}).items()}
     error, refused = (Raised(*note[name]) if name in note else None for name in ("error", "refused"))
-    return StepResult(output, reported, error, refused, note.get("returned")), offset
+    changed = {name: _overwritten(note[name]) for name in CHANGED if name in note}
+    return StepResult(output, reported, error, refused, note.get("returned"), **changed), offset
+
+
+def _overwritten(note: Header) -> Overwritten:
+    return Overwritten(**{**note, "index": tuple(note["index"])})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results import known_failures
@@ -81,12 +82,12 @@ def chapters(results: Sequence[Results]) -> tuple[Chapter, ...]:
     """Every clause of the spec, and unknown ones in the results, by chapter."""
     known = [{(row.clause, row.config): row for row in result.known_failures} for result in results]
     cells: dict[str, list[_Cell]] = {name: [_Cell([], rows) for rows in known] for name in BY_NAME}
-    number = 0
+    numbers = count(1)
     for column, result in enumerate(results):
+        numbered = dict(zip((verdict.key for verdict in result.failures), numbers, strict=False))
         for verdict in result.verdicts:
-            number += verdict.outcome.broken
             row = cells.setdefault(verdict.clause, [_Cell([], rows) for rows in known])
-            row[column].verdicts.append((verdict, number if verdict.outcome.broken else None))
+            row[column].verdicts.append((verdict, numbered.get(verdict.key)))
     ran = [bool(result.verdicts) for result in results]
     by_chapter: dict[str, list[str]] = {name: [] for name in CHAPTERS}
     for name in cells:

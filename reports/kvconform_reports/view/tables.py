@@ -161,23 +161,22 @@ def backends(results: Sequence[Results]) -> tuple[Backend, ...]:
 
 
 def failures(results: Sequence[Results], folder: str) -> tuple[Failure, ...]:
-    """Every broken cell, numbered in the order of the links in the matrix."""
+    """Every broken cell of each backend, the most useful to a reader first; the matrix links to their numbers."""
     found: list[Failure] = []
     for label, result in zip(labels(results), results, strict=True):
-        for verdict in result.verdicts:
-            if verdict.outcome.broken:
-                clause = BY_NAME.get(verdict.clause)
-                found.append(
-                    Failure(
-                        len(found) + 1,
-                        label,
-                        verdict,
-                        chip(verdict.outcome, 1),
-                        replay_line(result.backend, verdict.counterexample, folder),
-                        clause.text if clause else "",
-                        tuple(facts(verdict)),
-                    )
+        for verdict in result.failures:
+            clause = BY_NAME.get(verdict.clause)
+            found.append(
+                Failure(
+                    len(found) + 1,
+                    label,
+                    verdict,
+                    chip(verdict.outcome, 1),
+                    replay_line(result.backend, verdict.counterexample, folder),
+                    clause.text if clause else "",
+                    tuple(facts(verdict)),
                 )
+            )
     return tuple(found)
 
 

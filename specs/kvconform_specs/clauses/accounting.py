@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Program, Reorder, Reset, Step, Truncate
+from kvconform_specs.program import Append, Reorder, Reset, Step, Truncate
 from kvconform_specs.strategies import Draw, appends, at_once, batches, counts, seeds, splits
 
 
@@ -32,14 +33,14 @@ def _resized(draw: Draw, config: Config, claims: Claims) -> Case:
             length = mark = 0
             steps.append(Reset("a"))
         seed += 17
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 @st.composite
 def _metered(draw: Draw, config: Config, claims: Claims) -> Case:
     past, size, batch, seed = draw(st.integers(0, 24)), draw(counts(claims)), draw(batches(claims)), draw(seeds)
     step = Append("a", (size,) * batch, seed, count_macs=True)
-    return Case((Program(config, (*appends("a", at_once(past, claims), batch, seed), step)),))
+    return Case((clipped(config, (*appends("a", at_once(past, claims), batch, seed), step)),))
 
 
 @st.composite
@@ -50,7 +51,7 @@ def _at_depths(draw: Draw, config: Config, claims: Claims) -> Case:
     for _ in range(draw(st.integers(3, 4))):
         steps += appends("a", at_once(draw(st.integers(0, 5)), claims), batch, seed)
         steps.append(Append("a", (size,) * batch, seed, count_macs=True))
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 CLAUSES = (

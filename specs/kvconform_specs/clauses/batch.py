@@ -9,8 +9,9 @@ from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Program, Reorder, Step
+from kvconform_specs.program import Append, Reorder, Step
 from kvconform_specs.rollbacks import apart
 from kvconform_specs.strategies import LARGEST_BATCH, Draw, alone, appends, arranged, counts, seeds, splits, uneven
 
@@ -27,7 +28,7 @@ def rows_alone(draw: Draw, config: Config, claims: Claims) -> Case:
         steps = draw(uneven(config, claims))
     else:
         steps = appends("a", draw(splits(config, claims)), draw(st.integers(2, _largest(claims))), draw(seeds))
-    base, batch = Program(config, steps), len(steps[0].counts)
+    base, batch = clipped(config, steps), len(steps[0].counts)
     return Case((base, *(one for row in range(batch) if (one := alone(base, row)).steps)))
 
 
@@ -39,8 +40,8 @@ def _permuted(draw: Draw, config: Config, claims: Claims) -> Case:
     order = tuple((row + turn) % batch for row in range(batch))
     if batch > 2 and draw(st.booleans()):
         order = (order[1], order[0], *order[2:])
-    base = Program(config, appends("a", sizes, batch, seed))
-    return Case((base, Program(config, arranged("a", sizes, order, seed))))
+    base = clipped(config, appends("a", sizes, batch, seed))
+    return Case((base, clipped(config, arranged("a", sizes, order, seed))))
 
 
 def _uneven(side: str) -> Callable[[Config, Claims], SearchStrategy[Case]]:
@@ -62,7 +63,7 @@ def _uneven(side: str) -> Callable[[Config, Claims], SearchStrategy[Case]]:
             if size > 0:
                 steps.append(Append("a", (size,) * len(lengths), seed + 17 * number))
                 lengths = [length + size for length in lengths]
-        return Case((Program(config, tuple(steps)),))
+        return Case((clipped(config, tuple(steps)),))
 
     return family
 
@@ -74,7 +75,7 @@ def _padded(draw: Draw, config: Config, claims: Claims) -> Case:
     other = tuple(
         Append(s.seq, s.counts, s.seed, pad=None if s.pad is None else (s.pad[0], s.pad[1] + 1_000_003)) for s in base
     )
-    return Case((Program(config, base), Program(config, other)))
+    return Case((clipped(config, base), clipped(config, other)))
 
 
 @st.composite
@@ -91,7 +92,7 @@ def _arriving(draw: Draw, config: Config, claims: Claims) -> Case:
     made = [
         Append("a", grown, seed, pad=(side, seed + 31) if len(set(grown)) > 1 else None) for grown in steps
     ]  # at most 9 + 3 * 2 + 2 + 1 tokens a row: within any capacity
-    return Case((Program(config, tuple(made)),))
+    return Case((clipped(config, tuple(made)),))
 
 
 def _roomy(config: Config) -> bool:

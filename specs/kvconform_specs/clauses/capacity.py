@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from kvconform_specs.any_history import any_history
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Program, Reject, Step
+from kvconform_specs.program import Append, Reject, Step
 from kvconform_specs.strategies import Draw, appends, at_once, batches, landing, seeds, splits
 
 
@@ -20,7 +21,7 @@ def _to_the_last(draw: Draw, config: Config, claims: Claims) -> Case:
         sizes = landing(list(drawn), config.capacity, claims)
     else:
         sizes = (*drawn, *at_once(config.capacity - sum(drawn), claims))
-    return Case((Program(config, appends("a", sizes, draw(batches(claims)), draw(seeds))),))
+    return Case((clipped(config, appends("a", sizes, draw(batches(claims)), draw(seeds))),))
 
 
 @st.composite
@@ -42,7 +43,7 @@ def _beyond(draw: Draw, config: Config, claims: Claims) -> Case:
             length += append.counts[0]
     last = at_once(min(config.capacity - length, 2), claims)
     more = appends("a", last, batch, seed)
-    return Case((Program(config, (*fresh, *more)), Program(config, (*steps, *more))))
+    return Case((clipped(config, (*fresh, *more)), clipped(config, (*steps, *more))))
 
 
 CLAUSES = (

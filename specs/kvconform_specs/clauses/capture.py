@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clauses.shape import sweep
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import AliasHandle, Program, Step
+from kvconform_specs.program import AliasHandle, Step
 from kvconform_specs.strategies import Draw, appends, at_once, batches, seeds, splits
 
 
@@ -30,7 +31,7 @@ def _growing(draw: Draw, config: Config, claims: Claims) -> Case:
             if room[name] > 0:
                 steps += appends(name, (1,), batch, seed + 77 * number)
                 room[name] -= 1
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 @st.composite
@@ -50,7 +51,7 @@ def _aliased(draw: Draw, config: Config, claims: Claims) -> Case:
         if sum(sizes) < config.capacity:
             mixed.append(replace(last, counts=(1,) * len(last.counts)))
     all_shared = tuple(replace(step, in_place=True) for step in steps)
-    return Case((Program(config, steps), Program(config, all_shared), Program(config, tuple(mixed))))
+    return Case((clipped(config, steps), clipped(config, all_shared), clipped(config, tuple(mixed))))
 
 
 CLAUSES = (

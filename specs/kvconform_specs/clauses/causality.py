@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program
 from kvconform_specs.strategies import Draw, appends, batches, landing, seeds, splits, straight, swapped
@@ -28,7 +29,7 @@ def _aimed(draw: Draw, config: Config, claims: Claims) -> Case:
     batch, seed = draw(batches(claims)), draw(seeds)
     position = draw(st.integers(0, sum(sizes) - 1))
     aim = (seed, position) if config.profile == "attention" else None
-    base = Program(config, appends("a", sizes, batch, seed, aim))
+    base = clipped(config, appends("a", sizes, batch, seed, aim))
     row = draw(st.integers(0, batch - 1))
     return Case((base, swapped(base, "a", row, position, _other(base))))
 
@@ -38,7 +39,7 @@ def _each_changed(draw: Draw, config: Config, claims: Claims) -> Case:
     """A short sequence, and one program for each of its tokens with that token changed: together they show which
     output depends on which token."""
     sizes: tuple[int, ...] = draw(splits(config, claims, capacity=8))
-    base = Program(config, appends("a", sizes, 1, draw(seeds)))
+    base = clipped(config, appends("a", sizes, 1, draw(seeds)))
     return Case((base, *(swapped(base, "a", 0, position, _other(base)) for position in range(sum(sizes)))))
 
 

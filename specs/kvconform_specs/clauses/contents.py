@@ -10,6 +10,7 @@ from hypothesis.strategies import SearchStrategy
 from kvconform_specs.any_history import histories
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.history import Histories
 from kvconform_specs.program import AliasHandle, Append, Poison, Program, ReadCache, Reorder, Reset, Step, Truncate
@@ -17,7 +18,7 @@ from kvconform_specs.strategies import Draw, appends, batches, counts, seeds, sp
 
 
 def _read(config: Config, claims: Claims) -> SearchStrategy[Case]:
-    return histories(config, claims).map(lambda program: Case((Program(config, _with_reads(program)),)))
+    return histories(config, claims).map(lambda program: Case((clipped(config, _with_reads(program)),)))
 
 
 def _with_reads(program: Program) -> tuple[Step, ...]:
@@ -43,7 +44,7 @@ def _growing(draw: Draw, config: Config, claims: Claims) -> Case:
             steps.append(Reorder("a", tuple((row + 1) % batch for row in range(batch))))
             seed += 17
         steps += [Append("a", (size,) * batch, seed), ReadCache("a")]
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 @st.composite
@@ -62,7 +63,7 @@ def _two_futures(draw: Draw, config: Config, claims: Claims) -> Case:
             count = min(draw(counts(claims)), free[seq])
             free[seq] -= count
             steps += [Append(seq, (count,) * batch, stream)] if count else []
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 def _poisoned(kinds: tuple[str, ...]) -> Callable[[Config, Claims], SearchStrategy[Case]]:
@@ -86,7 +87,7 @@ def _poisoned(kinds: tuple[str, ...]) -> Callable[[Config, Claims], SearchStrate
             steps.append(Poison("a", keys, values))
         if length < config.capacity:
             steps.append(Append("a", (1,) * batch, seed))
-        return Case((Program(config, tuple(steps)),))
+        return Case((clipped(config, tuple(steps)),))
 
     return family
 

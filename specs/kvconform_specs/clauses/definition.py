@@ -8,8 +8,8 @@ from hypothesis.strategies import SearchStrategy
 from kvconform_specs.any_history import any_history
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Program
 from kvconform_specs.strategies import Draw, appends, at_once, batches, seeds, straight
 
 
@@ -23,7 +23,7 @@ def _decoding(draw: Draw, config: Config, claims: Claims) -> Case:
     prompt = draw(st.integers(1, 8) | st.just(config.capacity - 9))
     new, chunk = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     sizes = (*at_once(prompt, claims), *(1,) * new, *at_once(chunk, claims))
-    return Case((Program(config, appends("a", sizes, draw(batches(claims)), draw(seeds))),))
+    return Case((clipped(config, appends("a", sizes, draw(batches(claims)), draw(seeds))),))
 
 
 CLAUSES = (

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from kvconform_specs.claims import Claims
+from kvconform_specs.claims import Claims, changes_at
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Generate, Program, Step, UncachedForward
+from kvconform_specs.program import Append, Generate, Step, UncachedForward
 from kvconform_specs.strategies import (
     LONGEST_CHUNK,
     Draw,
@@ -26,10 +27,15 @@ from kvconform_specs.strategies import (
 )
 
 
-def _whole(seq: str, total: int, batch: int, seed: int, claims: Claims) -> tuple[Step, ...]:
-    """All tokens at once: by the cache-less forward if there is one, otherwise by one prefill."""
+def _whole(
+    seq: str, total: int, batch: int, seed: int, config: Config, claims: Claims, since: int = 1
+) -> tuple[Step, ...]:
+    """All tokens at once: by the cache-less forward if there is one, otherwise by one prefill. Where outputs change
+    with the length, also the forward on fewer tokens: for each length that ends a step from ``since`` tokens on one of
+    its epoch."""
     if claims.can("uncached_forward"):
-        return (UncachedForward(seq, (total,) * batch, seed),)
+        ends = {length - 1 for length in changes_at(config, claims) if since < length <= total}
+        return tuple(UncachedForward(seq, (end,) * batch, seed) for end in sorted({*ends, total}))
     return appends(seq, at_once(total, claims), batch, seed)
 
 
@@ -38,8 +44,8 @@ def _decode(draw: Draw, config: Config, claims: Claims) -> Case:
     prompt, new = draw(st.integers(0, 9)), draw(st.integers(1, 8))
     batch, seed = draw(batches(claims)), draw(seeds)
     sizes = (*at_once(prompt, claims), *(1,) * new)
-    cached = Program(config, appends("a", sizes, batch, seed))
-    return Case((Program(config, _whole("a", prompt + new, batch, seed, claims)), cached))
+    cached = clipped(config, appends("a", sizes, batch, seed))
+    return Case((clipped(config, _whole("a", prompt + new, batch, seed, config, claims, prompt + 1)), cached))
 
 
 @st.composite
@@ -47,8 +53,8 @@ def chunks(draw: Draw, config: Config, claims: Claims) -> Case:
     one: tuple[int, ...] = draw(splits(config, claims))
     other: tuple[int, ...] = draw(resplit(sum(one), claims))
     batch, seed = draw(batches(claims)), draw(seeds)
-    whole = _whole("a", sum(one), batch, seed, claims)
-    return Case((Program(config, whole), *(Program(config, appends("a", s, batch, seed)) for s in (one, other))))
+    whole = _whole("a", sum(one), batch, seed, config, claims, min(one[0], other[0]))
+    return Case((clipped(config, whole), *(clipped(config, appends("a", s, batch, seed)) for s in (one, other))))
 
 
 @st.composite
@@ -56,17 +62,26 @@ def _paths(draw: Draw, config: Config, claims: Claims) -> Case:
     sizes: tuple[int, ...] = draw(splits(config, claims))
     batch, seed = draw(batches(claims)), draw(seeds)
     winding: tuple[Step, ...] = draw(detours(config, claims, sizes, batch, seed))
-    return Case((Program(config, appends("a", sizes, batch, seed)), Program(config, winding)))
+    return Case((clipped(config, appends("a", sizes, batch, seed)), clipped(config, winding)))
 
 
 @st.composite
 def _full(draw: Draw, config: Config, claims: Claims) -> Case:
-    """The cache-less forward on a prefix after the sequence, and on more tokens in the middle of it."""
+    """The cache-less forward on a prefix after the sequence, and on more tokens amid it. Where outputs change
+    with the length, it is also run on as many tokens, of which other ones follow the prefix."""
     prefix, more = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    changes = changes_at(config, claims)
+    if changes:
+        prefix += draw(st.sampled_from((0, max(changes[0] - 6, 0))))
+        prefix = max(min(prefix, config.capacity - more), 1)
     batch, seed = draw(batches(claims)), draw(seeds)
     first, second = (appends("a", (draw(counts(claims)),), batch, seed + 77) for _ in range(2))
-    after = Program(config, (*first, *second, UncachedForward("f", (prefix,) * batch, seed)))
-    amid = Program(config, (*first, UncachedForward("f", (prefix + more,) * batch, seed), *second))
+    later = [UncachedForward("f", (prefix,) * batch, seed)]
+    if changes:
+        others = tuple((row, at, seed + 99 + row) for row in range(batch) for at in range(prefix, prefix + more))
+        later.append(UncachedForward("f", (prefix + more,) * batch, seed, substitutions=others))
+    after = clipped(config, (*first, *second, *later))
+    amid = clipped(config, (*first, UncachedForward("f", (prefix + more,) * batch, seed), *second))
     return Case((after, amid))
 
 
@@ -75,7 +90,7 @@ def _generations(draw: Draw, config: Config, claims: Claims) -> Case:
     """Several generations, some of which end at a length where something changes (``edges``). In some cases a sequence
     is open meanwhile, and is compared with one that continues without them."""
     half = max(config.capacity // 2, 1)
-    ends = st.sampled_from((0, 0, *(edge for edge in edges(config) if edge > 1)))
+    ends = st.sampled_from((0, 0, *(edge for edge in edges(config, claims) if edge > 1)))
     prompts, lengths = st.integers(1, half) | st.sampled_from((1, half)), st.integers(1, 8) | st.just(8)
     asked = st.tuples(prompts, lengths, batches(claims), ends)
     seed, steps = draw(seeds), list[Step]()
@@ -84,10 +99,10 @@ def _generations(draw: Draw, config: Config, claims: Claims) -> Case:
         prompt = end - new if end else min(prompt, config.capacity - new)
         steps.append(Generate("g", (prompt,) * batch, seed + 29 * number, new=new))
     if not claims.can("two sequences") or not draw(st.booleans()):
-        return Case((Program(config, tuple(steps)),))
+        return Case((clipped(config, tuple(steps)),))
     sizes = fitted((draw(counts(claims)), draw(counts(claims))), config.capacity)
     first, *then = appends("a", sizes, draw(batches(claims)), seed + 77)
-    return Case((Program(config, (first, *then)), Program(config, (first, *steps, *then))))
+    return Case((clipped(config, (first, *then)), clipped(config, (first, *steps, *then))))
 
 
 @st.composite
@@ -104,7 +119,7 @@ def _last(draw: Draw, config: Config, claims: Claims) -> Case:
         steps.insert(place, UncachedForward("f", (count,) * batch, seed + 77))
         alone.insert(place, True)
     asked = tuple(replace(step, last_only=last) for step, last in zip(steps, alone, strict=True))
-    return Case((Program(config, tuple(steps)), Program(config, asked)))
+    return Case((clipped(config, tuple(steps)), clipped(config, asked)))
 
 
 CLAUSES = (
@@ -147,8 +162,9 @@ CLAUSES = (
     ),
     Clause(
         name="equivalence.full-stable",
-        text="The backend's own cache-less forward gives a prefix the same outputs alone and as part of more tokens, "
-        "also while cached sequences are open, and does not change these.",
+        text="The backend's own cache-less forward gives a prefix the same outputs alone and as part of more tokens "
+        "(where they change with the number of tokens, as by rotary factors that depend on it: as part of as many "
+        "other tokens), also while cached sequences are open, and does not change these.",
         why=(
             "https://github.com/OpenNMT/CTranslate2/pull/1572",
             "https://github.com/huggingface/transformers/pull/27227",

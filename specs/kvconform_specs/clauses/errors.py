@@ -7,21 +7,24 @@ from hypothesis import strategies as st
 from kvconform_specs.any_history import malformations, refusals
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Program, Reject, Step
+from kvconform_specs.program import Append, Reject, Step
 from kvconform_specs.strategies import Draw, appends, batches, seeds, splits
 
 
 @st.composite
 def _malformed(draw: Draw, config: Config, claims: Claims) -> Case:
     """An append with malformed inputs, on an empty cache or on one that holds tokens."""
-    sizes: tuple[int, ...] = draw(splits(config, claims, most=3, capacity=config.capacity - 9))
+    sizes: tuple[int, ...] = draw(
+        splits(config, claims, most=3, capacity=max(config.capacity - 9, config.capacity // 2))
+    )
     batch, seed = draw(batches(claims)), draw(seeds)
     steps: list[Step] = [*appends("a", sizes, batch, seed)]
     for wrong in draw(st.lists(st.sampled_from(malformations(config, batch)), min_size=1, max_size=2)):
         size = draw(st.integers(1, min(claims.max_chunk or 4, 4)))
         steps.insert(draw(st.integers(1, len(steps))), Reject(Append("a", (size,) * batch, seed + 77), wrong))
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 @st.composite
@@ -39,7 +42,7 @@ def _refused(draw: Draw, config: Config, claims: Claims) -> Case:
         refused = refusals(config, claims, "a", (length,) * batch, seed + 77)
         if refused:
             steps += draw(st.lists(st.sampled_from(refused), min_size=int(number == sure), max_size=2))
-    return Case((Program(config, fresh), Program(config, tuple(steps))))
+    return Case((clipped(config, fresh), clipped(config, tuple(steps))))
 
 
 CLAUSES = (

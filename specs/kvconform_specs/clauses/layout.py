@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import LAYOUTS, Program
+from kvconform_specs.program import LAYOUTS
 from kvconform_specs.strategies import Draw, arranged, at_once, batches, counts, fitted, seeds, splits
 from kvconform_specs.strategies import appends as plain
 
@@ -23,7 +24,7 @@ def _laid(draw: Draw, config: Config, claims: Claims) -> Case:
     steps = arranged("a", sizes, (0,) * batch, seed) if shared else plain("a", sizes, batch, seed)
     known = LAYOUTS if shared else LAYOUTS[:-1]
     laid = tuple(replace(step, layout=draw(st.sampled_from(known))) for step in steps)
-    return Case((Program(config, laid),))
+    return Case((clipped(config, laid),))
 
 
 @st.composite
@@ -34,7 +35,7 @@ def _equal(draw: Draw, config: Config, claims: Claims) -> Case:
     past = draw(st.sampled_from((0, *traps)))
     new = draw(st.sampled_from(traps))
     sizes = fitted((*at_once(past, claims), *at_once(new, claims), draw(counts(claims))), config.capacity)
-    return Case((Program(config, plain("a", sizes, batch, draw(seeds))),))
+    return Case((clipped(config, plain("a", sizes, batch, draw(seeds))),))
 
 
 CLAUSES = (

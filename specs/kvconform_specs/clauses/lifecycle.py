@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Close, Fork, Program, Reject, Reorder, Reset, Step, Truncate
+from kvconform_specs.program import Append, Close, Fork, Reject, Reorder, Reset, Step, Truncate
 from kvconform_specs.rollbacks import refused, repeated
 from kvconform_specs.strategies import LARGEST_BATCH, Draw, appends, batches, counts, fitted, seeds, splits
 
@@ -19,7 +20,7 @@ def _reset(draw: Draw, config: Config, claims: Claims) -> Case:
     batch, seed = draw(batches(claims)), draw(seeds)
     fresh = appends("a", sizes, batch, seed)
     return Case(
-        (Program(config, fresh), Program(config, (*appends("a", earlier, batch, seed + 77), Reset("a"), *fresh)))
+        (clipped(config, fresh), clipped(config, (*appends("a", earlier, batch, seed + 77), Reset("a"), *fresh)))
     )
 
 
@@ -40,7 +41,7 @@ def _two(draw: Draw, config: Config, claims: Claims) -> Case:
         steps += [*a, Close("a"), *b]
     # alone first: if the other sequence came before both programs, a lasting effect of it would be in both
     alone = a if interleaved and draw(st.booleans()) else b
-    return Case((Program(config, alone), Program(config, tuple(steps))))
+    return Case((clipped(config, alone), clipped(config, tuple(steps))))
 
 
 @st.composite
@@ -61,7 +62,7 @@ def _forgotten(draw: Draw, config: Config, claims: Claims) -> Case:
         )
         steps.append(Truncate("a", length))
     size = min(draw(counts(claims)), config.capacity - length)
-    return Case((Program(config, (*steps, *appends("a", (size,) if size else (), batch, seed + 77))),))
+    return Case((clipped(config, (*steps, *appends("a", (size,) if size else (), batch, seed + 77))),))
 
 
 @st.composite
@@ -76,7 +77,7 @@ def _out_of_range(draw: Draw, config: Config, claims: Claims) -> Case:
         wrong = draw(st.integers(0, 3))
         if wrong < 3:
             steps.append(Reject(Truncate("a", (length + 1, -1, length + config.capacity)[wrong])))
-    return Case((Program(config, fresh), Program(config, tuple(steps))))
+    return Case((clipped(config, fresh), clipped(config, tuple(steps))))
 
 
 @st.composite
@@ -94,7 +95,7 @@ def _forked(draw: Draw, config: Config, claims: Claims) -> Case:
             names.append("c")
         elif number == 2 and draw(st.integers(0, 2)) == 2:
             steps.append(Close(names.pop(0)))
-    return Case((Program(config, (*steps, *(Append(n, (1,) * batch, seed + 7) for n in names))),))
+    return Case((clipped(config, (*steps, *(Append(n, (1,) * batch, seed + 7) for n in names))),))
 
 
 @st.composite
@@ -112,7 +113,7 @@ def _turned(draw: Draw, config: Config, claims: Claims) -> Case:
         steps.append(Reorder("a", order))
         rows = len(order)
         steps.append(Append("a", (draw(counts(claims, 3)),) * rows, seed + 77 + 17 * number))
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 CLAUSES = (

@@ -10,8 +10,9 @@ from hypothesis.strategies import SearchStrategy
 from kvconform_specs.any_history import any_history
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, long, ordinary
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Program, ReadCache
+from kvconform_specs.program import Append, ReadCache
 from kvconform_specs.strategies import Draw, appends, at_once, batches, counts, growing, landing, seeds, splits
 
 TILES = (16, 64, 128)
@@ -27,7 +28,7 @@ def _distributed(*distributions: str) -> Callable[[Config, Claims], SearchStrate
         kinds = [draw(st.sampled_from(distributions)) for _ in sizes]
         steps = tuple(Append("a", (n,) * batch, seed, distribution=k) for n, k in zip(sizes, kinds, strict=True))
         reads = (ReadCache("a"),) if claims.can("contents") and config.profile == "attention" else ()
-        return Case((Program(config, (*steps, *reads)),))
+        return Case((clipped(config, (*steps, *reads)),))
 
     return family
 
@@ -43,7 +44,7 @@ def _hidden(draw: Draw, config: Config, claims: Claims) -> Case:
         places = st.tuples(st.integers(0, batch - 1), st.integers(0, length - 1))
         hidden = draw(st.lists(places, max_size=2 * length, unique=True).map(sorted))
         steps.append(Append("a", (size,) * batch, seed, masked=tuple(hidden)))
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 @st.composite
@@ -58,7 +59,7 @@ def _empty(draw: Draw, config: Config, claims: Claims) -> Case:
         rows = range(batch) if row == batch else (row,)
         hidden = tuple((r, position) for r in rows for position in range(end))
         steps.append(Append("a", (size,) * batch, seed, masked=hidden if draw(st.integers(0, 3)) else ()))
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 @st.composite
@@ -71,7 +72,7 @@ def _tiled(draw: Draw, config: Config, claims: Claims) -> Case:
     seed, sizes = draw(seeds), landing([*at_once(past, claims)], end, claims)
     aim = (seed, draw(st.integers(0, end - 1))) if draw(st.booleans()) else None
     steps = appends("a", (*sizes, *at_once(chunk, claims)), draw(batches(claims)), seed, aim)
-    return Case((Program(config, steps),))
+    return Case((clipped(config, steps),))
 
 
 @st.composite
@@ -86,7 +87,7 @@ def _deep(draw: Draw, config: Config, claims: Claims) -> Case:
         slot = draw(st.integers(0, length - 1) | st.sampled_from((0, depth // 2 - 1, depth // 2, length - 2)))
         steps.append(Append("a", (1,), seed, needle=(seed, slot)))
     size = draw(counts(claims, 3))
-    return Case((Program(config, (*steps, Append("a", (size,), seed))),))
+    return Case((clipped(config, (*steps, Append("a", (size,), seed))),))
 
 
 CLAUSES = (

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Close, Fork, Program, Step, Truncate
+from kvconform_specs.program import Append, Close, Fork, Step, Truncate
 from kvconform_specs.strategies import Draw, appends, at_once, batches, counts, seeds, splits
 
 
@@ -21,7 +22,7 @@ def _scattered(draw: Draw, config: Config, claims: Claims) -> Case:
             steps.append(Append(name, (min(page, claims.max_chunk or page),) * batch, seed + 77 + number))
     steps.append(Close(("b", "c")[draw(st.integers(0, 1))]))
     sizes: tuple[int, ...] = draw(splits(config, claims, least=2))
-    return Case((Program(config, (*steps, *appends("a", sizes, batch, seed))),))
+    return Case((clipped(config, (*steps, *appends("a", sizes, batch, seed))),))
 
 
 @st.composite
@@ -44,7 +45,7 @@ def _ending(draw: Draw, config: Config, claims: Claims) -> Case:
             steps.append(Truncate("a", length))
     if length < config.capacity:
         steps.append(Append("a", (1,) * batch, seed + 77))
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 @st.composite
@@ -62,7 +63,7 @@ def _sharing(draw: Draw, config: Config, claims: Claims) -> Case:
             names = names[:-1]
     for name in names:  # far enough to need a page that the others returned
         steps += appends(name, at_once(5, claims), batch, seed + 7)
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 CLAUSES = (

@@ -9,18 +9,19 @@ from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Program, ReadCache, Step
+from kvconform_specs.program import ReadCache, Step
 from kvconform_specs.strategies import Draw, appends, at_once, batches, fitted, seeds, splits
 
 
 def _case(config: Config, claims: Claims, steps: tuple[Step, ...]) -> Case:
-    return Case((Program(config, (*steps, ReadCache("a")) if claims.can("contents") else steps),))
+    return Case((clipped(config, (*steps, ReadCache("a")) if claims.can("contents") else steps),))
 
 
 @st.composite
 def _prompt(draw: Draw, config: Config, claims: Claims) -> Case:
-    size = draw(st.integers(1, config.capacity - 2))
+    size = draw(st.integers(1, max(config.capacity - 2, 1)))
     return _case(config, claims, appends("a", (*at_once(size, claims), 1), draw(batches(claims)), draw(seeds)))
 
 

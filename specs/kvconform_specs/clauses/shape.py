@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from kvconform_specs.any_history import any_history
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Close, Program, Step
+from kvconform_specs.program import Close, Step
 from kvconform_specs.rollbacks import paused
 from kvconform_specs.strategies import LARGEST_BATCH, Draw, appends, at_once, batches, growing, seeds
 
@@ -17,7 +18,7 @@ from kvconform_specs.strategies import LARGEST_BATCH, Draw, appends, at_once, ba
 def _first(draw: Draw, config: Config, claims: Claims) -> Case:
     most = min(claims.max_chunk or config.capacity, config.capacity)
     count = draw(st.integers(1, most) | st.sampled_from((1, most)))
-    return Case((Program(config, appends("a", (count,), draw(batches(claims)), draw(seeds))),))
+    return Case((clipped(config, appends("a", (count,), draw(batches(claims)), draw(seeds))),))
 
 
 @st.composite
@@ -29,7 +30,7 @@ def sweep(draw: Draw, config: Config, claims: Claims) -> Case:
         batch, past, count = draw(st.integers(1, largest)), draw(st.integers(0, 12)), draw(st.integers(1, 9))
         sizes = (*at_once(past, claims), *at_once(count, claims))
         steps += [*appends(seq, sizes, batch, draw(seeds)), Close(seq)]
-    return Case((Program(config, tuple(steps)),))
+    return Case((clipped(config, tuple(steps)),))
 
 
 CLAUSES = (

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from kvconform_specs.any_history import histories
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
+from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Program
 from kvconform_specs.strategies import Draw, appends, at_once, batches, fitted, landing, seeds, splits, swapped
 
 
@@ -28,7 +28,7 @@ def _edge(draw: Draw, config: Config, claims: Claims) -> Case:
     drawn: tuple[int, ...] = draw(splits(config, claims, capacity=3 * w))
     sizes = landing(list(drawn), w + 1 + draw(st.integers(0, w)), claims)
     seed, ends = draw(seeds), fitted(sizes, config.capacity)
-    base = Program(config, appends("a", ends, 1, seed))
+    base = clipped(config, appends("a", ends, 1, seed))
     places = {place for place in (sum(ends) - w - 1, sum(ends) - w) if place >= 0}
     return Case((base, *(swapped(base, "a", 0, place, seed + 1_000_003) for place in sorted(places))))
 
@@ -39,7 +39,7 @@ def _by_one(draw: Draw, config: Config, claims: Claims) -> Case:
     w = config.window or 1
     prompt = draw(st.integers(0, w - 1))
     sizes = (*at_once(prompt, claims), *(1,) * (2 * w + 1 - prompt))
-    return Case((Program(config, appends("a", sizes, draw(batches(claims)), draw(seeds))),))
+    return Case((clipped(config, appends("a", sizes, draw(batches(claims)), draw(seeds))),))
 
 
 @st.composite
@@ -49,7 +49,7 @@ def _chunk(draw: Draw, config: Config, claims: Claims) -> Case:
     past, chunk, new = draw(st.integers(0, 2 * w)), draw(st.integers(w, 3 * w)), draw(st.integers(0, 3))
     sizes = (*at_once(past, claims), *at_once(chunk, claims), *(1,) * new)
     steps = appends("a", fitted(sizes, config.capacity), draw(batches(claims)), draw(seeds))
-    return Case((Program(config, steps),))
+    return Case((clipped(config, steps),))
 
 
 @st.composite
@@ -60,7 +60,7 @@ def _layers(draw: Draw, config: Config, claims: Claims) -> Case:
     drawn: tuple[int, ...] = draw(splits(config, claims))
     sizes = landing(list(drawn), (config.window or 1) * draw(st.integers(2, 4)), claims)
     steps = appends("a", fitted(sizes, config.capacity), draw(batches(claims)), draw(seeds))
-    return Case((Program(config, steps),))
+    return Case((clipped(config, steps),))
 
 
 CLAUSES = (

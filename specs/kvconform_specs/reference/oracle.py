@@ -14,18 +14,15 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform_specs.claims import Precision
+from kvconform_specs.claims import Precision, changes_at
 from kvconform_specs.config import Config
-from kvconform_specs.history import Histories, Row
+from kvconform_specs.history import Histories, Row, epoch_of
 from kvconform_specs.program import Append, Generate, Program, ReadCache, UncachedForward
 from kvconform_specs.reference.solver import Array, Ids, Numbers, ReferenceForward, Solution, columns, model
-from kvconform_specs.tensors import Streams
 
-__all__ = ["Expected", "Generation", "ReferenceForward", "columns", "expect", "given", "shares_rounding"]
+__all__ = ["Expected", "Generation", "ReferenceForward", "columns", "expect", "given"]
 
 PLAIN = Precision()
-SAMPLE = 32, 8
-"""Sequences, and tokens of each, on which ``shares_rounding`` runs a black box."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +95,21 @@ class Generation(Expected):
         return Generation(one.rows, one.counts, one.real, 1, one.numbers, prompts, self.given)
 
 
-def given(config: Config, reference: ReferenceForward | None, ids: Ids, start: int = 0) -> Numbers:
+def given(
+    config: Config, reference: ReferenceForward | None, ids: Ids, start: int = 0, changes: Sequence[int] = ()
+) -> Numbers:
     """What a decoder must give for token ids ``(n, b, s)``: logits ``(n, b, s - start, V)`` from position ``start`` on.
 
-    reference: the forward that a black box is judged by; None: the definition.
+    reference: the forward that a black box is judged by; None: the definition. changes: the lengths at which outputs
+    change, if each token is one step (``Claims.changes_at``); otherwise all tokens are one step.
     """
-    return model(config, reference, lambda: ids, start).numbers
+    s = ids.shape[2]
+    ends = [at for at in range(start + 1, s) if epoch_of(at, changes) != epoch_of(at + 1, changes)] + [s]
+    parts = [
+        model(config, reference, partial(np.copy, ids[:, :, :end]), begin).numbers
+        for begin, end in zip([start, *ends], ends, strict=False)
+    ]
+    return parts[0] if len(parts) == 1 else lambda kind: np.concatenate([part(kind) for part in parts], axis=2)
 
 
 def expect(
@@ -130,7 +136,10 @@ def expect(
             if step.last_only:
                 want = want.last()
             if isinstance(step, Generate):
-                prompts, along = partial(solution.contents, rows), partial(given, program.config, reference)
+                prompts, along = (
+                    partial(solution.contents, rows),
+                    partial(given, program.config, reference, changes=changes_at(program.config, precision)),
+                )
                 want = Generation(rows, step.counts, columns(step), n, numbers, prompts, along)
         elif isinstance(step, ReadCache) and program.config.profile == "attention":
             held = solution.reads[number] = histories.rows[step.seq]
@@ -142,16 +151,3 @@ def expect(
 
 def _none(shape: tuple[int, ...], kind: str) -> Array:
     return np.zeros(shape)
-
-
-def shares_rounding(own: Callable[..., Array], config: Config) -> bool:
-    """Whether a change of the last token of sequences changes an earlier output of a black box's own forward by a bit.
-
-    own: ``ReferenceForward`` with the config in front of its arguments.
-    """
-    tokens = min(config.capacity, SAMPLE[1])
-    streams = Streams(config, tokens, range(SAMPLE[0]))
-    base, changed = streams.tape(11).copy(), streams.tape(11).copy()
-    changed[:, -1] = streams.tape(12)[:, -1]
-    before, after = (own(config, inputs, 0.0, 0.0, 0)[:, :-1] for inputs in (base, changed))
-    return not np.array_equal(before, after, equal_nan=True)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kvconform_specs.claims import Precision
+from kvconform_specs.claims import Precision, changes_at
 from kvconform_specs.config import Config
 from kvconform_specs.history import Request, Row, prefixed, requests
 from kvconform_specs.program import Append, Program, Run, UncachedForward
@@ -103,8 +103,9 @@ class Solution:
         return np.stack(rows, axis=1)
 
     def _groups(self) -> Iterator[tuple[Request, tuple[_Group, int, int]]]:
-        # with a residual window the precision of a token depends on the length of its row: nothing is shared
-        owners = {request: request for request in self._starts} if self.precision.residual else prefixed(self._starts)
+        owners = {request: request for request in self._starts}
+        if not self.precision.residual:  # otherwise the precision of a token depends on the length: nothing is shared
+            owners = prefixed(self._starts, changes_at(self.program.config, self.precision))
         starts: dict[Request, int] = {}
         for request, owner in owners.items():
             starts[owner] = min(starts.get(owner, len(request.row)), self._starts[request])

@@ -38,15 +38,18 @@ MAX_DEATHS = 3
 """After so many probes that ended the backend's process, no further one is run."""
 
 
-def diagnose(client: WorkerClient, config: Config, cases: Sequence[Case], maps: Sequence[Map]) -> Diagnosis | None:
-    """What the backend's mistake matches. ``cases``: the counterexamples that were found, which serve as probes too.
+def diagnose(
+    client: WorkerClient, config: Config, cases: Sequence[Case], maps: Sequence[Map], unstable: bool = False
+) -> Diagnosis | None:
+    """What the backend's mistake matches. ``cases``: the counterexamples that were found, which serve as probes too;
+    ``unstable``: the reference, a black box's own forward, was found to be none.
 
     None where no probe is wrong, or where the backend cannot be built. Raises WorkerDied where a black box's own
     forward ends its process.
     """
     if config.profile not in client.claims.profiles:
         return None
-    if map_matches.sees_later(maps) and client.claims.reference == "self":
+    if unstable or (map_matches.sees_later(maps) and client.claims.reference == "self"):
         return Diagnosis(reference_wrong=True)
     client.fresh()  # without what earlier programs left behind
     try:

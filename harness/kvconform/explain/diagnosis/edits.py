@@ -22,8 +22,9 @@ from kvconform.explain.diagnosis.mask_edits import MASK_EDITS, Flags, MaskEdit
 from kvconform.explain.diagnosis.record import EditMatch, MapMatch
 from kvconform.explain.diagnosis.symptoms import OutputCell, Symptom
 from kvconform.judging.observed import Array
-from kvconform_specs.claims import Claims
+from kvconform_specs.claims import Claims, changes_at
 from kvconform_specs.config import Config
+from kvconform_specs.history import epoch_of
 from kvconform_specs.program import Append
 from kvconform_specs.reference import bounds
 from kvconform_specs.reference.definition import Attended, attention, decoder
@@ -190,7 +191,10 @@ class _EditedReference:
         known = self._given[edit]
         found = known.get(row)
         if found is None and not self.claims.precision.residual:
-            found = next((outputs for longer, outputs in known.items() if longer[: len(row)] == row), None)
+            changes = changes_at(self.config, self.claims)
+            epoch = epoch_of(len(row), changes)
+            same = [longer for longer in known if epoch_of(len(longer), changes) == epoch]
+            found = next((known[longer] for longer in same if longer[: len(row)] == row), None)
         if found is None:
             seen = None if edit is None else edit.seen
             contents = self.streams.row([token for token, _past, _count in row])  # (1, s, ...)

@@ -88,7 +88,8 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     bug: str = ""
     """Link to an upstream bug of that class."""
     reference_wrong: bool = False
-    """Whether the reference, a black box's own uncached forward, sees later tokens; then nothing else is diagnosed."""
+    """Whether the outputs of the reference, a black box's own uncached forward, depend on later tokens; then nothing
+    else is diagnosed."""
     edit: EditMatch | None = None
     """The best match of an edit of the cache or the mask with the outputs."""
     map: MapMatch | None = None

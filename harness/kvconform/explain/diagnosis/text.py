@@ -14,8 +14,8 @@ LEAKS = {
     "earlier sequences": "a sequence sees tokens of an earlier one",
 }
 REFERENCE_WRONG = (
-    "the reference itself is wrong: the target's uncached forward sees later tokens, so that its cached steps "
-    "cannot be judged by it"
+    "the reference itself is wrong: the target's uncached forward gives tokens other outputs when more tokens follow "
+    "them, so that its cached steps cannot be judged by it"
 )
 
 

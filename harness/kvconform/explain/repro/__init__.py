@@ -27,7 +27,7 @@ from kvconform_specs.clause import Case, Clause
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.config import Config
 from kvconform_specs.describe import describe
-from kvconform_specs.program import Close, Program, ReadCache, Reject, UncachedForward
+from kvconform_specs.program import Append, Close, Program, ReadCache, Reject, UncachedForward
 
 PATIENCE = 120
 """Seconds after which a file says that the target hangs."""
@@ -45,10 +45,10 @@ def script(found: Counterexample, client: WorkerClient) -> str:
     before = [Program.from_json(program, f"before[{i}]") for i, program in enumerate(found.before)]
     failure, before = located(clause, client, before, Case.from_json(found.case, "case"))
     programs = [*before, *(one.program for one in failure.observed)]
-    if failure.step >= 0:
-        programs[-1] = replace(programs[-1], steps=programs[-1].steps[: failure.step + 1])
+    programs[-1] = replace(programs[-1], steps=programs[-1].steps[: failure.end])
     single = len(programs) == 1
     runs = [Run(program, "" if single else f"{number}_") for number, program in enumerate(programs)]
+    runs[-1] = replace(runs[-1], watched=failure.watched)
     body, imports = _body(failure, runs, client)
     words = render(msgspec.structs.replace(failure.mismatch, earlier_programs=len(before)))
     return "\n".join([*_header(clause, words, client), *_imports(imports, body), *body]) + "\n"
@@ -99,6 +99,8 @@ def _imports(wanted: Sequence[str], body: Sequence[str]) -> list[str]:
     lines = [*(f"import {name}" for name in standard), "", "import numpy as np"]
     if "= Config(" in text:  # a kvconform backend: it is built from these
         lines.append("from kvconform_specs.config import Config")
+    if "CallerMemory(" in text:
+        lines.append("from kvconform.worker.caller_memory import CallerMemory, room")
     if "weights(config" in text:
         lines.append("from kvconform_specs.tensors import weights")
     return [*lines, ""]
@@ -153,6 +155,8 @@ def _black_box(failure: Failure, runs: Sequence[Run], client: WorkerClient) -> t
     if client.claims.reference != "self" or failure.accepted:
         return None
     if failure.mismatch.relation is not None and not failure.mismatch.relation.judges_outputs:
+        return None
+    if any(isinstance(step, Append) and step.reused for run in runs for step in run.program.steps):
         return None
     try:
         return client.script(runs[0].program.config, [(run.program, run.tag) for run in runs])

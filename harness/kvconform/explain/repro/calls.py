@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kvconform.explain.repro.inputs import WIDTH, Run, filled, layout_of
+from kvconform.worker.execute import INPUTS
 from kvconform.worker.registry import TARGETS, installed, openers
 from kvconform_specs.config import Config
 from kvconform_specs.describe import describe
@@ -125,10 +126,13 @@ def _step(run: Run, number: int, step: Step, backend: str, names: dict[str, str]
 def _called(run: Run, number: int, step: Call, backend: str, names: dict[str, str]) -> Iterator[str]:
     """The calls of one step; ``names`` are the open sequences and their variables."""
     if isinstance(step, Append | UncachedForward):
-        wrap = f"{layout_of(step)}({{}})" if layout_of(step) != "contiguous" else "{}"
-        letters = "qkv" if run.program.config.profile == "attention" else "x"
-        given = ", ".join(wrap.format(run.name(letter, number)) for letter in letters)
+        watched = run.watched == number
+        wrap = f"{layout_of(step)}({{}})" if layout_of(step) != "contiguous" and not watched else "{}"
+        inputs = [run.name(letter, number) for letter in _letters(run)]
+        given = ", ".join(wrap.format(x) for x in inputs)
         y = run.name("y", number)
+        if watched:
+            yield from _between_bands(run, number, step)
     name = cache(step.seq)
     match step:
         case Generate():
@@ -140,6 +144,9 @@ def _called(run: Run, number: int, step: Call, backend: str, names: dict[str, st
                 names[step.seq] = name
                 yield f"{name} = {backend}.start({len(step.counts)})"
             yield f"{y}, {name} = {backend}.step({name}, {given}{_keywords(run, number, step)})"
+            if step.reused and not watched:
+                yield f"for x in ({', '.join(inputs)},):"
+                yield "    x.fill(-1 if x.dtype == np.int64 else np.nan)  # the caller overwrites its memory"
         case Truncate():
             length = step.length if isinstance(step.length, int) else list(step.length)
             yield f"{name} = {backend}.truncate({name}, {length})"
@@ -163,6 +170,22 @@ def _called(run: Run, number: int, step: Call, backend: str, names: dict[str, st
             others = "".join(f", {other}" for other in names.values())
             yield f"close({backend}, {name}{others})"
             yield f"del {name}"
+
+
+def _letters(run: Run) -> str:
+    return "qkv" if run.program.config.profile == "attention" else "x"
+
+
+def _between_bands(run: Run, number: int, step: Append | UncachedForward) -> Iterator[str]:
+    """The inputs are handed over in memory of ``worker.caller_memory``."""
+    names = [run.name(letter, number) for letter in _letters(run)]
+    arrays = list(zip(INPUTS[run.program.config.profile], names, [layout_of(step)] * len(names), strict=True))
+    if isinstance(step, Append):
+        arrays += [("counts", run.name("n", number), "contiguous")] * (len(set(step.counts)) > 1)
+        arrays += [("mask", run.name("m", number), "contiguous")] * bool(step.masked)
+    yield f"arrays = [{', '.join(f'({_said(word)}, {name}, {_said(layout)})' for word, name, layout in arrays)}]"
+    yield "memory = CallerMemory(room(arrays))"
+    yield f"{', '.join(name for _word, name, _layout in arrays)}{',' * (len(arrays) == 1)} = memory.hand_over(arrays)"
 
 
 def _float(number: float | None) -> str:

@@ -39,10 +39,14 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A program in the file. ``tag`` tells the names of its arrays from those of other programs: ``x<tag><step>``."""
+    """A program in the file. ``tag`` tells the names of its arrays from those of other programs: ``x<tag><step>``.
+
+    watched: the step whose inputs lie between guard bands; None: none does.
+    """
 
     program: Program
     tag: str = ""
+    watched: int | None = None
 
     def name(self, letter: str, step: int) -> str:
         return f"{letter}{self.tag}{step}"

@@ -78,6 +78,17 @@ def _kept(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
     return [f"got = {names[0]}  # position {position}", f"want = {names[1]}", *same("as it was")]
 
 
+def _inputs(_failure: Failure, _runs: Sequence[Run], _backend: str) -> list[str]:
+    return compared("memory.overwritten()", "None", "got is not None", "inputs and the memory around them as given: ")
+
+
+def _outputs(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
+    m, name = failure.mismatch, runs[-1].name("y", failure.step)
+    at = f"{name}[{', '.join(map(str, m.index))}]"
+    want = f"float({m.want!r})" if isinstance(m.want, str) else repr(m.want)
+    return compared(f"float({at})", want, "got != want", "as it was when the step returned it: ")
+
+
 def _place(failure: Failure) -> tuple[int, int, int, int, int]:
     """Row, position, layer, 0 for a key or 1 for a value, and KV head of a number that a read shows."""
     m = failure.mismatch
@@ -100,6 +111,8 @@ TOLD: dict[Relation, Check] = {
     Relation.CONTENTS: _contents,
     Relation.STABLE_CONTENTS: _kept,
     Relation.RETAINED_COUNT: _held,
+    Relation.INPUTS: _inputs,
+    Relation.OUTPUTS: _outputs,
     Relation.GRAPH_COUNT: _graphs,
     Relation.POSITIONS: _positions,
     Relation.LINEAR_COST: _affine,

@@ -23,7 +23,7 @@ from kvconform.judging.observed import Array, Observed, pairs
 from kvconform.judging.outputs import wavers
 from kvconform.judging.render import render
 from kvconform.worker.client import WorkerClient
-from kvconform_specs.claims import Precision
+from kvconform_specs.claims import Precision, changes_at
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program, UncachedForward
 from kvconform_specs.reference.oracle import Expected, ReferenceForward, expect
@@ -161,7 +161,7 @@ class MeasuredMap:
         precision, step = self.client.claims.precision, program.steps[0]
         if self.own is not None:
             return expect(program, (0,), precision, self.own)
-        if self.schedule.rows > 1 or precision.residual:
+        if self.schedule.rows > 1 or precision.residual or changes_at(self.config, precision):
             return _defined(program, precision)
         assert isinstance(step, Append | UncachedForward)
         swaps = tuple(

@@ -1,0 +1,55 @@
+"""Failures that a backend may not be to blame for: a signal from outside, and memory that the machine does not have.
+
+Such a failure is held against the backend only if it comes again at the same place, in two fresh processes that run
+nothing else, without a sign that memory was short.
+"""
+
+from __future__ import annotations
+
+from kvconform.judging.mismatch import Mismatch
+from kvconform.judging.render import render
+from kvconform.judging.verdict import Reason
+from kvconform.search.counterexample import replayed
+from kvconform.worker.client import WorkerClient
+from kvconform_specs.clause import Case, Clause
+
+TIMES = 2
+"""In how many fresh processes it must come again."""
+
+
+def excuse(clause: Clause, client: WorkerClient, case: Case, broken: Mismatch) -> tuple[Reason, str] | None:
+    """Why a failure proves nothing about the backend, or None where it does. ``case``: the failing one, its seeds those
+    of variant 0."""
+    if not doubtful(broken):
+        return None
+    short, again, came = _short_of_memory(client, broken), 0, broken
+    for _ in range(TIMES):
+        if short:
+            break
+        found = replayed(clause, client, [], case)
+        if found is None or not _alike(found, broken):
+            break
+        again, came = again + 1, found
+        short = _short_of_memory(client, found)
+    if short:
+        return Reason.OUT_OF_MEMORY, f"memory ran out, or may have: {render(came)}"
+    if again == TIMES:
+        return None
+    reason = Reason.OUT_OF_MEMORY if broken.ended is None else Reason.KILLED
+    return reason, f"{render(broken)}; it did not come again in a fresh process, so it may have come from outside"
+
+
+def doubtful(broken: Mismatch) -> bool:
+    """Whether it may have come from outside the backend."""
+    if broken.ended is not None:
+        return broken.ended.from_outside
+    return broken.error is not None and broken.error.out_of_memory
+
+
+def _alike(one: Mismatch, other: Mismatch) -> bool:
+    ends = [None if found.ended is None else found.ended.signal for found in (one, other)]
+    return (one.kind, one.program, one.step, ends[0]) == (other.kind, other.program, other.step, ends[1])
+
+
+def _short_of_memory(client: WorkerClient, broken: Mismatch) -> bool:
+    return client.starved() if broken.ended is None else broken.ended.oom

@@ -1,0 +1,55 @@
+"""No clause draws a program that exceeds the capacity, whatever that is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from kvconform_specs.claims import ABILITIES, Claims
+from kvconform_specs.clause import Clause
+from kvconform_specs.clauses import ALL
+from kvconform_specs.configs import CONFIGS
+from kvconform_specs.program import Append, Program, UncachedForward
+from kvconform_specs.strategies import drawn
+
+RICH = Claims(
+    profiles=("attention", "decoder"),
+    abilities=tuple(ABILITIES),
+    overflow="refused",
+    padding=("right", "left"),
+    unused_slots="any",
+    page=4,
+    max_graphs=9,
+    kv_bits=8,
+    residual=4,
+)
+CLAIMS = {
+    "every ability": RICH,
+    "short chunks": replace(RICH, max_chunk=3, max_batch=2, max_sequences=2, page=3, kv_bits=0, residual=0),
+    "nothing but steps": Claims(profiles=("attention", "decoder"), max_batch=1, max_chunk=1, max_sequences=1),
+}
+CONFIG_NAMES = ("attention-window", "decoder-learned", "attention-gqa")
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3, 6, 9, 13, 18, 23])
+def test_no_draw_exceeds_the_capacity(capacity: int) -> None:
+    asked = 0
+    for name in CONFIG_NAMES:
+        config = replace(CONFIGS[name], capacity=capacity)
+        for clause in ALL:
+            for claims in CLAIMS.values() if clause.concerns(config) else ():
+                if _supported(clause, claims):
+                    cases = drawn(clause.strategy(config, claims), 4, capacity)  # an illegal program raises SpecError
+                    assert cases, clause.name
+                    assert all(_computes(program) for case in cases for program in case.programs), clause.name
+                    asked += 1
+    assert asked > 150
+
+
+def _supported(clause: Clause, claims: Claims) -> bool:
+    return all(map(claims.can, clause.needs)) and (not clause.needs_any or any(map(claims.can, clause.needs_any)))
+
+
+def _computes(program: Program) -> bool:
+    return any(isinstance(step, Append | UncachedForward) for step in program.steps)
