@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,21 @@ def _number(path: Path) -> int | None:
     with suppress(OSError, ValueError):
         return int(path.read_text())
     return None  # no such file, or "max"
+
+
+def gpu() -> dict[str, str]:
+    """Name and driver of the first GPU that CUDA may use, as ``gpu`` and ``driver``; what is not known is left out."""
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,driver_version", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    rows = [[field.strip() for field in line.split(",")] for line in listed.splitlines()]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+    for index, uuid, name, driver in (row for row in rows if len(row) == 4):
+        if index == first or (first.startswith("GPU-") and uuid.startswith(first)):
+            return {"gpu": name, "driver": driver}
+    return {"driver": rows[0][3]} if rows and len(rows[0]) == 4 else {}  # an instance (MIG) is in no such list
 
 
 def machine() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from kvconform_specs.claims import Claims
+from kvconform_specs.claims import Claims, edges
 from kvconform_specs.clause import Case
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
@@ -25,7 +25,7 @@ from kvconform_specs.program import (
     Step,
     Truncate,
 )
-from kvconform_specs.strategies import LARGEST_BATCH, LONGEST_CHUNK, Draw, appends, at_once, batches, edges, seeds
+from kvconform_specs.strategies import LARGEST_BATCH, LONGEST_CHUNK, Draw, appends, at_once, batches, seeds
 
 VERBS = (
     "nothing",
@@ -81,7 +81,7 @@ class _Interpreter:
         made: list[Step] = []
         for kind, which, number in drawn:
             made += self.applied(self.step(kind, "aaaabc"[which], number))
-        return made or [self.append("a", 0)]
+        return made or ([] if self.state.rows else [self.append("a", 0)])
 
     def applied(self, steps: tuple[Step, ...]) -> tuple[Step, ...]:
         for step in steps:

@@ -244,6 +244,14 @@ def changes_at(config: Config, claims: Claims | Precision) -> tuple[int, ...]:
     return claims.changes_at or config.changes_at
 
 
+def edges(config: Config, claims: Claims) -> tuple[int, ...]:
+    """Lengths around the window and its multiples, around the first at which outputs change, and the capacity."""
+    w = config.window
+    around = {max(w - 1, 1), w, w + 1, 2 * w, 3 * w} if w else set()
+    switch = {length for first in changes_at(config, claims)[:1] for length in (first - 1, first, first + 1)}
+    return (*sorted(n for n in around | switch if n < config.capacity), config.capacity)
+
+
 def _one_of(at: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise SpecError(at, f"unknown value {value!r}; known: {', '.join(known)}")

@@ -1,7 +1,8 @@
 """The closed table of configs on which every backend is tested; the sizes of each are pairwise distinct.
 
 Together they cover MHA, GQA, MQA, window, softcap, a sink, a given scale, head dims that are not multiples of 8, layers
-with and without a window in one decoder, each kind of positions, and a long context. They are few because compiled and
+with and without a window in one decoder, each kind of positions, rotary factors that are scaled and that change with
+the length, layers that share keys and values, and a long context. They are few because compiled and
 exported backends take long to build.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import replace
 
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
+from kvconform_specs.rotary import Rotary
 
 CONFIGS: dict[str, Config] = {
     "attention-gqa": Config("attention", heads=6, kv_heads=3, head_dim=8),
@@ -50,6 +52,34 @@ CONFIGS: dict[str, Config] = {
         positions="alibi",
         softcap=2.0,
         seed=2,
+    ),
+    # the angles of all keys change with token 13; one layer, so that a cache of unrotated keys is enough
+    "decoder-longrope": Config(
+        "decoder",
+        heads=3,
+        kv_heads=3,
+        head_dim=8,
+        width=24,
+        vocabulary=47,
+        positions="rope",
+        rotary=Rotary("longrope", 3.0, 12, short=(1.0, 1.1, 1.2, 1.5), long=(1.5, 2.5, 3.5, 5.0)),
+        seed=3,
+    ),
+    # the last layer reads the keys and values of the other one with a window, as in Gemma 3n
+    "decoder-shared": Config(
+        "decoder",
+        heads=8,
+        kv_heads=2,
+        head_dim=6,
+        layers=3,
+        width=22,
+        vocabulary=43,
+        positions="rope",
+        window=5,
+        window_every=2,
+        rotary=Rotary("yarn", 4.0, 16),
+        kv_source=(0, 1, 0),
+        seed=4,
     ),
 }
 LONG = 1024

@@ -39,8 +39,8 @@ def seen(config: Config, layer: int, past: int, new: int) -> int:
 
 
 def cache_bytes(config: Config, slots: int) -> int:
-    """Bytes of the keys and values in so many slots of every layer."""
-    return 2 * config.layers * config.kv_heads * slots * config.head_dim * ITEMSIZE[config.dtype]
+    """Bytes of the keys and values in so many slots of every layer that has its own."""
+    return 2 * len(config.caching) * config.kv_heads * slots * config.head_dim * ITEMSIZE[config.dtype]
 
 
 def slots(claims: Claims, config: Config, length: int) -> int:

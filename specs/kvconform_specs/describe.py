@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 from typing import TypeVar
 
 from kvconform_specs.program import (
@@ -42,7 +43,25 @@ WRONG = {
 def describe(program: Program, step: int) -> str:
     """Step number ``step`` of the program: ``append 3 to a of 2 rows``, ``reject truncate a to 9``,
     ``reject append 1 to a of 2 rows, with one row alone``."""
-    call = called(program.steps[step])
+    return _short(program.steps[step])
+
+
+def outline(program: Program, steps: int | None = None) -> str:
+    """The first ``steps`` steps in one line, equal ones together, and the sizes that they meet:
+    ``append 17 to a, append 1 to a (3 times), truncate a to 5 (window 6)``."""
+    parts, lengths, full = [], Lengths(), False
+    for words, run in groupby(program.steps[:steps], _short):
+        several = list(run)
+        parts.append(f"{words} ({len(several)} times)" if len(several) > 1 else words)
+        for step in several:
+            full |= program.config.capacity in (lengths.apply(step) or ()) or isinstance(step, Reject)
+    window, capacity = program.config.window, program.config.capacity
+    sizes = [f"window {window}"] * (window is not None) + [f"capacity {capacity}"] * full
+    return ", ".join(parts) + (f" ({', '.join(sizes)})" if sizes else "")
+
+
+def _short(step: Step) -> str:
+    call = called(step)
     words = NAMES[type(call)]
     match call:
         case Generate(seq, counts, new=new):
@@ -55,9 +74,8 @@ def describe(program: Program, step: int) -> str:
             words += f" {call.seq}"
     if isinstance(call, Append | UncachedForward) and len(call.counts) > 1:
         words += f" of {len(call.counts)} rows"
-    whole = program.steps[step]
-    if isinstance(whole, Reject):
-        return f"reject {words}, {WRONG[whole.wrong]}" if whole.wrong else f"reject {words}"
+    if isinstance(step, Reject):
+        return f"reject {words}" + (f", {WRONG[step.wrong]}" if step.wrong else "")
     return words
 
 

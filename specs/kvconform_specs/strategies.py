@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
 from hypothesis.strategies import SearchStrategy
 
-from kvconform_specs.claims import Claims, changes_at
+from kvconform_specs.claims import Claims, edges
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Close, Fork, Program, Reject, Reorder, Reset, Step, Truncate
@@ -106,15 +106,6 @@ def splits(
     lists = st.lists(counts(claims), min_size=least, max_size=most)
     ends = st.sampled_from((0, 0, *(edge for edge in edges(config, claims) if edge <= total)))
     return st.tuples(lists, ends).map(lambda drawn: fitted(landing(drawn[0], drawn[1], claims), total))
-
-
-def edges(config: Config, claims: Claims) -> tuple[int, ...]:
-    """Lengths at which something changes: around the window and its multiples, where outputs first depend on the
-    length, and where the capacity is reached."""
-    w = config.window
-    around = set() if w is None else {max(w - 1, 1), w, w + 1, 2 * w, 3 * w}
-    switch = {length for first in changes_at(config, claims)[:1] for length in (first - 1, first, first + 1)}
-    return (*sorted(n for n in around | switch if n < config.capacity), config.capacity)
 
 
 def landing(sizes: list[int], end: int, claims: Claims) -> tuple[int, ...]:
@@ -274,7 +265,7 @@ def detours(
         elif way == "reset" and room:  # its tokens are appended again
             steps += [Append("a", (junk,) * batch, other), Reset("a")]
             steps += appends("a", at_once(length, claims), batch, seed)
-        elif way == "refuse" and length and claims.max_chunk is None:
+        elif way == "refuse" and length and config.capacity - length < (claims.max_chunk or config.capacity):
             steps.append(Reject(Append("a", (config.capacity - length + 1,) * batch, other)))
         steps.append(Append("a", (size,) * batch, seed))
         length += size

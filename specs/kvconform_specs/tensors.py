@@ -227,8 +227,9 @@ def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         at = f"layers.{layer}."
         shapes[at + "norm_attention"] = (c.width,)
         shapes[at + "query"] = (c.width, c.heads * c.head_dim)
-        shapes[at + "key"] = (c.width, c.kv_heads * c.head_dim)
-        shapes[at + "value"] = (c.width, c.kv_heads * c.head_dim)
+        if c.source_of(layer) == layer:
+            shapes[at + "key"] = (c.width, c.kv_heads * c.head_dim)
+            shapes[at + "value"] = (c.width, c.kv_heads * c.head_dim)
         shapes[at + "output"] = (c.heads * c.head_dim, c.width)
         if c.mlp:
             shapes[at + "norm_mlp"] = (c.width,)

@@ -37,6 +37,33 @@ SENTENCES = [
         "must not be seen here, but the output moved from -0.4266 to -0.4482",
     ),
     (
+        replace(OUTPUT, kind=Kind.INSENSITIVE, change="nan", got="nan"),
+        "step 1 (append 1 to a of 2 rows), row 1, position 7, head 3: the NaN of other tokens "
+        "must not be seen here, but the output moved from -0.4266 to nan",
+    ),
+    (
+        replace(OUTPUT, kind=Kind.INSENSITIVE, change="reused"),
+        "step 1 (append 1 to a of 2 rows), row 1, position 7, head 3: what the caller writes over the inputs of "
+        "earlier steps must not be seen here, but the output moved from -0.4266 to -0.4482",
+    ),
+    (
+        replace(STEP, kind=Kind.INPUTS, array="query", where="inside", index=(0, 1, 2), got=0.0, want=0.5),
+        "step 2 (append 1 to a): overwrote number [0, 1, 2] of its input query: was 0.5, is 0",
+    ),
+    (
+        replace(STEP, kind=Kind.INPUTS, array="mask", where="behind", distance=1),
+        "step 2 (append 1 to a): wrote into memory that it was not given: number 1 behind the last of its input mask",
+    ),
+    (
+        replace(STEP, kind=Kind.INPUTS, array="value", where="between"),
+        "step 2 (append 1 to a): wrote between the numbers of its input value, which is a view of a larger array",
+    ),
+    (
+        replace(STEP, kind=Kind.OUTPUTS, array="output", where="inside", index=(0, 4), got=0.25, want=0.5),
+        "step 2 (append 1 to a): number [0, 4] of the output was overwritten after it was returned: "
+        "was 0.5, is 0.25 at the end of the program",
+    ),
+    (
         replace(OUTPUT, kind=Kind.SENSITIVE, change="padding", want=0.5, got=0.0, bound=1e-6),
         "step 1 (append 1 to a of 2 rows), row 1, position 7, head 3: what fills the columns without a token "
         "must move the output by 0.5 ± 1e-06, but it moved by 0",

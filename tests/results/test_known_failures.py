@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from datetime import date, timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import msgspec
 import pytest
 
 from kvconform import conformance
-from kvconform.judging.verdict import Outcome
+from kvconform.judging.verdict import Outcome, Reason
 from kvconform.results import known_failures
 from kvconform.results.known_failures import Row
 from kvconform.results.results import Results, read
@@ -45,6 +46,11 @@ class Mine(NumpyCache):
 class Dies(NumpyCache):
     def step(self, cache, *inputs, **keywords):
         os._exit(7)
+
+
+class Killed(NumpyCache):
+    def step(self, cache, *inputs, **keywords):
+        os.kill(os.getpid(), 9)
 
 
 class FallsBack(Mine):
@@ -142,7 +148,7 @@ def test_a_known_failure_is_replayed_and_says_why_it_is_known(place: Path) -> No
     [
         ("Mine", {"expires": date.today() - timedelta(days=1)}, {}, Outcome.FAIL, "the known failure expired on 2"),
         ("Mine", {"versions": {"python": "2.7"}}, {}, Outcome.FAIL, "is known with python 2.7, and this is 3."),
-        ("Mine", {"versions": {"jax": "0.4"}}, {}, Outcome.FAIL, "known with jax 0.4, and no version of jax is reco"),
+        ("Mine", {"versions": {"jax": "0.4"}}, {}, Outcome.FAIL, "known with jax 0.4, and jax is not installed here"),
         ("Mine", {}, {"config": "attention-window"}, Outcome.FAIL, "of a config other than attention-gqa: replace it"),
         ("Dies", {}, {}, Outcome.CRASH, "the known fail is a crash now: step 0 (append 2 to a): the process ended"),
         ("Mine", {}, {"outcome": "crash"}, Outcome.FAIL, "the known crash is a fail now: step 0"),
@@ -197,6 +203,32 @@ def test_rows_of_what_is_not_judged_hide_nothing_and_are_no_error(place: Path) -
     assert outcomes(found)["definition.attention"] is Outcome.FAIL
 
 
+def test_a_row_may_name_any_distribution_of_the_worker(place: Path) -> None:
+    versions = {"pytest": f"{version('pytest').partition('.')[0]}.*", "numpy": version("numpy")}
+    (place / "known_failures.toml").write_text(toml(versions=versions))
+    found = run(place, plan=CELL)
+    assert (outcomes(found), found.stale) == ({"definition.attention": Outcome.KNOWN_FAILURE}, [])
+    (place / "known_failures.toml").write_text(toml(versions={"pytest": "1.*"}))
+    assert "is known with pytest 1.*, and this is" in run(place, plan=CELL).stale[0]
+
+
+def test_a_row_of_another_device_neither_excuses_nor_is_stale(place: Path) -> None:
+    (place / "known_failures.toml").write_text(toml(device="cuda"))
+    found = run(place, plan=CELL)
+    assert (outcomes(found), found.stale) == ({"definition.attention": Outcome.FAIL}, [])
+    (place / "known_failures.toml").write_text(toml(device="cpu") + toml(device="cuda").partition("\n")[2])
+    found = run(place, plan=CELL)
+    assert (outcomes(found), found.stale) == ({"definition.attention": Outcome.KNOWN_FAILURE}, [])
+    assert [row.device for row in found.known_failures] == ["cpu"]
+
+
+def test_a_replay_that_is_killed_from_outside_is_inconclusive(place: Path) -> None:
+    found = run(place, "Killed", plan=CELL)
+    (verdict,) = found.verdicts
+    assert (verdict.outcome, verdict.reason, found.stale) == (Outcome.INCONCLUSIVE, Reason.KILLED, [])
+    assert "the known failure could not be replayed" in verdict.sentence
+
+
 @pytest.mark.slow
 def test_a_resumed_run_asks_its_ledger_again(place: Path) -> None:
     found = run(place)
@@ -231,6 +263,7 @@ def test_a_resumed_run_asks_its_ledger_again(place: Path) -> None:
         (toml(expires="soon"), "Invalid RFC3339"),
         (toml(expires=date.today() + timedelta(days=400)), "is more than a year ahead"),
         (toml(note="hush"), "unknown field `note`"),
+        (toml(device="tpu"), "unknown device 'tpu'; known: cpu, cuda"),
         (toml(counterexample="none.json"), "none.json: cannot be read: No such file or directory"),
         (toml(counterexample="known_failures.toml"), "known_failures.toml: holds no counterexample"),
         (toml(clause="shape.output"), "counterexample: is about definition.attention, not about shape.output"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from kvconform.errors import BadArgument
 from kvconform.files import write_atomically
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results import gate
-from kvconform.results.results import Results, merged, missing_core, read
-from kvconform.run.run import Plan, cells, parse_shard, path_of, run_backend
+from kvconform.results.results import Results, missing_core, read
+from kvconform.run.run import Plan, cells, parse_shard, run_backend
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import read as read_counterexample
-from kvconform.search.effort import EFFORTS, GUARANTEE_SECONDS, GUARANTEE_TRIALS, SHRINK_SECONDS, SHRINK_TRIALS, Effort
+from kvconform.search.effort import EFFORTS, GUARANTEE_SECONDS, GUARANTEE_TRIALS, SHRINK_SECONDS, SHRINK_TRIALS
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.claims import Claims
@@ -67,10 +66,12 @@ def results(*verdicts: Verdict, **more: Any) -> Results:
     [
         (results(verdict()), 0, ""),
         (results(verdict(compared=11)), 0, ""),
-        (results(verdict(outcome=Outcome.FAIL)), 1, "shape.output [attention-gqa]: pass -> fail: it broke"),
+        (results(verdict(outcome=Outcome.FAIL)), 4, "shape.output [attention-gqa]: pass -> fail: it broke"),
+        (results(verdict(outcome=Outcome.CRASH)), 4, "shape.output [attention-gqa]: pass -> crash: it broke"),
+        (results(verdict(outcome=Outcome.TIMEOUT)), 4, "shape.output [attention-gqa]: pass -> timeout: it broke"),
         (results(verdict(), verdict("shape.length", Outcome.CRASH)), 1, "shape.length [attention-gqa]: absent -> cr"),
         (results(verdict(outcome=Outcome.UNSUPPORTED)), 4, "pass -> unsupported: it broke"),
-        (results(verdict(outcome=Outcome.INCONCLUSIVE)), 4, "pass -> inconclusive"),
+        (results(verdict(outcome=Outcome.INCONCLUSIVE)), 5, "pass -> inconclusive"),
         (results(verdict(outcome=Outcome.NOT_EXERCISED)), 4, "pass -> not exercised"),
         (results(verdict(compared=9)), 4, "compared 9 values, was 10"),
         (results(), 4, "shape.output [attention-gqa]: was pass, is gone"),
@@ -84,8 +85,11 @@ def results(*verdicts: Verdict, **more: Any) -> Results:
         (results(verdict(outcome=Outcome.REFUTED)), 4, "pass -> refuted: it broke"),
         (results(verdict(outcome=Outcome.KNOWN_FAILURE)), 4, "pass -> known failure: it broke"),
         (results(verdict(), stale=["a row no longer holds"]), 1, "stale known failure: a row no longer holds"),
-        (results(verdict(), shard="1/2"), 4, "shard is 1/2, in the baseline the whole: not comparable"),
-        (results(unavailable="no compiler"), 4, "no longer available: no compiler"),
+        (results(shard="1/2"), 5, "1 cell of the baseline not judged: only shard 1/2"),
+        (results(clauses=["lifecycle"], configs=["attention"]), 5, "only clauses lifecycle, configs attention"),
+        (results(verdict(), shard="1/2"), 0, ""),
+        (results(unavailable="it cannot be imported"), 4, "no longer available: it cannot be imported"),
+        (results(unavailable="no compiler", lacking=True), 5, "no longer available: no compiler"),
         (results(verdict(), verdict("shape.length")), 0, "absent -> pass"),
     ],
 )
@@ -112,6 +116,7 @@ def test_the_gate_moves_with_the_results(now: Results, code: int, words: str) ->
         ("intermediates", "single", "storage"),
         ("kv_bits", 0, 8),
         ("kv_bits", 8, 4),
+        ("inputs", "copied", "kept"),
     ],
 )
 def test_a_claim_that_promises_less_is_a_regression_and_one_that_promises_more_is_none(
@@ -134,6 +139,14 @@ def test_a_residual_window_promises_something_only_of_a_quantised_cache() -> Non
     assert gate.exit_code(gate.compare(quantised(0, 0), quantised(8, 4))) == 0
 
 
+def test_lengths_at_which_a_forward_changes_are_told_and_block_nothing() -> None:
+    for now, was in (([12], []), ([], [12])):
+        told = gate.compare(
+            results(verdict(), claims={"changes_at": now}), results(verdict(), claims={"changes_at": was})
+        )
+        assert [(d.code, d.words) for d in told] == [(0, f"x changed changes_at from {was} to {now}")]
+
+
 def test_another_page_size_is_told_and_blocks_nothing() -> None:
     told = gate.compare(results(verdict(), claims={"page": 8}), results(verdict(), claims={"page": 4}))
     assert [(d.code, d.words) for d in told] == [(0, "x changed page from 4 to 8")]
@@ -149,11 +162,77 @@ def test_the_gate_knows_every_claim_of_one_value() -> None:
             Claims(**{name: value})
 
 
-def test_results_of_another_device_or_effort_are_not_comparable() -> None:
-    for change in ({"device": "cuda"}, {"effort": "nightly"}, {"seed": 1}, {"dtypes": ["float16"]}):
-        differences = gate.compare(msgspec.structs.replace(results(verdict()), **change), results(verdict()))
-        assert gate.exit_code(differences) == 4
-        assert "not comparable" in differences[0].words
+@pytest.mark.parametrize(
+    ("now", "code", "words"),
+    [
+        (results(verdict(digest="b", compared=3)), 0, ""),
+        (results(verdict(digest="b", outcome=Outcome.FAIL)), 1, "pass -> fail under other programs: it broke"),
+        (results(verdict(digest="b", outcome=Outcome.CRASH)), 1, "pass -> crash under other programs: it broke"),
+        (results(verdict(digest="b", outcome=Outcome.REFUTED)), 0, "pass -> refuted under other programs: it broke"),
+        (results(verdict(digest="b", outcome=Outcome.NOT_EXERCISED)), 5, "pass -> not exercised under other programs"),
+        (results(verdict(digest="b", outcome=Outcome.INCONCLUSIVE)), 5, "pass -> inconclusive: it broke"),
+    ],
+)
+def test_other_programs_are_no_regression_and_a_failure_is_a_new_one(now: Results, code: int, words: str) -> None:
+    differences = gate.compare(msgspec.structs.replace(now, seed=7), results(verdict(digest="a")))
+    assert gate.exit_code(differences) == code
+    told = [difference.words for difference in differences]
+    assert "1 of 1 cell had other programs: seed is 7, in the baseline 0" in told
+    assert words in "\n".join(told)
+
+
+def test_a_gate_between_two_efforts_is_one_line() -> None:
+    cells = list(BY_NAME)[:75]
+    smoke = results(*(verdict(name, digest="a", compared=5) for name in cells), environment={"hypothesis": "6.170.15"})
+    pr = msgspec.structs.replace(
+        results(*(verdict(name, digest="b", compared=50) for name in cells), environment={"hypothesis": "6.100.0"}),
+        effort="pr",
+        claims={**CLAIMS, "max_batch": 2},
+    )
+    words = (
+        f"{len(cells)} of {len(cells)} cells had other programs: effort is smoke, in the baseline pr; "
+        "hypothesis is 6.170.15, in the baseline 6.100.0; the claims differ"
+    )
+    changed = "x changed max_batch from 2 to unlimited"
+    assert [(d.code, d.words) for d in gate.compare(smoke, pr)] == [(0, changed), (0, words)]
+
+
+def test_a_cell_that_time_cut_is_no_regression() -> None:
+    whole, cut = results(verdict(digest="a", planned=9)), results(verdict(digest="a", planned=9, compared=1, cut=True))
+    (note,) = gate.compare(cut, whole)
+    assert note.code == 0
+    assert note.words == "1 of 1 cell cut: the time limit ended before all planned programs were judged"
+    assert gate.compare(whole, cut) == []
+
+
+def test_a_failure_that_the_baseline_had_no_time_to_find_is_a_new_one() -> None:
+    baseline = results(verdict(digest="a", cut=True, programs=12))
+    early, late = (results(verdict(digest="a", outcome=Outcome.FAIL, found_after=after)) for after in (12, 13))
+    assert gate.exit_code(gate.compare(early, baseline)) == 4
+    (new,) = gate.compare(late, baseline)
+    assert (new.code, "under programs that the baseline had no time for" in new.words) == (1, True)
+
+
+def test_passes_on_another_device_or_by_another_suite_are_not_compared() -> None:
+    for change, code in (({"device": "cuda"}, 5), ({"suite": "1"}, 0)):
+        (name,) = change
+        fewer, broken = results(verdict(compared=3)), results(verdict(outcome=Outcome.FAIL))
+        (told,) = gate.compare(msgspec.structs.replace(fewer, **change), results(verdict()))
+        assert (told.code, "passes are not compared" in told.words) == (code, True)
+        differences = gate.compare(msgspec.structs.replace(broken, **change), results(verdict()))
+        assert gate.exit_code(differences) == 1
+        assert f"pass -> fail under another {name}: it broke" in differences[-1].words
+    gone = gate.compare(msgspec.structs.replace(results(), suite="1"), results(verdict()))
+    assert gate.exit_code(gone) == 0
+    assert gone[-1].words == "1 cell of the baseline not judged: the suites differ"
+
+
+def test_cells_of_another_dtype_are_counted_and_not_called_gone() -> None:
+    both = msgspec.structs.replace(
+        results(verdict(), replaced(verdict(), "attention-gqa-float16")), dtypes=["float32", "float16"]
+    )
+    (told,) = gate.compare(results(verdict()), both)
+    assert (told.code, told.words) == (5, "1 cell of the baseline not judged: only dtypes float32")
 
 
 def test_a_failure_that_the_baseline_knows_is_not_new() -> None:
@@ -285,7 +364,7 @@ def test_what_is_no_results_file_is_one_sentence(tmp_path: Path) -> None:
         read(path)
     data = msgspec.to_builtins(results(verdict()))
     path.write_text(json.dumps({**data, "schema": "kvconform-results/99"}))
-    with pytest.raises(SpecError, match="unknown schema 'kvconform-results/99'; known: kvconform-results/4"):
+    with pytest.raises(SpecError, match="unknown schema 'kvconform-results/99'; known: kvconform-results/5"):
         read(path)
 
 
@@ -330,19 +409,23 @@ def test_a_run_is_not_resumed_once_the_backend_has_changed(tmp_path: Path) -> No
     )
 
 
-@pytest.mark.parametrize("count", range(1, 8))
-def test_shards_part_the_cells_evenly_config_by_config(count: int) -> None:
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 13, 40, 200])
+def test_shards_part_the_cells_and_build_each_config_once_where_they_can(count: int) -> None:
     plan = Plan(EFFORTS["smoke"], dtypes=DTYPES)
-    whole = [(cell.config_name, cell.clause.name) for cell in cells(plan)]
-    shards = [
-        [(cell.config_name, cell.clause.name) for cell in cells(replace(plan, shard=(index, count)))]
-        for index in range(1, count + 1)
-    ]
-    assert sorted(cell for shard in shards for cell in shard) == sorted(whole)
-    assert len(set(whole)) == len(whole)
-    for config in {config for config, _ in whole}:
-        sizes = [sum(cell[0] == config for cell in shard) for shard in shards]
-        assert max(sizes) - min(sizes) <= 1
+    whole = list(cells(plan))
+    shards = [list(cells(replace(plan, shard=(index, count)))) for index in range(1, count + 1)]
+    assert sorted((c.config_name, c.clause.name) for shard in shards for c in shard) == sorted(
+        (c.config_name, c.clause.name) for c in whole
+    )
+    order = {(cell.config_name, cell.clause.name): at for at, cell in enumerate(whole)}
+    for shard in shards:
+        places = [order[cell.config_name, cell.clause.name] for cell in shard]
+        assert places == sorted(places)
+    configs = {cell.config_name for cell in whole}
+    built = [len({cell.config_name for cell in shard}) for shard in shards]
+    assert sum(built) == len(configs) if count <= len(configs) else max(built) == 1
+    largest = max(sum(cell.config_name == name for cell in whole) for name in configs)
+    assert max(map(len, shards)) - min(map(len, shards)) <= largest
 
 
 @pytest.mark.parametrize("text", ["", "2", "0/2", "3/2", "-1/2", "a/b", "1/2/3", "1/"])
@@ -350,67 +433,6 @@ def test_what_is_no_shard_is_one_sentence(text: str) -> None:
     assert parse_shard("2/3") == (2, 3)
     with pytest.raises(BadArgument, match="shard: want i/n with i from 1 to n, such as 2/5"):
         parse_shard(text)
-
-
-def test_merged_shards_are_the_whole_run(tmp_path: Path) -> None:
-    tiny = Effort("tiny", 3, 2, 60.0)
-    plan = Plan(tiny, clauses=("shape", "lifecycle.reset"), configs=("attention-gqa", "attention-window"))
-    whole = run_backend("numpy", WorkerSpec("numpy"), plan, tmp_path)
-    parts = [replace(plan, shard=(index, 3)) for index in (1, 2, 3)]
-    for one in parts:
-        run_backend("numpy", WorkerSpec("numpy"), one, tmp_path)
-    found = merged([read(path_of("numpy", one, tmp_path)) for one in reversed(parts)])
-    assert len({v.config for v in found.verdicts}) == 2
-    assert [timeless(v) for v in found.verdicts] == [timeless(v) for v in whole.verdicts]
-    assert found.same_run(whole)
-    assert found.finished
-    assert concluded(found) == concluded(whole)
-    assert read(path_of("numpy", plan, tmp_path)) == whole  # shards wrote beside it, not over it
-
-
-def timeless(one: Verdict) -> Verdict:
-    return msgspec.structs.replace(one, seconds=0.0)
-
-
-ONE = results(verdict("shape.output"), verdict("shape.length"), shard="1/2", environment={"numpy": "2", "machine": "a"})
-TWO = msgspec.structs.replace(ONE, verdicts=[verdict("shape.first-step")], shard="2/2")
-
-
-@pytest.mark.parametrize(
-    ("parts", "words"),
-    [
-        ([results(verdict())], "results of x: are those of a whole run, not of a shard"),
-        ([TWO], "merge: shard 1/2 is missing"),
-        (
-            [ONE, msgspec.structs.replace(ONE, seed=0, seconds=1.0), TWO],
-            "shard 1/2: is given twice, with different contents",
-        ),
-        ([ONE, msgspec.structs.replace(TWO, seed=1)], "merge: seed is 0 in shard 1/2 and 1 in shard 2/2"),
-        ([ONE, msgspec.structs.replace(TWO, backend="y")], "merge: backend is x in shard 1/2 and y in shard 2/2"),
-        ([ONE, msgspec.structs.replace(TWO, shard="2/3")], "shards 1/2 and 2/3 belong to different divisions"),
-        ([ONE, msgspec.structs.replace(TWO, environment={"numpy": "1"})], "environment.numpy is 2 in shard 1/2 and 1"),
-        ([ONE, msgspec.structs.replace(TWO, claims={})], "claims.abilities is"),
-        ([ONE, msgspec.structs.replace(TWO, finished=False)], "shard 2/2: did not finish: run it again to resume it"),
-        ([ONE, msgspec.structs.replace(TWO, unavailable="no GPU")], "shard 2/2: no GPU"),
-        (
-            [ONE, msgspec.structs.replace(TWO, verdicts=[])],
-            "shard 1/2: has 2 cells; its part of 2 is 1: the selections d",
-        ),
-        ([ONE, msgspec.structs.replace(TWO, verdicts=[verdict("shape.output")])], "shape.output [attention-gqa] is in"),
-    ],
-)
-def test_what_are_not_all_shards_of_one_run_is_one_sentence(parts: list[Results], words: str) -> None:
-    with pytest.raises(SpecError, match=re.escape(words)):
-        merged(parts)
-
-
-def test_merging_keeps_rows_stale_sentences_and_machines() -> None:
-    mine = {"numpy": "2", "machine": "b"}
-    two = msgspec.structs.replace(TWO, environment=mine, stale=["s", "t"], seconds=2.0)
-    found = merged([two, msgspec.structs.replace(ONE, stale=["s"], seconds=1.0), two])
-    assert [v.clause for v in found.verdicts] == ["shape.output", "shape.first-step", "shape.length"]
-    assert (found.shard, found.stale, found.seconds) == ("", ["s", "t"], 3.0)
-    assert found.environment == {"numpy": "2", "machine": ["a", "b"]}
 
 
 @pytest.mark.slow

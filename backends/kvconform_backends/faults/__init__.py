@@ -31,7 +31,9 @@ from kvconform_backends.faults import (
     positions,
     quantised,
     rollbacks,
+    scaled_rope,
     shape,
+    shared_layers,
     window,
 )
 from kvconform_backends.faults.planted import GITHUB, Fault, faults_of
@@ -98,6 +100,8 @@ MODULES = (
     last_position,
     definition,
     positions,
+    scaled_rope,
+    shared_layers,
     lifecycle,
     branches,
     rollbacks,

@@ -35,6 +35,8 @@ class RopeFromSeven(NumpyCache):
 class DimsReversed(NumpyCache):
     """Keys are cached with reversed head dims, and queries are reversed accordingly."""
 
+    designs = ()
+
     def attend(self, cache: Cache, layer: int, query: Array, key: Array, value: Array) -> Array:
         return super().attend(cache, layer, query[..., ::-1], key[..., ::-1], value)
 
@@ -67,6 +69,8 @@ class GeneratesWithoutACache(NumpyCache):
 class NewestFirst(NumpyCache):
     """The newest token is in slot 0; masks and biases are reversed accordingly."""
 
+    designs = ()
+
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         cache.keys[layer] = np.concatenate([self.stored(key)[:, :, ::-1], cache.keys[layer]], axis=2)
         cache.values[layer] = np.concatenate([self.stored(value)[:, :, ::-1], cache.values[layer]], axis=2)
@@ -86,6 +90,18 @@ class NewestFirst(NumpyCache):
 
     def contents(self, cache: Cache) -> list[list[tuple[Array, Array]]]:
         return [[(k[:, ::-1], v[:, ::-1]) for k, v in layer] for layer in super().contents(cache)]
+
+
+class ViewsKept(NumpyCache):
+    """The keys and values of a prompt are not copied, as it claims: they stay in the memory of the caller."""
+
+    claims = replace(NumpyCache.claims, inputs="kept")
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        if cache.length:
+            return super().append(cache, layer, key, value)
+        cache.keys[layer], cache.values[layer] = self.stored(key), self.stored(value)
+        return self.loaded(cache.keys[layer]), self.loaded(cache.values[layer])
 
 
 @dataclass(eq=False)

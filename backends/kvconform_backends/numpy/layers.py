@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvconform_backends.rotary import attention_factor, inverse_frequencies
 from kvconform_specs.config import Config
 
 Array = NDArray[Any]
@@ -22,6 +23,8 @@ class NumpyLayers:
     allowed: Array | None = None  # the caller's mask (b, s) of this step
     products = 0  # multiply-adds of this step so far
     last_only = False  # whether this step returns only its last logits
+    places_now: Array  # the positions of this step's tokens, (t,) or (b, t)
+    totals: Any = 1  # the tokens of each row with those of this step: a number, or (b,) if rows differ
 
     def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
         self.config, self.weights = config, weights
@@ -94,17 +97,16 @@ class NumpyLayers:
     # --- decoder ---
     def decode(self, cache: Any, tokens: Array) -> Array:
         c, w = self.config, self.weights
-        positions = self.positions(cache, tokens.shape[1])
+        positions = self.places_now = self.positions(cache, tokens.shape[1])
+        if positions.size:
+            self.totals = positions.max(axis=-1) + 1
         x = w["embed"][tokens]  # (b, t, width)
         if c.positions == "learned":
             x = x + w["position"][positions]
         for layer in range(c.layers):
             at = f"layers.{layer}."
             y = self.norm(x, w[at + "norm_attention"])
-            q, k, v = (self.split(self.product(y, w[at + name])) for name in ("query", "key", "value"))
-            if c.positions == "rope":
-                q, k = self.rotate(q, positions), self.rotate(k, positions)
-            mixed = self.attend(cache, layer, q, k, v).swapaxes(1, 2).reshape(*x.shape[:2], c.heads * c.head_dim)
+            mixed = self.mixed(cache, layer, y, positions).swapaxes(1, 2).reshape(*x.shape[:2], c.heads * c.head_dim)
             x = x + self.product(mixed, w[at + "output"])
             if c.mlp:
                 y = self.norm(x, w[at + "norm_mlp"])
@@ -112,6 +114,23 @@ class NumpyLayers:
                 hidden = gate / (1 + np.exp(-gate)) * self.product(y, w[at + "up"])
                 x = x + self.product(hidden, w[at + "down"])
         return self.product(self.norm(x[:, -1:] if self.last_only else x, w["norm_final"]), w["lm_head"])
+
+    def mixed(self, cache: Any, layer: int, y: Array, positions: Array) -> Array:
+        """A layer's attention ``(b, h, t, d)`` for its normed input ``(b, t, width)``."""
+        c, turned_first = self.config, self.config.positions == "rope" and not self.config.changes_at
+        own = c.source_of(layer) == layer
+        names = ("query", "key", "value") if own else ("query",)
+        q, *kv = (self.split(self.product(y, self.weights[f"layers.{layer}.{name}"])) for name in names)
+        if turned_first:
+            q = self.rotate(q, positions)
+        if not own:
+            return self.attend_shared(cache, layer, q)
+        k, v = kv
+        return self.attend(cache, layer, q, self.rotate(k, positions) if turned_first else k, v)
+
+    def attend_shared(self, cache: Any, layer: int, query: Array) -> Array:
+        """Attends with query ``(b, h, t, d)`` to the keys and values of the layer's source, which are complete."""
+        raise NotImplementedError
 
     def positions(self, cache: Any, t: int) -> Array:
         """The logical positions of the new tokens: ``(t,)``, or ``(b, t)`` if rows differ."""
@@ -123,8 +142,13 @@ class NumpyLayers:
         return x.reshape(*x.shape[:2], x.shape[2] // d, d).swapaxes(1, 2)
 
     def rotate(self, x: Array, positions: Array) -> Array:
-        half = x.shape[-1] // 2
-        return rotated(x, positions[..., None, :, None] * 10000.0 ** (-np.arange(half) / half))
+        d, totals = x.shape[-1], self.totals
+        if self.config.changes_at and np.ndim(totals):
+            by_row = np.stack([inverse_frequencies(self.config, d, int(total)) for total in totals])[:, None, None]
+        else:
+            by_row = inverse_frequencies(self.config, d, int(np.max(totals)))
+        angle, factor = positions[..., None, :, None] * by_row, attention_factor(self.config)
+        return turned(x, (np.cos(angle) * factor).astype(np.float32), (np.sin(angle) * factor).astype(np.float32))
 
     def norm(self, x: Array, gain: Array) -> Array:
         return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(1e-6)) * gain)

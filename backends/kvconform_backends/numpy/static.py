@@ -39,6 +39,7 @@ class NumpyStatic(NumpyCache):
         memory="capacity",
     )
 
+    designs = ("rotary",)
     places: Array  # (b, t): the position of each column of this step, -1 for padding
 
     # --- lifecycle ---

@@ -61,7 +61,7 @@ def run(
     python: Pythons = [],  # noqa: B006
     step_timeout: StepTimeout = STEP_TIMEOUT,
     known_failures: Annotated[Path | None, typer.Option(help="A TOML file of known failures.")] = None,
-    shard: Annotated[str, typer.Option(help="Only part i of n of the cells, as i/n.")] = "",
+    shard: Annotated[str, typer.Option(help="Only part i of n of the cells, as i/n: whole configs.")] = "",
     as_json: Json = False,
 ) -> None:
     """Judges backends by every clause. Writes OUT/<backend>.json, and a counterexample for each failure.
@@ -144,6 +144,8 @@ def _judged(
                 say(f"{verdict.clause} on {name} [{verdict.config}]: {verdict.sentence}", progress.console)
                 if verdict.counterexample:
                     file = out / "failures" / name / verdict.counterexample
+                    for line in checks.steps(verdict, file):
+                        say(line, progress.console)
                     say(f"  replay: kvconform replay {file}", progress.console)
 
         return run_backend(name, spec, plan, out, tell, known_failures, begin)

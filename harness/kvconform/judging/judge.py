@@ -123,7 +123,7 @@ def _wrong(program: Program, step: Step, done: StepResult, want: Expected | None
     if isinstance(step, Reject):
         return {"kind": Kind.ACCEPTED} if done.refused is None else None
     if isinstance(step, ReadCache):
-        width = c.layers * 2 * c.kv_heads * c.head_dim
+        width = c.kept
         if got is None or got.shape[-1] == width:
             return None
         return {"kind": Kind.SHAPE, "part": "read", "got": got.shape[-1:], "want": (width,)}

@@ -89,7 +89,7 @@ def test_clause(
             pytest.fail(
                 f"{backend} is a black box: judge it with kvconform check, or with conformance()", pytrace=False
             )
-        plan, known = plan_of(request.config), known_failures.find(name, cell)
+        plan, known = plan_of(request.config), known_failures.find(name, cell, client.spec.device)
         verdict, record.stale = judged(cell, client, plan, folder, known)
     except BackendUnavailable as error:
         record.unavailable, record.lacking = str(error), isinstance(error, Unavailable)

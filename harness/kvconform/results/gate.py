@@ -1,15 +1,22 @@
-"""The conformance gate: compares results with a baseline. A cell that passed must still pass."""
+"""The conformance gate: compares results with a baseline.
+
+What a cell came to is a regression only where both runs planned the same programs (``Verdict.digest``) on the same kind
+of device, by the same suite: then the subject has changed. A pass under other programs is not compared. A failure under
+other programs is a new failure: the subject breaks a clause, and the baseline does not show that it did not before.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kvconform.judging.verdict import Outcome
-from kvconform.results.results import Results
-from kvconform_specs.claims import Claims
+from kvconform.judging.verdict import Outcome, Verdict
+from kvconform.results.results import Results, counted
+from kvconform_specs.claims import MANY_OF, Claims
 
-OK, NEW_FAILURE, REGRESSION = 0, 1, 4
+OK, NEW_FAILURE, REGRESSION, UNDECIDED = 0, 1, 4, 5
+MOST_SEVERE_FIRST = (REGRESSION, NEW_FAILURE, UNDECIDED)
 
 
 @dataclass(frozen=True)
@@ -21,43 +28,109 @@ class Difference:
 
 
 def compare(now: Results, baseline: Results) -> list[Difference]:
-    """The differences: new failures, lost passes and clauses, narrowed claims, fewer compared values."""
-    found = _moved_claims(now, baseline)
-    for name in ("device", "dtypes", "effort", "seed", "suite", "shard"):
-        mine, its = (getattr(results, name) or "the whole" for results in (now, baseline))
-        if mine != its:
-            found.append(Difference(REGRESSION, f"{name} is {mine}, in the baseline {its}: not comparable"))
+    """The differences: lost passes, new failures, narrowed claims, and what could not be compared."""
+    found = [*_moved_claims(now, baseline), *_conditions(now, baseline)]
     found += [Difference(NEW_FAILURE, f"stale known failure: {words}") for words in now.stale]
-    drawn = [results.environment.get("hypothesis") for results in (now, baseline)]
-    if drawn[0] != drawn[1]:
-        words = f"hypothesis {drawn[0]} drew the programs, in the baseline hypothesis {drawn[1]}: the values differ"
-        found.append(Difference(OK, words))
     if now.unavailable and not baseline.unavailable:
-        found.append(Difference(REGRESSION, f"{now.backend} is no longer available: {now.unavailable}"))
+        code = UNDECIDED if now.lacking else REGRESSION
+        return [*found, Difference(code, f"{now.backend} is no longer available: {now.unavailable}")]
     before = {verdict.key: verdict for verdict in baseline.verdicts}
-    after = {verdict.key: verdict for verdict in now.verdicts}
-    for key, verdict in after.items():
-        name, was = f"{verdict.clause} [{verdict.config}]", before.get(key)
-        old = "absent" if was is None else was.outcome.value
-        if verdict.outcome.broken:
-            if was is None or not was.outcome.broken:
-                found.append(Difference(NEW_FAILURE, f"{name}: {old} -> {verdict.outcome.value}: {verdict.sentence}"))
-        elif was is not None and was.outcome is Outcome.PASS and verdict.outcome is not Outcome.PASS:
-            found.append(Difference(REGRESSION, f"{name}: pass -> {verdict.outcome.value}: {verdict.sentence}"))
-        elif was is not None and was.outcome is Outcome.PASS and verdict.compared < was.compared:
-            found.append(Difference(REGRESSION, f"{name}: compared {verdict.compared} values, was {was.compared}"))
-        elif was is None or was.outcome is not verdict.outcome:
-            found.append(Difference(OK, f"{name}: {old} -> {verdict.outcome.value}"))
-    for key, was in before.items():
-        if key not in after:
-            found.append(Difference(REGRESSION, f"{was.clause} [{was.config}]: was {was.outcome.value}, is gone"))
-    return found
+    conditions = " and ".join(f"another {name}" for name in CONDITIONS if _differs(name, now, baseline))
+    other = cut = 0
+    for verdict in now.verdicts:
+        was = before.get(verdict.key)
+        programs = "" if was is None else _programs(verdict, was)
+        found += _cell(verdict, was, " and ".join(filter(None, (conditions, programs))))
+        other += programs == OTHER
+        cut += verdict.cut
+    if other:
+        reasons = "; ".join(_reasons(now, baseline)) or "the strategies have changed"
+        found.append(Difference(OK, f"{other} of {counted(len(now.verdicts), 'cell')} had other programs: {reasons}"))
+    if cut:
+        words = "the time limit ended before all planned programs were judged"
+        found.append(Difference(OK, f"{cut} of {counted(len(now.verdicts), 'cell')} cut: {words}"))
+    return [*found, *_gone(now, baseline)]
 
 
 def exit_code(differences: list[Difference]) -> int:
-    """1 for a new failure, else 4 for a regression, else 0."""
-    codes = {difference.code for difference in differences}
-    return NEW_FAILURE if NEW_FAILURE in codes else REGRESSION if REGRESSION in codes else OK
+    """4 for a regression, else 1 for a new failure, else 5 where something could not be decided, else 0."""
+    return worst([difference.code for difference in differences])
+
+
+def worst(codes: list[int]) -> int:
+    return next((code for code in MOST_SEVERE_FIRST if code in codes), OK)
+
+
+CONDITIONS = {"device": UNDECIDED, "suite": OK}
+"""What makes passes incomparable, whatever the programs, and the code where it differs."""
+OTHER = "other programs"
+
+
+def _conditions(now: Results, baseline: Results) -> Iterator[Difference]:
+    for name, code in CONDITIONS.items():
+        if words := _differs(name, now, baseline):
+            yield Difference(code, f"{words}: passes are not compared")
+
+
+def _reasons(now: Results, baseline: Results) -> Iterator[str]:
+    """Why cells may have other programs than in the baseline."""
+    yield from filter(None, (_differs(name, now, baseline) for name in ("suite", "effort", "seed")))
+    mine, its = (results.environment.get("hypothesis") for results in (now, baseline))
+    if mine != its:
+        yield f"hypothesis is {mine}, in the baseline {its}"
+    if now.claims != baseline.claims:
+        yield "the claims differ"
+
+
+def _differs(name: str, now: Results, baseline: Results) -> str:
+    mine, its = getattr(now, name), getattr(baseline, name)
+    return "" if mine == its else f"{name} is {mine}, in the baseline {its}"
+
+
+def _programs(verdict: Verdict, was: Verdict) -> str:
+    """In what the programs that decided this verdict differ from the baseline's; cells without programs do not tell."""
+    if verdict.digest and was.digest and verdict.digest != was.digest:
+        return OTHER
+    if was.cut and (verdict.found_after or 0) > was.programs:
+        return "programs that the baseline had no time for"
+    return ""
+
+
+def _cell(verdict: Verdict, was: Verdict | None, differs: str) -> Iterator[Difference]:
+    """What became of a cell. ``differs``: what else was asked than in the baseline; empty where the same was asked."""
+    name, now = f"{verdict.clause} [{verdict.config}]", verdict.outcome
+    old = "absent" if was is None else was.outcome.value
+    moved = f"{name}: {old} -> {now.value}"
+    if was is None or was.outcome is not Outcome.PASS:
+        if now.broken and (was is None or not was.outcome.broken):
+            yield Difference(NEW_FAILURE, f"{moved}: {verdict.sentence}")
+        elif not now.broken and old != now.value:
+            yield Difference(OK, moved)
+    elif now is Outcome.PASS:
+        if not differs and not verdict.cut and verdict.compared < was.compared:
+            yield Difference(REGRESSION, f"{name}: compared {verdict.compared} values, was {was.compared}")
+    elif now is Outcome.INCONCLUSIVE:
+        yield Difference(UNDECIDED, f"{moved}: {verdict.sentence}")
+    elif not differs:
+        yield Difference(REGRESSION, f"{moved}: {verdict.sentence}")
+    else:
+        code = NEW_FAILURE if now.broken else OK if now is Outcome.REFUTED else UNDECIDED
+        yield Difference(code, f"{moved} under {differs}: {verdict.sentence}")
+
+
+def _gone(now: Results, baseline: Results) -> Iterator[Difference]:
+    """The cells of the baseline that were not judged; in one line where this run is a part, or of another suite."""
+    after = {verdict.key for verdict in now.verdicts}
+    gone = [was for was in baseline.verdicts if was.key not in after and was.outcome is not Outcome.UNSUPPORTED]
+    part = now.selection or (f"dtypes {', '.join(now.dtypes)}" if now.dtypes != baseline.dtypes else "")
+    many = f"{counted(len(gone), 'cell')} of the baseline not judged"
+    if gone and now.suite != baseline.suite:
+        yield Difference(OK, f"{many}: the suites differ")
+    elif gone and part:
+        yield Difference(UNDECIDED, f"{many}: only {part}")
+    else:
+        for was in gone:
+            yield Difference(REGRESSION, f"{was.clause} [{was.config}]: was {was.outcome.value}, is gone")
 
 
 WIDEST_FIRST = {
@@ -69,6 +142,7 @@ WIDEST_FIRST = {
     "intermediates": ("single", "storage"),
     "reference": ("definition", "self"),
     "rounding": ("own", "shared"),
+    "inputs": ("copied", "kept"),
 }
 """The values of claims that are a choice, from the one that promises most to the one that promises least."""
 
@@ -79,7 +153,7 @@ def _moved_claims(now: Results, baseline: Results) -> list[Difference]:
     found = []
     for name, was in its.items():
         value = mine.get(name)
-        if isinstance(was, list):
+        if name in MANY_OF:
             gone = [item for item in was if item not in (value or [])]
             if gone:
                 words = f"{now.backend} no longer claims {name}: {', '.join(gone)}"

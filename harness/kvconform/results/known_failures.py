@@ -4,11 +4,12 @@
 
     [[known]]
     backend = "eager"                                   # the name of its results
+    device = "cuda"                                     # optional: the row holds on this device only
     clause = "numerics.zero-keys"
     config = "attention-gqa"                            # one cell; there are no wildcards
     reason = "bug in a library"                         # one of REASONS
     link = "https://github.com/pytorch/pytorch/issues/103082"
-    versions = { torch = "2.11.*" }                     # the versions that have the bug
+    versions = { torch = "2.11.*" }                     # the versions that have the bug, of any distributions
     expires = 2027-03-31                                # the last day, at most a year ahead
     counterexample = "known/numerics.zero-keys-1a2b3c4d.json"   # relative to this file
 
@@ -34,10 +35,11 @@ import msgspec
 from kvconform.errors import StaleEntry, WorkerDied
 from kvconform.judging.render import render
 from kvconform.judging.verdict import Outcome, Reason, Verdict
+from kvconform.search.blame import doubtful, suspicion
 from kvconform.search.cell import OUTCOMES, Cell, unsupported
 from kvconform.search.counterexample import Counterexample, replayed
 from kvconform.search.counterexample import read as read_counterexample
-from kvconform.worker.client import WorkerClient
+from kvconform.worker.client import DEVICES, WorkerClient
 from kvconform_specs.clause import Case
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Program
@@ -70,15 +72,20 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     link: str
     """The address of an issue."""
     versions: dict[str, str]
-    """By the names in the ``environment`` of results; exact, or a prefix that ends in ``.*``."""
+    """By the name of a distribution, or a name in the ``environment`` of results, such as ``python``, ``gpu`` or
+    ``driver``; exact, or a prefix that ends in ``.*``."""
     expires: date
     """The last day on which the row holds."""
     counterexample: str
     """A file, relative to the file of known failures."""
+    device: str = ""
+    """The device on which the row holds; empty for every device."""
 
     def __post_init__(self) -> None:
         if self.reason not in REASONS:
             raise ValueError(f"unknown reason {self.reason!r}; known: {', '.join(REASONS)}")
+        if self.device and self.device not in DEVICES:
+            raise ValueError(f"unknown device {self.device!r}; known: {', '.join(DEVICES)}")
         if not re.fullmatch(r"https?://\S+", self.link):
             raise ValueError(f"link: want the address of an issue, got {self.link!r}")
         if not self.versions:
@@ -89,7 +96,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     @property
     def place(self) -> str:
-        return f"{self.clause} on {self.backend} [{self.config}]"
+        return f"{self.clause} on {self.backend} [{self.config}]" + (f" on {self.device}" if self.device else "")
 
     def outdated(self, environment: Mapping[str, object], today: date) -> str:
         """Why the row does not hold on this day and with these versions, or nothing."""
@@ -97,7 +104,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             return f"expired on {self.expires}: fix the failure, or review it and set a later day"
         for name, version in self.versions.items():
             if name not in environment:
-                return f"is known with {name} {version}, and no version of {name} is recorded here"
+                return f"is known with {name} {version}, and {name} is not installed here"
             if not _is_version(str(environment[name]), version):
                 return f"is known with {name} {version}, and this is {environment[name]}: check whether it still fails"
         return ""
@@ -142,6 +149,10 @@ class KnownFailure:
             return self._verdict(client, began, Outcome.NOT_EXERCISED, words, reason=Reason.FALLBACK)
         if tried is None:
             raise StaleEntry(f"{self.row.place}: the known failure no longer fails: remove the row")
+        stored = self.stored.mismatch
+        if doubtful(tried) and (stored is None or not doubtful(stored)):
+            words, reason = f"the known failure could not be replayed: {render(tried)}", suspicion(tried)
+            return self._verdict(client, began, Outcome.INCONCLUSIVE, words, reason=reason, mismatch=tried)
         now = OUTCOMES[tried.ending]
         was = Outcome.FAIL if self.stored.outcome is Outcome.REFUTED else self.stored.outcome
         if now is not was:
@@ -153,7 +164,8 @@ class KnownFailure:
 
     def _check(self, cell: Cell, client: WorkerClient) -> None:
         """Raises StaleEntry if the row has expired, or its versions or its cell differ from those judged here."""
-        words = self.row.outdated(client.environment, self.today)
+        named = {**client.versions(self.row.versions), **client.environment}
+        words = self.row.outdated(named, self.today)
         if not words and any(program.config != cell.config for program in self.case.programs):
             words = f"has a counterexample of a config other than {cell.config_name}: replace it"
         if not words:
@@ -182,12 +194,14 @@ class KnownFailure:
 
 @dataclass(frozen=True)
 class KnownFailures:
-    """Known failures by backend, clause and config."""
+    """Known failures by backend, clause, config and device."""
 
-    known: Mapping[tuple[str, str, str], KnownFailure]
+    known: Mapping[tuple[str, str, str, str], KnownFailure]
 
-    def find(self, backend: str, cell: Cell) -> KnownFailure | None:
-        return self.known.get((backend, cell.clause.name, cell.config_name))
+    def find(self, backend: str, cell: Cell, device: str) -> KnownFailure | None:
+        """The row of a cell on a device; one that names the device goes before one for every device."""
+        place = backend, cell.clause.name, cell.config_name
+        return self.known.get((*place, device)) or self.known.get((*place, ""))
 
     def unmatched_entries(self, backend: str, cells: Iterable[Cell]) -> list[str]:
         """One sentence for each row of a backend that matches none of these cells."""
@@ -195,7 +209,7 @@ class KnownFailures:
         return [
             f"{known.row.place}: the suite has no such cell: remove the row, or correct its names"
             for key, known in self.known.items()
-            if key[0] == backend and key not in found
+            if key[0] == backend and key[:3] not in found
         ]
 
 
@@ -213,9 +227,9 @@ def read(path: Path, today: date | None = None) -> KnownFailures:
         raise SpecError(str(path), f"holds no known failures: {error}") from error
     if file.schema != SCHEMA:
         raise SpecError(f"{path}.schema", f"unknown schema {file.schema!r}; known: {SCHEMA}")
-    known: dict[tuple[str, str, str], KnownFailure] = {}
+    known: dict[tuple[str, str, str, str], KnownFailure] = {}
     for number, row in enumerate(file.known):
-        at, key = f"{path}.known[{number}]", (row.backend, row.clause, row.config)
+        at, key = f"{path}.known[{number}]", (row.backend, row.clause, row.config, row.device)
         if key in known:
             raise SpecError(at, f"a second row of {row.place}")
         if row.expires > today + LONGEST:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +14,16 @@ from kvconform.explain.visibility import Map
 from kvconform.files import read_versioned, write_versioned
 from kvconform.judging.order import by_use
 from kvconform.judging.verdict import Outcome, Verdict
-from kvconform.results.guarantees import Guarantee, measured
+from kvconform.results.guarantees import Guarantee
 from kvconform.results.known_failures import Row
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.config import Config
 from kvconform_specs.configs import CONFIGS, config_named, label
-from kvconform_specs.errors import SpecError
 
-SCHEMA = "kvconform-results/4"
-SAME_RUN = ("schema", "suite", "backend", "device", "dtypes", "effort", "seed", "claims", "environment")
-"""What the parts of one run have in common: everything that could change a verdict."""
+SCHEMA = "kvconform-results/5"
+SAME_RUN = ("schema", "suite", "backend", "device", "dtypes", "effort", "seed", "claims")
+"""What the parts of one run have in common, beside their environment: everything that could change a verdict."""
 EXIT_CODES = {
     0: "conformant, or nothing failed in the selected part or shard",
     1: "non-conformant, or a stale known failure",
@@ -83,6 +81,10 @@ class Results(msgspec.Struct, kw_only=True):
     """What ran, by config."""
     shard: str = ""
     """``i/n`` for shard ``i`` of ``n``; empty for a run that was not divided."""
+    clauses: list[str] = []
+    """With what the names of the judged clauses begin; empty for all clauses."""
+    configs: list[str] = []
+    """With what the names of the judged configs begin; empty for all configs."""
     known_failures: list[Row] = []
     """The rows of known failures that still fail."""
     stale: list[str] = []
@@ -104,8 +106,12 @@ class Results(msgspec.Struct, kw_only=True):
         write_versioned(path, self)
 
     def same_run(self, other: Results) -> bool:
-        """Whether ``other`` is an earlier part of this run: nothing that could change a verdict differs."""
-        return all(getattr(self, name) == getattr(other, name) for name in (*SAME_RUN, "shard"))
+        """Whether ``other`` is an earlier part of this run: nothing that could change a verdict differs. Environments
+        are compared where both name something: a run names what was imported late at its end."""
+        both = self.environment.keys() & other.environment.keys()
+        return all(getattr(self, name) == getattr(other, name) for name in (*SAME_RUN, "shard")) and all(
+            self.environment[name] == other.environment[name] for name in both
+        )
 
     @property
     def failures(self) -> tuple[Verdict, ...]:
@@ -137,6 +143,12 @@ class Results(msgspec.Struct, kw_only=True):
         """How many cells had each outcome."""
         found = Counter(verdict.outcome for verdict in self.verdicts)
         return {outcome.value: found[outcome] for outcome in Outcome}
+
+    @property
+    def selection(self) -> str:
+        """Which part of the suite was asked for, in words; empty for all of it."""
+        named = (("clauses", self.clauses), ("configs", self.configs), ("shard", [self.shard] if self.shard else []))
+        return ", ".join(f"{what} {', '.join(names)}" for what, names in named if names)
 
     @property
     def partial(self) -> bool:
@@ -203,21 +215,21 @@ def _conclusion(results: Results) -> Conclusion:
     judged = sum(verdict.outcome is not Outcome.UNSUPPORTED for verdict in verdicts)
     if results.failures:
         skipped = f"; {len(verdicts) - judged} not applicable" if judged < len(verdicts) else ""
-        why = f"{len(results.failures)} of {_counted(judged, 'judged cell')} failed{skipped}"
+        why = f"{len(results.failures)} of {counted(judged, 'judged cell')} failed{skipped}"
         return Conclusion(1, "non-conformant", why)
     if results.stale:
-        return Conclusion(1, "stale known failures", f"{_counted(len(results.stale), 'row')} to correct or to remove")
+        return Conclusion(1, "stale known failures", f"{counted(len(results.stale), 'row')} to correct or to remove")
     if results.unavailable:
         return Conclusion(3, "", results.unavailable)
     if not results.finished:
-        return Conclusion(5, "", f"the run did not finish: {_counted(len(verdicts), 'cell')} judged")
+        return Conclusion(5, "", f"the run did not finish: {counted(len(verdicts), 'cell')} judged")
     undecided = sum(verdict.outcome in (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED) for verdict in verdicts)
     if undecided:
-        why = f"{undecided} of {_counted(judged, 'judged cell')} inconclusive or not exercised"
+        why = f"{undecided} of {counted(judged, 'judged cell')} inconclusive or not exercised"
         return Conclusion(5, "undecided", why)
     known = sum(verdict.outcome is Outcome.KNOWN_FAILURE for verdict in verdicts)
-    more = f", with {_counted(known, 'known failure')}" if known else ""
-    cells = _counted(judged, "cell")
+    more = f", with {counted(known, 'known failure')}" if known else ""
+    cells = counted(judged, "cell")
     if results.shard:
         return Conclusion(0, "", f"shard {results.shard}: {cells}, nothing failed{more}; merge the shards to conclude")
     partial = results.partial
@@ -233,7 +245,7 @@ def _conclusion(results: Results) -> Conclusion:
         by = ", judged by its own forward" if results.target is not None else ""
         return Conclusion(0, "conformant", f"{' and '.join(good)} profile{by}{more}")
     if not any(verdict.outcome is Outcome.PASS for verdict in verdicts):
-        why = f"no cell of the selected part passed ({_counted(len(verdicts), 'cell')}{more})"
+        why = f"no cell of the selected part passed ({counted(len(verdicts), 'cell')}{more})"
         return Conclusion(5, "undecided", why)
     return Conclusion(0, "", f"the selected part passed: {cells}{more}; conformance needs the whole suite")
 
@@ -248,79 +260,6 @@ def _missing(results: Results, partial: bool) -> dict[str, list[str]]:
     return found
 
 
-def _counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """``1 cell``, ``2 cells``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def merged(parts: Sequence[Results]) -> Results:
-    """The run whose shards these are, all of them. Raises SpecError if they are not."""
-    shards: dict[int, Results] = {}
-    first = parts[0]
-    for part in parts:
-        index, count = _place(part)
-        _same_run(first, part)
-        if shards.setdefault(index, part) != part:
-            raise SpecError(f"shard {part.shard}", "is given twice, with different contents")
-    missing = [f"{index}/{count}" for index in range(1, count + 1) if index not in shards]
-    if missing:
-        raise SpecError("merge", f"shard {', '.join(missing)} is missing")
-    ordered = [shards[index] for index in range(1, count + 1)]
-    verdicts = _dealt_back(ordered)
-    environment = dict(first.environment)
-    machines = [part.environment.get("machine") for part in ordered]
-    if any(machine != machines[0] for machine in machines):
-        environment["machine"] = machines
-    return msgspec.structs.replace(
-        first,
-        shard="",
-        verdicts=verdicts,
-        environment=environment,
-        started=min(part.started for part in ordered),
-        seconds=round(sum(part.seconds for part in ordered), 3),
-        runtime_info={config: info for part in ordered for config, info in part.runtime_info.items()},
-        guarantees=measured(verdicts),
-        known_failures=[row for part in ordered for row in part.known_failures],
-        stale=list(dict.fromkeys(words for part in ordered for words in part.stale)),
-    )
-
-
-def _place(part: Results) -> tuple[int, int]:
-    """Index and count of a finished shard."""
-    if not part.shard:
-        raise SpecError(f"results of {part.backend}", "are those of a whole run, not of a shard")
-    if part.unavailable or not part.finished:
-        raise SpecError(f"shard {part.shard}", part.unavailable or "did not finish: run it again to resume it")
-    index, _, count = part.shard.partition("/")
-    return int(index), int(count)
-
-
-def _same_run(first: Results, part: Results) -> None:
-    """Shards may run on different machines, but with the same versions of everything."""
-    if first.shard.partition("/")[2] != part.shard.partition("/")[2]:
-        raise SpecError("merge", f"shards {first.shard} and {part.shard} belong to different divisions")
-    for name in SAME_RUN:
-        mine, other = getattr(first, name), getattr(part, name)
-        if isinstance(mine, dict):  # say which entry it is
-            keys = [key for key in {**mine, **other} if key != "machine" and mine.get(key) != other.get(key)]
-            name = f"{name}.{keys[0]}" if keys else name
-            mine, other = (mine.get(keys[0]), other.get(keys[0])) if keys else (None, None)
-        if mine != other:
-            raise SpecError("merge", f"{name} is {mine} in shard {first.shard} and {other} in shard {part.shard}")
-
-
-def _dealt_back(ordered: Sequence[Results]) -> list[Verdict]:
-    """The verdicts of all shards in the order of the whole run: cells were dealt to shards in turn."""
-    total = sum(len(part.verdicts) for part in ordered)
-    for index, part in enumerate(ordered):
-        due = len(range(index, total, len(ordered)))
-        if len(part.verdicts) != due:
-            words = f"has {_counted(len(part.verdicts), 'cell')}; its part of {total} is {due}: the selections differ"
-            raise SpecError(f"shard {part.shard}", words)
-    turns = zip_longest(*(part.verdicts for part in ordered))
-    verdicts = [verdict for turn in turns for verdict in turn if verdict is not None]
-    seen: set[tuple[str, str]] = set()
-    for verdict in verdicts:
-        if verdict.key in seen:
-            raise SpecError("merge", f"{verdict.clause} [{verdict.config}] is in two shards")
-        seen.add(verdict.key)
-    return verdicts

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from kvconform.errors import BackendUnavailable, BadArgument, StaleEntry, Unavailable, UnknownClause
-from kvconform.files import write_atomically
 from kvconform.host import machine
 from kvconform.judging.order import REFERENCE_CLAUSE
 from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.results.guarantees import measured
 from kvconform.results.known_failures import EMPTY, KnownFailure, KnownFailures
+from kvconform.results.merge import vectors_of, write_vectors
 from kvconform.results.results import Results, Target, read
 from kvconform.run import cross_backend, explain_failures
 from kvconform.search import counterexample
@@ -41,8 +38,7 @@ class Plan:
     """What to run.
 
     clauses, configs: prefixes of names; only matching cells are kept; empty keeps all.
-    shard: ``(i, n)`` keeps every ``n``-th of these cells, from the ``i``-th on (from 1): the cells of each config are
-    dealt to all shards in turn, for every backend alike.
+    shard: ``(i, n)`` keeps part ``i`` (from 1) of ``n`` of these cells: whole configs, as long as there are as many.
     explain: whether failures are also mapped and diagnosed.
     """
 
@@ -84,7 +80,7 @@ def plan_for(
             "clause", clauses, (), f"no cell matches {selected}: the clauses do not concern the configs"
         )
     plan = replace(whole, shard=parse_shard(shard) if shard else None)
-    if count and plan.shard is not None and plan.shard[0] > count:
+    if count and plan.shard is not None and not any(True for _ in cells(plan)):
         raise BadArgument("shard", shard, (), f"shard {shard}: there are fewer cells than shards")
     return plan
 
@@ -99,8 +95,29 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def cells(plan: Plan, own_configs: Mapping[str, Config] | None = None) -> Iterator[Cell]:
     """The cells of a plan, config by config, since a backend is built once for each. ``own_configs``: a black box's."""
-    index, count = plan.shard or (1, 1)
-    return islice(_selected(plan, own_configs), index - 1, None, count)
+    by_config: dict[str, list[Cell]] = {}
+    for cell in _selected(plan, own_configs):
+        by_config.setdefault(cell.config_name, []).append(cell)
+    if plan.shard is not None:
+        by_config = _dealt(by_config, *plan.shard)
+    return (cell for dealt in by_config.values() for cell in dealt)
+
+
+def _dealt(by_config: dict[str, list[Cell]], index: int, count: int) -> dict[str, list[Cell]]:
+    """The cells of shard ``index`` of ``count``: whole configs, the largest dealt first, each to the shard that has the
+    fewest cells. Where there are more shards than configs, each shard takes part of one config's cells."""
+    names = sorted(by_config, key=lambda name: -len(by_config[name]))
+    if len(names) < count:
+        turn, place = divmod(index - 1, len(names) or 1)
+        sharers = range(place, count, len(names) or 1)
+        return {name: by_config[name][turn :: len(sharers)] for name in names[place : place + 1]}
+    sizes, mine = [0] * count, set()
+    for name in names:
+        least = sizes.index(min(sizes))
+        sizes[least] += len(by_config[name])
+        if least == index - 1:
+            mine.add(name)
+    return {name: found for name, found in by_config.items() if name in mine}
 
 
 def _selected(plan: Plan, own_configs: Mapping[str, Config] | None) -> Iterator[Cell]:
@@ -173,14 +190,14 @@ def run_backend(
         return results
     with client:
         describe(results, client)
-        spent = _resume(results, path)
+        spent = _resume(results, path, client)
         done = {verdict.key: verdict for verdict in results.verdicts}
         results.verdicts = []
         results.stale = unmatched_entries(known_failures, name)
         unreliable: set[str] = set()
         begin(sum(1 for _ in cells(plan, client.configs)))
         for cell in cells(plan, client.configs):
-            known = known_failures.find(name, cell)
+            known = known_failures.find(name, cell, spec.device)
             verdict = done.get((cell.clause.name, cell.config_name))
             if verdict is not None and known is None and verdict.outcome is not Outcome.KNOWN_FAILURE:
                 results.verdicts.append(verdict)
@@ -209,8 +226,9 @@ def run_backend(
                 results.write(path)
             tell(verdict)
         if not results.unavailable and results.target is None:
-            _write_vectors(client, results, out / "vectors" / f"{name}.npz")
+            _write_vectors(client, results, vectors_of(path))
         results.guarantees = measured(results.verdicts)
+        results.environment = {**client.imported(), **results.environment}
         if plan.explain and not results.unavailable:
             asked = {cell.config_name: cell.config for cell in cells(plan, client.configs)}
             explain_failures.add(client, results, asked, failures)
@@ -230,6 +248,8 @@ def empty(name: str, device: str, plan: Plan) -> Results:
         seed=plan.seed,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         shard="/".join(map(str, plan.shard or ())),
+        clauses=list(plan.clauses),
+        configs=list(plan.configs),
     )
 
 
@@ -237,7 +257,8 @@ def describe(results: Results, client: WorkerClient) -> None:
     """Fills in what the worker knows about the backend and its machine."""
     results.claims = client.claims.to_json()
     results.target = None if client.target is None else msgspec.convert(client.target, Target)
-    results.environment = {**client.environment, "hypothesis": version("hypothesis"), "machine": machine()}
+    own = {"hypothesis": version("hypothesis"), "machine": machine()}
+    results.environment = {**client.imported(), **client.environment, **own}
 
 
 def set_unavailable(results: Results, error: BackendUnavailable) -> None:
@@ -284,12 +305,10 @@ def _write_vectors(client: WorkerClient, results: Results, path: Path) -> None:
                 vectors[config_name] = found
     path.unlink(missing_ok=True)  # of an earlier run
     if vectors:
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **vectors)
-        write_atomically(path, buffer.getvalue())
+        write_vectors(path, vectors)
 
 
-def _resume(results: Results, path: Path) -> float:
+def _resume(results: Results, path: Path, client: WorkerClient) -> float:
     """Adopts the verdicts of an unfinished earlier part of the same run. Returns the seconds that it took."""
     if not path.exists():
         return 0.0
@@ -297,7 +316,8 @@ def _resume(results: Results, path: Path) -> float:
         earlier = read(path)
     except SpecError:
         return 0.0  # of another version of the schema: the file is replaced
-    if earlier.finished or not results.same_run(earlier):
+    now = client.versions(earlier.environment)  # also of what will be imported later
+    if earlier.finished or not results.same_run(earlier) or any(earlier.environment[name] != now[name] for name in now):
         return 0.0
     results.started, results.verdicts, results.runtime_info = earlier.started, earlier.verdicts, earlier.runtime_info
     return earlier.seconds

@@ -35,8 +35,14 @@ def excuse(clause: Clause, client: WorkerClient, case: Case, broken: Mismatch) -
         return Reason.OUT_OF_MEMORY, f"memory ran out, or may have: {render(came)}"
     if again == TIMES:
         return None
-    reason = Reason.OUT_OF_MEMORY if broken.ended is None else Reason.KILLED
-    return reason, f"{render(broken)}; it did not come again in a fresh process, so it may have come from outside"
+    return suspicion(
+        broken
+    ), f"{render(broken)}; it did not come again in a fresh process, so it may have come from outside"
+
+
+def suspicion(broken: Mismatch) -> Reason:
+    """What a doubtful failure may come from."""
+    return Reason.OUT_OF_MEMORY if broken.ended is None or broken.ended.oom else Reason.KILLED
 
 
 def doubtful(broken: Mismatch) -> bool:

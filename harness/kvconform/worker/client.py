@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,7 +32,7 @@ from kvconform.errors import (
     WorkerDied,
     WorkerTimeout,
 )
-from kvconform.host import address_space_limited, free_memory, oom_kills, peak_memory
+from kvconform.host import address_space_limited, free_memory, gpu, oom_kills, peak_memory
 from kvconform.worker.protocol import LENGTHS, PROGRESS, Header, Traces, send, unpack
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
@@ -100,10 +100,12 @@ class WorkerClient:
             description = self._start()
             self.claims = Claims.from_json(description["claims"])
             self.environment: dict[str, str] = description["environment"]
+            self.environment |= gpu() if spec.device == "cuda" else {}
             self.target: dict[str, Any] | None = description["target"]
         except BaseException:
             self.close()  # a worker that is of no use must not live on, nor its folder
             raise
+        self._imported: dict[str, str] = {}
         self._measured = False  # how a black box's own forward rounds
         self._reference: WorkerClient | None = (
             None  # of a black box: a process of its own, on which no cached step ever runs
@@ -252,6 +254,19 @@ class WorkerClient:
         if told.partition(":")[0] in {"cpu", "cuda"} - {self.spec.device}:
             runtime_info.setdefault("fallback", f"{self.spec.device} was requested, but {told} ran")
         return runtime_info
+
+    def imported(self) -> dict[str, str]:
+        """The versions of all distributions that this worker and those before it have been seen to import."""
+        if self._process is not None:
+            with suppress(WorkerDied, BackendUnavailable):
+                self._imported |= self.ask({"op": "imported"}, self.spec.step_timeout)["versions"]
+        return self._imported
+
+    def versions(self, names: Iterable[str]) -> dict[str, str]:
+        """The versions of these distributions under the worker's interpreter; what is not installed is left out."""
+        with suppress(WorkerDied):
+            return dict(self.ask({"op": "versions", "names": list(names)}, self.spec.step_timeout)["versions"])
+        return {}
 
     def script(self, config: Config, programs: Sequence[tuple[Program, str]]) -> tuple[str, list[str]] | None:
         """How to build the black box, and each program with the tag of its names, as Python source; None where it

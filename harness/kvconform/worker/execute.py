@@ -98,7 +98,8 @@ def _traced(backend: Any, program: Program, feeds: list[Feed], variant: int, at:
             feed = _handed(memory.hand_over(arrays), feed)
         done = _guarded(backend, caches, step, feed)
         returned.append(done.output)
-        trace.append(replace(done, output=_copied(done.output), input_changed=memory and memory.overwritten()))
+        written = None if memory is None else memory.overwritten()
+        trace.append(replace(done, output=_copied(done.output), input_changed=written))
         if memory is not None and memory is reused:
             memory.overwrite()
         if done.error is not None:

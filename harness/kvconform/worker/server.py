@@ -14,11 +14,11 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import astuple
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,7 +36,8 @@ from kvconform_specs.tensors import weights
 Reply = tuple[Header, bytes]
 Handler = Callable[[Header], Reply]
 DISTRIBUTIONS = ("kvconform", "numpy", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "transformers")
-"""Whose versions every record names, where they are installed; none of them is imported for it."""
+"""Whose versions every record names, where they are installed; none of them is imported for it. Of other
+distributions a record names those that the worker has imported."""
 
 
 class Worker:
@@ -59,6 +60,8 @@ class Worker:
             "run": self.run,
             "runtime_info": self.runtime_info,
             "script": self.script,
+            "imported": self.imported,
+            "versions": self.versions,
             "reference_forward": partial(self.reference_forward, blob=blob),
         }
 
@@ -114,18 +117,38 @@ class Worker:
         sources = [backend.script(Program.from_json(program), tag) for program, tag in message["programs"]]
         return {"setup": setup, "sources": sources}, b""
 
+    def imported(self, message: Header) -> Reply:
+        """The versions of the distributions that this process has imported by now."""
+        tops = {name.partition(".")[0] for name in tuple(sys.modules)} - sys.stdlib_module_names
+        names = {name for top in tops for name in distributions().get(top, ())}
+        return {"versions": versions(sorted(names))}, b""
+
+    def versions(self, message: Header) -> Reply:
+        """The versions of the named distributions, of those that are installed."""
+        return {"versions": versions(message["names"])}, b""
+
     def runtime_info(self, message: Header) -> Reply:
         backend = self.backends[Config.from_json(message["config"])]
         design = {} if backend.cache_design is None else {"cache_design": backend.cache_design}
         return {"runtime_info": {**design, **backend.runtime_info()}}, b""
 
 
-def environment(backend: Any) -> dict[str, str]:
-    """What bears on a backend's results here: versions of what is installed, by name, and a digest of its own file."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in DISTRIBUTIONS:
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """The installed versions, by name; what is not installed is left out."""
+    found = {}
+    for name in names:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
+    return found
+
+
+distributions = cache(packages_distributions)
+"""The distributions that each importable top-level name comes from; reading them takes some 0.1 s, once a process."""
+
+
+def environment(backend: Any) -> dict[str, str]:
+    """What bears on a backend's results here: versions of what is installed, by name, and a digest of its own file."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), **versions(DISTRIBUTIONS)}
     own = getattr(sys.modules.get(backend.__module__), "__file__", None)
     source = Path(getattr(backend, "source", None) or own or "")
     if source.is_file():

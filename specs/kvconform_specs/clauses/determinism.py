@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from hypothesis.strategies import SearchStrategy
 
+from kvconform_specs import situations as reach
 from kvconform_specs.any_history import any_history
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Level, Relation
@@ -28,7 +29,19 @@ def _guarantee(
     profiles: tuple[str, ...] = ("attention", "decoder"),
     needs: tuple[str, ...] = (),
 ) -> Clause:
-    return Clause(name, text, why, strategy, (relation,), Level.SHOULD, profiles, needs, share=0.5, variants=2)
+    return Clause(
+        name,
+        text,
+        why,
+        strategy,
+        (relation,),
+        Level.SHOULD,
+        profiles,
+        needs,
+        share=0.5,
+        variants=2,
+        situations=(reach.DECODE,),
+    )
 
 
 CLAUSES = (

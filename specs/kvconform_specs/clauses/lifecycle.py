@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Close, Fork, Reject, Reorder, Reset, Step, Truncate
+from kvconform_specs.program import Append, Close, Fork, Reject, Reorder, Reset, Step, Truncate, called
 from kvconform_specs.rollbacks import refused, repeated
 from kvconform_specs.strategies import LARGEST_BATCH, Draw, appends, batches, counts, fitted, seeds, splits
 
@@ -116,6 +119,24 @@ def _turned(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case((clipped(config, tuple(steps)),))
 
 
+def _after_closed(walks: Sequence[reach.Walk]) -> bool:
+    return any(
+        visit.appends and any(isinstance(made, Close) and made.seq != called(visit.step).seq for made in visit.earlier)
+        for one in walks
+        for visit in one
+    )
+
+
+def _refused_truncation(words: str, wrong: Callable[[int, int], bool]) -> reach.Situation:
+    """``wrong(tokens to keep, tokens)`` of some refused truncation."""
+
+    def found(visit: reach.Visit) -> bool:
+        call = called(visit.step)
+        return isinstance(call, Truncate) and wrong(call.length, visit.past)
+
+    return reach.refused(f"a refused truncation {words}", found, reach.always)
+
+
 CLAUSES = (
     Clause(
         name="lifecycle.reset",
@@ -125,6 +146,10 @@ CLAUSES = (
         relations=(Relation.AGREEMENT,),
         needs=("reset",),
         core=True,
+        situations=(
+            reach.RESET,
+            reach.after_a(Reset, "a decode step behind a reset", lambda v: v.new == 1, reach.always),
+        ),
     ),
     Clause(
         name="lifecycle.independent",
@@ -137,6 +162,7 @@ CLAUSES = (
         ),
         strategy=_two,
         relations=(Relation.AGREEMENT,),
+        situations=(reach.IN_TURN, reach.Situation("a sequence behind one that was closed", _after_closed)),
     ),
     Clause(
         name="lifecycle.truncate",
@@ -150,6 +176,12 @@ CLAUSES = (
         strategy=_forgotten,
         relations=(Relation.PARITY, Relation.LENGTHS),
         needs=("truncate",),
+        situations=(
+            reach.truncated("to nothing", lambda kept, was: kept == 0 < was),
+            reach.truncated("to all but one", lambda kept, was: 0 < kept == was - 1, reach.holds(2)),
+            reach.after_a(Truncate, "other tokens in the places of removed ones", lambda v: True, reach.always),
+            reach.PAST_WINDOW,
+        ),
     ),
     Clause(
         name="lifecycle.truncate-range",
@@ -162,6 +194,10 @@ CLAUSES = (
         strategy=_out_of_range,
         relations=(Relation.AGREEMENT,),
         needs=("truncate",),
+        situations=(
+            _refused_truncation("to more tokens than there are", lambda kept, was: kept > was),
+            _refused_truncation("to a negative length", lambda kept, was: kept < 0),
+        ),
     ),
     Clause(
         name="lifecycle.rollback",
@@ -193,6 +229,12 @@ CLAUSES = (
         strategy=_forked,
         relations=(Relation.PARITY,),
         needs=("fork", "two sequences"),
+        situations=(
+            reach.after_a(
+                Fork, "an original that continues after its fork", lambda v: called(v.step).seq == "a", reach.holds(2)
+            ),
+            reach.after_a(Fork, "a fork that continues", lambda v: called(v.step).seq != "a", reach.holds(2)),
+        ),
     ),
     Clause(
         name="lifecycle.reorder",
@@ -206,5 +248,14 @@ CLAUSES = (
         strategy=_turned,
         relations=(Relation.PARITY,),
         needs=("reorder", "two rows"),
+        situations=(
+            reach.having("a row taken twice", Reorder, lambda made: len(set(made.rows)) < len(made.rows)),
+            reach.having(
+                "a permutation",
+                Reorder,
+                lambda made: len(made.rows) > 1 and sorted(made.rows) == list(range(len(made.rows))) != list(made.rows),
+            ),
+            reach.after_a(Reorder, "an append behind a reorder", lambda v: True, reach.holds(2)),
+        ),
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.any_history import any_history
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
@@ -45,6 +46,7 @@ CLAUSES = (
         strategy=growing,
         relations=(Relation.SHAPE,),
         core=True,
+        situations=(*reach.BASIC, reach.ROWS),
     ),
     Clause(
         name="shape.length",
@@ -58,6 +60,7 @@ CLAUSES = (
         strategy=any_history,
         relations=(Relation.LENGTHS,),
         needs=("length",),
+        situations=(reach.DECODE, reach.ROWS, reach.RAGGED, reach.TRUNCATION, reach.RESET),
     ),
     Clause(
         name="shape.first-step",
@@ -67,6 +70,7 @@ CLAUSES = (
         strategy=_first,
         relations=(Relation.PARITY,),
         core=True,
+        situations=(reach.append("a first step of one token", lambda v: v.new == 1 and v.past == 0), reach.PROMPT),
     ),
     Clause(
         name="shape.no-specialisation",
@@ -79,6 +83,7 @@ CLAUSES = (
         ),
         strategy=sweep,
         relations=(Relation.PARITY,),
+        situations=reach.SIZES,
     ),
     Clause(
         name="shape.empty-append",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.any_history import histories
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
@@ -63,6 +64,27 @@ def _layers(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case((clipped(config, steps),))
 
 
+def _around(more: int) -> reach.Situation:
+    def possible(config: Config, claims: Claims) -> bool:
+        return config.window is not None and 1 <= config.window + more <= config.capacity
+
+    words = f"a sequence of W{more:+d} tokens" if more else "a sequence of W tokens"
+    return reach.append(words, lambda v: v.longest == (v.config.window or 0) + more, possible)
+
+
+def _twice(config: Config, claims: Claims) -> bool:
+    return config.window is not None and 2 * config.window <= config.capacity
+
+
+def _long_chunk(visit: reach.Visit) -> bool:
+    return visit.past > 0 and visit.new > (visit.config.window or 0)
+
+
+def _takes_long_chunks(config: Config, claims: Claims) -> bool:
+    w = config.window or 1
+    return config.capacity > w + 1 and (claims.max_chunk or config.capacity) > w
+
+
 CLAUSES = (
     Clause(
         name="window.width",
@@ -76,6 +98,7 @@ CLAUSES = (
         strategy=_edge,
         relations=(Relation.PARITY, Relation.INSENSITIVE, Relation.SENSITIVE),
         applies=_windowed,
+        situations=(reach.PAST_WINDOW,),
     ),
     Clause(
         name="window.step-by-step",
@@ -88,6 +111,13 @@ CLAUSES = (
         strategy=_by_one,
         relations=(Relation.PARITY,),
         applies=_windowed,
+        situations=(
+            reach.PAST_WINDOW,
+            _around(-1),
+            _around(0),
+            _around(1),
+            reach.append("a sequence of 2 W tokens", lambda v: v.longest == 2 * (v.config.window or 0), _twice),
+        ),
     ),
     Clause(
         name="window.long-chunk",
@@ -97,6 +127,7 @@ CLAUSES = (
         strategy=_chunk,
         relations=(Relation.PARITY,),
         applies=_windowed,
+        situations=(reach.append("a chunk longer than the window, on a cache", _long_chunk, _takes_long_chunks),),
     ),
     Clause(
         name="window.hybrid",
@@ -110,5 +141,6 @@ CLAUSES = (
         strategy=_layers,
         relations=(Relation.PARITY, Relation.LENGTHS),
         applies=_hybrid,
+        situations=(reach.PAST_WINDOW, reach.DECODE),
     ),
 )

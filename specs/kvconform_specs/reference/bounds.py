@@ -180,6 +180,9 @@ class Noisy(Arithmetic):
     Storage: ``u |x| xi``, ``xi`` uniform in (-1, 1). A dot product of ``n`` terms of root-mean-square size
     ``r = |x| |w| / n`` has partial sums of size ``sqrt(k) r``, each rounded by ``a`` times that; their errors add up to
     ``a n r / sqrt(2) = a |x| |w| / sqrt(2)``, and the noise is ``a |x| |w| xi``.
+    An angle of rope is a position times a frequency, in float32: a power and a quotient, ``2 a`` of the frequency, the
+    same at all positions; and ``a`` of the product. Its error is that much of the angle, in radians, and so grows with
+    the position; queries and keys share it.
     The noise is enlarged by ``gain`` so that it exceeds the rounding of the run itself; errors of first order scale
     with it. ``xi`` is read from one fixed pool at random offsets, which takes a third of the time of drawing it.
     """
@@ -203,6 +206,10 @@ class Noisy(Arithmetic):
         noise *= x
         noise += x
         return noise
+
+    def angles(self, positions: Array, frequencies: Array) -> Array:
+        noise = 2 * self._a * self._xi(frequencies.shape), self._a * self._xi((len(positions), len(frequencies)))
+        return np.asarray(positions[:, None] * (frequencies * (1 + noise[0])) * (1 + noise[1]))
 
     def product(self, x: Array, w: Array) -> Array:
         out = x @ w

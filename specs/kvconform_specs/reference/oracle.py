@@ -136,9 +136,10 @@ def expect(
             if step.last_only:
                 want = want.last()
             if isinstance(step, Generate):
+                changes = changes_at(program.config, precision)
                 prompts, along = (
                     partial(solution.contents, rows),
-                    partial(given, program.config, reference, changes=changes_at(program.config, precision)),
+                    partial(given, program.config, reference, changes=changes),
                 )
                 want = Generation(rows, step.counts, columns(step), n, numbers, prompts, along)
         elif isinstance(step, ReadCache) and program.config.profile == "attention":

@@ -58,10 +58,14 @@ share a product, so that other tokens change a token's rounding (116 of 200 trie
 
 @dataclass
 class HfSequence:
-    """A transformers cache, which knows its length but not always its batch size."""
+    """A transformers cache, which knows its length but not always its batch size, and its token ids ``(b, s)``."""
 
     cache: Any
-    batch: int
+    ids: torch.Tensor
+
+    @property
+    def batch(self) -> int:
+        return len(self.ids)
 
 
 class Transformers(BlackBox):
@@ -93,16 +97,17 @@ class Transformers(BlackBox):
         return DynamicCache(config=text)
 
     def start(self, batch: int) -> HfSequence:
-        return HfSequence(self.cache(), batch)
+        return HfSequence(self.cache(), torch.zeros(batch, 0, dtype=torch.long, device=self.device))
 
     @torch.no_grad()
     def step(self, sequence: HfSequence, tokens: Array) -> tuple[Array, HfSequence]:
-        ids = torch.from_numpy(tokens).to(self.device)
-        past = int(sequence.cache.get_seq_length())
-        mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.long, device=self.device)
+        new = torch.from_numpy(tokens).to(self.device)
+        past, ids = int(sequence.cache.get_seq_length()), torch.cat([sequence.ids, new], 1)
+        mask = torch.ones_like(ids)
         positions = {"position_ids": mask.cumsum(-1) - 1} if self.takes_positions else {}
         inputs = self.model.prepare_inputs_for_generation(
             ids,
+            next_sequence_length=new.shape[1],
             past_key_values=sequence.cache,
             attention_mask=mask,
             use_cache=True,
@@ -110,14 +115,16 @@ class Transformers(BlackBox):
             **positions,
         )
         output = self.model(**inputs, return_dict=True)
-        sequence.cache = output.past_key_values
-        return self._given(output.logits), sequence
+        sequence.cache, sequence.ids = output.past_key_values, ids
+        # a model may drop its cache and compute all tokens anew, as where its rotary factors change
+        return self._given(output.logits[:, -new.shape[1] :]), sequence
 
     def length(self, sequence: HfSequence) -> list[int]:
         return [int(sequence.cache.get_seq_length())] * sequence.batch
 
     def reset(self, sequence: HfSequence) -> HfSequence:
         sequence.cache.reset()
+        sequence.ids = sequence.ids[:, :0]
         return sequence
 
     def truncate(self, sequence: HfSequence, length: int) -> HfSequence:
@@ -126,6 +133,7 @@ class Transformers(BlackBox):
         check_length(length, held)
         if length < held:
             sequence.cache.crop(length - held)
+            sequence.ids = sequence.ids[:, :length]
         return sequence
 
     @torch.no_grad()
@@ -135,7 +143,7 @@ class Transformers(BlackBox):
         if not sequence.cache.get_seq_length():
             return self.start(len(rows))
         sequence.cache.reorder_cache(torch.tensor(rows, device=self.device))
-        sequence.batch = len(rows)
+        sequence.ids = sequence.ids[rows]
         return sequence
 
     def fork(self, sequence: HfSequence) -> HfSequence:
@@ -281,7 +289,7 @@ def _recipe(target: str, options: Mapping[str, Any]) -> tuple[Recipe, tuple[str,
 
 
 def _assumed(config: Config) -> tuple[str, ...]:
-    said = ["it is called like in generate: an attention mask of ones and the corresponding positions"]
+    said = ["it is called like in generate: all token ids, an attention mask of ones and the corresponding positions"]
     if config.reserved:
         said.append(f"tokens {', '.join(map(str, config.reserved))} are special and not used")
     return tuple(said)
