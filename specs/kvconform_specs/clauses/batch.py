@@ -14,7 +14,7 @@ from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, floats, ordinary
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Reorder, Step
+from kvconform_specs.program import Append, Reorder, Step, Truncate
 from kvconform_specs.rollbacks import apart
 from kvconform_specs.strategies import (
     LARGEST_BATCH,
@@ -156,6 +156,14 @@ def _on_the_left(visit: reach.Visit) -> bool:
     return isinstance(visit.step, Append) and visit.step.pad is not None and visit.step.pad[0] == "left"
 
 
+def _truncated_apart(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Truncate) and len(set(visit.after)) > 1
+
+
+def _apart(visit: reach.Visit) -> bool:
+    return len(set(visit.before)) > 1 and any(isinstance(made, Truncate) for made in visit.earlier)
+
+
 CLAUSES = (
     Clause(
         name="batch.row-solo",
@@ -263,5 +271,9 @@ CLAUSES = (
         strategy=apart,
         relations=(Relation.PARITY, Relation.LENGTHS),
         needs=("truncate", "truncate_rows", "two rows"),
+        situations=(
+            reach.step("rows that are truncated to different lengths", _truncated_apart, reach.holds(2)),
+            reach.append("an append to rows that were truncated to different lengths", _apart, reach.holds(3)),
+        ),
     ),
 )

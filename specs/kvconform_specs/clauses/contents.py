@@ -114,7 +114,9 @@ def _nan_removed(draw: Draw, config: Config, claims: Claims) -> Case:
     batch, seed, way = draw(batches(claims)), draw(seeds), draw(st.sampled_from(ways))
     kept = sum(sizes) if way == "truncate" else 0
     begun = appends("a", sizes, batch, seed)
-    removed = appends("a", fitted((draw(counts(claims)), 1), config.capacity - sum(sizes)), batch, seed + 17)
+    most = config.capacity - sum(sizes)
+    most = min(most, claims.rollback or most) if way == "truncate" else most
+    removed = appends("a", fitted((draw(counts(claims)), 1), most), batch, seed + 17)
     removal: Step = Truncate("a", kept) if way == "truncate" else Reset("a") if way == "reset" else Close("a")
     name = "b" if way == "close" else "a"
     later = appends(name, fitted(draw(splits(config, claims, most=3)), config.capacity - kept), batch, seed + 34)

@@ -127,12 +127,28 @@ def _after_closed(walks: Sequence[reach.Walk]) -> bool:
     )
 
 
+def _any_depth(config: Config, claims: Claims) -> bool:
+    return claims.rollback is None
+
+
+def _several_truncations(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Truncate) and isinstance(visit.earlier[-1], Truncate) and visit.longest < visit.past
+
+
+def _too_deep(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Reject) and visit.step.wrong == "depth"
+
+
+def _can_be_too_deep(config: Config, claims: Claims) -> bool:
+    return claims.refuses(config.capacity, 2) > 1
+
+
 def _refused_truncation(words: str, wrong: Callable[[int, int], bool]) -> reach.Situation:
     """``wrong(tokens to keep, tokens)`` of some refused truncation."""
 
     def found(visit: reach.Visit) -> bool:
         call = called(visit.step)
-        return isinstance(call, Truncate) and wrong(call.length, visit.past)
+        return isinstance(call, Truncate) and isinstance(call.length, int) and wrong(call.length, visit.past)
 
     return reach.refused(f"a refused truncation {words}", found, reach.always)
 
@@ -177,7 +193,7 @@ CLAUSES = (
         relations=(Relation.PARITY, Relation.LENGTHS),
         needs=("truncate",),
         situations=(
-            reach.truncated("to nothing", lambda kept, was: kept == 0 < was),
+            reach.truncated("to nothing", lambda kept, was: kept == 0 < was, _any_depth),
             reach.truncated("to all but one", lambda kept, was: 0 < kept == was - 1, reach.holds(2)),
             reach.after_a(Truncate, "other tokens in the places of removed ones", lambda v: True, reach.always),
             reach.PAST_WINDOW,
@@ -207,6 +223,10 @@ CLAUSES = (
         strategy=repeated,
         relations=(Relation.PARITY, Relation.LENGTHS),
         needs=("truncate",),
+        situations=(
+            reach.step("truncations that follow one another", _several_truncations, reach.holds(3)),
+            reach.after_a(Truncate, "other tokens in the places of removed ones", lambda v: True, reach.holds(2)),
+        ),
     ),
     Clause(
         name="lifecycle.rollback-limit",
@@ -217,6 +237,14 @@ CLAUSES = (
         strategy=refused,
         relations=(Relation.AGREEMENT,),
         needs=("limited rollback",),
+        situations=(
+            reach.refused("a truncation deeper than the rollback", _too_deep, _can_be_too_deep),
+            reach.refused(
+                "a truncation deeper than the rollback behind another one",
+                lambda v: _too_deep(v) and any(isinstance(made, Truncate) for made in v.earlier),
+                _can_be_too_deep,
+            ),
+        ),
     ),
     Clause(
         name="lifecycle.fork",

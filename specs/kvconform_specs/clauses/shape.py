@@ -93,5 +93,6 @@ CLAUSES = (
         relations=(Relation.AGREEMENT, Relation.LENGTHS),
         needs=("empty append",),
         share=0.5,
+        situations=(reach.append("an append without a token", lambda v: v.new == 0), reach.DECODE),
     ),
 )

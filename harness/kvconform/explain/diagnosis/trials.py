@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from kvconform.explain.diagnosis.probes import Probe, claimed, first_stream
+from kvconform.explain.diagnosis.probes import Probe, first_stream
 from kvconform_specs.any_history import refusals
+from kvconform_specs.claimed import claimed
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
