@@ -2,8 +2,8 @@
 
 Together they cover MHA, GQA, MQA, window, softcap, a sink, a bias, a given scale and head dims of every kind: each pair
 of these in some config, and each option alone in one, so that a backend that refuses the others still meets it.
-Further: layers with and without a window in one decoder, each kind of positions, rotary factors that are scaled and that
-change with the length, layers that share keys and values, latent attention, and a long context.
+Further: layers with and without a window in one decoder, each kind of positions, rotary factors that are scaled and
+that change with the length, layers that share keys and values, latent attention, and a long context.
 """
 
 from __future__ import annotations
