@@ -14,6 +14,7 @@ from kvconform_specs.config import Config
 from kvconform_specs.configs import LONG
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Program
+from kvconform_specs.situations import Situation
 
 
 class Level(Enum):
@@ -108,6 +109,11 @@ def ordinary(config: Config) -> bool:
     return config.capacity < LONG
 
 
+def floats(config: Config) -> bool:
+    """Whether, in an ordinary config, a token can hold NaN: an id cannot."""
+    return ordinary(config) and config.profile != "decoder"
+
+
 def long(config: Config) -> bool:
     return config.capacity >= LONG
 
@@ -121,7 +127,8 @@ class Clause:
     needs_any: at least one of these must be claimed. applies: whether the clause concerns a config. core: without a
     PASS on it no profile of a backend is conformant. strategy: the programs, drawn for a config within a backend's
     claims. share: the number of structures that are drawn, as a fraction of the effort's. variants: the most seeds of
-    each structure that are run; fewer where programs are long, or where few shapes matter.
+    each structure that are run; fewer where programs are long, or where few shapes matter. situations: what the
+    programs of each cell must reach, as far as its config and claims allow; a cell that misses one is *not exercised*.
     """
 
     name: str
@@ -137,6 +144,7 @@ class Clause:
     core: bool = False
     share: float = 1.0
     variants: int = 20
+    situations: tuple[Situation, ...] = ()
 
     @property
     def chapter(self) -> str:
@@ -149,9 +157,9 @@ class Clause:
 
     def concerns(self, config: Config) -> bool:
         """Whether the clause is tested on a config."""
-        if config.profile == "hidden":  # its programs are a decoder's, but no token is chosen from its outputs
+        if config.profile == "hidden":  # a decoder's programs will do, but no token is chosen from its outputs
             picks = any(relation.picks_token for relation in self.relations)
-            return "decoder" in self.profiles and not picks and self.applies(config)
+            return not {"decoder", "hidden"}.isdisjoint(self.profiles) and not picks and self.applies(config)
         return config.profile in self.profiles and self.applies(config)
 
     @property

@@ -33,7 +33,7 @@ LACKS = {
     "eager-static": "immutable, poison-safe slots, in_place, bound on graphs",
     "onnx": "generate, ragged, left padding, macs, poison, poison-safe slots, in_place, bound on graphs",
     "onnx-shared": "generate, immutable, ragged, left padding, mask, bytes, macs, in_place, bound on graphs",
-    "compiled": "uncached_forward, immutable, ragged, left padding, mask, macs, poison, poison-safe slots, in_place",
+    "compiled": "uncached_forward, immutable, ragged, left padding, mask, macs, poison-safe slots, in_place",
     "numpy": "ragged, left padding, poison, poison-safe slots, in_place, bound on graphs",
 }
 """What a backend does not claim, out of what clauses need; none of these here has pages or is quantised."""

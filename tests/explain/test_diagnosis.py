@@ -25,6 +25,7 @@ from kvconform.explain.diagnosis.symptoms import EARLIER_PROGRAM, OutputCell
 from kvconform.explain.diagnosis.text import condition as condition_words
 from kvconform.explain.diagnosis.text import edit as edit_words
 from kvconform.explain.diagnosis.text import sentence
+from kvconform.explain.diagnosis.trials import trials
 from kvconform.explain.visibility import Map
 from kvconform.mutation.fault import load_faults
 from kvconform.worker.client import WorkerClient, WorkerSpec
@@ -33,7 +34,18 @@ from kvconform_backends.faults import classes
 from kvconform_specs.clause import Case
 from kvconform_specs.configs import CONFIGS
 from kvconform_specs.history import seen_by
-from kvconform_specs.program import Append, Program, Reject, Reset, UncachedForward
+from kvconform_specs.program import (
+    Append,
+    Close,
+    Fork,
+    Poison,
+    Program,
+    Reject,
+    Reorder,
+    Reset,
+    Truncate,
+    UncachedForward,
+)
 
 FAULTS = {fault.name: fault for fault in load_faults("kvconform_backends.faults:FAULTS")}
 
@@ -465,3 +477,54 @@ def test_an_earlier_program_is_a_condition_only_where_a_fresh_process_is_right()
     found = diagnosed(of("AllButTheFirstProbe"))
     assert found is not None
     assert found.condition is None or EARLIER_PROGRAM not in found.condition.predicates
+
+
+# --- conditions on other programs ---
+def conditional(name: str) -> str:
+    return f"{SUPPORT / 'conditional_faults.py'}:{name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("LengthFrom13", "only with length after the step ≥ 13"),
+        ("ChunkFrom4", "only with past > 0 and q ≥ 4"),
+        ("CountIsHeads", "only with q = 6"),
+    ],
+)
+def test_a_condition_names_what_matters_and_no_more(name: str, words: str) -> None:
+    found = diagnosed(conditional(name))
+    assert found is not None
+    assert found.condition is not None
+    assert condition_words(found.condition) == words
+
+
+def test_a_condition_that_no_words_say_is_not_replaced_by_one_that_is_near() -> None:
+    found = diagnosed(conditional("OddPast"))
+    assert found is not None
+    assert found.condition is None
+
+
+def test_trials_are_the_same_each_time_and_reach_what_claims_allow() -> None:
+    config, claims = CONFIGS["attention-gqa"], load("numpy-static").claims
+    drawn = list(trials(config, claims, range(64)))
+    assert drawn == list(trials(config, claims, range(64)))
+    assert len(drawn) > 50
+    assert list(trials(config, claims, range(8, 16))) == [one for one in drawn if 8 <= int(one.name.split()[1]) < 16]
+    steps = [step for one in drawn for step in one.program.steps]
+    assert {Append, Truncate, Reset, Reorder, Fork, Close, Poison, UncachedForward, Reject} <= set(map(type, steps))
+    plain = replace(claims, abilities=("length",), max_batch=1, max_sequences=1, max_chunk=2, overflow="undefined")
+    for probe in trials(config, plain, range(32)):
+        assert {type(step) for step in probe.program.steps} <= {Append, Close}
+        assert max(max(step.counts) for step in probe.program.steps if isinstance(step, Append)) <= 2
+
+
+@pytest.mark.slow
+def test_the_condition_of_a_cache_that_evicts_wrongly_is_the_length() -> None:
+    pytest.importorskip("torch", reason="the modules are in torch")
+    assert diagnosed(f"py:{SUPPORT / 'streaming.py'}:Streaming", "hidden-self") is None
+    found = diagnosed(f"py:{SUPPORT / 'streaming.py'}:NewKeyNotShifted", "hidden-self")
+    assert found is not None
+    assert found.condition is not None
+    assert found.condition.predicates == ["with length ≥ 8"]
+    assert found.condition.exact

@@ -30,7 +30,7 @@ from kvconform_specs.configs import CONFIGS, LONG
 from kvconform_specs.program import Program
 
 SHORT = {name: config for name, config in CONFIGS.items() if config.capacity < LONG}
-"""A map has 12 tokens at most: of a long context it shows nothing that a short one does not."""
+"""A map has 24 tokens at most: of a long context it shows nothing that a short one does not."""
 FAULTS, SUBJECTS = "kvconform_backends.faults", str(SUPPORT / "mapped_subjects.py")
 
 
@@ -57,7 +57,7 @@ def test_what_is_right_sees_what_it_must_under_every_schedule_and_config(address
             for one in maps(client, config):
                 assert one.right, (name, words(one))
                 assert not one.unresolved, (name, words(one))
-                assert words(one) == f"{title(one)}: as expected"
+                assert words(one) == f"{title(one)}: as expected within {len(one.wanted) // one.rows} tokens"
                 looked += 1
     assert looked >= 12
 
@@ -199,7 +199,7 @@ def test_a_backend_that_gives_the_last_output_has_a_map_of_those(config: str) ->
     assert found["full"].seen[0] == "x......."
     assert found["prefill"].wanted == found["prefill"].seen == [" " * 8] * 7 + ["x" * 8]
     assert [i for i, line in enumerate(found["chunked"].wanted) if line.strip()] == [2, 4, 5, 7]
-    assert words(found["prefill"]) == "prefill: as expected"
+    assert words(found["prefill"]) == "prefill: as expected within 8 tokens"
 
 
 def test_schedules_stay_within_the_claims() -> None:
@@ -217,14 +217,25 @@ def test_schedules_stay_within_the_claims() -> None:
 
 
 def test_schedules_are_longer_than_a_window_and_no_longer_than_the_capacity() -> None:
-    def sizes(**changes: Any) -> list[int]:
+    def sizes(least: int = 0, **changes: Any) -> list[int]:
         config = replace(CONFIGS["attention-window"], **changes)
-        return [schedule.length for schedule in schedules(config, NumpyCache.claims) if schedule.rows == 1]
+        return [schedule.length for schedule in schedules(config, NumpyCache.claims, least) if schedule.rows == 1]
 
-    assert sizes(window=None) == sizes(window=5) == [8] * 4
+    assert sizes(window=None) == sizes(window=5) == sizes(least=5) == [8] * 4
     assert sizes(window=7) == [10] * 4
-    assert sizes(window=30) == [12] * 4
+    assert sizes(window=16) == [19] * 4
+    assert sizes(window=30) == [24] * 4
     assert sizes(window=30, capacity=6) == [6] * 4
+    assert sizes(least=17) == [17] * 4
+    assert sizes(least=17, capacity=12) == [12] * 4
+    assert sizes(least=90) == [24] * 4
+
+
+def test_a_failure_beyond_eight_tokens_is_in_the_map() -> None:
+    assert all(one.right for one in mapped(f"{SUBJECTS}:NoOldest").values())
+    with WorkerClient(WorkerSpec(f"{SUBJECTS}:NoOldest")) as client:
+        decode = next(one for one in maps(client, CONFIGS["attention-gqa"], 15) if one.schedule == "decode")
+    assert words(decode) == "decode: tokens 13 and 14 do not see token 0"
 
 
 def test_what_a_backend_does_not_take_has_no_maps() -> None:
@@ -243,7 +254,7 @@ def test_needles_resolve_what_has_no_weight_else_and_without_them_it_is_neither_
     assert all(one.right for one in found.values())
     assert {name for name, one in found.items() if one.unresolved} == {"full"}  # whose queries nothing can aim
     full = found["full"]
-    assert words(full) == f"full: as expected; {full.unresolved} cells are not resolvable"
+    assert words(full) == f"full: as expected within 8 tokens; {full.unresolved} cells are not resolvable"
     assert full.unresolved == "".join(full.wanted).count("?")
 
 

@@ -9,6 +9,9 @@ from msgspec.structs import replace
 from kvconform.errors import Exit, Raised
 from kvconform.judging.mismatch import Kind, Mismatch, Place
 from kvconform.judging.render import WORDS, render
+from kvconform_specs.configs import CONFIGS
+from kvconform_specs.describe import describe, outline
+from kvconform_specs.program import Append, Program, Reject, Truncate
 
 STEP = Mismatch(kind=Kind.RAISED, program=0, step=2, call="append 1 to a")
 OUTPUT = replace(WRONG, program=0, step=1)
@@ -35,6 +38,33 @@ SENTENCES = [
         replace(OUTPUT, kind=Kind.INSENSITIVE, change="token", changed_row=0, changed_position=9),
         "step 1 (append 1 to a of 2 rows), row 1, position 7, head 3: changing the token at row 0, position 9 "
         "must not be seen here, but the output moved from -0.4266 to -0.4482",
+    ),
+    (
+        replace(OUTPUT, kind=Kind.INSENSITIVE, change="nan", got="nan"),
+        "step 1 (append 1 to a of 2 rows), row 1, position 7, head 3: the NaN of other tokens "
+        "must not be seen here, but the output moved from -0.4266 to nan",
+    ),
+    (
+        replace(OUTPUT, kind=Kind.INSENSITIVE, change="reused"),
+        "step 1 (append 1 to a of 2 rows), row 1, position 7, head 3: what the caller writes over the inputs of "
+        "earlier steps must not be seen here, but the output moved from -0.4266 to -0.4482",
+    ),
+    (
+        replace(STEP, kind=Kind.INPUTS, array="query", where="inside", index=(0, 1, 2), got=0.0, want=0.5),
+        "step 2 (append 1 to a): overwrote number [0, 1, 2] of its input query: was 0.5, is 0",
+    ),
+    (
+        replace(STEP, kind=Kind.INPUTS, array="mask", where="behind", distance=1),
+        "step 2 (append 1 to a): wrote into memory that it was not given: number 1 behind the last of its input mask",
+    ),
+    (
+        replace(STEP, kind=Kind.INPUTS, array="value", where="between"),
+        "step 2 (append 1 to a): wrote between the numbers of its input value, which is a view of a larger array",
+    ),
+    (
+        replace(STEP, kind=Kind.OUTPUTS, array="output", where="inside", index=(0, 4), got=0.25, want=0.5),
+        "step 2 (append 1 to a): number [0, 4] of the output was overwritten after it was returned: "
+        "was 0.5, is 0.25 at the end of the program",
     ),
     (
         replace(OUTPUT, kind=Kind.SENSITIVE, change="padding", want=0.5, got=0.0, bound=1e-6),
@@ -148,3 +178,22 @@ def test_a_mismatch_reads(mismatch: Mismatch, sentence: str) -> None:
 
 def test_every_kind_that_can_be_found_is_shown_here() -> None:
     assert set(WORDS) == set(Kind) == {mismatch.kind for mismatch, _ in SENTENCES}
+
+
+def test_an_outline_joins_equal_steps_and_names_the_sizes_that_they_meet() -> None:
+    config = CONFIGS["attention-window"]
+    decode = Append("a", (1,), 0)
+    program = Program(config, (Append("a", (17,), 0), decode, decode, decode, Truncate("a", 9), decode))
+    assert outline(program) == (
+        f"append 17 to a, append 1 to a (3 times), truncate a to 9, append 1 to a (window {config.window})"
+    )
+    assert outline(program, 1) == f"append 17 to a (window {config.window})"
+    plain = CONFIGS["attention-gqa"]
+    filled = Program(plain, (Append("a", (plain.capacity,), 0), Reject(Append("a", (1,), 0))))
+    assert outline(filled) == f"append {plain.capacity} to a, reject append 1 to a (capacity {plain.capacity})"
+    assert outline(filled, 0) == ""
+
+
+def test_a_malformed_call_says_what_is_malformed() -> None:
+    program = Program(CONFIGS["attention-gqa"], (Append("a", (1,), 0), Reject(Append("a", (1,), 0), "head dim")))
+    assert describe(program, 1) == "reject append 1 to a with a wrong head dim"

@@ -123,3 +123,12 @@ class DividesByZero(NumpyCache):
         if past <= 4 < past + t:
             output[:, :, 4 - past] = np.nan
         return output, cache
+
+
+class NoOldest(NumpyCache):
+    """From 14 cached and new tokens on, no cached step sees token 0."""
+
+    def mask(self, t: int, s: int) -> Array:
+        right = super().mask(t, s)
+        right[:, 0] &= s < 14 or s == t
+        return np.asarray(right)

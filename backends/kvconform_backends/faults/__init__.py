@@ -22,6 +22,7 @@ from kvconform_backends.faults import (
     generation,
     graphs,
     last_position,
+    latent,
     layout,
     lifecycle,
     memory,
@@ -30,7 +31,10 @@ from kvconform_backends.faults import (
     paging,
     positions,
     quantised,
+    rollbacks,
+    scaled_rope,
     shape,
+    shared_layers,
     window,
 )
 from kvconform_backends.faults.planted import GITHUB, Fault, faults_of
@@ -97,8 +101,12 @@ MODULES = (
     last_position,
     definition,
     positions,
+    scaled_rope,
+    shared_layers,
+    latent,
     lifecycle,
     branches,
+    rollbacks,
     contents,
     batch,
     window,
@@ -121,6 +129,7 @@ CONTROLS: tuple[type, ...] = (
         for kind in vars(controls).values()
         if isinstance(kind, type) and issubclass(kind, NumpyCache) and kind.__module__ == controls.__name__
     ),
+    rollbacks.SlackRing,
     determinism.OneByOne,
     capture.Captures,
     node_by_node.Graph,

@@ -6,15 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from kvconform_backends.faults.configs import PLACED
+from kvconform_backends.faults.configs import LAYERS, PLACED
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache
+from kvconform_backends.numpy.paged import PAGE, NumpyPaged
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
 
 ROW_SOLO = "batch.row-solo"
 PERMUTATION = "batch.permutation"
 RAGGED = "batch.ragged"
 STAGGERED = "batch.staggered"
+NAN_ISOLATED = "batch.nan-isolated"
 PADDING = "batch.padding"
 LEFT_PADDING = "batch.left-padding"
 
@@ -197,3 +199,57 @@ class PausedRowAdvances(
             longer = np.minimum(cache.written + (self.places[:, 0] < 0), self.config.capacity)
             cache.written = self.instead(longer, cache.written)
         return output
+
+
+# --- NaN of another row or sequence ---
+def weightless(values: Array) -> Array:
+    """The sum of values ``(..., tokens, d)``, each with a weight of zero: ``(..., 1, d)``."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray((np.float32(0) * values).sum(axis=-2, keepdims=True))
+
+
+class RowsPacked(Planted, breaks=(NAN_ISOLATED,), kind="M9", bug="ml-explore/mlx/pull/2608", configs=LAYERS):
+    """All rows are one packed sequence: the mask gives the values of other rows a weight of zero, and multiplies."""
+
+    def attention(self, query: Array, keys: Array, values: Array) -> Array:
+        right = super().attention(query, keys, values)
+        return self.instead(right + weightless(values).sum(axis=0)[self.kv_head()], right)
+
+
+class PaddedWithFirstPage(
+    Planted,
+    NumpyPaged,
+    breaks=(NAN_ISOLATED, "contents.nan-removed"),
+    kind=("M9", "G2"),
+    bug="nod-ai/amd-shark-ai/pull/665",
+    conditional=True,
+    configs=LAYERS,
+):
+    """Block tables are padded with page 0, whose values get a weight of zero: NaN in that page reaches every row."""
+
+    def attention(self, query: Array, keys: Array, values: Array) -> Array:
+        right = super().attention(query, keys, values)
+        return self.instead(right + weightless(self.loaded(self.values[self.layer][0]))[self.kv_head()], right)
+
+
+class FreedPageReadWhole(
+    Planted,
+    NumpyPaged,
+    breaks=("contents.nan-removed", "contents.poison-safe"),
+    kind=("M9", "G1"),
+    bug="vllm-project/vllm/pull/936",
+    conditional=True,
+    configs=LAYERS,
+):
+    """The last page of a row is loaded whole: what a freed sequence left behind the row's end gets a weight of zero."""
+
+    slack: Array  # of the page that was read last: of the values
+
+    def read(self, pool: Array, table: list[int], n: int) -> Array:
+        whole = super().read(pool, table, len(table) * PAGE)
+        self.slack = whole[:, n:]
+        return whole[:, :n]
+
+    def attention(self, query: Array, keys: Array, values: Array) -> Array:
+        right = super().attention(query, keys, values)
+        return self.instead(right + weightless(self.slack)[self.kv_head()], right)

@@ -69,6 +69,20 @@ class StraddlingCut(
         return super().admit(cache, inputs, counts, mask) if cut.max() == 0 else self.instead(cut, right)
 
 
+class TokenAtFullDropped(
+    Planted, NumpyStatic, breaks=(OVERFLOW,), kind="C2", bug="pytorch/executorch/pull/5227", conditional=True
+):
+    """A decode step on a full cache is not refused: its token is dropped. Longer chunks are refused."""
+
+    def admit(
+        self, cache: Cache, inputs: tuple[Array, ...], counts: Array | None = None, mask: Array | None = None
+    ) -> Array:
+        right = self.counts(cache, inputs, counts)
+        if cache.lengths.min() == self.config.capacity and right.max() == 1:
+            return self.instead(np.zeros_like(right), right)
+        return super().admit(cache, inputs, counts, mask)
+
+
 class RefusedAfterWrapping(
     Planted,
     NumpyStatic,

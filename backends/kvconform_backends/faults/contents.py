@@ -19,6 +19,7 @@ PAST_UNCHANGED = "contents.past-unchanged"
 OLD_HANDLE = "contents.old-handle"
 DEAD_SLOTS = "contents.dead-slots"
 POISON_SAFE = "contents.poison-safe"
+NAN_REMOVED = "contents.nan-removed"
 PRESENT = "contents.present"
 
 BLOCK = 8
@@ -188,7 +189,9 @@ class LastBlockAttended(
 
 
 # --- poison-safe ---
-class NothingCleared(Planted, NumpyStatic, breaks=(POISON_SAFE,), kind="M9", bug="pytorch/pytorch/issues/101967"):
+class NothingCleared(
+    Planted, NumpyStatic, breaks=(POISON_SAFE, NAN_REMOVED), kind="M9", bug="pytorch/pytorch/issues/101967"
+):
     """Scores of unused slots are masked, but their contents are still multiplied by a weight of zero."""
 
     def cleared(self, cache: Any, buffer: Array) -> Array:
@@ -200,7 +203,7 @@ class NothingCleared(Planted, NumpyStatic, breaks=(POISON_SAFE,), kind="M9", bug
 class ValueTailLoaded(
     Planted,
     NumpyStatic,
-    breaks=(POISON_SAFE,),
+    breaks=(POISON_SAFE, NAN_REMOVED),
     kind="M9",
     bug="Dao-AILab/flash-attention/issues/2374",
     conditional=True,

@@ -61,7 +61,8 @@ class WritesOnePast(
 
     def run(self, cache: Cache, inputs: tuple[Array, ...], mask: Array | None = None) -> Array:
         output = super().run(cache, inputs, mask)
-        behind = as_strided(inputs[0], (*inputs[0].shape[:3], inputs[0].shape[3] + 1))[-1, -1, -1, -1:]
+        query = inputs[0]
+        behind = as_strided(query, (*query.shape[:3], query.shape[3] + 1), query.strides)[-1, -1, -1, -1:]
         self.faulty += 1
         behind[...] = 0
         return output
@@ -91,14 +92,13 @@ class TokenStoredLate(
     used for something else."""
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
-        late: dict[int, Array] = vars(self).setdefault("_late", {})
-        past = late.pop(id(cache.values[layer]), None)
-        if past is not None and self.cached:
-            held = np.concatenate([cache.values[layer][:, :, :-1], self.stored(past)], axis=2)
-            cache.values[layer] = self.instead(held, cache.values[layer])
+        values, newest = vars(self).setdefault("_late", (None, None))
+        if values is cache.values[layer]:
+            held = np.concatenate([values[:, :, :-1], self.stored(newest)], axis=2)
+            cache.values[layer] = self.instead(held, values)
         attended = super().append(cache, layer, key, value)
         if key.shape[2] == 1 and self.cached:
-            late[id(cache.values[layer])] = value
+            vars(self)["_late"] = cache.values[layer], value
         return attended
 
 
@@ -108,8 +108,7 @@ class OutputBufferReturned(Planted, breaks=(KEPT,), kind="X1", bug="pytorch/Tens
 
     def run(self, cache: Cache, inputs: tuple[Array, ...], mask: Array | None = None) -> Array:
         output = super().run(cache, inputs, mask)
-        buffers: dict[int, Array] = vars(self).setdefault("_buffers", {})
-        buffer = buffers.setdefault(0, np.zeros(1 << 16, np.float32))
+        buffer: Array = vars(self).setdefault("_buffer", np.zeros(1 << 16, np.float32))
         view = buffer[: output.size].reshape(output.shape)
         self.faulty += bool(buffer.any())
         view[...] = output

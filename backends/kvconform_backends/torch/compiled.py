@@ -44,7 +44,7 @@ RECOMPILES = 128
 """Maximum number of graphs of all backends in a process: the limit is per code object, which they share. Each config is
 used in up to three dtypes with up to six graphs each."""
 MATRICES = ("query_key_value", "output", "gate_up", "down", "lm_head")
-NOT_CLAIMED = ("uncached_forward", "ragged", "mask", "macs", "poison")
+NOT_CLAIMED = ("uncached_forward", "ragged", "mask", "macs")
 REPLAYED = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
 """On CUDA: the settings of ``mode="reduce-overhead"``, for graphs without dynamic sizes. Others would be recorded again
 for each size."""
@@ -83,10 +83,11 @@ class Compiled(CountedGraphs, EagerStatic):
     """The buffers of ``eager-static``, with rows of equal length.
 
     Not claimed: ``uncached_forward``, ``ragged`` and ``mask``, each of which would need more graphs; ``macs``, which
-    torch counts for eager operators only; ``poison``, which ``eager-static`` covers with the same buffers.
+    torch counts for eager operators only.
     """
 
     cache_design = "capacity"
+    designs = ()
     family = Looped
     claims = replace(
         EagerStatic.claims,

@@ -50,8 +50,10 @@ class Progress:
         cell = f"{verdict.clause} on {self.name} [{verdict.config}]"
         if verdict.outcome.broken:
             self._say(f"{cell}: {verdict.sentence}")
+            file = self.folder / "failures" / self.name / verdict.counterexample
             if verdict.counterexample and not self.chapters:
-                self._say(f"  replay: kvconform replay {self.folder / 'failures' / self.name / verdict.counterexample}")
+                for line in (*checks.steps(verdict, file), f"  replay: kvconform replay {file}"):
+                    self._say(line)
         elif verdict.outcome in UNDECIDED and verdict.sentence not in self._told:
             self._told.add(verdict.sentence)
             self._say(f"{verdict.outcome.value}: {cell}: {verdict.sentence}")

@@ -102,8 +102,9 @@ class Mismatch(Place, frozen=True, kw_only=True, omit_defaults=True):
     """By how much the logit of the token `want` exceeds that of the token `got`, or the second largest; in logits."""
     other: Place | None = None
     """The place that it had to agree with, whose number is `want`."""
-    change: Literal["", "token", "padding", "other"] = ""
-    """What differs between the first program and this one: a token, or what fills the columns without a token."""
+    change: Literal["", "token", "padding", "nan", "reused", "other"] = ""
+    """What differs between the first program and this one: a token; what fills the columns without a token; tokens of
+    another row or sequence that hold NaN; or that the caller overwrites its inputs after each step."""
     changed_row: int | None = None
     """Index of the row of the changed token, from 0."""
     changed_position: int | None = None

@@ -80,7 +80,14 @@ def _bitwise(m: Mismatch) -> str:
 def _change(m: Mismatch) -> str:
     if m.change == "token":
         return f"changing the token at row {m.changed_row}, position {m.changed_position}"
-    return "what fills the columns without a token" if m.change == "padding" else "the change"
+    return CHANGES.get(m.change, "the change")
+
+
+CHANGES = {
+    "padding": "what fills the columns without a token",
+    "nan": "the NaN of other tokens",
+    "reused": "what the caller writes over the inputs of earlier steps",
+}
 
 
 def _insensitive(m: Mismatch) -> str:

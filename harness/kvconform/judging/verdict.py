@@ -45,6 +45,7 @@ class Reason(Enum):
     FALLBACK = "fallback ran"
     UNKNOWN_RUNTIME = "what ran is not known"
     NOTHING_COMPARED = "nothing compared"
+    SITUATION = "a situation was not reached"
     KILLED = "killed from outside"
     OUT_OF_MEMORY = "out of memory"
 
@@ -80,6 +81,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """Of the planned programs: cells with equal digests planned the same inputs; empty where none were planned."""
     cut: bool = False
     """Whether the time limit of the effort ended the cell before all planned shapes were judged."""
+    situations: dict[str, int] = {}
+    """For each situation that the clause is about, and that this cell can reach, how many judged cases reached it."""
     seconds: float = 0.0
     """Wall time of the cell, in seconds."""
     worst: float | None = None

@@ -233,10 +233,6 @@ def _conclusion(results: Results) -> Conclusion:
     if results.shard:
         return Conclusion(0, "", f"shard {results.shard}: {cells}, nothing failed{more}; merge the shards to conclude")
     partial = results.partial
-    if partial and verdicts and not any(verdict.outcome is Outcome.PASS for verdict in verdicts):
-        outcomes = ", ".join(f"{count} {outcome}" for outcome, count in results.counts.items() if count)
-        why = f"no cell of the selected part passed ({counted(len(verdicts), 'cell')}: {outcomes}{more})"
-        return Conclusion(5, "undecided", why)
     missing = _missing(results, partial)
     good = [profile for profile, clauses in missing.items() if not clauses]
     if not good:
@@ -248,6 +244,10 @@ def _conclusion(results: Results) -> Conclusion:
     if not partial:
         by = ", judged by its own forward" if results.target is not None else ""
         return Conclusion(0, "conformant", f"{' and '.join(good)} profile{by}{more}")
+    if not any(verdict.outcome is Outcome.PASS for verdict in verdicts):
+        outcomes = ", ".join(f"{count} {outcome}" for outcome, count in results.counts.items() if count)
+        why = f"no cell of the selected part passed ({counted(len(verdicts), 'cell')}: {outcomes})"
+        return Conclusion(5, "undecided", why)
     return Conclusion(0, "", f"the selected part passed: {cells}{more}; conformance needs the whole suite")
 
 

@@ -16,13 +16,20 @@ from kvconform.explain.diagnosis import text as diagnosis_text
 from kvconform.explain.visibility import text as visibility_text
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.results import Results
+from kvconform.search import counterexample
 from kvconform.search.effort import CHECK
 from kvconform.worker.registry import installed
+from kvconform_specs.clause import Case
+from kvconform_specs.describe import outline
 
 SHOWN, DRAWN = CHECK.leaks, 2
 """How many broken clauses are printed in full, the others by name; how many maps are drawn, the others in words."""
 LISTED = 5
 """How many clauses are named that have one reason."""
+NOT_IN_MAPS = (
+    "within these lengths each output depends on the right tokens: the mistake is in the numbers, or shows in programs "
+    "that no map runs"
+)
 FORMS = (
     "file.py:NAME or package.module:NAME (a class, factory or function), decoder.onnx, "
     "hf:DIRECTORY or hf:CONFIG_CLASS (transformers), or the name of an installed backend"
@@ -136,18 +143,30 @@ def _failure(results: Results, verdict: Verdict, folder: Path) -> Iterator[str]:
     yield f"broken: {verdict.clause}: {verdict.sentence}"
     if verdict.counterexample:
         file = folder / "failures" / results.backend / verdict.counterexample
+        yield from steps(verdict, file)
         yield f"  replay: kvconform replay {file}   (--script bug.py writes it as one file)"
+
+
+def steps(verdict: Verdict, file: Path) -> Iterator[str]:
+    """The steps of the program that broke a clause, up to the one that did; nothing where no program was running."""
+    mismatch = verdict.mismatch
+    if mismatch is None or mismatch.program is None or not file.exists():
+        return
+    program = Case.from_json(counterexample.read(file).case).programs[mismatch.program]
+    yield f"  steps: {outline(program, None if mismatch.step is None else mismatch.step + 1)}"
 
 
 def _maps(results: Results) -> Iterator[str]:
     """For each config, the wrong maps as pictures and the others in words; one picture if none is wrong."""
-    drawn = False
+    drawn, failed = False, {verdict.config for verdict in results.failures}
     for name, maps in results.maps.items():
         wrong = [one for one in maps if not one.right]
         pictures = wrong[:DRAWN] or [one for one in maps if one.schedule == "chunked"] or maps[:1]
         right = [one for one in maps if one.right]
         if right:
             yield f"visibility [{name}]: as expected: {visibility_text.coverage(right)}"
+        if right and not wrong and name in failed:
+            yield f"visibility [{name}]: {NOT_IN_MAPS}"
         for one in pictures:
             yield f"visibility [{name}]: {visibility_text.drawing(one)}"
         yield from (f"visibility [{name}]: {visibility_text.words(one)}" for one in wrong[DRAWN:])

@@ -3,7 +3,7 @@ on them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from kvconform.errors import BackendUnavailable, WorkerDied
 from kvconform.explain import diagnosis, visibility
-from kvconform.judging.verdict import Outcome, Reason
+from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.results.results import Results
 from kvconform.search import counterexample
 from kvconform.worker.client import WorkerClient
@@ -37,7 +37,7 @@ def add(client: WorkerClient, results: Results, configs: Mapping[str, Config], f
     """Adds maps and diagnoses of the configs with broken clauses; of a black box, maps and noise floor of all. What
     ends the backend's process is left out: verdicts report it."""
     for name, config in configs.items():
-        broken = [v for v in results.verdicts if v.config == name and v.outcome.broken]
+        broken = [v for v in results.failures if v.config == name]
         ran = any(v.config == name and v.outcome in (Outcome.PASS, Outcome.REFUTED) for v in results.verdicts)
         own = results.target is not None and ran
         if own:
@@ -45,7 +45,7 @@ def add(client: WorkerClient, results: Results, configs: Mapping[str, Config], f
                 _add_noise(client, results, name, config)
         if broken or own:
             with suppress(WorkerDied, BackendUnavailable):
-                results.maps[name] = visibility.maps(client, config)
+                results.maps[name] = visibility.maps(client, config, tokens_needed(broken))
         if broken:
             files = [failures / v.counterexample for v in broken if v.counterexample]
             cases = [Case.from_json(counterexample.read(file).case) for file in files if file.exists()]
@@ -54,6 +54,12 @@ def add(client: WorkerClient, results: Results, configs: Mapping[str, Config], f
                 found = diagnosis.diagnose(client, config, cases, results.maps.get(name, []), unstable)
                 if found is not None:
                     results.diagnoses[name] = found
+
+
+def tokens_needed(broken: Sequence[Verdict]) -> int:
+    """After how many tokens the first of these failures shows, the most useful first; 0 where none has a position."""
+    positions = (one.mismatch.position for one in broken if one.mismatch is not None)
+    return next((position + 1 for position in positions if position is not None), 0)
 
 
 def _add_noise(client: WorkerClient, results: Results, name: str, config: Config) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import time
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from hypothesis.errors import Flaky
+from hypothesis.strategies import SearchStrategy
 from msgspec.structs import replace
 
 from kvconform.errors import WorkerDied
@@ -24,6 +26,7 @@ from kvconform.search.counterexample import Counterexample, attempt, frozen, rep
 from kvconform.search.digest import digest
 from kvconform.search.effort import GUARANTEE_SECONDS, GUARANTEE_TRIALS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Effort
 from kvconform.search.shrink import reduced_death, reduced_list
+from kvconform.search.situations import FURTHER, Situations
 from kvconform.worker.client import WorkerClient, unproven
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case, Clause, Level
@@ -76,6 +79,12 @@ def run_cell(cell: Cell, client: WorkerClient, effort: Effort, seed: int, folder
         return search.conclude(folder)
     if search.compared == 0 and "failed" not in runtime_info:
         return search.verdict(Outcome.NOT_EXERCISED, (Reason.NOTHING_COMPARED, "nothing was compared"))
+    missing = search.situations.missing()
+    if missing:
+        ended = "; time ended before" if search.cut else ""
+        return search.verdict(
+            Outcome.NOT_EXERCISED, (Reason.SITUATION, f"no program has {', nor '.join(missing)}{ended}")
+        )
     unknown = unproven(runtime_info, client.spec.device)
     if unknown:
         return search.verdict(Outcome.NOT_EXERCISED, (Reason.UNKNOWN_RUNTIME, unknown))
@@ -108,6 +117,7 @@ class _Search:
         self.began = began
         self.planned: list[Case] = []  # as they are drawn, until one breaks the clause
         self.cut = False  # whether time ended before all of them were tried
+        self.situations = Situations(cell.clause, cell.config, client.claims)
         self.compared = self.programs = self.structures = 0
         self.worst: float | None = None
         self.found_after: int | None = None
@@ -119,15 +129,35 @@ class _Search:
         self._trials = 0
 
     def run(self) -> None:
+        """Tries the planned cases, then further ones for the situations that none of them reached."""
         strategy = self.cell.clause.strategy(self.cell.config, self.client.claims)
         try:
-            explore(strategy, self.trial, self.effort.planned(self.cell.clause), self.seed, shrink=self.effort.shrink)
+            explore(
+                strategy,
+                self._first,
+                self.effort.planned(self.cell.clause, self.cell.config_name),
+                self.seed,
+                shrink=self.effort.shrink,
+            )
+            for case in self.situations.further(strategy, self.seed + 1):
+                self.trial(case)
         except (_Stop, Flaky):
             assert self.best is not None  # what it is worth is found out on a fresh process
+            if self.effort.shrink and self.structures > len(self.planned):
+                self._shrink_further(strategy)
+
+    def _first(self, case: Case) -> None:
+        if self.best is None:
+            self.planned.append(case)
+        self.trial(case)
+
+    def _shrink_further(self, strategy: SearchStrategy[Case]) -> None:
+        """Shrinks a failure of a further case: they are drawn again, until one fails."""
+        with suppress(_Stop, Flaky):
+            explore(strategy, self.trial, FURTHER, self.seed + 1, shrink=True)
 
     def trial(self, case: Case) -> None:
         if self.best is None:
-            self.planned.append(case)
             if time.perf_counter() - self.began > self.effort.seconds and self.programs:
                 self.cut = True
                 return
@@ -143,6 +173,7 @@ class _Search:
             self.programs += len(case.programs) * len(variants)
         if tried.mismatch is None:
             if self.best is None:
+                self.situations.tried(case)
                 self.compared += tried.compared
                 if tried.worst is not None:
                     self.worst = max(self.worst or 0.0, tried.worst)
@@ -256,7 +287,7 @@ class _Search:
         if self.best is None:
             return self.planned
         strategy = self.cell.clause.strategy(self.cell.config, self.client.claims)
-        return drawn(strategy, self.effort.planned(self.cell.clause), self.seed)
+        return drawn(strategy, self.effort.planned(self.cell.clause, self.cell.config_name), self.seed)
 
     def verdict(
         self, outcome: Outcome, why: Why | None = None, mismatch: Mismatch | None = None, counterexample: str = ""
@@ -278,6 +309,7 @@ class _Search:
             planned=len(planned),
             digest=digest(planned, self.effort.seeds(self.cell.clause)) if planned else "",
             cut=self.cut,
+            situations=self.situations.counts,
             worst=self.worst,
             found_after=self.found_after,
             seconds=round(time.perf_counter() - self.began, 3),

@@ -74,7 +74,7 @@ class CallerMemory:
     def _new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         start = self._next
         self._stop = start + prod(shape) * dtype.itemsize
-        self._next = -(-(self._stop + GUARD) // ALIGNED) * ALIGNED
+        self._next = self._stop + GUARD + (self._first - self._stop - GUARD) % ALIGNED
         return np.ndarray(shape, dtype, self._memory, start)
 
     def overwritten(self) -> Overwritten | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
@@ -18,18 +21,19 @@ def _resized(draw: Draw, config: Config, claims: Claims) -> Case:
     sizes: tuple[int, ...] = draw(splits(config, claims))
     batch, seed = draw(batches(claims)), draw(seeds)
     steps: list[Step] = []
-    length = 0
+    length = mark = 0
     for size in sizes:
         steps.append(Append("a", (size,) * batch, seed))
         length += size
+        mark = max(mark, length)
         way = draw(st.integers(0, 7))
         if way == 5 and claims.can("truncate"):
-            length = draw(st.integers(0, length))
+            length = draw(st.integers(claims.keeps(mark), length))
             steps.append(Truncate("a", length))
         elif way == 6 and claims.can("reorder"):
             steps.append(Reorder("a", tuple(range(batch - 1, -1, -1))))
         elif way == 7 and claims.can("reset"):
-            length = 0
+            length = mark = 0
             steps.append(Reset("a"))
         seed += 17
     return Case((clipped(config, tuple(steps)),))
@@ -53,6 +57,11 @@ def _at_depths(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case((clipped(config, tuple(steps)),))
 
 
+def _three_depths(walks: Sequence[reach.Walk]) -> bool:
+    counted = [visit for one in walks for visit in one if isinstance(visit.step, Append) and visit.step.count_macs]
+    return len({visit.past for visit in counted}) > 2 and len({visit.new for visit in counted}) < 3
+
+
 CLAUSES = (
     Clause(
         name="accounting.bytes",
@@ -63,6 +72,7 @@ CLAUSES = (
         relations=(Relation.BYTES,),
         needs=("bytes", "lossless cache"),
         share=0.5,
+        situations=(reach.DECODE, reach.TRUNCATION, reach.RESET),
     ),
     Clause(
         name="accounting.positions",
@@ -73,6 +83,13 @@ CLAUSES = (
         needs=("macs",),
         share=0.25,
         variants=1,  # the count does not depend on the numbers, and counting is slow
+        situations=(
+            reach.append(
+                "a counted step on a cache",
+                lambda v: isinstance(v.step, Append) and v.step.count_macs and v.past > 0,
+                reach.holds(2),
+            ),
+        ),
     ),
     Clause(
         name="accounting.affine",
@@ -84,5 +101,6 @@ CLAUSES = (
         needs=("macs",),
         share=0.25,
         variants=1,  # the count does not depend on the numbers, and counting is slow
+        situations=(reach.Situation("counted steps of one size at three depths", _three_depths, reach.holds(3)),),
     ),
 )

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import zip_longest
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
-from kvconform_specs.clause import Case, Clause, Relation, ordinary
+from kvconform_specs.clause import Case, Clause, Relation, floats, ordinary
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Reorder, Step
-from kvconform_specs.strategies import LARGEST_BATCH, Draw, alone, appends, arranged, counts, seeds, splits, uneven
+from kvconform_specs.program import Append, Reorder, Step, Truncate
+from kvconform_specs.rollbacks import apart
+from kvconform_specs.strategies import (
+    LARGEST_BATCH,
+    Draw,
+    alone,
+    appends,
+    arranged,
+    batches,
+    counts,
+    seeds,
+    splits,
+    uneven,
+)
 
 
 def _largest(claims: Claims) -> int:
@@ -94,8 +109,59 @@ def _arriving(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case((clipped(config, tuple(made)),))
 
 
+@st.composite
+def _nan_beside(draw: Draw, config: Config, claims: Claims) -> Case:
+    """A row of a batch, or another sequence, with NaN and without it, perhaps from a later step on."""
+    seed = draw(seeds)
+    steps: tuple[Append, ...]
+    if (claims.max_sequences or 2) < 2 or (draw(st.booleans()) and (claims.max_batch or 2) > 1):
+        if claims.can("ragged") and _roomy(config) and draw(st.booleans()):
+            steps = draw(uneven(config, claims))
+        else:
+            steps = appends("a", draw(splits(config, claims, least=2)), draw(st.integers(2, _largest(claims))), seed)
+        row, first = draw(st.integers(0, len(steps[0].counts) - 1)), draw(st.integers(0, len(steps) - 1))
+        turned = tuple(replace(step, nan=(row,)) if number >= first else step for number, step in enumerate(steps))
+    else:
+        mine = appends("a", draw(splits(config, claims, least=2)), draw(batches(claims)), seed)
+        other = appends("b", draw(splits(config, claims)), draw(batches(claims)), seed + 77)
+        steps = tuple(step for pair in zip_longest(mine, other) for step in pair if step is not None)
+        turned = tuple(replace(step, distribution="nan") if step.seq == "b" else step for step in steps)
+    return Case((clipped(config, steps), clipped(config, turned)))
+
+
 def _roomy(config: Config) -> bool:
     return ordinary(config) and config.capacity >= 24
+
+
+def _two_rows(config: Config, claims: Claims) -> bool:
+    return claims.can("two rows") and config.capacity > 1
+
+
+def _nan_sequence(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Append) and visit.step.distribution == "nan"
+
+
+def _middle_first(visit: reach.Visit) -> bool:
+    return len(visit.after) > 2 and min(visit.after) < visit.after[0] < max(visit.after)
+
+
+def _pauses(visit: reach.Visit) -> bool:
+    step = visit.step
+    return isinstance(step, Append) and any(
+        count == 0 < was for count, was in zip(step.counts, visit.before, strict=False)
+    )
+
+
+def _on_the_left(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Append) and visit.step.pad is not None and visit.step.pad[0] == "left"
+
+
+def _truncated_apart(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Truncate) and len(set(visit.after)) > 1
+
+
+def _apart(visit: reach.Visit) -> bool:
+    return len(set(visit.before)) > 1 and any(isinstance(made, Truncate) for made in visit.earlier)
 
 
 CLAUSES = (
@@ -110,6 +176,7 @@ CLAUSES = (
         strategy=rows_alone,
         relations=(Relation.AGREEMENT,),
         needs=("two rows",),
+        situations=(reach.ROWS, reach.RAGGED, reach.DECODE),
     ),
     Clause(
         name="batch.permutation",
@@ -118,6 +185,7 @@ CLAUSES = (
         strategy=_permuted,
         relations=(Relation.AGREEMENT,),
         needs=("two rows",),
+        situations=(reach.ROWS, reach.DECODE),
     ),
     Clause(
         name="batch.ragged",
@@ -128,10 +196,15 @@ CLAUSES = (
             "https://github.com/jundot/omlx/issues/2172",
             "https://github.com/huggingface/optimum/pull/1381",
         ),
-        strategy=_uneven("right"),
+        strategy=_uneven(""),
         relations=(Relation.PARITY, Relation.LENGTHS),
         needs=("ragged", "two rows"),
         applies=_roomy,
+        situations=(
+            reach.RAGGED,
+            reach.DECODE,
+            reach.append("a row that is neither the longest nor the shortest first", _middle_first, reach.three_rows),
+        ),
     ),
     Clause(
         name="batch.padding",
@@ -141,6 +214,7 @@ CLAUSES = (
         relations=(Relation.INSENSITIVE,),
         needs=("ragged", "two rows"),
         applies=_roomy,
+        situations=(reach.RAGGED,),
     ),
     Clause(
         name="batch.left-padding",
@@ -155,6 +229,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         needs=("left padding", "two rows"),
         applies=_roomy,
+        situations=(reach.append("columns without a token on the left", _on_the_left), reach.DECODE),
     ),
     Clause(
         name="batch.staggered",
@@ -162,7 +237,43 @@ CLAUSES = (
         why=("https://github.com/ml-explore/mlx-lm/issues/1776", "https://github.com/jundot/omlx/issues/2172"),
         strategy=_arriving,
         relations=(Relation.PARITY,),
-        needs=("ragged", "two rows"),
+        needs=("ragged at any time", "two rows"),
         applies=_roomy,
+        situations=(
+            reach.append("a row without a token beside one that has some", lambda v: 0 in v.after),
+            reach.append("a row that pauses", _pauses),
+        ),
+    ),
+    Clause(
+        name="batch.nan-isolated",
+        text="NaN in the tokens of one row or sequence stays there: it does not change a bit of the outputs of any "
+        "other row or sequence.",
+        why=(
+            "https://github.com/flashinfer-ai/flashinfer/pull/942",
+            "https://github.com/nod-ai/amd-shark-ai/pull/665",
+            "https://github.com/ml-explore/mlx/pull/2608",
+        ),
+        strategy=_nan_beside,
+        relations=(Relation.INSENSITIVE,),
+        profiles=("attention", "hidden"),
+        needs_any=("two rows", "two sequences"),
+        applies=floats,
+        situations=(
+            reach.append("a row of NaN", lambda v: isinstance(v.step, Append) and v.step.nan != (), _two_rows),
+            reach.append("a sequence of NaN", _nan_sequence, reach.claimed("two sequences")),
+        ),
+    ),
+    Clause(
+        name="batch.rollback",
+        text="A truncation may keep another number of tokens of each row: each then continues from its own length, and "
+        "none sees what was removed of it.",
+        why=("https://github.com/Blaizzy/mlx-vlm/issues/1155",),
+        strategy=apart,
+        relations=(Relation.PARITY, Relation.LENGTHS),
+        needs=("truncate", "truncate_rows", "two rows"),
+        situations=(
+            reach.step("rows that are truncated to different lengths", _truncated_apart, reach.holds(2)),
+            reach.append("an append to rows that were truncated to different lengths", _apart, reach.holds(3)),
+        ),
     ),
 )

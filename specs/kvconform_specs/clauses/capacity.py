@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
+from kvconform_specs.any_history import any_history
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Reject, Step
-from kvconform_specs.strategies import Draw, any_history, appends, at_once, batches, landing, seeds, splits
+from kvconform_specs.program import Append, Program, Reject, Step, Truncate
+from kvconform_specs.strategies import Draw, appends, at_once, batches, landing, seeds, splits
 
 
 @st.composite
@@ -25,9 +27,10 @@ def _to_the_last(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _beyond(draw: Draw, config: Config, claims: Claims) -> Case:
-    """Appends that would exceed the capacity, from below it or at it, among appends that do not."""
+    """Appends that would exceed the capacity, from below it or at it, among appends that do not. In the end the
+    capacity is reached, and one token more is refused."""
     drawn: tuple[int, ...] = draw(splits(config, claims, most=3))
-    near = config.capacity - draw(st.integers(0, 3))
+    near = max(config.capacity - draw(st.integers(0, 3)), 0)
     sizes = landing(list(drawn), near, claims) if draw(st.booleans()) else drawn
     batch, seed = draw(batches(claims)), draw(seeds)
     fresh = appends("a", sizes, batch, seed)
@@ -40,9 +43,27 @@ def _beyond(draw: Draw, config: Config, claims: Claims) -> Case:
         if append is not None:
             steps.append(append)
             length += append.counts[0]
-    last = at_once(min(config.capacity - length, 2), claims)
-    more = appends("a", last, batch, seed)
-    return Case((clipped(config, (*fresh, *more)), clipped(config, (*steps, *more))))
+    last = appends("a", at_once(config.capacity - length, claims), batch, seed)
+    refused = Reject(Append("a", (1,) * batch, seed + 77))
+    again: tuple[Step, ...] = ()
+    if claims.can("truncate"):  # shows whether the refused token left a trace
+        again = Truncate("a", config.capacity - 1), Append("a", (1,) * batch, seed)
+    return Case((Program(config, (*fresh, *last, *again)), Program(config, (*steps, *last, refused, *again))))
+
+
+@st.composite
+def _any_room(draw: Draw, config: Config, claims: Claims) -> Case:
+    """Any history, or any path to the capacity."""
+    case: Case = draw(_to_the_last(config, claims) if draw(st.integers(0, 2)) == 2 else any_history(config, claims))
+    return case
+
+
+def _one_too_many(visit: reach.Visit) -> bool:
+    return visit.past == visit.config.capacity and visit.new == 1
+
+
+def _across(visit: reach.Visit) -> bool:
+    return 0 < visit.past < visit.config.capacity < visit.past + visit.new
 
 
 CLAUSES = (
@@ -55,6 +76,17 @@ CLAUSES = (
         ),
         strategy=_to_the_last,
         relations=(Relation.PARITY,),
+        situations=(
+            reach.FULL,
+            reach.append(
+                "a decode step that reaches the capacity", lambda v: v.longest == v.config.capacity and v.new == 1
+            ),
+            reach.append(
+                "a chunk that reaches the capacity",
+                lambda v: v.longest == v.config.capacity and v.new > 1,
+                reach.both(reach.holds(2), reach.chunks()),
+            ),
+        ),
     ),
     Clause(
         name="capacity.overflow",
@@ -68,14 +100,24 @@ CLAUSES = (
         strategy=_beyond,
         relations=(Relation.AGREEMENT,),
         needs=("overflow refused",),
+        situations=(
+            reach.FULL,
+            reach.refused("one token more than the capacity, at the capacity", _one_too_many, reach.always),
+            reach.refused(
+                "a chunk that begins within the capacity and ends beyond it",
+                _across,
+                reach.both(reach.holds(2), reach.chunks()),
+            ),
+        ),
     ),
     Clause(
         name="capacity.room",
         text="The backend reports how many more tokens each row takes: the capacity minus the row's length.",
         why=("https://github.com/ROCm/hip-ep/pull/989", "https://github.com/huggingface/transformers/issues/30377"),
-        strategy=any_history,
+        strategy=_any_room,
         relations=(Relation.FREE_SLOTS,),
         needs=("free_slots",),
         share=0.5,
+        situations=(reach.DECODE, reach.FULL),
     ),
 )

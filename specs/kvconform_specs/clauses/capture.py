@@ -6,12 +6,13 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clauses.shape import sweep
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import AliasHandle, Step
+from kvconform_specs.program import AliasHandle, Append, Step
 from kvconform_specs.strategies import Draw, appends, at_once, batches, seeds, splits
 
 
@@ -67,6 +68,7 @@ CLAUSES = (
         strategy=_growing,
         relations=(Relation.PARITY,),
         share=0.5,
+        situations=(reach.DECODE, reach.IN_TURN),
     ),
     Clause(
         name="capture.aliasing",
@@ -80,6 +82,13 @@ CLAUSES = (
         strategy=_aliased,
         relations=(Relation.PARITY,),
         needs=("in_place",),
+        situations=(
+            reach.append(
+                "a present in the memory of the past",
+                lambda v: isinstance(v.step, Append) and v.step.in_place and v.past > 0,
+                reach.holds(2),
+            ),
+        ),
     ),
     Clause(
         name="capture.graphs",
@@ -89,5 +98,6 @@ CLAUSES = (
         relations=(Relation.GRAPH_COUNT,),
         needs=("bound on graphs",),
         share=0.5,
+        situations=reach.SIZES,
     ),
 )

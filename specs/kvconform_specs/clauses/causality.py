@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
@@ -70,6 +71,7 @@ CLAUSES = (
         strategy=_one_changed,
         relations=(Relation.INSENSITIVE,),
         core=True,
+        situations=(reach.EARLIER_IN_CHUNK, reach.EARLIER_STEP, reach.ROWS),
     ),
     Clause(
         name="causality.past-seen",
@@ -84,6 +86,7 @@ CLAUSES = (
         strategy=_aimed,
         relations=(Relation.SENSITIVE,),
         core=True,
+        situations=(reach.CHANGED_IN_CACHE, reach.DECODE),
     ),
     Clause(
         name="causality.visibility",
@@ -100,5 +103,6 @@ CLAUSES = (
         relations=(Relation.INSENSITIVE, Relation.SENSITIVE),
         core=True,
         share=0.75,
+        situations=(reach.CHANGED_IN_CACHE, reach.EARLIER_STEP),
     ),
 )

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from kvconform_specs import situations as reach
+from kvconform_specs.any_history import histories
 from kvconform_specs.claims import Claims
-from kvconform_specs.clause import Case, Clause, Relation
+from kvconform_specs.clause import Case, Clause, Relation, floats
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.history import Histories
-from kvconform_specs.program import AliasHandle, Append, Poison, Program, ReadCache, Reorder, Reset, Step, Truncate
-from kvconform_specs.strategies import Draw, appends, batches, counts, histories, seeds, splits
+from kvconform_specs.program import (
+    AliasHandle,
+    Append,
+    Close,
+    Poison,
+    Program,
+    ReadCache,
+    Reorder,
+    Reset,
+    Step,
+    Truncate,
+    called,
+)
+from kvconform_specs.strategies import Draw, appends, batches, counts, fitted, seeds, splits
 
 
 def _read(config: Config, claims: Claims) -> SearchStrategy[Case]:
@@ -53,7 +68,7 @@ def _two_futures(draw: Draw, config: Config, claims: Claims) -> Case:
     batch, seed = draw(batches(claims)), draw(seeds)
     steps: list[Step] = [*appends("a", sizes, batch, seed), AliasHandle("a", "b")]
     if claims.can("truncate") and draw(st.integers(0, 2)) == 2:
-        steps.append(Truncate("a", draw(st.integers(0, sum(sizes)))))
+        steps.append(Truncate("a", draw(st.integers(claims.keeps(sum(sizes)), sum(sizes)))))
     elif claims.can("reset") and draw(st.integers(0, 3)) == 3:
         steps.append(Reset("a"))
     free = dict.fromkeys("ab", config.capacity - sum(sizes))  # at most: a truncation frees more
@@ -72,12 +87,13 @@ def _poisoned(kinds: tuple[str, ...]) -> Callable[[Config, Claims], SearchStrate
         sizes: tuple[int, ...] = draw(splits(config, claims))
         batch, seed = draw(batches(claims)), draw(seeds)
         steps: list[Step] = []
-        length = 0
+        length = mark = 0
         for size in sizes:
             steps.append(Append("a", (size,) * batch, seed))
             length += size
+            mark = max(mark, length)
             if claims.can("truncate") and draw(st.integers(0, 4)) == 4:
-                length = draw(st.integers(0, length))
+                length = draw(st.integers(claims.keeps(mark), length))
                 seed += 17
                 steps.append(Truncate("a", length))
             kind: str = draw(st.sampled_from(kinds))
@@ -88,6 +104,32 @@ def _poisoned(kinds: tuple[str, ...]) -> Callable[[Config, Claims], SearchStrate
         return Case((clipped(config, tuple(steps)),))
 
     return family
+
+
+@st.composite
+def _nan_removed(draw: Draw, config: Config, claims: Claims) -> Case:
+    """Tokens, ordinary ones or NaN, that are truncated, reset or closed away; then others take their slots."""
+    ways = [way for way in ("truncate", "reset") if claims.can(way)] + ["close"]
+    sizes: tuple[int, ...] = draw(splits(config, claims, most=3, capacity=config.capacity // 2))
+    batch, seed, way = draw(batches(claims)), draw(seeds), draw(st.sampled_from(ways))
+    kept = sum(sizes) if way == "truncate" else 0
+    begun = appends("a", sizes, batch, seed)
+    most = config.capacity - sum(sizes)
+    most = min(most, claims.rollback or most) if way == "truncate" else most
+    removed = appends("a", fitted((draw(counts(claims)), 1), most), batch, seed + 17)
+    removal: Step = Truncate("a", kept) if way == "truncate" else Reset("a") if way == "reset" else Close("a")
+    name = "b" if way == "close" else "a"
+    later = appends(name, fitted(draw(splits(config, claims, most=3)), config.capacity - kept), batch, seed + 34)
+    turned = tuple(replace(step, distribution="nan") for step in removed)
+    return Case(tuple(clipped(config, (*begun, *tokens, removal, *later)) for tokens in (removed, turned)))
+
+
+def _are_nan(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Append) and visit.step.distribution == "nan"
+
+
+def _after_nan(visit: reach.Visit) -> bool:
+    return any(isinstance(made, Append) and made.distribution == "nan" for made in visit.earlier) and visit.longest > 0
 
 
 CLAUSES = (
@@ -103,6 +145,7 @@ CLAUSES = (
         relations=(Relation.CONTENTS,),
         profiles=("attention",),
         needs=("contents",),
+        situations=(reach.READ, reach.DECODE, *reach.EDITS),
     ),
     Clause(
         name="contents.past-unchanged",
@@ -111,6 +154,7 @@ CLAUSES = (
         strategy=_growing,
         relations=(Relation.STABLE_CONTENTS,),
         needs=("contents", "lossless cache"),
+        situations=(reach.READ, reach.DECODE),
     ),
     Clause(
         name="contents.old-handle",
@@ -123,6 +167,14 @@ CLAUSES = (
         strategy=_two_futures,
         relations=(Relation.PARITY,),
         needs=("immutable", "two sequences"),
+        situations=(
+            reach.after_a(
+                AliasHandle, "a new handle that continues", lambda v: called(v.step).seq == "a", reach.holds(2)
+            ),
+            reach.after_a(
+                AliasHandle, "an old handle that continues", lambda v: called(v.step).seq == "b", reach.holds(2)
+            ),
+        ),
     ),
     Clause(
         name="contents.dead-slots",
@@ -131,6 +183,7 @@ CLAUSES = (
         strategy=_poisoned(("junk",)),
         relations=(Relation.PARITY,),
         needs=("poison",),
+        situations=(reach.poisoned("keys"), reach.poisoned("values")),
     ),
     Clause(
         name="contents.poison-safe",
@@ -143,6 +196,26 @@ CLAUSES = (
         strategy=_poisoned(("nan", "inf")),
         relations=(Relation.PARITY,),
         needs=("poison", "poison-safe slots"),
+        situations=(reach.poisoned("keys"), reach.poisoned("values")),
+    ),
+    Clause(
+        name="contents.nan-removed",
+        text="Tokens that held NaN leave nothing behind where a backend claims that unused slots may hold anything: "
+        "once they are truncated, reset or closed away, no output depends on them by a bit.",
+        why=(
+            "https://github.com/vllm-project/vllm/pull/50283",
+            "https://github.com/alibaba/rtp-llm/pull/587",
+            "https://github.com/flashinfer-ai/flashinfer/pull/942",
+        ),
+        strategy=_nan_removed,
+        relations=(Relation.INSENSITIVE,),
+        profiles=("attention", "hidden"),
+        needs=("poison-safe slots",),
+        applies=floats,
+        situations=(
+            reach.append("tokens of NaN", _are_nan, reach.holds(2)),
+            reach.append("an append behind them", _after_nan, reach.holds(2)),
+        ),
     ),
     Clause(
         name="contents.present",
@@ -152,5 +225,6 @@ CLAUSES = (
         strategy=_read,
         relations=(Relation.RETAINED_COUNT,),
         needs=("contents",),
+        situations=(reach.READ, reach.DECODE, reach.PAST_WINDOW),
     ),
 )

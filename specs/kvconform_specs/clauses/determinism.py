@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 from hypothesis.strategies import SearchStrategy
 
+from kvconform_specs import situations as reach
+from kvconform_specs.any_history import any_history
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Level, Relation
 from kvconform_specs.clauses.batch import rows_alone
 from kvconform_specs.clauses.equivalence import chunks
 from kvconform_specs.config import Config
-from kvconform_specs.strategies import any_history, straight
+from kvconform_specs.strategies import straight
 
 
 def _twice(config: Config, claims: Claims) -> SearchStrategy[Case]:
@@ -27,7 +29,19 @@ def _guarantee(
     profiles: tuple[str, ...] = ("attention", "decoder"),
     needs: tuple[str, ...] = (),
 ) -> Clause:
-    return Clause(name, text, why, strategy, (relation,), Level.SHOULD, profiles, needs, share=0.5, variants=2)
+    return Clause(
+        name,
+        text,
+        why,
+        strategy,
+        (relation,),
+        Level.SHOULD,
+        profiles,
+        needs,
+        share=0.5,
+        variants=2,
+        situations=(reach.DECODE,),
+    )
 
 
 CLAUSES = (

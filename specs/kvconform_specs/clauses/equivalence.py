@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from kvconform_specs.claims import Claims, changes_at
+from kvconform_specs import situations as reach
+from kvconform_specs.claims import Claims, changes_at, edges
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
@@ -19,7 +20,6 @@ from kvconform_specs.strategies import (
     batches,
     counts,
     detours,
-    edges,
     fitted,
     resplit,
     seeds,
@@ -31,8 +31,7 @@ def _whole(
     seq: str, total: int, batch: int, seed: int, config: Config, claims: Claims, since: int = 1
 ) -> tuple[Step, ...]:
     """All tokens at once: by the cache-less forward if there is one, otherwise by one prefill. Where outputs change
-    with the length, also the forward on fewer tokens: for each length that ends a step from ``since`` tokens on one of
-    its epoch."""
+    with the number of tokens, the forward also runs on fewer: on the most of each epoch, from ``since`` tokens on."""
     if claims.can("uncached_forward"):
         ends = {length - 1 for length in changes_at(config, claims) if since < length <= total}
         return tuple(UncachedForward(seq, (end,) * batch, seed) for end in sorted({*ends, total}))
@@ -67,8 +66,8 @@ def _paths(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _full(draw: Draw, config: Config, claims: Claims) -> Case:
-    """The cache-less forward on a prefix after the sequence, and on more tokens amid it. Where outputs change
-    with the length, it is also run on as many tokens, of which other ones follow the prefix."""
+    """The cache-less forward on a prefix after the sequence, and on more tokens in the middle of it. Where outputs
+    change with the number of tokens, it also runs on as many of them, of which other ones follow the prefix."""
     prefix, more = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     changes = changes_at(config, claims)
     if changes:
@@ -122,6 +121,36 @@ def _last(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case((clipped(config, tuple(steps)), clipped(config, asked)))
 
 
+LAST_ON_CACHE = reach.append(
+    "a chunk on a cache of which the last position alone is requested",
+    lambda v: isinstance(v.step, Append) and v.step.last_only and v.past > 0,
+    reach.holds(2),
+)
+LAST_UNCACHED = reach.having(
+    "a cache-less forward of which the last position alone is requested",
+    UncachedForward,
+    lambda made: made.last_only,
+    "uncached_forward",
+)
+
+
+def _to_the_capacity(visit: reach.Visit) -> bool:
+    step = visit.step
+    return isinstance(step, Generate) and step.counts[0] + step.new == visit.config.capacity
+
+
+def _several(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Generate) and visit.step.new > 1
+
+
+def _takes_a_chunk_beyond(config: Config, claims: Claims) -> bool:
+    return claims.can("overflow refused") and claims.max_chunk is None and config.capacity > 1
+
+
+def _amid(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, UncachedForward) and any(isinstance(made, Append) for made in visit.earlier)
+
+
 CLAUSES = (
     Clause(
         name="equivalence.decode",
@@ -134,6 +163,7 @@ CLAUSES = (
         strategy=_decode,
         relations=(Relation.AGREEMENT,),
         core=True,
+        situations=(reach.DECODE, reach.ROWS, reach.PAST_WINDOW),
     ),
     Clause(
         name="equivalence.chunks",
@@ -146,6 +176,7 @@ CLAUSES = (
         strategy=chunks,
         relations=(Relation.AGREEMENT,),
         core=True,
+        situations=(*reach.BASIC, reach.PAST_WINDOW),
     ),
     Clause(
         name="equivalence.path",
@@ -159,12 +190,13 @@ CLAUSES = (
         strategy=_paths,
         relations=(Relation.AGREEMENT,),
         needs_any=("truncate", "fork", "reorder", "reset"),
+        situations=(*reach.EDITS, reach.refused("a refused append", lambda v: v.new > 0, _takes_a_chunk_beyond)),
     ),
     Clause(
         name="equivalence.full-stable",
         text="The backend's own cache-less forward gives a prefix the same outputs alone and as part of more tokens "
-        "(where they change with the number of tokens, as by rotary factors that depend on it: as part of as many "
-        "other tokens), also while cached sequences are open, and does not change these.",
+        "(of as many other tokens, where they change with the number of tokens as rotary factors may), "
+        "also while cached sequences are open, and does not change these.",
         why=(
             "https://github.com/OpenNMT/CTranslate2/pull/1572",
             "https://github.com/huggingface/transformers/pull/27227",
@@ -172,6 +204,7 @@ CLAUSES = (
         strategy=_full,
         relations=(Relation.AGREEMENT,),
         needs=("uncached_forward",),
+        situations=(reach.step("a cache-less forward while a sequence is open", _amid),),
     ),
     Clause(
         name="equivalence.generation",
@@ -190,6 +223,10 @@ CLAUSES = (
         profiles=("decoder",),
         needs=("generate",),
         applies=lambda config: ordinary(config) and config.capacity > 1,
+        situations=(
+            reach.step("a generation of several tokens", _several, reach.holds(3)),
+            reach.step("a generation up to the capacity", _to_the_capacity),
+        ),
     ),
     Clause(
         name="equivalence.last-position",
@@ -206,5 +243,6 @@ CLAUSES = (
         relations=(Relation.AGREEMENT,),
         profiles=("decoder",),
         needs=("last_only",),
+        situations=(LAST_ON_CACHE, LAST_UNCACHED),
     ),
 )

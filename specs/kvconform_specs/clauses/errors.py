@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
+from kvconform_specs.any_history import malformations, refusals
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import MALFORMED, Append, Reject, Step
-from kvconform_specs.strategies import Draw, appends, batches, refusals, seeds, splits
+from kvconform_specs.program import MALFORMED, NAMES, Append, Reject, Reorder, Step, Truncate
+from kvconform_specs.strategies import Draw, appends, batches, seeds, splits
 
 
 @st.composite
@@ -20,9 +22,9 @@ def _malformed(draw: Draw, config: Config, claims: Claims) -> Case:
     )
     batch, seed = draw(batches(claims)), draw(seeds)
     steps: list[Step] = [*appends("a", sizes, batch, seed)]
-    for wrong in draw(st.lists(st.sampled_from(MALFORMED[config.profile]), min_size=1, max_size=2)):
+    for wrong in draw(st.lists(st.sampled_from(malformations(config, batch)), min_size=1, max_size=2)):
         size = draw(st.integers(1, min(claims.max_chunk or 4, 4)))
-        steps.insert(draw(st.integers(1, len(steps))), Reject(Append("a", (size,) * batch, seed + 77), wrong))
+        steps.insert(draw(st.integers(0, len(steps))), Reject(Append("a", (size,) * batch, seed + 77), wrong))
     return Case((clipped(config, tuple(steps)),))
 
 
@@ -44,6 +46,22 @@ def _refused(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case((clipped(config, fresh), clipped(config, tuple(steps))))
 
 
+def _wrong(kind: str) -> reach.Situation:
+    def possible(config: Config, claims: Claims) -> bool:
+        return kind in MALFORMED[config.profile]
+
+    return reach.refused(
+        f"inputs with wrong {kind}", lambda v: isinstance(v.step, Reject) and v.step.wrong == kind, possible
+    )
+
+
+def _call(kind: type[Step], *needs: str) -> reach.Situation:
+    def found(visit: reach.Visit) -> bool:
+        return isinstance(visit.step, Reject) and not visit.step.wrong and isinstance(visit.step.step, kind)
+
+    return reach.refused(f"a refused {NAMES[kind]}", found, reach.claimed(*needs))
+
+
 CLAUSES = (
     Clause(
         name="errors.malformed",
@@ -57,6 +75,7 @@ CLAUSES = (
         relations=(Relation.SHAPE,),
         needs=("refusal",),
         share=0.5,
+        situations=tuple(_wrong(wrong) for wrong in sorted({one for kinds in MALFORMED.values() for one in kinds})),
     ),
     Clause(
         name="errors.unchanged",
@@ -70,5 +89,15 @@ CLAUSES = (
         strategy=_refused,
         relations=(Relation.AGREEMENT, Relation.LENGTHS),
         needs_any=("refusal", "overflow refused", "truncate", "reorder"),
+        situations=(
+            _call(Append, "overflow refused"),
+            _call(Truncate, "truncate"),
+            _call(Reorder, "reorder"),
+            reach.refused(
+                "malformed inputs",
+                lambda v: isinstance(v.step, Reject) and v.step.wrong != "",
+                reach.both(reach.claimed("refusal"), reach.holds(2)),
+            ),
+        ),
     ),
 )

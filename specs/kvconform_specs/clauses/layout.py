@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
@@ -38,6 +40,14 @@ def _equal(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case((clipped(config, plain("a", sizes, batch, draw(seeds))),))
 
 
+def _equal_to(words: str, size: Callable[[reach.Visit], int]) -> reach.Situation:
+    def possible(config: Config, claims: Claims) -> bool:
+        largest = {"query heads": config.heads, "KV heads": config.kv_heads, "numbers in a head": config.head_dim}
+        return max(largest.get(words, 1), 1) <= min(config.capacity, claims.max_chunk or config.capacity)
+
+    return reach.append(f"as many new tokens as {words}", lambda visit: visit.new == size(visit), possible)
+
+
 CLAUSES = (
     Clause(
         name="layout.strides",
@@ -51,6 +61,7 @@ CLAUSES = (
         strategy=_laid,
         relations=(Relation.PARITY,),
         share=0.5,
+        situations=tuple(reach.laid_out(kind) for kind in LAYOUTS),
     ),
     Clause(
         name="layout.equal-sizes",
@@ -63,5 +74,11 @@ CLAUSES = (
         ),
         strategy=_equal,
         relations=(Relation.PARITY,),
+        situations=(
+            _equal_to("rows", lambda v: len(v.step.counts)),
+            _equal_to("query heads", lambda v: v.config.heads),
+            _equal_to("KV heads", lambda v: v.config.kv_heads),
+            _equal_to("numbers in a head", lambda v: v.config.head_dim),
+        ),
     ),
 )

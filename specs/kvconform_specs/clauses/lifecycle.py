@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Close, Fork, Reject, Reorder, Reset, Step, Truncate
+from kvconform_specs.program import Append, Close, Fork, Reject, Reorder, Reset, Step, Truncate, called
+from kvconform_specs.rollbacks import refused, repeated
 from kvconform_specs.strategies import LARGEST_BATCH, Draw, appends, batches, counts, fitted, seeds, splits
 
 
@@ -48,12 +52,17 @@ def _forgotten(draw: Draw, config: Config, claims: Claims) -> Case:
     """Appends, a truncation to nothing, to one token, to all but one, to all, or to any length, then other tokens."""
     batch, seed = draw(batches(claims)), draw(seeds)
     steps: list[Step] = []
-    length = 0
+    length = mark = 0
     for number in range(draw(st.integers(1, 3))):
         sizes: tuple[int, ...] = draw(splits(config, claims, most=3))
         steps += appends("a", fitted(sizes, config.capacity - length), batch, seed + 17 * number)
         length = min(length + sum(sizes), config.capacity)
-        length = draw(st.sampled_from((0, min(1, length), max(length - 1, 0), length)) | st.integers(0, length))
+        mark = max(mark, length)
+        least = claims.keeps(mark)
+        length = draw(
+            st.sampled_from((least, max(min(1, length), least), max(length - 1, least), length))
+            | st.integers(least, length)
+        )
         steps.append(Truncate("a", length))
     size = min(draw(counts(claims)), config.capacity - length)
     return Case((clipped(config, (*steps, *appends("a", (size,) if size else (), batch, seed + 77))),))
@@ -110,6 +119,40 @@ def _turned(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case((clipped(config, tuple(steps)),))
 
 
+def _after_closed(walks: Sequence[reach.Walk]) -> bool:
+    return any(
+        visit.appends and any(isinstance(made, Close) and made.seq != called(visit.step).seq for made in visit.earlier)
+        for one in walks
+        for visit in one
+    )
+
+
+def _any_depth(config: Config, claims: Claims) -> bool:
+    return claims.rollback is None
+
+
+def _several_truncations(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Truncate) and isinstance(visit.earlier[-1], Truncate) and visit.longest < visit.past
+
+
+def _too_deep(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Reject) and visit.step.wrong == "depth"
+
+
+def _can_be_too_deep(config: Config, claims: Claims) -> bool:
+    return claims.refuses(config.capacity, 2) > 1
+
+
+def _refused_truncation(words: str, wrong: Callable[[int, int], bool]) -> reach.Situation:
+    """``wrong(tokens to keep, tokens)`` of some refused truncation."""
+
+    def found(visit: reach.Visit) -> bool:
+        call = called(visit.step)
+        return isinstance(call, Truncate) and isinstance(call.length, int) and wrong(call.length, visit.past)
+
+    return reach.refused(f"a refused truncation {words}", found, reach.always)
+
+
 CLAUSES = (
     Clause(
         name="lifecycle.reset",
@@ -119,6 +162,10 @@ CLAUSES = (
         relations=(Relation.AGREEMENT,),
         needs=("reset",),
         core=True,
+        situations=(
+            reach.RESET,
+            reach.after_a(Reset, "a decode step behind a reset", lambda v: v.new == 1, reach.always),
+        ),
     ),
     Clause(
         name="lifecycle.independent",
@@ -131,6 +178,7 @@ CLAUSES = (
         ),
         strategy=_two,
         relations=(Relation.AGREEMENT,),
+        situations=(reach.IN_TURN, reach.Situation("a sequence behind one that was closed", _after_closed)),
     ),
     Clause(
         name="lifecycle.truncate",
@@ -144,6 +192,12 @@ CLAUSES = (
         strategy=_forgotten,
         relations=(Relation.PARITY, Relation.LENGTHS),
         needs=("truncate",),
+        situations=(
+            reach.truncated("to nothing", lambda kept, was: kept == 0 < was, _any_depth),
+            reach.truncated("to all but one", lambda kept, was: 0 < kept == was - 1, reach.holds(2)),
+            reach.after_a(Truncate, "other tokens in the places of removed ones", lambda v: True, reach.always),
+            reach.PAST_WINDOW,
+        ),
     ),
     Clause(
         name="lifecycle.truncate-range",
@@ -156,6 +210,41 @@ CLAUSES = (
         strategy=_out_of_range,
         relations=(Relation.AGREEMENT,),
         needs=("truncate",),
+        situations=(
+            _refused_truncation("to more tokens than there are", lambda kept, was: kept > was),
+            _refused_truncation("to a negative length", lambda kept, was: kept < 0),
+        ),
+    ),
+    Clause(
+        name="lifecycle.rollback",
+        text="Truncations may follow one another, with or without new tokens in between, as long as they do not go "
+        "back further than is claimed: a shallow one does not make a deeper one wrong.",
+        why=("https://github.com/ml-explore/mlx-lm/issues/1776", "https://github.com/ml-explore/mlx-lm/pull/1109"),
+        strategy=repeated,
+        relations=(Relation.PARITY, Relation.LENGTHS),
+        needs=("truncate",),
+        situations=(
+            reach.step("truncations that follow one another", _several_truncations, reach.holds(3)),
+            reach.after_a(Truncate, "other tokens in the places of removed ones", lambda v: True, reach.holds(2)),
+        ),
+    ),
+    Clause(
+        name="lifecycle.rollback-limit",
+        text="A truncation that goes back further than the claimed rollback, counted from the largest length since "
+        "the sequence was opened or reset, is refused with an exception and changes nothing, where that is claimed or "
+        "where the tokens that it needs are not retained.",
+        why=("https://github.com/ml-explore/mlx-lm/pull/1109", "https://github.com/ml-explore/mlx-lm/issues/1776"),
+        strategy=refused,
+        relations=(Relation.AGREEMENT,),
+        needs=("limited rollback",),
+        situations=(
+            reach.refused("a truncation deeper than the rollback", _too_deep, _can_be_too_deep),
+            reach.refused(
+                "a truncation deeper than the rollback behind another one",
+                lambda v: _too_deep(v) and any(isinstance(made, Truncate) for made in v.earlier),
+                _can_be_too_deep,
+            ),
+        ),
     ),
     Clause(
         name="lifecycle.fork",
@@ -168,6 +257,12 @@ CLAUSES = (
         strategy=_forked,
         relations=(Relation.PARITY,),
         needs=("fork", "two sequences"),
+        situations=(
+            reach.after_a(
+                Fork, "an original that continues after its fork", lambda v: called(v.step).seq == "a", reach.holds(2)
+            ),
+            reach.after_a(Fork, "a fork that continues", lambda v: called(v.step).seq != "a", reach.holds(2)),
+        ),
     ),
     Clause(
         name="lifecycle.reorder",
@@ -181,5 +276,14 @@ CLAUSES = (
         strategy=_turned,
         relations=(Relation.PARITY,),
         needs=("reorder", "two rows"),
+        situations=(
+            reach.having("a row taken twice", Reorder, lambda made: len(set(made.rows)) < len(made.rows)),
+            reach.having(
+                "a permutation",
+                Reorder,
+                lambda made: len(made.rows) > 1 and sorted(made.rows) == list(range(len(made.rows))) != list(made.rows),
+            ),
+            reach.after_a(Reorder, "an append behind a reorder", lambda v: True, reach.holds(2)),
+        ),
     ),
 )

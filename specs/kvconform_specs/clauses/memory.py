@@ -6,12 +6,14 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
+from kvconform_specs.any_history import histories
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import LAYOUTS, Append, Generate, Program, Step, UncachedForward
-from kvconform_specs.strategies import Draw, appends, at_once, batches, counts, histories, seeds, splits
+from kvconform_specs.strategies import Draw, appends, at_once, batches, counts, seeds, splits
 
 
 @st.composite
@@ -41,15 +43,15 @@ def _uncached(config: Config, claims: Claims, batch: int, seed: int) -> tuple[St
 
 @st.composite
 def _reused(draw: Draw, config: Config, claims: Claims) -> Case:
-    """Prompt, chunks and decode steps out of one piece of memory; or any history."""
+    """Prompt, chunks and decode steps, or any history: with inputs of their own, and out of one piece of memory."""
     if draw(st.booleans()):
         program: Program = draw(histories(config, claims))
-        steps = tuple(replace(s, reused=True) if isinstance(s, Append) else s for s in program.steps)
-        return Case((clipped(config, steps),))
-    batch, seed = draw(batches(claims)), draw(seeds)
-    sizes: tuple[int, ...] = draw(splits(config, claims, most=3, capacity=config.capacity - 3))
-    plain = appends("a", (*sizes, 1, 1, 1), batch, seed)
-    return Case((clipped(config, tuple(replace(step, reused=True) for step in plain)),))
+    else:
+        batch, seed = draw(batches(claims)), draw(seeds)
+        sizes: tuple[int, ...] = draw(splits(config, claims, most=3, capacity=config.capacity - 3))
+        program = clipped(config, appends("a", (*sizes, 1, 1, 1), batch, seed))
+    steps = tuple(replace(step, reused=True) if isinstance(step, Append) else step for step in program.steps)
+    return Case((program, Program(config, steps)))
 
 
 @st.composite
@@ -71,6 +73,13 @@ def _kept(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case((clipped(config, tuple(steps)),))
 
 
+def _behind_reused(visit: reach.Visit) -> bool:
+    return visit.past > 0 and any(isinstance(made, Append) and made.reused for made in visit.earlier)
+
+
+STRIDED = reach.append("inputs that are views", lambda v: isinstance(v.step, Append) and v.step.layout != "contiguous")
+
+
 CLAUSES = (
     Clause(
         name="memory.inputs-unchanged",
@@ -85,6 +94,7 @@ CLAUSES = (
         ),
         strategy=_watched,
         relations=(Relation.INPUTS,),
+        situations=(reach.DECODE, reach.ROWS, STRIDED),
     ),
     Clause(
         name="memory.inputs-reused",
@@ -96,8 +106,9 @@ CLAUSES = (
             "https://github.com/ModelEngine-Group/unified-cache-management/pull/322",
         ),
         strategy=_reused,
-        relations=(Relation.PARITY,),
+        relations=(Relation.INSENSITIVE,),
         needs=("copied inputs",),
+        situations=(reach.append("a step behind one whose inputs were overwritten", _behind_reused, reach.holds(2)),),
     ),
     Clause(
         name="memory.outputs-kept",
@@ -110,5 +121,6 @@ CLAUSES = (
         ),
         strategy=_kept,
         relations=(Relation.OUTPUTS,),
+        situations=(reach.DECODE,),
     ),
 )

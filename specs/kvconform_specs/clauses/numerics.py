@@ -7,23 +7,14 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from kvconform_specs import situations as reach
+from kvconform_specs.any_history import any_history
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, long, ordinary
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, ReadCache
-from kvconform_specs.strategies import (
-    Draw,
-    any_history,
-    appends,
-    at_once,
-    batches,
-    counts,
-    growing,
-    landing,
-    seeds,
-    splits,
-)
+from kvconform_specs.strategies import Draw, appends, at_once, batches, counts, growing, landing, seeds, splits
 
 TILES = (16, 64, 128)
 DEPTHS = (1024, 4096)
@@ -100,6 +91,29 @@ def _deep(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case((clipped(config, (*steps, Append("a", (size,), seed))),))
 
 
+def _hides(cached: bool) -> Callable[[reach.Visit], bool]:
+    def found(visit: reach.Visit) -> bool:
+        step, before = visit.step, visit.before or (0,) * len(visit.after)
+        return isinstance(step, Append) and any((at < before[row]) is cached for row, at in step.masked)
+
+    return found
+
+
+def _sees_nothing(visit: reach.Visit) -> bool:
+    """Some query of some row: everything up to its token is hidden."""
+    step, before = visit.step, visit.before or (0,) * len(visit.after)
+    return isinstance(step, Append) and any(
+        {at for of, at in step.masked if of == row} >= set(range(before[row] + 1)) for row in range(len(step.counts))
+    )
+
+
+def _needle_among(depth: int) -> reach.Situation:
+    def found(visit: reach.Visit) -> bool:
+        return isinstance(visit.step, Append) and visit.step.needle is not None and visit.longest >= depth
+
+    return reach.append(f"a needle among {depth} tokens", found, reach.holds(depth))
+
+
 CLAUSES = (
     Clause(
         name="numerics.large-scores",
@@ -109,6 +123,7 @@ CLAUSES = (
         strategy=_distributed("large_queries", "large_queries", "normal"),
         relations=(Relation.PARITY,),
         profiles=("attention",),
+        situations=(reach.distributed("large_queries"), reach.DECODE),
     ),
     Clause(
         name="numerics.zero-keys",
@@ -117,6 +132,7 @@ CLAUSES = (
         strategy=_distributed("zero_keys", "zero_keys", "normal"),
         relations=(Relation.PARITY, Relation.LENGTHS),
         profiles=("attention",),
+        situations=(reach.distributed("zero_keys"), reach.DECODE),
     ),
     Clause(
         name="numerics.empty-row",
@@ -131,6 +147,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         profiles=("attention",),
         needs=("mask",),
+        situations=(reach.append("a query to which the mask leaves no key", _sees_nothing),),
     ),
     Clause(
         name="numerics.caller-mask",
@@ -145,6 +162,10 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         profiles=("attention",),
         needs=("mask",),
+        situations=(
+            reach.append("a mask that hides a cached token", _hides(True), reach.holds(2)),
+            reach.append("a mask that hides a new token", _hides(False)),
+        ),
     ),
     Clause(
         name="numerics.finite",
@@ -156,6 +177,7 @@ CLAUSES = (
         strategy=any_history,
         relations=(Relation.FINITE,),
         share=0.5,
+        situations=(reach.DECODE,),
     ),
     Clause(
         name="numerics.head-dim",
@@ -166,6 +188,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         applies=lambda config: ordinary(config) and config.head_dim % 8 != 0,
         share=0.5,
+        situations=reach.BASIC,
     ),
     Clause(
         name="numerics.tiles",
@@ -180,6 +203,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         applies=long,
         variants=2,
+        situations=tuple(reach.length(tile + more) for tile in TILES for more in (-1, 0, 1)),
     ),
     Clause(
         name="numerics.long-context",
@@ -190,5 +214,6 @@ CLAUSES = (
         applies=long,
         share=0.1,
         variants=1,
+        situations=tuple(_needle_among(depth) for depth in DEPTHS),
     ),
 )

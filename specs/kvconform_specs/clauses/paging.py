@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
@@ -30,7 +31,7 @@ def _ending(draw: Draw, config: Config, claims: Claims) -> Case:
     """Lengths around the end of a page, by prompt, chunk, decode or truncation."""
     page, batch, seed = claims.page or 1, draw(batches(claims)), draw(seeds)
     steps: list[Step] = []
-    length = 0
+    length = mark = 0
     for number in range(draw(st.integers(1, 3))):
         ahead = [n for n in range(length + 1, config.capacity + 1) if (n + 1) % page in (0, 1, 2 % page)]
         if not ahead:
@@ -38,7 +39,8 @@ def _ending(draw: Draw, config: Config, claims: Claims) -> Case:
         end = ahead[draw(st.integers(0, min(len(ahead) - 1, 5)))]
         steps += appends("a", at_once(end - length, claims), batch, seed + 17 * number)
         length = end
-        back = [n for n in range(1, length) if (n + 1) % page in (0, 1, 2 % page)]
+        mark = max(mark, length)
+        back = [n for n in range(max(claims.keeps(mark), 1), length) if (n + 1) % page in (0, 1, 2 % page)]
         if back and claims.can("truncate") and draw(st.integers(0, 2)) == 2:
             length = back[draw(st.integers(0, len(back) - 1))]
             steps.append(Truncate("a", length))
@@ -51,7 +53,7 @@ def _ending(draw: Draw, config: Config, claims: Claims) -> Case:
 def _sharing(draw: Draw, config: Config, claims: Claims) -> Case:
     """Two or three sequences with one prefix, whose last page may be half full, each going on with other tokens."""
     prefix, batch, seed = draw(st.integers(1, 3 * (claims.page or 1))), draw(batches(claims)), draw(seeds)
-    steps: list[Step] = [*appends("a", at_once(min(prefix, config.capacity - 20), claims), batch, seed)]
+    steps: list[Step] = [*appends("a", at_once(max(min(prefix, config.capacity - 20), 1), claims), batch, seed)]
     names = "abc"[: min(draw(st.integers(2, 3)), claims.max_sequences or 3)]
     steps += [Fork("a", name) for name in names[1:]]
     for number in range(draw(st.integers(1, 2))):
@@ -63,6 +65,17 @@ def _sharing(draw: Draw, config: Config, claims: Claims) -> Case:
     for name in names:  # far enough to need a page that the others returned
         steps += appends(name, at_once(5, claims), batch, seed + 7)
     return Case((clipped(config, tuple(steps)),))
+
+
+def _whole(more: int) -> reach.Situation:
+    def found(visit: reach.Visit) -> bool:
+        page = visit.claims.page or 1
+        return visit.longest > more and (visit.longest - more) % page == 0
+
+    def possible(config: Config, claims: Claims) -> bool:
+        return config.capacity >= (claims.page or 1) + more
+
+    return reach.append("a length of whole pages" + " and one token" * more, found, possible)
 
 
 CLAUSES = (
@@ -78,6 +91,7 @@ CLAUSES = (
         strategy=_scattered,
         relations=(Relation.PARITY,),
         needs=("pages", "two sequences"),
+        situations=(reach.step("a page that goes back to the pool", lambda v: isinstance(v.step, Close)), reach.DECODE),
     ),
     Clause(
         name="paging.boundary",
@@ -90,6 +104,7 @@ CLAUSES = (
         strategy=_ending,
         relations=(Relation.PARITY, Relation.LENGTHS),
         needs=("pages",),
+        situations=(_whole(0), _whole(1)),
     ),
     Clause(
         name="paging.copy-on-write",
@@ -103,5 +118,6 @@ CLAUSES = (
         strategy=_sharing,
         relations=(Relation.PARITY,),
         needs=("pages", "fork", "two sequences"),
+        situations=(reach.FORK, reach.after_a(Fork, "an append behind a fork", lambda v: True, reach.holds(2))),
     ),
 )

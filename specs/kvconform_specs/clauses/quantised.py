@@ -7,6 +7,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
@@ -21,7 +22,7 @@ def _case(config: Config, claims: Claims, steps: tuple[Step, ...]) -> Case:
 
 @st.composite
 def _prompt(draw: Draw, config: Config, claims: Claims) -> Case:
-    size = draw(st.integers(1, max(config.capacity - 2, 1)))
+    size = draw(st.integers(1, config.capacity))
     return _case(config, claims, appends("a", (*at_once(size, claims), 1), draw(batches(claims)), draw(seeds)))
 
 
@@ -50,6 +51,14 @@ def _newest(draw: Draw, config: Config, claims: Claims) -> Case:
     return _case(config, claims, appends("a", sizes, draw(batches(claims)), draw(seeds)))
 
 
+def _beyond(windows: int) -> reach.Situation:
+    def possible(config: Config, claims: Claims) -> bool:
+        return config.capacity > windows * claims.residual
+
+    words = "more tokens than the residual window" if windows == 1 else f"more tokens than {windows} residual windows"
+    return reach.append(words, lambda visit: visit.longest > windows * visit.claims.residual, possible)
+
+
 ATTENTION = ("attention",)
 CLAUSES = (
     Clause(
@@ -63,6 +72,7 @@ CLAUSES = (
         relations=(Relation.PARITY, Relation.CONTENTS),
         profiles=ATTENTION,
         needs=("quantised cache",),
+        situations=(reach.PROMPT, reach.DECODE),
     ),
     Clause(
         name="quantised.decode",
@@ -76,6 +86,7 @@ CLAUSES = (
         relations=(Relation.PARITY, Relation.CONTENTS),
         profiles=ATTENTION,
         needs=("quantised cache",),
+        situations=(reach.DECODE,),
     ),
     Clause(
         name="quantised.scales",
@@ -89,6 +100,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         profiles=ATTENTION,
         needs=("quantised cache",),
+        situations=(reach.distributed("small_keys_large_values"), reach.DECODE),
     ),
     Clause(
         name="quantised.residual",
@@ -103,5 +115,6 @@ CLAUSES = (
         relations=(Relation.PARITY, Relation.CONTENTS),
         profiles=ATTENTION,
         needs=("residual window",),
+        situations=(_beyond(1), _beyond(2)),
     ),
 )

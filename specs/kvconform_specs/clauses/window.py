@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from kvconform_specs import situations as reach
+from kvconform_specs.any_history import histories
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.strategies import (
-    Draw,
-    appends,
-    at_once,
-    batches,
-    fitted,
-    histories,
-    landing,
-    seeds,
-    splits,
-    swapped,
-)
+from kvconform_specs.strategies import Draw, appends, at_once, batches, fitted, landing, seeds, splits, swapped
 
 
 def _windowed(config: Config) -> bool:
@@ -73,6 +64,27 @@ def _layers(draw: Draw, config: Config, claims: Claims) -> Case:
     return Case((clipped(config, steps),))
 
 
+def _around(more: int) -> reach.Situation:
+    def possible(config: Config, claims: Claims) -> bool:
+        return config.window is not None and 1 <= config.window + more <= config.capacity
+
+    words = f"a sequence of W{more:+d} tokens" if more else "a sequence of W tokens"
+    return reach.append(words, lambda v: v.longest == (v.config.window or 0) + more, possible)
+
+
+def _twice(config: Config, claims: Claims) -> bool:
+    return config.window is not None and 2 * config.window <= config.capacity
+
+
+def _long_chunk(visit: reach.Visit) -> bool:
+    return visit.past > 0 and visit.new > (visit.config.window or 0)
+
+
+def _takes_long_chunks(config: Config, claims: Claims) -> bool:
+    w = config.window or 1
+    return config.capacity > w + 1 and (claims.max_chunk or config.capacity) > w
+
+
 CLAUSES = (
     Clause(
         name="window.width",
@@ -86,6 +98,7 @@ CLAUSES = (
         strategy=_edge,
         relations=(Relation.PARITY, Relation.INSENSITIVE, Relation.SENSITIVE),
         applies=_windowed,
+        situations=(reach.PAST_WINDOW,),
     ),
     Clause(
         name="window.step-by-step",
@@ -98,6 +111,13 @@ CLAUSES = (
         strategy=_by_one,
         relations=(Relation.PARITY,),
         applies=_windowed,
+        situations=(
+            reach.PAST_WINDOW,
+            _around(-1),
+            _around(0),
+            _around(1),
+            reach.append("a sequence of 2 W tokens", lambda v: v.longest == 2 * (v.config.window or 0), _twice),
+        ),
     ),
     Clause(
         name="window.long-chunk",
@@ -107,6 +127,7 @@ CLAUSES = (
         strategy=_chunk,
         relations=(Relation.PARITY,),
         applies=_windowed,
+        situations=(reach.append("a chunk longer than the window, on a cache", _long_chunk, _takes_long_chunks),),
     ),
     Clause(
         name="window.hybrid",
@@ -120,5 +141,6 @@ CLAUSES = (
         strategy=_layers,
         relations=(Relation.PARITY, Relation.LENGTHS),
         applies=_hybrid,
+        situations=(reach.PAST_WINDOW, reach.DECODE),
     ),
 )

@@ -46,12 +46,14 @@ on are not quantised.
 
 **Decoder.** Errors pass through layers, so the bound is measured on the definition by Monte-Carlo arithmetic (Parker
 1997, "Monte Carlo arithmetic", UCLA CSD-970002): it is run ``RUNS`` times with random noise of the size of each
-rounding, and ``bound = C sigma``, sigma pooled over one position's vocabulary. ``C`` is Student's t at ``RUNS``
-degrees of freedom for a two-sided false-positive rate of ``FALSE_ALARM``: if all the error has one direction in the
-vocabulary, eight runs are only eight samples. That rate holds for a logit whose own sigma is the pooled one; a logit's
-sigma is up to ``SPREAD`` times that (a test measures it on the suite's configs), with a rate of 2e-6. In 16 bits the
-noise includes scores that are rounded to storage, so that a decoder which does this is within the bound; the
-attention profile detects it.
+rounding, and ``bound = C sigma``, sigma pooled over one position's vocabulary. ``C`` is Student's t at ``RUNS`` degrees
+of freedom for a two-sided false-positive rate of ``FALSE_ALARM``: if all the error has one direction in the vocabulary,
+eight runs are only eight samples. That rate holds for a logit whose own sigma is the pooled one; a logit's sigma is up
+to ``SPREAD`` times that (a test measures it on the suite's configs), with a rate of 2e-6. In 16 bits the noise includes
+scores that are rounded to storage, so that a decoder which does this is within the bound; the attention profile detects
+it. Latent attention is run as defined, with expanded keys ``k = W c``; the absorbed form multiplies ``q W`` by the
+latent ``c``. Its two products have errors of ``a |q| |W| |c|`` each, of which the run has one, that of ``W c`` seen
+through ``q``: the ratio of at most about two is far from ``C``.
 """
 
 from __future__ import annotations
@@ -180,6 +182,9 @@ class Noisy(Arithmetic):
     Storage: ``u |x| xi``, ``xi`` uniform in (-1, 1). A dot product of ``n`` terms of root-mean-square size
     ``r = |x| |w| / n`` has partial sums of size ``sqrt(k) r``, each rounded by ``a`` times that; their errors add up to
     ``a n r / sqrt(2) = a |x| |w| / sqrt(2)``, and the noise is ``a |x| |w| xi``.
+    An angle of rope is a position times a frequency, in float32: a power and a quotient, ``2 a`` of the frequency, the
+    same at all positions; and ``a`` of the product. Its error is that much of the angle, in radians, and so grows with
+    the position; queries and keys share it.
     The noise is enlarged by ``gain`` so that it exceeds the rounding of the run itself; errors of first order scale
     with it. ``xi`` is read from one fixed pool at random offsets, which takes a third of the time of drawing it.
     """
@@ -203,6 +208,10 @@ class Noisy(Arithmetic):
         noise *= x
         noise += x
         return noise
+
+    def angles(self, positions: Array, frequencies: Array) -> Array:
+        noise = 2 * self._a * self._xi(frequencies.shape), self._a * self._xi((len(positions), len(frequencies)))
+        return np.asarray(positions[:, None] * (frequencies * (1 + noise[0])) * (1 + noise[1]))
 
     def product(self, x: Array, w: Array) -> Array:
         out = x @ w

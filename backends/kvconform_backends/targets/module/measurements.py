@@ -14,7 +14,7 @@ from kvconform_backends.targets.module.calls import leaves
 from kvconform_backends.targets.module.past import contents, described, frozen, grown_axis, sizes
 from kvconform_backends.targets.module.recognised import CAPACITY, ProbedTarget, Recognised
 from kvconform_backends.targets.module.trials import LENGTH, MANY_ROWS, MIN_CAPACITY, PROMPT, Trials
-from kvconform_backends.targets.third_party import largest
+from kvconform_backends.targets.third_party import ThirdPartyError, guarded, largest
 
 
 class Measurements(Trials):
@@ -139,5 +139,22 @@ class Measurements(Trials):
                 made.past += f", ({', '.join([*(['...'] if more else rows), *letters])})"
         else:
             made.past += ", of constant size"
-        windowed = any(self.target.reported(identifiers.WINDOWS))  # its length stops growing
-        made.convention = replace(convention, length="" if windowed or not counts else counts[0])
+        if any(self.target.reported(identifiers.WINDOWS)):  # its length stops growing
+            counts = []
+        length = next((count for count in counts if self._counts_all(made, count)), "")
+        made.convention = replace(convention, length=length)
+
+    def _counts_all(self, made: Recognised, length: str) -> bool:
+        """Whether the expression gives the length of a sequence up to the capacity: a past may evict tokens and say
+        nothing of it. An exception on the way is left for the suite to report."""
+        caller, x = self.caller(replace(made.convention, length=length)), self.sample(made, made.capacity)
+        try:
+            with guarded():
+                sequence = caller.start(len(x))
+                for token in range(made.capacity):
+                    _output, sequence = caller.step(sequence, x[:, token : token + 1])
+                    if caller.length(sequence) != token + 1:
+                        return False
+        except ThirdPartyError:
+            pass
+        return True

@@ -20,16 +20,17 @@ from itertools import count
 
 from kvconform.errors import WorkerDied
 from kvconform.explain.diagnosis import edits, map_matches
-from kvconform.explain.diagnosis.conditions import condition
 from kvconform.explain.diagnosis.mistakes import MISTAKES
 from kvconform.explain.diagnosis.probes import Probe, probes
-from kvconform.explain.diagnosis.record import Condition, Diagnosis, FirstFailure
-from kvconform.explain.diagnosis.symptoms import EARLIER_PROGRAM, OutputCell, ReferenceOutputs, Symptom, death, symptom
+from kvconform.explain.diagnosis.record import Diagnosis, FirstFailure
+from kvconform.explain.diagnosis.symptoms import OutputCell, ReferenceOutputs, Symptom, death, symptom
+from kvconform.explain.diagnosis.tested_conditions import tested
 from kvconform.explain.visibility import Map
 from kvconform.judging.render import render
 from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
+from kvconform_specs.history import holds_nan
 from kvconform_specs.program import Generate
 
 __all__ = ["Diagnosis", "diagnose"]
@@ -58,7 +59,8 @@ def diagnose(
     except WorkerDied:
         return None
     reference = ReferenceOutputs(client.claims.precision, client.reference_forward)
-    programs = dict.fromkeys(program for case in cases for program in case.programs if program.config == config)
+    shown = (program for case in cases for program in case.programs if not holds_nan(program))
+    programs = dict.fromkeys(program for program in shown if program.config == config)
     extra = (
         Probe(f"case {number}", "a counterexample", program)
         for number, program in zip(count(1), programs, strict=False)
@@ -87,7 +89,9 @@ def diagnose(
         map=by_maps[0] if by_maps else None,
         leak=leak,
         generation_only=generating,
-        condition=_condition(client, config, symptoms, reference),
+        condition=tested(
+            symptoms, [*programs], config, client.claims, lambda of: _run(client, of, reference), client.fresh
+        ),
         heads=_heads([cell for one in symptoms for cell in one.cells], config),
         first=_first(wrong),
     )
@@ -119,26 +123,6 @@ def _run(client: WorkerClient, battery: Iterable[Probe], reference: ReferenceOut
 def _from_the_first(wrong: Sequence[Symptom]) -> bool:
     """Whether the first generation of a probe is wrong: later ones may find what earlier ones left behind."""
     return any(one.mismatch is not None and one.mismatch.step == 0 for one in wrong)
-
-
-# --- when ---
-def _condition(
-    client: WorkerClient, config: Config, symptoms: Sequence[Symptom], reference: ReferenceOutputs
-) -> Condition | None:
-    cells = [cell for one in symptoms for cell in one.cells]
-    left_out: frozenset[str] = frozenset()
-    while True:
-        found = condition(cells, config, left_out) or condition([c for c in cells if not c.raised], config, left_out)
-        if found is None or EARLIER_PROGRAM not in found.predicates or _right_when_fresh(client, symptoms, reference):
-            return found
-        left_out = frozenset({EARLIER_PROGRAM})
-
-
-def _right_when_fresh(client: WorkerClient, symptoms: Sequence[Symptom], reference: ReferenceOutputs) -> bool:
-    """Whether the simplest probe that was wrong after others is right in a process of its own."""
-    wrong = next(one for one in symptoms if any(cell.wrong for cell in one.cells))
-    client.fresh()
-    return not any(cell.wrong for one in _run(client, [wrong.probe], reference) for cell in one.cells)
 
 
 def _heads(cells: Sequence[OutputCell], config: Config) -> list[int]:

@@ -14,10 +14,10 @@ from kvconform_specs.config import Config
 
 Flags = NDArray[np.bool_]
 NEAR = 0.8
-"""The least share of a condition that does not separate exactly: outputs that are wrong and meet it, of all that are
-wrong or meet it. Below ``NEARLY_ALL``, no more than the rest of the right outputs may meet it."""
+"""The least share of wrong outputs among those that meet a condition. No more than the rest of the right outputs may
+meet it."""
 NEARLY_ALL = 0.9
-"""From this share of wrong outputs on, no condition is looked for."""
+"""From this share of wrong outputs on, that is said where no condition separates them."""
 WORTH = 0.03
 """How much larger the share of two predicates must be than that of one, where neither separates exactly."""
 HISTORY = (
@@ -58,56 +58,76 @@ ABSENT = {
 """Facts whose absence is a predicate."""
 
 
+NUMBERS = {"position": "length", "past": "past", "q": "q", "length": "length after the step", "batch": "batch"}
+"""Facts that are numbers, as predicates call them."""
+
+
 def condition(cells: Sequence[OutputCell], config: Config, left_out: frozenset[str] = frozenset()) -> Condition | None:
-    """The smallest one, of one predicate or two, none of them ``left_out``; None where none comes near."""
+    """The smallest one that all wrong outputs meet, of one predicate or two, none of them ``left_out``; None where too
+    many right outputs meet it."""
     wrong = sum(cell.wrong for cell in cells)
     if not wrong:
         return None
     found = _separating(cells, config, left_out, False)
     if found.exact:
         return found
-    if NEARLY_ALL <= wrong / len(cells) < 1:
-        right = len(cells) - wrong
-        return Condition(predicates=[], wrong=wrong, right=right, wrong_met=wrong, right_met=right)
-    first = _separating([cell for cell in cells if not cell.wrong or cell.first], config, left_out, True)
+    first = _separating(considered(cells, True), config, left_out, True)
     if first.exact:
         return first
     near = max(found, first, key=_share)
-    share = _share(near)
-    separates = share >= NEARLY_ALL or (share >= NEAR and near.right_met <= (1 - NEAR) * near.right)
-    return near if near.predicates and separates else None
+    separates = _share(near) >= NEAR and near.right_met <= (1 - NEAR) * near.right
+    if near.predicates and separates:
+        return near
+    everywhere = Condition(predicates=[], wrong=0, right=0, wrong_met=0, right_met=0)
+    return counted(everywhere, cells, config) if wrong >= NEARLY_ALL * len(cells) else None
+
+
+def considered(cells: Sequence[OutputCell], first_only: bool) -> list[OutputCell]:
+    """Without the wrong outputs that an earlier one of their sequence may have caused, if ``first_only``."""
+    return [cell for cell in cells if not cell.wrong or cell.first or not first_only]
+
+
+def counted(found: Condition, cells: Sequence[OutputCell], config: Config) -> Condition:
+    """The condition with the counts of these outputs."""
+    holds = [predicates(config)[words] for words in found.predicates]
+    cells = considered(cells, found.first_only)
+    wrong = np.array([cell.wrong for cell in cells], bool)
+    met = np.array([all(one(cell.facts) for one in holds) for cell in cells], bool)
+    return _made(found.predicates, wrong, met, found.first_only)
+
+
+def _made(words: Sequence[str], wrong: Flags, met: Flags, first_only: bool) -> Condition:
+    return Condition(
+        predicates=list(words),
+        wrong=int(wrong.sum()),
+        right=int((~wrong).sum()),
+        wrong_met=int((met & wrong).sum()),
+        right_met=int((met & ~wrong).sum()),
+        first_only=first_only,
+    )
 
 
 def _separating(cells: Sequence[OutputCell], config: Config, left_out: frozenset[str], first_only: bool) -> Condition:
-    """The best of one predicate or two."""
-    wrong = np.array([cell.wrong for cell in cells])
-
-    def made(predicates: Sequence[str], met: Flags) -> Condition:
-        return Condition(
-            predicates=list(predicates),
-            wrong=int(wrong.sum()),
-            right=int((~wrong).sum()),
-            wrong_met=int((met & wrong).sum()),
-            right_met=int((met & ~wrong).sum()),
-            first_only=first_only,
-        )
-
-    best = made((), np.ones(len(cells), bool))
+    """The best of one predicate or two, of those that hold of every wrong output."""
+    wrong = np.array([cell.wrong for cell in cells], bool)
+    best = _made((), wrong, np.ones(len(cells), bool), first_only)
     if best.exact:
         return best
     flags = [
-        (words, np.array([holds(cell.facts) for cell in cells], bool))
-        for words, holds in _predicates(config)
+        (words, met)
+        for words, holds in (*_predicates(config), *_thresholds(cells))
         if words not in left_out
-    ] + list(_thresholds(cells, wrong))
-    best = made((), np.zeros(len(cells), bool))
+        and all(holds(cell.facts) for cell in cells if cell.wrong)
+        and not (met := np.array([holds(cell.facts) for cell in cells], bool)).all()
+    ]
+    best = _made((), wrong, np.zeros(len(cells), bool), first_only)
     for words, met in flags:
-        best = max(best, made((words,), met), key=_share)
+        best = max(best, _made((words,), wrong, met, first_only), key=_share)
         if best.exact:
             return best
     least = _share(best) + WORTH
     for (one, met), (other, also) in combinations(flags, 2):
-        pair = made((one, other), met & also)
+        pair = _made((one, other), wrong, met & also, first_only)
         if pair.exact:
             return pair
         if _share(pair) > max(_share(best), least):
@@ -151,10 +171,30 @@ def _predicates(config: Config) -> Iterator[tuple[str, Callable[[Facts], bool]]]
     yield from ((words, lacks(name)) for name, words in ABSENT.items())
 
 
-def _thresholds(cells: Sequence[OutputCell], wrong: Flags) -> Iterator[tuple[str, Flags]]:
-    """``with length ≥ 9``: the largest number that no wrong output is below."""
-    for name, words in (("position", "length"), ("past", "past"), ("q", "q"), ("length", "length after the step")):
-        numbers = np.array([cell.facts[name] + (name == "position") for cell in cells])
-        least = int(numbers[wrong].min())
-        if least > 2:
-            yield f"with {words} ≥ {least}", numbers >= least
+def _thresholds(cells: Sequence[OutputCell]) -> Iterator[tuple[str, Callable[[Facts], bool]]]:
+    """``with length ≥ 9``: the largest number that no wrong output is below; ``with q = 3``: the one that all have."""
+    for name in NUMBERS:
+        numbers = [_number(cell.facts, name) for cell in cells if cell.wrong]
+        if min(numbers) > 2:
+            yield _at_least(name, min(numbers))
+        if min(numbers) == max(numbers) > 1:
+            yield _equal(name, min(numbers))
+
+
+def _equal(name: str, number: int) -> tuple[str, Callable[[Facts], bool]]:
+    return f"with {NUMBERS[name]} = {number}", lambda facts: _number(facts, name) == number
+
+
+def _at_least(name: str, least: int) -> tuple[str, Callable[[Facts], bool]]:
+    return f"with {NUMBERS[name]} ≥ {least}", lambda facts: _number(facts, name) >= least
+
+
+def _number(facts: Facts, name: str) -> int:
+    return facts[name] + (name == "position")
+
+
+def predicates(config: Config) -> dict[str, Callable[[Facts], bool]]:
+    """Every predicate of a condition, by its words."""
+    kinds = (_at_least, _equal)
+    bounds = (kind(name, number) for kind in kinds for name in NUMBERS for number in range(2, config.capacity + 1))
+    return dict((*_predicates(config), *bounds))

@@ -38,7 +38,7 @@ from kvconform_specs.reference.oracle import Expected, ReferenceForward, expect
 
 Facts = Mapping[str, int]
 """The circumstances of one output token by name: numbers, and 0 or 1 for what holds or does not."""
-EARLIER_PROGRAM = "after another sequence in the process"
+ANOTHER, EARLIER_PROGRAM = "after another sequence", "after another sequence in the process"
 RELATIONS = (Relation.PARITY, Relation.LENGTHS, Relation.FREE_SLOTS, Relation.CONTENTS, Relation.GENERATED)
 """What a probe is judged by: the first that it breaks is reported."""
 
@@ -261,7 +261,7 @@ class _Reading:
             case Append():
                 if "appends" not in own:
                     others = any("appends" in facts for name, facts in self.facts.items() if name != step.seq)
-                    own["after another sequence"] = others
+                    own[ANOTHER] = others
                     own[EARLIER_PROGRAM] = others or self.earlier
                 own["appends"] = own.get("appends", 0) + 1
                 own["decodes"] = own.get("decodes", 0) + (max(step.counts) == 1)
@@ -272,7 +272,8 @@ class _Reading:
                 if step.seq in self.wrong_before:
                     self.wrong_before.add(step.into)
             case Reset():
-                self.facts[step.seq] = {"after a reset": 1, "appends": 0}
+                kept = {name: own[name] for name in (ANOTHER, EARLIER_PROGRAM) if name in own}
+                self.facts[step.seq] = {**kept, "after a reset": 1, "appends": 0}
                 self.wrong_before.discard(step.seq)
             case Close():
                 own["closed"] = 1

@@ -109,7 +109,6 @@ def _step(run: Run, number: int, step: Step, backend: str, names: dict[str, str]
     comment = f"  # step {number}: {describe(run.program, number)}"
     call = called(step)
     if isinstance(step, Reject):
-        comment += f" (wrong {step.wrong})" if step.wrong else ""
         yield f"try:{comment}, which must be refused"
         for line in _called(run, number, call, backend, dict(names)):
             yield f"    {line}"
@@ -122,6 +121,9 @@ def _step(run: Run, number: int, step: Step, backend: str, names: dict[str, str]
     yield last + comment
     if isinstance(step, Append) and step.count_macs:
         yield f"{run.name('work', number)} = {backend}.macs()"
+    if isinstance(step, Append) and step.reused:
+        for x in (run.name(letter, number) for letter in _letters(run)):
+            yield f"{x}.fill({'-1' if run.program.config.profile == 'decoder' else 'np.nan'})  # by the caller"
 
 
 def _called(run: Run, number: int, step: Call, backend: str, names: dict[str, str]) -> Iterator[str]:
@@ -129,8 +131,7 @@ def _called(run: Run, number: int, step: Call, backend: str, names: dict[str, st
     if isinstance(step, Append | UncachedForward):
         watched = run.watched == number
         wrap = f"{layout_of(step)}({{}})" if layout_of(step) != "contiguous" and not watched else "{}"
-        inputs = [run.name(letter, number) for letter in _letters(run)]
-        given = ", ".join(wrap.format(x) for x in inputs)
+        given = ", ".join(wrap.format(run.name(letter, number)) for letter in _letters(run))
         y = run.name("y", number)
         if watched:
             yield from _between_bands(run, number, step)
@@ -145,11 +146,9 @@ def _called(run: Run, number: int, step: Call, backend: str, names: dict[str, st
                 names[step.seq] = name
                 yield f"{name} = {backend}.start({len(step.counts)})"
             yield f"{y}, {name} = {backend}.step({name}, {given}{_keywords(run, number, step)})"
-            if step.reused and not watched:
-                yield f"for x in ({', '.join(inputs)},):"
-                yield "    x.fill(-1 if x.dtype == np.int64 else np.nan)  # the caller overwrites its memory"
         case Truncate():
-            yield f"{name} = {backend}.truncate({name}, {step.length})"
+            length = step.length if isinstance(step.length, int) else list(step.length)
+            yield f"{name} = {backend}.truncate({name}, {length})"
         case Fork():
             names[step.into] = cache(step.into)
             yield f"{cache(step.into)} = {backend}.fork({name})"

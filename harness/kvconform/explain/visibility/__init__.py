@@ -63,9 +63,9 @@ class Map(msgspec.Struct, frozen=True, kw_only=True):
         return divmod(token, len(self.wanted) // self.rows)
 
 
-def maps(client: WorkerClient, config: Config) -> list[Map]:
+def maps(client: WorkerClient, config: Config, least: int = 0) -> list[Map]:
     """The maps of a backend under one config, one for each schedule that its claims allow; none where it does not take
-    the config. Raises WorkerDied.
+    the config. ``least``: the number of tokens after which a failure shows, which maps must reach. Raises WorkerDied.
 
     Where outputs differ between runs of the same tokens, the first schedule says so, and of the others only sequences
     are measured, each run in a fresh process.
@@ -76,7 +76,7 @@ def maps(client: WorkerClient, config: Config) -> list[Map]:
     own = None if client.reference_forward is None else memoized(client.reference_forward(config))
     found: list[Map] = []
     starts, fresh = client.starts, False
-    for schedule in schedules(config, claims):
+    for schedule in schedules(config, claims, least):
         if fresh and schedule.name != "sequences":
             continue
         measured = MeasuredMap(client, config, own, schedule, starts, fresh)

@@ -12,7 +12,7 @@ from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Close, Program, Step, UncachedForward
 from kvconform_specs.tensors import Streams
 
-TOKENS, MOST_TOKENS, PAST_WINDOW = 8, 12, 3
+TOKENS, MOST_TOKENS, PAST_WINDOW = 8, 24, 3
 """Tokens of a schedule: by default, at most, and beyond a window so that eviction shows."""
 ROW_TOKENS, ROWS = 5, 2
 SEQUENCE_TOKENS, NAMES = 3, "abc"
@@ -68,10 +68,10 @@ class Schedule:
             length += size
 
 
-def schedules(config: Config, claims: Claims) -> Iterator[Schedule]:
-    """The schedules within a backend's claims, sequences last."""
-    n = min(TOKENS if config.window is None else config.window + PAST_WINDOW, MOST_TOKENS)
-    n = min(max(n, TOKENS), config.capacity)
+def schedules(config: Config, claims: Claims, least: int = 0) -> Iterator[Schedule]:
+    """The schedules within a backend's claims, sequences last. ``least``: the tokens that a failure needs."""
+    n = max(TOKENS, least, 0 if config.window is None else config.window + PAST_WINDOW)
+    n = min(n, MOST_TOKENS, config.capacity)
     longest = min(claims.max_chunk or n, n)
     if claims.can("uncached_forward"):
         yield Schedule("full", (n,))

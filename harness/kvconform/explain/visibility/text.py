@@ -63,7 +63,7 @@ def words(one: Map) -> str:
         parts.append(f"{missing}stopped at {one.stopped}")
     parts += one.notes
     if one.right:
-        parts.insert(0, "as expected")
+        parts.insert(0, f"as expected within {len(one.wanted) // one.rows} tokens")
     if one.unresolved:
         parts.append(f"{one.unresolved} cell{'s are' if one.unresolved > 1 else ' is'} not resolvable")
     return f"{title(one)}: {'; '.join(parts) or 'unknown'}"
