@@ -233,6 +233,8 @@ class BlackBox(Backend):
     """How it is called, in words."""
     assumed: tuple[str, ...] = ()
     """What was assumed about it, one sentence each."""
+    not_tried: tuple[str, ...] = ()
+    """What the target has and no clause tries, in a few words each, such as ``crop of its past``."""
     source: str = ""
     """The file whose change makes earlier results void; empty: none."""
 

@@ -293,6 +293,11 @@ def test_what_no_trial_agreed_with_is_said_first() -> None:
         assert found.assumed[1].startswith("it is called as meant, although no cached call") is words
 
 
+def test_what_a_target_has_and_nothing_tries_is_told() -> None:
+    assert opened("WithCrop").not_tried == ("crop of its past", "its argument seq_lens")
+    assert opened("LayerPast").not_tried == ()
+
+
 def test_a_length_is_claimed_only_where_it_grows_to_the_capacity() -> None:
     right = module.open_module(f"{SUPPORT / 'streaming.py'}:Streaming", {})
     assert not right.claims.can("length")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -102,10 +103,25 @@ class Measurements(Trials):
         made.kv_heads = target.number(identifiers.KV_HEADS, made.heads)
         made.head_dim = target.number(identifiers.HEAD_DIMS, max(1, width // made.heads))
         made.layers = self.beginnings.layers()
-        if not made.convention.owned:
+        if made.convention.owned:
+            self._note_operations(made, None)
+        else:
             self._measure_past(made)
         if made.heads % made.kv_heads:
             made.heads = made.kv_heads
+
+    def _note_operations(self, made: Recognised, past: Any) -> None:
+        """What the module and its past can do, or take, that no call uses."""
+        held = past[0] if isinstance(past, list | tuple) and past else past
+        owners = ((self.target.module, "the module"), (held, "its past"))
+        found = [
+            f"{name} of {words}"
+            for owner, words in owners
+            for name in identifiers.OPERATIONS
+            if not isinstance(owner, Tensor | np.ndarray | Mapping) and callable(getattr(owner, name, None))
+        ]
+        found += [f"its argument {name}" for name in made.signature.unknown if name in identifiers.LENGTHS]
+        made.operations = tuple(found)
 
     def _measure_past(self, made: Recognised) -> None:
         """What the past consists of, which axis grows, and which expression gives its length."""
@@ -123,6 +139,7 @@ class Measurements(Trials):
         axes = {at: grown_axis(shape, after.get(at)) for at, shape in before.items()}
         grown = {at: axis for at, axis in axes.items() if axis is not None}
         made.past = described(second.past)
+        self._note_operations(made, second.past)
         if grown:
             at, axis = next(iter(grown.items()))
             shape = after[at]

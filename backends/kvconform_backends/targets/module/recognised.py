@@ -61,7 +61,8 @@ class Recognised:
 
     vocabulary: the number of token ids. outputs: the size of one token's output. rows: the maximum batch, and
     ``refusal`` the exception beyond it. given: the arguments for masks and positions. past: a description of the past.
-    hints: what giving an omitted argument would change.
+    hints: what giving an omitted argument would change. operations: methods of the module or its past that nothing
+    calls, in words.
     """
 
     signature: ForwardSignature
@@ -84,6 +85,7 @@ class Recognised:
     immutable: bool = False
     reserved: tuple[int, ...] = ()
     hints: dict[str, str] = field(default_factory=dict)
+    operations: tuple[str, ...] = ()
     rank: Rank = (False, False, False, False)
 
     @property

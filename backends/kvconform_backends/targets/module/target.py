@@ -221,7 +221,7 @@ class ModuleTarget:
         )
         self.configs = {f"{profile}-self": own}
         self.recognised = found.words
-        self.assumed = (_built(source), *found.assumed)
+        self.assumed, self.not_tried = (_built(source), *found.assumed), found.operations
         self.source = source.file if source.file.endswith(".py") else str(sys.modules[source.file].__file__ or "")
         self.dtype, self.found, self._source = dtype, found, source
 
