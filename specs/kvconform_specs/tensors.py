@@ -201,6 +201,8 @@ def malformed(inputs: tuple[NDArray[np.generic], ...], wrong: str, config: Confi
         return tuple(x[0] for x in inputs)
     if wrong == "batch":
         return tuple(np.concatenate([x, x[:1]]) for x in inputs)
+    if wrong == "fewer rows":
+        return tuple(x[:1] for x in inputs)
     if wrong == "vocabulary":
         return tuple(np.where(np.arange(x.shape[1]) == x.shape[1] - 1, config.vocabulary, x) for x in inputs)
     if wrong == "width":

@@ -31,6 +31,7 @@ from kvconform_backends.faults import (
     paging,
     positions,
     quantised,
+    rollbacks,
     scaled_rope,
     shape,
     shared_layers,
@@ -105,6 +106,7 @@ MODULES = (
     latent,
     lifecycle,
     branches,
+    rollbacks,
     contents,
     batch,
     window,
@@ -127,6 +129,7 @@ CONTROLS: tuple[type, ...] = (
         for kind in vars(controls).values()
         if isinstance(kind, type) and issubclass(kind, NumpyCache) and kind.__module__ == controls.__name__
     ),
+    rollbacks.SlackRing,
     determinism.OneByOne,
     capture.Captures,
     node_by_node.Graph,

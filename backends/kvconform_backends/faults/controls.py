@@ -16,7 +16,7 @@ from kvconform_backends.faults.configs import LATENT, PLACED, ROPE, SOFTCAPPED
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 from kvconform_backends.numpy.paged import NumpyPaged
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
-from kvconform_backends.validation import check_length
+from kvconform_backends.validation import check_length, check_lengths
 from kvconform_specs.config import Config
 
 BLOCK = 3
@@ -193,10 +193,8 @@ class InPlace(NumpyStatic):
     def target(self, cache: Any, in_place: bool) -> Buffers:
         return super().target(cache, True)
 
-    def truncate(self, cache: Any, length: int) -> Buffers:
-        least = cache.written.min()
-        check_length(length, least)
-        return Buffers(cache.keys, cache.values, np.full_like(cache.written, length))
+    def truncate(self, cache: Any, length: Any) -> Buffers:
+        return Buffers(cache.keys, cache.values, check_lengths(length, cache.written))
 
     def reset(self, cache: Any) -> Buffers:
         return Buffers(cache.keys, cache.values, np.zeros_like(cache.written))

@@ -62,7 +62,10 @@ class NumpyCache(NumpyLayers, Backend):
     cache_design: CacheDesign | None = "concatenation"
     claims = Claims(
         profiles=("attention", "decoder"),
-        abilities=(*BASIC, "truncate", "immutable", "mask", "bytes", "macs", "generate", "last_only"),
+        abilities=(
+            *BASIC,
+            *("truncate", "immutable", "empty_append", "mask", "bytes", "macs", "generate", "last_only"),
+        ),
         dtypes=DTYPES,
         overflow="refused",
     )

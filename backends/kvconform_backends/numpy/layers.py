@@ -106,7 +106,7 @@ class NumpyLayers:
         for layer in range(c.layers):
             at = f"layers.{layer}."
             y = self.norm(x, w[at + "norm_attention"])
-            mixed = self.mixed(cache, layer, y, positions).swapaxes(1, 2).reshape(*x.shape[:2], -1)
+            mixed = self.mixed(cache, layer, y, positions).swapaxes(1, 2).reshape(*x.shape[:2], c.heads * c.head_dim)
             x = x + self.product(mixed, w[at + "output"])
             if c.mlp:
                 y = self.norm(x, w[at + "norm_mlp"])
@@ -162,7 +162,8 @@ class NumpyLayers:
 
     def split(self, x: Array) -> Array:
         """``(b, t, heads * d)`` to ``(b, heads, t, d)``."""
-        return x.reshape(*x.shape[:2], -1, self.config.head_dim).swapaxes(1, 2)
+        d = self.config.head_dim
+        return x.reshape(*x.shape[:2], x.shape[2] // d, d).swapaxes(1, 2)
 
     def rotate(self, x: Array, positions: Array) -> Array:
         d, totals = x.shape[-1], self.totals

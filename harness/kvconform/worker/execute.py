@@ -126,7 +126,7 @@ def _arrays(program: Program, step: Step, feed: Feed, variant: int) -> list[tupl
     """Name, numbers and layout of each array that a step hands over."""
     inputs, keywords = feed
     given, call = tuple(x[variant] for x in inputs), called(step)
-    if isinstance(step, Reject) and step.wrong:
+    if isinstance(step, Reject) and isinstance(step.step, Append) and step.wrong:
         given = malformed(given, step.wrong, program.config)
     layout = call.layout if isinstance(call, Append) else "contiguous"
     named = [(name, x, layout) for name, x in zip(INPUTS[program.config.profile], given, strict=True)]
@@ -218,7 +218,7 @@ def _do(backend: Any, caches: dict[str, Any], step: Call, feed: Feed) -> StepRes
                 backend.close(cache)
             return StepResult()
         case Truncate(seq, length):
-            caches[seq] = backend.truncate(caches[seq], length)
+            caches[seq] = backend.truncate(caches[seq], length if isinstance(length, int) else list(length))
         case Fork(seq, into):
             caches[into] = backend.fork(caches[seq])
         case AliasHandle(seq, into):
