@@ -62,7 +62,8 @@ class Recognised:
 
     vocabulary: the number of token ids. outputs: the size of one token's output. rows: the maximum batch, and
     ``refusal`` the exception beyond it. given: the arguments for masks and positions. past: a description of the past.
-    keeps_inputs: whether the cache holds the memory of the inputs. slots: arrays with a slot for each token. hints: what giving an omitted argument would change.
+    keeps_inputs: whether the cache holds the memory of the inputs. slots: arrays with a slot for each token.
+    hints: what giving an omitted argument would change.
     """
 
     signature: ForwardSignature
