@@ -234,7 +234,7 @@ def _calls(preset: Preset, claims: Claims, n: int, seed: int) -> Iterator[tuple[
     if n in preset.depths:
         for position in range(n, n + room(preset.config, n)):
             yield Append("timed", (1,), seed), position
-        if claims.can("truncate"):
+        if claims.can("truncate") and claims.keeps(n + room(preset.config, n)) < n:
             yield Truncate("timed", n - 1), 0
             yield Append("timed", (1,), seed), n - 1
             yield Append("timed", (1,), seed), n

@@ -157,4 +157,4 @@ def _tokens_first(program: Program, done: StepResult) -> Array | None:
     got = done.output
     if got is None or program.config.profile != "attention":
         return got
-    return got.swapaxes(2, 3).reshape(len(got), got.shape[1], got.shape[3], -1)
+    return got.swapaxes(2, 3).reshape(len(got), got.shape[1], got.shape[3], program.config.outputs)

@@ -6,11 +6,12 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs import situations as reach
+from kvconform_specs.any_history import any_history
 from kvconform_specs.claims import Claims, changes_at
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.strategies import Draw, any_history, appends, at_once, batches, seeds, straight
+from kvconform_specs.strategies import Draw, appends, at_once, batches, seeds, straight
 
 
 def _growing(config: Config, claims: Claims) -> SearchStrategy[Case]:

@@ -46,12 +46,14 @@ on are not quantised.
 
 **Decoder.** Errors pass through layers, so the bound is measured on the definition by Monte-Carlo arithmetic (Parker
 1997, "Monte Carlo arithmetic", UCLA CSD-970002): it is run ``RUNS`` times with random noise of the size of each
-rounding, and ``bound = C sigma``, sigma pooled over one position's vocabulary. ``C`` is Student's t at ``RUNS``
-degrees of freedom for a two-sided false-positive rate of ``FALSE_ALARM``: if all the error has one direction in the
-vocabulary, eight runs are only eight samples. That rate holds for a logit whose own sigma is the pooled one; a logit's
-sigma is up to ``SPREAD`` times that (a test measures it on the suite's configs), with a rate of 2e-6. In 16 bits the
-noise includes scores that are rounded to storage, so that a decoder which does this is within the bound; the
-attention profile detects it.
+rounding, and ``bound = C sigma``, sigma pooled over one position's vocabulary. ``C`` is Student's t at ``RUNS`` degrees
+of freedom for a two-sided false-positive rate of ``FALSE_ALARM``: if all the error has one direction in the vocabulary,
+eight runs are only eight samples. That rate holds for a logit whose own sigma is the pooled one; a logit's sigma is up
+to ``SPREAD`` times that (a test measures it on the suite's configs), with a rate of 2e-6. In 16 bits the noise includes
+scores that are rounded to storage, so that a decoder which does this is within the bound; the attention profile detects
+it. Latent attention is run as defined, with expanded keys ``k = W c``; the absorbed form multiplies ``q W`` by the
+latent ``c``. Its two products have errors of ``a |q| |W| |c|`` each, of which the run has one, that of ``W c`` seen
+through ``q``: the ratio of at most about two is far from ``C``.
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ def steps(program: Program, tag: str) -> str:
         elif isinstance(call, Close):
             del held[call.seq]
         elif isinstance(call, Truncate | Reset) and not isinstance(step, Reject):
-            held[call.seq] = call.length if isinstance(call, Truncate) else 0
+            held[call.seq] = call.lengths(1)[0] if isinstance(call, Truncate) else 0
     return "\n".join(lines) + "\n"
 
 
@@ -249,7 +249,8 @@ def _line(step: Step, number: int, tag: str, held: Mapping[str, int]) -> str:
     if isinstance(call, Append):
         return f"y{tag}{number} = step({cache}, x{tag}{number})"
     if isinstance(call, Truncate):
-        return f"{cache}.cache.crop({call.length - held[call.seq]}); {cache}.ids = {cache}.ids[:, :{call.length}]"
+        (length,) = call.lengths(1)
+        return f"{cache}.cache.crop({length - held[call.seq]}); {cache}.ids = {cache}.ids[:, :{length}]"
     if isinstance(call, Reorder):
         rows = list(call.rows)
         if not held[call.seq]:
