@@ -293,8 +293,8 @@ AMBIGUITIES: tuple[Ambiguity, ...] = (
     Ambiguity(
         id="A37",
         question="Who owns the memory of inputs and outputs during a call and after it?",
-        settled="The caller: a call only reads its inputs and writes nothing around them, the caller may overwrite them "
-        "as soon as the call has returned, and no later call changes an output.",
+        settled="The caller: a call only reads its inputs and writes nothing around them, the caller may overwrite "
+        "them as soon as the call has returned, and no later call changes an output.",
         by=("memory.inputs-unchanged", "memory.inputs-reused", "memory.outputs-kept", "claims.inputs"),
         default="copied: a step keeps no view of its inputs.",
     ),
