@@ -6,7 +6,7 @@ and keys; attention and MLP run in parallel. The cache is a dict that the caller
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 
 class Recurrent(nn.Module):
@@ -34,11 +34,11 @@ class Attention(nn.Module):
 
     def forward(self, x, keys, values):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k = functional.normalize(q, dim=-1), functional.normalize(k, dim=-1)
         keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
         t, s = q.shape[2], keys.shape[2]
         mask = torch.ones(t, s, dtype=torch.bool).tril(s - t)
-        mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=8.0)
+        mixed = functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=8.0)
         return mixed.transpose(1, 2).flatten(2), keys, values
 
 
@@ -47,8 +47,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.heads, self.embed = heads, nn.Embedding(vocab_size, width)
         self.recurrent, self.attention = Recurrent(width, heads), Attention(width, heads)
-        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(width, 48), nn.GELU(), nn.Linear(48, width)) for _ in range(2))
-        self.norms, self.head = nn.ModuleList(nn.LayerNorm(width) for _ in range(2)), nn.Linear(width, vocab_size)
+        mlps = [nn.Sequential(nn.Linear(width, 48), nn.GELU(), nn.Linear(48, width)) for _ in range(2)]
+        self.mlps, self.norms = nn.ModuleList(mlps), nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.head = nn.Linear(width, vocab_size)
 
     def empty(self, x):
         b, d = x.shape[0], x.shape[2] // self.heads

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.util
 
 from places import ROOT
-from torch.nn import functional as F
+from torch.nn import functional
 
 spec = importlib.util.spec_from_file_location("hybrid", ROOT / "examples" / "hybrid.py")
 hybrid = importlib.util.module_from_spec(spec)
@@ -29,5 +29,5 @@ class KeysNormalisedTwice(hybrid.Decoder):
 
     def forward(self, input_ids, cache=None):
         if cache is not None and cache["keys"].shape[2] > 1:
-            cache = {**cache, "keys": F.normalize(cache["keys"], dim=2)}
+            cache = {**cache, "keys": functional.normalize(cache["keys"], dim=2)}
         return super().forward(input_ids, cache)
