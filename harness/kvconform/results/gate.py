@@ -143,6 +143,9 @@ WIDEST_FIRST = {
     "reference": ("definition", "self"),
     "rounding": ("own", "shared"),
     "inputs": ("copied", "kept"),
+    "too_deep": ("refused", "undefined"),
+    "ragged_appends": ("any", "first"),
+    "interface": ("steps", "generation"),
 }
 """The values of claims that are a choice, from the one that promises most to the one that promises least."""
 
@@ -170,7 +173,9 @@ def _narrower(name: str, value: Any, was: Any, mine: dict[str, Any]) -> bool:
     if name in WIDEST_FIRST:
         order = WIDEST_FIRST[name]
         return order.index(value) > order.index(was)
-    if name in ("max_batch", "max_chunk", "max_sequences"):
+    if name == "sees_nothing":  # zeros and the mean promise as much as one another
+        return bool(value == "undefined")
+    if name in ("max_batch", "max_chunk", "max_sequences", "rollback"):
         return value is not None and (was is None or value < was)
     if name == "max_graphs":  # a limit of the backend, not of its caller: more graphs promise less
         return was is not None and (value is None or value > was)
