@@ -64,6 +64,17 @@ def test_a_build_that_is_killed_from_outside_is_tried_again(tmp_path: Path) -> N
     assert found.outcome is Outcome.PASS
 
 
+def test_a_start_that_is_killed_from_outside_is_tried_again(tmp_path: Path) -> None:
+    file = tmp_path / "late.py"
+    file.write_text("import killed\nkilled.wait_for_the_sidecar()\nLate = killed.NumpyCache\n")
+    thread = kill_once(tmp_path, signal.SIGKILL)
+    environment = {MARK: str(tmp_path / "mark"), "PYTHONPATH": str(SUPPORT)}
+    with WorkerClient(WorkerSpec(f"{file}:Late", environment=environment)) as client:
+        assert client.starts == 2
+        assert run_cell(CELL, client, EFFORTS["smoke"], 0, tmp_path).outcome is Outcome.PASS
+    thread.join()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"), [("KillsItself", Kind.DIED), ("KillsItselfInTheBuild", Kind.NOT_BUILT)], ids=["step", "build"]

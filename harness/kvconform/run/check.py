@@ -105,14 +105,19 @@ def counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
 
 
-def remarks(results: Results) -> Iterator[str]:
-    """What stands beside a conclusion: why cells have no verdict, which guarantees are refuted, what time has cut."""
+def undecided(results: Results) -> Iterator[str]:
+    """Why cells have no verdict on the backend, though its claims include them: each reason with its clauses."""
     groups: dict[tuple[str, str], list[str]] = {}
     for verdict in results.verdicts:
         if verdict.outcome in (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED):
             groups.setdefault((verdict.outcome.value, verdict.sentence), []).append(verdict.clause)
     for (outcome, sentence), clauses in groups.items():
         yield f"  {outcome}: {_listed(clauses)}: {sentence}"
+
+
+def remarks(results: Results) -> Iterator[str]:
+    """What stands beside a conclusion: why cells have no verdict, which guarantees are refuted, what time has cut."""
+    yield from undecided(results)
     refuted = [verdict.clause for verdict in results.verdicts if verdict.outcome is Outcome.REFUTED]
     if refuted:
         yield f"  refuted: {_listed(refuted)}: measured guarantees that do not hold; conformance does not require them"

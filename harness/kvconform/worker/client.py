@@ -47,7 +47,7 @@ STEP_TIMEOUT = 120.0
 """Seconds without progress that make a timeout. A compilation within a step takes 5 to 15 s, and more under load."""
 DEVICES = ("cpu", "cuda")
 BUILDS = 3
-"""How often a build is tried that a signal from outside ends."""
+"""How often a start or a build is tried that a signal from outside ends."""
 LOG_LENGTH = 512
 """How many messages a worker's log remembers, for failures that need what ran before."""
 
@@ -293,7 +293,7 @@ class WorkerClient:
         return free is None or held is None or free < held
 
     # --- the process ---
-    def _start(self) -> Header:
+    def _start(self, tries: int = BUILDS) -> Header:
         self._built.clear()
         self.log.clear()
         self._early = bytearray()
@@ -318,6 +318,8 @@ class WorkerClient:
         try:
             description = self._ask({"op": "describe"}, BUILD_TIMEOUT)[0]
         except WorkerDied as death:
+            if tries > 1 and death.ended is not None and death.ended.from_outside:
+                return self._start(tries - 1)
             raise BackendUnavailable(f"the worker of {spec.address!r} did not start: {death}") from death
         if "error" in description:
             raise BackendUnavailable(
