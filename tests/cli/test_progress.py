@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from mismatches import cause
 from places import ROOT
-from rich.console import Console
 
 from kvconform.cli import options, progress
 from kvconform.cli.progress import Progress
@@ -44,7 +43,7 @@ VERDICTS = (
 @pytest.fixture(params=[False, True], ids=["log", "terminal"])
 def screen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     written = io.StringIO()
-    console = Console(file=written, force_terminal=request.param, width=400, **options.PLAIN)
+    console = options.plain(file=written, force_terminal=request.param, width=400)
     monkeypatch.setattr(options, "screen", console)
     return written
 
