@@ -20,6 +20,7 @@ from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.effort import EFFORTS
 from kvconform.worker import client as clients
+from kvconform.worker import process as processes
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.configs import config_named
@@ -94,7 +95,8 @@ def test_where_the_out_of_memory_killer_may_have_been_at_work_nobody_is_convicte
     name: str, counts: Sequence[int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     following = iter(counts)
-    monkeypatch.setattr(clients, "oom_kills", lambda: next(following))
+    for module in (clients, processes):
+        monkeypatch.setattr(module, "oom_kills", lambda: next(following))
     found = judged(name, tmp_path)
     assert (found.outcome, found.reason) == (Outcome.INCONCLUSIVE, Reason.OUT_OF_MEMORY)
 
