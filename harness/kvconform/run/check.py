@@ -187,7 +187,7 @@ def steps(verdict: Verdict, file: Path) -> Iterator[str]:
     if mismatch is None or mismatch.program is None or not file.exists():
         return
     program = Case.from_json(counterexample.read(file).case).programs[mismatch.program]
-    yield f"  steps: {outline(program, None if mismatch.step is None else mismatch.step + 1)}"
+    yield f"  steps: {outline(program, mismatch.end)}"
 
 
 def _maps(results: Results) -> Iterator[str]:
