@@ -24,6 +24,7 @@ from kvconform.explain.diagnosis.record import Condition, EditMatch, Leak
 from kvconform.explain.diagnosis.symptoms import EARLIER_PROGRAM, OutputCell
 from kvconform.explain.diagnosis.text import condition as condition_words
 from kvconform.explain.diagnosis.text import edit as edit_words
+from kvconform.explain.diagnosis.text import precision as precision_words
 from kvconform.explain.diagnosis.text import sentence
 from kvconform.explain.diagnosis.trials import trials
 from kvconform.explain.visibility import Map
@@ -528,3 +529,22 @@ def test_the_condition_of_a_cache_that_evicts_wrongly_is_the_length() -> None:
     assert found.condition is not None
     assert found.condition.predicates == ["with length ≥ 8"]
     assert found.condition.exact
+
+
+# --- precision ---
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("HalfKeys", "within the bounds of bfloat16"), ("EightBits", "within the bounds of float32 and an 8-bit cache")],
+)
+def test_a_lower_precision_is_told_by_the_bounds_that_it_keeps(name: str, words: str) -> None:
+    found = diagnosed(of(name))
+    assert found is not None
+    assert found.precision is not None
+    assert precision_words(found.precision) == words
+    assert words in sentence(found)
+
+
+def test_what_no_rounding_explains_has_no_precision() -> None:
+    found = diagnosed(of("SecondHead"))
+    assert found is not None
+    assert found.precision is None

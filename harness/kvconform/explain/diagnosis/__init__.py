@@ -20,6 +20,7 @@ from itertools import count
 
 from kvconform.errors import WorkerDied
 from kvconform.explain.diagnosis import edits, map_matches
+from kvconform.explain.diagnosis.ladder import weakest
 from kvconform.explain.diagnosis.mistakes import MISTAKES
 from kvconform.explain.diagnosis.probes import Probe, probes
 from kvconform.explain.diagnosis.record import Diagnosis, FirstFailure
@@ -82,6 +83,7 @@ def diagnose(
         frozenset({"L1"}) if generating and _from_the_first(wrong) else frozenset(),
     ]
     mistake = decided(evidence)
+    unexplained = not mistake and not generating and not (leak or by_maps)
     return Diagnosis(
         mistake=mistake,
         bug=MISTAKES[mistake].bug if mistake else "",
@@ -92,6 +94,7 @@ def diagnose(
         condition=tested(
             symptoms, [*programs], config, client.claims, lambda of: _run(client, of, reference), client.fresh
         ),
+        precision=weakest(symptoms, config, client.claims, own) if unexplained else None,
         heads=_heads([cell for one in symptoms for cell in one.cells], config),
         first=_first(wrong),
     )
