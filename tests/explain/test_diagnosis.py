@@ -332,7 +332,7 @@ def test_a_map_shows_leaks_between_rows_and_sequences() -> None:
     assert leak("sequences") is None
     assert leak("sequences", (1, 0), (2, 0)) == Leak(between="earlier sequences", mistakes=["C6", "M6"])
     assert leak("sequences", (1, 0), (0, 1)) == Leak(between="open sequences", mistakes=["C7"])
-    assert leak("rows", (1, 0)) == Leak(between="rows", mistakes=[])
+    assert leak("rows", (1, 0)) == Leak(between="rows", mistakes=["H2", "H4"])
 
 
 SCHEDULES = (("prefill", (8,)), ("chunked", (3, 2, 1, 2)), ("decode", (1,) * 8))
@@ -548,3 +548,12 @@ def test_what_no_rounding_explains_has_no_precision() -> None:
     found = diagnosed(of("SecondHead"))
     assert found is not None
     assert found.precision is None
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_keys_of_another_row_have_a_name(mapped: bool) -> None:
+    found = diagnosed(of("RowZero"), mapped=mapped)
+    assert found is not None
+    assert found.mistake == "H4"
+    assert "what the reference gives with the cached tokens of row 0" in sentence(found)
+    assert found.leak == (Leak(between="rows", mistakes=["H2", "H4"]) if mapped else None)

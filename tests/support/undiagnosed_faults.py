@@ -139,3 +139,13 @@ class EightBits(NumpyCache):
     def stored(self, x: Array) -> Array:
         scale = np.abs(x).max(axis=-1, keepdims=True, initial=1e-30) / 127
         return np.asarray((np.round(x / scale) * scale).astype(np.float32))
+
+
+class RowZero(NumpyCache):
+    """Cached steps of every row see the cached tokens of row 0."""
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        past = cache.length
+        keys, values = (x.copy() for x in super().append(cache, layer, key, value))
+        keys[:, :, :past], values[:, :, :past] = keys[:1, :, :past], values[:1, :, :past]
+        return keys, values
