@@ -74,6 +74,16 @@ def check_rows(rows: list[int], batch: int) -> None:
         raise ValueError(f"rows are {list(rows)}, expected one or more of 0..{batch - 1}")
 
 
+def check_lengths(length: int | list[int], held: Array) -> Array:
+    """``(b,)``: the length that each row of so many tokens is truncated to. Raises ValueError unless it can be."""
+    lengths = np.array([length] * len(held) if isinstance(length, int) else length)
+    if lengths.shape != held.shape:
+        raise ValueError(f"{len(lengths)} lengths for {len(held)} rows")
+    if (lengths < 0).any() or (lengths > held).any():
+        raise ValueError(f"cannot truncate {held.tolist()} tokens to {length}")
+    return lengths
+
+
 def check_length(length: int, held: int) -> None:
     """Raises ValueError unless a sequence of ``held`` tokens can be truncated to ``length``."""
     if not 0 <= length <= held:

@@ -97,6 +97,8 @@ class Backend(ABC):
         Floats are float32 that are exact in ``config.dtype``; outputs are float32 as well (widened if the
         implementation computes in 16 bits). A keyword is passed only if its ability is claimed and used:
 
+        With ``empty_append`` ``t`` may be 0: the output then has no column, and the cache is as before.
+
         counts (``ragged``): ``(b,)``, how many of the ``t`` columns hold a token in each row, 0 included.
         padding (``ragged``): ``"left"`` if the columns without a token come first; absent: they come last. Their
         content is arbitrary, and their outputs are not judged.
@@ -168,8 +170,13 @@ class Backend(ABC):
         """How many more tokens each row can take."""
         raise self._not_implemented("free_slots")
 
-    def truncate(self, cache: Cache, length: int) -> Cache:
-        """Keeps the first ``length`` tokens of each row. Raises ValueError unless ``0 <= length <=`` the length."""
+    def truncate(self, cache: Cache, length: Any) -> Cache:
+        """Keeps the first ``length`` tokens of each row. Raises ValueError unless ``0 <= length <=`` the length.
+
+        ``length`` is an int; if ``truncate_rows`` is claimed, it may be a list of one int for each row. With a claim
+        ``rollback`` it is never so small that more tokens would have to be undone, unless ``too_deep="refused"``: then
+        such a length must raise ValueError.
+        """
         raise self._not_implemented("truncate")
 
     def fork(self, cache: Cache) -> Cache:

@@ -237,9 +237,9 @@ AMBIGUITIES: tuple[Ambiguity, ...] = (
     Ambiguity(
         id="A30",
         question="Do layers that borrow another's keys and values, or cross-attention, append, crop and mask?",
-        settled="The profiles have no such layer: each layer has its own keys and values, made from the same tokens as "
-        "the queries.",
-        by=("definition.attention", "definition.decoder"),
+        settled="A layer that reads another one's keys and values appends nothing and holds none; it masks them with "
+        "its own window. There is no cross-attention: keys and values are made from the same tokens as the queries.",
+        by=("definition.decoder", "config.kv_source"),
     ),
     Ambiguity(
         id="A31",

@@ -8,12 +8,17 @@ from typing import Any, Literal, get_args
 
 from kvconform_specs.config import DTYPES, PROFILES, Config, take
 from kvconform_specs.errors import SpecError
+from kvconform_specs.quantisers import PLAIN, Quantiser
 
 Returns = Literal["all", "last"]
 Overflow = Literal["refused", "undefined"]
 Retention = Literal["all", "window"]
 UnusedSlots = Literal["finite", "any"]
 Memory = Literal["length", "capacity", "pages"]
+TooDeep = Literal["refused", "undefined"]
+RaggedAppends = Literal["any", "first"]
+Interface = Literal["steps", "generation"]
+SeesNothing = Literal["zeros", "mean", "undefined"]
 Intermediates = Literal["single", "storage"]
 Reference = Literal["definition", "self"]
 Rounding = Literal["own", "shared"]
@@ -24,11 +29,13 @@ ABILITIES = {
     "length": "reports how many tokens each row holds",
     "free_slots": "reports how many more tokens each row takes",
     "truncate": "can remove the last tokens of a sequence",
+    "truncate_rows": "can remove a different number of the last tokens from each row",
     "fork": "can copy a sequence",
     "reorder": "can permute and repeat the rows of a sequence",
     "reset": "can empty a sequence and keep its handle",
     "immutable": "does not change the handle that a step was given, so that both can continue",
     "ragged": "takes rows that grow by different counts",
+    "empty_append": "takes an append to an open sequence without a new token, which changes nothing",
     "mask": "takes a caller's mask, which is combined with causality and window (attention profile)",
     "contents": "gives the keys and values that it holds",
     "poison": "can fill the slots that hold no token with a number",
@@ -45,10 +52,14 @@ DERIVED: dict[str, Callable[[Claims], bool]] = {
     "overflow refused": lambda claims: claims.overflow == "refused",
     "poison-safe slots": lambda claims: claims.unused_slots == "any",
     "left padding": lambda claims: "left" in claims.padding and claims.can("ragged"),
+    "ragged at any time": lambda claims: claims.ragged_appends == "any" and claims.can("ragged"),
+    "empty append": lambda claims: claims.can("empty_append") and claims.returns == "all",
+    "limited rollback": lambda claims: claims.can("truncate") and claims.rollback_ends,
+    "window retention": lambda claims: claims.retention == "window",
     "pages": lambda claims: claims.page is not None,
     "quantised cache": lambda claims: claims.kv_bits > 0,
     "lossless cache": lambda claims: claims.kv_bits == 0,
-    "residual window": lambda claims: claims.kv_bits > 0 and claims.residual > 0,
+    "residual window": lambda claims: claims.precision.by_length,
     "bound on graphs": lambda claims: claims.max_graphs is not None and claims.can("graph_count"),
     "copied inputs": lambda claims: claims.inputs == "copied",
     "two rows": lambda claims: (claims.max_batch or 2) > 1,
@@ -60,6 +71,10 @@ ENOUGH: dict[str, dict[str, Any]] = {
     "overflow refused": {"overflow": "refused"},
     "poison-safe slots": {"unused_slots": "any"},
     "left padding": {"padding": ("right", "left"), "abilities": ("ragged",)},
+    "ragged at any time": {"ragged_appends": "any", "abilities": ("ragged",)},
+    "empty append": {"returns": "all", "abilities": ("empty_append",)},
+    "limited rollback": {"rollback": 4, "too_deep": "refused", "abilities": ("truncate",)},
+    "window retention": {"retention": "window"},
     "pages": {"page": 4},
     "quantised cache": {"kv_bits": 8},
     "lossless cache": {"kv_bits": 0},
@@ -85,6 +100,10 @@ ONE_OF = {
     "retention": Retention,
     "unused_slots": UnusedSlots,
     "memory": Memory,
+    "too_deep": TooDeep,
+    "ragged_appends": RaggedAppends,
+    "interface": Interface,
+    "sees_nothing": SeesNothing,
     "intermediates": Intermediates,
     "reference": Reference,
     "rounding": Rounding,
@@ -99,14 +118,20 @@ class Precision:
 
     intermediates: ``single``: scores and weights are kept in float32; ``storage``: rounded to the config's dtype.
     kv_bits: keys and values are stored as integers of that many bits, with one absmax scale for each token and head;
-    0: in the config's dtype. residual: the number of newest tokens of a row that are not quantised. changes_at: see
-    ``Claims``.
+    0: in the config's dtype. residual: the number of newest tokens of a row that are not quantised. quantiser: how the
+    others are, if not so. changes_at: see ``Claims``.
     """
 
     intermediates: str = "single"
     kv_bits: int = 0
     residual: int = 0
     changes_at: tuple[int, ...] = ()
+    quantiser: Quantiser = PLAIN
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the error of a token depends on how many come after it."""
+        return self.kv_bits > 0 and (self.residual > 0 or self.quantiser.by_channel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +141,24 @@ class Claims:
     max_batch, max_chunk, max_sequences: the largest batch, the longest append in tokens, the most open sequences;
     ``None`` is unlimited. returns: ``all``: an append gives an output for each new token; ``last``: for the last one
     only. overflow: the result of an append beyond the ``capacity``: ``refused`` (an exception) or ``undefined``.
-    padding: the sides on which columns of ragged rows may hold no token. retention: the tokens that are kept: ``all``,
-    or those in the ``window``. unused_slots: what slots without a token may hold without an effect: ``finite`` numbers,
-    or ``any``, including NaN and infinities. page: tokens in a page; None: no pages. memory: what the bytes of a
-    sequence are proportional to: its ``length``, the ``capacity``, or whole ``pages``. max_graphs: the most graphs that
-    the backend compiles or captures, for any program. intermediates, kv_bits, residual: see ``Precision``. reference:
-    what outputs are compared with; ``self`` is for backends whose weights the harness does not set.
-    rounding: whether the last bits of an output depend on its ``own`` tokens only, or are ``shared`` with other tokens
-    of the call (experts that share a matrix product); it is measured for black boxes. inputs: whether what a step was
-    given is ``copied`` into the cache, so that the caller may overwrite it after the step, or ``kept`` as views of the
-    caller's memory. changes_at: the numbers of tokens
-    with which a black box's own forward gives the tokens before the last other outputs than with one token less (rotary
-    factors that depend on the length); empty: its outputs depend on the tokens up to their own only. It is measured,
-    too.
+    padding: the sides on which columns of ragged rows may hold no token. ragged_appends: which appends may be ragged:
+    ``any``, or the ``first`` alone after a sequence was opened or reset. rollback: how many tokens truncations can
+    undo: each keeps at least the largest length that the row has had since it was opened or reset, less that many;
+    None: all of them. too_deep: the result of a truncation to fewer: ``refused`` (an exception) or ``undefined``.
+    retention: the tokens that are kept: ``all``, or those in the ``window``: a layer with a window W holds no more than
+    W - 1 tokens, the longest append and the rollback. unused_slots: what slots without a token may hold without an
+    effect: ``finite`` numbers, or ``any``, including NaN and infinities. page: tokens in a page; None: no pages.
+    memory: what the bytes of a sequence are proportional to: its ``length``, the ``capacity``, or whole ``pages``.
+    max_graphs: the most graphs that the backend compiles or captures, for any program. intermediates, kv_bits,
+    residual, quantiser: see ``Precision``. reference: what outputs are compared with; ``self`` is for backends whose
+    weights the harness does not set. interface: ``steps``, or ``generation`` for an engine that only generates and is
+    judged by that alone. sees_nothing: what a query gives that sees no key: ``zeros``, the ``mean`` of the values, or
+    ``undefined``. rounding: whether the last bits of an output depend on its ``own`` tokens only, or are ``shared``
+    with other tokens of the call (experts that share a matrix product); it is measured for black boxes. inputs: whether
+    what a step was given is ``copied`` into the cache, so that the caller may overwrite it after the step, or ``kept``
+    as views of the caller's memory. changes_at: the numbers of tokens with which a black box's own forward gives the
+    tokens before the last other outputs than with one token less (rotary factors that depend on the length); empty: its
+    outputs depend on the tokens up to their own only. It is measured, too.
     """
 
     profiles: tuple[str, ...] = ()
@@ -141,6 +171,9 @@ class Claims:
     returns: Returns = "all"
     overflow: Overflow = "undefined"
     padding: tuple[str, ...] = ("right",)
+    ragged_appends: RaggedAppends = "any"
+    rollback: int | None = None
+    too_deep: TooDeep = "undefined"
     retention: Retention = "all"
     unused_slots: UnusedSlots = "finite"
     page: int | None = None
@@ -149,6 +182,9 @@ class Claims:
     intermediates: Intermediates = "single"
     kv_bits: int = 0
     residual: int = 0
+    quantiser: Quantiser = PLAIN
+    sees_nothing: SeesNothing = "zeros"
+    interface: Interface = "steps"
     reference: Reference = "definition"
     rounding: Rounding = "own"
     inputs: Inputs = "copied"
@@ -160,7 +196,7 @@ class Claims:
                 _one_of(f"claims.{name}", value, known)
         for name, choice in ONE_OF.items():
             _one_of(f"claims.{name}", getattr(self, name), get_args(choice))
-        for name in ("max_batch", "max_chunk", "max_sequences", "page", "max_graphs"):
+        for name in ("max_batch", "max_chunk", "max_sequences", "page", "max_graphs", "rollback"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise SpecError(f"claims.{name}", f"want a positive integer or None, got {value!r}")
@@ -170,6 +206,10 @@ class Claims:
                 raise SpecError(f"claims.{name}", f"want an integer of at least 0, got {value!r}")
         if self.kv_bits == 1:
             raise SpecError("claims.kv_bits", "a signed integer has at least 2 bits, got 1")
+        if self.quantiser != PLAIN and not self.kv_bits:
+            raise SpecError("claims.quantiser", "is claimed without kv_bits: nothing is quantised")
+        if self.quantiser.scheme != "integer" and self.kv_bits != 8:
+            raise SpecError("claims.kv_bits", f"{self.quantiser.scheme} has 8 bits, got {self.kv_bits}")
 
     def can(self, ability: str) -> bool:
         """Whether an ability is claimed, or a need follows from the other claims (``DERIVED``). Raises SpecError for
@@ -180,9 +220,26 @@ class Claims:
             raise SpecError("claims", f"unknown ability {ability!r}; known: {', '.join((*ABILITIES, *DERIVED))}")
         return ability in self.abilities
 
+    def keeps(self, mark: int) -> int:
+        """The fewest tokens that a truncation may keep of a row whose largest length has been ``mark``."""
+        return 0 if self.rollback is None else max(mark - self.rollback, 0)
+
+    @property
+    def rollback_ends(self) -> bool:
+        """Whether a truncation by more than the rollback must be refused, at least if it is by far more."""
+        return self.rollback is not None and (self.too_deep == "refused" or self.retention == "window")
+
+    def refuses(self, mark: int, longest: int) -> int:
+        """The largest length that no truncation may keep of a row whose largest length has been ``mark``, if its
+        longest append was of ``longest`` tokens; below 1: none. Where ``too_deep`` is undefined it must still be
+        refused for lack of the tokens that the ``window`` does not retain."""
+        if not self.rollback_ends:
+            return 0
+        return self.keeps(mark) - 1 - (0 if self.too_deep == "refused" else longest)
+
     @property
     def precision(self) -> Precision:
-        return Precision(self.intermediates, self.kv_bits, self.residual, self.changes_at)
+        return Precision(self.intermediates, self.kv_bits, self.residual, self.changes_at, self.quantiser)
 
     def to_json(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -191,12 +248,23 @@ class Claims:
     def from_json(cls, data: object, at: str = "claims") -> Claims:
         body = take(data, at, {f.name for f in fields(cls)})
         frozen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in body.items()}
+        if "quantiser" in frozen:
+            known = {f.name for f in fields(Quantiser)}
+            frozen["quantiser"] = Quantiser(**take(frozen["quantiser"], f"{at}.quantiser", known))
         return cls(**frozen)
 
 
 def changes_at(config: Config, claims: Claims | Precision) -> tuple[int, ...]:
     """The lengths at which outputs of earlier tokens change: a black box's as measured, otherwise the config's."""
     return claims.changes_at or config.changes_at
+
+
+def edges(config: Config, claims: Claims) -> tuple[int, ...]:
+    """Lengths around the window and its multiples, around the first at which outputs change, and the capacity."""
+    w = config.window
+    around = {max(w - 1, 1), w, w + 1, 2 * w, 3 * w} if w else set()
+    switch = {length for first in changes_at(config, claims)[:1] for length in (first - 1, first, first + 1)}
+    return (*sorted(n for n in around | switch if n < config.capacity), config.capacity)
 
 
 def _one_of(at: str, value: object, known: tuple[str, ...]) -> None:

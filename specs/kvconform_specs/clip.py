@@ -33,7 +33,7 @@ def _clipped(capacity: int, lengths: Lengths, step: Step) -> Step | None:
     if isinstance(step, Append | UncachedForward):
         old = (lengths.of(step.seq) if isinstance(step, Append) else ()) or (0,) * len(step.counts)
         counts = tuple(min(count, capacity - length) for count, length in zip(step.counts, old, strict=True))
-        if max(counts) < 1:
+        if max(counts) < 1 and (any(step.counts) or not any(old)):
             return None
         ends = tuple(a + b for a, b in zip(old, counts, strict=True))
         kept = tuple(one for one in step.substitutions if one[1] < ends[one[0]])
@@ -42,5 +42,7 @@ def _clipped(capacity: int, lengths: Lengths, step: Step) -> Step | None:
         return replace(step, counts=counts, substitutions=kept)
     rows = lengths.of(step.seq)
     if isinstance(step, Truncate) and rows:
-        return replace(step, length=min(step.length, *rows))
+        if isinstance(step.length, int):
+            return replace(step, length=min(step.length, *rows))
+        return replace(step, length=tuple(map(min, step.length, rows)))
     return step if rows else None

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from kvconform_specs.errors import SpecError
+from kvconform_specs.rotary import Rotary
 
 PROFILES = ("attention", "decoder", "hidden")
 POSITIONS = ("none", "learned", "rope", "alibi")
@@ -32,8 +33,13 @@ class Config:
     softcap: scores become ``softcap * tanh(scores / softcap)``, before bias and mask; ``None`` is off.
     sink: a score without a value in the softmax's denominator, ``sink * (i + 1) / heads`` for query head ``i``;
     ``None`` is none. positions ``alibi``: a bias on the scores, also in the attention profile.
-    scale: factor of the scores; ``None`` is ``1 / sqrt(head_dim)``. capacity: the most tokens of a sequence.
-    width, mlp: model width and width of the gated MLP (``mlp=0``: no MLP); used by the decoder only.
+    rotary: how rope's angles are scaled with the context (``rotary.py``); ``None`` is not at all. kv_source: for each
+    layer the one whose keys and values it reads: its own number, or an earlier layer that has its own (Gemma 3n, YOCO,
+    cross-layer attention); empty: every layer has its own.
+    latent, rotary_dim: latent attention (MLA, DeepSeek-V2): a token keeps ``latent`` numbers, from which the keys and
+    values of all heads follow, and one key of ``rotary_dim`` numbers that rope turns and all heads share; 0: none.
+    scale: factor of the scores; ``None`` is ``1 / sqrt(head_dim + rotary_dim)``. capacity: the most tokens of a
+    sequence. width, mlp: model width and width of the gated MLP (``mlp=0``: no MLP); used by the decoder only.
     reserved: token ids that no program uses, such as a black box's padding.
     """
 
@@ -56,6 +62,10 @@ class Config:
     seed: int = 0
     init_std: float = 0.3
     reserved: tuple[int, ...] = ()
+    rotary: Rotary | None = None
+    kv_source: tuple[int, ...] = ()
+    latent: int = 0
+    rotary_dim: int = 0
 
     def __post_init__(self) -> None:
         _one_of("config.profile", self.profile, PROFILES)
@@ -70,6 +80,16 @@ class Config:
             _at_least("config.window", self.window, 1)
         if self.softcap is not None and not self.softcap > 0:
             raise SpecError("config.softcap", f"must be positive, got {self.softcap}")
+        if self.rotary is not None and self.positions != "rope":
+            raise SpecError("config.rotary", f"scales rope, and positions are {self.positions!r}")
+        if self.rotary is not None and len(self.rotary.short) not in (0, self.head_dim // 2):
+            raise SpecError("config.rotary", f"{len(self.rotary.short)} divisors for {self.head_dim // 2} pairs")
+        if self.rotary is not None and self.rotary.kind in ("ntk", "dynamic") and self.head_dim < 4:
+            raise SpecError("config.rotary", f"a base that grows needs a head dim of at least 4, got {self.head_dim}")
+        self._check_latent()
+        for layer, source in enumerate(self.kv_source):
+            if len(self.kv_source) != self.layers or source > layer or self.kv_source[source] != source:
+                raise SpecError("config.kv_source", f"layer {layer} of {self.layers} cannot read layer {source}")
         if self.profile == "decoder":
             for name in ("width", "vocabulary"):
                 _at_least(f"config.{name}", getattr(self, name), 1)
@@ -83,6 +103,21 @@ class Config:
         elif self.layers != 1 or self.positions not in ("none", "alibi"):
             raise SpecError("config.layers", "the attention profile is one layer without positions or with alibi")
 
+    def _check_latent(self) -> None:
+        if not self.latent:
+            if self.rotary_dim:
+                raise SpecError("config.rotary_dim", "only latent attention has rotary dims of its own")
+            return
+        _at_least("config.latent", self.latent, 1)
+        if self.profile != "decoder" or self.positions != "rope" or self.kv_heads != self.heads:
+            raise SpecError("config.latent", "wants a decoder with rope, and as many KV heads as query heads")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise SpecError("config.rotary_dim", f"rope needs an even number of dims, got {self.rotary_dim}")
+        if self.kv_source or self.changes_at:
+            raise SpecError(
+                "config.latent", "is not combined with shared layers or factors that change with the length"
+            )
+
     @property
     def group(self) -> int:
         """Query heads that share one KV head: query head ``i`` reads KV head ``i // group``."""
@@ -90,7 +125,7 @@ class Config:
 
     @property
     def score_scale(self) -> float:
-        return 1.0 / math.sqrt(self.head_dim) if self.scale is None else self.scale
+        return 1.0 / math.sqrt(self.head_dim + self.rotary_dim) if self.scale is None else self.scale
 
     @property
     def outputs(self) -> int:
@@ -100,19 +135,44 @@ class Config:
     @property
     def changes_at(self) -> tuple[int, ...]:
         """The numbers of tokens at which the outputs of all tokens change: those of the rotary factors."""
-        return ()
+        return () if self.rotary is None else self.rotary.changes_at(self.capacity)
+
+    def source_of(self, layer: int) -> int:
+        """The layer whose keys and values that layer reads."""
+        return self.kv_source[layer] if self.kv_source else layer
+
+    @property
+    def caching(self) -> tuple[int, ...]:
+        """The layers that have keys and values of their own, in order."""
+        return tuple(layer for layer in range(self.layers) if self.source_of(layer) == layer)
+
+    @property
+    def kept(self) -> int:
+        """The numbers that all layers together keep of each token."""
+        return len(self.caching) * (self.latent + self.rotary_dim if self.latent else 2 * self.kv_heads * self.head_dim)
 
     def window_of(self, layer: int) -> int | None:
         """The window of that layer; None if it has none."""
         return self.window if layer % self.window_every == 0 else None
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "reserved": list(self.reserved)}
+        scaling = None if self.rotary is None else asdict(self.rotary)
+        return {
+            **asdict(self),
+            "reserved": list(self.reserved),
+            "kv_source": list(self.kv_source),
+            "rotary": scaling and {name: list(v) if isinstance(v, tuple) else v for name, v in scaling.items()},
+        }
 
     @classmethod
     def from_json(cls, data: object, at: str = "config") -> Config:
         known = take(data, at, {f.name for f in fields(cls)})
-        return cls(**{**known, "reserved": tuple(known.get("reserved", ()))})
+        for name in ("reserved", "kv_source"):
+            known[name] = tuple(known.get(name, ()))
+        if known.get("rotary") is not None:
+            scaling = take(known["rotary"], f"{at}.rotary", {f.name for f in fields(Rotary)})
+            known["rotary"] = Rotary(**{name: tuple(v) if isinstance(v, list) else v for name, v in scaling.items()})
+        return cls(**known)
 
 
 def take(data: object, at: str, known: set[str]) -> dict[str, Any]:

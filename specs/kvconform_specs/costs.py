@@ -23,13 +23,15 @@ def multiply_adds(
 
     keys: the number of keys that each new token meets in every layer, if that is more than it sees: ``past + new``
     with a dense mask, the capacity if all slots are read; None: the keys that it sees. last_only: only the last
-    position is projected to logits.
+    position is projected to logits. Latent attention is counted in its absorbed form, which multiplies the latent of
+    each key and never expands it.
     """
     c, shapes = config, weight_shapes(config)
     layers = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and "." in name)
     met = c.layers * new * keys if keys is not None else sum(seen(c, layer, past, new) for layer in range(c.layers))
     head = (1 if last_only else new) * math.prod(shapes.get("lm_head", (0,)))
-    return batch * (new * layers + head + 2 * c.heads * c.head_dim * met)
+    one_key = c.heads * (2 * c.latent + c.rotary_dim if c.latent else 2 * c.head_dim)
+    return batch * (new * layers + head + one_key * met)
 
 
 def seen(config: Config, layer: int, past: int, new: int) -> int:
@@ -39,8 +41,8 @@ def seen(config: Config, layer: int, past: int, new: int) -> int:
 
 
 def cache_bytes(config: Config, slots: int) -> int:
-    """Bytes of the keys and values in so many slots of every layer."""
-    return 2 * config.layers * config.kv_heads * slots * config.head_dim * ITEMSIZE[config.dtype]
+    """Bytes of what so many slots of every layer keep: keys and values, or latents and rotary keys."""
+    return config.kept * slots * ITEMSIZE[config.dtype]
 
 
 def slots(claims: Claims, config: Config, length: int) -> int:

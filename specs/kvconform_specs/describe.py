@@ -25,16 +25,30 @@ from kvconform_specs.program import (
 )
 
 Key = TypeVar("Key")
+WRONG = {
+    "dtype": "with inputs of another dtype",
+    "rank": "with an axis less",
+    "heads": "with a KV head too many",
+    "head dim": "with a head dim that is one too small",
+    "batch": "with a row too many",
+    "fewer rows": "with one row alone",
+    "lengths": "with fewer values than keys",
+    "vocabulary": "with an unknown token id",
+    "width": "with a channel less",
+    "depth": "deeper than the claimed rollback",
+}
+"""What is wrong with a call that must be refused (``Reject.wrong``), in words."""
 
 
 def describe(program: Program, step: int) -> str:
-    """Step number ``step`` of the program: ``append 3 to a of 2 rows``, ``reject truncate a to 9``."""
+    """Step number ``step`` of the program: ``append 3 to a of 2 rows``, ``reject truncate a to 9``,
+    ``reject append 1 to a of 2 rows, with one row alone``."""
     return _short(program.steps[step])
 
 
 def outline(program: Program, steps: int | None = None) -> str:
-    """The first ``steps`` steps in one line, equal ones together, and the sizes that they meet: ``append 17 to a,
-    append 1 to a (3 times), truncate a to 5 (window 6)``."""
+    """The first ``steps`` steps in one line, equal ones together, and the sizes that they meet:
+    ``append 17 to a, append 1 to a (3 times), truncate a to 5 (window 6)``."""
     parts, lengths, full = [], Lengths(), False
     for words, run in groupby(program.steps[:steps], _short):
         several = list(run)
@@ -55,13 +69,13 @@ def _short(step: Step) -> str:
         case Append(seq, counts) | UncachedForward(seq, counts):
             words += f" {counts[0] if len(set(counts)) == 1 else list(counts)} to {seq}"
         case Truncate(seq, length):
-            words += f" {seq} to {length}"
+            words += f" {seq} to {length if isinstance(length, int) else list(length)}"
         case _:
             words += f" {call.seq}"
     if isinstance(call, Append | UncachedForward) and len(call.counts) > 1:
         words += f" of {len(call.counts)} rows"
     if isinstance(step, Reject):
-        return f"reject {words}" + (f" with a wrong {step.wrong}" if step.wrong else "")
+        return f"reject {words}" + (f", {WRONG[step.wrong]}" if step.wrong else "")
     return words
 
 
@@ -77,7 +91,7 @@ def described(program: Program) -> list[str]:
 def _line(step: Step, held: tuple[int, ...]) -> str:
     match step:
         case Reject(call, wrong):
-            return f"must be refused{f', with a wrong {wrong}' if wrong else ''}: {_line(call, held)}"
+            return f"must be refused{f', {WRONG[wrong]}' if wrong else ''}: {_line(call, held)}"
         case Append():
             holds = f"hold{'' if len(held) > 1 else 's'} {_equal(held)}" if any(held) else "is empty"
             return f"append {_tokens(step, 'to')}, which {holds}{_options(step)}"
@@ -86,8 +100,8 @@ def _line(step: Step, held: tuple[int, ...]) -> str:
             return f"generate {tokens} greedily after {_tokens(step, 'of')}{_options(step)}"
         case UncachedForward():
             return f"compute {_tokens(step, 'of')} without a cache{_options(step)}"
-        case Truncate(seq, length):
-            return f"truncate {seq}, which holds {_equal(held)}, to {length}"
+        case Truncate(seq):
+            return f"truncate {seq}, which holds {_equal(held)}, to {_equal(step.lengths(len(held)))}"
         case Fork(seq, into):
             return f"fork {seq} to {into}"
         case AliasHandle(seq, into):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -95,14 +96,12 @@ def prefixed(asked: Iterable[Request], changes_at: Sequence[int] = ()) -> dict[R
     This holds because the definition is causal (a test of the definition shows it). The longest come first.
     """
     owners: dict[Request, Request] = {}
-    longest: list[Request] = []
+    longest: dict[int, list[Request]] = defaultdict(list)
     for request in sorted(asked, key=lambda r: -len(r.row)):
         row, owner = request.row, request
         if request.plain:
-            same = [
-                other for other in longest if epoch_of(len(other.row), changes_at) == epoch_of(len(row), changes_at)
-            ]
-            owner = next((other for other in same if other.row[: len(row)] == row), request)
-            longest += [request] if owner is request else []
+            known = longest[epoch_of(len(row), changes_at)]
+            owner = next((other for other in known if other.row[: len(row)] == row), request)
+            known += [request] if owner is request else []
         owners[request] = owner
     return owners

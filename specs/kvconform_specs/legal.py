@@ -35,12 +35,21 @@ def check(config: Config, lengths: Lengths, step: Step, at: str) -> None:
             raise SpecError(f"{at}.{problem[0]}", problem[1])
         return
     call, rows = step.step, lengths.of(step.step.seq)
-    if step.wrong:
+    if step.wrong == "depth":
+        if not isinstance(call, Truncate):
+            raise SpecError(f"{at}.wrong", "only a truncation is too deep")
+        if problem is not None:
+            raise SpecError(
+                f"{at}.step.{problem[0]}", f"{problem[1]}; a truncation that is too deep is otherwise legal"
+            )
+    elif step.wrong:
         known = MALFORMED[config.profile]
         if step.wrong not in known or not isinstance(call, Append):
             raise SpecError(f"{at}.wrong", f"unknown value {step.wrong!r} for an append; known: {', '.join(known)}")
         if problem is not None:
             raise SpecError(f"{at}.step.{problem[0]}", f"{problem[1]}; a malformed append is otherwise legal")
+        if step.wrong == "fewer rows" and len(call.counts) < 2:
+            raise SpecError(f"{at}.step.counts", "there are no fewer rows than one")
     elif problem is None:
         raise SpecError(f"{at}.step", "is legal; a reject step holds a call that must be refused")
     elif isinstance(call, Append):
@@ -58,8 +67,12 @@ def _problem(config: Config, lengths: Lengths, step: Call) -> tuple[str, str] | 
     if not old:
         return "seq", f"no open sequence {step.seq!r}; open: {', '.join(sorted(lengths.rows)) or 'none'}"
     match step:
-        case Truncate(length=length) if not 0 <= length <= min(old):
+        case Truncate(length=int(length)) if not 0 <= length <= min(old):
             return "length", f"cannot keep {length} of {min(old)} tokens"
+        case Truncate(length=tuple(kept)) if len(kept) != len(old):
+            return "length", f"{len(kept)} lengths for sequence {step.seq!r} of {len(old)} rows"
+        case Truncate(length=tuple(kept)) if not all(map(_within, kept, old)):
+            return "length", f"cannot keep {list(kept)} of {list(old)} tokens"
         case Fork(into=into) | AliasHandle(into=into) if into in lengths.rows:
             return "into", f"sequence {into!r} is already open"
         case Reorder(rows=rows) if not rows or not all(0 <= row < len(old) for row in rows):
@@ -70,9 +83,9 @@ def _problem(config: Config, lengths: Lengths, step: Call) -> tuple[str, str] | 
 
 
 def _problem_of_run(config: Config, lengths: Lengths, step: Run) -> tuple[str, str] | None:
-    if not step.counts or min(step.counts) < 0 or max(step.counts) < 1:
-        return "counts", f"want at least one row and one token, got {list(step.counts)}"
     old = lengths.of(step.seq) if isinstance(step, Append) else ()
+    if not step.counts or min(step.counts) < 0 or (max(step.counts) < 1 and not old):
+        return "counts", f"want at least one row and one token, got {list(step.counts)}"
     if old and len(old) != len(step.counts):
         return "counts", f"{len(step.counts)} rows for sequence {step.seq!r} of {len(old)} rows"
     grown = lengths.after(step)
@@ -98,6 +111,8 @@ def _problem_of_run(config: Config, lengths: Lengths, step: Run) -> tuple[str, s
             return "last_only", "a generation gives tokens, and has no last position"
         case _ if step.last_only and config.profile == "attention":
             return "last_only", "the attention profile gives an output for each token"
+        case _ if step.last_only and not max(step.counts):
+            return "last_only", "an append without a token has no last position"
         case _ if step.last_only and len(set(step.counts)) > 1:
             return "last_only", f"want equal counts, got {list(step.counts)}"
         case Generate() if config.profile != "decoder":
@@ -116,3 +131,7 @@ def _problem_of_run(config: Config, lengths: Lengths, step: Run) -> tuple[str, s
         case Append(layout=layout) if layout not in LAYOUTS:
             return "layout", f"unknown value {layout!r}; known: {', '.join(LAYOUTS)}"
     return None
+
+
+def _within(length: int, held: int) -> bool:
+    return 0 <= length <= held

@@ -10,7 +10,8 @@ from typing import Any, Generic, TypeVar, assert_never
 class Append:
     """Appends ``counts[r]`` new tokens to row ``r``. Prefill, chunk and decode are the same step with other counts.
 
-    The first append to a name opens the sequence with ``len(counts)`` rows. Unequal counts are *ragged* rows.
+    The first append to a name opens the sequence with ``len(counts)`` rows. Unequal counts are *ragged* rows. An append
+    to an open sequence may have no token at all: it is *empty*, and changes nothing.
     substitutions: ``(row, position, seed)``: the token at that logical position of that row comes from another stream.
     needle: ``(seed, position)``: every query of the step has the direction of that token's key, so that it attends to
     that token almost alone (attention profile). masked: ``(row, position)``: tokens that the caller's mask hides from
@@ -68,10 +69,17 @@ class Generate(UncachedForward):
 
 @dataclass(frozen=True, slots=True)
 class Truncate:
-    """Removes all but the first ``length`` tokens of every row."""
+    """Removes all but the first ``length`` tokens of every row.
+
+    length: one number for all rows, or one for each row.
+    """
 
     seq: str
-    length: int
+    length: int | tuple[int, ...]
+
+    def lengths(self, rows: int) -> tuple[int, ...]:
+        """How many tokens each of so many rows keeps."""
+        return (self.length,) * rows if isinstance(self.length, int) else self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +140,8 @@ class Poison:
 class Reject:
     """A call that the backend must refuse with an exception, and that must change nothing.
 
-    wrong: how the inputs of an otherwise legal append are malformed (``MALFORMED``); empty: the call is not legal.
+    wrong: how the inputs of an otherwise legal append are malformed (``MALFORMED``), or ``depth``: an otherwise legal
+    truncation removes more than the backend claims to undo (``Claims.rollback``); empty: the call is not legal.
     """
 
     step: Append | Truncate | Reorder
@@ -166,12 +175,13 @@ all rows share with a stride of 0 (their tokens must be equal)."""
 POISONS = {"none": None, "junk": 3.0e4, "nan": float("nan"), "inf": float("inf")}
 """What slots without a token are filled with; junk is finite in float16, too."""
 MALFORMED = {
-    "attention": ("dtype", "rank", "heads", "head dim", "batch", "lengths"),
-    "decoder": ("dtype", "rank", "batch", "vocabulary"),
-    "hidden": ("dtype", "rank", "batch", "width"),
+    "attention": ("dtype", "rank", "heads", "head dim", "batch", "fewer rows", "lengths"),
+    "decoder": ("dtype", "rank", "batch", "fewer rows", "vocabulary"),
+    "hidden": ("dtype", "rank", "batch", "fewer rows", "width"),
 }
 """What can be wrong with the inputs of an append: integers for floats, or floats for token ids; a missing axis; a KV
-head too many; a head dim one too small; a row too many; fewer values than keys; an unknown token id; a channel less."""
+head too many; a head dim one too small; a row too many; one row where the cache has several; fewer values than keys; an
+unknown token id; a channel less."""
 NAMES = {kind: op for op, kind in OPS.items()}
 R = TypeVar("R")
 
@@ -212,8 +222,9 @@ class Sequences(Generic[R]):
                 return rows
             case UncachedForward():
                 return self.after(step)
-            case Truncate(seq, length):
-                self.rows[seq] = tuple(self.cut(row, length) for row in self.rows[seq])
+            case Truncate(seq):
+                rows = self.rows[seq]
+                self.rows[seq] = tuple(map(self.cut, rows, step.lengths(len(rows))))
             case Fork(seq, into) | AliasHandle(seq, into):
                 self.rows[into] = self.rows[seq]
             case Reorder(seq, order):
@@ -239,3 +250,16 @@ class Lengths(Sequences[int]):
 
     def cut(self, row: int, length: int) -> int:
         return length
+
+
+class Marks(Sequences[tuple[int, int]]):
+    """A row is its number of tokens, and the largest that it has had since the sequence was opened or reset."""
+
+    empty = (0, 0)
+
+    def grown(self, rows: tuple[tuple[int, int], ...], step: Run) -> tuple[tuple[int, int], ...]:
+        lengths = [length + count for (length, _mark), count in zip(rows, step.counts, strict=True)]
+        return tuple((length, max(length, mark)) for length, (_length, mark) in zip(lengths, rows, strict=True))
+
+    def cut(self, row: tuple[int, int], length: int) -> tuple[int, int]:
+        return length, row[1]

@@ -19,23 +19,10 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
 from hypothesis.strategies import SearchStrategy
 
-from kvconform_specs.claims import Claims, changes_at
+from kvconform_specs.claims import Claims, edges
 from kvconform_specs.clause import Case
-from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import (
-    MALFORMED,
-    AliasHandle,
-    Append,
-    Close,
-    Fork,
-    Program,
-    Reject,
-    Reorder,
-    Reset,
-    Step,
-    Truncate,
-)
+from kvconform_specs.program import Append, Close, Fork, Program, Reject, Reorder, Reset, Step, Truncate
 
 LONGEST_CHUNK = 9
 LARGEST_BATCH = 3
@@ -121,15 +108,6 @@ def splits(
     return st.tuples(lists, ends).map(lambda drawn: fitted(landing(drawn[0], drawn[1], claims), total))
 
 
-def edges(config: Config, claims: Claims) -> tuple[int, ...]:
-    """Lengths at which something changes: around the window and its multiples, where outputs first depend on the
-    length, and where the capacity is reached."""
-    w = config.window
-    around = set() if w is None else {max(w - 1, 1), w, w + 1, 2 * w, 3 * w}
-    switch = {length for first in changes_at(config, claims)[:1] for length in (first - 1, first, first + 1)}
-    return (*sorted(n for n in around | switch if n < config.capacity), config.capacity)
-
-
 def landing(sizes: list[int], end: int, claims: Claims) -> tuple[int, ...]:
     """The sizes, cut so that a decode step ends at ``end``; a prompt comes first if they are too few. 0: unchanged."""
     grown = (*at_once(max(end - sum(sizes), 0), claims), *sizes)
@@ -186,127 +164,8 @@ def straight(draw: Draw, config: Config, claims: Claims, least: int = 1, most: i
     return Program(config, appends("a", sizes, draw(batches(claims)), draw(seeds)))
 
 
-VERBS = (
-    "nothing",
-    *("append",) * 7,
-    "truncate",
-    "truncate",
-    "fork",
-    "reorder",
-    "reorder",
-    "reset",
-    "close",
-    "immutable",
-    "refuse",
-)
-"""The verbs of raw triples, with their frequencies; ``nothing`` is first, so that lists shrink."""
-
-
-@st.composite
-def histories(draw: Draw, config: Config, claims: Claims) -> Program:
-    """Any legal program over up to three open sequences, within the backend's claims.
-
-    A list of raw triples is drawn, which a model of the lengths turns into legal steps; a triple for which no step is
-    legal is dropped.
-    """
-    triples = st.tuples(st.integers(0, len(VERBS) - 1), st.integers(0, 5), st.integers(0, 63))
-    drawn = draw(st.lists(triples, min_size=8, max_size=20))
-    interpreter = _Interpreter(config, claims, draw(seeds))
-    prompt = draw(st.integers(0, 2))  # one in three begins with a long one
-    begun = interpreter.prompt(-(-config.capacity // 2), draw(batches(claims))) if prompt == 2 else ()
-    return clipped(config, (*begun, *interpreter.steps(drawn)))
-
-
-def any_history(config: Config, claims: Claims) -> SearchStrategy[Case]:
-    return histories(config, claims).map(lambda program: Case((program,)))
-
-
 def growing(config: Config, claims: Claims) -> SearchStrategy[Case]:
     return straight(config, claims).map(lambda program: Case((program,)))
-
-
-class _Interpreter:
-    """Turns raw triples ``(kind, sequence, number)`` into legal steps."""
-
-    def __init__(self, config: Config, claims: Claims, seed: int) -> None:
-        self.config, self.claims, self.seed = config, claims, seed
-        self.rows: dict[str, tuple[int, ...]] = {}
-
-    def prompt(self, size: int, batch: int) -> tuple[Append, ...]:
-        self.rows["a"] = (size,) * batch
-        return appends("a", at_once(size, self.claims), batch, self.seed)
-
-    def steps(self, drawn: Iterable[tuple[int, int, int]]) -> Iterable[Step]:
-        made = [step for kind, which, number in drawn if (step := self.step(kind, "aaaabc"[which], number)) is not None]
-        return made or ([] if self.rows else [self.append("a", 0)])
-
-    def step(self, kind: int, seq: str, number: int) -> Step | None:
-        """The step; an append if its verb is not claimed; None if no step is legal."""
-        verb = VERBS[kind]
-        if verb == "nothing":
-            return None
-        if seq not in self.rows and len(self.rows) >= (self.claims.max_sequences or 3):
-            seq = next(iter(self.rows))
-        rows = self.rows.get(seq)
-        if verb == "refuse" and rows is not None:
-            refused = refusals(self.config, self.claims, seq, rows, self.seed)
-            return refused[number % len(refused)] if refused else None
-        if rows is None or verb == "append" or (verb != "close" and not self.claims.can(verb)):
-            return self.append(seq, number) if rows is None or max(rows) < self.config.capacity else None
-        if verb == "truncate":
-            length = number % (min(rows) + 1)
-            self.rows[seq] = (length,) * len(rows)
-            return Truncate(seq, length)
-        if verb in ("fork", "immutable"):
-            free = [name for name in "abc" if name not in self.rows]
-            if not free or len(self.rows) >= (self.claims.max_sequences or 3):
-                return None
-            self.rows[free[0]] = rows
-            return Fork(seq, free[0]) if verb == "fork" else AliasHandle(seq, free[0])
-        if verb == "reorder":
-            kept = len(rows) if number % 4 else 1 + number // 4 % min(self.claims.max_batch or 3, 3)
-            picked = tuple((number // 4**i) % len(rows) for i in range(kept))
-            if number % 3 == 0:
-                picked = tuple((row + 1) % len(rows) for row in range(len(rows)))
-            self.rows[seq] = tuple(rows[row] for row in picked)
-            return Reorder(seq, picked)
-        if verb == "reset":
-            self.rows[seq] = (0,) * len(rows)
-            return Reset(seq)
-        del self.rows[seq]
-        return Close(seq)
-
-    def append(self, seq: str, number: int) -> Append:
-        claims = self.claims
-        largest = min(claims.max_batch or LARGEST_BATCH, LARGEST_BATCH)
-        rows = self.rows.get(seq) or (0,) * (1 + number // 16 % largest)
-        longest = min(claims.max_chunk or LONGEST_CHUNK, LONGEST_CHUNK, self.config.capacity - max(rows))
-        end = next(edge for edge in edges(self.config, self.claims) if edge > max(rows)) - max(rows) - (number % 8 == 7)
-        chunk = 1 + number // 4 % longest
-        count = (chunk, 1, chunk, end if 0 < end <= longest else 1)[number % 4]
-        grown, pad = [count] * len(rows), None
-        self.seed += 17  # another stream for each step: tokens that were truncated do not come back
-        if claims.can("ragged") and number >= 32:
-            grown = [(number // (row + 1)) % (longest + 1) for row in range(len(rows))]
-            grown[number % len(rows)] = max(grown[number % len(rows)], 1)
-            pad = claims.padding[number % len(claims.padding)], self.seed + 7
-        self.rows[seq] = tuple(a + b for a, b in zip(rows, grown, strict=True))
-        return Append(seq, tuple(grown), self.seed, pad=pad if len(set(grown)) > 1 else None)
-
-
-def refusals(config: Config, claims: Claims, seq: str, rows: tuple[int, ...], seed: int) -> list[Reject]:
-    """Calls on a sequence with rows of these lengths that must be refused by a backend with these claims."""
-    found: list[Reject] = []
-    beyond = config.capacity - max(rows) + 1
-    if claims.can("overflow refused") and beyond <= (claims.max_chunk or beyond):
-        found.append(Reject(Append(seq, (beyond,) * len(rows), seed)))
-    if claims.can("truncate"):
-        found += [Reject(Truncate(seq, length)) for length in (min(rows) + 1, -1)]
-    if claims.can("reorder"):
-        found.append(Reject(Reorder(seq, (len(rows),) * len(rows))))
-    if claims.can("refusal") and max(rows) < config.capacity:
-        found += [Reject(Append(seq, (1,) * len(rows), seed), wrong) for wrong in MALFORMED[config.profile]]
-    return found
 
 
 def alone(program: Program, row: int) -> Program:
@@ -333,23 +192,30 @@ def arranged(seq: str, sizes: Iterable[int], order: tuple[int, ...], seed: int) 
 
 
 @st.composite
-def uneven(draw: Draw, config: Config, claims: Claims, side: str = "right") -> tuple[Append, ...]:
-    """Ragged appends to three rows or two; after the first, row 0 of three is neither the longest nor the shortest."""
+def uneven(draw: Draw, config: Config, claims: Claims, side: str = "") -> tuple[Append, ...]:
+    """Ragged appends to three rows or two; after the first, row 0 of three is neither the longest nor the shortest.
+
+    side: that of the columns without a token; empty: right if it is claimed, else left.
+    """
+    side = side or ("right" if "right" in claims.padding else "left")
+    once = claims.ragged_appends == "first"  # then no prompt is empty, and all rows continue alike
     batch, seed = min(claims.max_batch or 3, 3), draw(seeds)
     longest = min(claims.max_chunk or LONGEST_CHUNK, LONGEST_CHUNK)
-    low = draw(st.integers(0, max(longest - 2, 0)))
+    low = draw(st.integers(int(once), max(longest - 2, int(once))))
     middle = draw(st.integers(low + 1, max(longest - 1, low + 1)))
     high = draw(st.integers(middle + 1, max(longest, middle + 1)))
     counts: list[tuple[int, ...]] = [(middle, high, low)[:batch]]
     for _ in range(draw(st.integers(1, 4))):
         kind, size = draw(st.integers(0, 2)), draw(st.integers(1, longest))
         row = draw(st.integers(0, batch - 1))
+        others = size if once else int(kind != 1)
         counts.append(
-            ((1,) * batch, tuple(size if r == row else 0 for r in range(batch)), (size, *(1,) * (batch - 1)))[kind]
+            (1,) * batch if kind == 0 else tuple(size if r == (row, 0)[kind - 1] else others for r in range(batch))
         )
     steps, lengths = [], (0,) * batch
     for number, grown in enumerate(counts):
         grown = tuple(min(c, config.capacity - n, longest) for c, n in zip(grown, lengths, strict=True))
+        grown = (min(grown),) * batch if once and number else grown
         if max(grown) > 0:
             lengths = tuple(n + c for n, c in zip(lengths, grown, strict=True))
             pad = (side, seed + 31 + number) if len(set(grown)) > 1 else None
@@ -363,7 +229,7 @@ def detours(
 ) -> tuple[Step, ...]:
     """Steps that leave sequence ``a`` with the same tokens as plain appends of ``sizes``, by detours."""
     steps: list[Step] = []
-    length = 0
+    length = mark = 0  # mark: the largest length so far, but for what a reset has forgotten
     ways = [way for way in ("truncate", "fork", "reorder", "reorder", "reset") if claims.can(way)]
     if (claims.max_sequences or 2) < 2 and "fork" in ways:
         ways.remove("fork")
@@ -377,8 +243,9 @@ def detours(
         way: str = draw(st.sampled_from(["on", *ways] if number != sure or not ways else ways))
         other = seed ^ 0x5A5A
         room = length + junk <= config.capacity
-        if way == "truncate" and room:
+        if way == "truncate" and room and claims.keeps(max(mark, length + junk)) <= length:
             steps += [Append("a", (junk,) * batch, other), Truncate("a", length)]
+            mark = max(mark, length + junk)
         elif way == "fork" and room and length:
             # what is appended to the original must not reach its copy; then the copy takes the original's name
             steps += [Fork("a", "f"), Append("a", (junk,) * batch, other), Close("a"), Fork("f", "a"), Close("f")]

@@ -201,6 +201,8 @@ def malformed(inputs: tuple[NDArray[np.generic], ...], wrong: str, config: Confi
         return tuple(x[0] for x in inputs)
     if wrong == "batch":
         return tuple(np.concatenate([x, x[:1]]) for x in inputs)
+    if wrong == "fewer rows":
+        return tuple(x[:1] for x in inputs)
     if wrong == "vocabulary":
         return tuple(np.where(np.arange(x.shape[1]) == x.shape[1] - 1, config.vocabulary, x) for x in inputs)
     if wrong == "width":
@@ -224,9 +226,14 @@ def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     for layer in range(c.layers):
         at = f"layers.{layer}."
         shapes[at + "norm_attention"] = (c.width,)
-        shapes[at + "query"] = (c.width, c.heads * c.head_dim)
-        shapes[at + "key"] = (c.width, c.kv_heads * c.head_dim)
-        shapes[at + "value"] = (c.width, c.kv_heads * c.head_dim)
+        shapes[at + "query"] = (c.width, c.heads * (c.head_dim + c.rotary_dim))
+        if c.latent:
+            shapes[at + "down"] = (c.width, c.latent + c.rotary_dim)
+            shapes[at + "norm_latent"] = (c.latent,)
+            shapes[at + "up"] = (c.latent, c.heads * 2 * c.head_dim)
+        elif c.source_of(layer) == layer:
+            shapes[at + "key"] = (c.width, c.kv_heads * c.head_dim)
+            shapes[at + "value"] = (c.width, c.kv_heads * c.head_dim)
         shapes[at + "output"] = (c.heads * c.head_dim, c.width)
         if c.mlp:
             shapes[at + "norm_mlp"] = (c.width,)

@@ -21,7 +21,9 @@ from kvconform_backends.faults import (
     errors,
     generation,
     graphs,
+    grouped,
     last_position,
+    latent,
     layout,
     lifecycle,
     memory,
@@ -30,10 +32,14 @@ from kvconform_backends.faults import (
     paging,
     positions,
     quantised,
+    rollbacks,
+    scaled_rope,
     shape,
+    shared_layers,
     window,
 )
 from kvconform_backends.faults.planted import GITHUB, Fault, faults_of
+from kvconform_backends.numpy import grouped as numpy_grouped
 from kvconform_backends.numpy.cache import NumpyCache
 
 __all__ = ["CONTROLS", "FAULTS"]
@@ -97,8 +103,12 @@ MODULES = (
     last_position,
     definition,
     positions,
+    scaled_rope,
+    shared_layers,
+    latent,
     lifecycle,
     branches,
+    rollbacks,
     contents,
     batch,
     window,
@@ -109,6 +119,7 @@ MODULES = (
     memory,
     paging,
     quantised,
+    grouped,
     capture,
     determinism,
     accounting,
@@ -121,8 +132,10 @@ CONTROLS: tuple[type, ...] = (
         for kind in vars(controls).values()
         if isinstance(kind, type) and issubclass(kind, NumpyCache) and kind.__module__ == controls.__name__
     ),
+    rollbacks.SlackRing,
     determinism.OneByOne,
     capture.Captures,
     node_by_node.Graph,
+    *numpy_grouped.CONTROLS,
 )
 """Equivalent mutants: unusual but correct backends (``kvconform audit --controls``)."""

@@ -66,5 +66,5 @@ CLASSES: dict[str, str] = {
 }
 """Name and description, by id."""
 
-NOT_EXPRESSIBLE: dict[str, str] = {"C13": "no profile has cross-attention or layers that share keys and values"}
+NOT_EXPRESSIBLE: dict[str, str] = {}
 """By id, why this protocol cannot express a fault of the class."""

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from kvconform_backends.abilities import without
-from kvconform_backends.faults.configs import PLACED, ROPE, SOFTCAPPED
+from kvconform_backends.faults.configs import LATENT, PLACED, ROPE, SOFTCAPPED
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 from kvconform_backends.numpy.paged import NumpyPaged
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
-from kvconform_backends.validation import check_length
+from kvconform_backends.validation import check_length, check_lengths
 from kvconform_specs.config import Config
 
 BLOCK = 3
@@ -35,11 +35,28 @@ class RopeFromSeven(NumpyCache):
 class DimsReversed(NumpyCache):
     """Keys are cached with reversed head dims, and queries are reversed accordingly."""
 
+    designs = ()
+
     def attend(self, cache: Cache, layer: int, query: Array, key: Array, value: Array) -> Array:
         return super().attend(cache, layer, query[..., ::-1], key[..., ::-1], value)
 
     def contents(self, cache: Cache) -> list[list[tuple[Array, Array]]]:
         return [[(keys[..., ::-1], values) for keys, values in layer] for layer in super().contents(cache)]
+
+
+class LatentExpanded(NumpyCache):
+    """Latent attention expands every cached latent to keys and values in each step, and absorbs nothing."""
+
+    claims = replace(NumpyCache.claims, abilities=without(NumpyCache.claims, "macs"))
+    configs = LATENT
+
+    def absorbed(self, query: Array, latents: Array, rotary: Array) -> Array:
+        c = self.config
+        up = self.weights[f"layers.{self.layer}.up"]
+        keys, values = np.split((latents @ up).reshape(*latents.shape[:1], -1, c.heads, 2 * c.head_dim), 2, axis=-1)
+        keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)  # (b, h, s, d) each
+        keys = np.concatenate([keys, np.broadcast_to(rotary, (*keys.shape[:-1], c.rotary_dim))], axis=-1)
+        return self.softmax(self.scores(query, keys)) @ values
 
 
 class BiasByKey(NumpyCache):
@@ -66,6 +83,8 @@ class GeneratesWithoutACache(NumpyCache):
 
 class NewestFirst(NumpyCache):
     """The newest token is in slot 0; masks and biases are reversed accordingly."""
+
+    designs = ()
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         cache.keys[layer] = np.concatenate([self.stored(key)[:, :, ::-1], cache.keys[layer]], axis=2)
@@ -111,6 +130,8 @@ class Columns(Cache):
 
 class KeysTransposed(NumpyCache):
     """Keys are stored transposed, in the layout of their product with a query."""
+
+    designs = ("rotary",)
 
     def start(self, batch: int) -> Cache:
         made = super().start(batch)
@@ -172,10 +193,8 @@ class InPlace(NumpyStatic):
     def target(self, cache: Any, in_place: bool) -> Buffers:
         return super().target(cache, True)
 
-    def truncate(self, cache: Any, length: int) -> Buffers:
-        least = cache.written.min()
-        check_length(length, least)
-        return Buffers(cache.keys, cache.values, np.full_like(cache.written, length))
+    def truncate(self, cache: Any, length: Any) -> Buffers:
+        return Buffers(cache.keys, cache.values, check_lengths(length, cache.written))
 
     def reset(self, cache: Any) -> Buffers:
         return Buffers(cache.keys, cache.values, np.zeros_like(cache.written))

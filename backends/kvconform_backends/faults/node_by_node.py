@@ -47,7 +47,8 @@ class Graph(NumpyCache):
 
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:
-        return "the graph has no sink" if config.sink is not None else super().refuses(config, device)
+        unfit = [name for name in ("sink", "rotary") if getattr(config, name) is not None]
+        return f"the graph has no {unfit[0]}" if unfit else super().refuses(config, device)
 
     def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
         super().__init__(config, weights, device)

@@ -149,10 +149,10 @@ class TruncateFreesOpenPage(
 ):
     """Truncating to a length inside a page replaces that page by another one."""
 
-    def truncate(self, cache: Any, length: int) -> Tables:
+    def truncate(self, cache: Any, length: Any) -> Tables:
         kept = super().truncate(cache, length)
-        if length % PAGE:
-            for table in kept.tables:
+        for table, n in zip(kept.tables, kept.written, strict=True):
+            if n % PAGE:
                 fresh = self.take()
                 self.release(table[-1:])
                 table[-1] = fresh

@@ -36,7 +36,7 @@ class Plain(Torch):
         for asked in ("window", "softcap", "sink"):
             if getattr(config, asked) is not None:
                 return f"the listing has no {asked}"
-        return "the listing has no alibi" if config.positions == "alibi" else None
+        return "the listing has no alibi" if config.positions == "alibi" else super().refuses(config, device)
 
     def runtime_info(self) -> dict[str, Any]:
         return {**super().runtime_info(), MARKER: self.faulty}

@@ -224,7 +224,12 @@ class DecodeMaskOfFirstLayer(
 
 
 class RingTruncateIgnored(
-    Planted, NumpyRing, breaks=(TRUNCATE, HYBRID), kind="C9", bug="ml-explore/mlx-lm/pull/1109", configs=WINDOWED
+    Planted,
+    NumpyRing,
+    breaks=(TRUNCATE, HYBRID, "lifecycle.rollback"),
+    kind="C9",
+    bug="ml-explore/mlx-lm/pull/1109",
+    configs=WINDOWED,
 ):
     """A ring claims truncate but ignores it."""
 

@@ -14,6 +14,7 @@ from kvconform.backend import Backend, CacheDesign
 from kvconform_backends.abilities import BASIC
 from kvconform_backends.greedy import greedy
 from kvconform_backends.numpy.layers import Array, NumpyLayers
+from kvconform_backends.rotary import lacking
 from kvconform_backends.validation import check_counts, check_inputs, check_length, check_rows
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import DTYPES, Config
@@ -61,22 +62,29 @@ class NumpyCache(NumpyLayers, Backend):
     cache_design: CacheDesign | None = "concatenation"
     claims = Claims(
         profiles=("attention", "decoder"),
-        abilities=(*BASIC, "truncate", "immutable", "mask", "bytes", "macs", "generate", "last_only"),
+        abilities=(
+            *BASIC,
+            *("truncate", "immutable", "empty_append", "mask", "bytes", "macs", "generate", "last_only"),
+        ),
         dtypes=DTYPES,
         overflow="refused",
     )
 
+    designs: tuple[str, ...] = ("rotary", "kv_source", "latent")  # see ``rotary.lacking``
     measured = 0  # multiply-adds of the last count_macs step
 
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:
         if config.profile == "decoder" and config.dtype != "float32":
             return "the decoder supports float32 only"
-        return None
+        return lacking(config, *cls.designs)
 
     # --- lifecycle ---
     def start(self, batch: int) -> Cache:
         c = self.config
+        if c.latent:  # the latents are in place of the keys, the rotary keys in place of the values
+            latents, rotary = (np.zeros((batch, 1, 0, size), np.float32) for size in (c.latent, c.rotary_dim))
+            return Cache([latents] * c.layers, [rotary] * c.layers)
         empty = self.stored(np.zeros((batch, c.kv_heads, 0, c.head_dim), np.float32))
         return Cache([empty] * c.layers, [empty] * c.layers)
 
@@ -103,8 +111,8 @@ class NumpyCache(NumpyLayers, Backend):
 
     def contents(self, cache: Cache) -> list[list[tuple[Array, Array]]]:
         return [
-            list(zip(self.loaded(k), self.loaded(v), strict=True))
-            for k, v in zip(cache.keys, cache.values, strict=True)
+            list(zip(self.loaded(cache.keys[layer]), self.loaded(cache.values[layer]), strict=True))
+            for layer in self.config.caching
         ]
 
     def bytes(self, cache: Cache) -> int:
@@ -163,7 +171,18 @@ class NumpyCache(NumpyLayers, Backend):
     def attend(self, cache: Cache, layer: int, query: Array, key: Array, value: Array) -> Array:
         """Appends key and value ``(b, g, t, d)`` to the layer and attends with query ``(b, h, t, d)``."""
         self.layer = layer
-        keys, values = self.append(cache, layer, key, value)
+        return self.on_all(query, *self.append(cache, layer, key, value))
+
+    def attend_shared(self, cache: Cache, layer: int, query: Array) -> Array:
+        self.layer, source = layer, self.config.source_of(layer)
+        return self.on_all(query, self.loaded(cache.keys[source]), self.loaded(cache.values[source]))
+
+    def on_all(self, query: Array, keys: Array, values: Array) -> Array:
+        """Attention on everything that a layer holds. Keys whose angles change with the length are cached unrotated."""
+        if self.config.latent:
+            return self.absorbed(query, keys, values)
+        if self.config.changes_at:
+            query, keys = self.rotate(query, self.places_now), self.rotate(keys, np.arange(keys.shape[2]))
         return self.attention(query, keys, values)
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvconform_backends.rotary import attention_factor, inverse_frequencies
 from kvconform_specs.config import Config
 
 Array = NDArray[Any]
@@ -22,6 +23,8 @@ class NumpyLayers:
     allowed: Array | None = None  # the caller's mask (b, s) of this step
     products = 0  # multiply-adds of this step so far
     last_only = False  # whether this step returns only its last logits
+    places_now: Array  # the positions of this step's tokens, (t,) or (b, t)
+    totals: Any = 1  # the tokens of each row with those of this step: a number, or (b,) if rows differ
 
     def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
         self.config, self.weights = config, weights
@@ -94,17 +97,16 @@ class NumpyLayers:
     # --- decoder ---
     def decode(self, cache: Any, tokens: Array) -> Array:
         c, w = self.config, self.weights
-        positions = self.positions(cache, tokens.shape[1])
+        positions = self.places_now = self.positions(cache, tokens.shape[1])
+        if positions.size:
+            self.totals = positions.max(axis=-1) + 1
         x = w["embed"][tokens]  # (b, t, width)
         if c.positions == "learned":
             x = x + w["position"][positions]
         for layer in range(c.layers):
             at = f"layers.{layer}."
             y = self.norm(x, w[at + "norm_attention"])
-            q, k, v = (self.split(self.product(y, w[at + name])) for name in ("query", "key", "value"))
-            if c.positions == "rope":
-                q, k = self.rotate(q, positions), self.rotate(k, positions)
-            mixed = self.attend(cache, layer, q, k, v).swapaxes(1, 2).reshape(*x.shape[:2], -1)
+            mixed = self.mixed(cache, layer, y, positions).swapaxes(1, 2).reshape(*x.shape[:2], c.heads * c.head_dim)
             x = x + self.product(mixed, w[at + "output"])
             if c.mlp:
                 y = self.norm(x, w[at + "norm_mlp"])
@@ -113,17 +115,64 @@ class NumpyLayers:
                 x = x + self.product(hidden, w[at + "down"])
         return self.product(self.norm(x[:, -1:] if self.last_only else x, w["norm_final"]), w["lm_head"])
 
+    def mixed(self, cache: Any, layer: int, y: Array, positions: Array) -> Array:
+        """A layer's attention ``(b, h, t, d)`` for its normed input ``(b, t, width)``."""
+        c, turned_first = self.config, self.config.positions == "rope" and not self.config.changes_at
+        own = c.source_of(layer) == layer
+        if c.latent:
+            return self.attend(cache, layer, *self.latent(layer, y, positions))
+        names = ("query", "key", "value") if own else ("query",)
+        q, *kv = (self.split(self.product(y, self.weights[f"layers.{layer}.{name}"])) for name in names)
+        if turned_first:
+            q = self.rotate(q, positions)
+        if not own:
+            return self.attend_shared(cache, layer, q)
+        k, v = kv
+        return self.attend(cache, layer, q, self.rotate(k, positions) if turned_first else k, v)
+
+    def latent(self, layer: int, y: Array, positions: Array) -> tuple[Array, Array, Array]:
+        """Queries ``(b, h, t, d + rotary_dim)``, the latent ``(b, 1, t, latent)`` and the rotary key ``(b, 1, t,
+        rotary_dim)``; the last two are what is cached."""
+        c, at = self.config, f"layers.{layer}."
+        query = self.product(y, self.weights[at + "query"]).reshape(*y.shape[:2], c.heads, -1).swapaxes(1, 2)
+        down = self.product(y, self.weights[at + "down"])[:, None]
+        still, turning = np.split(query, [c.head_dim], axis=-1)
+        query = np.concatenate([still, self.rotate(turning, positions)], axis=-1)
+        latent = self.norm(down[..., : c.latent], self.weights[at + "norm_latent"])
+        return query, latent, self.rotate(down[..., c.latent :], positions)
+
+    def absorbed(self, query: Array, latents: Array, rotary: Array) -> Array:
+        """Latent attention on latents and rotary keys ``(b, 1, s, ...)``, which are not expanded: the projections to
+        keys and values are part of the query and of the result."""
+        c = self.config
+        up = self.weights[f"layers.{self.layer}.up"].reshape(c.latent, c.heads, 2 * c.head_dim).swapaxes(0, 1)
+        to_keys, to_values = np.split(up, 2, axis=-1)  # (h, latent, d) each
+        still, turned = np.split(query, [c.head_dim], axis=-1)
+        query = np.concatenate([self.product(still, to_keys.swapaxes(-1, -2)), turned], axis=-1)
+        weights = self.softmax(self.scores(query, np.concatenate([latents, rotary], axis=-1)))
+        return self.product(self.product(weights, latents), to_values)
+
+    def attend_shared(self, cache: Any, layer: int, query: Array) -> Array:
+        """Attends with query ``(b, h, t, d)`` to the keys and values of the layer's source, which are complete."""
+        raise NotImplementedError
+
     def positions(self, cache: Any, t: int) -> Array:
         """The logical positions of the new tokens: ``(t,)``, or ``(b, t)`` if rows differ."""
         return np.arange(cache.length, cache.length + t)
 
     def split(self, x: Array) -> Array:
         """``(b, t, heads * d)`` to ``(b, heads, t, d)``."""
-        return x.reshape(*x.shape[:2], -1, self.config.head_dim).swapaxes(1, 2)
+        d = self.config.head_dim
+        return x.reshape(*x.shape[:2], x.shape[2] // d, d).swapaxes(1, 2)
 
     def rotate(self, x: Array, positions: Array) -> Array:
-        half = x.shape[-1] // 2
-        return rotated(x, positions[..., None, :, None] * 10000.0 ** (-np.arange(half) / half))
+        d, totals = x.shape[-1], self.totals
+        if self.config.changes_at and np.ndim(totals):
+            by_row = np.stack([inverse_frequencies(self.config, d, int(total)) for total in totals])[:, None, None]
+        else:
+            by_row = inverse_frequencies(self.config, d, int(np.max(totals)))
+        angle, factor = positions[..., None, :, None] * by_row, attention_factor(self.config)
+        return turned(x, (np.cos(angle) * factor).astype(np.float32), (np.sin(angle) * factor).astype(np.float32))
 
     def norm(self, x: Array, gain: Array) -> Array:
         return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(1e-6)) * gain)

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvconform_backends.abilities import BASIC
 from kvconform_backends.numpy.cache import Array, NumpyCache, RaggedCache
-from kvconform_backends.validation import check_length, check_rows
+from kvconform_backends.validation import check_lengths, check_rows
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import DTYPES, Config
 
@@ -36,7 +36,7 @@ class NumpyPaged(NumpyCache):
     cache_design = None  # memory traffic not modelled
     claims = Claims(
         profiles=("attention", "decoder"),
-        abilities=(*BASIC, "truncate", "ragged", "poison", "bytes", "last_only"),
+        abilities=(*BASIC, "truncate", "truncate_rows", "ragged", "empty_append", "poison", "bytes", "last_only"),
         dtypes=DTYPES,
         overflow="refused",
         unused_slots="any",
@@ -44,6 +44,7 @@ class NumpyPaged(NumpyCache):
         memory="pages",
     )
 
+    designs = ()
     places: Array  # (b, t): the position of each column of this step, -1 for padding
 
     def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
@@ -110,14 +111,12 @@ class NumpyPaged(NumpyCache):
             self.release(table)
             table.clear()
 
-    def truncate(self, cache: Any, length: int) -> Tables:
-        least = cache.written.min()
-        check_length(length, least)
+    def truncate(self, cache: Any, length: Any) -> Tables:
         kept: Tables = cache
-        for table in kept.tables:
-            self.release(table[pages(length) :])
-            del table[pages(length) :]
-        kept.written[:] = length
+        kept.written[:] = check_lengths(length, cache.written)
+        for table, n in zip(kept.tables, kept.written, strict=True):
+            self.release(table[pages(n) :])
+            del table[pages(n) :]
         return kept
 
     def fork(self, cache: Any) -> Tables:

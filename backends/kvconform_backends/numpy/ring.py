@@ -30,6 +30,7 @@ class NumpyRing(NumpyCache):
     """Truncate is not supported: evicted tokens are gone. Steps modify their handle."""
 
     cache_design = None  # memory traffic not modelled
+    designs = ()
     claims = Claims(
         profiles=("attention", "decoder"),
         abilities=(*BASIC, "mask", "last_only"),
@@ -47,7 +48,7 @@ class NumpyRing(NumpyCache):
     # --- lifecycle ---
     def start(self, batch: int) -> Rings:
         c = self.config
-        shapes = [(batch, c.kv_heads, c.window_of(layer) or 0, c.head_dim) for layer in range(c.layers)]
+        shapes = [(batch, c.kv_heads, self.size(layer) or 0, c.head_dim) for layer in range(c.layers)]
         keys, values = ([self.stored(np.zeros(shape, np.float32)) for shape in shapes] for _ in range(2))
         return Rings(keys, values, 0)
 
@@ -85,20 +86,28 @@ class NumpyRing(NumpyCache):
 
     def held(self, cache: Any, layer: int, buffer: Array) -> Array:
         """The layer's tokens in logical order, as float32."""
-        window = self.config.window_of(layer)
-        if window is None:
+        size = self.size(layer)
+        if size is None:
             return self.loaded(buffer)
-        positions = np.arange(max(cache.written - window, 0), cache.written)
-        return self.loaded(buffer[:, :, self.slots(positions, window)])
+        positions = np.arange(self.oldest(cache, size), cache.written)
+        return self.loaded(buffer[:, :, self.slots(positions, size)])
 
     def write(self, cache: Any, layer: int, ring: Array, new: Array) -> None:
         """Writes the newest of the new tokens ``(b, g, t, d)``, at most one per slot."""
-        window, t = ring.shape[2], new.shape[2]
-        columns = np.arange(max(t - window, 0), t)
-        ring[:, :, self.slots(cache.written + columns, window)] = self.stored(new[:, :, columns])
+        size, t = ring.shape[2], new.shape[2]
+        columns = np.arange(max(t - size, 0), t)
+        ring[:, :, self.slots(cache.written + columns, size)] = self.stored(new[:, :, columns])
 
-    def slots(self, positions: Array, window: int) -> Array:
-        return positions % window
+    def size(self, layer: int) -> int | None:
+        """Slots of the layer's ring; None for a layer that keeps everything."""
+        return self.config.window_of(layer)
+
+    def oldest(self, cache: Any, size: int) -> int:
+        """The first position that a ring of that size still holds."""
+        return max(int(cache.written) - size, 0)
+
+    def slots(self, positions: Array, size: int) -> Array:
+        return positions % size
 
     def visible(self, t: int, s: int) -> Array:
         """The caller's mask covers all positions, the keys only the newest ``s``."""

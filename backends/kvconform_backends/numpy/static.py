@@ -12,7 +12,7 @@ import numpy as np
 
 from kvconform_backends.abilities import BASIC
 from kvconform_backends.numpy.cache import Array, NumpyCache, RaggedCache
-from kvconform_backends.validation import check_length, check_rows
+from kvconform_backends.validation import check_lengths, check_rows
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import DTYPES
 
@@ -27,7 +27,11 @@ class NumpyStatic(NumpyCache):
     cache_design = None  # memory traffic not modelled
     claims = Claims(
         profiles=("attention", "decoder"),
-        abilities=(*BASIC, "truncate", "immutable", "ragged", "mask", "poison", "in_place", "bytes", "last_only"),
+        abilities=(
+            *BASIC,
+            *("truncate", "truncate_rows", "immutable", "ragged", "empty_append", "mask"),
+            *("poison", "in_place", "bytes", "last_only"),
+        ),
         dtypes=DTYPES,
         overflow="refused",
         padding=("right", "left"),
@@ -35,6 +39,7 @@ class NumpyStatic(NumpyCache):
         memory="capacity",
     )
 
+    designs = ("rotary",)
     places: Array  # (b, t): the position of each column of this step, -1 for padding
 
     # --- lifecycle ---
@@ -44,11 +49,9 @@ class NumpyStatic(NumpyCache):
         made = [self.stored(np.zeros(shape, np.float32)) for _ in range(2 * c.layers)]
         return Buffers(made[::2], made[1::2], np.zeros(batch, np.int64))
 
-    def truncate(self, cache: Any, length: int) -> Buffers:
-        least = cache.written.min()
-        check_length(length, least)
+    def truncate(self, cache: Any, length: Any) -> Buffers:
         kept = self.fork(cache)
-        kept.written[:] = length
+        kept.written[:] = check_lengths(length, cache.written)
         return kept
 
     def fork(self, cache: Any) -> Buffers:

@@ -23,6 +23,7 @@ from onnxruntime import InferenceSession, OrtValue
 
 from kvconform.backend import Backend
 from kvconform.errors import Unavailable
+from kvconform_backends import rotary
 from kvconform_backends.onnx import graphs as onnx_graphs
 from kvconform_backends.onnx import runtime as onnx_runtime
 from kvconform_backends.onnx.counting import CountedSessions
@@ -43,7 +44,7 @@ class CannotRun(Exception):
 class OnnxBackend(CountedSessions, Backend):
     """A subclass adds a cache and the graphs of a step on it: ``attention_model``, ``decoder_model``, ``MODULES``."""
 
-    MODULES: tuple[Any, ...] = (torch_decoder, onnx_graphs)
+    MODULES: tuple[Any, ...] = (torch_decoder, rotary, onnx_graphs)
     """An exported file depends on their source."""
     PREFIX = "decoder-"
     """Prefix of the file names."""
@@ -51,6 +52,9 @@ class OnnxBackend(CountedSessions, Backend):
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:
         """On CUDA, only building the sessions can tell; the constructor builds them again."""
+        lacks = rotary.lacking(config)
+        if lacks is not None:
+            return lacks
         backend: Any = cls  # mypy does not treat a class as Hashable
         return unable(backend, config, device) if device == "cuda" else None
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession, OrtValue  # type: ignore[import-untyped]
 
+from kvconform_backends import rotary
 from kvconform_backends.abilities import BASIC
 from kvconform_backends.onnx import graphs as onnx_graphs
 from kvconform_backends.onnx import runtime as onnx_runtime
@@ -72,7 +73,7 @@ class SharedBuffers:
 class OnnxShared(OnnxBackend):
     """Buffers of ``capacity`` slots, written in place by the operator that attends to them."""
 
-    MODULES = (torch_decoder, onnx_graphs, shared_graphs)
+    MODULES = (torch_decoder, rotary, onnx_graphs, shared_graphs)
     PREFIX = "decoder-shared-"
     cache_design = "in-place"
     claims = Claims(

@@ -87,6 +87,7 @@ class Compiled(CountedGraphs, EagerStatic):
     """
 
     cache_design = "capacity"
+    designs = ()
     family = Looped
     claims = replace(
         EagerStatic.claims,

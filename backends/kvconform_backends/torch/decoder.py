@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kvconform_backends.rotary import attention_factor, inverse_frequencies
 from kvconform_specs.config import Config
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""``(layer, query (b, h, t, d), key (b, g, t, d), value (b, g, t, d))`` to the mixed heads ``(b, h, t, d)``."""
+"""``(layer, query (b, h, t, d), key (b, g, t, d), value (b, g, t, d))`` to the mixed heads ``(b, h, t, d)``. Key and
+value of a layer that reads another one's have no heads."""
 Mix = Callable[[int, Tensor], Tensor]
 """``(layer, packed queries, keys and values (b, t, (h + 2 g) * d))`` to ``(b, t, h * d)``."""
 Multiply = Callable[[Tensor, Tensor], Tensor]
@@ -176,7 +178,7 @@ class Block(nn.Module):
     """
 
     norm_attention: Tensor  # (width,)
-    query_key_value: Tensor  # (width, (h + 2 g) * d)
+    query_key_value: Tensor  # (width, (h + 2 g) * d); (width, h * d) if the layer reads another one's keys and values
     output: Tensor  # (h * d, width)
     norm_mlp: Tensor  # (width,)
     gate_up: Tensor  # (width, 2 * mlp)
@@ -187,7 +189,8 @@ class Block(nn.Module):
         self.config, self.number = config, number
         w = {name.removeprefix(f"layers.{number}."): weight for name, weight in weights.items()}
         self.register_buffer("norm_attention", w["norm_attention"])
-        self.register_buffer("query_key_value", laid_out(torch.cat([w["query"], w["key"], w["value"]], dim=1)))
+        projections = [w[name] for name in ("query", "key", "value") if name in w]
+        self.register_buffer("query_key_value", laid_out(torch.cat(projections, dim=1)))
         self.register_buffer("output", laid_out(w["output"]))
         if config.mlp:
             self.register_buffer("norm_mlp", w["norm_mlp"])
@@ -206,9 +209,10 @@ class Block(nn.Module):
 
 def mixing(config: Config, rotate: Callable[[Tensor], Tensor], attend: Attend) -> Mix:
     """The attention of the decoder's blocks."""
-    h, g, d = config.heads, config.kv_heads, config.head_dim
+    h, d = config.heads, config.head_dim
 
     def mix(layer: int, y: Tensor) -> Tensor:
+        g = config.kv_heads if config.source_of(layer) == layer else 0
         heads = y.reshape(*y.shape[:2], h + 2 * g, d).transpose(1, 2)  # (b, h + 2 g, t, d): queries, keys, values
         turned = rotate(heads[:, : h + g])
         mixed = attend(layer, turned[:, :h], turned[:, h:], heads[:, h + g :])  # (b, h, t, d)
@@ -241,12 +245,15 @@ class Decoder(nn.Module):
                 self.register_buffer(name, laid_out(weight) if name == "lm_head" else weight)
         self.blocks = nn.ModuleList(Block(config, number, held) for number in range(config.layers))
         if config.positions == "rope":
-            half = config.head_dim // 2
-            angle = np.arange(config.capacity)[:, None] * 10000.0 ** (-np.arange(half) / half)
-            cos, sin = np.tile(np.cos(angle), 2), np.concatenate((-np.sin(angle), np.sin(angle)), axis=1)
             # float32 for every dtype: a rotated head is rounded once, when it is stored
-            self.register_buffer("cos", torch.tensor(cos, dtype=torch.float32, device=device))  # (capacity, d)
-            self.register_buffer("sin", torch.tensor(sin, dtype=torch.float32, device=device))
+            tables = [torch.tensor(x, dtype=torch.float32, device=device) for x in turn_tables(config)]
+            if config.changes_at:  # (lengths + 1, capacity, d): after that many changes
+                self.register_buffer("cos", tables[0])
+                self.register_buffer("sin", tables[1])
+                self.changes = torch.tensor(config.changes_at, device=device)
+            else:
+                self.register_buffer("cos", tables[0][0])  # (capacity, d)
+                self.register_buffer("sin", tables[1][0])
 
     def forward(self, tokens: Tensor, positions: Positions, attend: Attend, last_only: bool = False) -> Tensor:
         x = functional.embedding(tokens, self.embed)  # (b, t, width)
@@ -265,16 +272,41 @@ class Decoder(nn.Module):
 
     def rotation(self, positions: Positions) -> Callable[[Tensor], Tensor]:
         """Rotates ``(b, heads, t, d)`` to the positions; pairs are ``(x_i, x_(i + d/2))``."""
-        if self.config.positions != "rope":
+        if self.config.positions != "rope" or self.config.changes_at:  # then attention turns them
             return lambda x: x
         cos, sin = self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)  # ([b,] 1, t, d)
 
-        def rotate(x: Tensor) -> Tensor:
-            x32 = x.float()
-            other = x32.roll(x.shape[-1] // 2, -1)  # the other number of each pair; the first half's sines are negative
-            return torch.addcmul(x32 * cos, other, sin).to(x.dtype)
+        return lambda x: turned(x, cos, sin)
 
-        return rotate
+    def turn_all(self, query: Tensor, keys: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Queries at their positions and all ``s`` cached keys, by the angles of each row's whole length."""
+        totals = positions.stop if isinstance(positions, slice) else positions.amax(-1) + 1  # (b,) if rows differ
+        epoch = torch.bucketize(torch.as_tensor(totals, device=self.cos.device), self.changes, right=True)
+        cos, sin = self.cos[epoch], self.sin[epoch]  # ([b,] capacity, d)
+        every = slice(0, keys.shape[2])
+        turned_keys = turned(keys, cos[..., None, every, :], sin[..., None, every, :])
+        if isinstance(positions, slice):
+            return turned(query, cos[positions], sin[positions]), turned_keys
+        at = positions[..., None].expand(*positions.shape, cos.shape[-1])  # (b, t, d)
+        return turned(query, cos.gather(1, at)[:, None], sin.gather(1, at)[:, None]), turned_keys
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs ``(x_i, x_(i + d/2))``; the first half's sines are negative."""
+    x32 = x.float()
+    other = x32.roll(x.shape[-1] // 2, -1)  # the other number of each pair
+    return torch.addcmul(x32 * cos, other, sin).to(x.dtype)
+
+
+def turn_tables(config: Config) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Cosines and signed sines ``(n, capacity, d)``, for each of the ``n`` lengths at which factors change."""
+    cosines, sines = [], []
+    for total in (1, *config.changes_at):
+        angle = np.arange(config.capacity)[:, None] * inverse_frequencies(config, config.head_dim, total)
+        cos, sin = np.cos(angle) * attention_factor(config), np.sin(angle) * attention_factor(config)
+        cosines.append(np.tile(cos, 2))
+        sines.append(np.concatenate((-sin, sin), axis=1))
+    return np.stack(cosines), np.stack(sines)
 
 
 def laid_out(matrix: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ from kvconform.backend import Backend, CacheDesign
 from kvconform.errors import Unavailable
 from kvconform_backends.abilities import BASIC
 from kvconform_backends.greedy import greedy
+from kvconform_backends.rotary import lacking
 from kvconform_backends.torch import device_time
 from kvconform_backends.torch.counting import Counted
-from kvconform_backends.torch.decoder import DTYPES, Attend, Decoder, LayerMasks, Positions, attend_to
+from kvconform_backends.torch.decoder import DTYPES, Attend, Decoder, LayerMask, LayerMasks, Positions, attend_to
 from kvconform_backends.validation import check_counts, check_inputs, check_length, check_rows
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
@@ -45,6 +46,11 @@ class Torch(Counted, Backend):
 
     claims = COMMON
     family: type[Decoder] = Decoder
+    designs: tuple[str, ...] = ()  # see ``rotary.lacking``
+
+    @classmethod
+    def refuses(cls, config: Config, device: str) -> str | None:
+        return lacking(config, *cls.designs)
 
     def __init__(self, config: Config, weights: Mapping[str, NDArray[np.float32]], device: str = "cpu") -> None:
         if device == "cuda" and not torch.cuda.is_available():
@@ -65,8 +71,22 @@ class Torch(Counted, Backend):
     def uncached_forward(self, *inputs: Array, last_only: bool = False) -> Array:
         t = self.admit(inputs, None, 0)
         layer_masks = self.layer_masks.of(slice(0, t), t)
-        attend: Attend = lambda layer, q, k, v: attend_to(self.config, layer_masks[layer], q, k, v)  # noqa: E731
+        held: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values by layer
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            source = self.config.source_of(layer)
+            held.setdefault(source, (key, value))
+            return self.on_all(layer_masks[layer], query, *held[source], slice(0, t))
+
         return self.run(inputs, slice(0, t), attend, last_only=last_only)
+
+    def on_all(self, seen: LayerMask, query: Tensor, keys: Tensor, values: Tensor, positions: Positions) -> Tensor:
+        """Attention on the visible part of all keys and values. Keys whose angles change with the length are cached
+        unrotated."""
+        if self.config.changes_at:
+            assert self.decoder is not None
+            query, keys = self.decoder.turn_all(query, keys, positions)
+        return attend_to(self.config, seen, query, keys, values)
 
     def generate(self, tokens: Array, new: int) -> Array:
         return greedy(self, tokens, new)
@@ -171,12 +191,13 @@ class Eager(Torch):
     """Past tuples: every step concatenates and returns new ones; none is modified."""
 
     cache_design = "concatenation"
+    designs = ("rotary", "kv_source")
     claims = replace(COMMON, abilities=(*COMMON.abilities, "immutable"), memory="length")
 
     def start(self, batch: int) -> Past:
         c = self.config
         empty = torch.zeros(batch, c.kv_heads, 0, c.head_dim, dtype=self.dtype, device=self.device)
-        return ((empty, empty),) * c.layers
+        return ((empty, empty),) * len(c.caching)
 
     def step(
         self, cache: Past, *inputs: Array, mask: Array | None = None, count_macs: bool = False, last_only: bool = False
@@ -185,12 +206,14 @@ class Eager(Torch):
         s = past + self.admit(inputs, batch, past)
         layer_masks = self.layer_masks.of(slice(past, s), s, self.seen(mask, batch, s))
         grown: list[tuple[Tensor, Tensor]] = []
+        places = {layer: place for place, layer in enumerate(self.config.caching)}
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys = torch.cat((cache[layer][0], key), dim=2)  # (b, g, s, d)
-            values = torch.cat((cache[layer][1], value), dim=2)
-            grown.append((keys, values))
-            return attend_to(self.config, layer_masks[layer], query, keys, values)
+            place = places[self.config.source_of(layer)]
+            if layer in places:
+                past_keys, past_values = cache[place]
+                grown.append((torch.cat((past_keys, key), dim=2), torch.cat((past_values, value), dim=2)))
+            return self.on_all(layer_masks[layer], query, *grown[place], slice(past, s))  # (b, g, s, d) each
 
         output = self.run(inputs, slice(past, s), attend, count_macs, last_only)
         return output, tuple(grown)
@@ -239,6 +262,7 @@ class EagerStatic(Torch):
     """Buffers of ``capacity`` slots, written in place. A step attends to a view of the filled slots."""
 
     cache_design: CacheDesign | None = "in-place"
+    designs = ("rotary", "kv_source")
     claims = replace(
         COMMON, abilities=(*COMMON.abilities, "ragged", "poison"), padding=("right", "left"), memory="capacity"
     )
@@ -247,7 +271,7 @@ class EagerStatic(Torch):
         c = self.config
         shape = (batch, c.kv_heads, c.capacity, c.head_dim)
         # zeros, not empty: ragged rows are read up to the longest, and 0 * NaN from uninitialised memory is NaN
-        made = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2 * c.layers)]
+        made = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2 * len(c.caching))]
         return StaticBuffers(made[::2], made[1::2], [0] * batch)
 
     def step(
@@ -269,11 +293,15 @@ class EagerStatic(Torch):
         positions, slots, columns = self.place(cache.lengths, added, t, padding)
         layer_masks = self.layer_masks.of(positions, s, self.seen(mask, cache.batch, s))
 
+        places = {layer: place for place, layer in enumerate(self.config.caching)}
+
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = cache.keys[layer], cache.values[layer]
-            keys[slots] = key[columns]
-            values[slots] = value[columns]
-            return attend_to(self.config, layer_masks[layer], query, keys, values)
+            place = places[self.config.source_of(layer)]
+            keys, values = cache.keys[place], cache.values[place]
+            if layer in places:
+                keys[slots] = key[columns]
+                values[slots] = value[columns]
+            return self.on_all(layer_masks[layer], query, keys, values, positions)
 
         output = self.run(inputs, positions, attend, count_macs, last_only)
         cache.lengths = lengths  # last: a step that raises must not change the length

@@ -51,7 +51,7 @@ def bytes_min(config: Config, past: int, new: int, batch: int = 1, *, cached: bo
     """Bytes that ``batch`` rows of ``new`` tokens must move; without a cache no keys or values leave the processor."""
     c, slots = config, 0
     if cached:
-        slots = sum(min(past, (c.window_of(layer) or past + 1) - 1) + new for layer in range(c.layers))
+        slots = sum(min(past, (c.window_of(layer) or past + 1) - 1) + new for layer in c.caching)
     return weights_read(c, new, batch) + batch * _slots(c, slots)
 
 
@@ -65,9 +65,9 @@ def bytes_expected(config: Config, depth: int, batch: int, design: str | None) -
     if design == "in-place":
         return bytes_min(c, n, 1, batch)
     if design == "capacity":
-        slots = c.layers * (c.capacity + 1)
+        slots = len(c.caching) * (c.capacity + 1)
     elif design == "concatenation":
-        slots = sum(n + (n + 1) + seen(c, layer, n, 1) for layer in range(c.layers))
+        slots = sum(n + (n + 1) + seen(c, layer, n, 1) for layer in c.caching)
     else:
         return None
     return weights_read(c, 1, batch) + batch * _slots(c, slots)
@@ -83,4 +83,4 @@ def weights_read(config: Config, new: int, batch: int) -> int:
 
 def _slots(config: Config, slots: int) -> int:
     """Bytes of so many slots, counted over all layers."""
-    return cache_bytes(config, slots) // config.layers
+    return cache_bytes(config, slots) // len(config.caching)

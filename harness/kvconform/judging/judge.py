@@ -123,7 +123,7 @@ def _wrong(program: Program, step: Step, done: StepResult, want: Expected | None
     if isinstance(step, Reject):
         return {"kind": Kind.ACCEPTED} if done.refused is None else None
     if isinstance(step, ReadCache):
-        width = c.layers * 2 * c.kv_heads * c.head_dim
+        width = c.kept
         if got is None or got.shape[-1] == width:
             return None
         return {"kind": Kind.SHAPE, "part": "read", "got": got.shape[-1:], "want": (width,)}
@@ -157,4 +157,4 @@ def _tokens_first(program: Program, done: StepResult) -> Array | None:
     got = done.output
     if got is None or program.config.profile != "attention":
         return got
-    return got.swapaxes(2, 3).reshape(len(got), got.shape[1], got.shape[3], -1)
+    return got.swapaxes(2, 3).reshape(len(got), got.shape[1], got.shape[3], program.config.outputs)

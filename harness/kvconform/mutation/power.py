@@ -31,6 +31,7 @@ from kvconform_specs.history import Histories, prefixed, requests
 from kvconform_specs.program import Append, Generate, ReadCache, Reject, Step, UncachedForward, called
 from kvconform_specs.reference.definition import Attended, attention, decoder, rope, sinks
 from kvconform_specs.reference.oracle import Expected, Generation, expect
+from kvconform_specs.rotary import frequencies
 from kvconform_specs.strategies import drawn
 from kvconform_specs.tensors import Streams, rounded, weights
 
@@ -92,7 +93,10 @@ class Null:
                 replace(config, kv_heads=config.heads),
             )
         if self.late and config.positions == "rope":
-            query = rope(query, np.ones(query.shape[-2], np.int64))
+            angle = frequencies(config.rotary, config.rotary_dim or config.head_dim, keys.shape[-2])
+            still = config.head_dim if config.latent else 0
+            turned = rope(query[..., still:], (np.cos(angle), np.sin(angle)))
+            query = np.concatenate([query[..., :still], turned], axis=-1)
         config = self.changed(config)
         right = attention(query, keys, values, config, **options)
         if self.counts is None:
@@ -159,7 +163,7 @@ class _Trial:
             if want is not None and isinstance(step, Append | UncachedForward) and not isinstance(step, Generate)
         }
         wanted = [one for rows in self._steps.values() for one in rows]
-        owners = prefixed(dict.fromkeys(request for request, _count in wanted))
+        owners = prefixed(dict.fromkeys(request for request, _count in wanted), self.config.changes_at)
         self._batch = list(dict.fromkeys(owners.values()))
         self._homes = {request: self._batch.index(owner) for request, owner in owners.items()}
         self._first = min((len(request.row) - count for request, count in wanted), default=0)
@@ -193,6 +197,12 @@ class _Trial:
 
     def _solved(self, model: Null) -> Array:
         c, first = self.config, self._first
+        if c.profile == "decoder" and c.changes_at:  # numbers depend on the length: rows are not padded
+            solved = np.zeros((len(self._batch), self._longest - first, c.vocabulary))
+            for index, request in enumerate(self._batch):
+                n = len(request.row)
+                solved[index, : n - first] = self._logits(model, self._contents[index, :n], first)
+            return solved
         if c.profile == "decoder":
             return self._logits(model, self._contents, first)
         query, keys, values = (part.astype(np.float64) for part in self._streams.split(self._contents))
@@ -236,6 +246,10 @@ class _Trial:
     def _behind(self, model: Null, want: Generation, ids: Array) -> Array:
         """The logits from which a model chose these tokens."""
         tokens = np.concatenate([want.prompts(), ids[..., :-1]], axis=-1)
+        if self.config.changes_at:
+            ends = range(tokens.shape[-1] - ids.shape[-1] + 1, tokens.shape[-1] + 1)
+            made = [self._logits(model, tokens[..., :end], end - 1) for end in ends]
+            return rounded(np.concatenate(made, axis=-2), self.config.dtype)
         return rounded(self._logits(model, tokens, tokens.shape[-1] - ids.shape[-1]), self.config.dtype)
 
     def rejects(self, clause: Clause, given: Answers) -> bool:
@@ -251,7 +265,7 @@ class _Trial:
             if output is not None and c.profile == "attention":
                 output = output.reshape(*output.shape[:3], c.heads, c.head_dim).swapaxes(2, 3)
             if isinstance(step, ReadCache):
-                told, width = {"token_counts": lengths}, c.layers * 2 * c.kv_heads * c.head_dim
+                told, width = {"token_counts": lengths}, c.kept
                 shown = np.zeros((1, len(lengths), max(lengths), width)) if want is None else want.value
                 output = shown.astype(np.float32)
             trace.append(StepResult(output, told, refused=Raised("Refused", "") if isinstance(step, Reject) else None))

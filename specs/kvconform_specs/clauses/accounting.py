@@ -21,18 +21,19 @@ def _resized(draw: Draw, config: Config, claims: Claims) -> Case:
     sizes: tuple[int, ...] = draw(splits(config, claims))
     batch, seed = draw(batches(claims)), draw(seeds)
     steps: list[Step] = []
-    length = 0
+    length = mark = 0
     for size in sizes:
         steps.append(Append("a", (size,) * batch, seed))
         length += size
+        mark = max(mark, length)
         way = draw(st.integers(0, 7))
         if way == 5 and claims.can("truncate"):
-            length = draw(st.integers(0, length))
+            length = draw(st.integers(claims.keeps(mark), length))
             steps.append(Truncate("a", length))
         elif way == 6 and claims.can("reorder"):
             steps.append(Reorder("a", tuple(range(batch - 1, -1, -1))))
         elif way == 7 and claims.can("reset"):
-            length = 0
+            length = mark = 0
             steps.append(Reset("a"))
         seed += 17
     return Case((clipped(config, tuple(steps)),))

@@ -14,7 +14,8 @@ from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, floats, ordinary
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Append, Reorder, Step
+from kvconform_specs.program import Append, Reorder, Step, Truncate
+from kvconform_specs.rollbacks import apart
 from kvconform_specs.strategies import (
     LARGEST_BATCH,
     Draw,
@@ -132,6 +133,14 @@ def _roomy(config: Config) -> bool:
     return ordinary(config) and config.capacity >= 24
 
 
+def _two_rows(config: Config, claims: Claims) -> bool:
+    return claims.can("two rows") and config.capacity > 1
+
+
+def _nan_sequence(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Append) and visit.step.distribution == "nan"
+
+
 def _middle_first(visit: reach.Visit) -> bool:
     return len(visit.after) > 2 and min(visit.after) < visit.after[0] < max(visit.after)
 
@@ -145,6 +154,14 @@ def _pauses(visit: reach.Visit) -> bool:
 
 def _on_the_left(visit: reach.Visit) -> bool:
     return isinstance(visit.step, Append) and visit.step.pad is not None and visit.step.pad[0] == "left"
+
+
+def _truncated_apart(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Truncate) and len(set(visit.after)) > 1
+
+
+def _apart(visit: reach.Visit) -> bool:
+    return len(set(visit.before)) > 1 and any(isinstance(made, Truncate) for made in visit.earlier)
 
 
 CLAUSES = (
@@ -179,7 +196,7 @@ CLAUSES = (
             "https://github.com/jundot/omlx/issues/2172",
             "https://github.com/huggingface/optimum/pull/1381",
         ),
-        strategy=_uneven("right"),
+        strategy=_uneven(""),
         relations=(Relation.PARITY, Relation.LENGTHS),
         needs=("ragged", "two rows"),
         applies=_roomy,
@@ -220,7 +237,7 @@ CLAUSES = (
         why=("https://github.com/ml-explore/mlx-lm/issues/1776", "https://github.com/jundot/omlx/issues/2172"),
         strategy=_arriving,
         relations=(Relation.PARITY,),
-        needs=("ragged", "two rows"),
+        needs=("ragged at any time", "two rows"),
         applies=_roomy,
         situations=(
             reach.append("a row without a token beside one that has some", lambda v: 0 in v.after),
@@ -241,5 +258,22 @@ CLAUSES = (
         profiles=("attention", "hidden"),
         needs_any=("two rows", "two sequences"),
         applies=floats,
+        situations=(
+            reach.append("a row of NaN", lambda v: isinstance(v.step, Append) and v.step.nan != (), _two_rows),
+            reach.append("a sequence of NaN", _nan_sequence, reach.claimed("two sequences")),
+        ),
+    ),
+    Clause(
+        name="batch.rollback",
+        text="A truncation may keep another number of tokens of each row: each then continues from its own length, and "
+        "none sees what was removed of it.",
+        why=("https://github.com/Blaizzy/mlx-vlm/issues/1155",),
+        strategy=apart,
+        relations=(Relation.PARITY, Relation.LENGTHS),
+        needs=("truncate", "truncate_rows", "two rows"),
+        situations=(
+            reach.step("rows that are truncated to different lengths", _truncated_apart, reach.holds(2)),
+            reach.append("an append to rows that were truncated to different lengths", _apart, reach.holds(3)),
+        ),
     ),
 )

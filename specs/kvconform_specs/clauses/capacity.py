@@ -5,12 +5,13 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from kvconform_specs import situations as reach
+from kvconform_specs.any_history import any_history
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Program, Reject, Step, Truncate
-from kvconform_specs.strategies import Draw, any_history, appends, at_once, batches, landing, seeds, splits
+from kvconform_specs.strategies import Draw, appends, at_once, batches, landing, seeds, splits
 
 
 @st.composite

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs import situations as reach
+from kvconform_specs.any_history import histories
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, floats
 from kvconform_specs.clip import clipped
@@ -27,7 +28,7 @@ from kvconform_specs.program import (
     Truncate,
     called,
 )
-from kvconform_specs.strategies import Draw, appends, batches, counts, fitted, histories, seeds, splits
+from kvconform_specs.strategies import Draw, appends, batches, counts, fitted, seeds, splits
 
 
 def _read(config: Config, claims: Claims) -> SearchStrategy[Case]:
@@ -67,7 +68,7 @@ def _two_futures(draw: Draw, config: Config, claims: Claims) -> Case:
     batch, seed = draw(batches(claims)), draw(seeds)
     steps: list[Step] = [*appends("a", sizes, batch, seed), AliasHandle("a", "b")]
     if claims.can("truncate") and draw(st.integers(0, 2)) == 2:
-        steps.append(Truncate("a", draw(st.integers(0, sum(sizes)))))
+        steps.append(Truncate("a", draw(st.integers(claims.keeps(sum(sizes)), sum(sizes)))))
     elif claims.can("reset") and draw(st.integers(0, 3)) == 3:
         steps.append(Reset("a"))
     free = dict.fromkeys("ab", config.capacity - sum(sizes))  # at most: a truncation frees more
@@ -86,12 +87,13 @@ def _poisoned(kinds: tuple[str, ...]) -> Callable[[Config, Claims], SearchStrate
         sizes: tuple[int, ...] = draw(splits(config, claims))
         batch, seed = draw(batches(claims)), draw(seeds)
         steps: list[Step] = []
-        length = 0
+        length = mark = 0
         for size in sizes:
             steps.append(Append("a", (size,) * batch, seed))
             length += size
+            mark = max(mark, length)
             if claims.can("truncate") and draw(st.integers(0, 4)) == 4:
-                length = draw(st.integers(0, length))
+                length = draw(st.integers(claims.keeps(mark), length))
                 seed += 17
                 steps.append(Truncate("a", length))
             kind: str = draw(st.sampled_from(kinds))
@@ -112,12 +114,22 @@ def _nan_removed(draw: Draw, config: Config, claims: Claims) -> Case:
     batch, seed, way = draw(batches(claims)), draw(seeds), draw(st.sampled_from(ways))
     kept = sum(sizes) if way == "truncate" else 0
     begun = appends("a", sizes, batch, seed)
-    removed = appends("a", fitted((draw(counts(claims)), 1), config.capacity - sum(sizes)), batch, seed + 17)
+    most = config.capacity - sum(sizes)
+    most = min(most, claims.rollback or most) if way == "truncate" else most
+    removed = appends("a", fitted((draw(counts(claims)), 1), most), batch, seed + 17)
     removal: Step = Truncate("a", kept) if way == "truncate" else Reset("a") if way == "reset" else Close("a")
     name = "b" if way == "close" else "a"
     later = appends(name, fitted(draw(splits(config, claims, most=3)), config.capacity - kept), batch, seed + 34)
     turned = tuple(replace(step, distribution="nan") for step in removed)
     return Case(tuple(clipped(config, (*begun, *tokens, removal, *later)) for tokens in (removed, turned)))
+
+
+def _are_nan(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Append) and visit.step.distribution == "nan"
+
+
+def _after_nan(visit: reach.Visit) -> bool:
+    return any(isinstance(made, Append) and made.distribution == "nan" for made in visit.earlier) and visit.longest > 0
 
 
 CLAUSES = (
@@ -200,6 +212,10 @@ CLAUSES = (
         profiles=("attention", "hidden"),
         needs=("poison-safe slots",),
         applies=floats,
+        situations=(
+            reach.append("tokens of NaN", _are_nan, reach.holds(2)),
+            reach.append("an append behind them", _after_nan, reach.holds(2)),
+        ),
     ),
     Clause(
         name="contents.present",

@@ -6,11 +6,12 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs import situations as reach
-from kvconform_specs.claims import Claims
+from kvconform_specs.any_history import any_history
+from kvconform_specs.claims import Claims, changes_at
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.strategies import Draw, any_history, appends, at_once, batches, seeds, straight
+from kvconform_specs.strategies import Draw, appends, at_once, batches, seeds, straight
 
 
 def _growing(config: Config, claims: Claims) -> SearchStrategy[Case]:
@@ -19,8 +20,10 @@ def _growing(config: Config, claims: Claims) -> SearchStrategy[Case]:
 
 @st.composite
 def _decoding(draw: Draw, config: Config, claims: Claims) -> Case:
-    """A prompt, decode steps, then a chunk: positions continue from the cache in three ways, near the start and far."""
-    prompt = draw(st.integers(1, 8) | st.just(config.capacity - 9))
+    """A prompt, decode steps, then a chunk: positions continue from the cache in three ways, near the start, far, and
+    where outputs change with the length."""
+    near, far = st.integers(1, 8), st.just(config.capacity - 9)
+    prompt = draw(st.one_of(near, far, *(st.just(max(at - 2, 1)) for at in changes_at(config, claims)[:1])))
     new, chunk = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     sizes = (*at_once(prompt, claims), *(1,) * new, *at_once(chunk, claims))
     return Case((clipped(config, appends("a", sizes, draw(batches(claims)), draw(seeds))),))
@@ -50,12 +53,13 @@ CLAUSES = (
         why=(
             "https://github.com/meta-pytorch/gpt-fast/issues/233",
             "https://github.com/huggingface/transformers/issues/34232",
+            "https://github.com/vllm-project/vllm-ascend/pull/11791",
         ),
         strategy=any_history,
         relations=(Relation.PARITY,),
         profiles=("decoder",),
         core=True,
-        situations=(*reach.BASIC, reach.ROWS, *reach.EDITS, reach.PAST_WINDOW),
+        situations=(*reach.BASIC, reach.ROWS, *reach.EDITS, reach.PAST_WINDOW, reach.SWITCH),
     ),
     Clause(
         name="definition.grouping",
@@ -119,16 +123,19 @@ CLAUSES = (
     Clause(
         name="definition.positions",
         text="Positions are logical: a token's position is its index in its row, whatever the number of cached tokens "
-        "and the chunk. Rope rotates the pair (x_i, x_(i + d/2)).",
+        "and the chunk. Rope rotates the pair (x_i, x_(i + d/2)); where its factors depend on the length, that is the "
+        "number of tokens up to the end of the step, for all keys.",
         why=(
             "https://github.com/pytorch/executorch/pull/2010",
             "https://github.com/skyzh/tiny-llm/pull/46",
             "https://github.com/vllm-project/vllm-ascend/pull/12780",
+            "https://github.com/huggingface/transformers/issues/33129",
+            "https://github.com/vllm-project/vllm/issues/27414",
         ),
         strategy=_decoding,
         relations=(Relation.PARITY,),
         profiles=("decoder",),
         applies=lambda config: config.positions in ("learned", "rope"),
-        situations=(*reach.BASIC, NEAR_CAPACITY),
+        situations=(*reach.BASIC, NEAR_CAPACITY, reach.SWITCH),
     ),
 )

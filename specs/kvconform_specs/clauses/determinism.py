@@ -7,12 +7,13 @@ from collections.abc import Callable
 from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs import situations as reach
+from kvconform_specs.any_history import any_history
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Level, Relation
 from kvconform_specs.clauses.batch import rows_alone
 from kvconform_specs.clauses.equivalence import chunks
 from kvconform_specs.config import Config
-from kvconform_specs.strategies import any_history, straight
+from kvconform_specs.strategies import straight
 
 
 def _twice(config: Config, claims: Claims) -> SearchStrategy[Case]:

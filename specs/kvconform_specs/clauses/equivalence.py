@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from kvconform_specs import situations as reach
-from kvconform_specs.claims import Claims, changes_at
+from kvconform_specs.claims import Claims, changes_at, edges
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
@@ -20,7 +20,6 @@ from kvconform_specs.strategies import (
     batches,
     counts,
     detours,
-    edges,
     fitted,
     resplit,
     seeds,
@@ -32,8 +31,7 @@ def _whole(
     seq: str, total: int, batch: int, seed: int, config: Config, claims: Claims, since: int = 1
 ) -> tuple[Step, ...]:
     """All tokens at once: by the cache-less forward if there is one, otherwise by one prefill. Where outputs change
-    with the length, also the forward on fewer tokens: for each length that ends a step from ``since`` tokens on one of
-    its epoch."""
+    with the number of tokens, the forward also runs on fewer: on the most of each epoch, from ``since`` tokens on."""
     if claims.can("uncached_forward"):
         ends = {length - 1 for length in changes_at(config, claims) if since < length <= total}
         return tuple(UncachedForward(seq, (end,) * batch, seed) for end in sorted({*ends, total}))
@@ -68,8 +66,8 @@ def _paths(draw: Draw, config: Config, claims: Claims) -> Case:
 
 @st.composite
 def _full(draw: Draw, config: Config, claims: Claims) -> Case:
-    """The cache-less forward on a prefix after the sequence, and on more tokens amid it. Where outputs change
-    with the length, it is also run on as many tokens, of which other ones follow the prefix."""
+    """The cache-less forward on a prefix after the sequence, and on more tokens in the middle of it. Where outputs
+    change with the number of tokens, it also runs on as many of them, of which other ones follow the prefix."""
     prefix, more = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     changes = changes_at(config, claims)
     if changes:
@@ -165,7 +163,7 @@ CLAUSES = (
         strategy=_decode,
         relations=(Relation.AGREEMENT,),
         core=True,
-        situations=(reach.DECODE, reach.ROWS, reach.PAST_WINDOW),
+        situations=(reach.DECODE, reach.ROWS, reach.PAST_WINDOW, reach.SWITCH),
     ),
     Clause(
         name="equivalence.chunks",
@@ -178,7 +176,7 @@ CLAUSES = (
         strategy=chunks,
         relations=(Relation.AGREEMENT,),
         core=True,
-        situations=(*reach.BASIC, reach.PAST_WINDOW),
+        situations=(*reach.BASIC, reach.PAST_WINDOW, reach.SWITCH),
     ),
     Clause(
         name="equivalence.path",
@@ -197,8 +195,8 @@ CLAUSES = (
     Clause(
         name="equivalence.full-stable",
         text="The backend's own cache-less forward gives a prefix the same outputs alone and as part of more tokens "
-        "(where they change with the number of tokens, as by rotary factors that depend on it: as part of as many "
-        "other tokens), also while cached sequences are open, and does not change these.",
+        "(of as many other tokens, where they change with the number of tokens as rotary factors may), "
+        "also while cached sequences are open, and does not change these.",
         why=(
             "https://github.com/OpenNMT/CTranslate2/pull/1572",
             "https://github.com/huggingface/transformers/pull/27227",

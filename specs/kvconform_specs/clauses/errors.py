@@ -5,12 +5,13 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from kvconform_specs import situations as reach
+from kvconform_specs.any_history import malformations, refusals
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import MALFORMED, NAMES, Append, Reject, Reorder, Step, Truncate
-from kvconform_specs.strategies import Draw, appends, batches, refusals, seeds, splits
+from kvconform_specs.strategies import Draw, appends, batches, seeds, splits
 
 
 @st.composite
@@ -21,7 +22,7 @@ def _malformed(draw: Draw, config: Config, claims: Claims) -> Case:
     )
     batch, seed = draw(batches(claims)), draw(seeds)
     steps: list[Step] = [*appends("a", sizes, batch, seed)]
-    for wrong in draw(st.lists(st.sampled_from(MALFORMED[config.profile]), min_size=1, max_size=2)):
+    for wrong in draw(st.lists(st.sampled_from(malformations(config, batch)), min_size=1, max_size=2)):
         size = draw(st.integers(1, min(claims.max_chunk or 4, 4)))
         steps.insert(draw(st.integers(0, len(steps))), Reject(Append("a", (size,) * batch, seed + 77), wrong))
     return Case((clipped(config, tuple(steps)),))

@@ -12,6 +12,7 @@ from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Close, Fork, Reject, Reorder, Reset, Step, Truncate, called
+from kvconform_specs.rollbacks import refused, repeated
 from kvconform_specs.strategies import LARGEST_BATCH, Draw, appends, batches, counts, fitted, seeds, splits
 
 
@@ -51,12 +52,17 @@ def _forgotten(draw: Draw, config: Config, claims: Claims) -> Case:
     """Appends, a truncation to nothing, to one token, to all but one, to all, or to any length, then other tokens."""
     batch, seed = draw(batches(claims)), draw(seeds)
     steps: list[Step] = []
-    length = 0
+    length = mark = 0
     for number in range(draw(st.integers(1, 3))):
         sizes: tuple[int, ...] = draw(splits(config, claims, most=3))
         steps += appends("a", fitted(sizes, config.capacity - length), batch, seed + 17 * number)
         length = min(length + sum(sizes), config.capacity)
-        length = draw(st.sampled_from((0, min(1, length), max(length - 1, 0), length)) | st.integers(0, length))
+        mark = max(mark, length)
+        least = claims.keeps(mark)
+        length = draw(
+            st.sampled_from((least, max(min(1, length), least), max(length - 1, least), length))
+            | st.integers(least, length)
+        )
         steps.append(Truncate("a", length))
     size = min(draw(counts(claims)), config.capacity - length)
     return Case((clipped(config, (*steps, *appends("a", (size,) if size else (), batch, seed + 77))),))
@@ -121,12 +127,28 @@ def _after_closed(walks: Sequence[reach.Walk]) -> bool:
     )
 
 
+def _any_depth(config: Config, claims: Claims) -> bool:
+    return claims.rollback is None
+
+
+def _several_truncations(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Truncate) and isinstance(visit.earlier[-1], Truncate) and visit.longest < visit.past
+
+
+def _too_deep(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Reject) and visit.step.wrong == "depth"
+
+
+def _can_be_too_deep(config: Config, claims: Claims) -> bool:
+    return claims.refuses(config.capacity, 2) > 1
+
+
 def _refused_truncation(words: str, wrong: Callable[[int, int], bool]) -> reach.Situation:
     """``wrong(tokens to keep, tokens)`` of some refused truncation."""
 
     def found(visit: reach.Visit) -> bool:
         call = called(visit.step)
-        return isinstance(call, Truncate) and wrong(call.length, visit.past)
+        return isinstance(call, Truncate) and isinstance(call.length, int) and wrong(call.length, visit.past)
 
     return reach.refused(f"a refused truncation {words}", found, reach.always)
 
@@ -171,7 +193,7 @@ CLAUSES = (
         relations=(Relation.PARITY, Relation.LENGTHS),
         needs=("truncate",),
         situations=(
-            reach.truncated("to nothing", lambda kept, was: kept == 0 < was),
+            reach.truncated("to nothing", lambda kept, was: kept == 0 < was, _any_depth),
             reach.truncated("to all but one", lambda kept, was: 0 < kept == was - 1, reach.holds(2)),
             reach.after_a(Truncate, "other tokens in the places of removed ones", lambda v: True, reach.always),
             reach.PAST_WINDOW,
@@ -191,6 +213,37 @@ CLAUSES = (
         situations=(
             _refused_truncation("to more tokens than there are", lambda kept, was: kept > was),
             _refused_truncation("to a negative length", lambda kept, was: kept < 0),
+        ),
+    ),
+    Clause(
+        name="lifecycle.rollback",
+        text="Truncations may follow one another, with or without new tokens in between, as long as they do not go "
+        "back further than is claimed: a shallow one does not make a deeper one wrong.",
+        why=("https://github.com/ml-explore/mlx-lm/issues/1776", "https://github.com/ml-explore/mlx-lm/pull/1109"),
+        strategy=repeated,
+        relations=(Relation.PARITY, Relation.LENGTHS),
+        needs=("truncate",),
+        situations=(
+            reach.step("truncations that follow one another", _several_truncations, reach.holds(3)),
+            reach.after_a(Truncate, "other tokens in the places of removed ones", lambda v: True, reach.holds(2)),
+        ),
+    ),
+    Clause(
+        name="lifecycle.rollback-limit",
+        text="A truncation that goes back further than the claimed rollback, counted from the largest length since "
+        "the sequence was opened or reset, is refused with an exception and changes nothing, where that is claimed or "
+        "where the tokens that it needs are not retained.",
+        why=("https://github.com/ml-explore/mlx-lm/pull/1109", "https://github.com/ml-explore/mlx-lm/issues/1776"),
+        strategy=refused,
+        relations=(Relation.AGREEMENT,),
+        needs=("limited rollback",),
+        situations=(
+            reach.refused("a truncation deeper than the rollback", _too_deep, _can_be_too_deep),
+            reach.refused(
+                "a truncation deeper than the rollback behind another one",
+                lambda v: _too_deep(v) and any(isinstance(made, Truncate) for made in v.earlier),
+                _can_be_too_deep,
+            ),
         ),
     ),
     Clause(

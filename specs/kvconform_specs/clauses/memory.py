@@ -7,12 +7,13 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from kvconform_specs import situations as reach
+from kvconform_specs.any_history import histories
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import LAYOUTS, Append, Generate, Program, Step, UncachedForward
-from kvconform_specs.strategies import Draw, appends, at_once, batches, counts, histories, seeds, splits
+from kvconform_specs.strategies import Draw, appends, at_once, batches, counts, seeds, splits
 
 
 @st.composite

@@ -8,23 +8,13 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from kvconform_specs import situations as reach
+from kvconform_specs.any_history import any_history
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, long, ordinary
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, ReadCache
-from kvconform_specs.strategies import (
-    Draw,
-    any_history,
-    appends,
-    at_once,
-    batches,
-    counts,
-    growing,
-    landing,
-    seeds,
-    splits,
-)
+from kvconform_specs.strategies import Draw, appends, at_once, batches, counts, growing, landing, seeds, splits
 
 TILES = (16, 64, 128)
 DEPTHS = (1024, 4096)

@@ -31,7 +31,7 @@ def _ending(draw: Draw, config: Config, claims: Claims) -> Case:
     """Lengths around the end of a page, by prompt, chunk, decode or truncation."""
     page, batch, seed = claims.page or 1, draw(batches(claims)), draw(seeds)
     steps: list[Step] = []
-    length = 0
+    length = mark = 0
     for number in range(draw(st.integers(1, 3))):
         ahead = [n for n in range(length + 1, config.capacity + 1) if (n + 1) % page in (0, 1, 2 % page)]
         if not ahead:
@@ -39,7 +39,8 @@ def _ending(draw: Draw, config: Config, claims: Claims) -> Case:
         end = ahead[draw(st.integers(0, min(len(ahead) - 1, 5)))]
         steps += appends("a", at_once(end - length, claims), batch, seed + 17 * number)
         length = end
-        back = [n for n in range(1, length) if (n + 1) % page in (0, 1, 2 % page)]
+        mark = max(mark, length)
+        back = [n for n in range(max(claims.keeps(mark), 1), length) if (n + 1) % page in (0, 1, 2 % page)]
         if back and claims.can("truncate") and draw(st.integers(0, 2)) == 2:
             length = back[draw(st.integers(0, len(back) - 1))]
             steps.append(Truncate("a", length))

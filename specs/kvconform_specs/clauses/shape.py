@@ -5,12 +5,14 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from kvconform_specs import situations as reach
+from kvconform_specs.any_history import any_history
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import Close, Step
-from kvconform_specs.strategies import LARGEST_BATCH, Draw, any_history, appends, at_once, batches, growing, seeds
+from kvconform_specs.rollbacks import paused
+from kvconform_specs.strategies import LARGEST_BATCH, Draw, appends, at_once, batches, growing, seeds
 
 
 @st.composite
@@ -82,5 +84,15 @@ CLAUSES = (
         strategy=sweep,
         relations=(Relation.PARITY,),
         situations=reach.SIZES,
+    ),
+    Clause(
+        name="shape.empty-append",
+        text="An append without a token gives an output without a column, and changes nothing.",
+        why=("https://github.com/huggingface/transformers/issues/36151",),
+        strategy=paused,
+        relations=(Relation.AGREEMENT, Relation.LENGTHS),
+        needs=("empty append",),
+        share=0.5,
+        situations=(reach.append("an append without a token", lambda v: v.new == 0), reach.DECODE),
     ),
 )

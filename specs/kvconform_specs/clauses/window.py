@@ -5,22 +5,12 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from kvconform_specs import situations as reach
+from kvconform_specs.any_history import histories
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation, ordinary
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.strategies import (
-    Draw,
-    appends,
-    at_once,
-    batches,
-    fitted,
-    histories,
-    landing,
-    seeds,
-    splits,
-    swapped,
-)
+from kvconform_specs.strategies import Draw, appends, at_once, batches, fitted, landing, seeds, splits, swapped
 
 
 def _windowed(config: Config) -> bool:

@@ -38,20 +38,20 @@ both operands in storage precision), and one ``u`` of the result:
 
 ``eta`` covers weights and results that underflow. A query that sees no key has value 0 and bound 0.
 
-*Quantised cache.* An element ``x`` of a token whose absmax is ``M`` in that head has ``step = M / (2^(bits - 1) - 1)``
-and an error of at most ``h = (1 + u) step / 2 + 3 a M + u |x|``: rounding to an integer, with a step that may be
-stored; the step, the quotient and the product, in float32; the result, stored. The error of scores then grows by
+*Quantised cache.* An element has an error of at most ``h`` (``quantisation.py``). The error of scores then grows by
 ``scale sum|q| h`` of the key, that of the output by ``sum_j (p_j + r'_j) h`` of the values. Tokens from ``exact_from``
 on are not quantised.
 
 **Decoder.** Errors pass through layers, so the bound is measured on the definition by Monte-Carlo arithmetic (Parker
 1997, "Monte Carlo arithmetic", UCLA CSD-970002): it is run ``RUNS`` times with random noise of the size of each
-rounding, and ``bound = C sigma``, sigma pooled over one position's vocabulary. ``C`` is Student's t at ``RUNS``
-degrees of freedom for a two-sided false-positive rate of ``FALSE_ALARM``: if all the error has one direction in the
-vocabulary, eight runs are only eight samples. That rate holds for a logit whose own sigma is the pooled one; a logit's
-sigma is up to ``SPREAD`` times that (a test measures it on the suite's configs), with a rate of 2e-6. In 16 bits the
-noise includes scores that are rounded to storage, so that a decoder which does this is within the bound; the
-attention profile detects it.
+rounding, and ``bound = C sigma``, sigma pooled over one position's vocabulary. ``C`` is Student's t at ``RUNS`` degrees
+of freedom for a two-sided false-positive rate of ``FALSE_ALARM``: if all the error has one direction in the vocabulary,
+eight runs are only eight samples. That rate holds for a logit whose own sigma is the pooled one; a logit's sigma is up
+to ``SPREAD`` times that (a test measures it on the suite's configs), with a rate of 5e-6. In 16 bits the noise includes
+scores that are rounded to storage, so that a decoder which does this is within the bound; the attention profile detects
+it. Latent attention is run as defined, with expanded keys ``k = W c``; the absorbed form multiplies ``q W`` by the
+latent ``c``. Its two products have errors of ``a |q| |W| |c|`` each, of which the run has one, that of ``W c`` seen
+through ``q``: the ratio of at most about two is far from ``C``.
 """
 
 from __future__ import annotations
@@ -66,20 +66,18 @@ from numpy.typing import NDArray
 from kvconform_specs.claims import Precision
 from kvconform_specs.config import Config
 from kvconform_specs.reference.definition import Arithmetic, Attended, expand, sinks
+from kvconform_specs.reference.quantisation import ACCUMULATION, quantisation_error
+from kvconform_specs.reference.quantisation import STORAGE as STORAGE  # of every module that measures bounds
 
 Array = NDArray[np.floating]
 
-STORAGE = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-"""Unit roundoff ``u`` of each dtype: 2^-p for a significand of p bits."""
-ACCUMULATION = 2.0**-24
-"""Unit roundoff ``a``: dot products and softmax accumulate in float32 for every dtype."""
 UNDERFLOW = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-25}
 
 RUNS = 8
 FALSE_ALARM = 1e-9
 C = 31.96
 """Student's t quantile: P(|t_8| > C) = 1e-9 (a test recomputes it)."""
-SPREAD = 2.5
+SPREAD = 3.0
 """The largest ratio of a logit's own sigma to the one that is pooled over its position."""
 ELEMENTARY = 8
 """Error of exp and tanh in units of ``a``: at most 4 ulp."""
@@ -111,7 +109,8 @@ def attention_bound(
     errors = _score_errors(query, keys, attended, config, a, w)  # (..., h, t, s)
     if precision.kv_bits:
         key_error, value_error = (
-            expand(_quantised(x, config.dtype, precision, exact_from), config.group) for x in (keys, values)
+            expand(quantisation_error(x, precision, config.dtype, part=part, exact_from=exact_from), config.group)
+            for part, x in (("keys", keys), ("values", values))
         )
         errors += abs(config.score_scale) * (np.abs(query) @ key_error.swapaxes(-1, -2))
     unbounded = np.max(errors, axis=-1, keepdims=True, initial=0.0, where=attended.visible) > MAX_EXPONENT_ERROR
@@ -157,29 +156,15 @@ def _weight_errors(errors: Array, attended: Attended, config: Config, a: float, 
     return np.asarray(np.minimum(shifts, others))
 
 
-def _quantised(x: Array, dtype: str, precision: Precision, exact_from: int | None) -> Array:
-    """``(..., g, s, d)``: the largest error of what is stored for each token of ``x``."""
-    error = quantisation_error(x, precision, dtype)
-    if exact_from is not None:
-        error[..., max(exact_from, 0) :, :] = 0.0
-    return error
-
-
-def quantisation_error(x: Array, precision: Precision, dtype: str = "float32") -> Array:
-    """``h``: the largest error of each element of ``x`` ``(..., s, d)`` in a quantised cache; zeros if it is not."""
-    sizes, u = np.abs(x), STORAGE[dtype]
-    if not precision.kv_bits:
-        return np.asarray(sizes * 0.0)
-    step = 1 / (2 ** (precision.kv_bits - 1) - 1)
-    return np.asarray(sizes.max(axis=-1, keepdims=True) * ((1 + u) * step / 2 + 3 * ACCUMULATION) + u * sizes)
-
-
 class Noisy(Arithmetic):
     """The decoder's arithmetic with each rounding replaced by random noise of its size.
 
     Storage: ``u |x| xi``, ``xi`` uniform in (-1, 1). A dot product of ``n`` terms of root-mean-square size
     ``r = |x| |w| / n`` has partial sums of size ``sqrt(k) r``, each rounded by ``a`` times that; their errors add up to
     ``a n r / sqrt(2) = a |x| |w| / sqrt(2)``, and the noise is ``a |x| |w| xi``.
+    An angle of rope is a position times a frequency, in float32: a power and a quotient, ``2 a`` of the frequency, the
+    same at all positions; and ``a`` of the product. Its error is that much of the angle, in radians, and so grows with
+    the position; queries and keys share it.
     The noise is enlarged by ``gain`` so that it exceeds the rounding of the run itself; errors of first order scale
     with it. ``xi`` is read from one fixed pool at random offsets, which takes a third of the time of drawing it.
     """
@@ -203,6 +188,10 @@ class Noisy(Arithmetic):
         noise *= x
         noise += x
         return noise
+
+    def angles(self, positions: Array, frequencies: Array) -> Array:
+        noise = 2 * self._a * self._xi(frequencies.shape), self._a * self._xi((len(positions), len(frequencies)))
+        return np.asarray(positions[:, None] * (frequencies * (1 + noise[0])) * (1 + noise[1]))
 
     def product(self, x: Array, w: Array) -> Array:
         out = x @ w

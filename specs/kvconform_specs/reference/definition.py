@@ -9,8 +9,11 @@ Sources: scaled dot-product attention, Vaswani et al. 2017 (1706.03762, eq. 1); 
 (2305.13245); sliding window, Beltagy et al. 2020 (2004.05150, section 3.1); softcap before the mask, Gemma 2
 (2408.00118, section 2); linear biases, Press et al. 2022 (2108.12409, section 3); attention sinks, Xiao et al. 2023
 (2309.17453, section 3), as a score for each head that only the denominator has, gpt-oss (2508.10925);
-rotary positions, Su et al. 2021 (2104.09864, eq. 34) with GPT-NeoX's pairing of the two
-halves; RMSNorm, Zhang & Sennrich 2019 (1910.07467, eq. 4); gated MLP, Shazeer 2020 (2002.05202, SwiGLU, eq. 6).
+rotary positions, Su et al. 2021 (2104.09864, eq. 34) with GPT-NeoX's pairing of the two halves, and scaled as in
+``rotary.py``; layers that read another one's keys and values, Brandon et al. 2024 (2405.12981), Sun et al. 2024
+(2405.05254), Gemma 3n; latent attention, DeepSeek-V2 (2405.04434, section 2.1, eq. 9 to 19, without a latent of the
+queries); RMSNorm, Zhang & Sennrich 2019 (1910.07467, eq. 4); gated MLP, Shazeer 2020 (2002.05202,
+SwiGLU, eq. 6).
 """
 
 from __future__ import annotations
@@ -22,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvconform_specs.config import Config
+from kvconform_specs.rotary import Rotary, attention_factor, frequencies
 
 Array = NDArray[np.floating]
-ROPE_BASE = 10000.0
 NORM_EPS = 1e-6
 LOWEST = float(np.finfo(np.float32).min)
 
@@ -39,6 +42,10 @@ class Arithmetic:
     def product(self, x: Array, w: Array) -> Array:
         """``x @ w``, a dot product of ``x.shape[-1]`` terms, stored."""
         return np.asarray(x @ w)
+
+    def angles(self, positions: Array, frequencies: Array) -> Array:
+        """``positions (s,)`` times ``frequencies (d/2,)``, each of them rounded to float32."""
+        return positions[:, None] * frequencies
 
 
 EXACT = Arithmetic()
@@ -132,11 +139,19 @@ def _positions(t: int, s: int, at: int | None) -> tuple[NDArray[np.int64], NDArr
     return np.arange(first, first + t)[:, None], np.arange(s)[None, :]
 
 
-def rope(heads: Array, positions: NDArray[np.int64]) -> Array:
-    """Rotates ``(..., s, d)``: the pair ``(x_i, x_(i + d/2))`` by the angle ``position * base^(-2 i / d)``."""
+def turns(
+    positions: NDArray[np.int64], d: int, length: int, rotary: Rotary | None = None, how: Arithmetic = EXACT
+) -> tuple[Array, Array]:
+    """Cosines and sines ``(s, d/2)`` by which rope turns heads at these positions in a context of ``length`` tokens."""
+    angle = how.angles(positions, frequencies(rotary, d, length))
+    factor = attention_factor(rotary)
+    return np.cos(angle) * factor, np.sin(angle) * factor
+
+
+def rope(heads: Array, turn: tuple[Array, Array]) -> Array:
+    """Rotates ``(..., s, d)``: the pair ``(x_i, x_(i + d/2))`` by the angle whose cosine and sine are given."""
     half = heads.shape[-1] // 2
-    angle = positions[:, None] * ROPE_BASE ** (-np.arange(half) / half)  # (s, d/2)
-    cos, sin = np.cos(angle).astype(heads.dtype), np.sin(angle).astype(heads.dtype)
+    cos, sin = (part.astype(heads.dtype) for part in turn)
     x, y = heads[..., :half], heads[..., half:]
     return np.concatenate([x * cos - y * sin, x * sin + y * cos], axis=-1)
 
@@ -160,16 +175,29 @@ def decoder(
     """
     positions = np.arange(tokens.shape[-1])
     x = weights["embed"][tokens]  # (..., s, width)
+    turn = None
+    if config.positions == "rope":
+        turned = config.rotary_dim or config.head_dim
+        turn = turns(positions, turned, len(positions), config.rotary, how)
+    held: dict[int, tuple[Array, Array]] = {}  # keys and values by layer
     if config.positions == "learned":
         x = how.stored(x + weights["position"][positions])
     for layer in range(config.layers):
         at = f"layers.{layer}."
         normed = how.stored(rms_norm(x, weights[at + "norm_attention"]))
         query = _heads(how.product(normed, weights[at + "query"]), config.heads)
-        keys = _heads(how.product(normed, weights[at + "key"]), config.kv_heads)
-        values = _heads(how.product(normed, weights[at + "value"]), config.kv_heads)
-        if config.positions == "rope":
-            query, keys = how.stored(rope(query, positions)), how.stored(rope(keys, positions))
+        source = config.source_of(layer)
+        if config.latent:
+            assert turn is not None
+            query, held[layer] = _latent(query, normed, turn, layer, weights, config, how)
+        else:
+            if turn is not None:
+                query = how.stored(rope(query, turn))
+            if source == layer:
+                keys = _heads(how.product(normed, weights[at + "key"]), config.kv_heads)
+                values = _heads(how.product(normed, weights[at + "value"]), config.kv_heads)
+                held[layer] = (keys if turn is None else how.stored(rope(keys, turn)), values)
+        keys, values = held[source]
         mixed = _merged(attend(query, keys, values, config, layer=layer, how=how).output)
         x = how.stored(x + how.product(mixed, weights[at + "output"]))
         if config.mlp:
@@ -179,6 +207,30 @@ def decoder(
             x = how.stored(x + how.product(hidden, weights[at + "down"]))
     last = how.stored(rms_norm(x[..., start:, :], weights["norm_final"]))
     return how.product(last, weights["lm_head"])
+
+
+def _latent(
+    query: Array,
+    normed: Array,
+    turn: tuple[Array, Array],
+    layer: int,
+    weights: Mapping[str, Array],
+    config: Config,
+    how: Arithmetic,
+) -> tuple[Array, tuple[Array, Array]]:
+    """Latent attention: turned queries, and keys ``(..., h, s, d + rotary_dim)`` and values ``(..., h, s, d)``.
+
+    The latent, normalised, is expanded to keys and values of every head; rope turns the last dims of the queries and
+    the one rotary key that all heads share.
+    """
+    at, d = f"layers.{layer}.", config.head_dim
+    query = np.concatenate([query[..., :d], how.stored(rope(query[..., d:], turn))], axis=-1)
+    down = how.product(normed, weights[at + "down"])  # (..., s, latent + rotary_dim)
+    latent = how.stored(rms_norm(down[..., : config.latent], weights[at + "norm_latent"]))
+    expanded = _heads(how.product(latent, weights[at + "up"]), config.heads)  # (..., h, s, 2 d)
+    rotary = how.stored(rope(down[..., None, :, config.latent :], turn))  # (..., 1, s, rotary_dim)
+    rotary = np.broadcast_to(rotary, (*expanded.shape[:-1], config.rotary_dim))
+    return query, (np.concatenate([expanded[..., :d], rotary], axis=-1), expanded[..., d:])
 
 
 def _heads(x: Array, heads: int) -> Array:

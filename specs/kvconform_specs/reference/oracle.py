@@ -128,14 +128,18 @@ def expect(
         numbers, want, rows = partial(solution.numbers, number), None, histories.apply(step)
         if isinstance(step, Append | UncachedForward):
             assert rows is not None
-            solution.want(number, step, rows)
+            if max(step.counts):
+                solution.want(number, step, rows)
+            else:  # an empty append has outputs of no column
+                numbers = partial(_none, (n, len(rows), 0, program.config.outputs))
             want = Expected(rows, step.counts, columns(step), n, numbers)
             if step.last_only:
                 want = want.last()
             if isinstance(step, Generate):
+                changes = changes_at(program.config, precision)
                 prompts, along = (
                     partial(solution.contents, rows),
-                    partial(given, program.config, reference, changes=changes_at(program.config, precision)),
+                    partial(given, program.config, reference, changes=changes),
                 )
                 want = Generation(rows, step.counts, columns(step), n, numbers, prompts, along)
         elif isinstance(step, ReadCache) and program.config.profile == "attention":
@@ -144,3 +148,7 @@ def expect(
             want = Expected(held, lengths, np.arange(max(lengths)) < np.array(lengths)[:, None], n, numbers)
         wanted.append(want)
     return tuple(wanted)
+
+
+def _none(shape: tuple[int, ...], kind: str) -> Array:
+    return np.zeros(shape)

@@ -190,6 +190,7 @@ class Recipe:
 
 SETUP = '''\
 import copy
+from types import SimpleNamespace
 
 import torch
 from transformers import {names}
@@ -200,17 +201,21 @@ model = AutoModelForCausalLM.{model}.eval()
 {experts}
 
 def empty():
-    return {cache}(config=model.config.get_text_config(decoder=True){limit})
+    return SimpleNamespace(cache={cache}(config=model.config.get_text_config(decoder=True){limit}), ids=None)
 
 
-def step(cache, x):
+def step(held, x):
     """Like ``generate``: appends tokens (b, t) to the cache and returns their logits (b, t, V)."""
-    ids, past = torch.from_numpy(x), int(cache.get_seq_length())
-    mask = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.long)
+    new, past = torch.from_numpy(x), int(held.cache.get_seq_length())
+    ids = new if held.ids is None else torch.cat([held.ids, new], 1)
+    mask = torch.ones_like(ids)
     inputs = model.prepare_inputs_for_generation(
-        ids, past_key_values=cache, attention_mask=mask, {positions}use_cache=True, is_first_iteration=past == 0
+        ids, next_sequence_length=new.shape[1], past_key_values=held.cache, attention_mask=mask,
+        {positions}use_cache=True, is_first_iteration=past == 0
     )
-    return model(**inputs).logits.float().numpy()
+    output = model(**inputs)
+    held.cache, held.ids = output.past_key_values, ids
+    return output.logits[:, -new.shape[1]:].float().numpy()
 '''
 
 
@@ -229,7 +234,7 @@ def steps(program: Program, tag: str) -> str:
         elif isinstance(call, Close):
             del held[call.seq]
         elif isinstance(call, Truncate | Reset) and not isinstance(step, Reject):
-            held[call.seq] = call.length if isinstance(call, Truncate) else 0
+            held[call.seq] = call.lengths(1)[0] if isinstance(call, Truncate) else 0
     return "\n".join(lines) + "\n"
 
 
@@ -244,13 +249,17 @@ def _line(step: Step, number: int, tag: str, held: Mapping[str, int]) -> str:
     if isinstance(call, Append):
         return f"y{tag}{number} = step({cache}, x{tag}{number})"
     if isinstance(call, Truncate):
-        return f"{cache}.crop({call.length - held[call.seq]})"
+        (length,) = call.lengths(1)
+        return f"{cache}.cache.crop({length - held[call.seq]}); {cache}.ids = {cache}.ids[:, :{length}]"
     if isinstance(call, Reorder):
         rows = list(call.rows)
-        return f"{cache}.reorder_cache(torch.tensor({rows}))" if held[call.seq] else f"{cache} = empty()"
+        if not held[call.seq]:
+            return f"{cache} = empty()"
+        return f"{cache}.cache.reorder_cache(torch.tensor({rows})); {cache}.ids = {cache}.ids[{rows}]"
     if isinstance(call, Fork):
         return f"caches{tag}[{call.into!r}] = copy.deepcopy({cache})"
     if isinstance(call, Reset):
-        return f"{cache}.reset()"
-    assert isinstance(call, Close)  # other steps need abilities that no transformers cache has
-    return f"del {cache}"
+        return f"{cache}.cache.reset(); {cache}.ids = None"
+    if isinstance(call, Close):
+        return f"del {cache}"
+    raise ValueError(f"steps[{number}]: transformers has no call for {type(call).__name__}")

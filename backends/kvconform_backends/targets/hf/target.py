@@ -22,6 +22,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from kvconform.backend import BlackBox
 from kvconform.errors import BackendUnavailable, Unavailable
@@ -51,6 +52,8 @@ OPTIONS: Mapping[str, Any] = MappingProxyType(
 """Options after the ``?`` of an address, with their defaults. ``config``: fields of the model's config.
 ``attn_implementation``: None is the model's default. ``experts_implementation``: None is ``BATCHED_EXPERTS`` for a
 model with experts. ``seed``: for random weights."""
+SLOTTED = {StaticLayer, StaticSlidingWindowLayer}
+"""Layers with a slot for each token, also for those that have not come yet."""
 BATCHED_EXPERTS = "batched_mm"
 """How experts are computed: one product per token. With transformers' default ``grouped_mm``, the tokens of an expert
 share a product, so that other tokens change a token's rounding (116 of 200 tries, at most 4e-6)."""
@@ -58,10 +61,14 @@ share a product, so that other tokens change a token's rounding (116 of 200 trie
 
 @dataclass
 class HfSequence:
-    """A transformers cache, which knows its length but not always its batch size."""
+    """A transformers cache, which knows its length but not always its batch size, and its token ids ``(b, s)``."""
 
     cache: Any
-    batch: int
+    ids: torch.Tensor
+
+    @property
+    def batch(self) -> int:
+        return len(self.ids)
 
 
 class Transformers(BlackBox):
@@ -93,16 +100,17 @@ class Transformers(BlackBox):
         return DynamicCache(config=text)
 
     def start(self, batch: int) -> HfSequence:
-        return HfSequence(self.cache(), batch)
+        return HfSequence(self.cache(), torch.zeros(batch, 0, dtype=torch.long, device=self.device))
 
     @torch.no_grad()
     def step(self, sequence: HfSequence, tokens: Array) -> tuple[Array, HfSequence]:
-        ids = torch.from_numpy(tokens).to(self.device)
-        past = int(sequence.cache.get_seq_length())
-        mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.long, device=self.device)
+        new = torch.from_numpy(tokens).to(self.device)
+        past, ids = int(sequence.cache.get_seq_length()), torch.cat([sequence.ids, new], 1)
+        mask = torch.ones_like(ids)
         positions = {"position_ids": mask.cumsum(-1) - 1} if self.takes_positions else {}
         inputs = self.model.prepare_inputs_for_generation(
             ids,
+            next_sequence_length=new.shape[1],
             past_key_values=sequence.cache,
             attention_mask=mask,
             use_cache=True,
@@ -110,14 +118,16 @@ class Transformers(BlackBox):
             **positions,
         )
         output = self.model(**inputs, return_dict=True)
-        sequence.cache = output.past_key_values
-        return self._given(output.logits), sequence
+        sequence.cache, sequence.ids = output.past_key_values, ids
+        # a model may drop its cache and compute all tokens anew, as where its rotary factors change
+        return self._given(output.logits[:, -new.shape[1] :]), sequence
 
     def length(self, sequence: HfSequence) -> list[int]:
         return [int(sequence.cache.get_seq_length())] * sequence.batch
 
     def reset(self, sequence: HfSequence) -> HfSequence:
         sequence.cache.reset()
+        sequence.ids = sequence.ids[:, :0]
         return sequence
 
     def truncate(self, sequence: HfSequence, length: int) -> HfSequence:
@@ -126,6 +136,7 @@ class Transformers(BlackBox):
         check_length(length, held)
         if length < held:
             sequence.cache.crop(length - held)
+            sequence.ids = sequence.ids[:, :length]
         return sequence
 
     @torch.no_grad()
@@ -135,12 +146,22 @@ class Transformers(BlackBox):
         if not sequence.cache.get_seq_length():
             return self.start(len(rows))
         sequence.cache.reorder_cache(torch.tensor(rows, device=self.device))
-        sequence.batch = len(rows)
+        sequence.ids = sequence.ids[rows]
         return sequence
 
     def fork(self, sequence: HfSequence) -> HfSequence:
         """A deep copy of the cache, as used for prefix reuse in practice."""
         return copy.deepcopy(sequence)
+
+    @torch.no_grad()
+    def poison(self, sequence: HfSequence, keys: float | None, values: float | None) -> None:
+        """Static layers: a layer with a window has no unused slot from the window on."""
+        length = int(sequence.cache.get_seq_length())
+        for layer in sequence.cache.layers:
+            if layer.is_initialized:
+                for number, buffer in ((keys, layer.keys), (values, layer.values)):
+                    if number is not None:
+                        buffer[:, :, length:] = number
 
     # --- reference ---
     @torch.no_grad()
@@ -281,7 +302,7 @@ def _recipe(target: str, options: Mapping[str, Any]) -> tuple[Recipe, tuple[str,
 
 
 def _assumed(config: Config) -> tuple[str, ...]:
-    said = ["it is called like in generate: an attention mask of ones and the corresponding positions"]
+    said = ["it is called like in generate: all token ids, an attention mask of ones and the corresponding positions"]
     if config.reserved:
         said.append(f"tokens {', '.join(map(str, config.reserved))} are special and not used")
     return tuple(said)
@@ -305,10 +326,11 @@ def _experts(model: Any) -> str | None:
 
 
 def _offered(backend: Transformers) -> tuple[str, ...]:
-    """Optional abilities of this cache, found by trying them on a full one: sliding layers, which have dropped older
-    tokens, and static ones cannot be cropped. If a step raises, nothing is offered, and the clauses report the step."""
+    """Optional abilities of this cache. It has slots to poison if all layers are static ones; the others are found by
+    trying them on a full cache: sliding layers, which have dropped older tokens, and static ones cannot be cropped. If
+    a step raises, none of these is offered, and the clauses report the step."""
     tokens = np.array([tokens_of(backend.config, backend.config.capacity)] * 2)
-    offered = []
+    offered = ["poison"] if {type(layer) for layer in backend.cache().layers} <= SLOTTED else []
     for ability, attempt in (("truncate", _cropped), ("reorder", _reordered)):
         with suppress(Exception):
             _, sequence = backend.step(backend.start(2), tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from kvconform_specs.any_history import refusals
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.configs import LONG
@@ -23,7 +24,7 @@ from kvconform_specs.program import (
     Truncate,
     UncachedForward,
 )
-from kvconform_specs.strategies import at_once, refusals
+from kvconform_specs.strategies import at_once
 
 OTHER = 500
 """Distance of the streams that must differ from a probe's first ones."""

@@ -44,8 +44,12 @@ class CacheModel:
         self.rows[seq] = _joined(self.past(seq, len(new)), new)
         return self.rows[seq]
 
-    def truncate(self, seq: str, length: int) -> None:
-        self.rows[seq] = tuple(row[:length] for row in self.rows[seq])
+    def truncate(self, seq: str, step: Truncate) -> None:
+        rows = self.rows[seq]
+        self.rows[seq] = tuple(map(self.cut, rows, step.lengths(len(rows))))
+
+    def cut(self, row: CachedRow, length: int) -> CachedRow:
+        return row[:length]
 
     def fork(self, seq: str, into: str) -> None:
         self.rows[into] = self.rows[seq]
@@ -123,7 +127,7 @@ def _apply(model: CacheModel, step: object, new: CachedRows) -> CachedRows | Non
         case Append():
             return model.append(step.seq, new)
         case Truncate():
-            model.truncate(step.seq, step.length)
+            model.truncate(step.seq, step)
         case Fork():
             model.fork(step.seq, step.into)
         case AliasHandle():
@@ -165,8 +169,8 @@ class _OneForAll(CacheModel):
     def append(self, seq: str, new: CachedRows) -> CachedRows:
         return super().append("", new)
 
-    def truncate(self, seq: str, length: int) -> None:
-        super().truncate("", length)
+    def truncate(self, seq: str, step: Truncate) -> None:
+        super().truncate("", step)
 
     def reorder(self, seq: str, rows: Sequence[int]) -> None:
         super().reorder("", rows)
@@ -221,8 +225,16 @@ class _Truncated(CacheModel):
         super().__init__()
         self.kept = kept
 
-    def truncate(self, seq: str, length: int) -> None:
-        self.rows[seq] = tuple(self.kept(row, length) for row in self.rows[seq])
+    def cut(self, row: CachedRow, length: int) -> CachedRow:
+        return self.kept(row, length)
+
+
+class _TruncatedAlike(CacheModel):
+    """Every row keeps as many tokens as the row that keeps most, as far as it has them."""
+
+    def truncate(self, seq: str, step: Truncate) -> None:
+        longest = max(step.lengths(len(self.rows[seq])))
+        self.rows[seq] = tuple(row[:longest] for row in self.rows[seq])
 
 
 class _ReorderIgnored(CacheModel):
@@ -316,6 +328,7 @@ CACHE_EDITS: tuple[CacheEdit, ...] = (
         lambda row, n: row[: max(len(row) - n, 0)],
     ),
     _truncated("if a truncation keeps the newest tokens", ("C8",), lambda row, n: row[len(row) - n :]),
+    CacheEdit("if a truncation keeps as many tokens of every row as of the longest", ("M7",), _TruncatedAlike),
     CacheEdit("if a reorder is ignored", ("C10",), _ReorderIgnored),
     CacheEdit("if a reorder is applied twice", ("C10",), _ReorderTwice),
     CacheEdit("if a reorder applies the inverse permutation", ("C10",), _ReorderInverse),

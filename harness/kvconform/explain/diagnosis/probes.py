@@ -6,15 +6,16 @@ that one probe leaves behind occurs in no other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from zlib import crc32
 
 from kvconform.explain.diagnosis.battery import BATTERY
+from kvconform_specs.claimed import claimed
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
-from kvconform_specs.program import AliasHandle, Append, Close, Fork, Program, Reorder, Step, UncachedForward, called
+from kvconform_specs.program import Program
 
 STREAMS = 1000
 """How many streams each probe has."""
@@ -48,26 +49,3 @@ def probes(config: Config, claims: Claims) -> Iterator[Probe]:
 def first_stream(name: str) -> int:
     """The first of a probe's streams. It depends on the name alone, so that a new probe changes no other."""
     return crc32(name.encode()) * STREAMS
-
-
-def claimed(steps: Sequence[Step], claims: Claims) -> bool:
-    """Whether the numbers of rows, of tokens of a step and of open sequences stay within the claims."""
-    is_open: set[str] = set()
-    for step in map(called, steps):
-        rows, tokens = 0, 0
-        match step:
-            case Append():
-                rows, tokens = len(step.counts), max(step.counts)
-                is_open.add(step.seq)
-            case UncachedForward():
-                rows = len(step.counts)
-            case Fork() | AliasHandle():
-                is_open.add(step.into)
-            case Reorder():
-                rows = len(step.rows)
-            case Close():
-                is_open.discard(step.seq)
-        limits = ((rows, claims.max_batch), (tokens, claims.max_chunk), (len(is_open), claims.max_sequences))
-        if any(limit is not None and number > limit for number, limit in limits):
-            return False
-    return True

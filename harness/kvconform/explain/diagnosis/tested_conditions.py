@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from kvconform.explain.diagnosis.conditions import NEAR, condition, counted
-from kvconform.explain.diagnosis.probes import Probe, claimed
+from kvconform.explain.diagnosis.probes import Probe
 from kvconform.explain.diagnosis.record import Condition
 from kvconform.explain.diagnosis.symptoms import EARLIER_PROGRAM, OutputCell, Symptom
 from kvconform.explain.diagnosis.trials import trials
+from kvconform_specs.claimed import claimed
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from kvconform.explain.diagnosis.probes import Probe, claimed, first_stream
+from kvconform.explain.diagnosis.probes import Probe, first_stream
+from kvconform_specs.any_history import refusals
+from kvconform_specs.claimed import claimed
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
@@ -26,7 +28,6 @@ from kvconform_specs.program import (
     Truncate,
     UncachedForward,
 )
-from kvconform_specs.strategies import refusals
 
 SCALES = ("normal", "large_queries", "zero_keys", "small_keys_large_values")
 """The distributions of trials: of finite numbers."""

@@ -109,7 +109,6 @@ def _step(run: Run, number: int, step: Step, backend: str, names: dict[str, str]
     comment = f"  # step {number}: {describe(run.program, number)}"
     call = called(step)
     if isinstance(step, Reject):
-        comment += f" (wrong {step.wrong})" if step.wrong else ""
         yield f"try:{comment}, which must be refused"
         for line in _called(run, number, call, backend, dict(names)):
             yield f"    {line}"
@@ -148,7 +147,8 @@ def _called(run: Run, number: int, step: Call, backend: str, names: dict[str, st
                 yield f"{name} = {backend}.start({len(step.counts)})"
             yield f"{y}, {name} = {backend}.step({name}, {given}{_keywords(run, number, step)})"
         case Truncate():
-            yield f"{name} = {backend}.truncate({name}, {step.length})"
+            length = step.length if isinstance(step.length, int) else list(step.length)
+            yield f"{name} = {backend}.truncate({name}, {length})"
         case Fork():
             names[step.into] = cache(step.into)
             yield f"{cache(step.into)} = {backend}.fork({name})"

@@ -179,7 +179,7 @@ def _shape(failure: Failure, run: Run) -> list[str]:
     """The output's shape and dtype, as the config and the step demand."""
     step, config = run.program.steps[failure.step], run.program.config
     if isinstance(step, ReadCache):
-        width = config.layers * 2 * config.kv_heads * config.head_dim
+        width = config.kept
         shown = f"sum(x.shape[0] * x.shape[2] for layer in {run.name('held', failure.step)} for x in layer[0])"
         return compared(shown, str(width), "got != want", "numbers that each token holds: ")
     name = run.name("y", failure.step)

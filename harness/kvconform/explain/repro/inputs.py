@@ -218,7 +218,7 @@ def _fed(program: Program) -> list[Feed]:
     fed: list[Feed] = []
     for step, (given, keywords) in zip(program.steps, feeds_of(program, (0,)), strict=True):
         one = tuple(x[0] for x in given)
-        wrong = step.wrong if isinstance(step, Reject) else ""
+        wrong = step.wrong if isinstance(step, Reject) and isinstance(step.step, Append) else ""
         fed.append((malformed(one, wrong, program.config) if wrong else one, keywords))
     return fed
 
