@@ -108,7 +108,8 @@ def judged(found: Condition | None, cells: Sequence[OutputCell], config: Config)
     cells = [cell for cell in cells if not cell.wrong or cell.first or not found.first_only]
     wrong = [cell for cell in cells if cell.wrong]
     if not found.predicates:
-        return ("right" if len(wrong) >= (1 - WEAK) * len(cells) else "wrong"), f"{len(wrong)} of {len(cells)} are wrong"
+        share = f"{len(wrong)} of {len(cells)} are wrong"
+        return ("right" if len(wrong) >= (1 - WEAK) * len(cells) else "wrong"), share
     known = predicates(config)
     holds = [known[words] for words in found.predicates]
     met = [cell for cell in cells if all(one(cell.facts) for one in holds)]

@@ -67,7 +67,7 @@ def diagnose(
         for number, program in zip(count(1), programs, strict=False)
     )
     battery = list(_run(client, probes(config, client.claims), reference))
-    symptoms = [*battery, *_run(client, extra, reference)]
+    symptoms = [*battery, *_run(client, extra, reference, client.starts)]
     wrong = [one for one in symptoms if one.wrong]
     if not wrong:
         return None
@@ -92,7 +92,12 @@ def diagnose(
         leak=leak,
         generation_only=generating,
         condition=tested(
-            symptoms, [*programs], config, client.claims, lambda of: _run(client, of, reference), client.fresh
+            symptoms,
+            [*programs],
+            config,
+            client.claims,
+            lambda of: _run(client, of, reference, client.starts),
+            client.fresh,
         ),
         precision=weakest(symptoms, config, client.claims, own) if unexplained else None,
         heads=_heads([cell for one in symptoms for cell in one.cells], config),
@@ -107,9 +112,12 @@ def decided(evidence: Iterable[frozenset[str]]) -> str:
     return next(iter(shared)) if len(shared) == 1 else ""
 
 
-def _run(client: WorkerClient, battery: Iterable[Probe], reference: ReferenceOutputs) -> Iterator[Symptom]:
-    """Runs the probes one after another in one process, as long as it lives."""
-    deaths, process = 0, -1  # the process that the last program was run in
+def _run(
+    client: WorkerClient, battery: Iterable[Probe], reference: ReferenceOutputs, process: int = -1
+) -> Iterator[Symptom]:
+    """Runs the probes one after another in one process, as long as it lives. ``process``: the number of the one that
+    the last program was run in."""
+    deaths = 0
     for probe in battery:
         try:
             trace = client.run(probe.program, (0,)).apart()[0]
