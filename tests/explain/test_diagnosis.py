@@ -194,6 +194,14 @@ def test_a_counterexample_serves_as_a_probe() -> None:
     assert "first wrong probe (a counterexample): step 0 (append 23 to a), row 0, position 0" in sentence(found)
 
 
+def test_a_counterexample_may_append_nothing() -> None:
+    steps = (Append("a", (3, 3), 0), Append("a", (0, 0), 0), Append("a", (1, 1), 0))
+    found = diagnosed(of("DecodeOnePercent"), cases=(Case((Program(CONFIGS["attention-gqa"], steps),)),))
+    assert found is not None
+    assert found.condition is not None
+    assert found.condition.predicates == ["in decode steps (q = 1 with past > 0)"]
+
+
 # --- black boxes ---
 def test_a_black_box_is_named_by_its_maps() -> None:
     found = diagnosed(of("BoxTopLeft"), "hidden-self", mapped=True)
