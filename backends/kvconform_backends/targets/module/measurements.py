@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from kvconform_backends.targets.module import identifiers
+from kvconform_backends.targets.module import identifiers, slots
 from kvconform_backends.targets.module.beginnings import Beginnings
 from kvconform_backends.targets.module.calls import leaves
 from kvconform_backends.targets.module.past import contents, described, frozen, grown_axis, sizes
@@ -122,6 +122,28 @@ class Measurements(Trials):
         ]
         found += [f"its argument {name}" for name in made.signature.unknown if name in identifiers.LENGTHS]
         made.operations = tuple(found)
+
+    def measure_kept(self, made: Recognised) -> None:
+        """Whether what it keeps of a step is the memory of the inputs itself."""
+        caller, x = self.caller(made.convention), np.ascontiguousarray(self.sample(made, PROMPT))
+        caller.shares = True
+        _output, sequence = caller.step(caller.start(len(x)), x)
+        first: int = x.__array_interface__["data"][0]
+        starts = (
+            leaf.data_ptr() if isinstance(leaf, Tensor) else leaf.__array_interface__["data"][0]
+            for leaf in (*leaves(sequence.past), *leaves(caller.module))
+        )
+        made.keeps_inputs = any(first <= start < first + x.nbytes for start in starts)
+
+    def measure_slots(self, made: Recognised) -> None:
+        """Where its steps write their tokens, if it has a slot for each."""
+        caller, x, ends, start = self.caller(made.convention), self.sample(made, LENGTH), (PROMPT, PROMPT + 1), 0
+        sequence, states = caller.start(len(x)), []
+        for end in ends:
+            _output, sequence = caller.step(sequence, x[:, start:end])
+            states.append(slots.copied(slots.arrays(caller.module, sequence.past)))
+            start = end
+        made.slots = slots.slots(states, ends)
 
     def _measure_past(self, made: Recognised) -> None:
         """What the past consists of, which axis grows, and which expression gives its length."""
