@@ -136,7 +136,11 @@ class NumpyLayers:
         """Queries ``(b, h, t, d + rotary_dim)``, the latent ``(b, 1, t, latent)`` and the rotary key ``(b, 1, t,
         rotary_dim)``; the last two are what is cached."""
         c, at = self.config, f"layers.{layer}."
-        query = self.product(y, self.weights[at + "query"]).reshape(*y.shape[:2], c.heads, -1).swapaxes(1, 2)
+        query = (
+            self.product(y, self.weights[at + "query"])
+            .reshape(*y.shape[:2], c.heads, c.head_dim + c.rotary_dim)
+            .swapaxes(1, 2)
+        )
         down = self.product(y, self.weights[at + "down"])[:, None]
         still, turning = np.split(query, [c.head_dim], axis=-1)
         query = np.concatenate([still, self.rotate(turning, positions)], axis=-1)
