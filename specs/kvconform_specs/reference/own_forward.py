@@ -68,7 +68,7 @@ def length_changes(own: Own, config: Config) -> tuple[int, ...]:
     if capacity > SCANNED:
         return tuple(range(2, capacity + 1))
     found: list[int] = []
-    first, last = run(1), run(1)
+    first = last = run(1)
     for length in range(2, capacity + 1):
         now = run(length)
         begun = found[-1] if found else 1
