@@ -31,7 +31,7 @@ CLAIMS = {
     "short chunks": replace(RICH, max_chunk=3, max_batch=2, max_sequences=2, page=3, kv_bits=0, residual=0),
     "nothing but steps": Claims(profiles=("attention", "decoder"), max_batch=1, max_chunk=1, max_sequences=1),
 }
-CONFIG_NAMES = ("attention-window", "decoder-learned", "attention-gqa")
+CONFIG_NAMES = ("attention-window", "decoder-learned", "attention-gqa", "decoder-rope")
 
 
 def _slow(*capacities: int) -> list[Any]:

@@ -88,8 +88,8 @@ class Torch(Counted, Backend):
             query, keys = self.decoder.turn_all(query, keys, positions)
         return attend_to(self.config, seen, query, keys, values)
 
-    def generate(self, tokens: Array, new: int) -> Array:
-        return greedy(self, tokens, new)
+    def generate(self, tokens: Array, new: int, **options: Any) -> Array:
+        return greedy(self, tokens, new, **options)
 
     def admit(self, inputs: tuple[Array, ...], batch: int | None, length: int) -> int:
         """The number of new tokens. Raises TypeError or ValueError if inputs are malformed or exceed the capacity."""
