@@ -61,7 +61,7 @@ class Recognised:
 
     vocabulary: the number of token ids. outputs: the size of one token's output. rows: the maximum batch, and
     ``refusal`` the exception beyond it. given: the arguments for masks and positions. past: a description of the past.
-    hints: what giving an omitted argument would change.
+    hints: what giving an omitted argument would change. contexts: the contexts that a sequence can have.
     """
 
     signature: ForwardSignature
@@ -83,6 +83,7 @@ class Recognised:
     head_dim: int = 1
     immutable: bool = False
     reserved: tuple[int, ...] = ()
+    contexts: int = 1
     hints: dict[str, str] = field(default_factory=dict)
     rank: Rank = (False, False, False, False)
 
@@ -130,6 +131,11 @@ class Recognised:
             )
         if c.owned:
             yield "the module holds one sequence at a time"
+        told = concrete(c.tell, {}) or " and ".join(name for name in sig.contexts if name in self.given)
+        if self.contexts > 1:
+            yield f"the context of a sequence, one of {self.contexts}, is told by {told} in each call"
+        elif told:
+            yield f"{told} makes no difference to the reference, and is not judged"
         for name, form in self.given.items():
             counts = " (cached and new tokens)" if "new" in form else " (the number of cached tokens)"
             yield f"{name} is given as {concrete(form, {})}" + counts * ("cached" in form)
