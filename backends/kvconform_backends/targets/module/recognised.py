@@ -136,7 +136,7 @@ class Recognised:
             yield f"the context of a sequence, one of {self.contexts}, is told by {told} in each call"
         elif told:
             yield f"{told} makes no difference to the reference, and is not judged"
-        for name, form in self.given.items():
+        for name, form in ((n, form) for n, form in self.given.items() if n not in sig.contexts):
             counts = " (cached and new tokens)" if "new" in form else " (the number of cached tokens)"
             yield f"{name} is given as {concrete(form, {})}" + counts * ("cached" in form)
         for name in (*sig.masks, *sig.positions):

@@ -112,8 +112,9 @@ def context_forms(sig: ForwardSignature, name: str, widths: Sequence[int], dtype
     if name in ADAPTERS:
         row = "torch.full((batch,), context, device=x.device)"
         return ("context", row) if "Tensor" not in sig.annotation(name) else (row, "context")
-    drawn = "torch.randn(1, {}, {}, generator=torch.Generator().manual_seed(context))"
-    return tuple(f"{drawn.format(STATES_LENGTH, w)}.to(x.device, {dtype}).expand(batch, -1, -1)" for w in widths)
+    cast = "" if dtype == "torch.float32" else f".to({dtype})"
+    drawn = f"torch.randn(1, {STATES_LENGTH}, {{}}, generator=torch.Generator().manual_seed(context)){cast}"
+    return tuple(f"{drawn.format(width)}.to(x.device).expand(batch, -1, -1)" for width in widths)
 
 
 def settings(
@@ -163,7 +164,7 @@ def extended(call: str, name: str, form: str) -> str:
 
 def concrete(expression: str, numbers: Mapping[str, int | str], device: str = "cpu") -> str:
     """The expression with names replaced by their values at one step; the device is omitted on the CPU."""
-    text = expression if device != "cpu" else expression.replace(", device=x.device", "")
+    text = expression if device != "cpu" else re.sub(r", device=x\.device|\.to\(x\.device\)", "", expression)
     for name, value in numbers.items():
         text = re.sub(rf"(?<![\w.]){name}(?![\w=])", str(value), text)
     text = re.sub(r"\b(\d+) \+ (\d+)\b", lambda found: str(int(found[1]) + int(found[2])), text)
