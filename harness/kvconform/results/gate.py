@@ -178,7 +178,7 @@ def _narrower(name: str, value: Any, was: Any, mine: dict[str, Any]) -> bool:
         return bool(value != 0 and (was == 0 or value < was))
     if name == "residual":
         return bool(mine["kv_bits"] != 0 and value < was)
-    return False  # a different page size promises neither more nor less
+    return False  # a different page size or quantiser promises neither more nor less
 
 
 def _said(value: Any) -> str:
