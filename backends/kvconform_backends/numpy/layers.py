@@ -23,6 +23,7 @@ class NumpyLayers:
     allowed: Array | None = None  # the caller's mask (b, s) of this step
     products = 0  # multiply-adds of this step so far
     last_only = False  # whether this step returns only its last logits
+    context = 0  # that of this step's sequence
     places_now: Array  # the positions of this step's tokens, (t,) or (b, t)
     totals: Any = 1  # the tokens of each row with those of this step: a number, or (b,) if rows differ
 
@@ -101,6 +102,8 @@ class NumpyLayers:
         if positions.size:
             self.totals = positions.max(axis=-1) + 1
         x = w["embed"][tokens]  # (b, t, width)
+        if self.context:
+            x = x + w["context"][self.context]
         if c.positions == "learned":
             x = x + w["position"][positions]
         for layer in range(c.layers):

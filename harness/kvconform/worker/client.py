@@ -133,7 +133,7 @@ class WorkerClient:
         return None if self.target is None else lambda config: partial(self._reference_forward, config)
 
     def _reference_forward(
-        self, config: Config, inputs: NDArray[Any], storage: float, accumulation: float, seed: int
+        self, config: Config, inputs: NDArray[Any], storage: float, accumulation: float, seed: int, context: int = 0
     ) -> NDArray[Any]:
         """The black box's own forward (``oracle.ReferenceForward``). Raises WorkerDied where it raises or dies."""
         if self._reference is None:
@@ -151,6 +151,7 @@ class WorkerClient:
             "storage": storage,
             "accumulation": accumulation,
             "seed": seed,
+            "context": context,
         }
         try:
             header, blob = reference._ask(message, self.spec.step_timeout, np.ascontiguousarray(inputs).tobytes())

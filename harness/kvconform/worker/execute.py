@@ -27,6 +27,7 @@ from kvconform_specs.program import (
     Reject,
     Reorder,
     Reset,
+    Run,
     Step,
     Truncate,
     UncachedForward,
@@ -167,7 +168,7 @@ def feeds_of(program: Program, indices: tuple[int, ...]) -> list[Feed]:
             grown = histories.after(call)
             feeds.append((streams.inputs(call, grown), _keywords(call, grown)))
         elif isinstance(call, UncachedForward):
-            feeds.append((streams.inputs(call, histories.after(call)), {"last_only": True} if call.last_only else {}))
+            feeds.append((streams.inputs(call, histories.after(call)), _of_run(call)))
         else:
             feeds.append(((), {}))
         histories.apply(step)
@@ -183,8 +184,13 @@ def _keywords(step: Append, grown: tuple[Any, ...]) -> dict[str, Any]:
             asked["padding"] = "left"
     if step.masked:
         asked["mask"] = mask(step, grown)
-    asked |= {name: True for name in ("in_place", "count_macs", "last_only") if getattr(step, name)}
-    return asked
+    asked |= {name: True for name in ("in_place", "count_macs") if getattr(step, name)}
+    return asked | _of_run(step)
+
+
+def _of_run(step: Run) -> dict[str, Any]:
+    """Those that appends and forwards without a cache have in common."""
+    return ({"last_only": True} if step.last_only else {}) | ({"context": step.context} if step.context else {})
 
 
 def _guarded(backend: Any, caches: dict[str, Any], step: Step, feed: Feed) -> StepResult:
@@ -209,7 +215,7 @@ def _do(backend: Any, caches: dict[str, Any], step: Call, feed: Feed) -> StepRes
             output, caches[seq] = backend.step(caches[seq], *inputs, **keywords)
             return StepResult(_array(output), _reported(backend, caches[seq], step.count_macs))
         case Generate(new=new):
-            return StepResult(_array(backend.generate(*inputs, new)))
+            return StepResult(_array(backend.generate(*inputs, new, **keywords)))
         case UncachedForward():
             return StepResult(_array(backend.uncached_forward(*inputs, **keywords)))
         case ReadCache(seq):
