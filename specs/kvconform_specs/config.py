@@ -176,8 +176,9 @@ class Config:
         for name in ("reserved", "kv_source"):
             known[name] = tuple(known.get(name, ()))
         if known.get("rotary") is not None:
-            scaling = take(known["rotary"], f"{at}.rotary", {f.name for f in fields(Rotary)})
-            known["rotary"] = Rotary(**{name: tuple(v) if isinstance(v, list) else v for name, v in scaling.items()})
+            scaling: dict[str, Any] = take(known["rotary"], f"{at}.rotary", {f.name for f in fields(Rotary)})
+            scaling |= {name: tuple(v) for name, v in scaling.items() if isinstance(v, list)}
+            known["rotary"] = Rotary(**scaling)
         return cls(**known)
 
 

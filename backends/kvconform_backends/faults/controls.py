@@ -35,7 +35,7 @@ class RopeFromSeven(NumpyCache):
 class DimsReversed(NumpyCache):
     """Keys are cached with reversed head dims, and queries are reversed accordingly."""
 
-    designs = ()
+    designs: tuple[str, ...] = ()
 
     def attend(self, cache: Cache, layer: int, query: Array, key: Array, value: Array) -> Array:
         return super().attend(cache, layer, query[..., ::-1], key[..., ::-1], value)
@@ -56,7 +56,7 @@ class LatentExpanded(NumpyCache):
         keys, values = np.split((latents @ up).reshape(*latents.shape[:1], -1, c.heads, 2 * c.head_dim), 2, axis=-1)
         keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)  # (b, h, s, d) each
         keys = np.concatenate([keys, np.broadcast_to(rotary, (*keys.shape[:-1], c.rotary_dim))], axis=-1)
-        return self.softmax(self.scores(query, keys)) @ values
+        return np.asarray(self.softmax(self.scores(query, keys)) @ values)
 
 
 class PromptStore(NumpyCache):
@@ -117,7 +117,7 @@ class GeneratesWithoutACache(NumpyCache):
 class NewestFirst(NumpyCache):
     """The newest token is in slot 0; masks and biases are reversed accordingly."""
 
-    designs = ()
+    designs: tuple[str, ...] = ()
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         cache.keys[layer] = np.concatenate([self.stored(key)[:, :, ::-1], cache.keys[layer]], axis=2)
@@ -164,7 +164,7 @@ class Columns(Cache):
 class KeysTransposed(NumpyCache):
     """Keys are stored transposed, in the layout of their product with a query."""
 
-    designs = ("rotary",)
+    designs: tuple[str, ...] = ("rotary",)
 
     def start(self, batch: int) -> Cache:
         made = super().start(batch)

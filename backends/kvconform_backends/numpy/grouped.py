@@ -47,6 +47,7 @@ class Grouped(NumpyCache):
     """Base class. Truncate is not supported, as in ``numpy-int8``; the uncached forward does not quantise."""
 
     cache_design = None  # memory traffic not modelled
+    configs = ("attention-gqa", "attention-window")
     claims = replace(NumpyInt8.claims, residual=0)
 
     @property

@@ -109,7 +109,9 @@ class NumpyLayers:
         for layer in range(c.layers):
             at = f"layers.{layer}."
             y = self.norm(x, w[at + "norm_attention"])
-            mixed = self.mixed(cache, layer, y, positions).swapaxes(1, 2).reshape(*x.shape[:2], c.heads * c.head_dim)
+            mixed = (
+                self.attention_of(cache, layer, y, positions).swapaxes(1, 2).reshape(*x.shape[:2], c.heads * c.head_dim)
+            )
             x = x + self.product(mixed, w[at + "output"])
             if c.mlp:
                 y = self.norm(x, w[at + "norm_mlp"])
@@ -118,7 +120,7 @@ class NumpyLayers:
                 x = x + self.product(hidden, w[at + "down"])
         return self.product(self.norm(x[:, -1:] if self.last_only else x, w["norm_final"]), w["lm_head"])
 
-    def mixed(self, cache: Any, layer: int, y: Array, positions: Array) -> Array:
+    def attention_of(self, cache: Any, layer: int, y: Array, positions: Array) -> Array:
         """A layer's attention ``(b, h, t, d)`` for its normed input ``(b, t, width)``."""
         c, turned_first = self.config, self.config.positions == "rope" and not self.config.changes_at
         own = c.source_of(layer) == layer
@@ -137,7 +139,11 @@ class NumpyLayers:
         """Queries ``(b, h, t, d + rotary_dim)``, the latent ``(b, 1, t, latent)`` and the rotary key ``(b, 1, t,
         rotary_dim)``; the last two are what is cached."""
         c, at = self.config, f"layers.{layer}."
-        query = self.product(y, self.weights[at + "query"]).reshape(*y.shape[:2], c.heads, -1).swapaxes(1, 2)
+        query = (
+            self.product(y, self.weights[at + "query"])
+            .reshape(*y.shape[:2], c.heads, c.head_dim + c.rotary_dim)
+            .swapaxes(1, 2)
+        )
         down = self.product(y, self.weights[at + "down"])[:, None]
         still, turning = np.split(query, [c.head_dim], axis=-1)
         query = np.concatenate([still, self.rotate(turning, positions)], axis=-1)

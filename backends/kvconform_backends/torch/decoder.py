@@ -285,6 +285,8 @@ class Decoder(nn.Module):
 
     def turn_all(self, query: Tensor, keys: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Queries at their positions and all ``s`` cached keys, by the angles of each row's whole length."""
+        if query.shape[2] == 0:
+            return query, keys
         totals = positions.stop if isinstance(positions, slice) else positions.amax(-1) + 1  # (b,) if rows differ
         epoch = torch.bucketize(torch.as_tensor(totals, device=self.cos.device), self.changes, right=True)
         cos, sin = self.cos[epoch], self.sin[epoch]  # ([b,] capacity, d)

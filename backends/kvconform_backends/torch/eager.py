@@ -192,7 +192,7 @@ class Eager(Torch):
     """Past tuples: every step concatenates and returns new ones; none is modified."""
 
     cache_design = "concatenation"
-    designs = ("rotary", "kv_source")
+    designs: tuple[str, ...] = ("rotary", "kv_source")
     claims = replace(COMMON, abilities=(*COMMON.abilities, "immutable", "contexts"), memory="length")
 
     def start(self, batch: int) -> Past:
@@ -274,7 +274,7 @@ class EagerStatic(Torch):
     """Buffers of ``capacity`` slots, written in place. A step attends to a view of the filled slots."""
 
     cache_design: CacheDesign | None = "in-place"
-    designs = ("rotary", "kv_source")
+    designs: tuple[str, ...] = ("rotary", "kv_source")
     claims = replace(
         COMMON, abilities=(*COMMON.abilities, "ragged", "poison"), padding=("right", "left"), memory="capacity"
     )

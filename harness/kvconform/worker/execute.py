@@ -57,9 +57,9 @@ class StepResult:
     a read showed.
 
     ``error``: what a legal step raised. ``refused``: what a ``reject`` step raised. ``returned``: the name of the type
-    that a step gave instead of an array of numbers, which is also an ``error``. input_changed: what the step wrote into
-    the caller's memory. output_changed: what later steps of the program wrote into its output; ``output`` is a copy of
-    what it was when it was returned.
+    that a step gave instead of an array of numbers, which is also an ``error``. input_changed: what the step, or a
+    later one, wrote into the memory of its inputs. output_changed: what later steps of the program wrote into its
+    output; ``output`` is then a copy of what it was when it was returned.
     """
 
     output: Array | None = None
@@ -90,6 +90,7 @@ def _traced(backend: Any, program: Program, feeds: list[Feed], variant: int, at:
     caches: dict[str, Any] = {}
     trace: list[StepResult] = []
     returned: list[bytes | None] = []  # the outputs as they were then
+    memories: list[CallerMemory | None] = []
     reused = _reused(program, feeds, variant)
     for number, step in enumerate(program.steps):
         at(variant, number)
@@ -104,12 +105,13 @@ def _traced(backend: Any, program: Program, feeds: list[Feed], variant: int, at:
             done = replace(done, input_changed=written)
         if memory is not None and memory is reused:
             memory.overwrite()
+        memories.append(None if memory is reused else memory)
         trace.append(done)
         if done.error is not None:
             break
     for name in list(caches):  # what a program leaves open is ended; how that goes belongs to no step
         _guarded(backend, caches, Close(name), ((), {}))
-    return tuple(_kept(done, before) for done, before in zip(trace, returned, strict=True))
+    return tuple(_kept(*ends) for ends in zip(trace, memories, returned, strict=True))
 
 
 # --- the caller's memory ---
@@ -144,8 +146,11 @@ def _handed(views: list[Array], feed: Feed) -> Feed:
     }
 
 
-def _kept(done: StepResult, returned: bytes | None) -> StepResult:
-    """The result with the output as it was when the step returned it, and what has become of that."""
+def _kept(done: StepResult, memory: CallerMemory | None, returned: bytes | None) -> StepResult:
+    """The result with the output as it was when the step returned it, and what later steps have done to it and to the
+    inputs."""
+    if memory is not None and done.input_changed is None and (written := memory.overwritten()) is not None:
+        done = replace(done, input_changed=replace(written, later=True))
     if done.output is None or returned is None or done.output.tobytes() == returned:
         return done
     before = np.frombuffer(returned, done.output.dtype).reshape(done.output.shape)

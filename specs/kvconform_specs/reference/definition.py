@@ -143,7 +143,7 @@ def turns(
     positions: NDArray[np.int64], d: int, length: int, rotary: Rotary | None = None, how: Arithmetic = EXACT
 ) -> tuple[Array, Array]:
     """Cosines and sines ``(s, d/2)`` by which rope turns heads at these positions in a context of ``length`` tokens."""
-    angle = how.angles(positions, frequencies(rotary, d, length))
+    angle = how.angles(positions.astype(np.float64), frequencies(rotary, d, length))
     factor = attention_factor(rotary)
     return np.cos(angle) * factor, np.sin(angle) * factor
 

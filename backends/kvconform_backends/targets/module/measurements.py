@@ -194,7 +194,7 @@ class Measurements(Trials):
     def measure_slots(self, made: Recognised) -> None:
         """Where its steps write their tokens, if it has a slot for each."""
         caller, x, ends, start = self.caller(made.convention), self.sample(made, LENGTH), (PROMPT, PROMPT + 1), 0
-        sequence, states = caller.start(len(x)), []
+        sequence, states = caller.start(len(x)), list[dict[str, Tensor]]()
         for end in ends:
             _output, sequence = caller.step(sequence, x[:, start:end])
             states.append(slots.copied(slots.arrays(caller.module, sequence.past)))
