@@ -180,7 +180,7 @@ def refusals(
         found.append(Reject(Append(seq, (beyond,) * len(rows), seed)))
     if claims.can("truncate"):
         found += [Reject(Truncate(seq, length)) for length in (min(rows) + 1, -1)]
-        too_deep = min(max(claims.refuses(mark, config.capacity) for mark in marks or rows), min(rows))
+        too_deep = min(max(claims.refuses(mark, config.capacity, config.window) for mark in marks or rows), min(rows))
         if too_deep > 0:
             found.append(Reject(Truncate(seq, too_deep), "depth"))
     if claims.can("truncate_rows"):

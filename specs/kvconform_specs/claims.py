@@ -138,8 +138,8 @@ class Claims:
     ``any``, or the ``first`` alone after a sequence was opened or reset. rollback: how many tokens truncations can
     undo: each keeps at least the largest length that the row has had since it was opened or reset, less that many;
     None: all of them. too_deep: the result of a truncation to fewer: ``refused`` (an exception) or ``undefined``.
-    retention: the tokens that are kept: ``all``, or those in the ``window``: a layer with a window W holds no more than
-    W - 1 tokens, the longest append and the rollback. unused_slots: what slots without a token may hold without an
+    retention: the tokens that are kept: ``all``, or those in the ``window``: a layer with a window W holds no more
+    tokens than 2 W, the longest append and the rollback. unused_slots: what slots without a token may hold without an
     effect: ``finite`` numbers, or ``any``, including NaN and infinities. page: tokens in a page; None: no pages.
     memory: what the bytes of a sequence are proportional to: its ``length``, the ``capacity``, or whole ``pages``.
     max_graphs: the most graphs that the backend compiles or captures, for any program. intermediates, kv_bits,
@@ -217,13 +217,13 @@ class Claims:
         """Whether a truncation by more than the rollback must be refused, at least if it is by far more."""
         return self.rollback is not None and (self.too_deep == "refused" or self.retention == "window")
 
-    def refuses(self, mark: int, longest: int) -> int:
+    def refuses(self, mark: int, longest: int, window: int | None) -> int:
         """The largest length that no truncation may keep of a row whose largest length has been ``mark``, if its
         longest append was of ``longest`` tokens; below 1: none. Where ``too_deep`` is undefined it must still be
         refused for lack of the tokens that the ``window`` does not retain."""
-        if not self.rollback_ends:
+        if not self.rollback_ends or (self.too_deep != "refused" and window is None):
             return 0
-        return self.keeps(mark) - 1 - (0 if self.too_deep == "refused" else longest)
+        return self.keeps(mark) - 1 - (0 if self.too_deep == "refused" else (window or 0) + longest + 1)
 
     @property
     def precision(self) -> Precision:

@@ -7,6 +7,7 @@ Backends do not: they count what they run.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import ITEMSIZE, Config
@@ -44,9 +45,49 @@ def cache_bytes(config: Config, slots: int) -> int:
 
 
 def slots(claims: Claims, config: Config, length: int) -> int:
-    """The slots that a row of that length takes, as claimed."""
+    """The slots that a row of that length takes, as claimed, where nothing is evicted."""
     if claims.memory == "capacity":
         return config.capacity
-    if claims.memory == "pages":
-        return -(-length // (claims.page or 1)) * (claims.page or 1)
-    return length
+    return _whole_pages(claims, length) if claims.memory == "pages" else length
+
+
+def retained(claims: Claims, config: Config, layer: int, length: int, longest: int) -> tuple[int, int]:
+    """The fewest and the most tokens that a layer holds of a row of that length. ``longest``: tokens of the longest
+    append so far, which may attend before anything is evicted."""
+    window = config.window_of(layer)
+    if claims.retention == "all" or window is None:
+        return length, length
+    page = (claims.page or 1) - 1  # a page goes when none of its tokens is needed
+    return min(length, window - 1), min(length, 2 * window + longest + (claims.rollback or 0) + page)
+
+
+def held_bytes(claims: Claims, config: Config, lengths: Sequence[int], longest: int) -> tuple[int, int]:
+    """The fewest and the most bytes of the keys and values of rows of these lengths, as claimed.
+
+    A quantised token takes ``kv_bits`` a number, and one scale of up to four bytes for each head.
+    """
+    least = most = 0
+    for layer in config.caching:
+        for length in lengths:
+            low, high = retained(claims, config, layer, length, longest)
+            if claims.memory == "capacity":
+                evicts = claims.retention == "window" and config.window_of(layer) is not None
+                everything = retained(claims, config, layer, config.capacity, longest) if evicts else None
+                low, high = everything or (config.capacity, config.capacity)
+            elif claims.memory == "pages":
+                low, high = low if low < high else _whole_pages(claims, low), _whole_pages(claims, high)
+            exact = min(length, claims.residual) if claims.kv_bits else low
+            least += _bytes(claims, config, low, min(exact, low), scale=0)
+            most += _bytes(claims, config, high, high if not claims.kv_bits else exact, scale=4)
+    return least, most
+
+
+def _bytes(claims: Claims, config: Config, slots: int, exact: int, scale: int) -> int:
+    """Bytes of so many slots of a layer, of which some hold tokens in the storage dtype."""
+    quantised = -(-config.head_dim * claims.kv_bits // 8) + scale
+    one = (slots - exact) * quantised + exact * config.head_dim * ITEMSIZE[config.dtype]
+    return 2 * config.kv_heads * one
+
+
+def _whole_pages(claims: Claims, length: int) -> int:
+    return -(-length // (claims.page or 1)) * (claims.page or 1)

@@ -19,6 +19,7 @@ from kvconform_backends.faults import (
     determinism,
     equivalence,
     errors,
+    eviction,
     generation,
     graphs,
     last_position,
@@ -108,6 +109,7 @@ MODULES = (
     contents,
     batch,
     window,
+    eviction,
     capacity,
     errors,
     numerics,
@@ -128,6 +130,7 @@ CONTROLS: tuple[type, ...] = (
         if isinstance(kind, type) and issubclass(kind, NumpyCache) and kind.__module__ == controls.__name__
     ),
     rollbacks.SlackRing,
+    eviction.CutToWindow,
     determinism.OneByOne,
     capture.Captures,
     node_by_node.Graph,

@@ -9,8 +9,7 @@ import numpy as np
 from kvconform.judging.mismatch import Kind, Place, json_number
 from kvconform.judging.observed import Array, Checked, Observed
 from kvconform_specs.claims import changes_at
-from kvconform_specs.config import Config
-from kvconform_specs.costs import cache_bytes, multiply_adds, slots
+from kvconform_specs.costs import held_bytes, multiply_adds, retained, slots
 from kvconform_specs.history import Histories, Row, epoch_of
 from kvconform_specs.program import Append, Close, Step
 
@@ -99,21 +98,22 @@ def stable_contents(observed: Sequence[Observed]) -> Checked:
 def retained_count(observed: Sequence[Observed]) -> Checked:
     compared = 0
     for one in observed:
-        window = _shown(one.program.config) if one.claims.retention == "window" else None
+        c = one.program.config
         for step, _step, rows, got in _after(one, "token_counts"):
             compared += len(rows)
-            for row, history in enumerate(rows):
-                least = len(history) if window is None else min(len(history), window - 1)
-                if not least <= got[row] <= len(history):
-                    facts = {"row": row, "got": got[row], "want": least, "want_max": len(history)}
+            for row, history in enumerate(rows):  # the layer that holds most shows how many there are
+                held = [retained(one.claims, c, at, len(history), _longest(one, step)) for at in c.caching]
+                least, most = (max(numbers) for numbers in zip(*held, strict=True))
+                if not least <= got[row] <= most:
+                    facts = {"row": row, "got": got[row], "want": least, "want_max": most}
                     return Checked(one.at_step(Kind.RETAINED_COUNT, step, **facts), compared)
     return Checked(None, compared)
 
 
-def _shown(config: Config) -> int | None:
-    """The widest window of any layer; None where one sees everything."""
-    windows = [config.window_of(layer) for layer in range(config.layers)]
-    return None if None in windows else config.window
+def _longest(one: Observed, number: int) -> int:
+    """Tokens of the longest append up to a step."""
+    steps = one.program.steps[: number + 1]
+    return max((max(step.counts) for step in steps if isinstance(step, Append)), default=0)
 
 
 def graph_count(observed: Sequence[Observed]) -> Checked:
@@ -128,15 +128,15 @@ def graph_count(observed: Sequence[Observed]) -> Checked:
     return Checked(None, compared)
 
 
-def held_bytes(observed: Sequence[Observed]) -> Checked:
+def taken_bytes(observed: Sequence[Observed]) -> Checked:
     compared = 0
     for one in observed:
         c = one.program.config
         for step, _step, rows, (got,) in _after(one, "bytes"):
             compared += 1
-            want = cache_bytes(c, sum(slots(one.claims, c, len(row)) for row in rows))
-            if got != want:
-                return Checked(one.at_step(Kind.BYTES, step, got=got, want=want), compared)
+            least, most = held_bytes(one.claims, c, tuple(map(len, rows)), _longest(one, step))
+            if not least <= got <= most:
+                return Checked(one.at_step(Kind.BYTES, step, got=got, want=least, want_max=most), compared)
     return Checked(None, compared)
 
 

@@ -40,7 +40,7 @@ RELATIONS: dict[Relation, Callable[[Sequence[Observed]], Checked]] = {
     Relation.INPUTS: caller_memory.inputs,
     Relation.OUTPUTS: caller_memory.outputs,
     Relation.GRAPH_COUNT: cache_state.graph_count,
-    Relation.BYTES: cache_state.held_bytes,
+    Relation.BYTES: cache_state.taken_bytes,
     Relation.POSITIONS: cache_state.positions,
     Relation.LINEAR_COST: cache_state.linear_cost,
 }

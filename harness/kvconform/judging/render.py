@@ -174,7 +174,7 @@ WORDS: dict[Kind, Callable[[Mismatch], str]] = {
     Kind.INPUTS: _inputs,
     Kind.OUTPUTS: _outputs,
     Kind.GRAPH_COUNT: lambda m: f"has compiled {m.got} graphs, but claims at most {m.want_max}",
-    Kind.BYTES: lambda m: f"reports that it takes {m.got} bytes, want {m.want}",
+    Kind.BYTES: lambda m: f"reports that it takes {m.got} bytes, want {_range(m)}",
     Kind.POSITIONS: _positions,
     Kind.LINEAR_COST: _linear_cost,
     Kind.RAISED: lambda m: f"raised {m.error}",

@@ -140,7 +140,7 @@ def _too_deep(visit: reach.Visit) -> bool:
 
 
 def _can_be_too_deep(config: Config, claims: Claims) -> bool:
-    return claims.refuses(config.capacity, 2) > 1
+    return claims.refuses(config.capacity, 2, config.window) > 1
 
 
 def _refused_truncation(words: str, wrong: Callable[[int, int], bool]) -> reach.Situation:
