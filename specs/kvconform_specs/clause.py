@@ -38,6 +38,10 @@ class Relation(Enum):
         "after each step the backend reports how many more tokens each row takes: the capacity minus its length"
     )
     CONTENTS = "a read gives each row's keys and values as they were appended, within half a step of quantisation"
+    QUANTISED = (
+        "of each token beyond the residual window a read gives integers times one step for each head, the largest of "
+        "which is the largest that the claimed bits hold"
+    )
     STABLE_CONTENTS = "two reads give the same keys and values of a token, bit for bit"
     RETAINED_COUNT = (
         "a read gives each row's newest tokens: at least those that later queries may see, no more than are retained"
@@ -72,7 +76,7 @@ class Relation(Enum):
     @property
     def judges_numbers(self) -> bool:
         """Whether it is about outputs, or about cached keys and values."""
-        return self.judges_outputs or self in (Relation.CONTENTS, Relation.STABLE_CONTENTS)
+        return self.judges_outputs or self in (Relation.CONTENTS, Relation.QUANTISED, Relation.STABLE_CONTENTS)
 
     @property
     def needs_reference(self) -> bool:

@@ -12,6 +12,10 @@ from kvconform_specs.claims import changes_at
 from kvconform_specs.costs import held_bytes, multiply_adds, retained, slots
 from kvconform_specs.history import Histories, Row, epoch_of
 from kvconform_specs.program import Append, Close, Step
+from kvconform_specs.reference.bounds import grid_error
+
+VACUOUS = 0.25
+"""Of a step: where numbers may be that far from a multiple, half of all numbers are."""
 
 
 def lengths(observed: Sequence[Observed]) -> Checked:
@@ -59,6 +63,37 @@ def contents(observed: Sequence[Observed]) -> Checked:
                     place = step, row, first + slot
                     return Checked(one.at_read(Kind.CONTENTS, place, element, **facts), compared)
                 worst = max(worst, float(np.max(np.abs(mine - value) / np.where(bound > 0, bound, 1), initial=0.0)))
+    return Checked(None, compared, worst if compared else None)
+
+
+def quantised(observed: Sequence[Observed]) -> Checked:
+    """The numbers of a head over its step are integers: the largest of them is known to be ``2^(bits - 1) - 1``."""
+    compared, worst = 0, 0.0
+    for one in observed:
+        c, largest = one.program.config, 2 ** (one.claims.kv_bits - 1) - 1
+        error = grid_error(largest, c.dtype)
+        if error >= VACUOUS:
+            continue
+        for step in one.reads():
+            got, want, held = one.trace[step].output, one.want(step), one.trace[step].reported["token_counts"]
+            assert got is not None
+            for row, history in enumerate(want.rows):
+                shown = min(held[row], len(history))
+                past = max(shown - one.claims.residual, 0)
+                mine = got[:, row, held[row] - shown : held[row] - shown + past].astype(np.float64)
+                heads = mine.reshape(*mine.shape[:2], 2 * c.kv_heads, c.head_dim)
+                unit = np.broadcast_to(np.abs(heads).max(axis=-1, keepdims=True) / largest, heads.shape)
+                nearest = np.rint(heads / np.where(unit == 0, 1, unit)) * unit
+                away, allowed = (x.reshape(mine.shape) for x in (np.abs(heads - nearest), error * unit))
+                compared += mine.size
+                off = ~(away <= allowed)
+                if bool(off.any()):
+                    cell = tuple(int(i) for i in np.argwhere(off)[0])
+                    number, want_number, bound = mine[cell], nearest.reshape(mine.shape)[cell], allowed[cell]
+                    facts = {"got": json_number(number), "want": json_number(want_number), "bound": json_number(bound)}
+                    place = step, row, len(history) - shown + cell[1]
+                    return Checked(one.at_read(Kind.QUANTISED, place, cell[2], **facts), compared)
+                worst = max(worst, float(np.max(away / np.where(allowed > 0, allowed, 1), initial=0.0)))
     return Checked(None, compared, worst if compared else None)
 
 

@@ -35,6 +35,7 @@ RELATIONS: dict[Relation, Callable[[Sequence[Observed]], Checked]] = {
     Relation.LENGTHS: cache_state.lengths,
     Relation.FREE_SLOTS: cache_state.free_slots,
     Relation.CONTENTS: cache_state.contents,
+    Relation.QUANTISED: cache_state.quantised,
     Relation.STABLE_CONTENTS: cache_state.stable_contents,
     Relation.RETAINED_COUNT: cache_state.retained_count,
     Relation.INPUTS: caller_memory.inputs,

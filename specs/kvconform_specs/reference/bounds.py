@@ -165,6 +165,17 @@ def _quantised(x: Array, dtype: str, precision: Precision, exact_from: int | Non
     return error
 
 
+def grid_error(largest: int, dtype: str) -> float:
+    """How far a dequantised number may be from an integer multiple of its head's step, in steps.
+
+    The step is the largest magnitude that was read, over ``largest``. Both that and the number are an integer times a
+    step, rounded twice at most (the product, and the result as it is stored), each by ``u``: the quotient of the two is
+    off by a factor of ``(1 + u)^2 / (1 - u)^2``, and no integer exceeds ``largest``.
+    """
+    u = STORAGE[dtype]
+    return largest * (((1 + u) / (1 - u)) ** 2 - 1)
+
+
 def quantisation_error(x: Array, precision: Precision, dtype: str = "float32") -> Array:
     """``h``: the largest error of each element of ``x`` ``(..., s, d)`` in a quantised cache; zeros if it is not."""
     sizes, u = np.abs(x), STORAGE[dtype]
