@@ -50,9 +50,11 @@ def attention_factor(config: Config) -> float:
 
 
 def lacking(config: Config, *designs: str) -> str | None:
-    """Why a cache that has only these designs (``rotary``, ``kv_source``) cannot run a config, or None."""
+    """Why a cache that has only these designs (``rotary``, ``kv_source``, ``latent``) cannot run a config, or None."""
     if config.changes_at and "rotary" not in designs:
         return "it caches rotated keys, and the config's rotary factors change with the number of tokens"
     if config.kv_source and "kv_source" not in designs:
         return "each of its layers has keys and values of its own"
+    if config.latent and "latent" not in designs:
+        return "its layers keep keys and values, and not a latent"
     return None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kvconform.judging.verdict import Outcome
 from kvconform.results.results import Results
-from kvconform_reports.view.outcomes import WORST_FIRST, duration, labels, standing
+from kvconform_reports.view.outcomes import MEANINGS, WORST_FIRST, duration, labels, standing
 
 
 def table(results: Sequence[Results]) -> str:
@@ -33,6 +33,12 @@ def table(results: Sequence[Results]) -> str:
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(_line(row, widths) for row in rows)
+
+
+def legend(results: Sequence[Results]) -> str:
+    """What explains an outcome of the table that is easily taken for a failure; empty where none is there."""
+    refuted = any(_count(result, Outcome.REFUTED) for result in results)
+    return f"refuted: {MEANINGS[Outcome.REFUTED]}" if refuted else ""
 
 
 def printable(text: str) -> str:

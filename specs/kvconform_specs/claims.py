@@ -17,7 +17,8 @@ Memory = Literal["length", "capacity", "pages"]
 TooDeep = Literal["refused", "undefined"]
 RaggedAppends = Literal["any", "first"]
 Interface = Literal["steps", "generation"]
-SeesNothing = Literal["zeros", "mean", "undefined"]
+SeesNothing = Literal["zeros", "finite"]
+CacheDtype = Literal["", "float32", "bfloat16", "float16"]
 Intermediates = Literal["single", "storage"]
 Reference = Literal["definition", "self"]
 Rounding = Literal["own", "shared"]
@@ -103,6 +104,7 @@ ONE_OF = {
     "ragged_appends": RaggedAppends,
     "interface": Interface,
     "sees_nothing": SeesNothing,
+    "cache_dtype": CacheDtype,
     "intermediates": Intermediates,
     "reference": Reference,
     "rounding": Rounding,
@@ -117,14 +119,16 @@ class Precision:
 
     intermediates: ``single``: scores and weights are kept in float32; ``storage``: rounded to the config's dtype.
     kv_bits: keys and values are stored as integers of that many bits, with one absmax scale for each token and head;
-    0: in the config's dtype. residual: the number of newest tokens of a row that are not quantised. changes_at: see
-    ``Claims``.
+    0: in the config's dtype. residual: the number of newest tokens of a row that are not quantised. changes_at,
+    cache_dtype, sees_nothing: see ``Claims``.
     """
 
     intermediates: str = "single"
     kv_bits: int = 0
     residual: int = 0
     changes_at: tuple[int, ...] = ()
+    cache_dtype: str = ""
+    sees_nothing: str = "zeros"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +149,9 @@ class Claims:
     max_graphs: the most graphs that the backend compiles or captures, for any program. intermediates, kv_bits,
     residual: see ``Precision``. reference: what outputs are compared with; ``self`` is for backends whose weights the
     harness does not set. interface: ``steps``, or ``generation`` for an engine that only generates and is judged by
-    that alone. sees_nothing: what a query gives that sees no key: ``zeros``, the ``mean`` of the values, or
-    ``undefined``. rounding: whether the last bits of an output depend on its ``own`` tokens only, or are ``shared``
+    that alone. cache_dtype: the dtype in which keys and values are kept, to which each is rounded once; empty: the
+    config's. sees_nothing: what a query gives that sees no key: ``zeros``, or any ``finite`` number, such as the mean
+    of the values. rounding: whether the last bits of an output depend on its ``own`` tokens only, or are ``shared``
     with other tokens of the call (experts that share a matrix product); it is measured for black boxes. inputs: whether
     what a step was given is ``copied`` into the cache, so that the caller may overwrite it after the step, or ``kept``
     as views of the caller's memory. changes_at: the numbers of tokens with which a black box's own forward gives the
@@ -175,6 +180,7 @@ class Claims:
     intermediates: Intermediates = "single"
     kv_bits: int = 0
     residual: int = 0
+    cache_dtype: CacheDtype = ""
     sees_nothing: SeesNothing = "zeros"
     interface: Interface = "steps"
     reference: Reference = "definition"
@@ -229,7 +235,9 @@ class Claims:
 
     @property
     def precision(self) -> Precision:
-        return Precision(self.intermediates, self.kv_bits, self.residual, self.changes_at)
+        return Precision(
+            self.intermediates, self.kv_bits, self.residual, self.changes_at, self.cache_dtype, self.sees_nothing
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

@@ -36,8 +36,10 @@ class Config:
     rotary: how rope's angles are scaled with the context (``rotary.py``); ``None`` is not at all. kv_source: for each
     layer the one whose keys and values it reads: its own number, or an earlier layer that has its own (Gemma 3n, YOCO,
     cross-layer attention); empty: every layer has its own.
-    scale: factor of the scores; ``None`` is ``1 / sqrt(head_dim)``. capacity: the most tokens of a sequence.
-    width, mlp: model width and width of the gated MLP (``mlp=0``: no MLP); used by the decoder only.
+    latent, rotary_dim: latent attention (MLA, DeepSeek-V2): a token keeps ``latent`` numbers, from which the keys and
+    values of all heads follow, and one key of ``rotary_dim`` numbers that rope turns and all heads share; 0: none.
+    scale: factor of the scores; ``None`` is ``1 / sqrt(head_dim + rotary_dim)``. capacity: the most tokens of a
+    sequence. width, mlp: model width and width of the gated MLP (``mlp=0``: no MLP); used by the decoder only.
     reserved: token ids that no program uses, such as a black box's padding.
     """
 
@@ -62,6 +64,8 @@ class Config:
     reserved: tuple[int, ...] = ()
     rotary: Rotary | None = None
     kv_source: tuple[int, ...] = ()
+    latent: int = 0
+    rotary_dim: int = 0
 
     def __post_init__(self) -> None:
         _one_of("config.profile", self.profile, PROFILES)
@@ -82,6 +86,7 @@ class Config:
             raise SpecError("config.rotary", f"{len(self.rotary.short)} divisors for {self.head_dim // 2} pairs")
         if self.rotary is not None and self.rotary.kind in ("ntk", "dynamic") and self.head_dim < 4:
             raise SpecError("config.rotary", f"a base that grows needs a head dim of at least 4, got {self.head_dim}")
+        self._check_latent()
         for layer, source in enumerate(self.kv_source):
             if len(self.kv_source) != self.layers or source > layer or self.kv_source[source] != source:
                 raise SpecError("config.kv_source", f"layer {layer} of {self.layers} cannot read layer {source}")
@@ -98,6 +103,21 @@ class Config:
         elif self.layers != 1 or self.positions not in ("none", "alibi"):
             raise SpecError("config.layers", "the attention profile is one layer without positions or with alibi")
 
+    def _check_latent(self) -> None:
+        if not self.latent:
+            if self.rotary_dim:
+                raise SpecError("config.rotary_dim", "only latent attention has rotary dims of its own")
+            return
+        _at_least("config.latent", self.latent, 1)
+        if self.profile != "decoder" or self.positions != "rope" or self.kv_heads != self.heads:
+            raise SpecError("config.latent", "wants a decoder with rope, and as many KV heads as query heads")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise SpecError("config.rotary_dim", f"rope needs an even number of dims, got {self.rotary_dim}")
+        if self.kv_source or self.changes_at:
+            raise SpecError(
+                "config.latent", "is not combined with shared layers or factors that change with the length"
+            )
+
     @property
     def group(self) -> int:
         """Query heads that share one KV head: query head ``i`` reads KV head ``i // group``."""
@@ -105,7 +125,7 @@ class Config:
 
     @property
     def score_scale(self) -> float:
-        return 1.0 / math.sqrt(self.head_dim) if self.scale is None else self.scale
+        return 1.0 / math.sqrt(self.head_dim + self.rotary_dim) if self.scale is None else self.scale
 
     @property
     def outputs(self) -> int:
@@ -129,7 +149,7 @@ class Config:
     @property
     def kept(self) -> int:
         """The numbers that all layers together keep of each token."""
-        return len(self.caching) * 2 * self.kv_heads * self.head_dim
+        return len(self.caching) * (self.latent + self.rotary_dim if self.latent else 2 * self.kv_heads * self.head_dim)
 
     def window_of(self, layer: int) -> int | None:
         """The window of that layer; None if it has none."""

@@ -1,9 +1,9 @@
 """The closed table of configs on which every backend is tested; the sizes of each are pairwise distinct.
 
-Together they cover MHA, GQA, MQA, window, softcap, a sink, a given scale, head dims that are not multiples of 8, layers
-with and without a window in one decoder, each kind of positions, rotary factors that are scaled and that change with
-the length, layers that share keys and values, and a long context. They are few because compiled and
-exported backends take long to build.
+Together they cover MHA, GQA, MQA, window, softcap, a sink, a bias, a given scale and head dims of every kind: each pair
+of these in some config, and each option alone in one, so that a backend that refuses the others still meets it.
+Further: layers with and without a window in one decoder, each kind of positions, rotary factors that are scaled and
+that change with the length, layers that share keys and values, latent attention, and a long context.
 """
 
 from __future__ import annotations
@@ -21,6 +21,20 @@ CONFIGS: dict[str, Config] = {
         "attention", heads=5, kv_heads=1, head_dim=12, softcap=1.5, scale=0.37, positions="alibi"
     ),
     "attention-sink": Config("attention", heads=7, kv_heads=7, head_dim=10, window=6, sink=1.0),
+    # each option alone, plain multi-head attention, and head dims of every kind: below, LIGHT
+    "attention-mha": Config("attention", heads=5, kv_heads=5, head_dim=10),
+    "attention-scale": Config("attention", heads=3, kv_heads=3, head_dim=16, scale=0.21),
+    "attention-capped": Config("attention", heads=3, kv_heads=3, head_dim=32, softcap=1.2),
+    "attention-alibi": Config("attention", heads=4, kv_heads=2, head_dim=64, positions="alibi"),
+    "attention-bare-sink": Config("attention", heads=3, kv_heads=1, head_dim=16, sink=0.8),
+    # and together
+    "attention-odd": Config("attention", heads=4, kv_heads=2, head_dim=9, window=6, softcap=1.8, sink=0.7, scale=0.3),
+    "attention-small": Config(
+        "attention", heads=3, kv_heads=3, head_dim=8, window=6, softcap=1.7, sink=0.9, positions="alibi"
+    ),
+    "attention-wide": Config(
+        "attention", heads=2, kv_heads=1, head_dim=128, window=7, sink=0.6, scale=0.1, positions="alibi"
+    ),
     # among 4 096 random keys a needle stands out from head dim 24 on (a test of the bounds)
     "attention-long": Config("attention", heads=2, kv_heads=1, head_dim=32, capacity=4160),
     "decoder-rope": Config(
@@ -53,6 +67,20 @@ CONFIGS: dict[str, Config] = {
         softcap=2.0,
         seed=2,
     ),
+    # the commonest kind of windowed model, and its head dim is width / heads
+    "decoder-sliding": Config(
+        "decoder",
+        heads=6,
+        kv_heads=3,
+        head_dim=8,
+        layers=2,
+        width=48,
+        mlp=36,
+        vocabulary=67,
+        positions="rope",
+        window=6,
+        seed=5,
+    ),
     # the angles of all keys change with token 13; one layer, so that a cache of unrotated keys is enough
     "decoder-longrope": Config(
         "decoder",
@@ -81,7 +109,34 @@ CONFIGS: dict[str, Config] = {
         kv_source=(0, 1, 0),
         seed=4,
     ),
+    "decoder-latent": Config(
+        "decoder",
+        heads=5,
+        kv_heads=5,
+        head_dim=6,
+        width=18,
+        vocabulary=41,
+        positions="rope",
+        latent=9,
+        rotary_dim=4,
+        seed=6,
+    ),
 }
+LIGHT = frozenset(
+    {
+        "attention-mha",
+        "attention-scale",
+        "attention-capped",
+        "attention-alibi",
+        "attention-bare-sink",
+        "attention-odd",
+        "attention-small",
+        "attention-wide",
+        "decoder-sliding",
+    }
+)
+LIGHT_SHARE = 0.25
+"""Configs that vary sizes and options, which nearly any program shows: this share of structures is drawn for them."""
 LONG = 1024
 """A config of this capacity or more is for clauses about long contexts only: its programs take long."""
 
@@ -91,6 +146,11 @@ def config_named(name: str, dtype: str = "float32") -> Config:
     if name not in CONFIGS:
         raise SpecError("config", f"no config named {name!r}; known: {', '.join(CONFIGS)}")
     return replace(CONFIGS[name], dtype=dtype)
+
+
+def share(label: str) -> float:
+    """The share of an effort's structures that is drawn for a config with that label."""
+    return LIGHT_SHARE if any(label == name or label.startswith(f"{name}-") for name in LIGHT) else 1.0
 
 
 def label(name: str, dtype: str) -> str:

@@ -24,13 +24,15 @@ def multiply_adds(
 
     keys: the number of keys that each new token meets in every layer, if that is more than it sees: ``past + new``
     with a dense mask, the capacity if all slots are read; None: the keys that it sees. last_only: only the last
-    position is projected to logits.
+    position is projected to logits. Latent attention is counted in its absorbed form, which multiplies the latent of
+    each key and never expands it.
     """
     c, shapes = config, weight_shapes(config)
     layers = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and "." in name)
     met = c.layers * new * keys if keys is not None else sum(seen(c, layer, past, new) for layer in range(c.layers))
     head = (1 if last_only else new) * math.prod(shapes.get("lm_head", (0,)))
-    return batch * (new * layers + head + 2 * c.heads * c.head_dim * met)
+    one_key = c.heads * (2 * c.latent + c.rotary_dim if c.latent else 2 * c.head_dim)
+    return batch * (new * layers + head + one_key * met)
 
 
 def seen(config: Config, layer: int, past: int, new: int) -> int:
@@ -40,8 +42,8 @@ def seen(config: Config, layer: int, past: int, new: int) -> int:
 
 
 def cache_bytes(config: Config, slots: int) -> int:
-    """Bytes of the keys and values in so many slots of every layer that has its own."""
-    return 2 * len(config.caching) * config.kv_heads * slots * config.head_dim * ITEMSIZE[config.dtype]
+    """Bytes of what so many slots of every layer keep: keys and values, or latents and rotary keys."""
+    return config.kept * slots * ITEMSIZE[config.dtype]
 
 
 def slots(claims: Claims, config: Config, length: int) -> int:
@@ -85,7 +87,7 @@ def held_bytes(claims: Claims, config: Config, lengths: Sequence[int], longest: 
 def _bytes(claims: Claims, config: Config, slots: int, exact: int, scale: int) -> int:
     """Bytes of so many slots of a layer, of which some hold tokens in the storage dtype."""
     quantised = -(-config.head_dim * claims.kv_bits // 8) + scale
-    one = (slots - exact) * quantised + exact * config.head_dim * ITEMSIZE[config.dtype]
+    one = (slots - exact) * quantised + exact * config.head_dim * ITEMSIZE[claims.cache_dtype or config.dtype]
     return 2 * config.kv_heads * one
 
 

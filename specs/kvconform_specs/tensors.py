@@ -226,8 +226,12 @@ def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     for layer in range(c.layers):
         at = f"layers.{layer}."
         shapes[at + "norm_attention"] = (c.width,)
-        shapes[at + "query"] = (c.width, c.heads * c.head_dim)
-        if c.source_of(layer) == layer:
+        shapes[at + "query"] = (c.width, c.heads * (c.head_dim + c.rotary_dim))
+        if c.latent:
+            shapes[at + "down"] = (c.width, c.latent + c.rotary_dim)
+            shapes[at + "norm_latent"] = (c.latent,)
+            shapes[at + "up"] = (c.latent, c.heads * 2 * c.head_dim)
+        elif c.source_of(layer) == layer:
             shapes[at + "key"] = (c.width, c.kv_heads * c.head_dim)
             shapes[at + "value"] = (c.width, c.kv_heads * c.head_dim)
         shapes[at + "output"] = (c.heads * c.head_dim, c.width)

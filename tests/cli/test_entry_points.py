@@ -30,9 +30,9 @@ def test_a_conformant_backend_exits_with_0(tmp_path: Path) -> None:
     done = kvconform("run", "-b", "numpy", *ONLY_CORE, folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     count = len(CORE)
-    assert done.stdout.startswith(
-        f"numpy: the selected part passed: {count} cells; conformance needs the whole suite\n"
-    )
+    counts, summary = done.stdout.splitlines()[:2]
+    assert counts == f"numpy [attention-gqa]: {count} pass"
+    assert summary == f"numpy: the selected part passed: {count} cells; conformance needs the whole suite"
     found = read(tmp_path / "results" / "numpy.json")
     assert found.finished
     assert {verdict.clause: verdict.outcome for verdict in found.verdicts} == dict.fromkeys(CORE, Outcome.PASS)
@@ -44,7 +44,8 @@ def test_a_broken_backend_exits_with_1_and_each_failure_is_two_lines(tmp_path: P
     name = f"{SUBJECTS}:PrintsAndIsWrong"
     done = kvconform("run", "-b", name, *ONE_CONFIG, "--clause", "definition.attention", folder=tmp_path)
     assert done.returncode == 1
-    fact, replay, diagnosis, summary, _counts = done.stdout.splitlines()
+    fact, replay, counts, diagnosis, summary, _counts = done.stdout.splitlines()
+    assert counts == "PrintsAndIsWrong [attention-gqa]: 1 fail"
     assert fact.startswith("definition.attention on PrintsAndIsWrong [attention-gqa]: step ")
     assert diagnosis.startswith("diagnosis [attention-gqa]: ")
     assert summary == "PrintsAndIsWrong: non-conformant: 1 of 1 judged cell failed"
@@ -151,6 +152,11 @@ def test_the_gate_exits_with_4_on_a_lost_pass_and_0_on_none(tmp_path: Path) -> N
     data = json.loads(results.read_text())
     del data["verdicts"][0]
     results.write_text(json.dumps(data))
+    lost = kvconform("gate", str(results), "--baseline", str(baseline), folder=tmp_path)
+    assert lost.returncode == 5
+    words = "1 cell of the baseline not judged: only clauses shape, configs attention-gqa"
+    assert lost.stdout == f"undecided: numpy: {words}\nnumpy: undecided\n"
+    results.write_text(json.dumps({**data, "clauses": [], "configs": []}))
     lost = kvconform("gate", str(results), "--baseline", str(baseline), folder=tmp_path)
     assert lost.returncode == 4
     assert "regression: numpy: shape.output [attention-gqa]: was pass, is gone" in lost.stdout

@@ -517,3 +517,14 @@ def test_trials_are_the_same_each_time_and_reach_what_claims_allow() -> None:
     for probe in trials(config, plain, range(32)):
         assert {type(step) for step in probe.program.steps} <= {Append, Close}
         assert max(max(step.counts) for step in probe.program.steps if isinstance(step, Append)) <= 2
+
+
+@pytest.mark.slow
+def test_the_condition_of_a_cache_that_evicts_wrongly_is_the_length() -> None:
+    pytest.importorskip("torch", reason="the modules are in torch")
+    assert diagnosed(f"py:{SUPPORT / 'streaming.py'}:Streaming", "hidden-self") is None
+    found = diagnosed(f"py:{SUPPORT / 'streaming.py'}:NewKeyNotShifted", "hidden-self")
+    assert found is not None
+    assert found.condition is not None
+    assert found.condition.predicates == ["with length ≥ 8"]
+    assert found.condition.exact

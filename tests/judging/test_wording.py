@@ -9,6 +9,9 @@ from msgspec.structs import replace
 from kvconform.errors import Exit, Raised
 from kvconform.judging.mismatch import Kind, Mismatch, Place
 from kvconform.judging.render import WORDS, render
+from kvconform_specs.configs import CONFIGS
+from kvconform_specs.describe import describe, outline
+from kvconform_specs.program import Append, Program, Reject, Truncate
 
 STEP = Mismatch(kind=Kind.RAISED, program=0, step=2, call="append 1 to a")
 OUTPUT = replace(WRONG, program=0, step=1)
@@ -184,3 +187,22 @@ def test_a_mismatch_reads(mismatch: Mismatch, sentence: str) -> None:
 
 def test_every_kind_that_can_be_found_is_shown_here() -> None:
     assert set(WORDS) == set(Kind) == {mismatch.kind for mismatch, _ in SENTENCES}
+
+
+def test_an_outline_joins_equal_steps_and_names_the_sizes_that_they_meet() -> None:
+    config = CONFIGS["attention-window"]
+    decode = Append("a", (1,), 0)
+    program = Program(config, (Append("a", (17,), 0), decode, decode, decode, Truncate("a", 9), decode))
+    assert outline(program) == (
+        f"append 17 to a, append 1 to a (3 times), truncate a to 9, append 1 to a (window {config.window})"
+    )
+    assert outline(program, 1) == f"append 17 to a (window {config.window})"
+    plain = CONFIGS["attention-gqa"]
+    filled = Program(plain, (Append("a", (plain.capacity,), 0), Reject(Append("a", (1,), 0))))
+    assert outline(filled) == f"append {plain.capacity} to a, reject append 1 to a (capacity {plain.capacity})"
+    assert outline(filled, 0) == ""
+
+
+def test_a_malformed_call_says_what_is_malformed() -> None:
+    program = Program(CONFIGS["attention-gqa"], (Append("a", (1,), 0), Reject(Append("a", (1,), 0), "head dim")))
+    assert describe(program, 1) == "reject append 1 to a with a wrong head dim"

@@ -258,6 +258,24 @@ def test_a_run_that_did_not_finish_says_so() -> None:
     assert "did not finish" in terminal.table([unfinished])
 
 
+def test_a_run_that_time_cut_says_in_how_many_cells() -> None:
+    first, *others = given.everywhere()
+    cut = given.results("eager", [msgspec.structs.replace(first, cut=True), *others])
+    words = "In 1 cell the time limit ended before all planned programs were judged."
+    for text in (page(render([cut], [], None)).text, markdown.render([cut], [], None), terminal.table([cut])):
+        assert words in text
+    whole = given.results("eager", [first, *others])
+    assert "time limit" not in terminal.table([whole])
+
+
+def test_refuted_beside_conformant_is_explained() -> None:
+    verdicts = given.everywhere()
+    assert terminal.legend([given.results("eager", given.refuted(verdicts))]) == (
+        "refuted: a measured guarantee does not hold; guarantees are not required"
+    )
+    assert terminal.legend([given.results("eager", verdicts)]) == ""
+
+
 def test_the_matrix_has_a_row_for_every_clause_of_the_spec_and_for_those_it_does_not_know() -> None:
     strange = given.other("paging.permuted", "attention-gqa", Outcome.INCONCLUSIVE, "cannot tell")
     text = page(render([given.results("eager", [strange])], [], None)).text

@@ -50,7 +50,7 @@ def spec(*arguments: str) -> Result:
 
 # --- the page ---
 def test_the_page_in_docs_is_what_the_spec_says() -> None:
-    words = "docs/spec.md is stale; regenerate it with: kvconform spec --write docs/spec.md"
+    words = "docs/spec.md is stale; renew it with: nox -s regenerate"
     assert (ROOT / "docs" / "spec.md").read_text() == page(), words
 
 

@@ -60,6 +60,20 @@ class LayerPast(Projections):
         return (y, (key, value)) if use_cache else (y, None)
 
 
+class WantsAll(Projections):
+    """Is given the whole sequence beside the past, and computes the tokens that are not in it."""
+
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None = None):
+        new = x if past is None else x[:, past[0].shape[2] :]
+        if not new.shape[1]:
+            raise ValueError("the sequence is no longer than its past")
+        query, key, value = self.projected(new)
+        if past is not None:
+            key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+        mask = lower(query.shape[2], key.shape[2])
+        return self.joined(sdpa(query, key, value, attn_mask=mask)), (key, value)
+
+
 class TwoPasts(Projections):
     def forward(self, x: Tensor, past_k: Tensor | None = None, past_v: Tensor | None = None) -> tuple[Tensor, ...]:
         query, key, value = self.projected(x)

@@ -28,6 +28,7 @@ torch = pytest.importorskip("torch", reason="transformers runs on it")
 pytest.importorskip("transformers", reason="it is what is tested here")
 
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers.models.llama import modeling_llama  # noqa: E402
 
 from kvconform_backends.targets.hf import target as hf_target  # noqa: E402
 from kvconform_backends.targets.hf.target import Transformers, open_hf, tokens_of  # noqa: E402
@@ -96,12 +97,42 @@ def test_the_abilities_of_a_cache_are_found_by_trying() -> None:
         {"uncached_forward", "length", "reset", "fork"},
     )
     assert {*open_hf("LlamaConfig", {}).claims.abilities} == everything
-    assert {*open_hf("LlamaConfig", {"cache": "static"}).claims.abilities} == everything - {"truncate"}
+    assert {*open_hf("LlamaConfig", {"cache": "static"}).claims.abilities} == everything - {"truncate"} | {"poison"}
     # a sliding layer can be cropped only if its window never fills
     assert {*open_hf("MistralConfig", {}).claims.abilities} == common | {"reorder"}
     wide = open_hf("MistralConfig", {"config": {"sliding_window": 64}})
     assert {*wide.claims.abilities} == everything
     assert wide.configs["decoder-self"].window is None
+
+
+@pytest.mark.parametrize("family", ["LlamaConfig", "MistralConfig"])
+def test_poison_reaches_the_slots_of_a_static_cache_that_hold_no_token(family: str) -> None:
+    backend = InProcess(open_hf(family, {"cache": "static"})).backend
+    _, sequence = backend.step(backend.start(2), np.array([[3, 4, 5]] * 2))
+    before = [layer.keys.clone() for layer in sequence.cache.layers]
+    backend.poison(sequence, float("nan"), None)
+    for layer, held in zip(sequence.cache.layers, before, strict=True):
+        assert torch.equal(layer.keys[:, :, :3], held[:, :, :3])
+        assert layer.keys[:, :, 3:].numel() > 0
+        assert layer.keys[:, :, 3:].isnan().all()
+        assert not layer.values.isnan().any()
+
+
+def test_an_unused_slot_of_a_static_cache_that_attention_reads_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = modeling_llama.eager_attention_forward
+
+    def wrong(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        output, weights = right(module, query, key, value, mask, **options)
+        return output + value[:, :1, -1:], weights  # zeros, as long as nothing fills the last slot
+
+    backend = open_hf("LlamaConfig", {"cache": "static", "attn_implementation": "eager"})
+    program = Program(InProcess(backend).config, (Append("a", (3,), 0), Append("a", (1,), 0)))
+    assert broken(backend, ["contents.dead-slots"]) == {}
+    before = execute(InProcess(backend).backend, program, (0,))[0]
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", wrong)
+    after = execute(InProcess(backend).backend, program, (0,))[0]
+    assert all(np.array_equal(mine.output, its.output) for mine, its in zip(after, before, strict=True))
+    assert [*broken(backend, ["contents.dead-slots"])] == ["contents.dead-slots"]
 
 
 def test_random_weights_are_spread_and_depend_only_on_the_seed() -> None:

@@ -281,6 +281,24 @@ def test_a_target_that_cannot_be_opened_is_an_error_of_one_sentence(
     assert words in str(caught.value)
 
 
+def test_a_target_that_wants_the_whole_sequence_beside_its_past_is_not_judged() -> None:
+    with pytest.raises(BackendUnavailable, match=r"not judged: its cached calls agree .* if they are given all tokens"):
+        opened("WantsAll")
+
+
+def test_what_no_trial_agreed_with_is_said_first() -> None:
+    pytest.importorskip("torch")
+    for name, words in (("TopLeftMask", True), ("RightMask", False)):
+        found = module.open_module(f"{SUPPORT / 'published_listings.py'}:{name}", {})
+        assert found.assumed[1].startswith("it is called as meant, although no cached call") is words
+
+
+def test_a_length_is_claimed_only_where_it_grows_to_the_capacity() -> None:
+    right = module.open_module(f"{SUPPORT / 'streaming.py'}:Streaming", {})
+    assert not right.claims.can("length")
+    assert opened("LayerPast").claims.can("length")
+
+
 def test_a_file_that_cannot_be_imported_is_an_error_of_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import no_such_package_of_anyone\n")
     with pytest.raises(BackendUnavailable, match=r"cannot be imported: ModuleNotFoundError: No module named 'no_such"):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvconform_backends.abilities import without
-from kvconform_backends.faults.configs import PLACED, ROPE, SOFTCAPPED
+from kvconform_backends.faults.configs import LATENT, PLACED, ROPE, SOFTCAPPED
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 from kvconform_backends.numpy.paged import NumpyPaged
 from kvconform_backends.numpy.static import Buffers, NumpyStatic
@@ -42,6 +42,21 @@ class DimsReversed(NumpyCache):
 
     def contents(self, cache: Cache) -> list[list[tuple[Array, Array]]]:
         return [[(keys[..., ::-1], values) for keys, values in layer] for layer in super().contents(cache)]
+
+
+class LatentExpanded(NumpyCache):
+    """Latent attention expands every cached latent to keys and values in each step, and absorbs nothing."""
+
+    claims = replace(NumpyCache.claims, abilities=without(NumpyCache.claims, "macs"))
+    configs = LATENT
+
+    def absorbed(self, query: Array, latents: Array, rotary: Array) -> Array:
+        c = self.config
+        up = self.weights[f"layers.{self.layer}.up"]
+        keys, values = np.split((latents @ up).reshape(*latents.shape[:1], -1, c.heads, 2 * c.head_dim), 2, axis=-1)
+        keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)  # (b, h, s, d) each
+        keys = np.concatenate([keys, np.broadcast_to(rotary, (*keys.shape[:-1], c.rotary_dim))], axis=-1)
+        return self.softmax(self.scores(query, keys)) @ values
 
 
 class BiasByKey(NumpyCache):
@@ -115,6 +130,8 @@ class Columns(Cache):
 
 class KeysTransposed(NumpyCache):
     """Keys are stored transposed, in the layout of their product with a query."""
+
+    designs = ("rotary",)
 
     def start(self, batch: int) -> Cache:
         made = super().start(batch)

@@ -24,6 +24,7 @@ class OneByOne(NumpyCache):
     """Each token is computed in a step of its own: a prompt has the same bits as decode steps."""
 
     claims = replace(NumpyCache.claims, abilities=without(NumpyCache.claims, "mask", "macs"))
+    designs = ("kv_source", "latent")  # not "rotary": the tokens of a call turn by the number of all of them
     together = 1  # tokens of the call
 
     def step(  # type: ignore[override]  # keywords according to its claims

@@ -70,7 +70,7 @@ class NumpyCache(NumpyLayers, Backend):
         overflow="refused",
     )
 
-    designs: tuple[str, ...] = ("rotary", "kv_source")  # see ``rotary.lacking``
+    designs: tuple[str, ...] = ("rotary", "kv_source", "latent")  # see ``rotary.lacking``
     measured = 0  # multiply-adds of the last count_macs step
 
     @classmethod
@@ -82,6 +82,9 @@ class NumpyCache(NumpyLayers, Backend):
     # --- lifecycle ---
     def start(self, batch: int) -> Cache:
         c = self.config
+        if c.latent:  # the latents are in place of the keys, the rotary keys in place of the values
+            latents, rotary = (np.zeros((batch, 1, 0, size), np.float32) for size in (c.latent, c.rotary_dim))
+            return Cache([latents] * c.layers, [rotary] * c.layers)
         empty = self.stored(np.zeros((batch, c.kv_heads, 0, c.head_dim), np.float32))
         return Cache([empty] * c.layers, [empty] * c.layers)
 
@@ -176,6 +179,8 @@ class NumpyCache(NumpyLayers, Backend):
 
     def on_all(self, query: Array, keys: Array, values: Array) -> Array:
         """Attention on everything that a layer holds. Keys whose angles change with the length are cached unrotated."""
+        if self.config.latent:
+            return self.absorbed(query, keys, values)
         if self.config.changes_at:
             query, keys = self.rotate(query, self.places_now), self.rotate(keys, np.arange(keys.shape[2]))
         return self.attention(query, keys, values)

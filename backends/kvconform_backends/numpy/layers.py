@@ -119,6 +119,8 @@ class NumpyLayers:
         """A layer's attention ``(b, h, t, d)`` for its normed input ``(b, t, width)``."""
         c, turned_first = self.config, self.config.positions == "rope" and not self.config.changes_at
         own = c.source_of(layer) == layer
+        if c.latent:
+            return self.attend(cache, layer, *self.latent(layer, y, positions))
         names = ("query", "key", "value") if own else ("query",)
         q, *kv = (self.split(self.product(y, self.weights[f"layers.{layer}.{name}"])) for name in names)
         if turned_first:
@@ -127,6 +129,28 @@ class NumpyLayers:
             return self.attend_shared(cache, layer, q)
         k, v = kv
         return self.attend(cache, layer, q, self.rotate(k, positions) if turned_first else k, v)
+
+    def latent(self, layer: int, y: Array, positions: Array) -> tuple[Array, Array, Array]:
+        """Queries ``(b, h, t, d + rotary_dim)``, the latent ``(b, 1, t, latent)`` and the rotary key ``(b, 1, t,
+        rotary_dim)``; the last two are what is cached."""
+        c, at = self.config, f"layers.{layer}."
+        query = self.product(y, self.weights[at + "query"]).reshape(*y.shape[:2], c.heads, -1).swapaxes(1, 2)
+        down = self.product(y, self.weights[at + "down"])[:, None]
+        still, turning = np.split(query, [c.head_dim], axis=-1)
+        query = np.concatenate([still, self.rotate(turning, positions)], axis=-1)
+        latent = self.norm(down[..., : c.latent], self.weights[at + "norm_latent"])
+        return query, latent, self.rotate(down[..., c.latent :], positions)
+
+    def absorbed(self, query: Array, latents: Array, rotary: Array) -> Array:
+        """Latent attention on latents and rotary keys ``(b, 1, s, ...)``, which are not expanded: the projections to
+        keys and values are part of the query and of the result."""
+        c = self.config
+        up = self.weights[f"layers.{self.layer}.up"].reshape(c.latent, c.heads, 2 * c.head_dim).swapaxes(0, 1)
+        to_keys, to_values = np.split(up, 2, axis=-1)  # (h, latent, d) each
+        still, turned = np.split(query, [c.head_dim], axis=-1)
+        query = np.concatenate([self.product(still, to_keys.swapaxes(-1, -2)), turned], axis=-1)
+        weights = self.softmax(self.scores(query, np.concatenate([latents, rotary], axis=-1)))
+        return self.product(self.product(weights, latents), to_values)
 
     def attend_shared(self, cache: Any, layer: int, query: Array) -> Array:
         """Attends with query ``(b, h, t, d)`` to the keys and values of the layer's source, which are complete."""

@@ -17,7 +17,9 @@ from kvconform.search.effort import EFFORTS
 from kvconform.worker.client import DEVICES, STEP_TIMEOUT, WorkerSpec
 from kvconform_specs.config import DTYPES
 
-screen, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+PLAIN: dict[str, bool] = {"soft_wrap": True, "markup": False, "emoji": False, "highlight": False}
+"""Names, paths and messages are never read as markup or as emoji."""
+screen, errors = Console(**PLAIN), Console(stderr=True, **PLAIN)
 
 Backends = Annotated[
     list[str],
@@ -48,8 +50,9 @@ StepTimeout = Annotated[float, typer.Option(help="Seconds without progress after
 
 
 def say(text: str, console: Console = screen) -> None:
-    """Prints text as it is: names, paths and messages are never read as markup or as emoji."""
-    console.print(text, markup=False, emoji=False, highlight=False)
+    """Prints text as it is, at once: a run that is killed has shown what it had."""
+    console.print(text)
+    console.file.flush()
 
 
 def print_json(data: Any) -> None:

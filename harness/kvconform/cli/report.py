@@ -47,7 +47,8 @@ def report(
         }
         print_json({"report": str(out.resolve()), "backends": rows})
         return
-    say(terminal.table(judged))
+    for text in filter(None, (terminal.table(judged), terminal.legend(judged))):
+        say(text)
     say(f"report: {out.resolve()}")
 
 

@@ -23,16 +23,15 @@ from kvconform.cli.options import (
     StepTimeout,
     launches,
     print_json,
-    progress_bar,
     say,
     worst,
 )
+from kvconform.cli.progress import Progress
 from kvconform.errors import UnknownClause
 from kvconform.explain import repro
 from kvconform.files import write_atomically
 from kvconform.judging.render import render
-from kvconform.judging.verdict import Verdict
-from kvconform.results.known_failures import EMPTY, KnownFailures
+from kvconform.results.known_failures import EMPTY
 from kvconform.results.known_failures import read as read_known_failures
 from kvconform.results.results import Results
 from kvconform.run import check as checks
@@ -74,7 +73,8 @@ def run(
     plan = plan_for(effort, seed, dtype, clause, config, shard, explain=True)
     found = []
     for name, spec in launches(backend, device, python, step_timeout).items():
-        results = _judged(name, spec, plan, out, known_failures=known, quiet=as_json)
+        with Progress(name, out, quiet=as_json) as progress:
+            results = run_backend(name, spec, plan, out, progress.tell, known, progress.begin)
         found.append(results)
         if not as_json:
             _print_results(results, path_of(name, plan, out))
@@ -111,44 +111,14 @@ def check(
         name = file_name(address)
         shutil.rmtree(out / "failures" / name, ignore_errors=True)  # of an earlier check
         spec = WorkerSpec(address, device, python, step_timeout)
-        found.append(_judged(name, spec, plan, out, quiet=True, bar=not as_json))
+        with Progress(name, out, quiet=as_json, chapters=True) as progress:
+            found.append(run_backend(name, spec, plan, out, progress.tell, begin=progress.begin))
         if not as_json:
-            for line in checks.lines(found[-1], out):
+            for line in ("", *checks.lines(found[-1], out)):
                 say(line)
     if as_json:
         print_json(found)
     raise typer.Exit(worst([results.exit_code for results in found]))
-
-
-def _judged(
-    name: str,
-    spec: WorkerSpec,
-    plan: Plan,
-    out: Path,
-    *,
-    known_failures: KnownFailures = EMPTY,
-    quiet: bool = False,
-    bar: bool | None = None,
-) -> Results:
-    """The results of one backend. On a terminal a bar shows the progress (``bar``); failures are printed at once unless
-    ``quiet``."""
-    with progress_bar(quiet if bar is None else not bar) as progress:
-        task = progress.add_task(name, total=None)
-
-        def begin(count: int) -> None:
-            progress.update(task, total=count)
-
-        def tell(verdict: Verdict) -> None:
-            progress.advance(task)
-            if verdict.outcome.broken and not quiet:
-                say(f"{verdict.clause} on {name} [{verdict.config}]: {verdict.sentence}", progress.console)
-                if verdict.counterexample:
-                    file = out / "failures" / name / verdict.counterexample
-                    for line in checks.steps(verdict, file):
-                        say(line, progress.console)
-                    say(f"  replay: kvconform replay {file}", progress.console)
-
-        return run_backend(name, spec, plan, out, tell, known_failures, begin)
 
 
 def _print_results(results: Results, path: Path) -> None:
@@ -156,9 +126,10 @@ def _print_results(results: Results, path: Path) -> None:
     for line in (*found, f"{results.backend}: {results.summary}"):
         say(line)
     if results.verdicts:
-        counts = ", ".join(f"{count} {outcome}" for outcome, count in results.counts.items() if count)
         programs = sum(verdict.programs for verdict in results.verdicts)
-        say(f"  {counts}; {programs} programs in {results.seconds:.0f} s; {path}")
+        say(f"  {checks.counted(results.counts)}; {programs} programs in {results.seconds:.0f} s; {path}")
+        for line in checks.remarks(results):
+            say(line)
 
 
 def replay(

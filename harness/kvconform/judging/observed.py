@@ -87,10 +87,11 @@ class Observed:
     def at_read(self, kind: Kind, place: tuple[int, int, int], element: int, **facts: Any) -> Mismatch:
         """``place``: step, row and position; ``element``: among all numbers that a read shows of a token."""
         c, (step, row, position) = self.program.config, place
-        layer, is_value, head, index = (
-            int(i) for i in np.unravel_index(element, (len(c.caching), 2, c.kv_heads, c.head_dim))
-        )
-        part = {"layer": layer, "part": ("key", "value")[is_value], "head": head, "element": index}
+        number, within = divmod(element, c.kept // len(c.caching))
+        first = c.latent or c.kv_heads * c.head_dim  # of keys, or of the latent
+        size = c.head_dim if not c.latent else c.latent if within < first else c.rotary_dim
+        head, index = divmod(within if within < first else within - first, size)
+        part = {"layer": c.caching[number], "part": ("key", "value")[within >= first], "head": head, "element": index}
         return self.at_step(kind, step, row=row, position=position, **part, **facts)
 
 

@@ -93,8 +93,10 @@ class Null:
                 replace(config, kv_heads=config.heads),
             )
         if self.late and config.positions == "rope":
-            angle = frequencies(config.rotary, config.head_dim, keys.shape[-2])
-            query = rope(query, (np.cos(angle), np.sin(angle)))
+            angle = frequencies(config.rotary, config.rotary_dim or config.head_dim, keys.shape[-2])
+            still = config.head_dim if config.latent else 0
+            turned = rope(query[..., still:], (np.cos(angle), np.sin(angle)))
+            query = np.concatenate([query[..., :still], turned], axis=-1)
         config = self.changed(config)
         right = attention(query, keys, values, config, **options)
         if self.counts is None:

@@ -159,7 +159,7 @@ class Results(msgspec.Struct, kw_only=True):
         if self.shard:
             return True
         if self.suite != SUITE_VERSION:
-            return False
+            return bool(self.selection)
         if self.target is not None:
             asked = configs_of(self)
         else:
@@ -244,13 +244,14 @@ def _conclusion(results: Results) -> Conclusion:
         if not profile:
             return Conclusion(5, "undecided", "no cell was judged")
         why = f"no PASS on the core clauses {', '.join(missing[profile])} ({profile} profile)"
-        return Conclusion(5, "not conformant", why)
+        return Conclusion(5, "undecided" if partial else "not conformant", why)
     if not partial:
         by = ", judged by its own forward" if results.target is not None else ""
         by += ", judged by its generations alone" if results.claims.get("interface") == "generation" else ""
         return Conclusion(0, "conformant", f"{' and '.join(good)} profile{by}{more}")
     if not any(verdict.outcome is Outcome.PASS for verdict in verdicts):
-        why = f"no cell of the selected part passed ({counted(len(verdicts), 'cell')}{more})"
+        outcomes = ", ".join(f"{count} {outcome}" for outcome, count in results.counts.items() if count)
+        why = f"no cell of the selected part passed ({counted(len(verdicts), 'cell')}: {outcomes})"
         return Conclusion(5, "undecided", why)
     return Conclusion(0, "", f"the selected part passed: {cells}{more}; conformance needs the whole suite")
 

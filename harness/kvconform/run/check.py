@@ -24,6 +24,8 @@ from kvconform_specs.describe import outline
 
 SHOWN, DRAWN = CHECK.leaks, 2
 """How many broken clauses are printed in full, the others by name; how many maps are drawn, the others in words."""
+LISTED = 5
+"""How many clauses are named that have one reason."""
 NOT_IN_MAPS = (
     "within these lengths each output depends on the right tokens: the mistake is in the numbers, or shows in programs "
     "that no map runs"
@@ -95,6 +97,33 @@ def lines(results: Results, folder: Path) -> Iterator[str]:
     programs = sum(verdict.programs for verdict in results.verdicts)
     if results.verdicts:
         yield f"  {passed} clauses hold, {len(broken)} are broken; {programs} programs in {results.seconds:.0f} s"
+        yield from remarks(results)
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Numbers of cells by outcome, in words."""
+    return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
+
+
+def remarks(results: Results) -> Iterator[str]:
+    """What stands beside a conclusion: why cells have no verdict, which guarantees are refuted, what time has cut."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for verdict in results.verdicts:
+        if verdict.outcome in (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED):
+            groups.setdefault((verdict.outcome.value, verdict.sentence), []).append(verdict.clause)
+    for (outcome, sentence), clauses in groups.items():
+        yield f"  {outcome}: {_listed(clauses)}: {sentence}"
+    refuted = [verdict.clause for verdict in results.verdicts if verdict.outcome is Outcome.REFUTED]
+    if refuted:
+        yield f"  refuted: {_listed(refuted)}: measured guarantees that do not hold; conformance does not require them"
+    cut = [verdict.clause for verdict in results.verdicts if verdict.cut]
+    if cut:
+        yield f"  cut: {_listed(cut)}: the time limit ended before all planned programs were judged"
+
+
+def _listed(clauses: Sequence[str]) -> str:
+    names = list(dict.fromkeys(clauses))
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 def foremost(results: Results) -> Iterator[str]:

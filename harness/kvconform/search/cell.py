@@ -134,7 +134,13 @@ class _Search:
         """Tries the planned cases, then further ones for the situations that none of them reached."""
         strategy = self.cell.clause.strategy(self.cell.config, self.client.claims)
         try:
-            explore(strategy, self._first, self.effort.planned(self.cell.clause), self.seed, shrink=self.effort.shrink)
+            explore(
+                strategy,
+                self._first,
+                self.effort.planned(self.cell.clause, self.cell.config_name),
+                self.seed,
+                shrink=self.effort.shrink,
+            )
             for case in self.situations.further(strategy, self.seed + 1):
                 self.trial(case)
         except (_Stop, Flaky):
@@ -283,7 +289,7 @@ class _Search:
         if self.best is None:
             return self.planned
         strategy = self.cell.clause.strategy(self.cell.config, self.client.claims)
-        return drawn(strategy, self.effort.planned(self.cell.clause), self.seed)
+        return drawn(strategy, self.effort.planned(self.cell.clause, self.cell.config_name), self.seed)
 
     def verdict(
         self, outcome: Outcome, why: Why | None = None, mismatch: Mismatch | None = None, counterexample: str = ""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kvconform.errors import BadArgument
 from kvconform_specs.clause import Clause
+from kvconform_specs.configs import share
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Effort:
     rebuild: float = 45.0
     leaks: int = 1000
 
-    def planned(self, clause: Clause) -> int:
-        """How many structures are drawn for a cell of the clause."""
-        return max(2, round(self.structures * clause.share))
+    def planned(self, clause: Clause, label: str = "") -> int:
+        """How many structures are drawn for a cell of the clause, under the config with that label."""
+        return max(2, round(self.structures * clause.share * share(label)))
 
     def seeds(self, clause: Clause) -> tuple[int, ...]:
         """The variants that are tried with each structure."""

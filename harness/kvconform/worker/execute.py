@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, assert_never
 
 import numpy as np
@@ -256,14 +257,13 @@ def _array(output: Any) -> Array:
 
 
 def _contents(layers: Any) -> tuple[Array, tuple[int, ...]]:
-    """``(b, s, l * 2 * g * d)``: layer, key and value, head, dim; rows that hold fewer tokens end in NaN. Where layers
-    hold different numbers of tokens the newest are side by side, and what a layer evicted is NaN."""
+    """``(b, s, n)``: the numbers of a token by layer, key and value, head, dim; rows that hold fewer tokens end in
+    NaN. Where layers hold different numbers of tokens the newest are side by side, and what a layer evicted is NaN."""
     token_counts = tuple(max(layer[row][0].shape[1] for layer in layers) for row in range(len(layers[0])))
-    key = layers[0][0][0]
-    width = key.shape[0] * key.shape[2]
-    output = np.full((len(token_counts), max(token_counts), len(layers) * 2 * width), np.nan, np.float32)
+    stops = list(accumulate(x.shape[0] * x.shape[2] for layer in layers for x in layer[0]))
+    output = np.full((len(token_counts), max(token_counts), stops[-1]), np.nan, np.float32)
     for row, tokens in enumerate(token_counts):
-        for part, x in enumerate(x for layer in layers for x in layer[row]):
-            first = tokens - x.shape[1]
-            output[row, first:tokens, part * width : (part + 1) * width] = x.swapaxes(0, 1).reshape(-1, width)
+        parts = (x for layer in layers for x in layer[row])
+        for x, start, stop in zip(parts, (0, *stops), stops, strict=False):
+            output[row, tokens - x.shape[1] : tokens, start:stop] = x.swapaxes(0, 1).reshape(-1, stop - start)
     return output, token_counts

@@ -109,6 +109,9 @@ def standing(results: Results) -> Standing:
         notes.append(f"This run did not finish: only the {len(results.verdicts)} cells below were judged.")
     if results.unavailable and results.verdicts:
         notes.append(f"It stopped after {len(results.verdicts)} cells, which are shown below.")
+    cut = sum(verdict.cut for verdict in results.verdicts)
+    if cut:
+        notes.append(f"In {counted(cut, 'cell')} the time limit ended before all planned programs were judged.")
     return Standing(code, word, SYMBOLS[like], TONES[like], sentence, tuple(notes), tuple(results.stale))
 
 

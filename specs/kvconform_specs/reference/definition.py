@@ -11,7 +11,8 @@ Sources: scaled dot-product attention, Vaswani et al. 2017 (1706.03762, eq. 1); 
 (2309.17453, section 3), as a score for each head that only the denominator has, gpt-oss (2508.10925);
 rotary positions, Su et al. 2021 (2104.09864, eq. 34) with GPT-NeoX's pairing of the two halves, and scaled as in
 ``rotary.py``; layers that read another one's keys and values, Brandon et al. 2024 (2405.12981), Sun et al. 2024
-(2405.05254), Gemma 3n; RMSNorm, Zhang & Sennrich 2019 (1910.07467, eq. 4); gated MLP, Shazeer 2020 (2002.05202,
+(2405.05254), Gemma 3n; latent attention, DeepSeek-V2 (2405.04434, section 2.1, eq. 9 to 19, without a latent of the
+queries); RMSNorm, Zhang & Sennrich 2019 (1910.07467, eq. 4); gated MLP, Shazeer 2020 (2002.05202,
 SwiGLU, eq. 6).
 """
 
@@ -36,6 +37,10 @@ class Arithmetic:
 
     def stored(self, x: Array) -> Array:
         """A value that an implementation stores in the config's dtype."""
+        return x
+
+    def cached(self, x: Array) -> Array:
+        """Keys or values as a cache of another dtype stores them."""
         return x
 
     def product(self, x: Array, w: Array) -> Array:
@@ -176,7 +181,8 @@ def decoder(
     x = weights["embed"][tokens]  # (..., s, width)
     turn = None
     if config.positions == "rope":
-        turn = turns(positions, config.head_dim, len(positions), config.rotary, how)
+        turned = config.rotary_dim or config.head_dim
+        turn = turns(positions, turned, len(positions), config.rotary, how)
     held: dict[int, tuple[Array, Array]] = {}  # keys and values by layer
     if config.positions == "learned":
         x = how.stored(x + weights["position"][positions])
@@ -184,13 +190,18 @@ def decoder(
         at = f"layers.{layer}."
         normed = how.stored(rms_norm(x, weights[at + "norm_attention"]))
         query = _heads(how.product(normed, weights[at + "query"]), config.heads)
-        if turn is not None:
-            query = how.stored(rope(query, turn))
         source = config.source_of(layer)
-        if source == layer:
-            keys = _heads(how.product(normed, weights[at + "key"]), config.kv_heads)
-            values = _heads(how.product(normed, weights[at + "value"]), config.kv_heads)
-            held[layer] = (keys if turn is None else how.stored(rope(keys, turn)), values)
+        if config.latent:
+            assert turn is not None
+            query, held[layer] = _latent(query, normed, turn, layer, weights, config, how)
+        else:
+            if turn is not None:
+                query = how.stored(rope(query, turn))
+            if source == layer:
+                keys = _heads(how.product(normed, weights[at + "key"]), config.kv_heads)
+                values = _heads(how.product(normed, weights[at + "value"]), config.kv_heads)
+                keys = keys if turn is None else how.stored(rope(keys, turn))
+                held[layer] = how.cached(keys), how.cached(values)
         keys, values = held[source]
         mixed = _merged(attend(query, keys, values, config, layer=layer, how=how).output)
         x = how.stored(x + how.product(mixed, weights[at + "output"]))
@@ -201,6 +212,30 @@ def decoder(
             x = how.stored(x + how.product(hidden, weights[at + "down"]))
     last = how.stored(rms_norm(x[..., start:, :], weights["norm_final"]))
     return how.product(last, weights["lm_head"])
+
+
+def _latent(
+    query: Array,
+    normed: Array,
+    turn: tuple[Array, Array],
+    layer: int,
+    weights: Mapping[str, Array],
+    config: Config,
+    how: Arithmetic,
+) -> tuple[Array, tuple[Array, Array]]:
+    """Latent attention: turned queries, and keys ``(..., h, s, d + rotary_dim)`` and values ``(..., h, s, d)``.
+
+    The latent, normalised, is expanded to keys and values of every head; rope turns the last dims of the queries and
+    the one rotary key that all heads share.
+    """
+    at, d = f"layers.{layer}.", config.head_dim
+    query = np.concatenate([query[..., :d], how.stored(rope(query[..., d:], turn))], axis=-1)
+    down = how.product(normed, weights[at + "down"])  # (..., s, latent + rotary_dim)
+    latent = how.stored(rms_norm(down[..., : config.latent], weights[at + "norm_latent"]))
+    expanded = _heads(how.product(latent, weights[at + "up"]), config.heads)  # (..., h, s, 2 d)
+    rotary = how.stored(rope(down[..., None, :, config.latent :], turn))  # (..., 1, s, rotary_dim)
+    rotary = np.broadcast_to(rotary, (*expanded.shape[:-1], config.rotary_dim))
+    return query, (np.concatenate([expanded[..., :d], rotary], axis=-1), expanded[..., d:])
 
 
 def _heads(x: Array, heads: int) -> Array:

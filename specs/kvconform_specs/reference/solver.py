@@ -125,7 +125,9 @@ class Solution:
         config = self.program.config
         if config.profile == "attention":
             return _Attention(config, self.streams, together, start, repeats, self.precision)
-        return model(config, self.reference, partial(self.contents, [request.row for request in together]), start)
+        return model(
+            config, self.reference, partial(self.contents, [request.row for request in together]), start, self.precision
+        )
 
     def _read(self, number: int, kind: str) -> Array:
         """Keys and values of each row, ``(n, b, s, 2 g d)``, or how far a stored one may be from them."""
@@ -204,9 +206,19 @@ def _by_position(x: Array, rows: int) -> Array:
     return np.asarray(stacked.reshape(*stacked.shape[:3], -1))
 
 
-def model(config: Config, reference: ReferenceForward | None, contents: Contents, start: int) -> _Group:
+def model(
+    config: Config,
+    reference: ReferenceForward | None,
+    contents: Contents,
+    start: int,
+    precision: Precision = Precision(),  # noqa: B008 - it is frozen
+) -> _Group:
     """What the definition, or a black box's own forward, gives for rows of one length from ``start`` on."""
-    return _Decoder(config, contents, start) if reference is None else _BlackBox(config, reference, contents, start)
+    return (
+        _Decoder(config, contents, start, precision)
+        if reference is None
+        else _BlackBox(config, reference, contents, start)
+    )
 
 
 class _Model:
@@ -241,10 +253,15 @@ class _Model:
 
 
 class _Decoder(_Model):
+    def __init__(self, config: Config, contents: Contents, start: int, precision: Precision) -> None:
+        super().__init__(config, contents, start)
+        other = precision.cache_dtype not in ("", config.dtype)
+        self._cache = bounds.STORAGE[precision.cache_dtype] if other else 0.0
+
     def exact(self) -> Array:
         self._tokens = self.contents()
         weights_exact, self._single = _decoder_weights(self.config)
-        self._noise = bounds.Noisy(bounds.STORAGE[self.config.dtype], seed=self._tokens.shape[-1])
+        self._noise = bounds.Noisy(bounds.STORAGE[self.config.dtype], seed=self._tokens.shape[-1], cache=self._cache)
         return decoder(self._tokens, weights_exact, self.config, self.start)  # (n, rows, t, V)
 
     def noisy(self, number: int) -> Array:

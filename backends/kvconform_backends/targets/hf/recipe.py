@@ -260,5 +260,6 @@ def _line(step: Step, number: int, tag: str, held: Mapping[str, int]) -> str:
         return f"caches{tag}[{call.into!r}] = copy.deepcopy({cache})"
     if isinstance(call, Reset):
         return f"{cache}.cache.reset(); {cache}.ids = None"
-    assert isinstance(call, Close)  # other steps need abilities that no transformers cache has
-    return f"del {cache}"
+    if isinstance(call, Close):
+        return f"del {cache}"
+    raise ValueError(f"steps[{number}]: transformers has no call for {type(call).__name__}")

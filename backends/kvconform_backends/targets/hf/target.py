@@ -22,6 +22,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from kvconform.backend import BlackBox
 from kvconform.errors import BackendUnavailable, Unavailable
@@ -51,6 +52,8 @@ OPTIONS: Mapping[str, Any] = MappingProxyType(
 """Options after the ``?`` of an address, with their defaults. ``config``: fields of the model's config.
 ``attn_implementation``: None is the model's default. ``experts_implementation``: None is ``BATCHED_EXPERTS`` for a
 model with experts. ``seed``: for random weights."""
+SLOTTED = {StaticLayer, StaticSlidingWindowLayer}
+"""Layers with a slot for each token, also for those that have not come yet."""
 BATCHED_EXPERTS = "batched_mm"
 """How experts are computed: one product per token. With transformers' default ``grouped_mm``, the tokens of an expert
 share a product, so that other tokens change a token's rounding (116 of 200 tries, at most 4e-6)."""
@@ -149,6 +152,16 @@ class Transformers(BlackBox):
     def fork(self, sequence: HfSequence) -> HfSequence:
         """A deep copy of the cache, as used for prefix reuse in practice."""
         return copy.deepcopy(sequence)
+
+    @torch.no_grad()
+    def poison(self, sequence: HfSequence, keys: float | None, values: float | None) -> None:
+        """Static layers: a layer with a window has no unused slot from the window on."""
+        length = int(sequence.cache.get_seq_length())
+        for layer in sequence.cache.layers:
+            if layer.is_initialized:
+                for number, buffer in ((keys, layer.keys), (values, layer.values)):
+                    if number is not None:
+                        buffer[:, :, length:] = number
 
     # --- reference ---
     @torch.no_grad()
@@ -313,10 +326,11 @@ def _experts(model: Any) -> str | None:
 
 
 def _offered(backend: Transformers) -> tuple[str, ...]:
-    """Optional abilities of this cache, found by trying them on a full one: sliding layers, which have dropped older
-    tokens, and static ones cannot be cropped. If a step raises, nothing is offered, and the clauses report the step."""
+    """Optional abilities of this cache. It has slots to poison if all layers are static ones; the others are found by
+    trying them on a full cache: sliding layers, which have dropped older tokens, and static ones cannot be cropped. If
+    a step raises, none of these is offered, and the clauses report the step."""
     tokens = np.array([tokens_of(backend.config, backend.config.capacity)] * 2)
-    offered = []
+    offered = ["poison"] if {type(layer) for layer in backend.cache().layers} <= SLOTTED else []
     for ability, attempt in (("truncate", _cropped), ("reorder", _reordered)):
         with suppress(Exception):
             _, sequence = backend.step(backend.start(2), tokens)

@@ -114,6 +114,8 @@ class Recognised:
     def assumed(self) -> Iterator[str]:
         """The assumptions made, one sentence each."""
         c, sig = self.convention, self.signature
+        if self.rank[0] and not any(self.rank[2:]):
+            yield "it is called as meant, although no cached call after the prompt agreed with the reference in trials"
         uncached = concrete(c.uncached, {"past": c.empty})
         if c.always:
             begun = f"the first {uncached} after {c.begin}" if c.begin else f"{uncached} at position 0"

@@ -25,6 +25,11 @@ from kvconform_backends.targets.module.signature import ForwardSignature, signat
 from kvconform_backends.targets.module.trials import LENGTH, PROMPT, parts
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 
+WANTS_ALL = (
+    "not judged: its cached calls agree with its uncached forward if they are given all tokens of the sequence, and "
+    "never if they are given the new ones; a backend may pass them all (CONTRIBUTING.md)"
+)
+
 
 class Unrecognised(Exception):
     """No known convention matches; the message says what was found."""
@@ -87,6 +92,8 @@ class Recognition(Measurements):
             one = replace(best, rows=1, refusal=self.raised)
             self.rank(one)
             best = one if one.rank[0] else best
+        if best.rank[0] and not any(best.rank[2:]) and self.wants_all(best):
+            raise ValueError(WANTS_ALL)
         self.measure_rows(best)
         self.measure_capacity(best)
         if best.rank[1]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,22 @@ class Trials:
         except ThirdPartyError as error:
             self.raised = str(error)
         made.rank = ranks[0], ranks[1], ranks[2], ranks[3]
+
+    def wants_all(self, made: Recognised) -> bool:
+        """Whether a cached call on all tokens so far agrees, and gives the new token's output alone: where it gives
+        more, the past may play no part."""
+        caller, x = self.caller(made.convention), self.sample(made, PROMPT + 1)
+        try:
+            with guarded():
+                want = caller.uncached(x)
+                _output, sequence = caller.step(caller.start(len(x)), x[:, :PROMPT])
+                if made.last_only:
+                    return False  # what a call computes beside its last output is not known
+                got, _sequence = caller.step(replace(sequence, tokens=0), x)
+        except ThirdPartyError as error:
+            self.raised = str(error)
+            return False
+        return got.shape[1] == 1 and close(got, want[:, -1:])
 
     def outputs(self, out: Any, x: Array, convention: Convention) -> Iterator[tuple[str, bool]]:
         """Expressions for the output of a call, and whether it is that of the last token only."""

@@ -67,7 +67,8 @@ def tested(
 def _may_be_earlier(found: Condition | None, cells: Sequence[OutputCell]) -> bool:
     """Whether the condition names earlier programs, or there is none and all wrong outputs came after some."""
     if found is None or not found.predicates:
-        return all(cell.facts.get(EARLIER_PROGRAM) for cell in cells if cell.wrong)
+        wrong = [cell for cell in cells if cell.wrong]
+        return bool(wrong) and all(cell.facts.get(EARLIER_PROGRAM) for cell in wrong)
     return EARLIER_PROGRAM in found.predicates
 
 
@@ -89,10 +90,10 @@ def _holds(found: Condition, cells: Sequence[OutputCell], config: Config) -> boo
 
 def _right_alone(symptoms: Sequence[Symptom], run: Run, fresh: Callable[[], None]) -> bool:
     """Whether probes that were wrong after others are right in processes of their own."""
-    wrong = [one for one in symptoms if any(cell.wrong for cell in one.cells)]
+    wrong = [one.probe for one in symptoms if any(cell.wrong for cell in one.cells)]
     if not wrong:  # what failed was not a probe's output
         return False
-    for one in dict.fromkeys((wrong[0].probe, wrong[-1].probe)):
+    for one in dict.fromkeys((*wrong[:1], *wrong[-1:])):
         fresh()
         if any(cell.wrong for cell in _cells(run([one]))):
             return False

@@ -1,0 +1,68 @@
+"""What ``run`` and ``check`` print while they judge: each failure at once, and how far they are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+
+from kvconform.cli.options import progress_bar, say
+from kvconform.judging.verdict import Outcome, Verdict
+from kvconform.run import check as checks
+
+UNDECIDED = (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED)
+
+
+class Progress:
+    """Prints verdicts as they come, for readers and for logs: nothing waits for the end of a run that may be killed.
+
+    Failures are printed at once, and why there is no verdict, each reason once. Other outcomes are counted: a line for
+    each config, or for each chapter of a config where ``chapters``. On a terminal a bar shows what is left.
+    """
+
+    def __init__(self, name: str, folder: Path, *, quiet: bool, chapters: bool = False) -> None:
+        self.name, self.folder, self.quiet, self.chapters = name, folder, quiet, chapters
+        self._bar = progress_bar(quiet)
+        self._task = self._bar.add_task(name, total=None)
+        self._group = ""
+        self._counts: Counter[str] = Counter()
+        self._told: set[str] = set()
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
+        self._count()
+        self._bar.stop()
+
+    def begin(self, cells: int) -> None:
+        self._bar.update(self._task, total=cells)
+
+    def tell(self, verdict: Verdict) -> None:
+        self._bar.advance(self._task)
+        group = f"[{verdict.config}]" + (f" {verdict.clause.partition('.')[0]}" if self.chapters else "")
+        if group != self._group:
+            self._count()
+            self._group = group
+        self._counts[verdict.outcome.value] += 1
+        self._counts["cut by the time limit"] += verdict.cut
+        cell = f"{verdict.clause} on {self.name} [{verdict.config}]"
+        if verdict.outcome.broken:
+            self._say(f"{cell}: {verdict.sentence}")
+            file = self.folder / "failures" / self.name / verdict.counterexample
+            if verdict.counterexample and not self.chapters:
+                for line in (*checks.steps(verdict, file), f"  replay: kvconform replay {file}"):
+                    self._say(line)
+        elif verdict.outcome in UNDECIDED and verdict.sentence not in self._told:
+            self._told.add(verdict.sentence)
+            self._say(f"{verdict.outcome.value}: {cell}: {verdict.sentence}")
+
+    def _count(self) -> None:
+        if self._group:
+            self._say(f"{self.name} {self._group}: {checks.counted(self._counts)}")
+        self._counts.clear()
+
+    def _say(self, line: str) -> None:
+        if not self.quiet:
+            say(line, self._bar.console)

@@ -1,0 +1,121 @@
+"""Verdicts are on the screen as they come, each reason once, and nothing from outside is read as markup or emoji."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mismatches import cause
+from places import ROOT
+from rich.console import Console
+
+from kvconform.cli import options, progress
+from kvconform.cli.progress import Progress
+from kvconform.judging.verdict import Outcome, Reason, Verdict
+from kvconform.results.results import Results
+from kvconform.run import check as checks
+
+RING = "ring_backend.py:Ring:"
+WORDS = f"not tested: {RING} [red]took[/red] :x:"
+
+
+def verdict(clause: str, outcome: Outcome = Outcome.PASS, config: str = "attention-gqa", **more: Any) -> Verdict:
+    fields = {"compared": 1, "sentence": "" if outcome is Outcome.PASS else WORDS, **cause(outcome), **more}
+    return Verdict(clause=clause, config=config, backend="x", outcome=outcome, **fields)
+
+
+VERDICTS = (
+    verdict("shape.output"),
+    verdict("shape.length", Outcome.FAIL, counterexample="shape.length-1.json"),
+    verdict("capacity.full", Outcome.NOT_EXERCISED, reason=Reason.FALLBACK),
+    verdict("capacity.overflow", Outcome.NOT_EXERCISED, reason=Reason.FALLBACK),
+    verdict("determinism.repeatable", Outcome.REFUTED),
+    verdict("shape.output", config="attention-window", cut=True),
+)
+
+
+@pytest.fixture(params=[False, True], ids=["log", "terminal"])
+def screen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=request.param, width=400, **options.PLAIN)
+    monkeypatch.setattr(options, "screen", console)
+    return written
+
+
+def test_failures_and_reasons_come_at_once_and_the_rest_is_counted(screen: io.StringIO) -> None:
+    seen = []
+    with Progress(RING, Path("out"), quiet=False) as shown:
+        shown.begin(len(VERDICTS))
+        for one in VERDICTS:
+            shown.tell(one)
+            seen.append(screen.getvalue())
+    assert f"shape.length on {RING} [attention-gqa]: {WORDS}" in seen[1]
+    assert f"replay: kvconform replay out/failures/{RING}/shape.length-1.json" in seen[1]
+    assert f"not exercised: capacity.full on {RING} [attention-gqa]: {WORDS}" in seen[2]
+    assert "capacity.overflow" not in screen.getvalue()  # for the same reason
+    assert f"{RING} [attention-gqa]: 1 pass, 1 fail, 2 not exercised, 1 refuted\n" in screen.getvalue()
+    assert f"{RING} [attention-window]: 1 pass, 1 cut by the time limit\n" in screen.getvalue()
+
+
+def test_json_and_nothing_else_is_printed_where_it_is_asked_for(screen: io.StringIO) -> None:
+    with Progress(RING, Path("out"), quiet=True) as shown:
+        for one in VERDICTS:
+            shown.tell(one)
+    assert screen.getvalue() == ""
+
+
+def test_an_interrupted_run_has_counted_what_it_judged(screen: io.StringIO) -> None:
+    def judge() -> None:
+        with Progress("x", Path("out"), quiet=False) as shown:
+            shown.tell(VERDICTS[0])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judge()
+    assert "x [attention-gqa]: 1 pass\n" in screen.getvalue()
+
+
+def test_what_stands_beside_a_conclusion_is_explained_in_a_few_words() -> None:
+    found = Results(
+        suite="0", backend="x", device="cpu", dtypes=[], effort="pr", seed=0, started="now", verdicts=list(VERDICTS)
+    )
+    assert list(checks.remarks(found)) == [
+        f"  not exercised: capacity.full, capacity.overflow: {WORDS}",
+        "  refuted: determinism.repeatable: measured guarantees that do not hold; conformance does not require them",
+        "  cut: shape.output: the time limit ended before all planned programs were judged",
+    ]
+    found.verdicts = [VERDICTS[0]]
+    assert list(checks.remarks(found)) == []
+
+
+def test_every_console_of_the_command_line_prints_text_as_it_is() -> None:
+    for console in (options.screen, options.errors, progress.progress_bar().console):
+        with console.capture() as captured:
+            console.print(WORDS)
+        assert captured.get() == f"{WORDS}\n"
+
+
+@pytest.mark.slow
+def test_a_check_that_is_killed_has_shown_what_it_had(tmp_path: Path) -> None:
+    """Standard output is a file here, no terminal."""
+    target, log = ROOT / "examples" / "attention_broken.py", tmp_path / "log"
+    command = [sys.executable, "-m", "kvconform", "check", f"{target}:Attention"]
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(command, cwd=tmp_path, stdout=file, start_new_session=True) as process,
+    ):
+        ends = time.monotonic() + 120
+        while "[hidden-self] equivalence: 1 pass" not in log.read_text() or " on Attention [hidden-self]: " not in (
+            log.read_text()
+        ):
+            assert time.monotonic() < ends, log.read_text()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    assert json.loads((tmp_path / "results" / "check" / "Attention.json").read_text())["finished"] is False
