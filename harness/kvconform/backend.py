@@ -296,6 +296,8 @@ def invalid(kind: Any) -> str:
         return "" if callable(kind) else f"is a {type(kind).__name__}, want a class"
     if hasattr(kind, "__getattr__"):  # it delegates: its methods are known only of a built one
         return ""
+    if claims.interface == "generation" and "generate" not in claims.abilities:
+        return "claims interface='generation' and not the ability 'generate'"
     for name in () if claims.interface == "generation" else ("start", "step"):
         if not _implements(kind, name):
             return f"has no method {name}()"

@@ -147,7 +147,7 @@ class _Interpreter:
         low, high = max(self.claims.keeps(mark) for _length, mark in rows), min(length for length, _mark in rows)
         first = high - 1 - number % 3
         second = first - 1 - number // 3 % LONGEST_CHUNK
-        return tuple(Truncate(seq, length) for length in (first, max(second, low)) if length >= low)
+        return tuple(Truncate(seq, length) for length in (first, max(second, low)) if low <= length <= high)
 
     def append(self, seq: str, number: int) -> Append:
         claims = self.claims

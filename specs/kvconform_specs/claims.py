@@ -202,8 +202,6 @@ class Claims:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise SpecError(f"claims.{name}", f"want an integer of at least 0, got {value!r}")
-        if self.interface == "generation" and "generate" not in self.abilities:
-            raise SpecError("claims.interface", "what only generates claims the ability 'generate'")
         if self.kv_bits == 1:
             raise SpecError("claims.kv_bits", "a signed integer has at least 2 bits, got 1")
 

@@ -89,7 +89,7 @@ def test_the_page_has_each_field_of_configs_and_claims_and_their_defaults(kind: 
 def test_a_docstring_is_cut_where_it_turns_to_a_field() -> None:
     prose, told = documented(Append)
     assert prose.startswith("Appends `counts[r]` new tokens")
-    assert prose.endswith("*ragged* rows.")
+    assert prose.endswith("it is *empty*, and changes nothing.")
     assert list(told) == [
         "substitutions",
         "needle",
@@ -100,6 +100,8 @@ def test_a_docstring_is_cut_where_it_turns_to_a_field() -> None:
         "count_macs",
         "last_only",
         "distribution",
+        "nan",
+        "reused",
     ]
     assert told["count_macs"] == "the multiply-adds of the step are counted."
     assert documented(Claims)[1]["max_chunk"].startswith("the largest batch, the longest append in tokens")
@@ -194,7 +196,7 @@ def test_steps_are_told_described() -> None:
         (Reject(Truncate("a", 4)), "must be refused: truncate a, which holds 3, to 4"),
         (
             Reject(Append("a", (1,), 17), "rank"),
-            "must be refused, with a wrong rank: append 1 token (stream 17) to a, which holds 3",
+            "must be refused, with an axis less: append 1 token (stream 17) to a, which holds 3",
         ),
         (Reset("a"), "reset a"),
         (Close("c"), "close c"),

@@ -173,3 +173,19 @@ class GeneratesLastTokenTwice(OnlyGenerates):
         if tokens.shape[1] + new >= self.cache.config.capacity:
             return super().generate(tokens, new)
         return super().generate(np.concatenate([tokens, tokens[:, -1:]], axis=1), new)
+
+
+class NoReset(Plain):
+    """Sequences are made anew, and never reset."""
+
+    claims = Claims(profiles=("attention",))
+
+    def start(self, batch: int) -> tuple[Array, Array]:
+        empty = np.zeros((batch, self.config.kv_heads, 0, self.config.head_dim), np.float32)
+        return empty, empty
+
+    def step(
+        self, cache: tuple[Array, Array], query: Array, key: Array, value: Array
+    ) -> tuple[Array, tuple[Array, Array]]:
+        keys, values = (np.concatenate(pair, axis=2) for pair in zip(cache, (key, value), strict=True))
+        return self.attended(query, keys, values).astype(np.float32), (keys, values)
