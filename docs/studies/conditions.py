@@ -31,6 +31,7 @@ from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.clauses import ALL
 from kvconform_specs.config import Config
 from kvconform_specs.configs import CONFIGS
+from kvconform_specs.history import holds_nan
 from kvconform_specs.program import Generate, Program, ReadCache
 from kvconform_specs.strategies import explore
 
@@ -95,6 +96,7 @@ def programs(client: WorkerClient, config: Config) -> list[Program]:
             explore(clause.strategy(config, client.claims), keep, CASES, place)
     other = Generate, ReadCache
     short = [one for one in found if not any(isinstance(step, other) for step in one.steps) and one.span < 200]
+    short = [one for one in short if not holds_nan(one)]
     return short[:: max(len(short) // PROGRAMS, 1)][:PROGRAMS]
 
 

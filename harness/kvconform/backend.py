@@ -95,7 +95,9 @@ class Backend(ABC):
         Attention profile: query ``(b, h, t, d)``, key and value ``(b, g, t, d)``, output ``(b, h, t, d)``.
         Decoder profile: token ids ``(b, t)`` int64, logits ``(b, t, V)``; ``(b, 1, V)`` if ``returns="last"``.
         Floats are float32 that are exact in ``config.dtype``; outputs are float32 as well (widened if the
-        implementation computes in 16 bits). A keyword is passed only if its ability is claimed and used:
+        implementation computes in 16 bits). Inputs lie in the caller's memory: they are only read, and overwritten by
+        the caller after the step (unless ``inputs="kept"`` is claimed). The output belongs to the caller: no later
+        call changes it. A keyword is passed only if its ability is claimed and used:
 
         With ``empty_append`` ``t`` may be 0: the output then has no column, and the cache is as before.
 
@@ -198,7 +200,8 @@ class Backend(ABC):
         raise self._not_implemented("contents")
 
     def poison(self, cache: Cache, keys: float | None, values: float | None) -> None:
-        """Fills every slot that holds no token of any sequence, in every layer: keys, values, or both."""
+        """Fills every slot that holds no token of any sequence, in every layer: keys, values, or both. Where it is not
+        known which slots are which, both are filled."""
         raise self._not_implemented("poison")
 
     def bytes(self, cache: Cache) -> int:
@@ -234,6 +237,8 @@ class BlackBox(Backend):
     """How it is called, in words."""
     assumed: tuple[str, ...] = ()
     """What was assumed about it, one sentence each."""
+    not_tried: tuple[str, ...] = ()
+    """What the target has and no clause tries, in a few words each, such as ``crop of its past``."""
     source: str = ""
     """The file whose change makes earlier results void; empty: none."""
 

@@ -290,5 +290,22 @@ AMBIGUITIES: tuple[Ambiguity, ...] = (
         by=("backend.step", "program.reject", "errors.malformed", "ability.refusal"),
         default="Without the ability refusal no malformed call is made.",
     ),
+    Ambiguity(
+        id="A37",
+        question="Who owns the memory of inputs and outputs during a call and after it?",
+        settled="The caller: a call only reads its inputs and writes nothing around them, the caller may overwrite "
+        "them as soon as the call has returned, and no later call changes an output.",
+        by=("memory.inputs-unchanged", "memory.inputs-reused", "memory.outputs-kept", "claims.inputs"),
+        default="copied: a step keeps no view of its inputs.",
+    ),
+    Ambiguity(
+        id="A38",
+        question="How far may NaN in the tokens of a row reach?",
+        settled="To later outputs of the same row and sequence; to no other row or sequence. Once these tokens are "
+        "truncated, reset or closed away they have no effect if unused slots may hold anything. Whether NaN that has "
+        "left a window still has an effect on its own row is not asked.",
+        by=("batch.nan-isolated", "contents.nan-removed", "claims.unused_slots"),
+        default="finite: after NaN tokens were removed, nothing is asked of their slots.",
+    ),
 )
 """In the order of their numbers, which never change."""

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from kvconform_specs.config import DTYPES, PROFILES, Config, take
 from kvconform_specs.errors import SpecError
+from kvconform_specs.quantisers import PLAIN, Quantiser
 
 Returns = Literal["all", "last"]
 Overflow = Literal["refused", "undefined"]
@@ -59,7 +60,8 @@ DERIVED: dict[str, Callable[[Claims], bool]] = {
     "pages": lambda claims: claims.page is not None,
     "quantised cache": lambda claims: claims.kv_bits > 0,
     "lossless cache": lambda claims: claims.kv_bits == 0,
-    "residual window": lambda claims: claims.kv_bits > 0 and claims.residual > 0,
+    "multiples of scales": lambda claims: claims.kv_bits > 0 and claims.quantiser.multiples,
+    "residual window": lambda claims: claims.precision.by_length,
     "bound on graphs": lambda claims: claims.max_graphs is not None and claims.can("graph_count"),
     "copied inputs": lambda claims: claims.inputs == "copied",
     "two rows": lambda claims: (claims.max_batch or 2) > 1,
@@ -78,6 +80,7 @@ ENOUGH: dict[str, dict[str, Any]] = {
     "pages": {"page": 4},
     "quantised cache": {"kv_bits": 8},
     "lossless cache": {"kv_bits": 0},
+    "multiples of scales": {"kv_bits": 8},
     "residual window": {"kv_bits": 8, "residual": 3},
     "bound on graphs": {"max_graphs": 8, "abilities": ("graph_count",)},
     "copied inputs": {"inputs": "copied"},
@@ -119,8 +122,8 @@ class Precision:
 
     intermediates: ``single``: scores and weights are kept in float32; ``storage``: rounded to the config's dtype.
     kv_bits: keys and values are stored as integers of that many bits, with one absmax scale for each token and head;
-    0: in the config's dtype. residual: the number of newest tokens of a row that are not quantised. changes_at,
-    cache_dtype, sees_nothing: see ``Claims``.
+    0: in the config's dtype. residual: the number of newest tokens of a row that are not quantised. quantiser: how the
+    others are, if not so. changes_at, cache_dtype, sees_nothing: see ``Claims``.
     """
 
     intermediates: str = "single"
@@ -129,6 +132,12 @@ class Precision:
     changes_at: tuple[int, ...] = ()
     cache_dtype: str = ""
     sees_nothing: str = "zeros"
+    quantiser: Quantiser = PLAIN
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the error of a token depends on how many come after it."""
+        return self.kv_bits > 0 and (self.residual > 0 or self.quantiser.by_channel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,16 +156,16 @@ class Claims:
     effect: ``finite`` numbers, or ``any``, including NaN and infinities. page: tokens in a page; None: no pages.
     memory: what the bytes of a sequence are proportional to: its ``length``, the ``capacity``, or whole ``pages``.
     max_graphs: the most graphs that the backend compiles or captures, for any program. intermediates, kv_bits,
-    residual: see ``Precision``. reference: what outputs are compared with; ``self`` is for backends whose weights the
-    harness does not set. interface: ``steps``, or ``generation`` for an engine that only generates and is judged by
-    that alone. cache_dtype: the dtype in which keys and values are kept, to which each is rounded once; empty: the
-    config's. sees_nothing: what a query gives that sees no key: ``zeros``, or any ``finite`` number, such as the mean
-    of the values. rounding: whether the last bits of an output depend on its ``own`` tokens only, or are ``shared``
-    with other tokens of the call (experts that share a matrix product); it is measured for black boxes. inputs: whether
-    what a step was given is ``copied`` into the cache, so that the caller may overwrite it after the step, or ``kept``
-    as views of the caller's memory. changes_at: the numbers of tokens with which a black box's own forward gives the
-    tokens before the last other outputs than with one token less (rotary factors that depend on the length); empty: its
-    outputs depend on the tokens up to their own only. It is measured, too.
+    residual, quantiser: see ``Precision``. reference: what outputs are compared with; ``self`` is for backends whose
+    weights the harness does not set. interface: ``steps``, or ``generation`` for an engine that only generates and is
+    judged by that alone. cache_dtype: the dtype in which keys and values are kept, to which each is rounded once;
+    empty: the config's. sees_nothing: what a query gives that sees no key: ``zeros``, or any ``finite`` number, such as
+    the mean of the values. rounding: whether the last bits of an output depend on its ``own`` tokens only, or are
+    ``shared`` with other tokens of the call (experts that share a matrix product); it is measured for black boxes.
+    inputs: whether what a step was given is ``copied`` into the cache, so that the caller may overwrite it after the
+    step, or ``kept`` as views of the caller's memory. changes_at: the numbers of tokens with which a black box's own
+    forward gives the tokens before the last other outputs than with one token less (rotary factors that depend on the
+    length); empty: its outputs depend on the tokens up to their own only. It is measured, too.
     """
 
     profiles: tuple[str, ...] = ()
@@ -180,6 +189,7 @@ class Claims:
     intermediates: Intermediates = "single"
     kv_bits: int = 0
     residual: int = 0
+    quantiser: Quantiser = PLAIN
     cache_dtype: CacheDtype = ""
     sees_nothing: SeesNothing = "zeros"
     interface: Interface = "steps"
@@ -204,6 +214,10 @@ class Claims:
                 raise SpecError(f"claims.{name}", f"want an integer of at least 0, got {value!r}")
         if self.kv_bits == 1:
             raise SpecError("claims.kv_bits", "a signed integer has at least 2 bits, got 1")
+        if self.quantiser != PLAIN and not self.kv_bits:
+            raise SpecError("claims.quantiser", "is claimed without kv_bits: nothing is quantised")
+        if self.quantiser.scheme != "integer" and self.kv_bits != 8:
+            raise SpecError("claims.kv_bits", f"{self.quantiser.scheme} has 8 bits, got {self.kv_bits}")
 
     def can(self, ability: str) -> bool:
         """Whether an ability is claimed, or a need follows from the other claims (``DERIVED``). Raises SpecError for
@@ -234,7 +248,13 @@ class Claims:
     @property
     def precision(self) -> Precision:
         return Precision(
-            self.intermediates, self.kv_bits, self.residual, self.changes_at, self.cache_dtype, self.sees_nothing
+            self.intermediates,
+            self.kv_bits,
+            self.residual,
+            self.changes_at,
+            self.cache_dtype,
+            self.sees_nothing,
+            self.quantiser,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -244,6 +264,9 @@ class Claims:
     def from_json(cls, data: object, at: str = "claims") -> Claims:
         body = take(data, at, {f.name for f in fields(cls)})
         frozen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in body.items()}
+        if "quantiser" in frozen:
+            known = {f.name for f in fields(Quantiser)}
+            frozen["quantiser"] = Quantiser(**take(frozen["quantiser"], f"{at}.quantiser", known))
         return cls(**frozen)
 
 

@@ -78,17 +78,30 @@ def held_bytes(claims: Claims, config: Config, lengths: Sequence[int], longest: 
                 low, high = everything or (config.capacity, config.capacity)
             elif claims.memory == "pages":
                 low, high = low if low < high else _whole_pages(claims, low), _whole_pages(claims, high)
-            exact = min(length, claims.residual) if claims.kv_bits else low
-            least += _bytes(claims, config, low, min(exact, low), scale=0)
-            most += _bytes(claims, config, high, high if not claims.kv_bits else exact, scale=4)
+            for part in ("keys", "values"):
+                exact = _exact(claims, part, length) if claims.kv_bits else high
+                least += _bytes(claims, config, part, low, min(exact, low), scale=0)
+                most += _bytes(claims, config, part, high, exact, scale=4)
     return least, most
 
 
-def _bytes(claims: Claims, config: Config, slots: int, exact: int, scale: int) -> int:
-    """Bytes of so many slots of a layer, of which some hold tokens in the storage dtype."""
-    quantised = -(-config.head_dim * claims.kv_bits // 8) + scale
-    one = (slots - exact) * quantised + exact * config.head_dim * ITEMSIZE[claims.cache_dtype or config.dtype]
-    return 2 * config.kv_heads * one
+def _exact(claims: Claims, part: str, length: int) -> int:
+    """Tokens of a row that are not quantised: the residual window, and a group of tokens that is not full."""
+    quantised = max(length - claims.residual, 0)
+    if getattr(claims.quantiser, part) == "channel":
+        quantised -= quantised % (claims.quantiser.group or 1)
+    return length - quantised
+
+
+def _bytes(claims: Claims, config: Config, part: str, slots: int, exact: int, scale: int) -> int:
+    """Bytes of so many slots of a layer's keys or values, of which some hold tokens in the storage dtype; ``scale``:
+    of each scale, and of each zero point."""
+    c, q = config, claims.quantiser
+    quantised = slots - exact
+    groups = -(-quantised // (q.group or 1)) * c.head_dim if getattr(q, part) == "channel" else quantised
+    groups *= 1 if getattr(q, part) == "channel" else -(-c.head_dim // (q.group or c.head_dim))
+    codes = quantised * -(-c.head_dim * claims.kv_bits // 8) + groups * scale * (1 if q.zero_point == "none" else 2)
+    return c.kv_heads * (codes + exact * c.head_dim * ITEMSIZE[claims.cache_dtype or c.dtype])
 
 
 def _whole_pages(claims: Claims, length: int) -> int:

@@ -138,7 +138,7 @@ def _options(step: Run) -> str:
             words.append(f"; columns without a token on the {side}, filled from stream {_stream(step, seed)}")
         words += [f"; inputs {step.layout}"] if step.layout != "contiguous" else []
         words += [f"; row {_all(step.nan)} holds NaN"] if step.nan else []
-        words += ["; the inputs' memory is overwritten afterwards, and used again"] if step.reused else []
+        words += ["; the caller then overwrites the inputs"] if step.reused else []
         words += ["; into the memory of the past"] if step.in_place else []
         words += ["; multiply-adds are counted"] if step.count_macs else []
     words += ["; only the last position's output"] if step.last_only else []

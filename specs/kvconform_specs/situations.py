@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvconform_specs.claims import Claims
+from kvconform_specs.claims import Claims, changes_at
 from kvconform_specs.config import Config
 from kvconform_specs.program import (
     Append,
@@ -142,6 +142,11 @@ PROMPT = append("a prompt of several tokens", lambda v: v.new > 1 and v.past == 
 CHUNK = append("a chunk of several tokens on a cache", lambda v: v.new > 1 and v.past > 0, both(holds(3), chunks()))
 ROWS = append("several rows", lambda v: len(v.after) > 1, claimed("two rows"))
 PAST_WINDOW = append("more tokens than the window", lambda v: v.longest > (v.config.window or 0), windowed)
+SWITCH = append(
+    "a step on a cache across a length at which outputs change",
+    lambda v: any(0 < v.past < at <= v.longest for at in changes_at(v.config, v.claims)),
+    lambda config, claims: bool(changes_at(config, claims)),
+)
 FULL = append("a sequence that reaches the capacity", lambda v: v.longest == v.config.capacity)
 RAGGED = append(
     "rows of different lengths", lambda v: len(set(v.after)) > 1, both(claimed("ragged", "two rows"), holds(2))

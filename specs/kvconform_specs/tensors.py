@@ -174,21 +174,21 @@ def laid(x: NDArray[np.generic], layout: str, new: Callable[..., NDArray[Any]] =
 
     new: gives memory for an array of that shape and dtype.
     """
-    if layout == "expanded":
+    if layout == "contiguous":
+        view = new(x.shape, x.dtype)
+    elif layout == "expanded":
         if not (x == x[:1]).all():
             raise SpecError("layout", "expanded inputs need rows with equal tokens")
         one = new((1, *x.shape[1:]), x.dtype)
         one[...] = x[:1]
         return np.ndarray(x.shape, x.dtype, one, strides=(0, *one.strides[1:]))
-    if layout == "transposed":
+    elif layout == "transposed":
         axes = (-3, -2) if x.ndim > 2 else (0, 1)
         view = new(x.swapaxes(*axes).shape, x.dtype).swapaxes(*axes)
-    elif layout == "sliced":
+    else:
         wide = new((*x.shape[:-1], 2 * x.shape[-1] + 1), x.dtype)
         wide.fill(7)
         view = wide[..., 1::2]
-    else:
-        view = new(x.shape, x.dtype)
     view[...] = x
     return view
 

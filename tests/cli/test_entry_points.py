@@ -40,13 +40,14 @@ def test_a_conformant_backend_exits_with_0(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_broken_backend_exits_with_1_and_each_failure_is_two_lines(tmp_path: Path) -> None:
+def test_a_broken_backend_exits_with_1_and_each_failure_is_three_lines(tmp_path: Path) -> None:
     name = f"{SUBJECTS}:PrintsAndIsWrong"
     done = kvconform("run", "-b", name, *ONE_CONFIG, "--clause", "definition.attention", folder=tmp_path)
     assert done.returncode == 1
-    fact, replay, counts, diagnosis, summary, _counts = done.stdout.splitlines()
+    fact, steps, replay, counts, diagnosis, summary, _counts = done.stdout.splitlines()
     assert counts == "PrintsAndIsWrong [attention-gqa]: 1 fail"
     assert fact.startswith("definition.attention on PrintsAndIsWrong [attention-gqa]: step ")
+    assert steps.startswith("  steps: append ")
     assert diagnosis.startswith("diagnosis [attention-gqa]: ")
     assert summary == "PrintsAndIsWrong: non-conformant: 1 of 1 judged cell failed"
     again = kvconform(*replay.split()[2:], folder=tmp_path)

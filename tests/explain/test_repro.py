@@ -119,6 +119,8 @@ BROKEN = {
     Relation.FINITE: ("numerics:BuffersUninitialised", "numerics.finite", GQA),
     Relation.SAME_TOKEN: ("determinism:DilutedByTail", "determinism.same-token", ROPE),
     Relation.GENERATED: ("generation:LastPromptTokenTwice", "equivalence.generation", ROPE),
+    Relation.INPUTS: ("memory:InputsZeroed", "memory.inputs-unchanged", ROPE),
+    Relation.OUTPUTS: ("memory:OutputBufferReturned", "memory.outputs-kept", GQA),
     Relation.BYTES: ("accounting:RepeatedHeadsStored", "accounting.bytes", GQA),
     Relation.POSITIONS: ("accounting:Recomputed", "accounting.positions", ROPE),
     Relation.LINEAR_COST: ("accounting:Recomputed", "accounting.affine", ROPE),
@@ -129,6 +131,9 @@ MORE = (
     ("errors:SurplusHeadsCut", "errors.malformed", GQA),  # what must be refused was accepted
     ("causality:DecodeSeesOneLess", "causality.past-seen", GQA),  # off by a part in a thousand
     ("window:ChunkWindowShort", "window.width", "attention-window"),  # arrays in base64
+    ("memory:WritesOnePast", "memory.inputs-unchanged", GQA),
+    ("memory:PromptKept", "memory.inputs-reused", GQA),
+    ("batch:PaddedWithFirstPage", "batch.nan-isolated", GQA),
     ("batch:PaddingAdvances", "batch.ragged", ROPE),
     ("last_position:FirstForLast", "equivalence.last-position", ROPE),
     ("last_position:WithoutTokensBefore", "equivalence.last-position", ROPE),

@@ -156,7 +156,7 @@ def test_the_gate_knows_every_claim_of_one_value() -> None:
     """A claim that is added must say what narrows it."""
     values = {name for name, value in Claims().to_json().items() if not isinstance(value, list)}
     numbers = {"max_batch", "max_chunk", "max_sequences", "max_graphs", "kv_bits", "residual", "page", "rollback"}
-    assert values == {*gate.WIDEST_FIRST, *numbers, "cache_dtype"}
+    assert values == {*gate.WIDEST_FIRST, *numbers, "cache_dtype", "quantiser"}
     for name, order in gate.WIDEST_FIRST.items():
         for value in order:
             Claims(**{name: value})

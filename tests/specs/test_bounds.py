@@ -330,5 +330,5 @@ def test_no_logit_strays_much_more_than_its_position(name: str) -> None:
 
 
 def test_what_is_left_for_a_logit_of_the_largest_spread_is_as_stated() -> None:
-    assert 1 - _inside(bounds.C / bounds.SPREAD) == pytest.approx(2e-6, rel=0.5)
-    assert "2e-6" in (bounds.__doc__ or "")
+    assert 1 - _inside(bounds.C / bounds.SPREAD) == pytest.approx(5e-6, rel=0.5)
+    assert "5e-6" in (bounds.__doc__ or "")

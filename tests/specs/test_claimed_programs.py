@@ -16,8 +16,8 @@ from kvconform_specs.configs import CONFIGS
 from kvconform_specs.costs import held_bytes, retained
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Append, Close, Marks, Program, Reject, Step, Truncate
-from kvconform_specs.reference.bounds import STORAGE, grid_error
 from kvconform_specs.reference.oracle import expect
+from kvconform_specs.reference.quantisation import STORAGE, grid_error
 from kvconform_specs.strategies import drawn
 
 GQA, WINDOW = CONFIGS["attention-gqa"], CONFIGS["attention-window"]

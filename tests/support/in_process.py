@@ -52,7 +52,8 @@ def broken(target: Any, clauses: Sequence[str], examples: int = 5) -> dict[str, 
     client, found = InProcess(target), dict[str, str]()
     for name in clauses:
         clause = BY_NAME[name]
-        if not all(map(client.claims.can, clause.needs)):
+        unclaimed = clause.needs_any and not any(map(client.claims.can, clause.needs_any))
+        if unclaimed or not all(map(client.claims.can, clause.needs)) or not clause.concerns(client.config):
             continue
 
         @settings(

@@ -7,7 +7,7 @@ Addressed as ``tests/support/third_party_faulty_modules.py:Name``.
 from __future__ import annotations
 
 import torch
-from third_party_modules import LayerPast, MakesCache, ModuleBuffers, Projections, lower, rotated
+from third_party_modules import LayerPast, MakesCache, ModuleBuffers, Projections, StartPos, lower, rotated
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -113,3 +113,18 @@ class OffByOne(MakesCache):
         if kv_cache is not None and kv_cache["length"] > 4:
             kv_cache["length"] -= 1
         return super().forward(x, kv_cache)
+
+
+class CentresInPlace(LayerPast):
+    """Its inputs lose their mean where they are."""
+
+    def forward(self, hidden_states, layer_past=None, use_cache=False):
+        hidden_states -= hidden_states.mean(-1, keepdim=True)
+        return super().forward(hidden_states, layer_past, use_cache)
+
+
+class ReadsUnusedSlots(StartPos):
+    """The last slot of the buffer is added to every output: zeros, as long as nothing fills it."""
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return super().attended(query, key, value) + self.cache_v[:, :, -1].flatten(1)[:, None]

@@ -46,6 +46,11 @@ ASKED = (
     "lifecycle.reset",
     "lifecycle.independent",
     "batch.row-solo",
+    "batch.nan-isolated",
+    "contents.dead-slots",
+    "memory.inputs-unchanged",
+    "memory.inputs-reused",
+    "memory.outputs-kept",
 )
 """Clauses for any target, from every relevant chapter."""
 
@@ -133,6 +138,8 @@ BROKEN: Mapping[str, tuple[str, set[str], set[str]]] = {
     "ForgetsOrder": ("past", {"equivalence.decode"}, {"shape.first-step"}),
     "SharedRow": ("layer_past", {"batch.row-solo"}, {"shape.first-step"}),
     "Overwrites": ("layer_past", {"contents.old-handle"}, {"equivalence.decode", "lifecycle.reset"}),
+    "CentresInPlace": ("layer_past", {"memory.inputs-unchanged"}, {"equivalence.decode", "memory.inputs-reused"}),
+    "ReadsUnusedSlots": ("start_pos=cached", {"contents.dead-slots"}, {"memory.inputs-unchanged"}),
     "OffByOne": ("modified in place", {"equivalence.decode"}, {"shape.first-step"}),
 }
 """Part of how each is called, clauses that it breaks, and clauses that it does not."""
@@ -185,18 +192,53 @@ def test_a_wrong_default_is_judged_and_the_remedy_is_named() -> None:
 def test_claims_match_what_the_target_offers() -> None:
     abilities = {name: set(opened(name).claims.abilities) for name in ("LayerPast", "CacheObject", "MakesCache")}
     assert abilities["LayerPast"] == {"uncached_forward", "length", "reset", "immutable"}
-    assert abilities["CacheObject"] == abilities["MakesCache"] == {"uncached_forward", "length", "reset"}
+    assert abilities["CacheObject"] == {"uncached_forward", "length", "reset"}
+    assert abilities["MakesCache"] == {"uncached_forward", "length", "reset", "poison"}
     owned, always, position = (opened(name).claims for name in ("ModuleBuffers", "AlwaysCaches", "StartPos"))
     assert set(owned.abilities) == {"uncached_forward", "reset"}
-    assert set(always.abilities) == set(position.abilities) == {"reset"}  # every call uses the cache
+    assert set(always.abilities) == {"reset"}  # every call uses the cache
+    assert set(position.abilities) == {"reset", "poison"}
     assert set(opened("GlobalList").claims.abilities) == {"uncached_forward"}
     assert owned.max_sequences == always.max_sequences == 1
     assert opened("OneRow").claims.max_batch == opened("attend").claims.max_batch == 1
     assert opened("FourRows").claims.max_batch == 4
-    assert set(opened("SetsCache").claims.abilities) == {"uncached_forward", "reset"}
+    assert set(opened("SetsCache").claims.abilities) == {"uncached_forward", "reset", "poison"}
     assert opened("ListOfPasts").claims.returns == "last"
     assert opened("LayerPast").claims.devices == ("cpu", "cuda")
     assert opened("attend").claims.devices == ("cpu",)
+
+
+@pytest.mark.parametrize(
+    ("name", "arrays", "axis"),
+    [
+        ("buffers.py:Decoder", 4, 2),
+        ("MakesCache", 2, 2),
+        ("StartPos", 2, 2),
+        ("ModuleBuffers", 0, 2),
+        ("LayerPast", 0, 2),
+    ],
+)
+def test_the_slots_of_a_cache_are_found_by_watching_its_steps(name: str, arrays: int, axis: int) -> None:
+    found = opened(name).found.slots
+    assert [*found.values()] == [axis] * arrays
+
+
+def test_poison_reaches_the_slots_that_hold_no_token() -> None:
+    backend = InProcess(opened("MakesCache")).backend
+    _, sequence = backend.step(backend.start(2), np.ones((2, 3, backend.target.found.width), np.float32))
+    before = sequence.past["k"].clone()
+    backend.poison(sequence, None, float("nan"))
+    assert torch.equal(sequence.past["k"][:, :, :3], before[:, :, :3])
+    for part in "kv":
+        assert sequence.past[part][:, :, 3:].isnan().all()
+        assert not sequence.past[part][:, :, :3].isnan().any()
+
+
+def test_a_cache_that_holds_its_inputs_says_so() -> None:
+    words = "its cache holds the inputs of earlier calls themselves, which the caller must not overwrite"
+    kept, copied = opened("OneRow"), opened("LayerPast")
+    assert (kept.claims.inputs, words in kept.assumed) == ("kept", True)
+    assert (copied.claims.inputs, words in copied.assumed) == ("copied", False)
 
 
 def test_with_a_window_the_length_is_not_claimed() -> None:
@@ -291,6 +333,11 @@ def test_what_no_trial_agreed_with_is_said_first() -> None:
     for name, words in (("TopLeftMask", True), ("RightMask", False)):
         found = module.open_module(f"{SUPPORT / 'published_listings.py'}:{name}", {})
         assert found.assumed[1].startswith("it is called as meant, although no cached call") is words
+
+
+def test_what_a_target_has_and_nothing_tries_is_told() -> None:
+    assert opened("WithCrop").not_tried == ("crop of its past", "its argument seq_lens")
+    assert opened("LayerPast").not_tried == ()
 
 
 def test_a_length_is_claimed_only_where_it_grows_to_the_capacity() -> None:

@@ -23,6 +23,7 @@ from kvconform_backends.faults import (
     eviction,
     generation,
     graphs,
+    grouped,
     last_position,
     latent,
     layout,
@@ -40,6 +41,7 @@ from kvconform_backends.faults import (
     window,
 )
 from kvconform_backends.faults.planted import GITHUB, Fault, faults_of
+from kvconform_backends.numpy import grouped as numpy_grouped
 from kvconform_backends.numpy.cache import NumpyCache
 
 __all__ = ["CONTROLS", "FAULTS"]
@@ -121,6 +123,7 @@ MODULES = (
     memory,
     paging,
     quantised,
+    grouped,
     capture,
     determinism,
     accounting,
@@ -140,5 +143,6 @@ CONTROLS: tuple[type, ...] = (
     determinism.OneByOne,
     capture.Captures,
     node_by_node.Graph,
+    *numpy_grouped.CONTROLS,
 )
 """Equivalent mutants: unusual but correct backends (``kvconform audit --controls``)."""

@@ -12,7 +12,7 @@ from kvconform_specs.claims import changes_at
 from kvconform_specs.costs import held_bytes, multiply_adds, retained, slots
 from kvconform_specs.history import Histories, Row, epoch_of
 from kvconform_specs.program import Append, Close, Step
-from kvconform_specs.reference.bounds import grid_error
+from kvconform_specs.reference.quantisation import grid_error
 
 VACUOUS = 0.25
 """Of a step: where numbers may be that far from a multiple, half of all numbers are."""
@@ -82,7 +82,7 @@ def quantised(observed: Sequence[Observed]) -> Checked:
                 past = max(shown - one.claims.residual, 0)
                 mine = got[:, row, held[row] - shown : held[row] - shown + past].astype(np.float64)
                 heads = mine.reshape(*mine.shape[:2], 2 * c.kv_heads, c.head_dim)
-                unit = np.broadcast_to(np.abs(heads).max(axis=-1, keepdims=True) / largest, heads.shape)
+                unit = _largest_of_groups(heads, one.claims.quantiser.group) / largest
                 nearest = np.rint(heads / np.where(unit == 0, 1, unit)) * unit
                 away, allowed = (x.reshape(mine.shape) for x in (np.abs(heads - nearest), error * unit))
                 compared += mine.size
@@ -95,6 +95,15 @@ def quantised(observed: Sequence[Observed]) -> Checked:
                     return Checked(one.at_read(Kind.QUANTISED, place, cell[2], **facts), compared)
                 worst = max(worst, float(np.max(away / np.where(allowed > 0, allowed, 1), initial=0.0)))
     return Checked(None, compared, worst if compared else None)
+
+
+def _largest_of_groups(heads: Array, size: int | None) -> Array:
+    """The largest magnitude in the group of each number of ``(..., d)``: ``size`` neighbours, or all."""
+    found, d = np.empty_like(heads), heads.shape[-1]
+    for first in range(0, d, size or d):
+        cut = slice(first, first + (size or d))
+        found[..., cut] = np.abs(heads[..., cut]).max(axis=-1, keepdims=True)
+    return found
 
 
 def stable_contents(observed: Sequence[Observed]) -> Checked:

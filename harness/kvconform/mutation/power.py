@@ -239,6 +239,7 @@ class _Trial:
                 if isinstance(want, Generation):
                     numbers, real = want.along(output), np.ones((1, 1, 1, 1), bool)
                     output = self._behind(model, want, output)
+                real = real & ~np.isnan(numbers("value"))  # what follows a token of NaN has no value
                 if bool((~(np.abs(output - numbers("value")) <= numbers("bound")) & real).any()):
                     return True
         return False

@@ -184,7 +184,7 @@ def _narrower(name: str, value: Any, was: Any, mine: dict[str, Any]) -> bool:
         return bool(mine["kv_bits"] != 0 and value < was)
     if name == "cache_dtype":  # empty: that of the config
         return bool(was == "" and value)
-    return False  # a different page size promises neither more nor less
+    return False  # a different page size or quantiser promises neither more nor less
 
 
 def _said(value: Any) -> str:

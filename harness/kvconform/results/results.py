@@ -42,6 +42,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     """How it is called, in words."""
     assumed: list[str]
     """What was assumed about it, one sentence each."""
+    not_tried: list[str] = []
+    """What it has and no clause tries, in a few words each."""
     configs: dict[str, Any]
     """Its own configs, by name."""
     noise: dict[str, float] = {}

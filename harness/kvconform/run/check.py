@@ -19,6 +19,7 @@ from kvconform.results.results import Results
 from kvconform.search import counterexample
 from kvconform.search.effort import CHECK
 from kvconform.worker.registry import installed
+from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case
 from kvconform_specs.describe import outline
 
@@ -30,6 +31,17 @@ NOT_IN_MAPS = (
     "within these lengths each output depends on the right tokens: the mistake is in the numbers, or shows in programs "
     "that no map runs"
 )
+UNCLAIMED = {
+    "two rows": "several rows",
+    "ragged": "rows of different lengths",
+    "left padding": "padded rows",
+    "mask": "a caller's mask",
+    "truncate": "truncation",
+    "fork": "forks",
+    "reorder": "reordered rows",
+    "poison": "what unused slots hold",
+}
+"""What a black box is not asked without a claim, in words."""
 FORMS = (
     "file.py:NAME or package.module:NAME (a class, factory or function), decoder.onnx, "
     "hf:DIRECTORY or hf:CONFIG_CLASS (transformers), or the name of an installed backend"
@@ -93,6 +105,7 @@ def lines(results: Results, folder: Path) -> Iterator[str]:
         yield f"also broken: {', '.join(dict.fromkeys(v.clause for v in broken[SHOWN:]))}"
     yield from _maps(results)
     yield f"{results.backend}: {results.summary}"
+    yield from _not_tried(results)
     passed = sum(verdict.outcome is Outcome.PASS for verdict in results.verdicts)
     programs = sum(verdict.programs for verdict in results.verdicts)
     if results.verdicts:
@@ -137,6 +150,16 @@ def diagnosed(results: Results) -> Iterator[str]:
     """The diagnoses, config by config."""
     for name, found in results.diagnoses.items():
         yield f"diagnosis [{name}]: {diagnosis_text.sentence(found)}"
+
+
+def _not_tried(results: Results) -> Iterator[str]:
+    """What a black box has or may have that its verdict says nothing of."""
+    if results.target is None or not results.verdicts:
+        return
+    claims = Claims.from_json(results.claims)
+    left = [*results.target.not_tried, *(words for need, words in UNCLAIMED.items() if not claims.can(need))]
+    if left:
+        yield f"  not tried: {', '.join(left)}"
 
 
 def _failure(results: Results, verdict: Verdict, folder: Path) -> Iterator[str]:

@@ -21,7 +21,7 @@ Where = Literal["inside", "before", "behind", "between"]
 GUARD = 512
 """Bytes of the bands before, between and behind the arrays: more than any array's number, less than a page."""
 ALIGNED = 64
-"""Every array begins at a multiple of so many bytes, as a fresh one of numpy would: kernels choose by it."""
+"""Every array begins at a multiple of so many bytes from the start of the memory: it is aligned as a fresh array is."""
 FILLED = 0xFF
 """What the bytes of bands hold, and of arrays after their use: NaN as a float, -1 as an integer, no bool."""
 
@@ -55,27 +55,25 @@ class CallerMemory:
     def __init__(self, size: int) -> None:
         """``size``: in bytes, as ``room`` says."""
         self._memory = np.empty(size, np.uint8)
-        address: int = self._memory.__array_interface__["data"][0]
-        self._first = -address % ALIGNED + GUARD
         self._placed: list[_Placed] = []
         self._before = b""
 
     def hand_over(self, arrays: Iterable[tuple[str, Array, str]]) -> list[Array]:
         """Views that hold these arrays, given by name, numbers and layout, between guard bands."""
         self._memory.fill(FILLED)
-        self._placed, self._next = [], self._first
-        for name, x, layout in arrays:
-            start = self._next
-            view = laid(x, layout, self._new)
-            self._placed.append(_Placed(name, view, start, self._stop))
-        self._before = self._memory.tobytes()
-        return [placed.view for placed in self._placed]
+        self._placed = placed = []
+        start = stop = GUARD
 
-    def _new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        start = self._next
-        self._stop = start + prod(shape) * dtype.itemsize
-        self._next = self._stop + GUARD + (self._first - self._stop - GUARD) % ALIGNED
-        return np.ndarray(shape, dtype, self._memory, start)
+        def new(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+            nonlocal stop
+            stop = start + prod(shape) * dtype.itemsize
+            return np.ndarray(shape, dtype, self._memory, start)
+
+        for name, x, layout in arrays:
+            placed.append(_Placed(name, laid(x, layout, new), start, stop))
+            start = -(-(stop + GUARD) // ALIGNED) * ALIGNED
+        self._before = self._memory.tobytes()
+        return [one.view for one in placed]
 
     def overwritten(self) -> Overwritten | None:
         """What has changed since the arrays were handed over."""
@@ -105,7 +103,7 @@ class CallerMemory:
 def room(arrays: Iterable[tuple[str, Array, str]]) -> int:
     """Bytes of memory that hold these arrays with their bands, in any layout."""
     sizes = [x.nbytes * (1 if layout == "contiguous" else 3) for _name, x, layout in arrays]  # sliced: 2 n + 1 for n
-    return sum(sizes) + (len(sizes) + 1) * (GUARD + ALIGNED) + ALIGNED
+    return sum(sizes) + (len(sizes) + 1) * (GUARD + ALIGNED)
 
 
 def changed(name: str, before: Array, now: Array) -> Overwritten | None:

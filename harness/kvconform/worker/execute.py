@@ -88,7 +88,7 @@ def execute(
 def _traced(backend: Any, program: Program, feeds: list[Feed], variant: int, at: Callable[[int, int], None]) -> Trace:
     caches: dict[str, Any] = {}
     trace: list[StepResult] = []
-    returned: list[Array | None] = []  # the outputs themselves
+    returned: list[bytes | None] = []  # the outputs as they were then
     reused = _reused(program, feeds, variant)
     for number, step in enumerate(program.steps):
         at(variant, number)
@@ -98,16 +98,17 @@ def _traced(backend: Any, program: Program, feeds: list[Feed], variant: int, at:
             memory = reused if reused is not None and _reuses(call) else CallerMemory(room(arrays))
             feed = _handed(memory.hand_over(arrays), feed)
         done = _guarded(backend, caches, step, feed)
-        returned.append(done.output)
-        written = None if memory is None else memory.overwritten()
-        trace.append(replace(done, output=_copied(done.output), input_changed=written))
+        returned.append(None if done.output is None else done.output.tobytes())
+        if memory is not None and (written := memory.overwritten()) is not None:
+            done = replace(done, input_changed=written)
         if memory is not None and memory is reused:
             memory.overwrite()
+        trace.append(done)
         if done.error is not None:
             break
     for name in list(caches):  # what a program leaves open is ended; how that goes belongs to no step
         _guarded(backend, caches, Close(name), ((), {}))
-    return tuple(_kept(done, output) for done, output in zip(trace, returned, strict=True))
+    return tuple(_kept(done, before) for done, before in zip(trace, returned, strict=True))
 
 
 # --- the caller's memory ---
@@ -142,15 +143,12 @@ def _handed(views: list[Array], feed: Feed) -> Feed:
     }
 
 
-def _kept(done: StepResult, returned: Array | None) -> StepResult:
-    """The result, with what has become of the output that the step returned."""
-    if returned is None or done.output is None or done.output.tobytes() == returned.tobytes():
+def _kept(done: StepResult, returned: bytes | None) -> StepResult:
+    """The result with the output as it was when the step returned it, and what has become of that."""
+    if done.output is None or returned is None or done.output.tobytes() == returned:
         return done
-    return replace(done, output_changed=changed("output", done.output, returned))
-
-
-def _copied(output: Array | None) -> Array | None:
-    return None if output is None else np.array(output, order="C")
+    before = np.frombuffer(returned, done.output.dtype).reshape(done.output.shape)
+    return replace(done, output=before, output_changed=changed("output", before, done.output))
 
 
 def feeds_of(program: Program, indices: tuple[int, ...]) -> list[Feed]:

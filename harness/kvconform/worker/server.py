@@ -72,7 +72,9 @@ class Worker:
         if self.backend.claims.reference == "self":
             configs = {name: config.to_json() for name, config in self.backend.configs.items()}
             assumed = list(getattr(self.backend, "assumed", BlackBox.assumed))
-            target = {"recognised": self.backend.recognised, "assumed": assumed, "configs": configs}
+            not_tried = list(getattr(self.backend, "not_tried", BlackBox.not_tried))
+            told = {"recognised": self.backend.recognised, "assumed": assumed, "not_tried": not_tried}
+            target = {**told, "configs": configs}
         return {"claims": claims, "environment": environment(self.backend), "target": target}, b""
 
     def build(self, message: Header) -> Reply:

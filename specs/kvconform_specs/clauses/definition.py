@@ -59,7 +59,7 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         profiles=("decoder",),
         core=True,
-        situations=(*reach.BASIC, reach.ROWS, *reach.EDITS, reach.PAST_WINDOW),
+        situations=(*reach.BASIC, reach.ROWS, *reach.EDITS, reach.PAST_WINDOW, reach.SWITCH),
     ),
     Clause(
         name="definition.grouping",
@@ -136,6 +136,6 @@ CLAUSES = (
         relations=(Relation.PARITY,),
         profiles=("decoder",),
         applies=lambda config: config.positions in ("learned", "rope"),
-        situations=(*reach.BASIC, NEAR_CAPACITY),
+        situations=(*reach.BASIC, NEAR_CAPACITY, reach.SWITCH),
     ),
 )

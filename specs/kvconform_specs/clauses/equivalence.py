@@ -163,7 +163,7 @@ CLAUSES = (
         strategy=_decode,
         relations=(Relation.AGREEMENT,),
         core=True,
-        situations=(reach.DECODE, reach.ROWS, reach.PAST_WINDOW),
+        situations=(reach.DECODE, reach.ROWS, reach.PAST_WINDOW, reach.SWITCH),
     ),
     Clause(
         name="equivalence.chunks",
@@ -176,7 +176,7 @@ CLAUSES = (
         strategy=chunks,
         relations=(Relation.AGREEMENT,),
         core=True,
-        situations=(*reach.BASIC, reach.PAST_WINDOW),
+        situations=(*reach.BASIC, reach.PAST_WINDOW, reach.SWITCH),
     ),
     Clause(
         name="equivalence.path",

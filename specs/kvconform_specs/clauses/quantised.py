@@ -1,4 +1,4 @@
-"""The error of a quantised cache is that of its step: for each number at most half a step of its own scale."""
+"""The error of a quantised cache is that of its quantiser: for integers at most half a step of their own scale."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _lopsided(config: Config, claims: Claims) -> SearchStrategy[Case]:
 @st.composite
 def _newest(draw: Draw, config: Config, claims: Claims) -> Case:
     """Lengths around the residual window and its multiples, reached by chunks or by decode steps."""
-    r = claims.residual
+    r = _period(claims)
     first = max(r * draw(st.integers(1, 3)) + draw(st.integers(-1, 1)), 1)
     more = (1,) * draw(st.integers(0, r + 1)) if draw(st.booleans()) else at_once(draw(st.integers(1, 2 * r)), claims)
     sizes = fitted((*at_once(first, claims), *more), config.capacity)
@@ -61,12 +61,17 @@ def _stored(config: Config, claims: Claims) -> SearchStrategy[Case]:
     return _steps(config, claims) | st.tuples(steadily(config, claims), batches(claims), seeds).map(made)
 
 
+def _period(claims: Claims) -> int:
+    """The number of tokens after which some are quantised: the residual window, and a group of tokens."""
+    return claims.residual + (claims.quantiser.group or 0 if claims.quantiser.by_channel else 0)
+
+
 def _beyond(windows: int) -> reach.Situation:
     def possible(config: Config, claims: Claims) -> bool:
-        return config.capacity > windows * claims.residual
+        return config.capacity > windows * _period(claims)
 
     words = "more tokens than the residual window" if windows == 1 else f"more tokens than {windows} residual windows"
-    return reach.append(words, lambda visit: visit.longest > windows * visit.claims.residual, possible)
+    return reach.append(words, lambda visit: visit.longest > windows * _period(visit.claims), possible)
 
 
 ATTENTION = ("attention",)
@@ -115,18 +120,18 @@ CLAUSES = (
     Clause(
         name="quantised.stored",
         text="A token beyond the residual window is stored in the claimed bits, however it was appended: what is read "
-        "are integers times its head's step.",
+        "are integers times the step of their group.",
         why=("https://github.com/rajveer43/VeloxQuant-MLX/issues/86",),
         strategy=_stored,
         relations=(Relation.QUANTISED,),
         profiles=ATTENTION,
-        needs=("quantised cache", "contents"),
+        needs=("multiples of scales", "contents"),
         situations=(_beyond(1), reach.DECODE, reach.READ),
     ),
     Clause(
         name="quantised.residual",
-        text="The newest tokens are exact, as many as claimed, and no token is lost or counted twice when it leaves "
-        "the residual window.",
+        text="The newest tokens are exact, as many as claimed and those of a group of tokens that is not full, and no "
+        "token is lost or counted twice when it is quantised.",
         why=(
             "https://github.com/rajveer43/VeloxQuant-MLX/issues/86",
             "https://github.com/rajveer43/VeloxQuant-MLX/pull/89",

@@ -39,9 +39,7 @@ both operands in storage precision), and one ``u`` of the result:
 ``eta`` covers weights and results that underflow. A query that sees no key has value 0 and
 bound 0; no bound where any finite number is claimed.
 
-*Quantised cache.* An element ``x`` of a token whose absmax is ``M`` in that head has ``step = M / (2^(bits - 1) - 1)``
-and an error of at most ``h = (1 + u) step / 2 + 3 a M + u |x|``: rounding to an integer, with a step that may be
-stored; the step, the quotient and the product, in float32; the result, stored. The error of scores then grows by
+*Quantised cache.* An element has an error of at most ``h`` (``quantisation.py``). The error of scores then grows by
 ``scale sum|q| h`` of the key, that of the output by ``sum_j (p_j + r'_j) h`` of the values. Tokens from ``exact_from``
 on are not quantised. In a cache of another dtype than the config's, of unit roundoff ``c``, each key and value is
 rounded once: ``h = c |x| + eta``.
@@ -51,7 +49,7 @@ rounded once: ``h = c |x| + eta``.
 rounding, and ``bound = C sigma``, sigma pooled over one position's vocabulary. ``C`` is Student's t at ``RUNS`` degrees
 of freedom for a two-sided false-positive rate of ``FALSE_ALARM``: if all the error has one direction in the vocabulary,
 eight runs are only eight samples. That rate holds for a logit whose own sigma is the pooled one; a logit's sigma is up
-to ``SPREAD`` times that (a test measures it on the suite's configs), with a rate of 2e-6. In 16 bits the noise includes
+to ``SPREAD`` times that (a test measures it on the suite's configs), with a rate of 5e-6. In 16 bits the noise includes
 scores that are rounded to storage, so that a decoder which does this is within the bound; the attention profile detects
 it. Latent attention is run as defined, with expanded keys ``k = W c``; the absorbed form multiplies ``q W`` by the
 latent ``c``. Its two products have errors of ``a |q| |W| |c|`` each, of which the run has one, that of ``W c`` seen
@@ -70,20 +68,17 @@ from numpy.typing import NDArray
 from kvconform_specs.claims import Precision
 from kvconform_specs.config import Config
 from kvconform_specs.reference.definition import Arithmetic, Attended, expand, sinks
+from kvconform_specs.reference.quantisation import ACCUMULATION, UNDERFLOW, quantisation_error
+from kvconform_specs.reference.quantisation import STORAGE as STORAGE  # of every module that measures bounds
 
 Array = NDArray[np.floating]
 
-STORAGE = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-"""Unit roundoff ``u`` of each dtype: 2^-p for a significand of p bits."""
-ACCUMULATION = 2.0**-24
-"""Unit roundoff ``a``: dot products and softmax accumulate in float32 for every dtype."""
-UNDERFLOW = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-25}
 
 RUNS = 8
 FALSE_ALARM = 1e-9
 C = 31.96
 """Student's t quantile: P(|t_8| > C) = 1e-9 (a test recomputes it)."""
-SPREAD = 2.5
+SPREAD = 3.0
 """The largest ratio of a logit's own sigma to the one that is pooled over its position."""
 ELEMENTARY = 8
 """Error of exp and tanh in units of ``a``: at most 4 ulp."""
@@ -116,7 +111,8 @@ def attention_bound(
     lossy = precision.kv_bits > 0 or precision.cache_dtype not in ("", config.dtype)
     if lossy:
         key_error, value_error = (
-            expand(_quantised(x, config.dtype, precision, exact_from), config.group) for x in (keys, values)
+            expand(quantisation_error(x, precision, config.dtype, part=part, exact_from=exact_from), config.group)
+            for part, x in (("keys", keys), ("values", values))
         )
         errors += abs(config.score_scale) * (np.abs(query) @ key_error.swapaxes(-1, -2))
     unbounded = np.max(errors, axis=-1, keepdims=True, initial=0.0, where=attended.visible) > MAX_EXPONENT_ERROR
@@ -160,35 +156,6 @@ def _weight_errors(errors: Array, attended: Attended, config: Config, a: float, 
     shifts = np.minimum(grown * z - attended.weights, 1.0)
     others = shifts.sum(axis=-1, keepdims=True) + np.minimum(heavy * z - weight, 1.0) - shifts
     return np.asarray(np.minimum(shifts, others))
-
-
-def _quantised(x: Array, dtype: str, precision: Precision, exact_from: int | None) -> Array:
-    """``(..., g, s, d)``: the largest error of what is stored for each token of ``x``."""
-    error = quantisation_error(x, precision, dtype)
-    if exact_from is not None:
-        error[..., max(exact_from, 0) :, :] = 0.0
-    return error
-
-
-def grid_error(largest: int, dtype: str) -> float:
-    """How far a dequantised number may be from an integer multiple of its head's step, in steps.
-
-    The step is the largest magnitude that was read, over ``largest``. Both that and the number are an integer times a
-    step, rounded twice at most (the product, and the result as it is stored), each by ``u``: the quotient of the two is
-    off by a factor of ``(1 + u)^2 / (1 - u)^2``, and no integer exceeds ``largest``.
-    """
-    u = STORAGE[dtype]
-    return largest * (((1 + u) / (1 - u)) ** 2 - 1)
-
-
-def quantisation_error(x: Array, precision: Precision, dtype: str = "float32") -> Array:
-    """``h``: the largest error of each element of ``x`` ``(..., s, d)`` in a quantised cache; zeros if it is not."""
-    sizes, u = np.abs(x), STORAGE[dtype]
-    if not precision.kv_bits:
-        cache = precision.cache_dtype or dtype
-        return np.asarray(sizes * STORAGE[cache] + UNDERFLOW[cache] if cache != dtype else sizes * 0.0)
-    step = 1 / (2 ** (precision.kv_bits - 1) - 1)
-    return np.asarray(sizes.max(axis=-1, keepdims=True) * ((1 + u) * step / 2 + 3 * ACCUMULATION) + u * sizes)
 
 
 class Noisy(Arithmetic):

@@ -20,6 +20,7 @@ from kvconform_specs.history import Request, Row, prefixed, requests
 from kvconform_specs.program import Append, Program, Run, UncachedForward
 from kvconform_specs.reference import bounds
 from kvconform_specs.reference.definition import attention, decoder
+from kvconform_specs.reference.quantisation import quantisation_error
 from kvconform_specs.tensors import Streams, weights
 
 Array = NDArray[np.floating]
@@ -104,7 +105,7 @@ class Solution:
 
     def _groups(self) -> Iterator[tuple[Request, tuple[_Group, int, int]]]:
         owners = {request: request for request in self._starts}
-        if not self.precision.residual:  # otherwise the precision of a token depends on the length: nothing is shared
+        if not self.precision.by_length:  # otherwise the precision of a token depends on the length: nothing is shared
             owners = prefixed(self._starts, changes_at(self.program.config, self.precision))
         starts: dict[Request, int] = {}
         for request, owner in owners.items():
@@ -137,14 +138,18 @@ class Solution:
             if row:
                 _query, *parts = self.streams.split(self.streams.row(row))
                 if kind != "value":
-                    parts = [self._quantisation_error(part, len(row)) for part in parts]
+                    parts = [self._error(name, part) for name, part in zip(("keys", "values"), parts, strict=True)]
                 flat = [part.swapaxes(1, 2).reshape(len(self.indices), len(row), -1) for part in parts]
                 made[:, index, : len(row)] = np.concatenate(flat, axis=2)
         return made
 
-    def _quantisation_error(self, x: Array, length: int) -> Array:
-        error = bounds.quantisation_error(x.astype(np.float64), self.precision, self.program.config.dtype)
-        return np.where(np.arange(length)[:, None] < length - self.precision.residual, error, 0.0) + np.zeros(x.shape)
+    def _error(self, part: str, x: Array) -> Array:
+        """How far what is stored may be from keys or values ``(n, g, s, d)``."""
+        precision, s = self.precision, x.shape[-2]
+        exact_from = s - precision.residual
+        return quantisation_error(
+            x.astype(np.float64), precision, self.program.config.dtype, part=part, exact_from=exact_from
+        )
 
 
 class _Group(Protocol):

@@ -29,7 +29,10 @@ class ModuleSequence:
 
 
 class Caller:
-    """Calls a target by a convention. ``dtype``: of hidden states; ``namespace``: the names in the target's file."""
+    """Calls a target by a convention. ``dtype``: of hidden states; ``namespace``: the names in the target's file.
+
+    ``shares``: cached calls get dense inputs in the memory of whoever calls, so that it is seen what they write there.
+    """
 
     def __init__(
         self,
@@ -38,8 +41,10 @@ class Caller:
         namespace: Mapping[str, Any],
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        shares: bool = False,
     ) -> None:
         self.module, self.convention, self.dtype, self.device = module, convention, dtype, device
+        self.shares = shares
         self._fixed = {"torch": torch, "np": np, "module": module, "device": device}
         self._fixed |= {name: namespace[name] for name in convention.imports}
         self._code: dict[str, types.CodeType] = {}
@@ -60,7 +65,8 @@ class Caller:
 
     @torch.no_grad()
     def step(self, sequence: ModuleSequence, x: Array) -> tuple[Array, ModuleSequence]:
-        names = self.called(self.convention.call, sequence, x)
+        x = x if self.shares and x.flags.c_contiguous and x.flags.writeable else np.array(x)
+        names = self._called(self.convention.call, sequence, x)
         y = self._value(self.convention.output, names)
         past = self._value(self.convention.present, names) if self.convention.present else None
         return self.numbers(y), ModuleSequence(past, sequence.batch, sequence.tokens + x.shape[1])
@@ -80,7 +86,10 @@ class Caller:
 
     @torch.no_grad()
     def called(self, expression: str, sequence: ModuleSequence, x: Array) -> dict[str, Any]:
-        """All names after a call, including ``out``."""
+        """All names after a call on a copy of ``x``, including ``out``."""
+        return self._called(expression, sequence, np.array(x))  # torch warns about read-only memory
+
+    def _called(self, expression: str, sequence: ModuleSequence, x: Array) -> dict[str, Any]:
         names = {
             "x": self._into(x),
             "past": sequence.past,
@@ -100,7 +109,6 @@ class Caller:
         return eval(self._code[expression], {**self._fixed, **names})
 
     def _into(self, x: Array) -> Any:
-        x = np.array(x)  # a copy: torch warns about read-only memory
         if not self.convention.batched:
             x = x[0]
         if self.convention.arrays == "numpy":

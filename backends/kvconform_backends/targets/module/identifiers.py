@@ -62,6 +62,19 @@ MAKERS = _words("""
     make_empty_cache empty_past init_past make_past
 """)
 """Methods, or functions beside the target, that create an empty past."""
+OPERATIONS = _words("""
+    truncate truncate_to crop trim trim_to rollback roll_back rewind cut shrink evict fork clone_cache copy_cache
+    reorder reorder_cache reorder_past _reorder_cache select_rows batch_select_indices batch_repeat_interleave
+    reset_rows
+""")
+"""Methods of a module or a past that change what is cached, beside those that start a sequence."""
+LENGTHS = frozenset(
+    _words("""
+    lengths seq_lens seq_lengths sequence_lengths cache_lengths cache_lens cache_seqlens past_lengths kv_lens
+    cu_seqlens block_table block_tables slot_mapping beam_idx
+""")
+)
+"""Parameters that tell rows apart: lengths, places, rows."""
 OUTPUTS = _words("logits last_hidden_state hidden_states output out y x attn_output hidden")
 """Fields of a returned dict or object that hold the output."""
 PRESENTS = _words("""

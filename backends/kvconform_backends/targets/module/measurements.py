@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from kvconform_backends.targets.module import identifiers
+from kvconform_backends.targets.module import identifiers, slots
 from kvconform_backends.targets.module.beginnings import Beginnings
 from kvconform_backends.targets.module.calls import leaves
 from kvconform_backends.targets.module.past import contents, described, frozen, grown_axis, sizes
@@ -102,10 +103,47 @@ class Measurements(Trials):
         made.kv_heads = target.number(identifiers.KV_HEADS, made.heads)
         made.head_dim = target.number(identifiers.HEAD_DIMS, max(1, width // made.heads))
         made.layers = self.beginnings.layers()
-        if not made.convention.owned:
+        if made.convention.owned:
+            self._note_operations(made, None)
+        else:
             self._measure_past(made)
         if made.heads % made.kv_heads:
             made.heads = made.kv_heads
+
+    def _note_operations(self, made: Recognised, past: Any) -> None:
+        """What the module and its past can do, or take, that no call uses."""
+        held = past[0] if isinstance(past, list | tuple) and past else past
+        owners = ((self.target.module, "the module"), (held, "its past"))
+        found = [
+            f"{name} of {words}"
+            for owner, words in owners
+            for name in identifiers.OPERATIONS
+            if not isinstance(owner, Tensor | np.ndarray | Mapping) and callable(getattr(owner, name, None))
+        ]
+        found += [f"its argument {name}" for name in made.signature.unknown if name in identifiers.LENGTHS]
+        made.operations = tuple(found)
+
+    def measure_kept(self, made: Recognised) -> None:
+        """Whether what it keeps of a step is the memory of the inputs itself."""
+        caller, x = self.caller(made.convention), np.ascontiguousarray(self.sample(made, PROMPT))
+        caller.shares = True
+        _output, sequence = caller.step(caller.start(len(x)), x)
+        first: int = x.__array_interface__["data"][0]
+        starts = (
+            leaf.data_ptr() if isinstance(leaf, Tensor) else leaf.__array_interface__["data"][0]
+            for leaf in (*leaves(sequence.past), *leaves(caller.module))
+        )
+        made.keeps_inputs = any(first <= start < first + x.nbytes for start in starts)
+
+    def measure_slots(self, made: Recognised) -> None:
+        """Where its steps write their tokens, if it has a slot for each."""
+        caller, x, ends, start = self.caller(made.convention), self.sample(made, LENGTH), (PROMPT, PROMPT + 1), 0
+        sequence, states = caller.start(len(x)), []
+        for end in ends:
+            _output, sequence = caller.step(sequence, x[:, start:end])
+            states.append(slots.copied(slots.arrays(caller.module, sequence.past)))
+            start = end
+        made.slots = slots.slots(states, ends)
 
     def _measure_past(self, made: Recognised) -> None:
         """What the past consists of, which axis grows, and which expression gives its length."""
@@ -123,6 +161,7 @@ class Measurements(Trials):
         axes = {at: grown_axis(shape, after.get(at)) for at, shape in before.items()}
         grown = {at: axis for at, axis in axes.items() if axis is not None}
         made.past = described(second.past)
+        self._note_operations(made, second.past)
         if grown:
             at, axis = next(iter(grown.items()))
             shape = after[at]

@@ -11,6 +11,7 @@ from torch import nn
 
 from kvconform_backends.targets.module.conventions import Convention
 from kvconform_backends.targets.module.signature import ForwardSignature, concrete
+from kvconform_backends.targets.module.slots import Slots
 
 Rank = tuple[bool, bool, bool, bool]
 """Whether the prompt ran, one more token ran, that token agreed with the uncached forward, and a chunk after it did."""
@@ -61,7 +62,9 @@ class Recognised:
 
     vocabulary: the number of token ids. outputs: the size of one token's output. rows: the maximum batch, and
     ``refusal`` the exception beyond it. given: the arguments for masks and positions. past: a description of the past.
-    hints: what giving an omitted argument would change.
+    keeps_inputs: whether the cache holds the memory of the inputs. slots: arrays with a slot for each token.
+    hints: what giving an omitted argument would change. operations: methods of the module or its past that nothing
+    calls, in words.
     """
 
     signature: ForwardSignature
@@ -82,8 +85,11 @@ class Recognised:
     kv_heads: int = 1
     head_dim: int = 1
     immutable: bool = False
+    keeps_inputs: bool = False
+    slots: Slots = field(default_factory=dict)
     reserved: tuple[int, ...] = ()
     hints: dict[str, str] = field(default_factory=dict)
+    operations: tuple[str, ...] = ()
     rank: Rank = (False, False, False, False)
 
     @property
@@ -139,6 +145,8 @@ class Recognised:
         if self.refusal:
             rows = "one row" if self.rows == 1 else f"{self.rows} rows"
             yield f"it takes at most {rows}: more raised {self.refusal}"
+        if self.keeps_inputs:
+            yield "its cache holds the inputs of earlier calls themselves, which the caller must not overwrite"
         if self.last_only:
             yield "a call returns only the output of its last token"
         source = f", from its {self.capacity_from}" if self.capacity_from else ", as it reports no limit"

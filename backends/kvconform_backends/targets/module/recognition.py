@@ -99,6 +99,9 @@ class Recognition(Measurements):
         if best.rank[1]:
             self.measure_shape(best)
             best.convention = best.convention.overridden(self.overrides)
+        if all(best.rank):
+            self.measure_slots(best)
+            self.measure_kept(best)
         if best.rank[0] and not all(best.rank):
             self._add_hints(best)
         return best

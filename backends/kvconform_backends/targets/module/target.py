@@ -25,7 +25,7 @@ from kvconform.backend import BlackBox
 from kvconform.errors import BackendUnavailable, InvalidBackend, SpecError, Unavailable
 from kvconform.worker.registry import module_of
 from kvconform_backends.targets import black_box
-from kvconform_backends.targets.module import calls, conventions, identifiers
+from kvconform_backends.targets.module import calls, conventions, identifiers, slots
 from kvconform_backends.targets.module.calls import Caller, ModuleSequence
 from kvconform_backends.targets.module.recognised import ProbedTarget, Recognised
 from kvconform_backends.targets.module.recognition import Unrecognised, recognise
@@ -193,6 +193,7 @@ class ModuleTarget:
             "reset": found.restarts,
             "length": bool(convention.length),
             "immutable": found.immutable,
+            "poison": bool(found.slots),
         }
         profile = "decoder" if convention.takes == "tokens" else "hidden"
         stored = next((name for name, kind in DTYPES.items() if kind is dtype), "float32")
@@ -205,6 +206,7 @@ class ModuleTarget:
             max_sequences=1 if convention.owned else None,
             returns="last" if found.last_only else "all",
             reference="self",
+            inputs="kept" if found.keeps_inputs else "copied",
         )
         reserved = sorted({*range(found.vocabulary, found.outputs), *found.reserved}) if profile == "decoder" else ()
         own = Config(
@@ -221,7 +223,7 @@ class ModuleTarget:
         )
         self.configs = {f"{profile}-self": own}
         self.recognised = found.words
-        self.assumed = (_built(source), *found.assumed)
+        self.assumed, self.not_tried = (_built(source), *found.assumed), found.operations
         self.source = source.file if source.file.endswith(".py") else str(sys.modules[source.file].__file__ or "")
         self.dtype, self.found, self._source = dtype, found, source
 
@@ -233,7 +235,7 @@ class ModuleTarget:
         module = self._source.made(namespace)
         if device != "cpu":
             module.to(device)
-        caller = Caller(module, self.found.convention, namespace, self.dtype, device)
+        caller = Caller(module, self.found.convention, namespace, self.dtype, device, shares=True)
         built = self._source.written(namespace)
         script = ModuleScript(self._source, self.found, module, built, self.dtype, device)
         return ModuleBackend(self, caller, script)
@@ -277,6 +279,12 @@ class ModuleBackend(BlackBox):
 
     def reset(self, sequence: ModuleSequence) -> ModuleSequence:
         return self.caller.start(sequence.batch)
+
+    def poison(self, sequence: ModuleSequence, keys: float | None, values: float | None) -> None:
+        """All arrays with slots: which of them hold keys is not known."""
+        number = values if keys is None else keys
+        if number is not None:
+            slots.fill(self.caller.module, sequence.past, self.target.found.slots, sequence.tokens, number)
 
     def perturbed(self, storage: float, accumulation: float, seed: int) -> ModuleBackend:
         noise = storage, accumulation, seed

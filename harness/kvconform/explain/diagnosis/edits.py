@@ -190,7 +190,7 @@ class _EditedReference:
         unless the newest tokens of a row have another precision."""
         known = self._given[edit]
         found = known.get(row)
-        if found is None and not self.claims.precision.residual:
+        if found is None and not self.claims.precision.by_length:
             changes = changes_at(self.config, self.claims)
             epoch = epoch_of(len(row), changes)
             same = [longer for longer in known if epoch_of(len(longer), changes) == epoch]

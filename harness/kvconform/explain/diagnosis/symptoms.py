@@ -167,9 +167,10 @@ class _Reading:
         cached = self.enter(step)
         with np.errstate(invalid="ignore"):
             error = np.abs(got - want.value[0])
-            off = ~(error <= want.bound_lower[0]) & want.real[..., None]
+            judged = want.real[..., None] & np.isfinite(want.value[0])  # what a tenant's own NaN gives is not
+            off = ~(error <= want.bound_lower[0]) & judged
             if off.any():
-                off = ~(error <= want.bound[0]) & want.real[..., None]
+                off = ~(error <= want.bound[0]) & judged
         self.outputs.append((got, want.bound[0] if off.any() else want.bound_lower[0]))
         self._add(number, step, cached, want.real, off)
 

@@ -53,7 +53,7 @@ def tested(
         if cached_only:  # what cached steps do wrong is not told by how right the uncached forward is
             known, new = ([c for c in cells if not c.facts.get("uncached forward")] for cells in (known, new))
         found = condition(known, config, left_out)
-        if EARLIER_PROGRAM not in left_out and _may_be_earlier(found, known):
+        if EARLIER_PROGRAM not in left_out and _may_be_earlier(found, [*known, *new]):
             if _right_alone(symptoms, run, fresh):
                 return counted(found if found and found.predicates else EARLIER, [*known, *new], config)
             left_out = frozenset({EARLIER_PROGRAM})

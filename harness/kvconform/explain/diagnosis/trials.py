@@ -15,7 +15,6 @@ from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import (
-    DISTRIBUTIONS,
     LAYOUTS,
     Append,
     Close,
@@ -30,6 +29,8 @@ from kvconform_specs.program import (
     UncachedForward,
 )
 
+SCALES = ("normal", "large_queries", "zero_keys", "small_keys_large_values")
+"""The distributions of trials: of finite numbers."""
 LONGEST, LARGEST, ROWS = 26, 9, 3
 """The most tokens of a row, tokens of a step, and rows of a trial."""
 RARELY = 0.12
@@ -60,12 +61,11 @@ class _Draw:
         self.names = ["a", "b"] if claims.can("two sequences") and self.happens(0.4) else ["a"]
         self.rows = 1 if self.happens(0.5) else self.between(1, min(claims.max_batch or ROWS, ROWS))
         self.ragged = claims.can("ragged") and self.rows > 1 and self.happens(0.4)
-        self.layout = (
-            self.one_of(LAYOUTS[:-1]) if config.profile == "attention" and self.happens(RARELY) else LAYOUTS[0]
-        )
-        self.distribution = DISTRIBUTIONS[0]
+        self.layout, self.distribution = LAYOUTS[0], SCALES[0]
+        if config.profile == "attention" and self.happens(RARELY):
+            self.layout = self.one_of(LAYOUTS[:-1])
         if config.profile == "attention" and self.happens(2 * RARELY):
-            self.distribution = self.one_of(DISTRIBUTIONS)
+            self.distribution = self.one_of(SCALES)
 
     # ``Random.random`` is the one method whose numbers are the same in every version of Python
     def happens(self, probability: float) -> bool:

@@ -8,7 +8,7 @@ from kvconform.explain.repro.calls import cache
 from kvconform.explain.repro.failure import Check, Failure, compared, rows, same, wanted, worst
 from kvconform.explain.repro.inputs import Run
 from kvconform_specs.clause import Relation
-from kvconform_specs.reference.bounds import grid_error
+from kvconform_specs.reference.quantisation import grid_error
 
 
 def _tells(ability: str) -> Check:
@@ -77,9 +77,10 @@ def _quantised(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str
     largest = 2 ** (failure.one.claims.kv_bits - 1) - 1
     return [
         f"got = {runs[-1].name('held', failure.step)}[{layer}][{row}][{kind}][{head}, -{back}]  # position {position}",
-        f"unit = np.abs(got).max() / {largest}  # the step, if the largest number is the largest integer",
+        f"groups = np.arange(len(got)) // {failure.one.claims.quantiser.group or 'len(got)'}  # that share a step",
+        f"unit = np.array([np.abs(got[groups == g]).max() for g in groups]) / {largest}  # of the largest integer",
         "want = np.rint(got / unit) * unit",
-        f"bound = {grid_error(largest, failure.one.program.config.dtype):.3g} * unit + 0 * got",
+        f"bound = {grid_error(largest, failure.one.program.config.dtype):.3g} * unit",
         "off = ~(np.abs(got - want) <= bound)",
         *worst(),
     ]

@@ -161,7 +161,7 @@ class MeasuredMap:
         precision, step = self.client.claims.precision, program.steps[0]
         if self.own is not None:
             return expect(program, (0,), precision, self.own)
-        if self.schedule.rows > 1 or precision.residual or changes_at(self.config, precision):
+        if self.schedule.rows > 1 or precision.by_length or changes_at(self.config, precision):
             return _defined(program, precision)
         assert isinstance(step, Append | UncachedForward)
         swaps = tuple(
