@@ -4,7 +4,7 @@ A diagnosis finds its condition on its own probes. Here it is tested on other pr
 them first in their process. A condition is
 
 - wrong, if outputs are wrong that do not meet it;
-- weak, if most of the outputs that meet it are right;
+- weak, if more than a quarter of the outputs that meet it are right;
 - untested, if no output of these programs meets it or is wrong;
 - right, if none of these is so;
 - silent, if there is none, although outputs are wrong.
@@ -25,6 +25,7 @@ from kvconform.explain.diagnosis.probes import Probe
 from kvconform.explain.diagnosis.record import Condition, Diagnosis
 from kvconform.explain.diagnosis.symptoms import OutputCell, ReferenceOutputs, death, symptom
 from kvconform.explain.diagnosis.text import condition as in_words
+from kvconform.explain.diagnosis.text import precision
 from kvconform.mutation.fault import Fault, load_faults
 from kvconform.search.cell import Cell, unsupported
 from kvconform.worker.client import WorkerClient, WorkerSpec
@@ -39,8 +40,8 @@ TRIED = ("attention-gqa", "decoder-rope", "attention-window")
 """The configs of faults that name none."""
 CASES, PROGRAMS, FRESH, DEATHS = 3, 120, 12, 4
 """Cases of each clause; the most programs; every so many-th runs in a fresh process; deaths after which none runs."""
-MOSTLY = 0.5
-"""The share of right outputs among those that meet a condition from which on it is weak."""
+WEAK = 0.25
+"""The largest share of right outputs among those that meet a condition that is not weak."""
 
 
 @dataclass
@@ -107,7 +108,8 @@ def judged(found: Condition | None, cells: Sequence[OutputCell], config: Config)
     cells = [cell for cell in cells if not cell.wrong or cell.first or not found.first_only]
     wrong = [cell for cell in cells if cell.wrong]
     if not found.predicates:
-        return ("right" if len(wrong) >= MOSTLY * len(cells) else "wrong"), f"{len(wrong)} of {len(cells)} are wrong"
+        share = f"{len(wrong)} of {len(cells)} are wrong"
+        return ("right" if len(wrong) >= (1 - WEAK) * len(cells) else "wrong"), share
     known = predicates(config)
     holds = [known[words] for words in found.predicates]
     met = [cell for cell in cells if all(one(cell.facts) for one in holds)]
@@ -117,7 +119,7 @@ def judged(found: Condition | None, cells: Sequence[OutputCell], config: Config)
         return "wrong", remark
     if not met:
         return "untested", remark
-    return ("weak" if inside > MOSTLY * len(met) else "right"), remark
+    return ("weak" if inside > WEAK * len(met) else "right"), remark
 
 
 def measured(faults: Sequence[Fault]) -> Iterator[Measured]:
@@ -147,6 +149,8 @@ def main() -> None:
         counts[one.outcome] += 1
         found = one.diagnosis.condition
         words = "no condition" if found is None else in_words(found)
+        if one.diagnosis.precision is not None:
+            words += f"; {precision(one.diagnosis.precision)}"
         print(f"{one.outcome:<6} {one.fault.name} [{one.config}] {words}; {one.remark}", flush=True)
     print(", ".join(f"{name}: {count}" for name, count in sorted(counts.items())))
 

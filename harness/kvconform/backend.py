@@ -110,6 +110,8 @@ class Backend(ABC):
         count_macs (``macs``): True: count the multiply-adds of this step, for ``macs``.
         last_only (``last_only``, decoder profile): True: return only the logits of the last new token, ``(b, 1, V)``.
         The cache afterwards is the same; ``counts`` is never passed with it.
+        context (``contexts``, decoder profile): the number of the sequence's context; absent: 0. All steps of a
+        sequence have the same until it is reset: ``weights["context"][context]`` is added to each token's embedding.
         """
         raise self._not_implemented("step")
 
@@ -161,7 +163,7 @@ class Backend(ABC):
     def uncached_forward(self, *inputs: Any, **options: Any) -> Array:
         """The forward without a cache on whole sequences, inputs and output as in ``step``; touches no cache.
 
-        Keyword ``last_only`` as in ``step``.
+        Keywords ``last_only`` and ``context`` as in ``step``.
         """
         raise self._not_implemented("uncached_forward")
 
@@ -216,9 +218,10 @@ class Backend(ABC):
         """How many graphs this backend has compiled or captured so far."""
         raise self._not_implemented("graph_count")
 
-    def generate(self, tokens: Array, new: int) -> Array:
+    def generate(self, tokens: Array, new: int, **options: Any) -> Array:
         """Greedy generation (decoder profile): for prompts ``(b, t)`` the ids of the ``new`` tokens that follow,
-        ``(b, new)``, both int64. No token ends it early. It uses a cache of its own and touches no sequence."""
+        ``(b, new)``, both int64. No token ends it early. It uses a cache of its own and touches no sequence.
+        Keyword ``context`` as in ``step``."""
         raise self._not_implemented("generate")
 
     def _not_implemented(self, ability: str) -> NotImplementedError:

@@ -47,6 +47,7 @@ ABILITIES = {
     "refusal": "refuses malformed calls with an exception",
     "generate": "has a greedy generation of its own (decoder profile)",
     "last_only": "can give the last position's output only (decoder profile)",
+    "contexts": "takes the number of the sequence's context with each call (decoder profile)",
 }
 
 DERIVED: dict[str, Callable[[Claims], bool]] = {

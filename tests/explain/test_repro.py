@@ -132,6 +132,7 @@ MORE = (
     ("causality:DecodeSeesOneLess", "causality.past-seen", GQA),  # off by a part in a thousand
     ("window:ChunkWindowShort", "window.width", "attention-window"),  # arrays in base64
     ("memory:WritesOnePast", "memory.inputs-unchanged", GQA),
+    ("memory:KeptKeysScaled", "memory.inputs-unchanged", GQA),
     ("memory:PromptKept", "memory.inputs-reused", GQA),
     ("batch:PaddedWithFirstPage", "batch.nan-isolated", GQA),
     ("batch:PaddingAdvances", "batch.ragged", ROPE),

@@ -54,6 +54,10 @@ SENTENCES = [
         "step 2 (append 1 to a): overwrote number [0, 1, 2] of its input query: was 0.5, is 0",
     ),
     (
+        replace(STEP, kind=Kind.INPUTS, array="key", where="inside", index=(0,), got=0.0, want=0.5, later=True),
+        "step 2 (append 1 to a): a later step overwrote number [0] of its input key: was 0.5, is 0",
+    ),
+    (
         replace(STEP, kind=Kind.INPUTS, array="mask", where="behind", distance=1),
         "step 2 (append 1 to a): wrote into memory that it was not given: number 1 behind the last of its input mask",
     ),

@@ -117,6 +117,12 @@ def test_the_gate_moves_with_the_results(now: Results, code: int, words: str) ->
         ("kv_bits", 0, 8),
         ("kv_bits", 8, 4),
         ("inputs", "copied", "kept"),
+        ("too_deep", "refused", "undefined"),
+        ("ragged_appends", "any", "first"),
+        ("interface", "steps", "generation"),
+        ("rollback", 4, 2),
+        ("rollback", None, 4),
+        ("sees_nothing", "zeros", "finite"),
     ],
 )
 def test_a_claim_that_promises_less_is_a_regression_and_one_that_promises_more_is_none(

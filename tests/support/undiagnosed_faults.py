@@ -12,6 +12,7 @@ import numpy as np
 
 from kvconform.worker.registry import load
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
+from kvconform_specs.tensors import rounded
 
 BlackBox: Any = load(f"{Path(__file__).parent / 'black_boxes.py'}:BlackBox")
 """By its file: in a worker, this folder is not on the path."""
@@ -62,8 +63,8 @@ class DiesOnChunks(NumpyCache):
 class WrongLoop(NumpyCache):
     """Its steps are right; each token that it generates is one too large."""
 
-    def generate(self, tokens: Array, new: int) -> Array:
-        right = super().generate(tokens, new)
+    def generate(self, tokens: Array, new: int, **options: Any) -> Array:
+        right = super().generate(tokens, new, **options)
         return np.asarray((right + 1) % self.config.vocabulary)
 
 
@@ -123,3 +124,28 @@ class BoxScaled(BlackBox):
 class BoxRight(BlackBox):
     def __init__(self, config: Any, weights: Mapping[str, Array], device: str) -> None:
         super().__init__(config, weights, device)
+
+
+class HalfKeys(NumpyCache):
+    """Keys and values are cached in bfloat16."""
+
+    def stored(self, x: Array) -> Array:
+        return np.asarray(rounded(super().stored(x), "bfloat16"))
+
+
+class EightBits(NumpyCache):
+    """Keys and values are cached as integers of 8 bits, with a scale for each token and head."""
+
+    def stored(self, x: Array) -> Array:
+        scale = np.abs(x).max(axis=-1, keepdims=True, initial=1e-30) / 127
+        return np.asarray((np.round(x / scale) * scale).astype(np.float32))
+
+
+class RowZero(NumpyCache):
+    """Cached steps of every row see the cached tokens of row 0."""
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        past = cache.length
+        keys, values = (x.copy() for x in super().append(cache, layer, key, value))
+        keys[:, :, :past], values[:, :, :past] = keys[:1, :, :past], values[:1, :, :past]
+        return keys, values

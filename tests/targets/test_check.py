@@ -210,3 +210,25 @@ def test_an_unknown_kind_of_option_does_not_start_a_worker() -> None:
 def test_a_shipped_backend_as_a_black_box_is_conformant(name: str, tmp_path: Path) -> None:
     found = run_backend(name, WorkerSpec(f"{BOXES.with_name('wrapped_backends.py')}:{name}"), PLAN, tmp_path)
     assert (found.exit_code, found.summary) == (0, "conformant: decoder profile, judged by its own forward")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "first", "named"),
+    [("TopLeftMask", "equivalence.decode", "M1"), ("UnmaskedChunk", "equivalence.chunks", "M2")],
+)
+def test_the_first_failure_of_a_published_listing_is_the_direct_one(
+    name: str, first: str, named: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch", reason="the listings are in torch")
+    clauses = ("causality", "equivalence.decode", "equivalence.chunks", "shape.first-step")
+    plan = Plan(Effort("tiny", 6, 2, 20.0), clauses=clauses, explain=True)
+    found = run_backend(name, WorkerSpec(f"py:{SUPPORT / 'published_listings.py'}:{name}"), plan, tmp_path)
+    assert len(found.failures) > 2
+    assert found.failures[0].clause == first
+    assert found.diagnoses["decoder-self"].mistake == named
+    printed = list(check.lines(found, tmp_path))
+    broken = next(index for index, line in enumerate(printed) if line.startswith("broken: "))
+    assert printed[broken].startswith(f"broken: {first}: step ")
+    assert printed[broken + 1].startswith("  steps: append 1 to a")
+    assert any(line.startswith("  not tried: rows of different lengths") for line in printed)

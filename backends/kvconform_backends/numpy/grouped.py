@@ -48,6 +48,7 @@ class Grouped(NumpyCache):
     """Base class. Truncate is not supported, as in ``numpy-int8``; the uncached forward does not quantise."""
 
     cache_design = None  # memory traffic not modelled
+    configs = ("attention-gqa", "attention-window")
     claims = replace(NumpyInt8.claims, residual=0, abilities=without(NumpyInt8.claims, "bytes"))
 
     @property

@@ -125,12 +125,16 @@ def _stable_contents(m: Mismatch) -> str:
 
 
 def _inputs(m: Mismatch) -> str:
+    who = "a later step " if m.later else ""
     if m.where == "inside":
-        return f"overwrote number {list(m.index)} of its input {m.array}: was {_number(m.want)}, is {_number(m.got)}"
+        return (
+            f"{who}overwrote number {list(m.index)} of its input {m.array}: was {_number(m.want)}, is {_number(m.got)}"
+        )
     if m.where == "between":
-        return f"wrote between the numbers of its input {m.array}, which is a view of a larger array"
+        return f"{who}wrote between the numbers of its input {m.array}, which is a view of a larger array"
     first = {"before": "before the first", "behind": "behind the last"}[m.where]
-    return f"wrote into memory that it was not given: number {m.distance} {first} of its input {m.array}"
+    given = f"{who}wrote into memory that it was not given"
+    return f"{given}: number {m.distance} {first} of its input {m.array}"
 
 
 def _outputs(m: Mismatch) -> str:

@@ -80,6 +80,8 @@ def _reasons(now: Results, baseline: Results) -> Iterator[str]:
         yield f"hypothesis is {mine}, in the baseline {its}"
     if now.claims != baseline.claims:
         yield "the claims differ"
+    if now.target is not None and baseline.target is not None and now.target.configs != baseline.target.configs:
+        yield "the target's configs differ"
 
 
 def _differs(name: str, now: Results, baseline: Results) -> str:

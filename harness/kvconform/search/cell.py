@@ -288,6 +288,8 @@ class _Search:
         """Every case that this cell draws, also those behind one that broke the clause: they are drawn again."""
         if self.best is None:
             return self.planned
+        if not self.effort.shrink:  # an audit compares no runs
+            return []
         strategy = self.cell.clause.strategy(self.cell.config, self.client.claims)
         return drawn(strategy, self.effort.planned(self.cell.clause, self.cell.config_name), self.seed)
 

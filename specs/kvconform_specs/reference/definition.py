@@ -147,7 +147,7 @@ def turns(
     positions: NDArray[np.int64], d: int, length: int, rotary: Rotary | None = None, how: Arithmetic = EXACT
 ) -> tuple[Array, Array]:
     """Cosines and sines ``(s, d/2)`` by which rope turns heads at these positions in a context of ``length`` tokens."""
-    angle = how.angles(positions, frequencies(rotary, d, length))
+    angle = how.angles(positions.astype(np.float64), frequencies(rotary, d, length))
     factor = attention_factor(rotary)
     return np.cos(angle) * factor, np.sin(angle) * factor
 
@@ -171,14 +171,18 @@ def decoder(
     start: int = 0,
     how: Arithmetic = EXACT,
     attend: Callable[..., Attended] = attention,
+    context: int | Array = 0,
 ) -> Array:
     """Logits ``(..., s - start, V)`` of the positions from ``start`` on, for token ids ``(..., s)``.
 
     Pre-norm blocks: ``x += attention(norm(x))``, then ``x += mlp(norm(x))``; a final norm; an untied LM head.
-    ``weights`` are float64, named as in ``tensors.weight_shapes``. ``attend`` is called as ``attention``.
+    ``weights`` are float64, named as in ``tensors.weight_shapes``. ``attend`` is called as ``attention``. ``context``:
+    that of all sequences, or ``(...)`` of each.
     """
     positions = np.arange(tokens.shape[-1])
     x = weights["embed"][tokens]  # (..., s, width)
+    if np.any(context):
+        x = how.stored(x + weights["context"][context][..., None, :])
     turn = None
     if config.positions == "rope":
         turned = config.rotary_dim or config.head_dim

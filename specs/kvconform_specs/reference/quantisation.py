@@ -22,6 +22,7 @@ for symmetric integers, ``3 a M + u (M + |x|)``, the stored scale included.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +73,7 @@ def grid_error(largest: int, dtype: str) -> float:
     return largest * (((1 + u) / (1 - u)) ** 2 - 1)
 
 
-def _groups(quantiser: Quantiser, by_channel: bool, tokens: int, d: int) -> Iterator[tuple[object, ...]]:
+def _groups(quantiser: Quantiser, by_channel: bool, tokens: int, d: int) -> Iterator[Any]:
     """The parts of ``(..., s, d)`` in which each row, or each column, has one scale."""
     length = tokens if by_channel else d
     size = quantiser.group or length

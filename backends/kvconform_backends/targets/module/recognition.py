@@ -74,6 +74,7 @@ class Recognition(Measurements):
     def __init__(self, target: ProbedTarget, sig: ForwardSignature, overrides: Mapping[str, Any]) -> None:
         super().__init__(target, Beginnings(target, sig, overrides))
         self.sig, self.overrides = sig, overrides
+        self.required = {name: self.context_forms(sig, name) for name in sig.contexts if sig.required(name)}
 
     def found(self) -> Recognised:
         best: Recognised | None = None
@@ -94,6 +95,7 @@ class Recognition(Measurements):
             best = one if one.rank[0] else best
         if best.rank[0] and not any(best.rank[2:]) and self.wants_all(best):
             raise ValueError(WANTS_ALL)
+        self.measure_contexts(best)
         self.measure_rows(best)
         self.measure_capacity(best)
         if best.rank[1]:
@@ -131,7 +133,7 @@ class Recognition(Measurements):
         among them those that omit optional masks."""
         for takes, size, arrays, batched in self._kinds():
             running: list[Recognised] = []
-            for given in signature.settings(self.sig):
+            for given in signature.settings(self.sig, self.required):
                 for form in self._uncached_forms(given):
                     convention = replace(form, takes=takes, arrays=arrays, batched=batched).overridden(self.overrides)
                     made = self._tried(Recognised(self.sig, convention, given), size)
@@ -226,7 +228,7 @@ class Recognition(Measurements):
             if self.sig.flags or self.sig.positions or self.beginnings.begins() != [("", ())]:
                 yield from self._owned(made, {**on, **made.given})
         else:
-            for given in signature.settings(self.sig, placed=True):
+            for given in signature.settings(self.sig, self.required, placed=True):
                 yield from self._owned(made, given)
 
     def _pasts(self) -> dict[str, str]:

@@ -20,6 +20,7 @@ from itertools import count
 
 from kvconform.errors import WorkerDied
 from kvconform.explain.diagnosis import edits, map_matches
+from kvconform.explain.diagnosis.ladder import weakest
 from kvconform.explain.diagnosis.mistakes import MISTAKES
 from kvconform.explain.diagnosis.probes import Probe, probes
 from kvconform.explain.diagnosis.record import Diagnosis, FirstFailure
@@ -66,7 +67,7 @@ def diagnose(
         for number, program in zip(count(1), programs, strict=False)
     )
     battery = list(_run(client, probes(config, client.claims), reference))
-    symptoms = [*battery, *_run(client, extra, reference)]
+    symptoms = [*battery, *_run(client, extra, reference, client.starts)]
     wrong = [one for one in symptoms if one.wrong]
     if not wrong:
         return None
@@ -82,6 +83,7 @@ def diagnose(
         frozenset({"L1"}) if generating and _from_the_first(wrong) else frozenset(),
     ]
     mistake = decided(evidence)
+    unexplained = not mistake and not generating and not (leak or by_maps)
     return Diagnosis(
         mistake=mistake,
         bug=MISTAKES[mistake].bug if mistake else "",
@@ -90,8 +92,14 @@ def diagnose(
         leak=leak,
         generation_only=generating,
         condition=tested(
-            symptoms, [*programs], config, client.claims, lambda of: _run(client, of, reference), client.fresh
+            symptoms,
+            [*programs],
+            config,
+            client.claims,
+            lambda of: _run(client, of, reference, client.starts),
+            client.fresh,
         ),
+        precision=weakest(symptoms, config, client.claims, own) if unexplained else None,
         heads=_heads([cell for one in symptoms for cell in one.cells], config),
         first=_first(wrong),
     )
@@ -104,9 +112,12 @@ def decided(evidence: Iterable[frozenset[str]]) -> str:
     return next(iter(shared)) if len(shared) == 1 else ""
 
 
-def _run(client: WorkerClient, battery: Iterable[Probe], reference: ReferenceOutputs) -> Iterator[Symptom]:
-    """Runs the probes one after another in one process, as long as it lives."""
-    deaths, process = 0, -1  # the process that the last program was run in
+def _run(
+    client: WorkerClient, battery: Iterable[Probe], reference: ReferenceOutputs, process: int = -1
+) -> Iterator[Symptom]:
+    """Runs the probes one after another in one process, as long as it lives. ``process``: the number of the one that
+    the last program was run in."""
+    deaths = 0
     for probe in battery:
         try:
             trace = client.run(probe.program, (0,)).apart()[0]

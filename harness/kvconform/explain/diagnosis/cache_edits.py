@@ -307,7 +307,7 @@ def _cached(words: str, cached: Callable[[CachedRow, CachedRow], CachedRow]) -> 
 
 
 def _row(words: str, other: Callable[[int, int], int]) -> CacheEdit:
-    return CacheEdit(words, (), partial(_OtherRow, other))
+    return CacheEdit(words, ("H4",), partial(_OtherRow, other))
 
 
 CACHE_EDITS: tuple[CacheEdit, ...] = (

@@ -16,6 +16,8 @@ Flags = NDArray[np.bool_]
 NEAR = 0.8
 """The least share of wrong outputs among those that meet a condition. No more than the rest of the right outputs may
 meet it."""
+NEARLY_EXACT = 0.97
+"""That share for a condition with a number: the number is only as good as the outputs that it comes from."""
 NEARLY_ALL = 0.9
 """From this share of wrong outputs on, that is said where no condition separates them."""
 WORTH = 0.03
@@ -120,17 +122,21 @@ def _separating(cells: Sequence[OutputCell], config: Config, left_out: frozenset
         and all(holds(cell.facts) for cell in cells if cell.wrong)
         and not (met := np.array([holds(cell.facts) for cell in cells], bool)).all()
     ]
+    measured = {words for words, _holds in _thresholds(cells)}
     best = _made((), wrong, np.zeros(len(cells), bool), first_only)
     for words, met in flags:
-        best = max(best, _made((words,), wrong, met, first_only), key=_share)
-        if best.exact:
-            return best
+        one = _made((words,), wrong, met, first_only)
+        if one.exact:
+            return one
+        if words not in measured or _share(one) >= NEARLY_EXACT:
+            best = max(best, one, key=_share)
     least = _share(best) + WORTH
-    for (one, met), (other, also) in combinations(flags, 2):
-        pair = _made((one, other), wrong, met & also, first_only)
+    for (first, met), (second, also) in combinations(flags, 2):
+        pair = _made((first, second), wrong, met & also, first_only)
         if pair.exact:
             return pair
-        if _share(pair) > max(_share(best), least):
+        trusted = not measured & {first, second} or _share(pair) >= NEARLY_EXACT
+        if trusted and _share(pair) > max(_share(best), least):
             best = pair
     return best
 

@@ -57,7 +57,7 @@ def leak(maps: Sequence[Map]) -> Leak | None:
     if crossings:
         return Leak(between="earlier sequences", mistakes=["C6", "M6"])  # or unused slots that still hold their tokens
     if any(_crossings(maps)):
-        return Leak(between="rows", mistakes=[])
+        return Leak(between="rows", mistakes=["H2", "H4"])  # rows and tokens are swapped, or an index is too large
     return None
 
 

@@ -95,6 +95,11 @@ MISTAKES: dict[str, Mistake] = {
         "https://github.com/keras-team/keras-hub/pull/1738",
         "Measure the window between absolute positions, not between slots or rows of the chunk.",
     ),
+    "H4": Mistake(
+        "an index reaches into another row",
+        "https://github.com/Dao-AILab/flash-attention/issues/772",
+        "Compute each place from its own row and slot, and check it against the ends of the row, not of the buffer.",
+    ),
     "L1": Mistake(
         "a token is dropped, fed or returned twice, or chosen from the wrong logits",
         "https://github.com/Lightning-AI/litgpt/issues/2307",

@@ -69,6 +69,17 @@ class Leak(msgspec.Struct, frozen=True, kw_only=True):
     """Ids of the mistakes that it may stand for; empty where several different mistakes look like it."""
 
 
+class PrecisionMatch(msgspec.Struct, frozen=True, kw_only=True):
+    """The highest precision, below the claimed one, whose bounds hold all outputs of the shortest wrong probes."""
+
+    dtype: str
+    """What inputs, weights and the cache are rounded to."""
+    intermediates: str
+    """`single`: scores and weights are kept in float32; `storage`: they are rounded to the dtype, too."""
+    kv_bits: int
+    """The bits of a quantised cache; 0: it is not quantised."""
+
+
 class FirstFailure(msgspec.Struct, frozen=True, kw_only=True):
     """The first probe that went wrong, the simplest probes first."""
 
@@ -100,6 +111,8 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Whether only greedy generation was wrong, and all steps were right."""
     condition: Condition | None = None
     """The smallest condition that separates wrong outputs from right ones."""
+    precision: PrecisionMatch | None = None
+    """The precision that the outputs are within the bounds of, where no mistake is named."""
     heads: list[int] = []
     """Indices of the only query heads that are wrong (attention profile); empty where all are."""
     first: FirstFailure | None = None

@@ -134,7 +134,9 @@ def _shaped(output: Array | None, config: Config, want: Expected) -> Array | Non
     if output is None or output.shape[1:] != shape or output.dtype != np.float32:
         return None
     got = output[0]
-    return np.asarray(got.swapaxes(1, 2).reshape(b, t, -1)) if config.profile == "attention" else got
+    if config.profile != "attention":
+        return got
+    return np.asarray(got.swapaxes(1, 2).reshape(b, t, config.heads * config.head_dim))
 
 
 class _Reading:

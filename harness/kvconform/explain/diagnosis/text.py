@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvconform.explain.diagnosis.mistakes import MISTAKES
-from kvconform.explain.diagnosis.record import Condition, Diagnosis, EditMatch
+from kvconform.explain.diagnosis.record import Condition, Diagnosis, EditMatch, PrecisionMatch
 from kvconform.explain.visibility.measure import listed
 
 LEAKS = {
@@ -40,6 +40,8 @@ def _details(found: Diagnosis) -> Iterator[str]:
         yield LEAKS[found.leak.between]
     if found.generation_only:
         yield "only greedy generation is wrong, its steps are right"
+    if found.precision is not None:
+        yield f"all outputs of the shortest wrong probes are {precision(found.precision)}"
     if found.condition is not None:
         yield condition(found.condition)
     if found.heads:
@@ -55,6 +57,14 @@ def edit(found: EditMatch) -> str:
         return f"every {first}wrong output is what the reference gives {found.words}"
     which = f"{found.matched} of {found.wrong} {first}wrong outputs"
     return f"{which} are what the reference gives {found.words}, all that this changes"
+
+
+def precision(found: PrecisionMatch) -> str:
+    """``within the bounds of bfloat16 and an 8-bit cache``."""
+    parts = [found.dtype, *(["intermediates of that dtype"] if found.intermediates == "storage" else [])]
+    if found.kv_bits:
+        parts.append(f"a{'n' if found.kv_bits == 8 else ''} {found.kv_bits}-bit cache")
+    return f"within the bounds of {' and '.join(parts)}"
 
 
 def condition(found: Condition) -> str:
