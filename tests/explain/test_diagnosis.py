@@ -551,8 +551,9 @@ def test_a_lower_precision_is_told_by_the_bounds_that_it_keeps(name: str, words:
     assert words in sentence(found)
 
 
-def test_what_no_rounding_explains_has_no_precision() -> None:
-    found = diagnosed(of("SecondHead"))
+@pytest.mark.parametrize("address", [of("SecondHead"), of("DecodeOnePercent"), conditional("ChunkFrom4")])
+def test_what_rounding_does_not_explain_has_no_precision(address: str) -> None:
+    found = diagnosed(address)
     assert found is not None
     assert found.precision is None
 
