@@ -21,15 +21,15 @@ def inverse_frequencies(config: Config, d: int, total: int) -> Array:
         return inverse
     match scaling.kind:
         case "linear":
-            return inverse / scaling.factor
+            return np.asarray(inverse / scaling.factor)
         case "ntk":
-            return 1.0 / (10000.0 * scaling.factor ** (d / (d - 2))) ** exponents
+            return np.asarray(1.0 / (10000.0 * scaling.factor ** (d / (d - 2))) ** exponents)
         case "dynamic":
             seen = max(total, scaling.original)
             growth = scaling.factor * seen / scaling.original - (scaling.factor - 1)
-            return 1.0 / (10000.0 * growth ** (d / (d - 2))) ** exponents
+            return np.asarray(1.0 / (10000.0 * growth ** (d / (d - 2))) ** exponents)
         case "longrope":
-            return inverse / np.array(scaling.short if total <= scaling.original else scaling.long)
+            return np.asarray(inverse / np.array(scaling.short if total <= scaling.original else scaling.long))
     low, high = (
         d * math.log(scaling.original / (rotations * 2 * math.pi)) / (2 * math.log(10000.0))
         for rotations in (scaling.beta_fast, scaling.beta_slow)

@@ -12,6 +12,7 @@ from kvconform.errors import BackendUnavailable, Unavailable
 from kvconform.results.known_failures import EMPTY
 from kvconform.results.known_failures import read as read_known_failures
 from kvconform.results.results import Results
+from kvconform.run.check import undecided
 from kvconform.run.run import plan_for, run_backend
 from kvconform.search.effort import DEFAULT_EFFORT
 from kvconform.worker.client import STEP_TIMEOUT, WorkerSpec
@@ -59,7 +60,7 @@ def conformance(
     if results.exit_code == 3:
         raise (Unavailable if results.lacking else BackendUnavailable)(results.unavailable)
     lines = [f"{v.clause} on {address} [{v.config}]: {v.sentence}" for v in results.failures]
-    raise AssertionError("\n".join([f"{address}: {results.summary}", *lines, *results.stale]))
+    raise AssertionError("\n".join([f"{address}: {results.summary}", *lines, *results.stale, *undecided(results)]))
 
 
 def file_name(address: str) -> str:

@@ -27,9 +27,10 @@ CacheDesign = Literal["in-place", "capacity", "concatenation"]
 class Backend(ABC):
     """One implementation, built for one config.
 
-    Required: the attribute ``claims``, the constructor, ``start`` and ``step``. Everything else has a default. A method
-    that belongs to an ability is called only if ``claims.abilities`` names the ability; kvconform compares claims and
-    methods when it loads the class. A class with the same methods that does not inherit from Backend works as well.
+    Required: the attribute ``claims``, the constructor, ``start`` and ``step``; with the claim
+    ``interface="generation"`` neither ``start`` nor ``step``. Everything else has a default. A method that belongs to
+    an ability is called only if ``claims.abilities`` names the ability; kvconform compares claims and methods when it
+    loads the class. A class with the same methods that does not inherit from Backend works as well.
 
     A complete backend, and the test that judges it:
 
@@ -84,11 +85,10 @@ class Backend(ABC):
         Raises ``kvconform.Unavailable`` if this machine lacks something that the backend needs.
         """
 
-    @abstractmethod
     def start(self, batch: int) -> Cache:
         """An empty cache of ``batch`` rows."""
+        raise self._not_implemented("start")
 
-    @abstractmethod
     def step(self, cache: Cache, *inputs: Any, **options: Any) -> tuple[Array, Cache]:
         """Appends new tokens. Returns the output and the cache to continue with (the same object, if mutable).
 
@@ -110,7 +110,10 @@ class Backend(ABC):
         count_macs (``macs``): True: count the multiply-adds of this step, for ``macs``.
         last_only (``last_only``, decoder profile): True: return only the logits of the last new token, ``(b, 1, V)``.
         The cache afterwards is the same; ``counts`` is never passed with it.
+        context (``contexts``, decoder profile): the number of the sequence's context; absent: 0. All steps of a
+        sequence have the same until it is reset: ``weights["context"][context]`` is added to each token's embedding.
         """
+        raise self._not_implemented("step")
 
     # --- optional, whatever is claimed ---
     @classmethod
@@ -160,7 +163,7 @@ class Backend(ABC):
     def uncached_forward(self, *inputs: Any, **options: Any) -> Array:
         """The forward without a cache on whole sequences, inputs and output as in ``step``; touches no cache.
 
-        Keyword ``last_only`` as in ``step``.
+        Keywords ``last_only`` and ``context`` as in ``step``.
         """
         raise self._not_implemented("uncached_forward")
 
@@ -215,9 +218,10 @@ class Backend(ABC):
         """How many graphs this backend has compiled or captured so far."""
         raise self._not_implemented("graph_count")
 
-    def generate(self, tokens: Array, new: int) -> Array:
+    def generate(self, tokens: Array, new: int, **options: Any) -> Array:
         """Greedy generation (decoder profile): for prompts ``(b, t)`` the ids of the ``new`` tokens that follow,
-        ``(b, new)``, both int64. No token ends it early. It uses a cache of its own and touches no sequence."""
+        ``(b, new)``, both int64. No token ends it early. It uses a cache of its own and touches no sequence.
+        Keyword ``context`` as in ``step``."""
         raise self._not_implemented("generate")
 
     def _not_implemented(self, ability: str) -> NotImplementedError:
@@ -300,7 +304,9 @@ def invalid(kind: Any) -> str:
         return "" if callable(kind) else f"is a {type(kind).__name__}, want a class"
     if hasattr(kind, "__getattr__"):  # it delegates: its methods are known only of a built one
         return ""
-    for name in ("start", "step"):
+    if claims.interface == "generation" and "generate" not in claims.abilities:
+        return "claims interface='generation' and not the ability 'generate'"
+    for name in () if claims.interface == "generation" else ("start", "step"):
         if not _implements(kind, name):
             return f"has no method {name}()"
     if getattr(kind, "__init__") in (object.__init__, Backend.__init__):  # noqa: B009 - mypy: of a class, not an instance

@@ -148,6 +148,11 @@ class WorkerDied(KvconformError):
         place = f"step {step} ({call}): " if call else ""
         super().__init__(f"{place}{STAGES[stage]}{error or ended}")
 
+    @property
+    def from_outside(self) -> bool:
+        """Whether a signal ended the process that a fault of the process does not raise."""
+        return self.ended is not None and self.ended.from_outside
+
 
 STAGES = {"step": "", "build": "could not be built: ", "reference": "its own uncached forward failed: ", "message": ""}
 """What the message of a WorkerDied begins with."""

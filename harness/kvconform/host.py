@@ -30,10 +30,10 @@ def free_memory() -> int | None:
         return None
     free = [available * 1024]
     for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-        pairs = zip(_cgroup_files(limit), _cgroup_files(used), strict=True)
-        for most, now in ((_number(a), _number(b)) for a, b in pairs):
-            if most is not None and now is not None:
-                free.append(most - now)
+        for file in _cgroup_files(limit):
+            most, now = _number(file), _number(file.with_name(used))
+            if most is not None and now is not None:  # a cache of files is given back when memory is asked for
+                free.append(most - now + (_field(file.with_name("memory.stat"), "inactive_file") or 0))
     return min(free)
 
 

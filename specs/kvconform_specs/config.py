@@ -40,7 +40,9 @@ class Config:
     values of all heads follow, and one key of ``rotary_dim`` numbers that rope turns and all heads share; 0: none.
     scale: factor of the scores; ``None`` is ``1 / sqrt(head_dim + rotary_dim)``. capacity: the most tokens of a
     sequence. width, mlp: model width and width of the gated MLP (``mlp=0``: no MLP); used by the decoder only.
-    reserved: token ids that no program uses, such as a black box's padding.
+    reserved: token ids that no program uses, such as a black box's padding. contexts: the number of contexts (adapters,
+    images, encoder states) that a sequence can have; the row of its context in the weight ``context`` is added to the
+    embedding of every token, and row 0 is zero. Not in the attention profile.
     """
 
     profile: str
@@ -66,6 +68,7 @@ class Config:
     kv_source: tuple[int, ...] = ()
     latent: int = 0
     rotary_dim: int = 0
+    contexts: int = 1
 
     def __post_init__(self) -> None:
         _one_of("config.profile", self.profile, PROFILES)
@@ -76,6 +79,7 @@ class Config:
         if self.heads % self.kv_heads:
             raise SpecError("config.kv_heads", f"{self.kv_heads} KV heads do not divide {self.heads} query heads")
         _at_least("config.window_every", self.window_every, 1)
+        _at_least("config.contexts", self.contexts, 1)
         if self.window is not None:
             _at_least("config.window", self.window, 1)
         if self.softcap is not None and not self.softcap > 0:
@@ -100,6 +104,8 @@ class Config:
                 raise SpecError("config.reserved", f"includes all of {self.vocabulary} tokens")
         elif self.profile == "hidden":
             _at_least("config.width", self.width, 1)
+        elif self.contexts > 1:
+            raise SpecError("config.contexts", "the attention profile has no contexts")
         elif self.layers != 1 or self.positions not in ("none", "alibi"):
             raise SpecError("config.layers", "the attention profile is one layer without positions or with alibi")
 
@@ -170,8 +176,9 @@ class Config:
         for name in ("reserved", "kv_source"):
             known[name] = tuple(known.get(name, ()))
         if known.get("rotary") is not None:
-            scaling = take(known["rotary"], f"{at}.rotary", {f.name for f in fields(Rotary)})
-            known["rotary"] = Rotary(**{name: tuple(v) if isinstance(v, list) else v for name, v in scaling.items()})
+            scaling: dict[str, Any] = take(known["rotary"], f"{at}.rotary", {f.name for f in fields(Rotary)})
+            scaling |= {name: tuple(v) for name, v in scaling.items() if isinstance(v, list)}
+            known["rotary"] = Rotary(**scaling)
         return cls(**known)
 
 

@@ -3,7 +3,8 @@
 Together they cover MHA, GQA, MQA, window, softcap, a sink, a bias, a given scale and head dims of every kind: each pair
 of these in some config, and each option alone in one, so that a backend that refuses the others still meets it.
 Further: layers with and without a window in one decoder, each kind of positions, rotary factors that are scaled and
-that change with the length, layers that share keys and values, latent attention, and a long context.
+that change with the length, layers that share keys and values, latent attention, a context for each sequence, and a
+long sequence.
 """
 
 from __future__ import annotations
@@ -38,7 +39,16 @@ CONFIGS: dict[str, Config] = {
     # among 4 096 random keys a needle stands out from head dim 24 on (a test of the bounds)
     "attention-long": Config("attention", heads=2, kv_heads=1, head_dim=32, capacity=4160),
     "decoder-rope": Config(
-        "decoder", heads=6, kv_heads=3, head_dim=8, layers=2, width=20, mlp=28, vocabulary=53, positions="rope"
+        "decoder",
+        heads=6,
+        kv_heads=3,
+        head_dim=8,
+        layers=2,
+        width=20,
+        mlp=28,
+        vocabulary=53,
+        positions="rope",
+        contexts=3,
     ),
     "decoder-learned": Config(
         "decoder",

@@ -74,6 +74,8 @@ def _short(step: Step) -> str:
             words += f" {call.seq}"
     if isinstance(call, Append | UncachedForward) and len(call.counts) > 1:
         words += f" of {len(call.counts)} rows"
+    if isinstance(call, Append | UncachedForward) and call.context:
+        words += f" in context {call.context}"
     if isinstance(step, Reject):
         return f"reject {words}" + (f", {WRONG[step.wrong]}" if step.wrong else "")
     return words
@@ -142,6 +144,7 @@ def _options(step: Run) -> str:
         words += ["; into the memory of the past"] if step.in_place else []
         words += ["; multiply-adds are counted"] if step.count_macs else []
     words += ["; only the last position's output"] if step.last_only else []
+    words += [f"; in context {step.context}"] if step.context else []
     return "".join(words)
 
 

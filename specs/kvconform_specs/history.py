@@ -11,10 +11,12 @@ from kvconform_specs.program import Append, Program, Run, Sequences, Step
 
 
 class Stream(NamedTuple):
-    """The seed of a stream, and the distribution of its numbers (``program.DISTRIBUTIONS``)."""
+    """The seed of a stream, the distribution of its numbers (``program.DISTRIBUTIONS``), and the context of the
+    sequence that reads it: the same numbers in another context are other tokens."""
 
     seed: int
     distribution: str = "normal"
+    context: int = 0
 
 
 Token = tuple[Stream, int]
@@ -36,11 +38,11 @@ class Histories(Sequences[Row]):
 
 def new_tokens(step: Run, lengths: Iterable[int]) -> list[Row]:
     """The tokens that the step appends to rows of these lengths."""
-    other = {(row, position): Stream(seed, step.distribution) for row, position, seed in step.substitutions}
+    other = {(row, at): Stream(seed, step.distribution, step.context) for row, at, seed in step.substitutions}
     made = []
     for index, (length, count) in enumerate(zip(lengths, step.counts, strict=True)):
         nan = isinstance(step, Append) and index in step.nan
-        own = Stream(step.seed + index, "nan" if nan else step.distribution)
+        own = Stream(step.seed + index, "nan" if nan else step.distribution, step.context)
         made.append(tuple((other.get((index, at), own), at) for at in range(length, length + count)))
     return made
 
@@ -49,6 +51,11 @@ def seen_by(program: Program) -> list[tuple[Row, ...] | None]:
     """For each step that computes, the rows that its outputs belong to, new tokens included; None for other steps."""
     histories = Histories()
     return [histories.apply(step) for step in program.steps]
+
+
+def context_of(row: Row) -> int:
+    """The context of the sequence that a row belongs to; 0 for a row without a token."""
+    return row[0][0].context if row else 0
 
 
 def holds_nan(program: Program) -> bool:

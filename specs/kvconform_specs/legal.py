@@ -94,6 +94,11 @@ def _problem_of_run(config: Config, lengths: Lengths, step: Run) -> tuple[str, s
     for seed in (step.seed, *(seed for _row, _position, seed in step.substitutions)):
         if not 0 <= seed <= MAX_SEED:
             return "seed", f"want a seed of 0..{MAX_SEED}, got {seed}"
+    kept = lengths.contexts.get(step.seq, step.context) if isinstance(step, Append) else step.context
+    if not 0 <= step.context < config.contexts:
+        return "context", f"want a context of 0..{config.contexts - 1}, got {step.context}"
+    if kept != step.context:
+        return "context", f"sequence {step.seq!r} has the context {kept}, got {step.context}"
     if step.distribution not in DISTRIBUTIONS:
         return "distribution", f"unknown value {step.distribution!r}; known: {', '.join(DISTRIBUTIONS)}"
     nan_rows = step.nan if isinstance(step, Append) else ()

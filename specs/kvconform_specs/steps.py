@@ -21,7 +21,8 @@ class Append:
     step are counted. last_only: only the output of each row's last new token is requested; all counts are equal
     (decoder profile). distribution: the distribution of the streams that the step names (``DISTRIBUTIONS``). nan: rows
     whose streams have the distribution ``nan`` instead. reused: the inputs lie in memory that the caller overwrites
-    after the step, and uses again for the next such step.
+    after the step, and uses again for the next such step. context: the number of the sequence's context
+    (``Config.contexts``), the same for all appends until it is reset or closed.
     """
 
     seq: str
@@ -38,6 +39,7 @@ class Append:
     distribution: str = "normal"
     nan: tuple[int, ...] = ()
     reused: bool = False
+    context: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class UncachedForward:
 
     It changes no sequence; ``seq`` names the outputs, so that they can be compared with those of a cached sequence.
     last_only: only the output of each row's last token is requested; all counts are equal (decoder profile).
-    distribution: as for ``append``.
+    distribution, context: as for ``append``.
     """
 
     seq: str
@@ -55,6 +57,7 @@ class UncachedForward:
     substitutions: tuple[tuple[int, int, int], ...] = ()
     last_only: bool = False
     distribution: str = "normal"
+    context: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +195,16 @@ def called(step: Step) -> Call:
 
 
 class Sequences(Generic[R]):
-    """The rows of every open sequence. A subclass says what a row is, and how steps make it longer or shorter."""
+    """The rows of every open sequence. A subclass says what a row is, and how steps make it longer or shorter.
+
+    contexts: the context of each sequence that has had an append since it was opened or reset.
+    """
 
     empty: R
 
     def __init__(self) -> None:
         self.rows: dict[str, tuple[R, ...]] = {}
+        self.contexts: dict[str, int] = {}
 
     def grown(self, rows: tuple[R, ...], step: Run) -> tuple[R, ...]:
         raise NotImplementedError
@@ -219,6 +226,7 @@ class Sequences(Generic[R]):
         match step:
             case Append(seq):
                 self.rows[seq] = rows = self.after(step)
+                self.contexts[seq] = step.context
                 return rows
             case UncachedForward():
                 return self.after(step)
@@ -227,12 +235,15 @@ class Sequences(Generic[R]):
                 self.rows[seq] = tuple(map(self.cut, rows, step.lengths(len(rows))))
             case Fork(seq, into) | AliasHandle(seq, into):
                 self.rows[into] = self.rows[seq]
+                self.contexts |= {into: self.contexts[seq]} if seq in self.contexts else {}
             case Reorder(seq, order):
                 self.rows[seq] = tuple(self.rows[seq][row] for row in order)
             case Reset(seq):
                 self.rows[seq] = (self.empty,) * len(self.rows[seq])
+                self.contexts.pop(seq, None)
             case Close(seq):
                 del self.rows[seq]
+                self.contexts.pop(seq, None)
             case ReadCache() | Poison() | Reject():
                 pass
             case _:

@@ -242,17 +242,21 @@ def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
             shapes[at + "down"] = (c.mlp, c.width)
     shapes["norm_final"] = (c.width,)
     shapes["lm_head"] = (c.width, c.vocabulary)
+    if c.contexts > 1:
+        shapes["context"] = (c.contexts, c.width)  # the last, so that the others are the same with one context
     return shapes
 
 
 def weights(config: Config) -> dict[str, Array]:
-    """The decoder's weights from ``config.seed``: ``init_std`` times a normal, gains ``1 +`` that."""
+    """The decoder's weights from ``config.seed``: ``init_std`` times a normal, gains ``1 +`` that, context 0 zero."""
     made = {}
     for number, (name, shape) in enumerate(weight_shapes(config).items()):
         size = int(np.prod(shape))
         words = raw(config.seed * 4096 + number, _WEIGHTS, 0, -(-size // 4) * 4)[:size]
         value = normal(words).reshape(shape) * np.float32(config.init_std)
         made[name] = rounded(value + np.float32(1) if len(shape) == 1 else value, config.dtype)
+    if "context" in made:
+        made["context"][0] = 0
     return made
 
 

@@ -11,15 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from mismatches import cause
 from places import ROOT
-from rich.console import Console
 
 from kvconform.cli import options, progress
 from kvconform.cli.progress import Progress
 from kvconform.judging.verdict import Outcome, Reason, Verdict
-from kvconform.results.results import Results
+from kvconform.results.results import Results, Target
 from kvconform.run import check as checks
 
 RING = "ring_backend.py:Ring:"
@@ -40,11 +40,15 @@ VERDICTS = (
     verdict("shape.output", config="attention-window", cut=True),
 )
 
+FOUND = Results(
+    suite="0", backend="x", device="cpu", dtypes=[], effort="pr", seed=0, started="now", verdicts=list(VERDICTS)
+)
+
 
 @pytest.fixture(params=[False, True], ids=["log", "terminal"])
 def screen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     written = io.StringIO()
-    console = Console(file=written, force_terminal=request.param, width=400, **options.PLAIN)
+    console = options.plain(file=written, force_terminal=request.param, width=400)
     monkeypatch.setattr(options, "screen", console)
     return written
 
@@ -52,7 +56,7 @@ def screen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
 def test_failures_and_reasons_come_at_once_and_the_rest_is_counted(screen: io.StringIO) -> None:
     seen = []
     with Progress(RING, Path("out"), quiet=False) as shown:
-        shown.begin(len(VERDICTS))
+        shown.begin(FOUND, len(VERDICTS))
         for one in VERDICTS:
             shown.tell(one)
             seen.append(screen.getvalue())
@@ -83,16 +87,29 @@ def test_an_interrupted_run_has_counted_what_it_judged(screen: io.StringIO) -> N
 
 
 def test_what_stands_beside_a_conclusion_is_explained_in_a_few_words() -> None:
-    found = Results(
-        suite="0", backend="x", device="cpu", dtypes=[], effort="pr", seed=0, started="now", verdicts=list(VERDICTS)
-    )
-    assert list(checks.remarks(found)) == [
+    assert list(checks.remarks(FOUND)) == [
         f"  not exercised: capacity.full, capacity.overflow: {WORDS}",
         "  refuted: determinism.repeatable: measured guarantees that do not hold; conformance does not require them",
         "  cut: shape.output: the time limit ended before all planned programs were judged",
     ]
-    found.verdicts = [VERDICTS[0]]
-    assert list(checks.remarks(found)) == []
+    assert list(checks.remarks(msgspec.structs.replace(FOUND, verdicts=[VERDICTS[0]]))) == []
+
+
+def test_of_a_target_its_header_comes_first_and_only_once(screen: io.StringIO) -> None:
+    target = Target(recognised="called somehow", assumed=["it is small"], configs={})
+    found = msgspec.structs.replace(FOUND, target=target, verdicts=[VERDICTS[0]])
+    with Progress("x", Path("out"), quiet=False, chapters=True) as shown:
+        shown.begin(found, 1)
+        shown.tell(VERDICTS[0])
+    for line in ("x: called somehow\n", "  assumed: it is small\n", "  reference: its own forward without a cache; "):
+        assert screen.getvalue().count(line) == 1
+    assert "x [attention-gqa] shape: 1 pass\n" in screen.getvalue()
+    later = msgspec.structs.replace(target, assumed=["it is small", "it is fast"], noise={"hidden-self": 1e-6})
+    report = list(checks.lines(msgspec.structs.replace(found, target=later), Path("out"), shown.told))
+    assert report[:2] == [
+        "  assumed: it is fast",
+        "  noise floor [hidden-self]: rounding moves outputs by at most 1e-06 of their size",
+    ]
 
 
 def test_every_console_of_the_command_line_prints_text_as_it_is() -> None:

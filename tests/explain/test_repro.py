@@ -113,6 +113,7 @@ BROKEN = {
     Relation.LENGTHS: ("shape:LengthCountsHeads", "shape.length", GQA),
     Relation.FREE_SLOTS: ("capacity:RoomOfAllocation", "capacity.room", GQA),
     Relation.CONTENTS: ("contents:PresentSwapped", "contents.round-trip", GQA),
+    Relation.QUANTISED: ("quantised:NeverQuantised", "quantised.stored", GQA),
     Relation.STABLE_CONTENTS: ("contents:KeysTurnedAgain", "contents.past-unchanged", ROPE),
     Relation.RETAINED_COUNT: ("contents:CapacityShown", "contents.present", GQA),
     Relation.FINITE: ("numerics:BuffersUninitialised", "numerics.finite", GQA),
@@ -131,6 +132,7 @@ MORE = (
     ("causality:DecodeSeesOneLess", "causality.past-seen", GQA),  # off by a part in a thousand
     ("window:ChunkWindowShort", "window.width", "attention-window"),  # arrays in base64
     ("memory:WritesOnePast", "memory.inputs-unchanged", GQA),
+    ("memory:KeptKeysScaled", "memory.inputs-unchanged", GQA),
     ("memory:PromptKept", "memory.inputs-reused", GQA),
     ("batch:PaddedWithFirstPage", "batch.nan-isolated", GQA),
     ("batch:PaddingAdvances", "batch.ragged", ROPE),

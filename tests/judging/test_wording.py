@@ -54,6 +54,10 @@ SENTENCES = [
         "step 2 (append 1 to a): overwrote number [0, 1, 2] of its input query: was 0.5, is 0",
     ),
     (
+        replace(STEP, kind=Kind.INPUTS, array="key", where="inside", index=(0,), got=0.0, want=0.5, later=True),
+        "step 2 (append 1 to a): a later step overwrote number [0] of its input key: was 0.5, is 0",
+    ),
+    (
         replace(STEP, kind=Kind.INPUTS, array="mask", where="behind", distance=1),
         "step 2 (append 1 to a): wrote into memory that it was not given: number 1 behind the last of its input mask",
     ),
@@ -101,6 +105,11 @@ SENTENCES = [
         "step 2 (read_cache a), row 1, position 3, layer 0, value of KV head 1: holds nan, want 0.25 ± 0.12",
     ),
     (
+        replace(READ, kind=Kind.QUANTISED, part="key", got=0.5, want=0.25, bound=0.125),
+        "step 2 (read_cache a), row 1, position 3, layer 0, key of KV head 1: "
+        "holds 0.5, want a multiple of its head's step, such as 0.25 ± 0.12",
+    ),
+    (
         replace(READ, kind=Kind.STABLE_CONTENTS, part="key", got=0.5, want=0.25, other=BASE),
         "step 2 (read_cache a), row 1, position 3, layer 0, key of KV head 1: holds 0.5, and held 0.25 at step 0",
     ),
@@ -115,6 +124,10 @@ SENTENCES = [
     (
         replace(STEP, kind=Kind.BYTES, got=10, want=20),
         "step 2 (append 1 to a): reports that it takes 10 bytes, want 20",
+    ),
+    (
+        replace(STEP, kind=Kind.BYTES, got=10, want=20, want_max=30),
+        "step 2 (append 1 to a): reports that it takes 10 bytes, want 20 to 30",
     ),
     (
         replace(STEP, kind=Kind.POSITIONS, got=40, want=10, want_max=20, new_tokens=2, depths=(8,)),

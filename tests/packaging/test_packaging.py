@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -51,6 +52,32 @@ def test_the_wheel_holds_four_packages_their_data_and_nothing_else(wheel: Path) 
     assert "kvconform/py.typed" in names
     assert any(name.startswith("kvconform_reports/templates/") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.slow
+def test_the_wheel_and_the_checkout_plan_the_same_programs(wheel: Path, tmp_path: Path) -> None:
+    installed = tmp_path / "site-packages"
+    zipfile.ZipFile(wheel).extractall(installed)
+    code = """if True:
+        import kvconform
+        part = dict(clauses=["equivalence.path"], configs=["attention-window"])
+        (verdict,) = kvconform.conformance("numpy", effort="smoke", **part).verdicts
+        print(kvconform.__file__, verdict.digest)
+    """
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
+        ).stdout.split()
+        for path in (str(installed), "")
+    ]
+    assert printed[0][0].startswith(str(installed))
+    assert not printed[1][0].startswith(str(installed))
+    assert printed[0][1] == printed[1][1] != ""
 
 
 @pytest.mark.slow

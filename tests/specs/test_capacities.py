@@ -11,6 +11,7 @@ from kvconform.search.situations import Situations
 from kvconform_specs.claims import ABILITIES, Claims
 from kvconform_specs.clause import Clause
 from kvconform_specs.clauses import ALL
+from kvconform_specs.config import Config
 from kvconform_specs.configs import CONFIGS
 from kvconform_specs.program import Append, Program, UncachedForward
 from kvconform_specs.strategies import drawn
@@ -42,7 +43,7 @@ def _slow(*capacities: int) -> list[Any]:
 def test_no_draw_exceeds_the_capacity(capacity: int) -> None:
     asked = 0
     for name in CONFIG_NAMES:
-        config = replace(CONFIGS[name], capacity=capacity)
+        config = _config(name, capacity)
         for clause in ALL:
             for claims in CLAIMS.values() if clause.concerns(config) else ():
                 if _supported(clause, claims):
@@ -59,7 +60,7 @@ def test_a_cell_reaches_every_situation_of_its_clause(capacity: int, claims: Cla
     """At the smallest effort, with the further cases that are drawn for what is missing."""
     missed, asked = [], 0
     for name in CONFIG_NAMES:
-        config = replace(CONFIGS[name], capacity=capacity)
+        config = _config(name, capacity)
         for clause in ALL:
             if not clause.concerns(config) or not _supported(clause, claims):
                 continue
@@ -77,6 +78,12 @@ def test_a_cell_reaches_every_situation_of_its_clause(capacity: int, claims: Cla
 
 def test_every_clause_names_its_situations() -> None:
     assert [clause.name for clause in ALL if not clause.situations] == []
+
+
+def _config(name: str, capacity: int) -> Config:
+    """With contexts, if it is a decoder."""
+    config = CONFIGS[name]
+    return replace(config, capacity=capacity, contexts=3 if config.profile == "decoder" else 1)
 
 
 def _supported(clause: Clause, claims: Claims) -> bool:

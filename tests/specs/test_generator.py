@@ -432,7 +432,9 @@ def test_a_nightly_run_points_a_needle_at_every_slot() -> None:
 @given(st.data())
 def test_strategies_stay_within_the_claims(data: st.DataObject) -> None:
     config = data.draw(st.sampled_from(list(CONFIGS.values())), label="config")
-    clause = data.draw(st.sampled_from([c for c in ALL if c.concerns(config) and not (c.needs or c.needs_any)]), label="clause")
+    clause = data.draw(
+        st.sampled_from([c for c in ALL if c.concerns(config) and not (c.needs or c.needs_any)]), label="clause"
+    )
     case: Case = data.draw(clause.strategy(config, POOR), label="case")
     for program in case.programs:
         live: set[str] = set()

@@ -120,7 +120,7 @@ def test_the_last_position_alone_is_asked_for_where_there_is_one(
         ([{"op": "apend"}], r"program\.steps\[0\]\.op: unknown op 'apend'; known: alias_handle, append, close"),
         (
             [{"op": "append", "seq": "a", "counts": [2], "sed": 1}],
-            r"steps\[0\]\.sed: unknown field; known: count_macs, counts",
+            r"steps\[0\]\.sed: unknown field; known: context, count_macs, counts",
         ),
         ([{"op": "append", "seq": "a"}], r"steps\[0\]: append wants the fields seq, counts, seed"),
         (

@@ -34,10 +34,12 @@ class InProcess:
     def reference_forward(self, config: Config) -> ReferenceForward:
         return self._reference_forward
 
-    def _reference_forward(self, inputs: NDArray[Any], storage: float, accumulation: float, seed: int) -> NDArray[Any]:
+    def _reference_forward(
+        self, inputs: NDArray[Any], storage: float, accumulation: float, seed: int, **told: int
+    ) -> NDArray[Any]:
         if seed and seed not in self.perturbed:
             self.perturbed[seed] = self.reference.perturbed(storage, accumulation, seed)
-        made: NDArray[Any] = (self.perturbed[seed] if seed else self.reference).uncached_forward(inputs)
+        made: NDArray[Any] = (self.perturbed[seed] if seed else self.reference).uncached_forward(inputs, **told)
         return made
 
     def send(self, program: Program, variants: Sequence[int]) -> None:

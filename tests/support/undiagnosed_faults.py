@@ -63,8 +63,8 @@ class DiesOnChunks(NumpyCache):
 class WrongLoop(NumpyCache):
     """Its steps are right; each token that it generates is one too large."""
 
-    def generate(self, tokens: Array, new: int) -> Array:
-        right = super().generate(tokens, new)
+    def generate(self, tokens: Array, new: int, **options: Any) -> Array:
+        right = super().generate(tokens, new, **options)
         return np.asarray((right + 1) % self.config.vocabulary)
 
 

@@ -20,6 +20,7 @@ from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.effort import EFFORTS
 from kvconform.worker import client as clients
+from kvconform.worker import process as processes
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.configs import config_named
@@ -64,6 +65,17 @@ def test_a_build_that_is_killed_from_outside_is_tried_again(tmp_path: Path) -> N
     assert found.outcome is Outcome.PASS
 
 
+def test_a_start_that_is_killed_from_outside_is_tried_again(tmp_path: Path) -> None:
+    file = tmp_path / "late.py"
+    file.write_text("import killed\nkilled.wait_for_the_sidecar()\nLate = killed.NumpyCache\n")
+    thread = kill_once(tmp_path, signal.SIGKILL)
+    environment = {MARK: str(tmp_path / "mark"), "PYTHONPATH": str(SUPPORT)}
+    with WorkerClient(WorkerSpec(f"{file}:Late", environment=environment)) as client:
+        assert client.starts == 2
+        assert run_cell(CELL, client, EFFORTS["smoke"], 0, tmp_path).outcome is Outcome.PASS
+    thread.join()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"), [("KillsItself", Kind.DIED), ("KillsItselfInTheBuild", Kind.NOT_BUILT)], ids=["step", "build"]
@@ -83,7 +95,8 @@ def test_where_the_out_of_memory_killer_may_have_been_at_work_nobody_is_convicte
     name: str, counts: Sequence[int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     following = iter(counts)
-    monkeypatch.setattr(clients, "oom_kills", lambda: next(following))
+    for module in (clients, processes):
+        monkeypatch.setattr(module, "oom_kills", lambda: next(following))
     found = judged(name, tmp_path)
     assert (found.outcome, found.reason) == (Outcome.INCONCLUSIVE, Reason.OUT_OF_MEMORY)
 

@@ -156,6 +156,24 @@ def test_a_refused_call_only_reads_its_inputs_as_well() -> None:
     assert trace[1].input_changed is not None
 
 
+class HalvesEarlierInputs(NumpyCache):
+    """A step writes into the first input of the step before."""
+
+    def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
+        earlier = vars(self).pop("earlier", None)
+        if earlier is not None:
+            earlier /= 2
+        vars(self)["earlier"] = inputs[0]
+        return super().step(cache, *inputs, **options)
+
+
+def test_inputs_that_a_later_step_overwrites_are_recorded_with_the_step_that_was_given_them() -> None:
+    first, last = traced(HalvesEarlierInputs, Append("a", (2,), 0), Append("a", (1,), 0))
+    assert first.input_changed is not None
+    assert (first.input_changed.later, first.input_changed.array) == (True, "query")
+    assert last.input_changed is None
+
+
 def test_counts_and_masks_are_inputs() -> None:
     (done,) = traced(ZeroesCounts, Append("a", (3, 1), 0))
     assert done.input_changed == Overwritten("counts", "inside", (0,), was=3.0, now=0.0)

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from kvconform import host
 from kvconform.host import gpu
 from kvconform.results.results import read
 from kvconform.run.run import plan_for, run_backend
@@ -88,3 +89,28 @@ def test_the_gpu_and_its_driver_are_those_that_cuda_may_use(
 def test_where_there_is_no_gpu_nothing_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpu() == {}
+
+
+def test_free_memory_is_what_the_control_group_has_left_without_its_cache_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = host.free_memory()
+    assert machine is not None
+    assert machine > 0
+    for name, text in (("memory.max", "3000\n"), ("memory.current", "2900\n"), ("memory.stat", "inactive_file 700\n")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(host, "_cgroup_files", lambda *names: [tmp_path / name for name in names])
+    assert host.free_memory() == 800
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host.free_memory() != 800
+
+
+def test_kills_by_the_out_of_memory_killer_are_read_from_the_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
+    monkeypatch.setattr(host, "_cgroup_files", lambda *names: [tmp_path / name for name in names])
+    monkeypatch.setattr(host, "VMSTAT", tmp_path / "none")
+    assert host.oom_kills() == 2
+    (tmp_path / "memory.events").unlink()
+    assert host.oom_kills() is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,15 @@ def test_leaked_state_is_a_list_of_two_programs_that_replays_in_a_fresh_process(
     again = replay(tmp_path, verdict)
     assert again.returncode == 1
     assert verdict.sentence in again.stdout
+
+
+@pytest.mark.slow
+def test_leaked_state_is_a_failure_also_where_there_is_no_time_to_shorten_its_programs(tmp_path: Path) -> None:
+    verdict = judged("GlobalCache", tmp_path, effort=replace(EFFORTS["smoke"], rebuild=0.0))
+    assert verdict.outcome is Outcome.FAIL
+    found = read(tmp_path / verdict.counterexample)
+    assert not found.reduced
+    assert len(found.before) > 1
 
 
 @pytest.mark.slow

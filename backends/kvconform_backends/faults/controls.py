@@ -35,7 +35,7 @@ class RopeFromSeven(NumpyCache):
 class DimsReversed(NumpyCache):
     """Keys are cached with reversed head dims, and queries are reversed accordingly."""
 
-    designs = ()
+    designs: tuple[str, ...] = ()
 
     def attend(self, cache: Cache, layer: int, query: Array, key: Array, value: Array) -> Array:
         return super().attend(cache, layer, query[..., ::-1], key[..., ::-1], value)
@@ -56,7 +56,40 @@ class LatentExpanded(NumpyCache):
         keys, values = np.split((latents @ up).reshape(*latents.shape[:1], -1, c.heads, 2 * c.head_dim), 2, axis=-1)
         keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)  # (b, h, s, d) each
         keys = np.concatenate([keys, np.broadcast_to(rotary, (*keys.shape[:-1], c.rotary_dim))], axis=-1)
-        return self.softmax(self.scores(query, keys)) @ values
+        return np.asarray(self.softmax(self.scores(query, keys)) @ values)
+
+
+class PromptStore(NumpyCache):
+    """Keys and values of prompts are stored by their tokens and their context, and used again for the same prompt."""
+
+    configs = ROPE
+    most = 256  # stored rows
+
+    def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:
+        super().__init__(config, weights, device)
+        self.store: dict[object, Array] = {}
+        self.prompt: Array | None = None  # (b, t): the tokens of a step on an empty cache
+
+    def run(self, cache: Cache, inputs: tuple[Array, ...], mask: Array | None = None) -> Array:
+        self.prompt = inputs[0] if self.config.profile == "decoder" and cache.length == 0 else None
+        return super().run(cache, inputs, mask)
+
+    def key(self, row: Array) -> object:
+        """What the keys and values of a prompt ``(t,)`` are stored by."""
+        return row.tobytes(), self.context
+
+    def stored_or(self, layer: int, row: Array, new: Array) -> Array:
+        """The stored keys and values ``(2, g, t, d)`` of a prompt, or else these, which are stored."""
+        while len(self.store) >= self.most:
+            del self.store[next(iter(self.store))]
+        return self.store.setdefault((layer, self.key(row)), new)
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        if self.prompt is not None:
+            rows = zip(self.prompt, key, value, strict=True)
+            held = [self.stored_or(layer, row, np.stack([k, v])) for row, k, v in rows]
+            key, value = np.stack(held, axis=1)
+        return super().append(cache, layer, key, value)
 
 
 class BiasByKey(NumpyCache):
@@ -73,10 +106,10 @@ class GeneratesWithoutACache(NumpyCache):
 
     configs = PLACED
 
-    def generate(self, tokens: Array, new: int) -> Array:
+    def generate(self, tokens: Array, new: int, **options: Any) -> Array:
         prompt = tokens.shape[1]
         for _ in range(new):
-            best = self.config.vocabulary - 1 - self.uncached_forward(tokens)[:, -1:, ::-1].argmax(axis=-1)
+            best = self.config.vocabulary - 1 - self.uncached_forward(tokens, **options)[:, -1:, ::-1].argmax(axis=-1)
             tokens = np.concatenate([tokens, best], axis=1)
         return tokens[:, prompt:]
 
@@ -84,7 +117,7 @@ class GeneratesWithoutACache(NumpyCache):
 class NewestFirst(NumpyCache):
     """The newest token is in slot 0; masks and biases are reversed accordingly."""
 
-    designs = ()
+    designs: tuple[str, ...] = ()
 
     def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
         cache.keys[layer] = np.concatenate([self.stored(key)[:, :, ::-1], cache.keys[layer]], axis=2)
@@ -131,7 +164,7 @@ class Columns(Cache):
 class KeysTransposed(NumpyCache):
     """Keys are stored transposed, in the layout of their product with a query."""
 
-    designs = ("rotary",)
+    designs: tuple[str, ...] = ("rotary",)
 
     def start(self, batch: int) -> Cache:
         made = super().start(batch)

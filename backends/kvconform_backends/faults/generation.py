@@ -25,11 +25,11 @@ class Loop(Planted):
         """``(b, 1)``: the first token of each row, from the prompt's logits ``(b, t, V)``."""
         return np.asarray(logits[:, -1:].argmax(axis=-1))
 
-    def generate(self, tokens: Array, new: int) -> Array:
-        logits, cache = self.step(self.begin(len(tokens), tokens.shape[1] + new), tokens)
+    def generate(self, tokens: Array, new: int, **options: Any) -> Array:
+        logits, cache = self.step(self.begin(len(tokens), tokens.shape[1] + new), tokens, **options)
         picked = [self.pick(logits)]
         while len(picked) < new:
-            logits, cache = self.step(cache, picked[-1])
+            logits, cache = self.step(cache, picked[-1], **options)
             picked.append(logits[:, -1:].argmax(axis=-1))
         self.used = cache
         return np.concatenate(picked, axis=1)
@@ -38,26 +38,26 @@ class Loop(Planted):
 class FirstTokenDropped(Planted, breaks=CLAUSE, kind="L1", bug="Lightning-AI/litgpt/issues/2307"):
     """The prefill runs twice, and its token is fed but not returned: the output starts with the second token."""
 
-    def generate(self, tokens: Array, new: int) -> Array:
-        self.step(self.start(len(tokens)), tokens)
-        right = super().generate(tokens, new + 1)
+    def generate(self, tokens: Array, new: int, **options: Any) -> Array:
+        self.step(self.start(len(tokens)), tokens, **options)
+        right = super().generate(tokens, new + 1, **options)
         return self.instead(right[:, 1:], right[:, :-1])
 
 
 class FirstTokenTwice(Planted, breaks=CLAUSE, kind="L1", bug="AI-Hypercomputer/jetstream-pytorch/issues/173"):
     """The prefill returns its token, and the first decode step returns it again."""
 
-    def generate(self, tokens: Array, new: int) -> Array:
-        right = super().generate(tokens, new)
+    def generate(self, tokens: Array, new: int, **options: Any) -> Array:
+        right = super().generate(tokens, new, **options)
         return self.instead(np.concatenate([right[:, :1], right[:, : new - 1]], axis=1), right)
 
 
 class LastPromptTokenTwice(Planted, breaks=CLAUSE, kind="L1", bug="oobabooga/textgen/pull/4145"):
     """Decoding starts by feeding the last prompt token, which the prefill has already written."""
 
-    def generate(self, tokens: Array, new: int) -> Array:
+    def generate(self, tokens: Array, new: int, **options: Any) -> Array:
         doubled = np.concatenate([tokens, tokens[:, -1:]], axis=1)
-        return self.instead(super().generate(doubled, new), super().generate(tokens, new))
+        return self.instead(super().generate(doubled, new, **options), super().generate(tokens, new, **options))
 
 
 class GenerationGoesOn(Loop, breaks=CLAUSE, kind="C6", bug="casper-hansen/AutoAWQ/issues/170", conditional=True):
@@ -92,8 +92,8 @@ class FullCacheRepeats(
 ):
     """If prompt and new tokens fill the capacity, the last decode step finds no slot and repeats its input."""
 
-    def generate(self, tokens: Array, new: int) -> Array:
-        right = super().generate(tokens, new)
+    def generate(self, tokens: Array, new: int, **options: Any) -> Array:
+        right = super().generate(tokens, new, **options)
         if tokens.shape[1] + new < self.config.capacity or new < 2:
             return right
         return self.instead(np.concatenate([right[:, :-1], right[:, -2:-1]], axis=1), right)
@@ -110,9 +110,9 @@ class GenerationAppends(Planted, breaks=CLAUSE, kind=("C4", "C7"), bug="MemTenso
         self.last = self.last if self.alone or not self.cached else cache
         return output, cache
 
-    def generate(self, tokens: Array, new: int) -> Array:
+    def generate(self, tokens: Array, new: int, **options: Any) -> Array:
         self.alone = True
-        picked, last = super().generate(tokens, new), self.last
+        picked, last = super().generate(tokens, new, **options), self.last
         if last is not None and len(last.lengths) == len(tokens) and last.length < self.config.capacity:
             self.faulty += 1
             last.keys[:], last.values[:] = self.grown(last, tokens[:, :1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,25 @@ class WritesOnePast(
         self.faulty += 1
         behind[...] = 0
         return output
+
+
+class KeptKeysScaled(
+    Planted, breaks=(UNCHANGED,), kind="C4", bug="hao-ai-lab/FastVideo/pull/1457", conditional=True, configs=LAYERS
+):
+    """The cache holds the caller's keys of a prompt, as it claims, and the next step scales them where they are."""
+
+    claims = replace(Planted.claims, inputs="kept")
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        kept = vars(self).get("_kept")
+        attended = super().append(cache, layer, key, value)
+        if cache.length == key.shape[2]:
+            vars(self)["_kept"] = key if self.cached else None
+        elif kept is not None:
+            self.faulty += 1
+            kept *= np.float32(2)
+            vars(self)["_kept"] = None
+        return attended
 
 
 # --- inputs are kept ---

@@ -74,16 +74,16 @@ class SecondListing(FirstListing):
 class PrefillTwice(Plain, PastTuples):
     """Generation runs the prefill twice and continues from its token without keeping that token."""
 
-    def generate(self, tokens: Array, new: int) -> Array:
+    def generate(self, tokens: Array, new: int, **options: Any) -> Array:
         for _ in range(2):
-            output, past = self.step(self.start(len(tokens)), tokens)
+            output, past = self.step(self.start(len(tokens)), tokens, **options)
         newest, kept = picked(output), []
         for _ in range(new):
-            output, past = self.step(past, newest)
+            output, past = self.step(past, newest, **options)
             newest = picked(output)
             kept.append(newest)
         made = np.concatenate(kept, axis=1)  # (b, new)
-        self.faulty += not np.array_equal(made, greedy(self, tokens, new))
+        self.faulty += not np.array_equal(made, greedy(self, tokens, new, **options))
         return made
 
 

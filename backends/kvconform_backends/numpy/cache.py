@@ -64,7 +64,7 @@ class NumpyCache(NumpyLayers, Backend):
         profiles=("attention", "decoder"),
         abilities=(
             *BASIC,
-            *("truncate", "immutable", "empty_append", "mask", "bytes", "macs", "generate", "last_only"),
+            *("truncate", "immutable", "empty_append", "mask", "bytes", "macs", "generate", "last_only", "contexts"),
         ),
         dtypes=DTYPES,
         overflow="refused",
@@ -126,10 +126,16 @@ class NumpyCache(NumpyLayers, Backend):
 
     # --- steps ---
     def step(
-        self, cache: Cache, *inputs: Array, mask: Array | None = None, count_macs: bool = False, last_only: bool = False
+        self,
+        cache: Cache,
+        *inputs: Array,
+        mask: Array | None = None,
+        count_macs: bool = False,
+        last_only: bool = False,
+        context: int = 0,
     ) -> tuple[Array, Cache]:
         self.admit(cache, inputs, mask=mask)
-        cache, self.last_only = self.fork(cache), last_only
+        cache, self.last_only, self.context = self.fork(cache), last_only, context
         output = self.run(cache, inputs, mask)
         if count_macs:
             self.measured = self.products
@@ -157,8 +163,8 @@ class NumpyCache(NumpyLayers, Backend):
     def uncached_forward(self, *inputs: Array, **options: Any) -> Array:
         return self.step(self.start(inputs[0].shape[0]), *inputs, **options)[0]
 
-    def generate(self, tokens: Array, new: int) -> Array:
-        return greedy(self, tokens, new)
+    def generate(self, tokens: Array, new: int, **options: Any) -> Array:
+        return greedy(self, tokens, new, **options)
 
     def run(self, cache: Cache, inputs: tuple[Array, ...], mask: Array | None = None) -> Array:
         """The outputs for validated inputs, whose keys and values are appended to ``cache``."""

@@ -23,6 +23,7 @@ class NumpyLayers:
     allowed: Array | None = None  # the caller's mask (b, s) of this step
     products = 0  # multiply-adds of this step so far
     last_only = False  # whether this step returns only its last logits
+    context = 0  # that of this step's sequence
     places_now: Array  # the positions of this step's tokens, (t,) or (b, t)
     totals: Any = 1  # the tokens of each row with those of this step: a number, or (b,) if rows differ
 
@@ -101,12 +102,16 @@ class NumpyLayers:
         if positions.size:
             self.totals = positions.max(axis=-1) + 1
         x = w["embed"][tokens]  # (b, t, width)
+        if self.context:
+            x = x + w["context"][self.context]
         if c.positions == "learned":
             x = x + w["position"][positions]
         for layer in range(c.layers):
             at = f"layers.{layer}."
             y = self.norm(x, w[at + "norm_attention"])
-            mixed = self.mixed(cache, layer, y, positions).swapaxes(1, 2).reshape(*x.shape[:2], c.heads * c.head_dim)
+            mixed = (
+                self.attention_of(cache, layer, y, positions).swapaxes(1, 2).reshape(*x.shape[:2], c.heads * c.head_dim)
+            )
             x = x + self.product(mixed, w[at + "output"])
             if c.mlp:
                 y = self.norm(x, w[at + "norm_mlp"])
@@ -115,7 +120,7 @@ class NumpyLayers:
                 x = x + self.product(hidden, w[at + "down"])
         return self.product(self.norm(x[:, -1:] if self.last_only else x, w["norm_final"]), w["lm_head"])
 
-    def mixed(self, cache: Any, layer: int, y: Array, positions: Array) -> Array:
+    def attention_of(self, cache: Any, layer: int, y: Array, positions: Array) -> Array:
         """A layer's attention ``(b, h, t, d)`` for its normed input ``(b, t, width)``."""
         c, turned_first = self.config, self.config.positions == "rope" and not self.config.changes_at
         own = c.source_of(layer) == layer
@@ -134,7 +139,11 @@ class NumpyLayers:
         """Queries ``(b, h, t, d + rotary_dim)``, the latent ``(b, 1, t, latent)`` and the rotary key ``(b, 1, t,
         rotary_dim)``; the last two are what is cached."""
         c, at = self.config, f"layers.{layer}."
-        query = self.product(y, self.weights[at + "query"]).reshape(*y.shape[:2], c.heads, -1).swapaxes(1, 2)
+        query = (
+            self.product(y, self.weights[at + "query"])
+            .reshape(*y.shape[:2], c.heads, c.head_dim + c.rotary_dim)
+            .swapaxes(1, 2)
+        )
         down = self.product(y, self.weights[at + "down"])[:, None]
         still, turning = np.split(query, [c.head_dim], axis=-1)
         query = np.concatenate([still, self.rotate(turning, positions)], axis=-1)

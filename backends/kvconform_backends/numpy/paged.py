@@ -44,7 +44,7 @@ class NumpyPaged(NumpyCache):
         memory="pages",
     )
 
-    designs = ()
+    designs: tuple[str, ...] = ()
     places: Array  # (b, t): the position of each column of this step, -1 for padding
 
     def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:

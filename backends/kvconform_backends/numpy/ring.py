@@ -30,7 +30,7 @@ class NumpyRing(NumpyCache):
     """Truncate is not supported: evicted tokens are gone. Steps modify their handle."""
 
     cache_design = None  # memory traffic not modelled
-    designs = ()
+    designs: tuple[str, ...] = ()
     claims = Claims(
         profiles=("attention", "decoder"),
         abilities=(*BASIC, "mask", "last_only"),

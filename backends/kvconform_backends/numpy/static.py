@@ -39,7 +39,7 @@ class NumpyStatic(NumpyCache):
         memory="capacity",
     )
 
-    designs = ("rotary",)
+    designs: tuple[str, ...] = ("rotary",)
     places: Array  # (b, t): the position of each column of this step, -1 for padding
 
     # --- lifecycle ---

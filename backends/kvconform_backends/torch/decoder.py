@@ -230,6 +230,7 @@ class Decoder(nn.Module):
 
     embed: Tensor
     position: Tensor
+    context: Tensor
     cos: Tensor
     sin: Tensor
     norm_final: Tensor
@@ -255,8 +256,12 @@ class Decoder(nn.Module):
                 self.register_buffer("cos", tables[0][0])  # (capacity, d)
                 self.register_buffer("sin", tables[1][0])
 
-    def forward(self, tokens: Tensor, positions: Positions, attend: Attend, last_only: bool = False) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Positions, attend: Attend, last_only: bool = False, context: int = 0
+    ) -> Tensor:
         x = functional.embedding(tokens, self.embed)  # (b, t, width)
+        if context:
+            x = x + self.context[context]
         if self.config.positions == "learned":
             x = x + self.position[positions]
         mix = mixing(self.config, self.rotation(positions), attend)
@@ -280,6 +285,8 @@ class Decoder(nn.Module):
 
     def turn_all(self, query: Tensor, keys: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Queries at their positions and all ``s`` cached keys, by the angles of each row's whole length."""
+        if query.shape[2] == 0:
+            return query, keys
         totals = positions.stop if isinstance(positions, slice) else positions.amax(-1) + 1  # (b,) if rows differ
         epoch = torch.bucketize(torch.as_tensor(totals, device=self.cos.device), self.changes, right=True)
         cos, sin = self.cos[epoch], self.sin[epoch]  # ([b,] capacity, d)

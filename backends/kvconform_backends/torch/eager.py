@@ -47,6 +47,7 @@ class Torch(Counted, Backend):
     claims = COMMON
     family: type[Decoder] = Decoder
     designs: tuple[str, ...] = ()  # see ``rotary.lacking``
+    context = 0  # that of this call's sequence
 
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:
@@ -88,8 +89,8 @@ class Torch(Counted, Backend):
             query, keys = self.decoder.turn_all(query, keys, positions)
         return attend_to(self.config, seen, query, keys, values)
 
-    def generate(self, tokens: Array, new: int) -> Array:
-        return greedy(self, tokens, new)
+    def generate(self, tokens: Array, new: int, **options: Any) -> Array:
+        return greedy(self, tokens, new, **options)
 
     def admit(self, inputs: tuple[Array, ...], batch: int | None, length: int) -> int:
         """The number of new tokens. Raises TypeError or ValueError if inputs are malformed or exceed the capacity."""
@@ -117,7 +118,7 @@ class Torch(Counted, Backend):
                 query, key, value = (self.tensor(x) for x in inputs)
                 output = attend(0, query, key, value)
             else:
-                output = self.decoder(self.tensor(inputs[0]), positions, attend, last_only)
+                output = self.decoder(self.tensor(inputs[0]), positions, attend, last_only, self.context)
         return self.array(output)
 
     @contextmanager
@@ -191,17 +192,28 @@ class Eager(Torch):
     """Past tuples: every step concatenates and returns new ones; none is modified."""
 
     cache_design = "concatenation"
-    designs = ("rotary", "kv_source")
-    claims = replace(COMMON, abilities=(*COMMON.abilities, "immutable"), memory="length")
+    designs: tuple[str, ...] = ("rotary", "kv_source")
+    claims = replace(COMMON, abilities=(*COMMON.abilities, "immutable", "contexts"), memory="length")
 
     def start(self, batch: int) -> Past:
         c = self.config
         empty = torch.zeros(batch, c.kv_heads, 0, c.head_dim, dtype=self.dtype, device=self.device)
         return ((empty, empty),) * len(c.caching)
 
+    def uncached_forward(self, *inputs: Array, last_only: bool = False, context: int = 0) -> Array:
+        self.context = context
+        return super().uncached_forward(*inputs, last_only=last_only)
+
     def step(
-        self, cache: Past, *inputs: Array, mask: Array | None = None, count_macs: bool = False, last_only: bool = False
+        self,
+        cache: Past,
+        *inputs: Array,
+        mask: Array | None = None,
+        count_macs: bool = False,
+        last_only: bool = False,
+        context: int = 0,
     ) -> tuple[Array, Past]:
+        self.context = context
         batch, _, past, _ = cache[0][0].shape
         s = past + self.admit(inputs, batch, past)
         layer_masks = self.layer_masks.of(slice(past, s), s, self.seen(mask, batch, s))
@@ -262,7 +274,7 @@ class EagerStatic(Torch):
     """Buffers of ``capacity`` slots, written in place. A step attends to a view of the filled slots."""
 
     cache_design: CacheDesign | None = "in-place"
-    designs = ("rotary", "kv_source")
+    designs: tuple[str, ...] = ("rotary", "kv_source")
     claims = replace(
         COMMON, abilities=(*COMMON.abilities, "ragged", "poison"), padding=("right", "left"), memory="capacity"
     )

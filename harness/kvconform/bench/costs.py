@@ -74,9 +74,11 @@ def bytes_expected(config: Config, depth: int, batch: int, design: str | None) -
 
 
 def weights_read(config: Config, new: int, batch: int) -> int:
-    """Bytes of the weights that a step reads, each once: the LM head whole, the embedding and positions by rows."""
+    """Bytes of the weights that a step reads, each once: the LM head whole, the embedding and positions by rows.
+
+    Benchmarks have one context."""
     rows = dict(zip(GATHERED, (min(batch * new, config.vocabulary), new), strict=True))
-    shapes = weight_shapes(config).items()
+    shapes = [(name, shape) for name, shape in weight_shapes(config).items() if name != "context"]
     numbers = sum(rows[name] * shape[1] if name in rows else math.prod(shape) for name, shape in shapes)
     return numbers * ITEMSIZE[config.dtype]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +18,9 @@ from kvconform.search.effort import EFFORTS
 from kvconform.worker.client import DEVICES, STEP_TIMEOUT, WorkerSpec
 from kvconform_specs.config import DTYPES
 
-PLAIN: dict[str, bool] = {"soft_wrap": True, "markup": False, "emoji": False, "highlight": False}
-"""Names, paths and messages are never read as markup or as emoji."""
-screen, errors = Console(**PLAIN), Console(stderr=True, **PLAIN)
+plain = partial(Console, soft_wrap=True, markup=False, emoji=False, highlight=False)
+"""A console that prints text as it is: names, paths and messages are never read as markup or as emoji."""
+screen, errors = plain(), plain(stderr=True)
 
 Backends = Annotated[
     list[str],

@@ -8,6 +8,7 @@ from types import TracebackType
 
 from kvconform.cli.options import progress_bar, say
 from kvconform.judging.verdict import Outcome, Verdict
+from kvconform.results.results import Results
 from kvconform.run import check as checks
 
 UNDECIDED = (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED)
@@ -17,16 +18,18 @@ class Progress:
     """Prints verdicts as they come, for readers and for logs: nothing waits for the end of a run that may be killed.
 
     Failures are printed at once, and why there is no verdict, each reason once. Other outcomes are counted: a line for
-    each config, or for each chapter of a config where ``chapters``. On a terminal a bar shows what is left.
+    each config. Of a target (``chapters``) its header comes first, and there is a line for each chapter. On a terminal
+    a bar shows what is left.
     """
 
     def __init__(self, name: str, folder: Path, *, quiet: bool, chapters: bool = False) -> None:
         self.name, self.folder, self.quiet, self.chapters = name, folder, quiet, chapters
         self._bar = progress_bar(quiet)
         self._task = self._bar.add_task(name, total=None)
+        self.told: list[str] = []  # the header of a target
         self._group = ""
         self._counts: Counter[str] = Counter()
-        self._told: set[str] = set()
+        self._reasons: set[str] = set()
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -36,7 +39,11 @@ class Progress:
         self._count()
         self._bar.stop()
 
-    def begin(self, cells: int) -> None:
+    def begin(self, results: Results, cells: int) -> None:
+        if self.chapters:
+            self.told = list(checks.header(results))
+            for line in self.told:
+                self._say(line)
         self._bar.update(self._task, total=cells)
 
     def tell(self, verdict: Verdict) -> None:
@@ -54,8 +61,8 @@ class Progress:
             if verdict.counterexample and not self.chapters:
                 for line in (*checks.steps(verdict, file), f"  replay: kvconform replay {file}"):
                     self._say(line)
-        elif verdict.outcome in UNDECIDED and verdict.sentence not in self._told:
-            self._told.add(verdict.sentence)
+        elif verdict.outcome in UNDECIDED and verdict.sentence not in self._reasons:
+            self._reasons.add(verdict.sentence)
             self._say(f"{verdict.outcome.value}: {cell}: {verdict.sentence}")
 
     def _count(self) -> None:

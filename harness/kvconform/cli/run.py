@@ -114,7 +114,7 @@ def check(
         with Progress(name, out, quiet=as_json, chapters=True) as progress:
             found.append(run_backend(name, spec, plan, out, progress.tell, begin=progress.begin))
         if not as_json:
-            for line in ("", *checks.lines(found[-1], out)):
+            for line in ("", *checks.lines(found[-1], out, progress.told)):
                 say(line)
     if as_json:
         print_json(found)

@@ -36,7 +36,7 @@ def outputs(observed: Sequence[Observed]) -> Checked:
 
 
 def _facts(changed: Overwritten) -> dict[str, Any]:
-    facts: dict[str, Any] = {"array": changed.array, "where": changed.where}
+    facts: dict[str, Any] = {"array": changed.array, "where": changed.where, "later": changed.later}
     if changed.where == "inside":
         numbers = {"got": json_number(changed.now), "want": json_number(changed.was)}
         return {**facts, "index": changed.index, **numbers}

@@ -26,6 +26,7 @@ class Kind(Enum):
     LENGTHS = "lengths"
     FREE_SLOTS = "free slots"
     CONTENTS = "contents"
+    QUANTISED = "quantised"
     STABLE_CONTENTS = "stable contents"
     RETAINED_COUNT = "retained count"
     INPUTS = "inputs"
@@ -121,6 +122,8 @@ class Mismatch(Place, frozen=True, kw_only=True, omit_defaults=True):
     """What was overwritten: a number of the array, the memory before or behind it, or that between its numbers."""
     index: tuple[int, ...] = ()
     """The number of the array that was overwritten, one index for each axis; `want` is what it was."""
+    later: bool = False
+    """Whether an input was overwritten by a later step than the one that was given it."""
     distance: int | None = None
     """How many numbers before the first or behind the last of the array was written."""
     error: Raised | None = None
@@ -134,6 +137,11 @@ class Mismatch(Place, frozen=True, kw_only=True, omit_defaults=True):
     def relation(self) -> Relation | None:
         """The relation of that name; None for what every relation takes for granted."""
         return RELATION_OF.get(self.kind)
+
+    @property
+    def end(self) -> int | None:
+        """The number of steps that show it; None: all of the program's."""
+        return None if self.step is None or self.kind is Kind.OUTPUTS or self.later else self.step + 1
 
     @property
     def raised(self) -> bool:

@@ -88,8 +88,8 @@ def insensitive(observed: Sequence[Observed]) -> Checked:
 
 def wavers(base: Observed, other: Observed, step: int, row: int, column: int) -> bool:
     """Whether an output moved within the bounds, where its last bits are not its own tokens' alone (claim
-    ``rounding``)."""
-    if base.claims.rounding != "shared":
+    ``rounding``), or where tokens share the scale of a channel (claim ``quantiser``)."""
+    if base.claims.rounding != "shared" and not base.claims.quantiser.by_channel:
         return False
     allowed = _sum("bound", (other.want(step), row, column), (base.want(step), row, column))
     moved = np.abs(other.got(step)[:, row, column] - base.got(step)[:, row, column])

@@ -114,18 +114,27 @@ def _contents(m: Mismatch) -> str:
     return f"holds {_number(m.got)}, want {_number(m.want)}{within}"
 
 
+def _quantised(m: Mismatch) -> str:
+    nearest = f"{_number(m.want, 9)} ± {_number(m.bound, 2)}"
+    return f"holds {_number(m.got, 9)}, want a multiple of its head's step, such as {nearest}"
+
+
 def _stable_contents(m: Mismatch) -> str:
     since = "" if m.other is None else f" at step {m.other.step}"
     return f"holds {_number(m.got, 9)}, and held {_number(m.want, 9)}{since}"
 
 
 def _inputs(m: Mismatch) -> str:
+    who = "a later step " if m.later else ""
     if m.where == "inside":
-        return f"overwrote number {list(m.index)} of its input {m.array}: was {_number(m.want)}, is {_number(m.got)}"
+        return (
+            f"{who}overwrote number {list(m.index)} of its input {m.array}: was {_number(m.want)}, is {_number(m.got)}"
+        )
     if m.where == "between":
-        return f"wrote between the numbers of its input {m.array}, which is a view of a larger array"
+        return f"{who}wrote between the numbers of its input {m.array}, which is a view of a larger array"
     first = {"before": "before the first", "behind": "behind the last"}[m.where]
-    return f"wrote into memory that it was not given: number {m.distance} {first} of its input {m.array}"
+    given = f"{who}wrote into memory that it was not given"
+    return f"{given}: number {m.distance} {first} of its input {m.array}"
 
 
 def _outputs(m: Mismatch) -> str:
@@ -169,12 +178,13 @@ WORDS: dict[Kind, Callable[[Mismatch], str]] = {
     Kind.LENGTHS: lambda m: f"reports that its rows hold {_numbers(m.got)} tokens, want {_numbers(m.want)}",
     Kind.FREE_SLOTS: lambda m: f"reports that its rows take {_numbers(m.got)} more tokens, want {_numbers(m.want)}",
     Kind.CONTENTS: _contents,
+    Kind.QUANTISED: _quantised,
     Kind.STABLE_CONTENTS: _stable_contents,
     Kind.RETAINED_COUNT: lambda m: f"shows {m.got} tokens, want {_range(m)}",
     Kind.INPUTS: _inputs,
     Kind.OUTPUTS: _outputs,
     Kind.GRAPH_COUNT: lambda m: f"has compiled {m.got} graphs, but claims at most {m.want_max}",
-    Kind.BYTES: lambda m: f"reports that it takes {m.got} bytes, want {m.want}",
+    Kind.BYTES: lambda m: f"reports that it takes {m.got} bytes, want {_range(m)}",
     Kind.POSITIONS: _positions,
     Kind.LINEAR_COST: _linear_cost,
     Kind.RAISED: lambda m: f"raised {m.error}",

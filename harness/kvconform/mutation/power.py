@@ -27,7 +27,7 @@ from kvconform_specs.clause import Case, Clause
 from kvconform_specs.clauses import ALL
 from kvconform_specs.config import DTYPES, PROFILES, Config
 from kvconform_specs.configs import CONFIGS, LONG
-from kvconform_specs.history import Histories, prefixed, requests
+from kvconform_specs.history import Histories, context_of, prefixed, requests
 from kvconform_specs.program import Append, Generate, ReadCache, Reject, Step, UncachedForward, called
 from kvconform_specs.reference.definition import Attended, attention, decoder, rope, sinks
 from kvconform_specs.reference.oracle import Expected, Generation, expect
@@ -201,10 +201,12 @@ class _Trial:
             solved = np.zeros((len(self._batch), self._longest - first, c.vocabulary))
             for index, request in enumerate(self._batch):
                 n = len(request.row)
-                solved[index, : n - first] = self._logits(model, self._contents[index, :n], first)
+                tokens = self._contents[index, :n]
+                solved[index, : n - first] = self._logits(model, tokens, first, context_of(request.row))
             return solved
         if c.profile == "decoder":
-            return self._logits(model, self._contents, first)
+            contexts = np.array([context_of(request.row) for request in self._batch])
+            return self._logits(model, self._contents, first, contexts)
         query, keys, values = (part.astype(np.float64) for part in self._streams.split(self._contents))
         query = query[:, :, first:].copy()
         mask = np.ones((len(self._batch), 1, 1, self._longest), bool)
@@ -215,17 +217,18 @@ class _Trial:
         output = model.attend(query, keys, values, c, at=first, mask=mask).output.swapaxes(1, 2)
         return output.reshape(*output.shape[:2], -1)
 
-    def _logits(self, model: Null, tokens: Array, first: int) -> Array:
+    def _logits(self, model: Null, tokens: Array, first: int, context: int | Array = 0) -> Array:
+        """``context``: of all rows, or of each."""
         c = self.config
         late = model.late and c.positions == "learned"
-        return decoder(tokens, _weights(c, late), c, first, attend=model.attend)
+        return decoder(tokens, _weights(c, late), c, first, attend=model.attend, context=context)
 
     def _generated(self, model: Null, want: Expected | None, step: Step) -> Array | None:
         if not isinstance(want, Generation) or not isinstance(step, Generate):
             return None
         tokens = want.prompts()  # (1, b, s)
         for s in range(tokens.shape[-1], tokens.shape[-1] + step.new):
-            logits = rounded(self._logits(model, tokens, s - 1), self.config.dtype)
+            logits = rounded(self._logits(model, tokens, s - 1, step.context), self.config.dtype)
             tokens = np.concatenate([tokens, logits.argmax(axis=-1)], axis=-1)
         return tokens[..., -step.new :]
 
@@ -246,12 +249,12 @@ class _Trial:
 
     def _behind(self, model: Null, want: Generation, ids: Array) -> Array:
         """The logits from which a model chose these tokens."""
-        tokens = np.concatenate([want.prompts(), ids[..., :-1]], axis=-1)
+        tokens, context = np.concatenate([want.prompts(), ids[..., :-1]], axis=-1), context_of(want.rows[0])
         if self.config.changes_at:
             ends = range(tokens.shape[-1] - ids.shape[-1] + 1, tokens.shape[-1] + 1)
-            made = [self._logits(model, tokens[..., :end], end - 1) for end in ends]
+            made = [self._logits(model, tokens[..., :end], end - 1, context) for end in ends]
             return rounded(np.concatenate(made, axis=-2), self.config.dtype)
-        return rounded(self._logits(model, tokens, tokens.shape[-1] - ids.shape[-1]), self.config.dtype)
+        return rounded(self._logits(model, tokens, tokens.shape[-1] - ids.shape[-1], context), self.config.dtype)
 
     def rejects(self, clause: Clause, given: Answers) -> bool:
         traces = [self._traces(number, outputs) for number, outputs in enumerate(given)]

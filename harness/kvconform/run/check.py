@@ -7,7 +7,7 @@ command accepts as well (``worker.registry``).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +89,20 @@ def _address(kind: str, target: str, options: Mapping[str, Any]) -> str:
     return f"{kind}:{target}" + (f"?{json.dumps(options, sort_keys=True)}" if options else "")
 
 
-def lines(results: Results, folder: Path) -> Iterator[str]:
-    """The report on a target: how it was called, what is wrong with it, and which tokens its outputs depend on."""
+def header(results: Results) -> Iterator[str]:
+    """How a target is called, and what is assumed about it, as far as it is known."""
     if results.target is not None:
         yield f"{results.backend}: {results.target.recognised}"
         yield from (f"  assumed: {words}" for words in results.target.assumed)
         yield "  reference: its own forward without a cache; a mistake that both share is not detected"
         for name, noise in results.target.noise.items():
             yield f"  noise floor [{name}]: rounding moves outputs by at most {noise:.1g} of their size"
+
+
+def lines(results: Results, folder: Path, told: Collection[str] = ()) -> Iterator[str]:
+    """The report on a target: how it was called, what is wrong with it, and which tokens its outputs depend on.
+    ``told``: the lines of its header that are printed already."""
+    yield from (line for line in header(results) if line not in told)
     broken = results.failures
     yield from diagnosed(results)
     for verdict in broken[:SHOWN]:
@@ -118,14 +124,19 @@ def counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
 
 
-def remarks(results: Results) -> Iterator[str]:
-    """What stands beside a conclusion: why cells have no verdict, which guarantees are refuted, what time has cut."""
+def undecided(results: Results) -> Iterator[str]:
+    """Why cells have no verdict on the backend, though its claims include them: each reason with its clauses."""
     groups: dict[tuple[str, str], list[str]] = {}
     for verdict in results.verdicts:
         if verdict.outcome in (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED):
             groups.setdefault((verdict.outcome.value, verdict.sentence), []).append(verdict.clause)
     for (outcome, sentence), clauses in groups.items():
         yield f"  {outcome}: {_listed(clauses)}: {sentence}"
+
+
+def remarks(results: Results) -> Iterator[str]:
+    """What stands beside a conclusion: why cells have no verdict, which guarantees are refuted, what time has cut."""
+    yield from undecided(results)
     refuted = [verdict.clause for verdict in results.verdicts if verdict.outcome is Outcome.REFUTED]
     if refuted:
         yield f"  refuted: {_listed(refuted)}: measured guarantees that do not hold; conformance does not require them"
@@ -176,7 +187,7 @@ def steps(verdict: Verdict, file: Path) -> Iterator[str]:
     if mismatch is None or mismatch.program is None or not file.exists():
         return
     program = Case.from_json(counterexample.read(file).case).programs[mismatch.program]
-    yield f"  steps: {outline(program, None if mismatch.step is None else mismatch.step + 1)}"
+    yield f"  steps: {outline(program, mismatch.end)}"
 
 
 def _maps(results: Results) -> Iterator[str]:

@@ -170,12 +170,12 @@ def run_backend(
     out: Path,
     tell: Callable[[Verdict], None] = lambda verdict: None,
     known_failures: KnownFailures = EMPTY,
-    begin: Callable[[int], None] = lambda cells: None,
+    begin: Callable[[Results, int], None] = lambda results, cells: None,
 ) -> Results:
     """Judges every selected cell of a backend and writes its results (``path_of``) after each.
 
-    A backend that cannot run here gives results that say why (``unavailable``). ``begin`` is called with the number of
-    cells, ``tell`` with each verdict. Raises InvalidBackend.
+    A backend that cannot run here gives results that say why (``unavailable``). ``begin`` is called with what is
+    known at the start and the number of cells, ``tell`` with each verdict. Raises InvalidBackend.
     """
     began = time.perf_counter()
     path, failures = path_of(name, plan, out), out / "failures" / name
@@ -195,7 +195,7 @@ def run_backend(
         results.verdicts = []
         results.stale = unmatched_entries(known_failures, name)
         unreliable: set[str] = set()
-        begin(sum(1 for _ in cells(plan, client.configs)))
+        begin(results, sum(1 for _ in cells(plan, client.configs)))
         for cell in cells(plan, client.configs):
             known = known_failures.find(name, cell, spec.device)
             verdict = done.get((cell.clause.name, cell.config_name))

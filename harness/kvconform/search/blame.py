@@ -6,6 +6,7 @@ nothing else, without a sign that memory was short.
 
 from __future__ import annotations
 
+from kvconform.host import address_space_limited, free_memory, peak_memory
 from kvconform.judging.mismatch import Mismatch
 from kvconform.judging.render import render
 from kvconform.judging.verdict import Reason
@@ -58,4 +59,12 @@ def _alike(one: Mismatch, other: Mismatch) -> bool:
 
 
 def _short_of_memory(client: WorkerClient, broken: Mismatch) -> bool:
-    return client.starved() if broken.ended is None else broken.ended.oom
+    """Whether the machine may lack memory, so that failing to get some says nothing about the backend. Of a worker that
+    lives: less is free than it has ever held, or it is not known how much."""
+    if broken.ended is not None:
+        return broken.ended.oom
+    worker = client.process
+    if client.spec.device != "cpu" or worker is None or address_space_limited(worker):
+        return True
+    free, held = free_memory(), peak_memory(worker)
+    return free is None or held is None or free < held

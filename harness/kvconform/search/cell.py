@@ -100,6 +100,8 @@ def unsupported(cell: Cell, client: WorkerClient) -> Why | None:
         return Reason.PROFILE, f"claims no {config.profile} profile"
     if config.dtype not in claims.dtypes:
         return Reason.DTYPE, f"claims no {config.dtype}"
+    if claims.interface == "generation" and "generate" not in cell.clause.needs:
+        return Reason.ABILITY, "only generates"
     missing = [need for need in cell.clause.needs if not claims.can(need)]
     if missing:
         return Reason.ABILITY, f"claims no {', no '.join(missing)}"
@@ -286,6 +288,8 @@ class _Search:
         """Every case that this cell draws, also those behind one that broke the clause: they are drawn again."""
         if self.best is None:
             return self.planned
+        if not self.effort.shrink:  # an audit compares no runs
+            return []
         strategy = self.cell.clause.strategy(self.cell.config, self.client.claims)
         return drawn(strategy, self.effort.planned(self.cell.clause, self.cell.config_name), self.seed)
 

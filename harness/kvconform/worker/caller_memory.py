@@ -32,6 +32,7 @@ class Overwritten:
 
     where: ``inside`` the array at ``index``; ``before`` its first or ``behind`` its last number, by ``distance``
     numbers of its size; or ``between`` its numbers, in the gaps of a view. was, now: that number, where it is inside.
+    later: it was still there when the step had returned.
     """
 
     array: str
@@ -40,6 +41,7 @@ class Overwritten:
     distance: int = 0
     was: float = 0.0
     now: float = 0.0
+    later: bool = False
 
 
 class _Placed(NamedTuple):
@@ -61,7 +63,7 @@ class CallerMemory:
     def hand_over(self, arrays: Iterable[tuple[str, Array, str]]) -> list[Array]:
         """Views that hold these arrays, given by name, numbers and layout, between guard bands."""
         self._memory.fill(FILLED)
-        self._placed = placed = []
+        placed: list[_Placed] = []
         start = stop = GUARD
 
         def new(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -72,7 +74,7 @@ class CallerMemory:
         for name, x, layout in arrays:
             placed.append(_Placed(name, laid(x, layout, new), start, stop))
             start = -(-(stop + GUARD) // ALIGNED) * ALIGNED
-        self._before = self._memory.tobytes()
+        self._placed, self._before = placed, self._memory.tobytes()
         return [one.view for one in placed]
 
     def overwritten(self) -> Overwritten | None:

@@ -6,14 +6,13 @@ import json
 import mmap
 import os
 import selectors
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,8 @@ from kvconform.errors import (
     WorkerDied,
     WorkerTimeout,
 )
-from kvconform.host import address_space_limited, free_memory, gpu, oom_kills, peak_memory
+from kvconform.host import gpu, oom_kills
+from kvconform.worker.process import exit_of, pinned, variables
 from kvconform.worker.protocol import LENGTHS, PROGRESS, Header, Traces, send, unpack
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
@@ -47,7 +47,7 @@ STEP_TIMEOUT = 120.0
 """Seconds without progress that make a timeout. A compilation within a step takes 5 to 15 s, and more under load."""
 DEVICES = ("cpu", "cuda")
 BUILDS = 3
-"""How often a build is tried that a signal from outside ends."""
+"""How often a start or a build is tried that a signal from outside ends."""
 LOG_LENGTH = 512
 """How many messages a worker's log remembers, for failures that need what ran before."""
 
@@ -133,7 +133,7 @@ class WorkerClient:
         return None if self.target is None else lambda config: partial(self._reference_forward, config)
 
     def _reference_forward(
-        self, config: Config, inputs: NDArray[Any], storage: float, accumulation: float, seed: int
+        self, config: Config, inputs: NDArray[Any], storage: float, accumulation: float, seed: int, context: int = 0
     ) -> NDArray[Any]:
         """The black box's own forward (``oracle.ReferenceForward``). Raises WorkerDied where it raises or dies."""
         if self._reference is None:
@@ -151,6 +151,7 @@ class WorkerClient:
             "storage": storage,
             "accumulation": accumulation,
             "seed": seed,
+            "context": context,
         }
         try:
             header, blob = reference._ask(message, self.spec.step_timeout, np.ascontiguousarray(inputs).tobytes())
@@ -197,17 +198,15 @@ class WorkerClient:
                 self.claims = replace(self.claims, changes_at=changes)
         return None
 
-    def _tried_build(self, config: Config) -> Header:
+    def _tried_build(self, config: Config, tries: int = BUILDS) -> Header:
         """The answer to a build. One that a signal from outside ends is tried again. Raises WorkerDied."""
-        for left in reversed(range(BUILDS)):
-            try:
-                return self._ask({"op": "build", "config": config.to_json()}, BUILD_TIMEOUT)[0]
-            except WorkerDied as death:
-                if left and death.ended is not None and death.ended.from_outside:
-                    continue
-                self._failed[config] = type(death)("build", ended=death.ended)
-                raise self._failed[config] from None
-        raise AssertionError
+        try:
+            return self._ask({"op": "build", "config": config.to_json()}, BUILD_TIMEOUT)[0]
+        except WorkerDied as death:
+            if tries > 1 and death.from_outside:
+                return self._tried_build(config, tries - 1)
+            self._failed[config] = type(death)("build", ended=death.ended)
+            raise self._failed[config] from None
 
     def run(self, program: Program, indices: Sequence[int]) -> Traces:
         self.send(program, indices)
@@ -284,16 +283,13 @@ class WorkerClient:
             raise WorkerDied("message", Raised(*header["error"]))
         return header
 
-    def starved(self) -> bool:
-        """Whether the machine may lack memory, so that failing to get some says nothing about the backend: less is free
-        than the worker has ever held, or it is not known how much."""
-        if self.spec.device != "cpu" or self._process is None or address_space_limited(self._process.pid):
-            return True
-        free, held = free_memory(), peak_memory(self._process.pid)
-        return free is None or held is None or free < held
+    @property
+    def process(self) -> int | None:
+        """The number of the live worker's process."""
+        return None if self._process is None else self._process.pid
 
     # --- the process ---
-    def _start(self) -> Header:
+    def _start(self, tries: int = BUILDS) -> Header:
         self._built.clear()
         self.log.clear()
         self._early = bytearray()
@@ -305,19 +301,21 @@ class WorkerClient:
             self._progress = mmap.mmap(file.fileno(), PROGRESS.size)
         spec = self.spec
         try:
-            with self._stderr.open("wb") as stderr, _pinned(spec.cpus):
+            with self._stderr.open("wb") as stderr, pinned(spec.cpus):
                 self._process = subprocess.Popen(
                     [spec.python, "-m", spec.module, spec.address, spec.device, str(path)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=stderr,
-                    env={**os.environ, **_variables(), **spec.environment},
+                    env={**os.environ, **variables(), **spec.environment},
                 )
         except OSError as error:
             raise BackendUnavailable(f"interpreter {spec.python!r} cannot be started: {error.strerror}") from error
         try:
             description = self._ask({"op": "describe"}, BUILD_TIMEOUT)[0]
         except WorkerDied as death:
+            if tries > 1 and death.from_outside:
+                return self._start(tries - 1)
             raise BackendUnavailable(f"the worker of {spec.address!r} did not start: {death}") from death
         if "error" in description:
             raise BackendUnavailable(
@@ -392,36 +390,10 @@ class WorkerClient:
         if timeout is not None:
             self._kill()
             return WorkerTimeout("step", ended=Exit(timeout=timeout), variant=variant, step=step)
-        code, stderr = self._process.wait(), self._last_words()
+        end = exit_of(self._process.wait(), self._last_words(), self._oom_kills)
         self._kill()
-        if code >= 0:
-            return WorkerDied("step", ended=Exit(code, stderr=stderr), variant=variant, step=step)
-        kills, name = oom_kills(), signal.Signals(-code).name
-        oom = code == -signal.SIGKILL and (kills is None or kills != self._oom_kills)
-        end = Exit(signal=name, oom=oom, stderr=stderr)
         return WorkerDied("step", ended=end, variant=variant, step=step)
 
     def _last_words(self) -> str:
         lines = [line.strip() for line in self._stderr.read_text(errors="replace").splitlines() if line.strip()]
         return lines[-1][:200] if lines else ""
-
-
-@contextmanager
-def _pinned(cpus: tuple[int, ...] | None) -> Iterator[None]:
-    """A process that this thread starts meanwhile inherits these processors."""
-    if cpus is None or not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cpus)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, allowed)
-
-
-def _variables() -> dict[str, str]:
-    """What every worker's environment has. One thread unless the caller says otherwise: the suite's tensors are small,
-    and the parent computes the definition on another core meanwhile."""
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
-    return {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", **threads}

@@ -27,6 +27,7 @@ from kvconform_specs.program import (
     Reject,
     Reorder,
     Reset,
+    Run,
     Step,
     Truncate,
     UncachedForward,
@@ -56,9 +57,9 @@ class StepResult:
     a read showed.
 
     ``error``: what a legal step raised. ``refused``: what a ``reject`` step raised. ``returned``: the name of the type
-    that a step gave instead of an array of numbers, which is also an ``error``. input_changed: what the step wrote into
-    the caller's memory. output_changed: what later steps of the program wrote into its output; ``output`` is a copy of
-    what it was when it was returned.
+    that a step gave instead of an array of numbers, which is also an ``error``. input_changed: what the step, or a
+    later one, wrote into the memory of its inputs. output_changed: what later steps of the program wrote into its
+    output; ``output`` is then a copy of what it was when it was returned.
     """
 
     output: Array | None = None
@@ -89,6 +90,7 @@ def _traced(backend: Any, program: Program, feeds: list[Feed], variant: int, at:
     caches: dict[str, Any] = {}
     trace: list[StepResult] = []
     returned: list[bytes | None] = []  # the outputs as they were then
+    memories: list[CallerMemory | None] = []
     reused = _reused(program, feeds, variant)
     for number, step in enumerate(program.steps):
         at(variant, number)
@@ -103,12 +105,13 @@ def _traced(backend: Any, program: Program, feeds: list[Feed], variant: int, at:
             done = replace(done, input_changed=written)
         if memory is not None and memory is reused:
             memory.overwrite()
+        memories.append(None if memory is reused else memory)
         trace.append(done)
         if done.error is not None:
             break
     for name in list(caches):  # what a program leaves open is ended; how that goes belongs to no step
         _guarded(backend, caches, Close(name), ((), {}))
-    return tuple(_kept(done, before) for done, before in zip(trace, returned, strict=True))
+    return tuple(_kept(*ends) for ends in zip(trace, memories, returned, strict=True))
 
 
 # --- the caller's memory ---
@@ -143,8 +146,11 @@ def _handed(views: list[Array], feed: Feed) -> Feed:
     }
 
 
-def _kept(done: StepResult, returned: bytes | None) -> StepResult:
-    """The result with the output as it was when the step returned it, and what has become of that."""
+def _kept(done: StepResult, memory: CallerMemory | None, returned: bytes | None) -> StepResult:
+    """The result with the output as it was when the step returned it, and what later steps have done to it and to the
+    inputs."""
+    if memory is not None and done.input_changed is None and (written := memory.overwritten()) is not None:
+        done = replace(done, input_changed=replace(written, later=True))
     if done.output is None or returned is None or done.output.tobytes() == returned:
         return done
     before = np.frombuffer(returned, done.output.dtype).reshape(done.output.shape)
@@ -162,7 +168,7 @@ def feeds_of(program: Program, indices: tuple[int, ...]) -> list[Feed]:
             grown = histories.after(call)
             feeds.append((streams.inputs(call, grown), _keywords(call, grown)))
         elif isinstance(call, UncachedForward):
-            feeds.append((streams.inputs(call, histories.after(call)), {"last_only": True} if call.last_only else {}))
+            feeds.append((streams.inputs(call, histories.after(call)), _of_run(call)))
         else:
             feeds.append(((), {}))
         histories.apply(step)
@@ -178,8 +184,13 @@ def _keywords(step: Append, grown: tuple[Any, ...]) -> dict[str, Any]:
             asked["padding"] = "left"
     if step.masked:
         asked["mask"] = mask(step, grown)
-    asked |= {name: True for name in ("in_place", "count_macs", "last_only") if getattr(step, name)}
-    return asked
+    asked |= {name: True for name in ("in_place", "count_macs") if getattr(step, name)}
+    return asked | _of_run(step)
+
+
+def _of_run(step: Run) -> dict[str, Any]:
+    """Those that appends and forwards without a cache have in common."""
+    return ({"last_only": True} if step.last_only else {}) | ({"context": step.context} if step.context else {})
 
 
 def _guarded(backend: Any, caches: dict[str, Any], step: Step, feed: Feed) -> StepResult:
@@ -204,7 +215,7 @@ def _do(backend: Any, caches: dict[str, Any], step: Call, feed: Feed) -> StepRes
             output, caches[seq] = backend.step(caches[seq], *inputs, **keywords)
             return StepResult(_array(output), _reported(backend, caches[seq], step.count_macs))
         case Generate(new=new):
-            return StepResult(_array(backend.generate(*inputs, new)))
+            return StepResult(_array(backend.generate(*inputs, new, **keywords)))
         case UncachedForward():
             return StepResult(_array(backend.uncached_forward(*inputs, **keywords)))
         case ReadCache(seq):

@@ -107,7 +107,8 @@ class Worker:
             if key not in self.perturbed:
                 self.perturbed[key] = backend.perturbed(message["storage"], message["accumulation"], message["seed"])
             backend = self.perturbed[key]
-        output = np.ascontiguousarray(backend.uncached_forward(inputs))
+        told = {"context": message["context"]} if message["context"] else {}
+        output = np.ascontiguousarray(backend.uncached_forward(inputs, **told))
         return {"shape": list(output.shape), "dtype": output.dtype.str}, output.tobytes()
 
     def script(self, message: Header) -> Reply:

@@ -39,6 +39,10 @@ class Arithmetic:
         """A value that an implementation stores in the config's dtype."""
         return x
 
+    def cached(self, x: Array) -> Array:
+        """Keys or values as a cache of another dtype stores them."""
+        return x
+
     def product(self, x: Array, w: Array) -> Array:
         """``x @ w``, a dot product of ``x.shape[-1]`` terms, stored."""
         return np.asarray(x @ w)
@@ -143,7 +147,7 @@ def turns(
     positions: NDArray[np.int64], d: int, length: int, rotary: Rotary | None = None, how: Arithmetic = EXACT
 ) -> tuple[Array, Array]:
     """Cosines and sines ``(s, d/2)`` by which rope turns heads at these positions in a context of ``length`` tokens."""
-    angle = how.angles(positions, frequencies(rotary, d, length))
+    angle = how.angles(positions.astype(np.float64), frequencies(rotary, d, length))
     factor = attention_factor(rotary)
     return np.cos(angle) * factor, np.sin(angle) * factor
 
@@ -167,14 +171,18 @@ def decoder(
     start: int = 0,
     how: Arithmetic = EXACT,
     attend: Callable[..., Attended] = attention,
+    context: int | Array = 0,
 ) -> Array:
     """Logits ``(..., s - start, V)`` of the positions from ``start`` on, for token ids ``(..., s)``.
 
     Pre-norm blocks: ``x += attention(norm(x))``, then ``x += mlp(norm(x))``; a final norm; an untied LM head.
-    ``weights`` are float64, named as in ``tensors.weight_shapes``. ``attend`` is called as ``attention``.
+    ``weights`` are float64, named as in ``tensors.weight_shapes``. ``attend`` is called as ``attention``. ``context``:
+    that of all sequences, or ``(...)`` of each.
     """
     positions = np.arange(tokens.shape[-1])
     x = weights["embed"][tokens]  # (..., s, width)
+    if np.any(context):
+        x = how.stored(x + weights["context"][context][..., None, :])
     turn = None
     if config.positions == "rope":
         turned = config.rotary_dim or config.head_dim
@@ -196,7 +204,8 @@ def decoder(
             if source == layer:
                 keys = _heads(how.product(normed, weights[at + "key"]), config.kv_heads)
                 values = _heads(how.product(normed, weights[at + "value"]), config.kv_heads)
-                held[layer] = (keys if turn is None else how.stored(rope(keys, turn)), values)
+                keys = keys if turn is None else how.stored(rope(keys, turn))
+                held[layer] = how.cached(keys), how.cached(values)
         keys, values = held[source]
         mixed = _merged(attend(query, keys, values, config, layer=layer, how=how).output)
         x = how.stored(x + how.product(mixed, weights[at + "output"]))

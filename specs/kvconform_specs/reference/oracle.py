@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kvconform_specs.claims import Precision, changes_at
 from kvconform_specs.config import Config
-from kvconform_specs.history import Histories, Row, epoch_of
+from kvconform_specs.history import Histories, Row, context_of, epoch_of
 from kvconform_specs.program import Append, Generate, Program, ReadCache, UncachedForward
 from kvconform_specs.reference.solver import Array, Ids, Numbers, ReferenceForward, Solution, columns, model
 
@@ -96,17 +96,24 @@ class Generation(Expected):
 
 
 def given(
-    config: Config, reference: ReferenceForward | None, ids: Ids, start: int = 0, changes: Sequence[int] = ()
+    config: Config,
+    reference: ReferenceForward | None,
+    ids: Ids,
+    start: int = 0,
+    changes: Sequence[int] = (),
+    context: int = 0,
+    precision: Precision = PLAIN,
 ) -> Numbers:
     """What a decoder must give for token ids ``(n, b, s)``: logits ``(n, b, s - start, V)`` from position ``start`` on.
 
     reference: the forward that a black box is judged by; None: the definition. changes: the lengths at which outputs
-    change, if each token is one step (``Claims.changes_at``); otherwise all tokens are one step.
+    change, if each token is one step (``Claims.changes_at``); otherwise all tokens are one step. context: that of all
+    sequences.
     """
     s = ids.shape[2]
     ends = [at for at in range(start + 1, s) if epoch_of(at, changes) != epoch_of(at + 1, changes)] + [s]
     parts = [
-        model(config, reference, partial(np.copy, ids[:, :, :end]), begin).numbers
+        model(config, reference, partial(np.copy, ids[:, :, :end]), begin, context, precision).numbers
         for begin, end in zip([start, *ends], ends, strict=False)
     ]
     return parts[0] if len(parts) == 1 else lambda kind: np.concatenate([part(kind) for part in parts], axis=2)
@@ -139,7 +146,14 @@ def expect(
                 changes = changes_at(program.config, precision)
                 prompts, along = (
                     partial(solution.contents, rows),
-                    partial(given, program.config, reference, changes=changes),
+                    partial(
+                        given,
+                        program.config,
+                        reference,
+                        changes=changes,
+                        context=context_of(rows[0]),
+                        precision=precision,
+                    ),
                 )
                 want = Generation(rows, step.counts, columns(step), n, numbers, prompts, along)
         elif isinstance(step, ReadCache) and program.config.profile == "attention":

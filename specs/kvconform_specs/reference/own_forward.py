@@ -16,8 +16,9 @@ Array = NDArray[np.floating]
 Own = Callable[..., Array]
 """``solver.ReferenceForward`` with the config in front of its arguments."""
 
-SAMPLE = 32, 8
-"""Sequences, and tokens of each, on which ``shares_rounding`` runs a black box."""
+SAMPLES = ((32, 8), (1, 12), (3, 5), (8, 16), (2, 9), (16, 3))
+"""Sequences, and tokens of each, on which ``shares_rounding`` runs a black box, until one of them tells: whether a
+shared product moves depends on its sizes."""
 ROWS = 8
 """Sequences on which ``length_changes`` runs it."""
 SCANNED = 128
@@ -26,8 +27,11 @@ SCANNED = 128
 
 def shares_rounding(own: Own, config: Config) -> bool:
     """Whether a change of the last token of sequences changes an earlier output of the forward by a bit."""
-    tokens = min(config.capacity, SAMPLE[1])
-    streams = Streams(config, tokens, range(SAMPLE[0]))
+    return any(_moves(own, config, rows, min(config.capacity, tokens)) for rows, tokens in SAMPLES)
+
+
+def _moves(own: Own, config: Config, rows: int, tokens: int) -> bool:
+    streams = Streams(config, tokens, range(rows))
     base, changed = streams.tape(11).copy(), streams.tape(11).copy()
     changed[:, -1] = streams.tape(12)[:, -1]
     before, after = (own(config, inputs, 0.0, 0.0, 0)[:, :-1] for inputs in (base, changed))
@@ -63,7 +67,8 @@ def length_changes(own: Own, config: Config) -> tuple[int, ...]:
         return ()
     if capacity > SCANNED:
         return tuple(range(2, capacity + 1))
-    found, first, last = [], run(1), run(1)
+    found: list[int] = []
+    first = last = run(1)
     for length in range(2, capacity + 1):
         now = run(length)
         begun = found[-1] if found else 1

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kvconform_specs.claims import Precision, changes_at
 from kvconform_specs.config import Config
-from kvconform_specs.history import Request, Row, prefixed, requests
+from kvconform_specs.history import Request, Row, context_of, prefixed, requests
 from kvconform_specs.program import Append, Program, Run, UncachedForward
 from kvconform_specs.reference import bounds
 from kvconform_specs.reference.definition import attention, decoder
@@ -31,11 +31,12 @@ Contents = Callable[[], NDArray[Any]]
 """What a model is given: token ids ``(n, rows, s)`` or hidden states ``(n, rows, s, width)``."""
 BLOCK = 1 << 22
 """Scores that are computed at once; long contexts are computed in blocks of queries."""
-ReferenceForward = Callable[[Array, float, float, int], Array]
+ReferenceForward = Callable[..., Array]
 """A black box's cache-less forward: token ids ``(m, t)`` or hidden states ``(m, t, width)`` to outputs ``(m, t, e)``.
 
 The other arguments are the relative noise of storage and of accumulation by which its weights are perturbed, and the
-seed of that noise; with zeros they are not perturbed (``backend.BlackBox.perturbed``).
+seed of that noise; with zeros they are not perturbed (``backend.BlackBox.perturbed``). The keyword ``context`` is the
+context of all sequences; it is left out where that is 0.
 """
 
 
@@ -110,13 +111,13 @@ class Solution:
         starts: dict[Request, int] = {}
         for request, owner in owners.items():
             starts[owner] = min(starts.get(owner, len(request.row)), self._starts[request])
-        members: dict[tuple[int, int, bool, bool], list[Request]] = defaultdict(list)
+        members: dict[tuple[int, int, int, bool, bool], list[Request]] = defaultdict(list)
         for request, start in starts.items():
             streams = {stream for stream, _position in request.row}
             repeats = any(stream.distribution == "zero_keys" for stream in streams)
-            members[len(request.row), start, request.needle is None, repeats].append(request)
+            members[len(request.row), start, context_of(request.row), request.needle is None, repeats].append(request)
         homes: dict[Request, tuple[_Group, int, int]] = {}
-        for (_length, start, _aimed, repeats), together in members.items():
+        for (_length, start, _context, _aimed, repeats), together in members.items():
             group = self._group(together, start, repeats)
             homes |= {request: (group, index, start) for index, request in enumerate(together)}
         for request, owner in owners.items():
@@ -126,7 +127,8 @@ class Solution:
         config = self.program.config
         if config.profile == "attention":
             return _Attention(config, self.streams, together, start, repeats, self.precision)
-        return model(config, self.reference, partial(self.contents, [request.row for request in together]), start)
+        rows = [request.row for request in together]
+        return model(config, self.reference, partial(self.contents, rows), start, context_of(rows[0]), self.precision)
 
     def _read(self, number: int, kind: str) -> Array:
         """Keys and values of each row, ``(n, b, s, 2 g d)``, or how far a stored one may be from them."""
@@ -209,9 +211,19 @@ def _by_position(x: Array, rows: int) -> Array:
     return np.asarray(stacked.reshape(*stacked.shape[:3], -1))
 
 
-def model(config: Config, reference: ReferenceForward | None, contents: Contents, start: int) -> _Group:
-    """What the definition, or a black box's own forward, gives for rows of one length from ``start`` on."""
-    return _Decoder(config, contents, start) if reference is None else _BlackBox(config, reference, contents, start)
+def model(
+    config: Config,
+    reference: ReferenceForward | None,
+    contents: Contents,
+    start: int,
+    context: int = 0,
+    precision: Precision = Precision(),  # noqa: B008 - it is frozen
+) -> _Group:
+    """What the definition, or a black box's own forward, gives for rows of one length and one context from ``start``
+    on."""
+    if reference is None:
+        return _Decoder(config, contents, start, context, precision)
+    return _BlackBox(config, partial(reference, context=context) if context else reference, contents, start)
 
 
 class _Model:
@@ -246,14 +258,20 @@ class _Model:
 
 
 class _Decoder(_Model):
+    def __init__(self, config: Config, contents: Contents, start: int, context: int, precision: Precision) -> None:
+        super().__init__(config, contents, start)
+        self.context = context
+        other = precision.cache_dtype not in ("", config.dtype)
+        self._cache = bounds.STORAGE[precision.cache_dtype] if other else 0.0
+
     def exact(self) -> Array:
         self._tokens = self.contents()
         weights_exact, self._single = _decoder_weights(self.config)
-        self._noise = bounds.Noisy(bounds.STORAGE[self.config.dtype], seed=self._tokens.shape[-1])
-        return decoder(self._tokens, weights_exact, self.config, self.start)  # (n, rows, t, V)
+        self._noise = bounds.Noisy(bounds.STORAGE[self.config.dtype], seed=self._tokens.shape[-1], cache=self._cache)
+        return decoder(self._tokens, weights_exact, self.config, self.start, context=self.context)  # (n, rows, t, V)
 
     def noisy(self, number: int) -> Array:
-        return decoder(self._tokens, self._single, self.config, self.start, self._noise)
+        return decoder(self._tokens, self._single, self.config, self.start, self._noise, context=self.context)
 
     def bound(self, runs: int) -> Array:
         return bounds.decoder_bound(self._deviations, runs, self._noise.gain)

@@ -64,17 +64,17 @@ class Caller:
         return ModuleSequence(self._value(self.convention.empty, names), batch)
 
     @torch.no_grad()
-    def step(self, sequence: ModuleSequence, x: Array) -> tuple[Array, ModuleSequence]:
+    def step(self, sequence: ModuleSequence, x: Array, context: int = 0) -> tuple[Array, ModuleSequence]:
         x = x if self.shares and x.flags.c_contiguous and x.flags.writeable else np.array(x)
-        names = self._called(self.convention.call, sequence, x)
+        names = self._called(self.convention.call, sequence, x, context)
         y = self._value(self.convention.output, names)
         past = self._value(self.convention.present, names) if self.convention.present else None
         return self.numbers(y), ModuleSequence(past, sequence.batch, sequence.tokens + x.shape[1])
 
     @torch.no_grad()
-    def uncached(self, x: Array) -> Array:
+    def uncached(self, x: Array, context: int = 0) -> Array:
         """The uncached forward; if there is none, the first call of a sequence."""
-        names = self.called(self.convention.uncached, self.first(len(x)), x)
+        names = self.called(self.convention.uncached, self.first(len(x)), x, context)
         return self.numbers(self._value(self.convention.uncached_output, names))
 
     @torch.no_grad()
@@ -85,18 +85,21 @@ class Caller:
         return ModuleSequence(self._value(self.convention.empty, {"batch": batch, "new": 0, "cached": 0}), batch)
 
     @torch.no_grad()
-    def called(self, expression: str, sequence: ModuleSequence, x: Array) -> dict[str, Any]:
+    def called(self, expression: str, sequence: ModuleSequence, x: Array, context: int = 0) -> dict[str, Any]:
         """All names after a call on a copy of ``x``, including ``out``."""
-        return self._called(expression, sequence, np.array(x))  # torch warns about read-only memory
+        return self._called(expression, sequence, np.array(x), context)  # torch warns about read-only memory
 
-    def _called(self, expression: str, sequence: ModuleSequence, x: Array) -> dict[str, Any]:
+    def _called(self, expression: str, sequence: ModuleSequence, x: Array, context: int) -> dict[str, Any]:
         names = {
             "x": self._into(x),
             "past": sequence.past,
             "batch": x.shape[0],
             "new": x.shape[1],
             "cached": sequence.tokens,
+            "context": context,
         }
+        if self.convention.tell:
+            self._value(self.convention.tell, names)
         return {**names, "out": self._value(expression, names)}
 
     def length(self, sequence: ModuleSequence) -> int:

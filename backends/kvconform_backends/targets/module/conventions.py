@@ -2,7 +2,8 @@
 
 The expressions are what runs here, what the user reads and what a reproduction script contains. Names in them:
 ``module``; ``x``, the new tokens; ``past``, what the caller keeps of a sequence; ``batch``, ``new`` and ``cached``, the
-numbers of rows, new tokens and cached tokens; ``out``, the result of a call.
+numbers of rows, new tokens and cached tokens; ``context``, the number of the sequence's context; ``out``, the result of
+a call.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Convention:
     whether there is a batch axis. begin: run before the first call of a sequence. empty: the past of an empty sequence.
     call: appends ``x``. output, present: read from ``out``; an empty ``present`` means that the caller keeps nothing.
     uncached: the uncached forward, with output ``uncached_output``. always: every call uses the module's cache, so that
-    ``uncached`` runs ``begin`` first. imports: names from the target's file that these expressions use.
+    ``uncached`` runs ``begin`` first. tell: run before every call: tells the module the sequence's context. imports:
+    names from the target's file that these expressions use.
     """
 
     takes: str = "states"
@@ -65,6 +67,7 @@ class Convention:
     uncached_output: str = "out"
     length: str = ""
     always: bool = False
+    tell: str = ""
     arrays: str = "torch"
     batched: bool = True
     imports: tuple[str, ...] = ()

@@ -40,6 +40,34 @@ FLAGS = frozenset(
 """Switches; those also in ``PASTS`` are switches if their default or annotation is a bool."""
 MASKS = frozenset(_words("attention_mask mask attn_mask causal_mask attn_bias src_mask tgt_mask"))
 """Parameters that take a mask."""
+ADAPTERS = frozenset(
+    _words("""
+    adapter adapters adapter_id adapter_ids adapter_index adapter_indices adapter_idx lora lora_id lora_ids lora_index
+    lora_indices lora_idx lora_int_id lora_mapping task task_id task_ids expert_adapter domain_id
+""")
+)
+"""Parameters that take the number of an adapter, one for all rows or one for each."""
+STATES = frozenset(
+    _words("""
+    encoder_hidden_states encoder_states encoder_output encoder_outputs encoder_out enc_out enc_output enc_outputs
+    encoder_embeds memory context contexts cross_states cross_attention_states conditioning cond image_embeds
+    image_features image_states vision_features vision_states audio_features
+""")
+)
+"""Parameters that take the states of an encoder or an image, ``(b, s, width)``."""
+STATE_WIDTHS = _words("""
+    encoder_width encoder_dim encoder_hidden_size d_encoder cross_attention_dim cross_dim context_dim memory_dim kv_dim
+    image_dim vision_dim d_memory d_context
+""")
+SET_ADAPTER = _words("""
+    set_adapter set_active_adapter set_active_adapters use_adapter switch_adapter select_adapter activate_adapter
+    set_lora set_active_lora set_lora_id
+""")
+"""Methods that set the adapter of the calls that follow."""
+ACTIVE = _words("active_adapter active_adapters active_lora current_adapter adapter_id lora_id adapter")
+"""Attributes that hold the number of the adapter of the calls that follow."""
+ADAPTER_NAMES = _words("adapters adapter_names peft_config loras lora_names")
+"""Attributes that list the adapters by name."""
 OFFSETS = frozenset(
     _words("""
     start_pos pos start start_position offset position past_length past_len cur_pos current_pos cache_len

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from kvconform_backends.targets.module import identifiers, slots
+from kvconform_backends.targets.module import identifiers, signature, slots
 from kvconform_backends.targets.module.beginnings import Beginnings
 from kvconform_backends.targets.module.calls import leaves
+from kvconform_backends.targets.module.conventions import Convention
 from kvconform_backends.targets.module.past import contents, described, frozen, grown_axis, sizes
 from kvconform_backends.targets.module.recognised import CAPACITY, ProbedTarget, Recognised
-from kvconform_backends.targets.module.trials import LENGTH, MANY_ROWS, MIN_CAPACITY, PROMPT, Trials
+from kvconform_backends.targets.module.signature import ForwardSignature
+from kvconform_backends.targets.module.trials import LENGTH, MANY_ROWS, MIN_CAPACITY, PROMPT, Array, Trials, close
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded, largest
+
+MOST_CONTEXTS = 3
+MOST_WIDTHS = 8
+"""Widths of encoder states that are tried."""
 
 
 class Measurements(Trials):
@@ -71,6 +77,56 @@ class Measurements(Trials):
             matrices = leaves(dict(target.namespace), 2) + leaves(target.module, 2)
         found += [int(size) for x in matrices if x.ndim > 1 for size in x.shape]
         return list(dict.fromkeys(found))
+
+    def context_forms(self, sig: ForwardSignature, name: str) -> tuple[str, ...]:
+        """Values for a parameter that takes the sequence's context."""
+        known = [value for value, _name in self.target.reported(identifiers.STATE_WIDTHS)]
+        widths = list(dict.fromkeys((*known, *self.widths())))[:MOST_WIDTHS]
+        return signature.context_forms(sig, name, widths, str(self.target.dtype))
+
+    def measure_contexts(self, made: Recognised) -> None:
+        """How a context is told, and how many there are: none unless the uncached forward depends on it."""
+        for convention, given in self._told(made):
+            trial = replace(made, convention=convention, given=given)
+            trial.contexts = self._contexts(trial)
+            if trial.contexts > 1:
+                self.rank(trial)
+                if trial.rank >= made.rank:
+                    made.convention, made.given, made.contexts = convention, given, trial.contexts
+                    return
+
+    def _told(self, made: Recognised) -> Iterator[tuple[Convention, dict[str, str]]]:
+        """Ways to tell a context: those that are told already, a method, or an optional argument."""
+        c, sig, module = made.convention, made.signature, self.target.module
+        if any(name in made.given for name in sig.contexts):
+            yield c, made.given
+        for name in identifiers.SET_ADAPTER:
+            if callable(getattr(module, name, None)):
+                held = [place for place in identifiers.ADAPTER_NAMES if _named(getattr(module, place, None))]
+                for form in ("context", *(f"list(module.{place})[context]" for place in held)):
+                    yield replace(c, tell=f"module.{name}({form})"), made.given
+        for name in identifiers.ACTIVE:
+            if type(getattr(module, name, None)) is int:
+                yield replace(c, tell=f"setattr(module, {name!r}, context)"), made.given
+        for name in sig.contexts:
+            for form in () if name in made.given else self.context_forms(sig, name):
+                call, uncached = (signature.extended(text, name, form) for text in (c.call, c.uncached))
+                yield replace(c, call=call, uncached=uncached), {**made.given, name: form}
+
+    def _contexts(self, made: Recognised) -> int:
+        """How many contexts, up to ``MOST_CONTEXTS``, give the same tokens outputs that differ, each from each."""
+        outputs: list[Array] = []
+        x = self.sample(made, LENGTH)
+        try:
+            with guarded():
+                for context in range(MOST_CONTEXTS):
+                    output = self.caller(made.convention).uncached(x, context)
+                    if not np.isfinite(output).all() or any(close(output, other) for other in outputs):
+                        break
+                    outputs.append(output)
+        except ThirdPartyError as error:
+            self.raised = str(error)
+        return max(1, len(outputs))
 
     def _limiting(self, made: Recognised) -> tuple[bool, ...]:
         """Which calls limit it: uncached ones, and first cached ones if earlier trials leave nothing in the cache."""
@@ -138,7 +194,7 @@ class Measurements(Trials):
     def measure_slots(self, made: Recognised) -> None:
         """Where its steps write their tokens, if it has a slot for each."""
         caller, x, ends, start = self.caller(made.convention), self.sample(made, LENGTH), (PROMPT, PROMPT + 1), 0
-        sequence, states = caller.start(len(x)), []
+        sequence, states = caller.start(len(x)), list[dict[str, Tensor]]()
         for end in ends:
             _output, sequence = caller.step(sequence, x[:, start:end])
             states.append(slots.copied(slots.arrays(caller.module, sequence.past)))
@@ -197,3 +253,8 @@ class Measurements(Trials):
         except ThirdPartyError:
             pass
         return True
+
+
+def _named(value: Any) -> bool:
+    """Whether an attribute lists adapters by name."""
+    return isinstance(value, Mapping | nn.ModuleDict | list | tuple) and all(isinstance(name, str) for name in value)

@@ -64,7 +64,7 @@ class Recognised:
     ``refusal`` the exception beyond it. given: the arguments for masks and positions. past: a description of the past.
     keeps_inputs: whether the cache holds the memory of the inputs. slots: arrays with a slot for each token.
     hints: what giving an omitted argument would change. operations: methods of the module or its past that nothing
-    calls, in words.
+    calls, in words. contexts: the number of contexts that a sequence can have.
     """
 
     signature: ForwardSignature
@@ -88,6 +88,7 @@ class Recognised:
     keeps_inputs: bool = False
     slots: Slots = field(default_factory=dict)
     reserved: tuple[int, ...] = ()
+    contexts: int = 1
     hints: dict[str, str] = field(default_factory=dict)
     operations: tuple[str, ...] = ()
     rank: Rank = (False, False, False, False)
@@ -136,7 +137,12 @@ class Recognised:
             )
         if c.owned:
             yield "the module holds one sequence at a time"
-        for name, form in self.given.items():
+        told = concrete(c.tell, {}) or " and ".join(name for name in sig.contexts if name in self.given)
+        if self.contexts > 1:
+            yield f"the context of a sequence, one of {self.contexts}, is told by {told} in each call"
+        elif told:
+            yield f"{told} makes no difference to the reference, and is not judged"
+        for name, form in ((n, form) for n, form in self.given.items() if n not in sig.contexts):
             counts = " (cached and new tokens)" if "new" in form else " (the number of cached tokens)"
             yield f"{name} is given as {concrete(form, {})}" + counts * ("cached" in form)
         for name in (*sig.masks, *sig.positions):

@@ -98,9 +98,14 @@ class ModuleScript:
             if step.seq not in held:
                 yield from self._begun(step.seq, batch)
             held[step.seq] = batch, cached + step.counts[0]
-            yield from self._called(name, past_of(step.seq), batch, step.counts[0], cached)
+            yield from self._told(step)
+            yield from self._called(
+                name,
+                past_of(step.seq),
+                {"batch": batch, "new": step.counts[0], "cached": cached, "context": step.context},
+            )
         elif type(step) is UncachedForward:
-            yield from self._uncached(name, len(step.counts), step.counts[0])
+            yield from self._uncached(name, step)
         elif isinstance(step, Reset):
             held[step.seq] = held[step.seq][0], 0
             yield from list(self._begun(step.seq, held[step.seq][0]))
@@ -122,8 +127,12 @@ class ModuleScript:
         elif not convention.begin:
             yield f"# {seq} starts: the cache cannot be emptied"
 
-    def _called(self, name: str, past: str, batch: int, new: int, cached: int) -> Iterator[str]:
-        c, numbers = self.convention, {"batch": batch, "new": new, "cached": cached}
+    def _told(self, step: Append | UncachedForward) -> Iterator[str]:
+        if self.convention.tell:
+            yield self._text(self.convention.tell, {"context": step.context})
+
+    def _called(self, name: str, past: str, numbers: Mapping[str, int]) -> Iterator[str]:
+        c = self.convention
         call = self._text(c.call, {**numbers, "past": past})
         x = self._into(f"x{name}")
         if (c.output, c.present) == ("out[0]", "out[1]") and c.arrays == "torch" and c.batched:
@@ -137,22 +146,24 @@ class ModuleScript:
             yield f"y{name} = {c.output}"
         yield f"y{name} = {self._out(f'y{name}')}"
 
-    def _uncached(self, name: str, batch: int, new: int) -> Iterator[str]:
-        c, numbers = self.convention, {"batch": batch, "new": new, "cached": 0}
+    def _uncached(self, name: str, step: UncachedForward) -> Iterator[str]:
+        c, batch, new = self.convention, len(step.counts), step.counts[0]
+        numbers = {"batch": batch, "new": new, "cached": 0, "context": step.context}
         if c.always and c.begin:
             yield self._text(c.begin, numbers)
+        yield from self._told(step)
         if self.found.uncached_last:
-            yield from self._prefixes(name, batch, new)
+            yield from self._prefixes(name, batch, new, step.context)
             return
         call = self._text(c.uncached, {**numbers, "past": c.empty})
         part = c.uncached_output.removeprefix("out")  # of what it returns
         yield f"y{name} = {_fed(call, self._into(f'x{name}'))}{part}"
         yield f"y{name} = {self._out(f'y{name}')}"
 
-    def _prefixes(self, name: str, batch: int, new: int) -> Iterator[str]:
+    def _prefixes(self, name: str, batch: int, new: int, context: int) -> Iterator[str]:
         """The uncached forward of each prefix, if it returns only the last output."""
         c = self.convention
-        call = self._text(c.uncached, {"batch": batch, "new": "n", "cached": 0, "past": c.empty})
+        call = self._text(c.uncached, {"batch": batch, "new": "n", "cached": 0, "context": context, "past": c.empty})
         yield f"y{name} = []"
         yield f"for n in range(1, {new + 1}):"
         yield f"    out = {_fed(call, self._into(f'x{name}[:, :n]'))}"

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvconform_backends.targets.module.identifiers import FLAGS, MASKS, OFFSETS, PAIRS, PASTS, POSITIONS, SELF_ATTENTION
+from kvconform_backends.targets.module.identifiers import (
+    ADAPTERS,
+    FLAGS,
+    MASKS,
+    OFFSETS,
+    PAIRS,
+    PASTS,
+    POSITIONS,
+    SELF_ATTENTION,
+    STATES,
+)
+
+STATES_LENGTH = 5
+"""Tokens of the encoder states that stand for a context."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +35,7 @@ class ForwardSignature:
     flags: tuple[str, ...]
     masks: tuple[str, ...]
     positions: tuple[str, ...]
+    contexts: tuple[str, ...]
     unknown: tuple[str, ...]
     unknown_required: tuple[str, ...]
     parameters: Mapping[str, inspect.Parameter]
@@ -54,10 +68,11 @@ def signature_of(target: Any, name: str, past: str = "") -> ForwardSignature:
     pasts = (past,) if past else pair or tuple(n for n in rest if n in PASTS and n not in flags)[:1]
     masks = tuple(n for n in rest if n in MASKS and n not in pasts)
     positions = tuple(n for n in rest if n in OFFSETS | POSITIONS and n not in pasts)
-    known = {*inputs, *flags, *pasts, *masks, *positions}
+    contexts = tuple(n for n in rest if n in ADAPTERS | STATES and n not in pasts)
+    known = {*inputs, *flags, *pasts, *masks, *positions, *contexts}
     unknown = tuple(n for n in rest if n not in known)
     unknown_required = tuple(n for n in unknown if named[n].default is inspect.Parameter.empty)
-    return ForwardSignature(text, inputs, pasts, flags, masks, positions, unknown, unknown_required, named)
+    return ForwardSignature(text, inputs, pasts, flags, masks, positions, contexts, unknown, unknown_required, named)
 
 
 def _switch(parameter: inspect.Parameter) -> bool:
@@ -91,10 +106,27 @@ def mask_forms(name: str) -> tuple[str, ...]:
     return (*rows, *square, *(f"{form}[None, None]" for form in square))
 
 
-def settings(sig: ForwardSignature, *, placed: bool = False) -> Iterator[dict[str, str]]:
-    """Ways to give masks and positions, the likeliest first: optional ones are omitted. A position with a numeric
-    default must be given, since that default is correct for an empty cache only. placed: all positions are given."""
-    wanted: list[list[tuple[str, str | None]]] = []
+def context_forms(sig: ForwardSignature, name: str, widths: Sequence[int], dtype: str) -> tuple[str, ...]:
+    """Values for a parameter that takes the sequence's context, the likeliest first. Encoder states are random, others
+    in each context, of one of these widths, in this dtype."""
+    if name in ADAPTERS:
+        row = "torch.full((batch,), context, device=x.device)"
+        return ("context", row) if "Tensor" not in sig.annotation(name) else (row, "context")
+    cast = "" if dtype == "torch.float32" else f".to({dtype})"
+    drawn = f"torch.randn(1, {STATES_LENGTH}, {{}}, generator=torch.Generator().manual_seed(context)){cast}"
+    states = [f"{drawn.format(width)}.to(x.device).expand(batch, -1, -1)" for width in widths]
+    return tuple(
+        form for state in states for form in ((f"({state},)", state) if name.endswith("outputs") else (state,))
+    )
+
+
+def settings(
+    sig: ForwardSignature, contexts: Mapping[str, Sequence[str]], *, placed: bool = False
+) -> Iterator[dict[str, str]]:
+    """Ways to give masks, positions and contexts, the likeliest first: optional ones are omitted. A position with a
+    numeric default must be given, since that default is correct for an empty cache only. placed: all positions are
+    given. contexts: the forms of each required context."""
+    wanted: list[list[tuple[str, str | None]]] = [[(name, form) for form in contexts[name]] for name in contexts]
     for name in sig.positions:
         given = placed or sig.required(name) or isinstance(sig.default(name), int)
         wanted.append([(name, form) for form in position_forms(sig, name)] if given else [(name, None)])
@@ -135,7 +167,7 @@ def extended(call: str, name: str, form: str) -> str:
 
 def concrete(expression: str, numbers: Mapping[str, int | str], device: str = "cpu") -> str:
     """The expression with names replaced by their values at one step; the device is omitted on the CPU."""
-    text = expression if device != "cpu" else expression.replace(", device=x.device", "")
+    text = expression if device != "cpu" else re.sub(r", device=x\.device|\.to\(x\.device\)", "", expression)
     for name, value in numbers.items():
         text = re.sub(rf"(?<![\w.]){name}(?![\w=])", str(value), text)
     text = re.sub(r"\b(\d+) \+ (\d+)\b", lambda found: str(int(found[1]) + int(found[2])), text)

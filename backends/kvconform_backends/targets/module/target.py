@@ -193,6 +193,7 @@ class ModuleTarget:
             "reset": found.restarts,
             "length": bool(convention.length),
             "immutable": found.immutable,
+            "contexts": found.contexts > 1,
             "poison": bool(found.slots),
         }
         profile = "decoder" if convention.takes == "tokens" else "hidden"
@@ -220,6 +221,7 @@ class ModuleTarget:
             width=found.width or found.heads * found.head_dim,
             vocabulary=found.outputs if profile == "decoder" or found.outputs != found.width else 0,
             reserved=tuple(reserved),
+            contexts=found.contexts,
         )
         self.configs = {f"{profile}-self": own}
         self.recognised = found.words
@@ -258,21 +260,22 @@ class ModuleBackend(BlackBox):
     def start(self, batch: int) -> ModuleSequence:
         return self.caller.start(batch)
 
-    def step(self, sequence: ModuleSequence, x: Array) -> tuple[Array, ModuleSequence]:
-        return self.caller.step(sequence, x)
+    def step(self, sequence: ModuleSequence, x: Array, context: int = 0) -> tuple[Array, ModuleSequence]:
+        return self.caller.step(sequence, x, context)
 
-    def uncached_forward(self, x: Array) -> Array:
+    def uncached_forward(self, x: Array, context: int = 0) -> Array:
         """``(b, t, e)``, at most ``max_batch`` rows at a time, and prefix by prefix if it returns only the last
         output."""
         if self.noise is not None and self.caller.convention.takes == "states":
             x = black_box.perturbed_states(x, *self.noise)
         rows = self.claims.max_batch or len(x)
-        return np.concatenate([self._uncached(x[row : row + rows]) for row in range(0, len(x), rows)])
+        return np.concatenate([self._uncached(x[row : row + rows], context) for row in range(0, len(x), rows)])
 
-    def _uncached(self, x: Array) -> Array:
+    def _uncached(self, x: Array, context: int) -> Array:
         if self.target.found.uncached_last:
-            return np.concatenate([self.caller.uncached(x[:, : t + 1])[:, -1:] for t in range(x.shape[1])], axis=1)
-        return self.caller.uncached(x)
+            ends = range(1, x.shape[1] + 1)
+            return np.concatenate([self.caller.uncached(x[:, :end], context)[:, -1:] for end in ends], axis=1)
+        return self.caller.uncached(x, context)
 
     def length(self, sequence: ModuleSequence) -> list[int]:
         return [self.caller.length(sequence)] * sequence.batch

@@ -35,9 +35,9 @@ class Trials:
         self.target, self.raised = target, ""
 
     def caller(self, convention: Convention) -> Caller:
-        """Calls a fresh copy if the module owns its cache, which may not be possible to empty."""
+        """Calls a fresh copy if the module has a state: its cache, which may not be possible to empty, or a context."""
         module = self.target.module
-        if isinstance(module, nn.Module) and (convention.owned or convention.always):
+        if isinstance(module, nn.Module) and (convention.owned or convention.always or convention.tell):
             module = copy.deepcopy(module)
         return Caller(module, convention, self.target.namespace, self.target.dtype)
 

@@ -24,7 +24,7 @@ from kvconform.explain.diagnosis.symptoms import OutputCell, Symptom
 from kvconform.judging.observed import Array
 from kvconform_specs.claims import Claims, changes_at
 from kvconform_specs.config import Config
-from kvconform_specs.history import epoch_of
+from kvconform_specs.history import context_of, epoch_of
 from kvconform_specs.program import Append
 from kvconform_specs.reference import bounds
 from kvconform_specs.reference.definition import Attended, attention, decoder
@@ -198,15 +198,16 @@ class _EditedReference:
         if found is None:
             seen = None if edit is None else edit.seen
             contents = self.streams.row([token for token, _past, _count in row])  # (1, s, ...)
+            context = context_of(tuple(token for token, _past, _count in row))
             made: tuple[Array, Callable[[], Array]]
             if self.own is not None:
                 inputs: Any = contents[:, None]
-                numbers = given(self.config, self.own, inputs)
+                numbers = given(self.config, self.own, inputs, context=context)
                 made = numbers("value")[0, 0], lambda: np.asarray(numbers("bound")[0, 0])
             elif self.config.profile == "attention":
                 made = self._attended(contents, row, seen)
             else:
-                made = self._decoded(contents, row, seen)
+                made = self._decoded(contents, row, seen, context)
             found = known[row] = _Outputs(made[0], cache(made[1]))
         return found
 
@@ -221,11 +222,11 @@ class _EditedReference:
         return _flat(attended.output), lambda: _flat(bound)
 
     def _decoded(
-        self, contents: NDArray[np.generic], row: CachedRow, seen: Callable[..., Flags] | None
+        self, contents: NDArray[np.generic], row: CachedRow, seen: Callable[..., Flags] | None, context: int
     ) -> tuple[Array, Callable[[], Array]]:
         ids, attend = np.asarray(contents[0], np.int64), lambda *inputs, **how: _attend(row, seen, *inputs, **how)[0]
         exact = {name: value.astype(np.float64) for name, value in weights(self.config).items()}
-        run = partial(decoder, ids, config=self.config, attend=attend)
+        run = partial(decoder, ids, config=self.config, attend=attend, context=context)
         value = run(weights=exact)
 
         def bound() -> Array:

@@ -45,7 +45,7 @@ def script(found: Counterexample, client: WorkerClient) -> str:
     before = [Program.from_json(program, f"before[{i}]") for i, program in enumerate(found.before)]
     failure, before = located(clause, client, before, Case.from_json(found.case, "case"))
     programs = [*before, *(one.program for one in failure.observed)]
-    programs[-1] = replace(programs[-1], steps=programs[-1].steps[: failure.end])
+    programs[-1] = replace(programs[-1], steps=programs[-1].steps[: failure.mismatch.end])
     single = len(programs) == 1
     runs = [Run(program, "" if single else f"{number}_") for number, program in enumerate(programs)]
     runs[-1] = replace(runs[-1], watched=failure.watched)

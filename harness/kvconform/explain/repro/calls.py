@@ -138,9 +138,9 @@ def _called(run: Run, number: int, step: Call, backend: str, names: dict[str, st
     name = cache(step.seq)
     match step:
         case Generate():
-            yield f"{y} = {backend}.generate({given}, {step.new})"
+            yield f"{y} = {backend}.generate({given}, {step.new}{_of_run(step)})"
         case UncachedForward():
-            yield f"{y} = {backend}.uncached_forward({given}{', last_only=True' if step.last_only else ''})"
+            yield f"{y} = {backend}.uncached_forward({given}{_of_run(step)})"
         case Append():
             if step.seq not in names:
                 names[step.seq] = name
@@ -198,5 +198,10 @@ def _keywords(run: Run, number: int, step: Append) -> str:
         if step.pad is not None and step.pad[0] == "left":
             said.append('padding="left"')
     said += [f"mask={run.name('m', number)}"] if step.masked else []
-    said += [f"{word}=True" for word in ("in_place", "count_macs", "last_only") if getattr(step, word)]
-    return "".join(f", {word}" for word in said)
+    said += [f"{word}=True" for word in ("in_place", "count_macs") if getattr(step, word)]
+    return "".join(f", {word}" for word in said) + _of_run(step)
+
+
+def _of_run(step: Append | UncachedForward) -> str:
+    """The keywords that appends and forwards without a cache have in common."""
+    return ", last_only=True" * step.last_only + f", context={step.context}" * bool(step.context)

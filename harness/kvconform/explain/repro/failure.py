@@ -51,11 +51,6 @@ class Failure:
         return -1 if self.mismatch.step is None else self.mismatch.step
 
     @property
-    def end(self) -> int | None:
-        """The number of steps that show it; None: all."""
-        return None if self.step < 0 or self.mismatch.kind is Kind.OUTPUTS else self.step + 1
-
-    @property
     def watched(self) -> int | None:
         """The step that wrote into the memory of the caller's inputs."""
         return self.step if self.mismatch.kind is Kind.INPUTS else None

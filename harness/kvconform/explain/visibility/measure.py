@@ -35,7 +35,7 @@ SEES, BLIND, UNKNOWN, MISSING = "x", ".", "?", " "
 
 def memoized(own: ReferenceForward) -> ReferenceForward:
     """A black box's own forward, run once for each input."""
-    known: dict[tuple[bytes, tuple[int, ...], float, float, int], Array] = {}
+    known: dict[tuple[bytes, tuple[int, ...], float, float, int], Array] = {}  # maps are of context 0
 
     def forward(inputs: Array, storage: float, accumulation: float, seed: int) -> Array:
         key = inputs.tobytes(), inputs.shape, storage, accumulation, seed
