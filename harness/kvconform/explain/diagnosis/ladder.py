@@ -21,6 +21,8 @@ from kvconform_specs.reference.oracle import ReferenceForward, expect
 
 PROGRAMS = 4
 """On how many wrong programs a precision is tried, the shortest first."""
+MOST = 0.8
+"""The least share of wrong outputs among those of cached steps."""
 DTYPES = ("float32", "float16", "bfloat16")
 KV_BITS = (0, 8, 4)
 
@@ -28,10 +30,14 @@ KV_BITS = (0, 8, 4)
 def weakest(
     symptoms: Sequence[Symptom], config: Config, claims: Claims, own: ReferenceForward | None
 ) -> PrecisionMatch | None:
-    """None where an exception is among the failures, or where the outputs are farther off than any precision allows.
-    Raises WorkerDied where a black box's own forward ends its process."""
+    """None where outputs are missing, where many outputs of cached steps are right, since rounding spares few, or where
+    the outputs are farther off than any precision allows. Raises WorkerDied where a black box's own forward ends its
+    process."""
     wrong = [one for one in symptoms if any(cell.wrong for cell in one.cells)]
-    if not wrong or any(cell.wrong and cell.raised for one in wrong for cell in one.cells):
+    if any(cell.wrong and one.outputs[cell.step] is None for one in wrong for cell in one.cells):
+        return None
+    cached = [cell.wrong for one in symptoms for cell in one.cells if cell.facts["past"] > 0]
+    if not cached or sum(cached) < MOST * len(cached):
         return None
     shortest = sorted(wrong, key=lambda one: one.probe.program.span)[:PROGRAMS]
     tried = _ladder(config, claims, own)

@@ -35,6 +35,11 @@ MISTAKES: dict[str, Mistake] = {
         "https://github.com/keras-team/keras/issues/23038",
         "Join all masks by a logical and on every path: causality, window, padding, lengths and the caller's.",
     ),
+    "M7": Mistake(
+        "the first or longest row's length is used for every row",
+        "https://github.com/Blaizzy/mlx-vlm/issues/1155",
+        "Keep a length for each row, and use it in writes, masks, positions and truncations.",
+    ),
     "C1": Mistake(
         "an entry is missing, misplaced, swapped between keys and values, or never written back",
         "https://github.com/huggingface/transformers/pull/30108",
