@@ -111,6 +111,10 @@ class Null:
         return right._replace(output=wrong @ shared, weights=wrong)
 
 
+def _level(config: Config) -> Config:
+    return replace(config, scale=0.0, sink=None, positions=config.positions.replace("alibi", "none"))
+
+
 def _narrower(config: Config) -> Config:
     return replace(config, window=(config.window or 1) - 1)
 
@@ -123,7 +127,7 @@ DEFINITION = Null("definition")
 """The definition without a mistake: no clause may reject it."""
 NULLS = (
     Null("zeros", counts=lambda rank, n: rank * 0),
-    Null("mean of the visible values", changed=lambda c: replace(c, scale=0.0, positions="none", sink=None)),
+    Null("mean of the visible values", changed=_level),
     Null("one visible token dropped", counts=lambda rank, n: rank != n // 2),
     Null("one visible token stale: its slot holds the next one", counts=_stale),
     Null("window one too wide", lambda c: c.window is not None, lambda c: replace(c, window=(c.window or 0) + 1)),

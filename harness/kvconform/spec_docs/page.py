@@ -19,6 +19,7 @@ from kvconform_specs.config import DTYPES, POSITIONS, PROFILES, Config
 from kvconform_specs.configs import CONFIGS
 from kvconform_specs.program import DISTRIBUTIONS, LAYOUTS, MALFORMED, OPS, POISONS
 from kvconform_specs.reference import bounds, definition
+from kvconform_specs.rotary import Rotary
 
 LAW = (
     "**A KV cache must be unobservable.** For every program of cached steps, each sequence's outputs are what the "
@@ -140,8 +141,9 @@ def _tables() -> Iterator[str]:
     standard = {f.name: f.default for f in fields(Config)}
     rows = []
     for name, config in CONFIGS.items():
-        own = {field: value for field, value in config.to_json().items() if value != standard[field]}
-        rest = [f"{field} {value}" for field, value in own.items() if field not in sizes]
+        own = {field: getattr(config, field) for field in standard if getattr(config, field) != standard[field]}
+        told = {field: value.kind if isinstance(value, Rotary) else value for field, value in own.items()}
+        rest = [f"{field} {value}" for field, value in told.items() if field not in sizes]
         rows.append((name, *(str(getattr(config, size)) for size in sizes), ", ".join(rest)))
     yield "## Table of configs\n\nEvery backend is tested on these, in float32 or in the dtypes of the run."
     yield _table(("config", "profile", "h", "g", "d", "l", "capacity", "other fields"), rows)
