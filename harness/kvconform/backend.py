@@ -27,9 +27,10 @@ CacheDesign = Literal["in-place", "capacity", "concatenation"]
 class Backend(ABC):
     """One implementation, built for one config.
 
-    Required: the attribute ``claims``, the constructor, ``start`` and ``step``. Everything else has a default. A method
-    that belongs to an ability is called only if ``claims.abilities`` names the ability; kvconform compares claims and
-    methods when it loads the class. A class with the same methods that does not inherit from Backend works as well.
+    Required: the attribute ``claims``, the constructor, ``start`` and ``step``; with the claim
+    ``interface="generation"`` neither ``start`` nor ``step``. Everything else has a default. A method that belongs to
+    an ability is called only if ``claims.abilities`` names the ability; kvconform compares claims and methods when it
+    loads the class. A class with the same methods that does not inherit from Backend works as well.
 
     A complete backend, and the test that judges it:
 
@@ -84,11 +85,10 @@ class Backend(ABC):
         Raises ``kvconform.Unavailable`` if this machine lacks something that the backend needs.
         """
 
-    @abstractmethod
     def start(self, batch: int) -> Cache:
         """An empty cache of ``batch`` rows."""
+        raise self._not_implemented("start")
 
-    @abstractmethod
     def step(self, cache: Cache, *inputs: Any, **options: Any) -> tuple[Array, Cache]:
         """Appends new tokens. Returns the output and the cache to continue with (the same object, if mutable).
 
@@ -113,6 +113,7 @@ class Backend(ABC):
         context (``contexts``, decoder profile): the number of the sequence's context; absent: 0. All steps of a
         sequence have the same until it is reset: ``weights["context"][context]`` is added to each token's embedding.
         """
+        raise self._not_implemented("step")
 
     # --- optional, whatever is claimed ---
     @classmethod
@@ -303,7 +304,9 @@ def invalid(kind: Any) -> str:
         return "" if callable(kind) else f"is a {type(kind).__name__}, want a class"
     if hasattr(kind, "__getattr__"):  # it delegates: its methods are known only of a built one
         return ""
-    for name in ("start", "step"):
+    if claims.interface == "generation" and "generate" not in claims.abilities:
+        return "claims interface='generation' and not the ability 'generate'"
+    for name in () if claims.interface == "generation" else ("start", "step"):
         if not _implements(kind, name):
             return f"has no method {name}()"
     if getattr(kind, "__init__") in (object.__init__, Backend.__init__):  # noqa: B009 - mypy: of a class, not an instance

@@ -147,7 +147,7 @@ class _Interpreter:
         low, high = max(self.claims.keeps(mark) for _length, mark in rows), min(length for length, _mark in rows)
         first = high - 1 - number % 3
         second = first - 1 - number // 3 % LONGEST_CHUNK
-        return tuple(Truncate(seq, length) for length in (first, max(second, low)) if length >= low)
+        return tuple(Truncate(seq, length) for length in (first, max(second, low)) if low <= length <= high)
 
     def append(self, seq: str, number: int) -> Append:
         claims = self.claims
@@ -180,7 +180,7 @@ def refusals(
         found.append(Reject(Append(seq, (beyond,) * len(rows), seed)))
     if claims.can("truncate"):
         found += [Reject(Truncate(seq, length)) for length in (min(rows) + 1, -1)]
-        too_deep = min(max(claims.refuses(mark, config.capacity) for mark in marks or rows), min(rows))
+        too_deep = min(max(claims.refuses(mark, config.capacity, config.window) for mark in marks or rows), min(rows))
         if too_deep > 0:
             found.append(Reject(Truncate(seq, too_deep), "depth"))
     if claims.can("truncate_rows"):

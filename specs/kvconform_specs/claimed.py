@@ -28,6 +28,8 @@ def claimed(steps: Sequence[Step], claims: Claims) -> bool:
     state, begun = Marks(), set[str]()
     for step in steps:
         call = called(step)
+        if claims.interface == "generation" and not isinstance(call, UncachedForward):  # a generation is one, too
+            return False
         if not _fits(call, state, claims) or (isinstance(call, Append) and not _takes(call, call.seq in begun, claims)):
             return False
         if isinstance(step, Reject):

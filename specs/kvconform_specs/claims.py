@@ -18,7 +18,8 @@ Memory = Literal["length", "capacity", "pages"]
 TooDeep = Literal["refused", "undefined"]
 RaggedAppends = Literal["any", "first"]
 Interface = Literal["steps", "generation"]
-SeesNothing = Literal["zeros", "mean", "undefined"]
+SeesNothing = Literal["zeros", "finite"]
+CacheDtype = Literal["", "float32", "bfloat16", "float16"]
 Intermediates = Literal["single", "storage"]
 Reference = Literal["definition", "self"]
 Rounding = Literal["own", "shared"]
@@ -60,6 +61,7 @@ DERIVED: dict[str, Callable[[Claims], bool]] = {
     "pages": lambda claims: claims.page is not None,
     "quantised cache": lambda claims: claims.kv_bits > 0,
     "lossless cache": lambda claims: claims.kv_bits == 0,
+    "multiples of scales": lambda claims: claims.kv_bits > 0 and claims.quantiser.multiples,
     "residual window": lambda claims: claims.precision.by_length,
     "bound on graphs": lambda claims: claims.max_graphs is not None and claims.can("graph_count"),
     "copied inputs": lambda claims: claims.inputs == "copied",
@@ -79,6 +81,7 @@ ENOUGH: dict[str, dict[str, Any]] = {
     "pages": {"page": 4},
     "quantised cache": {"kv_bits": 8},
     "lossless cache": {"kv_bits": 0},
+    "multiples of scales": {"kv_bits": 8},
     "residual window": {"kv_bits": 8, "residual": 3},
     "bound on graphs": {"max_graphs": 8, "abilities": ("graph_count",)},
     "copied inputs": {"inputs": "copied"},
@@ -105,6 +108,7 @@ ONE_OF = {
     "ragged_appends": RaggedAppends,
     "interface": Interface,
     "sees_nothing": SeesNothing,
+    "cache_dtype": CacheDtype,
     "intermediates": Intermediates,
     "reference": Reference,
     "rounding": Rounding,
@@ -120,13 +124,15 @@ class Precision:
     intermediates: ``single``: scores and weights are kept in float32; ``storage``: rounded to the config's dtype.
     kv_bits: keys and values are stored as integers of that many bits, with one absmax scale for each token and head;
     0: in the config's dtype. residual: the number of newest tokens of a row that are not quantised. quantiser: how the
-    others are, if not so. changes_at: see ``Claims``.
+    others are, if not so. changes_at, cache_dtype, sees_nothing: see ``Claims``.
     """
 
     intermediates: str = "single"
     kv_bits: int = 0
     residual: int = 0
     changes_at: tuple[int, ...] = ()
+    cache_dtype: str = ""
+    sees_nothing: str = "zeros"
     quantiser: Quantiser = PLAIN
 
     @property
@@ -146,20 +152,21 @@ class Claims:
     ``any``, or the ``first`` alone after a sequence was opened or reset. rollback: how many tokens truncations can
     undo: each keeps at least the largest length that the row has had since it was opened or reset, less that many;
     None: all of them. too_deep: the result of a truncation to fewer: ``refused`` (an exception) or ``undefined``.
-    retention: the tokens that are kept: ``all``, or those in the ``window``: a layer with a window W holds no more than
-    W - 1 tokens, the longest append and the rollback. unused_slots: what slots without a token may hold without an
+    retention: the tokens that are kept: ``all``, or those in the ``window``: a layer with a window W holds no more
+    tokens than 2 W, the longest append and the rollback. unused_slots: what slots without a token may hold without an
     effect: ``finite`` numbers, or ``any``, including NaN and infinities. page: tokens in a page; None: no pages.
     memory: what the bytes of a sequence are proportional to: its ``length``, the ``capacity``, or whole ``pages``.
     max_graphs: the most graphs that the backend compiles or captures, for any program. intermediates, kv_bits,
     residual, quantiser: see ``Precision``. reference: what outputs are compared with; ``self`` is for backends whose
     weights the harness does not set. interface: ``steps``, or ``generation`` for an engine that only generates and is
-    judged by that alone. sees_nothing: what a query gives that sees no key: ``zeros``, the ``mean`` of the values, or
-    ``undefined``. rounding: whether the last bits of an output depend on its ``own`` tokens only, or are ``shared``
-    with other tokens of the call (experts that share a matrix product); it is measured for black boxes. inputs: whether
-    what a step was given is ``copied`` into the cache, so that the caller may overwrite it after the step, or ``kept``
-    as views of the caller's memory. changes_at: the numbers of tokens with which a black box's own forward gives the
-    tokens before the last other outputs than with one token less (rotary factors that depend on the length); empty: its
-    outputs depend on the tokens up to their own only. It is measured, too.
+    judged by that alone. cache_dtype: the dtype in which keys and values are kept, to which each is rounded once;
+    empty: the config's. sees_nothing: what a query gives that sees no key: ``zeros``, or any ``finite`` number, such as
+    the mean of the values. rounding: whether the last bits of an output depend on its ``own`` tokens only, or are
+    ``shared`` with other tokens of the call (experts that share a matrix product); it is measured for black boxes.
+    inputs: whether what a step was given is ``copied`` into the cache, so that the caller may overwrite it after the
+    step, or ``kept`` as views of the caller's memory. changes_at: the numbers of tokens with which a black box's own
+    forward gives the tokens before the last other outputs than with one token less (rotary factors that depend on the
+    length); empty: its outputs depend on the tokens up to their own only. It is measured, too.
     """
 
     profiles: tuple[str, ...] = ()
@@ -184,6 +191,7 @@ class Claims:
     kv_bits: int = 0
     residual: int = 0
     quantiser: Quantiser = PLAIN
+    cache_dtype: CacheDtype = ""
     sees_nothing: SeesNothing = "zeros"
     interface: Interface = "steps"
     reference: Reference = "definition"
@@ -230,17 +238,25 @@ class Claims:
         """Whether a truncation by more than the rollback must be refused, at least if it is by far more."""
         return self.rollback is not None and (self.too_deep == "refused" or self.retention == "window")
 
-    def refuses(self, mark: int, longest: int) -> int:
+    def refuses(self, mark: int, longest: int, window: int | None) -> int:
         """The largest length that no truncation may keep of a row whose largest length has been ``mark``, if its
         longest append was of ``longest`` tokens; below 1: none. Where ``too_deep`` is undefined it must still be
         refused for lack of the tokens that the ``window`` does not retain."""
-        if not self.rollback_ends:
+        if not self.rollback_ends or (self.too_deep != "refused" and window is None):
             return 0
-        return self.keeps(mark) - 1 - (0 if self.too_deep == "refused" else longest)
+        return self.keeps(mark) - 1 - (0 if self.too_deep == "refused" else (window or 0) + longest + 1)
 
     @property
     def precision(self) -> Precision:
-        return Precision(self.intermediates, self.kv_bits, self.residual, self.changes_at, self.quantiser)
+        return Precision(
+            self.intermediates,
+            self.kv_bits,
+            self.residual,
+            self.changes_at,
+            self.cache_dtype,
+            self.sees_nothing,
+            self.quantiser,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

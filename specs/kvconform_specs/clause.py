@@ -38,9 +38,13 @@ class Relation(Enum):
         "after each step the backend reports how many more tokens each row takes: the capacity minus its length"
     )
     CONTENTS = "a read gives each row's keys and values as they were appended, within half a step of quantisation"
+    QUANTISED = (
+        "of each token beyond the residual window a read gives integers times one step for each head, the largest of "
+        "which is the largest that the claimed bits hold"
+    )
     STABLE_CONTENTS = "two reads give the same keys and values of a token, bit for bit"
     RETAINED_COUNT = (
-        "a read gives each row's newest tokens: at least those that later queries may see, no more than it holds"
+        "a read gives each row's newest tokens: at least those that later queries may see, no more than are retained"
     )
     FINITE = "every output is a finite number"
     BITWISE = "outputs that have the same history in both programs are equal bit for bit, whatever their places"
@@ -51,7 +55,10 @@ class Relation(Enum):
     INPUTS = "after each step its inputs are bit for bit what they were, and so is the memory around them"
     OUTPUTS = "at the end of the program each output is bit for bit what it was when it was returned"
     GRAPH_COUNT = "the backend has compiled no more graphs than it claims"
-    BYTES = "the cache takes 2 l g s d b numbers of the storage dtype, s as claimed: length, capacity or whole pages"
+    BYTES = (
+        "the cache takes 2 l g s d b numbers of the storage dtype, s as claimed: length, capacity or whole pages; with "
+        "a window no more than are retained, and of quantised numbers their bits and the scales"
+    )
     POSITIONS = "a step multiplies weights for its new tokens only"
     LINEAR_COST = "the multiply-adds of equal steps grow linearly with the depth, by no more than attention's"
 
@@ -69,7 +76,7 @@ class Relation(Enum):
     @property
     def judges_numbers(self) -> bool:
         """Whether it is about outputs, or about cached keys and values."""
-        return self.judges_outputs or self in (Relation.CONTENTS, Relation.STABLE_CONTENTS)
+        return self.judges_outputs or self in (Relation.CONTENTS, Relation.QUANTISED, Relation.STABLE_CONTENTS)
 
     @property
     def needs_reference(self) -> bool:

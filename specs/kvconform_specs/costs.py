@@ -7,6 +7,7 @@ Backends do not: they count what they run.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import ITEMSIZE, Config
@@ -46,9 +47,62 @@ def cache_bytes(config: Config, slots: int) -> int:
 
 
 def slots(claims: Claims, config: Config, length: int) -> int:
-    """The slots that a row of that length takes, as claimed."""
+    """The slots that a row of that length takes, as claimed, where nothing is evicted."""
     if claims.memory == "capacity":
         return config.capacity
-    if claims.memory == "pages":
-        return -(-length // (claims.page or 1)) * (claims.page or 1)
-    return length
+    return _whole_pages(claims, length) if claims.memory == "pages" else length
+
+
+def retained(claims: Claims, config: Config, layer: int, length: int, longest: int) -> tuple[int, int]:
+    """The fewest and the most tokens that a layer holds of a row of that length. ``longest``: tokens of the longest
+    append so far, which may attend before anything is evicted."""
+    window = config.window_of(layer)
+    if claims.retention == "all" or window is None:
+        return length, length
+    page = (claims.page or 1) - 1  # a page goes when none of its tokens is needed
+    return min(length, window - 1), min(length, 2 * window + longest + (claims.rollback or 0) + page)
+
+
+def held_bytes(claims: Claims, config: Config, lengths: Sequence[int], longest: int) -> tuple[int, int]:
+    """The fewest and the most bytes of the keys and values of rows of these lengths, as claimed.
+
+    A quantised token takes ``kv_bits`` a number, and one scale of up to four bytes for each head.
+    """
+    least = most = 0
+    for layer in config.caching:
+        for length in lengths:
+            low, high = retained(claims, config, layer, length, longest)
+            if claims.memory == "capacity":
+                evicts = claims.retention == "window" and config.window_of(layer) is not None
+                everything = retained(claims, config, layer, config.capacity, longest) if evicts else None
+                low, high = everything or (config.capacity, config.capacity)
+            elif claims.memory == "pages":
+                low, high = low if low < high else _whole_pages(claims, low), _whole_pages(claims, high)
+            for part in ("keys", "values"):
+                exact = _exact(claims, part, length) if claims.kv_bits else high
+                least += _bytes(claims, config, part, low, min(exact, low), scale=0)
+                most += _bytes(claims, config, part, high, exact, scale=4)
+    return least, most
+
+
+def _exact(claims: Claims, part: str, length: int) -> int:
+    """Tokens of a row that are not quantised: the residual window, and a group of tokens that is not full."""
+    quantised = max(length - claims.residual, 0)
+    if getattr(claims.quantiser, part) == "channel":
+        quantised -= quantised % (claims.quantiser.group or 1)
+    return length - quantised
+
+
+def _bytes(claims: Claims, config: Config, part: str, slots: int, exact: int, scale: int) -> int:
+    """Bytes of so many slots of a layer's keys or values, of which some hold tokens in the storage dtype; ``scale``:
+    of each scale, and of each zero point."""
+    c, q = config, claims.quantiser
+    quantised = slots - exact
+    groups = -(-quantised // (q.group or 1)) * c.head_dim if getattr(q, part) == "channel" else quantised
+    groups *= 1 if getattr(q, part) == "channel" else -(-c.head_dim // (q.group or c.head_dim))
+    codes = quantised * -(-c.head_dim * claims.kv_bits // 8) + groups * scale * (1 if q.zero_point == "none" else 2)
+    return c.kv_heads * (codes + exact * c.head_dim * ITEMSIZE[claims.cache_dtype or c.dtype])
+
+
+def _whole_pages(claims: Claims, length: int) -> int:
+    return -(-length // (claims.page or 1)) * (claims.page or 1)

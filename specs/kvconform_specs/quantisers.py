@@ -46,6 +46,11 @@ class Quantiser:
             raise SpecError("quantiser.zero_point", f"{self.scheme} has none, got {self.zero_point!r}")
 
     @property
+    def multiples(self) -> bool:
+        """Whether numbers are integers times a scale that belongs to numbers of one token."""
+        return self.scheme == "integer" and self.zero_point == "none" and not self.by_channel
+
+    @property
     def by_channel(self) -> bool:
         return "channel" in (self.keys, self.values)
 

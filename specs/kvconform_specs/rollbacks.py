@@ -122,7 +122,7 @@ def refused(draw: Draw, config: Config, claims: Claims) -> Case:
         for both in (plain, draft):
             both.add(Truncate("a", kept))
             both.grow(more)
-    beyond = min(claims.refuses(draft.mark, longest), draft.lengths[0])
+    beyond = min(claims.refuses(draft.mark, longest, config.window), draft.lengths[0])
     if beyond > 0:
         draft.add(Reject(Truncate("a", draw(st.integers(max(beyond - 3, 1), beyond))), "depth"))
     for both in (plain, draft):

@@ -108,6 +108,12 @@ def splits(
     return st.tuples(lists, ends).map(lambda drawn: fitted(landing(drawn[0], drawn[1], claims), total))
 
 
+def steadily(config: Config, claims: Claims) -> SearchStrategy[tuple[int, ...]]:
+    """Small appends up to the capacity: what a cache keeps is then far less than what it was given, if it evicts."""
+    longest = min(claims.max_chunk or 3, 3)
+    return st.integers(1, longest).map(lambda size: pieces(config.capacity, size))
+
+
 def landing(sizes: list[int], end: int, claims: Claims) -> tuple[int, ...]:
     """The sizes, cut so that a decode step ends at ``end``; a prompt comes first if they are too few. 0: unchanged."""
     grown = (*at_once(max(end - sum(sizes), 0), claims), *sizes)

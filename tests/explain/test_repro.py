@@ -113,6 +113,7 @@ BROKEN = {
     Relation.LENGTHS: ("shape:LengthCountsHeads", "shape.length", GQA),
     Relation.FREE_SLOTS: ("capacity:RoomOfAllocation", "capacity.room", GQA),
     Relation.CONTENTS: ("contents:PresentSwapped", "contents.round-trip", GQA),
+    Relation.QUANTISED: ("quantised:NeverQuantised", "quantised.stored", GQA),
     Relation.STABLE_CONTENTS: ("contents:KeysTurnedAgain", "contents.past-unchanged", ROPE),
     Relation.RETAINED_COUNT: ("contents:CapacityShown", "contents.present", GQA),
     Relation.FINITE: ("numerics:BuffersUninitialised", "numerics.finite", GQA),

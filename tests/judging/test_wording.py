@@ -105,6 +105,11 @@ SENTENCES = [
         "step 2 (read_cache a), row 1, position 3, layer 0, value of KV head 1: holds nan, want 0.25 ± 0.12",
     ),
     (
+        replace(READ, kind=Kind.QUANTISED, part="key", got=0.5, want=0.25, bound=0.125),
+        "step 2 (read_cache a), row 1, position 3, layer 0, key of KV head 1: "
+        "holds 0.5, want a multiple of its head's step, such as 0.25 ± 0.12",
+    ),
+    (
         replace(READ, kind=Kind.STABLE_CONTENTS, part="key", got=0.5, want=0.25, other=BASE),
         "step 2 (read_cache a), row 1, position 3, layer 0, key of KV head 1: holds 0.5, and held 0.25 at step 0",
     ),
@@ -119,6 +124,10 @@ SENTENCES = [
     (
         replace(STEP, kind=Kind.BYTES, got=10, want=20),
         "step 2 (append 1 to a): reports that it takes 10 bytes, want 20",
+    ),
+    (
+        replace(STEP, kind=Kind.BYTES, got=10, want=20, want_max=30),
+        "step 2 (append 1 to a): reports that it takes 10 bytes, want 20 to 30",
     ),
     (
         replace(STEP, kind=Kind.POSITIONS, got=40, want=10, want_max=20, new_tokens=2, depths=(8,)),
@@ -200,4 +209,4 @@ def test_an_outline_joins_equal_steps_and_names_the_sizes_that_they_meet() -> No
 
 def test_a_malformed_call_says_what_is_malformed() -> None:
     program = Program(CONFIGS["attention-gqa"], (Append("a", (1,), 0), Reject(Append("a", (1,), 0), "head dim")))
-    assert describe(program, 1) == "reject append 1 to a with a wrong head dim"
+    assert describe(program, 1) == "reject append 1 to a, with a head dim that is one too small"

@@ -196,7 +196,7 @@ def test_steps_are_told_described() -> None:
         (Reject(Truncate("a", 4)), "must be refused: truncate a, which holds 3, to 4"),
         (
             Reject(Append("a", (1,), 17), "rank"),
-            "must be refused, with a wrong rank: append 1 token (stream 17) to a, which holds 3",
+            "must be refused, with an axis less: append 1 token (stream 17) to a, which holds 3",
         ),
         (Reset("a"), "reset a"),
         (Close("c"), "close c"),

@@ -44,6 +44,7 @@ CLASSES: dict[str, str] = {
     "W4": "ring-multi-token: a chunk overwrites tokens that its first queries still need",
     "W5": "window-anchor: the window is counted in the chunk or in slots instead of positions",
     "W6": "hybrid-metadata: layers without a window use a length or mask of layers with one, or the reverse",
+    "W7": "window-never-evicts: a layer with a window keeps every token",
     # heads, axes, memory
     "H1": "grouping: query heads read the wrong KV head",
     "H2": "axes: heads and tokens, or batch and tokens, are swapped",

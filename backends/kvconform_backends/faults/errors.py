@@ -90,7 +90,7 @@ class RefusedTruncateGrows(
         try:
             return super().truncate(cache, length)
         except ValueError:
-            if 0 <= length <= self.config.capacity:
+            if isinstance(length, int) and 0 <= length <= self.config.capacity:
                 cache.written = self.instead(np.full_like(cache.written, length), cache.written)
             raise
 
@@ -109,3 +109,16 @@ class NegativeTruncateSlices(
             self.faulty += 1
             length += cache.length
         return super().truncate(cache, length)
+
+
+class OneRowForAll(
+    Planted, breaks=("errors.malformed",), kind="H4", bug="NVIDIA/TransformerEngine/pull/536", conditional=True
+):
+    """Inputs of one row are broadcast to all rows of the cache."""
+
+    def step(self, cache: Cache, *inputs: Array, **options: Any) -> tuple[Array, Cache]:
+        rows = len(cache.lengths)
+        if all(x.shape[:1] == (1,) for x in inputs) and rows > 1:
+            self.faulty += 1
+            inputs = tuple(np.repeat(x, rows, axis=0) for x in inputs)
+        return super().step(cache, *inputs, **options)

@@ -148,3 +148,37 @@ class ShortPromptQuantised(
         steps = self.steps(new)
         self.faulty += 1
         return Tokens(self.quantised(new, steps), steps, new[:, :, :0])
+
+
+# --- never quantised ---
+class NeverQuantised(
+    Planted,
+    NumpyInt8,
+    breaks=("quantised.stored", "accounting.bytes"),
+    kind="Q2",
+    bug="rajveer43/VeloxQuant-MLX/issues/86",
+):
+    """No token is quantised, however many there are."""
+
+    def grown(self, past: Tokens, new: Array) -> Tokens:
+        recent = np.concatenate([past.recent, new], axis=2)
+        self.faulty += recent.shape[2] > RESIDUAL
+        return replace(past, recent=recent)
+
+
+class DecodeNeverQuantises(
+    Planted,
+    NumpyInt8,
+    breaks=("quantised.stored", "accounting.bytes"),
+    kind="Q2",
+    bug="rajveer43/VeloxQuant-MLX/issues/86",
+    conditional=True,
+):
+    """Only a prompt or a chunk quantises what leaves the residual window: decode steps leave all tokens exact."""
+
+    def grown(self, past: Tokens, new: Array) -> Tokens:
+        if new.shape[2] > 1:
+            return super().grown(past, new)
+        recent = np.concatenate([past.recent, new], axis=2)
+        self.faulty += recent.shape[2] > RESIDUAL
+        return replace(past, recent=recent)

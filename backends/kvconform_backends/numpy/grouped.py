@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvconform.backend import Backend
+from kvconform_backends.abilities import without
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 from kvconform_backends.numpy.int8 import NumpyInt8
 from kvconform_backends.validation import check_rows
@@ -48,7 +49,7 @@ class Grouped(NumpyCache):
 
     cache_design = None  # memory traffic not modelled
     configs = ("attention-gqa", "attention-window")
-    claims = replace(NumpyInt8.claims, residual=0)
+    claims = replace(NumpyInt8.claims, residual=0, abilities=without(NumpyInt8.claims, "bytes"))
 
     @property
     def quantiser(self) -> Quantiser:

@@ -44,7 +44,7 @@ class NumpyInt8(NumpyCache):
     cache_design = None  # memory traffic not modelled
     claims = Claims(
         profiles=("attention",),
-        abilities=(*BASIC, "immutable", "mask", "macs"),
+        abilities=(*BASIC, "immutable", "mask", "bytes", "macs"),
         overflow="refused",
         kv_bits=8,
         residual=RESIDUAL,
@@ -65,6 +65,10 @@ class NumpyInt8(NumpyCache):
 
     def contents(self, cache: Cache) -> list[list[tuple[Array, Array]]]:
         return [list(zip(self.dequantised(cache.keys[0]), self.dequantised(cache.values[0]), strict=True))]
+
+    def bytes(self, cache: Cache) -> int:
+        held = (cache.keys[0], cache.values[0])
+        return sum(x.codes.nbytes + x.steps.nbytes + x.recent.nbytes for x in held)
 
     def uncached_forward(self, *inputs: Array, **options: Any) -> Array:
         return NumpyCache(self.config, self.weights).uncached_forward(*inputs, **options)

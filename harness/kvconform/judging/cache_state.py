@@ -9,10 +9,13 @@ import numpy as np
 from kvconform.judging.mismatch import Kind, Place, json_number
 from kvconform.judging.observed import Array, Checked, Observed
 from kvconform_specs.claims import changes_at
-from kvconform_specs.config import Config
-from kvconform_specs.costs import cache_bytes, multiply_adds, slots
+from kvconform_specs.costs import held_bytes, multiply_adds, retained, slots
 from kvconform_specs.history import Histories, Row, epoch_of
 from kvconform_specs.program import Append, Close, Step
+from kvconform_specs.reference.quantisation import grid_error
+
+VACUOUS = 0.25
+"""Of a step: where numbers may be that far from a multiple, half of all numbers are."""
 
 
 def lengths(observed: Sequence[Observed]) -> Checked:
@@ -63,6 +66,46 @@ def contents(observed: Sequence[Observed]) -> Checked:
     return Checked(None, compared, worst if compared else None)
 
 
+def quantised(observed: Sequence[Observed]) -> Checked:
+    """The numbers of a head over its step are integers: the largest of them is known to be ``2^(bits - 1) - 1``."""
+    compared, worst = 0, 0.0
+    for one in observed:
+        c, largest = one.program.config, 2 ** (one.claims.kv_bits - 1) - 1
+        error = grid_error(largest, c.dtype)
+        if error >= VACUOUS:
+            continue
+        for step in one.reads():
+            got, want, held = one.trace[step].output, one.want(step), one.trace[step].reported["token_counts"]
+            assert got is not None
+            for row, history in enumerate(want.rows):
+                shown = min(held[row], len(history))
+                past = max(shown - one.claims.residual, 0)
+                mine = got[:, row, held[row] - shown : held[row] - shown + past].astype(np.float64)
+                heads = mine.reshape(*mine.shape[:2], 2 * c.kv_heads, c.head_dim)
+                unit = _largest_of_groups(heads, one.claims.quantiser.group) / largest
+                nearest = np.rint(heads / np.where(unit == 0, 1, unit)) * unit
+                away, allowed = (x.reshape(mine.shape) for x in (np.abs(heads - nearest), error * unit))
+                compared += mine.size
+                off = ~(away <= allowed)
+                if bool(off.any()):
+                    cell = tuple(int(i) for i in np.argwhere(off)[0])
+                    number, want_number, bound = mine[cell], nearest.reshape(mine.shape)[cell], allowed[cell]
+                    facts = {"got": json_number(number), "want": json_number(want_number), "bound": json_number(bound)}
+                    place = step, row, len(history) - shown + cell[1]
+                    return Checked(one.at_read(Kind.QUANTISED, place, cell[2], **facts), compared)
+                worst = max(worst, float(np.max(away / np.where(allowed > 0, allowed, 1), initial=0.0)))
+    return Checked(None, compared, worst if compared else None)
+
+
+def _largest_of_groups(heads: Array, size: int | None) -> Array:
+    """The largest magnitude in the group of each number of ``(..., d)``: ``size`` neighbours, or all."""
+    found, d = np.empty_like(heads), heads.shape[-1]
+    for first in range(0, d, size or d):
+        cut = slice(first, first + (size or d))
+        found[..., cut] = np.abs(heads[..., cut]).max(axis=-1, keepdims=True)
+    return found
+
+
 def stable_contents(observed: Sequence[Observed]) -> Checked:
     """A token is known by its history, so that rows may move."""
     compared = 0
@@ -99,21 +142,22 @@ def stable_contents(observed: Sequence[Observed]) -> Checked:
 def retained_count(observed: Sequence[Observed]) -> Checked:
     compared = 0
     for one in observed:
-        window = _shown(one.program.config) if one.claims.retention == "window" else None
+        c = one.program.config
         for step, _step, rows, got in _after(one, "token_counts"):
             compared += len(rows)
-            for row, history in enumerate(rows):
-                least = len(history) if window is None else min(len(history), window - 1)
-                if not least <= got[row] <= len(history):
-                    facts = {"row": row, "got": got[row], "want": least, "want_max": len(history)}
+            for row, history in enumerate(rows):  # the layer that holds most shows how many there are
+                held = [retained(one.claims, c, at, len(history), _longest(one, step)) for at in c.caching]
+                least, most = (max(numbers) for numbers in zip(*held, strict=True))
+                if not least <= got[row] <= most:
+                    facts = {"row": row, "got": got[row], "want": least, "want_max": most}
                     return Checked(one.at_step(Kind.RETAINED_COUNT, step, **facts), compared)
     return Checked(None, compared)
 
 
-def _shown(config: Config) -> int | None:
-    """The widest window of any layer; None where one sees everything."""
-    windows = [config.window_of(layer) for layer in range(config.layers)]
-    return None if None in windows else config.window
+def _longest(one: Observed, number: int) -> int:
+    """Tokens of the longest append up to a step."""
+    steps = one.program.steps[: number + 1]
+    return max((max(step.counts) for step in steps if isinstance(step, Append)), default=0)
 
 
 def graph_count(observed: Sequence[Observed]) -> Checked:
@@ -128,15 +172,15 @@ def graph_count(observed: Sequence[Observed]) -> Checked:
     return Checked(None, compared)
 
 
-def held_bytes(observed: Sequence[Observed]) -> Checked:
+def taken_bytes(observed: Sequence[Observed]) -> Checked:
     compared = 0
     for one in observed:
         c = one.program.config
         for step, _step, rows, (got,) in _after(one, "bytes"):
             compared += 1
-            want = cache_bytes(c, sum(slots(one.claims, c, len(row)) for row in rows))
-            if got != want:
-                return Checked(one.at_step(Kind.BYTES, step, got=got, want=want), compared)
+            least, most = held_bytes(one.claims, c, tuple(map(len, rows)), _longest(one, step))
+            if not least <= got <= most:
+                return Checked(one.at_step(Kind.BYTES, step, got=got, want=least, want_max=most), compared)
     return Checked(None, compared)
 
 

@@ -26,6 +26,7 @@ class Kind(Enum):
     LENGTHS = "lengths"
     FREE_SLOTS = "free slots"
     CONTENTS = "contents"
+    QUANTISED = "quantised"
     STABLE_CONTENTS = "stable contents"
     RETAINED_COUNT = "retained count"
     INPUTS = "inputs"

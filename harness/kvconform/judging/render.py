@@ -114,6 +114,11 @@ def _contents(m: Mismatch) -> str:
     return f"holds {_number(m.got)}, want {_number(m.want)}{within}"
 
 
+def _quantised(m: Mismatch) -> str:
+    nearest = f"{_number(m.want, 9)} ± {_number(m.bound, 2)}"
+    return f"holds {_number(m.got, 9)}, want a multiple of its head's step, such as {nearest}"
+
+
 def _stable_contents(m: Mismatch) -> str:
     since = "" if m.other is None else f" at step {m.other.step}"
     return f"holds {_number(m.got, 9)}, and held {_number(m.want, 9)}{since}"
@@ -173,12 +178,13 @@ WORDS: dict[Kind, Callable[[Mismatch], str]] = {
     Kind.LENGTHS: lambda m: f"reports that its rows hold {_numbers(m.got)} tokens, want {_numbers(m.want)}",
     Kind.FREE_SLOTS: lambda m: f"reports that its rows take {_numbers(m.got)} more tokens, want {_numbers(m.want)}",
     Kind.CONTENTS: _contents,
+    Kind.QUANTISED: _quantised,
     Kind.STABLE_CONTENTS: _stable_contents,
     Kind.RETAINED_COUNT: lambda m: f"shows {m.got} tokens, want {_range(m)}",
     Kind.INPUTS: _inputs,
     Kind.OUTPUTS: _outputs,
     Kind.GRAPH_COUNT: lambda m: f"has compiled {m.got} graphs, but claims at most {m.want_max}",
-    Kind.BYTES: lambda m: f"reports that it takes {m.got} bytes, want {m.want}",
+    Kind.BYTES: lambda m: f"reports that it takes {m.got} bytes, want {_range(m)}",
     Kind.POSITIONS: _positions,
     Kind.LINEAR_COST: _linear_cost,
     Kind.RAISED: lambda m: f"raised {m.error}",

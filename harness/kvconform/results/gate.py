@@ -147,6 +147,7 @@ WIDEST_FIRST = {
     "inputs": ("copied", "kept"),
     "too_deep": ("refused", "undefined"),
     "ragged_appends": ("any", "first"),
+    "sees_nothing": ("zeros", "finite"),
     "interface": ("steps", "generation"),
 }
 """The values of claims that are a choice, from the one that promises most to the one that promises least."""
@@ -175,8 +176,6 @@ def _narrower(name: str, value: Any, was: Any, mine: dict[str, Any]) -> bool:
     if name in WIDEST_FIRST:
         order = WIDEST_FIRST[name]
         return order.index(value) > order.index(was)
-    if name == "sees_nothing":  # zeros and the mean promise as much as one another
-        return bool(value == "undefined")
     if name in ("max_batch", "max_chunk", "max_sequences", "rollback"):
         return value is not None and (was is None or value < was)
     if name == "max_graphs":  # a limit of the backend, not of its caller: more graphs promise less
@@ -185,6 +184,8 @@ def _narrower(name: str, value: Any, was: Any, mine: dict[str, Any]) -> bool:
         return bool(value != 0 and (was == 0 or value < was))
     if name == "residual":
         return bool(mine["kv_bits"] != 0 and value < was)
+    if name == "cache_dtype":  # empty: that of the config
+        return bool(was == "" and value)
     return False  # a different page size or quantiser promises neither more nor less
 
 

@@ -182,6 +182,10 @@ def configs_of(results: Results) -> Mapping[str, Config]:
     return {name: Config.from_json(config) for name, config in results.target.configs.items()}
 
 
+GENERATION = "equivalence.generation"
+"""The core clause of what only generates."""
+
+
 def missing_core(results: Results, profile: str) -> list[str]:
     """The core clauses of a profile without a PASS under any of its configs; all of them for a shard."""
     passed = {
@@ -192,7 +196,7 @@ def missing_core(results: Results, profile: str) -> list[str]:
     concerned = {
         name
         for name, clause in BY_NAME.items()
-        if clause.core
+        if (name == GENERATION if results.claims.get("interface") == "generation" else clause.core)
         and any(clause.concerns(c) for c in configs_of(results).values() if c.profile == profile)
         and not (results.target is not None and clause.blind)
     }
@@ -245,6 +249,7 @@ def _conclusion(results: Results) -> Conclusion:
         return Conclusion(5, "undecided" if partial else "not conformant", why)
     if not partial:
         by = ", judged by its own forward" if results.target is not None else ""
+        by += ", judged by its generations alone" if results.claims.get("interface") == "generation" else ""
         return Conclusion(0, "conformant", f"{' and '.join(good)} profile{by}{more}")
     if not any(verdict.outcome is Outcome.PASS for verdict in verdicts):
         outcomes = ", ".join(f"{count} {outcome}" for outcome, count in results.counts.items() if count)
@@ -258,7 +263,8 @@ def _missing(results: Results, partial: bool) -> dict[str, list[str]]:
     found = {}
     for profile in sorted({config.profile for config in configs_of(results).values()}):
         selected = {verdict.clause for verdict in results.verdicts if verdict.config.startswith(profile)}
-        if selected or not partial:
+        only_generates = results.claims.get("interface") == "generation"
+        if (selected or not partial) and (profile == "decoder" or not only_generates):
             found[profile] = [c for c in missing_core(results, profile) if c in selected or not partial]
     return found
 

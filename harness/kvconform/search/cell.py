@@ -100,6 +100,8 @@ def unsupported(cell: Cell, client: WorkerClient) -> Why | None:
         return Reason.PROFILE, f"claims no {config.profile} profile"
     if config.dtype not in claims.dtypes:
         return Reason.DTYPE, f"claims no {config.dtype}"
+    if claims.interface == "generation" and "generate" not in cell.clause.needs:
+        return Reason.ABILITY, "only generates"
     missing = [need for need in cell.clause.needs if not claims.can(need)]
     if missing:
         return Reason.ABILITY, f"claims no {', no '.join(missing)}"

@@ -28,11 +28,22 @@ from kvconform_specs.program import (
     Truncate,
     called,
 )
-from kvconform_specs.strategies import Draw, appends, batches, counts, fitted, seeds, splits
+from kvconform_specs.strategies import Draw, appends, batches, counts, fitted, seeds, splits, steadily
 
 
 def _read(config: Config, claims: Claims) -> SearchStrategy[Case]:
     return histories(config, claims).map(lambda program: Case((clipped(config, _with_reads(program)),)))
+
+
+def _held(config: Config, claims: Claims) -> SearchStrategy[Case]:
+    """Any history, or small appends up to the capacity, with reads."""
+
+    def made(drawn: tuple[tuple[int, ...], int, int]) -> Case:
+        sizes, batch, seed = drawn
+        return Case((clipped(config, (*appends("a", sizes, batch, seed), ReadCache("a"))),))
+
+    grown = st.tuples(steadily(config, claims), batches(claims), seeds).map(made)
+    return _read(config, claims) | grown if claims.can("window retention") else _read(config, claims)
 
 
 def _with_reads(program: Program) -> tuple[Step, ...]:
@@ -220,9 +231,9 @@ CLAUSES = (
     Clause(
         name="contents.present",
         text="A read gives every token that the cache holds, and no other slot; a cache that evicts gives at least "
-        "those that the next query may attend to.",
+        "those that the next query may attend to, and no more than it claims to retain.",
         why=("https://github.com/onnx/onnx/pull/8068", "https://github.com/Blaizzy/mlx-vlm/pull/2036"),
-        strategy=_read,
+        strategy=_held,
         relations=(Relation.RETAINED_COUNT,),
         needs=("contents",),
         situations=(reach.READ, reach.DECODE, reach.PAST_WINDOW),

@@ -97,7 +97,7 @@ def _generations(draw: Draw, config: Config, claims: Claims) -> Case:
         new = min(new, (end or config.capacity) - 1)
         prompt = end - new if end else min(prompt, config.capacity - new)
         steps.append(Generate("g", (prompt,) * batch, seed + 29 * number, new=new))
-    if not claims.can("two sequences") or not draw(st.booleans()):
+    if claims.interface == "generation" or not claims.can("two sequences") or not draw(st.booleans()):
         return Case((clipped(config, tuple(steps)),))
     sizes = fitted((draw(counts(claims)), draw(counts(claims))), config.capacity)
     first, *then = appends("a", sizes, draw(batches(claims)), seed + 77)

@@ -48,7 +48,7 @@ def _refused(draw: Draw, config: Config, claims: Claims) -> Case:
 
 def _wrong(kind: str) -> reach.Situation:
     def possible(config: Config, claims: Claims) -> bool:
-        return kind in MALFORMED[config.profile]
+        return kind in MALFORMED[config.profile] and (kind != "fewer rows" or claims.can("two rows"))
 
     return reach.refused(
         f"inputs with wrong {kind}", lambda v: isinstance(v.step, Reject) and v.step.wrong == kind, possible
@@ -65,8 +65,8 @@ def _call(kind: type[Step], *needs: str) -> reach.Situation:
 CLAUSES = (
     Clause(
         name="errors.malformed",
-        text="Inputs with the wrong dtype, rank, number of heads, head dim, batch or token id, and keys and values of "
-        "different lengths, are refused with an exception.",
+        text="Inputs with the wrong dtype, rank, number of heads, head dim, batch (a row too many, or one row for "
+        "several) or token id, and keys and values of different lengths, are refused with an exception.",
         why=(
             "https://github.com/microsoft/onnxruntime/issues/26262",
             "https://github.com/pytorch/pytorch/issues/112577",

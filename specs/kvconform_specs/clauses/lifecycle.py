@@ -21,10 +21,8 @@ def _reset(draw: Draw, config: Config, claims: Claims) -> Case:
     earlier: tuple[int, ...] = draw(splits(config, claims, most=3))
     sizes: tuple[int, ...] = draw(splits(config, claims, most=3))
     batch, seed = draw(batches(claims)), draw(seeds)
-    fresh = appends("a", sizes, batch, seed)
-    return Case(
-        (clipped(config, fresh), clipped(config, (*appends("a", earlier, batch, seed + 77), Reset("a"), *fresh)))
-    )
+    fresh, again = appends("a", sizes, batch, seed), Reset("a") if claims.can("reset") else Close("a")
+    return Case((clipped(config, fresh), clipped(config, (*appends("a", earlier, batch, seed + 77), again, *fresh))))
 
 
 @st.composite
@@ -127,6 +125,10 @@ def _after_closed(walks: Sequence[reach.Walk]) -> bool:
     )
 
 
+def _no_reset(config: Config, claims: Claims) -> bool:
+    return not claims.can("reset")
+
+
 def _any_depth(config: Config, claims: Claims) -> bool:
     return claims.rollback is None
 
@@ -140,7 +142,7 @@ def _too_deep(visit: reach.Visit) -> bool:
 
 
 def _can_be_too_deep(config: Config, claims: Claims) -> bool:
-    return claims.refuses(config.capacity, 2) > 1
+    return claims.refuses(config.capacity, 2, config.window) > 1
 
 
 def _refused_truncation(words: str, wrong: Callable[[int, int], bool]) -> reach.Situation:
@@ -156,15 +158,16 @@ def _refused_truncation(words: str, wrong: Callable[[int, int], bool]) -> reach.
 CLAUSES = (
     Clause(
         name="lifecycle.reset",
-        text="A sequence that was reset is like a new one: keys, values, length and positions start from nothing.",
+        text="A sequence that was reset, or closed and opened again where there is no reset, is like a new one: keys, "
+        "values, length and positions start from nothing.",
         why=("https://github.com/rasbt/LLMs-from-scratch/pull/925", "https://github.com/Lightning-AI/litgpt/pull/1596"),
         strategy=_reset,
         relations=(Relation.AGREEMENT,),
-        needs=("reset",),
         core=True,
         situations=(
             reach.RESET,
-            reach.after_a(Reset, "a decode step behind a reset", lambda v: v.new == 1, reach.always),
+            reach.step("a close", lambda v: isinstance(v.step, Close), _no_reset),
+            reach.after_a(Reset, "a decode step behind a reset", lambda v: v.new == 1, reach.claimed("reset")),
         ),
     ),
     Clause(

@@ -137,7 +137,7 @@ CLAUSES = (
     Clause(
         name="numerics.empty-row",
         text="A query that may attend to no key gives zeros, and neither NaN nor the mean of the values, with or "
-        "without a sink.",
+        "without a sink; any finite number where no more is claimed.",
         why=(
             "https://github.com/pytorch/pytorch/issues/103749",
             "https://github.com/ml-explore/mlx/pull/2608",

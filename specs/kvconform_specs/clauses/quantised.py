@@ -13,7 +13,7 @@ from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import ReadCache, Step
-from kvconform_specs.strategies import Draw, appends, at_once, batches, fitted, seeds, splits
+from kvconform_specs.strategies import Draw, appends, at_once, batches, fitted, seeds, splits, steadily
 
 
 def _case(config: Config, claims: Claims, steps: tuple[Step, ...]) -> Case:
@@ -49,6 +49,16 @@ def _newest(draw: Draw, config: Config, claims: Claims) -> Case:
     more = (1,) * draw(st.integers(0, r + 1)) if draw(st.booleans()) else at_once(draw(st.integers(1, 2 * r)), claims)
     sizes = fitted((*at_once(first, claims), *more), config.capacity)
     return _case(config, claims, appends("a", sizes, draw(batches(claims)), draw(seeds)))
+
+
+def _stored(config: Config, claims: Claims) -> SearchStrategy[Case]:
+    """Decode steps, a prompt, or small appends up to the capacity."""
+
+    def made(drawn: tuple[tuple[int, ...], int, int]) -> Case:
+        sizes, batch, seed = drawn
+        return _case(config, claims, appends("a", sizes, batch, seed))
+
+    return _steps(config, claims) | st.tuples(steadily(config, claims), batches(claims), seeds).map(made)
 
 
 def _period(claims: Claims) -> int:
@@ -106,6 +116,17 @@ CLAUSES = (
         profiles=ATTENTION,
         needs=("quantised cache",),
         situations=(reach.distributed("small_keys_large_values"), reach.DECODE),
+    ),
+    Clause(
+        name="quantised.stored",
+        text="A token beyond the residual window is stored in the claimed bits, however it was appended: what is read "
+        "are integers times the step of their group.",
+        why=("https://github.com/rajveer43/VeloxQuant-MLX/issues/86",),
+        strategy=_stored,
+        relations=(Relation.QUANTISED,),
+        profiles=ATTENTION,
+        needs=("multiples of scales", "contents"),
+        situations=(_beyond(1), reach.DECODE, reach.READ),
     ),
     Clause(
         name="quantised.residual",

@@ -36,11 +36,13 @@ both operands in storage precision), and one ``u`` of the result:
     core  = weighted + mean ((2 N + 2) a + u)
     bound = core + u (|o| + core) + eta (1 + n max|v|)
 
-``eta`` covers weights and results that underflow. A query that sees no key has value 0 and bound 0.
+``eta`` covers weights and results that underflow. A query that sees no key has value 0 and
+bound 0; no bound where any finite number is claimed.
 
 *Quantised cache.* An element has an error of at most ``h`` (``quantisation.py``). The error of scores then grows by
 ``scale sum|q| h`` of the key, that of the output by ``sum_j (p_j + r'_j) h`` of the values. Tokens from ``exact_from``
-on are not quantised.
+on are not quantised. In a cache of another dtype than the config's, of unit roundoff ``c``, each key and value is
+rounded once: ``h = c |x| + eta``.
 
 **Decoder.** Errors pass through layers, so the bound is measured on the definition by Monte-Carlo arithmetic (Parker
 1997, "Monte Carlo arithmetic", UCLA CSD-970002): it is run ``RUNS`` times with random noise of the size of each
@@ -66,12 +68,11 @@ from numpy.typing import NDArray
 from kvconform_specs.claims import Precision
 from kvconform_specs.config import Config
 from kvconform_specs.reference.definition import Arithmetic, Attended, expand, sinks
-from kvconform_specs.reference.quantisation import ACCUMULATION, quantisation_error
+from kvconform_specs.reference.quantisation import ACCUMULATION, UNDERFLOW, quantisation_error
 from kvconform_specs.reference.quantisation import STORAGE as STORAGE  # of every module that measures bounds
 
 Array = NDArray[np.floating]
 
-UNDERFLOW = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-25}
 
 RUNS = 8
 FALSE_ALARM = 1e-9
@@ -107,7 +108,8 @@ def attention_bound(
     terms = counted if biased else np.sqrt(counted)
     sizes = expand(np.abs(values), config.group)
     errors = _score_errors(query, keys, attended, config, a, w)  # (..., h, t, s)
-    if precision.kv_bits:
+    lossy = precision.kv_bits > 0 or precision.cache_dtype not in ("", config.dtype)
+    if lossy:
         key_error, value_error = (
             expand(quantisation_error(x, precision, config.dtype, part=part, exact_from=exact_from), config.group)
             for part, x in (("keys", keys), ("values", values))
@@ -121,10 +123,10 @@ def attention_bound(
     weighted = np.where(unbounded, largest, np.minimum(shifts @ sizes, largest))
     mean = attended.weights @ sizes + weighted
     core = weighted + mean * ((2 * terms + 2) * a + u)
-    if precision.kv_bits:
+    if lossy:
         core += np.where(unbounded, value_error.max(axis=-2, keepdims=True), (attended.weights + shifts) @ value_error)
     bound = core + u * (output + core) + UNDERFLOW[config.dtype] * (1 + counted * highest)
-    return np.asarray(bound * (counted > 0))
+    return np.where(counted > 0, bound, 0.0 if precision.sees_nothing == "zeros" else np.inf)
 
 
 def _score_errors(query: Array, keys: Array, attended: Attended, config: Config, a: float, w: float) -> Array:
@@ -159,9 +161,10 @@ def _weight_errors(errors: Array, attended: Attended, config: Config, a: float, 
 class Noisy(Arithmetic):
     """The decoder's arithmetic with each rounding replaced by random noise of its size.
 
-    Storage: ``u |x| xi``, ``xi`` uniform in (-1, 1). A dot product of ``n`` terms of root-mean-square size
-    ``r = |x| |w| / n`` has partial sums of size ``sqrt(k) r``, each rounded by ``a`` times that; their errors add up to
-    ``a n r / sqrt(2) = a |x| |w| / sqrt(2)``, and the noise is ``a |x| |w| xi``.
+    Storage: ``u |x| xi``, and ``cache |x| xi`` of keys and values in a cache of another dtype, ``xi`` uniform in (-1,
+    1). A dot product of ``n`` terms of root-mean-square size ``r = |x| |w| / n`` has partial sums of size ``sqrt(k)
+    r``, each rounded by ``a`` times that; their errors add up to ``a n r / sqrt(2) = a |x| |w| / sqrt(2)``, and the
+    noise is ``a |x| |w| xi``.
     An angle of rope is a position times a frequency, in float32: a power and a quotient, ``2 a`` of the frequency, the
     same at all positions; and ``a`` of the product. Its error is that much of the angle, in radians, and so grows with
     the position; queries and keys share it.
@@ -169,8 +172,9 @@ class Noisy(Arithmetic):
     with it. ``xi`` is read from one fixed pool at random offsets, which takes a third of the time of drawing it.
     """
 
-    def __init__(self, u: float, seed: int) -> None:
-        self.gain = max(1.0, 2.0**-13 / u)
+    def __init__(self, u: float, seed: int, cache: float = 0.0) -> None:
+        self.gain = max(1.0, 2.0**-13 / max(u, cache))
+        self._cache = np.float32(cache * self.gain)
         self._u = np.float32(u * self.gain)
         self._a = np.float32(ACCUMULATION * self.gain)
         self._offsets = np.random.Generator(np.random.Philox(key=seed))
@@ -188,6 +192,9 @@ class Noisy(Arithmetic):
         noise *= x
         noise += x
         return noise
+
+    def cached(self, x: Array) -> Array:
+        return x * (1 + self._cache * self._xi(x.shape)) if self._cache else x
 
     def angles(self, positions: Array, frequencies: Array) -> Array:
         noise = 2 * self._a * self._xi(frequencies.shape), self._a * self._xi((len(positions), len(frequencies)))

@@ -39,6 +39,10 @@ class Arithmetic:
         """A value that an implementation stores in the config's dtype."""
         return x
 
+    def cached(self, x: Array) -> Array:
+        """Keys or values as a cache of another dtype stores them."""
+        return x
+
     def product(self, x: Array, w: Array) -> Array:
         """``x @ w``, a dot product of ``x.shape[-1]`` terms, stored."""
         return np.asarray(x @ w)
@@ -200,7 +204,8 @@ def decoder(
             if source == layer:
                 keys = _heads(how.product(normed, weights[at + "key"]), config.kv_heads)
                 values = _heads(how.product(normed, weights[at + "value"]), config.kv_heads)
-                held[layer] = (keys if turn is None else how.stored(rope(keys, turn)), values)
+                keys = keys if turn is None else how.stored(rope(keys, turn))
+                held[layer] = how.cached(keys), how.cached(values)
         keys, values = held[source]
         mixed = _merged(attend(query, keys, values, config, layer=layer, how=how).output)
         x = how.stored(x + how.product(mixed, weights[at + "output"]))

@@ -102,6 +102,7 @@ def given(
     start: int = 0,
     changes: Sequence[int] = (),
     context: int = 0,
+    precision: Precision = PLAIN,
 ) -> Numbers:
     """What a decoder must give for token ids ``(n, b, s)``: logits ``(n, b, s - start, V)`` from position ``start`` on.
 
@@ -112,7 +113,7 @@ def given(
     s = ids.shape[2]
     ends = [at for at in range(start + 1, s) if epoch_of(at, changes) != epoch_of(at + 1, changes)] + [s]
     parts = [
-        model(config, reference, partial(np.copy, ids[:, :, :end]), begin, context).numbers
+        model(config, reference, partial(np.copy, ids[:, :, :end]), begin, context, precision).numbers
         for begin, end in zip([start, *ends], ends, strict=False)
     ]
     return parts[0] if len(parts) == 1 else lambda kind: np.concatenate([part(kind) for part in parts], axis=2)
@@ -145,7 +146,14 @@ def expect(
                 changes = changes_at(program.config, precision)
                 prompts, along = (
                     partial(solution.contents, rows),
-                    partial(given, program.config, reference, changes=changes, context=context_of(rows[0])),
+                    partial(
+                        given,
+                        program.config,
+                        reference,
+                        changes=changes,
+                        context=context_of(rows[0]),
+                        precision=precision,
+                    ),
                 )
                 want = Generation(rows, step.counts, columns(step), n, numbers, prompts, along)
         elif isinstance(step, ReadCache) and program.config.profile == "attention":

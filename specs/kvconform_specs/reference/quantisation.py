@@ -33,6 +33,7 @@ from kvconform_specs.quantisers import Quantiser
 Array = NDArray[np.floating]
 STORAGE = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 """Unit roundoff ``u`` of each dtype: 2^-p for a significand of p bits."""
+UNDERFLOW = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-25}
 ACCUMULATION = 2.0**-24
 """Unit roundoff ``a``: dot products and softmax accumulate in float32 for every dtype."""
 FLOAT8 = {"float8_e4m3": (4, -6, 448.0), "float8_e5m2": (3, -14, 57344.0)}
@@ -46,6 +47,9 @@ def quantisation_error(
 
     part: ``keys`` or ``values``. exact_from: the first position whose tokens are not quantised; None: all are.
     """
+    cache = precision.cache_dtype or dtype
+    if not precision.kv_bits and cache != dtype:  # rounded once
+        return np.abs(x) * STORAGE[cache] + UNDERFLOW[cache]
     error = np.zeros(x.shape)
     quantiser = precision.quantiser
     stop = x.shape[-2] if exact_from is None else max(exact_from, 0)
@@ -56,6 +60,17 @@ def quantisation_error(
         for cut in _groups(quantiser, by_channel, stop, x.shape[-1]):
             error[cut] = _of_group(x[cut], -2 if by_channel else -1, precision, STORAGE[dtype])
     return error
+
+
+def grid_error(largest: int, dtype: str) -> float:
+    """How far a dequantised number may be from an integer multiple of its group's step, in steps.
+
+    The step is the largest magnitude that was read, over ``largest``. Both that and the number are an integer times a
+    step, rounded twice at most (the product, and the result as it is stored), each by ``u``: the quotient of the two is
+    off by a factor of ``(1 + u)^2 / (1 - u)^2``, and no integer exceeds ``largest``.
+    """
+    u = STORAGE[dtype]
+    return largest * (((1 + u) / (1 - u)) ** 2 - 1)
 
 
 def _groups(quantiser: Quantiser, by_channel: bool, tokens: int, d: int) -> Iterator[Any]:

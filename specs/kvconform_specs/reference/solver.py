@@ -128,7 +128,7 @@ class Solution:
         if config.profile == "attention":
             return _Attention(config, self.streams, together, start, repeats, self.precision)
         rows = [request.row for request in together]
-        return model(config, self.reference, partial(self.contents, rows), start, context_of(rows[0]))
+        return model(config, self.reference, partial(self.contents, rows), start, context_of(rows[0]), self.precision)
 
     def _read(self, number: int, kind: str) -> Array:
         """Keys and values of each row, ``(n, b, s, 2 g d)``, or how far a stored one may be from them."""
@@ -212,12 +212,17 @@ def _by_position(x: Array, rows: int) -> Array:
 
 
 def model(
-    config: Config, reference: ReferenceForward | None, contents: Contents, start: int, context: int = 0
+    config: Config,
+    reference: ReferenceForward | None,
+    contents: Contents,
+    start: int,
+    context: int = 0,
+    precision: Precision = Precision(),  # noqa: B008 - it is frozen
 ) -> _Group:
     """What the definition, or a black box's own forward, gives for rows of one length and one context from ``start``
     on."""
     if reference is None:
-        return _Decoder(config, contents, start, context)
+        return _Decoder(config, contents, start, context, precision)
     return _BlackBox(config, partial(reference, context=context) if context else reference, contents, start)
 
 
@@ -253,14 +258,16 @@ class _Model:
 
 
 class _Decoder(_Model):
-    def __init__(self, config: Config, contents: Contents, start: int, context: int) -> None:
+    def __init__(self, config: Config, contents: Contents, start: int, context: int, precision: Precision) -> None:
         super().__init__(config, contents, start)
         self.context = context
+        other = precision.cache_dtype not in ("", config.dtype)
+        self._cache = bounds.STORAGE[precision.cache_dtype] if other else 0.0
 
     def exact(self) -> Array:
         self._tokens = self.contents()
         weights_exact, self._single = _decoder_weights(self.config)
-        self._noise = bounds.Noisy(bounds.STORAGE[self.config.dtype], seed=self._tokens.shape[-1])
+        self._noise = bounds.Noisy(bounds.STORAGE[self.config.dtype], seed=self._tokens.shape[-1], cache=self._cache)
         return decoder(self._tokens, weights_exact, self.config, self.start, context=self.context)  # (n, rows, t, V)
 
     def noisy(self, number: int) -> Array:

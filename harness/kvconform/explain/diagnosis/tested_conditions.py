@@ -91,6 +91,8 @@ def _holds(found: Condition, cells: Sequence[OutputCell], config: Config) -> boo
 def _right_alone(symptoms: Sequence[Symptom], run: Run, fresh: Callable[[], None]) -> bool:
     """Whether probes that were wrong after others are right in processes of their own."""
     wrong = [one.probe for one in symptoms if any(cell.wrong for cell in one.cells)]
+    if not wrong:  # what failed was not a probe's output
+        return False
     for one in dict.fromkeys((*wrong[:1], *wrong[-1:])):
         fresh()
         if any(cell.wrong for cell in _cells(run([one]))):

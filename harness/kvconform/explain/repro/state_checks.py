@@ -8,12 +8,16 @@ from kvconform.explain.repro.calls import cache
 from kvconform.explain.repro.failure import Check, Failure, compared, rows, same, wanted, worst
 from kvconform.explain.repro.inputs import Run
 from kvconform_specs.clause import Relation
+from kvconform_specs.reference.quantisation import grid_error
 
 
 def _tells(ability: str) -> Check:
     def told(failure: Failure, runs: Sequence[Run], backend: str) -> list[str]:
         name = cache(getattr(failure.one.program.steps[failure.step], "seq", ""))
         call, want = f"{backend}.{ability}({name})", failure.mismatch.want
+        if failure.mismatch.want_max not in (None, want):
+            both = f"({want}, {failure.mismatch.want_max})"
+            return compared(call, both, "not want[0] <= got <= want[1]", f"{ability} within ")
         got, expected = (f"[int(n) for n in {call}]", list(want)) if isinstance(want, tuple) else (call, want)
         return compared(got, f"{expected}", "got != want", f"{ability} ")
 
@@ -67,6 +71,21 @@ def _contents(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]
     ]
 
 
+def _quantised(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
+    row, position, layer, kind, head = _place(failure)
+    back, _at = _slot(failure, failure.step, row, position)
+    largest = 2 ** (failure.one.claims.kv_bits - 1) - 1
+    return [
+        f"got = {runs[-1].name('held', failure.step)}[{layer}][{row}][{kind}][{head}, -{back}]  # position {position}",
+        f"groups = np.arange(len(got)) // {failure.one.claims.quantiser.group or 'len(got)'}  # that share a step",
+        f"unit = np.array([np.abs(got[groups == g]).max() for g in groups]) / {largest}  # of the largest integer",
+        "want = np.rint(got / unit) * unit",
+        f"bound = {grid_error(largest, failure.one.program.config.dtype):.3g} * unit",
+        "off = ~(np.abs(got - want) <= bound)",
+        *worst(),
+    ]
+
+
 def _kept(failure: Failure, runs: Sequence[Run], _backend: str) -> list[str]:
     row, position, layer, kind, head = _place(failure)
     other = failure.mismatch.other
@@ -109,6 +128,7 @@ TOLD: dict[Relation, Check] = {
     Relation.FREE_SLOTS: _tells("free_slots"),
     Relation.BYTES: _tells("bytes"),
     Relation.CONTENTS: _contents,
+    Relation.QUANTISED: _quantised,
     Relation.STABLE_CONTENTS: _kept,
     Relation.RETAINED_COUNT: _held,
     Relation.INPUTS: _inputs,

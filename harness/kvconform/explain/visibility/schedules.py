@@ -75,6 +75,8 @@ def schedules(config: Config, claims: Claims, least: int = 0) -> Iterator[Schedu
     longest = min(claims.max_chunk or n, n)
     if claims.can("uncached_forward"):
         yield Schedule("full", (n,))
+    if claims.interface == "generation":
+        return
     if longest > 1:
         yield Schedule("prefill", (longest,))
         yield Schedule("chunked", _cut((3, 2, 1), n, longest))
