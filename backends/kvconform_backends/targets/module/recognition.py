@@ -74,8 +74,9 @@ class Recognition(Measurements):
     def __init__(self, target: ProbedTarget, sig: ForwardSignature, overrides: Mapping[str, Any]) -> None:
         super().__init__(target, Beginnings(target, sig, overrides))
         self.sig, self.overrides = sig, overrides
-        self.contexts = {name: self.context_forms(sig, name) for name in sig.contexts}
-        self.required = {name: forms for name, forms in self.contexts.items() if sig.required(name)}
+        contexts = {name: self.context_forms(sig, name) for name in sig.contexts}
+        required = {name: forms for name, forms in contexts.items() if sig.required(name)}
+        self.wanted = [required, contexts][: 1 + (required != contexts)]  # optional ones if nothing runs
 
     def found(self) -> Recognised:
         best: Recognised | None = None
@@ -134,10 +135,7 @@ class Recognition(Measurements):
         among them those that omit optional masks."""
         for takes, size, arrays, batched in self._kinds():
             running: list[Recognised] = []
-            for contexts in (
-                self.required,
-                *[self.contexts] * (self.contexts != self.required),
-            ):  # optional ones only if it does not run without
+            for contexts in self.wanted:
                 for given in () if running else signature.settings(self.sig, contexts):
                     for form in self._uncached_forms(given):
                         convention = replace(form, takes=takes, arrays=arrays, batched=batched)
