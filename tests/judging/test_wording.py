@@ -209,4 +209,4 @@ def test_an_outline_joins_equal_steps_and_names_the_sizes_that_they_meet() -> No
 
 def test_a_malformed_call_says_what_is_malformed() -> None:
     program = Program(CONFIGS["attention-gqa"], (Append("a", (1,), 0), Reject(Append("a", (1,), 0), "head dim")))
-    assert describe(program, 1) == "reject append 1 to a with a wrong head dim"
+    assert describe(program, 1) == "reject append 1 to a, with a head dim that is one too small"
