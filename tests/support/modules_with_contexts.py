@@ -212,3 +212,74 @@ class StatesOfThisCallOnly(OptionalStates):
         if past is None:
             self.last = super().cross(states, None, use_cache)
         return tuple(x[:1].expand(len(states), -1, -1, -1) for x in self.last)
+
+
+class EncoderOutputs(CrossAttention):
+    """The states are the first of several outputs."""
+
+    def forward(self, input_ids, encoder_outputs, past_key_values=None, use_cache=False):
+        return super().forward(input_ids, encoder_outputs[0], past_key_values, use_cache)
+
+
+class OwnsCrossCache(CrossAttention):
+    """The module owns its cache; a reset empties all of it."""
+
+    past = None
+
+    def reset_cache(self):
+        self.past = None
+
+    def forward(self, input_ids, use_cache=False, encoder_hidden_states=None):
+        logits, present = super().forward(input_ids, encoder_hidden_states, self.past if use_cache else None, True)
+        self.past = present if use_cache else self.past
+        return logits
+
+
+class ResetKeepsCrossKeys(OwnsCrossCache):
+    """A reset empties the self-attention's keys alone."""
+
+    crossed = None
+
+    def cross(self, states, past, use_cache):
+        return super().cross(states, past, use_cache) if self.crossed is None else self.crossed
+
+    def forward(self, input_ids, use_cache=False, encoder_hidden_states=None):
+        kept, self.crossed = self.crossed, self.crossed if use_cache else None
+        if use_cache and kept is not None and kept[0].shape[0] != len(input_ids):
+            kept = self.crossed = None
+        logits = super().forward(input_ids, use_cache, encoder_hidden_states)
+        self.crossed = self.past[2:] if use_cache else kept
+        return logits
+
+
+class AttentionLayer(nn.Module):
+    """Hidden states in; the adapter is an attribute."""
+
+    def __init__(self, d_model=24, heads=3):
+        super().__init__()
+        self.heads, self.active_adapter = heads, 0
+        self.qkv, self.out = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
+        self.down, self.up = nn.Parameter(torch.randn(3, d_model, 4)), nn.Parameter(torch.randn(3, 4, 3 * d_model) / 4)
+
+    def forward(self, x, past=None):
+        made = self.qkv(x) + x @ self.down[self.active_adapter] @ self.up[self.active_adapter]
+        query, key, value = (split(part, self.heads) for part in made.chunk(3, dim=-1))
+        if past is not None:
+            key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+        mask = torch.ones(x.shape[1], key.shape[2], dtype=torch.bool).tril(key.shape[2] - x.shape[1])
+        mixed = sdpa(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+        return self.out(mixed), (key, value)
+
+
+class AdapterOfTheFirst(AttentionLayer):
+    """Cached steps behind the first use the adapter of the first sequence."""
+
+    first = None
+
+    def forward(self, x, past=None):
+        active, self.first = self.active_adapter, self.active_adapter if self.first is None else self.first
+        self.active_adapter = active if past is None else self.first
+        try:
+            return super().forward(x, past)
+        finally:
+            self.active_adapter = active

@@ -20,6 +20,9 @@ TOLD = {
     "AdapterIds": (3, "adapter_ids"),
     "CrossAttention": (3, "encoder_hidden_states"),
     "OptionalStates": (3, "memory"),
+    "EncoderOutputs": (3, "encoder_outputs"),
+    "OwnsCrossCache": (3, "encoder_hidden_states"),
+    "AttentionLayer": (3, "setattr(module, 'active_adapter', context)"),
 }
 """Right decoders: how many contexts, and what tells them."""
 WRONG = {
@@ -29,6 +32,8 @@ WRONG = {
     "AdapterOfThePrompt": {"context.partition", "context.kept"},
     "CrossKeysOfTheFirst": {"context.partition"},
     "StatesOfThisCallOnly": {"context.kept"},
+    "ResetKeepsCrossKeys": {"context.partition"},
+    "AdapterOfTheFirst": {"context.partition", "context.kept"},
 }
 """Wrong ones, with clauses that must find it."""
 

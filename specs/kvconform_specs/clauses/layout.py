@@ -75,7 +75,7 @@ CLAUSES = (
         strategy=_equal,
         relations=(Relation.PARITY,),
         situations=(
-            _equal_to("rows", lambda v: len(v.step.counts)),
+            _equal_to("rows", lambda v: len(v.after)),
             _equal_to("query heads", lambda v: v.config.heads),
             _equal_to("KV heads", lambda v: v.config.kv_heads),
             _equal_to("numbers in a head", lambda v: v.config.head_dim),

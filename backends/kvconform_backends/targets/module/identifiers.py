@@ -64,6 +64,8 @@ SET_ADAPTER = _words("""
     set_lora set_active_lora set_lora_id
 """)
 """Methods that set the adapter of the calls that follow."""
+ACTIVE = _words("active_adapter active_adapters active_lora current_adapter adapter_id lora_id adapter")
+"""Attributes that hold the number of the adapter of the calls that follow."""
 ADAPTER_NAMES = _words("adapters adapter_names peft_config loras lora_names")
 """Attributes that list the adapters by name."""
 OFFSETS = frozenset(

@@ -105,6 +105,9 @@ class Measurements(Trials):
                 held = [place for place in identifiers.ADAPTER_NAMES if _named(getattr(module, place, None))]
                 for form in ("context", *(f"list(module.{place})[context]" for place in held)):
                     yield replace(c, tell=f"module.{name}({form})"), made.given
+        for name in identifiers.ACTIVE:
+            if type(getattr(module, name, None)) is int:
+                yield replace(c, tell=f"setattr(module, {name!r}, context)"), made.given
         for name in sig.contexts:
             for form in () if name in made.given else self.context_forms(sig, name):
                 call, uncached = (signature.extended(text, name, form) for text in (c.call, c.uncached))

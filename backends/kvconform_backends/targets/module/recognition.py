@@ -74,7 +74,8 @@ class Recognition(Measurements):
     def __init__(self, target: ProbedTarget, sig: ForwardSignature, overrides: Mapping[str, Any]) -> None:
         super().__init__(target, Beginnings(target, sig, overrides))
         self.sig, self.overrides = sig, overrides
-        self.required = {name: self.context_forms(sig, name) for name in sig.contexts if sig.required(name)}
+        self.contexts = {name: self.context_forms(sig, name) for name in sig.contexts}
+        self.required = {name: forms for name, forms in self.contexts.items() if sig.required(name)}
 
     def found(self) -> Recognised:
         best: Recognised | None = None
@@ -133,14 +134,18 @@ class Recognition(Measurements):
         among them those that omit optional masks."""
         for takes, size, arrays, batched in self._kinds():
             running: list[Recognised] = []
-            for given in signature.settings(self.sig, self.required):
-                for form in self._uncached_forms(given):
-                    convention = replace(form, takes=takes, arrays=arrays, batched=batched).overridden(self.overrides)
-                    made = self._tried(Recognised(self.sig, convention, given), size)
-                    if made is not None:
-                        running.append(made)
-                        if self.sig.pasts:
-                            break
+            for contexts in (
+                self.required,
+                *[self.contexts] * (self.contexts != self.required),
+            ):  # optional ones only if it does not run without
+                for given in () if running else signature.settings(self.sig, contexts):
+                    for form in self._uncached_forms(given):
+                        convention = replace(form, takes=takes, arrays=arrays, batched=batched)
+                        made = self._tried(Recognised(self.sig, convention.overridden(self.overrides), given), size)
+                        if made is not None:
+                            running.append(made)
+                            if self.sig.pasts:
+                                break
             if running:
                 plain = [made for made in running if not self._optional_mask(made)]
                 causal = [made for made in running if self._causal(made)]
@@ -228,7 +233,8 @@ class Recognition(Measurements):
             if self.sig.flags or self.sig.positions or self.beginnings.begins() != [("", ())]:
                 yield from self._owned(made, {**on, **made.given})
         else:
-            for given in signature.settings(self.sig, self.required, placed=True):
+            told = {name: (made.given[name],) for name in self.sig.contexts if name in made.given}
+            for given in signature.settings(self.sig, told, placed=True):
                 yield from self._owned(made, given)
 
     def _pasts(self) -> dict[str, str]:

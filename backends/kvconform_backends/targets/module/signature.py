@@ -114,7 +114,10 @@ def context_forms(sig: ForwardSignature, name: str, widths: Sequence[int], dtype
         return ("context", row) if "Tensor" not in sig.annotation(name) else (row, "context")
     cast = "" if dtype == "torch.float32" else f".to({dtype})"
     drawn = f"torch.randn(1, {STATES_LENGTH}, {{}}, generator=torch.Generator().manual_seed(context)){cast}"
-    return tuple(f"{drawn.format(width)}.to(x.device).expand(batch, -1, -1)" for width in widths)
+    states = [f"{drawn.format(width)}.to(x.device).expand(batch, -1, -1)" for width in widths]
+    return tuple(
+        form for state in states for form in ((f"({state},)", state) if name.endswith("outputs") else (state,))
+    )
 
 
 def settings(

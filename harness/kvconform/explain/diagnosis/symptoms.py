@@ -133,7 +133,7 @@ def _shaped(output: Array | None, config: Config, want: Expected) -> Array | Non
     shape = (b, config.heads, t, config.head_dim) if config.profile == "attention" else (b, t, config.outputs)
     if output is None or output.shape[1:] != shape or output.dtype != np.float32:
         return None
-    got = output[0]
+    got: Array = output[0]
     if config.profile != "attention":
         return got
     return np.asarray(got.swapaxes(1, 2).reshape(b, t, config.heads * config.head_dim))
