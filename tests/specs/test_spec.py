@@ -102,6 +102,7 @@ def test_a_docstring_is_cut_where_it_turns_to_a_field() -> None:
         "distribution",
         "nan",
         "reused",
+        "context",
     ]
     assert told["count_macs"] == "the multiply-adds of the step are counted."
     assert documented(Claims)[1]["max_chunk"].startswith("the largest batch, the longest append in tokens")
