@@ -22,7 +22,7 @@ CONFIGS: dict[str, Config] = {
         "attention", heads=5, kv_heads=1, head_dim=12, softcap=1.5, scale=0.37, positions="alibi"
     ),
     "attention-sink": Config("attention", heads=7, kv_heads=7, head_dim=10, window=6, sink=1.0),
-    # each option alone, plain multi-head attention, and head dims of every kind: below, LIGHT
+    # each option alone, plain multi-head attention, and head dims of every kind
     "attention-mha": Config("attention", heads=5, kv_heads=5, head_dim=10),
     "attention-scale": Config("attention", heads=3, kv_heads=3, head_dim=16, scale=0.21),
     "attention-capped": Config("attention", heads=3, kv_heads=3, head_dim=32, softcap=1.2),
@@ -132,21 +132,22 @@ CONFIGS: dict[str, Config] = {
         seed=6,
     ),
 }
-LIGHT = frozenset(
-    {
-        "attention-mha",
-        "attention-scale",
-        "attention-capped",
-        "attention-alibi",
-        "attention-bare-sink",
-        "attention-odd",
-        "attention-small",
-        "attention-wide",
-        "decoder-sliding",
-    }
-)
-LIGHT_SHARE = 0.25
-"""Configs that vary sizes and options, which nearly any program shows: this share of structures is drawn for them."""
+SHARES = {
+    "attention-mha": 0.25,
+    "attention-scale": 0.25,
+    "attention-capped": 0.25,
+    "attention-alibi": 0.25,
+    "attention-bare-sink": 0.25,
+    "attention-odd": 0.25,
+    "attention-small": 0.25,
+    "attention-wide": 0.25,
+    "decoder-sliding": 0.25,
+    "decoder-longrope": 0.5,
+    "decoder-shared": 0.5,
+    "decoder-latent": 0.5,
+}
+"""The share of an effort's structures that is drawn for a config, where it is not all: what these configs vary shows in
+nearly any program, or in a situation that clauses name."""
 LONG = 1024
 """A config of this capacity or more is for clauses about long contexts only: its programs take long."""
 
@@ -160,7 +161,8 @@ def config_named(name: str, dtype: str = "float32") -> Config:
 
 def share(label: str) -> float:
     """The share of an effort's structures that is drawn for a config with that label."""
-    return LIGHT_SHARE if any(label == name or label.startswith(f"{name}-") for name in LIGHT) else 1.0
+    name = max((name for name in CONFIGS if label == name or label.startswith(f"{name}-")), key=len, default="")
+    return SHARES.get(name, 1.0)
 
 
 def label(name: str, dtype: str) -> str:
