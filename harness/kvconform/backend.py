@@ -247,7 +247,9 @@ class BlackBox(Backend):
 
     @abstractmethod
     def uncached_forward(self, *inputs: Any, **options: Any) -> Array:
-        """The forward without a cache, which is the reference; it touches no cache."""
+        """The forward without a cache, which is the reference; it touches no cache.
+
+        Keyword ``context`` as in ``step``."""
 
     @abstractmethod
     def perturbed(self, storage: float, accumulation: float, seed: int) -> Any:

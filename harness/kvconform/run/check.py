@@ -40,6 +40,7 @@ UNCLAIMED = {
     "fork": "forks",
     "reorder": "reordered rows",
     "poison": "what unused slots hold",
+    "contexts": "contexts (adapters, images, encoder states)",
 }
 """What a black box is not asked without a claim, in words."""
 FORMS = (
