@@ -172,11 +172,11 @@ class Config:
 
     @classmethod
     def from_json(cls, data: object, at: str = "config") -> Config:
-        known = take(data, at, {f.name for f in fields(cls)})
+        known = dict(take(data, at, {f.name for f in fields(cls)}))
         for name in ("reserved", "kv_source"):
             known[name] = tuple(known.get(name, ()))
         if known.get("rotary") is not None:
-            scaling: dict[str, Any] = take(known["rotary"], f"{at}.rotary", {f.name for f in fields(Rotary)})
+            scaling: dict[str, Any] = dict(take(known["rotary"], f"{at}.rotary", {f.name for f in fields(Rotary)}))
             scaling |= {name: tuple(v) for name, v in scaling.items() if isinstance(v, list)}
             known["rotary"] = Rotary(**scaling)
         return cls(**known)

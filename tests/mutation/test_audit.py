@@ -388,7 +388,7 @@ def test_a_control_is_tried_by_every_clause_and_what_breaks_is_an_alarm(tmp_path
     made = audit(plan, "elsewhere", [BROUGHT["right"]], [wrong], tmp_path / "audit.json")
     assert [one.name for one in made.audited] == ["right"]
     assert {alarm.clause for alarm in made.controls[0].alarms} == {"shape.first-step", "shape.no-specialisation"}
-    assert len(made.controls[0].trials) == 4
+    assert len(made.controls[0].trials) == 5
 
 
 @pytest.mark.slow

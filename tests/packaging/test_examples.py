@@ -40,9 +40,9 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_readme_names_a_command_for_each_kind_of_target() -> None:
-    assert len(COMMANDS) == 5
+    assert len(COMMANDS) == 6
     assert len(SHOWN) == 2
-    for target in ("attention.py:", "buffers.py:", "check decoder.onnx", "check hf:"):
+    for target in ("attention.py:", "buffers.py:", "hybrid.py:", "check decoder.onnx", "check hf:"):
         assert any(target in command for command in COMMANDS), target
 
 

@@ -149,7 +149,7 @@ def test_a_layout_moves_memory_and_no_number(layout: str) -> None:
 
 
 HIDDEN = Config("hidden", heads=4, kv_heads=4, head_dim=8, width=32)
-EVERY = {"dtype": "dtype", "rank": "rank", "batch": "axis 0"}  # of each input
+EVERY = {"dtype": "dtype", "rank": "rank", "batch": "axis 0", "fewer rows": "axis 0"}  # of each input
 DIFFERENCES: dict[str, tuple[Config, dict[str, tuple[str, ...]]]] = {
     "attention": (
         CONFIGS["attention-gqa"],

@@ -63,6 +63,7 @@ class PromptStore(NumpyCache):
     """Keys and values of prompts are stored by their tokens and their context, and used again for the same prompt."""
 
     configs = ROPE
+    designs: tuple[str, ...] = ("rotary", "kv_source")
     most = 256  # stored rows
 
     def __init__(self, config: Config, weights: Mapping[str, Array], device: str = "cpu") -> None:

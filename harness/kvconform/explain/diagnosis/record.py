@@ -77,7 +77,7 @@ class PrecisionMatch(msgspec.Struct, frozen=True, kw_only=True):
     intermediates: str
     """`single`: scores and weights are kept in float32; `storage`: they are rounded to the dtype, too."""
     kv_bits: int
-    """The bits of a quantised cache; 0: it is not quantised."""
+    """How many bits a number of a quantised cache takes; 0: it is not quantised."""
 
 
 class FirstFailure(msgspec.Struct, frozen=True, kw_only=True):
