@@ -44,12 +44,12 @@ def test_each_cell_is_an_item_and_the_results_are_a_file(tmp_path: Path) -> None
     assert found.claims["profiles"] == ["attention", "decoder"]
     assert found.guarantees == {}
 
-    part = suite(tmp_path, "--kv-backend", f"{SUBJECTS}:WithoutReset", *ONE_CONFIG, *selected, "--kv-out", "other")
-    lacking = Counter(v.outcome.value for v in read(tmp_path / "other" / "WithoutReset.json").verdicts)
+    part = suite(tmp_path, "--kv-backend", f"{SUBJECTS}:FewAbilities", *ONE_CONFIG, *selected, "--kv-out", "other")
+    lacking = Counter(v.outcome.value for v in read(tmp_path / "other" / "FewAbilities.json").verdicts)
     assert f"{lacking['pass']} passed, {lacking['unsupported']} skipped" in part.stdout
     assert lacking.total() == len(asked)
     assert "claims no reset" in part.stdout
-    assert read(tmp_path / "other" / "WithoutReset.json").exit_code == 5
+    assert read(tmp_path / "other" / "FewAbilities.json").exit_code == 5
 
 
 @pytest.mark.slow

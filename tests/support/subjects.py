@@ -147,7 +147,7 @@ class ShortChunks(NumpyCache):
     claims: ClassVar[Claims] = replace(NumpyCache.claims, max_chunk=2)
 
 
-class WithoutReset(NumpyCache):
+class FewAbilities(NumpyCache):
     claims = Claims(profiles=("attention",), abilities=("uncached_forward", "length", "truncate"))
 
 

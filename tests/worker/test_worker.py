@@ -193,9 +193,9 @@ def test_what_the_machine_lacks_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_an_undeclared_ability_is_unsupported(tmp_path: Path) -> None:
-    verdict = judged("WithoutReset", tmp_path, clause="lifecycle.truncate")
+    verdict = judged("FewAbilities", tmp_path, clause="batch.left-padding")
     assert (verdict.outcome, verdict.reason) == (Outcome.UNSUPPORTED, Reason.ABILITY)
-    assert verdict.sentence == "claims no truncate"
+    assert verdict.sentence == "claims no left padding"
 
 
 @pytest.mark.parametrize(
