@@ -97,6 +97,8 @@ def _bytes(claims: Claims, config: Config, part: str, slots: int, exact: int, sc
     """Bytes of so many slots of a layer's keys or values, of which some hold tokens in the storage dtype; ``scale``:
     of each scale, and of each zero point."""
     c, q = config, claims.quantiser
+    if c.latent:  # one latent and one rotary key of a token, for all heads; not quantised
+        return slots * (c.latent if part == "keys" else c.rotary_dim) * ITEMSIZE[claims.cache_dtype or c.dtype]
     quantised = slots - exact
     groups = -(-quantised // (q.group or 1)) * c.head_dim if getattr(q, part) == "channel" else quantised
     groups *= 1 if getattr(q, part) == "channel" else -(-c.head_dim // (q.group or c.head_dim))

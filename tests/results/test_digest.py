@@ -47,7 +47,7 @@ def test_the_digest_is_of_the_planned_programs_whatever_becomes_of_them(tmp_path
     assert failed.outcome is Outcome.FAIL
     assert failed.structures < failed.planned
     cut = judged("numpy", tmp_path, replace(SMOKE, seconds=0.0))
-    assert (cut.outcome, cut.cut, cut.structures) == (Outcome.PASS, True, 1)
+    assert (cut.outcome, cut.cut, cut.structures) == (Outcome.NOT_EXERCISED, True, 1)
     assert not passed.cut
     assert not failed.cut
     assert {(found.digest, found.planned) for found in (failed, cut)} == {(passed.digest, passed.planned)}

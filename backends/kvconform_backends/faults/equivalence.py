@@ -52,7 +52,7 @@ class TailAttended(
     """The whole static buffer is attended to: zeros behind the valid tokens receive weight."""
 
     def mask(self, t: int, s: int) -> Array:
-        right, last = super().mask(t, s), self.places.max(axis=1)[:, None, None, None]
+        right, last = super().mask(t, s), self.places.max(axis=1, initial=0)[:, None, None, None]
         return self.instead(right | (np.arange(s) > last), right)
 
 
@@ -62,7 +62,7 @@ class LastTileAttended(
     """A decode step reads its last tile of 4 slots to the end: one stale or empty slot too many if 3 are valid."""
 
     def mask(self, t: int, s: int) -> Array:
-        right, last = super().mask(t, s), self.places.max(axis=1)[:, None, None, None]
+        right, last = super().mask(t, s), self.places.max(axis=1, initial=0)[:, None, None, None]
         return self.instead(right | (last % 4 == 2) & (np.arange(s) == last + 1), right) if t == 1 else right
 
 

@@ -111,7 +111,7 @@ def _cell(verdict: Verdict, was: Verdict | None, differs: str) -> Iterator[Diffe
     elif now is Outcome.PASS:
         if not differs and not verdict.cut and verdict.compared < was.compared:
             yield Difference(REGRESSION, f"{name}: compared {verdict.compared} values, was {was.compared}")
-    elif now is Outcome.INCONCLUSIVE:
+    elif now is Outcome.INCONCLUSIVE or (now is Outcome.NOT_EXERCISED and verdict.cut):
         yield Difference(UNDECIDED, f"{moved}: {verdict.sentence}")
     elif not differs:
         yield Difference(REGRESSION, f"{moved}: {verdict.sentence}")

@@ -138,6 +138,10 @@ def _decodes(visit: reach.Visit) -> bool:
     return visit.new == 1 and visit.past > 0 and bool(_context(visit.step))
 
 
+def _elsewhere(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Generate) and visit.step.context > 0
+
+
 CLAUSES = (
     Clause(
         name="context.partition",
@@ -188,7 +192,7 @@ CLAUSES = (
         applies=several,
         share=0.5,
         situations=(
-            reach.having("a generation in a context other than 0", Generate, lambda made: made.context > 0, "generate"),
+            reach.step("a generation in a context other than 0", _elsewhere, reach.holds(2)),
         ),
     ),
 )
