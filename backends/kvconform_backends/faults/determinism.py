@@ -23,7 +23,9 @@ REPEATABLE, BATCH, CHUNK, TOKEN = (
 class OneByOne(NumpyCache):
     """Each token is computed in a step of its own: a prompt has the same bits as decode steps."""
 
-    claims = replace(NumpyCache.claims, abilities=without(NumpyCache.claims, "mask", "macs", "contexts", "empty_append"))
+    claims = replace(
+        NumpyCache.claims, abilities=without(NumpyCache.claims, "mask", "macs", "contexts", "empty_append")
+    )
     designs = ("kv_source", "latent")  # not "rotary": the tokens of a call turn by the number of all of them
     together = 1  # tokens of the call
 

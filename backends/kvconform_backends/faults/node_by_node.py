@@ -43,7 +43,9 @@ class Nodes:
 class Graph(NumpyCache):
     """The cache of ``numpy`` as past and present of a single graph, which also computes masks and positions."""
 
-    claims = replace(NumpyCache.claims, abilities=without(NumpyCache.claims, "macs", "contexts", "empty_append"), dtypes=("float32",))
+    claims = replace(
+        NumpyCache.claims, abilities=without(NumpyCache.claims, "macs", "contexts", "empty_append"), dtypes=("float32",)
+    )
 
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:
