@@ -133,18 +133,18 @@ CONFIGS: dict[str, Config] = {
     ),
 }
 SHARES = {
-    "attention-mha": 0.25,
-    "attention-scale": 0.25,
-    "attention-capped": 0.25,
-    "attention-alibi": 0.25,
-    "attention-bare-sink": 0.25,
-    "attention-odd": 0.25,
-    "attention-small": 0.25,
-    "attention-wide": 0.25,
-    "decoder-sliding": 0.25,
-    "decoder-longrope": 0.5,
-    "decoder-shared": 0.5,
-    "decoder-latent": 0.5,
+    "attention-mha": 0.2,
+    "attention-scale": 0.2,
+    "attention-capped": 0.2,
+    "attention-alibi": 0.2,
+    "attention-bare-sink": 0.2,
+    "attention-odd": 0.2,
+    "attention-small": 0.2,
+    "attention-wide": 0.2,
+    "decoder-sliding": 0.2,
+    "decoder-longrope": 0.3,
+    "decoder-shared": 0.3,
+    "decoder-latent": 0.3,
 }
 """The share of an effort's structures that is drawn for a config, where it is not all: what these configs vary shows in
 nearly any program, or in a situation that clauses name."""

@@ -50,7 +50,7 @@ class Reason(Enum):
     OUT_OF_MEMORY = "out of memory"
 
 
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+class Verdict(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One cell of the matrix: what was found out about one clause on one backend under one config."""
 
     clause: str

@@ -313,7 +313,7 @@ class _Search:
             planned=len(planned),
             digest=digest(planned, self.effort.seeds(self.cell.clause)) if planned else "",
             cut=self.cut,
-            situations=self.situations.counts,
+            situations={} if outcome is Outcome.UNSUPPORTED else self.situations.counts,
             worst=self.worst,
             found_after=self.found_after,
             seconds=round(time.perf_counter() - self.began, 3),

@@ -52,8 +52,8 @@ def embed(
 def _by_field(result: Results) -> dict[str, Any]:
     """The results with one list for each field of their verdicts: like stands beside like, which packs better."""
     found: dict[str, Any] = msgspec.to_builtins(result)
-    fields = msgspec.structs.fields(Verdict)
-    found["verdicts"] = {field.name: [verdict[field.name] for verdict in found["verdicts"]] for field in fields}
+    rows = [msgspec.to_builtins(msgspec.structs.asdict(verdict)) for verdict in result.verdicts]
+    found["verdicts"] = {name: [row[name] for row in rows] for name in Verdict.__struct_fields__}
     return found
 
 

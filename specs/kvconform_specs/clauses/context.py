@@ -191,8 +191,6 @@ CLAUSES = (
         needs=("contexts", "generate"),
         applies=several,
         share=0.5,
-        situations=(
-            reach.step("a generation in a context other than 0", _elsewhere, reach.holds(2)),
-        ),
+        situations=(reach.step("a generation in a context other than 0", _elsewhere, reach.holds(2)),),
     ),
 )
