@@ -41,12 +41,14 @@ LACKS = {
     "eager": f"empty append, {RAGGED}, poison, poison-safe slots, in_place, bound on graphs",
     "eager-static": "contexts, empty append, immutable, poison-safe slots, in_place, bound on graphs",
     "onnx": f"contexts, empty append, generate, {RAGGED}, macs, poison, poison-safe slots, in_place, bound on graphs",
-    "onnx-shared": f"contexts, empty append, generate, immutable, {RAGGED}, mask, bytes, macs, in_place, bound on graphs",
-    "compiled": f"contexts, empty append, uncached_forward, immutable, {RAGGED}, mask, macs, poison-safe slots, in_place",
+    "onnx-shared": f"contexts, empty append, generate, immutable, {RAGGED}, mask, bytes, macs, in_place, "
+    "bound on graphs",
+    "compiled": f"contexts, empty append, uncached_forward, immutable, {RAGGED}, mask, macs, "
+    "poison-safe slots, in_place",
     "numpy": f"{RAGGED}, poison, poison-safe slots, in_place, bound on graphs",
 }
 NOBODY = {"pages", "quantised cache", "residual window", "multiples of scales", "limited rollback", "truncate_rows"}
-"""What a backend does not claim, out of what clauses need; none of these here claims what NOBODY lists."""
+"""What a backend does not claim, out of what clauses need; none of them claims what NOBODY lists."""
 
 
 @pytest.fixture(scope="module")
