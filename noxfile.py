@@ -96,7 +96,7 @@ def report(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests; options of pytest: nox -s tests -- -m "not slow"."""
-    install(session, "compiled", "onnx", "hf", groups=("test",))
+    install(session, "compiled", "onnx", "hf", "cuda", groups=("test",))
     jobs = [] if any(arg.startswith("-n") for arg in session.posargs) else ["-n", "2"]
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": STUDIES}
     session.run("pytest", *jobs, "--dist", "loadgroup", *session.posargs, env=variables)

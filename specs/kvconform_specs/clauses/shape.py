@@ -10,7 +10,7 @@ from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
-from kvconform_specs.program import Close, Step
+from kvconform_specs.program import Close, Reorder, Step
 from kvconform_specs.rollbacks import paused
 from kvconform_specs.strategies import LARGEST_BATCH, Draw, appends, at_once, batches, growing, seeds
 
@@ -32,6 +32,13 @@ def sweep(draw: Draw, config: Config, claims: Claims) -> Case:
         sizes = (*at_once(past, claims), *at_once(count, claims))
         steps += [*appends(seq, sizes, batch, draw(seeds)), Close(seq)]
     return Case((clipped(config, tuple(steps)),))
+
+
+MOVED_LENGTHS = reach.step(
+    "a reorder that changes which row has which length",
+    lambda v: isinstance(v.step, Reorder) and v.after != v.before[: len(v.after)],
+    reach.both(reach.claimed("ragged at any time", "reorder", "two rows"), reach.holds(2)),
+)
 
 
 CLAUSES = (
@@ -60,7 +67,7 @@ CLAUSES = (
         strategy=any_history,
         relations=(Relation.LENGTHS,),
         needs=("length",),
-        situations=(reach.DECODE, reach.ROWS, reach.RAGGED, reach.TRUNCATION, reach.RESET),
+        situations=(reach.DECODE, reach.ROWS, reach.RAGGED, reach.TRUNCATION, reach.RESET, MOVED_LENGTHS),
     ),
     Clause(
         name="shape.first-step",
