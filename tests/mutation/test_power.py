@@ -11,7 +11,7 @@ from kvconform_specs.config import DTYPES
 
 MODELS = (DEFINITION, *NULLS)
 ZEROS, MEAN, DROPPED, STALE, WIDE, NARROW, LATE, TILED, NEWEST, FIRST = (model.name for model in NULLS)
-pytestmark = pytest.mark.xdist_group("power")  # the power_table is computed once
+pytestmark = [pytest.mark.xdist_group("power"), pytest.mark.slow]  # the power table is computed once
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,6 @@ def entries() -> dict[tuple[str, str], Power]:
     return {(entry.clause, entry.model): entry for entry in power_table("float32", models=MODELS)}
 
 
-@pytest.mark.slow
 def test_every_clause_has_an_entry_for_each_model_or_says_that_it_judges_no_numbers(
     entries: dict[tuple[str, str], Power],
 ) -> None:
@@ -89,7 +88,6 @@ def test_each_model_is_rejected_by_a_clause_that_must_hold(entries: dict[tuple[s
         assert sum(entries[name, model.name].rejected for name in must if (name, model.name) in entries) > 20
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_it_is_the_same_each_time(dtype: str) -> None:
     clauses = [BY_NAME["definition.positions"], BY_NAME["causality.visibility"]]

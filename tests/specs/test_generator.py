@@ -414,6 +414,7 @@ def test_a_cell_of_the_default_effort_reaches(
     assert shares(clause, config, situation)[1] >= LEAST
 
 
+@pytest.mark.slow
 def test_a_nightly_run_points_a_needle_at_every_slot() -> None:
     configs = [
         config for config in CONFIGS.values() if config.profile == "attention" and config.capacity == GQA.capacity

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lanes import slow_except
 from places import SUPPORT
 
 from kvconform.judging.verdict import Outcome
@@ -32,7 +33,7 @@ def broken(results: Results) -> set[str]:
     return {verdict.clause for verdict in results.verdicts if verdict.outcome.broken}
 
 
-@pytest.mark.parametrize("name", ["Recomputed", "RecomputedLast", "Ntk"])
+@pytest.mark.parametrize("name", slow_except(["Recomputed", "RecomputedLast", "Ntk"], 3))
 def test_a_step_is_judged_by_the_forward_on_exactly_the_tokens_up_to_its_end(name: str, tmp_path: Path) -> None:
     found = judged(f"py:{MODULES}:{name}", tmp_path)
     assert not broken(found)
@@ -40,7 +41,7 @@ def test_a_step_is_judged_by_the_forward_on_exactly_the_tokens_up_to_its_end(nam
     assert passed >= {"equivalence.full-stable", "equivalence.decode", "equivalence.chunks"}
 
 
-@pytest.mark.parametrize("name", ["Stale", "StaleLast", "NtkStale"])
+@pytest.mark.parametrize("name", slow_except(["Stale", "StaleLast", "NtkStale"], 3))
 def test_keys_that_keep_the_angles_of_a_shorter_length_are_detected(name: str, tmp_path: Path) -> None:
     found = judged(f"py:{MODULES}:{name}", tmp_path)
     assert broken(found) >= {"equivalence.decode", "equivalence.chunks"}
@@ -54,6 +55,7 @@ def test_the_results_say_that_the_reference_is_no_function_of_the_prefix(tmp_pat
     assert any(assumed.startswith(words) for assumed in found.target.assumed)
 
 
+@pytest.mark.slow
 def test_the_lengths_at_which_a_forward_changes_are_measured() -> None:
     for name, changes in (("Recomputed", (13,)), ("Ntk", tuple(range(13, 41))), ("StaleLast", ())):
         with WorkerClient(WorkerSpec(f"py:{MODULES}:{name}")) as client:
@@ -62,6 +64,7 @@ def test_the_lengths_at_which_a_forward_changes_are_measured() -> None:
             assert client.claims.changes_at == changes
 
 
+@pytest.mark.slow
 def test_a_transformers_model_that_drops_its_cache_at_the_switch_passes(tmp_path: Path) -> None:
     """Phi-3 does so in ``prepare_inputs_for_generation``, which must see all ids."""
     pytest.importorskip("transformers")
