@@ -62,6 +62,7 @@ def test_the_page_has_each_clause_once_with_its_text_and_links() -> None:
         assert body.startswith(clause.text)
         assert clause.level.value in body
         assert ("**core**" in body) == clause.core
+        assert all(situation.words in body for situation in clause.situations)
         assert all(f"({link})" in body for link in clause.why)
         assert all(f"`{need}`" in body for need in (*clause.needs, *clause.needs_any))
 

@@ -121,6 +121,7 @@ def _chapter(chapter: str) -> Iterator[str]:
         if clause.needs or clause.needs_any:
             facts.append(f"- needs {needs(clause)}")
         facts += [f"- {named(relation)}: {relation.value}" for relation in clause.relations]
+        facts.append(f"- each cell that can, tries: {'; '.join(one.words for one in clause.situations)}")
         settled = [f"[{a.id}](#{a.id.lower()})" for a in AMBIGUITIES if clause.name in a.by]
         if settled:
             facts.append(f"- settles {', '.join(settled)}")
