@@ -72,7 +72,6 @@ class _Interpreter:
     def __init__(self, config: Config, claims: Claims, seed: int) -> None:
         self.config, self.claims, self.seed = config, claims, seed
         self.state = Marks()
-        self.begun: set[str] = set()  # sequences that have been appended to since they were opened or reset
 
     def prompt(self, size: int, batch: int) -> tuple[Step, ...]:
         return self.applied(appends("a", at_once(size, self.claims), batch, self.seed))
@@ -86,17 +85,7 @@ class _Interpreter:
     def applied(self, steps: tuple[Step, ...]) -> tuple[Step, ...]:
         for step in steps:
             self.state.apply(step)
-            match step:
-                case Append(seq):
-                    self.begun.add(seq)
-                case Fork(seq, into) | AliasHandle(seq, into) if seq in self.begun:
-                    self.begun.add(into)
-                case Reset(seq) | Close(seq):
-                    self.begun.discard(seq)
         return steps
-
-    def lengths(self, seq: str) -> tuple[int, ...]:
-        return tuple(length for length, _mark in self.state.of(seq))
 
     def step(self, kind: int, seq: str, number: int) -> tuple[Step, ...]:
         """The steps of a triple; an append if its verb is not claimed; none if no step is legal."""
@@ -105,10 +94,9 @@ class _Interpreter:
             return ()
         if seq not in names and len(names) >= (self.claims.max_sequences or 3):
             seq = next(iter(names))
-        rows = self.lengths(seq)
+        rows = self.state.lengths(seq)
         if verb == "refuse" and rows:
-            marks = tuple(mark for _length, mark in self.state.of(seq))
-            refused = refusals(self.config, self.claims, seq, rows, self.seed, marks)
+            refused = refusals(self.config, self.claims, seq, rows, self.seed, self.state.marks(seq))
             return (refused[number % len(refused)],) if refused else ()
         if not rows or verb == "append" or (verb != "close" and not self.claims.can(ABILITY.get(verb, verb))):
             return (self.append(seq, number),) if not rows or max(rows) < self.config.capacity else ()
@@ -143,8 +131,7 @@ class _Interpreter:
 
     def truncate_twice(self, seq: str, number: int) -> tuple[Step, ...]:
         """By a few tokens, and at once by more, as far as the rollback goes."""
-        rows = self.state.of(seq)
-        low, high = max(self.claims.keeps(mark) for _length, mark in rows), min(length for length, _mark in rows)
+        low, high = max(map(self.claims.keeps, self.state.marks(seq))), min(self.state.lengths(seq))
         first = high - 1 - number % 3
         second = first - 1 - number // 3 % LONGEST_CHUNK
         return tuple(Truncate(seq, length) for length in (first, max(second, low)) if low <= length <= high)
@@ -152,14 +139,14 @@ class _Interpreter:
     def append(self, seq: str, number: int) -> Append:
         claims = self.claims
         largest = min(claims.max_batch or LARGEST_BATCH, LARGEST_BATCH)
-        rows = self.lengths(seq) or (0,) * (1 + number // 16 % largest)
+        rows = self.state.lengths(seq) or (0,) * (1 + number // 16 % largest)
         longest = min(claims.max_chunk or LONGEST_CHUNK, LONGEST_CHUNK, self.config.capacity - max(rows))
         end = next(edge for edge in edges(self.config, self.claims) if edge > max(rows)) - max(rows) - (number % 8 == 7)
         chunk = 1 + number // 4 % longest
         count = (chunk, 1, chunk, end if 0 < end <= longest else 1)[number % 4]
         grown, pad = [count] * len(rows), None
         self.seed += 17  # another stream for each step: tokens that were truncated do not come back
-        first = seq not in self.begun
+        first = not self.state.begun(seq)
         if claims.can("ragged") and number >= 32 and (claims.ragged_appends == "any" or first):
             grown = [(number // (row + 1)) % (longest + 1) for row in range(len(rows))]
             grown[number % len(rows)] = max(grown[number % len(rows)], 1)

@@ -9,12 +9,10 @@ from kvconform_specs.program import (
     AliasHandle,
     Append,
     Call,
-    Close,
     Fork,
     Marks,
     Reject,
     Reorder,
-    Reset,
     Step,
     Truncate,
     UncachedForward,
@@ -25,25 +23,20 @@ from kvconform_specs.program import (
 def claimed(steps: Sequence[Step], claims: Claims) -> bool:
     """Whether rows, tokens, open sequences, ragged rows and truncations stay within the claims. Abilities are not
     looked at, but for those that depend on a step's arguments."""
-    state, begun = Marks(), set[str]()
+    state = Marks()
     for step in steps:
         call = called(step)
         if claims.interface == "generation" and not isinstance(call, UncachedForward):  # a generation is one, too
             return False
-        if not _fits(call, state, claims) or (isinstance(call, Append) and not _takes(call, call.seq in begun, claims)):
+        if not _fits(call, state, claims):
+            return False
+        if isinstance(call, Append) and not _takes(call, state.begun(call.seq), claims):
             return False
         if isinstance(step, Reject):
             continue
         if isinstance(step, Truncate) and not _reaches(step, state, claims):
             return False
         state.apply(step)
-        match step:
-            case Append(seq):
-                begun.add(seq)
-            case Fork(seq, into) | AliasHandle(seq, into) if seq in begun:
-                begun.add(into)
-            case Reset(seq) | Close(seq):
-                begun.discard(seq)
     return True
 
 

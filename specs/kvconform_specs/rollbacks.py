@@ -36,17 +36,17 @@ class Draft:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        return tuple(length for length, _mark in self.state.of("a"))
+        return self.state.lengths("a")
 
     @property
     def least(self) -> tuple[int, ...]:
         """The fewest tokens that each row may go back to."""
-        return tuple(self.claims.keeps(mark) for _length, mark in self.state.of("a"))
+        return tuple(map(self.claims.keeps, self.state.marks("a")))
 
     @property
     def mark(self) -> int:
         """The largest length of any row so far."""
-        return max(mark for _length, mark in self.state.of("a"))
+        return max(self.state.marks("a"))
 
     @property
     def room(self) -> int:

@@ -24,7 +24,6 @@ from kvconform_specs.program import (
     Reset,
     Step,
     Truncate,
-    UncachedForward,
     called,
 )
 
@@ -151,7 +150,6 @@ FULL = append("a sequence that reaches the capacity", lambda v: v.longest == v.c
 RAGGED = append(
     "rows of different lengths", lambda v: len(set(v.after)) > 1, both(claimed("ragged", "two rows"), holds(2))
 )
-UNCACHED = having("a cache-less forward", UncachedForward, lambda made: True, "uncached_forward")
 READ = having("a read of the cache", ReadCache, lambda made: True, "contents")
 TRUNCATION = step(
     "a truncation that removes tokens",

@@ -274,3 +274,13 @@ class Marks(Sequences[tuple[int, int]]):
 
     def cut(self, row: tuple[int, int], length: int) -> tuple[int, int]:
         return length, row[1]
+
+    def lengths(self, name: str) -> tuple[int, ...]:
+        return tuple(length for length, _mark in self.of(name))
+
+    def marks(self, name: str) -> tuple[int, ...]:
+        return tuple(mark for _length, mark in self.of(name))
+
+    def begun(self, name: str) -> bool:
+        """Whether tokens were appended to the sequence since it was opened or reset."""
+        return any(self.marks(name))

@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from claims_of_tests import EVERYTHING
 
 from kvconform.search.situations import Situations
-from kvconform_specs.claims import ABILITIES, Claims
+from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Clause
 from kvconform_specs.clauses import ALL
 from kvconform_specs.config import Config
@@ -16,20 +17,9 @@ from kvconform_specs.configs import CONFIGS
 from kvconform_specs.program import Append, Program, UncachedForward
 from kvconform_specs.strategies import drawn
 
-RICH = Claims(
-    profiles=("attention", "decoder"),
-    abilities=tuple(ABILITIES),
-    overflow="refused",
-    padding=("right", "left"),
-    unused_slots="any",
-    page=4,
-    max_graphs=9,
-    kv_bits=8,
-    residual=4,
-)
 CLAIMS = {
-    "every ability": RICH,
-    "short chunks": replace(RICH, max_chunk=3, max_batch=2, max_sequences=2, page=3, kv_bits=0, residual=0),
+    "every ability": EVERYTHING,
+    "short chunks": replace(EVERYTHING, max_chunk=3, max_batch=2, max_sequences=2, page=3, kv_bits=0, residual=0),
     "nothing but steps": Claims(profiles=("attention", "decoder"), max_batch=1, max_chunk=1, max_sequences=1),
 }
 CONFIG_NAMES = ("attention-window", "decoder-learned", "attention-gqa")

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from claims_of_tests import EVERYTHING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
 
 from kvconform.search.effort import DEFAULT_EFFORT, EFFORTS
-from kvconform_specs.claims import ABILITIES, Claims
+from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.config import Config
@@ -43,17 +44,6 @@ from kvconform_specs.strategies import drawn
 GQA, WINDOW = CONFIGS["attention-gqa"], CONFIGS["attention-window"]
 ROPE = CONFIGS["decoder-rope"]
 LONG, SINK = CONFIGS["attention-long"], CONFIGS["attention-sink"]
-EVERYTHING = Claims(
-    profiles=("attention", "decoder"),
-    abilities=tuple(ABILITIES),
-    overflow="refused",
-    padding=("right", "left"),
-    unused_slots="any",
-    page=4,
-    max_graphs=9,
-    kv_bits=8,
-    residual=4,
-)
 POOR = Claims(profiles=("attention", "decoder"), max_batch=1, max_chunk=4, max_sequences=1)
 
 

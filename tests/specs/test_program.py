@@ -6,10 +6,11 @@ import json
 from dataclasses import replace
 
 import pytest
+from claims_of_tests import EVERYTHING
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvconform_specs.claims import ABILITIES, Claims
+from kvconform_specs.claims import Claims
 from kvconform_specs.clauses import ALL
 from kvconform_specs.config import Config
 from kvconform_specs.configs import CONFIGS, config_named
@@ -32,17 +33,6 @@ from kvconform_specs.program import (
 )
 
 CONFIG = CONFIGS["attention-gqa"]
-EVERYTHING = Claims(
-    profiles=("attention", "decoder"),
-    abilities=tuple(ABILITIES),
-    overflow="refused",
-    padding=("right", "left"),
-    unused_slots="any",
-    page=4,
-    max_graphs=9,
-    kv_bits=8,
-    residual=4,
-)
 
 
 @given(st.data())

@@ -43,7 +43,7 @@ def test_how_a_context_is_told_is_recognised_and_a_right_one_passes(name: str) -
     target, (number, told) = load(f"py:{FILE}:{name}"), TOLD[name]
     (config,) = target.configs.values()
     assert config.contexts == number
-    assert f"the context of a sequence, one of {number}, is told by {told} in each call" in target.assumed
+    assert f"the context of a sequence, one of {number}, is given by {told} in each call" in target.assumed
     assert broken(target, (*CONTEXT, *OTHERS)) == {}
 
 

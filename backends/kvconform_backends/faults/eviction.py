@@ -41,9 +41,13 @@ class CutToWindow(NumpyRing):
 
 
 class NeverEvicts(
-    Planted, CutToWindow, breaks=(BYTES, PRESENT), kind="W7", bug="huggingface/transformers/issues/47900",
+    Planted,
+    CutToWindow,
+    breaks=(BYTES, PRESENT),
+    kind="W7",
+    bug="huggingface/transformers/issues/47900",
     configs=WINDOWED,
-):  # fmt: skip
+):
     """Every token is kept, and the mask hides those behind the window."""
 
     def kept(self, window: int) -> int:
@@ -52,9 +56,14 @@ class NeverEvicts(
 
 
 class DecodeNeverEvicts(
-    Planted, CutToWindow, breaks=(BYTES, PRESENT), kind="W7", bug="ml-explore/mlx-lm/issues/1914", conditional=True,
+    Planted,
+    CutToWindow,
+    breaks=(BYTES, PRESENT),
+    kind="W7",
+    bug="ml-explore/mlx-lm/issues/1914",
+    conditional=True,
     configs=WINDOWED,
-):  # fmt: skip
+):
     """A prompt or a chunk is cut to the window, a decode step adds its token and cuts nothing."""
 
     new = 0

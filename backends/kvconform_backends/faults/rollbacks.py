@@ -79,9 +79,14 @@ class SlackRing(NumpyRing):
 
 # --- one truncation after another ---
 class SpareSlotsDropped(
-    Planted, SlackRing, breaks=(ROLLBACK,), kind="C9", bug="ml-explore/mlx-lm/issues/1776", conditional=True,
+    Planted,
+    SlackRing,
+    breaks=(ROLLBACK,),
+    kind="C9",
+    bug="ml-explore/mlx-lm/issues/1776",
+    conditional=True,
     configs=WINDOWED,
-):  # fmt: skip
+):
     """A truncation keeps the tokens of the window alone: one is exact, the next one misses the oldest tokens."""
 
     def truncate(self, cache: Any, length: int) -> MarkedRings:
@@ -97,9 +102,14 @@ class SpareSlotsDropped(
 
 
 class MarkTurnedBack(
-    Planted, SlackRing, breaks=(LIMIT,), kind="C9", bug="ml-explore/mlx-lm/issues/1776", conditional=True,
+    Planted,
+    SlackRing,
+    breaks=(LIMIT,),
+    kind="C9",
+    bug="ml-explore/mlx-lm/issues/1776",
+    conditional=True,
     configs=WINDOWED,
-):  # fmt: skip
+):
     """The limit is counted from the length after the last truncation: a second one reaches overwritten slots."""
 
     def truncate(self, cache: Any, length: int) -> MarkedRings:

@@ -1,4 +1,4 @@
-"""``run_cell``: one clause on one backend under one config. The one function that drives Hypothesis.
+"""``run_cell``: one clause on one backend under one config.
 
 A first failure freezes its variant, so that shrinking stays meaningful. What shrinking found is confirmed on a fresh
 process; if it passes there, state has leaked from an earlier program, and the counterexample becomes the shortest
@@ -141,7 +141,7 @@ class _Search:
                 self.seed,
                 shrink=self.effort.shrink,
             )
-            for case in self.situations.further(strategy, self.seed + 1):
+            for case in [] if self.cut else self.situations.further(strategy, self.seed + 1):
                 self.trial(case)
         except (_Stop, Flaky):
             assert self.best is not None  # what it is worth is found out on a fresh process

@@ -119,7 +119,7 @@ class Transformers(BlackBox):
         )
         output = self.model(**inputs, return_dict=True)
         sequence.cache, sequence.ids = output.past_key_values, ids
-        # a model may drop its cache and compute all tokens anew, as where its rotary factors change
+        # a model may drop its cache and compute all tokens again, for example where its rotary factors change
         return self._given(output.logits[:, -new.shape[1] :]), sequence
 
     def length(self, sequence: HfSequence) -> list[int]:

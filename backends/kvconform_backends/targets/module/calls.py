@@ -31,7 +31,7 @@ class ModuleSequence:
 class Caller:
     """Calls a target by a convention. ``dtype``: of hidden states; ``namespace``: the names in the target's file.
 
-    ``shares``: cached calls get dense inputs in the memory of whoever calls, so that it is seen what they write there.
+    ``shares``: cached calls get dense inputs in the caller's memory, so that writes to it are found.
     """
 
     def __init__(

@@ -85,7 +85,7 @@ class Measurements(Trials):
         return signature.context_forms(sig, name, widths, str(self.target.dtype))
 
     def measure_contexts(self, made: Recognised) -> None:
-        """How a context is told, and how many there are: none unless the uncached forward depends on it."""
+        """How a context is given, and how many there are: none unless the uncached forward depends on it."""
         for convention, given in self._told(made):
             trial = replace(made, convention=convention, given=given)
             trial.contexts = self._contexts(trial)
@@ -96,7 +96,7 @@ class Measurements(Trials):
                     return
 
     def _told(self, made: Recognised) -> Iterator[tuple[Convention, dict[str, str]]]:
-        """Ways to tell a context: those that are told already, a method, or an optional argument."""
+        """Ways to give a context: those that are in use already, a method, or an optional argument."""
         c, sig, module = made.convention, made.signature, self.target.module
         if any(name in made.given for name in sig.contexts):
             yield c, made.given

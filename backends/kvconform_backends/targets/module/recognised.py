@@ -139,7 +139,7 @@ class Recognised:
             yield "the module holds one sequence at a time"
         told = concrete(c.tell, {}) or " and ".join(name for name in sig.contexts if name in self.given)
         if self.contexts > 1:
-            yield f"the context of a sequence, one of {self.contexts}, is told by {told} in each call"
+            yield f"the context of a sequence, one of {self.contexts}, is given by {told} in each call"
         elif told:
             yield f"{told} makes no difference to the reference, and is not judged"
         for name, form in ((n, form) for n, form in self.given.items() if n not in sig.contexts):

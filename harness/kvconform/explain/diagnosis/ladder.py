@@ -1,6 +1,6 @@
 """The weakest precision under whose bounds wrong outputs would be right: a backend that computes so, and claims more.
 
-Nothing is run again: the outputs are there, and only values and bounds of the reference are computed anew. A precision
+Nothing is run again: the outputs are there, and only values and bounds of the reference are computed again. A precision
 is reported if it explains every output of the programs that are looked at.
 """
 

@@ -1,7 +1,7 @@
 """A condition is reported where it holds on random programs as well, which it was not found on.
 
 The battery is fixed, so that something that plays no part may separate its wrong outputs from its right ones. A
-condition that random programs refute is looked for anew with their outputs added, and tested on others. After a few
+condition that random programs refute is searched for again with their outputs added, and tested on others. After a few
 rounds there is none: a wrong condition misleads more than none.
 """
 
