@@ -124,7 +124,7 @@ class SeqFirst(Core):
     """Ids ``(t, b)``, logits ``(t, b, v)``."""
 
     def forward(self, ids, past=None):
-        logits, presents = self.run(ids.T, past)
+        logits, presents = self.run(ids.transpose(0, 1), past)
         return logits.transpose(0, 1), presents
 
 
@@ -171,16 +171,6 @@ class Placed(Core):
         self.places, self.max_seq_len = nn.Embedding(capacity, WIDTH), capacity
 
     def placed(self, ids, positions, pasts):
-        table = self.embed
-        self.embed = lambda ids: table(ids) + self.places(positions)
-        try:
-            return self.run(ids, pasts)
-        finally:
-            self.embed = table
-
-
-class PositionIds(Placed):
-    def placed(self, ids, positions, pasts):
         x, presents = self.embed(ids) + self.places(positions), []
         for layer in range(LAYERS):
             query, key, value = self.heads(layer, x)
@@ -190,11 +180,13 @@ class PositionIds(Placed):
             x = x + self.attend(query, key, value)
         return self.head(x), presents
 
+
+class PositionIds(Placed):
     def forward(self, input_ids, position_ids, past_key_values=None):
         return self.placed(input_ids, position_ids, past_key_values)
 
 
-class OwnPositions(PositionIds):
+class OwnPositions(Placed):
     """The positions follow from the past."""
 
     def forward(self, ids, past=None):
@@ -324,6 +316,8 @@ class Buffers(Core):
     def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
         rows, new = tokens.shape
         total = start_pos + new
+        if total > self.max_seq_len:
+            raise ValueError(f"{total} tokens are more than max_seq_len {self.max_seq_len}")
         x = self.embed(tokens)
         for layer in range(LAYERS):
             query, key, value = self.heads(layer, x)
@@ -376,7 +370,7 @@ class WithNonLeaf(Owned):
         return super().forward(ids, use_cache)
 
 
-class PastAndCounter(PositionIds):
+class PastAndCounter(Placed):
     """The caller keeps the past, and the module the position, which ``reset`` sets back."""
 
     def __init__(self) -> None:
