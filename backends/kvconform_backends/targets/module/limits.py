@@ -58,7 +58,8 @@ class Limits(Trials):
         if filled < longest:
             made.capacity, made.capacity_from = filled, "longest sequence of cached calls"
         if made.capacity < CAPACITY:  # what its own forward refuses, cached calls must refuse as well
-            made.refuses = not self.fills(made, (*_pieces(made.capacity, step), 1)) or longest == made.capacity
+            accepted = self.fills(made, (*_pieces(made.capacity, step), 1))
+            made.refuses = accepted or self._survives(made, step)
 
     def _measure_chunk(self, made: Recognised, longest: int) -> None:
         """The longest call beside a past: a limit only if the target itself refuses longer ones. An exception of an
@@ -88,6 +89,32 @@ class Limits(Trials):
             self.note(error, STEPPED)
             return None
         return output[:, -1:], x
+
+    def _survives(self, made: Recognised, step: int) -> bool:
+        """Whether a sequence can go on after a call beyond the capacity has raised."""
+        x = self._tokens(made, made.capacity + 1)
+        caller, start = self.caller(made.convention), 0
+        try:
+            with guarded():
+                want = self.caller(made.convention).uncached(x[:, :-1])[:, -1:]
+                sequence = caller.start(len(x))
+                for size in _pieces(made.capacity - 1, step):
+                    _output, sequence = caller.step(sequence, x[:, start : start + size])
+                    start += size
+        except ThirdPartyError:
+            return False
+        try:
+            with guarded():
+                caller.step(sequence, x[:, start:][:, : made.chunk or 2])
+        except ThirdPartyError:
+            pass
+        else:
+            return False
+        try:
+            with guarded():
+                return close(caller.step(sequence, x[:, start:-1])[0], want)
+        except ThirdPartyError:
+            return False
 
     def _tokens(self, made: Recognised, tokens: int) -> Array:
         x = self.sample(made, tokens)

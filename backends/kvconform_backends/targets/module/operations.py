@@ -19,8 +19,8 @@ from kvconform_backends.targets.third_party import ThirdPartyError, guarded, lar
 
 HELD, KEPT = 5, 2
 """Tokens before and after the truncation of a trial: as many as are kept cannot be taken for as many as are removed."""
-COUNTS = ((3, 1), (1, 2))
-"""How many tokens each row takes in the calls of a trial."""
+FIRST, LATER = (3, 1), ((1, 2), (1, 1))
+"""How many tokens each row takes in the first call of a trial, and in its second."""
 
 
 class Operations(Trials):
@@ -100,41 +100,42 @@ class Operations(Trials):
 
     # --- rows of different lengths ---
     def measure_ragged(self, made: Recognised) -> None:
-        """How rows take different numbers of tokens: by the first form that agrees in a first call."""
+        """How rows take different numbers of tokens: by the first form that has an effect on a second call, where the
+        first agrees. Whether the second agrees is left for the suite to report."""
         if made.batch < 2 or made.last_only or made.chunk or made.convention.ragged:
             return
         for name in (n for n in made.signature.unknown if n in identifiers.LENGTHS):
             for form in ("torch.tensor(counts, device=x.device)", "counts"):
                 text = extended(made.convention.call, name, form)
                 trial = replace(made, convention=replace(made.convention, ragged=text))
-                agreed = self._ragged(trial)
-                if agreed:
-                    made.convention, made.ragged_later = trial.convention, agreed == len(COUNTS)
+                later = next((counts for counts in LATER if self._takes(trial, made.convention.call, counts)), None)
+                if later is not None:
+                    made.convention, made.ragged_later = trial.convention, later == LATER[0]
                     made.operations = tuple(words for words in made.operations if words != f"its argument {name}")
                     return
 
-    def _ragged(self, made: Recognised) -> int:
-        """How many calls in which rows take different numbers of tokens agree, from the first on; a later one that
-        raises by itself ends the count, and one that disagrees is left for the suite to report."""
-        agreed, start, columns = 0, 0, sum(max(counts) for counts in COUNTS)
-        x = self.sample(made, columns)
-        rows: list[Array] = [x[row : row + 1, :0] for row in range(len(x))]
+    def _takes(self, made: Recognised, without: str, later: tuple[int, ...]) -> bool:
+        """Whether a first call with other numbers of tokens in each row agrees, and the argument that tells them has an
+        effect on a call after it."""
+        x = self.sample(made, max(FIRST) + max(later))
+        untold = replace(made, convention=replace(made.convention, ragged=without))
         try:
             with guarded():
-                caller = self.caller(made.convention)
-                sequence = caller.start(len(x))
-                for number, counts in enumerate(COUNTS):
-                    new = x[:, start : start + max(counts)]
-                    got, sequence = caller.step(sequence, new, 0, counts)
-                    rows = [np.concatenate([old, new[r : r + 1, : counts[r]]], 1) for r, old in enumerate(rows)]
-                    for r, tokens in enumerate(rows):
-                        want = self.caller(made.convention).uncached(np.repeat(tokens, len(x), 0))
-                        if not number and not close(got[r, : counts[r]], want[0, -counts[r] :]):
-                            return 0
-                    agreed, start = agreed + 1, start + max(counts)
+                first, told = self._ragged(made, x, later)
+                for row, count in enumerate(FIRST):
+                    want = self.caller(made.convention).uncached(np.repeat(x[row : row + 1, :count], len(x), 0))
+                    if not close(first[row, :count], want[0]):
+                        return False
+                return not np.array_equal(told, self._ragged(untold, x, later)[1])
         except ThirdPartyError as error:
             self.note(error, STEPPED)
-        return agreed
+            return False
+
+    def _ragged(self, made: Recognised, x: Array, later: tuple[int, ...]) -> tuple[Array, Array]:
+        """The outputs of both calls."""
+        caller, start = self.caller(made.convention), max(FIRST)
+        first, sequence = caller.step(caller.start(len(x)), x[:, :start], 0, FIRST)
+        return first, caller.step(sequence, x[:, start:], 0, later)[0]
 
 
 def _takes_one(method: Any) -> bool:

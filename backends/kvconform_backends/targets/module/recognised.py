@@ -29,22 +29,22 @@ class ProbedTarget:
     namespace: Mapping[str, Any]
     init: Mapping[str, Any]
     dtype: torch.dtype = torch.float32
-    rebuilt: Callable[[], Any] | None = None
-    """Builds another one, with the same weights."""
+    rebuilt: Callable[[], tuple[Any, Mapping[str, Any]]] | None = None
+    """Executes the file again: another target with the same weights, and the names of its file."""
     copyable: bool = True
 
-    def copied(self, stateful: bool) -> Any:
-        """The target with a state of its own and shared weights. One that cannot be copied is built again if it is
-        known to be ``stateful``, and is otherwise itself."""
+    def copied(self, stateful: bool) -> tuple[Any, Mapping[str, Any]]:
+        """The target with a state of its own and shared weights, and the names of its file. One that cannot be copied
+        is built again if it is known to be ``stateful``, and is otherwise itself."""
         if not isinstance(self.module, nn.Module):
-            return self.module
-        if not self.copyable:
-            return self.rebuilt() if stateful and self.rebuilt is not None else self.module
-        try:
-            return copy.deepcopy(self.module, {id(weight): weight for weight in self.module.parameters()})
-        except Exception:  # noqa: BLE001 - third-party code may raise anything
-            self.copyable = False
-            return self.copied(stateful)
+            return self.module, self.namespace
+        if self.copyable:
+            try:
+                shared = {id(weight): weight for weight in self.module.parameters()}
+                return copy.deepcopy(self.module, shared), self.namespace
+            except Exception:  # noqa: BLE001 - third-party code may raise anything
+                self.copyable = False
+        return self.rebuilt() if stateful and self.rebuilt is not None else (self.module, self.namespace)
 
     def reported(self, names: tuple[str, ...]) -> Iterator[tuple[int, str]]:
         """The values of these names in its arguments, attributes or config objects, each with its name."""

@@ -170,6 +170,8 @@ class Recognition(Measurements):
 
     def _settle(self, best: Recognised) -> None:
         """Whether a verdict on this convention is one on the target, and why not."""
+        if not best.begins:
+            self.rank(best, afresh=True)
         if any(best.rank[2:]) or "call" in self.overrides:
             return
         first = "its first cached call agreed" if best.begins else "no cached call agreed"

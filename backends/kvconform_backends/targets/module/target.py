@@ -90,9 +90,10 @@ class Source:
                 found.to(self.dtype)
         return found
 
-    def rebuilt(self, namespace: Mapping[str, Any]) -> Any:
-        """Another build with the same weights: of the same class, or from its file executed again."""
-        return self.made(namespace if self._builds(namespace[self.name]) else self.namespace())
+    def rebuilt(self) -> tuple[Any, Mapping[str, Any]]:
+        """Another build with the same weights, from the file executed again, and the names in it."""
+        namespace = self.namespace()
+        return self.made(namespace), namespace
 
     def written(self, namespace: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:
         """The expression with which ``made`` builds the target, and the names it uses; None if the name is the target
@@ -177,7 +178,7 @@ def open_module(target: str, options: Mapping[str, Any]) -> Any:
         raise BackendUnavailable(f"{address} is a {type(module).__name__}, which cannot be called")
     floats = (p.dtype for p in module.parameters() if p.is_floating_point()) if isinstance(module, nn.Module) else ()
     dtype = source.dtype or next(iter(floats), torch.float32)
-    probed = ProbedTarget(module, name, namespace, asked["init"], dtype, lambda: source.rebuilt(namespace))
+    probed = ProbedTarget(module, name, namespace, asked["init"], dtype, source.rebuilt)
     try:
         given = conventions.checked(asked["convention"], namespace)
     except ValueError as error:
@@ -248,7 +249,7 @@ class ModuleTarget:
 
     def rebuilt(self, device: str) -> nn.Module:
         """Another build of a module, with the same weights."""
-        module: nn.Module = self._source.made(self._source.namespace())
+        module: nn.Module = self._source.rebuilt()[0]
         return module.to(device)
 
     def __call__(self, config: Config, weights: Mapping[str, Any], device: str) -> ModuleBackend:

@@ -48,8 +48,8 @@ class Trials:
     def caller(self, convention: Convention) -> Caller:
         """Calls a copy, since a call may change the state of a module: trials do not depend on one another."""
         c = convention
-        module = self.target.copied(stateful=bool(c.owned or c.always or c.tell or c.begin))
-        return Caller(module, convention, self.target.namespace, self.target.dtype)
+        module, names = self.target.copied(stateful=bool(c.owned or c.always or c.tell or c.begin))
+        return Caller(module, convention, names, self.target.dtype)
 
     def sample(self, made: Recognised, tokens: int) -> Array:
         """The same tokens at each call, cut to length."""
@@ -79,10 +79,12 @@ class Trials:
             return False
         return True
 
-    def rank(self, made: Recognised) -> None:
+    def rank(self, made: Recognised, afresh: bool = False) -> None:
         """Ranks how far cached calls work. Agreement to half of the digits suffices: it only chooses among ways of
-        calling."""
+        calling. afresh: on a target whose file is executed again, so that nothing of earlier trials is left in it."""
         caller, x = self.caller(made.convention), self.sample(made, LENGTH)
+        if afresh and self.target.rebuilt is not None:
+            caller = Caller(*self._renewed(made.convention))
         ends = (PROMPT, PROMPT + 1, LENGTH) if made.chunk is None else (1, 2, 3)
         ranks, start, stage = [False] * 4, 0, UNCACHED
         made.begins = False
@@ -103,6 +105,11 @@ class Trials:
         except ThirdPartyError as error:
             self.note(error, stage)
         made.rank = ranks[0], ranks[1], ranks[2], ranks[3]
+
+    def _renewed(self, convention: Convention) -> tuple[Any, Convention, Mapping[str, Any], Any]:
+        assert self.target.rebuilt is not None
+        module, names = self.target.rebuilt()
+        return module, convention, names, self.target.dtype
 
     def appended(
         self, caller: Caller, sequence: ModuleSequence, x: Array, chunk: int | None
