@@ -42,6 +42,9 @@ class Operations(Trials):
             told = told or (convention if right else None)
         if told is not None:
             made.convention = told
+            with guarded():
+                caller, sequence = self._begun(made, HELD)
+                made.truncated_new = caller.truncate(sequence, KEPT).past is not sequence.past
             name = told.truncate.partition("(")[0].rpartition(".")[2]
             made.operations = tuple(words for words in made.operations if not words.startswith(f"{name} of"))
             self._measure_rollback(made)

@@ -83,7 +83,8 @@ class Recognised:
     chunk: the most tokens of a cached call, and ``chunk_refusal`` the exception beyond them. refuses: whether it raises
     beyond the capacity. judged: whether trials showed that the convention is the one that is meant; if none agreed,
     ``disagreement`` says so. begins: whether the first cached call agreed with the reference. ragged_later: whether rows
-    may take different numbers of tokens in later calls, too. rollback: see ``Claims``.
+    may take different numbers of tokens in later calls, too. truncated_new: whether a truncation gives another past.
+    rollback: see ``Claims``.
     hints: what giving an omitted argument would change. operations: methods of the module or its past that nothing
     calls, in words. contexts: the number of contexts that a sequence can have.
     """
@@ -117,6 +118,7 @@ class Recognised:
     refuses: bool = False
     rollback: int | None = None
     ragged_later: bool = False
+    truncated_new: bool = False
     begins: bool = False
     judged: bool = True
     disagreement: str = ""
