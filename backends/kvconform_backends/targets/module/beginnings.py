@@ -44,10 +44,13 @@ class Beginnings:
             if callable(names.get(name)):
                 yield from ((text, (name,)) for text in self._filled(name, names[name]))
         noted = self.sig.annotation(self.sig.pasts[0]) if self.sig.pasts else ""
+        meant = set(re.findall(r"\w+", noted))
         classes = [
-            n for n, v in names.items() if isinstance(v, type) and v is not type(module) and "cache" in n.lower()
+            n
+            for n, v in names.items()
+            if isinstance(v, type) and not isinstance(module, v) and ("cache" in n.lower() or n in meant)
         ]
-        for name in sorted(classes, key=lambda n: re.search(rf"\b{n}\b", noted) is None):
+        for name in sorted(classes, key=lambda n: n not in meant):
             for text in self._filled(name, names[name]):
                 yield text, (name,)
                 yield f"[{text} for _ in range({self.layers()})]", (name,)

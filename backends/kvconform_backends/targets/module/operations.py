@@ -82,7 +82,7 @@ class Operations(Trials):
         except ThirdPartyError as error:
             self.note(error, STEPPED)
             return right, False
-        return right, close(got[:, -1:], want[:, -1:])
+        return right, close(got[:, -1:], want[:, -1:], self.tolerance)
 
     def _measure_rollback(self, made: Recognised) -> None:
         """How many tokens can be undone, if the target itself refuses more."""
@@ -127,7 +127,7 @@ class Operations(Trials):
                 first, told = self._ragged(made, x, later)
                 for row, count in enumerate(FIRST):
                     want = self.caller(made.convention).uncached(np.repeat(x[row : row + 1, :count], len(x), 0))
-                    if not close(first[row, :count], want[0]):
+                    if not close(first[row, :count], want[0], self.tolerance):
                         return False
                 return not np.array_equal(told, self._ragged(untold, x, later)[1])
         except ThirdPartyError as error:

@@ -152,7 +152,9 @@ class Recognised:
     def assumed(self) -> Iterator[str]:
         """The assumptions made, one sentence each."""
         c, sig = self.convention, self.signature
-        if self.disagreement:
+        if self.disagreement and all(self.rank):
+            yield f"in trials {self.disagreement}"
+        elif self.disagreement:
             yield (
                 f"it is called as meant, although in trials {self.disagreement}; if not, give the call: --option "
                 f"'convention={{\"call\": \"{concrete(c.call, {})}\"}}'"

@@ -25,7 +25,7 @@ from kvconform_backends.targets.module.measurements import Measurements
 from kvconform_backends.targets.module.past import contents
 from kvconform_backends.targets.module.recognised import ProbedTarget, Recognised
 from kvconform_backends.targets.module.signature import ForwardSignature, signature_of, written
-from kvconform_backends.targets.module.trials import LENGTH, PROMPT, PROMPTED, parts
+from kvconform_backends.targets.module.trials import FINE, LENGTH, PROMPT, PROMPTED, ROUGH, parts
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 
 class Unrecognised(BackendUnavailable):
@@ -49,7 +49,7 @@ def recognise(target: ProbedTarget, overrides: Mapping[str, Any]) -> Recognised:
     if isinstance(first, Recognised) and first.judged:
         return first
     for found in _others(target, sig, overrides):
-        if isinstance(found, Recognised) and found.judged and all(found.rank):
+        if isinstance(found, Recognised) and found.judged and (all(found.rank) or found.convention.sequence_first):
             return found
     if isinstance(first, Unrecognised):
         raise first
@@ -111,7 +111,7 @@ class Recognition(Measurements):
             self.rank(best)
             best = self.one_token_each(best) or best
         if not any(best.rank[2:]):
-            best = self._given_all(best) or best
+            best = self._given_all(best) or self._roughly() or best
         self._settle(best)
         if not best.judged:
             return best
@@ -141,6 +141,19 @@ class Recognition(Measurements):
                     best = found
                 if all(found.rank) and (convention.begin or not self._states() or self.repeats(found)):
                     return found
+        return best
+
+    def _roughly(self) -> Recognised | None:
+        """The convention under which all cached calls agree if a cache of few bits is allowed for."""
+        self.tolerance = ROUGH
+        best = self._best()
+        if best is None or not all(best.rank):
+            self.tolerance = FINE
+            return None
+        best.disagreement = (
+            "its cached calls agreed with its forward without a cache to one digit only; if its cache is lossy, claim "
+            "its precision: --claim kv_bits=8, or --claim cache_dtype=float16"
+        )
         return best
 
     def _of_one_row(self, best: Recognised) -> Recognised:

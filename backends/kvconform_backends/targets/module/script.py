@@ -122,11 +122,12 @@ class ModuleScript:
                 yield f"{all_of(step.into)} = {all_of(step.seq)}"
         elif isinstance(step, Truncate):
             batch, cached = held[step.seq]
-            held[step.seq] = batch, step.length
-            numbers = {"batch": batch, "cached": cached, "length": step.length, "past": past_of(step.seq)}
+            length = step.lengths(batch)[0]
+            held[step.seq] = batch, length
+            numbers = {"batch": batch, "cached": cached, "length": length, "past": past_of(step.seq)}
             call = self._text(self.convention.truncate, numbers)
             if "sofar" in self.convention.call:
-                yield f"{all_of(step.seq)} = {all_of(step.seq)}[:, :{step.length}]"
+                yield f"{all_of(step.seq)} = {all_of(step.seq)}[:, :{length}]"
             yield f"{past_of(step.seq)} = {call}" if self.found.truncated_new else call
         elif isinstance(step, Close):
             del held[step.seq]

@@ -25,6 +25,9 @@ MANY_ROWS = 32
 """A number of rows that stands for any number."""
 
 
+FINE, ROUGH = float(np.sqrt(np.finfo(np.float32).eps)), 0.125
+"""Differences that a trial takes for agreement, which only chooses among ways of calling: half of the digits of
+float32; with a cache of few bits, one digit."""
 UNCACHED, PROMPTED, STEPPED = range(3)
 """How far a trial came that raised: not through the uncached forward, through it, through the first cached call."""
 
@@ -34,7 +37,7 @@ class Trials:
     the trial that got furthest."""
 
     def __init__(self, target: ProbedTarget) -> None:
-        self.target = target
+        self.target, self.tolerance = target, FINE
         self.error: ThirdPartyError | None = None
         self.raised, self.likeliest = "", ""
         self._furthest: tuple[int, tuple[int, ...]] = -1, ()
@@ -97,7 +100,7 @@ class Trials:
                     if number == 0:
                         made.last_only = got.shape[1] == 1
                     shown = 1 if made.uncached_last or made.last_only else end - start
-                    agrees = close(got[:, -shown:], want[:, -shown:])
+                    agrees = close(got[:, -shown:], want[:, -shown:], self.tolerance)
                     made.begins |= number == 0 and agrees
                     for index in ((0,), (1, 2), (3,))[number]:
                         ranks[index] = agrees or index < 2
@@ -201,9 +204,9 @@ def parts(out: Any, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         yield from ((f"out.{name}", getattr(out, name)) for name in names if getattr(out, name, None) is not None)
 
 
-def close(got: Array, want: Array) -> bool:
-    """Whether two outputs agree to half of their digits, relative to the largest."""
+def close(got: Array, want: Array, tolerance: float = FINE) -> bool:
+    """Whether two outputs agree, relative to the largest."""
     if got.shape != want.shape:
         return False
     scale = float(np.abs(want).max(initial=0.0))
-    return bool((np.abs(got - want) <= np.sqrt(np.finfo(np.float32).eps) * scale).all())
+    return bool((np.abs(got - want) <= tolerance * scale).all())
