@@ -122,8 +122,8 @@ class WholeForgets(WholeSequence):
 
 
 class Int8(Core):
-    """Keys and values are rounded to 8 bits, one scale for each token and head. ``wrong``: from the eighth token on, with
-    a quarter of it."""
+    """Keys and values are rounded to 8 bits, one scale for each token and head. ``wrong``: from the eighth token on,
+    with a quarter of it."""
 
     wrong = False
 

@@ -48,7 +48,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_has_at_most_40_lines_and_uses_numpy_alone() -> None:
-    assert sum(bool(line.strip()) for line in text().splitlines()) <= 40
+    assert len(text().splitlines()) <= 40
     assert set(re.findall(r"^(?:import|from) (\w+)", text(), re.MULTILINE)) == {"copy", "numpy", "kvconform"}
 
 
@@ -57,7 +57,7 @@ def test_it_has_at_most_40_lines_and_uses_numpy_alone() -> None:
     ("old", "new", "code"),
     [
         ("", "", 0),
-        ('@ past[0].mT / 16, -np.inf', '@ past[0].mT / 8, -np.inf', 1),  # a scale that the engine alone has
+        ("swapaxes(1, 2) / 16", "swapaxes(1, 2) / 8", 1),  # a scale that the engine alone has
         ("past.shape[2] - t, dtype=bool)", "0, dtype=bool)", 1),  # the mask begins at the top left
     ],
     ids=["right", "lost scale", "top left"],

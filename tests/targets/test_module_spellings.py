@@ -147,7 +147,7 @@ def test_a_lossy_cache_has_a_bound_if_it_is_claimed_from_outside() -> None:
     assert "equivalence.decode" in broken(load(f"{wrong}?{claims}"), asked, 9)
 
 
-REFUSED = '''
+REFUSED = """
 import torch
 from torch import nn
 
@@ -174,7 +174,7 @@ class Late(Base):
         hidden = self.embed(ids)
         if hidden.shape[0] > 0:
             raise RuntimeError("set HOME_OF_TABLES first")
-'''
+"""
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,16 @@ def test_the_line_of_a_refusal_is_enough_once_it_is_completed(tmp_path: Path) ->
 
 
 # --- scripts ---
-SCRIPTED = ("SeqFirst", "WholeSequence", "WithCrop", "WithRollback", "Ragged", "ChunkOfOne", "WithLock", "PastAndCounter")
+SCRIPTED = (
+    "SeqFirst",
+    "WholeSequence",
+    "WithCrop",
+    "WithRollback",
+    "Ragged",
+    "ChunkOfOne",
+    "WithLock",
+    "PastAndCounter",
+)
 
 
 @pytest.mark.slow

@@ -301,11 +301,7 @@ def test_an_address_opens_a_target_and_a_backend_is_returned_unchanged(tmp_path:
         ),
         ("NoCache", {}, "fits NoCache.forward(x: 'Tensor'), whose calls show no cache. Give the call"),
         ("Absent", {}, "has no 'Absent'"),
-        (
-            "Layer",
-            {"init": {"width": 5, "heads": 3}},
-            "fits Layer.forward(x: 'Tensor', past: 'tuple[Tensor, Tensor] |",
-        ),
+        ("Layer", {"init": {"width": 5, "heads": 3}}, "fits Layer.forward(x: 'Tensor', past: 'tuple[Tensor, Tensor] |"),
         ("Layer", {"init": {"depth": 5}}, "cannot be built: TypeError: Projections.__init__() got an unexpected keyw"),
         ("Needs", {}, "give its arguments: --init '{\"width\": ...}'"),
         ("KV_CACHE", {}, "is a list, which cannot be called"),
@@ -384,7 +380,9 @@ def test_the_adapter_in_the_error_is_a_conformant_backend(tmp_path: Path) -> Non
     sizes = "heads=6, kv_heads=2, head_dim=8, width=48"
     text = shown.replace("heads=4, kv_heads=4, head_dim=8, width=32", sizes)
     text = text.replace("NoCache", "Attention")
-    text = text.replace("from third_party_modules", f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\nfrom attention")
+    text = text.replace(
+        "from third_party_modules", f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\nfrom attention"
+    )
     (tmp_path / "adapter.py").write_text(text)
     target = load(f"{tmp_path}/adapter.py:Adapter")
     assert broken(target, ASKED) == {}

@@ -102,8 +102,8 @@ def check(
 
     Detects the calling convention, prints its assumptions, and uses the target's own uncached forward as the reference,
     after testing that forward. Prints what is broken, which known mistake it behaves like, and which tokens its outputs
-    depend on. Where no way of calling it agrees with that forward, it is not judged: the exit code is 3, and the message
-    shows the option to give. Anything else is a class with the methods of kvconform.BlackBox: check file.py:Box.
+    depend on. Where no way of calling it agrees with that forward, it is not judged: the exit code is 3, and the
+    message shows the option to give. Anything else is a class with the methods of kvconform.BlackBox (an adapter).
     """
     plan = Plan(effort_named(effort) if effort else CHECK, seed, explain=True)
     found = []

@@ -53,8 +53,8 @@ CLAIM_HELP = (
 )
 OPTION_HELP = (
     "An option of the target as NAME=JSON, such as cache=static (transformers), dtype=bfloat16, seed=1, or how a "
-    "module is called, which is otherwise found by trial: convention='{\"call\": \"module(x, past, cached)\", "
-    "\"output\": \"out[0]\", \"present\": \"out[1]\"}'. Names in it: module, x (the new tokens), sofar (all tokens), "
+    'module is called, which is otherwise found by trial: convention=\'{"call": "module(x, past, cached)", '
+    '"output": "out[0]", "present": "out[1]"}\'. Names in it: module, x (the new tokens), sofar (all tokens), '
     "past, cached, new, batch, out (the result). May be repeated."
 )
 FORMS = (

@@ -256,7 +256,7 @@ def kept(config: Config, precision: Precision) -> float:
     if precision.kv_bits:
         quantiser = precision.quantiser
         shared = quantiser.group or (config.capacity if quantiser.by_channel else config.head_dim)
-        return math.sqrt(shared) / (2 * (2 ** (precision.kv_bits - 1) - 1))
+        return math.sqrt(shared) / float(2**precision.kv_bits - 2)
     return STORAGE[precision.cache_dtype] if precision.cache_dtype else 0.0
 
 

@@ -70,12 +70,13 @@ class Convention:
     (see the module docstring).
 
     takes: ``tokens``, ids ``(b, t)``, or ``states``, ``(b, t, width)``. arrays: ``torch`` or ``numpy``. batched:
-    whether there is a batch axis. sequence_first: whether it is the second one, ``(t, b)``. begin: run before the first call of a sequence. empty: the past of an empty sequence.
-    call: appends ``x``. output, present: read from ``out``; an empty ``present`` means that the caller keeps nothing.
-    uncached: the uncached forward, with output ``uncached_output``. always: every call uses the module's cache, so that
-    ``uncached`` runs ``begin`` first. tell: run before every call: tells the module the sequence's context. truncate:
-    keeps the first ``length`` tokens; it changes the past, or gives another one. ragged: the call where rows have
-    different ``counts``. imports: names from the target's file that these expressions use.
+    whether there is a batch axis. sequence_first: whether it is the second one, ``(t, b)``. begin: run before the
+    first call of a sequence. empty: the past of an empty sequence. call: appends ``x``. output, present: read from
+    ``out``; an empty ``present`` means that the caller keeps nothing. uncached: the uncached forward, with output
+    ``uncached_output``. always: every call uses the module's cache, so that ``uncached`` runs ``begin`` first.
+    tell: run before every call: tells the module the sequence's context. truncate: keeps the first ``length``
+    tokens; it changes the past, or gives another one. ragged: the call where rows have different ``counts``.
+    imports: names from the target's file that these expressions use.
     """
 
     takes: str = "states"
@@ -107,7 +108,10 @@ class Convention:
         return Convention(**{f.name: given.get(f.name, getattr(self, f.name)) for f in fields(self)})
 
 
-NAMES = frozenset("module x sofar past batch new cached context counts length out torch np device".split())
+NAMES = frozenset(
+    {"module", "x", "sofar", "past", "batch", "new", "cached", "context", "counts", "length", "out"}
+    | {"torch", "np", "device"}
+)
 """The names that expressions can use, beside builtins and ``imports``."""
 WORDS = {"takes": ("tokens", "states"), "arrays": ("torch", "numpy")}
 """The fields that are one of a few words."""

@@ -48,9 +48,7 @@ class Limits(Trials):
             prompt = largest(1, longest, lambda n: self.runs(made, n, cached=True))
             self.fills(made, (longest,))
             refusal = self.raised
-            if prompt < longest and self.fills(made, (prompt,) * (longest // prompt) + (1,) * bool(longest % prompt)):
-                made.chunk, made.chunk_refusal = prompt, refusal
-            elif prompt < longest and self.fills(made, (prompt, 1)):
+            if prompt < longest and (self.fills(made, _pieces(longest, prompt)) or self.fills(made, (prompt, 1))):
                 made.chunk, made.chunk_refusal = prompt, refusal
         self._measure_chunk(made, longest)
         step = made.chunk or longest
@@ -127,10 +125,11 @@ class Limits(Trials):
         for value, name in self.target.reported(identifiers.CAPACITIES):
             if value == made.capacity and made.capacity_from:
                 made.capacity_from = name
-            elif LENGTH <= value < made.capacity and self._agrees_at(made, value, step):
-                if not self._agrees_at(made, value + 1, step):
-                    made.capacity, made.capacity_from, made.refuses = value, name, True
-                    return
+            elif LENGTH <= value < made.capacity and (
+                self._agrees_at(made, value, step) and not self._agrees_at(made, value + 1, step)
+            ):
+                made.capacity, made.capacity_from, made.refuses = value, name, True
+                return
 
     def _agrees_at(self, made: Recognised, tokens: int, step: int) -> bool:
         """Whether the output of a last call of one token agrees."""

@@ -31,7 +31,7 @@ class Measurements(Limits, Operations):
 
     def __init__(self, target: ProbedTarget, beginnings: Beginnings) -> None:
         super().__init__(target)
-        self.beginnings, self.given_fields = beginnings, frozenset(beginnings.overrides)
+        self.beginnings = beginnings
 
     def vocabulary(self, made: Recognised) -> int:
         """The number of token ids: the size of the embedding that receives them, else the largest that works."""

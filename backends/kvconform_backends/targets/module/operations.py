@@ -30,7 +30,7 @@ class Operations(Trials):
     def measure_truncation(self, made: Recognised) -> None:
         """How a sequence is truncated: by the first form after which cached calls agree, or else by the first after
         which the past tells the right length. Whether it then works is left for the suite to report."""
-        if "truncate" in self.given_fields or made.convention.truncate:
+        if made.convention.truncate:
             return
         told: Convention | None = None
         for convention in self._truncations(made):

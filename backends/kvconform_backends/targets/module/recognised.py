@@ -80,11 +80,11 @@ class Recognised:
     vocabulary: the number of token ids. outputs: the size of one token's output. rows: the maximum batch, and
     ``refusal`` the exception beyond it. given: the arguments for masks and positions. past: a description of the past.
     keeps_inputs: whether the cache holds the memory of the inputs. slots: arrays with a slot for each token.
-    chunk: the most tokens of a cached call, and ``chunk_refusal`` the exception beyond them. refuses: whether it raises
-    beyond the capacity. judged: whether trials showed that the convention is the one that is meant; if none agreed,
-    ``disagreement`` says so. begins: whether the first cached call agreed with the reference. ragged_later: whether rows
-    may take different numbers of tokens in later calls, too. truncated_new: whether a truncation gives another past.
-    rollback: see ``Claims``.
+    chunk: the most tokens of a cached call, and ``chunk_refusal`` the exception beyond them. refuses: whether it
+    raises beyond the capacity. judged: whether trials showed that the convention is the one that is meant; if none
+    agreed, ``disagreement`` says so. begins: whether the first cached call agreed with the reference. ragged_later:
+    whether rows may take different numbers of tokens in later calls, too. truncated_new: whether a truncation gives
+    another past. rollback: see ``Claims``.
     hints: what giving an omitted argument would change. operations: methods of the module or its past that nothing
     calls, in words. contexts: the number of contexts that a sequence can have.
     """
@@ -157,7 +157,7 @@ class Recognised:
         elif self.disagreement:
             yield (
                 f"it is called as meant, although in trials {self.disagreement}; if not, give the call: --option "
-                f"'convention={{\"call\": \"{concrete(c.call, {})}\"}}'"
+                f'\'convention={{"call": "{concrete(c.call, {})}"}}\''
             )
         uncached = concrete(c.uncached, {"past": c.empty})
         if c.always:

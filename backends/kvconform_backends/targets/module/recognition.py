@@ -10,13 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from kvconform.errors import BackendUnavailable
 from kvconform_backends.targets.module import identifiers, signature
 from kvconform_backends.targets.module.beginnings import Beginnings
 from kvconform_backends.targets.module.calls import leaves
@@ -24,16 +22,10 @@ from kvconform_backends.targets.module.conventions import Convention
 from kvconform_backends.targets.module.measurements import Measurements
 from kvconform_backends.targets.module.past import contents
 from kvconform_backends.targets.module.recognised import ProbedTarget, Recognised
+from kvconform_backends.targets.module.refusals import Unrecognised, guess
 from kvconform_backends.targets.module.signature import ForwardSignature, signature_of, written
 from kvconform_backends.targets.module.trials import FINE, LENGTH, PROMPT, PROMPTED, ROUGH, parts
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded
-
-class Unrecognised(BackendUnavailable):
-    """No known convention matches; the message says what was found. line: fields of a convention to begin with."""
-
-    def __init__(self, sentence: str, line: Mapping[str, str] = MappingProxyType({})) -> None:
-        super().__init__(sentence)
-        self.line = line
 
 
 def recognise(target: ProbedTarget, overrides: Mapping[str, Any]) -> Recognised:
@@ -63,7 +55,7 @@ def _tried(target: ProbedTarget, sig: ForwardSignature, overrides: Mapping[str, 
     try:
         if sig.unknown_required:
             name = sig.unknown_required[0]
-            raise Unrecognised(f"{sig.text}, whose required parameter {name!r} is unknown", _guess(sig))
+            raise Unrecognised(f"{sig.text}, whose required parameter {name!r} is unknown", guess(sig))
         return Recognition(target, sig, overrides).found()
     except Unrecognised as words:
         return words
@@ -81,16 +73,6 @@ def _others(
         yield _tried(target, sig, {**overrides, "sequence_first": True, "batched": True})
 
 
-def _guess(sig: ForwardSignature) -> dict[str, str]:
-    """Fields of a convention as the names of a signature suggest them; ``...`` stands for what is not known."""
-    given = {name: "past" for name in sig.pasts[:1]} | dict.fromkeys(sig.flags, "True")
-    given |= {name: signature.concrete(signature.position_forms(sig, name)[0], {}) for name in sig.positions}
-    given |= dict.fromkeys(sig.unknown_required, "...")
-    if sig.pasts:
-        return {"call": written(sig, given), "output": "out[0]", "present": "out[1]", "empty": "None"}
-    return {"call": written(sig, given), "output": "out"}
-
-
 class Recognition(Measurements):
     """The search for the convention of one target."""
 
@@ -104,7 +86,7 @@ class Recognition(Measurements):
     def found(self) -> Recognised:
         best = self._best()
         if best is None:
-            raise Unrecognised(f"{self.sig.text}, whose calls show no cache{self._raised()}", _guess(self.sig))
+            raise Unrecognised(f"{self.sig.text}, whose calls show no cache{self._raised()}", guess(self.sig))
         if best.batch == 2 and not all(best.rank):  # the cache may support only one row
             best = self._of_one_row(best)
         if not all(best.rank):
@@ -230,7 +212,7 @@ class Recognition(Measurements):
                 plain = [made for made in running if not self._optional_mask(made)]
                 causal = [made for made in running if self._causal(made)]
                 return [made for made in causal if made in plain] or causal or plain or running
-        raise Unrecognised(f"{self.sig.text}, which accepts no inputs that were tried{self._raised()}", _guess(self.sig))
+        raise Unrecognised(f"{self.sig.text}, which accepts no inputs that were tried{self._raised()}", guess(self.sig))
 
     def _optional_mask(self, made: Recognised) -> bool:
         return any(name in self.sig.masks and not self.sig.required(name) for name in made.given)

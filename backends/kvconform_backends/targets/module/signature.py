@@ -27,8 +27,8 @@ STATES_LENGTH = 5
 
 @dataclass(frozen=True)
 class ForwardSignature:
-    """The parameters of a forward by purpose. ``settings``: required ones with one value in every call; ``unknown``: the
-    others; ``unknown_required``: those of them without a default."""
+    """The parameters of a forward by purpose. ``settings``: required ones with one value in every call; ``unknown``:
+    the others; ``unknown_required``: those of them without a default."""
 
     text: str
     inputs: tuple[str, ...]
@@ -75,7 +75,9 @@ def signature_of(target: Any, name: str, past: str = "") -> ForwardSignature:
     known = {*settings, *inputs, *flags, *pasts, *masks, *positions, *contexts}
     unknown = tuple(n for n in rest if n not in known)
     unknown_required = tuple(n for n in unknown if named[n].default is inspect.Parameter.empty)
-    return ForwardSignature(text, inputs, pasts, flags, masks, positions, contexts, unknown, unknown_required, named, settings)
+    return ForwardSignature(
+        text, inputs, pasts, flags, masks, positions, contexts, unknown, unknown_required, named, settings
+    )
 
 
 def _switch(parameter: inspect.Parameter) -> bool:

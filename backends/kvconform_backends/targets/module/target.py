@@ -11,6 +11,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -28,7 +29,8 @@ from kvconform_backends.targets import black_box
 from kvconform_backends.targets.module import calls, conventions, identifiers, slots
 from kvconform_backends.targets.module.calls import Caller, ModuleSequence
 from kvconform_backends.targets.module.recognised import ProbedTarget, Recognised
-from kvconform_backends.targets.module.recognition import Unrecognised, recognise
+from kvconform_backends.targets.module.recognition import recognise
+from kvconform_backends.targets.module.refusals import Unrecognised
 from kvconform_backends.targets.module.script import ModuleScript
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 from kvconform_backends.torch import device_time
@@ -80,10 +82,8 @@ class Source:
                 hint = f"; give its arguments: --init '{{{needed}}}'" if needed and not self.init else ""
                 raise BackendUnavailable(f"{self.address} cannot be built: {error}{hint}") from error
         elif isinstance(found, nn.Module):
-            try:
+            with suppress(Exception):  # one that cannot be copied is new: its file was executed for it
                 found = copy.deepcopy(found)
-            except Exception:  # noqa: BLE001 - third-party code may raise anything: its file was executed afresh
-                pass
         if isinstance(found, nn.Module):
             found.eval()
             if self.dtype is not None:

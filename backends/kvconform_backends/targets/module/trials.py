@@ -136,7 +136,8 @@ class Trials:
                     outputs.append(caller.step(replace(sequence, inputs=x[:, :PROMPT]), x[:, PROMPT:])[0])
         except ThirdPartyError:
             return True
-        return not np.array_equal(*outputs)
+        one, two = outputs
+        return not np.array_equal(one, two)
 
     def repeats(self, made: Recognised) -> bool:
         """Whether a second sequence gives what the first one gave."""
@@ -144,9 +145,7 @@ class Trials:
         try:
             with guarded():
                 caller = self.caller(made.convention)
-                one, two = (
-                    self.appended(caller, caller.start(len(x)), x, made.chunk)[0] for _number in range(2)
-                )
+                one, two = (self.appended(caller, caller.start(len(x)), x, made.chunk)[0] for _number in range(2))
         except ThirdPartyError:
             return False
         return close(one, two)
