@@ -348,7 +348,7 @@ def test_what_no_trial_agreed_with_is_said_first() -> None:
     pytest.importorskip("torch")
     for name, words in (("TopLeftMask", True), ("RightMask", False)):
         found = module.open_module(f"{SUPPORT / 'published_listings.py'}:{name}", {})
-        assert found.assumed[1].startswith("it is called as meant, although in trials its first cached call") is words
+        assert found.assumed[0].startswith("it is called as meant, although in trials its first cached call") is words
 
 
 def test_what_a_target_has_and_nothing_tries_is_told() -> None:

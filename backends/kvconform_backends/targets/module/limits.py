@@ -143,9 +143,10 @@ class Limits(Trials):
         except ThirdPartyError:
             return False
 
-    def one_token_each(self, made: Recognised) -> Recognised | None:
-        """The same with calls of one token, if cached calls of several are refused and those of one agree."""
-        if self.error is None or not self.error.deliberate:
+    def one_token_each(self, made: Recognised, refused: bool = False) -> Recognised | None:
+        """The same with calls of one token, if these agree and cached calls of several are ``refused``: by the target
+        itself, or by any exception if nothing else agrees."""
+        if self.error is None or not (refused or self.error.deliberate):
             return None
         trial = replace(made, chunk=1, chunk_refusal=self.raised)
         self.rank(trial)

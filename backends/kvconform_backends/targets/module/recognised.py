@@ -149,9 +149,9 @@ class Recognised:
         return f"{kind} in{one}{arrays}, {how}; called as {concrete(c.call, {})}"
 
     @property
-    def assumed(self) -> Iterator[str]:
-        """The assumptions made, one sentence each."""
-        c, sig = self.convention, self.signature
+    def doubts(self) -> Iterator[str]:
+        """What trials found against the convention, in sentences."""
+        c = self.convention
         if self.disagreement and all(self.rank):
             yield f"in trials {self.disagreement}"
         elif self.disagreement:
@@ -159,6 +159,10 @@ class Recognised:
                 f"it is called as meant, although in trials {self.disagreement}; if not, give the call: --option "
                 f'\'convention={{"call": "{concrete(c.call, {})}"}}\''
             )
+    @property
+    def assumed(self) -> Iterator[str]:
+        """The assumptions made, one sentence each."""
+        c, sig = self.convention, self.signature
         uncached = concrete(c.uncached, {"past": c.empty})
         if c.always:
             begun = f"the first {uncached} after {c.begin}" if c.begin else f"{uncached} at position 0"

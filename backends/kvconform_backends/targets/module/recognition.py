@@ -93,7 +93,7 @@ class Recognition(Measurements):
             self.rank(best)
             best = self.one_token_each(best) or best
         if not any(best.rank[2:]):
-            best = self._given_all(best) or self._roughly() or best
+            best = self._given_all(best) or self._roughly() or self.one_token_each(best, refused=True) or best
         self._settle(best)
         if not best.judged:
             return best
