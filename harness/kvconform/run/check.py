@@ -165,10 +165,12 @@ def diagnosed(results: Results) -> Iterator[str]:
 
 
 def _not_tried(results: Results) -> Iterator[str]:
-    """What a black box has or may have that its verdict says nothing of."""
+    """What a black box has or may have that its verdict says nothing of, and memory that it need not take."""
     if results.target is None or not results.verdicts:
         return
     claims = Claims.from_json(results.claims)
+    if results.target.held is not None and results.target.held.sentence:
+        yield f"  memory: {results.target.held.sentence}"
     left = [*results.target.not_tried, *(words for need, words in UNCLAIMED.items() if not claims.can(need))]
     if left:
         yield f"  not tried: {', '.join(left)}"

@@ -64,7 +64,7 @@ class Recognised:
     ``refusal`` the exception beyond it. given: the arguments for masks and positions. past: a description of the past.
     keeps_inputs: whether the cache holds the memory of the inputs. slots: arrays with a slot for each token.
     hints: what giving an omitted argument would change. operations: methods of the module or its past that nothing
-    calls, in words. contexts: the number of contexts that a sequence can have.
+    calls, in words. contexts: the number of contexts that a sequence can have. held: as in ``BlackBox``.
     """
 
     signature: ForwardSignature
@@ -89,6 +89,7 @@ class Recognised:
     slots: Slots = field(default_factory=dict)
     reserved: tuple[int, ...] = ()
     contexts: int = 1
+    held: Mapping[str, int] | None = None
     hints: dict[str, str] = field(default_factory=dict)
     operations: tuple[str, ...] = ()
     rank: Rank = (False, False, False, False)

@@ -18,6 +18,7 @@ from kvconform_backends.targets.module import identifiers, signature
 from kvconform_backends.targets.module.beginnings import Beginnings
 from kvconform_backends.targets.module.calls import leaves
 from kvconform_backends.targets.module.conventions import Convention
+from kvconform_backends.targets.module.held import held
 from kvconform_backends.targets.module.measurements import Measurements
 from kvconform_backends.targets.module.past import contents
 from kvconform_backends.targets.module.recognised import ProbedTarget, Recognised
@@ -106,6 +107,7 @@ class Recognition(Measurements):
         if all(best.rank):
             self.measure_slots(best)
             self.measure_kept(best)
+            best.held = held(self, best)
         if best.rank[0] and not all(best.rank):
             self._add_hints(best)
         return best

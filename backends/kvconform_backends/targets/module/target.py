@@ -226,6 +226,7 @@ class ModuleTarget:
         self.configs = {f"{profile}-self": own}
         self.recognised = found.words
         self.assumed, self.not_tried = (_built(source), *found.assumed), found.operations
+        self.held = found.held
         self.source = source.file if source.file.endswith(".py") else str(sys.modules[source.file].__file__ or "")
         self.dtype, self.found, self._source = dtype, found, source
 
