@@ -162,12 +162,12 @@ class Config:
         return self.window if layer % self.window_every == 0 else None
 
     def to_json(self) -> dict[str, Any]:
-        scaling = None if self.rotary is None else asdict(self.rotary)
+        rotary = None if self.rotary is None else asdict(self.rotary)
         return {
-            **asdict(self),
+            **{f.name: getattr(self, f.name) for f in fields(self)},  # asdict copies every value, which takes longer
             "reserved": list(self.reserved),
             "kv_source": list(self.kv_source),
-            "rotary": scaling and {name: list(v) if isinstance(v, tuple) else v for name, v in scaling.items()},
+            "rotary": rotary and {name: list(v) if isinstance(v, tuple) else v for name, v in rotary.items()},
         }
 
     @classmethod

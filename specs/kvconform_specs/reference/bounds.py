@@ -58,6 +58,7 @@ through ``q``: the ratio of at most about two is far from ``C``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -178,10 +179,16 @@ class Noisy(Arithmetic):
         self._u = np.float32(u * self.gain)
         self._a = np.float32(ACCUMULATION * self.gain)
         self._offsets = np.random.Generator(np.random.Philox(key=seed))
+        self._apart: tuple[int, ...] = ()
+
+    def of(self, runs: int) -> Noisy:
+        """For so many runs at once on inputs ``(runs, n, rows, s)``: angles differ by run, and not by row or head."""
+        self._apart = runs, 1, 1, 1
+        return self
 
     def _xi(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Noise of this shape, read-only."""
-        size, pool = int(np.prod(shape)), _pool()
+        size, pool = math.prod(shape), _pool()
         if size > pool.size // 2:  # it repeats after a million numbers, which are never compared with one another
             return np.resize(np.roll(pool, int(self._offsets.integers(pool.size))), shape)
         start = int(self._offsets.integers(pool.size - size))
@@ -197,8 +204,9 @@ class Noisy(Arithmetic):
         return x * (1 + self._cache * self._xi(x.shape)) if self._cache else x
 
     def angles(self, positions: Array, frequencies: Array) -> Array:
-        noise = 2 * self._a * self._xi(frequencies.shape), self._a * self._xi((len(positions), len(frequencies)))
-        return np.asarray(positions[:, None] * (frequencies * (1 + noise[0])) * (1 + noise[1]))
+        same = 2 * self._a * self._xi((*self._apart, 1, len(frequencies)))
+        each = self._a * self._xi((*self._apart, len(positions), len(frequencies)))
+        return np.asarray(positions[:, None] * (frequencies * (1 + same)) * (1 + each))
 
     def product(self, x: Array, w: Array) -> Array:
         out = x @ w
