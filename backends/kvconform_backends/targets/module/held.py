@@ -57,6 +57,5 @@ def _kept(trials: Trials, made: Recognised) -> int:
         if token in (0, 1, made.capacity - 1):
             shapes.append(dict(sizes(sequence.past)))
     first, second, last = shapes
-    axes = {at: grown_axis(shape, second.get(at)) for at, shape in first.items()}
-    ends = {at: last.get(at) for at, axis in axes.items() if axis is not None}
-    return max((end[axes[at]] for at, end in ends.items() if isinstance(end, tuple)), default=0)
+    grown = ((grown_axis(shape, second.get(at)), last.get(at)) for at, shape in first.items())
+    return max((end[axis] for axis, end in grown if axis is not None and isinstance(end, tuple)), default=0)
