@@ -6,7 +6,6 @@ import json
 import mmap
 import os
 import selectors
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,8 +31,9 @@ from kvconform.errors import (
     WorkerTimeout,
 )
 from kvconform.host import gpu, oom_kills
-from kvconform.worker.process import exit_of, pinned, variables
+from kvconform.worker.process import exit_of
 from kvconform.worker.protocol import LENGTHS, PROGRESS, Header, Traces, send, unpack
+from kvconform.worker.start import FORK, START_METHODS, WORKER, Launch, Process, started
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.describe import describe
@@ -59,7 +59,8 @@ RAISED = {kind.__name__: kind for kind in (InvalidBackend, Unavailable, BackendU
 @dataclass
 class WorkerSpec:
     """How to start the workers of one backend. ``cpus``: the processors that they may use, if the system supports it;
-    None: any. ``module``: what the interpreter runs as the worker. Raises BadArgument for an unknown device."""
+    None: any. ``module``: what the interpreter runs as the worker. ``start_method``: ``fork`` or ``spawn``; a worker
+    that cannot be forked is a new process. Raises BadArgument for an unknown device or method."""
 
     address: str
     device: str = "cpu"
@@ -67,11 +68,14 @@ class WorkerSpec:
     step_timeout: float = STEP_TIMEOUT
     environment: dict[str, str] = field(default_factory=dict)
     cpus: tuple[int, ...] | None = None
-    module: str = "kvconform.worker.server"
+    module: str = WORKER
+    start_method: str = FORK
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise BadArgument("device", self.device, DEVICES)
+        if self.start_method not in START_METHODS:
+            raise BadArgument("start_method", self.start_method, START_METHODS)
 
 
 def unproven(runtime_info: Mapping[str, Any], device: str) -> str:
@@ -93,7 +97,7 @@ class WorkerClient:
         self.leaks = 0  # how many failures have needed what ran before
         self._built: set[Config] = set()
         self._failed: dict[Config, WorkerDied] = {}  # a build that failed once is not tried for every cell
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="kvconform-")
         self._stderr = Path(self._scratch.name) / "stderr"
         try:
@@ -301,14 +305,11 @@ class WorkerClient:
             self._progress = mmap.mmap(file.fileno(), PROGRESS.size)
         spec = self.spec
         try:
-            with self._stderr.open("wb") as stderr, pinned(spec.cpus):
-                self._process = subprocess.Popen(
-                    [spec.python, "-m", spec.module, spec.address, spec.device, str(path)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=stderr,
-                    env={**os.environ, **variables(), **spec.environment},
-                )
+            launch = Launch(
+                spec.python, spec.module, (spec.address, spec.device, str(path)), spec.environment, spec.cpus
+            )
+            with self._stderr.open("wb") as stderr:
+                self._process, self.started = started(launch, stderr, BUILD_TIMEOUT, spec.start_method)
         except OSError as error:
             raise BackendUnavailable(f"interpreter {spec.python!r} cannot be started: {error.strerror}") from error
         try:

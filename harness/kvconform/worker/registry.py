@@ -59,6 +59,15 @@ def load(address: str) -> Any:
     return backend
 
 
+def sources(address: str) -> list[str]:
+    """The modules, files or dotted names, that are imported first for an address; nothing is imported."""
+    kind, _, rest = address.partition(":")
+    points = [found[name] for found, name in ((openers(), kind), (installed(), address)) if name in found]
+    target = rest.partition("?")[0] if kind in openers() else address
+    named = [point.value for point in points] + ([target] if ":" in target else [])
+    return [module for module, _, _ in (one.rpartition(":") for one in named)]
+
+
 def _imported(address: str) -> Any:
     target, named = address, False
     if ":" not in address:
