@@ -35,6 +35,7 @@ from kvconform.worker.process import exit_of
 from kvconform.worker.protocol import LENGTHS, PROGRESS, Header, Traces, send, unpack
 from kvconform.worker.start import FORK, START_METHODS, WORKER, Launch, Process, started
 from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
 from kvconform_specs.describe import describe
 from kvconform_specs.program import Program
@@ -95,6 +96,7 @@ class WorkerClient:
         self.log: deque[tuple[Program, tuple[int, ...]]] = deque(maxlen=LOG_LENGTH)
         self.starts = 0
         self.leaks = 0  # how many failures have needed what ran before
+        self.raised: dict[tuple[Config, tuple[str, str]], Case] = {}  # the smallest case of each error that was raised
         self._built: set[Config] = set()
         self._failed: dict[Config, WorkerDied] = {}  # a build that failed once is not tried for every cell
         self._process: Process | None = None
@@ -111,9 +113,7 @@ class WorkerClient:
             raise
         self._imported: dict[str, str] = {}
         self._measured = False  # how a black box's own forward rounds
-        self._reference: WorkerClient | None = (
-            None  # of a black box: a process of its own, on which no cached step ever runs
-        )
+        self._reference: WorkerClient | None = None  # of a black box: a process in which no cached step ever runs
         if spec.device not in self.claims.devices:
             self.close()
             known = ", ".join(self.claims.devices)

@@ -17,6 +17,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -134,14 +135,18 @@ class ForkServer:
         self.reason = ""  # why it forks no more
         self.workers: list[Forked] = []
         self._control, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with end, pinned(launch.cpus):
-            self._process = subprocess.Popen(
-                [launch.python, "-m", "kvconform.worker.fork_server", *modules],
-                stdin=end,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=launch.variables,
-            )
+        try:
+            with end, pinned(launch.cpus):
+                self._process = subprocess.Popen(
+                    [launch.python, "-m", "kvconform.worker.fork_server", *modules],
+                    stdin=end,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env=launch.variables,
+                )
+        except OSError:
+            self._control.close()
+            raise
 
     @property
     def idle(self) -> bool:
@@ -202,6 +207,7 @@ def _close_all() -> None:
     _servers.clear()
 
 
+@cache
 def frameworks(address: str) -> tuple[str, ...]:
     """The modules that a server imports for a backend: those of the frameworks that its source imports, and the source
     of what opens it, or other modules of their packages."""
