@@ -139,7 +139,7 @@ class ForkServer:
             with end, pinned(launch.cpus):
                 self._process = subprocess.Popen(
                     [launch.python, "-m", "kvconform.worker.fork_server", *modules],
-                    stdin=end,
+                    stdin=end.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     env=launch.variables,
@@ -195,7 +195,7 @@ def _server(launch: Launch) -> ForkServer:
     key = (os.getpid(), launch.python, launch.module, shared, os.getcwd(), launch.cpus, modules)
     for idle in [one for one in _servers if one != key and one[0] == os.getpid() and _servers[one].idle][:-IDLE]:
         _servers.pop(idle).close()
-    _servers[key] = _servers.pop(key, None) or ForkServer(launch, modules)
+    _servers[key] = _servers.pop(key) if key in _servers else ForkServer(launch, modules)
     return _servers[key]
 
 
