@@ -164,7 +164,7 @@ class Config:
     def to_json(self) -> dict[str, Any]:
         scaling = None if self.rotary is None else asdict(self.rotary)
         return {
-            **asdict(self),
+            **{field.name: getattr(self, field.name) for field in fields(self)},  # asdict takes ten times as long
             "reserved": list(self.reserved),
             "kv_source": list(self.kv_source),
             "rotary": scaling and {name: list(v) if isinstance(v, tuple) else v for name, v in scaling.items()},

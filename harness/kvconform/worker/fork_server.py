@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import Any
 
 from kvconform.worker.process import OWN, TASKS
+from kvconform.worker.registry import installed, openers
 from kvconform.worker.server import main as work
 
 MESSAGE = 1 << 17
@@ -138,6 +139,7 @@ def main() -> None:
     for module in sys.argv[1:]:
         with suppress(ImportError):  # the backend's own import says it better
             importlib.import_module(module)
+    installed(), openers()  # a worker looks them up
     sys.argv = ForkServer(control).serve()
     work()
 

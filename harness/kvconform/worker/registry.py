@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import sys
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ EXTRAS = {"gpt2-transformers": "hf", "module-buffers": "eager", "past-tuples": "
 """The extra that a shipped backend needs, if its name differs from the backend's."""
 
 
+@cache
 def installed() -> dict[str, EntryPoint]:
-    """Backends that installed distributions offer, by name."""
+    """Backends that installed distributions offer, by name; read once a process."""
     return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda p: p.name)}
 
 
+@cache
 def openers() -> dict[str, EntryPoint]:
     """What opens each kind of target: ``open(target, options)`` gives a ``backend.BlackBox`` or another backend."""
     return {point.name: point for point in sorted(entry_points(group=TARGETS), key=lambda p: p.name)}
