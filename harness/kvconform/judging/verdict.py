@@ -107,5 +107,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.mismatch is not None and self.mismatch.raised
 
     @property
+    def error_pattern(self) -> tuple[str, ...]:
+        """What the exception of a legal step has in common with equal ones of other cells; empty where none raised."""
+        error = self.mismatch.error if self.raised and self.mismatch is not None else None
+        return () if error is None else (self.config, *error.pattern)
+
+    @property
     def key(self) -> tuple[str, str]:
         return self.clause, self.config

@@ -139,10 +139,13 @@ def lines(results: Results, folder: Path, told: Collection[str] = ()) -> Iterato
     yield from (line for line in header(results) if line not in told)
     broken = results.failures
     yield from diagnosed(results)
-    for verdict in broken[:SHOWN]:
-        yield from _failure(results, verdict, folder)
-    if len(broken) > SHOWN:
-        yield f"also broken: {', '.join(dict.fromkeys(v.clause for v in broken[SHOWN:]))}"
+    groups = _by_error(broken)
+    for first, *others in groups[:SHOWN]:
+        yield from _failure(results, first, folder)
+        if others:
+            yield f"  by the same error: {', '.join(dict.fromkeys(v.clause for v in others))}"
+    if len(groups) > SHOWN:
+        yield f"also broken: {', '.join(dict.fromkeys(v.clause for group in groups[SHOWN:] for v in group))}"
     yield from _maps(results)
     yield f"{results.backend}: {results.summary}"
     yield from _not_tried(results)
@@ -151,6 +154,14 @@ def lines(results: Results, folder: Path, told: Collection[str] = ()) -> Iterato
     if results.verdicts:
         yield f"  {passed} clauses hold, {len(broken)} are broken; {programs} programs in {results.seconds:.0f} s"
         yield from remarks(results)
+
+
+def _by_error(broken: Sequence[Verdict]) -> list[list[Verdict]]:
+    """The failures, those together that raised one error; each other one alone."""
+    groups: dict[object, list[Verdict]] = {}
+    for verdict in broken:
+        groups.setdefault(verdict.error_pattern or verdict.key, []).append(verdict)
+    return [*groups.values()]
 
 
 def counted(counts: Mapping[str, int]) -> str:
@@ -198,10 +209,12 @@ def diagnosed(results: Results) -> Iterator[str]:
 
 
 def _not_tried(results: Results) -> Iterator[str]:
-    """What a black box has or may have that its verdict says nothing of."""
+    """What a black box has or may have that its verdict says nothing of, and memory that it need not take."""
     if results.target is None or not results.verdicts:
         return
     claims = Claims.from_json(results.claims)
+    if results.target.held is not None and results.target.held.sentence:
+        yield f"  memory: {results.target.held.sentence}"
     left = [*results.target.not_tried, *(words for need, words in UNCLAIMED.items() if not claims.can(need))]
     if left:
         yield f"  not tried: {', '.join(left)}"

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ EXTRAS = {"gpt2-transformers": "hf", "module-buffers": "eager", "past-tuples": "
 """The extra that a shipped backend needs, if its name differs from the backend's."""
 
 
+@cache
 def installed() -> dict[str, EntryPoint]:
-    """Backends that installed distributions offer, by name."""
+    """Backends that installed distributions offer, by name; read once a process."""
     return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda p: p.name)}
 
 
+@cache
 def openers() -> dict[str, EntryPoint]:
     """What opens each kind of target: ``open(target, options)`` gives a ``backend.BlackBox`` or another backend."""
     return {point.name: point for point in sorted(entry_points(group=TARGETS), key=lambda p: p.name)}
@@ -78,6 +81,15 @@ def load(address: str) -> Any:
     if wrong:
         raise InvalidBackend(f"backend {address!r} {wrong}")
     return backend
+
+
+def sources(address: str) -> list[str]:
+    """The modules, files or dotted names, that are imported first for an address; nothing is imported."""
+    kind, _, rest = address.partition(":")
+    points = [found[name] for found, name in ((openers(), kind), (installed(), address)) if name in found]
+    target = rest.partition("?")[0] if kind in openers() else address
+    named = [point.value for point in points] + ([target] if ":" in target else [])
+    return [module for module, _, _ in (one.rpartition(":") for one in named)]
 
 
 def _imported(address: str) -> Any:

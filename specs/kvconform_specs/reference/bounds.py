@@ -6,7 +6,7 @@ one of them is stored (``storage``: the math path of PyTorch's SDPA, the functio
 
 *Scores.* The error of key ``j``'s exponent is at most ``e_j``, the sum of
 
-- ``a sqrt(d) A_j`` with ``A_j = scale sum|q||k_j|``: a dot product of ``d`` terms with independent rounding errors
+- ``a sqrt(d) A_j`` with ``A_j = |scale| sum|q||k_j|``: a dot product of ``d`` terms with independent rounding errors
   (Higham & Mary 2019, "A new approach to probabilistic rounding error analysis", theorem 2.4);
 - ``2 w A_j``: the scale, on the product or its root on both operands; ``w |x_j|``: the product ``x_j``, stored;
 - softcap: ``8 a |x_j| + 3 w |x_j|``: a tanh of at most 4 ulp; division, tanh and product, stored. Earlier errors do
@@ -40,9 +40,9 @@ both operands in storage precision), and one ``u`` of the result:
 bound 0; no bound where any finite number is claimed.
 
 *Quantised cache.* An element has an error of at most ``h`` (``quantisation.py``). The error of scores then grows by
-``scale sum|q| h`` of the key, that of the output by ``sum_j (p_j + r'_j) h`` of the values. Tokens from ``exact_from``
-on are not quantised. In a cache of another dtype than the config's, of unit roundoff ``c``, each key and value is
-rounded once: ``h = c |x| + eta``.
+``|scale| sum|q| h`` of the key, that of the output by ``sum_j (p_j + r'_j) h`` of the values. Tokens from
+``exact_from`` on are not quantised. In a cache of another dtype than the config's, of unit roundoff ``c``, each key and
+value is rounded once: ``h = c |x| + eta``.
 
 **Decoder.** Errors pass through layers, so the bound is measured on the definition by Monte-Carlo arithmetic (Parker
 1997, "Monte Carlo arithmetic", UCLA CSD-970002): it is run ``RUNS`` times with random noise of the size of each
@@ -179,10 +179,16 @@ class Noisy(Arithmetic):
         self._u = np.float32(u * self.gain)
         self._a = np.float32(ACCUMULATION * self.gain)
         self._offsets = np.random.Generator(np.random.Philox(key=seed))
+        self._apart: tuple[int, ...] = ()
+
+    def of(self, runs: int) -> Noisy:
+        """For so many runs at once on inputs ``(runs, n, rows, s)``: angles differ by run, and not by row or head."""
+        self._apart = runs, 1, 1, 1
+        return self
 
     def _xi(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Noise of this shape, read-only."""
-        size, pool = int(np.prod(shape)), _pool()
+        size, pool = math.prod(shape), _pool()
         if size > pool.size // 2:  # it repeats after a million numbers, which are never compared with one another
             return np.resize(np.roll(pool, int(self._offsets.integers(pool.size))), shape)
         start = int(self._offsets.integers(pool.size - size))
@@ -198,8 +204,9 @@ class Noisy(Arithmetic):
         return x * (1 + self._cache * self._xi(x.shape)) if self._cache else x
 
     def angles(self, positions: Array, frequencies: Array) -> Array:
-        noise = 2 * self._a * self._xi(frequencies.shape), self._a * self._xi((len(positions), len(frequencies)))
-        return np.asarray(positions[:, None] * (frequencies * (1 + noise[0])) * (1 + noise[1]))
+        same = 2 * self._a * self._xi((*self._apart, 1, len(frequencies)))
+        each = self._a * self._xi((*self._apart, len(positions), len(frequencies)))
+        return np.asarray(positions[:, None] * (frequencies * (1 + same)) * (1 + each))
 
     def product(self, x: Array, w: Array) -> Array:
         out = x @ w

@@ -86,7 +86,7 @@ class Recognised:
     whether rows may take different numbers of tokens in later calls, too. truncated_new: whether a truncation gives
     another past. rollback: see ``Claims``.
     hints: what giving an omitted argument would change. operations: methods of the module or its past that nothing
-    calls, in words. contexts: the number of contexts that a sequence can have.
+    calls, in words. contexts: the number of contexts that a sequence can have. held: as in ``BlackBox``.
     """
 
     signature: ForwardSignature
@@ -111,6 +111,7 @@ class Recognised:
     slots: Slots = field(default_factory=dict)
     reserved: tuple[int, ...] = ()
     contexts: int = 1
+    held: Mapping[str, int] | None = None
     hints: dict[str, str] = field(default_factory=dict)
     operations: tuple[str, ...] = ()
     chunk: int | None = None

@@ -19,6 +19,7 @@ from kvconform_backends.targets.module import identifiers, signature
 from kvconform_backends.targets.module.beginnings import Beginnings
 from kvconform_backends.targets.module.calls import leaves
 from kvconform_backends.targets.module.conventions import Convention
+from kvconform_backends.targets.module.held import held
 from kvconform_backends.targets.module.measurements import Measurements
 from kvconform_backends.targets.module.past import contents
 from kvconform_backends.targets.module.recognised import ProbedTarget, Recognised
@@ -108,6 +109,7 @@ class Recognition(Measurements):
             self.measure_kept(best)
             self.measure_truncation(best)
             self.measure_ragged(best)
+            best.held = held(self, best)
         if best.rank[0] and not all(best.rank):
             self._add_hints(best)
         return best

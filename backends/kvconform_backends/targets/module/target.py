@@ -245,6 +245,7 @@ class ModuleTarget:
         self.recognised = found.words
         self.assumed = (*found.doubts, _built(source), *found.assumed)
         self.not_tried = found.operations
+        self.held = found.held
         self.source = source.file if source.file.endswith(".py") else str(sys.modules[source.file].__file__ or "")
         self.dtype, self.found, self._source = dtype, found, source
 
