@@ -160,6 +160,7 @@ class Recognised:
                 f"it is called as meant, although in trials {self.disagreement}; if not, give the call: --option "
                 f'\'convention={{"call": "{concrete(c.call, {})}"}}\''
             )
+
     @property
     def assumed(self) -> Iterator[str]:
         """The assumptions made, one sentence each."""
