@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from kvconform.errors import BadArgument
+from kvconform.errors import BadArgument, SpecError
 from kvconform.explain.diagnosis import text as diagnosis_text
 from kvconform.explain.visibility import text as visibility_text
 from kvconform.judging.verdict import Outcome, Verdict
@@ -43,6 +44,19 @@ UNCLAIMED = {
     "contexts": "contexts (adapters, images, encoder states)",
 }
 """What a black box is not asked without a claim, in words."""
+ENOUGH = {"quantiser": {"kv_bits": 8}, "residual": {"kv_bits": 8}}
+"""Claims that others need."""
+CLAIM_HELP = (
+    "What the target can do, where trials cannot tell a limit from a mistake, as NAME=JSON: max_chunk=6 (tokens of a "
+    "call), max_batch=1 (rows), max_sequences=1, overflow=refused, returns=last, cache_dtype=bfloat16 or kv_bits=8 "
+    "(a lossy cache). May be repeated. docs/spec.md lists all claims."
+)
+OPTION_HELP = (
+    "An option of the target as NAME=JSON, such as cache=static (transformers), dtype=bfloat16, seed=1, or how a "
+    'module is called, which is otherwise found by trial: convention=\'{"call": "module(x, past, cached)", '
+    '"output": "out[0]", "present": "out[1]"}\'. Names in it: module, x (the new tokens), sofar (all tokens), '
+    "past, cached, new, batch, out (the result). May be repeated."
+)
 FORMS = (
     "file.py:NAME or package.module:NAME (a class, factory or function), decoder.onnx, "
     "hf:DIRECTORY or hf:CONFIG_CLASS (transformers), or the name of an installed backend"
@@ -59,6 +73,9 @@ def addresses(target: str, options: Mapping[str, Any]) -> list[str]:
             raise BadArgument("target", target, sentence=f"target: no file {target}")
         return [_address("onnx", target, options)]
     if target in installed():
+        if options:
+            name = "claim" if "claims" in options else "option"
+            raise BadArgument(name, target, sentence=f"{name}: the installed backend {target!r} takes none")
         return [target]
     module, colon, name = target.rpartition(":")
     if not colon or not module or not all(part.isidentifier() for part in name.split(".")):
@@ -68,22 +85,38 @@ def addresses(target: str, options: Mapping[str, Any]) -> list[str]:
     return [_address("py", target, options)]
 
 
-def options(init: str, others: Sequence[str]) -> dict[str, Any]:
-    """The options of a target from the command line. Raises BadArgument if one is not valid JSON."""
+def options(init: str, others: Sequence[str], claimed: Sequence[str] = ()) -> dict[str, Any]:
+    """The options of a target from the command line. Raises BadArgument if one is not valid JSON, or a claim has an
+    unknown name or value."""
     found: dict[str, Any] = {}
     for at, text in [("init", f"init={init}")] * bool(init) + [("option", text) for text in others]:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise BadArgument(at, text, sentence=f"{at}: want NAME=JSON, got {text!r}")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            if at == "init" or not value.isidentifier():
-                raise BadArgument(at, text, sentence=f"{at}: {name} is not valid JSON: {value!r}") from None
-            found[name] = value  # a word without its quotation marks
+        name, value = _pair(at, text)
+        found[name] = value
     if not isinstance(found.get("init", {}), dict):
         raise BadArgument("init", init, sentence=f"init: want a JSON object, got {init!r}")
-    return found
+    claims = dict(_pair("claim", text) for text in claimed)
+    known = [one.name for one in fields(Claims)]
+    for name, value in claims.items():
+        if name not in known:
+            raise BadArgument("claim", name, known)
+        try:
+            Claims.from_json({**ENOUGH.get(name, {}), name: value})
+        except SpecError as error:
+            raise BadArgument("claim", value, sentence=f"claim: {error}") from None
+    return found | ({"claims": claims} if claims else {})
+
+
+def _pair(at: str, text: str) -> tuple[str, Any]:
+    """``NAME=JSON``, or ``NAME=word`` without quotation marks."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise BadArgument(at, text, sentence=f"{at}: want NAME=JSON, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        if at == "init" or not value.isidentifier():
+            raise BadArgument(at, text, sentence=f"{at}: {name} is not valid JSON: {value!r}") from None
+        return name, value
 
 
 def _address(kind: str, target: str, options: Mapping[str, Any]) -> str:
