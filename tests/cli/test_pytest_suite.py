@@ -61,6 +61,7 @@ def test_a_failure_has_its_replay_line_and_is_in_the_results(tmp_path: Path) -> 
     assert "replay: kvconform replay results/failures/PrintsAndIsWrong/definition.attention-" in wrong.stdout
     (failure,) = read(tmp_path / "results" / "PrintsAndIsWrong.json").failures
     assert failure.outcome is Outcome.FAIL
+    assert f"  steps: {failure.steps}" in wrong.stdout
 
 
 @pytest.mark.slow

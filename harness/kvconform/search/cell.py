@@ -22,7 +22,7 @@ from kvconform.judging.mismatch import Mismatch, died
 from kvconform.judging.render import render
 from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.search.blame import excuse
-from kvconform.search.counterexample import Counterexample, attempt, frozen, replayed
+from kvconform.search.counterexample import Counterexample, attempt, frozen, replayed, steps
 from kvconform.search.digest import digest
 from kvconform.search.effort import GUARANTEE_SECONDS, GUARANTEE_TRIALS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Effort
 from kvconform.search.shrink import reduced_death, reduced_list
@@ -126,6 +126,7 @@ class _Search:
         self.best: tuple[Case, Mismatch] | None = None
         self.log: list[tuple[Program, tuple[int, ...]]] = []
         self.reduced = True
+        self.steps = ""  # of the smallest failure
         self._failed_at = 0.0
         self._starts = 0
         self._trials = 0
@@ -236,6 +237,7 @@ class _Search:
             case=case.to_json(),
             reduced=self.reduced,
         )
+        self.steps = steps(case, confirmed)
         return self.verdict(outcome, mismatch=confirmed, counterexample=counterexample.write(folder).name)
 
     def _outcome(self, broken: Mismatch) -> Outcome:
@@ -306,6 +308,7 @@ class _Search:
             reason=reason,
             mismatch=mismatch,
             sentence=sentence,
+            steps=self.steps,
             counterexample=counterexample,
             compared=self.compared,
             programs=self.programs,
