@@ -205,7 +205,7 @@ class _Search:
         assert self.best is not None
         case, broken = self.best
         alone = Case(tuple(frozen(program, broken.variant) for program in case.programs))
-        why = excuse(self.cell.clause, self.client, alone, broken)
+        why = excuse(self.cell.clause, self.client, alone, broken, self._earlier(alone))
         if why is not None:
             return self.verdict(Outcome.INCONCLUSIVE, why, broken)
         if not self.effort.shrink:
@@ -253,13 +253,31 @@ class _Search:
             return None
         return attempt(self.cell.clause, self.client, case, (self.best[1].variant,)).mismatch
 
-    def _leak(self, case: Case) -> tuple[list[Program], Mismatch] | None:
-        """The shortest list of earlier programs after which the case fails on a fresh process."""
-        ran = [frozen(program, variant) for program, variants in self.log for variant in variants]
+    def _earlier(self, case: Case) -> list[Program]:
+        """What the process ran before the case, the oldest first."""
+        ran = [frozen(program, variant) for program, variants in self._sent() for variant in variants]
         for program in case.programs:  # their last runs are the case itself; what ran before them may be alike
             if program in ran:
                 del ran[len(ran) - 1 - ran[::-1].index(program)]
-        earlier = ran
+        return ran
+
+    def _sent(self) -> list[tuple[Program, tuple[int, ...]]]:
+        """What the process was sent until the failure; after a death, without what it never came to."""
+        assert self.best is not None
+        (case, broken), sent = self.best, list(self.log)
+        if not broken.ending or broken.program is None:
+            return sent
+        fatal = case.programs[broken.program]
+        while sent and sent[-1][0] != fatal:
+            sent.pop()
+        if sent:
+            variants = sent[-1][1]
+            sent[-1] = fatal, variants[: variants.index(broken.variant) + 1]
+        return sent
+
+    def _leak(self, case: Case) -> tuple[list[Program], Mismatch] | None:
+        """The shortest list of earlier programs after which the case fails on a fresh process."""
+        earlier = self._earlier(case)
         starts, began = self.client.starts, time.perf_counter()
 
         def spent() -> bool:
