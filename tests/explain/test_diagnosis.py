@@ -541,18 +541,34 @@ def test_the_condition_of_a_cache_that_evicts_wrongly_is_the_length() -> None:
 
 # --- precision ---
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [("HalfKeys", "within the bounds of bfloat16"), ("EightBits", "within the bounds of float32 and an 8-bit cache")],
+    ("name", "config", "words"),
+    [
+        ("Float16Cache", "attention-gqa", "within the bounds of float32 and a float16 cache"),
+        ("Float16Cache", "decoder-learned", "within the bounds of float32 and a float16 cache"),
+        ("HalfKeys", "attention-gqa", "within the bounds of float32 and a bfloat16 cache"),
+        ("HalfKeys", "decoder-learned", "within the bounds of float32 and a bfloat16 cache"),
+        ("EightBits", "attention-gqa", "within the bounds of float32 and an 8-bit cache"),
+        ("Float16Weights", "decoder-learned", "within the bounds of float16"),
+    ],
 )
-def test_a_lower_precision_is_told_by_the_bounds_that_it_keeps(name: str, words: str) -> None:
-    found = diagnosed(of(name))
+def test_a_lower_precision_is_told_by_the_bounds_that_it_keeps(name: str, config: str, words: str) -> None:
+    found = diagnosed(of(name), config)
     assert found is not None
     assert found.precision is not None
     assert precision_words(found.precision) == words
     assert words in sentence(found)
 
 
-@pytest.mark.parametrize("address", [of("SecondHead"), of("DecodeOnePercent"), conditional("ChunkFrom4")])
+@pytest.mark.parametrize(
+    "address",
+    [
+        of("SecondHead"),
+        of("DecodeOnePercent"),
+        conditional("ChunkFrom4"),
+        FAULTS["bits-reinterpreted"].address,
+        FAULTS["decode-in-bfloat16"].address,
+    ],
+)
 def test_what_rounding_does_not_explain_has_no_precision(address: str) -> None:
     found = diagnosed(address)
     assert found is not None
