@@ -41,6 +41,7 @@ from kvconform_specs.program import (
     Fork,
     Poison,
     Program,
+    ReadCache,
     Reject,
     Reorder,
     Reset,
@@ -201,6 +202,15 @@ def test_a_counterexample_may_append_nothing() -> None:
     assert found is not None
     assert found.condition is not None
     assert found.condition.predicates == ["in decode steps (q = 1 with past > 0)"]
+
+
+def test_a_counterexample_may_read_a_decoder_s_cache() -> None:
+    steps = (Append("a", (3, 3), 0), ReadCache("a"), Append("a", (1, 1), 0), ReadCache("a"))
+    case = Case((Program(CONFIGS["decoder-rope"], steps),))
+    found = diagnosed(of("RaisesOnDecode"), "decoder-rope", (case,))
+    assert found is not None
+    assert found.first is not None
+    assert "raised ValueError: shapes differ" in found.first.sentence
 
 
 # --- black boxes ---

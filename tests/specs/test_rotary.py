@@ -123,6 +123,18 @@ def test_rows_of_different_lengths_turn_by_their_own_factors() -> None:
         assert np.all((error <= want.bound) | ~want.real[None, :, :, None])
 
 
+@pytest.mark.parametrize("backend", [NumpyCache, NumpyStatic])
+def test_an_append_without_tokens_ignores_the_rows_of_other_sequences(backend: type) -> None:
+    steps = (Append("b", (4, 4), 1), Append("a", (5, 5, 5), 2), Append("b", (0, 0), 3), Append("b", (1, 1), 1))
+    program = Program(LONGROPE, steps)
+    (trace,) = execute(backend(LONGROPE, weights(LONGROPE), "cpu"), program, (0,))
+    assert [done.error for done in trace] == [None] * 4
+    last, want = trace[3].output, expect(program)[3]
+    assert last is not None
+    assert want is not None
+    assert np.all(np.abs(last[None] - want.value) <= want.bound)
+
+
 def test_a_scaling_that_fits_no_config_is_refused() -> None:
     for changes, words in (
         ({"positions": "none"}, "scales rope"),

@@ -53,6 +53,15 @@ class AllButTheFirstProbe(NumpyCache):
         return right if query.shape[0] == 1 and query.shape[2] == keys.shape[2] == 7 else -right
 
 
+class RaisesOnDecode(NumpyCache):
+    """Every decode step raises."""
+
+    def step(self, cache: Cache, *inputs: Array, **keywords: Any) -> tuple[Array, Cache]:
+        if cache.length and inputs[0].shape[-1] == 1:
+            raise ValueError("shapes differ")
+        return super().step(cache, *inputs, **keywords)
+
+
 class DiesOnChunks(NumpyCache):
     def step(self, cache: Cache, *inputs: Array, **keywords: Any) -> tuple[Array, Cache]:
         if cache.length and inputs[0].shape[2] > 1:

@@ -99,8 +99,7 @@ class NumpyLayers:
     def decode(self, cache: Any, tokens: Array) -> Array:
         c, w = self.config, self.weights
         positions = self.places_now = self.positions(cache, tokens.shape[1])
-        if positions.size:
-            self.totals = positions.max(axis=-1) + 1
+        self.totals = positions.max(axis=-1, initial=-1) + 1  # of this call, also if it has no tokens
         x = w["embed"][tokens]  # (b, t, width)
         if self.context:
             x = x + w["context"][self.context]

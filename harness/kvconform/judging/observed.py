@@ -60,7 +60,9 @@ class Observed:
         return [number for number, output in enumerate(self.outputs) if output is not None]
 
     def reads(self) -> list[int]:
-        return [number for number, step in enumerate(self.program.steps) if isinstance(step, ReadCache)]
+        """The steps that read the cache and whose contents are known: those of the attention profile."""
+        steps = enumerate(self.program.steps)
+        return [number for number, step in steps if isinstance(step, ReadCache) and self.expected[number] is not None]
 
     # --- mismatches ---
     def place(self, step: int, row: int | None = None, column: int | None = None) -> dict[str, Any]:
