@@ -223,7 +223,7 @@ def test_a_clean_model_breaks_no_clause(family: str, cache: str) -> None:
 
 
 def test_the_published_gpt2_is_conformant_in_workers(tmp_path: Path) -> None:
-    address = "kvconform_backends.targets.hf.target:GPT2"
+    address = "kvconform_backends.targets.hf.opening:GPT2"
     assert load(address) is hf_target.gpt2()
     results = run_backend(
         "gpt2", WorkerSpec(address), Plan(BRIEF, 0, ("float32",), ("lifecycle.independent",)), tmp_path
