@@ -1,13 +1,14 @@
 """A tiny config of any class of transformers: sizes become small, the structure stays.
 
-A size is recognised by the name of its field and is never enlarged. Lists with an entry for each layer keep one layer of
-each kind; fields that refer to layers by number are renumbered. Configs inside a config are treated in the same way.
+A size is recognised by the name of its field and is never enlarged. Lists with an entry for each layer keep one layer
+of each kind; fields that refer to layers by number are renumbered. Configs inside a config are treated in the same way.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -172,5 +173,5 @@ def _ascending(value: Any, end: int) -> bool:
     return (
         isinstance(value, list)
         and all(type(entry) is int and 0 <= entry < end for entry in value)
-        and all(one < other for one, other in zip(value, value[1:], strict=False))
+        and all(one < other for one, other in pairwise(value))
     )

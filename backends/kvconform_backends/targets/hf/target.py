@@ -1,8 +1,8 @@
 """``hf:`` targets: a causal language model of transformers as a black box, judged by its own uncached forward.
 
-The target is a local directory with a ``config.json``, or the name of a config class (``LlamaConfig``), of which a tiny
-instance is built (``opening.py``). Nothing is downloaded. A step does what ``generate`` does between two tokens, for any
-number of them: ``prepare_inputs_for_generation`` with an attention mask and the corresponding positions, then the model.
+The target is a local directory with a ``config.json``, or the name of a config class (``LlamaConfig``), of which a
+tiny instance is built (``opening.py``). Nothing is downloaded. A step does what ``generate`` does between two tokens,
+for any number of them: ``prepare_inputs_for_generation`` with an attention mask and the positions, then the model.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def _returned(model: Any, tokens: Any) -> str:
 
 
 def _continued(backend: Transformers, tokens: Any, whole: Any) -> tuple[bool, bool]:
-    """Whether a prompt and what follows it give the outputs of the whole, and whether the cache has recurrent layers."""
+    """Whether a prompt and what follows give the outputs of the whole, and whether the cache has recurrent layers."""
     first, sequence = backend.step(backend.start(2), tokens[:, :PROMPT])
     rest, sequence = backend.step(sequence, tokens[:, PROMPT:])
     got = np.concatenate([first, rest], 1)
