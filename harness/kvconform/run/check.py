@@ -17,12 +17,9 @@ from kvconform.explain.diagnosis import text as diagnosis_text
 from kvconform.explain.visibility import text as visibility_text
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.results import Results
-from kvconform.search import counterexample
 from kvconform.search.effort import CHECK
 from kvconform.worker.registry import installed
 from kvconform_specs.claims import Claims
-from kvconform_specs.clause import Case
-from kvconform_specs.describe import outline
 
 SHOWN, DRAWN = CHECK.leaks, 2
 """How many broken clauses are printed in full, the others by name; how many maps are drawn, the others in words."""
@@ -224,17 +221,14 @@ def _failure(results: Results, verdict: Verdict, folder: Path) -> Iterator[str]:
     yield f"broken: {verdict.clause}: {verdict.sentence}"
     if verdict.counterexample:
         file = folder / "failures" / results.backend / verdict.counterexample
-        yield from steps(verdict, file)
+        yield from steps(verdict)
         yield f"  replay: kvconform replay {file}   (--script bug.py writes it as one file)"
 
 
-def steps(verdict: Verdict, file: Path) -> Iterator[str]:
-    """The steps of the program that broke a clause, up to the one that did; nothing where no program was running."""
-    mismatch = verdict.mismatch
-    if mismatch is None or mismatch.program is None or not file.exists():
-        return
-    program = Case.from_json(counterexample.read(file).case).programs[mismatch.program]
-    yield f"  steps: {outline(program, mismatch.end)}"
+def steps(verdict: Verdict) -> Iterator[str]:
+    """The line with the steps of the program that broke a clause; nothing where no program was running."""
+    if verdict.steps:
+        yield f"  steps: {verdict.steps}"
 
 
 def _maps(results: Results) -> Iterator[str]:

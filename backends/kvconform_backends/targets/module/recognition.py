@@ -107,9 +107,9 @@ class Recognition(Measurements):
         if all(best.rank):
             self.measure_slots(best)
             self.measure_kept(best)
+            best.held = held(self, best)
             self.measure_truncation(best)
             self.measure_ragged(best)
-            best.held = held(self, best)
         if best.rank[0] and not all(best.rank):
             self._add_hints(best)
         return best

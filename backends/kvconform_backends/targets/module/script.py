@@ -124,8 +124,13 @@ class ModuleScript:
             batch, cached = held[step.seq]
             length = step.lengths(batch)[0]
             held[step.seq] = batch, length
-            names: dict[str, int | str] = {"batch": batch, "cached": cached, "length": length}
-            call = self._text(self.convention.truncate, {**names, "past": past_of(step.seq)})
+            names: dict[str, int | str] = {
+                "batch": batch,
+                "cached": cached,
+                "length": length,
+                "past": past_of(step.seq),
+            }
+            call = self._text(self.convention.truncate, names)
             if "sofar" in self.convention.call:
                 yield f"{all_of(step.seq)} = {all_of(step.seq)}[:, :{length}]"
             yield f"{past_of(step.seq)} = {call}" if self.found.truncated_new else call
