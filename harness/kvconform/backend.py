@@ -242,6 +242,9 @@ class BlackBox(Backend):
     """What was assumed about it, one sentence each."""
     not_tried: tuple[str, ...] = ()
     """What the target has and no clause tries, in a few words each, such as ``crop of its past``."""
+    held: Mapping[str, int] | None = None
+    """Measured on a long sequence: its ``tokens``, how many of them the cache holds (``held``), and how many of them
+    its last output depends on (``seen``). None: not known, or outputs depend on all of them."""
     source: str = ""
     """The file whose change makes earlier results void; empty: none."""
 

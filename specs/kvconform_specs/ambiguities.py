@@ -307,5 +307,12 @@ AMBIGUITIES: tuple[Ambiguity, ...] = (
         by=("batch.nan-isolated", "contents.nan-removed", "claims.unused_slots"),
         default="finite: after NaN tokens were removed, nothing is asked of their slots.",
     ),
+    Ambiguity(
+        id="A39",
+        question="May a given scale be 0 or negative, and is a scale of 0 one that is not given?",
+        settled="It may be any number; 0 is a scale like any other, with which all scores are equal before bias and "
+        "softcap. Scores are masked after they are scaled.",
+        by=("definition.scale", "definition.attention", "config.scale"),
+    ),
 )
 """In the order of their numbers, which never change."""

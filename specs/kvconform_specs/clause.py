@@ -111,9 +111,14 @@ class Case:
         return cls(tuple(Program.from_json(item, f"{at}[{i}]") for i, item in enumerate(data)))
 
 
-def ordinary(config: Config) -> bool:
+def short(config: Config) -> bool:
     """Whether the config is not one for long contexts."""
     return config.capacity < LONG
+
+
+def ordinary(config: Config) -> bool:
+    """Whether the config is neither for long contexts nor for a scale of 0, with which no key matters."""
+    return short(config) and config.score_scale != 0
 
 
 def floats(config: Config) -> bool:
@@ -122,7 +127,7 @@ def floats(config: Config) -> bool:
 
 
 def long(config: Config) -> bool:
-    return config.capacity >= LONG
+    return not short(config)
 
 
 @dataclass(frozen=True)

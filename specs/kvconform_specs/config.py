@@ -38,8 +38,8 @@ class Config:
     cross-layer attention); empty: every layer has its own.
     latent, rotary_dim: latent attention (MLA, DeepSeek-V2): a token keeps ``latent`` numbers, from which the keys and
     values of all heads follow, and one key of ``rotary_dim`` numbers that rope turns and all heads share; 0: none.
-    scale: factor of the scores; ``None`` is ``1 / sqrt(head_dim + rotary_dim)``. capacity: the most tokens of a
-    sequence. width, mlp: model width and width of the gated MLP (``mlp=0``: no MLP); used by the decoder only.
+    scale: factor of the scores, of any sign; ``None`` is ``1 / sqrt(head_dim + rotary_dim)``. capacity: the most tokens
+    of a sequence. width, mlp: model width and width of the gated MLP (``mlp=0``: no MLP); used by the decoder only.
     reserved: token ids that no program uses, such as a black box's padding. contexts: the number of contexts (adapters,
     images, encoder states) that a sequence can have; the row of its context in the weight ``context`` is added to the
     embedding of every token, and row 0 is zero. Not in the attention profile.
@@ -162,12 +162,12 @@ class Config:
         return self.window if layer % self.window_every == 0 else None
 
     def to_json(self) -> dict[str, Any]:
-        scaling = None if self.rotary is None else asdict(self.rotary)
+        rotary = None if self.rotary is None else asdict(self.rotary)
         return {
-            **{field.name: getattr(self, field.name) for field in fields(self)},  # asdict takes ten times as long
+            **{f.name: getattr(self, f.name) for f in fields(self)},  # asdict copies every value, which takes longer
             "reserved": list(self.reserved),
             "kv_source": list(self.kv_source),
-            "rotary": scaling and {name: list(v) if isinstance(v, tuple) else v for name, v in scaling.items()},
+            "rotary": rotary and {name: list(v) if isinstance(v, tuple) else v for name, v in rotary.items()},
         }
 
     @classmethod

@@ -1,7 +1,8 @@
 """The closed table of configs on which every backend is tested; the sizes of each are pairwise distinct.
 
 Together they cover MHA, GQA, MQA, window, softcap, a sink, a bias, a given scale and head dims of every kind: each pair
-of these in some config, and each option alone in one, so that a backend that refuses the others still meets it.
+of these in some config, and each option alone in one, so that a backend that refuses the others still meets it. A given
+scale is positive, negative or 0.
 Further: layers with and without a window in one decoder, each kind of positions, rotary factors that are scaled and
 that change with the length, layers that share keys and values, latent attention, a context for each sequence, and a
 long sequence.
@@ -24,12 +25,14 @@ CONFIGS: dict[str, Config] = {
     "attention-sink": Config("attention", heads=7, kv_heads=7, head_dim=10, window=6, sink=1.0),
     # each option alone, plain multi-head attention, and head dims of every kind
     "attention-mha": Config("attention", heads=5, kv_heads=5, head_dim=10),
-    "attention-scale": Config("attention", heads=3, kv_heads=3, head_dim=16, scale=0.21),
+    "attention-scale": Config("attention", heads=3, kv_heads=3, head_dim=16, scale=-0.21),
     "attention-capped": Config("attention", heads=3, kv_heads=3, head_dim=32, softcap=1.2),
     "attention-alibi": Config("attention", heads=4, kv_heads=2, head_dim=64, positions="alibi"),
     "attention-bare-sink": Config("attention", heads=3, kv_heads=1, head_dim=16, sink=0.8),
+    # all scores are equal, so that no key matters: for the few clauses about the scale
+    "attention-mean": Config("attention", heads=4, kv_heads=2, head_dim=24, scale=0.0),
     # and together
-    "attention-odd": Config("attention", heads=4, kv_heads=2, head_dim=9, window=6, softcap=1.8, sink=0.7, scale=0.3),
+    "attention-odd": Config("attention", heads=4, kv_heads=2, head_dim=9, window=6, softcap=1.8, sink=0.7, scale=-0.3),
     "attention-small": Config(
         "attention", heads=3, kv_heads=3, head_dim=8, window=6, softcap=1.7, sink=0.9, positions="alibi"
     ),
@@ -135,6 +138,7 @@ CONFIGS: dict[str, Config] = {
 SHARES = {
     "attention-mha": 0.2,
     "attention-scale": 0.2,
+    "attention-mean": 0.2,
     "attention-capped": 0.2,
     "attention-alibi": 0.2,
     "attention-bare-sink": 0.2,

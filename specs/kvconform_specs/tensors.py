@@ -127,12 +127,13 @@ class Streams:
         )
 
     def needle(self, target: Token) -> Array:
-        """The query ``(n, h, 1, d)`` whose score with that token's key is ``NEEDLE_SCORE`` in every head."""
+        """The query ``(n, h, 1, d)`` whose score with that token's key is ``NEEDLE_SCORE`` in every head, unless the
+        scale is 0."""
         c = self.config
         _query, key, _value = self.split(self.row([target]))
         key = np.repeat(key, c.group, axis=1)
         norm = np.maximum(np.sum(key * key, axis=-1, keepdims=True), np.float32(1e-3))
-        return rounded(key * np.float32(NEEDLE_SCORE / c.score_scale) / norm, c.dtype)
+        return rounded(key * np.float32(NEEDLE_SCORE / (c.score_scale or 1.0)) / norm, c.dtype)
 
     def inputs(self, step: Run, grown: tuple[Row, ...]) -> tuple[NDArray[np.generic], ...]:
         """The inputs of ``step``, with ``n`` variants in front; ``grown`` are the rows after the step.

@@ -302,6 +302,27 @@ def test_the_decoder_with_its_noise_stays_inside_and_a_dropped_token_does_not(na
     assert np.mean(caught) > (0.95 if dtype == "float32" else 0.5)
 
 
+@pytest.mark.parametrize("name", ["decoder-rope", "decoder-learned", "decoder-latent"])
+def test_noisy_runs_at_once_are_as_independent_as_one_after_another(name: str) -> None:
+    config, runs = CONFIGS[name], 6
+    tokens = Streams(config, 20, VARIANTS).tape(4)[:, None]  # (n, rows, s)
+    exact = {key: value.astype(np.float64) for key, value in weights(config).items()}
+    value, rough = decoder(tokens, exact, config), bounds.single(exact)
+    noise = bounds.Noisy(bounds.STORAGE["float32"], seed=8)
+    alone = np.stack([decoder(tokens, rough, config, how=noise) for _ in range(runs)]) - value
+    at_once = decoder(np.broadcast_to(tokens, (runs, *tokens.shape)), rough, config, how=noise.of(runs)) - value
+    assert np.std(at_once) == pytest.approx(np.std(alone), rel=0.1)
+    for strays in (alone, at_once):
+        alike = np.corrcoef(strays.reshape(runs, -1))[np.triu_indices(runs, 1)]
+        assert abs(np.mean(alike)) < 0.1
+
+
+def test_angles_of_noisy_runs_differ_by_run_alone() -> None:
+    angles = bounds.Noisy(2.0**-13, seed=1).of(3).angles(np.arange(1, 6), np.array([1.0, 0.1]))
+    assert angles.shape == (3, 1, 1, 1, 5, 2)
+    assert all(np.all(one != other) for one, other in ((angles[0], angles[1]), (angles[1], angles[2])))
+
+
 def _inside(c: float) -> float:
     """P(|t_8| < c)."""
     theta = math.atan(c / math.sqrt(bounds.RUNS))

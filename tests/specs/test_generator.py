@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from itertools import combinations, pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -443,47 +443,6 @@ def test_strategies_stay_within_the_claims(data: st.DataObject) -> None:
 def test_every_clause_concerns_a_config() -> None:
     for clause in ALL:
         assert any(clause.concerns(config) for config in CONFIGS.values()), clause.name
-
-
-AXES: dict[str, Callable[[Config], object]] = {
-    "head dim": lambda c: "no multiple of 8" if c.head_dim % 8 else "below 32" if c.head_dim < 32 else "32 and more",
-    "heads": lambda c: "MHA" if c.group == 1 else "MQA" if c.kv_heads == 1 else "GQA",
-    "bias": lambda c: c.positions == "alibi",
-    **{name: lambda c, name=name: getattr(c, name) is not None for name in ("window", "softcap", "sink", "scale")},  # type: ignore[misc]
-}
-OPTIONS = [name for name in AXES if name not in ("head dim", "heads")]
-
-
-def test_the_configs_cover_what_the_suite_speaks_of() -> None:
-    """Deeper than one layer, head dims of every kind, and each option on and off."""
-    configs = list(CONFIGS.values())
-    assert any(c.layers >= 2 for c in configs)
-    assert any(c.head_dim % 8 for c in configs)
-    assert {c.group == 1 for c in configs} == {True, False}
-    assert {c.kv_heads == 1 for c in configs} == {True, False}
-    assert {c.positions for c in configs} == {"none", "learned", "rope", "alibi"}
-    for option in ("window", "softcap", "sink", "scale"):
-        assert {getattr(c, option) is None for c in configs} == {True, False}, option
-    assert any(c.window_every > 1 and c.layers > 1 for c in configs)
-    plain = [c for c in configs if c.profile == "attention" and not any(AXES[name](c) for name in OPTIONS)]
-    assert any(c.head_dim % 8 for c in plain), "a backend that refuses every option meets no odd head dim"
-    assert {8, 10, 16, 32, 64, 128} <= {c.head_dim for c in configs if c.capacity < LONG.capacity}
-    assert any(c.positions == "rope" and c.window and c.head_dim * c.heads == c.width for c in configs)
-    assert {c.rotary is None for c in configs if c.positions == "rope"} == {True, False}
-    assert {bool(c.changes_at) for c in configs} == {bool(c.kv_source) for c in configs} == {True, False}
-
-
-@pytest.mark.parametrize(("one", "other"), list(combinations(AXES, 2)))
-def test_every_pair_of_sizes_and_options_is_in_one_attention_config(one: str, other: str) -> None:
-    configs = [c for c in CONFIGS.values() if c.profile == "attention" and c.capacity < LONG.capacity]
-    seen = {(AXES[one](c), AXES[other](c)) for c in configs}
-    assert seen == set(product({a for a, _ in seen}, {b for _, b in seen}))
-
-
-@pytest.mark.parametrize("option", OPTIONS)
-def test_each_option_is_alone_in_a_config(option: str) -> None:
-    configs = [c for c in CONFIGS.values() if c.profile == "attention"]
-    assert any([name for name in OPTIONS if AXES[name](c)] == [option] for c in configs)
 
 
 def test_what_is_drawn_depends_on_the_seed_and_not_on_the_modules_that_are_loaded(

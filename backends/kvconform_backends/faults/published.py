@@ -21,7 +21,7 @@ from kvconform_backends.numpy.cache import Array
 from kvconform_backends.published.list_cache import ListCache, Lists
 from kvconform_backends.published.module_buffers import CachedAttention, ModuleBuffers, Rows
 from kvconform_backends.published.past_tuples import Layer, PastTuples, grown
-from kvconform_backends.torch.decoder import LayerMask
+from kvconform_backends.torch.decoder import LayerMask, positive_scale
 from kvconform_backends.torch.eager import Torch
 from kvconform_specs.config import Config
 
@@ -57,8 +57,9 @@ class FirstListing(Plain, PastTuples):
         c, t = self.config, query.shape[2]
         keys, values = present = grown(key, value, past_kv)
         causal = self.is_causal(keys.shape[2] - t, t)
+        sign, scale = positive_scale(c)
         mixed = functional.scaled_dot_product_attention(
-            query, keys, values, is_causal=causal, scale=c.score_scale, enable_gqa=c.group > 1
+            query * sign, keys, values, is_causal=causal, scale=scale, enable_gqa=c.group > 1
         )
         return mixed, present
 

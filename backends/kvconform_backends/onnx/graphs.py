@@ -24,7 +24,7 @@ from torch.export import Dim
 from torch.nn import functional
 
 from kvconform_backends.onnx.runtime import session_options
-from kvconform_backends.torch.decoder import DTYPES, Decoder, attention, masks, mixing
+from kvconform_backends.torch.decoder import DTYPES, Decoder, attention, masks, mixing, positive_scale
 from kvconform_specs.config import Config
 
 OPSET, IR = 23, 10
@@ -244,7 +244,8 @@ def attention_model(config: Config, cached: bool, masked: bool) -> bytes:
 
     masked: the mask is an input (see ``attention_mask``); else ``is_causal``, counted from the end of the past. The
     operator has no sink: a zero key and value are appended. The key's score is its bias alone and the value adds
-    nothing, so that only its share of the softmax's denominator remains.
+    nothing, so that only its share of the softmax's denominator remains. ONNX Runtime wants a positive scale: the sign
+    of another one is a factor of the query.
     """
     c, kind = config, TensorProto.FLOAT16 if config.dtype == "float16" else TensorProto.FLOAT
     total = "total" if cached else "new"
@@ -271,7 +272,12 @@ def attention_model(config: Config, cached: bool, masked: bool) -> bytes:
             grown = present if cached else part
             nodes.append(helper.make_node("Pad", [grown, "one_behind", "", "axis"], [f"{part}_and_sink"]))
         constants = [numpy_helper.from_array(np.array(x), name) for name, x in (("one_behind", [0, 1]), ("axis", [2]))]
-    attributes: dict[str, Any] = {"scale": c.score_scale, "is_causal": int(not masked), "softcap": c.softcap or 0.0}
+    sign, scale = positive_scale(c)
+    if sign != 1:
+        constants.append(numpy_helper.from_array(np.array(sign, helper.tensor_dtype_to_np_dtype(kind)), "sign"))
+        nodes.append(helper.make_node("Mul", ["query", "sign"], ["signed_query"]))
+        names[0] = "signed_query"
+    attributes: dict[str, Any] = {"scale": scale, "is_causal": int(not masked), "softcap": c.softcap or 0.0}
     nodes.append(helper.make_node("Attention", names, made, **attributes))
     graph = helper.make_graph(nodes, "attention", inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR)

@@ -23,6 +23,7 @@ from kvconform_backends.onnx.backend import OnnxBackend
 from kvconform_backends.onnx.graphs import pasts, presents
 from kvconform_backends.onnx.shared_graphs import bias, padded
 from kvconform_backends.torch import decoder as torch_decoder
+from kvconform_backends.torch.decoder import positive_scale
 from kvconform_backends.validation import check_inputs, check_length, check_rows
 from kvconform_specs.claims import Claims
 
@@ -172,8 +173,11 @@ class OnnxShared(OnnxBackend):
         return heads
 
     def side_by_side(self, inputs: Sequence[Array]) -> Array:
-        """Queries, keys and values ``(b, heads, t, d)`` as padded rows ``(b, t, (h + 2 g) * d)``."""
-        heads = np.concatenate(inputs, axis=1).astype(self.dtype, copy=False).transpose(0, 2, 1, 3)
+        """Queries, keys and values ``(b, heads, t, d)`` as padded rows ``(b, t, (h + 2 g) * d)``. The operator reads a
+        scale of 0 as none given: the scale's sign is a factor of the queries."""
+        sign = np.float32(positive_scale(self.config)[0])
+        heads = np.concatenate([inputs[0] * sign, *inputs[1:]], axis=1).astype(self.dtype, copy=False)
+        heads = heads.transpose(0, 2, 1, 3)
         wide = np.pad(heads, [(0, 0)] * 3 + [(0, padded(self.config) - self.config.head_dim)])
         return wide.reshape(*wide.shape[:2], -1)
 

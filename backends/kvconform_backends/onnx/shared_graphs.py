@@ -24,7 +24,7 @@ from torch.nn import functional
 from kvconform_backends.onnx import graphs as onnx_graphs
 from kvconform_backends.onnx.graphs import Pairs, close, pasts, presents
 from kvconform_backends.onnx.runtime import session_options
-from kvconform_backends.torch.decoder import DTYPES, Decoder, alibi
+from kvconform_backends.torch.decoder import DTYPES, Decoder, alibi, positive_scale
 from kvconform_specs.config import Config
 
 Array = NDArray[Any]
@@ -57,7 +57,7 @@ def attributes(config: Config, layer: int) -> dict[str, Any]:
     return {
         "num_heads": config.heads,
         "kv_num_heads": config.kv_heads,
-        "scale": config.score_scale,
+        "scale": positive_scale(config)[1],
         "softcap": config.softcap or 0.0,
         "local_window_size": -1 if window is None else window,
     }

@@ -131,6 +131,13 @@ def attend_to(config: Config, seen: LayerMask, query: Tensor, keys: Tensor, valu
     return attention(config, query, seen.cut(keys), seen.cut(values), seen.mask, seen.causal)
 
 
+def positive_scale(config: Config) -> tuple[float, float]:
+    """Factors of the query and of the scores, whose product is the scale. The second is positive, as kernels require:
+    SDPA's on the CPU multiplies scores that it has masked with -inf. The first is 1, -1 or 0, so that it is exact."""
+    scale = config.score_scale
+    return (1.0, scale) if scale > 0 else (-1.0, -scale) if scale < 0 else (0.0, 1.0)
+
+
 def attention(
     config: Config, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False
 ) -> Tensor:
@@ -140,23 +147,19 @@ def attention(
     SDPA's own causal mask instead; requires ``t == s``. A query that sees nothing gives zeros.
     """
     (b, h, t, d), (_, g, s, _) = query.shape, keys.shape
+    sign, scale = positive_scale(config)
+    query = query if sign == 1 else query * sign
     if config.softcap is None and config.sink is None:
         if t == 1 and h > g:
             # query heads become rows of their KV head: its keys are read once, and no kernel repeats them
             query = query.reshape(b, g, h // g, d)
             mask = mask if mask is None or mask.ndim == 2 or mask.shape[1] == 1 else mask.reshape(-1, g, h // g, s)
         mixed = functional.scaled_dot_product_attention(
-            query,
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=causal,
-            scale=config.score_scale,
-            enable_gqa=query.shape[1] > g,
+            query, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=query.shape[1] > g
         )
         return mixed.reshape(b, h, t, d)
     # SDPA has no softcap and no sink. Scores and weights stay in float32, as inside its kernels.
-    scores = query.float().reshape(b, g, h // g * t, d) @ keys.float().mT * config.score_scale  # (b, g, h/g * t, s)
+    scores = query.float().reshape(b, g, h // g * t, d) @ keys.float().mT * scale  # (b, g, h/g * t, s)
     scores = scores.reshape(b, h, t, s)
     if config.softcap is not None:
         scores = config.softcap * torch.tanh(scores / config.softcap)

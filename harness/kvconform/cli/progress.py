@@ -73,7 +73,7 @@ class Progress:
             self._say(f"{cell}: {verdict.sentence}")
             file = self.folder / "failures" / self.name / verdict.counterexample
             if verdict.counterexample and not self.chapters:
-                for line in (*checks.steps(verdict, file), f"  replay: kvconform replay {file}"):
+                for line in (*checks.steps(verdict), f"  replay: kvconform replay {file}"):
                     self._say(line)
         elif verdict.outcome in UNDECIDED and verdict.sentence not in self._reasons:
             self._reasons.add(verdict.sentence)

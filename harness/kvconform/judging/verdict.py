@@ -67,6 +67,9 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What broke the clause, where something did."""
     sentence: str = ""
     """The mismatch or the reason in words, for people: nothing reads it; empty for a pass."""
+    steps: str = ""
+    """The steps of the program that broke the clause, up to the one that did, in words; empty where none was
+    running."""
     counterexample: str = ""
     """Name of the file with the programs that break the clause; empty where none was written."""
     compared: int = 0

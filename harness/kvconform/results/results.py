@@ -35,6 +35,26 @@ EXIT_CODES = {
 """The exit codes of the command line; ``Results.exit_code`` is 0, 1, 3 or 5."""
 
 
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """How much of a long sequence a black box keeps, measured."""
+
+    tokens: int
+    """The tokens of the sequence."""
+    held: int
+    """How many of them its cache holds."""
+    seen: int
+    """How many of them, the newest ones, its last output depends on."""
+
+    @property
+    def sentence(self) -> str:
+        """That the cache holds more than outputs see, or nothing. It may do so: a mask hides the others."""
+        if self.held <= self.seen:
+            return ""
+        grows = ": nothing is evicted, and memory grows with every token" if self.held >= self.tokens else ""
+        held = f"after {self.tokens} tokens the cache holds {self.held}"
+        return f"{held}, of which an output sees the last {self.seen}{grows}"
+
+
 class Target(msgspec.Struct, frozen=True, kw_only=True):
     """A black box, which is judged by its own forward without a cache."""
 
@@ -46,6 +66,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     """What it has and no clause tries, in a few words each."""
     configs: dict[str, Any]
     """Its own configs, by name."""
+    held: Held | None = None
+    """How much of a long sequence it keeps; null where that is not known, or where outputs depend on all of it."""
     noise: dict[str, float] = {}
     """For each config, how far rounding can move an output, relative to the size of the outputs."""
 

@@ -25,7 +25,7 @@ from kvconform.judging.mismatch import Kind, Mismatch, died
 from kvconform.judging.render import render
 from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.search.blame import excuse
-from kvconform.search.counterexample import Counterexample, attempt, frozen, replayed
+from kvconform.search.counterexample import Counterexample, attempt, frozen, replayed, steps
 from kvconform.search.digest import digest
 from kvconform.search.effort import GUARANTEE_SECONDS, GUARANTEE_TRIALS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Effort
 from kvconform.search.shrink import reduced_death, reduced_list
@@ -130,6 +130,7 @@ class _Search:
         self.log: list[tuple[Program, tuple[int, ...]]] = []
         self.reduced = True
         self.known_error = False  # the same as in a cell before this one
+        self.steps = ""  # of the smallest failure
         self._failed_at = 0.0
         self._starts = 0
         self._trials = 0
@@ -224,7 +225,7 @@ class _Search:
         assert self.best is not None
         case, broken = self.best
         alone = Case(tuple(frozen(program, broken.variant) for program in case.programs))
-        why = excuse(self.cell.clause, self.client, alone, broken)
+        why = excuse(self.cell.clause, self.client, alone, broken, self._earlier(alone))
         if why is not None:
             return self.verdict(Outcome.INCONCLUSIVE, why, broken)
         if not self.effort.shrink:
@@ -259,6 +260,7 @@ class _Search:
             case=case.to_json(),
             reduced=self.reduced,
         )
+        self.steps = steps(case, confirmed)
         return self.verdict(outcome, mismatch=confirmed, counterexample=counterexample.write(folder).name)
 
     def _outcome(self, broken: Mismatch) -> Outcome:
@@ -274,13 +276,31 @@ class _Search:
             return None
         return attempt(self.cell.clause, self.client, case, (self.best[1].variant,)).mismatch
 
-    def _leak(self, case: Case) -> tuple[list[Program], Mismatch] | None:
-        """The shortest list of earlier programs after which the case fails on a fresh process."""
-        ran = [frozen(program, variant) for program, variants in self.log for variant in variants]
+    def _earlier(self, case: Case) -> list[Program]:
+        """What the process ran before the case, the oldest first."""
+        ran = [frozen(program, variant) for program, variants in self._sent() for variant in variants]
         for program in case.programs:  # their last runs are the case itself; what ran before them may be alike
             if program in ran:
                 del ran[len(ran) - 1 - ran[::-1].index(program)]
-        earlier = ran
+        return ran
+
+    def _sent(self) -> list[tuple[Program, tuple[int, ...]]]:
+        """What the process was sent until the failure; after a death, without what it never came to."""
+        assert self.best is not None
+        (case, broken), sent = self.best, list(self.log)
+        if not broken.ending or broken.program is None:
+            return sent
+        fatal = case.programs[broken.program]
+        while sent and sent[-1][0] != fatal:
+            sent.pop()
+        if sent:
+            variants = sent[-1][1]
+            sent[-1] = fatal, variants[: variants.index(broken.variant) + 1]
+        return sent
+
+    def _leak(self, case: Case) -> tuple[list[Program], Mismatch] | None:
+        """The shortest list of earlier programs after which the case fails on a fresh process."""
+        earlier = self._earlier(case)
         starts, began = self.client.starts, time.perf_counter()
 
         def spent() -> bool:
@@ -329,6 +349,7 @@ class _Search:
             reason=reason,
             mismatch=mismatch,
             sentence=sentence,
+            steps=self.steps,
             counterexample=counterexample,
             compared=self.compared,
             programs=self.programs,

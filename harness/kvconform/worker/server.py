@@ -74,7 +74,8 @@ class Worker:
             assumed = list(getattr(self.backend, "assumed", BlackBox.assumed))
             not_tried = list(getattr(self.backend, "not_tried", BlackBox.not_tried))
             told = {"recognised": self.backend.recognised, "assumed": assumed, "not_tried": not_tried}
-            target = {**told, "configs": configs}
+            held = getattr(self.backend, "held", BlackBox.held)
+            target = {**told, "configs": configs, "held": held and dict(held)}
         return {"claims": claims, "environment": environment(self.backend), "target": target}, b""
 
     def build(self, message: Header) -> Reply:

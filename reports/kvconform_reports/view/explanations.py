@@ -72,5 +72,7 @@ def judged_by(result: Results) -> JudgedBy:
         )
         for config, noise in result.target.noise.items()
     ]
+    if result.target.held is not None and result.target.held.sentence:
+        facts.append(("memory", result.target.held.sentence))
     facts.append(("not detected", "mistakes that its uncached forward and its cached steps share (chapter definition)"))
     return JudgedBy("judged by its own uncached forward", tuple(facts))

@@ -8,7 +8,7 @@ from hypothesis.strategies import SearchStrategy
 from kvconform_specs import situations as reach
 from kvconform_specs.any_history import any_history
 from kvconform_specs.claims import Claims, changes_at
-from kvconform_specs.clause import Case, Clause, Relation, ordinary
+from kvconform_specs.clause import Case, Clause, Relation, ordinary, short
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.strategies import Draw, appends, at_once, batches, seeds, straight
@@ -44,6 +44,7 @@ CLAUSES = (
         strategy=any_history,
         relations=(Relation.PARITY,),
         profiles=("attention",),
+        applies=short,
         core=True,
         situations=(*reach.BASIC, reach.ROWS, *reach.EDITS, reach.PAST_WINDOW),
     ),
@@ -74,11 +75,16 @@ CLAUSES = (
     ),
     Clause(
         name="definition.scale",
-        text="Scores are multiplied once, by the given scale, or by 1 / sqrt(d) of the unpadded head dim if none is "
-        "given.",
-        why=("https://github.com/onnx/onnx/issues/7865",),
+        text="Scores are multiplied once and before the mask, by the given scale, which may be negative or 0, or by "
+        "1 / sqrt(d) of the unpadded head dim if none is given.",
+        why=(
+            "https://github.com/onnx/onnx/issues/7865",
+            "https://github.com/pytorch/pytorch/pull/105202",
+            "https://github.com/NVIDIA/cudnn-frontend/pull/804",
+        ),
         strategy=_growing,
         relations=(Relation.PARITY,),
+        applies=short,
         share=0.5,
         situations=reach.BASIC,
     ),

@@ -6,7 +6,7 @@ one of them is stored (``storage``: the math path of PyTorch's SDPA, the functio
 
 *Scores.* The error of key ``j``'s exponent is at most ``e_j``, the sum of
 
-- ``a sqrt(d) A_j`` with ``A_j = scale sum|q||k_j|``: a dot product of ``d`` terms with independent rounding errors
+- ``a sqrt(d) A_j`` with ``A_j = |scale| sum|q||k_j|``: a dot product of ``d`` terms with independent rounding errors
   (Higham & Mary 2019, "A new approach to probabilistic rounding error analysis", theorem 2.4);
 - ``2 w A_j``: the scale, on the product or its root on both operands; ``w |x_j|``: the product ``x_j``, stored;
 - softcap: ``8 a |x_j| + 3 w |x_j|``: a tanh of at most 4 ulp; division, tanh and product, stored. Earlier errors do
@@ -40,9 +40,9 @@ both operands in storage precision), and one ``u`` of the result:
 bound 0; no bound where any finite number is claimed.
 
 *Quantised cache.* An element has an error of at most ``h`` (``quantisation.py``). The error of scores then grows by
-``scale sum|q| h`` of the key, that of the output by ``sum_j (p_j + r'_j) h`` of the values. Tokens from ``exact_from``
-on are not quantised. In a cache of another dtype than the config's, of unit roundoff ``c``, each key and value is
-rounded once: ``h = c |x| + eta``.
+``|scale| sum|q| h`` of the key, that of the output by ``sum_j (p_j + r'_j) h`` of the values. Tokens from
+``exact_from`` on are not quantised. In a cache of another dtype than the config's, of unit roundoff ``c``, each key and
+value is rounded once: ``h = c |x| + eta``.
 
 **Decoder.** Errors pass through layers, so the bound is measured on the definition by Monte-Carlo arithmetic (Parker
 1997, "Monte Carlo arithmetic", UCLA CSD-970002): it is run ``RUNS`` times with random noise of the size of each
@@ -58,6 +58,7 @@ through ``q``: the ratio of at most about two is far from ``C``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -178,10 +179,16 @@ class Noisy(Arithmetic):
         self._u = np.float32(u * self.gain)
         self._a = np.float32(ACCUMULATION * self.gain)
         self._offsets = np.random.Generator(np.random.Philox(key=seed))
+        self._apart: tuple[int, ...] = ()
+
+    def of(self, runs: int) -> Noisy:
+        """For so many runs at once on inputs ``(runs, n, rows, s)``: angles differ by run, and not by row or head."""
+        self._apart = runs, 1, 1, 1
+        return self
 
     def _xi(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Noise of this shape, read-only."""
-        size, pool = int(np.prod(shape)), _pool()
+        size, pool = math.prod(shape), _pool()
         if size > pool.size // 2:  # it repeats after a million numbers, which are never compared with one another
             return np.resize(np.roll(pool, int(self._offsets.integers(pool.size))), shape)
         start = int(self._offsets.integers(pool.size - size))
@@ -197,8 +204,9 @@ class Noisy(Arithmetic):
         return x * (1 + self._cache * self._xi(x.shape)) if self._cache else x
 
     def angles(self, positions: Array, frequencies: Array) -> Array:
-        noise = 2 * self._a * self._xi(frequencies.shape), self._a * self._xi((len(positions), len(frequencies)))
-        return np.asarray(positions[:, None] * (frequencies * (1 + noise[0])) * (1 + noise[1]))
+        same = 2 * self._a * self._xi((*self._apart, 1, len(frequencies)))
+        each = self._a * self._xi((*self._apart, len(positions), len(frequencies)))
+        return np.asarray(positions[:, None] * (frequencies * (1 + same)) * (1 + each))
 
     def product(self, x: Array, w: Array) -> Array:
         out = x @ w
@@ -231,13 +239,32 @@ class Perturbation:
     gain: float
 
 
-def perturbation(dtype: str) -> Perturbation:
+def perturbation(config: Config, precision: Precision = Precision()) -> Perturbation:  # noqa: B008 - it is frozen
     """A product computed in floating point is the exact product of perturbed factors (Higham, *Accuracy and Stability
     of Numerical Algorithms*, 2nd ed., section 3.1), by about ``sqrt(n) a`` each where roundings are independent (Higham
     and Mary 2019, doi:10.1137/18M1226312). Randomly perturbed weights therefore show the effect of rounding on what
-    follows, in any implementation. It is enlarged as in ``Noisy``, to exceed the rounding of the run itself."""
-    gain = max(1.0, 2.0**-13 / STORAGE[dtype])
-    return Perturbation(STORAGE[dtype] * gain, ACCUMULATION * gain, gain)
+    follows, in any implementation. It is enlarged as in ``Noisy``, to exceed the rounding of the run itself.
+
+    Keys and values that a lossy cache rounds (``kept``) are products, too."""
+    storage = max(STORAGE[config.dtype], kept(config, precision))
+    gain = max(1.0, 2.0**-13 / storage)
+    return Perturbation(storage * gain, ACCUMULATION * gain, gain)
+
+
+def kept(config: Config, precision: Precision) -> float:
+    """By how much a lossy cache rounds, relative to the size of what it keeps: 0 if it is not lossy.
+
+    A float format rounds each number by its unit roundoff at most. An integer of ``k`` bits rounds by half a step, the
+    largest magnitude ``A`` of the ``n`` numbers that share a scale over ``2^(k-1) - 1``; ``A`` is at most ``sqrt(n)``
+    times their root mean square, and the deviation of a uniform number in half a step either way is that of
+    ``uniform(-1, 1)`` times the half step, as in ``Perturbation``."""
+    if precision.kv_bits and precision.quantiser.scheme != "integer":
+        return 2.0**-4 if precision.quantiser.scheme == "float8_e4m3" else 2.0**-3
+    if precision.kv_bits:
+        quantiser = precision.quantiser
+        shared = quantiser.group or (config.capacity if quantiser.by_channel else config.head_dim)
+        return math.sqrt(shared) / float(2**precision.kv_bits - 2)
+    return STORAGE[precision.cache_dtype] if precision.cache_dtype else 0.0
 
 
 def black_box_bound(deviations: Sequence[Array], runs: int, gain: float) -> Array:

@@ -29,6 +29,8 @@ Numbers = Callable[[str], Array]
 """``value``, ``bound``, ``bound_lower`` or ``bound_estimate`` (see ``oracle.Expected``), computed when first needed."""
 Contents = Callable[[], NDArray[Any]]
 """What a model is given: token ids ``(n, rows, s)`` or hidden states ``(n, rows, s, width)``."""
+STACKED = 1 << 19
+"""Numbers of the largest array of noisy runs that are made at once, which ``bounds.Noisy`` has without a repetition."""
 BLOCK = 1 << 22
 """Scores that are computed at once; long contexts are computed in blocks of queries."""
 ReferenceForward = Callable[..., Array]
@@ -223,12 +225,13 @@ def model(
     on."""
     if reference is None:
         return _Decoder(config, contents, start, context, precision)
-    return _BlackBox(config, partial(reference, context=context) if context else reference, contents, start)
+    told = partial(reference, context=context) if context else reference
+    return _BlackBox(config, told, contents, start, precision)
 
 
 class _Model:
-    """Value, and a bound measured from noisy runs. These are made one after another, and only the first unless the
-    bound itself is needed: ``bound_lower`` assumes that the others do not deviate at all."""
+    """Value, and a bound measured from noisy runs. Only the first is made unless the bound itself is needed:
+    ``bound_lower`` assumes that the others do not deviate at all."""
 
     _value: Array | None = None
 
@@ -240,8 +243,8 @@ class _Model:
         """``(n, rows, positions, e)``."""
         raise NotImplementedError
 
-    def noisy(self, number: int) -> Array:
-        """The noisy run of that number, from 0 on."""
+    def noisy(self, first: int, count: int) -> Array:
+        """At most ``count`` noisy runs, of the numbers from ``first`` on, ``(runs, n, rows, positions, e)``."""
         raise NotImplementedError
 
     def bound(self, runs: int) -> Array:
@@ -252,8 +255,9 @@ class _Model:
             self._value = self.exact()
         if kind == "value":
             return self._value
-        while len(self._deviations) < (bounds.RUNS if kind == "bound" else 1):
-            self._deviations.append(bounds.deviation(self.noisy(len(self._deviations)), self._value))
+        while (made := len(self._deviations)) < (bounds.RUNS if kind == "bound" else 1):
+            runs = self.noisy(made, bounds.RUNS - made if made else 1)
+            self._deviations.extend(bounds.deviation(runs, self._value))
         return self.bound(len(self._deviations) if kind == "bound_estimate" else bounds.RUNS)
 
 
@@ -270,8 +274,13 @@ class _Decoder(_Model):
         self._noise = bounds.Noisy(bounds.STORAGE[self.config.dtype], seed=self._tokens.shape[-1], cache=self._cache)
         return decoder(self._tokens, weights_exact, self.config, self.start, context=self.context)  # (n, rows, t, V)
 
-    def noisy(self, number: int) -> Array:
-        return decoder(self._tokens, self._single, self.config, self.start, self._noise, context=self.context)
+    def noisy(self, first: int, count: int) -> Array:
+        """As many as fit in ``STACKED`` numbers at once: on small arrays numpy's calls take longer than its sums."""
+        c, s = self.config, self._tokens.shape[-1]
+        largest = self._tokens.size * max(c.heads * s, c.vocabulary, c.width, c.mlp)
+        runs = min(count, max(1, STACKED // largest))
+        tokens = np.broadcast_to(self._tokens, (runs, *self._tokens.shape))
+        return decoder(tokens, self._single, c, self.start, self._noise.of(runs), context=self.context)
 
     def bound(self, runs: int) -> Array:
         return bounds.decoder_bound(self._deviations, runs, self._noise.gain)
@@ -281,15 +290,17 @@ class _BlackBox(_Model):
     """The value is what its own forward gives; the bound follows from what that gives when its weights are perturbed by
     noise of the size of the rounding (``bounds.black_box_bound``)."""
 
-    def __init__(self, config: Config, reference: ReferenceForward, contents: Contents, start: int) -> None:
+    def __init__(
+        self, config: Config, reference: ReferenceForward, contents: Contents, start: int, precision: Precision
+    ) -> None:
         super().__init__(config, contents, start)
-        self._reference, self._noise = reference, bounds.perturbation(config.dtype)
+        self._reference, self._noise = reference, bounds.perturbation(config, precision)
 
     def exact(self) -> Array:
         return self._run(0.0, 0.0, 0)
 
-    def noisy(self, number: int) -> Array:
-        return self._run(self._noise.storage, self._noise.accumulation, number + 1)
+    def noisy(self, first: int, count: int) -> Array:
+        return self._run(self._noise.storage, self._noise.accumulation, first + 1)[None]
 
     def bound(self, runs: int) -> Array:
         return bounds.black_box_bound(self._deviations, runs, self._noise.gain)
