@@ -112,7 +112,7 @@ def tiny(plain: PreTrainedConfig) -> dict[str, Any]:
         fields["num_key_value_heads"] = HEADS
     if given.get("is_decoder") is False and not given.get("is_encoder_decoder"):
         fields["is_decoder"] = True
-    return fields | BY_TYPE.get(plain.model_type, {})
+    return {**fields, **BY_TYPE.get(plain.model_type, {})}
 
 
 def _own(config: PreTrainedConfig) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class Transformers(BlackBox):
         """The columns that the model is given in one call, with their mask."""
         alone = self.calls.one_by_one
         if alone == "always" or (alone == "after the first" and sequence.ids.shape[1]):
-            return zip(new.split(1, 1), mask.split(1, 1), strict=True)
+            return zip(torch.split(new, 1, 1), torch.split(mask, 1, 1), strict=True)
         return [(new, mask)]
 
     def _logits(self, sequence: HfSequence, new: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

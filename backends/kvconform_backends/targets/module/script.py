@@ -124,7 +124,12 @@ class ModuleScript:
             batch, cached = held[step.seq]
             length = step.lengths(batch)[0]
             held[step.seq] = batch, length
-            names = {"batch": batch, "cached": cached, "length": length, "past": past_of(step.seq)}
+            names: dict[str, int | str] = {
+                "batch": batch,
+                "cached": cached,
+                "length": length,
+                "past": past_of(step.seq),
+            }
             call = self._text(self.convention.truncate, names)
             if "sofar" in self.convention.call:
                 yield f"{all_of(step.seq)} = {all_of(step.seq)}[:, :{length}]"
