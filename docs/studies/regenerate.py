@@ -20,6 +20,7 @@ from pathlib import Path
 import api_page
 import msgspec
 import speed_page
+import transformers_classes.page
 import timing.collect
 import timing.page
 
@@ -45,6 +46,7 @@ STAMP = ROOT / ".regenerated.json"
 MEASURED = {
     "docs/baseline/counters.json": "nox -s counters, then copy results/counters.json",
     "docs/evidence": "kvconform bench --preset, see CONTRIBUTING.md",
+    "docs/evidence/transformers": "python -m transformers_classes.collect, see docs/studies/README.md",
     "docs/latency-samples.json.gz": "nox -s timing, on an idle machine",
     "docs/published-designs.md": "nox -s designs",
 }
@@ -83,6 +85,12 @@ def _schemas() -> dict[str, bytes]:
 def _speed() -> dict[str, bytes]:
     records = sorted((ROOT / "docs/evidence").glob("*.json*"))
     return {"docs/speed.md": speed_page.render({path.name: speed.read(path) for path in records}).encode()}
+
+
+def _transformers() -> dict[str, bytes]:
+    source = transformers_classes.page.RESULTS
+    study = json.loads((ROOT / "docs" / source).read_text())
+    return {"docs/transformers.md": transformers_classes.page.render(study, source).encode()}
 
 
 def _latency() -> dict[str, bytes]:
@@ -155,6 +163,7 @@ FILES = (
     Generated("docs/api.md", "the docstrings of what kvconform exports", _api),
     Generated("docs/schema", "the structs of results, records and lists", _schemas),
     Generated("docs/speed.md", "docs/evidence", _speed),
+    Generated("docs/transformers.md", "docs/evidence/transformers", _transformers),
     Generated("docs/latency.md", "docs/latency-samples.json.gz and docs/gate-history.jsonl", _latency),
     Generated(
         "harness/kvconform/mutation/power_table.json", "every clause and null model", _power, 2, _power_is_current

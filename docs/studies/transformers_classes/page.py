@@ -12,6 +12,8 @@ from typing import Any
 from kvconform.files import write_atomically
 from kvconform_reports.markdown import text
 
+RESULTS = "evidence/transformers/classes.json"
+"""The kept results, relative to ``docs``."""
 DEVIATES = 0.01
 """Standard deviations of the logits: rounding stays far below."""
 
