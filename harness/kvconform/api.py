@@ -17,6 +17,7 @@ from kvconform.run.run import plan_for, run_backend
 from kvconform.search.effort import DEFAULT_EFFORT
 from kvconform.worker.client import STEP_TIMEOUT, WorkerSpec
 from kvconform.worker.registry import address_of
+from kvconform.worker.start import FORK
 
 
 def conformance(
@@ -30,6 +31,7 @@ def conformance(
     configs: Sequence[str] = (),
     python: str = sys.executable,
     step_timeout: float = STEP_TIMEOUT,
+    start_method: str = FORK,
     known_failures: Path | str | None = None,
     out: Path | str | None = None,
 ) -> Results:
@@ -40,6 +42,7 @@ def conformance(
     clauses, configs: prefixes of names; only matching cells are judged.
     python: the interpreter of the worker process.
     step_timeout: seconds without progress after which a worker is killed.
+    start_method: how workers are started: ``fork``, where that is possible, or ``spawn``; verdicts are the same.
     known_failures: a TOML file of known failures.
     out: the folder for results and counterexamples; default: a temporary one.
 
@@ -51,7 +54,7 @@ def conformance(
     known = EMPTY if known_failures is None else read_known_failures(Path(known_failures))
     address = backend if isinstance(backend, str) else address_of(backend)
     plan = plan_for(effort, seed, dtypes, clauses, configs)
-    spec = WorkerSpec(address, device, python, step_timeout)
+    spec = WorkerSpec(address, device, python, step_timeout, start_method=start_method)
     with tempfile.TemporaryDirectory(prefix="kvconform-") as scratch:
         folder = Path(scratch if out is None else out)
         results = run_backend(file_name(address), spec, plan, folder, known_failures=known)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -84,6 +85,11 @@ class Raised:
 
     def __str__(self) -> str:
         return f"{self.type}: {self.message}"
+
+    @property
+    def pattern(self) -> tuple[str, str]:
+        """Type and message without their numbers: shapes and positions differ between programs that raise one error."""
+        return self.type, re.sub(r"\d+", "0", self.message)
 
     @classmethod
     def of(cls, error: Exception) -> Raised:

@@ -67,7 +67,7 @@ def _case(suite: ET.Element, label: str, verdict: Verdict) -> None:
     kind, message = verdict.outcome.value, _legal(verdict.sentence)
     if verdict.outcome.broken:
         element = ET.SubElement(case, "failure", type=kind, message=message)
-        element.text = message
+        element.text = message + (f"\nsteps: {_legal(verdict.steps)}" if verdict.steps else "")
     elif verdict.outcome is Outcome.INCONCLUSIVE:
         ET.SubElement(case, "error", type=kind, message=message)
     elif verdict.outcome is not Outcome.PASS:

@@ -96,6 +96,8 @@ def _failures(results: Sequence[Results], folder: str) -> str:
         v = failure.verdict
         where = f"**{text(v.clause)}** on {text(failure.label)} under {text(v.config)}"
         lines.append(f"- {failure.chip.symbol} {failure.chip.word}: {where}: {text(v.sentence)}")
+        if v.steps:
+            lines.append(f"  <br>steps: {text(v.steps)}")
         if failure.replay:
             lines.append(f"  <br>replay: {code(failure.replay)}")
     if len(found) > MOST_FAILURES:
@@ -115,6 +117,8 @@ def _known(results: Sequence[Results], folder: str) -> str:
         where = f"{SYMBOLS[Outcome.KNOWN_FAILURE]} **{text(one.clause)}** on {text(one.label)} under {text(one.config)}"
         why = f"{one.row.reason}, until {one.row.expires} ({one.link}): " if one.row else ""
         lines.append(f"- {where}: {text(why + one.now)}")
+        if one.steps:
+            lines.append(f"  <br>steps: {text(one.steps)}")
         if one.replay:
             lines.append(f"  <br>replay: {code(one.replay)}")
     if len(found) > MOST_FAILURES:

@@ -126,11 +126,15 @@ class _Interpreter:
         if self.claims.can("truncate_rows") and number >= 32:
             kept = [low + (number // (row + 1)) % (high - low + 1) for row, (low, high) in enumerate(ranges)]
             return (Truncate(seq, tuple(kept)),)
+        if not self.claims.levels([length for length, _mark in rows]):
+            return ()
         low, high = max(low for low, _high in ranges), min(high for _low, high in ranges)
         return (Truncate(seq, low + number % (high - low + 1)),) if low <= high else ()
 
     def truncate_twice(self, seq: str, number: int) -> tuple[Step, ...]:
         """By a few tokens, and at once by more, as far as the rollback goes."""
+        if not self.claims.levels(self.state.lengths(seq)):
+            return ()
         low, high = max(map(self.claims.keeps, self.state.marks(seq))), min(self.state.lengths(seq))
         first = high - 1 - number % 3
         second = first - 1 - number // 3 % LONGEST_CHUNK

@@ -71,4 +71,6 @@ def _reaches(step: Truncate, state: Marks, claims: Claims) -> bool:
     lengths = step.lengths(len(rows))
     if not isinstance(step.length, int) and not claims.can("truncate_rows"):
         return False
+    if isinstance(step.length, int) and not claims.levels([length for length, _mark in rows]):
+        return False
     return all(claims.keeps(mark) <= length for length, (_length, mark) in zip(lengths, rows, strict=True))

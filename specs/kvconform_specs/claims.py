@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -149,7 +149,8 @@ class Claims:
     ``None`` is unlimited. returns: ``all``: an append gives an output for each new token; ``last``: for the last one
     only. overflow: the result of an append beyond the ``capacity``: ``refused`` (an exception) or ``undefined``.
     padding: the sides on which columns of ragged rows may hold no token. ragged_appends: which appends may be ragged:
-    ``any``, or the ``first`` alone after a sequence was opened or reset. rollback: how many tokens truncations can
+    ``any``, or the ``first`` alone after a sequence was opened or reset; all rows continue alike then, and rows of
+    different lengths are not truncated to one length. rollback: how many tokens truncations can
     undo: each keeps at least the largest length that the row has had since it was opened or reset, less that many;
     None: all of them. too_deep: the result of a truncation to fewer: ``refused`` (an exception) or ``undefined``.
     retention: the tokens that are kept: ``all``, or those in the ``window``: a layer with a window W holds no more
@@ -232,6 +233,10 @@ class Claims:
     def keeps(self, mark: int) -> int:
         """The fewest tokens that a truncation may keep of a row whose largest length has been ``mark``."""
         return 0 if self.rollback is None else max(mark - self.rollback, 0)
+
+    def levels(self, lengths: Sequence[int]) -> bool:
+        """Whether rows of these lengths may be truncated to one length."""
+        return self.ragged_appends == "any" or len(set(lengths)) < 2
 
     @property
     def rollback_ends(self) -> bool:

@@ -48,6 +48,7 @@ def test_a_broken_backend_exits_with_1_and_each_failure_is_three_lines(tmp_path:
     assert counts == "PrintsAndIsWrong [attention-gqa]: 1 fail"
     assert fact.startswith("definition.attention on PrintsAndIsWrong [attention-gqa]: step ")
     assert steps.startswith("  steps: append ")
+    assert read(tmp_path / "results" / "PrintsAndIsWrong.json").failures[0].steps in steps
     assert diagnosis.startswith("diagnosis [attention-gqa]: ")
     assert summary == "PrintsAndIsWrong: non-conformant: 1 of 1 judged cell failed"
     again = kvconform(*replay.split()[2:], folder=tmp_path)

@@ -18,6 +18,8 @@ from places import ROOT
 
 from kvconform.cli import options, progress
 from kvconform.cli.progress import Progress
+from kvconform.errors import Raised
+from kvconform.judging.mismatch import Kind, Mismatch
 from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.results.results import Results, Target
 from kvconform.run import check as checks
@@ -136,3 +138,22 @@ def test_a_check_that_is_killed_has_shown_what_it_had(tmp_path: Path) -> None:
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     assert json.loads((tmp_path / "results" / "check" / "Attention.json").read_text())["finished"] is False
+
+
+def test_a_check_says_what_it_judges_before_anything_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(600)\n")
+    command = [sys.executable, "-m", "kvconform", "check", "slow.py:Net"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as checking:
+        assert checking.stdout is not None
+        line = checking.stdout.readline()
+        checking.kill()
+    assert line.startswith("judging py:slow.py:Net (effort check; start method fork)")
+
+
+def test_an_error_that_was_told_is_not_told_again(screen: io.StringIO) -> None:
+    mismatch = Mismatch(kind=Kind.RAISED, error=Raised("ValueError", "shape 3"))
+    again = Mismatch(kind=Kind.RAISED, error=Raised("ValueError", "shape 4"))
+    with Progress("x", Path("out"), quiet=False, chapters=True) as shown:
+        shown.tell(verdict("shape.output", Outcome.FAIL, mismatch=mismatch))
+        shown.tell(verdict("shape.length", Outcome.FAIL, mismatch=again))
+    assert "shape.length on x [attention-gqa]: the error of shape.output" in screen.getvalue()

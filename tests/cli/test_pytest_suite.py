@@ -12,6 +12,7 @@ import pytest
 from places import SUPPORT
 
 from kvconform.judging.verdict import Outcome
+from kvconform.results.gate import UNDECIDED, compare
 from kvconform.results.results import read
 from kvconform.run.run import cells, plan_for
 
@@ -61,6 +62,40 @@ def test_a_failure_has_its_replay_line_and_is_in_the_results(tmp_path: Path) -> 
     assert "replay: kvconform replay results/failures/PrintsAndIsWrong/definition.attention-" in wrong.stdout
     (failure,) = read(tmp_path / "results" / "PrintsAndIsWrong.json").failures
     assert failure.outcome is Outcome.FAIL
+    assert f"  steps: {failure.steps}" in wrong.stdout
+
+
+@pytest.mark.slow
+def test_what_pytest_selects_is_recorded_as_a_part_that_a_baseline_does_not_miss_cells_of(tmp_path: Path) -> None:
+    whole = suite(tmp_path, "--kv-backend", "numpy", *ONE_CONFIG, "--kv-clause", "shape", "--kv-out", "whole")
+    assert whole.returncode == 0, whole.stdout
+    baseline = read(tmp_path / "whole" / "numpy.json")
+    assert (baseline.clauses, baseline.configs) == (["shape"], ["attention-gqa"])
+    done = suite(tmp_path, "--kv-backend", "numpy", *ONE_CONFIG, "--kv-clause", "shape", "-k", "shape.output")
+    assert done.returncode == 0, done.stdout
+    assert "kvconform: numpy: the selected part passed: 1 cell; " in done.stdout
+    found = read(tmp_path / "results" / "numpy.json")
+    assert (found.finished, found.clauses, found.configs) == (True, ["shape.output"], ["attention-gqa"])
+    assert found.selection == "clauses shape.output, configs attention-gqa"
+    (missing,) = compare(found, baseline)
+    assert (missing.code, missing.words) == (
+        UNDECIDED,
+        f"{SHAPES - 1} cells of the baseline not judged: only clauses shape.output, configs attention-gqa",
+    )
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_a_process_did_not_finish(tmp_path: Path) -> None:
+    pytest.importorskip("xdist")
+    (tmp_path / "ends_it.py").write_text(
+        "import os\ndef pytest_runtest_call(item):\n    if 'shape.length' in item.nodeid:\n        os._exit(3)\n"
+    )
+    shapes = ("--kv-clause", "shape", "-p", "ends_it", "-n", "1")
+    done = suite(tmp_path, "--kv-backend", "numpy", *ONE_CONFIG, *shapes)
+    assert "crashed" in done.stdout
+    found = read(tmp_path / "results" / "numpy.json")
+    assert found.verdicts
+    assert (found.finished, found.clauses) == (False, ["shape"])
 
 
 @pytest.mark.slow

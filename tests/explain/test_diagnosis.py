@@ -14,11 +14,12 @@ from places import SUPPORT
 
 from kvconform.explain import visibility
 from kvconform.explain.diagnosis import Diagnosis, decided, diagnose, edits, map_matches
-from kvconform.explain.diagnosis.battery import BATTERY, OTHER
+from kvconform.explain.diagnosis.battery import BATTERY
 from kvconform.explain.diagnosis.cache_edits import CacheModel, views
 from kvconform.explain.diagnosis.conditions import condition
 from kvconform.explain.diagnosis.mask_edits import MASK_EDITS, MaskEdit, causal
 from kvconform.explain.diagnosis.mistakes import MISTAKES
+from kvconform.explain.diagnosis.probe_steps import OTHER
 from kvconform.explain.diagnosis.probes import STREAMS, first_stream, probes
 from kvconform.explain.diagnosis.record import Condition, EditMatch, Leak
 from kvconform.explain.diagnosis.symptoms import EARLIER_PROGRAM, OutputCell
@@ -32,6 +33,7 @@ from kvconform.mutation.fault import load_faults
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform.worker.registry import load
 from kvconform_backends.faults import classes
+from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case
 from kvconform_specs.configs import CONFIGS
 from kvconform_specs.history import seen_by
@@ -549,20 +551,69 @@ def test_the_condition_of_a_cache_that_evicts_wrongly_is_the_length() -> None:
     assert found.condition.exact
 
 
+# --- contexts ---
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (
+            "stored-by-tokens",
+            "first wrong probe (the same tokens in two contexts, one after another): step 3 (append 5",
+        ),
+        ("long-stored-by-tokens", "only with a prompt that was first run in another context; first wrong probe"),
+        ("context-of-the-prompt", "only after a prompt in another context; first wrong probe"),
+        ("context-of-the-prefill-only", "only with past > 0 and in a context other than 0; first wrong probe"),
+        ("generation-keeps-context", "only greedy generation is wrong, its steps are right; first wrong probe (gener"),
+    ],
+)
+def test_a_mistake_about_contexts_is_described_by_contexts(fault: str, words: str) -> None:
+    found = diagnosed(FAULTS[fault].address, "decoder-rope")
+    assert found is not None
+    assert sentence(found).startswith(f"matches no known mistake: {words}")
+
+
+def test_only_configs_and_backends_with_contexts_are_probed_in_several() -> None:
+    def contexts(config: str, claims: Claims) -> set[int]:
+        drawn = [*probes(CONFIGS[config], claims), *trials(CONFIGS[config], claims, range(8))]
+        steps = [step for probe in drawn for step in probe.program.steps]
+        return {step.context for step in steps if isinstance(step, Append | UncachedForward)}
+
+    claims = load("numpy").claims
+    assert contexts("decoder-rope", claims) == {0, 1, 2}
+    assert contexts("decoder-learned", claims) == contexts("attention-gqa", claims) == {0}
+    without = replace(claims, abilities=tuple(one for one in claims.abilities if one != "contexts"))
+    assert contexts("decoder-rope", without) == {0}
+
+
 # --- precision ---
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [("HalfKeys", "within the bounds of bfloat16"), ("EightBits", "within the bounds of float32 and an 8-bit cache")],
+    ("name", "config", "words"),
+    [
+        ("Float16Cache", "attention-gqa", "within the bounds of float32 and a float16 cache"),
+        ("Float16Cache", "decoder-learned", "within the bounds of float32 and a float16 cache"),
+        ("HalfKeys", "attention-gqa", "within the bounds of float32 and a bfloat16 cache"),
+        ("HalfKeys", "decoder-learned", "within the bounds of float32 and a bfloat16 cache"),
+        ("EightBits", "attention-gqa", "within the bounds of float32 and an 8-bit cache"),
+        ("Float16Weights", "decoder-learned", "within the bounds of float16"),
+    ],
 )
-def test_a_lower_precision_is_told_by_the_bounds_that_it_keeps(name: str, words: str) -> None:
-    found = diagnosed(of(name))
+def test_a_lower_precision_is_told_by_the_bounds_that_it_keeps(name: str, config: str, words: str) -> None:
+    found = diagnosed(of(name), config)
     assert found is not None
     assert found.precision is not None
     assert precision_words(found.precision) == words
     assert words in sentence(found)
 
 
-@pytest.mark.parametrize("address", [of("SecondHead"), of("DecodeOnePercent"), conditional("ChunkFrom4")])
+@pytest.mark.parametrize(
+    "address",
+    [
+        of("SecondHead"),
+        of("DecodeOnePercent"),
+        conditional("ChunkFrom4"),
+        FAULTS["bits-reinterpreted"].address,
+        FAULTS["decode-in-bfloat16"].address,
+    ],
+)
 def test_what_rounding_does_not_explain_has_no_precision(address: str) -> None:
     found = diagnosed(address)
     assert found is not None

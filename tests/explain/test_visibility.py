@@ -19,7 +19,7 @@ from kvconform.errors import WorkerDied
 from kvconform.explain.visibility import FORBIDDEN, REQUIRED, Map, maps
 from kvconform.explain.visibility.measure import SEEDS
 from kvconform.explain.visibility.schedules import Schedule, schedules
-from kvconform.explain.visibility.text import LEGEND, MARKS, drawing, listed, title, words
+from kvconform.explain.visibility.text import LEGEND, MARKS, coverage, drawing, listed, title, words
 from kvconform.mutation.fault import load_faults
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform.worker.execute import feeds_of
@@ -90,8 +90,9 @@ def test_a_chunk_that_sees_its_future_is_wrong_where_it_is_on_a_cache_and_only_t
     assert {name for name, one in found.items() if not one.right} == {"chunked", "rows"}
     assert found["chunked"].differences == [(3, 4, FORBIDDEN), (6, 7, FORBIDDEN)]
     assert found["rows"].differences == [(3, 4, FORBIDDEN), (8, 9, FORBIDDEN)]
-    assert words(found["chunked"]) == "chunked 3+2+1+2: tokens 3 and 6 see the next token (their future)"
-    assert words(found["rows"]) == "rows 2+1+2: in rows 0 and 1 token 3 sees token 4 (its future)"
+    context = " in context 0" if CONFIGS[config].contexts > 1 else ""
+    assert words(found["chunked"]) == f"chunked 3+2+1+2{context}: tokens 3 and 6 see the next token (their future)"
+    assert words(found["rows"]) == f"rows 2+1+2{context}: in rows 0 and 1 token 3 sees token 4 (its future)"
 
 
 @pytest.mark.parametrize(
@@ -319,6 +320,17 @@ def test_words_tell_each_difference_and_everything_else_that_is_known() -> None:
         "in row 1 token 0 sees token 1 (its future); no output of token 2 of row 1; "
         f"stopped at {EACH.stopped}; something else; 1 cell is not resolvable"
     )
+
+
+def test_maps_of_a_backend_with_several_contexts_say_that_they_are_of_one() -> None:
+    found = [*mapped("numpy", "decoder-rope").values()]
+    assert {one.context for one in found} == {0}
+    assert words(found[0]).startswith(f"{found[0].schedule} in context 0: as expected")
+    assert coverage(found).endswith("; all in context 0")
+    assert coverage(found).count("context") == 1
+    assert "context" not in coverage([EACH]) + words(EACH)
+    without = mapped("numpy", "decoder-learned")
+    assert {one.context for one in without.values()} == {None}
 
 
 def test_text_marks_each_difference_where_it_is_and_at_its_line_s_end() -> None:

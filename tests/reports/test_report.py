@@ -39,12 +39,14 @@ def hostile(name: str) -> list[Results]:
     """Results in which every text that a stranger may choose is ``name``."""
     raised = Mismatch(kind=Kind.RAISED, program=0, step=1, call=name, error=Raised(name, name))
     died = Mismatch(kind=Kind.DIED, step=1, call=name, ended=Exit(7, stderr=name))
-    fail = given.other("definition.attention", name, Outcome.FAIL, name, counterexample=name, mismatch=raised)
+    fail = given.other(
+        "definition.attention", name, Outcome.FAIL, name, counterexample=name, mismatch=raised, steps=name
+    )
     crash = given.other("shape.first-step", name, Outcome.CRASH, name, mismatch=died)
     skip = given.other(name, name, Outcome.UNSUPPORTED, name)
     good = given.passed("definition.attention", "attention-gqa")
     tree = {name: {name: [name, name]}}
-    held = given.other("errors.unchanged", name, Outcome.KNOWN_FAILURE, name, counterexample=name)
+    held = given.other("errors.unchanged", name, Outcome.KNOWN_FAILURE, name, counterexample=name, steps=name)
     weak = given.other("determinism.repeatable", name, Outcome.REFUTED, name, counterexample=name)
     row = given.row(name, clause="errors.unchanged", config=name, versions={name: "1.0"}, counterexample=name)
     one = given.results(
@@ -217,6 +219,28 @@ def test_every_sentence_appears_and_every_failure_says_how_to_replay_it() -> Non
                 assert line in text
                 assert line in short
     assert broken == 4
+
+
+def test_the_steps_of_every_failure_are_in_the_report_the_summary_and_junit() -> None:
+    results = [*given.four(), given.results("known", **given.known("known", given.everywhere()))]
+    text, short = page(rendered(results)).text, markdown.render(results, [], None)
+    failed = [element.text for element in ET.fromstring(junit.render(results)).iter("failure")]
+    found = [one for result in results for one in result.verdicts if one.steps]
+    assert len(found) == 6
+    for one in found:
+        assert f"Steps: {one.steps}" in text
+        assert f"steps: {one.steps}" in short
+        assert one.outcome is Outcome.KNOWN_FAILURE or f"{one.sentence}\nsteps: {one.steps}" in failed
+
+
+def test_a_failure_without_a_program_has_no_steps() -> None:
+    results = [given.results("eager", [given.other("shape.output", "attention-gqa", Outcome.FAIL, "wrong")])]
+    for text in (
+        section(render(results, [], None), "failures"),
+        markdown.render(results, [], None),
+        junit.render(results),
+    ):
+        assert "teps:" not in text
 
 
 def test_every_broken_cell_links_to_its_failure() -> None:

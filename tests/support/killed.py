@@ -52,6 +52,18 @@ class KillsItself(NumpyCache):
         return super().step(cache, *inputs)
 
 
+class KillsItselfAtTheFortiethCall(NumpyCache):
+    """Of its process, whatever the calls are."""
+
+    calls = 0
+
+    def step(self, cache: Cache, *inputs: Any) -> tuple[Any, Cache]:
+        KillsItselfAtTheFortiethCall.calls += 1
+        if self.calls == 40:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(cache, *inputs)
+
+
 class KillsItselfInTheBuild(NumpyCache):
     def __init__(self, *given: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

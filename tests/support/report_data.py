@@ -76,6 +76,7 @@ def broken(verdicts: list[Verdict], seed: int = 0) -> list[Verdict]:
             "attention-window",
             Outcome.FAIL,
             "program 2, step 2 out[0] at row 1, head 3: got -0.4482, want -0.4266 ± 7.4e-07 (29340x the bound)",
+            steps="append 5 to a of 2 rows, append 3 to a of 2 rows (2 times) (window 6)",
             counterexample="equivalence.chunks-3f2a91c0.json",
             found_after=17,
             worst=0.21,
@@ -85,6 +86,7 @@ def broken(verdicts: list[Verdict], seed: int = 0) -> list[Verdict]:
             "decoder-learned",
             Outcome.FAIL,
             "program 1, step 1 out[0] at row 0, token 2: got 1.0931, want 1.1807 ± 2.2e-05 (3981x the bound)",
+            steps="append 1 to a, append 2 to a",
             counterexample="equivalence.chunks-90bb1d02.json",
             found_after=3,
         ),
@@ -93,6 +95,7 @@ def broken(verdicts: list[Verdict], seed: int = 0) -> list[Verdict]:
             "attention-gqa",
             Outcome.CRASH,
             "step 3 reset: the worker died with signal 11 (segmentation fault)",
+            steps="append 4 to a, truncate a to 2, reset a",
             counterexample="lifecycle.reset-0c51ff2e.json",
             found_after=1,
         ),
@@ -101,6 +104,7 @@ def broken(verdicts: list[Verdict], seed: int = 0) -> list[Verdict]:
             "decoder-rope",
             Outcome.TIMEOUT,
             "step 2 append: no answer within 30 s",
+            steps="append 19 to a, append 1 to a",
             counterexample="shape.no-specialisation-77aa0e11.json",
         ),
         ("causality.visibility", "decoder-softcap"): other(
@@ -149,7 +153,8 @@ def known(backend: str, verdicts: list[Verdict]) -> dict[str, Any]:
     """The same cells with one in the known failures: the verdicts and the known_failures of their results."""
     entry = row(backend)
     sentence = f"{entry.reason}, known until {entry.expires}, {entry.link}: {render(WRONG)}"
-    failure = other(*KNOWN, Outcome.KNOWN_FAILURE, sentence, counterexample="numerics.zero-keys-1a2b3c4d.json")
+    file = "numerics.zero-keys-1a2b3c4d.json"
+    failure = other(*KNOWN, Outcome.KNOWN_FAILURE, sentence, steps="append 7 to a", counterexample=file)
     return {"verdicts": [failure if v.key == KNOWN else v for v in verdicts], "known_failures": [entry]}
 
 

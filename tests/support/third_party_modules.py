@@ -149,6 +149,8 @@ class MakesCache(Projections):
         query, key, value = self.projected(x)
         if kv_cache is not None:
             start, end = kv_cache["length"], kv_cache["length"] + x.shape[1]
+            if end > self.max_len:
+                raise ValueError(f"{end} tokens do not fit into {self.max_len}")
             kv_cache["k"][:, :, start:end], kv_cache["v"][:, :, start:end] = key, value
             kv_cache["length"] = end
             key, value = kv_cache["k"][:, :, :end], kv_cache["v"][:, :, :end]
@@ -320,6 +322,8 @@ class StartPos(Owned):
             shape = (x.shape[0], self.heads, self.max_seq_len, key.shape[-1])
             self.cache_k, self.cache_v = torch.zeros(shape), torch.zeros(shape)
         end = start_pos + x.shape[1]
+        if end > self.max_seq_len:
+            raise ValueError(f"{end} tokens do not fit into {self.max_seq_len}")
         self.cache_k[:, :, start_pos:end], self.cache_v[:, :, start_pos:end] = key, value
         return self.attended(query, self.cache_k[:, :, :end], self.cache_v[:, :, :end])
 

@@ -142,6 +142,20 @@ class HalfKeys(NumpyCache):
         return np.asarray(rounded(super().stored(x), "bfloat16"))
 
 
+class Float16Cache(NumpyCache):
+    """Keys and values are cached in float16, as llama.cpp does if it is not told otherwise."""
+
+    def stored(self, x: Array) -> Array:
+        return np.asarray(rounded(super().stored(x), "float16"))
+
+
+class Float16Weights(NumpyCache):
+    """A checkpoint that was converted to float16 without notice; steps round nothing else."""
+
+    def __init__(self, config: Any, weights: Mapping[str, Array], device: str) -> None:
+        super().__init__(config, {name: rounded(x, "float16") for name, x in weights.items()}, device)
+
+
 class EightBits(NumpyCache):
     """Keys and values are cached as integers of 8 bits, with a scale for each token and head."""
 

@@ -27,11 +27,15 @@ from kvconform_specs.reference.oracle import expect
 torch = pytest.importorskip("torch", reason="transformers runs on it")
 pytest.importorskip("transformers", reason="it is what is tested here")
 
+import transformers  # noqa: E402
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
-from kvconform_backends.targets.hf import target as hf_target  # noqa: E402
-from kvconform_backends.targets.hf.target import Transformers, open_hf, tokens_of  # noqa: E402
+from kvconform_backends.targets.hf import opening  # noqa: E402
+from kvconform_backends.targets.hf.opening import open_hf  # noqa: E402
+from kvconform_backends.targets.hf.recipe import tokens_of  # noqa: E402
+from kvconform_backends.targets.hf.sizes import tiny  # noqa: E402
+from kvconform_backends.targets.hf.target import Transformers  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]
 
@@ -91,10 +95,87 @@ def test_each_family_opens_and_its_cached_steps_match_its_uncached_forward(famil
         assert (np.abs(step.output - want.value) <= want.bound).all()
 
 
+KINDS = {
+    "BartConfig": "never",  # the decoder of an encoder-decoder
+    "BertConfig": "never",  # an encoder, made a decoder
+    "DeepseekV3Config": "never",  # a latent cache, groups of experts
+    "Gemma3nTextConfig": "never",  # layers that share keys and values
+    "Gemma4TextConfig": "never",  # layers of different head sizes
+    "MptConfig": "never",  # a config inside the config
+    "MambaConfig": "after the first",  # a recurrent state
+    "MiniMaxConfig": "never",  # a cache class of its own
+    "JambaConfig": "after the first",  # layers by period and offset
+    "BambaConfig": "never",  # logits of the last token only
+    "Zamba2Config": "never",  # numbers of layers
+}
+"""Classes of which a plain reading of the sizes is not enough, and when each is given one token at a time."""
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_every_kind_of_class_is_scaled_and_called_as_it_demands(family: str) -> None:
+    backend = open_hf(family, {})
+    assert backend.calls.one_by_one == KINDS[family]
+    assert sum(parameter.numel() for parameter in backend.made.parameters()) < 300_000
+    (config,) = backend.configs.values()
+    client = backend(config, {})
+    tokens = np.array([tokens_of(config, 12)] * 2)
+    whole = client.uncached_forward(tokens)
+    _, sequence = client.step(client.start(2), tokens[:, :7])
+    rest, _ = client.step(sequence, tokens[:, 7:])
+    assert np.abs(rest - whole[:, 7:]).max() < 1e-3 * whole.std()
+
+
+def test_each_kind_of_layer_stays_in_a_tiny_model() -> None:
+    fields = tiny(transformers.Gemma3nTextConfig())
+    assert fields["num_hidden_layers"] == 4
+    assert fields["layer_types"] == ["sliding_attention", "full_attention"] * 2
+    assert fields["num_kv_shared_layers"] == 2
+    assert fields["activation_sparsity_pattern"] == [0.95, 0.95, 0.0, 0.0]
+    assert fields["intermediate_size"] == [48] * 4
+    zamba = tiny(transformers.Zamba2Config())
+    assert zamba["hybrid_layer_ids"] == [
+        number for number, kind in enumerate(zamba["layers_block_type"]) if kind == "hybrid"
+    ]
+    gemma = tiny(transformers.Gemma4TextConfig())
+    full = [number for number, kind in enumerate(gemma["layer_types"]) if kind == "full_attention"]
+    assert [int(number) for number in gemma["per_layer_config"]] == full
+    assert tiny(transformers.MptConfig())["n_layers"] == 2
+    assert tiny(transformers.LlamaConfig())["num_hidden_layers"] == 2
+
+
+def test_a_size_that_is_small_already_is_kept() -> None:
+    small = transformers.LlamaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    assert not {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"} & tiny(small).keys()
+
+
+def test_an_encoder_is_no_decoder(tmp_path: Path) -> None:
+    transformers.BertConfig(**tiny(transformers.BertConfig()) | {"is_decoder": False}).save_pretrained(tmp_path)
+    with pytest.raises(BackendUnavailable, match="BertLMHeadModel is not a decoder: outputs of earlier tokens depend"):
+        open_hf(str(tmp_path), {})
+
+
+def test_a_model_without_a_cache_is_refused() -> None:
+    with pytest.raises(BackendUnavailable, match="OpenAIGPTLMHeadModel is not a decoder with a cache"):
+        open_hf("OpenAIGPTConfig", {})
+
+
+def test_padding_on_the_left_is_judged() -> None:
+    backend = open_hf("LlamaConfig", {})
+    clauses = ["batch.left-padding", "batch.ragged", "batch.padding"]
+    assert {*clauses} <= {*asked(backend)}
+    assert broken(backend, clauses, 6) == {}
+
+    def unmasked(self: Transformers, sequence: Any, new: Any, mask: Any) -> Any:
+        return Transformers._logits(self, sequence, new, torch.ones_like(mask))
+
+    wrong = type("Unmasked", (backend,), {"_logits": unmasked})
+    assert {"batch.left-padding", "batch.ragged"} <= {*broken(wrong, clauses, 6)}
+
+
 def test_the_abilities_of_a_cache_are_found_by_trying() -> None:
     everything, common = (
-        {"uncached_forward", "length", "reset", "fork", "reorder", "truncate"},
-        {"uncached_forward", "length", "reset", "fork"},
+        {"uncached_forward", "length", "reset", "fork", "reorder", "truncate", "ragged"},
+        {"uncached_forward", "length", "reset", "fork", "ragged"},
     )
     assert {*open_hf("LlamaConfig", {}).claims.abilities} == everything
     assert {*open_hf("LlamaConfig", {"cache": "static"}).claims.abilities} == everything - {"truncate"} | {"poison"}
@@ -223,8 +304,8 @@ def test_a_clean_model_breaks_no_clause(family: str, cache: str) -> None:
 
 
 def test_the_published_gpt2_is_conformant_in_workers(tmp_path: Path) -> None:
-    address = "kvconform_backends.targets.hf.target:GPT2"
-    assert load(address) is hf_target.gpt2()
+    address = "kvconform_backends.targets.hf.opening:GPT2"
+    assert load(address) is opening.gpt2()
     results = run_backend(
         "gpt2", WorkerSpec(address), Plan(BRIEF, 0, ("float32",), ("lifecycle.independent",)), tmp_path
     )
@@ -316,6 +397,10 @@ def test_the_script_of_a_program_reproduces_the_backends_outputs(target: str, op
     backend = open_hf(target, options)
     (config,) = backend.configs.values()
     steps = [
+        Append("p", (3, 5), 5, pad=("left", 8)),
+        Append("p", (1, 1), 5),
+        Reset("p"),
+        Close("p"),
         Append("a", (3, 3), 5),
         Append("a", (1, 1), 5),
         Fork("a", "b"),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from places import SUPPORT
 
 from kvconform.api import conformance
-from kvconform.errors import BackendUnavailable
+from kvconform.errors import BackendUnavailable, InvalidBackend
 from kvconform.worker.execute import feeds_of
 from kvconform.worker.registry import load
 from kvconform_specs.program import AliasHandle, Append, Close, Program, Reset, UncachedForward
@@ -297,21 +297,16 @@ def test_an_address_opens_a_target_and_a_backend_is_returned_unchanged(tmp_path:
         (
             "Strange",
             {},
-            "found Strange.forward(x: 'Tensor', ledger: 'dict'), whose required parameter 'ledger' is unknown",
+            "fits Strange.forward(x: 'Tensor', ledger: 'dict'), whose required parameter 'ledger' is unknown. Give",
         ),
-        ("NoCache", {}, "found NoCache.forward(x: 'Tensor'), whose calls show no cache; known conventions: a past"),
+        ("NoCache", {}, "fits NoCache.forward(x: 'Tensor'), whose calls show no cache. Give the call"),
         ("Absent", {}, "has no 'Absent'"),
-        (
-            "Layer",
-            {"init": {"width": 5, "heads": 3}},
-            "found Layer.forward(x: 'Tensor', past: 'tuple[Tensor, Tensor] |",
-        ),
+        ("Layer", {"init": {"width": 5, "heads": 3}}, "fits Layer.forward(x: 'Tensor', past: 'tuple[Tensor, Tensor] |"),
         ("Layer", {"init": {"depth": 5}}, "cannot be built: TypeError: Projections.__init__() got an unexpected keyw"),
         ("Needs", {}, "give its arguments: --init '{\"width\": ...}'"),
         ("KV_CACHE", {}, "is a list, which cannot be called"),
         ("LayerPast", {"dtype": "int8"}, "unknown dtype 'int8'; known: float32, bfloat16, float16"),
         ("LayerPast", {"colour": 1}, "unknown option 'colour'; known: init, seed, dtype, convention"),
-        ("LayerPast", {"convention": {"calls": ""}}, "convention.calls: unknown field; known: always, arrays, batched"),
     ],
 )
 def test_a_target_that_cannot_be_opened_is_an_error_of_one_sentence(
@@ -323,20 +318,41 @@ def test_a_target_that_cannot_be_opened_is_an_error_of_one_sentence(
     assert words in str(caught.value)
 
 
-def test_a_target_that_wants_the_whole_sequence_beside_its_past_is_not_judged() -> None:
-    with pytest.raises(BackendUnavailable, match=r"not judged: its cached calls agree .* if they are given all tokens"):
-        opened("WantsAll")
+@pytest.mark.parametrize(
+    ("convention", "words"),
+    [
+        ({"calls": ""}, "convention.calls: unknown field; known: always, arrays, batched"),
+        ({"call": "module(x"}, "convention.call: 'module(x' is not a Python expression"),
+        ({"call": "model(x, past)"}, "convention.call: 'model(x, past)' uses 'model'; known names: batch, cached"),
+        ({"call": 3}, "convention.call: want a Python expression as a string, got 3"),
+        ({"takes": "token"}, "convention.takes: want one of tokens, states, got 'token'"),
+        ({"batched": "no"}, "convention.batched: want true or false, got 'no'"),
+        ({"imports": ["Absent"]}, "convention.imports: want a list of names in the target's file, got 'Absent'"),
+        ("module(x)", "convention: want an object of fields, got 'module(x)'"),
+    ],
+)
+def test_a_bad_convention_is_an_error_of_one_sentence_and_exit_code_2(convention: Any, words: str) -> None:
+    with pytest.raises(InvalidBackend) as caught:
+        opened("LayerPast", convention=convention)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_target_that_wants_the_whole_sequence_beside_its_past_is_given_it() -> None:
+    target = opened("WantsAll")
+    assert "module(sofar, past=past)" in target.recognised
+    assert broken(target, ASKED) == {}
 
 
 def test_what_no_trial_agreed_with_is_said_first() -> None:
     pytest.importorskip("torch")
     for name, words in (("TopLeftMask", True), ("RightMask", False)):
         found = module.open_module(f"{SUPPORT / 'published_listings.py'}:{name}", {})
-        assert found.assumed[1].startswith("it is called as meant, although no cached call") is words
+        assert found.assumed[0].startswith("it is called as meant, although in trials its first cached call") is words
 
 
 def test_what_a_target_has_and_nothing_tries_is_told() -> None:
-    assert opened("WithCrop").not_tried == ("crop of its past", "its argument seq_lens")
+    assert opened("WithCrop").not_tried == ("crop of its past", "its argument seq_lens")  # one raises, one does nothing
     assert opened("LayerPast").not_tried == ()
 
 
@@ -360,10 +376,13 @@ def test_the_adapter_in_the_error_is_a_conformant_backend(tmp_path: Path) -> Non
     with pytest.raises(BackendUnavailable) as caught:
         opened("NoCache")
     shown = str(caught.value).partition("\n\n")[2]
-    assert shown == conventions.ADAPTER
+    assert shown == conventions.ADAPTER.replace("my_file", "third_party_modules").replace("Attention", "NoCache")
     sizes = "heads=6, kv_heads=2, head_dim=8, width=48"
     text = shown.replace("heads=4, kv_heads=4, head_dim=8, width=32", sizes)
-    text = text.replace("from my_file", f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\nfrom attention")
+    text = text.replace("NoCache", "Attention")
+    text = text.replace(
+        "from third_party_modules", f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\nfrom attention"
+    )
     (tmp_path / "adapter.py").write_text(text)
     target = load(f"{tmp_path}/adapter.py:Adapter")
     assert broken(target, ASKED) == {}

@@ -17,6 +17,7 @@ from places import SUPPORT
 from kvconform.errors import Raised
 from kvconform.judging.mismatch import Kind
 from kvconform.judging.verdict import Outcome, Reason, Verdict
+from kvconform.search import counterexample
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.effort import EFFORTS
 from kvconform.worker import client as clients
@@ -87,6 +88,17 @@ def test_a_backend_that_kills_itself_each_time_is_convicted(name: str, kind: Kin
     assert found.mismatch.kind is kind
     assert found.mismatch.ended is not None
     assert found.mismatch.ended.signal == "SIGKILL"
+
+
+def test_a_backend_that_kills_itself_at_its_nth_call_is_convicted_by_what_it_ran_before(tmp_path: Path) -> None:
+    found = judged("KillsItselfAtTheFortiethCall", tmp_path)
+    assert found.outcome is Outcome.CRASH
+    assert found.mismatch is not None
+    assert found.mismatch.ended is not None
+    assert found.mismatch.ended.signal == "SIGKILL"
+    assert found.mismatch.earlier_programs > 0
+    stored = counterexample.read(tmp_path / found.counterexample)
+    assert len(stored.before) == found.mismatch.earlier_programs
 
 
 @pytest.mark.parametrize("counts", [range(1000), [None] * 1000], ids=["counted", "no count"])

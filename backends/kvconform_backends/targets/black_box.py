@@ -19,7 +19,11 @@ def perturbed(module: nn.Module, storage: float, accumulation: float, seed: int)
 
     Weights shared under two names stay shared. Buffers (tables of angles, masks, caches) are not perturbed.
     """
-    copied = copy.deepcopy(module)
+    return perturb(copy.deepcopy(module), storage, accumulation, seed)
+
+
+def perturb(copied: nn.Module, storage: float, accumulation: float, seed: int) -> nn.Module:
+    """Perturbs the weights of a module in place, as ``perturbed`` does those of a copy."""
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in copied.parameters():

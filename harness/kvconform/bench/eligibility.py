@@ -196,7 +196,7 @@ def by_reference(forward: ReferenceForward, config: Config, seed: int) -> Expect
     columns = _drawn(config, seed)
     ids: NDArray[Any] = tokens(config, seed)
     value = forward(ids, 0.0, 0.0, 0)[0].astype(np.float64)
-    noise = bounds.perturbation(config.dtype)
+    noise = bounds.perturbation(config)
     deviations = [
         bounds.deviation(forward(ids, noise.storage, noise.accumulation, 1 + run)[0], value)
         for run in range(bounds.RUNS)

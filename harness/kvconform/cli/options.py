@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvconform.api import file_name
 from kvconform.search.effort import EFFORTS
 from kvconform.worker.client import DEVICES, STEP_TIMEOUT, WorkerSpec
+from kvconform.worker.start import FORK, START_METHODS
 from kvconform_specs.config import DTYPES
 
 plain = partial(Console, soft_wrap=True, markup=False, emoji=False, highlight=False)
@@ -48,6 +49,14 @@ Pythons = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="The seed of the run; the same seed draws the same programs.")]
 StepTimeout = Annotated[float, typer.Option(help="Seconds without progress after which a worker is killed.")]
+
+StartMethod = Annotated[
+    str,
+    typer.Option(
+        help=f"How workers are started: {' or '.join(START_METHODS)}. Default: forked from a process that has imported "
+        "the frameworks, where that is possible (Linux, CPU). Verdicts are the same."
+    ),
+]
 
 
 def say(text: str, console: Console = screen) -> None:
@@ -85,7 +94,7 @@ def worst(codes: list[int]) -> int:
 
 
 def launches(
-    backends: list[str], device: str, pythons: list[str], step_timeout: float = STEP_TIMEOUT
+    backends: list[str], device: str, pythons: list[str], step_timeout: float = STEP_TIMEOUT, start_method: str = FORK
 ) -> dict[str, WorkerSpec]:
     """How to start each backend, by the name of its results."""
     common, own = sys.executable, {}
@@ -98,7 +107,10 @@ def launches(
     unknown = sorted(set(own) - set(backends))
     if unknown:
         raise usage(f"--python: no backend {unknown[0]!r} in this run; given: {', '.join(backends)}")
-    made = {file_name(b): WorkerSpec(b, device, own.get(b, common), step_timeout) for b in backends}
+    made = {
+        file_name(b): WorkerSpec(b, device, own.get(b, common), step_timeout, start_method=start_method)
+        for b in backends
+    }
     if len(made) < len(backends):
         raise usage(f"--backend: two of {', '.join(backends)} would write the same results")
     return made

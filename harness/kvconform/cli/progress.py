@@ -10,6 +10,7 @@ from kvconform.cli.options import progress_bar, say
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.results import Results
 from kvconform.run import check as checks
+from kvconform.worker.start import frameworks as imported_for
 
 UNDECIDED = (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED)
 
@@ -30,6 +31,7 @@ class Progress:
         self._group = ""
         self._counts: Counter[str] = Counter()
         self._reasons: set[str] = set()
+        self._errors: dict[tuple[str, ...], str] = {}  # exceptions that were told, with the clause
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -39,7 +41,16 @@ class Progress:
         self._count()
         self._bar.stop()
 
+    def start(self, address: str, method: str, effort: str) -> None:
+        """The first line, before a worker imports anything: what is judged, and how."""
+        if self.chapters:
+            frameworks = {name.partition(".")[0]: None for name in imported_for(address)}
+            importing = f"; importing {', '.join(frameworks)}" if frameworks else ""
+            self._say(f"judging {address} (effort {effort}; start method {method}){importing}")
+
     def begin(self, results: Results, cells: int) -> None:
+        if self.chapters and results.workers.startswith("spawn: "):
+            self._say(f"  workers are new processes ({results.workers.removeprefix('spawn: ')})")
         if self.chapters:
             self.told = list(checks.header(results))
             for line in self.told:
@@ -55,11 +66,14 @@ class Progress:
         self._counts[verdict.outcome.value] += 1
         self._counts["cut by the time limit"] += verdict.cut
         cell = f"{verdict.clause} on {self.name} [{verdict.config}]"
-        if verdict.outcome.broken:
+        if verdict.outcome.broken and verdict.error_pattern and verdict.error_pattern in self._errors:
+            self._say(f"{cell}: the error of {self._errors[verdict.error_pattern]}")
+        elif verdict.outcome.broken:
+            self._errors[verdict.error_pattern] = verdict.clause
             self._say(f"{cell}: {verdict.sentence}")
             file = self.folder / "failures" / self.name / verdict.counterexample
             if verdict.counterexample and not self.chapters:
-                for line in (*checks.steps(verdict, file), f"  replay: kvconform replay {file}"):
+                for line in (*checks.steps(verdict), f"  replay: kvconform replay {file}"):
                     self._say(line)
         elif verdict.outcome in UNDECIDED and verdict.sentence not in self._reasons:
             self._reasons.add(verdict.sentence)

@@ -20,6 +20,7 @@ from kvconform.cli.options import (
     Out,
     Pythons,
     Seed,
+    StartMethod,
     StepTimeout,
     launches,
     print_json,
@@ -39,6 +40,7 @@ from kvconform.run.run import Plan, path_of, plan_for, run_backend
 from kvconform.search import counterexample as counterexamples
 from kvconform.search.effort import CHECK, DEFAULT_EFFORT, EFFORTS, effort_named
 from kvconform.worker.client import STEP_TIMEOUT, WorkerClient, WorkerSpec
+from kvconform.worker.start import FORK
 from kvconform_specs.clause import Case
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.program import Program
@@ -59,6 +61,7 @@ def run(
     ] = [],  # noqa: B006
     python: Pythons = [],  # noqa: B006
     step_timeout: StepTimeout = STEP_TIMEOUT,
+    start_method: StartMethod = FORK,
     known_failures: Annotated[Path | None, typer.Option(help="A TOML file of known failures.")] = None,
     shard: Annotated[str, typer.Option(help="Only part i of n of the cells, as i/n: whole configs.")] = "",
     as_json: Json = False,
@@ -72,7 +75,7 @@ def run(
     known = EMPTY if known_failures is None else read_known_failures(known_failures)
     plan = plan_for(effort, seed, dtype, clause, config, shard, explain=True)
     found = []
-    for name, spec in launches(backend, device, python, step_timeout).items():
+    for name, spec in launches(backend, device, python, step_timeout, start_method).items():
         with Progress(name, out, quiet=as_json) as progress:
             results = run_backend(name, spec, plan, out, progress.tell, known, progress.begin)
         found.append(results)
@@ -86,9 +89,8 @@ def run(
 def check(
     target: Annotated[str, typer.Argument(help=f"What to judge: {checks.FORMS}.")],
     init: Annotated[str, typer.Option(help="Keyword arguments of the class or factory, as JSON.")] = "",
-    option: Annotated[
-        list[str], typer.Option(help="An option of the target as NAME=JSON, such as cache=static. May be repeated.")
-    ] = [],  # noqa: B006
+    option: Annotated[list[str], typer.Option(help=checks.OPTION_HELP)] = [],  # noqa: B006
+    claim: Annotated[list[str], typer.Option(help=checks.CLAIM_HELP)] = [],  # noqa: B006
     device: Device = "cpu",
     effort: Annotated[
         str, typer.Option(help=f"How much to try: {', '.join(EFFORTS)}. Default: less than smoke, in under a minute.")
@@ -97,21 +99,24 @@ def check(
     out: Out = Path("results/check"),
     python: Annotated[str, typer.Option(help="The interpreter of the workers.")] = sys.executable,
     step_timeout: StepTimeout = STEP_TIMEOUT,
+    start_method: StartMethod = FORK,
     as_json: Json = False,
 ) -> None:
     """Judges a target without an adapter.
 
     Detects the calling convention, prints its assumptions, and uses the target's own uncached forward as the reference,
     after testing that forward. Prints what is broken, which known mistake it behaves like, and which tokens its outputs
-    depend on.
+    depend on. Where no way of calling it agrees with that forward, it is not judged: the exit code is 3, and the
+    message shows the option to give. Anything else is a class with the methods of kvconform.BlackBox (an adapter).
     """
     plan = Plan(effort_named(effort) if effort else CHECK, seed, explain=True)
     found = []
-    for address in checks.addresses(target, checks.options(init, option)):
+    for address in checks.addresses(target, checks.options(init, option, claim)):
         name = file_name(address)
         shutil.rmtree(out / "failures" / name, ignore_errors=True)  # of an earlier check
-        spec = WorkerSpec(address, device, python, step_timeout)
+        spec = WorkerSpec(address, device, python, step_timeout, start_method=start_method)
         with Progress(name, out, quiet=as_json, chapters=True) as progress:
+            progress.start(address, start_method, plan.effort.name)
             found.append(run_backend(name, spec, plan, out, progress.tell, begin=progress.begin))
         if not as_json:
             for line in ("", *checks.lines(found[-1], out, progress.told)):
@@ -138,6 +143,7 @@ def replay(
     device: Annotated[str, typer.Option(help="The device; default: the one in the file.")] = "",
     python: Annotated[str, typer.Option(help="The interpreter of the worker.")] = sys.executable,
     step_timeout: StepTimeout = STEP_TIMEOUT,
+    start_method: StartMethod = FORK,
     script: Annotated[
         Path | None, typer.Option(help="Write the failure as a Python file that needs only the target and numpy.")
     ] = None,
@@ -151,7 +157,8 @@ def replay(
     case = Case.from_json(found.case, "case")
     before = [Program.from_json(program, f"before[{i}]") for i, program in enumerate(found.before)]
     address, lines = backend or found.backend, []
-    with WorkerClient(WorkerSpec(address, device or found.device, python, step_timeout)) as client:
+    spec = WorkerSpec(address, device or found.device, python, step_timeout, start_method=start_method)
+    with WorkerClient(spec) as client:
         tried = counterexamples.replayed(BY_NAME[found.clause], client, before, case)
         if tried is not None:
             sentence = render(tried)

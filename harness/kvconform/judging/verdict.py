@@ -67,6 +67,9 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What broke the clause, where something did."""
     sentence: str = ""
     """The mismatch or the reason in words, for people: nothing reads it; empty for a pass."""
+    steps: str = ""
+    """The steps of the program that broke the clause, up to the one that did, in words; empty where none was
+    running."""
     counterexample: str = ""
     """Name of the file with the programs that break the clause; empty where none was written."""
     compared: int = 0
@@ -105,6 +108,12 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def raised(self) -> bool:
         """Whether a legal step raised, so that no output was wrong."""
         return self.mismatch is not None and self.mismatch.raised
+
+    @property
+    def error_pattern(self) -> tuple[str, ...]:
+        """What the exception of a legal step has in common with equal ones of other cells; empty where none raised."""
+        error = self.mismatch.error if self.raised and self.mismatch is not None else None
+        return () if error is None else (self.config, *error.pattern)
 
     @property
     def key(self) -> tuple[str, str]:

@@ -41,4 +41,5 @@ def spec_of(config: pytest.Config, backend: str) -> WorkerSpec:
         option("--kv-python") or sys.executable,
         option("--kv-step-timeout") or STEP_TIMEOUT,
         {"KVCONFORM_ARTEFACTS": artefacts(Path(option("--kv-out")))},
+        start_method=option("--kv-start-method"),
     )

@@ -27,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--kv-config", action="append", default=[], help="only configs whose name starts with this; may be repeated")
     add("--kv-python", default=None, help="the interpreter of the workers")
     add("--kv-step-timeout", type=float, default=None, help="seconds without progress after which a worker is killed")
+    add("--kv-start-method", default="fork", help="how workers are started: fork, where that is possible, or spawn")
     add("--kv-known-failures", default="", help="a TOML file of known failures")
     add("--kv-out", default="results", help="the folder for results and counterexamples")
 

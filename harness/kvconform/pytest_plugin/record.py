@@ -13,7 +13,7 @@ from kvconform.pytest_plugin.options import plan_of
 from kvconform.results.guarantees import measured
 from kvconform.results.known_failures import Row
 from kvconform.results.results import Results, Target
-from kvconform.run.run import empty
+from kvconform.run.run import cells, empty
 
 
 class Judged(msgspec.Struct, kw_only=True):
@@ -38,8 +38,10 @@ class Recorder:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.found: dict[str, list[Judged]] = {}
+        self.lost = False  # whether a process of pytest-xdist died, and an item with it
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.lost |= report.when not in ("setup", "call", "teardown")
         data: str = getattr(report, "kvconform", "")
         if data:
             judged = msgspec.json.decode(data, type=Judged)
@@ -47,7 +49,7 @@ class Recorder:
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
-        finished = ended and not session.shouldstop and not session.shouldfail
+        finished = ended and not (session.shouldstop or session.shouldfail or self.lost)
         for name, items in self.found.items():
             results(name, items, self.config, finished).write(Path(self.config.getoption("--kv-out")) / f"{name}.json")
 
@@ -59,7 +61,8 @@ class Recorder:
 def results(name: str, items: list[Judged], config: pytest.Config, finished: bool) -> Results:
     """The results of one backend, its cells in the order of the suite."""
     items = sorted(items, key=lambda item: item.place)
-    found = empty(name, config.getoption("--kv-device"), plan_of(config))
+    plan = plan_of(config)
+    found = empty(name, config.getoption("--kv-device"), plan)
     for item in items:
         if item.unavailable:
             found.unavailable, found.lacking = item.unavailable, item.lacking
@@ -76,4 +79,10 @@ def results(name: str, items: list[Judged], config: pytest.Config, finished: boo
     found.seconds = round(sum(verdict.seconds for verdict in found.verdicts), 3)
     found.guarantees = measured(found.verdicts)
     found.finished = finished
+    judged = {verdict.key for verdict in found.verdicts}
+    if finished and found.verdicts and any((c.clause.name, c.config_name) not in judged for c in cells(plan)):
+        found.clauses = list(
+            dict.fromkeys(verdict.clause for verdict in found.verdicts)
+        )  # pytest selected, by -k or so
+        found.configs = list(dict.fromkeys(verdict.config for verdict in found.verdicts))
     return found

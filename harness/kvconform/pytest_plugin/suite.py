@@ -112,6 +112,8 @@ def test_clause(
     lines = [record.stale] if record.stale else []
     if verdict.outcome not in (Outcome.PASS, Outcome.UNSUPPORTED, Outcome.REFUTED):
         lines.append(f"{verdict.clause} on {backend} [{verdict.config}]: {words}")
+        if verdict.steps:
+            lines.append(f"  steps: {verdict.steps}")
         if verdict.counterexample:
             lines.append(f"  replay: kvconform replay {folder / verdict.counterexample}")
     if lines:

@@ -37,7 +37,7 @@ from kvconform.judging.render import render
 from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.search.blame import doubtful, suspicion
 from kvconform.search.cell import OUTCOMES, Cell, unsupported
-from kvconform.search.counterexample import Counterexample, replayed
+from kvconform.search.counterexample import Counterexample, replayed, steps
 from kvconform.search.counterexample import read as read_counterexample
 from kvconform.worker.client import DEVICES, WorkerClient
 from kvconform_specs.clause import Case
@@ -160,7 +160,8 @@ class KnownFailure:
             raise StaleEntry(f"{self.row.place}: {words}")
         words = f"{self.row.reason}, known until {self.row.expires}, {self.row.link}: {render(tried)}"
         counterexample = self.stored.write(folder).name
-        return self._verdict(client, began, Outcome.KNOWN_FAILURE, words, mismatch=tried, counterexample=counterexample)
+        more = {"mismatch": tried, "steps": steps(self.case, tried), "counterexample": counterexample}
+        return self._verdict(client, began, Outcome.KNOWN_FAILURE, words, **more)
 
     def _check(self, cell: Cell, client: WorkerClient) -> None:
         """Raises StaleEntry if the row has expired, or its versions or its cell differ from those judged here."""

@@ -93,6 +93,8 @@ class Results(msgspec.Struct, kw_only=True):
     """When the run started, in UTC."""
     environment: dict[str, Any] = {}
     """Versions of software, and the machine."""
+    workers: str = ""
+    """How the worker processes were started: ``fork``, or ``spawn`` with the reason; no verdict depends on it."""
     claims: dict[str, Any] = {}
     """What the backend claims."""
     unavailable: str = ""

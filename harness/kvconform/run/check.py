@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from kvconform.errors import BadArgument
+from kvconform.errors import BadArgument, SpecError
 from kvconform.explain.diagnosis import text as diagnosis_text
 from kvconform.explain.visibility import text as visibility_text
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.results import Results
-from kvconform.search import counterexample
 from kvconform.search.effort import CHECK
 from kvconform.worker.registry import installed
 from kvconform_specs.claims import Claims
-from kvconform_specs.clause import Case
-from kvconform_specs.describe import outline
 
 SHOWN, DRAWN = CHECK.leaks, 2
 """How many broken clauses are printed in full, the others by name; how many maps are drawn, the others in words."""
@@ -43,6 +41,19 @@ UNCLAIMED = {
     "contexts": "contexts (adapters, images, encoder states)",
 }
 """What a black box is not asked without a claim, in words."""
+ENOUGH = {"quantiser": {"kv_bits": 8}, "residual": {"kv_bits": 8}}
+"""Claims that others need."""
+CLAIM_HELP = (
+    "What the target can do, where trials cannot tell a limit from a mistake, as NAME=JSON: max_chunk=6 (tokens of a "
+    "call), max_batch=1 (rows), max_sequences=1, overflow=refused, returns=last, cache_dtype=bfloat16 or kv_bits=8 "
+    "(a lossy cache). May be repeated. docs/spec.md lists all claims."
+)
+OPTION_HELP = (
+    "An option of the target as NAME=JSON, such as cache=static (transformers), dtype=bfloat16, seed=1, or how a "
+    'module is called, which is otherwise found by trial: convention=\'{"call": "module(x, past, cached)", '
+    '"output": "out[0]", "present": "out[1]"}\'. Names in it: module, x (the new tokens), sofar (all tokens), '
+    "past, cached, new, batch, out (the result). May be repeated."
+)
 FORMS = (
     "file.py:NAME or package.module:NAME (a class, factory or function), decoder.onnx, "
     "hf:DIRECTORY or hf:CONFIG_CLASS (transformers), or the name of an installed backend"
@@ -59,6 +70,9 @@ def addresses(target: str, options: Mapping[str, Any]) -> list[str]:
             raise BadArgument("target", target, sentence=f"target: no file {target}")
         return [_address("onnx", target, options)]
     if target in installed():
+        if options:
+            name = "claim" if "claims" in options else "option"
+            raise BadArgument(name, target, sentence=f"{name}: the installed backend {target!r} takes none")
         return [target]
     module, colon, name = target.rpartition(":")
     if not colon or not module or not all(part.isidentifier() for part in name.split(".")):
@@ -68,22 +82,38 @@ def addresses(target: str, options: Mapping[str, Any]) -> list[str]:
     return [_address("py", target, options)]
 
 
-def options(init: str, others: Sequence[str]) -> dict[str, Any]:
-    """The options of a target from the command line. Raises BadArgument if one is not valid JSON."""
+def options(init: str, others: Sequence[str], claimed: Sequence[str] = ()) -> dict[str, Any]:
+    """The options of a target from the command line. Raises BadArgument if one is not valid JSON, or a claim has an
+    unknown name or value."""
     found: dict[str, Any] = {}
     for at, text in [("init", f"init={init}")] * bool(init) + [("option", text) for text in others]:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise BadArgument(at, text, sentence=f"{at}: want NAME=JSON, got {text!r}")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            if at == "init" or not value.isidentifier():
-                raise BadArgument(at, text, sentence=f"{at}: {name} is not valid JSON: {value!r}") from None
-            found[name] = value  # a word without its quotation marks
+        name, value = _pair(at, text)
+        found[name] = value
     if not isinstance(found.get("init", {}), dict):
         raise BadArgument("init", init, sentence=f"init: want a JSON object, got {init!r}")
-    return found
+    claims = dict(_pair("claim", text) for text in claimed)
+    known = [one.name for one in fields(Claims)]
+    for name, value in claims.items():
+        if name not in known:
+            raise BadArgument("claim", name, known)
+        try:
+            Claims.from_json({**ENOUGH.get(name, {}), name: value})
+        except SpecError as error:
+            raise BadArgument("claim", value, sentence=f"claim: {error}") from None
+    return found | ({"claims": claims} if claims else {})
+
+
+def _pair(at: str, text: str) -> tuple[str, Any]:
+    """``NAME=JSON``, or ``NAME=word`` without quotation marks."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise BadArgument(at, text, sentence=f"{at}: want NAME=JSON, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        if at == "init" or not value.isidentifier():
+            raise BadArgument(at, text, sentence=f"{at}: {name} is not valid JSON: {value!r}") from None
+        return name, value
 
 
 def _address(kind: str, target: str, options: Mapping[str, Any]) -> str:
@@ -106,10 +136,13 @@ def lines(results: Results, folder: Path, told: Collection[str] = ()) -> Iterato
     yield from (line for line in header(results) if line not in told)
     broken = results.failures
     yield from diagnosed(results)
-    for verdict in broken[:SHOWN]:
-        yield from _failure(results, verdict, folder)
-    if len(broken) > SHOWN:
-        yield f"also broken: {', '.join(dict.fromkeys(v.clause for v in broken[SHOWN:]))}"
+    groups = _by_error(broken)
+    for first, *others in groups[:SHOWN]:
+        yield from _failure(results, first, folder)
+        if others:
+            yield f"  by the same error: {', '.join(dict.fromkeys(v.clause for v in others))}"
+    if len(groups) > SHOWN:
+        yield f"also broken: {', '.join(dict.fromkeys(v.clause for group in groups[SHOWN:] for v in group))}"
     yield from _maps(results)
     yield f"{results.backend}: {results.summary}"
     yield from _not_tried(results)
@@ -118,6 +151,14 @@ def lines(results: Results, folder: Path, told: Collection[str] = ()) -> Iterato
     if results.verdicts:
         yield f"  {passed} clauses hold, {len(broken)} are broken; {programs} programs in {results.seconds:.0f} s"
         yield from remarks(results)
+
+
+def _by_error(broken: Sequence[Verdict]) -> list[list[Verdict]]:
+    """The failures, those together that raised one error; each other one alone."""
+    groups: dict[object, list[Verdict]] = {}
+    for verdict in broken:
+        groups.setdefault(verdict.error_pattern or verdict.key, []).append(verdict)
+    return [*groups.values()]
 
 
 def counted(counts: Mapping[str, int]) -> str:
@@ -180,17 +221,14 @@ def _failure(results: Results, verdict: Verdict, folder: Path) -> Iterator[str]:
     yield f"broken: {verdict.clause}: {verdict.sentence}"
     if verdict.counterexample:
         file = folder / "failures" / results.backend / verdict.counterexample
-        yield from steps(verdict, file)
+        yield from steps(verdict)
         yield f"  replay: kvconform replay {file}   (--script bug.py writes it as one file)"
 
 
-def steps(verdict: Verdict, file: Path) -> Iterator[str]:
-    """The steps of the program that broke a clause, up to the one that did; nothing where no program was running."""
-    mismatch = verdict.mismatch
-    if mismatch is None or mismatch.program is None or not file.exists():
-        return
-    program = Case.from_json(counterexample.read(file).case).programs[mismatch.program]
-    yield f"  steps: {outline(program, mismatch.end)}"
+def steps(verdict: Verdict) -> Iterator[str]:
+    """The line with the steps of the program that broke a clause; nothing where no program was running."""
+    if verdict.steps:
+        yield f"  steps: {verdict.steps}"
 
 
 def _maps(results: Results) -> Iterator[str]:

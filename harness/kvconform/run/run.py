@@ -255,7 +255,7 @@ def empty(name: str, device: str, plan: Plan) -> Results:
 
 def describe(results: Results, client: WorkerClient) -> None:
     """Fills in what the worker knows about the backend and its machine."""
-    results.claims = client.claims.to_json()
+    results.claims, results.workers = client.claims.to_json(), client.started
     results.target = None if client.target is None else msgspec.convert(client.target, Target)
     own = {"hypothesis": version("hypothesis"), "machine": machine()}
     results.environment = {**client.imported(), **client.environment, **own}

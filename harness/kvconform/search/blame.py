@@ -1,7 +1,8 @@
 """Failures that a backend may not be to blame for: a signal from outside, and memory that the machine does not have.
 
-Such a failure is held against the backend only if it comes again at the same place, in two fresh processes that run
-nothing else, without a sign that memory was short.
+Such a failure is held against the backend only if it comes again at the same place, in two fresh processes, without a
+sign that memory was short. These run nothing else, or, where it does not come again, what the first process ran before:
+a backend may end its process at the n-th call.
 """
 
 from __future__ import annotations
@@ -13,32 +14,36 @@ from kvconform.judging.verdict import Reason
 from kvconform.search.counterexample import replayed
 from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case, Clause
+from kvconform_specs.program import Program
 
 TIMES = 2
 """In how many fresh processes it must come again."""
 
 
-def excuse(clause: Clause, client: WorkerClient, case: Case, broken: Mismatch) -> tuple[Reason, str] | None:
+def excuse(
+    clause: Clause, client: WorkerClient, case: Case, broken: Mismatch, earlier: list[Program]
+) -> tuple[Reason, str] | None:
     """Why a failure proves nothing about the backend, or None where it does. ``case``: the failing one, its seeds those
-    of variant 0."""
+    of variant 0; ``earlier``: what its process ran before it."""
     if not doubtful(broken):
         return None
-    short, again, came = _short_of_memory(client, broken), 0, broken
-    for _ in range(TIMES):
-        if short:
-            break
-        found = replayed(clause, client, [], case)
-        if found is None or not _alike(found, broken):
-            break
-        again, came = again + 1, found
-        short = _short_of_memory(client, found)
-    if short:
-        return Reason.OUT_OF_MEMORY, f"memory ran out, or may have: {render(came)}"
-    if again == TIMES:
-        return None
-    return suspicion(
-        broken
-    ), f"{render(broken)}; it did not come again in a fresh process, so it may have come from outside"
+    if _short_of_memory(client, broken):
+        return _out_of_memory(broken)
+    for before in [[], earlier] if earlier else [[]]:
+        for number in range(TIMES):
+            found = replayed(clause, client, before, case)
+            if found is None or not _alike(found, broken):
+                break
+            if _short_of_memory(client, found):
+                return _out_of_memory(found)
+            if number + 1 == TIMES:
+                return None
+    words = "it did not come again in a fresh process, so it may have come from outside"
+    return suspicion(broken), f"{render(broken)}; {words}"
+
+
+def _out_of_memory(broken: Mismatch) -> tuple[Reason, str]:
+    return Reason.OUT_OF_MEMORY, f"memory ran out, or may have: {render(broken)}"
 
 
 def suspicion(broken: Mismatch) -> Reason:

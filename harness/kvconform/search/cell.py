@@ -3,6 +3,9 @@
 A first failure freezes its variant, so that shrinking stays meaningful. What shrinking found is confirmed on a fresh
 process; if it passes there, state has leaked from an earlier program, and the counterexample becomes the shortest
 list of programs that fails on a fresh process.
+
+Where a step raised what has been shrunk and confirmed for another clause, the program found there is run: if it raises
+the same, it is the counterexample, and nothing is shrunk again.
 """
 
 from __future__ import annotations
@@ -18,11 +21,11 @@ from hypothesis.strategies import SearchStrategy
 from msgspec.structs import replace
 
 from kvconform.errors import WorkerDied
-from kvconform.judging.mismatch import Mismatch, died
+from kvconform.judging.mismatch import Kind, Mismatch, died
 from kvconform.judging.render import render
 from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.search.blame import excuse
-from kvconform.search.counterexample import Counterexample, attempt, frozen, replayed
+from kvconform.search.counterexample import Counterexample, attempt, frozen, replayed, steps
 from kvconform.search.digest import digest
 from kvconform.search.effort import GUARANTEE_SECONDS, GUARANTEE_TRIALS, REBUILDS, SHRINK_SECONDS, SHRINK_TRIALS, Effort
 from kvconform.search.shrink import reduced_death, reduced_list
@@ -126,6 +129,8 @@ class _Search:
         self.best: tuple[Case, Mismatch] | None = None
         self.log: list[tuple[Program, tuple[int, ...]]] = []
         self.reduced = True
+        self.known_error = False  # the same as in a cell before this one
+        self.steps = ""  # of the smallest failure
         self._failed_at = 0.0
         self._starts = 0
         self._trials = 0
@@ -164,6 +169,8 @@ class _Search:
                 self.cut = True
                 return
             variants = self.effort.seeds(self.cell.clause)
+        elif self.known_error:
+            return
         elif self._spent():
             self.reduced = False
             return
@@ -185,9 +192,23 @@ class _Search:
             self._failed_at, self._starts = time.perf_counter(), self.client.starts
             self.found_after = self.programs
         if self.best is None or case.size <= self.best[0].size:
-            self.best = case, tried.mismatch
+            known = None if self.best is not None else self._known(tried.mismatch)
+            self.known_error = known is not None
+            self.best = known or (case, tried.mismatch)
             self.log = list(self.client.log)
         raise _Stop
+
+    def _known(self, broken: Mismatch) -> tuple[Case, Mismatch] | None:
+        """The smallest case of the same error, from another clause, if it raises it in the live process."""
+        case = self.client.raised.get(self._error(broken)) if self.effort.shrink and broken.error is not None else None
+        again = None if case is None else attempt(self.cell.clause, self.client, case, (0,)).mismatch
+        if case is None or again is None or again.error is None or self._error(again) != self._error(broken):
+            return None
+        return case, again
+
+    def _error(self, broken: Mismatch) -> tuple[Config, tuple[str, str]]:
+        assert broken.error is not None
+        return self.cell.config, broken.error.pattern
 
     def _spent(self) -> bool:
         assert self.best is not None
@@ -204,7 +225,7 @@ class _Search:
         assert self.best is not None
         case, broken = self.best
         alone = Case(tuple(frozen(program, broken.variant) for program in case.programs))
-        why = excuse(self.cell.clause, self.client, alone, broken)
+        why = excuse(self.cell.clause, self.client, alone, broken, self._earlier(alone))
         if why is not None:
             return self.verdict(Outcome.INCONCLUSIVE, why, broken)
         if not self.effort.shrink:
@@ -215,7 +236,8 @@ class _Search:
         case = Case(tuple(frozen(program, broken.variant) for program in case.programs))
         before: list[Program] = []
         confirmed: Mismatch | None = replace(broken, variant=0)
-        if self._outcome(broken) is not Outcome.REFUTED:  # what holds at times is no guarantee: once is enough for that
+        if self._outcome(broken) is not Outcome.REFUTED and not self.known_error:
+            # what holds at times is no guarantee: once is enough for that
             confirmed = replayed(self.cell.clause, self.client, before, case)
         if confirmed is None:
             found = self._leak(case)
@@ -224,6 +246,8 @@ class _Search:
                 return self.verdict(Outcome.INCONCLUSIVE, (Reason.NOT_CONFIRMED, words), broken)
             before, confirmed = found
         outcome = self._outcome(confirmed)
+        if outcome is Outcome.FAIL and confirmed.kind is Kind.RAISED and not before:
+            self.client.raised.setdefault(self._error(confirmed), case)
         counterexample = Counterexample(
             suite=SUITE_VERSION,
             clause=self.cell.clause.name,
@@ -236,6 +260,7 @@ class _Search:
             case=case.to_json(),
             reduced=self.reduced,
         )
+        self.steps = steps(case, confirmed)
         return self.verdict(outcome, mismatch=confirmed, counterexample=counterexample.write(folder).name)
 
     def _outcome(self, broken: Mismatch) -> Outcome:
@@ -251,13 +276,31 @@ class _Search:
             return None
         return attempt(self.cell.clause, self.client, case, (self.best[1].variant,)).mismatch
 
-    def _leak(self, case: Case) -> tuple[list[Program], Mismatch] | None:
-        """The shortest list of earlier programs after which the case fails on a fresh process."""
-        ran = [frozen(program, variant) for program, variants in self.log for variant in variants]
+    def _earlier(self, case: Case) -> list[Program]:
+        """What the process ran before the case, the oldest first."""
+        ran = [frozen(program, variant) for program, variants in self._sent() for variant in variants]
         for program in case.programs:  # their last runs are the case itself; what ran before them may be alike
             if program in ran:
                 del ran[len(ran) - 1 - ran[::-1].index(program)]
-        earlier = ran
+        return ran
+
+    def _sent(self) -> list[tuple[Program, tuple[int, ...]]]:
+        """What the process was sent until the failure; after a death, without what it never came to."""
+        assert self.best is not None
+        (case, broken), sent = self.best, list(self.log)
+        if not broken.ending or broken.program is None:
+            return sent
+        fatal = case.programs[broken.program]
+        while sent and sent[-1][0] != fatal:
+            sent.pop()
+        if sent:
+            variants = sent[-1][1]
+            sent[-1] = fatal, variants[: variants.index(broken.variant) + 1]
+        return sent
+
+    def _leak(self, case: Case) -> tuple[list[Program], Mismatch] | None:
+        """The shortest list of earlier programs after which the case fails on a fresh process."""
+        earlier = self._earlier(case)
         starts, began = self.client.starts, time.perf_counter()
 
         def spent() -> bool:
@@ -306,6 +349,7 @@ class _Search:
             reason=reason,
             mismatch=mismatch,
             sentence=sentence,
+            steps=self.steps,
             counterexample=counterexample,
             compared=self.compared,
             programs=self.programs,

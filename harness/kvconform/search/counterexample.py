@@ -17,6 +17,7 @@ from kvconform.judging.observed import Checked
 from kvconform.judging.verdict import Outcome
 from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case, Clause
+from kvconform_specs.describe import outline
 from kvconform_specs.program import Append, Program, Reject, Reorder, Step, Truncate, UncachedForward
 from kvconform_specs.reference.oracle import expect
 from kvconform_specs.tensors import derive
@@ -80,6 +81,12 @@ def _frozen(step: Step, variant: int) -> Step:
         if isinstance(step, Append) and step.pad is not None:
             step = replace(step, pad=(step.pad[0], derive(step.pad[1], variant)))
     return step
+
+
+def steps(case: Case, broken: Mismatch) -> str:
+    """The steps of the program that broke the clause, up to the one that did, in words; empty where none was
+    running."""
+    return "" if broken.program is None else outline(case.programs[broken.program], broken.end)
 
 
 def attempt(clause: Clause, client: WorkerClient, case: Case, variants: tuple[int, ...]) -> Checked:

@@ -6,7 +6,6 @@ import json
 import mmap
 import os
 import selectors
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,9 +31,11 @@ from kvconform.errors import (
     WorkerTimeout,
 )
 from kvconform.host import gpu, oom_kills
-from kvconform.worker.process import exit_of, pinned, variables
+from kvconform.worker.process import exit_of
 from kvconform.worker.protocol import LENGTHS, PROGRESS, Header, Traces, send, unpack
+from kvconform.worker.start import FORK, START_METHODS, WORKER, Launch, Process, started
 from kvconform_specs.claims import Claims
+from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
 from kvconform_specs.describe import describe
 from kvconform_specs.program import Program
@@ -59,7 +60,8 @@ RAISED = {kind.__name__: kind for kind in (InvalidBackend, Unavailable, BackendU
 @dataclass
 class WorkerSpec:
     """How to start the workers of one backend. ``cpus``: the processors that they may use, if the system supports it;
-    None: any. ``module``: what the interpreter runs as the worker. Raises BadArgument for an unknown device."""
+    None: any. ``module``: what the interpreter runs as the worker. ``start_method``: ``fork`` or ``spawn``; a worker
+    that cannot be forked is a new process. Raises BadArgument for an unknown device or method."""
 
     address: str
     device: str = "cpu"
@@ -67,11 +69,14 @@ class WorkerSpec:
     step_timeout: float = STEP_TIMEOUT
     environment: dict[str, str] = field(default_factory=dict)
     cpus: tuple[int, ...] | None = None
-    module: str = "kvconform.worker.server"
+    module: str = WORKER
+    start_method: str = FORK
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise BadArgument("device", self.device, DEVICES)
+        if self.start_method not in START_METHODS:
+            raise BadArgument("start_method", self.start_method, START_METHODS)
 
 
 def unproven(runtime_info: Mapping[str, Any], device: str) -> str:
@@ -91,9 +96,10 @@ class WorkerClient:
         self.log: deque[tuple[Program, tuple[int, ...]]] = deque(maxlen=LOG_LENGTH)
         self.starts = 0
         self.leaks = 0  # how many failures have needed what ran before
+        self.raised: dict[tuple[Config, tuple[str, str]], Case] = {}  # the smallest case of each error that was raised
         self._built: set[Config] = set()
         self._failed: dict[Config, WorkerDied] = {}  # a build that failed once is not tried for every cell
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="kvconform-")
         self._stderr = Path(self._scratch.name) / "stderr"
         try:
@@ -107,9 +113,7 @@ class WorkerClient:
             raise
         self._imported: dict[str, str] = {}
         self._measured = False  # how a black box's own forward rounds
-        self._reference: WorkerClient | None = (
-            None  # of a black box: a process of its own, on which no cached step ever runs
-        )
+        self._reference: WorkerClient | None = None  # of a black box: a process in which no cached step ever runs
         if spec.device not in self.claims.devices:
             self.close()
             known = ", ".join(self.claims.devices)
@@ -301,14 +305,11 @@ class WorkerClient:
             self._progress = mmap.mmap(file.fileno(), PROGRESS.size)
         spec = self.spec
         try:
-            with self._stderr.open("wb") as stderr, pinned(spec.cpus):
-                self._process = subprocess.Popen(
-                    [spec.python, "-m", spec.module, spec.address, spec.device, str(path)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=stderr,
-                    env={**os.environ, **variables(), **spec.environment},
-                )
+            launch = Launch(
+                spec.python, spec.module, (spec.address, spec.device, str(path)), spec.environment, spec.cpus
+            )
+            with self._stderr.open("wb") as stderr:
+                self._process, self.started = started(launch, stderr, BUILD_TIMEOUT, spec.start_method)
         except OSError as error:
             raise BackendUnavailable(f"interpreter {spec.python!r} cannot be started: {error.strerror}") from error
         try:

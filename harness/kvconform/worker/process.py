@@ -6,9 +6,15 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from kvconform.errors import Exit
 from kvconform.host import oom_kills
+
+TASKS = Path("/proc/self/task")
+"""On Linux, a folder with an entry for each thread of this process."""
+OWN = "KVCONFORM_"
+"""With this begin the variables of the environment that are the harness's own."""
 
 
 @contextmanager

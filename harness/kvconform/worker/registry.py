@@ -7,12 +7,15 @@ import importlib
 import importlib.util
 import json
 import sys
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 from kvconform.backend import invalid
 from kvconform.errors import BackendUnavailable, InvalidBackend, SpecError, Unavailable
+from kvconform_specs.claims import Claims
 
 GROUP = "kvconform.backends"
 TARGETS = "kvconform.targets"
@@ -20,11 +23,13 @@ EXTRAS = {"gpt2-transformers": "hf", "module-buffers": "eager", "past-tuples": "
 """The extra that a shipped backend needs, if its name differs from the backend's."""
 
 
+@cache
 def installed() -> dict[str, EntryPoint]:
-    """Backends that installed distributions offer, by name."""
+    """Backends that installed distributions offer, by name; read once a process."""
     return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda p: p.name)}
 
 
+@cache
 def openers() -> dict[str, EntryPoint]:
     """What opens each kind of target: ``open(target, options)`` gives a ``backend.BlackBox`` or another backend."""
     return {point.name: point for point in sorted(entry_points(group=TARGETS), key=lambda p: p.name)}
@@ -37,12 +42,31 @@ def open_target(kind: str, rest: str) -> Any:
         options = json.loads(text or "{}")
     except ValueError as error:
         raise BackendUnavailable(f"target {kind}:{rest}: the options are not valid JSON: {error}") from error
+    claimed = options.pop("claims", {})
     try:
         opener = openers()[kind].load()
     except ModuleNotFoundError as missing:
         sentence = f"target {kind}:{target} needs {missing.name!r}"
         raise Unavailable(sentence, f"install it with: pip install 'kvconform[{kind}]'") from missing
-    return opener(target, options)
+    opened = opener(target, options)
+    return claiming(opened, claimed, f"{kind}:{target}") if claimed else opened
+
+
+def claiming(backend: Any, claimed: Mapping[str, Any], address: str) -> Any:
+    """A target with claims from outside in place of its own. Raises InvalidBackend if one has an unknown value."""
+    if not hasattr(backend, "claims"):
+        return backend  # and is refused for that
+    try:
+        claims = Claims.from_json({**backend.claims.to_json(), **claimed})
+    except SpecError as error:
+        raise InvalidBackend(f"{address}: {error}") from error
+    told = ", ".join(f"{name}={value}" for name, value in claimed.items())
+    changed = {"claims": claims, "assumed": (*getattr(backend, "assumed", ()), f"it is claimed from outside: {told}")}
+    if isinstance(backend, type):
+        return type(backend.__name__, (backend,), {**changed, "__module__": backend.__module__})
+    for name, value in changed.items():
+        setattr(backend, name, value)
+    return backend
 
 
 def load(address: str) -> Any:
@@ -57,6 +81,15 @@ def load(address: str) -> Any:
     if wrong:
         raise InvalidBackend(f"backend {address!r} {wrong}")
     return backend
+
+
+def sources(address: str) -> list[str]:
+    """The modules, files or dotted names, that are imported first for an address; nothing is imported."""
+    kind, _, rest = address.partition(":")
+    points = [found[name] for found, name in ((openers(), kind), (installed(), address)) if name in found]
+    target = rest.partition("?")[0] if kind in openers() else address
+    named = [point.value for point in points] + ([target] if ":" in target else [])
+    return [module for module, _, _ in (one.rpartition(":") for one in named)]
 
 
 def _imported(address: str) -> Any:

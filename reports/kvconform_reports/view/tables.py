@@ -71,7 +71,8 @@ class Failure:
 
 @dataclass(frozen=True)
 class KnownRow:
-    """A known failure. ``row`` is None if the results contain no entry for it. ``now``: its outcome in this run."""
+    """A known failure. ``row`` is None if the results contain no entry for it. ``now``: its outcome in this run.
+    ``steps``: of the program that breaks the clause."""
 
     label: str
     clause: str
@@ -80,6 +81,7 @@ class KnownRow:
     versions: str
     link: str
     now: str
+    steps: str
     replay: str
 
 
@@ -188,11 +190,11 @@ def known(results: Sequence[Results], folder: str) -> tuple[KnownRow, ...]:
         verdicts = {verdict.key: verdict for verdict in result.verdicts if verdict.outcome is Outcome.KNOWN_FAILURE}
         for key in dict.fromkeys((*verdicts, *rows)):
             row, verdict = rows.get(key), verdicts.get(key)
-            now, counterexample = (given_now(verdict), verdict.counterexample) if verdict else ("", "")
+            now, steps = (given_now(verdict), verdict.steps) if verdict else ("", "")
             versions = ", ".join(f"{name} {version}" for name, version in row.versions.items()) if row else ""
             link = row.link if row else ""
-            replay = replay_line(result.backend, counterexample, folder)
-            found.append(KnownRow(label, *key, row, versions, short(link), now, replay))
+            replay = replay_line(result.backend, verdict.counterexample if verdict else "", folder)
+            found.append(KnownRow(label, *key, row, versions, short(link), now, steps, replay))
     return tuple(found)
 
 

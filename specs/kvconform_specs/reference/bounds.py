@@ -239,13 +239,32 @@ class Perturbation:
     gain: float
 
 
-def perturbation(dtype: str) -> Perturbation:
+def perturbation(config: Config, precision: Precision = Precision()) -> Perturbation:  # noqa: B008 - it is frozen
     """A product computed in floating point is the exact product of perturbed factors (Higham, *Accuracy and Stability
     of Numerical Algorithms*, 2nd ed., section 3.1), by about ``sqrt(n) a`` each where roundings are independent (Higham
     and Mary 2019, doi:10.1137/18M1226312). Randomly perturbed weights therefore show the effect of rounding on what
-    follows, in any implementation. It is enlarged as in ``Noisy``, to exceed the rounding of the run itself."""
-    gain = max(1.0, 2.0**-13 / STORAGE[dtype])
-    return Perturbation(STORAGE[dtype] * gain, ACCUMULATION * gain, gain)
+    follows, in any implementation. It is enlarged as in ``Noisy``, to exceed the rounding of the run itself.
+
+    Keys and values that a lossy cache rounds (``kept``) are products, too."""
+    storage = max(STORAGE[config.dtype], kept(config, precision))
+    gain = max(1.0, 2.0**-13 / storage)
+    return Perturbation(storage * gain, ACCUMULATION * gain, gain)
+
+
+def kept(config: Config, precision: Precision) -> float:
+    """By how much a lossy cache rounds, relative to the size of what it keeps: 0 if it is not lossy.
+
+    A float format rounds each number by its unit roundoff at most. An integer of ``k`` bits rounds by half a step, the
+    largest magnitude ``A`` of the ``n`` numbers that share a scale over ``2^(k-1) - 1``; ``A`` is at most ``sqrt(n)``
+    times their root mean square, and the deviation of a uniform number in half a step either way is that of
+    ``uniform(-1, 1)`` times the half step, as in ``Perturbation``."""
+    if precision.kv_bits and precision.quantiser.scheme != "integer":
+        return 2.0**-4 if precision.quantiser.scheme == "float8_e4m3" else 2.0**-3
+    if precision.kv_bits:
+        quantiser = precision.quantiser
+        shared = quantiser.group or (config.capacity if quantiser.by_channel else config.head_dim)
+        return math.sqrt(shared) / float(2**precision.kv_bits - 2)
+    return STORAGE[precision.cache_dtype] if precision.cache_dtype else 0.0
 
 
 def black_box_bound(deviations: Sequence[Array], runs: int, gain: float) -> Array:

@@ -225,7 +225,8 @@ def model(
     on."""
     if reference is None:
         return _Decoder(config, contents, start, context, precision)
-    return _BlackBox(config, partial(reference, context=context) if context else reference, contents, start)
+    told = partial(reference, context=context) if context else reference
+    return _BlackBox(config, told, contents, start, precision)
 
 
 class _Model:
@@ -289,9 +290,11 @@ class _BlackBox(_Model):
     """The value is what its own forward gives; the bound follows from what that gives when its weights are perturbed by
     noise of the size of the rounding (``bounds.black_box_bound``)."""
 
-    def __init__(self, config: Config, reference: ReferenceForward, contents: Contents, start: int) -> None:
+    def __init__(
+        self, config: Config, reference: ReferenceForward, contents: Contents, start: int, precision: Precision
+    ) -> None:
         super().__init__(config, contents, start)
-        self._reference, self._noise = reference, bounds.perturbation(config.dtype)
+        self._reference, self._noise = reference, bounds.perturbation(config, precision)
 
     def exact(self) -> Array:
         return self._run(0.0, 0.0, 0)

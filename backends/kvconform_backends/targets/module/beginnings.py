@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ class Beginnings:
         if len(sig.pasts) > 1:
             yield f"({', '.join(['None'] * len(sig.pasts))})", ()
             return
-        default = sig.default(sig.pasts[0])
+        default = sig.default(sig.pasts[0]) if sig.pasts else None
         yield (repr(default) if default in ((), [], {}) else "None"), ()
         yield from self._made()
         count = self.layers()
@@ -42,11 +43,14 @@ class Beginnings:
                 yield from ((text, ()) for text in self._filled(f"module.{name}", getattr(module, name)))
             if callable(names.get(name)):
                 yield from ((text, (name,)) for text in self._filled(name, names[name]))
-        noted = self.sig.annotation(self.sig.pasts[0])
+        noted = self.sig.annotation(self.sig.pasts[0]) if self.sig.pasts else ""
+        meant = set(re.findall(r"\w+", noted))
         classes = [
-            n for n, v in names.items() if isinstance(v, type) and v is not type(module) and "cache" in n.lower()
+            n
+            for n, v in names.items()
+            if isinstance(v, type) and not isinstance(module, v) and ("cache" in n.lower() or n in meant)
         ]
-        for name in sorted(classes, key=lambda n: n not in noted):
+        for name in sorted(classes, key=lambda n: n not in meant):
             for text in self._filled(name, names[name]):
                 yield text, (name,)
                 yield f"[{text} for _ in range({self.layers()})]", (name,)

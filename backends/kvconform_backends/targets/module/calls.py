@@ -21,11 +21,18 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class ModuleSequence:
-    """One sequence: the past as the target returned it, and the numbers of rows and tokens."""
+    """One sequence: the past as the target returned it, and the numbers of rows and tokens. inputs: all its tokens, if
+    calls are given them; counts: how many each row holds, if they differ."""
 
     past: Any
     batch: int
     tokens: int = 0
+    inputs: Array | None = None
+    counts: tuple[int, ...] = ()
+
+    @property
+    def lengths(self) -> list[int]:
+        return list(self.counts) or [self.tokens] * self.batch
 
 
 class Caller:
@@ -64,12 +71,36 @@ class Caller:
         return ModuleSequence(self._value(self.convention.empty, names), batch)
 
     @torch.no_grad()
-    def step(self, sequence: ModuleSequence, x: Array, context: int = 0) -> tuple[Array, ModuleSequence]:
+    def step(
+        self, sequence: ModuleSequence, x: Array, context: int = 0, counts: tuple[int, ...] = ()
+    ) -> tuple[Array, ModuleSequence]:
         x = x if self.shares and x.flags.c_contiguous and x.flags.writeable else np.array(x)
-        names = self._called(self.convention.call, sequence, x, context)
+        ragged = bool(counts or sequence.counts)
+        counts = counts or (x.shape[1],) * len(x)
+        call = self.convention.ragged if ragged else self.convention.call
+        names = self._called(call, sequence, x, context, counts)
         y = self._value(self.convention.output, names)
         past = self._value(self.convention.present, names) if self.convention.present else None
-        return self.numbers(y), ModuleSequence(past, sequence.batch, sequence.tokens + x.shape[1])
+        held = tuple(old + new for old, new in zip(sequence.lengths, counts, strict=True)) if ragged else ()
+        inputs = self._sofar(sequence, x) if self.takes_all else None
+        return self.numbers(y), ModuleSequence(past, sequence.batch, sequence.tokens + x.shape[1], inputs, held)
+
+    @torch.no_grad()
+    def truncate(self, sequence: ModuleSequence, length: int) -> ModuleSequence:
+        """The sequence with its first ``length`` tokens."""
+        names = {"past": sequence.past, "length": length, "cached": sequence.tokens, "batch": sequence.batch}
+        made = self._value(self.convention.truncate, names)
+        past = made if self.convention.present and leaves(made) else sequence.past
+        inputs = None if sequence.inputs is None else sequence.inputs[:, :length]
+        return ModuleSequence(past, sequence.batch, length, inputs)
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether calls are given all tokens of the sequence."""
+        return "sofar" in self.convention.call
+
+    def _sofar(self, sequence: ModuleSequence, x: Array) -> Array:
+        return x if sequence.inputs is None else np.concatenate([sequence.inputs, x], axis=1)
 
     @torch.no_grad()
     def uncached(self, x: Array, context: int = 0) -> Array:
@@ -89,7 +120,9 @@ class Caller:
         """All names after a call on a copy of ``x``, including ``out``."""
         return self._called(expression, sequence, np.array(x), context)  # torch warns about read-only memory
 
-    def _called(self, expression: str, sequence: ModuleSequence, x: Array, context: int) -> dict[str, Any]:
+    def _called(
+        self, expression: str, sequence: ModuleSequence, x: Array, context: int, counts: tuple[int, ...] = ()
+    ) -> dict[str, Any]:
         names = {
             "x": self._into(x),
             "past": sequence.past,
@@ -97,7 +130,10 @@ class Caller:
             "new": x.shape[1],
             "cached": sequence.tokens,
             "context": context,
+            "counts": list(counts),
         }
+        if self.takes_all:
+            names["sofar"] = self._into(self._sofar(sequence, x))
         if self.convention.tell:
             self._value(self.convention.tell, names)
         return {**names, "out": self._value(expression, names)}
@@ -114,6 +150,8 @@ class Caller:
     def _into(self, x: Array) -> Any:
         if not self.convention.batched:
             x = x[0]
+        if self.convention.sequence_first:
+            x = x.swapaxes(0, 1)
         if self.convention.arrays == "numpy":
             return x
         given = torch.from_numpy(x).to(self.device)
@@ -123,17 +161,23 @@ class Caller:
         """An output ``(b, t, e)`` as float32."""
         self.seen_on = y.device.type if isinstance(y, Tensor) else "cpu"
         made = black_box.widened(y) if isinstance(y, Tensor) else np.array(y, np.float32)
+        if self.convention.sequence_first:
+            made = made.swapaxes(0, 1)
         return made if self.convention.batched else made[None]
 
 
-def perturbed(target: Any, storage: float, accumulation: float, seed: int) -> Any:
+def perturbed(target: Any, storage: float, accumulation: float, seed: int, copied: nn.Module | None = None) -> Any:
     """A copy of any target with perturbed weights (``black_box.perturbed``). The weights of a function are the modules
-    and floating-point matrices in its file; those of another object are among its attributes."""
+    and floating-point matrices in its file and its closure; those of another object are among its attributes.
+
+    copied: another build of a module, for one that cannot be copied."""
     noise = storage, accumulation, seed
+    if copied is not None:
+        return black_box.perturb(copied, *noise)
     if isinstance(target, nn.Module):
         return black_box.perturbed(target, *noise)
     if isinstance(target, types.FunctionType):
-        return _rebound(target, {k: _perturbed_value(v, *noise) for k, v in target.__globals__.items()})
+        return _rebound(target, {k: _perturbed_value(v, *noise) for k, v in target.__globals__.items()}, noise)
     other = copy.copy(target)
     for name, value in vars(target).items():
         setattr(other, name, _perturbed_value(value, *noise))
@@ -165,16 +209,22 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, nn.Module | Tensor | np.ndarray)
 
 
-def _rebound(function: types.FunctionType, names: dict[str, Any]) -> types.FunctionType:
+Noise = tuple[float, float, int]
+
+
+def _rebound(function: types.FunctionType, names: dict[str, Any], noise: Noise) -> types.FunctionType:
     """The function over other globals, together with the functions of its file that it calls."""
     for name, value in function.__globals__.items():
         if isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__:
-            names[name] = _over(value, names)
-    return _over(function, names)
+            names[name] = _over(value, names, noise)
+    return _over(function, names, noise)
 
 
-def _over(function: types.FunctionType, names: dict[str, Any]) -> types.FunctionType:
-    made = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+def _over(function: types.FunctionType, names: dict[str, Any], noise: Noise) -> types.FunctionType:
+    closure = function.__closure__
+    if closure is not None:
+        closure = tuple(types.CellType(_perturbed_value(cell.cell_contents, *noise)) for cell in closure)
+    made = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
     made.__kwdefaults__ = function.__kwdefaults__
     return made
 

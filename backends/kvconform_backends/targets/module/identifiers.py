@@ -38,6 +38,22 @@ FLAGS = frozenset(
 """)
 )
 """Switches; those also in ``PASTS`` are switches if their default or annotation is a bool."""
+SETTINGS = {
+    "return_dict": "True",
+    "return_tuple": "True",
+    "output_attentions": "False",
+    "output_hidden_states": "False",
+    "return_attention": "False",
+    "need_weights": "False",
+    "is_causal": "True",
+    "causal": "True",
+    "training": "False",
+    "train": "False",
+    "deterministic": "True",
+    "labels": "None",
+    "targets": "None",
+}
+"""Parameters with one value in every call, given only where they have no default."""
 MASKS = frozenset(_words("attention_mask mask attn_mask causal_mask attn_bias src_mask tgt_mask"))
 """Parameters that take a mask."""
 ADAPTERS = frozenset(
@@ -90,11 +106,21 @@ MAKERS = _words("""
     make_empty_cache empty_past init_past make_past
 """)
 """Methods, or functions beside the target, that create an empty past."""
-OPERATIONS = _words("""
-    truncate truncate_to crop trim trim_to rollback roll_back rewind cut shrink evict fork clone_cache copy_cache
-    reorder reorder_cache reorder_past _reorder_cache select_rows batch_select_indices batch_repeat_interleave
-    reset_rows
+KEEPS = _words("""
+    truncate truncate_to truncate_cache crop crop_cache crop_to trim_to cut cut_to shrink shrink_to keep keep_first
+    rewind_to rollback_to roll_back_to set_length set_seq_length
 """)
+"""Methods that usually keep the first tokens, as many as they are told."""
+REMOVES = _words("rollback roll_back rollback_cache rewind trim trim_cache pop undo drop_last remove_last evict unwind")
+"""Methods that usually remove the last tokens, as many as they are told."""
+OPERATIONS = (
+    *KEEPS,
+    *REMOVES,
+    *_words("""
+    fork clone_cache copy_cache reorder reorder_cache reorder_past _reorder_cache select_rows batch_select_indices
+    batch_repeat_interleave reset_rows
+    """),
+)
 """Methods of a module or a past that change what is cached, beside those that start a sequence."""
 LENGTHS = frozenset(
     _words("""

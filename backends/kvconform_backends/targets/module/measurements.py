@@ -13,10 +13,12 @@ from kvconform_backends.targets.module import identifiers, signature, slots
 from kvconform_backends.targets.module.beginnings import Beginnings
 from kvconform_backends.targets.module.calls import leaves
 from kvconform_backends.targets.module.conventions import Convention
+from kvconform_backends.targets.module.limits import Limits
+from kvconform_backends.targets.module.operations import Operations
 from kvconform_backends.targets.module.past import contents, described, frozen, grown_axis, sizes
-from kvconform_backends.targets.module.recognised import CAPACITY, ProbedTarget, Recognised
+from kvconform_backends.targets.module.recognised import ProbedTarget, Recognised
 from kvconform_backends.targets.module.signature import ForwardSignature
-from kvconform_backends.targets.module.trials import LENGTH, MANY_ROWS, MIN_CAPACITY, PROMPT, Array, Trials, close
+from kvconform_backends.targets.module.trials import LENGTH, PROMPT, Array, close
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded, largest
 
 MOST_CONTEXTS = 3
@@ -24,7 +26,7 @@ MOST_WIDTHS = 8
 """Widths of encoder states that are tried."""
 
 
-class Measurements(Trials):
+class Measurements(Limits, Operations):
     """Each ``measure_`` method stores its results in the given ``Recognised``."""
 
     def __init__(self, target: ProbedTarget, beginnings: Beginnings) -> None:
@@ -125,31 +127,8 @@ class Measurements(Trials):
                         break
                     outputs.append(output)
         except ThirdPartyError as error:
-            self.raised = str(error)
+            self.note(error)
         return max(1, len(outputs))
-
-    def _limiting(self, made: Recognised) -> tuple[bool, ...]:
-        """Which calls limit it: uncached ones, and first cached ones if earlier trials leave nothing in the cache."""
-        return (False, True) if made.rank[0] and made.restarts else (False,)
-
-    def measure_rows(self, made: Recognised) -> None:
-        """The maximum number of rows, if it takes two."""
-        for cached in self._limiting(made) if made.batch == 2 else ():
-            if not self.runs(made, PROMPT, cached=cached, rows=MANY_ROWS):
-                made.refusal = self.raised
-                rows = largest(2, MANY_ROWS - 1, lambda n: self.runs(made, PROMPT, cached=cached, rows=n))  # noqa: B023
-                made.rows = rows if made.rows is None else min(rows, made.rows)
-
-    def measure_capacity(self, made: Recognised) -> None:
-        """The maximum length of a sequence: what the target reports, as far as its calls take it."""
-        value, name = next(self.target.reported(identifiers.CAPACITIES), (CAPACITY, ""))
-        made.capacity, made.capacity_from = min(value, CAPACITY), name
-        for cached in self._limiting(made):
-            if not self.runs(made, made.capacity, cached=cached):
-                low = largest(LENGTH, made.capacity, lambda n: self.runs(made, n, cached=cached))  # noqa: B023
-                made.capacity, made.capacity_from = low, f"longest {'prompt' if cached else 'input without a cache'}"
-                if low < MIN_CAPACITY:
-                    raise ValueError(f"it takes only {low} tokens ({self.raised}); at least {MIN_CAPACITY} are needed")
 
     def measure_shape(self, made: Recognised) -> None:
         """Heads and layers, from the past if possible, else from attributes."""
@@ -183,6 +162,7 @@ class Measurements(Trials):
         """Whether what it keeps of a step is the memory of the inputs itself."""
         caller, x = self.caller(made.convention), np.ascontiguousarray(self.sample(made, PROMPT))
         caller.shares = True
+        x = x[:, : made.chunk or PROMPT]
         _output, sequence = caller.step(caller.start(len(x)), x)
         first: int = x.__array_interface__["data"][0]
         starts = (
@@ -196,7 +176,7 @@ class Measurements(Trials):
         caller, x, ends, start = self.caller(made.convention), self.sample(made, LENGTH), (PROMPT, PROMPT + 1), 0
         sequence, states = caller.start(len(x)), list[dict[str, Tensor]]()
         for end in ends:
-            _output, sequence = caller.step(sequence, x[:, start:end])
+            _output, sequence = self.appended(caller, sequence, x[:, start:end], made.chunk)
             states.append(slots.copied(slots.arrays(caller.module, sequence.past)))
             start = end
         made.slots = slots.slots(states, ends)
@@ -205,7 +185,7 @@ class Measurements(Trials):
         """What the past consists of, which axis grows, and which expression gives its length."""
         convention = made.convention
         caller, x = self.caller(convention), self.sample(made, LENGTH)
-        _output, first = caller.step(caller.start(len(x)), x[:, :PROMPT])
+        _output, first = self.appended(caller, caller.start(len(x)), x[:, :PROMPT], made.chunk)
         before, held = dict(sizes(first.past)), contents(first.past)
         addresses = {leaf.data_ptr() for leaf in leaves(first.past) if isinstance(leaf, Tensor)}
         _output, second = caller.step(first, x[:, PROMPT : PROMPT + 1])

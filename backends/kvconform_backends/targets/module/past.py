@@ -42,6 +42,12 @@ def grown_axis(before: object, after: object) -> int | None:
     return grown[0] if len(grown) == 1 and after[grown[0]] == before[grown[0]] + 1 else None
 
 
+def grows_by_one(before: Mapping[str, object], after: Mapping[str, object]) -> bool:
+    """Whether no array changed its shape, or an axis of one grew by one."""
+    changed = [at for at, size in before.items() if isinstance(size, tuple) and after.get(at) != size]
+    return not changed or any(grown_axis(before[at], after.get(at)) is not None for at in changed)
+
+
 def frozen(past: Any) -> bool:
     """Whether its items cannot be replaced."""
     return isinstance(past, Tensor) or (type(past) is tuple and all(map(frozen, past)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,22 @@ class ProbedTarget:
     namespace: Mapping[str, Any]
     init: Mapping[str, Any]
     dtype: torch.dtype = torch.float32
+    rebuilt: Callable[[], tuple[Any, Mapping[str, Any]]] | None = None
+    """Executes the file again: another target with the same weights, and the names of its file."""
+    copyable: bool = True
+
+    def copied(self, stateful: bool) -> tuple[Any, Mapping[str, Any]]:
+        """The target with a state of its own and shared weights, and the names of its file. One that cannot be copied
+        is built again if it is known to be ``stateful``, and is otherwise itself."""
+        if not isinstance(self.module, nn.Module):
+            return self.module, self.namespace
+        if self.copyable:
+            try:
+                shared = {id(weight): weight for weight in self.module.parameters()}
+                return copy.deepcopy(self.module, shared), self.namespace
+            except Exception:  # noqa: BLE001 - third-party code may raise anything
+                self.copyable = False
+        return self.rebuilt() if stateful and self.rebuilt is not None else (self.module, self.namespace)
 
     def reported(self, names: tuple[str, ...]) -> Iterator[tuple[int, str]]:
         """The values of these names in its arguments, attributes or config objects, each with its name."""
@@ -63,6 +80,11 @@ class Recognised:
     vocabulary: the number of token ids. outputs: the size of one token's output. rows: the maximum batch, and
     ``refusal`` the exception beyond it. given: the arguments for masks and positions. past: a description of the past.
     keeps_inputs: whether the cache holds the memory of the inputs. slots: arrays with a slot for each token.
+    chunk: the most tokens of a cached call, and ``chunk_refusal`` the exception beyond them. refuses: whether it
+    raises beyond the capacity. judged: whether trials showed that the convention is the one that is meant; if none
+    agreed, ``disagreement`` says so. begins: whether the first cached call agreed with the reference. ragged_later:
+    whether rows may take different numbers of tokens in later calls, too. truncated_new: whether a truncation gives
+    another past. rollback: see ``Claims``.
     hints: what giving an omitted argument would change. operations: methods of the module or its past that nothing
     calls, in words. contexts: the number of contexts that a sequence can have. held: as in ``BlackBox``.
     """
@@ -92,6 +114,15 @@ class Recognised:
     held: Mapping[str, int] | None = None
     hints: dict[str, str] = field(default_factory=dict)
     operations: tuple[str, ...] = ()
+    chunk: int | None = None
+    chunk_refusal: str = ""
+    refuses: bool = False
+    rollback: int | None = None
+    ragged_later: bool = False
+    truncated_new: bool = False
+    begins: bool = False
+    judged: bool = True
+    disagreement: str = ""
     rank: Rank = (False, False, False, False)
 
     @property
@@ -119,11 +150,21 @@ class Recognised:
         return f"{kind} in{one}{arrays}, {how}; called as {concrete(c.call, {})}"
 
     @property
+    def doubts(self) -> Iterator[str]:
+        """What trials found against the convention, in sentences."""
+        c = self.convention
+        if self.disagreement and all(self.rank):
+            yield f"in trials {self.disagreement}"
+        elif self.disagreement:
+            yield (
+                f"it is called as meant, although in trials {self.disagreement}; if not, give the call: --option "
+                f'\'convention={{"call": "{concrete(c.call, {})}"}}\''
+            )
+
+    @property
     def assumed(self) -> Iterator[str]:
         """The assumptions made, one sentence each."""
         c, sig = self.convention, self.signature
-        if self.rank[0] and not any(self.rank[2:]):
-            yield "it is called as meant, although no cached call after the prompt agreed with the reference in trials"
         uncached = concrete(c.uncached, {"past": c.empty})
         if c.always:
             begun = f"the first {uncached} after {c.begin}" if c.begin else f"{uncached} at position 0"
@@ -136,7 +177,7 @@ class Recognised:
             yield "the cache cannot be emptied: a sequence starts with " + (
                 "a call at position 0" if sig.positions else "the next call"
             )
-        if c.owned:
+        if c.owned or c.begin:
             yield "the module holds one sequence at a time"
         told = concrete(c.tell, {}) or " and ".join(name for name in sig.contexts if name in self.given)
         if self.contexts > 1:
@@ -149,6 +190,19 @@ class Recognised:
         for name in (*sig.masks, *sig.positions):
             if name not in self.given:
                 yield f"{name} is omitted{self.hints.get(name, '')}"
+        if c.sequence_first:
+            yield "the tokens are in the first axis, the rows in the second"
+        if "sofar" in c.call:
+            yield "each call is given all tokens of the sequence so far (sofar)"
+        if c.truncate:
+            yield f"a sequence is truncated by {concrete(c.truncate, {})}"
+        if c.ragged:
+            yield f"rows that take different numbers of tokens are appended by {concrete(c.ragged, {})}"
+        if self.rollback is not None:
+            yield f"the last {self.rollback} tokens can be undone at most: more was refused"
+        if self.chunk is not None:
+            words = "one token" if self.chunk == 1 else f"{self.chunk} tokens"
+            yield f"a cached call takes at most {words}: more raised {self.chunk_refusal}"
         if self.refusal:
             rows = "one row" if self.rows == 1 else f"{self.rows} rows"
             yield f"it takes at most {rows}: more raised {self.refusal}"

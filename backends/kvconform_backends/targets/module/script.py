@@ -14,7 +14,7 @@ from torch import nn
 from kvconform_backends.targets.module.recognised import Recognised
 from kvconform_backends.targets.module.signature import concrete
 from kvconform_specs.describe import describe
-from kvconform_specs.program import AliasHandle, Append, Close, Program, Reset, Step, UncachedForward
+from kvconform_specs.program import AliasHandle, Append, Close, Program, Reset, Step, Truncate, UncachedForward
 
 
 class Origin(Protocol):
@@ -86,6 +86,7 @@ class ModuleScript:
     def steps(self, program: Program, tag: str) -> str:
         lines: list[str] = []
         held: dict[str, tuple[int, int]] = {}  # rows and tokens of each sequence
+        self._ragged: set[str] = set()  # sequences with rows of different lengths
         for number, step in enumerate(program.steps):
             *first, last = self._step(number, step, tag, held)
             lines += [*first, f"{last}  # step {number}: {describe(program, number)}"]
@@ -97,13 +98,18 @@ class ModuleScript:
             batch, cached = held.get(step.seq, (len(step.counts), 0))
             if step.seq not in held:
                 yield from self._begun(step.seq, batch)
-            held[step.seq] = batch, cached + step.counts[0]
+            held[step.seq] = batch, cached + max(step.counts)
             yield from self._told(step)
-            yield from self._called(
-                name,
-                past_of(step.seq),
-                {"batch": batch, "new": step.counts[0], "cached": cached, "context": step.context},
-            )
+            if "sofar" in self.convention.call:
+                held_before = f"np.concatenate([{all_of(step.seq)}, x{name}], axis=1)" if cached else f"x{name}"
+                yield f"{all_of(step.seq)} = {held_before}"
+            new = max(step.counts)
+            numbers = {"batch": batch, "new": new, "cached": cached, "context": step.context}
+            self._ragged.update({step.seq} if len(set(step.counts)) > 1 else ())
+            text = self.convention.call
+            if step.seq in self._ragged:
+                text = re.sub(r"\bcounts\b", str(list(step.counts)), self.convention.ragged)
+            yield from self._called(name, step.seq, numbers, text)
         elif type(step) is UncachedForward:
             yield from self._uncached(name, step)
         elif isinstance(step, Reset):
@@ -112,6 +118,22 @@ class ModuleScript:
         elif isinstance(step, AliasHandle):
             held[step.into] = held[step.seq]
             yield f"{past_of(step.into)} = {past_of(step.seq)}"
+            if "sofar" in self.convention.call:
+                yield f"{all_of(step.into)} = {all_of(step.seq)}"
+        elif isinstance(step, Truncate):
+            batch, cached = held[step.seq]
+            length = step.lengths(batch)[0]
+            held[step.seq] = batch, length
+            names: dict[str, int | str] = {
+                "batch": batch,
+                "cached": cached,
+                "length": length,
+                "past": past_of(step.seq),
+            }
+            call = self._text(self.convention.truncate, names)
+            if "sofar" in self.convention.call:
+                yield f"{all_of(step.seq)} = {all_of(step.seq)}[:, :{length}]"
+            yield f"{past_of(step.seq)} = {call}" if self.found.truncated_new else call
         elif isinstance(step, Close):
             del held[step.seq]
             yield f"{past_of(step.seq)} = None"
@@ -131,10 +153,11 @@ class ModuleScript:
         if self.convention.tell:
             yield self._text(self.convention.tell, {"context": step.context})
 
-    def _called(self, name: str, past: str, numbers: Mapping[str, int]) -> Iterator[str]:
-        c = self.convention
-        call = self._text(c.call, {**numbers, "past": past})
+    def _called(self, name: str, seq: str, numbers: Mapping[str, int], text: str) -> Iterator[str]:
+        c, past = self.convention, past_of(seq)
+        call = re.sub(r"\bsofar\b", self._into(all_of(seq)), self._text(text, {**numbers, "past": past}))
         x = self._into(f"x{name}")
+        output = self._text(c.output, numbers)
         if (c.output, c.present) == ("out[0]", "out[1]") and c.arrays == "torch" and c.batched:
             yield f"y{name}, {past} = {_fed(call, x)}"
         elif c.output == "out" and c.present in ("", "past"):
@@ -143,7 +166,7 @@ class ModuleScript:
             yield f"out = {_fed(call, x)}"
             if c.present not in ("", "past"):
                 yield f"{past} = {c.present}"
-            yield f"y{name} = {c.output}"
+            yield f"y{name} = {output}"
         yield f"y{name} = {self._out(f'y{name}')}"
 
     def _uncached(self, name: str, step: UncachedForward) -> Iterator[str]:
@@ -176,6 +199,7 @@ class ModuleScript:
 
     def _into(self, x: str) -> str:
         row = x if self.convention.batched else f"{x}[0]"
+        row += ".swapaxes(0, 1)" * self.convention.sequence_first
         if self.convention.arrays == "numpy":
             return row
         text = f"torch.from_numpy({row})"
@@ -187,7 +211,13 @@ class ModuleScript:
         plain = self.device == "cpu" and self.dtype is torch.float32
         text = f"{y}.numpy()" if plain else f"{y}.float().cpu().numpy()"
         text = y if self.convention.arrays == "numpy" else text
+        text += ".swapaxes(0, 1)" * self.convention.sequence_first
         return text if self.convention.batched else f"{text}[None]"
+
+
+def all_of(seq: str) -> str:
+    """The variable that holds all tokens of a sequence."""
+    return past_of(seq).replace("past_", "all_", 1)
 
 
 def past_of(seq: str) -> str:

@@ -17,6 +17,7 @@ from kvconform_backends.targets.module.identifiers import (
     PASTS,
     POSITIONS,
     SELF_ATTENTION,
+    SETTINGS,
     STATES,
 )
 
@@ -26,8 +27,8 @@ STATES_LENGTH = 5
 
 @dataclass(frozen=True)
 class ForwardSignature:
-    """The parameters of a forward by purpose. ``unknown``: the others; ``unknown_required``: those of them without a
-    default."""
+    """The parameters of a forward by purpose. ``settings``: required ones with one value in every call; ``unknown``:
+    the others; ``unknown_required``: those of them without a default."""
 
     text: str
     inputs: tuple[str, ...]
@@ -39,6 +40,7 @@ class ForwardSignature:
     unknown: tuple[str, ...]
     unknown_required: tuple[str, ...]
     parameters: Mapping[str, inspect.Parameter]
+    settings: Mapping[str, str]
 
     def required(self, name: str) -> bool:
         return self.parameters[name].default is inspect.Parameter.empty
@@ -69,10 +71,13 @@ def signature_of(target: Any, name: str, past: str = "") -> ForwardSignature:
     masks = tuple(n for n in rest if n in MASKS and n not in pasts)
     positions = tuple(n for n in rest if n in OFFSETS | POSITIONS and n not in pasts)
     contexts = tuple(n for n in rest if n in ADAPTERS | STATES and n not in pasts)
-    known = {*inputs, *flags, *pasts, *masks, *positions, *contexts}
+    settings = {n: SETTINGS[n] for n in rest if n in SETTINGS and named[n].default is inspect.Parameter.empty}
+    known = {*settings, *inputs, *flags, *pasts, *masks, *positions, *contexts}
     unknown = tuple(n for n in rest if n not in known)
     unknown_required = tuple(n for n in unknown if named[n].default is inspect.Parameter.empty)
-    return ForwardSignature(text, inputs, pasts, flags, masks, positions, contexts, unknown, unknown_required, named)
+    return ForwardSignature(
+        text, inputs, pasts, flags, masks, positions, contexts, unknown, unknown_required, named, settings
+    )
 
 
 def _switch(parameter: inspect.Parameter) -> bool:
@@ -149,15 +154,15 @@ def _product(lists: list[list[tuple[str, str | None]]]) -> Iterator[tuple[tuple[
             yield (head, *tail)
 
 
-def written(sig: ForwardSignature, given: Mapping[str, str], name: str = "module") -> str:
+def written(sig: ForwardSignature, given: Mapping[str, str], name: str = "module", inputs: str = "x") -> str:
     """The call in Python: inputs by position, other arguments by name."""
     keyword_only = inspect.Parameter.KEYWORD_ONLY
-    inputs = [f"{n}=x" if sig.parameters[n].kind is keyword_only else "x" for n in sig.inputs]
+    first = [f"{n}={inputs}" if sig.parameters[n].kind is keyword_only else inputs for n in sig.inputs]
     rest = []
-    for n, form in given.items():
+    for n, form in {**given, **sig.settings}.items():
         positional = sig.parameters[n].kind is inspect.Parameter.POSITIONAL_ONLY
         rest.append(form if positional else f"{n}={form}")
-    return f"{name}({', '.join(inputs + rest)})"
+    return f"{name}({', '.join(first + rest)})"
 
 
 def extended(call: str, name: str, form: str) -> str:

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -28,7 +29,8 @@ from kvconform_backends.targets import black_box
 from kvconform_backends.targets.module import calls, conventions, identifiers, slots
 from kvconform_backends.targets.module.calls import Caller, ModuleSequence
 from kvconform_backends.targets.module.recognised import ProbedTarget, Recognised
-from kvconform_backends.targets.module.recognition import Unrecognised, recognise
+from kvconform_backends.targets.module.recognition import recognise
+from kvconform_backends.targets.module.refusals import Unrecognised
 from kvconform_backends.targets.module.script import ModuleScript
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 from kvconform_backends.torch import device_time
@@ -80,12 +82,18 @@ class Source:
                 hint = f"; give its arguments: --init '{{{needed}}}'" if needed and not self.init else ""
                 raise BackendUnavailable(f"{self.address} cannot be built: {error}{hint}") from error
         elif isinstance(found, nn.Module):
-            found = copy.deepcopy(found)
+            with suppress(Exception):  # one that cannot be copied is new: its file was executed for it
+                found = copy.deepcopy(found)
         if isinstance(found, nn.Module):
             found.eval()
             if self.dtype is not None:
                 found.to(self.dtype)
         return found
+
+    def rebuilt(self) -> tuple[Any, Mapping[str, Any]]:
+        """Another build with the same weights, from the file executed again, and the names in it."""
+        namespace = self.namespace()
+        return self.made(namespace), namespace
 
     def written(self, namespace: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:
         """The expression with which ``made`` builds the target, and the names it uses; None if the name is the target
@@ -170,16 +178,19 @@ def open_module(target: str, options: Mapping[str, Any]) -> Any:
         raise BackendUnavailable(f"{address} is a {type(module).__name__}, which cannot be called")
     floats = (p.dtype for p in module.parameters() if p.is_floating_point()) if isinstance(module, nn.Module) else ()
     dtype = source.dtype or next(iter(floats), torch.float32)
-    probed = ProbedTarget(module, name, namespace, asked["init"], dtype)
+    probed = ProbedTarget(module, name, namespace, asked["init"], dtype, source.rebuilt)
     try:
-        found = recognise(probed, asked["convention"])
-    except Unrecognised as words:
-        raise BackendUnavailable(
-            f"{address}: no known calling convention: found {words}; known conventions: {conventions.KNOWN}. "
-            f"For other calls, write an adapter such as:\n\n{conventions.ADAPTER}"
-        ) from words
+        given = conventions.checked(asked["convention"], namespace)
     except ValueError as error:
-        raise BackendUnavailable(f"{address}: {error}") from error
+        raise InvalidBackend(f"{address}: {error}") from error
+    try:
+        with guarded():
+            found = recognise(probed, given)
+    except Unrecognised as words:
+        sentence = f"{address}: not judged: no known calling convention fits {words}"
+        raise BackendUnavailable(f"{sentence}. {conventions.advice(words.line, file, name)}") from words
+    except ThirdPartyError as error:
+        raise BackendUnavailable(f"{address}: not judged: a trial raised {error}") from error
     return ModuleTarget(source, module, found, dtype)
 
 
@@ -195,6 +206,8 @@ class ModuleTarget:
             "immutable": found.immutable,
             "contexts": found.contexts > 1,
             "poison": bool(found.slots),
+            "truncate": bool(convention.truncate),
+            "ragged": bool(convention.ragged),
         }
         profile = "decoder" if convention.takes == "tokens" else "hidden"
         stored = next((name for name, kind in DTYPES.items() if kind is dtype), "float32")
@@ -204,7 +217,12 @@ class ModuleTarget:
             dtypes=(stored,),
             devices=("cpu", "cuda") if isinstance(module, nn.Module) else ("cpu",),
             max_batch=1 if found.batch == 1 else found.rows,
-            max_sequences=1 if convention.owned else None,
+            max_chunk=found.chunk,
+            max_sequences=1 if convention.owned or convention.begin else None,
+            overflow="refused" if found.refuses else "undefined",
+            rollback=found.rollback,
+            too_deep="refused" if found.rollback else "undefined",
+            ragged_appends="any" if found.ragged_later else "first",
             returns="last" if found.last_only else "all",
             reference="self",
             inputs="kept" if found.keeps_inputs else "copied",
@@ -225,10 +243,16 @@ class ModuleTarget:
         )
         self.configs = {f"{profile}-self": own}
         self.recognised = found.words
-        self.assumed, self.not_tried = (_built(source), *found.assumed), found.operations
+        self.assumed = (*found.doubts, _built(source), *found.assumed)
+        self.not_tried = found.operations
         self.held = found.held
         self.source = source.file if source.file.endswith(".py") else str(sys.modules[source.file].__file__ or "")
         self.dtype, self.found, self._source = dtype, found, source
+
+    def rebuilt(self, device: str) -> nn.Module:
+        """Another build of a module, with the same weights."""
+        module: nn.Module = self._source.rebuilt()[0]
+        return module.to(device)
 
     def __call__(self, config: Config, weights: Mapping[str, Any], device: str) -> ModuleBackend:
         if device == "cuda" and not torch.cuda.is_available():
@@ -261,8 +285,16 @@ class ModuleBackend(BlackBox):
     def start(self, batch: int) -> ModuleSequence:
         return self.caller.start(batch)
 
-    def step(self, sequence: ModuleSequence, x: Array, context: int = 0) -> tuple[Array, ModuleSequence]:
-        return self.caller.step(sequence, x, context)
+    def step(
+        self, sequence: ModuleSequence, x: Array, context: int = 0, counts: Array | None = None, padding: str = "right"
+    ) -> tuple[Array, ModuleSequence]:
+        """Rows of different lengths are padded on the right."""
+        return self.caller.step(sequence, x, context, () if counts is None else tuple(map(int, counts)))
+
+    def truncate(self, sequence: ModuleSequence, length: int) -> ModuleSequence:
+        if not 0 <= length <= sequence.tokens:
+            raise ValueError(f"cannot keep {length} of {sequence.tokens} tokens")
+        return self.caller.truncate(sequence, length)
 
     def uncached_forward(self, x: Array, context: int = 0) -> Array:
         """``(b, t, e)``, at most ``max_batch`` rows at a time, and prefix by prefix if it returns only the last
@@ -279,7 +311,8 @@ class ModuleBackend(BlackBox):
         return self.caller.uncached(x, context)
 
     def length(self, sequence: ModuleSequence) -> list[int]:
-        return [self.caller.length(sequence)] * sequence.batch
+        """Where rows have different lengths, the past does not tell them."""
+        return list(sequence.counts) or [self.caller.length(sequence)] * sequence.batch
 
     def reset(self, sequence: ModuleSequence) -> ModuleSequence:
         return self.caller.start(sequence.batch)
@@ -292,10 +325,21 @@ class ModuleBackend(BlackBox):
 
     def perturbed(self, storage: float, accumulation: float, seed: int) -> ModuleBackend:
         noise = storage, accumulation, seed
-        caller = self.caller.on(calls.perturbed(self.caller.module, *noise))
+        caller = self.caller.on(calls.perturbed(self.caller.module, *noise, self._rebuilt()))
         other = ModuleBackend(self.target, caller, self.written)
         other.noise = noise
         return other
+
+    def _rebuilt(self) -> nn.Module | None:
+        """Another build of a module that cannot be copied."""
+        module = self.caller.module
+        if not isinstance(module, nn.Module):
+            return None
+        try:
+            copy.deepcopy(module)
+        except Exception:  # noqa: BLE001 - third-party code may raise anything
+            return self.target.rebuilt(self.caller.device)
+        return None
 
     def runtime_info(self) -> dict[str, Any]:
         return {

@@ -35,6 +35,8 @@ def probes(config: Config, claims: Claims) -> Iterator[Probe]:
     for plan in BATTERY:
         if config.profile not in plan.profiles or (plan.windowed and config.window is None):
             continue
+        if plan.contexts and config.contexts == 1:
+            continue
         if not all(claims.can(need) for need in plan.needs):
             continue
         steps = tuple(plan.steps(config, claims, first_stream(plan.name)))

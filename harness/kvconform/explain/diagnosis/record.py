@@ -73,11 +73,13 @@ class PrecisionMatch(msgspec.Struct, frozen=True, kw_only=True):
     """The highest precision, below the claimed one, whose bounds hold all outputs of the shortest wrong probes."""
 
     dtype: str
-    """What inputs, weights and the cache are rounded to."""
+    """What inputs, weights and results are rounded to."""
     intermediates: str
     """`single`: scores and weights are kept in float32; `storage`: they are rounded to the dtype, too."""
     kv_bits: int
     """How many bits a number of a quantised cache takes; 0: it is not quantised."""
+    cache_dtype: str = ""
+    """What keys and values are rounded to on their way into the cache; empty: the same."""
 
 
 class FirstFailure(msgspec.Struct, frozen=True, kw_only=True):

@@ -149,6 +149,8 @@ class _Reading:
         self.histories = Histories()
         self.facts: dict[str, dict[str, int]] = {}  # by open sequence
         self.wrong_before: set[str] = set()  # sequences
+        self.first_context: dict[tuple[int, int], int] = {}  # of each prompt that was run, by stream and length
+        self.last_context = self.prompt_context = 0  # of the last call, and of the last one on an empty cache
 
     def read(self, number: int, done: StepResult, want: Expected | None) -> None:
         step = self.program.steps[number]
@@ -230,6 +232,9 @@ class _Reading:
 
     def _common(self, step: Append | UncachedForward, cached: Sequence[int]) -> dict[str, int]:
         lengths = {a + b for a, b in zip(cached, step.counts, strict=True)}
+        if isinstance(step, Append) and not any(cached):
+            first = self.first_context.setdefault((step.seed, max(step.counts)), step.context)
+            self.facts[step.seq]["prompt first in another context"] = first != step.context
         facts: dict[str, int] = {
             **self.facts.get(step.seq, {}),
             "uncached forward": not isinstance(step, Append),
@@ -238,7 +243,13 @@ class _Reading:
             "different lengths": len(lengths) > 1,
             step.distribution: True,
             "last only": step.last_only,
+            "context": step.context > 0,
+            "prompt in another context": any(cached) and self.prompt_context != step.context,
+            "after another context": bool(self.cells) and self.last_context != step.context,
         }
+        self.last_context = step.context
+        if not any(cached):
+            self.prompt_context = step.context
         if isinstance(step, Append):
             facts |= {
                 "left padding": step.pad is not None and step.pad[0] == "left",

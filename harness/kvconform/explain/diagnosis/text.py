@@ -62,6 +62,8 @@ def edit(found: EditMatch) -> str:
 def precision(found: PrecisionMatch) -> str:
     """``within the bounds of bfloat16 and an 8-bit cache``."""
     parts = [found.dtype, *(["intermediates of that dtype"] if found.intermediates == "storage" else [])]
+    if found.cache_dtype:
+        parts.append(f"a {found.cache_dtype} cache")
     if found.kv_bits:
         parts.append(f"a{'n' if found.kv_bits == 8 else ''} {found.kv_bits}-bit cache")
     return f"within the bounds of {' and '.join(parts)}"

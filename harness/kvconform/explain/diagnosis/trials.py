@@ -6,6 +6,7 @@ They are functions of their numbers alone. Each has its own streams, and stays w
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from random import Random
 
 from kvconform.explain.diagnosis.probes import Probe, first_stream
@@ -36,18 +37,37 @@ LONGEST, LARGEST, ROWS = 26, 9, 3
 RARELY = 0.12
 """The probability of an option or an operation that a claim allows, at each step."""
 
+IN_CONTEXTS = 3
+"""Every so many-th trial is in several contexts, where there are some."""
+
 
 def trials(config: Config, claims: Claims, numbers: range) -> Iterator[Probe]:
     """The trials of these numbers, without those that do not fit the config."""
     for number in numbers:
         name = f"trial {number}"
         steps = _Draw(config, claims, number, first_stream(name)).steps()
+        if config.contexts > 1 and claims.can("contexts") and number % IN_CONTEXTS == 0:
+            steps = _in_contexts(steps, config.contexts)
         try:
             program = Program(config, tuple(steps))
         except SpecError:
             continue
         if steps and claimed(steps, claims):
             yield Probe(name, "a random program", program)
+
+
+def _in_contexts(steps: list[Step], contexts: int) -> list[Step]:
+    """The same steps, each sequence in a context of its own: 1 for the first, 0 for the second of two."""
+    of: dict[str, int] = {}
+    made: list[Step] = []
+    for step in steps:
+        if isinstance(step, Fork):
+            of[step.into] = of[step.seq]
+        if isinstance(step, Append | UncachedForward):
+            context = of.setdefault(step.seq, (len(of) + 1) % contexts)
+            step = replace(step, context=context)
+        made.append(step)
+    return made
 
 
 class _Draw:

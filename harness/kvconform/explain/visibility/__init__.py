@@ -34,6 +34,8 @@ class Map(msgspec.Struct, frozen=True, kw_only=True):
     """The exception that ended the schedule, whose later outputs are then missing in `seen`."""
     rows: int = 1
     """How many rows or sequences; the `n` tokens are those of the first, then those of the second, and so on."""
+    context: int | None = None
+    """The context of the sequences; null where the backend has one only."""
     notes: list[str] = []
     """What else was noticed, one sentence each."""
 
@@ -76,19 +78,20 @@ def maps(client: WorkerClient, config: Config, least: int = 0) -> list[Map]:
     own = None if client.reference_forward is None else memoized(client.reference_forward(config))
     found: list[Map] = []
     starts, fresh = client.starts, False
+    context = 0 if config.contexts > 1 and claims.can("contexts") else None  # programs of schedules name no other
     for schedule in schedules(config, claims, least):
         if fresh and schedule.name != "sequences":
             continue
         measured = MeasuredMap(client, config, own, schedule, starts, fresh)
-        found.append(_map(measured))
+        found.append(_map(measured, context))
         if measured.unsteady and not fresh:
             fresh = True
             if schedule.name == "sequences":
-                found[-1] = _map(MeasuredMap(client, config, own, schedule, starts, fresh))
+                found[-1] = _map(MeasuredMap(client, config, own, schedule, starts, fresh), context)
     return found
 
 
-def _map(measured: MeasuredMap) -> Map:
+def _map(measured: MeasuredMap, context: int | None) -> Map:
     measured.measure()
     schedule = measured.schedule
     return Map(
@@ -98,6 +101,7 @@ def _map(measured: MeasuredMap) -> Map:
         wanted=_lines(measured.wanted().tolist()),
         seen=_lines(measured.seen().tolist()),
         stopped=measured.stopped,
+        context=context,
         notes=measured.notes,
     )
 

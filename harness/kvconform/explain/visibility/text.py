@@ -22,7 +22,15 @@ Form = tuple[str, int, str, int]
 
 
 def title(one: Map) -> str:
-    """``chunked 3+2+1+2``."""
+    """``chunked 3+2+1+2``, ``chunked 3+2+1+2 in context 0``."""
+    return _schedule(one) + _context(one)
+
+
+def _context(one: Map) -> str:
+    return "" if one.context is None else f" in context {one.context}"
+
+
+def _schedule(one: Map) -> str:
     sizes = "" if set(one.sizes) == {1} or len(one.sizes) == 1 else " " + "+".join(map(str, one.sizes))
     return one.schedule + sizes
 
@@ -70,14 +78,16 @@ def words(one: Map) -> str:
 
 
 def coverage(maps: Sequence[Map]) -> str:
-    """``full, prefill, chunked 3+2+1+2, decode (8 tokens); rows 2+1+2 (2 rows of 5 tokens)``: what maps cover."""
+    """``full, prefill, chunked 3+2+1+2, decode (8 tokens); rows 2+1+2 (2 rows of 5 tokens)``: what maps cover, and
+    the one context that they are of, where there are several."""
     titles: dict[str, list[str]] = defaultdict(list)
     for one in maps:
         tokens = len(one.wanted) // one.rows
         titles[f"{tokens} tokens" if one.rows == 1 else f"{one.rows} {_noun(one)}s of {tokens} tokens"].append(
-            title(one)
+            _schedule(one)
         )
-    return "; ".join(f"{', '.join(of)} ({size})" for size, of in titles.items())
+    covered = "; ".join(f"{', '.join(of)} ({size})" for size, of in titles.items())
+    return covered + "".join(dict.fromkeys(f"; all{_context(one)}" for one in maps if one.context is not None))
 
 
 def _spaced(one: Map, cells: Iterable[str]) -> str:

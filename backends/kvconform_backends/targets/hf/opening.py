@@ -1,0 +1,187 @@
+"""Opens an ``hf:`` target: builds the model, tries how it is called, and states what the backend claims."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
+
+from kvconform.errors import BackendUnavailable
+from kvconform_backends.targets.hf import trials
+from kvconform_backends.targets.hf.recipe import Calls, Recipe, config_of
+from kvconform_backends.targets.hf.sizes import SPECIAL, SPREAD, tiny
+from kvconform_backends.targets.hf.target import Transformers, experts
+from kvconform_backends.targets.third_party import ThirdPartyError, guarded
+from kvconform_specs.claims import Claims
+from kvconform_specs.config import DTYPES, Config
+
+CACHES = ("dynamic", "static")
+OPTIONS: Mapping[str, Any] = MappingProxyType(
+    {
+        "cache": "dynamic",
+        "config": {},
+        "attn_implementation": None,
+        "experts_implementation": None,
+        "dtype": "float32",
+        "seed": 0,
+    }
+)
+"""Options after the ``?`` of an address, with their defaults. ``config``: fields of the model's config.
+``attn_implementation``: None is the model's default. ``experts_implementation``: None is ``BATCHED_EXPERTS`` for a
+model with experts. ``seed``: for random weights."""
+
+BATCHED_EXPERTS = "batched_mm"
+"""How experts are computed: one product per token. With transformers' default ``grouped_mm``, the tokens of an expert
+share a product, so that other tokens change a token's rounding (116 of 200 tries, at most 4e-6)."""
+
+
+def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
+    """The backend around a target. Raises BackendUnavailable."""
+    for name in options:
+        if name not in OPTIONS:
+            raise BackendUnavailable(f"target hf:{target}: unknown option {name!r}; known: {', '.join(OPTIONS)}")
+    chosen = {**OPTIONS, **options}
+    for name, known in (("cache", CACHES), ("dtype", DTYPES)):
+        if chosen[name] not in known:
+            raise BackendUnavailable(f"target hf:{target}: {name} is {chosen[name]!r}; known: {', '.join(known)}")
+    try:
+        with guarded(), torch.no_grad():
+            recipe, assumed = _recipe(target, chosen)
+            model = recipe.model()
+            if recipe.experts is None and experts(model) == "grouped_mm":
+                recipe = replace(recipe, experts=BATCHED_EXPERTS)
+                model.set_experts_implementation(BATCHED_EXPERTS)
+                assumption = (
+                    f"its experts use {BATCHED_EXPERTS}, since grouped_mm makes rounding depend on other tokens"
+                )
+                assumed = (*assumed, assumption)
+            config = config_of(model.config, str(chosen["dtype"]))
+
+            def backend(calls: Calls) -> Transformers:
+                return _made(target, model, config, recipe, calls)(config, {})
+
+            calls, said = trials.calls_of(model, backend)
+            if recipe.cache == "static" and not calls.makes_cache:
+                raise BackendUnavailable(f"target hf:{target}: {type(model).__name__} makes its own cache")
+    except ThirdPartyError as words:
+        raise BackendUnavailable(
+            f"target hf:{target}: transformers {transformers.__version__} raised {words}"
+        ) from words
+    made = _made(target, model, config, recipe, calls)
+    made.assumed = (*assumed, *said, *_assumed(config))
+    made.claims = _claims(config, recipe, trials.offered(made(config, {})))
+    return made
+
+
+def _made(target: str, model: Any, config: Config, recipe: Recipe, calls: Calls) -> type[Transformers]:
+    kind = type(model).__name__
+    cache = recipe.cache_class if calls.makes_cache else "a cache of its own"
+    attributes = {
+        "configs": {"decoder-self": config},
+        "made": model,
+        "recipe": recipe,
+        "calls": calls,
+        "source": recipe.source,
+        "recognised": f"transformers {kind}, {cache}, {model.config._attn_implementation}",
+        "assumed": (),
+        "claims": _claims(config, recipe, ()),
+        "__module__": __name__,
+        "__doc__": f"{kind} of {target}.",
+    }
+    return type(kind, (Transformers,), attributes)
+
+
+@lru_cache(maxsize=1)
+def gpt2() -> type[Transformers]:
+    """The published design ``gpt2-transformers``: GPT-2 through transformers with its default cache. Published: 124
+    million parameters, 1000 new tokens; here: a tiny model, since correctness does not depend on the size."""
+    return open_hf("GPT2Config", {})
+
+
+def __getattr__(name: str) -> Any:
+    """Builds ``GPT2`` on demand: importing builds nothing."""
+    if name == "GPT2":
+        return gpt2()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _recipe(target: str, options: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
+    """How the target is built, and the assumptions made."""
+    directory = Path(target).resolve()
+    found = (directory / "config.json").is_file()
+    kind = getattr(transformers, target, None)
+    if found:
+        plain = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        held = any(file.suffix == ".safetensors" or file.match("pytorch_model*.bin") for file in directory.iterdir())
+        fields = {} if held else {name: SPREAD for name in ("initializer_range", "init_std") if hasattr(plain, name)}
+    elif isinstance(kind, type) and issubclass(kind, PreTrainedConfig):
+        plain, held = kind(), False
+        fields = tiny(plain)
+    else:
+        raise BackendUnavailable(
+            f"target hf:{target}: neither a local directory with a config.json nor a config class of transformers "
+            f"{transformers.__version__} such as LlamaConfig; nothing is downloaded"
+        )
+    for name in options["config"]:
+        if not hasattr(plain, name):
+            raise BackendUnavailable(f"target hf:{target}: {type(plain).__name__} has no field {name!r}")
+    recipe = Recipe(
+        origin=str(directory) if found else target,
+        directory=found,
+        fields={**fields, **options["config"]},
+        weights=held,
+        cache=options["cache"],
+        attention=options["attn_implementation"],
+        experts=options["experts_implementation"],
+        dtype=options["dtype"],
+        seed=options["seed"],
+    )
+    assumed = [] if found else [f"its sizes were scaled down: {_sizes(fields)}"]
+    spread = {recipe.fields[name] for name in ("initializer_range", "init_std") if name in recipe.fields}
+    if held:
+        assumed.append(f"its weights are those in {target}")
+    else:
+        size = f", of standard deviation {spread.pop():g}, since 0.02 hides errors" if spread else ""
+        assumed.append(f"its weights are random (seed {recipe.seed}{size})")
+    return recipe, tuple(assumed)
+
+
+def _sizes(fields: Mapping[str, Any], path: str = "") -> str:
+    """The changed numbers of a config, and the kinds of its layers."""
+    said = [f"{path}{name}={value}" for name, value in fields.items() if type(value) is int and name not in SPECIAL]
+    for name, value in fields.items():
+        if name == "layer_types":
+            said.append(f"{path}{name}={', '.join(dict.fromkeys(value))}")
+        elif isinstance(value, dict):
+            said += [_sizes(value, f"{path}{name}.")] if any(type(v) is int for v in value.values()) else []
+    return ", ".join(said)
+
+
+def _assumed(config: Config) -> tuple[str, ...]:
+    said = [
+        "it is called like in generate: all token ids, an attention mask and the corresponding positions; rows of "
+        "different lengths have their padding on the left"
+    ]
+    if config.reserved:
+        said.append(f"tokens {', '.join(map(str, config.reserved))} are special and not used")
+    return tuple(said)
+
+
+def _claims(config: Config, recipe: Recipe, offered: tuple[str, ...]) -> Claims:
+    return Claims(
+        profiles=("decoder",),
+        abilities=("uncached_forward", "fork", *offered),
+        padding=("left",),
+        ragged_appends="first",
+        dtypes=(config.dtype,),
+        devices=("cpu", "cuda"),
+        memory="capacity" if recipe.cache == "static" else "length",
+        reference="self",
+    )

@@ -1,0 +1,133 @@
+"""Finds by trial how a model of transformers is called, and what its cache can do."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+from transformers.generation.utils import ALL_CACHE_NAMES
+
+from kvconform.errors import BackendUnavailable
+from kvconform_backends.targets.hf.recipe import Calls, tokens_of
+from kvconform_backends.targets.hf.target import HfSequence, Transformers
+from kvconform_backends.targets.third_party import ThirdPartyError, guarded
+
+PROMPT, MORE = 5, 3
+"""Tokens of a trial: the first call, and the next one."""
+NEAR = 0.02
+"""Outputs of a trial agree if they differ by less than this fraction of their spread. It only decides how a model is
+called; its verdict does not depend on it."""
+RENAMED = {"mems": "past_key_values", "past_buckets_states": "past_key_values"}
+"""Caches that are returned under another name than they are given."""
+SLOTTED = {StaticLayer, StaticSlidingWindowLayer}
+"""Layers with a slot for each token, also for those that have not come yet."""
+
+
+def calls_of(model: Any, backend: Callable[[Calls], Transformers]) -> tuple[Calls, tuple[str, ...]]:
+    """How the model is called, and what is to be said about it. Raises BackendUnavailable if it is not a decoder."""
+    calls = Calls(
+        makes_cache=model._supports_default_dynamic_cache(),
+        given_as="cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values",
+        positions="position_ids" in inspect.signature(model.forward).parameters,
+    )
+    tried = backend(calls)
+    tokens = np.array([tokens_of(tried.config, PROMPT + MORE)] * 2)
+    whole = tried.uncached_forward(tokens)
+    _refuse_other_models(model, tried, tokens, whole)
+    returned = _returned(model, tokens[:, :PROMPT])
+    calls = replace(calls, returned_as=returned)
+    if not calls.makes_cache:
+        calls = replace(calls, given_as=RENAMED.get(returned, returned))
+    reasons: list[str] = []
+    for one_by_one in ("never", "after the first", "always"):
+        candidate: Calls = replace(calls, one_by_one=one_by_one)
+        try:
+            with guarded():
+                near, recurrent = _continued(backend(candidate), tokens, whole)
+        except ThirdPartyError as words:
+            reasons.append(f"it raises {words}")
+            continue
+        if near or not recurrent:
+            return candidate, _said(candidate, reasons)
+        reasons.append("its outputs are others")
+    return calls, ()
+
+
+def _said(calls: Calls, reasons: list[str]) -> tuple[str, ...]:
+    if calls.one_by_one == "never":
+        return ()
+    when = "it" if calls.one_by_one == "always" else "after the first call it"
+    return (f"{when} is given one token at a time: given several, {reasons[0]}",)
+
+
+def _refuse_other_models(model: Any, tried: Transformers, tokens: Any, whole: Any) -> None:
+    name = type(model).__name__
+    if whole.shape[:2] != tokens.shape:
+        raise BackendUnavailable(
+            f"{name} is not a decoder: for 2 rows of {tokens.shape[1]} tokens it gives {whole.shape}"
+        )
+    changed = tokens.copy()
+    changed[:, -1] = tokens[:, 0]
+    moved = np.abs(tried.uncached_forward(changed) - whole)[:, :-1].max()
+    if moved > NEAR * whole.std():
+        raise BackendUnavailable(f"{name} is not a decoder: outputs of earlier tokens depend on later ones")
+
+
+def _returned(model: Any, tokens: Any) -> str:
+    """The name of the cache in the model's output."""
+    with torch.no_grad():
+        output = model(input_ids=torch.from_numpy(tokens[:, :1]), use_cache=True, return_dict=True)
+    for name in ALL_CACHE_NAMES:
+        if getattr(output, name, None) is not None:
+            return str(name)
+    raise BackendUnavailable(f"{type(model).__name__} is not a decoder with a cache: its output has none")
+
+
+def _continued(backend: Transformers, tokens: Any, whole: Any) -> tuple[bool, bool]:
+    """Whether a prompt and what follows give the outputs of the whole, and whether the cache has recurrent layers."""
+    first, sequence = backend.step(backend.start(2), tokens[:, :PROMPT])
+    rest, sequence = backend.step(sequence, tokens[:, PROMPT:])
+    got = np.concatenate([first, rest], 1)
+    near = got.shape == whole.shape and float(np.abs(got - whole).max()) < NEAR * float(whole.std())
+    return near, any(getattr(sequence.cache, "is_linear", (True,)))
+
+
+def offered(backend: Transformers) -> tuple[str, ...]:
+    """Optional abilities of this cache. It has slots to poison if all layers are static ones; the others are found by
+    trying them on a full cache: sliding layers, which have dropped older tokens, and static ones cannot be cropped. If
+    a step raises, none of these is offered, and the clauses report the step."""
+    tokens = np.array([tokens_of(backend.config, backend.config.capacity)] * 2)
+    layers = {type(layer) for layer in getattr(backend.cache(), "layers", ())}
+    found = ["poison"] if layers and layers <= SLOTTED else []
+    attempts = {"length": _measured, "truncate": _cropped, "reorder": _reordered, "reset": _emptied}
+    for ability, attempt in attempts.items():
+        with suppress(Exception):
+            _, sequence = backend.step(backend.start(2), tokens)
+            attempt(backend, sequence)
+            found.append(ability)
+    with suppress(Exception):
+        backend.step(backend.start(2), tokens[:, :PROMPT], np.array([PROMPT, MORE]), "left")
+        found.append("ragged")
+    return tuple(found)
+
+
+def _measured(backend: Transformers, sequence: HfSequence) -> None:
+    backend.length(sequence)
+
+
+def _cropped(backend: Transformers, sequence: HfSequence) -> None:
+    backend.truncate(sequence, backend.config.capacity - 1)
+
+
+def _reordered(backend: Transformers, sequence: HfSequence) -> None:
+    backend.reorder(sequence, [1, 0])
+
+
+def _emptied(backend: Transformers, sequence: HfSequence) -> None:
+    backend.reset(sequence)
