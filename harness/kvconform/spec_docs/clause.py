@@ -12,8 +12,8 @@ from kvconform.search.counterexample import Counterexample
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.ambiguities import AMBIGUITIES
 from kvconform_specs.claims import ENOUGH, Claims
-from kvconform_specs.clause import Case, Clause, Relation
-from kvconform_specs.configs import CONFIGS, LONG
+from kvconform_specs.clause import Case, Clause, Relation, ordinary
+from kvconform_specs.configs import CONFIGS
 from kvconform_specs.describe import described
 from kvconform_specs.errors import SpecError
 from kvconform_specs.strategies import drawn
@@ -97,8 +97,10 @@ def named(relation: Relation) -> str:
 def scope(clause: Clause) -> str:
     """The configs that the clause is tested on."""
     asked = [name for name, config in CONFIGS.items() if clause.concerns(config)]
-    usual = [n for n, c in CONFIGS.items() if c.profile in clause.profiles and c.capacity < LONG]
-    return f"every {' and '.join(clause.profiles)} config" if asked == usual else ", ".join(asked)
+    usual = [n for n, c in CONFIGS.items() if c.profile in clause.profiles and ordinary(c)]
+    if not set(usual) <= set(asked):
+        return ", ".join(asked)
+    return ", ".join([f"every {' and '.join(clause.profiles)} config", *(name for name in asked if name not in usual)])
 
 
 def needs(clause: Clause) -> str:
