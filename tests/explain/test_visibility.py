@@ -204,10 +204,7 @@ def test_a_backend_that_gives_the_last_output_has_a_map_of_those(config: str) ->
     assert found["full"].seen[0] == "x......."
     assert found["prefill"].wanted == found["prefill"].seen == [" " * 8] * 7 + ["x" * 8]
     assert [i for i, line in enumerate(found["chunked"].wanted) if line.strip()] == [2, 4, 5, 7]
-    assert (
-        words(found["prefill"])
-        == "prefill: as expected within 8 tokens"
-    )
+    assert words(found["prefill"]) == "prefill: as expected within 8 tokens"
 
 
 def test_schedules_stay_within_the_claims() -> None:
