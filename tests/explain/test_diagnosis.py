@@ -266,7 +266,7 @@ def test_outputs_that_no_tokens_give_match_no_edit(name: str) -> None:
 
 
 def test_edits_stand_for_known_mistakes_and_a_right_cache_changes_nothing() -> None:
-    assert {name for edit in edits.EDITS for name in edit.classes} | {"L1"} == set(MISTAKES)
+    assert {name for edit in edits.EDITS for name in edit.classes} | {"L1", "P5"} == set(MISTAKES)
     assert len({edit.words for edit in edits.EDITS}) == len(edits.EDITS)
     for probe in probes(CONFIGS["attention-window"], load("numpy-static").claims):
         for view, rows in zip(views(probe.program, CacheModel()), seen_by(probe.program), strict=True):
@@ -549,6 +549,25 @@ def test_the_condition_of_a_cache_that_evicts_wrongly_is_the_length() -> None:
     assert found.condition is not None
     assert found.condition.predicates == ["with length ≥ 8"]
     assert found.condition.exact
+
+
+# --- rotary factors that change with the length ---
+def test_keys_that_keep_the_factors_of_a_shorter_length_are_named_and_other_mistakes_about_factors_are_not() -> None:
+    found = diagnosed(FAULTS["cached-keys-keep-short-factors"].address, "decoder-longrope")
+    assert found is not None
+    assert found.mistake == "P5"
+    assert "only with tokens cached before the length at which outputs of earlier tokens change" in sentence(found)
+    other = diagnosed(FAULTS["factors-of-the-chunk"].address, "decoder-longrope")
+    assert other is not None
+    assert other.mistake == ""
+
+
+@pytest.mark.slow
+def test_a_module_whose_keys_keep_the_factors_of_a_shorter_length_is_named() -> None:
+    pytest.importorskip("torch", reason="the modules are in torch")
+    found = diagnosed(f"py:{SUPPORT / 'length_dependent.py'}:Stale", "decoder-self")
+    assert found is not None
+    assert found.mistake == "P5"
 
 
 # --- contexts ---

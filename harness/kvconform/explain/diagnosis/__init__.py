@@ -1,12 +1,13 @@
 """Diagnosis: which known mistake the wrong outputs of a backend match, and under which smallest condition they occur.
 
 Detection never depends on it. A fixed battery of probes is run, and each wrong output recorded with its circumstances.
-Three kinds of evidence can name a class of mistakes, all from data about which tokens an output sees:
+Four kinds of evidence can name a class of mistakes, all from data about which tokens an output sees:
 
 - edits: the reference gives the wrong outputs if the cache or the mask is edited in one way (``edits``);
 - the visibility maps show exactly what attention with one edited mask sees, or tokens of other rows or sequences
   (``map_matches``);
-- only greedy generation is wrong, and each of its steps is right.
+- only greedy generation is wrong, and each of its steps is right;
+- outputs are wrong exactly where tokens were cached with other rotary factors than those of the length now.
 
 A wrong name is worse than none. Each kind of evidence is silent unless everything that it explains is explained
 exactly, and unless all explanations that are equally good stand for one class. If two kinds of evidence name different
@@ -20,6 +21,7 @@ from itertools import count
 
 from kvconform.errors import WorkerDied
 from kvconform.explain.diagnosis import edits, map_matches
+from kvconform.explain.diagnosis.conditions import of_stale_factors
 from kvconform.explain.diagnosis.ladder import weakest
 from kvconform.explain.diagnosis.mistakes import MISTAKES
 from kvconform.explain.diagnosis.probes import Probe, probes
@@ -29,6 +31,7 @@ from kvconform.explain.diagnosis.tested_conditions import tested
 from kvconform.explain.visibility import Map
 from kvconform.judging.render import render
 from kvconform.worker.client import WorkerClient
+from kvconform_specs.claims import changes_at
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
 from kvconform_specs.history import holds_nan
@@ -76,11 +79,22 @@ def diagnose(
     by_maps = map_matches.matches(maps, config, client.claims)
     leak = map_matches.leak(maps)
     generating = all(isinstance(step, Generate) for one in wrong for step in one.probe.program.steps)
+    condition = tested(
+        symptoms,
+        [*programs],
+        config,
+        client.claims,
+        lambda of: _run(client, of, reference, client.starts),
+        client.fresh,
+    )
+    cells = [cell for one in symptoms for cell in one.cells]
+    stale_factors = of_stale_factors(condition, cells, changes_at(config, client.claims))
     evidence = [
         edits.named(by_edits),
         map_matches.named(by_maps),
         frozenset(leak.mistakes) if leak is not None else frozenset(),
         frozenset({"L1"}) if generating and _from_the_first(wrong) else frozenset(),
+        frozenset({"P5"}) if stale_factors else frozenset(),
     ]
     mistake = decided(evidence)
     unexplained = not mistake and not generating and not (leak or by_maps)
@@ -91,16 +105,9 @@ def diagnose(
         map=by_maps[0] if by_maps else None,
         leak=leak,
         generation_only=generating,
-        condition=tested(
-            symptoms,
-            [*programs],
-            config,
-            client.claims,
-            lambda of: _run(client, of, reference, client.starts),
-            client.fresh,
-        ),
+        condition=condition,
         precision=weakest(symptoms, config, client.claims, own) if unexplained else None,
-        heads=_heads([cell for one in symptoms for cell in one.cells], config),
+        heads=_heads(cells, config),
         first=_first(wrong),
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvconform.explain.diagnosis.record import Condition
-from kvconform.explain.diagnosis.symptoms import EARLIER_PROGRAM, Facts, OutputCell
+from kvconform.explain.diagnosis.symptoms import BEFORE_A_CHANGE, EARLIER_PROGRAM, Facts, OutputCell
 from kvconform_specs.config import Config
 
 Flags = NDArray[np.bool_]
@@ -47,6 +47,7 @@ FLAGS = {
     "zero_keys": "with keys that are zero",
     "small_keys_large_values": "with small keys and large values",
     "in place": "with a present that shares the memory of the past",
+    BEFORE_A_CHANGE: "with tokens cached before the length at which outputs of earlier tokens change",
     "context": "in a context other than 0",
     "prompt first in another context": "with a prompt that was first run in another context",
     "prompt in another context": "after a prompt in another context",
@@ -86,6 +87,20 @@ def condition(cells: Sequence[OutputCell], config: Config, left_out: frozenset[s
         return near
     everywhere = Condition(predicates=[], wrong=0, right=0, wrong_met=0, right_met=0)
     return counted(everywhere, cells, config) if wrong >= NEARLY_ALL * len(cells) else None
+
+
+def of_stale_factors(found: Condition | None, cells: Sequence[OutputCell], changes: Sequence[int]) -> bool:
+    """Whether the outputs are wrong exactly where tokens were cached with other rotary factors than hold now, and right
+    where all have those that hold, so many tokens as there may be."""
+    if found is None or not found.exact or found.predicates != [FLAGS[BEFORE_A_CHANGE]]:
+        return False
+    return any(
+        not cell.wrong
+        and cell.facts["past"] > 0
+        and cell.facts["length"] >= changes[0]
+        and not cell.facts[BEFORE_A_CHANGE]
+        for cell in cells
+    )
 
 
 def considered(cells: Sequence[OutputCell], first_only: bool) -> list[OutputCell]:

@@ -105,6 +105,11 @@ MISTAKES: dict[str, Mistake] = {
         "https://github.com/Dao-AILab/flash-attention/issues/772",
         "Compute each place from its own row and slot, and check it against the ends of the row, not of the buffer.",
     ),
+    "P5": Mistake(
+        "the base changes, or cached keys are rotated again or not at all",
+        "https://github.com/huggingface/transformers/issues/33129",
+        "Where rotary factors depend on the length, rotate all cached keys in each step, or compute the cache anew.",
+    ),
     "L1": Mistake(
         "a token is dropped, fed or returned twice, or chosen from the wrong logits",
         "https://github.com/Lightning-AI/litgpt/issues/2307",

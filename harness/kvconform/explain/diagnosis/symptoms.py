@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvconform.errors import WorkerDied
+from kvconform.explain.diagnosis.cache_edits import CacheModel, views
 from kvconform.explain.diagnosis.probes import Probe
 from kvconform.judging.judge import judge, observe
 from kvconform.judging.mismatch import Mismatch, died
 from kvconform.judging.observed import Array
 from kvconform.worker.execute import StepResult, Trace
 from kvconform.worker.protocol import Traces
-from kvconform_specs.claims import Claims, Precision
+from kvconform_specs.claims import Claims, Precision, changes_at
 from kvconform_specs.clause import Case, Relation
 from kvconform_specs.config import Config
-from kvconform_specs.history import Histories
+from kvconform_specs.history import Histories, epoch_of
 from kvconform_specs.program import (
     AliasHandle,
     Append,
@@ -39,6 +40,7 @@ from kvconform_specs.reference.oracle import Expected, ReferenceForward, expect
 Facts = Mapping[str, int]
 """The circumstances of one output token by name: numbers, and 0 or 1 for what holds or does not."""
 ANOTHER, EARLIER_PROGRAM = "after another sequence", "after another sequence in the process"
+BEFORE_A_CHANGE = "cached before a change"
 RELATIONS = (Relation.PARITY, Relation.LENGTHS, Relation.FREE_SLOTS, Relation.CONTENTS, Relation.GENERATED)
 """What a probe is judged by: the first that it breaks is reported."""
 
@@ -150,6 +152,8 @@ class _Reading:
         self.facts: dict[str, dict[str, int]] = {}  # by open sequence
         self.wrong_before: set[str] = set()  # sequences
         self.first_context: dict[tuple[int, int], int] = {}  # of each prompt that was run, by stream and length
+        changes = changes_at(self.config, claims)
+        self.changes, self.held = changes, views(program, CacheModel()) if changes else ()
         self.last_context = self.prompt_context = 0  # of the last call, and of the last one on an empty cache
 
     def read(self, number: int, done: StepResult, want: Expected | None) -> None:
@@ -225,10 +229,19 @@ class _Reading:
                     "last row": row == len(step.counts) - 1,
                     "longest": lengths[row] == max(lengths),
                 }
+                if self.changes:
+                    facts |= {BEFORE_A_CHANGE: self._before_a_change(number, row, cached[row], lengths[row])}
                 parts = () if off is None else self._parts(off[row, column])
                 self.cells.append(OutputCell(number, row, int(column), wrong, raised, first, facts, parts))
                 if wrong:
                     self.wrong_before.add(step.seq)
+
+    def _before_a_change(self, number: int, row: int, cached: int, length: int) -> bool:
+        """Whether a token was cached when there were too few for a change of outputs that has come since. Token 0 does
+        not count: its key is rotated by no angle, whatever the factors are."""
+        held = self.held[number]
+        then = () if held is None else ((past + count) for _token, past, count in held[row][1:cached])
+        return any(epoch_of(total, self.changes) != epoch_of(length, self.changes) for total in then)
 
     def _common(self, step: Append | UncachedForward, cached: Sequence[int]) -> dict[str, int]:
         lengths = {a + b for a, b in zip(cached, step.counts, strict=True)}
