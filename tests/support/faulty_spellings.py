@@ -24,7 +24,7 @@ from torch import Tensor
 
 
 class StaleCrop(CroppableCache):
-    """Crops the first layer only (huggingface/transformers/issues/38990 is about a crop that leaves entries)."""
+    """Crops the first layer only."""
 
     def crop(self, max_length: int) -> None:
         key, value = self.pairs[0]
