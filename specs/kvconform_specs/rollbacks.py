@@ -1,4 +1,5 @@
-"""Strategies of truncations that follow one another, and of rows that go back by different numbers of tokens."""
+"""Strategies of truncations that follow one another or remove nothing, and of rows that go back by different numbers
+of tokens."""
 
 from __future__ import annotations
 
@@ -83,6 +84,30 @@ def repeated(draw: Draw, config: Config, claims: Claims) -> Case:
         draft.grow(draw(counts(claims, 4)))
         if draw(st.booleans()):
             draft.grow(1)
+    return Case((draft.program(),))
+
+
+@st.composite
+def whole(draw: Draw, config: Config, claims: Claims) -> Case:
+    """Truncations to the length that there is, at some lengths from 0 up to the capacity, and other tokens behind each;
+    behind that of a full cache, others in the place of the newest."""
+    capacity, page, batch = config.capacity, claims.page or config.capacity, draw(batches(claims))
+    draft = Draft(config, claims, draw(seeds))
+    draft.add(*appends("a", (1,), batch, draft.seed))
+    if draw(st.booleans()):
+        draft.add(Truncate("a", 0))  # no rollback is less than the one token so far
+    pages = st.integers(1, max((capacity - 1) // page, 1)).map(lambda number: min(number * page, capacity))
+    stops: list[int] = draw(st.lists(st.integers(1, capacity) | pages | st.just(capacity), min_size=1, max_size=4))
+    for stop in (draft.lengths[0], *sorted(set(stops))):
+        more = stop - draft.lengths[0]
+        if more and draw(st.booleans()):
+            draft.grow(1)
+            more -= 1
+        draft.grow(more)
+        draft.add(Truncate("a", stop))
+    if not draft.room:
+        draft.add(Truncate("a", capacity - 1))
+    draft.grow(draw(counts(claims, 4)))
     return Case((draft.program(),))
 
 

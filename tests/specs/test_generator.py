@@ -296,6 +296,18 @@ SITUATIONS: tuple[tuple[str, Config, str, Callable[[Program], bool]], ...] = (
         "to a negative length",
         has(Reject, lambda s: isinstance(s.step, Truncate) and s.step.length < 0),
     ),
+    (
+        "lifecycle.truncate-whole",
+        GQA,
+        "other tokens after all of none",
+        other_tokens_after_truncating_to(lambda kept, was: kept == was == 0),
+    ),
+    (
+        "lifecycle.truncate-whole",
+        GQA,
+        "other tokens after all of two pages",
+        other_tokens_after_truncating_to(lambda kept, was: kept == was == 2 * PAGE),
+    ),
     ("lifecycle.reorder", GQA, "a permutation that is not its own inverse", not_its_own_inverse),
     ("lifecycle.reorder", GQA, "a row taken twice", repeats_a_row),
     ("lifecycle.reorder", GQA, "a row dropped", has(Reorder, lambda s: len(s.rows) < 3)),

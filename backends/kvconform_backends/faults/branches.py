@@ -18,6 +18,7 @@ PATH = "equivalence.path"
 LENGTH = "shape.length"
 DECODER = "definition.decoder"
 TRUNCATE_RANGE = "lifecycle.truncate-range"
+TRUNCATE_WHOLE = "lifecycle.truncate-whole"
 FORK = "lifecycle.fork"
 REORDER = "lifecycle.reorder"
 
@@ -111,6 +112,21 @@ class TruncateKeepsMaskOffset(
     def mask(self, t: int, s: int) -> Array:
         right = super().mask(t, s)
         return self.instead(self.seen(np.arange(s - t, s) + self.offset, s), right) if t > 1 else right
+
+
+class TruncateNothingClearsAll(
+    Planted, NumpyStatic, breaks=(TRUNCATE_WHOLE,), kind="C8", bug="huggingface/transformers/issues/30312"
+):
+    """Truncate clears as many slots from the end as tokens go, by a negative index: where none goes, it clears all."""
+
+    def truncate(self, cache: Any, length: Any) -> Buffers:
+        kept = super().truncate(cache, length)
+        for row, (was, n) in enumerate(zip(cache.written, kept.written, strict=True)):
+            gone = int(was - n)
+            self.faulty += gone == 0 < int(was)
+            for x in (*kept.keys, *kept.values):
+                x[row, :, :was][:, -gone:] = 0
+        return kept
 
 
 class TruncateSlices(Planted, breaks=(TRUNCATE_RANGE,), kind="C8", bug="huggingface/transformers/issues/30312"):

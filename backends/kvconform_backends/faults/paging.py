@@ -160,6 +160,25 @@ class TruncateFreesOpenPage(
         return kept
 
 
+class WholePagesFreeLast(
+    Planted,
+    NumpyPaged,
+    breaks=("lifecycle.truncate-whole",),
+    kind=("G1", "C8"),
+    bug="Blaizzy/mlx-vlm/pull/2036",
+    conditional=True,
+):
+    """Truncating to a length of whole pages returns the last of them to the pool as if it were empty, and reads on."""
+
+    def truncate(self, cache: Any, length: Any) -> Tables:
+        kept = super().truncate(cache, length)
+        for table, n in zip(kept.tables, kept.written, strict=True):
+            if n and n % PAGE == 0:
+                self.release(table[-1:])
+                self.faulty += 1
+        return kept
+
+
 class ForkNotCounted(
     Planted, NumpyPaged, breaks=(*COPY_ON_WRITE, FORK), kind=("G3", "C11"), bug="ggml-org/llama.cpp/issues/3802"
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from kvconform_specs.clause import Case, Clause, Relation
 from kvconform_specs.clip import clipped
 from kvconform_specs.config import Config
 from kvconform_specs.program import Append, Close, Fork, Reject, Reorder, Reset, Step, Truncate, called
-from kvconform_specs.rollbacks import refused, repeated
+from kvconform_specs.rollbacks import refused, repeated, whole
 from kvconform_specs.strategies import LARGEST_BATCH, Draw, appends, batches, counts, fitted, seeds, splits
 
 
@@ -137,6 +138,24 @@ def _several_truncations(visit: reach.Visit) -> bool:
     return isinstance(visit.step, Truncate) and isinstance(visit.earlier[-1], Truncate) and visit.longest < visit.past
 
 
+def _keeps_all(visit: reach.Visit) -> bool:
+    return isinstance(visit.step, Truncate) and visit.after == visit.before
+
+
+def _behind_all(words: str, that: Callable[[reach.Visit], bool], possible: reach.Possible) -> reach.Situation:
+    """An append to a sequence with tokens, right behind a truncation that removed none of them."""
+
+    def reached(walks: Sequence[reach.Walk]) -> bool:
+        pairs = (pair for one in walks for pair in pairwise(one))
+        return any(_keeps_all(made) and visit.appends and visit.past > 0 and that(visit) for made, visit in pairs)
+
+    return reach.Situation(words, reached, possible)
+
+
+def _longer_than_a_page(config: Config, claims: Claims) -> bool:
+    return claims.page is not None and config.capacity > claims.page
+
+
 def _too_deep(visit: reach.Visit) -> bool:
     return isinstance(visit.step, Reject) and visit.step.wrong == "depth"
 
@@ -216,6 +235,40 @@ CLAUSES = (
         situations=(
             _refused_truncation("to more tokens than there are", lambda kept, was: kept > was),
             _refused_truncation("to a negative length", lambda kept, was: kept < 0),
+        ),
+    ),
+    Clause(
+        name="lifecycle.truncate-whole",
+        text="A truncation to the length that a sequence has changes nothing, at any length, also at 0, at a length of "
+        "whole pages and at the capacity; whatever is appended behind it is computed as if there had been none.",
+        why=(
+            "https://github.com/huggingface/transformers/issues/30312",
+            "https://github.com/Blaizzy/mlx-vlm/pull/2036",
+        ),
+        strategy=whole,
+        relations=(Relation.PARITY, Relation.LENGTHS, Relation.FREE_SLOTS),
+        needs=("truncate",),
+        situations=(
+            reach.step("a truncation of no token to 0", lambda v: _keeps_all(v) and v.past == 0),
+            reach.step(
+                "a truncation of a full cache to the capacity", lambda v: _keeps_all(v) and v.past == v.config.capacity
+            ),
+            _behind_all("a decode step behind a truncation that keeps all", lambda v: v.new == 1, reach.holds(2)),
+            _behind_all(
+                "a chunk behind a truncation that keeps all",
+                lambda v: v.new > 1,
+                reach.both(reach.holds(3), reach.chunks()),
+            ),
+            _behind_all(
+                "an append behind a truncation that keeps all of whole pages",
+                lambda v: v.past % (v.claims.page or 1) == 0,
+                _longer_than_a_page,
+            ),
+            reach.step(
+                "a truncation that keeps all, of more tokens than the window",
+                lambda v: _keeps_all(v) and v.past > (v.config.window or 0),
+                reach.windowed,
+            ),
         ),
     ),
     Clause(
