@@ -20,9 +20,9 @@ from pathlib import Path
 import api_page
 import msgspec
 import speed_page
-import transformers_classes.page
 import timing.collect
 import timing.page
+import transformers_classes.page
 
 from kvconform.bench import record as speed
 from kvconform.bench.gate.self_test import history

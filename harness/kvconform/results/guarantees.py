@@ -36,8 +36,8 @@ class Guarantee(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measured(verdicts: Sequence[Verdict]) -> dict[str, Guarantee]:
-    """By config, for those that have a verdict on at least one level. A level that does not concern a config is skipped
-    (in the attention profile there are no tokens)."""
+    """By config, for those that have a verdict on at least one level besides the definition's. A level that does not
+    concern a config is skipped (in the attention profile there are no tokens)."""
     known = {verdict.key: verdict for verdict in verdicts}
     found = {}
     for config in dict.fromkeys(verdict.config for verdict in verdicts):
@@ -47,7 +47,7 @@ def measured(verdicts: Sequence[Verdict]) -> dict[str, Guarantee]:
             for clause in clauses
             if (clause, config) in known
         ]
-        if deciding:
+        if any(verdict.clause not in LEVELS["within bound"] for _level, verdict in deciding):
             found[config] = _guarantee(deciding)
     return found
 

@@ -107,11 +107,11 @@ def offered(backend: Transformers) -> tuple[str, ...]:
     found = ["poison"] if layers and layers <= SLOTTED else []
     attempts = {"length": _measured, "truncate": _cropped, "reorder": _reordered, "reset": _emptied}
     for ability, attempt in attempts.items():
-        with suppress(Exception):
+        with suppress(ThirdPartyError), guarded():
             _, sequence = backend.step(backend.start(2), tokens)
             attempt(backend, sequence)
             found.append(ability)
-    with suppress(Exception):
+    with suppress(ThirdPartyError), guarded():
         backend.step(backend.start(2), tokens[:, :PROMPT], np.array([PROMPT, MORE]), "left")
         found.append("ragged")
     return tuple(found)

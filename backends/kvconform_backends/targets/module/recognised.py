@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from kvconform_backends.targets.module.conventions import Convention
 from kvconform_backends.targets.module.signature import ForwardSignature, concrete
 from kvconform_backends.targets.module.slots import Slots
+from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 
 Rank = tuple[bool, bool, bool, bool]
 """Whether the prompt ran, one more token ran, that token agreed with the uncached forward, and a chunk after it did."""
@@ -39,11 +41,10 @@ class ProbedTarget:
         if not isinstance(self.module, nn.Module):
             return self.module, self.namespace
         if self.copyable:
-            try:
-                shared = {id(weight): weight for weight in self.module.parameters()}
+            shared = {id(weight): weight for weight in self.module.parameters()}
+            with suppress(ThirdPartyError), guarded():
                 return copy.deepcopy(self.module, shared), self.namespace
-            except Exception:  # noqa: BLE001 - third-party code may raise anything
-                self.copyable = False
+            self.copyable = False
         return self.rebuilt() if stateful and self.rebuilt is not None else (self.module, self.namespace)
 
     def reported(self, names: tuple[str, ...]) -> Iterator[tuple[int, str]]:

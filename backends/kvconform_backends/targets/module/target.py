@@ -82,7 +82,7 @@ class Source:
                 hint = f"; give its arguments: --init '{{{needed}}}'" if needed and not self.init else ""
                 raise BackendUnavailable(f"{self.address} cannot be built: {error}{hint}") from error
         elif isinstance(found, nn.Module):
-            with suppress(Exception):  # one that cannot be copied is new: its file was executed for it
+            with suppress(ThirdPartyError), guarded():  # one that cannot be copied is new: its file was executed for it
                 found = copy.deepcopy(found)
         if isinstance(found, nn.Module):
             found.eval()
@@ -335,11 +335,10 @@ class ModuleBackend(BlackBox):
         module = self.caller.module
         if not isinstance(module, nn.Module):
             return None
-        try:
+        with suppress(ThirdPartyError), guarded():
             copy.deepcopy(module)
-        except Exception:  # noqa: BLE001 - third-party code may raise anything
-            return self.target.rebuilt(self.caller.device)
-        return None
+            return None
+        return self.target.rebuilt(self.caller.device)
 
     def runtime_info(self) -> dict[str, Any]:
         return {
