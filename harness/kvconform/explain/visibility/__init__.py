@@ -35,7 +35,7 @@ class Map(msgspec.Struct, frozen=True, kw_only=True):
     rows: int = 1
     """How many rows or sequences; the `n` tokens are those of the first, then those of the second, and so on."""
     context: int | None = None
-    """The context of the sequences; null where the backend has one only."""
+    """The index of the sequences' context; null where the backend has one only."""
     notes: list[str] = []
     """What else was noticed, one sentence each."""
 
