@@ -66,7 +66,7 @@ class Planted(NumpyCache):
         return (behind >= 0) & (behind < (self.config.window_of(self.layer) or s + self.config.capacity))
 
     def runtime_info(self) -> dict[str, Any]:
-        return {**super().runtime_info(), MARKER: self.faulty}
+        return {**super().runtime_info(), MARKER: int(self.faulty)}
 
 
 def faults_of(module: ModuleType) -> tuple[Fault, ...]:
