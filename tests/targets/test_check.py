@@ -171,7 +171,8 @@ def test_the_reference_process_runs_no_cached_steps() -> None:
 def test_a_check_prints_the_convention_the_assumptions_and_the_failures(tmp_path: Path) -> None:
     done = kvconform("check", f"{BOXES}:DropsOldest", folder=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
-    first, second, *others = done.stdout.splitlines()
+    judging, first, second, *others = done.stdout.splitlines()
+    assert judging.startswith("judging py:")
     assert first == "DropsOldest: hidden states in and out, written for a test"
     assert second == "  assumed: no more than 24 tokens are tried"
     assert any(line.startswith("  noise floor [hidden-self]: rounding moves outputs by at most ") for line in others)
