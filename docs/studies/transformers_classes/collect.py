@@ -1,7 +1,7 @@
 """Checks every causal language model class: ``python -m transformers_classes.collect -o FILE.json [NAME...]``.
 
-One ``kvconform check`` a class with its dynamic cache, and ``plain`` for those that it finds broken. The file is
-written after each class; classes that it holds already are left out, so that an interrupted study goes on.
+One ``kvconform check`` a class with its dynamic cache, and ``plain``. The file is written after each class; classes
+that it holds already are left out, so that an interrupted study goes on.
 """
 
 from __future__ import annotations
@@ -55,11 +55,10 @@ def checked(name: str) -> dict[str, Any]:
         found |= {
             "clauses": sorted({verdict.clause for verdict in results.failures}),
             "why": results.failures[0].sentence,
-            "plain": plain(name),
         }
     elif found["outcome"] != "conformant":
         found["why"] = results.summary
-    return found
+    return {**found, "plain": plain(name)}
 
 
 def plain(name: str) -> dict[str, float | str]:

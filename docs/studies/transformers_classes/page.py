@@ -57,6 +57,14 @@ def _parts(classes: Mapping[str, Any], version: str, source: str) -> Iterator[st
             for name, one in broken.items()
         ]
     )
+    unseen = {name: one for name, one in classes.items() if one["outcome"] == "conformant" and confirmed(one)}
+    if unseen:
+        yield "## Conformant, although `generate` differs"
+        yield (
+            "What `check` does not try, or does otherwise: it gives recurrent layers one token at a time after the "
+            "first call, and its programs are drawn."
+        )
+        yield "\n".join(f"- {name}: {text(_alone(one).removeprefix('confirmed: '))}" for name, one in unseen.items())
     rest = {name: one for name, one in classes.items() if one["outcome"] not in ("broken", "conformant")}
     if rest:
         yield "## Not judged"
