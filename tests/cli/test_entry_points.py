@@ -25,6 +25,15 @@ CORE = [c.name for c in BY_NAME.values() if c.core and c.concerns(CONFIGS["atten
 ONLY_CORE = (*ONE_CONFIG, *(word for name in CORE for word in ("--clause", name)))
 
 
+@pytest.mark.parametrize("command", [("run", "-b", "numpy"), ("check", "numpy")])
+def test_results_in_the_place_of_a_file_are_refused(command: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    done = kvconform(*command, "--out", "taken", folder=tmp_path)
+    assert done.returncode == 2
+    assert "Invalid value for '--out': dir 'taken' is a file." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_a_conformant_backend_exits_with_0(tmp_path: Path) -> None:
     done = kvconform("run", "-b", "numpy", *ONLY_CORE, folder=tmp_path)
