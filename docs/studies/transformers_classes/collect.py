@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ OUTCOMES = {0: "conformant", 1: "broken", 5: "inconclusive"}
 
 def classes() -> list[str]:
     """The config classes of which ``AutoModelForCausalLM`` makes a model."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as CONFIGS
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as MODELS
+    from transformers.models.auto import auto_mappings, modeling_auto
 
-    return sorted({CONFIGS[kind] for kind in MODELS if kind in CONFIGS})
+    configs: Mapping[str, str] = auto_mappings.CONFIG_MAPPING_NAMES
+    return sorted({configs[kind] for kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind in configs})
 
 
 def checked(name: str) -> dict[str, Any]:

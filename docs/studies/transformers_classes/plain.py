@@ -58,7 +58,8 @@ def measured(name: str) -> dict[str, float | str]:
     """By case, the largest difference in standard deviations, or the exception as one line."""
     torch.manual_seed(0)
     kind = getattr(transformers, name)
-    model = AutoModelForCausalLM.from_config(kind(**tiny(kind()))).eval()
+    make: Any = AutoModelForCausalLM
+    model = make.from_config(kind(**tiny(kind()))).eval()
     found: dict[str, float | str] = {}
     for case, (rows, padding, arguments) in CASES.items():
         try:
@@ -71,6 +72,7 @@ def measured(name: str) -> dict[str, float | str]:
 
 
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
     for name in sys.argv[1:]:
         print(json.dumps({name: measured(name)}), flush=True)
