@@ -20,7 +20,7 @@ from typing import Any
 from kvconform.files import write_atomically
 from kvconform.results.results import read
 
-LIMIT = 300.0
+LIMIT = 600.0
 """Seconds after which a check is ended."""
 OUTCOMES = {0: "conformant", 1: "broken", 5: "inconclusive"}
 """By exit code of ``kvconform check``; any other is a refusal."""
