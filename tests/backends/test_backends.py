@@ -27,7 +27,7 @@ CLEAN = {
     "onnx-shared": TWO,
     "onnx": TWO,  # an export takes seconds a config, a compilation takes more
     "compiled": ("attention-gqa", "decoder-softcap"),
-    "numpy": (*TWO, "attention-odd", "decoder-longrope", "decoder-latent"),  # the base of the faults, which try the rest
+    "numpy": (*TWO, "attention-odd", "decoder-longrope", "decoder-latent"),  # the base of all faults
 }
 RAGGED = "ragged, ragged at any time, left padding"
 LACKS = {
