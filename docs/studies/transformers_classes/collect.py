@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,9 @@ def main() -> None:
     found: dict[str, Any] = held.get("classes", {})
     names = [name for name in options.names or classes() if name not in found]
     with ThreadPoolExecutor(options.jobs) as pool:
-        for name, one in zip(names, pool.map(checked, names), strict=True):
+        running = {pool.submit(checked, name): name for name in names}
+        for done in as_completed(running):
+            name, one = running[done], done.result()
             found[name] = one
             print(f"{name}: {one['outcome']}, {one['seconds']} s", flush=True)
             body = {"transformers": transformers.__version__, "classes": dict(sorted(found.items()))}
