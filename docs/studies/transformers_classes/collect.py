@@ -19,6 +19,7 @@ from typing import Any
 
 from kvconform.files import write_atomically
 from kvconform.results.results import read
+from transformers_classes.page import NOT_CHECKED
 
 LIMIT = 600.0
 """Seconds after which a check is ended."""
@@ -82,7 +83,11 @@ def main() -> None:
     options = parser.parse_args()
     held: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     found: dict[str, Any] = held.get("classes", {})
-    names = [name for name in options.names or classes() if name not in found]
+    names = [
+        name
+        for name in options.names or classes()
+        if found.get(name, {"outcome": NOT_CHECKED})["outcome"] == NOT_CHECKED
+    ]
     with ThreadPoolExecutor(options.jobs) as pool:
         running = {pool.submit(checked, name): name for name in names}
         for done in as_completed(running):
