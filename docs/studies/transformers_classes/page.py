@@ -42,8 +42,8 @@ def _parts(classes: Mapping[str, Any], version: str, source: str) -> Iterator[st
     yield "\n".join(f"- {count} {outcome}" for outcome, count in sorted(outcomes.items()))
     if seconds:
         yield (
-            f"A check took {seconds[len(seconds) // 2]:.0f} s in the median and {seconds[-1]:.0f} s at most, two at a "
-            "time on two cores."
+            f"A check took {seconds[len(seconds) // 2]:.0f} s in the median and {seconds[-1]:.0f} s at most, "
+            "two at a time, beside other work."
         )
     yield "## Broken"
     yield (
