@@ -154,6 +154,13 @@ def test_an_encoder_is_no_decoder(tmp_path: Path) -> None:
         open_hf(str(tmp_path), {})
 
 
+def test_the_capacity_is_what_the_forward_takes() -> None:
+    assert (
+        open_hf("RobertaConfig", {}).configs["decoder-self"].capacity == 39
+    )
+    assert open_hf("LlamaConfig", {}).configs["decoder-self"].capacity == 40
+
+
 def test_a_model_without_a_cache_is_refused() -> None:
     with pytest.raises(BackendUnavailable, match="OpenAIGPTLMHeadModel is not a decoder with a cache"):
         open_hf("OpenAIGPTConfig", {})

@@ -63,6 +63,7 @@ def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
                 )
                 assumed = (*assumed, assumption)
             config = config_of(model.config, str(chosen["dtype"]))
+            config = replace(config, capacity=trials.longest(model, config))
 
             def backend(calls: Calls) -> Transformers:
                 return _made(target, model, config, recipe, calls)(config, {})

@@ -16,7 +16,8 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 from kvconform.errors import BackendUnavailable
 from kvconform_backends.targets.hf.recipe import Calls, tokens_of
 from kvconform_backends.targets.hf.target import HfSequence, Transformers
-from kvconform_backends.targets.third_party import ThirdPartyError, guarded
+from kvconform_backends.targets.third_party import ThirdPartyError, guarded, largest
+from kvconform_specs.config import Config
 
 PROMPT, MORE = 5, 3
 """Tokens of a trial: the first call, and the next one."""
@@ -57,6 +58,18 @@ def calls_of(model: Any, backend: Callable[[Calls], Transformers]) -> tuple[Call
             return candidate, _said(candidate, reasons)
         reasons.append("its outputs are others")
     return calls, ()
+
+
+def longest(model: Any, config: Config) -> int:
+    """The most tokens, up to the config's capacity, that the forward takes: position ids may begin above 0."""
+
+    def works(count: int) -> bool:
+        with suppress(ThirdPartyError), guarded(), torch.no_grad():
+            model(input_ids=torch.tensor([tokens_of(config, count)]), use_cache=False)
+            return True
+        return False
+
+    return config.capacity if works(config.capacity) else largest(1, config.capacity - 1, works)
 
 
 def _said(calls: Calls, reasons: list[str]) -> tuple[str, ...]:
