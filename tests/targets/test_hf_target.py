@@ -155,9 +155,7 @@ def test_an_encoder_is_no_decoder(tmp_path: Path) -> None:
 
 
 def test_the_capacity_is_what_the_forward_takes() -> None:
-    assert (
-        open_hf("RobertaConfig", {}).configs["decoder-self"].capacity == 39
-    )
+    assert open_hf("RobertaConfig", {}).configs["decoder-self"].capacity == 39
     assert open_hf("LlamaConfig", {}).configs["decoder-self"].capacity == 40
 
 
