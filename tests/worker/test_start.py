@@ -126,7 +126,7 @@ def gone(number: int) -> bool:
     while time.monotonic() < ends:
         try:
             if Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True  # it has ended; whoever adopted it has not asked yet
+                return True  # it has ended, and its new parent has not read its status yet
         except OSError:
             return True
         time.sleep(0.05)

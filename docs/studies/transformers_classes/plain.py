@@ -17,6 +17,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from kvconform_backends.targets.hf.sizes import tiny
+from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 
 PROMPT, NEW, PAD = 9, 6, 0
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -63,11 +64,12 @@ def measured(name: str) -> dict[str, float | str]:
     found: dict[str, float | str] = {}
     for case, (rows, padding, arguments) in CASES.items():
         try:
-            found[case] = float(f"{difference(model, rows, padding, arguments):.2g}")
-        except Exception as error:  # noqa: BLE001  # any exception of the model is a result
+            with guarded():
+                found[case] = float(f"{difference(model, rows, padding, arguments):.2g}")
+        except ThirdPartyError as error:
             if "Cannot use prefill chunking" in str(error):
                 continue  # transformers says that it cannot, which is no deviation
-            found[case] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            found[case] = str(error)
     return found
 
 

@@ -81,8 +81,7 @@ def results(name: str, items: list[Judged], config: pytest.Config, finished: boo
     found.finished = finished
     judged = {verdict.key for verdict in found.verdicts}
     if finished and found.verdicts and any((c.clause.name, c.config_name) not in judged for c in cells(plan)):
-        found.clauses = list(
-            dict.fromkeys(verdict.clause for verdict in found.verdicts)
-        )  # pytest selected, by -k or so
+        # pytest selected some of them, by -k or node ids
+        found.clauses = list(dict.fromkeys(verdict.clause for verdict in found.verdicts))
         found.configs = list(dict.fromkeys(verdict.config for verdict in found.verdicts))
     return found

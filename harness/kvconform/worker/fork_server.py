@@ -29,7 +29,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class ForkServer:
-    """The server's side: its workers that live, by process number, each with the socket that its end is told on."""
+    """The server's side: its running workers, by process number, each with the socket that reports its end."""
 
     def __init__(self, control: socket.socket) -> None:
         self.control, self.workers = control, dict[int, socket.socket]()

@@ -110,9 +110,9 @@ KEEPS = _words("""
     truncate truncate_to truncate_cache crop crop_cache crop_to trim_to cut cut_to shrink shrink_to keep keep_first
     rewind_to rollback_to roll_back_to set_length set_seq_length
 """)
-"""Methods that usually keep the first tokens, as many as they are told."""
+"""Methods that usually keep the first tokens; the argument is how many."""
 REMOVES = _words("rollback roll_back rollback_cache rewind trim trim_cache pop undo drop_last remove_last evict unwind")
-"""Methods that usually remove the last tokens, as many as they are told."""
+"""Methods that usually remove the last tokens; the argument is how many."""
 OPERATIONS = (
     *KEEPS,
     *REMOVES,

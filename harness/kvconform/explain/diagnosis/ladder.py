@@ -34,7 +34,7 @@ LIKELY = float(np.sqrt(STORAGE["bfloat16"] / STORAGE["float16"]))
 those of the next dtype."""
 KV_BITS = (0, 8, 4)
 INTERMEDIATES = ("single", "storage")
-"""What is told apart, from the finest to the coarsest."""
+"""The precisions that are distinguished, from the finest to the coarsest."""
 
 
 def weakest(
