@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvconform import __version__
-from kvconform.cli import audit, baseline, bench, diff, report, run, spec
+from kvconform.cli import audit, baseline, bench, demo, diff, report, run, spec
 from kvconform.cli.options import errors, say
 from kvconform.errors import BackendUnavailable, KvconformError
 from kvconform.results.results import EXIT_CODES
@@ -65,6 +65,7 @@ def options(
     pass
 
 
+app.command()(demo.demo)
 app.command()(run.run)
 app.command()(run.check)
 app.command()(run.replay)

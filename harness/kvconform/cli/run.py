@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,8 +18,10 @@ from kvconform.cli.options import (
     Dtypes,
     EffortName,
     Json,
+    Junit,
     Out,
     Pythons,
+    Quiet,
     Seed,
     StartMethod,
     StepTimeout,
@@ -64,6 +67,8 @@ def run(
     start_method: StartMethod = FORK,
     known_failures: Annotated[Path | None, typer.Option(help="A TOML file of known failures.")] = None,
     shard: Annotated[str, typer.Option(help="Only part i of n of the cells, as i/n: whole configs.")] = "",
+    junit: Junit = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Judges backends by every clause. Writes OUT/<backend>.json, and a counterexample for each failure.
@@ -76,13 +81,19 @@ def run(
     plan = plan_for(effort, seed, dtype, clause, config, shard, explain=True)
     found = []
     for name, spec in launches(backend, device, python, step_timeout, start_method).items():
-        with Progress(name, out, quiet=as_json) as progress:
-            results = run_backend(name, spec, plan, out, progress.tell, known, progress.begin)
+        with Progress(name, out, quiet=quiet or as_json) as progress:
+            results = run_backend(name, spec, plan, out, progress.tell, known, progress.begin, progress.running)
         found.append(results)
-        if not as_json:
+        if quiet and not as_json:
+            say(f"{name}: {results.summary}")
+        elif not as_json:
             _print_results(results, path_of(name, plan, out))
     if as_json:
         print_json(found)
+    if junit is not None:
+        from kvconform_reports import junit as junit_reports
+
+        write_atomically(junit, junit_reports.render(found).encode())
     raise typer.Exit(worst([results.exit_code for results in found]))
 
 
@@ -100,6 +111,7 @@ def check(
     python: Annotated[str, typer.Option(help="The interpreter of the workers.")] = sys.executable,
     step_timeout: StepTimeout = STEP_TIMEOUT,
     start_method: StartMethod = FORK,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Judges a target without an adapter.
@@ -115,10 +127,13 @@ def check(
         name = file_name(address)
         shutil.rmtree(out / "failures" / name, ignore_errors=True)  # of an earlier check
         spec = WorkerSpec(address, device, python, step_timeout, start_method=start_method)
-        with Progress(name, out, quiet=as_json, chapters=True) as progress:
+        with Progress(name, out, quiet=quiet or as_json, chapters=True) as progress:
             progress.start(address, start_method, plan.effort.name)
-            found.append(run_backend(name, spec, plan, out, progress.tell, begin=progress.begin))
-        if not as_json:
+            judge = partial(run_backend, tell=progress.tell, begin=progress.begin, running=progress.running)
+            found.append(judge(name, spec, plan, out))
+        if quiet and not as_json:
+            say(f"{name}: {found[-1].summary}")
+        elif not as_json:
             for line in ("", *checks.lines(found[-1], out, progress.told)):
                 say(line)
     if as_json:

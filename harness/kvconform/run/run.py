@@ -32,6 +32,9 @@ from kvconform_specs.configs import CONFIGS, config_named, label
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import UncachedForward
 
+Key = tuple[str, str]
+"""A cell by the names of its clause and its config."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -170,12 +173,14 @@ def run_backend(
     out: Path,
     tell: Callable[[Verdict], None] = lambda verdict: None,
     known_failures: KnownFailures = EMPTY,
-    begin: Callable[[Results, int], None] = lambda results, cells: None,
+    begin: Callable[[Results, Sequence[Key]], None] = lambda results, cells: None,
+    running: Callable[[Key], None] = lambda cell: None,
 ) -> Results:
     """Judges every selected cell of a backend and writes its results (``path_of``) after each.
 
     A backend that cannot run here gives results that say why (``unavailable``). ``begin`` is called with what is
-    known at the start and the number of cells, ``tell`` with each verdict. Raises InvalidBackend.
+    known at the start and the cells to judge, ``running`` with each cell before it is judged, ``tell`` with each
+    verdict. Raises InvalidBackend.
     """
     began = time.perf_counter()
     path, failures = path_of(name, plan, out), out / "failures" / name
@@ -195,7 +200,7 @@ def run_backend(
         results.verdicts = []
         results.stale = unmatched_entries(known_failures, name)
         unreliable: set[str] = set()
-        begin(results, sum(1 for _ in cells(plan, client.configs)))
+        begin(results, [(cell.clause.name, cell.config_name) for cell in cells(plan, client.configs)])
         for cell in cells(plan, client.configs):
             known = known_failures.find(name, cell, spec.device)
             verdict = done.get((cell.clause.name, cell.config_name))
@@ -203,6 +208,7 @@ def run_backend(
                 results.verdicts.append(verdict)
                 tell(verdict)
                 continue
+            running((cell.clause.name, cell.config_name))
             try:
                 if cell.config_name in unreliable and not cell.clause.blind:
                     verdict, stale = _not_judged(cell, spec.address), ""
