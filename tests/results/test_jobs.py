@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,7 +18,6 @@ from kvconform.results.results import Results
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.effort import EFFORTS
 from kvconform.worker.client import WorkerSpec
-from kvconform_backends.numpy.cache import NumpyCache
 
 CONFIGS = ("attention-gqa", "attention-mha", "attention-odd")
 PLAN = Plan(EFFORTS["smoke"], clauses=("shape", "equivalence.decode", "lifecycle.reset"), configs=CONFIGS, explain=True)
@@ -81,27 +78,13 @@ def test_a_backend_that_cannot_run_here_is_unavailable_in_every_process(tmp_path
     assert (two.lacking, two.finished, two.exit_code) == (True, False, 3)
 
 
-class Killed(NumpyCache):
-    """Right; its first step in a worker that a process of the pool has started kills that process."""
-
-    def step(self, cache: Any, *inputs: Any, **asked: Any) -> Any:
-        judge = ancestor_of_worker()
-        if judge != int(os.environ["KVCONFORM_TEST_RUN"]):
-            os.kill(judge, signal.SIGKILL)
-        return super().step(cache, *inputs, **asked)
-
-
-def ancestor_of_worker() -> int:
-    """The process that asked the fork server for this worker: the parent of the server."""
-    stat = Path(f"/proc/{os.getppid()}/stat").read_text()
-    return int(stat.rpartition(")")[2].split()[1])
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
 def test_a_killed_process_leaves_a_run_that_goes_on_and_no_process_behind(tmp_path: Path) -> None:
     plan = Plan(EFFORTS["smoke"], clauses=("shape.output",), configs=CONFIGS[:2])
-    spec = WorkerSpec(f"{__file__}:Killed", environment={"KVCONFORM_TEST_RUN": str(os.getpid())})
+    spec = WorkerSpec(
+        f"{SUPPORT / 'killed.py'}:KillsWhoeverJudges", environment={"KVCONFORM_TEST_RUN": str(os.getpid())}
+    )
     found = run_backend("mine", spec, plan, tmp_path, jobs=2)
     assert found.unavailable.startswith("one of the processes that judge configs ended unexpectedly")
     assert (found.exit_code, found.finished) == (3, False)

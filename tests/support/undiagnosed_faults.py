@@ -172,3 +172,12 @@ class RowZero(NumpyCache):
         keys, values = (x.copy() for x in super().append(cache, layer, key, value))
         keys[:, :, :past], values[:, :, :past] = keys[:1, :, :past], values[:1, :, :past]
         return keys, values
+
+
+class OldestDropped(NumpyCache):
+    """A step on a cache reads it from its second token on."""
+
+    def mask(self, t: int, s: int) -> Array:
+        right = super().mask(t, s)
+        right[:, 0] &= s == t
+        return np.asarray(right)

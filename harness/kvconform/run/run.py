@@ -162,8 +162,8 @@ def run_backend(
     """Judges every selected cell of a backend, and writes its results (``path_of``) meanwhile and at the end.
 
     A backend that cannot run here gives results that say why (``unavailable``). ``begin`` is called with what is
-    known at the start and the keys of the cells, ``tell`` with each verdict as it comes. ``jobs``: how many processes judge
-    configs at once; the results have verdicts in the order of the cells. Raises InvalidBackend.
+    known at the start and the keys of the cells, ``tell`` with each verdict as it comes. ``jobs``: how many processes
+    judge configs at once; the results have verdicts in the order of the cells. Raises InvalidBackend.
     """
     began = time.perf_counter()
     path = path_of(name, plan, out)
@@ -205,7 +205,8 @@ def run_backend(
         if not results.unavailable and results.target is None:
             vectors_of(path).unlink(missing_ok=True)  # of an earlier run
             if found.vectors:
-                write_vectors(vectors_of(path), found.vectors)
+                ordered = {name: found.vectors[name] for name in by_config(asked) if name in found.vectors}
+                write_vectors(vectors_of(path), ordered)
         results.guarantees = measured(results.verdicts)
         results.environment = {**client.imported(), **found.imported, **results.environment}
         if plan.explain and not results.unavailable:
