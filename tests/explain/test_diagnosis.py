@@ -641,7 +641,17 @@ def test_only_configs_and_backends_with_contexts_are_probed_in_several() -> None
         ("HalfKeys", "attention-gqa", "within the bounds of float32 and a bfloat16 cache"),
         ("HalfKeys", "decoder-learned", "within the bounds of float32 and a bfloat16 cache"),
         ("EightBits", "attention-gqa", "within the bounds of float32 and an 8-bit cache"),
+        ("EightBits", "decoder-learned", "within the bounds of float32 and an 8-bit cache"),
+        ("EightBits", "decoder-rope", "within the bounds of float32 and an 8-bit cache"),
+        ("FourBits", "decoder-rope", "within the bounds of float32 and a 4-bit cache"),
+        ("Float8", "attention-gqa", "within the bounds of float32 and a float8_e4m3 cache"),
+        ("Float8", "decoder-rope", "within the bounds of float32 and a float8_e4m3 cache"),
+        ("Float8Wide", "decoder-learned", "within the bounds of float32 and a float8_e5m2 cache"),
         ("Float16Weights", "decoder-learned", "within the bounds of float16"),
+        ("BoxHalf", "hidden-self", "within the bounds of float16"),
+        ("BoxFloat16Cache", "hidden-self", "within the bounds of float32 and a float16 cache"),
+        ("BoxBfloat16Cache", "hidden-self", "within the bounds of float32 and a bfloat16 cache"),
+        ("BoxEightBits", "hidden-self", "within the bounds of float32 and an 8-bit cache"),
     ],
 )
 def test_a_lower_precision_is_told_by_the_bounds_that_it_keeps(name: str, config: str, words: str) -> None:
