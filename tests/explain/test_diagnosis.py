@@ -651,7 +651,6 @@ def test_only_configs_and_backends_with_contexts_are_probed_in_several() -> None
         ("BoxHalf", "hidden-self", "within the bounds of float16"),
         ("BoxFloat16Cache", "hidden-self", "within the bounds of float32 and a float16 cache"),
         ("BoxBfloat16Cache", "hidden-self", "within the bounds of float32 and a bfloat16 cache"),
-        ("BoxEightBits", "hidden-self", "within the bounds of float32 and an 8-bit cache"),
     ],
 )
 def test_a_lower_precision_is_told_by_the_bounds_that_it_keeps(name: str, config: str, words: str) -> None:

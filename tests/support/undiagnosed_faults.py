@@ -241,8 +241,3 @@ class BoxFloat16Cache(BlackBox):
 class BoxBfloat16Cache(BoxFloat16Cache):
     def kept(self, x: Array) -> Array:
         return rounded(x, "bfloat16")
-
-
-class BoxEightBits(BoxFloat16Cache):
-    def kept(self, x: Array) -> Array:
-        return quantised(x.reshape(*x.shape[:2], HEADS, x.shape[2] // HEADS), 127).reshape(x.shape)

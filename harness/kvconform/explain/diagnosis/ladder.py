@@ -37,6 +37,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 LIKELY = float(np.sqrt(STORAGE["bfloat16"] / STORAGE["float16"]))
 """The largest root mean square of errors, in standard deviations of the precision that they may come from: half way to
 those of the next dtype."""
+OF_FLOATS = float(np.sqrt(3 / (8 * np.log(2))))
+"""The root mean square of rounding to a float, as a share of noise that is as large as rounding just above a power
+of two: the root of the mean of ``1 / m^2`` over significands ``m`` from 1 to 2, distributed as ``1 / m``."""
 NEARER = 0.9
 """Weights of another dtype are taken for the backend's if they make the sum of squares of the errors smaller than this
 share: where a cache causes most of them, the rounding of weights changes it by less, in one direction or the other."""
@@ -71,8 +74,9 @@ def weakest(
     if own is not None:
         most = {rung: 1.0 if rung.cache_dtype or rung.kv_bits else LIKELY for rung in ladder}
         return next((rung for rung, size in sizes if size is not None and size <= most[rung]), None)
-    likely = {size: rung for rung, size in sizes if size is not None and 1 / LIKELY <= size <= LIKELY}
-    return likely[min(likely, key=lambda size: abs(np.log(size)))] if likely else None
+    known = [(abs(np.log(size / _expected(rung))), rung) for rung, size in sizes if size]
+    likely = [(far, rung) for far, rung in known if far <= np.log(LIKELY)]
+    return min(likely, key=lambda pair: pair[0])[1] if likely else None
 
 
 def _ladder(config: Config, claims: Claims, own: ReferenceForward | None, cache_only: bool) -> list[PrecisionMatch]:
@@ -99,6 +103,11 @@ def _ladder(config: Config, claims: Claims, own: ReferenceForward | None, cache_
     ]
     place = rungs.index(claimed) + 1 if claimed in (rungs := sorted(rungs, key=_coarseness)) else 0
     return rungs[place:]
+
+
+def _expected(rung: PrecisionMatch) -> float:
+    """The root mean square of errors in this precision, in standard deviations of the noise that its bounds show."""
+    return 1.0 if rung.kv_bits and rung.scheme == "integer" else OF_FLOATS
 
 
 def _from(dtype: str) -> tuple[str, ...]:
