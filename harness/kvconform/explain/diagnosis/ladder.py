@@ -40,6 +40,7 @@ those of the next dtype."""
 OF_FLOATS = float(np.sqrt(3 / (8 * np.log(2))))
 """The root mean square of rounding to a float, as a share of noise that is as large as rounding just above a power
 of two: the root of the mean of ``1 / m^2`` over significands ``m`` from 1 to 2, distributed as ``1 / m``."""
+TINY = 1e-30
 NEARER = 0.9
 """Weights of another dtype are taken for the backend's if they make the sum of squares of the errors smaller than this
 share: where a cache causes most of them, the rounding of weights changes it by less, in one direction or the other."""
@@ -74,9 +75,9 @@ def weakest(
     if own is not None:
         most = {rung: 1.0 if rung.cache_dtype or rung.kv_bits else LIKELY for rung in ladder}
         return next((rung for rung, size in sizes if size is not None and size <= most[rung]), None)
-    known = [(abs(np.log(size / _expected(rung))), rung) for rung, size in sizes if size]
-    likely = [(far, rung) for far, rung in known if far <= np.log(LIKELY)]
-    return min(likely, key=lambda pair: pair[0])[1] if likely else None
+    known = [(size / _expected(rung), rung) for rung, size in sizes if size is not None]
+    likely = [(share, rung) for share, rung in known if share <= LIKELY]  # smaller where only weights were rounded
+    return min(likely, key=lambda pair: abs(np.log(max(pair[0], TINY))))[1] if likely else None
 
 
 def _ladder(config: Config, claims: Claims, own: ReferenceForward | None, cache_only: bool) -> list[PrecisionMatch]:
