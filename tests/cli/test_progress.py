@@ -70,6 +70,19 @@ def test_failures_and_reasons_come_at_once_and_the_rest_is_counted(screen: io.St
     assert f"{RING} [attention-window]: 1 pass, 1 cut by the time limit\n" in screen.getvalue()
 
 
+def test_a_config_is_counted_once_all_of_its_cells_are_judged_whatever_else_is_judged_meanwhile(
+    screen: io.StringIO,
+) -> None:
+    mixed = [verdict(clause, config=config) for clause in ("shape.output", "shape.length") for config in ("a", "b")]
+    with Progress("x", Path("out"), quiet=False) as shown:
+        shown.begin(FOUND, [one.key for one in mixed])
+        for one in mixed[:3]:
+            shown.tell(one)
+        assert screen.getvalue().count("pass") == screen.getvalue().count("x [a]: 2 pass\n") == 1
+        shown.tell(mixed[3])
+        assert "x [b]: 2 pass\n" in screen.getvalue()
+
+
 def test_json_and_nothing_else_is_printed_where_it_is_asked_for(screen: io.StringIO) -> None:
     with Progress(RING, Path("out"), quiet=True) as shown:
         for one in VERDICTS:
@@ -96,20 +109,24 @@ def test_how_far_a_run_is_is_a_line_in_a_log_and_a_bar_on_a_terminal(
         assert "about 1 min 40 s left" in judging
         assert " cells in " not in judging
     else:
-        assert "mine: loading for 0 s\n" in loading
-        assert "mine: 6 of 7 cells in 0 s; about 1 min 40 s left; now shape.length [attention-window]\n" in judging
+        assert "mine: after 0 s: loading\n" in loading
+        assert "mine: after 0 s: 6 of 7 cells; about 1 min 40 s left; shape.length [attention-window]\n" in judging
 
 
 def test_a_cell_is_expected_to_take_as_long_as_its_clause_took_under_other_configs() -> None:
     pace = progress.Pace()
     pace.begin([("a", "x"), ("b", "x"), ("a", "y"), ("b", "y"), ("c", "y")])
     assert pace.seconds_left is None
-    pace.tell("a", 2.0)
+    pace.tell(("a", "x"), 2.0)
     assert pace.seconds_left == pytest.approx(2.0 * 4)  # of the others nothing else is known
-    pace.tell("b", 10.0)
+    pace.tell(("b", "x"), 10.0)
     assert pace.seconds_left == pytest.approx(2.0 + 10.0 + (2.0 + 10.0) / 2)
+    pace.running |= {("a", "y"): None, ("b", "y"): None}  # two at once
+    assert pace.seconds_left == pytest.approx(((2.0 + 10.0) + (2.0 + 10.0) / 2) / 2)
+    assert pace.now == "a [y] and 1 more"
     for clause in "abc":
-        pace.tell(clause, 1.0)
+        pace.tell((clause, "y"), 1.0)
+    assert pace.now == "explaining failures"
     assert pace.seconds_left == 0.0
 
 

@@ -13,10 +13,12 @@ from kvconform.cli.options import duration, progress_bar, say
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.results import Results
 from kvconform.run import check as checks
-from kvconform.run.run import Key
+from kvconform.search.cell import Key
 from kvconform.worker.start import frameworks as imported_for
 
 UNDECIDED = (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED)
+
+
 EVERY = 30.0
 """Seconds between two lines that say how far a run is, where no bar shows it."""
 
@@ -27,20 +29,38 @@ class Pace:
 
     def __init__(self) -> None:
         self.cells, self.judged = 0, 0
+        self.running: dict[Key, None] = {}
         self._left: Counter[str] = Counter()
         self._times: dict[str, list[float]] = {}
 
-    def begin(self, cells: Sequence[Key]) -> None:
-        self.cells, self._left = len(cells), Counter(clause for clause, _config in cells)
+    def begin(self, keys: Sequence[Key]) -> None:
+        self.cells, self._left = len(keys), Counter(clause for clause, _config in keys)
 
-    def tell(self, clause: str, seconds: float) -> None:
+    def tell(self, key: Key, seconds: float) -> None:
         self.judged += 1
-        self._left[clause] -= 1
-        self._times.setdefault(clause, []).append(seconds)
+        self._left[key[0]] -= 1
+        self._times.setdefault(key[0], []).append(seconds)
+        self.running.pop(key, None)
+
+    @property
+    def now(self) -> str:
+        """What is running, in words."""
+        if not self.cells:
+            return "loading"
+        if self.judged >= self.cells:
+            return "explaining failures"
+        names = [f"{clause} [{config}]" for clause, config in tuple(self.running)]
+        return f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}" if names else ""
+
+    @property
+    def left(self) -> str:
+        """How long the other cells take, in words; empty as long as no cell is judged."""
+        seconds = self.seconds_left
+        return "" if seconds is None or self.judged >= self.cells else f"about {duration(seconds)} left"
 
     @property
     def seconds_left(self) -> float | None:
-        """None as long as no cell is judged."""
+        """None as long as no cell is judged. As many cells are judged at once as are running."""
         if not self.judged:
             return None
         mean = sum(map(sum, self._times.values())) / self.judged
@@ -48,7 +68,7 @@ class Pace:
         for clause, count in self._left.items():
             times = self._times.get(clause)
             found += max(count, 0) * (sum(times) / len(times) if times else mean)
-        return found
+        return found / max(len(self.running), 1)
 
 
 class Progress:
@@ -64,11 +84,11 @@ class Progress:
         self._bar = progress_bar(quiet)
         self._task = self._bar.add_task(name, total=None, left="", running="loading")
         self.told: list[str] = []  # the header of a target
-        self._group = ""
-        self._counts: Counter[str] = Counter()
+        self._cells: Counter[str] = Counter()  # by group, how many are to come
+        self._counts: dict[str, Counter[str]] = {}  # by group, the outcomes; several configs may be under way
         self._reasons: set[str] = set()
         self._errors: dict[tuple[str, ...], str] = {}  # exceptions that were told, with the clause
-        self._pace, self._running, self._began = Pace(), "loading", time.monotonic()
+        self._pace, self._how_far, self._began = Pace(), "loading", time.monotonic()
         self._ended = threading.Event()
         self._lines = threading.Thread(target=self._say_how_far, daemon=True)
 
@@ -82,7 +102,8 @@ class Progress:
         self._ended.set()
         if self._lines.is_alive():
             self._lines.join()
-        self._count()
+        for group in tuple(self._counts):
+            self._count(group)
         self._bar.stop()
 
     def start(self, address: str, method: str, effort: str) -> None:
@@ -92,30 +113,31 @@ class Progress:
             importing = f"; importing {', '.join(frameworks)}" if frameworks else ""
             self._say(f"judging {address} (effort {effort}; start method {method}){importing}")
 
-    def begin(self, results: Results, cells: Sequence[Key]) -> None:
+    def begin(self, results: Results, keys: Sequence[Key]) -> None:
+        self._cells = Counter(self._group(*key) for key in keys)
         if self.chapters and results.workers.startswith("spawn: "):
             self._say(f"  workers are new processes ({results.workers.removeprefix('spawn: ')})")
         if self.chapters:
             self.told = list(checks.header(results))
             for line in self.told:
                 self._say(line)
-        self._pace.begin(cells)
-        self._bar.update(self._task, total=len(cells))
+        self._pace.begin(keys)
+        self._bar.update(self._task, total=len(keys))
 
-    def running(self, cell: Key) -> None:
-        """The cell that is judged next."""
-        self._show("{} [{}]".format(*cell))
+    def running(self, key: Key) -> None:
+        """A cell that is judged from now on."""
+        self._pace.running[key] = None
+        self._show()
 
     def tell(self, verdict: Verdict) -> None:
-        self._pace.tell(verdict.clause, verdict.seconds)
+        self._pace.tell(verdict.key, verdict.seconds)
         self._bar.advance(self._task)
-        self._show("explaining failures" if self._pace.judged >= self._pace.cells else self._running)
-        group = f"[{verdict.config}]" + (f" {verdict.clause.partition('.')[0]}" if self.chapters else "")
-        if group != self._group:
-            self._count()
-            self._group = group
-        self._counts[verdict.outcome.value] += 1
-        self._counts["cut by the time limit"] += verdict.cut
+        self._show()
+        group = self._group(*verdict.key)
+        counts = self._counts.setdefault(group, Counter())
+        counts[verdict.outcome.value] += 1
+        counts["cut by the time limit"] += verdict.cut
+        self._cells[group] -= 1
         cell = f"{verdict.clause} on {self.name} [{verdict.config}]"
         if verdict.outcome.broken and verdict.error_pattern and verdict.error_pattern in self._errors:
             self._say(f"{cell}: the error of {self._errors[verdict.error_pattern]}", "red")
@@ -129,29 +151,24 @@ class Progress:
         elif verdict.outcome in UNDECIDED and verdict.sentence not in self._reasons:
             self._reasons.add(verdict.sentence)
             self._say(f"{verdict.outcome.value}: {cell}: {verdict.sentence}", "yellow")
+        if not self._cells[group]:
+            self._count(group)
 
-    def _show(self, running: str) -> None:
-        """On the bar, what is running and how long the rest takes."""
-        self._running = running
-        left = self._pace.seconds_left
-        self._bar.update(self._task, running=running, left="" if left is None else f"about {duration(left)} left")
+    def _group(self, clause: str, config: str) -> str:
+        return f"[{config}]" + (f" {clause.partition('.')[0]}" if self.chapters else "")
+
+    def _count(self, group: str) -> None:
+        self._say(f"{self.name} {group}: {checks.counted(self._counts.pop(group))}")
+
+    def _show(self) -> None:
+        pace = self._pace
+        self._bar.update(self._task, left=pace.left, running=pace.now)
+        self._how_far = "; ".join(filter(None, (f"{pace.judged} of {pace.cells} cells", pace.left, pace.now)))
 
     def _say_how_far(self) -> None:
+        """In a thread of its own: it only reads a string."""
         while not self._ended.wait(EVERY):
-            self._say(self._how_far())
-
-    def _how_far(self) -> str:
-        taken, pace = duration(time.monotonic() - self._began), self._pace
-        if not pace.cells:
-            return f"{self.name}: {self._running} for {taken}"
-        left = pace.seconds_left
-        rest = f"; about {duration(left)} left" if left is not None and pace.judged < pace.cells else ""
-        return f"{self.name}: {pace.judged} of {pace.cells} cells in {taken}{rest}; now {self._running}"
-
-    def _count(self) -> None:
-        if self._group:
-            self._say(f"{self.name} {self._group}: {checks.counted(self._counts)}")
-        self._counts.clear()
+            self._say(f"{self.name}: after {duration(time.monotonic() - self._began)}: {self._how_far}")
 
     def _say(self, line: str, style: str = "") -> None:
         if not self.quiet:

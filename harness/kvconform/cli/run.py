@@ -17,6 +17,7 @@ from kvconform.cli.options import (
     Device,
     Dtypes,
     EffortName,
+    Jobs,
     Json,
     Junit,
     Out,
@@ -67,6 +68,7 @@ def run(
     start_method: StartMethod = FORK,
     known_failures: Annotated[Path | None, typer.Option(help="A TOML file of known failures.")] = None,
     shard: Annotated[str, typer.Option(help="Only part i of n of the cells, as i/n: whole configs.")] = "",
+    jobs: Jobs = 1,
     junit: Junit = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -82,7 +84,7 @@ def run(
     found = []
     for name, spec in launches(backend, device, python, step_timeout, start_method).items():
         with Progress(name, out, quiet=quiet or as_json) as progress:
-            results = run_backend(name, spec, plan, out, progress.tell, known, progress.begin, progress.running)
+            results = run_backend(name, spec, plan, out, progress.tell, known, progress.begin, jobs, progress.running)
         found.append(results)
         if quiet and not as_json:
             say(f"{name}: {results.summary}")
