@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvconform import __version__
-from kvconform.cli import audit, baseline, bench, demo, diff, report, run, spec
+from kvconform.cli import audit, baseline, bench, demo, diff, init, report, run, settings, spec
 from kvconform.cli.options import errors, say
 from kvconform.errors import BackendUnavailable, KvconformError
 from kvconform.results.results import EXIT_CODES
@@ -58,14 +58,18 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the versions and exit.")
     ] = False,
 ) -> None:
-    pass
+    file = settings.find(Path.cwd())
+    if file is not None:
+        context.default_map = settings.defaults(settings.read(file), file.parent)
 
 
 app.command()(demo.demo)
+app.command()(init.init)
 app.command()(run.run)
 app.command()(run.check)
 app.command()(run.replay)

@@ -163,9 +163,9 @@ def run_backend(
     """Judges every selected cell of a backend, and writes its results (``path_of``) meanwhile and at the end.
 
     A backend that cannot run here gives results that say why (``unavailable``). ``begin`` is called with what is
-    known at the start and the keys of the cells, ``running`` with the key of each cell that is begun, ``tell`` with each
-    verdict as it comes. ``jobs``: how many processes judge configs at once; the results have verdicts in the order of
-    the cells. Raises InvalidBackend.
+    known at the start and the keys of the cells, ``running`` with the key of each cell that is begun, ``tell`` with
+    each verdict as it comes. ``jobs``: how many processes judge configs at once; the results have verdicts in the order
+    of the cells. Raises InvalidBackend.
     """
     began = time.perf_counter()
     path = path_of(name, plan, out)
