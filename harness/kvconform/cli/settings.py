@@ -82,16 +82,18 @@ def find(start: Path) -> Path | None:
 
 
 def table(file: Path) -> dict[str, Any] | None:
-    """The table of settings in a file, or None where it has none. Raises SpecError if it is not TOML."""
+    """The table of settings in a file, or None where it has none. Raises SpecError if it cannot be read."""
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SpecError(shown(file), f"cannot be read as TOML: {error}") from error
     if file.name == OWN_FILE:
         return document
-    found = document.get("tool", {})
-    found = found.get("kvconform") if isinstance(found, dict) else None
-    return found if found is None or isinstance(found, dict) else {"": found}
+    tools = document.get("tool")
+    found = tools.get("kvconform") if isinstance(tools, dict) else None
+    if found is None or isinstance(found, dict):
+        return found
+    raise SpecError("", f"{shown(file)}: [{TABLE}] must be a table, got {found!r}")
 
 
 def shown(file: Path) -> str:
