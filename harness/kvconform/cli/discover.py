@@ -39,7 +39,8 @@ class Found:
 def discover(folder: Path) -> list[Found]:
     """What is found below a folder: adapters first, then modules, ONNX files and models of transformers."""
     files = list(_files(folder))
-    adapters, modules = [], []
+    adapters: list[Found] = []
+    modules: list[Found] = []
     for file in files:
         if file.suffix == ".py" and not file.name.startswith("test_") and file.stat().st_size < LARGEST:
             for found in _in_python(file, folder):
