@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvconform import __version__
-from kvconform.cli import audit, baseline, bench, demo, diff, init, report, run, settings, spec
+from kvconform.cli import audit, baseline, bench, demo, diff, init, report, run, settings, spec, verify
 from kvconform.cli.options import errors, say
 from kvconform.errors import BackendUnavailable, KvconformError
 from kvconform.results.results import EXIT_CODES
@@ -75,6 +75,7 @@ app.command()(run.check)
 app.command()(run.replay)
 app.command()(diff.diff)
 app.command()(baseline.gate)
+app.command()(verify.verify)
 app.command()(baseline.merge)
 app.command()(audit.audit)
 app.add_typer(bench.app, name="bench")

@@ -136,13 +136,14 @@ def defaults(settings: Settings, folder: Path) -> dict[str, Any]:
     out = Path(os.path.relpath(folder / s.results))
     backends = [_address(text, folder) for text in s.backends]
     python = path(s.python) if s.python is not None and os.sep in s.python else s.python
-    workers = {"device": s.device, "step_timeout": s.step_timeout, "start_method": s.start_method}
+    worker = {"python": python, "step_timeout": s.step_timeout, "start_method": s.start_method}
     timed = {"backend": backends, "device": s.device, "out": out, "python": [python] if python else None}
-    run = {"backend": backends, "effort": s.effort, "dtype": s.dtypes, "seed": s.seed, "out": out}
+    run = {"effort": s.effort, "dtype": s.dtypes, "seed": s.seed}
     found: dict[str, Any] = {
-        "run": {**run, **workers, "python": timed["python"], "known_failures": path(s.known_failures)},
-        "check": {**workers, "seed": s.seed, "python": python, "out": out / "check"},
-        "replay": {"python": python, "step_timeout": s.step_timeout, "start_method": s.start_method},
+        "run": {**worker, **run, **timed, "known_failures": path(s.known_failures)},
+        "check": {**worker, "device": s.device, "seed": s.seed, "out": out / "check"},
+        "replay": worker,
+        "verify": {**worker, "out": out / "verify"},
         "demo": {"out": out / "demo"},
         "gate": {"files": _judged(backends, out), "baseline": path(s.baseline)},
         "diff": {"before": path(s.baseline), "after": out},
