@@ -39,7 +39,7 @@ NOTHING_CONFORMANT = 5
 
 def install(session: nox.Session, *extras: str, groups: tuple[str, ...] = ()) -> None:
     """Installs the project with extras, and dependency groups of pyproject.toml."""
-    if extras:
+    if set(extras) - {"ray", "store"}:
         session.install(*CONSTRAINTS, "torch")
     session.install(*CONSTRAINTS, f".[{','.join(extras)}]" if extras else ".")
     if groups:
@@ -146,6 +146,13 @@ def numpy(session: nox.Session) -> None:
     """Judge the numpy backend, which needs no framework; results/numpy.json."""
     install(session)
     session.run("kvconform", "run", "-b", "numpy", "--out", str(RESULTS), *session.posargs)
+
+
+@nox.session(default=False)
+def fleet(session: nox.Session) -> None:
+    """Test runs on a Ray cluster of two nodes on this machine: equal results, killed nodes and drivers."""
+    install(session, "ray", "store", groups=("test",))
+    session.run("pytest", "tests/fleet", *session.posargs, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": STUDIES})
 
 
 @nox.session(default=False)

@@ -41,6 +41,9 @@ EffortName = Annotated[str, typer.Option("--effort", help=f"How much to try for 
 Jobs = Annotated[int, typer.Option(min=1, help="How many processes judge configs at once; results are the same.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 Junit = Annotated[Path | None, typer.Option(help="Also write JUnit XML.")]
+On = Annotated[
+    str, typer.Option(help="Use a Ray cluster: ray (of this machine) or ray:ADDRESS. Default: this machine alone.")
+]
 Out = Annotated[Path, typer.Option("--out", file_okay=False, help="The folder for results.")]
 Pythons = Annotated[
     list[str],

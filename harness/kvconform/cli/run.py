@@ -20,6 +20,7 @@ from kvconform.cli.options import (
     Jobs,
     Json,
     Junit,
+    On,
     Out,
     Pythons,
     Quiet,
@@ -35,6 +36,8 @@ from kvconform.cli.progress import Progress
 from kvconform.errors import UnknownClause
 from kvconform.explain import repro
 from kvconform.files import write_atomically
+from kvconform.fleet import costs_of, executor
+from kvconform.fleet.units import divided
 from kvconform.judging.render import render
 from kvconform.results.known_failures import EMPTY
 from kvconform.results.known_failures import read as read_known_failures
@@ -71,6 +74,14 @@ def run(
     jobs: Jobs = 1,
     junit: Junit = None,
     quiet: Quiet = False,
+    on: On = "",
+    store: Annotated[
+        str, typer.Option(help="A folder or fsspec URL for units of work: what it holds is not judged again.")
+    ] = "",
+    unit_seconds: Annotated[
+        float, typer.Option(min=1, help="With --on: divide configs that took longer in an earlier run into slices.")
+    ] = 300,
+    runtime_env: Annotated[Path | None, typer.Option(help="With --on: a JSON file, Ray's runtime_env.")] = None,
     as_json: Json = False,
 ) -> None:
     """Judges backends by every clause. Writes OUT/<backend>.json, and a counterexample for each failure.
@@ -82,9 +93,12 @@ def run(
     known = EMPTY if known_failures is None else read_known_failures(known_failures)
     plan = plan_for(effort, seed, dtype, clause, config, shard, explain=True)
     found = []
+    where = executor(jobs, on, store, runtime_env)
     for name, spec in launches(backend, device, python, step_timeout, start_method).items():
         with Progress(name, out, quiet=quiet or as_json) as progress:
-            results = run_backend(name, spec, plan, out, progress.tell, known, progress.begin, jobs, progress.running)
+            execute = divided(where, costs_of(path_of(name, plan, out)), unit_seconds) if on else where
+            told = progress.tell, known, progress.begin, execute, progress.running
+            results = run_backend(name, spec, plan, out, *told)
         found.append(results)
         if quiet and not as_json:
             say(f"{name}: {results.summary}")
