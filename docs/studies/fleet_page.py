@@ -52,8 +52,8 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         f"Measured on {', '.join(sorted({row['cpu'] for row in rows}))}.",
         "",
     ]
-    text += ["| backend | effort | units | median | longest | seconds of a program |", "|---|---|---|---|---|---|"]
-    medians: dict[str, list[float]] = {}
+    text += ["| backend | effort | units | median | longest | time of a program |", "|---|---|---|---|---|---|"]
+    means: dict[str, list[float]] = {}
     for effort in efforts:
         for backend in dict.fromkeys(row["backend"] for row in rows if row["effort"] == effort):
             those = [row for row in rows if (row["backend"], row["effort"]) == (backend, effort)]
@@ -61,7 +61,7 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
             programs = sum(row["programs"] for row in those)
             each = 1000 * sum(seconds) / programs if programs else 0.0
             middle = statistics.median(seconds)
-            medians.setdefault(effort, []).append(middle)
+            means.setdefault(effort, []).append(statistics.mean(seconds))
             text.append(
                 f"| {backend} | {effort} | {len(those)} | {middle:.1f} s | {max(seconds):.1f} s | {each:.1f} ms |"
             )
@@ -75,8 +75,8 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|",
     ]
     count = BACKENDS * DTYPES * SEEDS * len(CONFIGS)
-    for effort, middles in medians.items():
-        hours = count * statistics.mean(middles) / 3600
+    for effort, mean in means.items():
+        hours = count * statistics.mean(mean) / 3600
         text.append(f"| {effort} | {count} | {hours:.1f} | {10 * hours:.0f} |")
     return "\n".join([*text, "", GROWTH, ""])
 
@@ -85,9 +85,10 @@ INTRODUCTION = """# Runs on more than one machine
 
 <!-- made by docs/studies/fleet_page.py from docs/evidence/fleet/costs.json -->
 
-A *unit* is one config of one backend, judged by all clauses that concern it. Its name is a digest of everything that its
-result depends on: the suite and our sources, the backend with its claims and the versions in its environment, the device,
-config, dtype, effort, seed, clauses and known failures. A stored unit is done, on whichever machine it was judged.
+A *unit* is one config of one backend, judged by all clauses that concern it. Its name is a digest of everything that
+its result depends on: the suite and our sources, the backend with its claims and the versions in its environment, the
+device, config, dtype, effort, seed, clauses and known failures. A stored unit is done, on whichever machine it was
+judged.
 
 ```sh
 kvconform run -b eager --jobs 4                                   # four processes of this machine
@@ -96,10 +97,10 @@ kvconform run -b eager --on ray --store s3://bucket/kvconform     # what is stor
 kvconform audit --on ray:10.0.0.1:6379                            # each fault is a unit
 ```
 
-One process, `--jobs`, a cluster and shards give the same results cell by cell: outcomes, digests, counts, sentences and
-counterexamples (`tests/results/test_jobs.py`, `tests/fleet`; `nox -s fleet` runs a cluster of two nodes). Ray gives each
-unit one CPU, and one GPU with `--device cuda`. The interpreter of a backend is that of `--python`, which must exist on
-each node, or Ray's `--runtime-env FILE.json` makes it.
+One process, `--jobs`, a cluster and shards give the same results cell by cell: outcomes, digests, counts, sentences
+and counterexamples (`tests/results/test_jobs.py`, `tests/fleet`; `nox -s fleet` runs a cluster of two nodes). Ray
+gives each unit one CPU, and one GPU with `--device cuda`. The interpreter of a backend is that of `--python`, which
+must exist on each node, or Ray's `--runtime-env FILE.json` makes it.
 
 - A node that dies: Ray starts its units again elsewhere. No cell is lost or judged twice.
 - A driver that is killed: the units that were stored are not judged again by the next one.
@@ -110,14 +111,12 @@ each node, or Ray's `--runtime-env FILE.json` makes it.
 A config whose cells took longer than `--unit-seconds` in the results that it replaces is divided into slices.
 """
 PRICED = (
-    f"Of {BACKENDS} backends in {DTYPES} dtypes with {SEEDS} seeds, every config of the suite ({len(CONFIGS)}), at the mean "
-    "of the medians above."
+    f"Of {BACKENDS} backends in {DTYPES} dtypes with {SEEDS} seeds, every config of the suite ({len(CONFIGS)}), at the "
+    "mean cost of the units above."
 )
-GROWTH = (
-    "Units are independent: ten times as many backends, or seeds, cost ten times the hours, and the wall time is the hours "
-    "over the number of CPUs, as long as there are more units than CPUs. It cannot be shorter than the longest unit, which "
-    "`--unit-seconds` divides. Units that nothing has changed since are read from the store."
-)
+GROWTH = """Units are independent: ten times as many backends, or seeds, cost ten times the hours. The wall time is the hours
+over the number of CPUs, as long as there are more units than CPUs; it cannot be shorter than the longest unit, which
+`--unit-seconds` divides. A unit whose digest has not changed is read from the store."""
 
 
 def main() -> None:
