@@ -114,9 +114,9 @@ PRICED = (
     f"Of {BACKENDS} backends in {DTYPES} dtypes with {SEEDS} seeds, every config of the suite ({len(CONFIGS)}), at the "
     "mean cost of the units above."
 )
-GROWTH = """Units are independent: ten times as many backends, or seeds, cost ten times the hours. The wall time is
-the hours over the number of CPUs, as long as there are more units than CPUs; it cannot be shorter than the longest unit, which
-`--unit-seconds` divides. A unit whose digest has not changed is read from the store."""
+GROWTH = """Units are independent: ten times as many backends, or seeds, cost ten times the hours. The wall time is the
+hours over the number of CPUs, as long as there are more units than CPUs; it cannot be shorter than the longest unit,
+which `--unit-seconds` divides. A unit whose digest has not changed is read from the store."""
 
 
 def main() -> None:
