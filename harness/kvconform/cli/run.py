@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,9 +19,11 @@ from kvconform.cli.options import (
     EffortName,
     Jobs,
     Json,
+    Junit,
     On,
     Out,
     Pythons,
+    Quiet,
     Seed,
     StartMethod,
     StepTimeout,
@@ -69,6 +72,8 @@ def run(
     known_failures: Annotated[Path | None, typer.Option(help="A TOML file of known failures.")] = None,
     shard: Annotated[str, typer.Option(help="Only part i of n of the cells, as i/n: whole configs.")] = "",
     jobs: Jobs = 1,
+    junit: Junit = None,
+    quiet: Quiet = False,
     on: On = "",
     store: Annotated[
         str, typer.Option(help="A folder or fsspec URL for units of work: what it holds is not judged again.")
@@ -90,14 +95,21 @@ def run(
     found = []
     where = executor(jobs, on, store, runtime_env)
     for name, spec in launches(backend, device, python, step_timeout, start_method).items():
-        with Progress(name, out, quiet=as_json) as progress:
+        with Progress(name, out, quiet=quiet or as_json) as progress:
             execute = divided(where, costs_of(path_of(name, plan, out)), unit_seconds) if on else where
-            results = run_backend(name, spec, plan, out, progress.tell, known, progress.begin, execute)
+            told = progress.tell, known, progress.begin, execute, progress.running
+            results = run_backend(name, spec, plan, out, *told)
         found.append(results)
-        if not as_json:
+        if quiet and not as_json:
+            say(f"{name}: {results.summary}")
+        elif not as_json:
             _print_results(results, path_of(name, plan, out))
     if as_json:
         print_json(found)
+    if junit is not None:
+        from kvconform_reports import junit as junit_reports
+
+        write_atomically(junit, junit_reports.render(found).encode())
     raise typer.Exit(worst([results.exit_code for results in found]))
 
 
@@ -115,6 +127,7 @@ def check(
     python: Annotated[str, typer.Option(help="The interpreter of the workers.")] = sys.executable,
     step_timeout: StepTimeout = STEP_TIMEOUT,
     start_method: StartMethod = FORK,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Judges a target without an adapter.
@@ -130,10 +143,13 @@ def check(
         name = file_name(address)
         shutil.rmtree(out / "failures" / name, ignore_errors=True)  # of an earlier check
         spec = WorkerSpec(address, device, python, step_timeout, start_method=start_method)
-        with Progress(name, out, quiet=as_json, chapters=True) as progress:
+        with Progress(name, out, quiet=quiet or as_json, chapters=True) as progress:
             progress.start(address, start_method, plan.effort.name)
-            found.append(run_backend(name, spec, plan, out, progress.tell, begin=progress.begin))
-        if not as_json:
+            judge = partial(run_backend, tell=progress.tell, begin=progress.begin, running=progress.running)
+            found.append(judge(name, spec, plan, out))
+        if quiet and not as_json:
+            say(f"{name}: {found[-1].summary}")
+        elif not as_json:
             for line in ("", *checks.lines(found[-1], out, progress.told)):
                 say(line)
     if as_json:

@@ -143,7 +143,7 @@ def lines(results: Results, folder: Path, told: Collection[str] = ()) -> Iterato
             yield f"  by the same error: {', '.join(dict.fromkeys(v.clause for v in others))}"
     if len(groups) > SHOWN:
         yield f"also broken: {', '.join(dict.fromkeys(v.clause for group in groups[SHOWN:] for v in group))}"
-    yield from _maps(results)
+    yield from maps(results)
     yield f"{results.backend}: {results.summary}"
     yield from _not_tried(results)
     passed = sum(verdict.outcome is Outcome.PASS for verdict in results.verdicts)
@@ -231,20 +231,21 @@ def steps(verdict: Verdict) -> Iterator[str]:
         yield f"  steps: {verdict.steps}"
 
 
-def _maps(results: Results) -> Iterator[str]:
-    """For each config, the wrong maps as pictures and the others in words; one picture if none is wrong."""
-    drawn, failed = False, {verdict.config for verdict in results.failures}
-    for name, maps in results.maps.items():
-        wrong = [one for one in maps if not one.right]
-        pictures = wrong[:DRAWN] or [one for one in maps if one.schedule == "chunked"] or maps[:1]
-        right = [one for one in maps if one.right]
+def maps(results: Results, drawn: int = DRAWN) -> Iterator[str]:
+    """For each config, the first wrong maps as pictures and the others in words; one picture if none is wrong.
+    ``drawn``: how many are pictures."""
+    shown, failed = False, {verdict.config for verdict in results.failures}
+    for name, found in results.maps.items():
+        wrong = [one for one in found if not one.right]
+        pictures = wrong[:drawn] or [one for one in found if one.schedule == "chunked"] or found[:1]
+        right = [one for one in found if one.right]
         if right:
             yield f"visibility [{name}]: as expected: {visibility_text.coverage(right)}"
         if right and not wrong and name in failed:
             yield f"visibility [{name}]: {NOT_IN_MAPS}"
         for one in pictures:
             yield f"visibility [{name}]: {visibility_text.drawing(one)}"
-        yield from (f"visibility [{name}]: {visibility_text.words(one)}" for one in wrong[DRAWN:])
-        drawn = drawn or bool(pictures)
-    if drawn:
+        yield from (f"visibility [{name}]: {visibility_text.words(one)}" for one in wrong[drawn:])
+        shown = shown or bool(pictures)
+    if shown:
         yield visibility_text.LEGEND

@@ -17,14 +17,14 @@ from threading import Thread
 from typing import Protocol
 
 from kvconform.errors import Unavailable
-from kvconform.run.unit import ConfigDone, Judged, Task, judged_config
+from kvconform.run.unit import Begun, ConfigDone, Judged, Task, judged_config
 from kvconform.search.cell import Cell
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.config import Config
 from kvconform_specs.configs import share
 
-Found = Judged | ConfigDone
+Found = Begun | Judged | ConfigDone
 
 
 class Executor(Protocol):

@@ -22,7 +22,7 @@ from kvconform.results.merge import vectors_of, write_vectors
 from kvconform.results.results import Results, Target, read
 from kvconform.run import explain_failures
 from kvconform.run.jobs import Executor, in_processes
-from kvconform.run.unit import ConfigDone, Judged, Task, by_config
+from kvconform.run.unit import Begun, ConfigDone, Judged, Task, by_config
 from kvconform.search.cell import Cell, Key
 from kvconform.search.effort import DEFAULT_EFFORT, EFFORTS, Effort, effort_named
 from kvconform.worker.client import WorkerClient, WorkerSpec
@@ -159,12 +159,14 @@ def run_backend(
     known_failures: KnownFailures = EMPTY,
     begin: Callable[[Results, Sequence[Key]], None] = lambda results, keys: None,
     execute: Executor = IN_THIS_PROCESS,
+    running: Callable[[Key], None] = lambda key: None,
 ) -> Results:
     """Judges every selected cell of a backend, and writes its results (``path_of``) meanwhile and at the end.
 
     A backend that cannot run here gives results that say why (``unavailable``). ``begin`` is called with what is
-    known at the start and the keys of the cells, ``tell`` with each verdict as it comes. ``execute``: who judges the
-    configs; the results have verdicts in the order of the cells. Raises InvalidBackend.
+    known at the start and the keys of the cells, ``running`` with the key of each cell that is begun, ``tell`` with
+    each verdict as it comes. ``execute``: who judges the configs; the results have verdicts in the order of the cells.
+    Raises InvalidBackend.
     """
     began = time.perf_counter()
     path = path_of(name, plan, out)
@@ -189,6 +191,9 @@ def run_backend(
         written = 0.0  # until there are more verdicts, the file of an interrupted run holds more
         try:
             for one in execute(task, list(by_config(asked).values()), client):
+                if isinstance(one, Begun):
+                    running(one.key)
+                    continue
                 found.add(one)
                 if isinstance(one, Judged):
                     tell(one.verdict)

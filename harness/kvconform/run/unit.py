@@ -42,6 +42,13 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """One cell is judged from now on."""
+
+    key: Key
+
+
+@dataclass(frozen=True)
 class Judged:
     """One cell. known: the row of the known failures that it is. stale: why its row holds no longer, or nothing."""
 
@@ -68,7 +75,7 @@ def by_config(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
     return found
 
 
-def judged_config(task: Task, cells: Sequence[Cell], client: WorkerClient) -> Iterator[Judged | ConfigDone]:
+def judged_config(task: Task, cells: Sequence[Cell], client: WorkerClient) -> Iterator[Begun | Judged | ConfigDone]:
     """Judges the cells of one config in their order. Raises BackendUnavailable."""
     unreliable = passed = False
     for cell in cells:
@@ -78,6 +85,7 @@ def judged_config(task: Task, cells: Sequence[Cell], client: WorkerClient) -> It
             passed = passed or verdict.outcome is Outcome.PASS
             yield Judged(verdict)
             continue
+        yield Begun(cell.key)
         if unreliable and not cell.clause.blind:
             verdict = _not_judged(cell, client.spec.address)
         else:
