@@ -662,17 +662,19 @@ def test_a_lower_precision_is_told_by_the_bounds_that_it_keeps(name: str, config
 
 
 @pytest.mark.parametrize(
-    "address",
+    ("address", "config"),
     [
-        of("SecondHead"),
-        of("DecodeOnePercent"),
-        conditional("ChunkFrom4"),
-        FAULTS["bits-reinterpreted"].address,
-        FAULTS["decode-in-bfloat16"].address,
+        (of("SecondHead"), "attention-gqa"),
+        (of("DecodeOnePercent"), "attention-gqa"),
+        (conditional("ChunkFrom4"), "attention-gqa"),
+        (FAULTS["bits-reinterpreted"].address, "attention-gqa"),
+        (FAULTS["decode-in-bfloat16"].address, "attention-gqa"),
+        (FAULTS["attention-factor-ignored"].address, "decoder-longrope"),
+        (FAULTS["bias-of-new-tokens"].address, "attention-softcap"),
     ],
 )
-def test_what_rounding_does_not_explain_has_no_precision(address: str) -> None:
-    found = diagnosed(address)
+def test_what_rounding_does_not_explain_has_no_precision(address: str, config: str) -> None:
+    found = diagnosed(address, config)
     assert found is not None
     assert found.precision is None
 
