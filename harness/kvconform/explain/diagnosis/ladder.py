@@ -143,7 +143,7 @@ def _nearer(rung: PrecisionMatch, symptoms: Sequence[Symptom], claims: Claims) -
             continue
         found = share(program, how, _outputs([one], plain, claims, None))
         coded, exact = coded + found[0], exact + found[1]
-    return 0 < exact and coded <= NEARER * exact
+    return exact > 0 and coded <= NEARER * exact
 
 
 def _size(
