@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvconform import __version__
-from kvconform.cli import audit, baseline, bench, report, run, spec
+from kvconform.cli import audit, baseline, bench, report, run, spec, vectors
 from kvconform.cli.options import errors, say
 from kvconform.errors import BackendUnavailable, KvconformError
 from kvconform.results.results import EXIT_CODES
@@ -72,6 +72,7 @@ app.command()(baseline.gate)
 app.command()(baseline.merge)
 app.command()(audit.audit)
 app.add_typer(bench.app, name="bench")
+app.add_typer(vectors.app, name="vectors")
 app.command()(report.report)
 app.command()(spec.backends)
 app.command()(spec.spec)
