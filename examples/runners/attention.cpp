@@ -5,7 +5,7 @@
 //   ./attention vectors answers [--fault top-left]
 //   kvconform vectors judge vectors answers
 //
-// It answers the vectors of the attention profile in float32. docs/vectors.md says what a runner must do.
+// It answers the vectors of the attention profile in float32. docs/interpreting.md says what a runner must do.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

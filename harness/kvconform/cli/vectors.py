@@ -9,12 +9,15 @@ from typing import Annotated
 import typer
 
 from kvconform.api import file_name
+from kvconform.cli.audit import CATALOGUE
 from kvconform.cli.options import Device, Dtypes, Json, Seed, StartMethod, StepTimeout, print_json, progress_bar, say
 from kvconform.judging.verdict import Reason, Verdict
+from kvconform.mutation.fault import load_faults
 from kvconform.run.check import counted, foremost, steps
 from kvconform.run.run import plan_for
 from kvconform.vectors import answer as answers
 from kvconform.vectors import judge as judges
+from kvconform.vectors import power as powers
 from kvconform.vectors import write as writes
 from kvconform.vectors.record import Vector
 from kvconform.worker.client import STEP_TIMEOUT, WorkerClient, WorkerSpec
@@ -119,3 +122,30 @@ def judge(
         programs = sum(verdict.programs for verdict in results.verdicts)
         say(f"  {counted(results.counts)}; {programs} programs in {results.seconds:.0f} s; {path}")
     raise typer.Exit(results.exit_code)
+
+
+@app.command()
+def power(
+    folder: Folder,
+    names: Annotated[
+        list[str], typer.Argument(metavar="[FAULTS]...", help="Only faults whose name starts with one of these.")
+    ] = [],  # noqa: B006
+    faults: Annotated[str, typer.Option(help="The list of faults: module:LIST or path/file.py:LIST.")] = CATALOGUE,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("results/vectors-power.json"),
+    as_json: Json = False,
+) -> None:
+    """Runs planted faults as runners, and says which of them the set detects. The exit code is 1 if one that outputs
+    can show is not detected."""
+    chosen = [fault for fault in load_faults(faults) if fault.name.startswith(tuple(names) or "")]
+
+    def tell(tried: powers.Tried) -> None:
+        if not as_json and not tried.detected_by:
+            say(f"{tried.fault}: {tried.sentence}")
+
+    found = powers.power(folder, chosen, tell)
+    found.write(out)
+    if as_json:
+        print_json(found)
+    else:
+        say(f"{found.detected} of {found.shown} faults that outputs can show are detected; {out}")
+    raise typer.Exit(int(found.detected < found.shown))

@@ -22,8 +22,8 @@ from kvconform_specs.strategies import drawn
 
 CANDIDATES = 24
 """How many cases are drawn of a cell for each of its claims."""
-BUDGET = 24_000
-"""Bytes of a case beyond which a smaller one is preferred."""
+BUDGET = 8_000
+"""Bytes of a case. Cases that take less are no better than those that take as much."""
 WIDE = Claims(
     profiles=("attention", "decoder"),
     abilities=tuple(name for name in ABILITIES if name in FEATURES or name == "refusal"),
@@ -79,10 +79,12 @@ def _chosen(cell: Cell, claims: Claims, number: int, seed: int) -> list[Case]:
     missing = set(situations.all)
     while left := [key for key in found if key not in chosen]:
         new = {key: len(reached[key] & missing) for key in left}
-        if not any(new.values()) and len(chosen) >= number:
+        if any(new.values()):
+            best = max(left, key=lambda key: (new[key] / max(sizes[key], BUDGET), sizes[key]))
+        elif len(chosen) < number:
+            best = max(left, key=lambda key: sizes[key] if sizes[key] <= BUDGET else -sizes[key])
+        else:
             break
-        # the most new situations; then the largest within the budget, or the smallest beyond it
-        best = max(left, key=lambda key: (new[key], sizes[key] if sizes[key] <= BUDGET else -sizes[key]))
         missing -= reached[best]
         chosen.append(best)
     return [found[key] for key in chosen]
@@ -90,7 +92,7 @@ def _chosen(cell: Cell, claims: Claims, number: int, seed: int) -> list[Case]:
 
 def size(case: Case) -> int:
     """About how many bytes the tensors of a case take."""
-    return sum(_tokens(program.steps) * _bytes(program.config) for program in case.programs)
+    return 1 + sum(_tokens(program.steps) * _bytes(program.config) for program in case.programs)
 
 
 def _tokens(steps: Sequence[Any]) -> int:

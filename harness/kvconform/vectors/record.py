@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kvconform.files import read_versioned, write_versioned
 from kvconform_specs.clause import Case
+from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
 
 SCHEMA = "kvconform-vectors/1"
@@ -161,6 +162,10 @@ def case_of(manifest: Manifest, vector: Vector) -> Case:
     config = manifest.configs[vector.config].config
     programs = [{"config": config, "steps": [step.call for step in program]} for program in vector.programs]
     return Case.from_json(programs, vector.name)
+
+
+def config_of(manifest: Manifest, vector: Vector) -> Config:
+    return Config.from_json(manifest.configs[vector.config].config, vector.config)
 
 
 # --- tensors ---

@@ -26,12 +26,15 @@ from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case, Level, short
 from kvconform_specs.clauses import ALL
 from kvconform_specs.config import Config
+from kvconform_specs.configs import share
 from kvconform_specs.program import Append, Program, Reject, step_to_json
 from kvconform_specs.reference.oracle import Expected, Generation, expect
 from kvconform_specs.tensors import malformed, weights
 
 Array = NDArray[Any]
-CASES = 2
+VARIED = ("definition", "window")
+"""The chapters about what configs vary."""
+CASES = 1
 """How many cases of a cell the core set has, for each of its claims."""
 
 
@@ -94,9 +97,17 @@ def write(
 
 
 def _selected(cell: Cell, plan: Plan) -> bool:
-    """Whether a cell has vectors. Guarantees and long contexts are only in sets that select them by name."""
-    core = cell.clause.level is Level.MUST or bool(plan.clauses)
-    return not left_out(cell.clause) and core and (short(cell.config) or bool(plan.configs))
+    """Whether a cell has vectors.
+
+    A set that selects clauses or configs by name holds all of these that it can. The core set has no guarantees and no
+    long contexts. Of configs whose share of an effort is small it has the core clauses, and those about what they vary.
+    """
+    if left_out(cell.clause):
+        return False
+    if plan.clauses or plan.configs:
+        return (cell.clause.level is Level.MUST or bool(plan.clauses)) and (short(cell.config) or bool(plan.configs))
+    varied = cell.clause.core or cell.clause.chapter in VARIED
+    return cell.clause.level is Level.MUST and short(cell.config) and (share(cell.config_name) == 1 or varied)
 
 
 def _why_none(clause: Any) -> str:
