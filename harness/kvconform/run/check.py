@@ -55,7 +55,7 @@ OPTION_HELP = (
     "past, cached, new, batch, out (the result). May be repeated."
 )
 FORMS = (
-    "file.py:NAME or package.module:NAME (a class, factory or function), decoder.onnx, "
+    "file.py:NAME or package.module:NAME (a class, factory or function), decoder.onnx or a folder with one, "
     "hf:DIRECTORY or hf:CONFIG_CLASS (transformers), or the name of an installed backend"
 )
 
@@ -65,8 +65,8 @@ def addresses(target: str, options: Mapping[str, Any]) -> list[str]:
     if target.startswith("hf:"):
         caches = [options["cache"]] if "cache" in options else ["dynamic", "static"]
         return [_address("hf", target.removeprefix("hf:"), {**options, "cache": cache}) for cache in caches]
-    if target.endswith(".onnx"):
-        if not Path(target).is_file():
+    if target.endswith(".onnx") or (Path(target).is_dir() and target not in installed()):
+        if not Path(target).exists():
             raise BadArgument("target", target, sentence=f"target: no file {target}")
         return [_address("onnx", target, options)]
     if target in installed():
