@@ -68,6 +68,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     """Its own configs, by name."""
     held: Held | None = None
     """How much of a long sequence it keeps; null where that is not known, or where outputs depend on all of it."""
+    reference: str = ""
+    """The address of the artefact whose forward without a cache is the reference; empty: its own forward is."""
     noise: dict[str, float] = {}
     """For each config, how far rounding can move an output, relative to the size of the outputs."""
 

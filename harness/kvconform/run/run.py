@@ -21,7 +21,7 @@ from kvconform.results.merge import vectors_of, write_vectors
 from kvconform.results.results import Results, Target, read
 from kvconform.run import cross_backend, explain_failures
 from kvconform.search import counterexample
-from kvconform.search.cell import Cell, run_cell
+from kvconform.search.cell import Cell, Why, run_cell
 from kvconform.search.effort import DEFAULT_EFFORT, EFFORTS, Effort, effort_named
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
@@ -194,7 +194,7 @@ def run_backend(
         done = {verdict.key: verdict for verdict in results.verdicts}
         results.verdicts = []
         results.stale = unmatched_entries(known_failures, name)
-        unreliable: set[str] = set()
+        unreliable: dict[str, Why] = {}
         begin(results, sum(1 for _ in cells(plan, client.configs)))
         for cell in cells(plan, client.configs):
             known = known_failures.find(name, cell, spec.device)
@@ -205,11 +205,12 @@ def run_backend(
                 continue
             try:
                 if cell.config_name in unreliable and not cell.clause.blind:
-                    verdict, stale = _not_judged(cell, spec.address), ""
+                    verdict, stale = _not_judged(cell, spec.address, unreliable[cell.config_name]), ""
                 else:
                     verdict, stale = judged(cell, client, plan, failures, known)
-                if _reference_broken(client, verdict, failures):
-                    unreliable.add(cell.config_name)
+                why = _unjudgeable(client, verdict, failures)
+                if why is not None:
+                    unreliable[cell.config_name] = why
             except BackendUnavailable as error:
                 set_unavailable(results, error)
                 break
@@ -270,28 +271,43 @@ def artefacts(out: Path) -> str:
     return str((out / "artefacts").resolve())
 
 
-def _reference_broken(client: WorkerClient, verdict: Verdict, failures: Path) -> bool:
-    """Whether a black box's own forward is unusable as the reference: it breaks its clause without any cached step, too
-    (the process of the reference runs no cached steps)."""
+def _unjudgeable(client: WorkerClient, verdict: Verdict, failures: Path) -> Why | None:
+    """Why the other clauses cannot be judged, or None: a black box's own forward breaks the clause of the reference
+    without any cached step, too (the process of the reference runs no cached steps).
+
+    If the reference is another artefact, the own forward disagrees with it, unless that artefact breaks the clause
+    itself."""
     about_reference = client.target is not None and verdict.clause == _REFERENCE_CLAUSE.name
     if not about_reference or not verdict.counterexample or verdict.raised:
-        return False
+        return None
     case = Case.from_json(counterexample.read(failures / verdict.counterexample).case)
     alone = [
         replace(program, steps=tuple(s for s in program.steps if isinstance(s, UncachedForward)))
         for program in case.programs
     ]
-    return counterexample.replayed(_REFERENCE_CLAUSE, client, [], Case(tuple(alone))) is not None
+    if counterexample.replayed(_REFERENCE_CLAUSE, client, [], Case(tuple(alone))) is None:
+        return None
+    name, address = _REFERENCE_CLAUSE.name, client.reference_address
+    if not address:
+        return Reason.REFERENCE_BROKEN, f"not judged: its own forward, the reference, breaks {name}"
+    theirs = Case(tuple(replace(program, config=client.config_of_reference(program.config)) for program in alone))
+    with WorkerClient(replace(client.spec, address=address)) as reference:
+        if counterexample.replayed(_REFERENCE_CLAUSE, reference, [], theirs) is not None:
+            return Reason.REFERENCE_BROKEN, f"not judged: the reference, {address}, breaks {name} itself"
+    words = (
+        "its own forward without a cache disagrees with the reference; without --reference the cache is judged by it"
+    )
+    return Reason.REFERENCE_DISAGREES, f"not judged: {words}"
 
 
-def _not_judged(cell: Cell, backend: str) -> Verdict:
+def _not_judged(cell: Cell, backend: str, why: Why) -> Verdict:
     return Verdict(
         clause=cell.clause.name,
         config=cell.config_name,
         backend=backend,
         outcome=Outcome.INCONCLUSIVE,
-        reason=Reason.REFERENCE_BROKEN,
-        sentence=f"not judged: its own forward, the reference, breaks {_REFERENCE_CLAUSE.name}",
+        reason=why[0],
+        sentence=why[1],
     )
 
 

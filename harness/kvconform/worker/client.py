@@ -31,6 +31,7 @@ from kvconform.errors import (
     WorkerTimeout,
 )
 from kvconform.host import gpu, oom_kills
+from kvconform.worker.pairing import paired
 from kvconform.worker.process import exit_of
 from kvconform.worker.protocol import LENGTHS, PROGRESS, Header, Traces, send, unpack
 from kvconform.worker.start import FORK, START_METHODS, WORKER, Launch, Process, started
@@ -114,10 +115,17 @@ class WorkerClient:
         self._imported: dict[str, str] = {}
         self._measured = False  # how a black box's own forward rounds
         self._reference: WorkerClient | None = None  # of a black box: a process in which no cached step ever runs
+        self._pairs: dict[Config, Config] = {}  # the config of another artefact that is the reference, for each
         if spec.device not in self.claims.devices:
             self.close()
             known = ", ".join(self.claims.devices)
             raise Unavailable(f"backend {spec.address!r} does not run on {spec.device}; it claims: {known}")
+        if self.reference_address:
+            try:
+                self._pair(self.reference_address)
+            except BaseException:
+                self.close()
+                raise
 
     def __enter__(self) -> WorkerClient:
         return self
@@ -136,15 +144,74 @@ class WorkerClient:
         """What a black box is judged by, for each of its configs; None where that is the definition."""
         return None if self.target is None else lambda config: partial(self._reference_forward, config)
 
+    @property
+    def reference_address(self) -> str:
+        """The address of the artefact that a black box is judged by; empty where that is its own forward."""
+        return "" if self.target is None else str(self.target["reference"])
+
+    def _pair(self, address: str) -> None:
+        """Opens the artefact that is the reference. Raises BackendUnavailable if it cannot be one."""
+        assert self.target is not None
+        try:
+            reference = self._reference = WorkerClient(replace(self.spec, address=address))
+        except BackendUnavailable as error:
+            raise type(error)(f"the reference {address}: {error.sentence}", error.remedy) from error
+        if reference.target is None:
+            raise BackendUnavailable(f"the reference {address} has no weights of its own")
+        reference._measured = True
+        pairs = paired(self.configs, reference.configs, address)
+        self._pairs = dict(pairs.values())
+        self.target["configs"] = {name: config.to_json() for name, (config, _theirs) in pairs.items()}
+        dtypes = dict.fromkeys((*self.claims.dtypes, *(config.dtype for config in self._pairs)))
+        self.claims = replace(self.claims, dtypes=tuple(dtypes))
+
+    def config_of_reference(self, config: Config) -> Config:
+        """The config under which the reference runs where the target runs under ``config``."""
+        return self._pairs.get(config, config)
+
     def _reference_forward(
-        self, config: Config, inputs: NDArray[Any], storage: float, accumulation: float, seed: int, context: int = 0
+        self,
+        config: Config,
+        inputs: NDArray[Any],
+        storage: float,
+        accumulation: float,
+        seed: int,
+        context: int = 0,
+        variant: str = "",
     ) -> NDArray[Any]:
-        """The black box's own forward (``oracle.ReferenceForward``). Raises WorkerDied where it raises or dies."""
+        """The forward that a black box is judged by (``oracle.ReferenceForward``), or a variant of it. Raises
+        WorkerDied where it raises or dies."""
         if self._reference is None:
             self._reference = WorkerClient(self.spec)
             self._reference._measured = True
-        reference = self._reference
-        reason = reference.build(config)
+        theirs = self.config_of_reference(config)
+        return self._reference.own_forward(theirs, inputs, storage, accumulation, seed, context, variant)
+
+    def reference_variants(self, config: Config) -> list[str]:
+        """The variants that the reference offers (``backend.BlackBox.variants``), in words."""
+        if self._reference is None:
+            return []
+        theirs = self.config_of_reference(config)
+        self._reference.build(theirs)
+        header, _blob = self._reference._ask({"op": "variants", "config": theirs.to_json()}, BUILD_TIMEOUT)
+        return list(header.get("variants", ()))
+
+    def variant_forward(self, config: Config, variant: str) -> ReferenceForward:
+        """A variant of the reference."""
+        return partial(self._reference_forward, config, variant=variant)
+
+    def own_forward(
+        self,
+        config: Config,
+        inputs: NDArray[Any],
+        storage: float = 0.0,
+        accumulation: float = 0.0,
+        seed: int = 0,
+        context: int = 0,
+        variant: str = "",
+    ) -> NDArray[Any]:
+        """A black box's own forward without a cache, in this process. Raises WorkerDied where it raises or dies."""
+        reason = self.build(config)
         if reason is not None:
             raise BackendUnavailable(reason)
         message = {
@@ -156,9 +223,10 @@ class WorkerClient:
             "accumulation": accumulation,
             "seed": seed,
             "context": context,
+            "variant": variant,
         }
         try:
-            header, blob = reference._ask(message, self.spec.step_timeout, np.ascontiguousarray(inputs).tobytes())
+            header, blob = self._ask(message, self.spec.step_timeout, np.ascontiguousarray(inputs).tobytes())
         except WorkerDied as death:
             raise type(death)("reference", ended=death.ended) from None
         if "error" in header:
@@ -196,7 +264,8 @@ class WorkerClient:
         if self.target is not None and not self._measured:
             self._measured = True
             with suppress(WorkerDied, BackendUnavailable):  # what is wrong with its own forward is found by a clause
-                if shares_rounding(self._reference_forward, config):
+                forwards = [self._reference_forward, *([self.own_forward] if self.reference_address else [])]
+                if any(shares_rounding(forward, config) for forward in forwards):
                     self.claims = replace(self.claims, rounding="shared")
                 changes = length_changes(self._reference_forward, config)
                 self.claims = replace(self.claims, changes_at=changes)
