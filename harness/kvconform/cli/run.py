@@ -106,9 +106,10 @@ def check(
     """Judges a target without an adapter.
 
     Detects the calling convention, prints its assumptions, and uses the target's own uncached forward as the reference,
-    after testing that forward, or that of another artefact with the same weights (--reference). Prints what is broken, which known mistake it behaves like, and which tokens its outputs
-    depend on. Where no way of calling it agrees with that forward, it is not judged: the exit code is 3, and the
-    message shows the option to give. Anything else is a class with the methods of kvconform.BlackBox (an adapter).
+    after testing that forward, or that of another artefact with the same weights (--reference). Prints what is broken,
+    which known mistake it behaves like, and which tokens its outputs depend on. Where no way of calling it agrees with
+    that forward, it is not judged: the exit code is 3, and the message shows the option to give. Anything else is a
+    class with the methods of kvconform.BlackBox (an adapter).
     """
     plan = Plan(effort_named(effort) if effort else CHECK, seed, explain=True)
     found = []

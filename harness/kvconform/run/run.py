@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from kvconform.errors import BackendUnavailable, BadArgument, StaleEntry, Unavailable, UnknownClause
+from kvconform.explain.diagnosis import disagreements
 from kvconform.host import machine
 from kvconform.judging.order import REFERENCE_CLAUSE
 from kvconform.judging.verdict import Outcome, Reason, Verdict
@@ -21,7 +22,7 @@ from kvconform.results.merge import vectors_of, write_vectors
 from kvconform.results.results import Results, Target, read
 from kvconform.run import cross_backend, explain_failures
 from kvconform.search import counterexample
-from kvconform.search.cell import Cell, Why, run_cell
+from kvconform.search.cell import Cell, Why, run_cell, unsupported
 from kvconform.search.effort import DEFAULT_EFFORT, EFFORTS, Effort, effort_named
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
@@ -125,15 +126,20 @@ def _selected(plan: Plan, own_configs: Mapping[str, Config] | None) -> Iterator[
     for name, config in asked.items():
         if plan.configs and not name.startswith(plan.configs):
             continue
-        for clause in (
-            (_REFERENCE_CLAUSE, *(clause for clause in ALL if clause is not _REFERENCE_CLAUSE)) if own_configs else ALL
-        ):
+        for clause in sorted(ALL, key=lambda clause: _FIRST.get(clause.name, len(_FIRST))) if own_configs else ALL:
             if clause.concerns(config) and (not plan.clauses or clause.name.startswith(plan.clauses)):
                 yield Cell(clause, config, name)
 
 
 _REFERENCE_CLAUSE = BY_NAME[REFERENCE_CLAUSE]
-"""Judged first for a black box: if its own forward breaks this clause, it cannot be the reference of the others."""
+_DEFINITION = ("definition.decoder",)
+_FIRST = {name: place for place, name in enumerate((REFERENCE_CLAUSE, *_DEFINITION))}
+"""Judged first for a black box: if its own forward breaks the first of these, it cannot be the reference of the others;
+the other one applies where another artefact is the reference, and tests that both compute the same."""
+DISAGREES = (
+    "not judged: without a cache, too, the target computes something else than the reference; check it without "
+    "--reference to judge its cache"
+)
 OWN_CONFIGS = ("decoder-self", "hidden-self")
 """The configs of black boxes, which are known only after loading."""
 
@@ -204,11 +210,11 @@ def run_backend(
                 tell(verdict)
                 continue
             try:
-                if cell.config_name in unreliable and not cell.clause.blind:
+                if cell.config_name in unreliable and unsupported(cell, client) is None:
                     verdict, stale = _not_judged(cell, spec.address, unreliable[cell.config_name]), ""
                 else:
                     verdict, stale = judged(cell, client, plan, failures, known)
-                why = _unjudgeable(client, verdict, failures)
+                why = _unjudgeable(client, cell, verdict, failures)
                 if why is not None:
                     unreliable[cell.config_name] = why
             except BackendUnavailable as error:
@@ -271,14 +277,20 @@ def artefacts(out: Path) -> str:
     return str((out / "artefacts").resolve())
 
 
-def _unjudgeable(client: WorkerClient, verdict: Verdict, failures: Path) -> Why | None:
-    """Why the other clauses cannot be judged, or None: a black box's own forward breaks the clause of the reference
-    without any cached step, too (the process of the reference runs no cached steps).
+def _unjudgeable(client: WorkerClient, cell: Cell, verdict: Verdict, failures: Path) -> Why | None:
+    """Why the other clauses of a black box cannot be judged, or None.
 
-    If the reference is another artefact, the own forward disagrees with it, unless that artefact breaks the clause
-    itself."""
-    about_reference = client.target is not None and verdict.clause == _REFERENCE_CLAUSE.name
-    if not about_reference or not verdict.counterexample or verdict.raised:
+    Its own forward, if that is the reference, breaks the clause of the reference without any cached step, too (the
+    process of the reference runs no cached steps). Or another artefact is the reference, and disagrees with that
+    forward: then every clause would report the same, and say nothing of the cache.
+    """
+    if client.target is None or not verdict.counterexample or verdict.raised:
+        return None
+    if client.reference_address:
+        if verdict.clause not in _DEFINITION or disagreements.agrees(client, cell.config):
+            return None
+        return Reason.REFERENCE_DISAGREES, DISAGREES
+    if verdict.clause != _REFERENCE_CLAUSE.name:
         return None
     case = Case.from_json(counterexample.read(failures / verdict.counterexample).case)
     alone = [
@@ -287,17 +299,7 @@ def _unjudgeable(client: WorkerClient, verdict: Verdict, failures: Path) -> Why 
     ]
     if counterexample.replayed(_REFERENCE_CLAUSE, client, [], Case(tuple(alone))) is None:
         return None
-    name, address = _REFERENCE_CLAUSE.name, client.reference_address
-    if not address:
-        return Reason.REFERENCE_BROKEN, f"not judged: its own forward, the reference, breaks {name}"
-    theirs = Case(tuple(replace(program, config=client.config_of_reference(program.config)) for program in alone))
-    with WorkerClient(replace(client.spec, address=address)) as reference:
-        if counterexample.replayed(_REFERENCE_CLAUSE, reference, [], theirs) is not None:
-            return Reason.REFERENCE_BROKEN, f"not judged: the reference, {address}, breaks {name} itself"
-    words = (
-        "its own forward without a cache disagrees with the reference; without --reference the cache is judged by it"
-    )
-    return Reason.REFERENCE_DISAGREES, f"not judged: {words}"
+    return Reason.REFERENCE_BROKEN, f"not judged: its own forward, the reference, breaks {_REFERENCE_CLAUSE.name}"
 
 
 def _not_judged(cell: Cell, backend: str, why: Why) -> Verdict:

@@ -56,9 +56,10 @@ def decoder_in(folder: Path) -> Path:
         if name and (folder / name).is_file():
             return folder / name
     found = graphs_in(folder)
-    known = [path for name in NAMES for path in found if path.name == name]
+    known: list[Path] = [path for name in NAMES for path in found if path.name == name]
     if known or len(found) == 1:
-        return (known or found)[0]
+        path: Path = (known or found)[0]
+        return path
     if not found and (folder / MODEL).is_file():
         raise BackendUnavailable(f"{folder} holds no ONNX file; a directory of transformers is hf:{folder}")
     files = ", ".join(str(path.relative_to(folder)) for path in found) or "none"

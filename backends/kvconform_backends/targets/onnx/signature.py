@@ -174,7 +174,7 @@ class _Unknown(Exception):
 def rings(model: onnx.ModelProto) -> dict[str, int]:
     """The inputs that hold the tokens of a window as a ring, by name, with the number of those tokens
     (``sliding_window_cache`` of ``GroupQueryAttention``, inputs 3 and 4)."""
-    found = {}
+    found: dict[str, int] = {}
     for node in model.graph.node:
         attributes = {one.name: one.i for one in node.attribute}
         if node.op_type == "GroupQueryAttention" and attributes.get("sliding_window_cache"):

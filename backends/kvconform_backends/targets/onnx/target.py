@@ -58,7 +58,9 @@ def open_onnx(target: str, options: Mapping[str, Any]) -> OnnxTarget:
     uncached: DecoderGraph | None = None
     path = decoder_in(Path(target)) if Path(target).is_dir() else Path(target)
     sizes = {name: options[name] for name in ("head_dim", "window") if name in options}
-    settings = replace(beside(path), **sizes, **({"source": "an option"} if sizes else {}))
+    settings = beside(path)
+    if sizes:
+        settings = replace(settings, **sizes, source="an option")
     cached, assumed = DecoderGraph.load(path, settings), list[str]()
     for second, first in PAIRS.items():
         files = [cached.path.with_stem(stem) for stem in (second, first)]

@@ -1,8 +1,8 @@
 """How a target differs from another artefact that is its reference, where it does so without a cache.
 
 The target's own forward is compared with the reference's on a few long sequences. Variants of the reference, which
-differ from it in one thing each, are tried: one is named if it gives all outputs within the bounds of the reference, and
-if the reference itself does not.
+differ from it in one thing each, are tried: those are named that give all outputs within the bounds of the reference
+where the reference itself does not.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ STREAM = 17
 """Of the sequences that are compared."""
 
 
+def agrees(client: WorkerClient, config: Config) -> bool:
+    """Whether the own forward is within the bounds of the reference. Raises WorkerDied where a forward fails."""
+    got, want, bound = _compared(client, config)
+    return bool(_within(got, want, bound).all())
+
+
 def disagreement(client: WorkerClient, config: Config, maps: Sequence[Map]) -> Disagreement | None:
     """None if the own forward is within the bounds of the reference. Raises WorkerDied where a forward fails."""
-    forward = client.reference_forward
-    assert forward is not None
-    tape = Streams(config, config.capacity, range(ROWS)).tape(STREAM)
-    reference = model(config, forward(config), lambda: tape[:, None], 0, 0, client.claims.precision).numbers
-    want, bound = reference("value")[:, 0], reference("bound")[:, 0]
-    got = client.own_forward(config, tape)
+    got, want, bound = _compared(client, config)
     right = _within(got, want, bound)
     if right.all():
         return None
@@ -39,7 +40,7 @@ def disagreement(client: WorkerClient, config: Config, maps: Sequence[Map]) -> D
     alike = [
         variant
         for variant in client.reference_variants(config)
-        if _within(got, client.variant_forward(config, variant)(tape, 0.0, 0.0, 0), bound).all()
+        if _within(got, client.variant_forward(config, variant)(_tape(config), 0.0, 0.0, 0), bound).all()
     ]
     return Disagreement(
         reference=client.reference_address,
@@ -50,6 +51,18 @@ def disagreement(client: WorkerClient, config: Config, maps: Sequence[Map]) -> D
         sees_less=_shows(maps, REQUIRED),
         variants=alike,
     )
+
+
+def _tape(config: Config) -> Array:
+    return Streams(config, config.capacity, range(ROWS)).tape(STREAM)
+
+
+def _compared(client: WorkerClient, config: Config) -> tuple[Array, Array, Array]:
+    """What the own forward gives, what the reference does, and the bounds, ``(rows, tokens, outputs)``."""
+    forward, tape = client.reference_forward, _tape(config)
+    assert forward is not None
+    reference = model(config, forward(config), lambda: tape[:, None], 0, 0, client.claims.precision).numbers
+    return client.own_forward(config, tape), reference("value")[:, 0], reference("bound")[:, 0]
 
 
 def _within(got: Array, want: Array, bound: Array) -> Array:

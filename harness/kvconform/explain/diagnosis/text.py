@@ -54,19 +54,19 @@ def _details(found: Diagnosis) -> Iterator[str]:
 
 def disagreement(found: Disagreement) -> Iterator[str]:
     """What the own forward computes in place of the reference, as far as it is known."""
-    start = "the first token" if not found.first_token else f"token {found.first_token}"
+    start = f"from token {found.first_token} on" if found.first_token else "at the first token already"
     yield (
-        f"disagrees with the reference at {start} already, without a cache: this is no mistake of the cache, but "
-        f"another function than that of {found.reference}"
+        f"disagrees with the reference {start}, without a cache: this is no mistake of the cache, but another function "
+        f"than that of {found.reference}"
     )
     if found.window:
-        yield f"It is the first that the reference's window of {found.window} tokens keeps from seeing all before it"
+        yield f"That token is the first that does not see all before it in the reference, whose window is {found.window}"
     if found.sees_more:
         yield "Its outputs depend on tokens that those of the reference do not: a window is wider, or lost"
     if found.sees_less:
         yield "Its outputs do not depend on tokens that those of the reference depend on"
     if found.variants:
-        yield f"They are what the reference gives {', and '.join(found.variants)}"
+        yield f"Its outputs are what the reference gives {', and also '.join(found.variants)}"
     elif not found.first_token:
         yield (
             f"Over the vocabulary, the two correlate by {found.correlation:.2f}. Other weights do this, quantised ones "
