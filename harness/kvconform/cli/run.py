@@ -16,6 +16,7 @@ from kvconform.cli.options import (
     Device,
     Dtypes,
     EffortName,
+    Jobs,
     Json,
     Out,
     Pythons,
@@ -64,6 +65,7 @@ def run(
     start_method: StartMethod = FORK,
     known_failures: Annotated[Path | None, typer.Option(help="A TOML file of known failures.")] = None,
     shard: Annotated[str, typer.Option(help="Only part i of n of the cells, as i/n: whole configs.")] = "",
+    jobs: Jobs = 1,
     as_json: Json = False,
 ) -> None:
     """Judges backends by every clause. Writes OUT/<backend>.json, and a counterexample for each failure.
@@ -77,7 +79,7 @@ def run(
     found = []
     for name, spec in launches(backend, device, python, step_timeout, start_method).items():
         with Progress(name, out, quiet=as_json) as progress:
-            results = run_backend(name, spec, plan, out, progress.tell, known, progress.begin)
+            results = run_backend(name, spec, plan, out, progress.tell, known, progress.begin, jobs)
         found.append(results)
         if not as_json:
             _print_results(results, path_of(name, plan, out))
