@@ -118,6 +118,7 @@ def check(
     init: Annotated[str, typer.Option(help="Keyword arguments of the class or factory, as JSON.")] = "",
     option: Annotated[list[str], typer.Option(help=checks.OPTION_HELP)] = [],  # noqa: B006
     claim: Annotated[list[str], typer.Option(help=checks.CLAIM_HELP)] = [],  # noqa: B006
+    reference: Annotated[str, typer.Option(help=checks.REFERENCE_HELP)] = "",
     device: Device = "cpu",
     effort: Annotated[
         str, typer.Option(help=f"How much to try: {', '.join(EFFORTS)}. Default: less than smoke, in under a minute.")
@@ -133,13 +134,14 @@ def check(
     """Judges a target without an adapter.
 
     Detects the calling convention, prints its assumptions, and uses the target's own uncached forward as the reference,
-    after testing that forward. Prints what is broken, which known mistake it behaves like, and which tokens its outputs
-    depend on. Where no way of calling it agrees with that forward, it is not judged: the exit code is 3, and the
-    message shows the option to give. Anything else is a class with the methods of kvconform.BlackBox (an adapter).
+    after testing that forward, or that of another artefact with the same weights (--reference). Prints what is broken,
+    which known mistake it behaves like, and which tokens its outputs depend on. Where no way of calling it agrees with
+    that forward, it is not judged: the exit code is 3, and the message shows the option to give. Anything else is a
+    class with the methods of kvconform.BlackBox (an adapter).
     """
     plan = Plan(effort_named(effort) if effort else CHECK, seed, explain=True)
     found = []
-    for address in checks.addresses(target, checks.options(init, option, claim)):
+    for address in checks.addresses(target, checks.options(init, option, claim), reference):
         name = file_name(address)
         shutil.rmtree(out / "failures" / name, ignore_errors=True)  # of an earlier check
         spec = WorkerSpec(address, device, python, step_timeout, start_method=start_method)
