@@ -15,8 +15,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from kvconform.errors import BackendUnavailable
 from kvconform_backends.targets.hf import trials
-from kvconform_backends.targets.hf.recipe import Calls, Recipe, config_of
-from kvconform_backends.targets.hf.sizes import SPECIAL, SPREAD, tiny
+from kvconform_backends.targets.hf.recipe import Calls, Recipe, config_of, decoder_part, model_class
+from kvconform_backends.targets.hf.sizes import SPECIAL, SPREADS, spread, tiny
 from kvconform_backends.targets.hf.target import Transformers, experts
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 from kvconform_specs.claims import Claims
@@ -76,14 +76,15 @@ def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
             f"target hf:{target}: transformers {transformers.__version__} raised {words}"
         ) from words
     made = _made(target, model, config, recipe, calls)
-    made.assumed = (*assumed, *said, *_assumed(config))
-    made.claims = _claims(config, recipe, trials.offered(made(config, {})))
+    made.assumed = (*assumed, *said, *_assumed(config, calls))
+    made.claims = _claims(config, recipe, calls, trials.offered(made(config, {})))
     return made
 
 
 def _made(target: str, model: Any, config: Config, recipe: Recipe, calls: Calls) -> type[Transformers]:
     kind = type(model).__name__
     cache = recipe.cache_class if calls.makes_cache else "a cache of its own"
+    cache += " and states in the module" if calls.states else ""
     attributes = {
         "configs": {"decoder-self": config},
         "made": model,
@@ -92,7 +93,7 @@ def _made(target: str, model: Any, config: Config, recipe: Recipe, calls: Calls)
         "source": recipe.source,
         "recognised": f"transformers {kind}, {cache}, {model.config._attn_implementation}",
         "assumed": (),
-        "claims": _claims(config, recipe, ()),
+        "claims": _claims(config, recipe, calls, ()),
         "__module__": __name__,
         "__doc__": f"{kind} of {target}.",
     }
@@ -115,15 +116,17 @@ def __getattr__(name: str) -> Any:
 
 def _recipe(target: str, options: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
     """How the target is built, and the assumptions made."""
-    directory = Path(target).resolve()
+    directory, whole = Path(target).resolve(), None
     found = (directory / "config.json").is_file()
     kind = getattr(transformers, target, None)
     if found:
         plain = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         held = any(file.suffix == ".safetensors" or file.match("pytorch_model*.bin") for file in directory.iterdir())
-        fields = {} if held else {name: SPREAD for name in ("initializer_range", "init_std") if hasattr(plain, name)}
+        fields = {} if held else spread(plain.to_dict())
     elif isinstance(kind, type) and issubclass(kind, PreTrainedConfig):
+        trials.refuse_without_cache(model_class(kind))
         plain, held = kind(), False
+        whole, plain = plain, decoder_part(plain)
         fields = tiny(plain)
     else:
         raise BackendUnavailable(
@@ -133,8 +136,9 @@ def _recipe(target: str, options: Mapping[str, Any]) -> tuple[Recipe, tuple[str,
     for name in options["config"]:
         if not hasattr(plain, name):
             raise BackendUnavailable(f"target hf:{target}: {type(plain).__name__} has no field {name!r}")
+    parted = not found and plain is not whole
     recipe = Recipe(
-        origin=str(directory) if found else target,
+        origin=str(directory) if found else type(plain).__name__,
         directory=found,
         fields={**fields, **options["config"]},
         weights=held,
@@ -143,13 +147,16 @@ def _recipe(target: str, options: Mapping[str, Any]) -> tuple[Recipe, tuple[str,
         experts=options["experts_implementation"],
         dtype=options["dtype"],
         seed=options["seed"],
+        maker=model_class(type(whole)).__name__ if parted else "AutoModelForCausalLM",
     )
     assumed = [] if found else [f"its sizes were scaled down: {_sizes(fields)}"]
-    spread = {recipe.fields[name] for name in ("initializer_range", "init_std") if name in recipe.fields}
+    if parted:
+        assumed.insert(0, f"it is made of the {type(plain).__name__} in the {target}")
+    deviations = {recipe.fields[name] for name in SPREADS if name in recipe.fields}
     if held:
         assumed.append(f"its weights are those in {target}")
     else:
-        size = f", of standard deviation {spread.pop():g}, since 0.02 hides errors" if spread else ""
+        size = f", of standard deviation {deviations.pop():g}, since 0.02 hides errors" if deviations else ""
         assumed.append(f"its weights are random (seed {recipe.seed}{size})")
     return recipe, tuple(assumed)
 
@@ -165,20 +172,23 @@ def _sizes(fields: Mapping[str, Any], path: str = "") -> str:
     return ", ".join(said)
 
 
-def _assumed(config: Config) -> tuple[str, ...]:
+def _assumed(config: Config, calls: Calls) -> tuple[str, ...]:
+    how = "it is called like in generate: all token ids" if calls.prepared else "it is given the new token ids"
     said = [
-        "it is called like in generate: all token ids, an attention mask and the corresponding positions; rows of "
-        "different lengths have their padding on the left"
+        f"{how}, an attention mask and the corresponding positions; rows of different lengths have their padding on "
+        "the left"
     ]
     if config.reserved:
         said.append(f"tokens {', '.join(map(str, config.reserved))} are special and not used")
     return tuple(said)
 
 
-def _claims(config: Config, recipe: Recipe, offered: tuple[str, ...]) -> Claims:
+def _claims(config: Config, recipe: Recipe, calls: Calls, offered: tuple[str, ...]) -> Claims:
+    """A model that keeps states in its modules holds one sequence, which a call without a cache ends."""
     return Claims(
         profiles=("decoder",),
-        abilities=("uncached_forward", "fork", *offered),
+        abilities=offered if calls.states else ("uncached_forward", "fork", *offered),
+        max_sequences=1 if calls.states else None,
         padding=("left",),
         ragged_appends="first",
         dtypes=(config.dtype,),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from kvconform_backends.targets.hf.sizes import POSITIONS, SPECIAL
 from kvconform_specs.config import Config
@@ -40,11 +40,28 @@ def config_of(config: PreTrainedConfig, dtype: str) -> Config:
         window=window if window is not None and window < POSITIONS else None,
         window_every=2 if len(types) > 1 else 1,
         dtype=dtype,
-        layers=text.num_hidden_layers,
+        layers=_field(text, "num_hidden_layers") or 1,
         width=width,
         vocabulary=text.vocab_size,
         reserved=tuple(sorted({token for token in tokens if 0 <= token < text.vocab_size})),
     )
+
+
+def model_class(kind: type[PreTrainedConfig]) -> Any:
+    """The class of the causal language model that transformers makes of a config class; None if there is none."""
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    made = mapping.get(kind, None)
+    return made[0] if isinstance(made, tuple) else made
+
+
+def decoder_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a composite config that its causal language model is made of, where transformers does not choose it
+    itself; otherwise the config."""
+    wanted = getattr(model_class(type(config)), "config_class", None)
+    if wanted is None or isinstance(config, wanted) or config.sub_configs.get("text_config") is wanted:
+        return config
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    return next((part for part in parts if isinstance(part, wanted)), config)
 
 
 def _field(config: PreTrainedConfig, *names: str) -> int | None:
@@ -68,14 +85,18 @@ class Calls:
     """How a model is called, as found by trial.
 
     makes_cache: whether the caller makes the first cache; otherwise the model does. given_as, returned_as: the names of
-    the cache among the arguments and in the output. positions: whether the model takes ``position_ids``. one_by_one:
-    when tokens are given one at a time, since the model does not take several.
+    the cache among the arguments and in the output; empty: it is not returned, and the one that was given is modified
+    in place. states: attributes of its modules that keep a state from call to call. positions: whether the model takes
+    ``position_ids``. prepared: whether its ``prepare_inputs_for_generation`` chooses the arguments. one_by_one: when
+    tokens are given one at a time, since the model does not take several.
     """
 
     makes_cache: bool = True
     given_as: str = "past_key_values"
     returned_as: str = "past_key_values"
+    states: tuple[str, ...] = ()
     positions: bool = True
+    prepared: bool = True
     one_by_one: Literal["never", "after the first", "always"] = "never"
 
 
@@ -83,7 +104,8 @@ class Calls:
 class Recipe:
     """A causal language model, and the cache it is run with.
 
-    origin: a local directory, or the name of a config class. fields: changed fields of its config. weights: whether the
+    origin: a local directory, or the name of a config class. maker: the class of transformers that makes the model.
+    fields: changed fields of its config. weights: whether the
     directory contains weights; else they are random, from ``seed``. attention, experts: their implementations; None is
     the model's default. cache: ``dynamic`` or ``static``.
     """
@@ -97,6 +119,7 @@ class Recipe:
     experts: str | None
     dtype: str
     seed: int
+    maker: str = "AutoModelForCausalLM"
 
     @property
     def cache_class(self) -> str:
@@ -120,7 +143,7 @@ class Recipe:
     def model(self) -> Any:
         """A ``PreTrainedModel``. Raises transformers' exceptions. The global random state is preserved."""
         how = {"attn_implementation": self.attention, "dtype": getattr(torch, self.dtype)}
-        make: Any = AutoModelForCausalLM
+        make: Any = getattr(transformers, self.maker)
         if self.weights:
             made = make.from_pretrained(
                 self.origin, config=self.config(), local_files_only=True, trust_remote_code=False, **how
@@ -128,7 +151,12 @@ class Recipe:
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
-                made = make.from_config(self.config(), trust_remote_code=False, **how)
+                made = self._from_config(make, self.config(), how)
         if self.experts is not None:
             made.set_experts_implementation(self.experts)
         return made.eval()
+
+    def _from_config(self, make: Any, config: PreTrainedConfig, how: Mapping[str, Any]) -> Any:
+        if self.maker == "AutoModelForCausalLM":
+            return make.from_config(config, trust_remote_code=False, **how)
+        return make._from_config(config, **how)

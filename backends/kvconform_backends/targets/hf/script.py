@@ -29,7 +29,7 @@ from transformers import {names}
 
 torch.set_grad_enabled(False)
 {seed}config = {config}
-model = AutoModelForCausalLM.{model}.eval()
+model = {maker}.{model}.eval()
 {experts}
 
 def empty():
@@ -51,16 +51,23 @@ def step(held, x, counts=None):
         held.ids = new if first else torch.cat([held.ids, new], 1)
         held.mask = mask if first else torch.cat([held.mask, mask], 1)
         past = {{}} if held.cache is None else {{"{cache_name}": held.cache}}
+{inputs}        output = model(**inputs)
+{returned}        logits.append(output.logits[:, -new.shape[1]:])
+    return torch.cat(logits, 1).float().numpy()
+'''
+
+
+PREPARED = """\
         inputs = model.prepare_inputs_for_generation(
             held.ids, next_sequence_length=new.shape[1], attention_mask=held.mask, use_cache=True,
             {positions}is_first_iteration=first, **past
         )
         inputs.pop("logits_to_keep", None)
-        output = model(**inputs)
-        held.cache = output.{output_name}
-        logits.append(output.logits[:, -new.shape[1]:])
-    return torch.cat(logits, 1).float().numpy()
-'''
+"""
+DIRECT = """\
+        inputs = dict(input_ids=new, attention_mask=held.mask, use_cache=True, {positions}**past)
+"""
+POSITIONS = "(held.mask.cumsum(-1) - 1).masked_fill(held.mask == 0, 0)"
 
 
 def setup(recipe: Recipe, calls: Calls, capacity: int) -> str:
@@ -75,10 +82,10 @@ def setup(recipe: Recipe, calls: Calls, capacity: int) -> str:
     if recipe.weights:
         model = f"from_pretrained({recipe.origin!r}, config=config, local_files_only=True, {how})"
     else:
-        model = f"from_config(config, {how})"
+        model = f"{'' if recipe.maker == 'AutoModelForCausalLM' else '_'}from_config(config, {how})"
     limit = f", max_cache_len={capacity}" if recipe.cache == "static" else ""
     made = f"{recipe.cache_class}(config=model.config.get_text_config(decoder=True){limit})"
-    names = {"AutoModelForCausalLM", kind} | ({recipe.cache_class} if calls.makes_cache else set())
+    names = {recipe.maker, kind} | ({recipe.cache_class} if calls.makes_cache else set())
     return SETUP.format(
         names=", ".join(sorted(names)),
         config=config,
@@ -86,12 +93,18 @@ def setup(recipe: Recipe, calls: Calls, capacity: int) -> str:
         seed="" if recipe.weights else f"torch.manual_seed({recipe.seed})\n",
         cache=made if calls.makes_cache else "None",
         cache_name=calls.given_as,
-        output_name=calls.returned_as,
+        maker=recipe.maker,
+        returned=f"        held.cache = output.{calls.returned_as}\n" if calls.returned_as else "",
         parts={"never": "False", "after the first": "held.ids is not None", "always": "True"}[calls.one_by_one],
         experts="" if recipe.experts is None else f"model.set_experts_implementation({recipe.experts!r})\n",
-        positions="position_ids=(held.mask.cumsum(-1) - 1).masked_fill(held.mask == 0, 0),\n            "
-        * calls.positions,
+        inputs=_inputs(calls),
     )
+
+
+def _inputs(calls: Calls) -> str:
+    if calls.prepared:
+        return PREPARED.format(positions=f"position_ids={POSITIONS},\n            " * calls.positions)
+    return DIRECT.format(positions=f"position_ids={POSITIONS}[:, -new.shape[1]:], " * calls.positions)
 
 
 def steps(program: Program, tag: str) -> str:

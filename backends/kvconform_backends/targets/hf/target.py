@@ -105,10 +105,23 @@ class Transformers(BlackBox):
     def _logits(self, sequence: HfSequence, new: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         first = not sequence.ids.shape[1]
         sequence.ids, sequence.mask = torch.cat([sequence.ids, new], 1), torch.cat([sequence.mask, mask], 1)
+        output = self.model(**self._inputs(sequence, new, first), return_dict=True)
+        if self.calls.returned_as:
+            sequence.cache = getattr(output, self.calls.returned_as)
+        # a model may drop its cache and compute all tokens again, for example where its rotary factors change
+        logits: torch.Tensor = output.logits[:, -new.shape[1] :]
+        return logits
+
+    def _inputs(self, sequence: HfSequence, new: torch.Tensor, first: bool) -> dict[str, Any]:
+        """The arguments of the call that appends the ``new`` tokens, which ``sequence`` holds already."""
         given = {} if sequence.cache is None else {self.calls.given_as: sequence.cache}
         if self.calls.positions:
             given["position_ids"] = (sequence.mask.cumsum(-1) - 1).masked_fill(sequence.mask == 0, 0)
-        inputs = self.model.prepare_inputs_for_generation(
+        if not self.calls.prepared:
+            if self.calls.positions:
+                given["position_ids"] = given["position_ids"][:, -new.shape[1] :]
+            return {"input_ids": new, "attention_mask": sequence.mask, "use_cache": True, **given}
+        inputs: dict[str, Any] = self.model.prepare_inputs_for_generation(
             sequence.ids,
             next_sequence_length=new.shape[1],
             attention_mask=sequence.mask,
@@ -117,11 +130,7 @@ class Transformers(BlackBox):
             **given,
         )
         inputs.pop("logits_to_keep", None)  # some models keep those of the last token only
-        output = self.model(**inputs, return_dict=True)
-        sequence.cache = getattr(output, self.calls.returned_as)
-        # a model may drop its cache and compute all tokens again, for example where its rotary factors change
-        logits: torch.Tensor = output.logits[:, -new.shape[1] :]
-        return logits
+        return inputs
 
     def length(self, sequence: HfSequence) -> list[int]:
         columns, held = sequence.mask.shape[1], int(sequence.cache.get_seq_length())
