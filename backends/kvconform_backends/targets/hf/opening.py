@@ -76,7 +76,7 @@ def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
             f"target hf:{target}: transformers {transformers.__version__} raised {words}"
         ) from words
     made = _made(target, model, config, recipe, calls)
-    made.assumed = (*assumed, *said, *_assumed(config, calls))
+    made.assumed = (*assumed, *said, *_assumed(model, config, calls))
     made.claims = _claims(config, recipe, calls, trials.offered(made(config, {})))
     return made
 
@@ -172,12 +172,15 @@ def _sizes(fields: Mapping[str, Any], path: str = "") -> str:
     return ", ".join(said)
 
 
-def _assumed(config: Config, calls: Calls) -> tuple[str, ...]:
+def _assumed(model: Any, config: Config, calls: Calls) -> tuple[str, ...]:
     how = "it is called like in generate: all token ids" if calls.prepared else "it is given the new token ids"
     said = [
         f"{how}, an attention mask and the corresponding positions; rows of different lengths have their padding on "
         "the left"
     ]
+    whole = model.config.get_text_config(decoder=True).vocab_size
+    if whole > config.vocabulary:
+        said.append(f"of its {whole} tokens the first {config.vocabulary} are used, and their logits are compared")
     if config.reserved:
         said.append(f"tokens {', '.join(map(str, config.reserved))} are special and not used")
     return tuple(said)

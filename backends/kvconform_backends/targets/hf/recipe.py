@@ -16,9 +16,13 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 from kvconform_backends.targets.hf.sizes import POSITIONS, SPECIAL
 from kvconform_specs.config import Config
 
+TOKENS = 512
+"""The most tokens of a vocabulary that programs use, and the logits that are compared: a wrong state moves all of them,
+and those of 50 000 tokens take longer to compare than to compute."""
+
 
 def config_of(config: PreTrainedConfig, dtype: str) -> Config:
-    """The model's config as a suite config, as far as it can be expressed."""
+    """The model's config as a suite config, as far as it can be expressed, with at most ``TOKENS`` tokens."""
     text = config.get_text_config(decoder=True)
     heads, width = _field(text, "num_attention_heads", "num_heads") or 1, _field(text, "hidden_size") or 1
     kv_heads = _field(text, "num_key_value_heads", "num_kv_heads") or heads
@@ -31,6 +35,7 @@ def config_of(config: PreTrainedConfig, dtype: str) -> Config:
     for special in SPECIAL:
         token = getattr(text, special, None)
         tokens += token if isinstance(token, list) else [] if token is None else [token]
+    vocabulary = min(text.vocab_size, TOKENS)
     return Config(
         "decoder",
         heads=heads,
@@ -42,8 +47,8 @@ def config_of(config: PreTrainedConfig, dtype: str) -> Config:
         dtype=dtype,
         layers=_field(text, "num_hidden_layers") or 1,
         width=width,
-        vocabulary=text.vocab_size,
-        reserved=tuple(sorted({token for token in tokens if 0 <= token < text.vocab_size})),
+        vocabulary=vocabulary,
+        reserved=tuple(sorted({token for token in tokens if 0 <= token < vocabulary})),
     )
 
 

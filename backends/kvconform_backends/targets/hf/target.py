@@ -65,6 +65,8 @@ class Transformers(BlackBox):
         self.config, self.device = config, device
         self.model: Any = self.made.to(device)
         self.seen_on: str | None = None  # the device of the last logits
+        self.copies: black_box.Perturbed | None = None
+        self.noise: black_box.Noise | None = None  # perturbs its weights
 
     # --- the cache ---
     def cache(self) -> Any:
@@ -180,15 +182,19 @@ class Transformers(BlackBox):
     @torch.no_grad()
     def uncached_forward(self, tokens: Array) -> Array:
         ids = torch.from_numpy(tokens).to(self.device)
-        return self._given(self.model(input_ids=ids, use_cache=False, return_dict=True).logits)
+        model = self.copies.of(self.noise) if self.copies is not None and self.noise is not None else self.model
+        return self._given(model(input_ids=ids, use_cache=False, return_dict=True).logits)
 
     def _given(self, logits: torch.Tensor) -> Array:
         self.seen_on = logits.device.type
-        return black_box.widened(logits)
+        return black_box.widened(logits[..., : self.config.vocabulary])
 
     def perturbed(self, storage: float, accumulation: float, seed: int) -> Transformers:
+        """The copies of one model share its memory: each is made when it is used (``black_box.Perturbed``)."""
+        if self.copies is None:
+            self.copies = black_box.Perturbed(self.model)
         other = copy.copy(self)
-        other.model = black_box.perturbed(self.model, storage, accumulation, seed)
+        other.noise = storage, accumulation, seed
         return other
 
     # --- what ran ---
@@ -210,7 +216,7 @@ class Transformers(BlackBox):
         device_time.synchronise(self.device)
 
     def script_setup(self) -> str:
-        return script.setup(self.recipe, self.calls, self.config.capacity)
+        return script.setup(self.recipe, self.calls, self.config)
 
     def script(self, program: Program, tag: str) -> str:
         return script.steps(program, tag)

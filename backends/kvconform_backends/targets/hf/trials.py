@@ -158,6 +158,8 @@ def offered(backend: Transformers) -> tuple[str, ...]:
             _, sequence = backend.step(backend.start(2), tokens)
             attempt(backend, sequence)
             found.append(ability)
+    if not (backend.calls.prepared or backend.calls.positions):
+        return tuple(found)  # nothing tells it at which position a padded row begins
     with suppress(ThirdPartyError), guarded():
         backend.step(backend.start(2), tokens[:, :PROMPT], np.array([PROMPT, MORE]), "left")
         found.append("ragged")
