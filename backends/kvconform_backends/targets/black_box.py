@@ -15,6 +15,8 @@ from torch import Tensor, nn
 Array = NDArray[Any]
 Noise = tuple[float, float, int]
 """Storage, accumulation and seed of ``kvconform.backend.BlackBox.perturbed``."""
+BLOCK = 1 << 20
+"""Weights that are perturbed at once: in float64 they take many times their own memory."""
 COPIES = 1 << 30
 """Bytes of all perturbed copies of one module together."""
 
@@ -35,9 +37,10 @@ def perturb(copied: nn.Module, storage: float, accumulation: float, seed: int) -
             if weight.is_floating_point():
                 terms = weight.shape[-1] if weight.ndim > 1 else 1
                 size = storage + accumulation * math.sqrt(terms)
-                xi = torch.rand(weight.shape, generator=noise).to(weight.device) * 2 - 1
-                # in float64: the perturbation of a float32 weight is a few units in its last place
-                weight.copy_(weight.double() * (1 + size * xi.double()))
+                for part in weight.view(-1).split(BLOCK) if weight.is_contiguous() else (weight,):
+                    xi = torch.rand(part.shape, generator=noise).to(weight.device) * 2 - 1
+                    # in float64: the perturbation of a float32 weight is a few units in its last place
+                    part.copy_(part.double() * (1 + size * xi.double()))
     return copied
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,14 +16,23 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from kvconform.errors import BackendUnavailable
 from kvconform_backends.targets.hf import trials
-from kvconform_backends.targets.hf.recipe import Calls, Recipe, config_of, decoder_part, model_class
+from kvconform_backends.targets.hf.recipe import (
+    QUANTISED,
+    Calls,
+    Recipe,
+    config_of,
+    decoder_part,
+    model_class,
+    tokens_of,
+)
 from kvconform_backends.targets.hf.sizes import SPECIAL, SPREADS, spread, tiny
 from kvconform_backends.targets.hf.target import Transformers, experts
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import DTYPES, Config
+from kvconform_specs.quantisers import PLAIN, Quantiser
 
-CACHES = ("dynamic", "static")
+CACHES = ("dynamic", "static", *QUANTISED)
 OPTIONS: Mapping[str, Any] = MappingProxyType(
     {
         "cache": "dynamic",
@@ -37,6 +47,10 @@ OPTIONS: Mapping[str, Any] = MappingProxyType(
 ``attn_implementation``: None is the model's default. ``experts_implementation``: None is ``BATCHED_EXPERTS`` for a
 model with experts. ``seed``: for random weights."""
 
+QUANTISERS: Mapping[str, Quantiser] = MappingProxyType(
+    {"quanto": Quantiser(zero_point="integer"), "hqq": Quantiser(zero_point="integer"), "fp8": Quantiser("float8_e4m3")}
+)
+"""How each quantised cache codes numbers, by its own defaults."""
 BATCHED_EXPERTS = "batched_mm"
 """How experts are computed: one product per token. With transformers' default ``grouped_mm``, the tokens of an expert
 share a product, so that other tokens change a token's rounding (116 of 200 tries, at most 4e-6)."""
@@ -63,20 +77,24 @@ def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
                 )
                 assumed = (*assumed, assumption)
             config = config_of(model.config, str(chosen["dtype"]))
+            whole = model.config.get_text_config(decoder=True).vocab_size
+            if whole > config.vocabulary:
+                recipe, model = _cut(recipe, model, config)
             config = replace(config, capacity=trials.longest(model, config))
 
             def backend(calls: Calls) -> Transformers:
                 return _made(target, model, config, recipe, calls)(config, {})
 
+            backend(Calls()).cache()  # the reason, where it cannot be made for this model or on this machine
             calls, said = trials.calls_of(model, backend)
-            if recipe.cache == "static" and not calls.makes_cache:
+            if recipe.cache != "dynamic" and not calls.makes_cache:
                 raise BackendUnavailable(f"target hf:{target}: {type(model).__name__} makes its own cache")
     except ThirdPartyError as words:
         raise BackendUnavailable(
             f"target hf:{target}: transformers {transformers.__version__} raised {words}"
         ) from words
     made = _made(target, model, config, recipe, calls)
-    made.assumed = (*assumed, *said, *_assumed(model, config, calls))
+    made.assumed = (*assumed, *said, *_assumed(whole, config, calls))
     made.claims = _claims(config, recipe, calls, trials.offered(made(config, {})))
     return made
 
@@ -84,6 +102,7 @@ def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
 def _made(target: str, model: Any, config: Config, recipe: Recipe, calls: Calls) -> type[Transformers]:
     kind = type(model).__name__
     cache = recipe.cache_class if calls.makes_cache else "a cache of its own"
+    cache += f" ({recipe.cache})" if recipe.cache in QUANTISED else ""
     cache += " and states in the module" if calls.states else ""
     attributes = {
         "configs": {"decoder-self": config},
@@ -172,13 +191,25 @@ def _sizes(fields: Mapping[str, Any], path: str = "") -> str:
     return ", ".join(said)
 
 
-def _assumed(model: Any, config: Config, calls: Calls) -> tuple[str, ...]:
+def _cut(recipe: Recipe, model: Any, config: Config) -> tuple[Recipe, Any]:
+    """The model with the embeddings of those tokens alone that programs use, where their logits stay the same: of a
+    small model they are most of its weights."""
+    ids = torch.tensor([tokens_of(config, 8)])
+    before = model(input_ids=ids, use_cache=False).logits[..., : config.vocabulary]
+    with suppress(ThirdPartyError), guarded():
+        model.resize_token_embeddings(config.vocabulary)
+        after = model(input_ids=ids, use_cache=False).logits
+        if after.shape == before.shape and bool((after - before).abs().max() < trials.NEAR * before.std()):
+            return replace(recipe, tokens=config.vocabulary), model
+    return recipe, recipe.model()
+
+
+def _assumed(whole: int, config: Config, calls: Calls) -> tuple[str, ...]:
     how = "it is called like in generate: all token ids" if calls.prepared else "it is given the new token ids"
     said = [
         f"{how}, an attention mask and the corresponding positions; rows of different lengths have their padding on "
         "the left"
     ]
-    whole = model.config.get_text_config(decoder=True).vocab_size
     if whole > config.vocabulary:
         said.append(f"of its {whole} tokens the first {config.vocabulary} are used, and their logits are compared")
     if config.reserved:
@@ -198,4 +229,6 @@ def _claims(config: Config, recipe: Recipe, calls: Calls, offered: tuple[str, ..
         devices=("cpu", "cuda"),
         memory="capacity" if recipe.cache == "static" else "length",
         reference="self",
+        kv_bits=0 if recipe.cache not in QUANTISED else 8 if recipe.cache == "fp8" else 4,
+        quantiser=QUANTISERS.get(recipe.cache, PLAIN),
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 from kvconform_backends.targets.hf.sizes import POSITIONS, SPECIAL
 from kvconform_specs.config import Config
 
+QUANTISED: Mapping[str, int | None] = MappingProxyType({"quanto": 0, "hqq": 1, "fp8": None})
+"""The backends of ``QuantizedCache``, and the axis with which the numbers of one token and head share a scale; None:
+the backend takes no axis, and all numbers share one."""
+RESIDUAL = 4
+"""Tokens that a quantised cache keeps exactly before it quantises them: few, so that programs get beyond."""
 TOKENS = 512
 """The most tokens of a vocabulary that programs use, and the logits that are compared: a wrong state moves all of them,
 and those of 50 000 tokens take longer to compare than to compute."""
@@ -110,9 +116,9 @@ class Recipe:
     """A causal language model, and the cache it is run with.
 
     origin: a local directory, or the name of a config class. maker: the class of transformers that makes the model.
-    fields: changed fields of its config. weights: whether the
-    directory contains weights; else they are random, from ``seed``. attention, experts: their implementations; None is
-    the model's default. cache: ``dynamic`` or ``static``.
+    fields: changed fields of its config. weights: whether the directory contains weights; else they are random, from
+    ``seed``. attention, experts: their implementations; None is the model's default. cache: ``dynamic``, ``static``, or
+    a backend of ``QUANTISED``. tokens: how many tokens its embeddings are cut to; None: they are left as they are.
     """
 
     origin: str
@@ -125,10 +131,21 @@ class Recipe:
     dtype: str
     seed: int
     maker: str = "AutoModelForCausalLM"
+    tokens: int | None = None
 
     @property
     def cache_class(self) -> str:
-        return "StaticCache" if self.cache == "static" else "DynamicCache"
+        return {"static": "StaticCache", "dynamic": "DynamicCache"}.get(self.cache, "QuantizedCache")
+
+    def cache_arguments(self, config: Config) -> dict[str, Any]:
+        """The arguments of the cache's class, besides the config."""
+        if self.cache == "static":
+            return {"max_cache_len": config.capacity}
+        if self.cache not in QUANTISED:
+            return {}
+        grouped: dict[str, Any] = {"q_group_size": config.head_dim, "residual_length": RESIDUAL}
+        axis = QUANTISED[self.cache]
+        return {"backend": self.cache} | ({} if axis is None else {"axis_key": axis, "axis_value": axis, **grouped})
 
     @property
     def source(self) -> str:
@@ -159,6 +176,8 @@ class Recipe:
                 made = self._from_config(make, self.config(), how)
         if self.experts is not None:
             made.set_experts_implementation(self.experts)
+        if self.tokens is not None:
+            made.resize_token_embeddings(self.tokens)
         return made.eval()
 
     def _from_config(self, make: Any, config: PreTrainedConfig, how: Mapping[str, Any]) -> Any:

@@ -31,7 +31,7 @@ from transformers import {names}
 torch.set_grad_enabled(False)
 {seed}config = {config}
 model = {maker}.{model}.eval()
-{experts}
+{experts}{cut}
 
 def empty():
     return SimpleNamespace(cache={cache}, ids=None, mask=None)
@@ -88,8 +88,8 @@ def setup(recipe: Recipe, calls: Calls, config: Config) -> str:
         model = f"from_pretrained({recipe.origin!r}, config=config, local_files_only=True, {how})"
     else:
         model = f"{'' if recipe.maker == 'AutoModelForCausalLM' else '_'}from_config(config, {how})"
-    limit = f", max_cache_len={config.capacity}" if recipe.cache == "static" else ""
-    made = f"{recipe.cache_class}(config=model.config.get_text_config(decoder=True){limit})"
+    given = "".join(f", {name}={value!r}" for name, value in recipe.cache_arguments(config).items())
+    made = f"{recipe.cache_class}(config=model.config.get_text_config(decoder=True){given})"
     names = {recipe.maker, kind} | ({recipe.cache_class} if calls.makes_cache else set())
     return SETUP.format(
         names=", ".join(sorted(names)),
@@ -103,6 +103,7 @@ def setup(recipe: Recipe, calls: Calls, config: Config) -> str:
         returned=f"        held.cache = output.{calls.returned_as}\n" if calls.returned_as else "",
         parts={"never": "False", "after the first": "held.ids is not None", "always": "True"}[calls.one_by_one],
         experts="" if recipe.experts is None else f"model.set_experts_implementation({recipe.experts!r})\n",
+        cut="" if recipe.tokens is None else f"model.resize_token_embeddings({recipe.tokens})\n",
         inputs=_inputs(calls),
     )
 

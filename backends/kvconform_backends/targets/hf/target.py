@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from transformers import DynamicCache, StaticCache
 
 from kvconform.backend import BlackBox
 from kvconform.errors import Unavailable
@@ -74,9 +73,8 @@ class Transformers(BlackBox):
         text = self.model.config.get_text_config(decoder=True)
         if not self.calls.makes_cache:
             return None
-        if self.recipe.cache == "static":
-            return StaticCache(config=text, max_cache_len=self.config.capacity)
-        return DynamicCache(config=text)
+        made: Any = getattr(transformers, self.recipe.cache_class)
+        return made(config=text, **self.recipe.cache_arguments(self.config))
 
     def start(self, batch: int) -> HfSequence:
         none = torch.zeros(batch, 0, dtype=torch.long, device=self.device)
