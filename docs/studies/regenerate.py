@@ -91,8 +91,11 @@ def _speed() -> dict[str, bytes]:
 
 def _transformers() -> dict[str, bytes]:
     source = transformers_classes.page.RESULTS
-    study = json.loads((ROOT / "docs" / source).read_text())
-    return {"docs/transformers.md": transformers_classes.page.render(study, source).encode()}
+    results = ROOT / "docs" / source
+    study, issues = (
+        json.loads(file.read_text()) for file in (results, results.with_name(transformers_classes.page.ISSUES))
+    )
+    return {"docs/transformers.md": transformers_classes.page.render(study, source, issues).encode()}
 
 
 def _fleet() -> dict[str, bytes]:

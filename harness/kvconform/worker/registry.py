@@ -36,6 +36,10 @@ def openers() -> dict[str, EntryPoint]:
     return {point.name: point for point in sorted(entry_points(group=TARGETS), key=lambda p: p.name)}
 
 
+STEERED = ("py",)
+"""Kinds of targets that are called by trial: their openers take the claims from outside, which limit the trials."""
+
+
 def open_target(kind: str, rest: str) -> Any:
     """The backend around a target. Raises BackendUnavailable, or Unavailable if a package is missing."""
     target, _, text = rest.partition("?")
@@ -49,7 +53,7 @@ def open_target(kind: str, rest: str) -> Any:
     except ModuleNotFoundError as missing:
         sentence = f"target {kind}:{target} needs {missing.name!r}"
         raise Unavailable(sentence, f"install it with: pip install 'kvconform[{kind}]'") from missing
-    opened = opener(target, options)
+    opened = opener(target, options | ({"claims": claimed} if claimed and kind in STEERED else {}))
     if claimed:
         opened = claiming(opened, claimed, f"{kind}:{target}")
     return compared(opened, reference, claimed, f"{kind}:{target}") if reference else opened
