@@ -106,7 +106,7 @@ def _imported(address: str) -> Any:
         raise InvalidBackend(f"backend {address!r}: {error}") from error
     except ModuleNotFoundError as missing:
         root = (missing.name or "").partition(".")[0]
-        if named and root not in module.split("."):
+        if named and root != module.partition(".")[0]:
             sentence = f"backend {address!r} is not installed: it needs {root!r}"
             raise Unavailable(sentence, f"install it with: {_remedy(points[address])}") from missing
         raise BackendUnavailable(
