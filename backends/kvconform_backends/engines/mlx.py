@@ -19,6 +19,7 @@ from kvconform_specs.config import Config
 class MlxCache(OwnCache):
     """``KVCache``: buffers that grow by 256 slots. The mask is the cache's own, made before the update."""
 
+    claims = replace(OwnCache.claims, abilities=(*OwnCache.claims.abilities, "contents"))
     options = ("sink",)
 
     def start(self, batch: int) -> Any:
@@ -49,7 +50,7 @@ class MlxCache(OwnCache):
 class MlxRotating(MlxCache):
     """``RotatingKVCache``, as models with a sliding window make it."""
 
-    claims = replace(OwnCache.claims, abilities=without(OwnCache.claims, "truncate", "contents"), retention="window")
+    claims = replace(OwnCache.claims, abilities=without(OwnCache.claims, "truncate"), retention="window")
 
     @classmethod
     def refuses(cls, config: Config, device: str) -> str | None:

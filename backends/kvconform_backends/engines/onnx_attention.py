@@ -47,10 +47,8 @@ class OnnxReference(Operator):
         c, (t, past) = self.config, (query.shape[2], cache.keys[layer].shape[2])
         feeds = {"query": query * np.sign(np.float32(c.score_scale)), "key": key, "value": value}
         feeds |= {"past_key": cache.keys[layer], "past_value": cache.values[layer]}
-        seen = self.visible(t, past + t)
-        if c.positions == "alibi":
-            feeds["mask"] = np.where(seen, self.bias(t, past + t), -np.inf).astype(np.float32)[None]
-        elif c.window or self.allowed is not None:
-            feeds["mask"] = np.broadcast_to(seen, (len(query), 1, t, past + t))
+        mask = self.beyond_causality(t, past + t)
+        if mask is not None:
+            feeds["mask"] = mask
         output, cache.keys[layer], cache.values[layer] = self.sessions["mask" in feeds].run(None, feeds)
         return np.asarray(output)

@@ -41,6 +41,16 @@ class Operator(NumpyCache):
             return np.zeros(inputs[0].shape, np.float32)
         return super().run(cache, inputs, mask)
 
+    def beyond_causality(self, t: int, s: int) -> Array | None:
+        """What the ``t`` newest of ``s`` tokens see, with four axes: bool, or float32 with the bias; None where that is
+        causality alone."""
+        if self.config.window is None and self.allowed is None and self.config.positions != "alibi":
+            return None
+        mask = self.visible(t, s)
+        if self.config.positions == "alibi":
+            mask = np.where(mask, self.bias(t, s), np.float32(-np.inf)).astype(np.float32)
+        return mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+
     def runtime_info(self) -> dict[str, Any]:
         return {"device": "cpu"}
 
@@ -70,10 +80,8 @@ class StaticOperator(NumpyStatic):
         return super().run(cache, inputs, mask)
 
     def uncached_forward(self, *inputs: Array, **options: Any) -> Array:
-        """Padded to the next power of two, so that there are few shapes."""
         b, t = inputs[0].shape[0], inputs[0].shape[2]
-        more = min(1 << (t - 1).bit_length(), self.config.capacity) - t
-        wide = (np.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)]) for x in inputs)
+        wide = padded(self.config, inputs)
         return self.step(self.start(b), *wide, counts=np.full(b, t), **options)[0][:, :, :t]
 
     def cleared(self, cache: Any, buffer: Any) -> Any:
@@ -88,7 +96,9 @@ class OwnCache(Operator):
     """An engine's own cache, which has the attributes ``batch`` and ``offset``, the number of tokens. A subclass makes
     one in ``start`` and overrides ``put`` and ``trim``, and ``fork`` where a deep copy will not do."""
 
-    claims = replace(Operator.claims, abilities=without(Operator.claims, "reorder", "mask", "immutable", "bytes"))
+    claims = replace(
+        Operator.claims, abilities=without(Operator.claims, "reorder", "mask", "immutable", "bytes", "contents")
+    )
 
     def put(self, cache: Any, query: Array, key: Array, value: Array) -> Array:
         """Appends one token or more, and attends."""
@@ -121,8 +131,24 @@ class OwnCache(Operator):
         return self.start(cache.batch)
 
 
+ONE_BY_ONE = replace(OwnCache.claims, abilities=without(OwnCache.claims, "truncate"), static_shapes=(1,), max_chunk=1)
+"""The claims of a cache that takes one token at a time and cannot go back."""
+
+
+def padded(config: Config, inputs: tuple[Array, ...]) -> list[Array]:
+    """The inputs of a forward without a cache, up to the next power of two tokens, so that there are few shapes."""
+    t = inputs[0].shape[2]
+    more = min(1 << (t - 1).bit_length(), config.capacity) - t
+    return [np.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)]) for x in inputs]
+
+
 def lacking(config: Config, options: tuple[str, ...]) -> str | None:
     """Why an operator with these options does not support a config, or None."""
-    asked = {"softcap": config.softcap, "sink": config.sink, "alibi": config.positions == "alibi"}
+    asked = {
+        "scale": "default scale only" in options and config.scale is not None,
+        "softcap": config.softcap,
+        "sink": config.sink,
+        "alibi": config.positions == "alibi",
+    }
     missing = [name for name, value in asked.items() if value and name not in options]
     return f"the operator has no {', no '.join(missing)}" if missing else None

@@ -38,12 +38,11 @@ class SdpaMath(Operator):
     def attention(self, query: Array, keys: Array, values: Array) -> Array:
         c, t, s = self.config, query.shape[2], keys.shape[2]
         options: dict[str, Any] = {"scale": c.score_scale, "enable_gqa": c.group > 1}
-        plain = c.window is None and self.allowed is None and c.positions != "alibi"
-        if not plain or 1 < t < s:
-            seen = self.visible(t, s)
-            bias = np.where(seen, self.bias(t, s), -np.inf).astype(np.float32) if c.positions == "alibi" else seen
-            options["attn_mask"] = torch.tensor(bias.reshape((1,) * (4 - bias.ndim) + bias.shape))
-        options["is_causal"] = plain and t == s
+        mask = self.beyond_causality(t, s)
+        if mask is None and 1 < t < s:
+            mask = self.visible(t, s)[None, None]
+        options["attn_mask"] = None if mask is None else torch.tensor(mask)
+        options["is_causal"] = mask is None and t > 1
         with torch.inference_mode(), sdpa_kernel(self.kernel):
             given = (torch.from_numpy(np.ascontiguousarray(x)) for x in (query, keys, values))
             return np.asarray(scaled_dot_product_attention(*given, **options))
