@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from functools import cache, partial
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from kvconform_backends.engines.operator import ONE_BY_ONE, OwnCache, padded
+from kvconform_backends.engines.operator import ONE_BY_ONE, FunctionalCache, padded
 from kvconform_backends.numpy.cache import Array
 from kvconform_specs.config import Config
 
@@ -34,14 +32,11 @@ def fresh(batch: int, c: Config) -> Any:
     return nnx.split(module)
 
 
-class FlaxCache(OwnCache):
+class FlaxCache(FunctionalCache):
     claims, options = ONE_BY_ONE, ("default scale only",)
 
-    def start(self, batch: int) -> Any:
-        return SimpleNamespace(batch=batch, offset=0, held=fresh(batch, self.config))
-
-    def fork(self, cache: Any) -> Any:
-        return copy.copy(cache)  # its arrays are never changed
+    def empty(self, batch: int) -> Any:
+        return fresh(batch, self.config)
 
     def put(self, cache: Any, *inputs: Array) -> Array:
         behind = cache.offset - np.arange(self.config.capacity)  # the module hides later slots itself

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -129,6 +130,22 @@ class OwnCache(Operator):
 
     def reset(self, cache: Any) -> Any:
         return self.start(cache.batch)
+
+
+class FunctionalCache(OwnCache):
+    """A cache whose contents, ``held``, are replaced by each step and never changed."""
+
+    def empty(self, batch: int) -> Any:
+        raise NotImplementedError
+
+    def start(self, batch: int) -> Any:
+        return SimpleNamespace(held=self.empty(batch), batch=batch, offset=0)
+
+    def fork(self, cache: Any) -> Any:
+        return copy.copy(cache)
+
+    def trim(self, cache: Any, count: int) -> Any:
+        return SimpleNamespace(held=cache.held, batch=cache.batch, offset=cache.offset - count)
 
 
 ONE_BY_ONE = replace(OwnCache.claims, abilities=without(OwnCache.claims, "truncate"), static_shapes=(1,), max_chunk=1)
