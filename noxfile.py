@@ -29,6 +29,16 @@ STUDIES = "docs/studies"
 BACKENDS = ("eager", "compiled", "onnx")
 """The backends of the main job. Each has an environment of its own, whose interpreter is also the one that is timed."""
 COUNTED = (*BACKENDS, "numpy", "eager-static", "onnx-shared", "past-tuples", "module-buffers", "list-cache")
+NEED_TORCH = {"torch", "eager", "compiled", "py", "hf", "onnx"}
+"""The extras that depend on torch."""
+JOBS = str(min(os.cpu_count() or 1, 2))
+"""How many processes judge a backend at once; more if asked for: nox -- --jobs 8."""
+ENGINES = {
+    **{name: name for name in ("flax", "jax", "keras-hub", "onnx-reference", "openvino", "ort-attention")},
+    **dict.fromkeys(("mlx", "mlx-rotating"), "mlx"),
+    **dict.fromkeys(("flex", "flex-compiled", "sdpa-efficient", "sdpa-flash", "sdpa-math"), "torch"),
+}
+"""The backends that are engines of others, each with the extra that it needs; they are not in the main job."""
 CANNOT_RUN_HERE = 3
 """Exit code of ``kvconform run`` where the machine lacks something: the other sessions go on."""
 NOTHING_CONFORMANT = 5
@@ -37,7 +47,7 @@ NOTHING_CONFORMANT = 5
 
 def install(session: nox.Session, *extras: str, groups: tuple[str, ...] = ()) -> None:
     """Installs the project with extras, and dependency groups of pyproject.toml."""
-    if extras:
+    if set(extras) & NEED_TORCH:
         session.install(*CONSTRAINTS, "torch")
     session.install(*CONSTRAINTS, f".[{','.join(extras)}]" if extras else ".")
     if groups:
@@ -57,8 +67,20 @@ def results(session: nox.Session, pattern: str = "*.json") -> list[str]:
 @nox.parametrize("backend", BACKENDS, ids=BACKENDS)
 def conformance(session: nox.Session, backend: str) -> None:
     """Judge one backend; results/BACKEND.json. Options of kvconform run: nox -- --effort smoke."""
-    install(session, backend)
-    command = ("kvconform", "run", "-b", backend, "--out", str(RESULTS))
+    judge(session, backend, backend)
+
+
+@nox.session(default=False)
+@nox.parametrize("name", ENGINES, ids=ENGINES)
+def engine(session: nox.Session, name: str) -> None:
+    """Judge an engine of others in an environment of its own; results/NAME.json."""
+    judge(session, name, ENGINES[name])
+
+
+def judge(session: nox.Session, backend: str, extra: str) -> None:
+    install(session, extra)
+    jobs = [] if any(arg.startswith("--jobs") for arg in session.posargs) else ["--jobs", JOBS]
+    command = ("kvconform", "run", "-b", backend, "--out", str(RESULTS), *jobs)
     session.run(*command, *session.posargs, success_codes=[0, CANNOT_RUN_HERE])
 
 
@@ -143,6 +165,13 @@ def numpy(session: nox.Session) -> None:
     """Judge the numpy backend, which needs no framework; results/numpy.json."""
     install(session)
     session.run("kvconform", "run", "-b", "numpy", "--out", str(RESULTS), *session.posargs)
+
+
+@nox.session(default=False)
+def fleet(session: nox.Session) -> None:
+    """Test runs on a Ray cluster of two nodes on this machine: equal results, killed nodes and drivers."""
+    install(session, "ray", "store", groups=("test",))
+    session.run("pytest", "tests/fleet", *session.posargs, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": STUDIES})
 
 
 @nox.session(default=False)

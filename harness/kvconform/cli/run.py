@@ -16,7 +16,9 @@ from kvconform.cli.options import (
     Device,
     Dtypes,
     EffortName,
+    Jobs,
     Json,
+    On,
     Out,
     Pythons,
     Seed,
@@ -31,6 +33,8 @@ from kvconform.cli.progress import Progress
 from kvconform.errors import UnknownClause
 from kvconform.explain import repro
 from kvconform.files import write_atomically
+from kvconform.fleet import costs_of, executor
+from kvconform.fleet.units import divided
 from kvconform.judging.render import render
 from kvconform.results.known_failures import EMPTY
 from kvconform.results.known_failures import read as read_known_failures
@@ -64,6 +68,15 @@ def run(
     start_method: StartMethod = FORK,
     known_failures: Annotated[Path | None, typer.Option(help="A TOML file of known failures.")] = None,
     shard: Annotated[str, typer.Option(help="Only part i of n of the cells, as i/n: whole configs.")] = "",
+    jobs: Jobs = 1,
+    on: On = "",
+    store: Annotated[
+        str, typer.Option(help="A folder or fsspec URL for units of work: what it holds is not judged again.")
+    ] = "",
+    unit_seconds: Annotated[
+        float, typer.Option(min=1, help="With --on: divide configs that took longer in an earlier run into slices.")
+    ] = 300,
+    runtime_env: Annotated[Path | None, typer.Option(help="With --on: a JSON file, Ray's runtime_env.")] = None,
     as_json: Json = False,
 ) -> None:
     """Judges backends by every clause. Writes OUT/<backend>.json, and a counterexample for each failure.
@@ -75,9 +88,11 @@ def run(
     known = EMPTY if known_failures is None else read_known_failures(known_failures)
     plan = plan_for(effort, seed, dtype, clause, config, shard, explain=True)
     found = []
+    where = executor(jobs, on, store, runtime_env)
     for name, spec in launches(backend, device, python, step_timeout, start_method).items():
         with Progress(name, out, quiet=as_json) as progress:
-            results = run_backend(name, spec, plan, out, progress.tell, known, progress.begin)
+            execute = divided(where, costs_of(path_of(name, plan, out)), unit_seconds) if on else where
+            results = run_backend(name, spec, plan, out, progress.tell, known, progress.begin, execute)
         found.append(results)
         if not as_json:
             _print_results(results, path_of(name, plan, out))

@@ -19,7 +19,12 @@ from kvconform_specs.claims import Claims
 
 GROUP = "kvconform.backends"
 TARGETS = "kvconform.targets"
-EXTRAS = {"gpt2-transformers": "hf", "module-buffers": "eager", "past-tuples": "eager", "list-cache": "eager"}
+EXTRAS = {
+    "gpt2-transformers": "hf",
+    **dict.fromkeys(("module-buffers", "past-tuples", "list-cache"), "eager"),
+    **dict.fromkeys(("sdpa-math", "sdpa-flash", "sdpa-efficient", "flex", "flex-compiled"), "torch"),
+    **{name: name for name in ("onnx-reference", "ort-attention", "keras-hub")},
+}
 """The extra that a shipped backend needs, if its name differs from the backend's."""
 
 
