@@ -20,7 +20,12 @@ from kvconform_specs.claims import Claims
 
 GROUP = "kvconform.backends"
 TARGETS = "kvconform.targets"
-EXTRAS = {"gpt2-transformers": "hf", "module-buffers": "eager", "past-tuples": "eager", "list-cache": "eager"}
+EXTRAS = {
+    "gpt2-transformers": "hf",
+    **dict.fromkeys(("module-buffers", "past-tuples", "list-cache"), "eager"),
+    **dict.fromkeys(("sdpa-math", "sdpa-flash", "sdpa-efficient", "flex", "flex-compiled"), "torch"),
+    **{name: name for name in ("onnx-reference", "ort-attention", "keras-hub")},
+}
 """The extra that a shipped backend needs, if its name differs from the backend's."""
 
 
@@ -129,7 +134,7 @@ def _imported(address: str) -> Any:
         raise InvalidBackend(f"backend {address!r}: {error}") from error
     except ModuleNotFoundError as missing:
         root = (missing.name or "").partition(".")[0]
-        if named and root not in module.split("."):
+        if named and root != module.partition(".")[0]:
             sentence = f"backend {address!r} is not installed: it needs {root!r}"
             raise Unavailable(sentence, f"install it with: {_remedy(points[address])}") from missing
         raise BackendUnavailable(
