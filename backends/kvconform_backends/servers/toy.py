@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +36,8 @@ class Model:
 
         self.embedding = rng.standard_normal((VOCABULARY, WIDTH), dtype=np.float32)
         self.positions = rng.standard_normal((context, WIDTH), dtype=np.float32)
-        self.qkv = weights(LAYERS, 3, WIDTH, WIDTH)
-        self.out = weights(LAYERS, WIDTH, WIDTH)
+        self.qkv = weights(LAYERS, 3, WIDTH, WIDTH) * 2  # so that each token of the past matters
+        self.out = weights(LAYERS, WIDTH, WIDTH) * 2
         self.up, self.down = weights(LAYERS, WIDTH, 2 * WIDTH), weights(LAYERS, 2 * WIDTH, WIDTH)
         self.head = weights(WIDTH, VOCABULARY) * 2
         self.adapters = {name: weights(LAYERS, WIDTH, WIDTH) for name in ADAPTERS}  # added to the projection of values
@@ -54,14 +53,16 @@ def log_softmax(x: Array) -> Array:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
-class Sequence_:
+class Completing:
     """A completion that is being computed. ``tokens``: prompt and generated ones; ``computed``: how many of them have
-    keys and values; ``table``: its blocks; ``keys``: those of its full blocks."""
+    keys and values; ``cached``: how many were read from the cache at first; ``table``: its blocks; ``keys``: those of its
+    full blocks."""
 
     def __init__(self, request: Request, place: int) -> None:
         self.request, self.place = request, place
         self.tokens = list(request.prompt)
-        self.computed, self.cached = 0, 0
+        self.computed = 0
+        self.cached: int | None = None
         self.table: list[int] = []
         self.keys: list[Key] = []
         self.rows: list[Array] = []  # log-probabilities of each generated token's place, (VOCABULARY,)
@@ -83,7 +84,7 @@ class ToyEngine(Engine):
     """The engine. Class attributes are its sizes, in tokens and blocks."""
 
     block = 8
-    blocks = 28
+    blocks = 24
     context = 96
     budget = 12  # tokens that one forward step takes, of all sequences together
     running_limit = 4
@@ -127,9 +128,9 @@ class ToyEngine(Engine):
     # --- scheduling ---
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         refused = [self.refusal(request) for request in requests]
-        waiting = deque(Sequence_(r, i) for i, r in enumerate(requests) if refused[i] is None)
-        running: list[Sequence_] = []
-        done: list[list[Sequence_]] = [[] for _ in requests]
+        waiting = deque(Completing(r, i) for i, r in enumerate(requests) if refused[i] is None)
+        running: list[Completing] = []
+        done: list[list[Completing]] = [[] for _ in requests]
         while waiting or running:
             while waiting and len(running) < self.running_limit:
                 sequence = waiting.popleft()
@@ -145,7 +146,7 @@ class ToyEngine(Engine):
                 room -= count
                 self.compute(sequence, count)
                 if sequence.computed == len(sequence.tokens):
-                    running += self.forks(sequence)
+                    self.fork(sequence, running, waiting)
                     for one in [one for one in running if one.computed == len(one.tokens)]:
                         self.emit(one)
                         if len(one.rows) >= one.wanted:
@@ -162,7 +163,7 @@ class ToyEngine(Engine):
             return f"token ids must be 0 to {VOCABULARY - 1}"
         return None
 
-    def start(self, sequence: Sequence_) -> None:
+    def start(self, sequence: Completing) -> None:
         """Takes what the cache has of its tokens; the last one is computed in any case."""
         if sequence.request.cached:
             for block, key in self.matched(sequence):
@@ -170,13 +171,16 @@ class ToyEngine(Engine):
                 sequence.table.append(block)
                 sequence.keys.append(key)
         sequence.computed = len(sequence.table) * self.block
-        if not sequence.rows:
+        if sequence.cached is None:
             sequence.cached = sequence.computed
-        if sequence.request.score and not sequence.rows:
-            known = [self.rows[block] for block in sequence.table]
-            sequence.prompt_rows = [row.copy() for rows in known for row in rows]
+        if sequence.request.score:
+            sequence.prompt_rows[: sequence.computed] = self.known_rows(sequence)
 
-    def matched(self, sequence: Sequence_) -> list[tuple[int, Key]]:
+    def known_rows(self, sequence: Completing) -> list[Array]:
+        """The log-probabilities that its cached blocks hold."""
+        return [row.copy() for block in sequence.table for row in self.rows[block]]
+
+    def matched(self, sequence: Completing) -> list[tuple[int, Key]]:
         """The cached blocks that hold its first tokens, with their keys."""
         found: list[tuple[int, Key]] = []
         parent = ROOT
@@ -187,7 +191,7 @@ class ToyEngine(Engine):
             found.append((self.by_key[parent], parent))
         return found
 
-    def extend(self, sequence: Sequence_, count: int, running: list[Sequence_], waiting: deque[Sequence_]) -> bool:
+    def extend(self, sequence: Completing, count: int, running: list[Completing], waiting: deque[Completing]) -> bool:
         """Gives it the blocks for ``count`` more tokens, if need be those of the sequence that came last; False if it
         was the last itself."""
         while len(sequence.table) * self.block < sequence.computed + count:
@@ -201,34 +205,36 @@ class ToyEngine(Engine):
             sequence.table.append(self.allocate())
         return True
 
-    def preempt(self, sequence: Sequence_) -> None:
+    def preempt(self, sequence: Completing) -> None:
         """Its blocks are freed, and its tokens, generated ones included, are computed again later."""
         self.preempted += 1
         self.release(sequence)
         sequence.computed = 0
-        sequence.prompt_rows = []
 
-    def forks(self, sequence: Sequence_) -> list[Sequence_]:
-        """Once its prompt is computed, the other completions: they share its full blocks, and copy the last one."""
-        if sequence.forked or sequence.request.n == 1 or len(self.free) < sequence.request.n - 1:
-            return []
-        sequence.forked, made = True, []
-        for _ in range(sequence.request.n - 1):
-            child = Sequence_(sequence.request, sequence.place)
-            child.forked, child.cached, child.computed = True, sequence.cached, sequence.computed
-            child.tokens, child.keys = list(sequence.tokens), list(sequence.keys)
-            child.table = self.shared_table(sequence)
-            child.rows, child.prompt_rows = list(sequence.rows), list(sequence.prompt_rows)
-            made.append(child)
-        return made
+    def fork(self, sequence: Completing, running: list[Completing], waiting: deque[Completing]) -> None:
+        """Once its prompt is computed, the other completions: they share its full blocks, and copy the last one. Where
+        there is no block for the copy, they are computed like any request."""
+        others = 0 if sequence.forked else sequence.request.n - 1
+        sequence.forked = True
+        for _ in range(others):
+            child = Completing(sequence.request, sequence.place)
+            child.forked = True
+            if self.free:
+                child.cached, child.computed = sequence.cached, sequence.computed
+                child.tokens, child.keys = list(sequence.tokens), list(sequence.keys)
+                child.table = self.shared_table(sequence)
+                child.prompt_rows = list(sequence.prompt_rows)
+                running.append(child)
+            else:
+                waiting.append(child)
 
-    def shared_table(self, sequence: Sequence_) -> list[int]:
+    def shared_table(self, sequence: Completing) -> list[int]:
         whole = sequence.computed // self.block
         for block in sequence.table[:whole]:
             self.take(block)
         return sequence.table[:whole] + [self.copied(block) for block in sequence.table[whole:]]
 
-    def finish(self, sequence: Sequence_) -> None:
+    def finish(self, sequence: Completing) -> None:
         """It has all its tokens, or its client has left."""
         self.release(sequence)
 
@@ -261,7 +267,7 @@ class ToyEngine(Engine):
         self.stored[own], self.rows[own] = self.stored[block], self.rows[block]
         return own
 
-    def release(self, sequence: Sequence_) -> None:
+    def release(self, sequence: Completing) -> None:
         """One reader less of each of its blocks, the last block first, so that it is reused first."""
         for block in reversed(sequence.table):
             self.readers[block] -= 1
@@ -269,7 +275,7 @@ class ToyEngine(Engine):
                 self.free[block] = None
         sequence.table, sequence.keys = [], []
 
-    def register(self, sequence: Sequence_) -> None:
+    def register(self, sequence: Completing) -> None:
         """Makes its full blocks known by their keys, unless equal ones are."""
         while (len(sequence.keys) + 1) * self.block <= sequence.computed:
             start = len(sequence.keys) * self.block
@@ -283,20 +289,20 @@ class ToyEngine(Engine):
             self.by_key[key], self.key_of[block] = block, key
 
     # --- computing ---
-    def compute(self, sequence: Sequence_, count: int) -> None:
+    def compute(self, sequence: Completing, count: int) -> None:
         """Keys, values and log-probabilities of its next ``count`` tokens."""
         past = sequence.computed
         rows = self.forward(sequence, past, count)  # (count, VOCABULARY)
         for position, row in zip(range(past, past + count), rows, strict=True):
             block, slot = sequence.table[position // self.block], position % self.block
             self.rows[block, slot] = row
-        if sequence.request.score and past < len(sequence.request.prompt):
-            sequence.prompt_rows += [row.copy() for row in rows]
+        if sequence.request.score:
+            sequence.prompt_rows[past : past + count] = [row.copy() for row in rows]
         sequence.computed += count
         if sequence.request.cached:
             self.register(sequence)
 
-    def forward(self, sequence: Sequence_, past: int, count: int) -> Array:
+    def forward(self, sequence: Completing, past: int, count: int) -> Array:
         m = self.model
         positions = self.position_ids(sequence, past, count)
         x = m.embedding[sequence.tokens[past : past + count]] + m.positions[positions]  # (t, WIDTH)
@@ -316,7 +322,7 @@ class ToyEngine(Engine):
             x = x + np.maximum(normed(x) @ m.up[layer], 0) @ m.down[layer]
         return log_softmax(normed(x) @ m.head)
 
-    def position_ids(self, sequence: Sequence_, past: int, count: int) -> NDArray[np.intp]:
+    def position_ids(self, sequence: Completing, past: int, count: int) -> NDArray[np.intp]:
         return np.arange(past, past + count)
 
     def visible(self, past: int, count: int) -> NDArray[np.bool_]:
@@ -332,7 +338,7 @@ class ToyEngine(Engine):
             heads.append(weights @ values[:, part])
         return np.concatenate(heads, axis=1)
 
-    def emit(self, sequence: Sequence_) -> None:
+    def emit(self, sequence: Completing) -> None:
         """Chooses the next token from the row of the last computed one."""
         last = len(sequence.tokens) - 1
         row = self.rows[sequence.table[last // self.block], last % self.block].copy()
@@ -341,14 +347,14 @@ class ToyEngine(Engine):
 
     # --- answers ---
     def answered(
-        self, requests: Sequence[Request], refused: Sequence[str | None], done: Sequence[Sequence[Sequence_]]
+        self, requests: Sequence[Request], refused: Sequence[str | None], done: Sequence[Sequence[Completing]]
     ) -> list[Answer]:
         return [
             Answer(error=why) if why is not None else self.one(request, sequences)
             for request, why, sequences in zip(requests, refused, done, strict=True)
         ]
 
-    def one(self, request: Request, sequences: Sequence[Sequence_]) -> Answer:
+    def one(self, request: Request, sequences: Sequence[Completing]) -> Answer:
         return Answer(
             completions=tuple(self.completion(sequence) for sequence in sequences),
             cached=sequences[0].cached,
@@ -357,11 +363,9 @@ class ToyEngine(Engine):
             completion_tokens=sum(len(sequence.ids) for sequence in sequences),
         )
 
-    def completion(self, sequence: Sequence_) -> Completion:
+    def completion(self, sequence: Completing) -> Completion:
         return Completion(sequence.ids, tuple(map(self.top, sequence.rows)))
 
     def top(self, row: Array) -> Mapping[int, float]:
         """The largest log-probabilities by token id."""
         return {int(i): float(row[i]) for i in np.argsort(-row, kind="stable")[: self.alternatives]}
-
-
