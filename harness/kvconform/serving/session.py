@@ -33,7 +33,7 @@ class Limits:
 
     requests: int = 4000
     seconds: float = 150.0
-    together: int = 4
+    together: int = 6
 
 
 class Spent(Exception):
