@@ -123,13 +123,13 @@ class NotYetComputed(Planted, breaks=("second-turn",), bug="vllm-project/vllm/pu
         super().finish(sequence)
 
 
-class AnswerOneSlotLate(Planted, breaks=("second-turn",), bug="jjang-ai/vmlx/issues/198"):
-    """The keys and values of an answer are moved by one slot in the cache once it ends."""
+class AnswerHeldTwice(Planted, breaks=("second-turn",), bug="jjang-ai/vmlx/issues/198"):
+    """Once an answer ends, the last slot of each of its blocks holds the keys and values of the slot before."""
 
     def finish(self, sequence: Completing) -> None:
         for block in sequence.table[len(sequence.request.prompt) // self.block :]:
             if self.readers[block] == 1:
-                self.stored[block] = np.roll(self.stored[block], 1, axis=0)
+                self.stored[block, -1] = self.stored[block, -2]
         super().finish(sequence)
 
 
