@@ -1,1 +1,1 @@
-"""Adapters to serving engines of others, and the tiny models that they are started with."""
+"""Adapters to serving engines, and a toy engine with planted faults."""

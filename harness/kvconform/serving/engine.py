@@ -23,7 +23,9 @@ class Description:
     alternatives: how many log-probabilities a generated token comes with; 1 is that of the chosen token only.
     reports_hits: whether an answer says how many tokens came from the cache.
     abilities: among ``n``, ``abort``, ``salt``, ``adapter``, ``score``, ``reset``, ``preemptions``, ``concurrent``.
-    dtype: of the computation, as the engine or its user says it; None if unknown.
+    dtype: of the computation or of the cache, whichever is coarser, as the engine or its user says it; None if unknown.
+    cache_tokens: how many tokens the prefix cache and all running requests hold together, None if the engine does not
+    tell. adapters: their names (ability ``adapter``). assumed: what the adapter has assumed, one sentence each.
     """
 
     engine: str
@@ -37,6 +39,9 @@ class Description:
     alternatives: int = 1
     abilities: frozenset[str] = frozenset()
     dtype: str | None = None
+    cache_tokens: int | None = None
+    adapters: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
