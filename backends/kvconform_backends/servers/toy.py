@@ -55,8 +55,8 @@ def log_softmax(x: Array) -> Array:
 
 class Completing:
     """A completion that is being computed. ``tokens``: prompt and generated ones; ``computed``: how many of them have
-    keys and values; ``cached``: how many were read from the cache at first; ``table``: its blocks; ``keys``: those of its
-    full blocks."""
+    keys and values; ``cached``: how many were read from the cache at first; ``table``: its blocks; ``keys``: those of
+    its full blocks."""
 
     def __init__(self, request: Request, place: int) -> None:
         self.request, self.place = request, place
@@ -87,7 +87,7 @@ class ToyEngine(Engine):
     blocks = 24
     context = 96
     budget = 12  # tokens that one forward step takes, of all sequences together
-    running_limit = 4
+    running_limit = 8
     alternatives = 8
 
     def __init__(self) -> None:

@@ -176,8 +176,10 @@ REFERENCES = {
 
 def _log_probability(m: Mismatch) -> str:
     of = "of the prompt's own token" if m.part == "prompt" else "of token"
-    bound = f"{_excess(m)}" if m.bound else ", and must be the same bit for bit"
-    return f"the log-probability {of} {m.token} is {_number(m.got)}, but {_number(m.want)} {REFERENCES[m.reference]}{bound}"
+    digits = 6 if m.bound else 9
+    want = f"{_number(m.want, digits)} {REFERENCES[m.reference]}"
+    bound = f",{_excess(m)}" if m.bound else ", and must be the same bit for bit"
+    return f"the log-probability {of} {m.token} is {_number(m.got, digits)}, but {want}{bound}"
 
 
 def _choice(m: Mismatch) -> str:

@@ -32,6 +32,15 @@ class Judged:
     void: int = 0
     worst: float | None = None
 
+    def add(self, other: Judged) -> None:
+        """The counts of another program as well."""
+        self.compared += other.compared
+        self.hits += other.hits
+        self.preempted += other.preempted
+        self.void += other.void
+        if other.worst is not None:
+            self.worst = max(self.worst or 0.0, other.worst)
+
 
 def judged(clause: ServingClause, program: Program, session: Session, gauge: Calibration) -> Judged:
     """Sends the program's requests, then asks for what they are compared with. Raises Spent, EngineDied."""
@@ -47,7 +56,7 @@ def judged(clause: ServingClause, program: Program, session: Session, gauge: Cal
                 mismatch = RELATIONS[relation](one, too_long, session, gauge, found)
                 if mismatch is not None:
                     call = called(one, number, len(sent))
-                    found.mismatch = _placed(mismatch, step, number, call)
+                    found.mismatch = msgspec.structs.replace(mismatch, program=0, step=step, row=number, call=call)
                     return found
     return found
 
@@ -61,10 +70,6 @@ def called(one: Sent, number: int, together: int) -> str:
     words += [f"{one.answer.cached} from the cache"] * bool(one.answer.cached)
     words += [f"number {number} of {together} at the same time"] * (together > 1)
     return ", ".join(words)
-
-
-def _placed(mismatch: Mismatch, step: int, row: int, call: str) -> Mismatch:
-    return msgspec.structs.replace(mismatch, program=0, step=step, row=row, call=call)
 
 
 # --- relations ---

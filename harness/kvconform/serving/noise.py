@@ -74,8 +74,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
         if not self.changes:
             return "no answer without the prefix cache could be had"
         return (
-            f"rounding moves log-probabilities by {self.level:.2g}, and {self.seen} of {self.changes} changed tokens by "
-            f"more than {SEPARATED:g} times that: a wrong token cannot be told from rounding; what helps: {REMEDY}"
+            f"rounding moves log-probabilities by {self.level:.2g}, and {self.seen} of {self.changes} changed tokens "
+            f"move them by more than {SEPARATED:g} times that: a wrong token cannot be told from rounding; what helps: "
+            f"{REMEDY}"
         )
 
 

@@ -19,9 +19,7 @@ class Served(Enum):
     """The closed list of what a clause about serving can require of a program's answers. With every relation, a request
     that is served alone must be served."""
 
-    COLD = (
-        "tokens and log-probabilities are those of the same request alone, without the prefix cache, within the bound"
-    )
+    COLD = "tokens and log-probabilities are those of the request alone, without the prefix cache, within the bound"
     BITWISE = "tokens and log-probabilities are those of the same request alone, without the prefix cache, bit for bit"
     REPEATED = "the same request without the prefix cache gives the same log-probabilities again, bit for bit"
     RESCORED = (
@@ -89,8 +87,8 @@ def every(*words: str) -> tuple[tuple[str, Possible], ...]:
 CLAUSES = (
     ServingClause(
         name="serving.rescore",
-        text="The log-probability that decode reports for a token is what prefill reports for it when the text is scored "
-        "again.",
+        text="The log-probability that decode reports for a token is what prefill reports for it when the text is "
+        "scored again.",
         why=(GITHUB + "vllm-project/vllm/pull/36580", GITHUB + "GeeeekExplorer/nano-vllm/issues/212"),
         strategy=draw.turns,
         relations=(Served.RESCORED,),
@@ -190,7 +188,8 @@ CLAUSES = (
     ),
     ServingClause(
         name="serving.forks",
-        text="Each of several completions of one prompt is what the prompt returns alone, and so is what continues one.",
+        text="Each of several completions of one prompt is what the prompt returns alone, and so is what continues "
+        "one.",
         why=(GITHUB + "ggml-org/llama.cpp/issues/3802",),
         strategy=draw.forks,
         needs=("n",),
@@ -218,7 +217,7 @@ CLAUSES = (
         text="A request beyond the context is refused and leaves no trace, and what is served alone is served beside "
         "others.",
         why=(GITHUB + "ggml-org/llama.cpp/issues/23652", GITHUB + "ggml-org/llama.cpp/pull/9525"),
-        strategy=draw.refusals,
+        strategy=draw.trials,
         relations=(Served.REFUSED, Served.BESIDE, Served.COLD),
         situations=((draw.REFUSED, always), (draw.BESIDE, crowded)),
     ),
@@ -245,7 +244,8 @@ CLAUSES = (
     ),
     ServingClause(
         name="serving.bitwise-hit",
-        text="A request whose prefix is cached gives the log-probabilities that it gives without the cache, bit for bit.",
+        text="A request whose prefix is cached gives the log-probabilities that it gives without the cache, bit for "
+        "bit.",
         why=(GITHUB + "vllm-project/vllm/issues/40896",),
         strategy=draw.repeats,
         relations=(Served.BITWISE,),

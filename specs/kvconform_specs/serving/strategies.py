@@ -208,7 +208,7 @@ def uncached(program: Program) -> Program:
 
 @st.composite
 def aborts(draw: Draw, sizes: Sizes) -> Program:
-    """A request whose client leaves, alone or beside another with the same prefix; then others, then the same prefix."""
+    """A request whose client leaves, alone or beside another with its prefix; then others, then the same prefix."""
     seed, length = draw(seeds), draw(blocks(sizes))
     beside = draw(st.booleans())
     left = Ask(prompt=(Span(seed=seed, stop=length),), tokens=2 * sizes.block, abort_after=draw(st.integers(1, 3)))
@@ -304,7 +304,13 @@ def scorings(draw: Draw, sizes: Sizes) -> Program:
     other = scored(Span(seed=seed + 1, stop=draw(lengths(sizes))))
     prompt = (Span(seed=seed, stop=length), *span(seed + 2, 0, draw(st.integers(0, 3))))
     steps = [alone(Span(seed=seed, stop=length)), other, scored(*prompt)]
-    return Program(steps=tuple(steps[1 - draw(st.integers(0, 1)) :]) + (scored(*prompt),), about="a scored prompt")
+    skipped = draw(st.integers(0, 1))
+    return Program(steps=(*steps[skipped:], scored(*prompt)), about="a scored prompt")
+
+
+def trials(sizes: Sizes) -> SearchStrategy[Program]:
+    """Requests that must be refused, and groups of which none must be."""
+    return refusals(sizes) | groups(sizes) if sizes.together > 1 else refusals(sizes)
 
 
 REFUSED, BESIDE = "a request beyond the context", "a request beyond the context beside others"
