@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,11 @@ Key = bytes
 VOCABULARY, WIDTH, LAYERS, HEADS = 48, 16, 2, 2
 ADAPTERS = ("first", "second")
 ROOT: Key = b"root"
+
+
+def open_toy(target: str, options: Mapping[str, Any]) -> Engine:
+    """The engine ``toy-engine``; options are its sizes (``block``, ``blocks``, ``context``, ``budget``...)."""
+    return type("ToyEngine", (ToyEngine,), dict(options))()
 
 
 class Model:

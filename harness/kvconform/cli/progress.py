@@ -51,7 +51,7 @@ class Progress:
     def begin(self, results: Results, cells: int) -> None:
         if self.chapters and results.workers.startswith("spawn: "):
             self._say(f"  workers are new processes ({results.workers.removeprefix('spawn: ')})")
-        if self.chapters:
+        if self.chapters or results.served is not None:
             self.told = list(checks.header(results))
             for line in self.told:
                 self._say(line)

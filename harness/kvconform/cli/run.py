@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import msgspec
 import typer
 
 from kvconform.api import file_name
+from kvconform.cli import serving
 from kvconform.cli.options import (
     Backends,
     Device,
@@ -39,6 +40,8 @@ from kvconform.run import check as checks
 from kvconform.run.run import Plan, path_of, plan_for, run_backend
 from kvconform.search import counterexample as counterexamples
 from kvconform.search.effort import CHECK, DEFAULT_EFFORT, EFFORTS, effort_named
+from kvconform.serving.registry import is_engine
+from kvconform.serving.session import Limits
 from kvconform.worker.client import STEP_TIMEOUT, WorkerClient, WorkerSpec
 from kvconform.worker.start import FORK
 from kvconform_specs.clause import Case
@@ -64,6 +67,9 @@ def run(
     start_method: StartMethod = FORK,
     known_failures: Annotated[Path | None, typer.Option(help="A TOML file of known failures.")] = None,
     shard: Annotated[str, typer.Option(help="Only part i of n of the cells, as i/n: whole configs.")] = "",
+    max_requests: serving.Requests = Limits.requests,
+    max_seconds: serving.Seconds = Limits.seconds,
+    concurrent: serving.Concurrent = Limits.together,
     as_json: Json = False,
 ) -> None:
     """Judges backends by every clause. Writes OUT/<backend>.json, and a counterexample for each failure.
@@ -73,14 +79,26 @@ def run(
     the exit code is 0 if each selected core clause passed and nothing failed.
     """
     known = EMPTY if known_failures is None else read_known_failures(known_failures)
-    plan = plan_for(effort, seed, dtype, clause, config, shard, explain=True)
     found = []
+    engines = [address for address in backend if is_engine(address)]
+    for address in engines:
+        limits = Limits(max_requests, max_seconds, concurrent)
+        named = effort_named(effort)
+        found.append(serving.judge(address, {}, named, seed, out, limits, clauses=clause, quiet=as_json))
+    if len(engines) == len(backend):
+        _end(found, as_json)
+    backend = [address for address in backend if address not in engines]
+    plan = plan_for(effort, seed, dtype, clause, config, shard, explain=True)
     for name, spec in launches(backend, device, python, step_timeout, start_method).items():
         with Progress(name, out, quiet=as_json) as progress:
             results = run_backend(name, spec, plan, out, progress.tell, known, progress.begin)
         found.append(results)
         if not as_json:
             _print_results(results, path_of(name, plan, out))
+    _end(found, as_json)
+
+
+def _end(found: list[Results], as_json: bool) -> NoReturn:
     if as_json:
         print_json(found)
     raise typer.Exit(worst([results.exit_code for results in found]))
@@ -100,6 +118,11 @@ def check(
     python: Annotated[str, typer.Option(help="The interpreter of the workers.")] = sys.executable,
     step_timeout: StepTimeout = STEP_TIMEOUT,
     start_method: StartMethod = FORK,
+    engine: serving.EngineName = "",
+    max_requests: serving.Requests = Limits.requests,
+    max_seconds: serving.Seconds = Limits.seconds,
+    concurrent: serving.Concurrent = Limits.together,
+    allow_remote: serving.AllowRemote = False,
     as_json: Json = False,
 ) -> None:
     """Judges a target without an adapter.
@@ -108,9 +131,18 @@ def check(
     after testing that forward. Prints what is broken, which known mistake it behaves like, and which tokens its outputs
     depend on. Where no way of calling it agrees with that forward, it is not judged: the exit code is 3, and the
     message shows the option to give. Anything else is a class with the methods of kvconform.BlackBox (an adapter).
+
+    A serving engine at a URL is judged by its own answers without the prefix cache. An API key is read from the
+    environment, and is written nowhere.
     """
     plan = Plan(effort_named(effort) if effort else CHECK, seed, explain=True)
-    found = []
+    found: list[Results] = []
+    if is_engine(target):
+        given = {**checks.options("", option), **({"engine": engine} if engine else {})}
+        limits = Limits(max_requests, max_seconds, concurrent)
+        shutil.rmtree(out / "failures" / serving.name_of(target), ignore_errors=True)  # of an earlier check
+        judged = serving.judge(target, given, plan.effort, seed, out, limits, allow_remote=allow_remote, quiet=as_json)
+        _end([judged], as_json)
     for address in checks.addresses(target, checks.options(init, option, claim)):
         name = file_name(address)
         shutil.rmtree(out / "failures" / name, ignore_errors=True)  # of an earlier check
@@ -121,9 +153,7 @@ def check(
         if not as_json:
             for line in ("", *checks.lines(found[-1], out, progress.told)):
                 say(line)
-    if as_json:
-        print_json(found)
-    raise typer.Exit(worst([results.exit_code for results in found]))
+    _end(found, as_json)
 
 
 def _print_results(results: Results, path: Path) -> None:

@@ -17,6 +17,7 @@ from kvconform.explain.diagnosis import text as diagnosis_text
 from kvconform.explain.visibility import text as visibility_text
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.results import Results
+from kvconform.results.serving import Served
 from kvconform.search.effort import CHECK
 from kvconform.worker.registry import installed
 from kvconform_specs.claims import Claims
@@ -56,7 +57,8 @@ OPTION_HELP = (
 )
 FORMS = (
     "file.py:NAME or package.module:NAME (a class, factory or function), decoder.onnx, "
-    "hf:DIRECTORY or hf:CONFIG_CLASS (transformers), or the name of an installed backend"
+    "hf:DIRECTORY or hf:CONFIG_CLASS (transformers), the name of an installed backend, or the URL of a "
+    "serving engine such as http://127.0.0.1:8000/v1"
 )
 
 
@@ -122,12 +124,34 @@ def _address(kind: str, target: str, options: Mapping[str, Any]) -> str:
 
 def header(results: Results) -> Iterator[str]:
     """How a target is called, and what is assumed about it, as far as it is known."""
+    if results.served is not None:
+        yield from served(results.served)
     if results.target is not None:
         yield f"{results.backend}: {results.target.recognised}"
         yield from (f"  assumed: {words}" for words in results.target.assumed)
         yield "  reference: its own forward without a cache; a mistake that both share is not detected"
         for name, noise in results.target.noise.items():
             yield f"  noise floor [{name}]: rounding moves outputs by at most {noise:.1g} of their size"
+
+
+def served(found: Served) -> Iterator[str]:
+    """What was found of a serving engine, and what its numbers are worth."""
+    told = [f"dtype {found.dtype or 'unknown'}", f"context {found.context}", f"vocabulary {found.vocabulary}"]
+    told += [f"blocks of {found.block} tokens"] if found.block else []
+    told += [f"a cache of {found.cache_tokens} tokens"] if found.cache_tokens else []
+    yield f"{found.engine} {found.version}, {found.model}: {', '.join(told)}"
+    yield f"  abilities: {', '.join(found.abilities) or 'none'}"
+    yield from (f"  assumed: {words}" for words in found.assumed)
+    yield "  reference: its own answers without the prefix cache; a mistake that both share is not detected"
+    if found.changes:
+        lengths = ", ".join(map(str, found.lengths))
+        yield (
+            f"  noise: decode and prefill without the cache differ by at most {found.noise:.2g} at lengths {lengths} "
+            f"(floor {found.floor:.2g}); the same request again by {found.repeat:.2g}"
+        )
+        effect = f"by {found.effect:.2g} or more" if found.seen else "by less than that can be told from noise"
+        bound = f"a difference above {found.bound:.2g} is an error" if found.bound else "no verdict by numbers"
+        yield f"  effect of one wrong token: {found.seen} of {found.changes} move answers {effect}; {bound}"
 
 
 def lines(results: Results, folder: Path, told: Collection[str] = ()) -> Iterator[str]:

@@ -43,7 +43,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     repeat: float
     """The largest difference between two answers to the same request."""
     effect: float
-    """The smallest difference that a changed token made, of those that can be seen."""
+    """The smallest difference that a changed token made, of those that are more than three times the noise."""
+    effect_on_decode: float
+    """The same, of those that are more than three times the floor."""
     changes: int
     """How many changed tokens were tried."""
     seen: int
@@ -64,7 +66,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def decode_bound(self) -> float | None:
         """The bound of decode against prefill, which cannot be taken from their difference: from the floor alone."""
-        return None if not self.changes else between(self.floor, self.effect)
+        return None if not self.changes else between(self.floor, self.effect_on_decode)
 
     @property
     def blind(self) -> str:
@@ -119,6 +121,7 @@ def calibrate(session: Session) -> Calibration:
         floor=floor,
         repeat=repeat,
         effect=min(visible, default=0.0),
+        effect_on_decode=min((effect for effect in effects if effect >= SEPARATED * floor), default=0.0),
         changes=len(effects),
         seen=len(visible),
         void=session.voids,

@@ -24,7 +24,7 @@ UNTOLD_BLOCK = 16
 SMALLEST_BLOCK = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Limits:
     """How much an engine is asked.
 
@@ -33,7 +33,7 @@ class Limits:
 
     requests: int = 4000
     seconds: float = 150.0
-    together: int = 4
+    together: int = 6
 
 
 class Spent(Exception):
@@ -150,6 +150,10 @@ class Session:
                 found.append(self.send(asked))
             generated.append([first_ids(sent.answer) for sent in found[-1]])
         return found
+
+    def answers(self) -> None:
+        """Asks for one token. Raises EngineDied where there is none."""
+        self.send([Request((0,), cached=False)])
 
     def preempted(self) -> int:
         """How many requests the engine has preempted; 0 where it does not count them."""

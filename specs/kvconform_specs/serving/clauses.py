@@ -219,7 +219,7 @@ CLAUSES = (
         why=(GITHUB + "ggml-org/llama.cpp/issues/23652", GITHUB + "ggml-org/llama.cpp/pull/9525"),
         strategy=draw.trials,
         relations=(Served.REFUSED, Served.BESIDE, Served.COLD),
-        situations=((draw.REFUSED, always), (draw.BESIDE, crowded)),
+        situations=((draw.REFUSED, always), (draw.BESIDE, crowded), (draw.CROWD, crowded)),
     ),
     ServingClause(
         name="serving.repeatable",

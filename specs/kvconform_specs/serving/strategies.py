@@ -137,8 +137,9 @@ def divergences(draw: Draw, sizes: Sizes) -> Program:
         pieces = (Span(seed=seed, stop=b), Span(seed=seed, stop=b), Span(seed=seed, start=b, stop=2 * b))
     else:
         pieces = (Span(seed=seed + 2, stop=b), Span(seed=seed, start=b, stop=2 * b))
-    steps = (alone(whole, tail), alone(*pieces, tail), alone(whole, tail))
-    return Program(steps=steps, about=about)
+    # a chain of keys is followed from its first block on, so that the second block must be known as a first one
+    between = (alone(pieces[0], tail),) if about == "two blocks swapped" else ()
+    return Program(steps=(alone(whole, tail), *between, alone(*pieces, tail), alone(whole, tail)), about=about)
 
 
 def span(seed: int, start: int, stop: int) -> tuple[Span, ...]:
@@ -214,10 +215,11 @@ def aborts(draw: Draw, sizes: Sizes) -> Program:
     left = Ask(prompt=(Span(seed=seed, stop=length),), tokens=2 * sizes.block, abort_after=draw(st.integers(1, 3)))
     other = Ask(
         prompt=(Span(seed=seed, stop=length), Span(seed=seed + 1, stop=draw(st.integers(1, 3)))),
-        tokens=draw(st.integers(1, sizes.block)),
+        tokens=draw(st.integers(1, 2 * sizes.block)),
     )
+    third = Ask(prompt=(Span(seed=seed + 2, stop=sizes.longest),))  # needs blocks when those of the first are free
     steps = [alone(Span(seed=seed, stop=length))] if draw(st.booleans()) else []
-    steps.append(Together(asks=(left, other) if beside else (left,)))
+    steps.append(Together(asks=(left, other, third)[: sizes.together] if beside else (left,)))
     steps += [alone(Span(seed=seed + 3 + i, stop=sizes.longest)) for i in range(draw(st.integers(0, 3)))]
     steps.append(alone(Span(seed=seed, stop=length)))
     return Program(steps=tuple(steps), about="a client that leaves " + ("beside another" if beside else "alone"))
@@ -251,12 +253,13 @@ def evictions(draw: Draw, sizes: Sizes) -> Program:
 def pressures(draw: Draw, sizes: Sizes) -> Program:
     """More requests beside one another than the cache has room for."""
     seed = draw(seeds)
-    answer = min(2 * sizes.block + draw(st.integers(0, 2)), sizes.context - sizes.longest)
-    need = (sizes.cache_tokens or 0) // (sizes.longest + answer) + 1 + draw(st.integers(0, 1))
-    shared = draw(st.integers(0, sizes.block + 1))
+    longest = draw(st.integers(sizes.block, sizes.longest))  # of short prompts the answers fill the cache
+    answer = min(draw(st.integers(2, 4)) * sizes.block, sizes.context - longest)
+    need = (sizes.cache_tokens or 0) // (longest + answer) + 1 + draw(st.integers(0, 1))
+    shared = draw(st.integers(0, longest - 4))
     asks = []
     for number in range(max(need, 2)):
-        own = sizes.longest - shared - draw(st.integers(0, 3))
+        own = longest - shared - draw(st.integers(0, 3))
         asks.append(Ask(prompt=(*span(seed, 0, shared), Span(seed=seed + 1 + number, stop=own)), tokens=answer))
     again = alone(*asks[-1].prompt)
     return Program(steps=(Together(asks=tuple(asks)), again), about="more requests than fit")
@@ -308,9 +311,22 @@ def scorings(draw: Draw, sizes: Sizes) -> Program:
     return Program(steps=(*steps[skipped:], scored(*prompt)), about="a scored prompt")
 
 
+CROWD = "as many requests beside one another as the limit allows"
+
+
+@st.composite
+def crowds(draw: Draw, sizes: Sizes) -> Program:
+    """As many long requests as may be sent at the same time."""
+    seed, tokens = draw(seeds), draw(st.integers(1, 2 * sizes.block))
+    asks = [
+        Ask(prompt=(Span(seed=seed + number, stop=sizes.longest),), tokens=tokens) for number in range(sizes.together)
+    ]
+    return Program(steps=(Together(asks=tuple(asks)),), about=CROWD)
+
+
 def trials(sizes: Sizes) -> SearchStrategy[Program]:
     """Requests that must be refused, and groups of which none must be."""
-    return refusals(sizes) | groups(sizes) if sizes.together > 1 else refusals(sizes)
+    return refusals(sizes) | crowds(sizes) if sizes.together > 1 else refusals(sizes)
 
 
 REFUSED, BESIDE = "a request beyond the context", "a request beyond the context beside others"
