@@ -100,13 +100,7 @@ class Started(LlamaCpp):
     """
 
     def __init__(
-        self,
-        model: Path,
-        cache: str = "f32",
-        flash: str = "off",
-        slots: int = 4,
-        context: int = 512,
-        **options: Any,
+        self, model: Path, cache: str = "f32", flash: str = "off", slots: int = 4, context: int = 512, **options: Any
     ) -> None:
         try:
             import xllamacpp
@@ -132,7 +126,9 @@ class Started(LlamaCpp):
     def describe(self) -> Description:
         from dataclasses import replace
 
-        return replace(super().describe(), version=f"xllamacpp {self.version}", model=Path(super().describe().model).name)
+        return replace(
+            super().describe(), version=f"xllamacpp {self.version}", model=Path(super().describe().model).name
+        )
 
     def close(self) -> None:
         del self.server
