@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class LlamaCpp(Engine):
         model = self.client.json("/v1/models")["data"][0]
         properties = self.client.json("/props")
         context = int(properties["default_generation_settings"]["n_ctx"])
-        unknown = "the cache's type and flash attention are not told by the server; the dtype is taken to be bfloat16"
+        unknown = "its type of cache and flash attention are not told; option dtype"
         return Description(
             engine="llama.cpp",
             version=str(properties.get("build_info", "")),

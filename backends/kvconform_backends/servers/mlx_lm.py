@@ -46,7 +46,9 @@ class MlxLm(Engine):
             port = str(free.getsockname()[1])
         command = (sys.executable, "-m", "mlx_lm", "server", "--model", str(model), "--port", port, *options)
         offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        self.started.append(subprocess.Popen(command, env=offline, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        self.started.append(
+            subprocess.Popen(command, env=offline, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        )
         client, ends = Client(f"http://127.0.0.1:{port}"), time.monotonic() + SECONDS
         while time.monotonic() < ends and self.started[-1].poll() is None:
             try:

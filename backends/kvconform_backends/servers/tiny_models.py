@@ -182,12 +182,15 @@ def write_gguf(model: Tiny, path: Path, dtype: str = "float32") -> Path:
     writer.add_layer_norm_rms_eps(model.epsilon)
     writer.add_vocab_size(model.vocabulary)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32 if dtype == "float32" else gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([chr(FIRST + i) for i in range(model.vocabulary)])
-    writer.add_token_scores([0.0] * model.vocabulary)
+    letters = [_byte_level(chr(FIRST + i)) for i in range(model.vocabulary)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(letters)
+    writer.add_token_merges([f"{letters[1]} {letters[1]}"])  # OpenVINO wants one; no token is spelt so
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     writer.add_token_types([control if i == END else normal for i in range(model.vocabulary)])
     writer.add_eos_token_id(END)
+    writer.add_bos_token_id(END)
     writer.add_add_bos_token(False)
     for name, array in _gguf_tensors(model):
         writer.add_tensor(name, array if array.ndim == 1 else array.astype(dtype))
@@ -196,6 +199,13 @@ def write_gguf(model: Tiny, path: Path, dtype: str = "float32") -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _byte_level(letter: str) -> str:
+    """The spelling of a letter in a byte-level vocabulary: each byte of its UTF-8 is one printable character."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return "".join(chr(byte if byte in printable else 256 + others.index(byte)) for byte in letter.encode())
 
 
 GGUF_NAMES = {
