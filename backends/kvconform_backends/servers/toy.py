@@ -26,6 +26,21 @@ ADAPTERS = ("first", "second")
 ROOT: Key = b"root"
 
 
+SOURCE = """
+from dataclasses import asdict
+
+from kvconform_specs.serving.requests import Request
+from {module} import {name}
+
+engine = {name}()
+
+
+def send(requests):
+    found = engine.answer([Request(**{{**one, "prompt": tuple(one["prompt"])}}) for one in requests])
+    return [asdict(answer) for answer in found]
+"""
+
+
 def open_toy(target: str, options: Mapping[str, Any]) -> Engine:
     """The engine ``toy-engine``; options are its sizes (``block``, ``blocks``, ``context``, ``budget``...)."""
     return type("ToyEngine", (ToyEngine,), dict(options))()
@@ -126,6 +141,14 @@ class ToyEngine(Engine):
 
     def preemptions(self) -> int:
         return self.preempted
+
+    def source(self) -> str:
+        """It has no server: the file imports it."""
+        module, name = type(self).__module__, type(self).__qualname__
+        return SOURCE.format(module=module, name=name)
+
+    def reset_source(self) -> str:
+        return "reset = engine.reset"
 
     def reset(self) -> None:
         self.key_of.clear()

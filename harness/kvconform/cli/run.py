@@ -31,7 +31,7 @@ from kvconform.cli.options import (
 from kvconform.cli.progress import Progress
 from kvconform.errors import UnknownClause
 from kvconform.explain import repro
-from kvconform.files import write_atomically
+from kvconform.files import family_of, write_atomically
 from kvconform.judging.render import render
 from kvconform.results.known_failures import EMPTY
 from kvconform.results.known_failures import read as read_known_failures
@@ -177,9 +177,15 @@ def replay(
     script: Annotated[
         Path | None, typer.Option(help="Write the failure as a Python file that needs only the target and numpy.")
     ] = None,
+    allow_remote: serving.AllowRemote = False,
     as_json: Json = False,
 ) -> None:
-    """Runs a counterexample on a fresh process. The exit code is 1 if it still fails."""
+    """Runs a counterexample on a fresh process. The exit code is 1 if it still fails.
+
+    One of a serving engine is run on that engine, with new token ids.
+    """
+    if family_of(file) == serving.FAMILY:
+        raise typer.Exit(serving.replay(file, backend, script, allow_remote, as_json))
     found = counterexamples.read(file)
     if found.clause not in BY_NAME:
         sentence = f"{file}: no clause named {found.clause!r}; known: {', '.join(BY_NAME)}"

@@ -9,14 +9,22 @@ from urllib.parse import urlsplit
 
 import typer
 
-from kvconform.cli.options import say
+from kvconform.cli.options import print_json, say
 from kvconform.cli.progress import Progress
+from kvconform.errors import UnknownClause
+from kvconform.files import write_atomically
+from kvconform.judging.mismatch import Mismatch
+from kvconform.judging.render import render
 from kvconform.results.results import Results
 from kvconform.run import check as checks
 from kvconform.search.effort import Effort
-from kvconform.serving.registry import BY_CLASS, addressed, check_host, is_url, split
+from kvconform.serving import counterexample
+from kvconform.serving import script as scripts
+from kvconform.serving.registry import BY_CLASS, addressed, check_host, is_url, open_engine, split
+from kvconform.serving.replay import replayed
 from kvconform.serving.run import run_engine
 from kvconform.serving.session import Limits
+from kvconform_specs.serving.clauses import BY_NAME
 
 Requests = Annotated[
     int, typer.Option("--max-requests", min=1, help="Of a serving engine: the most requests that are sent to it.")
@@ -33,6 +41,9 @@ AllowRemote = Annotated[
 EngineName = Annotated[
     str, typer.Option("--engine", help="What serves at a URL, if it does not tell: vllm, llama.cpp, mlx-lm, openai...")
 ]
+
+
+FAMILY = counterexample.SCHEMA.partition("/")[0]
 
 
 def judge(
@@ -57,6 +68,38 @@ def judge(
         for line in lines(results, out):
             say(line)
     return results
+
+
+def replay(file: Path, backend: str, script: Path | None, allow_remote: bool, as_json: bool) -> int:
+    """Runs a counterexample of an engine again; 1 if it still fails."""
+    found = counterexample.read(file)
+    if found.clause not in BY_NAME:
+        raise UnknownClause("clause", found.clause, BY_NAME, f"{file}: no clause named {found.clause!r}")
+    address = backend or found.engine
+    if is_url(address):
+        check_host(address, allow_remote)
+    mismatch = replayed(found, address, Limits())
+    sentence = f"holds now; the file says: {found.sentence}" if mismatch is None else render(mismatch)
+    lines = [f"{found.clause} on {split(address)[0]}: {sentence}"]
+    if script is not None and mismatch is not None:
+        lines.append(f"  script: {_written(script, found, mismatch, address)}")
+    if as_json:
+        print_json({"clause": found.clause, "backend": address, "broken": mismatch is not None, "sentence": sentence})
+    else:
+        for line in lines:
+            say(line)
+    return int(mismatch is not None)
+
+
+def _written(script: Path, found: counterexample.ServingCounterexample, mismatch: Mismatch, address: str) -> str:
+    engine = open_engine(address)
+    try:
+        write_atomically(script, scripts.script(found, mismatch, engine).encode())
+    except NotImplementedError as error:
+        return f"none: {error}"
+    finally:
+        engine.close()
+    return f"python {script} shows it, and exits with 1 until it is mended"
 
 
 def name_of(target: str) -> str:

@@ -95,5 +95,20 @@ class Engine(ABC):
         """How many requests the engine has preempted so far (ability ``preemptions``)."""
         raise NotImplementedError(f"{type(self).__name__} counts no preemptions")
 
+    def source(self) -> str:
+        """Python source of ``send(requests)``, for a script that reproduces a failure: of a server, with nothing but
+        the standard library.
+
+        ``send`` takes a list of dicts with the fields of ``Request``, sends them at the same time, and returns as many
+        dicts in their order: ``completions``, a list of dicts with ``ids`` and ``logprobs`` (a dict by token id for
+        each); ``cached``; ``prompt_logprobs``; ``prompt_tokens``, ``completion_tokens`` and ``error``, each None where
+        there is none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no source for scripts")
+
+    def reset_source(self) -> str:
+        """Python source of ``reset()``, with the ability ``reset``."""
+        raise NotImplementedError(f"{type(self).__name__} has no source for scripts")
+
     def close(self) -> None:  # noqa: B027 (nothing to end by default)
         """Ends what this adapter has started; nothing happens to a server that was there before."""
