@@ -125,11 +125,8 @@ class Started(LlamaCpp):
         super().__init__(self.server.listening_address, "float32" if exact else coarse)
 
     def describe(self) -> Description:
-        from dataclasses import replace
-
-        return replace(
-            super().describe(), version=f"xllamacpp {self.version}", model=Path(super().describe().model).name
-        )
+        found = super().describe()
+        return replace(found, version=f"xllamacpp {self.version}", model=Path(found.model).name)
 
     def close(self) -> None:
         del self.server

@@ -70,7 +70,8 @@ class OpenAI(Engine):
         served = (self.client.json("/v1/models") or {}).get("data") or [{"id": "default_model"}]
         self.models = {str(one["id"]): one for one in served}
         self.model = model or next(iter(self.models))
-        self.context = context or int(self.models.get(self.model, {}).get("max_model_len") or 512)
+        told = self.models.get(self.model, {}).get("max_model_len")
+        self.context, self.refuses_longer = context or int(told or 512), told is not None
         self.engine, self.version = _engine_of(self.client, next(iter(self.models.values())))
         self.dialect = self._tried()
         self.salts = (f"kvconform-cold-{os.getpid()}-{time.time_ns()}-{i}" for i in itertools.count())
@@ -120,6 +121,7 @@ class OpenAI(Engine):
             model=self.model,
             vocabulary=self.vocabulary,
             context=self.context,
+            refuses_longer=self.refuses_longer,
             block=self.block or told.get("block_size"),
             cache_off=self.off,
             reports_hits=self.reports,

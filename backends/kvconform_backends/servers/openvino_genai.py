@@ -27,13 +27,7 @@ class OpenVino(Engine):
     BLOCK = 32  # of the CPU
 
     def __init__(
-        self,
-        model: Path,
-        precision: str | None = "f32",
-        context: int = 512,
-        blocks: int = 64,
-        chunk: int = 32,
-        vocabulary: int = 256,
+        self, model: Path, precision: str | None = "f32", blocks: int = 40, chunk: int = 32, vocabulary: int = 256
     ) -> None:
         try:
             import openvino
@@ -42,8 +36,9 @@ class OpenVino(Engine):
             raise Unavailable("OpenVINO GenAI needs 'openvino-genai'", "pip install openvino-genai") from missing
 
         self.tensor, self.config = openvino.Tensor, openvino_genai.GenerationConfig
+        self.ignored = openvino_genai.GenerationStatus.IGNORED
         self.name, self.precision, self.chunk = Path(model).name, precision, chunk
-        self.context, self.blocks, self.vocabulary = context, blocks, vocabulary
+        self.blocks, self.vocabulary = blocks, vocabulary
         exact = {} if precision is None else {"KV_CACHE_PRECISION": precision, "INFERENCE_PRECISION_HINT": "f32"}
         self.pipelines = []
         for caching in (True, False):
@@ -59,7 +54,7 @@ class OpenVino(Engine):
             version=version("openvino-genai"),
             model=self.name,
             vocabulary=self.vocabulary,
-            context=self.context,
+            context=self.blocks * self.BLOCK,
             block=self.BLOCK,
             cache_off="second engine",
             reports_hits=True,
@@ -81,12 +76,11 @@ class OpenVino(Engine):
 
     def _together(self, pipeline: Any, requests: Sequence[Request]) -> list[Answer]:
         handles: dict[int, Any] = {}
-        answers = [Answer(error="the prompt is longer than the context")] * len(requests)
+        answers = [Answer()] * len(requests)
         for place, request in enumerate(requests):
-            if len(request.prompt) + request.tokens <= self.context:
-                ids = self.tensor(np.array([request.prompt], np.int64))
-                handles[place] = pipeline.add_request(self.number, ids, self._parameters(request))
-                self.number += 1
+            ids = self.tensor(np.array([request.prompt], np.int64))
+            handles[place] = pipeline.add_request(self.number, ids, self._parameters(request))
+            self.number += 1
         found: dict[int, tuple[list[int], list[float]]] = {place: ([], []) for place in handles}
         began, first, steps, prefill = time.perf_counter(), dict.fromkeys(handles, 0.0), 0, 0
         while pipeline.has_non_finished_requests():
@@ -104,6 +98,9 @@ class OpenVino(Engine):
                     handle.cancel()
                     del handles[place]
         for place, (ids, values) in found.items():
+            if place in handles and handles[place].get_status() == self.ignored:
+                answers[place] = Answer(error="IGNORED: the cache has no room for it")
+                continue
             length = len(requests[place].prompt)
             rows = tuple({token: value} for token, value in zip(ids, values, strict=True))
             answers[place] = Answer(
