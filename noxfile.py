@@ -29,6 +29,8 @@ STUDIES = "docs/studies"
 BACKENDS = ("eager", "compiled", "onnx")
 """The backends of the main job. Each has an environment of its own, whose interpreter is also the one that is timed."""
 COUNTED = (*BACKENDS, "numpy", "eager-static", "onnx-shared", "past-tuples", "module-buffers", "list-cache")
+JOBS = str(min(os.cpu_count() or 1, 2))
+"""How many processes judge a backend at once; more if asked for: nox -- --jobs 8."""
 CANNOT_RUN_HERE = 3
 """Exit code of ``kvconform run`` where the machine lacks something: the other sessions go on."""
 NOTHING_CONFORMANT = 5
@@ -58,7 +60,8 @@ def results(session: nox.Session, pattern: str = "*.json") -> list[str]:
 def conformance(session: nox.Session, backend: str) -> None:
     """Judge one backend; results/BACKEND.json. Options of kvconform run: nox -- --effort smoke."""
     install(session, backend)
-    command = ("kvconform", "run", "-b", backend, "--out", str(RESULTS))
+    jobs = [] if any(arg.startswith("--jobs") for arg in session.posargs) else ["--jobs", JOBS]
+    command = ("kvconform", "run", "-b", backend, "--out", str(RESULTS), *jobs)
     session.run(*command, *session.posargs, success_codes=[0, CANNOT_RUN_HERE])
 
 

@@ -15,6 +15,7 @@ from kvconform.mutation import record as audit_record
 from kvconform.results.results import Results
 from kvconform.run.cross_backend import Pair
 from kvconform_reports.view import embedding, explanations, maps, matrix, mutation, null_models, outcomes, speed, tables
+from kvconform_reports.view.moved import Moved
 from kvconform_specs.clauses import BY_NAME
 
 
@@ -25,8 +26,10 @@ def render(
     *,
     folder: str = "results",
     audit: audit_record.AuditRecord | None = None,
+    moved: Moved | None = None,
 ) -> str:
-    """The report of one or more backends as HTML. ``folder``: the results folder in replay commands."""
+    """The report of one or more backends as HTML. ``folder``: the results folder in replay commands; ``moved``: what
+    moved since an earlier run."""
     templates = _templates()
     style, script = (_source(templates, name) for name in ("style.css", "script.js"))
     data, packed = embedding.embed(results, pairs, latency, audit)
@@ -38,6 +41,7 @@ def render(
         data=data,
         packed=packed,
         headline=headline(rows),
+        moved=moved,
         runs=_runs(results),
         backends=rows,
         chapters=matrix.chapters(results),

@@ -58,7 +58,7 @@ def screen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
 def test_failures_and_reasons_come_at_once_and_the_rest_is_counted(screen: io.StringIO) -> None:
     seen = []
     with Progress(RING, Path("out"), quiet=False) as shown:
-        shown.begin(FOUND, len(VERDICTS))
+        shown.begin(FOUND, [one.key for one in VERDICTS])
         for one in VERDICTS:
             shown.tell(one)
             seen.append(screen.getvalue())
@@ -68,6 +68,19 @@ def test_failures_and_reasons_come_at_once_and_the_rest_is_counted(screen: io.St
     assert "capacity.overflow" not in screen.getvalue()  # for the same reason
     assert f"{RING} [attention-gqa]: 1 pass, 1 fail, 2 not exercised, 1 refuted\n" in screen.getvalue()
     assert f"{RING} [attention-window]: 1 pass, 1 cut by the time limit\n" in screen.getvalue()
+
+
+def test_a_config_is_counted_once_all_of_its_cells_are_judged_whatever_else_is_judged_meanwhile(
+    screen: io.StringIO,
+) -> None:
+    mixed = [verdict(clause, config=config) for clause in ("shape.output", "shape.length") for config in ("a", "b")]
+    with Progress("x", Path("out"), quiet=False) as shown:
+        shown.begin(FOUND, [one.key for one in mixed])
+        for one in mixed[:3]:
+            shown.tell(one)
+        assert screen.getvalue().count("pass") == screen.getvalue().count("x [a]: 2 pass\n") == 1
+        shown.tell(mixed[3])
+        assert "x [b]: 2 pass\n" in screen.getvalue()
 
 
 def test_json_and_nothing_else_is_printed_where_it_is_asked_for(screen: io.StringIO) -> None:
@@ -101,7 +114,7 @@ def test_of_a_target_its_header_comes_first_and_only_once(screen: io.StringIO) -
     target = Target(recognised="called somehow", assumed=["it is small"], configs={})
     found = msgspec.structs.replace(FOUND, target=target, verdicts=[VERDICTS[0]])
     with Progress("x", Path("out"), quiet=False, chapters=True) as shown:
-        shown.begin(found, 1)
+        shown.begin(found, [VERDICTS[0].key])
         shown.tell(VERDICTS[0])
     for line in ("x: called somehow\n", "  assumed: it is small\n", "  reference: its own forward without a cache; "):
         assert screen.getvalue().count(line) == 1

@@ -12,6 +12,8 @@ import pytest
 from places import SUPPORT
 
 from kvconform.judging.verdict import Outcome
+from kvconform.results import gate
+from kvconform.results.diff import words
 from kvconform.results.gate import UNDECIDED, compare
 from kvconform.results.results import read
 from kvconform.run.run import cells, plan_for
@@ -78,7 +80,7 @@ def test_what_pytest_selects_is_recorded_as_a_part_that_a_baseline_does_not_miss
     assert (found.finished, found.clauses, found.configs) == (True, ["shape.output"], ["attention-gqa"])
     assert found.selection == "clauses shape.output, configs attention-gqa"
     (missing,) = compare(found, baseline)
-    assert (missing.code, missing.words) == (
+    assert (gate.RULE[missing.kind], words(missing)) == (
         UNDECIDED,
         f"{SHAPES - 1} cells of the baseline not judged: only clauses shape.output, configs attention-gqa",
     )

@@ -18,6 +18,8 @@ from kvconform.errors import BadArgument
 from kvconform.files import write_atomically
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results import gate
+from kvconform.results.claims_diff import WIDEST_FIRST
+from kvconform.results.diff import words as said
 from kvconform.results.results import Results, missing_core, read
 from kvconform.run.run import Plan, cells, parse_shard, run_backend
 from kvconform.search.cell import Cell, run_cell
@@ -96,7 +98,7 @@ def results(*verdicts: Verdict, **more: Any) -> Results:
 def test_the_gate_moves_with_the_results(now: Results, code: int, words: str) -> None:
     differences = gate.compare(now, results(verdict()))
     assert gate.exit_code(differences) == code
-    assert (words in "\n".join(d.words for d in differences)) if words else not differences
+    assert (words in "\n".join(said(d) for d in differences)) if words else not differences
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_a_claim_that_promises_less_is_a_regression_and_one_that_promises_more_i
     wide, narrow = (results(verdict(), claims={claim: value}) for value in (much, less))
     narrowed = gate.compare(narrow, wide)
     assert gate.exit_code(narrowed) == 4
-    assert claim in narrowed[0].words
+    assert claim in said(narrowed[0])
     assert gate.exit_code(gate.compare(wide, narrow)) == 0
     assert gate.compare(narrow, narrow) == []
 
@@ -150,20 +152,20 @@ def test_lengths_at_which_a_forward_changes_are_told_and_block_nothing() -> None
         told = gate.compare(
             results(verdict(), claims={"changes_at": now}), results(verdict(), claims={"changes_at": was})
         )
-        assert [(d.code, d.words) for d in told] == [(0, f"x changed changes_at from {was} to {now}")]
+        assert [(gate.RULE[d.kind], said(d)) for d in told] == [(0, f"x changed changes_at from {was} to {now}")]
 
 
 def test_another_page_size_is_told_and_blocks_nothing() -> None:
     told = gate.compare(results(verdict(), claims={"page": 8}), results(verdict(), claims={"page": 4}))
-    assert [(d.code, d.words) for d in told] == [(0, "x changed page from 4 to 8")]
+    assert [(gate.RULE[d.kind], said(d)) for d in told] == [(0, "x changed page from 4 to 8")]
 
 
 def test_the_gate_knows_every_claim_of_one_value() -> None:
     """A claim that is added must say what narrows it."""
     values = {name for name, value in Claims().to_json().items() if not isinstance(value, list)}
     numbers = {"max_batch", "max_chunk", "max_sequences", "max_graphs", "kv_bits", "residual", "page", "rollback"}
-    assert values == {*gate.WIDEST_FIRST, *numbers, "cache_dtype", "quantiser"}
-    for name, order in gate.WIDEST_FIRST.items():
+    assert values == {*WIDEST_FIRST, *numbers, "cache_dtype", "quantiser"}
+    for name, order in WIDEST_FIRST.items():
         for value in order:
             Claims(**{name: value})
 
@@ -182,7 +184,7 @@ def test_the_gate_knows_every_claim_of_one_value() -> None:
 def test_other_programs_are_no_regression_and_a_failure_is_a_new_one(now: Results, code: int, words: str) -> None:
     differences = gate.compare(msgspec.structs.replace(now, seed=7), results(verdict(digest="a")))
     assert gate.exit_code(differences) == code
-    told = [difference.words for difference in differences]
+    told = [said(difference) for difference in differences]
     assert "1 of 1 cell had other programs: seed is 7, in the baseline 0" in told
     assert words in "\n".join(told)
 
@@ -200,14 +202,14 @@ def test_a_gate_between_two_efforts_is_one_line() -> None:
         "hypothesis is 6.170.15, in the baseline 6.100.0; the claims differ"
     )
     changed = "x changed max_batch from 2 to unlimited"
-    assert [(d.code, d.words) for d in gate.compare(smoke, pr)] == [(0, changed), (0, words)]
+    assert [(gate.RULE[d.kind], said(d)) for d in gate.compare(smoke, pr)] == [(0, changed), (0, words)]
 
 
 def test_a_cell_that_time_cut_is_no_regression() -> None:
     whole, cut = results(verdict(digest="a", planned=9)), results(verdict(digest="a", planned=9, compared=1, cut=True))
     (note,) = gate.compare(cut, whole)
-    assert note.code == 0
-    assert note.words == "1 of 1 cell cut: the time limit ended before all planned programs were judged"
+    assert gate.RULE[note.kind] == 0
+    assert said(note) == "1 of 1 cell cut: the time limit ended before all planned programs were judged"
     assert gate.compare(whole, cut) == []
 
 
@@ -216,7 +218,7 @@ def test_a_failure_that_the_baseline_had_no_time_to_find_is_a_new_one() -> None:
     early, late = (results(verdict(digest="a", outcome=Outcome.FAIL, found_after=after)) for after in (12, 13))
     assert gate.exit_code(gate.compare(early, baseline)) == 4
     (new,) = gate.compare(late, baseline)
-    assert (new.code, "under programs that the baseline had no time for" in new.words) == (1, True)
+    assert (gate.RULE[new.kind], "under programs that the baseline had no time for" in said(new)) == (1, True)
 
 
 def test_passes_on_another_device_or_by_another_suite_are_not_compared() -> None:
@@ -224,13 +226,13 @@ def test_passes_on_another_device_or_by_another_suite_are_not_compared() -> None
         (name,) = change
         fewer, broken = results(verdict(compared=3)), results(verdict(outcome=Outcome.FAIL))
         (told,) = gate.compare(msgspec.structs.replace(fewer, **change), results(verdict()))
-        assert (told.code, "passes are not compared" in told.words) == (code, True)
+        assert (gate.RULE[told.kind], "passes are not compared" in said(told)) == (code, True)
         differences = gate.compare(msgspec.structs.replace(broken, **change), results(verdict()))
         assert gate.exit_code(differences) == 1
-        assert f"pass -> fail under another {name}: it broke" in differences[-1].words
+        assert f"pass -> fail under another {name}: it broke" in said(differences[-1])
     gone = gate.compare(msgspec.structs.replace(results(), suite="1"), results(verdict()))
     assert gate.exit_code(gone) == 0
-    assert gone[-1].words == "1 cell of the baseline not judged: the suites differ"
+    assert said(gone[-1]) == "1 cell of the baseline not judged: the suites differ"
 
 
 def test_cells_of_another_dtype_are_counted_and_not_called_gone() -> None:
@@ -238,7 +240,7 @@ def test_cells_of_another_dtype_are_counted_and_not_called_gone() -> None:
         results(verdict(), replaced(verdict(), "attention-gqa-float16")), dtypes=["float32", "float16"]
     )
     (told,) = gate.compare(results(verdict()), both)
-    assert (told.code, told.words) == (5, "1 cell of the baseline not judged: only dtypes float32")
+    assert (gate.RULE[told.kind], said(told)) == (5, "1 cell of the baseline not judged: only dtypes float32")
 
 
 def test_a_failure_that_the_baseline_knows_is_not_new() -> None:
@@ -246,7 +248,7 @@ def test_a_failure_that_the_baseline_knows_is_not_new() -> None:
     assert gate.exit_code(gate.compare(broken, broken)) == 0
     fixed = gate.compare(results(verdict()), broken)
     assert gate.exit_code(fixed) == 0
-    assert "fail -> pass" in fixed[0].words
+    assert "fail -> pass" in said(fixed[0])
 
 
 def concluded(found: Results) -> tuple[int, str]:

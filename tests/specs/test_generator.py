@@ -216,6 +216,23 @@ def reused_by_equal_steps(p: Program) -> bool:
     return any(a.reused and b.reused and a.counts == b.counts for a, b in pairwise(appends))
 
 
+def two_forks_of_one(p: Program) -> bool:
+    made = [step.seq for step in p.steps if isinstance(step, Fork)]
+    return len(set(made)) < len(made)
+
+
+def refilled_before_a_step_of_its_fork(p: Program) -> bool:
+    """A sequence is reset or truncated and given other tokens before its fork is stepped for the first time."""
+    for number, fork in enumerate(p.steps):
+        if isinstance(fork, Fork):
+            later = p.steps[number + 1 :]
+            first = next((n for n, s in enumerate(later) if isinstance(s, Append) and s.seq == fork.into), 0)
+            own = [step for step in later[:first] if getattr(step, "seq", "") == fork.seq]
+            if any(isinstance(a, Reset | Truncate) and isinstance(b, Append) for a, b in pairwise(own)):
+                return True
+    return False
+
+
 W = WINDOW.window or 0
 PAGE = EVERYTHING.page or 0
 LEARNED = CONFIGS["decoder-learned"]
@@ -307,6 +324,14 @@ SITUATIONS: tuple[tuple[str, Config, str, Callable[[Program], bool]], ...] = (
         GQA,
         "other tokens after all of two pages",
         other_tokens_after_truncating_to(lambda kept, was: kept == was == 2 * PAGE),
+    ),
+    ("lifecycle.fork-outlives", GQA, "a fork of a fork", has(Fork, lambda s: s.seq != "a")),
+    ("lifecycle.fork-outlives", GQA, "two forks of one sequence", two_forks_of_one),
+    (
+        "lifecycle.fork-outlives",
+        GQA,
+        "no step of a fork before its original is refilled",
+        refilled_before_a_step_of_its_fork,
     ),
     ("lifecycle.reorder", GQA, "a permutation that is not its own inverse", not_its_own_inverse),
     ("lifecycle.reorder", GQA, "a row taken twice", repeats_a_row),

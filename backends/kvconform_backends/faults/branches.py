@@ -20,6 +20,7 @@ DECODER = "definition.decoder"
 TRUNCATE_RANGE = "lifecycle.truncate-range"
 TRUNCATE_WHOLE = "lifecycle.truncate-whole"
 FORK = "lifecycle.fork"
+OUTLIVES = "lifecycle.fork-outlives"
 REORDER = "lifecycle.reorder"
 
 PARITY = ("definition.attention", "definition.decoder")
@@ -199,6 +200,41 @@ class ForkCopiesFirstLayer(
         own = super().fork(cache)
         self.faulty += cache.length > 0
         return Buffers([own.keys[0], *cache.keys[1:]], [own.values[0], *cache.values[1:]], own.written)
+
+
+class Late(Buffers):
+    """Buffers of another sequence until the first append. ``right``: what the fork should hold."""
+
+    right: Buffers
+
+
+class ForkCopiesLate(
+    Planted, InPlace, breaks=(OUTLIVES,), kind="C11", bug="ggml-org/llama.cpp/issues/3802", conditional=True
+):
+    """A fork copies the buffers at its first append: until then the original writes into what the fork holds."""
+
+    def fork(self, cache: Any) -> Late:
+        return self.late(cache, cache.right if isinstance(cache, Late) else super().fork(cache))
+
+    def truncate(self, cache: Any, length: Any) -> Buffers:
+        kept = super().truncate(cache, length)
+        return self.late(kept, cache.right) if isinstance(cache, Late) else kept
+
+    def reset(self, cache: Any) -> Buffers:
+        empty = super().reset(cache)
+        return self.late(empty, cache.right) if isinstance(cache, Late) else empty
+
+    def late(self, cache: Buffers, right: Buffers) -> Late:
+        made = Late(cache.keys, cache.values, cache.written.copy())
+        made.right = right
+        return made
+
+    def target(self, cache: Any, in_place: bool) -> Buffers:
+        if not isinstance(cache, Late):
+            return super().target(cache, in_place)
+        for held, right in zip((*cache.keys, *cache.values), (*cache.right.keys, *cache.right.values), strict=True):
+            self.instead(np.where(self.live(cache), held, 0), np.where(self.live(cache), right, 0))
+        return super().fork(cache)
 
 
 # --- reorder ---

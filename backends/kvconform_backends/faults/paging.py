@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from kvconform_backends.numpy.cache import Array
 from kvconform_backends.numpy.paged import PAGE, NumpyPaged, Tables
 
 FORK = "lifecycle.fork"
+OUTLIVES = "lifecycle.fork-outlives"
 
 PLACEMENT = ("paging.placement",)
 BOUNDARY = ("paging.boundary",)
@@ -228,3 +230,32 @@ class CopyWithoutValues(
         for pool, old in zip(self.values, before, strict=True):
             pool[copy] = self.instead(old[copy] if copy < len(old) else np.zeros_like(pool[copy]), pool[copy])
         return copy
+
+
+class ResetClearsShared(
+    Planted, NumpyPaged, breaks=(OUTLIVES,), kind=("G3", "C11"), bug="vllm-project/vllm/issues/44701"
+):
+    """Reset fills the pages of its sequence with zeros, including those that a fork still reads."""
+
+    def reset(self, cache: Any) -> Tables:
+        held = [page for table in cache.tables for page in table]
+        self.faulty += any(self.uses[page] > held.count(page) for page in held)
+        for pool in (*self.keys, *self.values):
+            pool[held] = 0
+        return super().reset(cache)
+
+
+class ForkOfForkNotCounted(
+    Planted, NumpyPaged, breaks=(OUTLIVES,), kind=("G3", "C11"), bug="sgl-project/sglang/issues/38319", conditional=True
+):
+    """A fork counts its use of the pages, and a fork of a fork does not: it loses them with the one in the middle."""
+
+    def fork(self, cache: Any) -> Tables:
+        forks: WeakSet[Tables] = self.__dict__.setdefault("_forks", WeakSet())
+        if cache in forks:
+            self.faulty += cache.length > 0
+            made = self.opened([list(table) for table in cache.tables], cache.written.copy())
+        else:
+            made = super().fork(cache)
+        forks.add(made)
+        return made

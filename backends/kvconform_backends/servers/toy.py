@@ -43,7 +43,8 @@ def send(requests):
 
 def open_toy(target: str, options: Mapping[str, Any]) -> Engine:
     """The engine ``toy-engine``; options are its sizes (``block``, ``blocks``, ``context``, ``budget``...)."""
-    return type("ToyEngine", (ToyEngine,), dict(options))()
+    sized: type[ToyEngine] = type("ToyEngine", (ToyEngine,), dict(options))
+    return sized()
 
 
 class Model:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from kvconform.cli.options import Json, print_json, say
 from kvconform.results import gate as gates
 from kvconform.results import merge as merging
 from kvconform.results import results
+from kvconform.results.diff import words
 
 MARKS = {
     gates.OK: "note",
@@ -43,11 +44,11 @@ def gate(
         now = results.read(file)
         differences = gates.compare(now, results.read(baseline / file.name if baseline.is_dir() else baseline))
         codes.append(gates.exit_code(differences))
-        found = [asdict(difference) for difference in differences]
+        found = [{**msgspec.to_builtins(d), "code": gates.RULE[d.kind], "words": words(d)} for d in differences]
         records.append({"backend": now.backend, "exit_code": codes[-1], "differences": found})
         if not as_json:
             for difference in differences:
-                say(f"{MARKS[difference.code]}: {now.backend}: {difference.words}")
+                say(f"{MARKS[gates.RULE[difference.kind]]}: {now.backend}: {words(difference)}")
             say(f"{now.backend}: {CONCLUSIONS[codes[-1]]}")
     if as_json:
         print_json(records)

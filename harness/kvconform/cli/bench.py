@@ -21,7 +21,7 @@ from kvconform.bench.gate.environments import environment
 from kvconform.bench.presets import Preset
 from kvconform.bench.record import PHASES, Record
 from kvconform.cli.options import Device, Json, Out, Pythons, Seed, launches, print_json, say, screen, usage
-from kvconform.results.gate import exit_code
+from kvconform.results.gate import worst as worst_difference
 from kvconform.results.results import read
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.effort import EFFORTS
@@ -164,7 +164,7 @@ def count(
         print_json(record)
     else:
         say("\n".join([*counters.lines(found), f"counters: {out / 'counters.json'}"]))
-    raise typer.Exit(exit_code(found) if found or record.counts else NOTHING)
+    raise typer.Exit(worst_difference([one.code for one in found]) if found or record.counts else NOTHING)
 
 
 def _lines(quiet: bool) -> Say:

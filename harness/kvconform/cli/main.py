@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvconform import __version__
-from kvconform.cli import audit, baseline, bench, report, run, spec
+from kvconform.cli import audit, baseline, bench, diff, report, run, spec
 from kvconform.cli.options import errors, say
 from kvconform.errors import BackendUnavailable, KvconformError
 from kvconform.results.results import EXIT_CODES
@@ -68,6 +68,7 @@ def options(
 app.command()(run.run)
 app.command()(run.check)
 app.command()(run.replay)
+app.command()(diff.diff)
 app.command()(baseline.gate)
 app.command()(baseline.merge)
 app.command()(audit.audit)

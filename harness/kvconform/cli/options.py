@@ -38,6 +38,7 @@ Device = Annotated[
 ]
 Dtypes = Annotated[list[str], typer.Option("--dtype", help=f"{', '.join(DTYPES)}. May be repeated.")]
 EffortName = Annotated[str, typer.Option("--effort", help=f"How much to try for each cell: {', '.join(EFFORTS)}.")]
+Jobs = Annotated[int, typer.Option(min=1, help="How many processes judge configs at once; results are the same.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 Out = Annotated[Path, typer.Option("--out", file_okay=False, help="The folder for results.")]
 Pythons = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -10,6 +11,7 @@ from kvconform.cli.options import progress_bar, say
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.results import Results
 from kvconform.run import check as checks
+from kvconform.search.cell import Key
 from kvconform.worker.start import frameworks as imported_for
 
 UNDECIDED = (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED)
@@ -28,8 +30,8 @@ class Progress:
         self._bar = progress_bar(quiet)
         self._task = self._bar.add_task(name, total=None)
         self.told: list[str] = []  # the header of a target
-        self._group = ""
-        self._counts: Counter[str] = Counter()
+        self._cells: Counter[str] = Counter()  # by group, how many are to come
+        self._counts: dict[str, Counter[str]] = {}  # by group, the outcomes; several configs may be under way
         self._reasons: set[str] = set()
         self._errors: dict[tuple[str, ...], str] = {}  # exceptions that were told, with the clause
 
@@ -38,7 +40,8 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
-        self._count()
+        for group in tuple(self._counts):
+            self._count(group)
         self._bar.stop()
 
     def start(self, address: str, method: str, effort: str) -> None:
@@ -48,23 +51,23 @@ class Progress:
             importing = f"; importing {', '.join(frameworks)}" if frameworks else ""
             self._say(f"judging {address} (effort {effort}; start method {method}){importing}")
 
-    def begin(self, results: Results, cells: int) -> None:
+    def begin(self, results: Results, keys: Sequence[Key]) -> None:
+        self._cells = Counter(self._group(*key) for key in keys)
         if self.chapters and results.workers.startswith("spawn: "):
             self._say(f"  workers are new processes ({results.workers.removeprefix('spawn: ')})")
         if self.chapters or results.served is not None:
             self.told = list(checks.header(results))
             for line in self.told:
                 self._say(line)
-        self._bar.update(self._task, total=cells)
+        self._bar.update(self._task, total=len(keys))
 
     def tell(self, verdict: Verdict) -> None:
         self._bar.advance(self._task)
-        group = f"[{verdict.config}]" + (f" {verdict.clause.partition('.')[0]}" if self.chapters else "")
-        if group != self._group:
-            self._count()
-            self._group = group
-        self._counts[verdict.outcome.value] += 1
-        self._counts["cut by the time limit"] += verdict.cut
+        group = self._group(*verdict.key)
+        counts = self._counts.setdefault(group, Counter())
+        counts[verdict.outcome.value] += 1
+        counts["cut by the time limit"] += verdict.cut
+        self._cells[group] -= 1
         cell = f"{verdict.clause} on {self.name} [{verdict.config}]"
         if verdict.outcome.broken and verdict.error_pattern and verdict.error_pattern in self._errors:
             self._say(f"{cell}: the error of {self._errors[verdict.error_pattern]}")
@@ -78,11 +81,14 @@ class Progress:
         elif verdict.outcome in UNDECIDED and verdict.sentence not in self._reasons:
             self._reasons.add(verdict.sentence)
             self._say(f"{verdict.outcome.value}: {cell}: {verdict.sentence}")
+        if not self._cells[group]:
+            self._count(group)
 
-    def _count(self) -> None:
-        if self._group:
-            self._say(f"{self.name} {self._group}: {checks.counted(self._counts)}")
-        self._counts.clear()
+    def _group(self, clause: str, config: str) -> str:
+        return f"[{config}]" + (f" {clause.partition('.')[0]}" if self.chapters else "")
+
+    def _count(self, group: str) -> None:
+        self._say(f"{self.name} {group}: {checks.counted(self._counts.pop(group))}")
 
     def _say(self, line: str) -> None:
         if not self.quiet:

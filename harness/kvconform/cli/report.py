@@ -9,6 +9,7 @@ import typer
 
 from kvconform.bench import record as speeds
 from kvconform.bench.record import Record
+from kvconform.cli.diff import compared
 from kvconform.cli.options import Json, print_json, say
 from kvconform.files import family_of, write_atomically
 from kvconform.mutation import record as audits
@@ -26,16 +27,22 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("reports/out/report.html"),
     junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write a Markdown summary.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="An earlier run, a file or a folder: the report begins with what moved since.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Writes the HTML report, and prints a short table."""
     from kvconform_reports import html, terminal
     from kvconform_reports import junit as junit_reports
     from kvconform_reports import markdown as markdown_reports
+    from kvconform_reports.view.moved import since
 
     judged, speed, pairs, audited = _collect(files)
     folder = str(files[0].parent)
-    write_atomically(out, html.render(judged, pairs, speed, folder=folder, audit=audited).encode())
+    moved = None if against is None else since(str(against), *compared(against, files)[:3])
+    page = html.render(judged, pairs, speed, folder=folder, audit=audited, moved=moved)
+    write_atomically(out, page.encode())
     if junit is not None:
         write_atomically(junit, junit_reports.render(judged).encode())
     if markdown is not None:

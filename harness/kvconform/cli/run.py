@@ -17,6 +17,7 @@ from kvconform.cli.options import (
     Device,
     Dtypes,
     EffortName,
+    Jobs,
     Json,
     Out,
     Pythons,
@@ -67,6 +68,7 @@ def run(
     start_method: StartMethod = FORK,
     known_failures: Annotated[Path | None, typer.Option(help="A TOML file of known failures.")] = None,
     shard: Annotated[str, typer.Option(help="Only part i of n of the cells, as i/n: whole configs.")] = "",
+    jobs: Jobs = 1,
     max_requests: serving.Requests = Limits.requests,
     max_seconds: serving.Seconds = Limits.seconds,
     concurrent: serving.Concurrent = Limits.together,
@@ -91,7 +93,7 @@ def run(
     plan = plan_for(effort, seed, dtype, clause, config, shard, explain=True)
     for name, spec in launches(backend, device, python, step_timeout, start_method).items():
         with Progress(name, out, quiet=as_json) as progress:
-            results = run_backend(name, spec, plan, out, progress.tell, known, progress.begin)
+            results = run_backend(name, spec, plan, out, progress.tell, known, progress.begin, jobs)
         found.append(results)
         if not as_json:
             _print_results(results, path_of(name, plan, out))

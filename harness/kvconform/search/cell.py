@@ -42,6 +42,10 @@ Why = tuple[Reason, str]
 """Why a cell has no verdict, and that in words."""
 
 
+Key = tuple[str, str]
+"""The names of a cell's clause and config, as in ``Verdict.key``."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """What is asked: a clause of a backend, under a config that has a name."""
@@ -49,6 +53,10 @@ class Cell:
     clause: Clause
     config: Config
     config_name: str
+
+    @property
+    def key(self) -> Key:
+        return self.clause.name, self.config_name
 
 
 class _Stop(Exception):

@@ -47,7 +47,7 @@ class Worker:
         self.address, self.device, self.progress = address, device, progress
         self.backend: Any = None
         self.backends: dict[Config, Any] = {}
-        self.perturbed: dict[tuple[Config, int], Any] = {}
+        self.perturbed: dict[tuple[Config, tuple[float, float, int]], Any] = {}
 
     def answer(self, message: Header, blob: bytes = b"") -> Reply:
         return self.handlers(blob)[message["op"]](message)
@@ -104,9 +104,9 @@ class Worker:
         inputs = np.frombuffer(blob, message["dtype"]).reshape(message["shape"]).copy()
         backend = self.backends[config]
         if message["seed"]:
-            key = config, message["seed"]
+            key = config, (message["storage"], message["accumulation"], message["seed"])
             if key not in self.perturbed:
-                self.perturbed[key] = backend.perturbed(message["storage"], message["accumulation"], message["seed"])
+                self.perturbed[key] = backend.perturbed(*key[1])
             backend = self.perturbed[key]
         told = {"context": message["context"]} if message["context"] else {}
         output = np.ascontiguousarray(backend.uncached_forward(inputs, **told))

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from hypothesis import strategies as st
 
+from kvconform_specs import forks
 from kvconform_specs import situations as reach
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case, Clause, Relation
@@ -318,6 +319,26 @@ CLAUSES = (
                 Fork, "an original that continues after its fork", lambda v: called(v.step).seq == "a", reach.holds(2)
             ),
             reach.after_a(Fork, "a fork that continues", lambda v: called(v.step).seq != "a", reach.holds(2)),
+        ),
+    ),
+    Clause(
+        name="lifecycle.fork-outlives",
+        text="A fork keeps its tokens, and continues with the definition's values, after the sequence that it was made "
+        "from was reset, truncated or grown; also a fork of a fork when the one in the middle is gone, and when a "
+        "sequence that was reset is filled again with other tokens.",
+        why=(
+            "https://github.com/sgl-project/sglang/issues/38319",
+            "https://github.com/vllm-project/vllm/issues/44701",
+            "https://github.com/ovg-project/kvcached/issues/446",
+        ),
+        strategy=forks.outlived,
+        relations=(Relation.PARITY, Relation.LENGTHS),
+        needs=("fork", "two sequences"),
+        situations=(
+            forks.behind("its original was reset and filled again", forks.refilled, reach.claimed("reset")),
+            forks.behind("its original was truncated", forks.shortened, reach.claimed("truncate")),
+            forks.behind("its original has grown", forks.grown, reach.always),
+            forks.behind("its original, itself a fork, is gone", forks.gone_in_the_middle, reach.always),
         ),
     ),
     Clause(

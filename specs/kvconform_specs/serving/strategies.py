@@ -82,9 +82,8 @@ def repeats(draw: Draw, sizes: Sizes) -> Program:
     steps = [alone(Span(seed=seed, stop=length))]
     ways = draw(st.lists(st.sampled_from(("repeated", "longer", "shorter")), min_size=1, max_size=3))
     for way in ways:
-        other = {"repeated": length, "longer": length + draw(st.integers(1, sizes.block + 1))}.get(
-            way, draw(st.integers(1, length))
-        )
+        longer, shorter = length + draw(st.integers(1, sizes.block + 1)), draw(st.integers(1, length))
+        other: int = {"repeated": length, "longer": longer, "shorter": shorter}[way]
         steps.append(alone(Span(seed=seed, stop=min(other, sizes.longest + sizes.block))))
     return Program(steps=tuple(steps), about=f"a {ways[0]} prompt")
 

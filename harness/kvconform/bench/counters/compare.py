@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvconform.bench import eligibility
 from kvconform.bench.client import WORKER
@@ -29,7 +29,7 @@ from kvconform.bench.eligibility import Ineligible
 from kvconform.bench.presets import Preset
 from kvconform.errors import BackendUnavailable, WorkerDied
 from kvconform.files import write_versioned
-from kvconform.results.gate import OK, REGRESSION, Difference
+from kvconform.results.gate import OK, REGRESSION
 from kvconform.worker.client import BUILD_TIMEOUT, WorkerClient, WorkerSpec
 from kvconform_specs.config import Config
 
@@ -113,13 +113,20 @@ def _counted(record: Record, name: str, client: WorkerClient, preset: Preset) ->
 
 
 # --- what the counts show ---
-def broken(record: Record) -> list[Difference]:
+class MovedCount(NamedTuple):
+    """What a count shows. ``code``: the exit code that it causes; 0 for a note. ``words``: as a sentence."""
+
+    code: int
+    words: str
+
+
+def broken(record: Record) -> list[MovedCount]:
     """Counts that no cached decode has, whatever the baseline."""
     found = []
     for one in record.counts:
         sentence = _law(one, record)
         if sentence:
-            found.append(Difference(REGRESSION, f"{one.words} {_number(one)}: {sentence}"))
+            found.append(MovedCount(REGRESSION, f"{one.words} {_number(one)}: {sentence}"))
     return found
 
 
@@ -147,12 +154,12 @@ def _is_positions(other: Count, one: Count) -> bool:
     return (other.preset, other.backend, other.counter) == (one.preset, one.backend, "positions")
 
 
-def compare(base: Record, head: Record) -> list[Difference]:
+def compare(base: Record, head: Record) -> list[MovedCount]:
     """What differs from the baseline: counts that grew, and counts that are gone, are regressions."""
-    found: list[Difference] = []
+    found: list[MovedCount] = []
     apart = {name for name in base.presets if name in head.presets and base.presets[name] != head.presets[name]}
     found += [
-        Difference(REGRESSION, f"{name}: its sizes are not the baseline's: not comparable") for name in sorted(apart)
+        MovedCount(REGRESSION, f"{name}: its sizes are not the baseline's: not comparable") for name in sorted(apart)
     ]
     bound = set()  # backends whose frameworks differ
     for name in base.by:
@@ -160,7 +167,7 @@ def compare(base: Record, head: Record) -> list[Difference]:
         if now is not None and now != was:
             bound.add(name)
             versions = f"{_versions(now)}, the baseline has {_versions(was)}"
-            found.append(Difference(OK, f"{name}: {versions}: {', '.join(OF_VERSIONS)} are not comparable"))
+            found.append(MovedCount(OK, f"{name}: {versions}: {', '.join(OF_VERSIONS)} are not comparable"))
     before, after = ({one.key: one for one in record.counts} for record in (base, head))
     gone: dict[tuple[str, str], list[Count]] = defaultdict(list)
     for key, was_count in before.items():
@@ -173,35 +180,35 @@ def compare(base: Record, head: Record) -> list[Difference]:
     found += _lost(gone, head)
     had = {(one.preset, one.backend) for one in base.counts}
     for preset, backend in sorted({(one.preset, one.backend) for one in head.counts} - had):
-        found.append(Difference(OK, f"{preset}, {backend}: is new; {UPDATE}"))
+        found.append(MovedCount(OK, f"{preset}, {backend}: is new; {UPDATE}"))
     fresh = [one for key, one in after.items() if key not in before and (one.preset, one.backend) in had]
     fresh = [one for one in fresh if one.preset not in apart]
-    return found + [Difference(OK, f"{one.words} {_number(one)}: is new; {UPDATE}") for one in fresh]
+    return found + [MovedCount(OK, f"{one.words} {_number(one)}: is new; {UPDATE}") for one in fresh]
 
 
-def _moved(was: Count, now: Count) -> Difference:
+def _moved(was: Count, now: Count) -> MovedCount:
     shares = {kind: now.kinds.get(kind, 0) - was.kinds.get(kind, 0) for kind in {*was.kinds, *now.kinds}}
     moved = sorted(((n, kind) for kind, n in shares.items() if n), key=lambda share: (-abs(share[0]), share[1]))
     kinds = f" ({', '.join(f'{kind} {n:+}' for n, kind in moved[:KINDS])})" if moved else ""
     change = f"{now.words} {was.value} -> {now.value}{kinds}"
     if now.value > was.value:
-        return Difference(REGRESSION, change)
-    return Difference(OK, f"{change}: an improvement; {UPDATE}")
+        return MovedCount(REGRESSION, change)
+    return MovedCount(OK, f"{change}: an improvement; {UPDATE}")
 
 
-def _lost(gone: Mapping[tuple[str, str], list[Count]], head: Record) -> Iterator[Difference]:
+def _lost(gone: Mapping[tuple[str, str], list[Count]], head: Record) -> Iterator[MovedCount]:
     """One sentence for a backend that is gone from a preset, or one for each of its counts."""
     reasons = {(one.preset, one.backend): one.why for one in head.missing}
     left = {(one.preset, one.backend) for one in head.counts}
     for (preset, backend), counts in gone.items():
         if (preset, backend) in left:
-            yield from (Difference(REGRESSION, f"{one.words} was {one.value}, is no longer counted") for one in counts)
+            yield from (MovedCount(REGRESSION, f"{one.words} was {one.value}, is no longer counted") for one in counts)
         else:
             why = reasons.get((preset, backend), "it was not part of the run")
-            yield Difference(REGRESSION, f"{preset}, {backend}: is no longer counted: {why}")
+            yield MovedCount(REGRESSION, f"{preset}, {backend}: is no longer counted: {why}")
 
 
-def lines(differences: Iterable[Difference]) -> list[str]:
+def lines(differences: Iterable[MovedCount]) -> list[str]:
     """One line each: regressions first, then what does not block."""
     ordered = sorted(differences, key=lambda one: one.code != REGRESSION)
     return [f"{'regression' if one.code == REGRESSION else 'note'}: {one.words}" for one in ordered]

@@ -80,6 +80,8 @@ class PrecisionMatch(msgspec.Struct, frozen=True, kw_only=True):
     """How many bits a number of a quantised cache takes; 0: it is not quantised."""
     cache_dtype: str = ""
     """What keys and values are rounded to on their way into the cache; empty: the same."""
+    scheme: str = "integer"
+    """How the numbers of a quantised cache are coded: `integer`, `float8_e4m3` or `float8_e5m2`."""
 
 
 class FirstFailure(msgspec.Struct, frozen=True, kw_only=True):

@@ -64,7 +64,9 @@ def precision(found: PrecisionMatch) -> str:
     parts = [found.dtype, *(["intermediates of that dtype"] if found.intermediates == "storage" else [])]
     if found.cache_dtype:
         parts.append(f"a {found.cache_dtype} cache")
-    if found.kv_bits:
+    if found.kv_bits and found.scheme != "integer":
+        parts.append(f"a {found.scheme} cache")
+    elif found.kv_bits:
         parts.append(f"a{'n' if found.kv_bits == 8 else ''} {found.kv_bits}-bit cache")
     return f"within the bounds of {' and '.join(parts)}"
 

@@ -1,0 +1,127 @@
+"""Judges the configs of a run one after another, or in several processes: Hypothesis is for one thread.
+
+The processes take whole configs, the longest first, each with a worker of its own. What they find is the same cell by
+cell, unless a backend leaks state from the model of one config into that of another.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing.queues import Queue
+from queue import Empty
+from threading import Thread
+
+from kvconform.errors import Unavailable
+from kvconform.run.unit import ConfigDone, Judged, Task, judged_config
+from kvconform.search.cell import Cell
+from kvconform.worker.client import WorkerClient, WorkerSpec
+from kvconform_specs.clauses import BY_NAME
+from kvconform_specs.config import Config
+from kvconform_specs.configs import share
+
+Found = Judged | ConfigDone
+LOOK = 0.2
+"""Seconds without news after which it is looked whether a process has ended."""
+
+
+def judged_configs(
+    task: Task, configs: Collection[Sequence[Cell]], client: WorkerClient, jobs: int = 1
+) -> Iterator[Found]:
+    """What is found, as it is found: cells of one config in their order, then the end of the config.
+
+    ``client`` judges where there is one job or one config. Raises BackendUnavailable, also where a process was killed.
+    """
+    if min(jobs, len(configs)) <= 1:
+        for cells in configs:
+            yield from judged_config(task, cells, client)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes that are started below inherit it
+    context = multiprocessing.get_context("spawn")
+    news: Queue[Found] = context.Queue()
+    longest_first = sorted(configs, key=lambda cells: -len(cells) * share(cells[0].config_name))
+    with ProcessPoolExecutor(min(jobs, len(configs)), context, _begin, (client.spec, news)) as pool:
+        try:
+            waited = [pool.submit(_judge, _unit(task, cells)) for cells in longest_first]
+            yield from _told(news, waited)
+        finally:
+            pool.shutdown(cancel_futures=True)  # what runs is waited for
+
+
+def _told(news: Queue[Found], waited: Sequence[Future[None]]) -> Iterator[Found]:
+    """What the processes say, until all configs are done. Raises what ended one of them."""
+    left = len(waited)
+    while left:
+        try:
+            one = news.get(timeout=LOOK)
+        except Empty:
+            for future in waited:
+                if future.done():
+                    _raise_what_ended(future)
+        else:
+            left -= isinstance(one, ConfigDone)
+            yield one
+
+
+def _raise_what_ended(future: Future[None]) -> None:
+    try:
+        future.result()
+    except BrokenExecutor as error:
+        ended = "one of the processes that judge configs ended unexpectedly: killed, or out of memory"
+        raise Unavailable(ended, "the run goes on where it stopped if it is started again") from error
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """The cells of one config, as data: a clause cannot be sent to another process."""
+
+    task: Task
+    config: Config
+    name: str
+    clauses: tuple[str, ...]
+
+
+def _unit(task: Task, cells: Sequence[Cell]) -> _Unit:
+    first, clauses = cells[0], tuple(cell.clause.name for cell in cells)
+    done = {key: verdict for key, verdict in task.done.items() if key[1] == first.config_name}
+    return _Unit(replace(task, done=done), first.config, first.config_name, clauses)
+
+
+# --- in a process of the pool ---
+class _Process:
+    """What a process has for all of its configs. The first one starts its worker; what that raises is raised there."""
+
+    def __init__(self, spec: WorkerSpec, news: Queue[Found]) -> None:
+        self.spec, self.news = spec, news
+        self.client: WorkerClient | None = None
+
+    def judge(self, unit: _Unit) -> None:
+        if self.client is None:
+            self.client = WorkerClient(self.spec)
+        cells = [Cell(BY_NAME[clause], unit.config, unit.name) for clause in unit.clauses]
+        for one in judged_config(unit.task, cells, self.client):
+            self.news.put(one)
+
+
+_process: _Process
+
+
+def _begin(spec: WorkerSpec, news: Queue[Found]) -> None:
+    global _process
+    _process = _Process(spec, news)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _judge(unit: _Unit) -> None:
+    _process.judge(unit)
