@@ -124,6 +124,13 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """Build the site of the documentation; build/site/index.html. Broken links and anchors are errors."""
+    install(session, groups=("docs",))
+    session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session(default=False)
 def regenerate(session: nox.Session) -> None:
     """Renew every generated file that is out of date; a list of them: nox -s regenerate -- --list."""
     install(session, "compiled", "onnx")

@@ -159,6 +159,16 @@ def test_what_stands_beside_a_conclusion_is_explained_in_a_few_words() -> None:
     assert list(checks.remarks(msgspec.structs.replace(FOUND, verdicts=[VERDICTS[0]]))) == []
 
 
+def test_why_cells_are_not_judged_is_said_with_the_number_of_cells() -> None:
+    left_out = [
+        verdict(f"chapter.clause{i}", Outcome.UNSUPPORTED, reason=Reason.ABILITY, sentence=f"claims no {i // 2}")
+        for i in range(13)
+    ]
+    words = ", ".join(f"claims no {i} (2)" for i in range(5))
+    (line,) = checks.remarks(msgspec.structs.replace(FOUND, verdicts=left_out))
+    assert line == f"  not applicable: {words} and 2 more reasons"
+
+
 def test_of_a_target_its_header_comes_first_and_only_once(screen: io.StringIO) -> None:
     target = Target(recognised="called somehow", assumed=["it is small"], configs={})
     found = msgspec.structs.replace(FOUND, target=target, verdicts=[VERDICTS[0]])

@@ -7,6 +7,7 @@ command accepts as well (``worker.registry``).
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -227,12 +228,22 @@ def undecided(results: Results) -> Iterator[str]:
 def remarks(results: Results) -> Iterator[str]:
     """What stands beside a conclusion: why cells have no verdict, which guarantees are refuted, what time has cut."""
     yield from undecided(results)
+    yield from _not_applicable(results)
     refuted = [verdict.clause for verdict in results.verdicts if verdict.outcome is Outcome.REFUTED]
     if refuted:
         yield f"  refuted: {_listed(refuted)}: measured guarantees that do not hold; conformance does not require them"
     cut = [verdict.clause for verdict in results.verdicts if verdict.cut]
     if cut:
         yield f"  cut: {_listed(cut)}: the time limit ended before all planned programs were judged"
+
+
+def _not_applicable(results: Results) -> Iterator[str]:
+    """Why cells are not judged that the claims leave out: the reasons with most cells."""
+    reasons = Counter(one.sentence for one in results.verdicts if one.outcome is Outcome.UNSUPPORTED)
+    named = [f"{words} ({count})" for words, count in reasons.most_common(LISTED)]
+    if named:
+        more = f" and {len(reasons) - LISTED} more reasons" if len(reasons) > LISTED else ""
+        yield f"  not applicable: {', '.join(named)}{more}"
 
 
 def _listed(clauses: Sequence[str]) -> str:
