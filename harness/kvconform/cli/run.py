@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +19,11 @@ from kvconform.cli.options import (
     EffortName,
     Jobs,
     Json,
+    Junit,
+    On,
     Out,
     Pythons,
+    Quiet,
     Seed,
     StartMethod,
     StepTimeout,
@@ -32,6 +36,8 @@ from kvconform.cli.progress import Progress
 from kvconform.errors import UnknownClause
 from kvconform.explain import repro
 from kvconform.files import write_atomically
+from kvconform.fleet import costs_of, executor
+from kvconform.fleet.units import divided
 from kvconform.judging.render import render
 from kvconform.results.known_failures import EMPTY
 from kvconform.results.known_failures import read as read_known_failures
@@ -66,6 +72,16 @@ def run(
     known_failures: Annotated[Path | None, typer.Option(help="A TOML file of known failures.")] = None,
     shard: Annotated[str, typer.Option(help="Only part i of n of the cells, as i/n: whole configs.")] = "",
     jobs: Jobs = 1,
+    junit: Junit = None,
+    quiet: Quiet = False,
+    on: On = "",
+    store: Annotated[
+        str, typer.Option(help="A folder or fsspec URL for units of work: what it holds is not judged again.")
+    ] = "",
+    unit_seconds: Annotated[
+        float, typer.Option(min=1, help="With --on: divide configs that took longer in an earlier run into slices.")
+    ] = 300,
+    runtime_env: Annotated[Path | None, typer.Option(help="With --on: a JSON file, Ray's runtime_env.")] = None,
     as_json: Json = False,
 ) -> None:
     """Judges backends by every clause. Writes OUT/<backend>.json, and a counterexample for each failure.
@@ -77,14 +93,23 @@ def run(
     known = EMPTY if known_failures is None else read_known_failures(known_failures)
     plan = plan_for(effort, seed, dtype, clause, config, shard, explain=True)
     found = []
+    where = executor(jobs, on, store, runtime_env)
     for name, spec in launches(backend, device, python, step_timeout, start_method).items():
-        with Progress(name, out, quiet=as_json) as progress:
-            results = run_backend(name, spec, plan, out, progress.tell, known, progress.begin, jobs)
+        with Progress(name, out, quiet=quiet or as_json) as progress:
+            execute = divided(where, costs_of(path_of(name, plan, out)), unit_seconds) if on else where
+            told = progress.tell, known, progress.begin, execute, progress.running
+            results = run_backend(name, spec, plan, out, *told)
         found.append(results)
-        if not as_json:
+        if quiet and not as_json:
+            say(f"{name}: {results.summary}")
+        elif not as_json:
             _print_results(results, path_of(name, plan, out))
     if as_json:
         print_json(found)
+    if junit is not None:
+        from kvconform_reports import junit as junit_reports
+
+        write_atomically(junit, junit_reports.render(found).encode())
     raise typer.Exit(worst([results.exit_code for results in found]))
 
 
@@ -93,6 +118,7 @@ def check(
     init: Annotated[str, typer.Option(help="Keyword arguments of the class or factory, as JSON.")] = "",
     option: Annotated[list[str], typer.Option(help=checks.OPTION_HELP)] = [],  # noqa: B006
     claim: Annotated[list[str], typer.Option(help=checks.CLAIM_HELP)] = [],  # noqa: B006
+    reference: Annotated[str, typer.Option(help=checks.REFERENCE_HELP)] = "",
     device: Device = "cpu",
     effort: Annotated[
         str, typer.Option(help=f"How much to try: {', '.join(EFFORTS)}. Default: less than smoke, in under a minute.")
@@ -102,25 +128,30 @@ def check(
     python: Annotated[str, typer.Option(help="The interpreter of the workers.")] = sys.executable,
     step_timeout: StepTimeout = STEP_TIMEOUT,
     start_method: StartMethod = FORK,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Judges a target without an adapter.
 
     Detects the calling convention, prints its assumptions, and uses the target's own uncached forward as the reference,
-    after testing that forward. Prints what is broken, which known mistake it behaves like, and which tokens its outputs
-    depend on. Where no way of calling it agrees with that forward, it is not judged: the exit code is 3, and the
-    message shows the option to give. Anything else is a class with the methods of kvconform.BlackBox (an adapter).
+    after testing that forward, or that of another artefact with the same weights (--reference). Prints what is broken,
+    which known mistake it behaves like, and which tokens its outputs depend on. Where no way of calling it agrees with
+    that forward, it is not judged: the exit code is 3, and the message shows the option to give. Anything else is a
+    class with the methods of kvconform.BlackBox (an adapter).
     """
     plan = Plan(effort_named(effort) if effort else CHECK, seed, explain=True)
     found = []
-    for address in checks.addresses(target, checks.options(init, option, claim)):
+    for address in checks.addresses(target, checks.options(init, option, claim), reference):
         name = file_name(address)
         shutil.rmtree(out / "failures" / name, ignore_errors=True)  # of an earlier check
         spec = WorkerSpec(address, device, python, step_timeout, start_method=start_method)
-        with Progress(name, out, quiet=as_json, chapters=True) as progress:
+        with Progress(name, out, quiet=quiet or as_json, chapters=True) as progress:
             progress.start(address, start_method, plan.effort.name)
-            found.append(run_backend(name, spec, plan, out, progress.tell, begin=progress.begin))
-        if not as_json:
+            judge = partial(run_backend, tell=progress.tell, begin=progress.begin, running=progress.running)
+            found.append(judge(name, spec, plan, out))
+        if quiet and not as_json:
+            say(f"{name}: {found[-1].summary}")
+        elif not as_json:
             for line in ("", *checks.lines(found[-1], out, progress.told)):
                 say(line)
     if as_json:
