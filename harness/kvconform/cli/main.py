@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvconform import __version__
-from kvconform.cli import audit, baseline, bench, demo, diff, init, report, run, settings, spec, verify
+from kvconform.cli import audit, baseline, bench, demo, diff, init, report, run, settings, spec, vectors, verify
 from kvconform.cli.options import errors, say
 from kvconform.errors import BackendUnavailable, KvconformError
 from kvconform.results.results import EXIT_CODES
@@ -79,6 +79,7 @@ app.command()(verify.verify)
 app.command()(baseline.merge)
 app.command()(audit.audit)
 app.add_typer(bench.app, name="bench")
+app.add_typer(vectors.app, name="vectors")
 app.command()(report.report)
 app.command()(spec.backends)
 app.command()(spec.spec)

@@ -117,7 +117,7 @@ class Progress:
         self._cells = Counter(self._group(*key) for key in keys)
         if self.chapters and results.workers.startswith("spawn: "):
             self._say(f"  workers are new processes ({results.workers.removeprefix('spawn: ')})")
-        if self.chapters:
+        if self.chapters or results.served is not None:
             self.told = list(checks.header(results))
             for line in self.told:
                 self._say(line)
