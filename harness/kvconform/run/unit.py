@@ -25,7 +25,6 @@ from kvconform_specs.clause import Case
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.program import UncachedForward
 
-
 SAME_FUNCTION = "definition.decoder"
 """The clause that tests whether a black box computes what another artefact does that is its reference."""
 DISAGREES = (
