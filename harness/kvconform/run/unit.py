@@ -50,6 +50,13 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """One cell is judged from now on."""
+
+    key: Key
+
+
+@dataclass(frozen=True)
 class Judged:
     """One cell. known: the row of the known failures that it is. stale: why its row holds no longer, or nothing."""
 
@@ -76,7 +83,7 @@ def by_config(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
     return found
 
 
-def judged_config(task: Task, cells: Sequence[Cell], client: WorkerClient) -> Iterator[Judged | ConfigDone]:
+def judged_config(task: Task, cells: Sequence[Cell], client: WorkerClient) -> Iterator[Begun | Judged | ConfigDone]:
     """Judges the cells of one config in their order. Raises BackendUnavailable."""
     unreliable: Why | None = None
     passed = False
@@ -87,6 +94,7 @@ def judged_config(task: Task, cells: Sequence[Cell], client: WorkerClient) -> It
             passed = passed or verdict.outcome is Outcome.PASS
             yield Judged(verdict)
             continue
+        yield Begun(cell.key)
         if unreliable is not None and unsupported(cell, client) is None:
             verdict = _not_judged(cell, client.spec.address, unreliable)
         else:

@@ -20,7 +20,12 @@ from kvconform_specs.claims import Claims
 
 GROUP = "kvconform.backends"
 TARGETS = "kvconform.targets"
-EXTRAS = {"gpt2-transformers": "hf", "module-buffers": "eager", "past-tuples": "eager", "list-cache": "eager"}
+EXTRAS = {
+    "gpt2-transformers": "hf",
+    **dict.fromkeys(("module-buffers", "past-tuples", "list-cache"), "eager"),
+    **dict.fromkeys(("sdpa-math", "sdpa-flash", "sdpa-efficient", "flex", "flex-compiled"), "torch"),
+    **{name: name for name in ("onnx-reference", "ort-attention", "keras-hub")},
+}
 """The extra that a shipped backend needs, if its name differs from the backend's."""
 
 
@@ -36,6 +41,10 @@ def openers() -> dict[str, EntryPoint]:
     return {point.name: point for point in sorted(entry_points(group=TARGETS), key=lambda p: p.name)}
 
 
+STEERED = ("py",)
+"""Kinds of targets that are called by trial: their openers take the claims from outside, which limit the trials."""
+
+
 def open_target(kind: str, rest: str) -> Any:
     """The backend around a target. Raises BackendUnavailable, or Unavailable if a package is missing."""
     target, _, text = rest.partition("?")
@@ -49,7 +58,7 @@ def open_target(kind: str, rest: str) -> Any:
     except ModuleNotFoundError as missing:
         sentence = f"target {kind}:{target} needs {missing.name!r}"
         raise Unavailable(sentence, f"install it with: pip install 'kvconform[{kind}]'") from missing
-    opened = opener(target, options)
+    opened = opener(target, options | ({"claims": claimed} if claimed and kind in STEERED else {}))
     if claimed:
         opened = claiming(opened, claimed, f"{kind}:{target}")
     return compared(opened, reference, claimed, f"{kind}:{target}") if reference else opened
@@ -125,7 +134,7 @@ def _imported(address: str) -> Any:
         raise InvalidBackend(f"backend {address!r}: {error}") from error
     except ModuleNotFoundError as missing:
         root = (missing.name or "").partition(".")[0]
-        if named and root not in module.split("."):
+        if named and root != module.partition(".")[0]:
             sentence = f"backend {address!r} is not installed: it needs {root!r}"
             raise Unavailable(sentence, f"install it with: {_remedy(points[address])}") from missing
         raise BackendUnavailable(
