@@ -22,7 +22,7 @@ from kvconform.results.results import Results, Target, read
 from kvconform.run import cross_backend, explain_failures
 from kvconform.search import counterexample
 from kvconform.search.cell import Cell, run_cell
-from kvconform.search.effort import DEFAULT_EFFORT, EFFORTS, Effort, effort_named
+from kvconform.search.effort import CHECK, CHECK_LARGE, DEFAULT_EFFORT, EFFORTS, LARGE, Effort, effort_named
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clause import Case
@@ -189,6 +189,9 @@ def run_backend(
         results.write(path)
         return results
     with client:
+        if plan.effort is CHECK and client.parameters > LARGE:
+            plan = replace(plan, effort=CHECK_LARGE)
+            results.effort = plan.effort.name
         describe(results, client)
         spent = _resume(results, path, client)
         done = {verdict.key: verdict for verdict in results.verdicts}

@@ -75,7 +75,8 @@ class Worker:
             not_tried = list(getattr(self.backend, "not_tried", BlackBox.not_tried))
             told = {"recognised": self.backend.recognised, "assumed": assumed, "not_tried": not_tried}
             held = getattr(self.backend, "held", BlackBox.held)
-            target = {**told, "configs": configs, "held": held and dict(held)}
+            parameters = getattr(self.backend, "parameters", BlackBox.parameters)
+            target = {**told, "configs": configs, "held": held and dict(held), "parameters": parameters}
         return {"claims": claims, "environment": environment(self.backend), "target": target}, b""
 
     def build(self, message: Header) -> Reply:
