@@ -58,7 +58,7 @@ def screen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
 def test_failures_and_reasons_come_at_once_and_the_rest_is_counted(screen: io.StringIO) -> None:
     seen = []
     with Progress(RING, Path("out"), quiet=False) as shown:
-        shown.begin(FOUND, len(VERDICTS))
+        shown.begin(FOUND, [one.key for one in VERDICTS])
         for one in VERDICTS:
             shown.tell(one)
             seen.append(screen.getvalue())
@@ -70,11 +70,73 @@ def test_failures_and_reasons_come_at_once_and_the_rest_is_counted(screen: io.St
     assert f"{RING} [attention-window]: 1 pass, 1 cut by the time limit\n" in screen.getvalue()
 
 
+def test_a_config_is_counted_once_all_of_its_cells_are_judged_whatever_else_is_judged_meanwhile(
+    screen: io.StringIO,
+) -> None:
+    mixed = [verdict(clause, config=config) for clause in ("shape.output", "shape.length") for config in ("a", "b")]
+    with Progress("x", Path("out"), quiet=False) as shown:
+        shown.begin(FOUND, [one.key for one in mixed])
+        for one in mixed[:3]:
+            shown.tell(one)
+        assert screen.getvalue().count("pass") == screen.getvalue().count("x [a]: 2 pass\n") == 1
+        shown.tell(mixed[3])
+        assert "x [b]: 2 pass\n" in screen.getvalue()
+
+
 def test_json_and_nothing_else_is_printed_where_it_is_asked_for(screen: io.StringIO) -> None:
     with Progress(RING, Path("out"), quiet=True) as shown:
         for one in VERDICTS:
             shown.tell(one)
     assert screen.getvalue() == ""
+
+
+def test_how_far_a_run_is_is_a_line_in_a_log_and_a_bar_on_a_terminal(
+    screen: io.StringIO, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.05)
+    cells = [*(one.key for one in VERDICTS), ("shape.length", "attention-window")]
+    with Progress("mine", Path("out"), quiet=False) as shown:
+        time.sleep(0.15)
+        loading = screen.getvalue()
+        shown.begin(FOUND, cells)
+        for one in VERDICTS:
+            shown.tell(msgspec.structs.replace(one, seconds=100.0 if one.clause == "shape.length" else 1.0))
+        shown.running(cells[-1])
+        time.sleep(0.15)
+    judging = screen.getvalue()[len(loading) :]
+    if "terminal" in request.node.callspec.id:
+        assert "shape.length [attention-window]" in judging
+        assert "about 1 min 40 s left" in judging
+        assert " cells in " not in judging
+    else:
+        assert "mine: after 0 s: loading\n" in loading
+        assert "mine: after 0 s: 6 of 7 cells; about 1 min 40 s left; shape.length [attention-window]\n" in judging
+
+
+def test_a_cell_is_expected_to_take_as_long_as_its_clause_took_under_other_configs() -> None:
+    pace = progress.Pace()
+    pace.begin([("a", "x"), ("b", "x"), ("a", "y"), ("b", "y"), ("c", "y")])
+    assert pace.seconds_left is None
+    pace.tell(("a", "x"), 2.0)
+    assert pace.seconds_left == pytest.approx(2.0 * 4)  # of the others nothing else is known
+    pace.tell(("b", "x"), 10.0)
+    assert pace.seconds_left == pytest.approx(2.0 + 10.0 + (2.0 + 10.0) / 2)
+    pace.running |= {("a", "y"): None, ("b", "y"): None}  # two at once
+    assert pace.seconds_left == pytest.approx(((2.0 + 10.0) + (2.0 + 10.0) / 2) / 2)
+    assert pace.now == "a [y] and 1 more"
+    for clause in "abc":
+        pace.tell((clause, "y"), 1.0)
+    assert pace.now == "explaining failures"
+    assert pace.seconds_left == 0.0
+
+
+@pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}], ids=["colours", "NO_COLOR"])
+def test_failures_are_coloured_unless_the_environment_forbids_it(variables: dict[str, str]) -> None:
+    written = io.StringIO()
+    console = options.plain(file=written, force_terminal=True, color_system="standard", _environ=variables)
+    options.say("a failure", console, "red")
+    assert ("\x1b[31m" in written.getvalue()) is not bool(variables)
+    assert "a failure" in written.getvalue()
 
 
 def test_an_interrupted_run_has_counted_what_it_judged(screen: io.StringIO) -> None:
@@ -97,11 +159,21 @@ def test_what_stands_beside_a_conclusion_is_explained_in_a_few_words() -> None:
     assert list(checks.remarks(msgspec.structs.replace(FOUND, verdicts=[VERDICTS[0]]))) == []
 
 
+def test_why_cells_are_not_judged_is_said_with_the_number_of_cells() -> None:
+    left_out = [
+        verdict(f"chapter.clause{i}", Outcome.UNSUPPORTED, reason=Reason.ABILITY, sentence=f"claims no {i // 2}")
+        for i in range(13)
+    ]
+    words = ", ".join(f"claims no {i} (2)" for i in range(5))
+    (line,) = checks.remarks(msgspec.structs.replace(FOUND, verdicts=left_out))
+    assert line == f"  not applicable: {words} and 2 more reasons"
+
+
 def test_of_a_target_its_header_comes_first_and_only_once(screen: io.StringIO) -> None:
     target = Target(recognised="called somehow", assumed=["it is small"], configs={})
     found = msgspec.structs.replace(FOUND, target=target, verdicts=[VERDICTS[0]])
     with Progress("x", Path("out"), quiet=False, chapters=True) as shown:
-        shown.begin(found, 1)
+        shown.begin(found, [VERDICTS[0].key])
         shown.tell(VERDICTS[0])
     for line in ("x: called somehow\n", "  assumed: it is small\n", "  reference: its own forward without a cache; "):
         assert screen.getvalue().count(line) == 1

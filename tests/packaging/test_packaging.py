@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from kvconform.judging.verdict import Outcome
 from kvconform.results.results import read
@@ -52,6 +54,25 @@ def test_the_wheel_holds_four_packages_their_data_and_nothing_else(wheel: Path) 
     assert "kvconform/py.typed" in names
     assert any(name.startswith("kvconform_reports/templates/") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_metadata_is_complete_and_its_links_are_absolute(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    header, _, readme = archive.read(name).decode().partition("\n\n")
+    for field in ("Project-URL: Repository, https://", "License-Expression: ", "Classifier: Typing :: Typed"):
+        assert field in header
+    assert "Description-Content-Type: text/markdown" in header
+    targets = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", readme, flags=re.S))
+    assert len(targets) > 10
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
+
+
+def test_the_citation_names_the_released_version() -> None:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((CHECKOUT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
 
 
 @pytest.mark.slow

@@ -13,9 +13,11 @@ from kvconform_specs.claims import Precision
 from kvconform_specs.config import Config
 from kvconform_specs.configs import CONFIGS, config_named
 from kvconform_specs.program import Append, Program
+from kvconform_specs.quantisers import Quantiser
 from kvconform_specs.reference import bounds
 from kvconform_specs.reference.definition import attention, decoder, expand, sinks, slopes
 from kvconform_specs.reference.oracle import expect
+from kvconform_specs.reference.quantisation import quantisation_error
 from kvconform_specs.tensors import NEEDLE_SCORE, Streams, rounded, weights
 
 Array = np.ndarray
@@ -321,6 +323,37 @@ def test_angles_of_noisy_runs_differ_by_run_alone() -> None:
     angles = bounds.Noisy(2.0**-13, seed=1).of(3).angles(np.arange(1, 6), np.array([1.0, 0.1]))
     assert angles.shape == (3, 1, 1, 1, 5, 2)
     assert all(np.all(one != other) for one, other in ((angles[0], angles[1]), (angles[1], angles[2])))
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        Precision(kv_bits=8),
+        Precision(kv_bits=8, residual=3),
+        Precision(kv_bits=4, quantiser=Quantiser(keys="channel", group=4, zero_point="minimum")),
+        Precision(kv_bits=8, quantiser=Quantiser("float8_e4m3")),
+        Precision(cache_dtype="bfloat16"),
+    ],
+    ids=str,
+)
+def test_the_noise_of_a_lossy_cache_is_as_large_as_the_error_of_each_number(precision: Precision) -> None:
+    x = np.random.default_rng(0).normal(size=(64, 2, 10, 8)).astype(np.float32)
+    exact_from = 10 - precision.residual if precision.residual else None
+    for part in ("keys", "values"):
+        noise = bounds.Noisy(2.0**-24, seed=1, cache=bounds.lossy(CONFIGS["decoder-rope"], precision))
+        off = np.abs(noise.cached(x, part).astype(np.float64) - x) / noise.gain
+        largest = quantisation_error(x.astype(np.float64), precision, part=part, exact_from=exact_from)
+        assert np.all(off <= largest * 1.001 + 1e-7)
+        assert np.all(off[largest == 0] == 0)
+        lossy = largest > 0
+        assert np.mean((off[lossy] / largest[lossy]) ** 2) == pytest.approx(1 / 3, rel=0.1)
+
+
+def test_a_cache_that_keeps_what_it_is_given_has_no_noise() -> None:
+    config = CONFIGS["decoder-rope"]
+    assert bounds.lossy(config, Precision()) is bounds.lossy(config, Precision(cache_dtype="float32")) is None
+    x = np.ones((1, 2, 3, 4), np.float32)
+    assert bounds.Noisy(2.0**-24, seed=1).cached(x, "keys") is x
 
 
 def _inside(c: float) -> float:

@@ -85,3 +85,14 @@ class NeedsALot(NumpyCache):
         if _deep(cache, inputs):
             np.empty(1 << 27)
         return super().step(cache, *inputs)
+
+
+class KillsWhoeverJudges(NumpyCache):
+    """Right; kills the process that judges it, unless that is the one whose number ``KVCONFORM_TEST_RUN`` gives."""
+
+    def step(self, cache: Cache, *inputs: Any) -> tuple[Any, Cache]:
+        fork_server = Path(f"/proc/{os.getppid()}/stat").read_text()
+        judge = int(fork_server.rpartition(")")[2].split()[1])  # its parent
+        if judge != int(os.environ["KVCONFORM_TEST_RUN"]):
+            os.kill(judge, signal.SIGKILL)
+        return super().step(cache, *inputs)

@@ -12,6 +12,8 @@ import numpy as np
 
 from kvconform.worker.registry import load
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
+from kvconform_backends.numpy.grouped import float8
+from kvconform_specs.reference.quantisation import FLOAT8
 from kvconform_specs.tensors import rounded
 
 BlackBox: Any = load(f"{Path(__file__).parent / 'black_boxes.py'}:BlackBox")
@@ -159,9 +161,34 @@ class Float16Weights(NumpyCache):
 class EightBits(NumpyCache):
     """Keys and values are cached as integers of 8 bits, with a scale for each token and head."""
 
+    largest = 127
+
     def stored(self, x: Array) -> Array:
-        scale = np.abs(x).max(axis=-1, keepdims=True, initial=1e-30) / 127
-        return np.asarray((np.round(x / scale) * scale).astype(np.float32))
+        return quantised(super().stored(x), self.largest)
+
+
+class FourBits(EightBits):
+    largest = 7
+
+
+def quantised(x: Array, largest: int) -> Array:
+    scale = np.abs(x).max(axis=-1, keepdims=True, initial=1e-30) / largest
+    return np.asarray((np.round(x / scale) * scale).astype(np.float32))
+
+
+class Float8(NumpyCache):
+    """Keys and values are cached in an 8-bit float, with a scale for each token and head."""
+
+    scheme = "float8_e4m3"
+
+    def stored(self, x: Array) -> Array:
+        x = super().stored(x)
+        scale = np.abs(x).max(axis=-1, keepdims=True, initial=1e-30) / FLOAT8[self.scheme][2]
+        return np.asarray(float8(x / scale, self.scheme) * scale, np.float32)
+
+
+class Float8Wide(Float8):
+    scheme = "float8_e5m2"
 
 
 class RowZero(NumpyCache):
@@ -172,3 +199,45 @@ class RowZero(NumpyCache):
         keys, values = (x.copy() for x in super().append(cache, layer, key, value))
         keys[:, :, :past], values[:, :, :past] = keys[:1, :, :past], values[:1, :, :past]
         return keys, values
+
+
+class OldestDropped(NumpyCache):
+    """A step on a cache reads it from its second token on."""
+
+    def mask(self, t: int, s: int) -> Array:
+        right = super().mask(t, s)
+        right[:, 0] &= s == t
+        return np.asarray(right)
+
+
+class BoxHalf(BlackBox):
+    """Cached steps, prompts included, round keys, values and what they give to float16."""
+
+    def attention(self, q: Array, k: Array, v: Array, cached: bool) -> Array:
+        if not cached:
+            return super().attention(q, k, v, cached)
+        q, k, v = (rounded(x, "float16") for x in (q, k, v))
+        return rounded(super().attention(q, k, v, cached), "float16")
+
+
+class BoxFloat16Cache(BlackBox):
+    """Keys and values of the tokens of earlier steps are kept in float16."""
+
+    past = 0
+
+    def step(self, cache: Any, x: Array) -> tuple[Array, Any]:
+        self.past = cache[0].shape[1]
+        return super().step(cache, x)
+
+    def attention(self, q: Array, k: Array, v: Array, cached: bool) -> Array:
+        if cached:
+            k, v = (np.concatenate([self.kept(x[:, : self.past]), x[:, self.past :]], axis=1) for x in (k, v))
+        return super().attention(q, k, v, cached)
+
+    def kept(self, x: Array) -> Array:
+        return rounded(x, "float16")
+
+
+class BoxBfloat16Cache(BoxFloat16Cache):
+    def kept(self, x: Array) -> Array:
+        return rounded(x, "bfloat16")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mismatches import WRONG
 from places import SUPPORT
@@ -224,3 +225,16 @@ def test_the_frozen_variant_is_the_one_that_replays(tmp_path: Path) -> None:
     data = json.loads((tmp_path / verdict.counterexample).read_text())
     assert data["outcome"] == "fail"
     assert replay(tmp_path, verdict).stdout.startswith(f"definition.attention on {address('PrintsAndIsWrong')}: step")
+
+
+def test_a_black_box_is_perturbed_by_as_much_as_each_message_asks() -> None:
+    x = np.random.default_rng(0).normal(size=(1, 5, 12)).astype(np.float32)
+    with WorkerClient(WorkerSpec(f"{SUPPORT / 'black_boxes.py'}:BlackBox")) as client:
+        assert client.reference_forward is not None
+        config = client.configs["hidden-self"]
+        client.build(config)
+        forward = client.reference_forward(config)
+        right = forward(x, 0.0, 0.0, 0)
+        off = [float(np.abs(forward(x, size, 0.0, 1) - right).max()) for size in (1e-3, 1e-2, 1e-3)]
+    assert off[0] == off[2]
+    assert off[1] == pytest.approx(10 * off[0], rel=0.1)

@@ -142,6 +142,7 @@ CONTROLS: tuple[type, ...] = (
     ),
     rollbacks.SlackRing,
     eviction.CutToWindow,
+    cache_dtype.EightBitDecoder,
     cache_dtype.HalfCache,
     cache_dtype.MeanOfMasked,
     determinism.OneByOne,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from kvconform_backends.abilities import without
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 from kvconform_specs.config import Config
@@ -38,6 +39,36 @@ class BitsReinterpreted(Planted, HalfCache, breaks=PARITY, kind="C1", bug="vllm-
     def loaded(self, x: Array) -> Array:
         wrong = (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         return self.instead(wrong, super().loaded(x)) if self.cached else super().loaded(x)
+
+
+class EightBitDecoder(NumpyCache):
+    """A decoder whose keys and values are kept as 8-bit integers, with a scale for each token and head."""
+
+    claims = replace(
+        NumpyCache.claims,
+        profiles=("decoder",),
+        dtypes=("float32",),
+        abilities=without(NumpyCache.claims, "bytes"),
+        kv_bits=8,
+    )
+    designs: tuple[str, ...] = ("kv_source",)
+
+    def stored(self, x: Array) -> Array:
+        steps = self.steps(x)
+        return np.asarray(np.rint(x / np.where(steps == 0, np.float32(1), steps)) * steps)
+
+    def steps(self, x: Array) -> Array:
+        return np.asarray(np.abs(x).max(axis=-1, keepdims=True) / np.float32(127))
+
+
+class ValuesWithStepsOfKeys(
+    Planted, EightBitDecoder, breaks=("definition.decoder",), kind="Q1", bug="sgl-project/sglang/pull/26852"
+):
+    """Values are multiplied by the steps of the keys."""
+
+    def append(self, cache: Cache, layer: int, key: Array, value: Array) -> tuple[Array, Array]:
+        steps, own = self.steps(key), self.steps(value)
+        return super().append(cache, layer, key, self.instead(self.stored(value) / own * steps, value))
 
 
 class MeanOfMasked(NumpyCache):

@@ -22,7 +22,8 @@ from kvconform.pytest_plugin.options import known_failures_of, plan_of, spec_of
 from kvconform.pytest_plugin.plugin import DATA
 from kvconform.pytest_plugin.record import Judged
 from kvconform.results.known_failures import KnownFailures
-from kvconform.run.run import cells, describe, empty, judged, unmatched_entries
+from kvconform.run.run import cells, describe, empty, unmatched_entries
+from kvconform.run.unit import judged
 from kvconform.search.cell import Cell
 from kvconform.worker.client import WorkerClient
 
@@ -90,7 +91,7 @@ def test_clause(
                 f"{backend} is a black box: judge it with kvconform check, or with conformance()", pytrace=False
             )
         plan, known = plan_of(request.config), known_failures.find(name, cell, client.spec.device)
-        verdict, record.stale = judged(cell, client, plan, folder, known)
+        verdict, record.stale = judged(cell, client, plan.effort, plan.seed, folder, known)
     except BackendUnavailable as error:
         record.unavailable, record.lacking = str(error), isinstance(error, Unavailable)
         request.node.stash[DATA] = msgspec.json.encode(record).decode()

@@ -1,4 +1,4 @@
-"""A run: judges every selected cell of a backend, writes its results after each, and resumes an interrupted run."""
+"""A run: judges every selected cell of a backend, writes its results meanwhile, and resumes an interrupted run."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from kvconform.errors import BackendUnavailable, BadArgument, StaleEntry, Unavailable, UnknownClause
+from kvconform.errors import BackendUnavailable, BadArgument, Unavailable, UnknownClause
 from kvconform.host import machine
 from kvconform.judging.order import REFERENCE_CLAUSE
-from kvconform.judging.verdict import Outcome, Reason, Verdict
+from kvconform.judging.verdict import Verdict
 from kvconform.results.guarantees import measured
-from kvconform.results.known_failures import EMPTY, KnownFailure, KnownFailures
+from kvconform.results.known_failures import EMPTY, KnownFailures
 from kvconform.results.merge import vectors_of, write_vectors
 from kvconform.results.results import Results, Target, read
-from kvconform.run import cross_backend, explain_failures
-from kvconform.search import counterexample
-from kvconform.search.cell import Cell, run_cell
+from kvconform.run import explain_failures
+from kvconform.run.jobs import Executor, in_processes
+from kvconform.run.unit import SAME_FUNCTION, Begun, ConfigDone, Judged, Task, by_config
+from kvconform.search.cell import Cell, Key
 from kvconform.search.effort import CHECK, CHECK_LARGE, DEFAULT_EFFORT, EFFORTS, LARGE, Effort, effort_named
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
-from kvconform_specs.clause import Case
 from kvconform_specs.clauses import ALL, BY_NAME, CHAPTERS
 from kvconform_specs.config import DTYPES, Config
 from kvconform_specs.configs import CONFIGS, config_named, label
 from kvconform_specs.errors import SpecError
-from kvconform_specs.program import UncachedForward
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,10 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def cells(plan: Plan, own_configs: Mapping[str, Config] | None = None) -> Iterator[Cell]:
     """The cells of a plan, config by config, since a backend is built once for each. ``own_configs``: a black box's."""
-    by_config: dict[str, list[Cell]] = {}
-    for cell in _selected(plan, own_configs):
-        by_config.setdefault(cell.config_name, []).append(cell)
+    found = by_config(_selected(plan, own_configs))
     if plan.shard is not None:
-        by_config = _dealt(by_config, *plan.shard)
-    return (cell for dealt in by_config.values() for cell in dealt)
+        found = _dealt(found, *plan.shard)
+    return (cell for dealt in found.values() for cell in dealt)
 
 
 def _dealt(by_config: dict[str, list[Cell]], index: int, count: int) -> dict[str, list[Cell]]:
@@ -125,15 +123,18 @@ def _selected(plan: Plan, own_configs: Mapping[str, Config] | None) -> Iterator[
     for name, config in asked.items():
         if plan.configs and not name.startswith(plan.configs):
             continue
-        for clause in (
-            (_REFERENCE_CLAUSE, *(clause for clause in ALL if clause is not _REFERENCE_CLAUSE)) if own_configs else ALL
-        ):
+        for clause in sorted(ALL, key=lambda one: FIRST.get(one.name, len(FIRST))) if own_configs else ALL:
             if clause.concerns(config) and (not plan.clauses or clause.name.startswith(plan.clauses)):
                 yield Cell(clause, config, name)
 
 
-_REFERENCE_CLAUSE = BY_NAME[REFERENCE_CLAUSE]
-"""Judged first for a black box: if its own forward breaks this clause, it cannot be the reference of the others."""
+FIRST = {name: place for place, name in enumerate((REFERENCE_CLAUSE, SAME_FUNCTION))}
+"""Judged first for a black box: if its own forward breaks these, it or another artefact cannot be the reference of the
+others."""
+PAUSE = 1.0
+"""Seconds between two writings of the results: the file holds all cells, and writing it after each takes longer and
+longer. What was judged since is judged again if the run is killed."""
+IN_THIS_PROCESS = in_processes(1)
 OWN_CONFIGS = ("decoder-self", "hidden-self")
 """The configs of black boxes, which are known only after loading."""
 
@@ -141,19 +142,6 @@ OWN_CONFIGS = ("decoder-self", "hidden-self")
 def unmatched_entries(known_failures: KnownFailures, backend: str) -> list[str]:
     """One sentence for each row of a backend that matches no cell of the suite, whatever the run selects."""
     return known_failures.unmatched_entries(backend, cells(Plan(EFFORTS[DEFAULT_EFFORT], dtypes=DTYPES)))
-
-
-def judged(
-    cell: Cell, client: WorkerClient, plan: Plan, failures: Path, known: KnownFailure | None
-) -> tuple[Verdict, str]:
-    """The verdict on one cell, and why its row of the known failures is stale, or nothing."""
-    stale = ""
-    if known is not None:
-        try:
-            return known.replay(cell, client, failures), ""
-        except StaleEntry as words:
-            stale = str(words)
-    return run_cell(cell, client, plan.effort, plan.seed, failures), stale
 
 
 def path_of(name: str, plan: Plan, out: Path) -> Path:
@@ -170,15 +158,19 @@ def run_backend(
     out: Path,
     tell: Callable[[Verdict], None] = lambda verdict: None,
     known_failures: KnownFailures = EMPTY,
-    begin: Callable[[Results, int], None] = lambda results, cells: None,
+    begin: Callable[[Results, Sequence[Key]], None] = lambda results, keys: None,
+    execute: Executor = IN_THIS_PROCESS,
+    running: Callable[[Key], None] = lambda key: None,
 ) -> Results:
-    """Judges every selected cell of a backend and writes its results (``path_of``) after each.
+    """Judges every selected cell of a backend, and writes its results (``path_of``) meanwhile and at the end.
 
     A backend that cannot run here gives results that say why (``unavailable``). ``begin`` is called with what is
-    known at the start and the number of cells, ``tell`` with each verdict. Raises InvalidBackend.
+    known at the start and the keys of the cells, ``running`` with the key of each cell that is begun, ``tell`` with
+    each verdict as it comes. ``execute``: who judges the configs; the results have verdicts in the order of the cells.
+    Raises InvalidBackend.
     """
     began = time.perf_counter()
-    path, failures = path_of(name, plan, out), out / "failures" / name
+    path = path_of(name, plan, out)
     spec.environment.setdefault("KVCONFORM_ARTEFACTS", artefacts(out))
     results = empty(name, spec.device, plan)
     try:
@@ -195,49 +187,75 @@ def run_backend(
         describe(results, client)
         spent = _resume(results, path, client)
         done = {verdict.key: verdict for verdict in results.verdicts}
-        results.verdicts = []
         results.stale = unmatched_entries(known_failures, name)
-        unreliable: set[str] = set()
-        begin(results, sum(1 for _ in cells(plan, client.configs)))
-        for cell in cells(plan, client.configs):
-            known = known_failures.find(name, cell, spec.device)
-            verdict = done.get((cell.clause.name, cell.config_name))
-            if verdict is not None and known is None and verdict.outcome is not Outcome.KNOWN_FAILURE:
-                results.verdicts.append(verdict)
-                tell(verdict)
-                continue
-            try:
-                if cell.config_name in unreliable and not cell.clause.blind:
-                    verdict, stale = _not_judged(cell, spec.address), ""
-                else:
-                    verdict, stale = judged(cell, client, plan, failures, known)
-                if _reference_broken(client, verdict, failures):
-                    unreliable.add(cell.config_name)
-            except BackendUnavailable as error:
-                set_unavailable(results, error)
-                break
-            runtime_info = client.runtime_info(cell.config)
-            if runtime_info:
-                results.runtime_info[cell.config_name] = runtime_info
-            results.verdicts.append(verdict)
-            if known is not None and verdict.outcome is Outcome.KNOWN_FAILURE:
-                results.known_failures.append(known.row)
-            if stale:
-                results.stale.append(stale)
-            results.seconds = round(spent + time.perf_counter() - began, 3)
-            if len(results.verdicts) > len(done):  # until then the file of the interrupted run holds more
-                results.write(path)
-            tell(verdict)
+        asked = list(cells(plan, client.configs))
+        begin(results, [cell.key for cell in asked])
+        task = Task(name, plan.effort, plan.seed, out / "failures" / name, known_failures, done)
+        found = _Found(results, asked)
+        written = 0.0  # until there are more verdicts, the file of an interrupted run holds more
+        try:
+            for one in execute(task, list(by_config(asked).values()), client):
+                if isinstance(one, Begun):
+                    running(one.key)
+                    continue
+                found.add(one)
+                if isinstance(one, Judged):
+                    tell(one.verdict)
+                results.seconds = round(spent + time.perf_counter() - began, 3)
+                if len(found.cells) > len(done) and time.perf_counter() - written > PAUSE:
+                    found.write(path)
+                    written = time.perf_counter()
+        except BackendUnavailable as error:
+            set_unavailable(results, error)
+        except BaseException:
+            if len(found.cells) > len(done):
+                found.write(path)
+            raise
+        found.gather()
         if not results.unavailable and results.target is None:
-            _write_vectors(client, results, vectors_of(path))
+            vectors_of(path).unlink(missing_ok=True)  # of an earlier run
+            if found.vectors:
+                ordered = {name: found.vectors[name] for name in by_config(asked) if name in found.vectors}
+                write_vectors(vectors_of(path), ordered)
         results.guarantees = measured(results.verdicts)
-        results.environment = {**client.imported(), **results.environment}
+        results.environment = {**client.imported(), **found.imported, **results.environment}
         if plan.explain and not results.unavailable:
-            asked = {cell.config_name: cell.config for cell in cells(plan, client.configs)}
-            explain_failures.add(client, results, asked, failures)
+            configs = {cell.config_name: cell.config for cell in asked}
+            explain_failures.add(client, results, configs, task.failures)
         results.finished = not results.unavailable
+        results.seconds = round(spent + time.perf_counter() - began, 3)
         results.write(path)
     return results
+
+
+class _Found:
+    """What has been found so far, which ``gather`` puts into the results in the order of the cells."""
+
+    def __init__(self, results: Results, asked: Sequence[Cell]) -> None:
+        self.results, self.asked = results, asked
+        self.cells: dict[Key, Judged] = {}
+        self.vectors: dict[str, Any] = {}
+        self.imported: dict[str, str] = {}
+        self._stale = results.stale
+
+    def add(self, one: Judged | ConfigDone) -> None:
+        if isinstance(one, Judged):
+            self.cells[one.verdict.key] = one
+            return
+        self.imported |= one.imported
+        if one.vectors is not None:
+            self.vectors[one.config] = one.vectors
+
+    def gather(self) -> None:
+        ordered = [self.cells[cell.key] for cell in self.asked if cell.key in self.cells]
+        self.results.verdicts = [one.verdict for one in ordered]
+        self.results.runtime_info |= {one.verdict.config: one.runtime_info for one in ordered if one.runtime_info}
+        self.results.known_failures = [one.known for one in ordered if one.known is not None]
+        self.results.stale = [*self._stale, *(one.stale for one in ordered if one.stale)]
+
+    def write(self, path: Path) -> None:
+        self.gather()
+        self.results.write(path)
 
 
 def empty(name: str, device: str, plan: Plan) -> Results:
@@ -271,44 +289,6 @@ def set_unavailable(results: Results, error: BackendUnavailable) -> None:
 def artefacts(out: Path) -> str:
     """Where backends keep files that they export, as the value of ``KVCONFORM_ARTEFACTS``."""
     return str((out / "artefacts").resolve())
-
-
-def _reference_broken(client: WorkerClient, verdict: Verdict, failures: Path) -> bool:
-    """Whether a black box's own forward is unusable as the reference: it breaks its clause without any cached step, too
-    (the process of the reference runs no cached steps)."""
-    about_reference = client.target is not None and verdict.clause == _REFERENCE_CLAUSE.name
-    if not about_reference or not verdict.counterexample or verdict.raised:
-        return False
-    case = Case.from_json(counterexample.read(failures / verdict.counterexample).case)
-    alone = [
-        replace(program, steps=tuple(s for s in program.steps if isinstance(s, UncachedForward)))
-        for program in case.programs
-    ]
-    return counterexample.replayed(_REFERENCE_CLAUSE, client, [], Case(tuple(alone))) is not None
-
-
-def _not_judged(cell: Cell, backend: str) -> Verdict:
-    return Verdict(
-        clause=cell.clause.name,
-        config=cell.config_name,
-        backend=backend,
-        outcome=Outcome.INCONCLUSIVE,
-        reason=Reason.REFERENCE_BROKEN,
-        sentence=f"not judged: its own forward, the reference, breaks {_REFERENCE_CLAUSE.name}",
-    )
-
-
-def _write_vectors(client: WorkerClient, results: Results, path: Path) -> None:
-    """Stores the backend's outputs of the common program, for the comparison of backends (``cross_backend``)."""
-    vectors = {}
-    for config_name, config in named_configs([results]).items():
-        if any(v.config == config_name and v.outcome is Outcome.PASS for v in results.verdicts):
-            found = cross_backend.outputs(client, config)
-            if found is not None:
-                vectors[config_name] = found
-    path.unlink(missing_ok=True)  # of an earlier run
-    if vectors:
-        write_vectors(path, vectors)
 
 
 def _resume(results: Results, path: Path, client: WorkerClient) -> float:

@@ -42,6 +42,10 @@ Why = tuple[Reason, str]
 """Why a cell has no verdict, and that in words."""
 
 
+Key = tuple[str, str]
+"""The names of a cell's clause and config, as in ``Verdict.key``."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """What is asked: a clause of a backend, under a config that has a name."""
@@ -49,6 +53,10 @@ class Cell:
     clause: Clause
     config: Config
     config_name: str
+
+    @property
+    def key(self) -> Key:
+        return self.clause.name, self.config_name
 
 
 class _Stop(Exception):
@@ -97,7 +105,7 @@ def run_cell(cell: Cell, client: WorkerClient, effort: Effort, seed: int, folder
 def unsupported(cell: Cell, client: WorkerClient) -> Why | None:
     """Why the backend's claims leave this cell out, or None."""
     claims, config = client.claims, cell.config
-    if claims.reference == "self" and cell.clause.blind:
+    if claims.reference == "self" and cell.clause.blind and not client.reference_address:
         return Reason.REFERENCE, "the clause is about the reference, which is the target's own forward"
     if config.profile not in claims.profiles:
         return Reason.PROFILE, f"claims no {config.profile} profile"

@@ -159,11 +159,36 @@ def _weight_errors(errors: Array, attended: Attended, config: Config, a: float, 
     return np.asarray(np.minimum(shifts, others))
 
 
+@dataclass(frozen=True)
+class Lossy:
+    """A cache that does not give back what it was given. relative: how large its error is (``kept``)."""
+
+    config: Config
+    precision: Precision
+
+    @property
+    def relative(self) -> float:
+        return kept(self.config, self.precision)
+
+    def error(self, x: Array, part: str) -> Array:
+        """The largest error of each of the keys or values ``(..., g, s, d)`` of whole rows."""
+        residual = self.precision.residual
+        exact_from = x.shape[-2] - residual if residual else None
+        return quantisation_error(x, self.precision, self.config.dtype, part=part, exact_from=exact_from)
+
+
+def lossy(config: Config, precision: Precision) -> Lossy | None:
+    """The cache of an implementation, or None if it keeps keys and values as they are."""
+    same = not precision.kv_bits and precision.cache_dtype in ("", config.dtype)
+    return None if same else Lossy(config, precision)
+
+
 class Noisy(Arithmetic):
     """The decoder's arithmetic with each rounding replaced by random noise of its size.
 
-    Storage: ``u |x| xi``, and ``cache |x| xi`` of keys and values in a cache of another dtype, ``xi`` uniform in (-1,
-    1). A dot product of ``n`` terms of root-mean-square size ``r = |x| |w| / n`` has partial sums of size ``sqrt(k)
+    Storage: ``u |x| xi``, and ``h xi`` of keys and values in a lossy cache, ``h`` the largest error of each
+    (``quantisation.py``), ``xi`` uniform in (-1, 1).
+    A dot product of ``n`` terms of root-mean-square size ``r = |x| |w| / n`` has partial sums of size ``sqrt(k)
     r``, each rounded by ``a`` times that; their errors add up to ``a n r / sqrt(2) = a |x| |w| / sqrt(2)``, and the
     noise is ``a |x| |w| xi``.
     An angle of rope is a position times a frequency, in float32: a power and a quotient, ``2 a`` of the frequency, the
@@ -173,9 +198,9 @@ class Noisy(Arithmetic):
     with it. ``xi`` is read from one fixed pool at random offsets, which takes a third of the time of drawing it.
     """
 
-    def __init__(self, u: float, seed: int, cache: float = 0.0) -> None:
-        self.gain = max(1.0, 2.0**-13 / max(u, cache))
-        self._cache = np.float32(cache * self.gain)
+    def __init__(self, u: float, seed: int, cache: Lossy | None = None) -> None:
+        self.gain = max(1.0, 2.0**-13 / max(u, cache.relative if cache else 0.0))
+        self._cache = cache
         self._u = np.float32(u * self.gain)
         self._a = np.float32(ACCUMULATION * self.gain)
         self._offsets = np.random.Generator(np.random.Philox(key=seed))
@@ -200,8 +225,11 @@ class Noisy(Arithmetic):
         noise += x
         return noise
 
-    def cached(self, x: Array) -> Array:
-        return x * (1 + self._cache * self._xi(x.shape)) if self._cache else x
+    def cached(self, x: Array, part: str) -> Array:
+        if self._cache is None:
+            return x
+        largest = self._cache.error(x, part).astype(np.float32) * np.float32(self.gain)
+        return np.asarray(x + largest * self._xi(x.shape))
 
     def angles(self, positions: Array, frequencies: Array) -> Array:
         same = 2 * self._a * self._xi((*self._apart, 1, len(frequencies)))

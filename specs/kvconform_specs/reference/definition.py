@@ -39,8 +39,8 @@ class Arithmetic:
         """A value that an implementation stores in the config's dtype."""
         return x
 
-    def cached(self, x: Array) -> Array:
-        """Keys or values as a cache of another dtype stores them."""
+    def cached(self, x: Array, part: str) -> Array:
+        """``keys`` or ``values`` ``(..., g, s, d)`` as a lossy cache gives them back."""
         return x
 
     def product(self, x: Array, w: Array) -> Array:
@@ -205,7 +205,7 @@ def decoder(
                 keys = _heads(how.product(normed, weights[at + "key"]), config.kv_heads)
                 values = _heads(how.product(normed, weights[at + "value"]), config.kv_heads)
                 keys = keys if turn is None else how.stored(rope(keys, turn))
-                held[layer] = how.cached(keys), how.cached(values)
+                held[layer] = how.cached(keys, "keys"), how.cached(values, "values")
         keys, values = held[source]
         mixed = _merged(attend(query, keys, values, config, layer=layer, how=how).output)
         x = how.stored(x + how.product(mixed, weights[at + "output"]))

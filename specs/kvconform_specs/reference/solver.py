@@ -265,8 +265,7 @@ class _Decoder(_Model):
     def __init__(self, config: Config, contents: Contents, start: int, context: int, precision: Precision) -> None:
         super().__init__(config, contents, start)
         self.context = context
-        other = precision.cache_dtype not in ("", config.dtype)
-        self._cache = bounds.STORAGE[precision.cache_dtype] if other else 0.0
+        self._cache = bounds.lossy(config, precision)
 
     def exact(self) -> Array:
         self._tokens = self.contents()

@@ -22,6 +22,7 @@ from kvconform.errors import Unavailable
 from kvconform_backends.targets import black_box
 from kvconform_backends.targets.hf import script
 from kvconform_backends.targets.hf.recipe import Calls, Recipe
+from kvconform_backends.targets.hf.variants import Variant, variants
 from kvconform_backends.torch import device_time
 from kvconform_backends.validation import check_length, check_rows
 from kvconform_specs.claims import Claims
@@ -196,6 +197,9 @@ class Transformers(BlackBox):
         other.noise = storage, accumulation, seed
         return other
 
+    def variants(self) -> dict[str, Changed]:
+        return {words: Changed(self, forward) for words, forward in variants(self.model)}
+
     # --- what ran ---
     def runtime_info(self) -> dict[str, Any]:
         cache = self.cache()
@@ -219,6 +223,18 @@ class Transformers(BlackBox):
 
     def script(self, program: Program, tag: str) -> str:
         return script.steps(program, tag)
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A variant of a model."""
+
+    target: Transformers
+    forward: Variant
+
+    @torch.no_grad()
+    def uncached_forward(self, tokens: Array) -> Array:
+        return black_box.widened(self.forward(torch.from_numpy(tokens).to(self.target.device)).logits)
 
 
 def experts(model: Any) -> str | None:

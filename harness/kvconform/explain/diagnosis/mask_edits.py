@@ -87,11 +87,37 @@ def _without_itself(i: Numbers, j: Numbers, p: Numbers, q: Numbers, w: int | Non
     return causal(i, j, w) & (j < i)
 
 
+def _without_first(i: Numbers, j: Numbers, p: Numbers, q: Numbers, w: int | None) -> Flags:
+    seen: Flags = causal(i, j, w) & ((j > 0) | (i == 0))
+    return seen
+
+
+def _evicted_early(i: Numbers, j: Numbers, p: Numbers, q: Numbers, w: int | None) -> Flags:
+    """A step that fills the window exactly has lost the oldest token; later ones are right."""
+    return causal(i, j, w) if w is None else causal(i, j, w) & ((j > 0) | (p + q != w))
+
+
+def _newest_overwritten(delay: int) -> Rule:
+    """The first decode step after a ring of ``w`` slots was filled is written over the newest token, ``w - 1``, and not
+    over token 0, which stays until the slot is used again. delay: 0 where a step is written before it reads, else 1."""
+
+    def rule(i: Numbers, j: Numbers, p: Numbers, q: Numbers, w: int | None) -> Flags:
+        right = causal(i, j, w)
+        if w is None or not bool(((p == w) & (q == 1)).any()):
+            return right
+        lost = np.where(i < 2 * w - 1, w - 1, w)  # token w itself, once its slot is the one of token 2 w - 1
+        return np.where((i >= w + delay) & (i < 2 * w), (right & (j != lost)) | (j == 0), right)
+
+    return rule
+
+
 TOP_LEFT = "with the causal mask aligned to the top left"
+STALE_SLOT = "with token 0 kept and the newest token overwritten when the window was exactly full"
 LATER = "with the later tokens of the step visible"
 MASK_EDITS: tuple[MaskEdit, ...] = (
     MaskEdit("without the newest cached token", (), lambda i, j, p, q, w: causal(i, j, w) & (j != p - 1)),
-    MaskEdit("without token 0", (), lambda i, j, p, q, w: causal(i, j, w) & ((j > 0) | (i == 0))),
+    MaskEdit("without token 0", (), _without_first),
+    MaskEdit("without token 0, where tokens are cached", ("C1",), _without_first, CACHED),
     MaskEdit("without the cached tokens", (), _uncached),
     MaskEdit("without the cached tokens in steps of several tokens", ("M2",), _uncached, CHUNKS),
     MaskEdit(
@@ -119,6 +145,9 @@ MASK_EDITS: tuple[MaskEdit, ...] = (
     MaskEdit("with a window smaller by one in decode steps", ("W1",), _wider(-1), SINGLE),
     MaskEdit("with a window larger by one in steps of several tokens", ("W1",), _wider(1), SEVERAL),
     MaskEdit("with a window smaller by one in steps of several tokens", ("W1",), _wider(-1), SEVERAL),
+    MaskEdit("without the oldest token in steps that fill the window exactly", ("W3",), _evicted_early),
+    MaskEdit("without the oldest token in decode steps that fill the window exactly", ("W3",), _evicted_early, SINGLE),
+    *(MaskEdit(STALE_SLOT + after, ("W3",), _newest_overwritten(delay)) for delay, after in enumerate(("", ", later"))),
     MaskEdit("without a window", ("W2",), _windowless),
     MaskEdit("without a window in decode steps", ("W2",), _windowless, DECODES),
     MaskEdit("without a window in steps of several tokens", ("W2",), _windowless, SEVERAL),

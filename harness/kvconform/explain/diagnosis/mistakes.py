@@ -90,6 +90,11 @@ MISTAKES: dict[str, Mistake] = {
         "https://github.com/huggingface/transformers/pull/35691",
         "Pass the window on every path: prompt, chunk and decode step.",
     ),
+    "W3": Mistake(
+        "eviction happens one step early or late when the window is exactly full",
+        "https://github.com/huggingface/transformers/issues/37574",
+        "Keep W tokens while W or fewer are cached; token W goes to the slot of token 0, and so on.",
+    ),
     "W4": Mistake(
         "a chunk overwrites tokens that its first queries still need",
         "https://github.com/Lightning-AI/litgpt/issues/2182",
