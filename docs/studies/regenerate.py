@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import api_page
+import engines.page
 import msgspec
 import speed_page
 import timing.collect
@@ -46,6 +47,7 @@ STAMP = ROOT / ".regenerated.json"
 MEASURED = {
     "docs/baseline/counters.json": "nox -s counters, then copy results/counters.json",
     "docs/evidence": "kvconform bench --preset, see CONTRIBUTING.md",
+    "docs/evidence/engines": "nox -s 'conformance(NAME)' and python -m engines.collect, see docs/studies/README.md",
     "docs/evidence/transformers": "python -m transformers_classes.collect, see docs/studies/README.md",
     "docs/latency-samples.json.gz": "nox -s timing, on an idle machine",
     "docs/published-designs.md": "nox -s designs",
@@ -91,6 +93,10 @@ def _transformers() -> dict[str, bytes]:
     source = transformers_classes.page.RESULTS
     study = json.loads((ROOT / "docs" / source).read_text())
     return {"docs/transformers.md": transformers_classes.page.render(study, source).encode()}
+
+
+def _engines() -> dict[str, bytes]:
+    return {"docs/engines.md": engines.page.render(engines.page.study(), engines.page.findings()).encode()}
 
 
 def _latency() -> dict[str, bytes]:
@@ -164,6 +170,7 @@ FILES = (
     Generated("docs/schema", "the structs of results, records and lists", _schemas),
     Generated("docs/speed.md", "docs/evidence", _speed),
     Generated("docs/transformers.md", "docs/evidence/transformers", _transformers),
+    Generated("docs/engines.md", "docs/evidence/engines", _engines),
     Generated("docs/latency.md", "docs/latency-samples.json.gz and docs/gate-history.jsonl", _latency),
     Generated(
         "harness/kvconform/mutation/power_table.json", "every clause and null model", _power, 2, _power_is_current

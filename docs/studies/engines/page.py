@@ -25,6 +25,8 @@ ENGINES = {
     "jax": "`jax.nn.dot_product_attention` on buffers of the capacity, by `jax.jit`",
     "keras-hub": "`CachedMultiHeadAttention` of keras-hub on JAX",
     "mlx": "`KVCache` of mlx-lm, the masks that it makes, and MLX's attention",
+    "mlx-batch": "`BatchKVCache` of mlx-lm, for prompts of different lengths",
+    "mlx-batch-rotating": "`BatchRotatingKVCache` of mlx-lm, the same for layers with a window",
     "mlx-rotating": "`RotatingKVCache` of mlx-lm, for layers with a window",
     "onnx-reference": "`Attention` of ONNX (opset 24) with past and present, by onnx's `ReferenceEvaluator`",
     "openvino": "a stateful OpenVINO model (`ReadValue`, `beam_idx`, `Assign`) in float32",
