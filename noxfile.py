@@ -36,6 +36,7 @@ JOBS = str(min(os.cpu_count() or 1, 2))
 ENGINES = {
     **{name: name for name in ("flax", "jax", "keras-hub", "onnx-reference", "openvino", "ort-attention")},
     **dict.fromkeys(("mlx", "mlx-batch", "mlx-batch-rotating", "mlx-rotating"), "mlx"),
+    "ort-gqa": "ort-attention",
     **dict.fromkeys(("flex", "flex-compiled", "sdpa-efficient", "sdpa-flash", "sdpa-math"), "torch"),
 }
 """Engines of others, each with the extra that it needs; the main job leaves them out: nox -s "conformance(jax)"."""

@@ -27,7 +27,7 @@ ENGINES = sorted(name for name, point in installed().items() if ".engines." in p
 NEEDS = {
     **dict.fromkeys(("flax", "jax", "openvino"), None),
     **dict.fromkeys(("mlx", "mlx-batch", "mlx-batch-rotating", "mlx-rotating"), "mlx_lm"),
-    **{"keras-hub": "keras_hub", "onnx-reference": "onnx", "ort-attention": "onnxruntime"},
+    **{"keras-hub": "keras_hub", "onnx-reference": "onnx", "ort-attention": "onnxruntime", "ort-gqa": "onnxruntime"},
     **dict.fromkeys(("flex", "flex-compiled", "sdpa-efficient", "sdpa-flash", "sdpa-math"), "torch"),
 }
 """The package that each engine cannot be without, where it is not of the same name."""

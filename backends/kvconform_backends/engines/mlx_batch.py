@@ -16,8 +16,6 @@ from kvconform_backends.validation import check_counts, check_inputs, check_leng
 
 
 class MlxBatch(MlxCache):
-    """``BatchKVCache``; rows are picked by its ``filter``."""
-
     more = (*MlxCache.claims.abilities, "ragged", "reorder")
     claims = replace(MlxCache.claims, abilities=more, padding=("left",), ragged_appends="first")
 

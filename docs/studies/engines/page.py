@@ -31,6 +31,7 @@ ENGINES = {
     "onnx-reference": "`Attention` of ONNX (opset 24) with past and present, by onnx's `ReferenceEvaluator`",
     "openvino": "a stateful OpenVINO model (`ReadValue`, `beam_idx`, `Assign`) in float32",
     "ort-attention": "`Attention` of ONNX (opset 24) with past and present, by ONNX Runtime's CPU provider",
+    "ort-gqa": "`GroupQueryAttention` of ONNX Runtime with past and present, by its CPU provider",
     "sdpa-efficient": "PyTorch's scaled dot-product attention, the memory-efficient kernel alone",
     "sdpa-flash": "PyTorch's scaled dot-product attention, the flash kernel alone",
     "sdpa-math": "PyTorch's scaled dot-product attention, the math kernel alone",
@@ -111,7 +112,7 @@ def _versions(one: Mapping[str, Any]) -> list[tuple[str, str]]:
         "torch",
     )
     wanted = {"onnx-reference": ("onnx",)}.get(one["engine"], matter)
-    other = ("onnx", "onnxruntime-gpu") if one["engine"] == "ort-attention" else ()
+    other = ("onnx", "onnxruntime-gpu") if one["engine"].startswith("ort-") else ()
     found = {name: version for name, version in one["versions"].items() if name in (*wanted, *other)}
     return sorted(found.items())
 
