@@ -1,5 +1,4 @@
-"""``ort-gqa``: ONNX Runtime's own operator ``GroupQueryAttention`` on the CPU, with past and present. The sign of a scale
-is on the query. Several tokens behind a past are given to the operator row by row."""
+"""``ort-gqa``: ONNX Runtime's own operator ``GroupQueryAttention`` on the CPU, with past and present."""
 
 from __future__ import annotations
 
@@ -27,9 +26,8 @@ def model(c: Config) -> ModelProto:
     node = helper.make_node("GroupQueryAttention", names, made, domain="com.microsoft", **sizes, **scores)
     kinds = {name: TensorProto.INT32 if name in SIZES else TensorProto.FLOAT for name in (*names, *made) if name}
     values = {name: helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items()}
-    outputs = [values.pop(name) for name in made]
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    graph = helper.make_graph([node], "attention", list(values.values()), outputs)
+    graph = helper.make_graph([node], "attention", [values.pop(name) for name in names if name], list(values.values()))
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
@@ -45,19 +43,18 @@ class OrtGroupQuery(Operator):
         return session(model(self.config))
 
     def attend(self, cache: Cache, layer: int, query: Array, key: Array, value: Array) -> Array:
-        query = query * np.sign(np.float32(self.config.score_scale))
+        query = query * np.sign(np.float32(self.config.score_scale))  # the operator reads a scale of 0 as none given
         given = (query, key, value, cache.keys[layer], cache.values[layer])
-        alone = given[3].shape[2] and query.shape[2] > 1
+        alone = given[3].shape[2] and query.shape[2] > 1  # behind a past it takes several tokens of one row only
         rows = [[x[row : row + 1] for x in given] for row in range(len(query))] if alone else [given]
         output, cache.keys[layer], cache.values[layer] = map(np.concatenate, zip(*map(self.called, rows), strict=True))
         return np.asarray(output)
 
     def called(self, given: Any) -> Any:
         (b, _, t, _), s = given[0].shape, given[3].shape[2] + given[0].shape[2]
-        flat = [x.swapaxes(1, 2).reshape(b, t, -1) for x in given[:3]]
-        feeds = dict(zip(TOKENS, (*flat, *given[3:]), strict=True))
+        feeds = dict(zip(TOKENS, (*(x.swapaxes(1, 2).reshape(b, t, -1) for x in given[:3]), *given[3:]), strict=True))
         feeds |= {"seqlens_k": np.full(b, s - 1, np.int32), "total_sequence_length": np.array([s], np.int32)}
         feeds |= {"attention_bias": self.bias(t, s)[None]} if self.config.positions == "alibi" else {}
         feeds |= {"head_sink": self.sink()[:, 0, 0]} if self.config.sink else {}
-        output, keys, values = self.session.run(None, feeds)
-        return self.split(output), keys, values
+        output, *cached = self.session.run(None, feeds)
+        return self.split(output), *cached
