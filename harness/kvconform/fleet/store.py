@@ -141,7 +141,7 @@ def _stored(
     for one in news:
         if isinstance(one, Judged):
             held.setdefault(units[one.verdict.key][0], []).append(one)
-        else:
+        elif isinstance(one, ConfigDone):
             for name, found in list(held.items()):
                 whole = units[found[0].verdict.key][1] == len(found)
                 if whole and found[0].verdict.config == one.config:

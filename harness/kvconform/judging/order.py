@@ -10,7 +10,7 @@ from kvconform_specs.clauses import ALL
 
 REFERENCE_CLAUSE = "equivalence.full-stable"
 """What a reference forward must hold, so that other clauses can be judged by it."""
-VALUES = (Kind.PARITY, Kind.AGREEMENT, Kind.FINITE, Kind.GENERATED, Kind.SAME_TOKEN)
+VALUES = (Kind.PARITY, Kind.AGREEMENT, Kind.FINITE, Kind.GENERATED, Kind.SAME_TOKEN, Kind.LOG_PROBABILITY, Kind.CHOICE)
 """A wrong number, beside the right one."""
 MALFORMED = (Kind.NO_OUTPUT, Kind.NOT_NUMERIC, Kind.SHAPE, Kind.DTYPE, Kind.TOKEN_ID)
 DEPENDENCES = (Kind.INSENSITIVE, Kind.SENSITIVE)
