@@ -54,7 +54,7 @@ def run_engine(
     limits: Limits,
     clauses: Sequence[str] = (),
     tell: Callable[[Verdict], None] = lambda verdict: None,
-    begin: Callable[[Results, int], None] = lambda results, cells: None,
+    begin: Callable[[Results, Sequence[tuple[str, str]]], None] = lambda results, keys: None,
 ) -> Results:
     """Judges an engine and writes ``out/name.json`` after each clause. An engine that cannot be reached gives results
     that say why (``unavailable``). Raises InvalidBackend, UnknownClause."""
@@ -105,7 +105,7 @@ def _judge(
     limits: Limits,
     path: Path,
     tell: Callable[[Verdict], None],
-    begin: Callable[[Results, int], None],
+    begin: Callable[[Results, Sequence[tuple[str, str]]], None],
 ) -> None:
     """Measures the noise, then judges clause by clause. A server that was there before may have seen the programs of an
     earlier run with this seed: its token ids are drawn anew each time."""
@@ -115,7 +115,7 @@ def _judge(
     gauge = _measured(session)
     results.served = served(session, gauge)
     results.dtypes = [session.facts.dtype or "unknown"]
-    begin(results, len(clauses))
+    begin(results, [(clause.name, CONFIG) for clause in clauses])
     trial = Trial(session, gauge, address, folder, effort, seed, [])
     gone = ""
     for clause in clauses:
