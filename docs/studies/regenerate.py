@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import api_page
+import fleet_page
 import msgspec
 import speed_page
 import timing.collect
@@ -49,6 +50,7 @@ MEASURED = {
     "docs/baseline/counters.json": "nox -s counters, then copy results/counters.json",
     "docs/evidence": "kvconform bench --preset, see CONTRIBUTING.md",
     "docs/evidence/transformers": "python -m transformers_classes.collect, see docs/studies/README.md",
+    "docs/evidence/fleet": "python -m fleet_page collect, see docs/fleet.md",
     "docs/latency-samples.json.gz": "nox -s timing, on an idle machine",
     "docs/published-designs.md": "nox -s designs",
 }
@@ -91,8 +93,15 @@ def _speed() -> dict[str, bytes]:
 
 def _transformers() -> dict[str, bytes]:
     source = transformers_classes.page.RESULTS
-    study = json.loads((ROOT / "docs" / source).read_text())
-    return {"docs/transformers.md": transformers_classes.page.render(study, source).encode()}
+    results = ROOT / "docs" / source
+    study, issues = (
+        json.loads(file.read_text()) for file in (results, results.with_name(transformers_classes.page.ISSUES))
+    )
+    return {"docs/transformers.md": transformers_classes.page.render(study, source, issues).encode()}
+
+
+def _fleet() -> dict[str, bytes]:
+    return {"docs/fleet.md": fleet_page.render(json.loads((ROOT / "docs" / fleet_page.COSTS).read_text())).encode()}
 
 
 def _latency() -> dict[str, bytes]:
@@ -166,6 +175,7 @@ FILES = (
     Generated("docs/schema", "the structs of results, records and lists", _schemas),
     Generated("docs/speed.md", "docs/evidence", _speed),
     Generated("docs/transformers.md", "docs/evidence/transformers", _transformers),
+    Generated("docs/fleet.md", "docs/evidence/fleet", _fleet),
     Generated("docs/latency.md", "docs/latency-samples.json.gz and docs/gate-history.jsonl", _latency),
     Generated(
         "harness/kvconform/mutation/power_table.json", "every clause and null model", _power, 2, _power_is_current

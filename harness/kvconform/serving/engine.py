@@ -24,6 +24,7 @@ class Description:
     reports_hits: whether an answer says how many tokens came from the cache.
     abilities: among ``n``, ``abort``, ``salt``, ``adapter``, ``score``, ``reset``, ``preemptions``, ``concurrent``.
     dtype: of the computation or of the cache, whichever is coarser, as the engine or its user says it; None if unknown.
+    refuses_longer: whether the engine has said that it takes no more than ``context``; otherwise that is assumed.
     cache_tokens: how many tokens the prefix cache and all running requests hold together, None if the engine does not
     tell. adapters: their names (ability ``adapter``). assumed: what the adapter has assumed, one sentence each.
     """
@@ -39,6 +40,7 @@ class Description:
     alternatives: int = 1
     abilities: frozenset[str] = frozenset()
     dtype: str | None = None
+    refuses_longer: bool = True
     cache_tokens: int | None = None
     adapters: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()

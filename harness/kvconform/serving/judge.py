@@ -169,7 +169,7 @@ def _counts(one: Sent, too_long: bool, session: Session, gauge: Calibration, fou
 
 
 def _refusal(one: Sent, too_long: bool, session: Session, gauge: Calibration, found: Judged) -> Mismatch | None:
-    if too_long:
+    if too_long and session.facts.refuses_longer:
         found.compared += 1
         return Mismatch(kind=Kind.SERVED) if one.answer.error is None else None
     return None
