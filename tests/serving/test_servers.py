@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.server
 import os
+import random
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import served_toy
@@ -180,3 +182,22 @@ def test_the_key_is_sent_from_the_environment_and_stands_in_no_message(monkeypat
     server.server_close()
     assert received == [("/closed", "Bearer secret-key"), ("/moved", "Bearer secret-key")]  # no redirection is followed
     assert os.environ[KEY] not in repr(vars(client))
+
+
+@pytest.mark.parametrize("kind", [served_toy.Vllm, served_toy.LlamaCpp], ids=lambda kind: kind.__name__)
+def test_the_source_for_scripts_says_what_the_adapter_says(kind: type[Dialect]) -> None:
+    with serving(kind(ToyEngine())) as url:
+        engine = open_url(url, {} if kind is served_toy.LlamaCpp else {"vocabulary": VOCABULARY})
+        names: dict[str, Any] = {"random": random}
+        exec(engine.source(), names)
+        for changes in ({}, {"cached": False}, {"n": 2}, {"abort_after": 2}, {"prompt": PROMPT * 4}):
+            request = replace(Request(PROMPT, 4), **changes)  # type: ignore[arg-type]
+            one(engine)
+            want, got = engine.answer([request])[0], names["send"]([asdict(request)])[0]
+            assert (got["error"] is None) == (want.error is None)
+            ids = [token for completion in got["completions"] for token in completion["ids"]]
+            assert ids == [token for completion in want.completions for token in completion.ids]
+            if want.error is None and request.abort_after is None:
+                assert got["cached"] == want.cached
+                rows = [dict(row) for completion in want.completions for row in completion.logprobs]
+                assert rows == [row for completion in got["completions"] for row in completion["logprobs"]]

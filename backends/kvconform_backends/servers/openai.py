@@ -12,6 +12,7 @@ from typing import Any
 
 from kvconform.errors import BackendUnavailable
 from kvconform.serving.engine import Answer, CacheOff, Completion, Description, Engine
+from kvconform_backends.servers import scripts
 from kvconform_backends.servers.http import Client, Refused, answers
 from kvconform_backends.servers.tiny_models import FIRST
 from kvconform_specs.serving.requests import Request
@@ -146,6 +147,11 @@ class OpenAI(Engine):
             adapters=adapters,
             assumed=tuple(assumed),
         )
+
+    def source(self) -> str:
+        if self.dialect.name != "token_id" or self.cold is not None:
+            return super().source()
+        return scripts.token_ids(self.client.url, self.model, self.dialect.alternatives)
 
     def preemptions(self) -> int:
         return self.metrics.preemptions() or 0
