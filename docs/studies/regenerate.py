@@ -19,6 +19,7 @@ from pathlib import Path
 
 import api_page
 import msgspec
+import serving_page
 import speed_page
 import timing.collect
 import timing.page
@@ -47,6 +48,7 @@ MEASURED = {
     "docs/baseline/counters.json": "nox -s counters, then copy results/counters.json",
     "docs/evidence": "kvconform bench --preset, see CONTRIBUTING.md",
     "docs/evidence/transformers": "python -m transformers_classes.collect, see docs/studies/README.md",
+    "docs/evidence/serving": "nox -s 'engine(NAME)' and vllm_faults, see docs/studies/README.md",
     "docs/latency-samples.json.gz": "nox -s timing, on an idle machine",
     "docs/published-designs.md": "nox -s designs",
 }
@@ -91,6 +93,10 @@ def _transformers() -> dict[str, bytes]:
     source = transformers_classes.page.RESULTS
     study = json.loads((ROOT / "docs" / source).read_text())
     return {"docs/transformers.md": transformers_classes.page.render(study, source).encode()}
+
+
+def _serving() -> dict[str, bytes]:
+    return {"docs/engines-serving.md": serving_page.page().encode()}
 
 
 def _latency() -> dict[str, bytes]:
@@ -164,6 +170,7 @@ FILES = (
     Generated("docs/schema", "the structs of results, records and lists", _schemas),
     Generated("docs/speed.md", "docs/evidence", _speed),
     Generated("docs/transformers.md", "docs/evidence/transformers", _transformers),
+    Generated("docs/engines-serving.md", "docs/evidence/serving", _serving),
     Generated("docs/latency.md", "docs/latency-samples.json.gz and docs/gate-history.jsonl", _latency),
     Generated(
         "harness/kvconform/mutation/power_table.json", "every clause and null model", _power, 2, _power_is_current

@@ -1,7 +1,7 @@
 """mlx-lm's server: with top_logprobs, an entry's own token is not the generated one.
 
     python -m mlx_lm server --model MODEL --port 8080
-    python mlx_lm_logprobs.py http://127.0.0.1:8080
+    python mlx_lm_logprobs.py http://127.0.0.1:8080 [PROMPT]
 
 `_format_top_logprobs` takes the first of an unordered argpartition as the entry's own token. Expected, as in OpenAI's
 API: the entry's token and logprob are those of the generated token, which at temperature 0 is the likeliest of the
@@ -13,8 +13,8 @@ import sys
 import urllib.request
 
 
-def main(url):
-    body = {"prompt": "The answer is", "max_tokens": 8, "temperature": 0.0, "logprobs": True, "top_logprobs": 10}
+def main(url, prompt="The answer is"):
+    body = {"prompt": prompt, "max_tokens": 8, "temperature": 0.0, "logprobs": True, "top_logprobs": 10}
     sent = urllib.request.Request(
         url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -33,4 +33,4 @@ def main(url):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1].rstrip("/"))
+    main(sys.argv[1].rstrip("/"), *sys.argv[2:])
