@@ -28,9 +28,10 @@ torch = pytest.importorskip("torch", reason="transformers runs on it")
 pytest.importorskip("transformers", reason="it is what is tested here")
 
 import transformers  # noqa: E402
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import DynamicCache, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
+from kvconform_backends.targets import black_box  # noqa: E402
 from kvconform_backends.targets.hf import opening  # noqa: E402
 from kvconform_backends.targets.hf.opening import open_hf  # noqa: E402
 from kvconform_backends.targets.hf.recipe import tokens_of  # noqa: E402
@@ -107,6 +108,9 @@ KINDS = {
     "JambaConfig": "after the first",  # layers by period and offset
     "BambaConfig": "never",  # logits of the last token only
     "Zamba2Config": "never",  # numbers of layers
+    "MusicgenConfig": "never",  # made of a part of the config, and not called as its generate prepares it
+    "Dots3NoteConfig": "never",  # sizes of adapters that must agree
+    "RecurrentGemmaConfig": "after the first",  # states in the module, and a cache that is not returned
 }
 """Classes of which a plain reading of the sizes is not enough, and when each is given one token at a time."""
 
@@ -162,6 +166,35 @@ def test_the_capacity_is_what_the_forward_takes() -> None:
 def test_a_model_without_a_cache_is_refused() -> None:
     with pytest.raises(BackendUnavailable, match="OpenAIGPTLMHeadModel is not a decoder with a cache"):
         open_hf("OpenAIGPTConfig", {})
+
+
+def test_a_model_whose_forward_takes_no_cache_is_refused_before_it_is_built() -> None:
+    words = "Gemma4AssistantForCausalLM is not a decoder with a cache: its forward takes none of past_key_values, "
+    with pytest.raises(BackendUnavailable, match=words):
+        open_hf("Gemma4AssistantConfig", {})
+
+
+def test_a_model_that_keeps_states_in_its_modules_holds_one_sequence() -> None:
+    backend = open_hf("RecurrentGemmaConfig", {})
+    assert backend.claims.max_sequences == 1
+    assert not {"uncached_forward", "fork"} & {*backend.claims.abilities}
+    assert "states in conv1d_state and recurrent_states: it holds one sequence at a time" in " ".join(backend.assumed)
+    assert open_hf("LlamaConfig", {}).calls.states == ()
+    (config,) = backend.configs.values()
+    steps = (Append("a", (3, 3), 5), Append("a", (1, 1), 5), Reset("a"), Append("a", (4, 4), 13))
+    scripted(backend, Program(config, steps))
+
+
+def test_what_a_sparse_attention_chooses_has_no_ties() -> None:
+    backend = open_hf("DeepseekV32Config", {})
+    assert backend.recipe.fields["index_n_heads"] == 16
+    tokens = np.random.default_rng(0).integers(3, 97, (40, 14))
+    client = backend(backend.configs["decoder-self"], {})
+    whole = client.uncached_forward(tokens)
+    _, sequence = client.step(client.start(40), tokens[:, :3])
+    for at in range(3, 14):
+        got, sequence = client.step(sequence, tokens[:, at : at + 1])
+        assert np.abs(got[:, 0] - whole[:, at]).max() < 1e-3 * whole.std()
 
 
 def test_padding_on_the_left_is_judged() -> None:
@@ -253,13 +286,75 @@ def test_a_directory_without_weights_gets_random_ones(tmp_path: Path) -> None:
         assert torch.equal(mine, saved)
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with more tokens than programs use."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    fields = tiny(transformers.GPT2Config()) | {"vocab_size": 700, "eos_token_id": 699}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields)).save_pretrained(folder)
+    return folder
+
+
+def test_of_a_large_vocabulary_a_part_is_used_and_kept(large: Path) -> None:
+    backend = open_hf(str(large), {})
+    assert "of its 700 tokens the first 512 are used, and their logits are compared" in backend.assumed
+    assert backend.made.get_input_embeddings().weight.shape[0] == 512
+    config = backend.configs["decoder-self"]
+    assert (config.vocabulary, config.reserved) == (512, (0, 1))
+    ids = np.array([tokens_of(config, 9)])
+    whole = GPT2LMHeadModel.from_pretrained(large).eval()
+    want = whole(torch.from_numpy(ids)).logits[..., :512].detach().numpy()
+    assert np.abs(backend(config, {}).uncached_forward(ids) - want).max() < 1e-5
+    assert broken(backend, ["equivalence.decode"], 4) == {}
+
+
+def test_what_cannot_be_cut_is_left_as_it_is(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(self: Any, tokens: int) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(GPT2LMHeadModel, "resize_token_embeddings", raising)
+    backend = open_hf(str(large), {})
+    assert backend.made.get_input_embeddings().weight.shape[0] == 700
+    config = backend.configs["decoder-self"]
+    assert backend(config, {}).uncached_forward(np.array([[5, 6]])).shape == (1, 2, 512)
+
+
+def test_perturbed_copies_share_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = open_hf("LlamaConfig", {})
+    (config,) = backend.configs.values()
+    ids = np.array([tokens_of(config, 6)])
+    alone = {seed: backend(config, {}).perturbed(1e-3, 1e-4, seed).uncached_forward(ids) for seed in (1, 2, 3)}
+    weights = sum(weight.numel() * weight.element_size() for weight in backend.made.parameters())
+    monkeypatch.setattr(black_box, "COPIES", 2 * weights)
+    client = backend(config, {})
+    exact = client.uncached_forward(ids)
+    noisy = {seed: client.perturbed(1e-3, 1e-4, seed) for seed in (1, 2, 3)}
+    for seed in (1, 2, 3, 1, 3):  # with two copies, 1 is made a second time
+        assert np.array_equal(noisy[seed].uncached_forward(ids), alone[seed])
+        assert not np.array_equal(alone[seed], exact)
+    assert len(client.copies._held) == 2
+    assert np.array_equal(client.uncached_forward(ids), exact)
+
+
+def test_a_quantised_cache_is_judged_within_its_precision_or_refused_with_the_reason() -> None:
+    backend = open_hf("LlamaConfig", {"cache": "fp8"})
+    assert backend.recognised == "transformers LlamaForCausalLM, QuantizedCache (fp8), sdpa"
+    assert (backend.claims.kv_bits, backend.claims.quantiser.scheme) == (8, "float8_e4m3")
+    with pytest.raises(
+        BackendUnavailable, match=r"QuantizedCache. is only supported for models with only full attention"
+    ):
+        open_hf("MistralConfig", {"cache": "fp8"})
+    with pytest.raises(BackendUnavailable, match="MiniMaxForCausalLM makes its own cache"):
+        open_hf("MiniMaxConfig", {"cache": "static"})
+
+
 @pytest.mark.parametrize(
     ("target", "options", "words"),
     [
         ("gpt2", {}, "neither a local directory with a config.json nor a config class .* nothing is downloaded"),
         ("LlamaForCausalLM", {}, "neither a local directory"),
         ("LlamaConfig", {"caches": "static"}, "unknown option 'caches'; known: cache, config, attn_implementation"),
-        ("LlamaConfig", {"cache": "paged"}, "cache is 'paged'; known: dynamic, static"),
+        ("LlamaConfig", {"cache": "paged"}, "cache is 'paged'; known: dynamic, static, quanto, hqq, fp8"),
         ("LlamaConfig", {"dtype": "float8"}, "dtype is 'float8'; known: float32, bfloat16, float16"),
         ("LlamaConfig", {"config": {"hiden_size": 3}}, "LlamaConfig has no field 'hiden_size'"),
         ("Gemma2Config", {"attn_implementation": "sdpa"}, "transformers .* raised ValueError: Gemma2For"),
@@ -396,7 +491,12 @@ def test_a_shallow_copy_of_a_cache_is_not_a_fork() -> None:
 # --- reproductions ---
 @pytest.mark.parametrize(
     ("target", "options"),
-    [("OPTConfig", {}), ("BloomConfig", {"seed": 4}), (str(TINY), {"cache": "static", "config": {"head_dim": 8}})],
+    [
+        ("OPTConfig", {}),
+        ("BloomConfig", {"seed": 4}),
+        ("MusicgenConfig", {}),
+        (str(TINY), {"cache": "static", "config": {"head_dim": 8}}),
+    ],
 )
 def test_the_script_of_a_program_reproduces_the_backends_outputs(target: str, options: Mapping[str, Any]) -> None:
     backend = open_hf(target, options)
@@ -421,10 +521,14 @@ def test_the_script_of_a_program_reproduces_the_backends_outputs(target: str, op
     if backend.claims.can("truncate"):
         steps += [Truncate("b", 1), Reject(Truncate("b", 9)), Append("b", (2,), 19), Truncate("b", 0)]
         steps += [Reorder("b", (0, 0)), Append("b", (1, 1), 21)]
-    program = Program(config, tuple(steps))
-    client = backend(config, {})
+    scripted(backend, Program(config, tuple(steps)))
+
+
+def scripted(backend: type[Transformers], program: Program) -> None:
+    """Compares the outputs of a program with those of its script."""
+    client = backend(program.config, {})
     (trace,) = execute(client, program, (0,))
-    assert [done.error for done in trace] == [None] * len(steps)
+    assert [done.error for done in trace] == [None] * len(program.steps)
     x = {f"x7_{number}": given[0][0] for number, (given, _) in enumerate(feeds_of(program, (0,))) if given}
     names: dict[str, Any] = {"np": np, **x}
     with torch.random.fork_rng(), torch.no_grad():

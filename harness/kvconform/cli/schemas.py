@@ -22,6 +22,8 @@ from kvconform.files import tables
 from kvconform.mutation import record as audit
 from kvconform.results import known_failures, results
 from kvconform.search import counterexample
+from kvconform.vectors import power
+from kvconform.vectors import record as vectors
 
 FILES: dict[str, tuple[str, type]] = {
     "results": (results.SCHEMA, results.Results),
@@ -31,6 +33,9 @@ FILES: dict[str, tuple[str, type]] = {
     "speed": (speed.SCHEMA, speed.Record),
     "speed-gate": (gate.SCHEMA, gate.GateRecord),
     "counters": (counters.SCHEMA, counters.Record),
+    "vectors": (vectors.SCHEMA, vectors.Manifest),
+    "vectors-power": (power.SCHEMA, power.Power),
+    "answers": (vectors.ANSWERS_SCHEMA, vectors.Answers),
 }
 """By kind, the name and version of its schema, and the struct in the file; known failures are TOML, the others JSON."""
 

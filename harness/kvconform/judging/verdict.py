@@ -41,6 +41,7 @@ class Reason(Enum):
     REFUSED = "config refused"
     REFERENCE = "about the reference"
     REFERENCE_BROKEN = "reference broken"
+    REFERENCE_DISAGREES = "disagrees with the reference"
     NOT_CONFIRMED = "not confirmed"
     FALLBACK = "fallback ran"
     UNKNOWN_RUNTIME = "what ran is not known"

@@ -61,6 +61,8 @@ def _narrower(name: str, value: Any, was: Any, mine: Mapping[str, Any]) -> bool:
         return bool(value != 0 and (was == 0 or value < was))
     if name == "residual":
         return bool(mine["kv_bits"] != 0 and value < was)
+    if name == "static_shapes":  # empty: any shape
+        return bool(value) and not (was and set(was) <= set(value))
     if name == "cache_dtype":  # empty: that of the config
         return bool(was == "" and value)
     return False  # a different page size or quantiser promises neither more nor less

@@ -58,7 +58,7 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """A black box, which is judged by its own forward without a cache."""
+    """A black box, which is judged by a forward without a cache, its own or that of another artefact."""
 
     recognised: str
     """How it is called, in words."""
@@ -70,6 +70,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     """Its own configs, by name."""
     held: Held | None = None
     """How much of a long sequence it keeps; null where that is not known, or where outputs depend on all of it."""
+    reference: str = ""
+    """The address of the artefact whose forward without a cache is the reference; empty: its own forward is."""
     noise: dict[str, float] = {}
     """For each config, how far rounding can move an output, relative to the size of the outputs."""
 
@@ -232,7 +234,7 @@ def missing_core(results: Results, profile: str) -> list[str]:
         for name, clause in BY_NAME.items()
         if (name == GENERATION if results.claims.get("interface") == "generation" else clause.core)
         and any(clause.concerns(c) for c in configs_of(results).values() if c.profile == profile)
-        and not (results.target is not None and clause.blind)
+        and not (results.target is not None and clause.blind and not results.target.reference)
     }
     return sorted(concerned - passed)
 
@@ -282,7 +284,7 @@ def _conclusion(results: Results) -> Conclusion:
         why = f"no PASS on the core clauses {', '.join(missing[profile])} ({profile} profile)"
         return Conclusion(5, "undecided" if partial else "not conformant", why)
     if not partial:
-        by = ", judged by its own forward" if results.target is not None else ""
+        by = "" if results.target is None else f", judged by {results.target.reference or 'its own forward'}"
         by += ", judged by its answers without the prefix cache" if results.served is not None else ""
         by += ", judged by its generations alone" if results.claims.get("interface") == "generation" else ""
         return Conclusion(0, "conformant", f"{' and '.join(good)} profile{by}{more}")

@@ -143,6 +143,16 @@ class Limits(Trials):
         except ThirdPartyError:
             return False
 
+    def one_by_one(self, made: Recognised) -> Recognised | None:
+        """The same with calls of one token after a first call of any length, if these agree and the target itself
+        refuses several tokens then."""
+        if self.error is None or not self.error.deliberate or not all(made.rank[:3]):
+            return None
+        convention = replace(made.convention, one_by_one=True)
+        trial = replace(made, convention=convention, chunk_refusal=self.raised)
+        self.rank(trial)
+        return trial if all(trial.rank) else None
+
     def one_token_each(self, made: Recognised, refused: bool = False) -> Recognised | None:
         """The same with calls of one token, if these agree and cached calls of several are ``refused``: by the target
         itself, or by any exception if nothing else agrees."""

@@ -13,6 +13,7 @@ from kvconform_backends.targets.module import identifiers, signature, slots
 from kvconform_backends.targets.module.beginnings import Beginnings
 from kvconform_backends.targets.module.calls import leaves
 from kvconform_backends.targets.module.conventions import Convention
+from kvconform_backends.targets.module.copies import Copies
 from kvconform_backends.targets.module.limits import Limits
 from kvconform_backends.targets.module.operations import Operations
 from kvconform_backends.targets.module.past import contents, described, frozen, grown_axis, sizes
@@ -26,7 +27,7 @@ MOST_WIDTHS = 8
 """Widths of encoder states that are tried."""
 
 
-class Measurements(Limits, Operations):
+class Measurements(Limits, Operations, Copies):
     """Each ``measure_`` method stores its results in the given ``Recognised``."""
 
     def __init__(self, target: ProbedTarget, beginnings: Beginnings) -> None:

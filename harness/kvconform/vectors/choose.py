@@ -1,0 +1,105 @@
+"""Chooses the cases of a set: few, small ones, which together reach every situation of their clause.
+
+Each cell has cases of two kinds: those drawn for an implementation that can do no more than the clause needs, and those
+for one that can do everything that vectors test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+from kvconform.search.cell import Cell
+from kvconform.search.situations import Situations
+from kvconform.vectors.features import FEATURES
+from kvconform_specs.claims import ABILITIES, ENOUGH, Claims
+from kvconform_specs.clause import Case, Clause
+from kvconform_specs.config import Config
+from kvconform_specs.configs import share
+from kvconform_specs.program import Append, Generate, UncachedForward, called
+from kvconform_specs.strategies import drawn
+
+CANDIDATES = 24
+"""How many cases are drawn of a cell for each of its claims."""
+BUDGET = 8_000
+"""Bytes of a case. Cases that take less are no better than those that take as much."""
+WIDE = Claims(
+    profiles=("attention", "decoder"),
+    abilities=tuple(name for name in ABILITIES if name in FEATURES or name == "refusal"),
+    overflow="refused",
+    unused_slots="any",
+    padding=("right", "left"),
+)
+"""What answers are judged under, less what a runner does not support."""
+
+
+def claims_of(clause: Clause) -> Iterator[Claims]:
+    """The claims that cases of a clause are drawn for: the least that it needs, then all."""
+    for one in clause.needs_any or ("",):
+        yield _least((*clause.needs, *filter(None, [one])))
+    wide = {name: value for need in clause.needs for name, value in ENOUGH.get(need, {}).items() if name == "page"}
+    yield Claims(**{f.name: getattr(WIDE, f.name) for f in fields(WIDE)} | wide)
+
+
+def _least(needs: Sequence[str]) -> Claims:
+    made: dict[str, Any] = {"profiles": WIDE.profiles}
+    abilities = [need for need in needs if need in ABILITIES]
+    for need in needs:
+        enough = dict(ENOUGH.get(need, {}))
+        abilities += enough.pop("abilities", ())
+        made |= enough
+    return Claims(**made, abilities=tuple(dict.fromkeys(abilities)))
+
+
+def cases(cell: Cell, number: int, seed: int) -> list[Case]:
+    """The cases of a cell: ``number`` for each of its claims or as many as its situations need, less for configs that
+    have a smaller share of an effort."""
+    wanted = max(1, round(number * share(cell.config_name)))
+    found: dict[str, Case] = {}
+    for claims in claims_of(cell.clause):
+        for case in _chosen(cell, claims, wanted, seed):
+            found.setdefault(str(case), case)
+    return list(found.values())
+
+
+def _chosen(cell: Cell, claims: Claims, number: int, seed: int) -> list[Case]:
+    strategy = cell.clause.strategy(cell.config, claims)
+    found = {str(case): case for case in drawn(strategy, CANDIDATES, seed)}
+    situations = Situations(cell.clause, cell.config, claims)
+    reached = {key: set(situations.reached(case, situations.all)) for key, case in found.items()}
+    lacking = Situations(cell.clause, cell.config, claims)
+    for words in set().union(*reached.values()):
+        lacking.counts[words] += 1
+    for case in lacking.further(strategy, seed + 1):
+        found[str(case)] = case
+        reached[str(case)] = set(situations.reached(case, situations.all))
+    sizes = {key: size(case) for key, case in found.items()}
+    chosen: list[str] = []
+    missing = set(situations.all)
+    while left := [key for key in found if key not in chosen]:
+        new = {key: len(reached[key] & missing) for key in left}
+        if any(new.values()):
+            best = max(left, key=lambda key: (new[key] / max(sizes[key], BUDGET), sizes[key]))
+        elif len(chosen) < number:
+            best = max(left, key=lambda key: sizes[key] if sizes[key] <= BUDGET else -sizes[key])
+        else:
+            break
+        missing -= reached[best]
+        chosen.append(best)
+    return [found[key] for key in chosen]
+
+
+def size(case: Case) -> int:
+    """About how many bytes the tensors of a case take."""
+    return 1 + sum(_tokens(program.steps) * _bytes(program.config) for program in case.programs)
+
+
+def _tokens(steps: Sequence[Any]) -> int:
+    runs = [call for call in map(called, steps) if isinstance(call, Append | UncachedForward)]
+    return sum(len(c.counts) * (1 if isinstance(c, Generate) or c.last_only else max(c.counts)) for c in runs)
+
+
+def _bytes(config: Config) -> int:
+    given = 4 * (config.heads + 2 * config.kv_heads) * config.head_dim if config.profile == "attention" else 8
+    return given + 8 * config.outputs + 4 * (config.outputs if config.profile == "attention" else 1)
