@@ -21,6 +21,7 @@ import api_page
 import engines.page
 import fleet_page
 import msgspec
+import serving_page
 import speed_page
 import timing.collect
 import timing.page
@@ -52,6 +53,7 @@ MEASURED = {
     "docs/evidence": "kvconform bench --preset, see CONTRIBUTING.md",
     "docs/evidence/engines": "nox -s 'conformance(NAME)' and python -m engines.collect, see docs/studies/README.md",
     "docs/evidence/transformers": "python -m transformers_classes.collect, see docs/studies/README.md",
+    "docs/evidence/serving": "nox -s 'engine(NAME)' and vllm_faults, see docs/studies/README.md",
     "docs/evidence/fleet": "python -m fleet_page collect, see docs/fleet.md",
     "docs/latency-samples.json.gz": "nox -s timing, on an idle machine",
     "docs/published-designs.md": "nox -s designs",
@@ -108,6 +110,10 @@ def _fleet() -> dict[str, bytes]:
 
 def _engines() -> dict[str, bytes]:
     return {"docs/engines.md": engines.page.render(engines.page.study(), engines.page.findings()).encode()}
+
+
+def _serving() -> dict[str, bytes]:
+    return {"docs/engines-serving.md": serving_page.page().encode()}
 
 
 def _latency() -> dict[str, bytes]:
@@ -182,6 +188,7 @@ FILES = (
     Generated("docs/speed.md", "docs/evidence", _speed),
     Generated("docs/transformers.md", "docs/evidence/transformers", _transformers),
     Generated("docs/engines.md", "docs/evidence/engines", _engines),
+    Generated("docs/engines-serving.md", "docs/evidence/serving", _serving),
     Generated("docs/fleet.md", "docs/evidence/fleet", _fleet),
     Generated("docs/latency.md", "docs/latency-samples.json.gz and docs/gate-history.jsonl", _latency),
     Generated(
