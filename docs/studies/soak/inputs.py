@@ -55,7 +55,7 @@ versions = { numpy = "2.*" }
 expires = 2027-03-31
 counterexample = "COUNTEREXAMPLE"
 """
-COMMANDS = ("run", "check", "replay", "diff", "gate", "verify", "merge", "report", "spec", "schema", "bench", "audit")
+COMMANDS = ("run", "check", "replay", "diff", "gate", "verify", "merge", "report", "spec", "schema", "init")
 UNSAFE = {"--install-completion", "--show-completion", "--on", "--write", "--self-test", "--out", "-o"}
 """Options that change the shell, use a cluster, or write to a place that is drawn."""
 

@@ -45,11 +45,11 @@ def _change(draw: Any, document: Any, place: Path, places: list[Path]) -> None:
     key = place[-1]
     match draw(st.sampled_from(("replace", "replace", "remove", "double", "rename", "move"))):
         case "replace":
-            holder[key] = draw(st.sampled_from(JUNK))
+            holder[key] = json.loads(json.dumps(draw(st.sampled_from(JUNK))))
         case "remove":
             del holder[key]
         case "double" if isinstance(holder, list):
-            holder.append(holder[key])
+            holder.append(json.loads(json.dumps(holder[key])))
         case "rename" if isinstance(holder, dict):
             holder[str(draw(st.sampled_from(("", "x", "schema", str(key).upper()))))] = holder.pop(key)
         case _:
