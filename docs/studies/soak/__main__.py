@@ -1,4 +1,4 @@
-"""Runs the soak and writes its record: python -m soak -o docs/evidence/soak.json"""
+"""Runs the soak and writes its record: python -m soak -o docs/evidence/soak/record.json"""
 
 from __future__ import annotations
 
