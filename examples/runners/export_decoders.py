@@ -1,7 +1,7 @@
 """Exports the decoders of a set of vectors for ``decoder.mjs``: one ONNX file for each config that can be exported.
 
-    kvconform vectors write vectors
-    python export_decoders.py vectors decoders
+kvconform vectors write vectors
+python export_decoders.py vectors decoders
 """
 
 import json
