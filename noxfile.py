@@ -35,7 +35,8 @@ JOBS = str(min(os.cpu_count() or 1, 2))
 """How many processes judge a backend at once; more if asked for: nox -- --jobs 8."""
 ENGINES = {
     **{name: name for name in ("flax", "jax", "keras-hub", "onnx-reference", "openvino", "ort-attention")},
-    **dict.fromkeys(("mlx", "mlx-rotating"), "mlx"),
+    **dict.fromkeys(("mlx", "mlx-batch", "mlx-batch-rotating", "mlx-rotating"), "mlx"),
+    "ort-gqa": "ort-attention",
     **dict.fromkeys(("flex", "flex-compiled", "sdpa-efficient", "sdpa-flash", "sdpa-math"), "torch"),
 }
 """Engines of others, each with the extra that it needs; the main job leaves them out: nox -s "conformance(jax)"."""
@@ -127,7 +128,7 @@ def lint(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the site of the documentation; build/site/index.html. Broken links and anchors are errors."""
     install(session, groups=("docs",))
-    session.run("mkdocs", "build", "--strict", *session.posargs)
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session(default=False)

@@ -26,8 +26,8 @@ PLACE = ROOT / "backends" / "kvconform_backends" / "engines"
 ENGINES = sorted(name for name, point in installed().items() if ".engines." in point.value)
 NEEDS = {
     **dict.fromkeys(("flax", "jax", "openvino"), None),
-    **{"keras-hub": "keras_hub", "mlx": "mlx_lm", "mlx-rotating": "mlx_lm", "onnx-reference": "onnx"},
-    **{"ort-attention": "onnxruntime"},
+    **dict.fromkeys(("mlx", "mlx-batch", "mlx-batch-rotating", "mlx-rotating"), "mlx_lm"),
+    **{"keras-hub": "keras_hub", "onnx-reference": "onnx", "ort-attention": "onnxruntime", "ort-gqa": "onnxruntime"},
     **dict.fromkeys(("flex", "flex-compiled", "sdpa-efficient", "sdpa-flash", "sdpa-math"), "torch"),
 }
 """The package that each engine cannot be without, where it is not of the same name."""
@@ -74,6 +74,6 @@ def test_a_kernel_that_this_machine_lacks_is_unavailable(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", sorted(set(ENGINES) - HERE))
 def test_an_engine_that_is_absent_is_named_with_its_extra(name: str) -> None:
-    extra = name.removesuffix("-rotating")
+    extra = "mlx" if name.startswith("mlx") else name
     with pytest.raises(Unavailable, match=rf"backend '{name}' is not installed: it needs .*kvconform\[{extra}\]"):
         WorkerClient(WorkerSpec(name))

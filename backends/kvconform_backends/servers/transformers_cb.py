@@ -9,6 +9,7 @@ from typing import Any
 
 from kvconform.errors import Unavailable
 from kvconform.serving.engine import Answer, Completion, Description, Engine
+from kvconform_backends.servers import scripts
 from kvconform_specs.serving.requests import Request
 
 SECONDS = 60.0
@@ -94,6 +95,9 @@ class Batching(Engine):
             cache_tokens=self.page * self.blocks,
             assumed=("what was cached is read from the manager's search for a prefix",),
         )
+
+    def source(self) -> str:
+        return scripts.in_this_process("open_transformers")
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         began, names = time.perf_counter(), []

@@ -25,10 +25,13 @@ ENGINES = {
     "jax": "`jax.nn.dot_product_attention` on buffers of the capacity, by `jax.jit`",
     "keras-hub": "`CachedMultiHeadAttention` of keras-hub on JAX",
     "mlx": "`KVCache` of mlx-lm, the masks that it makes, and MLX's attention",
+    "mlx-batch": "`BatchKVCache` of mlx-lm, for prompts of different lengths",
+    "mlx-batch-rotating": "`BatchRotatingKVCache` of mlx-lm, the same for layers with a window",
     "mlx-rotating": "`RotatingKVCache` of mlx-lm, for layers with a window",
     "onnx-reference": "`Attention` of ONNX (opset 24) with past and present, by onnx's `ReferenceEvaluator`",
     "openvino": "a stateful OpenVINO model (`ReadValue`, `beam_idx`, `Assign`) in float32",
     "ort-attention": "`Attention` of ONNX (opset 24) with past and present, by ONNX Runtime's CPU provider",
+    "ort-gqa": "`GroupQueryAttention` of ONNX Runtime with past and present, by its CPU provider",
     "sdpa-efficient": "PyTorch's scaled dot-product attention, the memory-efficient kernel alone",
     "sdpa-flash": "PyTorch's scaled dot-product attention, the flash kernel alone",
     "sdpa-math": "PyTorch's scaled dot-product attention, the math kernel alone",
@@ -109,7 +112,7 @@ def _versions(one: Mapping[str, Any]) -> list[tuple[str, str]]:
         "torch",
     )
     wanted = {"onnx-reference": ("onnx",)}.get(one["engine"], matter)
-    other = ("onnx", "onnxruntime-gpu") if one["engine"] == "ort-attention" else ()
+    other = ("onnx", "onnxruntime-gpu") if one["engine"].startswith("ort-") else ()
     found = {name: version for name, version in one["versions"].items() if name in (*wanted, *other)}
     return sorted(found.items())
 

@@ -70,6 +70,7 @@ class WorkerClient(Forwards):
             self.environment: dict[str, str] = description["environment"]
             self.environment |= gpu() if spec.device == "cuda" else {}
             self.target: dict[str, Any] | None = description["target"]
+            self.parameters: int = 0 if self.target is None else self.target.pop("parameters")
         except BaseException:
             self.close()  # a worker that is of no use must not live on, nor its folder
             raise

@@ -110,6 +110,7 @@ def _made(target: str, model: Any, config: Config, recipe: Recipe, calls: Calls)
         "recipe": recipe,
         "calls": calls,
         "source": recipe.source,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
         "recognised": f"transformers {kind}, {cache}, {model.config._attn_implementation}",
         "assumed": (),
         "claims": _claims(config, recipe, calls, ()),
