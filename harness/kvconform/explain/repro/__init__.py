@@ -75,7 +75,7 @@ def tried(file: Path, python: str) -> str:
 
 # --- the file ---
 def _header(clause: Clause, words: str, client: WorkerClient) -> list[str]:
-    versions = {k: v for k, v in client.environment.items() if k not in ("platform", "source", "kvconform")}
+    versions = {k: v for k, v in client.environment.items() if k not in OWN}
     where = f"{client.spec.address} on {client.spec.device}"
     with_ = ", ".join(f"{name} {version}" for name, version in versions.items())
     text = clause.text.replace("`", "")
