@@ -29,6 +29,8 @@ from kvconform_specs.config import Config
 from kvconform_specs.describe import describe
 from kvconform_specs.program import Append, Close, Program, ReadCache, Reject, UncachedForward
 
+OWN = ("platform", "source", "source of the reference", "kvconform")
+"""What an environment names beside versions of distributions, and this package."""
 PATIENCE = 120
 """Seconds after which a file says that the target hangs."""
 """The relations that look at outputs alone; the others ask for what only the backend protocol tells."""
