@@ -24,7 +24,7 @@ from kvconform.run import explain_failures
 from kvconform.run.jobs import Executor, in_processes
 from kvconform.run.unit import SAME_FUNCTION, Begun, ConfigDone, Judged, Task, by_config
 from kvconform.search.cell import Cell, Key
-from kvconform.search.effort import DEFAULT_EFFORT, EFFORTS, Effort, effort_named
+from kvconform.search.effort import CHECK, CHECK_LARGE, DEFAULT_EFFORT, EFFORTS, LARGE, Effort, effort_named
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clauses import ALL, BY_NAME, CHAPTERS
@@ -181,6 +181,9 @@ def run_backend(
         results.write(path)
         return results
     with client:
+        if plan.effort is CHECK and client.parameters > LARGE:
+            plan = replace(plan, effort=CHECK_LARGE)
+            results.effort = plan.effort.name
         describe(results, client)
         spent = _resume(results, path, client)
         done = {verdict.key: verdict for verdict in results.verdicts}
