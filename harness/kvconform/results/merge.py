@@ -151,7 +151,7 @@ def _in_order(found: dict[tuple[str, str], Verdict], one: Results) -> list[Verdi
         if one.served
         else [label(name, dtype) for dtype in one.dtypes for name in CONFIGS]
     )
-    clauses = [clause.name for clause in (*ALL, *serving.CLAUSES)]
+    clauses = [*(clause.name for clause in ALL), *(clause.name for clause in serving.CLAUSES)]
     places = {key: at for at, key in enumerate((clause, config) for config in configs for clause in clauses)}
     return sorted(found.values(), key=lambda verdict: places.get(verdict.key, len(places)))
 
