@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from soak import inputs, kills, steady
+from soak import adapters, inputs, kills, steady
 from soak.kills import Kills
 from soak.mutations import changed_json, changed_toml
 from soak.page import Record, render
@@ -62,6 +62,13 @@ def test_a_run_that_is_killed_loses_nothing(tmp_path: Path) -> None:
     assert (found.lost, found.twice, found.unreadable, found.left, found.convicted) == (0, 0, 0, 0, 0)
 
 
+@pytest.mark.slow
+def test_a_run_ends_with_verdicts_whatever_its_adapter_does(tmp_path: Path) -> None:
+    names = ("Raises", "ExitsAtOnce", "PrintsMuch", "ReturnsText")
+    found = {one.name: one.ending for one in adapters.soak(tmp_path, names)}
+    assert found == {"Raises": "2 fail", "ExitsAtOnce": "2 crash", "PrintsMuch": "2 pass", "ReturnsText": "2 fail"}
+
+
 def record(**more: Any) -> Record:
     kind = inputs.Kind(name="files", tried=10, refused=4, tracebacks=0)
     even = steady.Steady(
@@ -75,6 +82,8 @@ def test_a_record_says_what_must_not_be() -> None:
     raised = inputs.Kind(name="files", tried=10, refused=4, tracebacks=1, places=["TypeError in x.py:1 (f): no"])
     assert record(inputs=[raised]).bad == ["files: 1 tracebacks: ['TypeError in x.py:1 (f): no']"]
     assert record(kills=Kills(lost=2)).bad == ["kills: lost: 2"]
+    lost = adapters.Adapter(name="Exits", ending="traceback: KeyError: x")
+    assert record(adapters=[lost]).bad == ["Exits: traceback: KeyError: x"]
     grown = steady.Steady(
         programs=8, worker_mib=(30.0, 32.0), parent_mib=(50.0, 50.0), worker_files=(9.0, 10.0), parent_files=(9.0, 9.0)
     )
