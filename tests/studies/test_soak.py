@@ -30,7 +30,7 @@ def fail(drawn: object) -> None:
 
 @pytest.mark.parametrize(("use", "refused", "tracebacks"), [(nothing, 0, 0), (refuse, 20, 0), (fail, 0, 20)])
 def test_refusals_and_tracebacks_are_told_apart(use: Any, refused: int, tracebacks: int) -> None:
-    found = inputs.tried("x", inputs.Trial(st.integers(), use, 1.0), 20)
+    found = inputs.tried("x", inputs.Trial(st.integers(), use, 1.0, None), 20)
     assert (found.tried, found.refused, found.tracebacks) == (20, refused, tracebacks)
     assert bool(found.places) is bool(tracebacks)
     assert all("AttributeError in check.py" in place for place in found.places)
