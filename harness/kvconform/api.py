@@ -72,6 +72,6 @@ def file_name(address: str) -> str:
     target, _, text = address.partition("?")
     kind, colon, rest = target.partition(":")
     if colon and kind in ("onnx", "hf"):
-        rest = Path(rest).stem if kind == "onnx" else Path(rest).name
+        rest = Path(rest).stem if rest.endswith(".onnx") else Path(rest).name
         return "-".join([rest, *([options["cache"]] if "cache" in (options := json.loads(text or "{}")) else [])])
     return target.rpartition(":")[2] if colon else target

@@ -245,8 +245,13 @@ class BlackBox(Backend):
     held: Mapping[str, int] | None = None
     """Measured on a long sequence: its ``tokens``, how many of them the cache holds (``held``), and how many of them
     its last output depends on (``seen``). None: not known, or outputs depend on all of them."""
+    reference: str = ""
+    """The address of another artefact with the same weights, such as ``hf:DIRECTORY``, whose forward without a cache is
+    the reference; empty: its own forward is."""
     source: str = ""
     """The file whose change makes earlier results void; empty: none."""
+    parameters: int = 0
+    """How many weights it has, as far as it is known: ``kvconform check`` tries less on a large model."""
 
     @abstractmethod
     def uncached_forward(self, *inputs: Any, **options: Any) -> Array:
@@ -259,6 +264,12 @@ class BlackBox(Backend):
         """A copy with perturbed weights; only its ``uncached_forward`` is called. Each weight, and each hidden state,
         becomes ``w * (1 + (storage + accumulation * sqrt(n)) * xi)`` with ``xi`` uniform in (-1, 1) from the seed and
         ``n`` the number of terms in the sums that it is part of (1 for vectors). The backend itself does not change."""
+
+    def variants(self) -> Mapping[str, Any]:
+        """Models with the same weights that differ from this one in one thing each, as exporters change it; only their
+        ``uncached_forward`` is called, to name what another artefact computes. The keys complete "what the reference
+        gives ...", such as "without its window". Default: none are known."""
+        return {}
 
     def script_setup(self) -> str | None:
         """Python source, at module level, that imports the target and builds it as this backend was built, without this

@@ -34,6 +34,8 @@ def claimed(steps: Sequence[Step], claims: Claims) -> bool:
             return False
         if isinstance(step, Reject):
             continue
+        if isinstance(call, Append) and not _shaped(call, claims):
+            return False
         if isinstance(step, Truncate) and not _reaches(step, state, claims):
             return False
         state.apply(step)
@@ -55,6 +57,11 @@ def _fits(call: Call, state: Marks, claims: Claims) -> bool:
             rows = len(order)
     limits = ((rows, claims.max_batch), (tokens, claims.max_chunk), (len(names), claims.max_sequences))
     return all(limit is None or number <= limit for number, limit in limits)
+
+
+def _shaped(step: Append, claims: Claims) -> bool:
+    columns = max(step.counts)
+    return not columns or claims.ragged_prompt(step.counts) or claims.longest(columns) == columns
 
 
 def _takes(step: Append, begun: bool, claims: Claims) -> bool:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from kvconform_specs.config import DTYPES, PROFILES, Config, take
+from kvconform_specs.config import DTYPES, PROFILES, Config
 from kvconform_specs.errors import SpecError
 from kvconform_specs.quantisers import PLAIN, Quantiser
+from kvconform_specs.typed import take
 
 Returns = Literal["all", "last"]
 Overflow = Literal["refused", "undefined"]
@@ -146,28 +147,31 @@ class Claims:
     """The declaration of one backend. Clauses choose their programs by it, and check that it is true.
 
     max_batch, max_chunk, max_sequences: the largest batch, the longest append in tokens, the most open sequences;
-    ``None`` is unlimited. returns: ``all``: an append gives an output for each new token; ``last``: for the last one
-    only. overflow: the result of an append beyond the ``capacity``: ``refused`` (an exception) or ``undefined``.
-    padding: the sides on which columns of ragged rows may hold no token. ragged_appends: which appends may be ragged:
-    ``any``, or the ``first`` alone after a sequence was opened or reset; all rows continue alike then, and rows of
-    different lengths are not truncated to one length. rollback: how many tokens truncations can
-    undo: each keeps at least the largest length that the row has had since it was opened or reset, less that many;
-    None: all of them. too_deep: the result of a truncation to fewer: ``refused`` (an exception) or ``undefined``.
-    retention: the tokens that are kept: ``all``, or those in the ``window``: a layer with a window W holds no more
-    tokens than 2 W, the longest append and the rollback. unused_slots: what slots without a token may hold without an
-    effect: ``finite`` numbers, or ``any``, including NaN and infinities. page: tokens in a page; None: no pages.
-    memory: what the bytes of a sequence are proportional to: its ``length``, the ``capacity``, or whole ``pages``.
-    max_graphs: the most graphs that the backend compiles or captures, for any program. intermediates, kv_bits,
-    residual, quantiser: see ``Precision``. reference: what outputs are compared with; ``self`` is for backends whose
-    weights the harness does not set. interface: ``steps``, or ``generation`` for an engine that only generates and is
-    judged by that alone. cache_dtype: the dtype in which keys and values are kept, to which each is rounded once;
-    empty: the config's. sees_nothing: what a query gives that sees no key: ``zeros``, or any ``finite`` number, such as
-    the mean of the values. rounding: whether the last bits of an output depend on its ``own`` tokens only, or are
-    ``shared`` with other tokens of the call (experts that share a matrix product); it is measured for black boxes.
-    inputs: whether what a step was given is ``copied`` into the cache, so that the caller may overwrite it after the
-    step, or ``kept`` as views of the caller's memory. changes_at: the numbers of tokens with which a black box's own
-    forward gives the tokens before the last other outputs than with one token less (rotary factors that depend on the
-    length); empty: its outputs depend on the tokens up to their own only. It is measured, too.
+    ``None`` is unlimited. static_shapes: the numbers of columns that an append may have, for a backend that compiles
+    each shape anew: 1 and others, of which the largest is ``max_chunk``; empty: any. Programs use these only, but for
+    calls that must be refused for their size and for a ragged prompt where ``ragged_appends`` is ``first``. A forward
+    without a cache may have any length. returns: ``all``: an append gives an output for each new token; ``last``: for
+    the last one only. overflow: the result of an append beyond the ``capacity``: ``refused`` (an exception) or
+    ``undefined``. padding: the sides on which columns of ragged rows may hold no token. ragged_appends: which appends
+    may be ragged: ``any``, or the ``first`` alone after a sequence was opened or reset; all rows continue alike then,
+    and rows of different lengths are not truncated to one length. rollback: how many tokens truncations can undo: each
+    keeps at least the largest length that the row has had since it was opened or reset, less that many; None: all of
+    them. too_deep: the result of a truncation to fewer: ``refused`` (an exception) or ``undefined``. retention: the
+    tokens that are kept: ``all``, or those in the ``window``: a layer with a window W holds no more tokens than 2 W,
+    the longest append and the rollback. unused_slots: what slots without a token may hold without an effect: ``finite``
+    numbers, or ``any``, including NaN and infinities. page: tokens in a page; None: no pages. memory: what the bytes of
+    a sequence are proportional to: its ``length``, the ``capacity``, or whole ``pages``. max_graphs: the most graphs
+    that the backend compiles or captures, for any program. intermediates, kv_bits, residual, quantiser: see
+    ``Precision``. reference: what outputs are compared with; ``self`` is for backends whose weights the harness does
+    not set. interface: ``steps``, or ``generation`` for an engine that only generates and is judged by that alone.
+    cache_dtype: the dtype in which keys and values are kept, to which each is rounded once; empty: the config's.
+    sees_nothing: what a query gives that sees no key: ``zeros``, or any ``finite`` number, such as the mean of the
+    values. rounding: whether the last bits of an output depend on its ``own`` tokens only, or are ``shared`` with other
+    tokens of the call (experts that share a matrix product); it is measured for black boxes. inputs: whether what a
+    step was given is ``copied`` into the cache, so that the caller may overwrite it after the step, or ``kept`` as
+    views of the caller's memory. changes_at: the numbers of tokens with which a black box's own forward gives the
+    tokens before the last other outputs than with one token less (rotary factors that depend on the length); empty: its
+    outputs depend on the tokens up to their own only. It is measured, too.
     """
 
     profiles: tuple[str, ...] = ()
@@ -177,6 +181,7 @@ class Claims:
     max_batch: int | None = None
     max_chunk: int | None = None
     max_sequences: int | None = None
+    static_shapes: tuple[int, ...] = ()
     returns: Returns = "all"
     overflow: Overflow = "undefined"
     padding: tuple[str, ...] = ("right",)
@@ -210,6 +215,7 @@ class Claims:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise SpecError(f"claims.{name}", f"want a positive integer or None, got {value!r}")
+        self._check_static_shapes()
         for name in ("kv_bits", "residual"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
@@ -220,6 +226,16 @@ class Claims:
             raise SpecError("claims.quantiser", "is claimed without kv_bits: nothing is quantised")
         if self.quantiser.scheme != "integer" and self.kv_bits != 8:
             raise SpecError("claims.kv_bits", f"{self.quantiser.scheme} has 8 bits, got {self.kv_bits}")
+
+    def _check_static_shapes(self) -> None:
+        sizes = self.static_shapes
+        if not sizes:
+            return
+        if not all(isinstance(size, int) and size > 0 for size in sizes) or 1 not in sizes:
+            raise SpecError("claims.static_shapes", f"want positive integers with 1 among them, got {list(sizes)}")
+        if self.max_chunk != max(sizes):
+            words = f"want {max(sizes)}, the largest of claims.static_shapes, got {self.max_chunk}"
+            raise SpecError("claims.max_chunk", words)
 
     def can(self, ability: str) -> bool:
         """Whether an ability is claimed, or a need follows from the other claims (``DERIVED``). Raises SpecError for
@@ -233,6 +249,16 @@ class Claims:
     def keeps(self, mark: int) -> int:
         """The fewest tokens that a truncation may keep of a row whose largest length has been ``mark``."""
         return 0 if self.rollback is None else max(mark - self.rollback, 0)
+
+    def longest(self, most: int) -> int:
+        """The most new tokens that an append may have, if it may have no more than ``most``."""
+        if self.static_shapes:
+            return max((size for size in self.static_shapes if size <= most), default=0)
+        return min(self.max_chunk or most, most)
+
+    def ragged_prompt(self, counts: Sequence[int]) -> bool:
+        """Whether appends of these counts must be prompts, since later ones cannot be ragged."""
+        return self.ragged_appends == "first" and len(set(counts)) > 1
 
     def levels(self, lengths: Sequence[int]) -> bool:
         """Whether rows of these lengths may be truncated to one length."""

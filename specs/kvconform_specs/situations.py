@@ -125,9 +125,9 @@ def holds(tokens: int) -> Possible:
     return lambda config, claims: config.capacity >= tokens
 
 
-def chunks(tokens: int = 2) -> Possible:
-    """Whether an append can have as many tokens."""
-    return lambda config, claims: (claims.max_chunk or tokens) >= tokens
+def chunks(tokens: int = 2, past: int = 0) -> Possible:
+    """Whether an append can have as many tokens behind as many others."""
+    return lambda config, claims: claims.longest(config.capacity - past) >= tokens
 
 
 def windowed(config: Config, claims: Claims) -> bool:
@@ -137,8 +137,8 @@ def windowed(config: Config, claims: Claims) -> bool:
 
 # --- situations of several clauses ---
 DECODE = append("a decode step on a cache", lambda v: v.new == 1 and v.past > 0, holds(2))
-PROMPT = append("a prompt of several tokens", lambda v: v.new > 1 and v.past == 0, both(holds(2), chunks()))
-CHUNK = append("a chunk of several tokens on a cache", lambda v: v.new > 1 and v.past > 0, both(holds(3), chunks()))
+PROMPT = append("a prompt of several tokens", lambda v: v.new > 1 and v.past == 0, chunks())
+CHUNK = append("a chunk of several tokens on a cache", lambda v: v.new > 1 and v.past > 0, chunks(past=1))
 ROWS = append("several rows", lambda v: len(v.after) > 1, claimed("two rows"))
 PAST_WINDOW = append("more tokens than the window", lambda v: v.longest > (v.config.window or 0), windowed)
 SWITCH = append(
@@ -253,7 +253,7 @@ def _start(visit: Visit) -> int:
 EARLIER_IN_CHUNK = Situation(
     "a changed token behind another one of its chunk",
     lambda walks: _changed(walks, lambda visit, position: position > _start(visit)),
-    both(holds(2), chunks()),
+    chunks(),
 )
 EARLIER_STEP = Situation(
     "a changed token of a later step than the first",
@@ -276,6 +276,6 @@ def _changed_and_cached(walks: Sequence[Walk]) -> bool:
 CHANGED_IN_CACHE = Situation("a changed token that is cached before the last step", _changed_and_cached, holds(2))
 SIZES = (
     lengths_differ(lambda visit: len(visit.after), "appends of different batches", claimed("two rows")),
-    lengths_differ(lambda visit: visit.new, "appends of different counts", both(chunks(), holds(2))),
+    lengths_differ(lambda visit: visit.new, "appends of different counts", chunks()),
     lengths_differ(lambda visit: visit.past, "appends on caches of different lengths", holds(2)),
 )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -246,3 +247,19 @@ def test_cuda_without_a_gpu_exits_with_3_and_one_sentence(tmp_path: Path) -> Non
         assert done.returncode == 3, done.stdout
         assert "CUDA" in done.stdout
         assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_quiet_run_prints_its_conclusion_only(tmp_path: Path) -> None:
+    cell = ("--effort", "smoke", "--config", "attention-gqa", "--clause", "shape.output", "--quiet")
+    done = kvconform("run", "-b", "numpy", *cell, folder=tmp_path)
+    words = "numpy: the selected part passed: 1 cell; conformance needs the whole suite\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, words, "")
+
+
+def test_a_run_writes_junit_of_all_its_backends(tmp_path: Path) -> None:
+    cell = ("--effort", "smoke", "--config", "attention-gqa", "--clause", "definition.attention")
+    both = ("run", "-b", "numpy", "-b", f"{SUBJECTS}:PrintsAndIsWrong", *cell, "--quiet", "--junit", "out/junit.xml")
+    assert kvconform(*both, folder=tmp_path).returncode == 1
+    suites = ET.parse(tmp_path / "out" / "junit.xml").getroot()
+    counts = [(suite.get("name"), suite.get("tests"), suite.get("failures")) for suite in suites]
+    assert counts == [("numpy", "1", "0"), ("PrintsAndIsWrong", "1", "1")]

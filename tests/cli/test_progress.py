@@ -90,6 +90,55 @@ def test_json_and_nothing_else_is_printed_where_it_is_asked_for(screen: io.Strin
     assert screen.getvalue() == ""
 
 
+def test_how_far_a_run_is_is_a_line_in_a_log_and_a_bar_on_a_terminal(
+    screen: io.StringIO, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.05)
+    cells = [*(one.key for one in VERDICTS), ("shape.length", "attention-window")]
+    with Progress("mine", Path("out"), quiet=False) as shown:
+        time.sleep(0.15)
+        loading = screen.getvalue()
+        shown.begin(FOUND, cells)
+        for one in VERDICTS:
+            shown.tell(msgspec.structs.replace(one, seconds=100.0 if one.clause == "shape.length" else 1.0))
+        shown.running(cells[-1])
+        time.sleep(0.15)
+    judging = screen.getvalue()[len(loading) :]
+    if "terminal" in request.node.callspec.id:
+        assert "shape.length [attention-window]" in judging
+        assert "about 1 min 40 s left" in judging
+        assert " cells in " not in judging
+    else:
+        assert "mine: after 0 s: loading\n" in loading
+        assert "mine: after 0 s: 6 of 7 cells; about 1 min 40 s left; shape.length [attention-window]\n" in judging
+
+
+def test_a_cell_is_expected_to_take_as_long_as_its_clause_took_under_other_configs() -> None:
+    pace = progress.Pace()
+    pace.begin([("a", "x"), ("b", "x"), ("a", "y"), ("b", "y"), ("c", "y")])
+    assert pace.seconds_left is None
+    pace.tell(("a", "x"), 2.0)
+    assert pace.seconds_left == pytest.approx(2.0 * 4)  # of the others nothing else is known
+    pace.tell(("b", "x"), 10.0)
+    assert pace.seconds_left == pytest.approx(2.0 + 10.0 + (2.0 + 10.0) / 2)
+    pace.running |= {("a", "y"): None, ("b", "y"): None}  # two at once
+    assert pace.seconds_left == pytest.approx(((2.0 + 10.0) + (2.0 + 10.0) / 2) / 2)
+    assert pace.now == "a [y] and 1 more"
+    for clause in "abc":
+        pace.tell((clause, "y"), 1.0)
+    assert pace.now == "explaining failures"
+    assert pace.seconds_left == 0.0
+
+
+@pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}], ids=["colours", "NO_COLOR"])
+def test_failures_are_coloured_unless_the_environment_forbids_it(variables: dict[str, str]) -> None:
+    written = io.StringIO()
+    console = options.plain(file=written, force_terminal=True, color_system="standard", _environ=variables)
+    options.say("a failure", console, "red")
+    assert ("\x1b[31m" in written.getvalue()) is not bool(variables)
+    assert "a failure" in written.getvalue()
+
+
 def test_an_interrupted_run_has_counted_what_it_judged(screen: io.StringIO) -> None:
     def judge() -> None:
         with Progress("x", Path("out"), quiet=False) as shown:
@@ -108,6 +157,16 @@ def test_what_stands_beside_a_conclusion_is_explained_in_a_few_words() -> None:
         "  cut: shape.output: the time limit ended before all planned programs were judged",
     ]
     assert list(checks.remarks(msgspec.structs.replace(FOUND, verdicts=[VERDICTS[0]]))) == []
+
+
+def test_why_cells_are_not_judged_is_said_with_the_number_of_cells() -> None:
+    left_out = [
+        verdict(f"chapter.clause{i}", Outcome.UNSUPPORTED, reason=Reason.ABILITY, sentence=f"claims no {i // 2}")
+        for i in range(13)
+    ]
+    words = ", ".join(f"claims no {i} (2)" for i in range(5))
+    (line,) = checks.remarks(msgspec.structs.replace(FOUND, verdicts=left_out))
+    assert line == f"  not applicable: {words} and 2 more reasons"
 
 
 def test_of_a_target_its_header_comes_first_and_only_once(screen: io.StringIO) -> None:

@@ -16,6 +16,7 @@ from kvconform.explain import visibility
 from kvconform.explain.diagnosis import Diagnosis, decided, diagnose, edits, map_matches
 from kvconform.explain.diagnosis.battery import BATTERY
 from kvconform.explain.diagnosis.cache_edits import CacheModel, views
+from kvconform.explain.diagnosis.coded_cache import Coded
 from kvconform.explain.diagnosis.conditions import condition
 from kvconform.explain.diagnosis.mask_edits import MASK_EDITS, MaskEdit, causal
 from kvconform.explain.diagnosis.mistakes import MISTAKES
@@ -33,7 +34,7 @@ from kvconform.mutation.fault import load_faults
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform.worker.registry import load
 from kvconform_backends.faults import classes
-from kvconform_specs.claims import Claims
+from kvconform_specs.claims import Claims, Precision
 from kvconform_specs.clause import Case
 from kvconform_specs.configs import CONFIGS
 from kvconform_specs.history import seen_by
@@ -50,6 +51,8 @@ from kvconform_specs.program import (
     Truncate,
     UncachedForward,
 )
+from kvconform_specs.quantisers import Quantiser
+from kvconform_specs.reference.quantisation import quantisation_error
 
 FAULTS = {fault.name: fault for fault in load_faults("kvconform_backends.faults:FAULTS")}
 
@@ -662,19 +665,31 @@ def test_a_lower_precision_is_told_by_the_bounds_that_it_keeps(name: str, config
 
 
 @pytest.mark.parametrize(
-    "address",
+    ("address", "config"),
     [
-        of("SecondHead"),
-        of("DecodeOnePercent"),
-        conditional("ChunkFrom4"),
-        FAULTS["bits-reinterpreted"].address,
-        FAULTS["decode-in-bfloat16"].address,
+        (of("SecondHead"), "attention-gqa"),
+        (of("DecodeOnePercent"), "attention-gqa"),
+        (conditional("ChunkFrom4"), "attention-gqa"),
+        (FAULTS["bits-reinterpreted"].address, "attention-gqa"),
+        (FAULTS["decode-in-bfloat16"].address, "attention-gqa"),
+        (FAULTS["attention-factor-ignored"].address, "decoder-longrope"),
+        (FAULTS["bias-of-new-tokens"].address, "attention-softcap"),
     ],
 )
-def test_what_rounding_does_not_explain_has_no_precision(address: str) -> None:
-    found = diagnosed(address)
+def test_what_rounding_does_not_explain_has_no_precision(address: str, config: str) -> None:
+    found = diagnosed(address, config)
     assert found is not None
     assert found.precision is None
+
+
+@pytest.mark.parametrize(("bits", "scheme"), [(8, "integer"), (4, "integer"), (8, "float8_e4m3"), (8, "float8_e5m2")])
+def test_a_coded_cache_is_as_far_off_as_its_quantiser_says_and_no_nearer(bits: int, scheme: str) -> None:
+    x = np.random.default_rng(0).normal(size=(3, 50, 16))
+    largest = quantisation_error(x, Precision(kv_bits=bits, quantiser=Quantiser(scheme)))
+    off = np.abs(Coded(bits, scheme).cached(x, "keys") - x)
+    assert np.all(off <= largest)
+    assert np.max(off / largest) > 0.9
+    assert np.all(Coded(bits, scheme).cached(np.zeros((2, 4)), "keys") == 0)
 
 
 @pytest.mark.parametrize("mapped", [False, True])

@@ -108,3 +108,11 @@ def test_a_new_failure_is_shown_and_commented_on_and_ends_the_job(environment: P
 
     run(environment, tmp_path, "99", backend=BROKEN, effort="smoke", options=PART, **now)
     assert "-X PATCH repos/you/yours/issues/comments/99" in (tmp_path / "calls").read_text()
+
+
+def test_without_a_backend_the_settings_of_the_repository_say_what_is_judged(environment: Path, tmp_path: Path) -> None:
+    (tmp_path / "kvconform.toml").write_text('backends = ["numpy", "numpy-static"]\neffort = "smoke"\n')
+    code, printed = run(environment, tmp_path, options=PART)
+    assert code == 0, printed
+    assert {path.stem for path in (tmp_path / "kvconform-results").glob("*.json")} == {"numpy", "numpy-static"}
+    assert '"effort": "smoke"' in (tmp_path / "kvconform-results" / "numpy.json").read_text()

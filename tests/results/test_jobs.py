@@ -11,22 +11,14 @@ import msgspec
 import numpy as np
 import pytest
 from places import SUPPORT
+from small_runs import CONFIGS, FAULT, PLAN, without_times
 
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.merge import vectors_of
-from kvconform.results.results import Results
+from kvconform.run.jobs import in_processes
 from kvconform.run.run import Plan, run_backend
 from kvconform.search.effort import EFFORTS
 from kvconform.worker.client import WorkerSpec
-
-CONFIGS = ("attention-gqa", "attention-mha", "attention-odd")
-PLAN = Plan(EFFORTS["smoke"], clauses=("shape", "equivalence.decode", "lifecycle.reset"), configs=CONFIGS, explain=True)
-FAULT = "kvconform_backends.faults.published:FirstListing"
-
-
-def without_times(results: Results) -> Results:
-    verdicts = [msgspec.structs.replace(verdict, seconds=0.0) for verdict in results.verdicts]
-    return msgspec.structs.replace(results, verdicts=verdicts, seconds=0.0, started="")
 
 
 @pytest.mark.slow
@@ -34,7 +26,9 @@ def without_times(results: Results) -> Results:
 def test_results_counterexamples_and_vectors_do_not_depend_on_the_number_of_processes(
     backend: str, tmp_path: Path
 ) -> None:
-    one, two = (run_backend("mine", WorkerSpec(backend), PLAN, tmp_path / str(n), jobs=n) for n in (1, 2))
+    one, two = (
+        run_backend("mine", WorkerSpec(backend), PLAN, tmp_path / str(n), execute=in_processes(n)) for n in (1, 2)
+    )
     assert without_times(one) == without_times(two)
     assert len({verdict.config for verdict in two.verdicts}) == len(CONFIGS)
     assert any(verdict.outcome is Outcome.FAIL for verdict in two.verdicts) == (backend == FAULT)
@@ -48,7 +42,7 @@ def test_results_counterexamples_and_vectors_do_not_depend_on_the_number_of_proc
 @pytest.mark.slow
 def test_verdicts_are_told_as_they_come_and_kept_in_the_order_of_the_suite(tmp_path: Path) -> None:
     told: list[Verdict] = []
-    found = run_backend("mine", WorkerSpec("numpy"), PLAN, tmp_path, told.append, jobs=2)
+    found = run_backend("mine", WorkerSpec("numpy"), PLAN, tmp_path, told.append, execute=in_processes(2))
     assert {verdict.key for verdict in told} == {verdict.key for verdict in found.verdicts}
     assert [verdict.key for verdict in found.verdicts] == [
         (clause, config)
@@ -63,7 +57,7 @@ def test_a_run_in_several_processes_goes_on_where_an_interrupted_one_stopped(tmp
     whole = run_backend("mine", WorkerSpec("numpy"), PLAN, tmp_path)
     marked = [msgspec.structs.replace(verdict, compared=123456) for verdict in whole.verdicts[::2]]
     msgspec.structs.replace(whole, verdicts=marked, finished=False).write(tmp_path / "mine.json")
-    resumed = run_backend("mine", WorkerSpec("numpy"), PLAN, tmp_path, jobs=2)
+    resumed = run_backend("mine", WorkerSpec("numpy"), PLAN, tmp_path, execute=in_processes(2))
     assert [verdict.compared for verdict in resumed.verdicts] == [
         123456 if at % 2 == 0 else verdict.compared for at, verdict in enumerate(whole.verdicts)
     ]
@@ -73,7 +67,7 @@ def test_a_run_in_several_processes_goes_on_where_an_interrupted_one_stopped(tmp
 @pytest.mark.slow
 def test_a_backend_that_cannot_run_here_is_unavailable_in_every_process(tmp_path: Path) -> None:
     plan, spec = Plan(EFFORTS["smoke"], clauses=("shape",), configs=CONFIGS), f"{SUPPORT / 'subjects.py'}:CannotRunHere"
-    one, two = (run_backend("mine", WorkerSpec(spec), plan, tmp_path / str(n), jobs=n) for n in (1, 2))
+    one, two = (run_backend("mine", WorkerSpec(spec), plan, tmp_path / str(n), execute=in_processes(n)) for n in (1, 2))
     assert one.unavailable == two.unavailable == "this backend needs a quantum computer; install one"
     assert (two.lacking, two.finished, two.exit_code) == (True, False, 3)
 
@@ -85,7 +79,7 @@ def test_a_killed_process_leaves_a_run_that_goes_on_and_no_process_behind(tmp_pa
     spec = WorkerSpec(
         f"{SUPPORT / 'killed.py'}:KillsWhoeverJudges", environment={"KVCONFORM_TEST_RUN": str(os.getpid())}
     )
-    found = run_backend("mine", spec, plan, tmp_path, jobs=2)
+    found = run_backend("mine", spec, plan, tmp_path, execute=in_processes(2))
     assert found.unavailable.startswith("one of the processes that judge configs ended unexpectedly")
     assert (found.exit_code, found.finished) == (3, False)
     assert not multiprocessing.active_children()

@@ -20,6 +20,7 @@ from kvconform_specs.strategies import drawn
 CLAIMS = {
     "every ability": EVERYTHING,
     "short chunks": replace(EVERYTHING, max_chunk=3, max_batch=2, max_sequences=2, page=3, kv_bits=0, residual=0),
+    "static shapes": replace(EVERYTHING, static_shapes=(1, 3, 8), max_chunk=8),
     "nothing but steps": Claims(profiles=("attention", "decoder"), max_batch=1, max_chunk=1, max_sequences=1),
 }
 CONFIG_NAMES = ("attention-window", "decoder-learned", "attention-gqa")

@@ -26,6 +26,10 @@ LIMITED = {
     "rollback of three": replace(EVERYTHING, rollback=3, too_deep="refused"),
     "left padding": replace(EVERYTHING, padding=("left",)),
     "ragged prompts": replace(EVERYTHING, ragged_appends="first", padding=("left",), retention="window", rollback=6),
+    "static shapes": replace(EVERYTHING, static_shapes=(1, 2, 8), max_chunk=8),
+    "static shapes and ragged prompts": replace(
+        EVERYTHING, static_shapes=(1, 4), max_chunk=4, ragged_appends="first", padding=("left",)
+    ),
     "no reset": replace(EVERYTHING, abilities=tuple(a for a in ABILITIES if a not in ("reset", "truncate_rows"))),
 }
 

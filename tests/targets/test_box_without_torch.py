@@ -1,4 +1,5 @@
-"""The black box of CONTRIBUTING.md, under an interpreter that has numpy and this package, and nothing else."""
+"""The black boxes of CONTRIBUTING.md, under interpreters without torch: one in numpy, under an interpreter that has
+numpy and this package and nothing else; one in JAX."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ from places import SUPPORT
 ROOT = SUPPORT.parents[1]
 
 
-def text() -> str:
+def text(number: int = 0) -> str:
     section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Judge another engine")[2].partition("\n## ")[0]
-    (found,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    return str(found)
+    numpy, jax = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return str((numpy, jax)[number])
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,11 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "bin" / "python"
 
 
-def test_it_has_at_most_40_lines_and_uses_numpy_alone() -> None:
-    assert len(text().splitlines()) <= 40
-    assert set(re.findall(r"^(?:import|from) (\w+)", text(), re.MULTILINE)) == {"copy", "numpy", "kvconform"}
+@pytest.mark.parametrize(("number", "needs"), [(0, {"copy"}), (1, {"jax"})], ids=["numpy", "jax"])
+def test_it_has_at_most_40_lines_and_no_torch(number: int, needs: set[str]) -> None:
+    assert len(text(number).splitlines()) <= 40
+    imported = set(re.findall(r"^(?:import|from) (\w+)", text(number), re.MULTILINE))
+    assert imported == {"numpy", "kvconform", *needs}
 
 
 @pytest.mark.slow
@@ -68,6 +71,36 @@ def test_it_is_judged_under_an_interpreter_without_torch(
     assert old in text()
     (tmp_path / "box.py").write_text(text().replace(old, new) if old else text())
     command = [sys.executable, "-m", "kvconform", "check", "box.py:Box", "--python", str(engine)]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert ran.returncode == code, ran.stdout + ran.stderr
+
+
+@pytest.fixture(scope="module")
+def jax_engine() -> Path:
+    """An interpreter with JAX: that of ``nox -s "conformance(jax)"``, or the one that ``KVCONFORM_JAX`` names."""
+    python = Path(os.environ.get("KVCONFORM_JAX") or ROOT / ".nox" / "conformance-jax" / "bin" / "python")
+    if not python.exists():
+        pytest.skip('there is no interpreter with JAX: nox --install-only -s "conformance(jax)"')
+    return python
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [
+        ("", "", 0),
+        ("swapaxes(1, 2) / 4", "swapaxes(1, 2) / 5", 1),  # the engine computes with another scale than the reference
+        ("past + np.arange(x.shape[1])", "np.arange(x.shape[1])", 1),  # the mask begins at the top left
+    ],
+    ids=["right", "another scale", "top left"],
+)
+def test_an_engine_that_compiles_is_judged_with_few_shapes(
+    tmp_path: Path, jax_engine: Path, old: str, new: str, code: int
+) -> None:
+    assert old in text(1)
+    (tmp_path / "box.py").write_text(text(1).replace(old, new) if old else text(1))
+    command = [sys.executable, "-m", "kvconform", "check", "box.py:Box", "--python", str(jax_engine)]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert ran.returncode == code, ran.stdout + ran.stderr

@@ -107,6 +107,9 @@ KINDS = {
     "JambaConfig": "after the first",  # layers by period and offset
     "BambaConfig": "never",  # logits of the last token only
     "Zamba2Config": "never",  # numbers of layers
+    "MusicgenConfig": "never",  # made of a part of the config, and not called as its generate prepares it
+    "Dots3NoteConfig": "never",  # sizes of adapters that must agree
+    "RecurrentGemmaConfig": "after the first",  # states in the module, and a cache that is not returned
 }
 """Classes of which a plain reading of the sizes is not enough, and when each is given one token at a time."""
 
@@ -162,6 +165,35 @@ def test_the_capacity_is_what_the_forward_takes() -> None:
 def test_a_model_without_a_cache_is_refused() -> None:
     with pytest.raises(BackendUnavailable, match="OpenAIGPTLMHeadModel is not a decoder with a cache"):
         open_hf("OpenAIGPTConfig", {})
+
+
+def test_a_model_whose_forward_takes_no_cache_is_refused_before_it_is_built() -> None:
+    words = "Gemma4AssistantForCausalLM is not a decoder with a cache: its forward takes none of past_key_values, "
+    with pytest.raises(BackendUnavailable, match=words):
+        open_hf("Gemma4AssistantConfig", {})
+
+
+def test_a_model_that_keeps_states_in_its_modules_holds_one_sequence() -> None:
+    backend = open_hf("RecurrentGemmaConfig", {})
+    assert backend.claims.max_sequences == 1
+    assert not {"uncached_forward", "fork"} & {*backend.claims.abilities}
+    assert "states in conv1d_state and recurrent_states: it holds one sequence at a time" in " ".join(backend.assumed)
+    assert open_hf("LlamaConfig", {}).calls.states == ()
+    (config,) = backend.configs.values()
+    steps = (Append("a", (3, 3), 5), Append("a", (1, 1), 5), Reset("a"), Append("a", (4, 4), 13))
+    scripted(backend, Program(config, steps))
+
+
+def test_what_a_sparse_attention_chooses_has_no_ties() -> None:
+    backend = open_hf("DeepseekV32Config", {})
+    assert backend.recipe.fields["index_n_heads"] == 16
+    tokens = np.random.default_rng(0).integers(3, 97, (40, 14))
+    client = backend(backend.configs["decoder-self"], {})
+    whole = client.uncached_forward(tokens)
+    _, sequence = client.step(client.start(40), tokens[:, :3])
+    for at in range(3, 14):
+        got, sequence = client.step(sequence, tokens[:, at : at + 1])
+        assert np.abs(got[:, 0] - whole[:, at]).max() < 1e-3 * whole.std()
 
 
 def test_padding_on_the_left_is_judged() -> None:
@@ -259,7 +291,7 @@ def test_a_directory_without_weights_gets_random_ones(tmp_path: Path) -> None:
         ("gpt2", {}, "neither a local directory with a config.json nor a config class .* nothing is downloaded"),
         ("LlamaForCausalLM", {}, "neither a local directory"),
         ("LlamaConfig", {"caches": "static"}, "unknown option 'caches'; known: cache, config, attn_implementation"),
-        ("LlamaConfig", {"cache": "paged"}, "cache is 'paged'; known: dynamic, static"),
+        ("LlamaConfig", {"cache": "paged"}, "cache is 'paged'; known: dynamic, static, quanto, hqq, fp8"),
         ("LlamaConfig", {"dtype": "float8"}, "dtype is 'float8'; known: float32, bfloat16, float16"),
         ("LlamaConfig", {"config": {"hiden_size": 3}}, "LlamaConfig has no field 'hiden_size'"),
         ("Gemma2Config", {"attn_implementation": "sdpa"}, "transformers .* raised ValueError: Gemma2For"),
@@ -396,7 +428,12 @@ def test_a_shallow_copy_of_a_cache_is_not_a_fork() -> None:
 # --- reproductions ---
 @pytest.mark.parametrize(
     ("target", "options"),
-    [("OPTConfig", {}), ("BloomConfig", {"seed": 4}), (str(TINY), {"cache": "static", "config": {"head_dim": 8}})],
+    [
+        ("OPTConfig", {}),
+        ("BloomConfig", {"seed": 4}),
+        ("MusicgenConfig", {}),
+        (str(TINY), {"cache": "static", "config": {"head_dim": 8}}),
+    ],
 )
 def test_the_script_of_a_program_reproduces_the_backends_outputs(target: str, options: Mapping[str, Any]) -> None:
     backend = open_hf(target, options)
@@ -421,10 +458,14 @@ def test_the_script_of_a_program_reproduces_the_backends_outputs(target: str, op
     if backend.claims.can("truncate"):
         steps += [Truncate("b", 1), Reject(Truncate("b", 9)), Append("b", (2,), 19), Truncate("b", 0)]
         steps += [Reorder("b", (0, 0)), Append("b", (1, 1), 21)]
-    program = Program(config, tuple(steps))
-    client = backend(config, {})
+    scripted(backend, Program(config, tuple(steps)))
+
+
+def scripted(backend: type[Transformers], program: Program) -> None:
+    """Compares the outputs of a program with those of its script."""
+    client = backend(program.config, {})
     (trace,) = execute(client, program, (0,))
-    assert [done.error for done in trace] == [None] * len(steps)
+    assert [done.error for done in trace] == [None] * len(program.steps)
     x = {f"x7_{number}": given[0][0] for number, (given, _) in enumerate(feeds_of(program, (0,))) if given}
     names: dict[str, Any] = {"np": np, **x}
     with torch.random.fork_rng(), torch.no_grad():

@@ -243,6 +243,24 @@ class StaleBehindMask(InPlace):
         return self.loaded(buffer)
 
 
+class FixedSizes(InPlace):
+    """A step is compiled for each of a few sizes beforehand, and takes no other number of tokens."""
+
+    claims = replace(InPlace.claims, static_shapes=(1, 2, 4, 8, 16), max_chunk=16)
+
+    def admit(
+        self, cache: Any, inputs: tuple[Array, ...], counts: Array | None = None, mask: Array | None = None
+    ) -> Array:
+        admitted = super().admit(cache, inputs, counts, mask)
+        t = inputs[0].shape[1 if self.config.profile == "decoder" else 2]
+        if t and t not in self.claims.static_shapes:
+            raise AssertionError(f"there is no program for {t} tokens")
+        return admitted
+
+    def uncached_forward(self, *inputs: Array, **options: Any) -> Array:
+        return NumpyStatic(self.config, self.weights).uncached_forward(*inputs, **options)
+
+
 class ScatteredPages(NumpyPaged):
     """Every second page of the pool is taken first, and the page freed last is reused last."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 Array = NDArray[Any]
+Noise = tuple[float, float, int]
+"""Storage, accumulation and seed of ``kvconform.backend.BlackBox.perturbed``."""
+BLOCK = 1 << 20
+"""Weights that are perturbed at once: in float64 they take many times their own memory."""
+COPIES = 1 << 30
+"""Bytes of all perturbed copies of one module together."""
 
 
 def perturbed(module: nn.Module, storage: float, accumulation: float, seed: int) -> nn.Module:
@@ -30,10 +37,37 @@ def perturb(copied: nn.Module, storage: float, accumulation: float, seed: int) -
             if weight.is_floating_point():
                 terms = weight.shape[-1] if weight.ndim > 1 else 1
                 size = storage + accumulation * math.sqrt(terms)
-                xi = torch.rand(weight.shape, generator=noise).to(weight.device) * 2 - 1
-                # in float64: the perturbation of a float32 weight is a few units in its last place
-                weight.copy_(weight.double() * (1 + size * xi.double()))
+                whole: Any = weight.view(-1)
+                for part in whole.split(BLOCK) if weight.is_contiguous() else (weight,):
+                    xi = torch.rand(part.shape, generator=noise).to(weight.device) * 2 - 1
+                    # in float64: the perturbation of a float32 weight is a few units in its last place
+                    part.copy_(part.double() * (1 + size * xi.double()))
     return copied
+
+
+class Perturbed:
+    """Perturbed copies of a module: at most as many as ``COPIES`` bytes hold, and at least one. Beyond that, the copy
+    that was used least recently is made anew in its place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        size = sum(weight.numel() * weight.element_size() for weight in module.parameters())
+        self._most = max(1, COPIES // max(size, 1))
+        self._held: OrderedDict[Noise, nn.Module] = OrderedDict()
+
+    def of(self, noise: Noise) -> nn.Module:
+        if noise in self._held:
+            self._held.move_to_end(noise)
+            return self._held[noise]
+        if len(self._held) < self._most:
+            made = copy.deepcopy(self._module)
+        else:
+            _, made = self._held.popitem(last=False)
+            with torch.no_grad():
+                for weight, original in zip(made.parameters(), self._module.parameters(), strict=True):
+                    weight.copy_(original)
+        self._held[noise] = perturb(made, *noise)
+        return made
 
 
 def perturbed_states(states: Array, storage: float, accumulation: float, seed: int) -> Array:

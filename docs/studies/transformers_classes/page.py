@@ -14,8 +14,11 @@ from kvconform_reports.markdown import text
 
 RESULTS = "evidence/transformers/classes.json"
 """The kept results, relative to ``docs``."""
-DEVIATES = 0.01
-"""Standard deviations of the logits: rounding stays far below."""
+ISSUES = "issues.json"
+"""Beside the results: by class, the cause of a deviation as far as it is known, and where it is reported; ``nearest``:
+the report is of the same mistake elsewhere, or of another one at the same place."""
+DEVIATES = 1e-4
+"""Standard deviations of the logits; the page states the largest value below it, which is rounding."""
 NOT_CHECKED = "not checked"
 """The outcome of a class of which only ``plain`` was measured."""
 
@@ -25,13 +28,13 @@ def confirmed(one: Mapping[str, Any]) -> list[str]:
     return [case for case, off in one.get("plain", {}).items() if isinstance(off, str) or not off <= DEVIATES]
 
 
-def render(study: Mapping[str, Any], source: str) -> str:
-    return "\n\n".join(_parts(study["classes"], study["transformers"], source)) + "\n"
+def render(study: Mapping[str, Any], source: str, issues: Mapping[str, Any]) -> str:
+    return "\n\n".join(_parts(study["classes"], study["transformers"], source, issues)) + "\n"
 
 
-def _parts(classes: Mapping[str, Any], version: str, source: str) -> Iterator[str]:
+def _parts(classes: Mapping[str, Any], version: str, source: str, issues: Mapping[str, Any]) -> Iterator[str]:
     outcomes = Counter(one["outcome"] for one in classes.values())
-    seconds = sorted(one["seconds"] for one in classes.values() if one["outcome"] in ("broken", "conformant"))
+    seconds = sorted(one["cpu_seconds"] for one in classes.values() if one.get("programs") and "cpu_seconds" in one)
     broken = {name: one for name, one in classes.items() if one["outcome"] == "broken"}
     yield "# Causal language models of transformers"
     yield (
@@ -42,20 +45,23 @@ def _parts(classes: Mapping[str, Any], version: str, source: str) -> Iterator[st
     yield "\n".join(f"- {count} {outcome}" for outcome, count in sorted(outcomes.items()))
     if seconds:
         yield (
-            f"A check took {seconds[len(seconds) // 2]:.0f} s in the median and {seconds[-1]:.0f} s at most, "
-            "two at a time, beside other work."
+            f"A check took {seconds[len(seconds) // 2]:.0f} s of processor time in the median and {seconds[-1]:.0f} s "
+            f"at most ({len(seconds)} measured)."
         )
     yield "## Broken"
     yield (
         "*Confirmed* means that transformers alone shows it: the logits of `generate` with its cache differ from those "
         "of the model's forward without a cache, on the same tokens, by more than "
         f"{DEVIATES:g} standard deviations, or it raises (`python -m transformers_classes.plain NAME`). The figures "
-        "are in standard deviations of the logits."
+        "are in standard deviations of the logits; those of beams are the difference of a search's scores, "
+        "log-probabilities, from the same search without a cache. No other value is larger than "
+        f"{_rounding(classes):g}."
     )
     yield "\n".join(
-        ["| class | broken clauses | the first | transformers alone |", "|---|---|---|---|"]
+        ["| class | broken clauses | the first | transformers alone | cause | reported |", "|---|---|---|---|---|---|"]
         + [
-            f"| {name} | {text(', '.join(one['clauses']))} | {text(one['why'])} | {text(_alone(one))} |"
+            f"| {name} | {text(', '.join(one['clauses']))} | {text(one['why'])} | {text(_alone(one))} | "
+            f"{issues.get(name, {}).get('cause', '')} | {_reported(issues.get(name, {}))} |"
             for name, one in broken.items()
         ]
     )
@@ -66,7 +72,10 @@ def _parts(classes: Mapping[str, Any], version: str, source: str) -> Iterator[st
             "What `check` does not try, or does otherwise: it gives recurrent layers one token at a time after the "
             "first call, and its programs are drawn."
         )
-        yield "\n".join(f"- {name}: {text(_alone(one).removeprefix('confirmed: '))}" for name, one in unseen.items())
+        yield "\n".join(
+            f"- {name}: {text(_alone(one).removeprefix('confirmed: '))}{_known(issues.get(name))}"
+            for name, one in unseen.items()
+        )
     later = {name: one for name, one in classes.items() if one["outcome"] == NOT_CHECKED}
     if later:
         yield "## Not checked yet"
@@ -78,7 +87,10 @@ def _parts(classes: Mapping[str, Any], version: str, source: str) -> Iterator[st
     rest = {name: one for name, one in classes.items() if one["outcome"] not in ("broken", "conformant", NOT_CHECKED)}
     if rest:
         yield "## Not judged"
-        yield "\n".join(f"- {name}: {one['outcome']}: {text(one.get('why', ''))}" for name, one in rest.items())
+        yield "\n".join(
+            f"- {name}: {one['outcome']}: {text(one.get('why', ''))}{_known(issues.get(name))}"
+            for name, one in rest.items()
+        )
     yield "## Conformant"
     yield ", ".join(name for name, one in classes.items() if one["outcome"] == "conformant") + "."
 
@@ -90,6 +102,24 @@ def _alone(one: Mapping[str, Any]) -> str:
     return "confirmed: " + "; ".join(f"{case}: {one['plain'][case]}" for case in cases)
 
 
+def _rounding(classes: Mapping[str, Any]) -> float:
+    """The largest value that counts as rounding."""
+    every = (off for one in classes.values() for off in one.get("plain", {}).values())
+    return max((off for off in every if not isinstance(off, str) and off <= DEVIATES), default=0.0)
+
+
+def _reported(issue: Mapping[str, Any]) -> str:
+    if "link" not in issue:
+        return "none found"
+    *_, repository, _kind, number = issue["link"].split("/")
+    return f"{'nearest: ' * issue.get('nearest', False)}[{repository}#{number}]({issue['link']})"
+
+
+def _known(issue: Mapping[str, Any] | None) -> str:
+    """The cause and the report of a deviation, after a colon."""
+    return "" if issue is None else f" ({issue['cause'] + '; ' * bool(issue['cause'])}reported: {_reported(issue)})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
@@ -97,7 +127,8 @@ def main() -> None:
     options = parser.parse_args()
     study = json.loads(options.results.read_text())
     source = options.results.resolve().relative_to(options.out.resolve().parent).as_posix()
-    write_atomically(options.out, render(study, source).encode())
+    issues = json.loads(options.results.with_name(ISSUES).read_text())
+    write_atomically(options.out, render(study, source, issues).encode())
 
 
 if __name__ == "__main__":

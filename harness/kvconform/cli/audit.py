@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from kvconform.cli.options import Json, Seed, print_json, say
+from kvconform.cli.options import Json, On, Seed, print_json, say
 from kvconform.files import write_atomically
+from kvconform.fleet import cluster
 from kvconform.mutation import audit as audits
 from kvconform.mutation import power as powers
 from kvconform.mutation import record as records
@@ -44,6 +45,7 @@ def audit(
     ] = False,
     shard: Annotated[str, typer.Option(help="Only part i of n of the faults, as i/n.")] = "",
     jobs: Annotated[int, typer.Option(min=1, help="How many faults are tried in parallel.")] = os.cpu_count() or 1,
+    on: On = "",
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("results/audit.json"),
     as_json: Json = False,
 ) -> None:
@@ -67,7 +69,8 @@ def audit(
         if not as_json:
             say(records.progress(fault, trial))
 
-    record = audits.audit(plan, faults, wrong, right, out, jobs, tell, progress)
+    execute = cluster(on).audits if on else None
+    record = audits.audit(plan, faults, wrong, right, out, jobs, execute, tell, progress)
     if as_json:
         print_json(record)
     else:

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvconform import __version__
-from kvconform.cli import audit, baseline, bench, diff, report, run, spec, vectors
+from kvconform.cli import audit, baseline, bench, demo, diff, init, report, run, settings, spec, vectors, verify
 from kvconform.cli.options import errors, say
 from kvconform.errors import BackendUnavailable, KvconformError
 from kvconform.results.results import EXIT_CODES
@@ -58,18 +58,24 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the versions and exit.")
     ] = False,
 ) -> None:
-    pass
+    file = settings.find(Path.cwd())
+    if file is not None:
+        context.default_map = settings.defaults(settings.read(file), file.parent)
 
 
+app.command()(demo.demo)
+app.command()(init.init)
 app.command()(run.run)
 app.command()(run.check)
 app.command()(run.replay)
 app.command()(diff.diff)
 app.command()(baseline.gate)
+app.command()(verify.verify)
 app.command()(baseline.merge)
 app.command()(audit.audit)
 app.add_typer(bench.app, name="bench")

@@ -40,6 +40,10 @@ Dtypes = Annotated[list[str], typer.Option("--dtype", help=f"{', '.join(DTYPES)}
 EffortName = Annotated[str, typer.Option("--effort", help=f"How much to try for each cell: {', '.join(EFFORTS)}.")]
 Jobs = Annotated[int, typer.Option(min=1, help="How many processes judge configs at once; results are the same.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
+Junit = Annotated[Path | None, typer.Option(help="Also write JUnit XML.")]
+On = Annotated[
+    str, typer.Option(help="Use a Ray cluster: ray (of this machine) or ray:ADDRESS. Default: this machine alone.")
+]
 Out = Annotated[Path, typer.Option("--out", file_okay=False, help="The folder for results.")]
 Pythons = Annotated[
     list[str],
@@ -48,6 +52,7 @@ Pythons = Annotated[
         help="The interpreter of the workers: a path for all backends, or BACKEND=PATH for one. May be repeated.",
     ),
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the conclusion only.")]
 Seed = Annotated[int, typer.Option(help="The seed of the run; the same seed draws the same programs.")]
 StepTimeout = Annotated[float, typer.Option(help="Seconds without progress after which a worker is killed.")]
 
@@ -60,9 +65,10 @@ StartMethod = Annotated[
 ]
 
 
-def say(text: str, console: Console = screen) -> None:
-    """Prints text as it is, at once: a run that is killed has shown what it had."""
-    console.print(text)
+def say(text: str, console: Console = screen, style: str = "") -> None:
+    """Prints text as it is, at once: a run that is killed has shown what it had. ``style``: its colour on a terminal,
+    where NO_COLOR is not set."""
+    console.print(text, style=style or None)
     console.file.flush()
 
 
@@ -76,13 +82,23 @@ def usage(sentence: str) -> typer.Exit:
     return typer.Exit(2)
 
 
+def duration(seconds: float) -> str:
+    """``40 s``, ``2 min 20 s``, ``1 h 5 min``."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def progress_bar(quiet: bool = False) -> Progress:
-    """A bar on a terminal, nothing elsewhere."""
+    """A bar on a terminal with what is running and how long the rest takes; nothing elsewhere."""
     return Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}", markup=False),
+        TextColumn("{task.fields[running]}", markup=False),
         console=screen,
         transient=True,
         disable=quiet or not screen.is_terminal,

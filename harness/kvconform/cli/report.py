@@ -10,7 +10,7 @@ import typer
 from kvconform.bench import record as speeds
 from kvconform.bench.record import Record
 from kvconform.cli.diff import compared
-from kvconform.cli.options import Json, print_json, say
+from kvconform.cli.options import Json, Junit, print_json, say
 from kvconform.files import family_of, write_atomically
 from kvconform.mutation import record as audits
 from kvconform.results import results
@@ -25,15 +25,19 @@ def report(
         list[Path], typer.Argument(metavar="FILES...", help="Results files, a speed record, the record of an audit.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("reports/out/report.html"),
-    junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML.")] = None,
+    junit: Junit = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write a Markdown summary.")] = None,
+    benchmark: Annotated[
+        Path | None, typer.Option(help="Also write JSON for github-action-benchmark (customSmallerIsBetter).")
+    ] = None,
+    badge: Annotated[Path | None, typer.Option(help="Also write JSON for an endpoint badge of shields.io.")] = None,
     against: Annotated[
         Path | None, typer.Option(help="An earlier run, a file or a folder: the report begins with what moved since.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Writes the HTML report, and prints a short table."""
-    from kvconform_reports import html, terminal
+    from kvconform_reports import exports, html, terminal
     from kvconform_reports import junit as junit_reports
     from kvconform_reports import markdown as markdown_reports
     from kvconform_reports.view.moved import since
@@ -48,6 +52,10 @@ def report(
     if markdown is not None:
         text = markdown_reports.render(judged, pairs, speed, folder=folder, audit=audited)
         write_atomically(markdown, text.encode())
+    if benchmark is not None:
+        write_atomically(benchmark, exports.benchmark(judged, speed).encode())
+    if badge is not None:
+        write_atomically(badge, exports.badge(judged).encode())
     if as_json:
         rows = {
             one.backend: {"exit_code": one.exit_code, "summary": one.summary, "counts": one.counts} for one in judged

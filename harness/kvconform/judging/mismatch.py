@@ -35,6 +35,12 @@ class Kind(Enum):
     BYTES = "bytes"
     POSITIONS = "positions"
     LINEAR_COST = "linear cost"
+    # --- of an answer of a serving engine ---
+    LOG_PROBABILITY = "log-probability"
+    CHOICE = "choice"
+    COUNT = "count"
+    REFUSED = "refused"
+    SERVED = "served"
     # --- what every relation takes for granted ---
     RAISED = "raised"
     ACCEPTED = "accepted"
@@ -81,9 +87,11 @@ class Mismatch(Place, frozen=True, kw_only=True, omit_defaults=True):
     """What was violated: a relation, or something that every relation takes for granted."""
     variant: int = 0
     """Index of the variant of the program's seeds, from 0; the seeds of a counterexample are those of variant 0."""
-    part: Literal["", "head", "logit", "channel", "key", "value", "output", "token ids", "read"] = ""
+    part: Literal["", "head", "logit", "channel", "key", "value", "output", "token ids", "read", "prompt", "answer"] = (
+        ""
+    )
     """What the number belongs to: an attention head, a logit or a channel of an output; a key or value of a read. Of a
-    wrong shape or dtype: which array has it."""
+    wrong shape or dtype: which array has it. Of a log-probability: whether a prompt or an answer has the token."""
     layer: int | None = None
     """Index of the layer, from 0, of a key or value that was read."""
     head: int | None = None
@@ -130,6 +138,14 @@ class Mismatch(Place, frozen=True, kw_only=True, omit_defaults=True):
     """The exception that the backend raised."""
     ended: Exit | None = None
     """How the worker process ended."""
+    token: int | None = None
+    """The token id that a log-probability belongs to."""
+    counted: Literal["", "cached", "prompt", "generated", "completions", "scored"] = ""
+    """What an answer of a serving engine counts: prompt tokens from the cache, tokens of the prompt, generated ones,
+    completions, or the prompt's own tokens that have a log-probability."""
+    reference: Literal["", "cold", "prefill", "repeated"] = ""
+    """What an answer is compared with: the same request alone without the prefix cache; a request whose prompt holds
+    the tokens before; the same request, asked again."""
     earlier_programs: int = 0
     """How many programs must run before, in the same process, for it to break: state leaks from them."""
 

@@ -166,6 +166,42 @@ def _array(m: Mismatch) -> str:
     return "the output has" if m.part == "output" else "the generated token ids have"
 
 
+# --- serving engines ---
+REFERENCES = {
+    "cold": "alone and without the prefix cache",
+    "prefill": "where the text up to it is the prompt",
+    "repeated": "when asked again",
+}
+
+
+def _log_probability(m: Mismatch) -> str:
+    of = "of the prompt's own token" if m.part == "prompt" else "of token"
+    digits = 6 if m.bound else 9
+    want = f"{_number(m.want, digits)} {REFERENCES[m.reference]}"
+    bound = f",{_excess(m)}" if m.bound else ", and must be the same bit for bit"
+    return f"the log-probability {of} {m.token} is {_number(m.got, digits)}, but {want}{bound}"
+
+
+def _choice(m: Mismatch) -> str:
+    lead = f"whose log-probability leads by at least {_number(m.lead, 3)}"
+    return f"token {m.got} was generated, but {m.want} {REFERENCES[m.reference]}, {lead} ± {_number(m.bound, 2)}"
+
+
+COUNTED = {
+    "cached": "cached tokens",
+    "prompt": "prompt tokens",
+    "generated": "generated tokens",
+    "completions": "completions",
+    "scored": "scored prompt tokens",
+}
+
+
+def _count(m: Mismatch) -> str:
+    want = f"at most {m.want_max}" if m.want is None else f"{m.want}"
+    shared = ", which its prompt shares with what was asked before" if m.counted == "cached" else ""
+    return f"the answer has {m.got} {COUNTED[m.counted]}, want {want}{shared}"
+
+
 WORDS: dict[Kind, Callable[[Mismatch], str]] = {
     Kind.PARITY: _parity,
     Kind.AGREEMENT: _agreement,
@@ -187,6 +223,11 @@ WORDS: dict[Kind, Callable[[Mismatch], str]] = {
     Kind.BYTES: lambda m: f"reports that it takes {m.got} bytes, want {_range(m)}",
     Kind.POSITIONS: _positions,
     Kind.LINEAR_COST: _linear_cost,
+    Kind.LOG_PROBABILITY: _log_probability,
+    Kind.CHOICE: _choice,
+    Kind.COUNT: _count,
+    Kind.REFUSED: lambda m: f"was refused, though it is served alone: {m.error}",
+    Kind.SERVED: lambda m: "was served, though prompt and answer exceed the context",
     Kind.RAISED: lambda m: f"raised {m.error}",
     Kind.ACCEPTED: lambda m: "was accepted, but must be refused",
     Kind.NO_OUTPUT: lambda m: "gave no output",

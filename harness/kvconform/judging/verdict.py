@@ -41,6 +41,7 @@ class Reason(Enum):
     REFUSED = "config refused"
     REFERENCE = "about the reference"
     REFERENCE_BROKEN = "reference broken"
+    REFERENCE_DISAGREES = "disagrees with the reference"
     NOT_CONFIRMED = "not confirmed"
     FALLBACK = "fallback ran"
     UNKNOWN_RUNTIME = "what ran is not known"
@@ -48,6 +49,10 @@ class Reason(Enum):
     SITUATION = "a situation was not reached"
     KILLED = "killed from outside"
     OUT_OF_MEMORY = "out of memory"
+    BLIND = "an error cannot be told from rounding"
+    NO_REFERENCE = "no answer without the prefix cache"
+    NO_EVIDENCE = "the engine reported no hit or preemption"
+    LIMIT = "the limit of requests or seconds is reached"
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -92,6 +92,10 @@ class Task(NamedTuple):
     control: bool
 
 
+Executor = Callable[[Sequence[Task]], Iterator[tuple[int, Audited]]]
+"""Audits tasks elsewhere: number and result of each as it ends."""
+
+
 def audit(
     plan: AuditPlan,
     address: str,
@@ -99,10 +103,11 @@ def audit(
     controls: Sequence[Fault],
     out: Path,
     jobs: int = 1,
+    execute: Executor | None = None,
     tell: Callable[[Audited], None] = lambda audited: None,
     progress: Callable[[str, AuditTrial], None] = lambda fault, trial: None,
 ) -> AuditRecord:
-    """Audits the faults and controls that the plan keeps, ``jobs`` at once.
+    """Audits the faults and controls that the plan keeps, ``jobs`` at once, or by ``execute``.
 
     ``out`` is written after each; ``tell`` gets each fault as it is done, and ``progress`` each of its trials where
     there is one fault or one job. Raises SpecError where the plan does not fit.
@@ -121,7 +126,7 @@ def audit(
         environment={"hypothesis": version("hypothesis"), "numpy": np.__version__, "machine": machine()},
     )
     found: dict[int, Audited] = {}
-    for number, audited in _done(tasks, jobs, progress):
+    for number, audited in _done(tasks, jobs, progress) if execute is None else execute(tasks):
         found[number] = audited
         record.audited = [found[i] for i in sorted(found) if not tasks[i].control]
         record.controls = [found[i] for i in sorted(found) if tasks[i].control]

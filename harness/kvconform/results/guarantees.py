@@ -18,6 +18,9 @@ LEVELS = {
     "bitwise repeatable": ("determinism.repeatable",),
     "batch-invariant": ("determinism.batch-invariant",),
     "chunk-invariant": ("determinism.chunk-invariant",),
+    "repeatable answers": ("serving.repeatable",),
+    "the same beside others": ("serving.batch-invariant",),
+    "the same from the cache": ("serving.bitwise-hit",),
 }
 """From the weakest to the strongest, and the clauses that decide; a config has one of them, or none."""
 

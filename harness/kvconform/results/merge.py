@@ -23,6 +23,7 @@ from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clauses import ALL
 from kvconform_specs.configs import CONFIGS, label
 from kvconform_specs.errors import SpecError
+from kvconform_specs.serving import clauses as serving
 
 
 def merged(parts: Sequence[Results], names: Sequence[str] = ()) -> Results:
@@ -94,7 +95,9 @@ def _hosts(part: Results) -> set[str]:
     """The systems and architectures of the hosts of a part: more than one where it was merged before."""
     machines, platforms = (_listed(part.environment.get(name)) for name in ("machine", "platform"))
     systems = {str(found).partition("-")[0] for found in platforms}
-    return {" ".join([*sorted(systems), str(machine["machine"])]) for machine in machines if isinstance(machine, dict)}
+    return {
+        " ".join([*sorted(systems), str(machine.get("machine"))]) for machine in machines if isinstance(machine, dict)
+    }
 
 
 def _listed(found: Any) -> list[Any]:
@@ -141,8 +144,14 @@ def _strength(verdict: Verdict) -> int:
 
 def _in_order(found: dict[tuple[str, str], Verdict], one: Results) -> list[Verdict]:
     """In the order of a whole run: config by config."""
-    configs = list(configs_of(one)) if one.target else [label(name, dtype) for dtype in one.dtypes for name in CONFIGS]
-    clauses = [clause.name for clause in ALL]
+    configs = (
+        list(configs_of(one))
+        if one.target
+        else [serving.CONFIG]
+        if one.served
+        else [label(name, dtype) for dtype in one.dtypes for name in CONFIGS]
+    )
+    clauses = [*(clause.name for clause in ALL), *(clause.name for clause in serving.CLAUSES)]
     places = {key: at for at, key in enumerate((clause, config) for config in configs for clause in clauses)}
     return sorted(found.values(), key=lambda verdict: places.get(verdict.key, len(places)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,13 +17,15 @@ from kvconform.judging.order import by_use
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.guarantees import Guarantee
 from kvconform.results.known_failures import Row
+from kvconform.results.serving import Served
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clauses import ALL, BY_NAME
 from kvconform_specs.config import Config
 from kvconform_specs.configs import CONFIGS, config_named, label
+from kvconform_specs.serving import clauses as serving
 
 SCHEMA = "kvconform-results/5"
-SAME_RUN = ("schema", "suite", "backend", "device", "dtypes", "effort", "seed", "claims")
+SAME_RUN = ("schema", "suite", "backend", "device", "dtypes", "effort", "seed", "claims", "reference")
 """What the parts of one run have in common, beside their environment: everything that could change a verdict."""
 EXIT_CODES = {
     0: "conformant, or nothing failed in the selected part or shard",
@@ -56,7 +59,7 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """A black box, which is judged by its own forward without a cache."""
+    """A black box, which is judged by a forward without a cache, its own or that of another artefact."""
 
     recognised: str
     """How it is called, in words."""
@@ -68,6 +71,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     """Its own configs, by name."""
     held: Held | None = None
     """How much of a long sequence it keeps; null where that is not known, or where outputs depend on all of it."""
+    reference: str = ""
+    """The address of the artefact whose forward without a cache is the reference; empty: its own forward is."""
     noise: dict[str, float] = {}
     """For each config, how far rounding can move an output, relative to the size of the outputs."""
 
@@ -119,6 +124,8 @@ class Results(msgspec.Struct, kw_only=True):
     """The measured guarantees, by config."""
     target: Target | None = None
     """The black box that was judged by its own forward; null if outputs were compared with the definition."""
+    served: Served | None = None
+    """The serving engine that was judged by its answers without the prefix cache; null if this is no engine."""
     maps: dict[str, list[Map]] = {}
     """For each config with a broken clause (for each config of a black box), which tokens the outputs depend on."""
     diagnoses: dict[str, Diagnosis] = {}
@@ -127,6 +134,10 @@ class Results(msgspec.Struct, kw_only=True):
     """Seconds of judging, interruptions excluded."""
     finished: bool = False
     """Whether all cells were judged; a run that was interrupted has false and is resumed."""
+
+    def __post_init__(self) -> None:
+        if self.shard and not re.fullmatch(r"[1-9]\d{0,5}/[1-9]\d{0,5}", self.shard):
+            raise ValueError(f"shard: want i/n, got {self.shard!r}")
 
     def write(self, path: Path) -> None:
         write_versioned(path, self)
@@ -138,6 +149,11 @@ class Results(msgspec.Struct, kw_only=True):
         return all(getattr(self, name) == getattr(other, name) for name in (*SAME_RUN, "shard")) and all(
             self.environment[name] == other.environment[name] for name in both
         )
+
+    @property
+    def reference(self) -> str:
+        """The address of the artefact that a black box was judged by; empty where there is none."""
+        return "" if self.target is None else self.target.reference
 
     @property
     def failures(self) -> tuple[Verdict, ...]:
@@ -186,6 +202,8 @@ class Results(msgspec.Struct, kw_only=True):
             return True
         if self.suite != SUITE_VERSION:
             return bool(self.selection)
+        if self.served is not None:
+            return not {(clause.name, serving.CONFIG) for clause in serving.CLAUSES} <= {v.key for v in self.verdicts}
         if self.target is not None:
             asked = configs_of(self)
         else:
@@ -200,7 +218,9 @@ def read(path: Path) -> Results:
 
 
 def configs_of(results: Results) -> Mapping[str, Config]:
-    """The configs that a backend is judged under: the suite's, or a black box's own."""
+    """The configs that a backend is judged under: the suite's, or a black box's own; a serving engine has none."""
+    if results.served is not None:
+        return {}
     if results.target is None:
         return CONFIGS
     return {name: Config.from_json(config) for name, config in results.target.configs.items()}
@@ -217,12 +237,14 @@ def missing_core(results: Results, profile: str) -> list[str]:
         for verdict in results.verdicts
         if verdict.outcome is Outcome.PASS and verdict.config.startswith(profile) and not results.shard
     }
+    if results.served is not None:
+        return sorted({clause.name for clause in serving.CLAUSES if clause.core} - passed)
     concerned = {
         name
         for name, clause in BY_NAME.items()
         if (name == GENERATION if results.claims.get("interface") == "generation" else clause.core)
         and any(clause.concerns(c) for c in configs_of(results).values() if c.profile == profile)
-        and not (results.target is not None and clause.blind)
+        and not (results.target is not None and clause.blind and not results.target.reference)
     }
     return sorted(concerned - passed)
 
@@ -272,7 +294,8 @@ def _conclusion(results: Results) -> Conclusion:
         why = f"no PASS on the core clauses {', '.join(missing[profile])} ({profile} profile)"
         return Conclusion(5, "undecided" if partial else "not conformant", why)
     if not partial:
-        by = ", judged by its own forward" if results.target is not None else ""
+        by = "" if results.target is None else f", judged by {results.target.reference or 'its own forward'}"
+        by += ", judged by its answers without the prefix cache" if results.served is not None else ""
         by += ", judged by its generations alone" if results.claims.get("interface") == "generation" else ""
         return Conclusion(0, "conformant", f"{' and '.join(good)} profile{by}{more}")
     if not any(verdict.outcome is Outcome.PASS for verdict in verdicts):
@@ -285,7 +308,10 @@ def _conclusion(results: Results) -> Conclusion:
 def _missing(results: Results, partial: bool) -> dict[str, list[str]]:
     """By profile, the core clauses without a PASS; in a part of the suite only those that were selected."""
     found = {}
-    for profile in sorted({config.profile for config in configs_of(results).values()}):
+    profiles = (
+        {config.profile for config in configs_of(results).values()} if results.served is None else {serving.CONFIG}
+    )
+    for profile in sorted(profiles):
         selected = {verdict.clause for verdict in results.verdicts if verdict.config.startswith(profile)}
         only_generates = results.claims.get("interface") == "generation"
         if (selected or not partial) and (profile == "decoder" or not only_generates):

@@ -7,6 +7,7 @@ command accepts as well (``worker.registry``).
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from kvconform.explain.diagnosis import text as diagnosis_text
 from kvconform.explain.visibility import text as visibility_text
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.results import Results
+from kvconform.results.serving import Served
 from kvconform.search.effort import CHECK
 from kvconform.worker.registry import installed
 from kvconform_specs.claims import Claims
@@ -55,23 +57,38 @@ OPTION_HELP = (
     "past, cached, new, batch, out (the result). May be repeated."
 )
 FORMS = (
-    "file.py:NAME or package.module:NAME (a class, factory or function), decoder.onnx, "
-    "hf:DIRECTORY or hf:CONFIG_CLASS (transformers), or the name of an installed backend"
+    "file.py:NAME or package.module:NAME (a class, factory or function), decoder.onnx or a folder with one, "
+    "hf:DIRECTORY or hf:CONFIG_CLASS (transformers), the name of an installed backend, or the URL of a "
+    "serving engine such as http://127.0.0.1:8000/v1"
 )
 
 
-def addresses(target: str, options: Mapping[str, Any]) -> list[str]:
-    """The addresses behind a target; a transformers model has one for each kind of cache. Raises BadArgument."""
-    if target.startswith("hf:"):
+REFERENCE_HELP = (
+    "Another artefact with the same weights, in any of the forms of TARGET, such as the model that TARGET was exported "
+    "from: its forward without a cache is the reference, in place of the target's own. What an export has changed "
+    "(window, scale, heads, positions, soft cap) is found, too."
+)
+
+
+def addresses(target: str, options: Mapping[str, Any], reference: str = "") -> list[str]:
+    """The addresses behind a target; a transformers model has one for each kind of cache. ``reference``: another
+    target, which it is compared with. Raises BadArgument."""
+    if reference:
+        try:
+            options = {**options, "reference": reference if _of_hf(reference) else addresses(reference, {})[0]}
+        except BadArgument as error:
+            sentence = str(error).replace("target", "reference", 1)
+            raise BadArgument("reference", reference, sentence=sentence) from None
+    if _of_hf(target):
         caches = [options["cache"]] if "cache" in options else ["dynamic", "static"]
         return [_address("hf", target.removeprefix("hf:"), {**options, "cache": cache}) for cache in caches]
-    if target.endswith(".onnx"):
-        if not Path(target).is_file():
+    if target.endswith(".onnx") or (Path(target).is_dir() and target not in installed()):
+        if not Path(target).exists():
             raise BadArgument("target", target, sentence=f"target: no file {target}")
         return [_address("onnx", target, options)]
     if target in installed():
         if options:
-            name = "claim" if "claims" in options else "option"
+            name = next((name for name in ("claim", "reference") if {name, f"{name}s"} & {*options}), "option")
             raise BadArgument(name, target, sentence=f"{name}: the installed backend {target!r} takes none")
         return [target]
     module, colon, name = target.rpartition(":")
@@ -80,6 +97,10 @@ def addresses(target: str, options: Mapping[str, Any]) -> list[str]:
     if module.endswith(".py") and not Path(module).is_file():
         raise BadArgument("target", target, sentence=f"target: no file {module}")
     return [_address("py", target, options)]
+
+
+def _of_hf(target: str) -> bool:
+    return target.startswith("hf:")
 
 
 def options(init: str, others: Sequence[str], claimed: Sequence[str] = ()) -> dict[str, Any]:
@@ -122,12 +143,37 @@ def _address(kind: str, target: str, options: Mapping[str, Any]) -> str:
 
 def header(results: Results) -> Iterator[str]:
     """How a target is called, and what is assumed about it, as far as it is known."""
+    if results.served is not None:
+        yield from served(results.served)
     if results.target is not None:
         yield f"{results.backend}: {results.target.recognised}"
         yield from (f"  assumed: {words}" for words in results.target.assumed)
-        yield "  reference: its own forward without a cache; a mistake that both share is not detected"
+        if results.target.reference:
+            yield f"  reference: the forward without a cache of {results.target.reference}"
+        else:
+            yield "  reference: its own forward without a cache; a mistake that both share is not detected"
         for name, noise in results.target.noise.items():
             yield f"  noise floor [{name}]: rounding moves outputs by at most {noise:.1g} of their size"
+
+
+def served(found: Served) -> Iterator[str]:
+    """What was found of a serving engine, and what its numbers are worth."""
+    told = [f"dtype {found.dtype or 'unknown'}", f"context {found.context}", f"vocabulary {found.vocabulary}"]
+    told += [f"blocks of {found.block} tokens"] if found.block else []
+    told += [f"a cache of {found.cache_tokens} tokens"] if found.cache_tokens else []
+    yield f"{found.engine} {found.version}, {found.model}: {', '.join(told)}"
+    yield f"  abilities: {', '.join(found.abilities) or 'none'}"
+    yield from (f"  assumed: {words}" for words in found.assumed)
+    yield "  reference: its own answers without the prefix cache; a mistake that both share is not detected"
+    if found.changes:
+        lengths = ", ".join(map(str, found.lengths))
+        yield (
+            f"  noise: decode and prefill without the cache differ by at most {found.noise:.2g} at lengths {lengths} "
+            f"(floor {found.floor:.2g}); the same request again by {found.repeat:.2g}"
+        )
+        effect = f"by {found.effect:.2g} or more" if found.seen else "by less than that can be told from noise"
+        bound = f"a difference above {found.bound:.2g} is an error" if found.bound else "no verdict by numbers"
+        yield f"  effect of one wrong token: {found.seen} of {found.changes} move answers {effect}; {bound}"
 
 
 def lines(results: Results, folder: Path, told: Collection[str] = ()) -> Iterator[str]:
@@ -143,7 +189,7 @@ def lines(results: Results, folder: Path, told: Collection[str] = ()) -> Iterato
             yield f"  by the same error: {', '.join(dict.fromkeys(v.clause for v in others))}"
     if len(groups) > SHOWN:
         yield f"also broken: {', '.join(dict.fromkeys(v.clause for group in groups[SHOWN:] for v in group))}"
-    yield from _maps(results)
+    yield from maps(results)
     yield f"{results.backend}: {results.summary}"
     yield from _not_tried(results)
     passed = sum(verdict.outcome is Outcome.PASS for verdict in results.verdicts)
@@ -179,12 +225,22 @@ def undecided(results: Results) -> Iterator[str]:
 def remarks(results: Results) -> Iterator[str]:
     """What stands beside a conclusion: why cells have no verdict, which guarantees are refuted, what time has cut."""
     yield from undecided(results)
+    yield from _not_applicable(results)
     refuted = [verdict.clause for verdict in results.verdicts if verdict.outcome is Outcome.REFUTED]
     if refuted:
         yield f"  refuted: {_listed(refuted)}: measured guarantees that do not hold; conformance does not require them"
     cut = [verdict.clause for verdict in results.verdicts if verdict.cut]
     if cut:
         yield f"  cut: {_listed(cut)}: the time limit ended before all planned programs were judged"
+
+
+def _not_applicable(results: Results) -> Iterator[str]:
+    """Why cells are not judged that the claims leave out: the reasons with most cells."""
+    reasons = Counter(one.sentence for one in results.verdicts if one.outcome is Outcome.UNSUPPORTED)
+    named = [f"{words} ({count})" for words, count in reasons.most_common(LISTED)]
+    if named:
+        more = f" and {len(reasons) - LISTED} more reasons" if len(reasons) > LISTED else ""
+        yield f"  not applicable: {', '.join(named)}{more}"
 
 
 def _listed(clauses: Sequence[str]) -> str:
@@ -231,20 +287,21 @@ def steps(verdict: Verdict) -> Iterator[str]:
         yield f"  steps: {verdict.steps}"
 
 
-def _maps(results: Results) -> Iterator[str]:
-    """For each config, the wrong maps as pictures and the others in words; one picture if none is wrong."""
-    drawn, failed = False, {verdict.config for verdict in results.failures}
-    for name, maps in results.maps.items():
-        wrong = [one for one in maps if not one.right]
-        pictures = wrong[:DRAWN] or [one for one in maps if one.schedule == "chunked"] or maps[:1]
-        right = [one for one in maps if one.right]
+def maps(results: Results, drawn: int = DRAWN) -> Iterator[str]:
+    """For each config, the first wrong maps as pictures and the others in words; one picture if none is wrong.
+    ``drawn``: how many are pictures."""
+    shown, failed = False, {verdict.config for verdict in results.failures}
+    for name, found in results.maps.items():
+        wrong = [one for one in found if not one.right]
+        pictures = wrong[:drawn] or [one for one in found if one.schedule == "chunked"] or found[:1]
+        right = [one for one in found if one.right]
         if right:
             yield f"visibility [{name}]: as expected: {visibility_text.coverage(right)}"
         if right and not wrong and name in failed:
             yield f"visibility [{name}]: {NOT_IN_MAPS}"
         for one in pictures:
             yield f"visibility [{name}]: {visibility_text.drawing(one)}"
-        yield from (f"visibility [{name}]: {visibility_text.words(one)}" for one in wrong[DRAWN:])
-        drawn = drawn or bool(pictures)
-    if drawn:
+        yield from (f"visibility [{name}]: {visibility_text.words(one)}" for one in wrong[drawn:])
+        shown = shown or bool(pictures)
+    if shown:
         yield visibility_text.LEGEND

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kvconform.errors import WorkerDied
 from kvconform.worker.client import WorkerClient
+from kvconform_specs.claimed import claimed
 from kvconform_specs.config import Config
 from kvconform_specs.program import Program
 from kvconform_specs.reference.oracle import expect
@@ -39,7 +40,7 @@ def common_program(config: Config) -> Program:
 def outputs(client: WorkerClient, config: Config) -> Outputs | None:
     """All outputs of the common program in one flat array, or None if the backend cannot run it."""
     claims, program = client.claims, common_program(config)
-    if (claims.max_batch or 2) < 2 or (claims.max_chunk or 7) < 7 or claims.returns != "all":
+    if not claimed(program.steps, claims) or claims.returns != "all":
         return None
     try:
         traces = client.run(program, (0,))

@@ -6,44 +6,64 @@ cell, unless a backend leaks state from the model of one config into that of ano
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.queues import Queue
 from queue import Empty
 from threading import Thread
+from typing import Protocol
 
 from kvconform.errors import Unavailable
-from kvconform.run.unit import ConfigDone, Judged, Task, judged_config
+from kvconform.run.unit import Begun, ConfigDone, Judged, Task, judged_config
 from kvconform.search.cell import Cell
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.config import Config
 from kvconform_specs.configs import share
 
-Found = Judged | ConfigDone
+Found = Begun | Judged | ConfigDone
+
+
+class Executor(Protocol):
+    """Judges units, and yields what is found as it is found: cells of one unit in their order, then its end.
+
+    A unit is the cells of one config, or consecutive ones of them. ``client`` is of this process. Raises
+    BackendUnavailable.
+    """
+
+    def __call__(self, task: Task, units: Sequence[Sequence[Cell]], client: WorkerClient) -> Iterator[Found]: ...
+
+
 LOOK = 0.2
 """Seconds without news after which it is looked whether a process has ended."""
 
 
-def judged_configs(
-    task: Task, configs: Collection[Sequence[Cell]], client: WorkerClient, jobs: int = 1
-) -> Iterator[Found]:
-    """What is found, as it is found: cells of one config in their order, then the end of the config.
+def in_processes(jobs: int = 1) -> Executor:
+    """Executes units in ``jobs`` processes of this machine; in this one where there is one job or one unit.
 
-    ``client`` judges where there is one job or one config. Raises BackendUnavailable, also where a process was killed.
+    Raises BackendUnavailable, also where a process was killed.
     """
-    if min(jobs, len(configs)) <= 1:
-        for cells in configs:
-            yield from judged_config(task, cells, client)
-        return
+
+    def executor(task: Task, units: Sequence[Sequence[Cell]], client: WorkerClient) -> Iterator[Found]:
+        if min(jobs, len(units)) <= 1:
+            for cells in units:
+                yield from judged_config(task, cells, client)
+        else:
+            yield from _in_pool(task, units, client.spec, jobs)
+
+    return executor
+
+
+def _in_pool(task: Task, units: Sequence[Sequence[Cell]], spec: WorkerSpec, jobs: int) -> Iterator[Found]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes that are started below inherit it
     context = multiprocessing.get_context("spawn")
     news: Queue[Found] = context.Queue()
-    longest_first = sorted(configs, key=lambda cells: -len(cells) * share(cells[0].config_name))
-    with ProcessPoolExecutor(min(jobs, len(configs)), context, _begin, (client.spec, news)) as pool:
+    longest_first = sorted(units, key=lambda cells: -len(cells) * share(cells[0].config_name))
+    with ProcessPoolExecutor(min(jobs, len(units)), context, _begin, (spec, news)) as pool:
         try:
             waited = [pool.submit(_judge, _unit(task, cells)) for cells in longest_first]
             yield from _told(news, waited)
@@ -52,7 +72,7 @@ def judged_configs(
 
 
 def _told(news: Queue[Found], waited: Sequence[Future[None]]) -> Iterator[Found]:
-    """What the processes say, until all configs are done. Raises what ended one of them."""
+    """What the processes say, until all units are done. Raises what ended one of them."""
     left = len(waited)
     while left:
         try:
@@ -111,6 +131,7 @@ _process: _Process
 
 def _begin(spec: WorkerSpec, news: Queue[Found]) -> None:
     global _process
+    gc.freeze()  # what was imported lives as long as the process: looking for garbage in it takes 5 % of the time
     _process = _Process(spec, news)
     Thread(target=_end_with_parent, daemon=True).start()
 

@@ -19,12 +19,12 @@ from kvconform.judging.verdict import Verdict
 from kvconform.results.guarantees import measured
 from kvconform.results.known_failures import EMPTY, KnownFailures
 from kvconform.results.merge import vectors_of, write_vectors
-from kvconform.results.results import Results, Target, read
+from kvconform.results.results import SAME_RUN, Results, Target, read
 from kvconform.run import explain_failures
-from kvconform.run.jobs import judged_configs
-from kvconform.run.unit import ConfigDone, Judged, Task, by_config
+from kvconform.run.jobs import Executor, in_processes
+from kvconform.run.unit import SAME_FUNCTION, Begun, ConfigDone, Judged, Task, by_config
 from kvconform.search.cell import Cell, Key
-from kvconform.search.effort import DEFAULT_EFFORT, EFFORTS, Effort, effort_named
+from kvconform.search.effort import CHECK, CHECK_LARGE, DEFAULT_EFFORT, EFFORTS, LARGE, Effort, effort_named
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clauses import ALL, BY_NAME, CHAPTERS
@@ -123,16 +123,18 @@ def _selected(plan: Plan, own_configs: Mapping[str, Config] | None) -> Iterator[
     for name, config in asked.items():
         if plan.configs and not name.startswith(plan.configs):
             continue
-        for clause in (FIRST_CLAUSE, *(clause for clause in ALL if clause is not FIRST_CLAUSE)) if own_configs else ALL:
+        for clause in sorted(ALL, key=lambda one: FIRST.get(one.name, len(FIRST))) if own_configs else ALL:
             if clause.concerns(config) and (not plan.clauses or clause.name.startswith(plan.clauses)):
                 yield Cell(clause, config, name)
 
 
-FIRST_CLAUSE = BY_NAME[REFERENCE_CLAUSE]
-"""Judged first for a black box: if its own forward breaks this clause, it cannot be the reference of the others."""
+FIRST = {name: place for place, name in enumerate((REFERENCE_CLAUSE, SAME_FUNCTION))}
+"""Judged first for a black box: if its own forward breaks these, it or another artefact cannot be the reference of the
+others."""
 PAUSE = 1.0
 """Seconds between two writings of the results: the file holds all cells, and writing it after each takes longer and
 longer. What was judged since is judged again if the run is killed."""
+IN_THIS_PROCESS = in_processes(1)
 OWN_CONFIGS = ("decoder-self", "hidden-self")
 """The configs of black boxes, which are known only after loading."""
 
@@ -157,13 +159,15 @@ def run_backend(
     tell: Callable[[Verdict], None] = lambda verdict: None,
     known_failures: KnownFailures = EMPTY,
     begin: Callable[[Results, Sequence[Key]], None] = lambda results, keys: None,
-    jobs: int = 1,
+    execute: Executor = IN_THIS_PROCESS,
+    running: Callable[[Key], None] = lambda key: None,
 ) -> Results:
     """Judges every selected cell of a backend, and writes its results (``path_of``) meanwhile and at the end.
 
     A backend that cannot run here gives results that say why (``unavailable``). ``begin`` is called with what is
-    known at the start and the keys of the cells, ``tell`` with each verdict as it comes. ``jobs``: how many processes
-    judge configs at once; the results have verdicts in the order of the cells. Raises InvalidBackend.
+    known at the start and the keys of the cells, ``running`` with the key of each cell that is begun, ``tell`` with
+    each verdict as it comes. ``execute``: who judges the configs; the results have verdicts in the order of the cells.
+    Raises InvalidBackend.
     """
     began = time.perf_counter()
     path = path_of(name, plan, out)
@@ -174,9 +178,13 @@ def run_backend(
     except BackendUnavailable as error:
         set_unavailable(results, error)
         results.finished = True
-        results.write(path)
+        if not _interrupted(results, path):  # its verdicts stay for the next run
+            results.write(path)
         return results
     with client:
+        if plan.effort is CHECK and client.parameters > LARGE:
+            plan = replace(plan, effort=CHECK_LARGE)
+            results.effort = plan.effort.name
         describe(results, client)
         spent = _resume(results, path, client)
         done = {verdict.key: verdict for verdict in results.verdicts}
@@ -187,7 +195,10 @@ def run_backend(
         found = _Found(results, asked)
         written = 0.0  # until there are more verdicts, the file of an interrupted run holds more
         try:
-            for one in judged_configs(task, by_config(asked).values(), client, jobs):
+            for one in execute(task, list(by_config(asked).values()), client):
+                if isinstance(one, Begun):
+                    running(one.key)
+                    continue
                 found.add(one)
                 if isinstance(one, Judged):
                     tell(one.verdict)
@@ -279,6 +290,16 @@ def set_unavailable(results: Results, error: BackendUnavailable) -> None:
 def artefacts(out: Path) -> str:
     """Where backends keep files that they export, as the value of ``KVCONFORM_ARTEFACTS``."""
     return str((out / "artefacts").resolve())
+
+
+def _interrupted(results: Results, path: Path) -> bool:
+    """Whether the file holds verdicts of a run like this one that did not come to its end."""
+    try:
+        earlier = read(path)
+    except SpecError:
+        return False
+    alike = all(getattr(results, name) == getattr(earlier, name) for name in (*SAME_RUN, "shard") if name != "claims")
+    return alike and not earlier.finished and bool(earlier.verdicts)
 
 
 def _resume(results: Results, path: Path, client: WorkerClient) -> float:

@@ -12,17 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from kvconform.errors import StaleEntry
+from kvconform.explain.diagnosis import disagreements
 from kvconform.judging.order import REFERENCE_CLAUSE
 from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.results.known_failures import KnownFailure, KnownFailures, Row
 from kvconform.run import cross_backend
 from kvconform.search import counterexample
-from kvconform.search.cell import Cell, Key, run_cell
+from kvconform.search.cell import Cell, Key, Why, run_cell, unsupported
 from kvconform.search.effort import Effort
 from kvconform.worker.client import WorkerClient
 from kvconform_specs.clause import Case
 from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.program import UncachedForward
+
+SAME_FUNCTION = "definition.decoder"
+"""The clause that tests whether a black box computes what another artefact does that is its reference."""
+DISAGREES = (
+    "not judged: without a cache, too, the target computes something else than the reference; check it without "
+    "--reference to judge its cache"
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,13 @@ class Task:
     failures: Path
     known_failures: KnownFailures
     done: Mapping[Key, Verdict]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """One cell is judged from now on."""
+
+    key: Key
 
 
 @dataclass(frozen=True)
@@ -68,9 +83,10 @@ def by_config(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
     return found
 
 
-def judged_config(task: Task, cells: Sequence[Cell], client: WorkerClient) -> Iterator[Judged | ConfigDone]:
+def judged_config(task: Task, cells: Sequence[Cell], client: WorkerClient) -> Iterator[Begun | Judged | ConfigDone]:
     """Judges the cells of one config in their order. Raises BackendUnavailable."""
-    unreliable = passed = False
+    unreliable: Why | None = None
+    passed = False
     for cell in cells:
         known = task.known_failures.find(task.name, cell, client.spec.device)
         verdict, stale = task.done.get(cell.key), ""
@@ -78,11 +94,12 @@ def judged_config(task: Task, cells: Sequence[Cell], client: WorkerClient) -> It
             passed = passed or verdict.outcome is Outcome.PASS
             yield Judged(verdict)
             continue
-        if unreliable and not cell.clause.blind:
-            verdict = _not_judged(cell, client.spec.address)
+        yield Begun(cell.key)
+        if unreliable is not None and unsupported(cell, client) is None:
+            verdict = _not_judged(cell, client.spec.address, unreliable)
         else:
             verdict, stale = judged(cell, client, task.effort, task.seed, task.failures, known)
-        unreliable = unreliable or _reference_broken(client, verdict, task.failures)
+        unreliable = unreliable or _unjudgeable(client, cell, verdict, task.failures)
         passed = passed or verdict.outcome is Outcome.PASS
         row = known.row if known is not None and verdict.outcome is Outcome.KNOWN_FAILURE else None
         yield Judged(verdict, row, stale, client.runtime_info(cell.config))
@@ -104,26 +121,37 @@ def judged(
     return run_cell(cell, client, effort, seed, failures), stale
 
 
-def _reference_broken(client: WorkerClient, verdict: Verdict, failures: Path) -> bool:
-    """Whether a black box's own forward is unusable as the reference: it breaks its clause without any cached step, too
-    (the process of the reference runs no cached steps)."""
-    about_reference = client.target is not None and verdict.clause == REFERENCE_CLAUSE
-    if not about_reference or not verdict.counterexample or verdict.raised:
-        return False
+def _unjudgeable(client: WorkerClient, cell: Cell, verdict: Verdict, failures: Path) -> Why | None:
+    """Why the other clauses of a black box cannot be judged, or None.
+
+    Its own forward, if that is the reference, breaks the clause of the reference without any cached step, too (the
+    process of the reference runs no cached steps). Or another artefact is the reference, and disagrees with that
+    forward: then every clause would report the same, and say nothing of the cache.
+    """
+    if client.target is None or not verdict.counterexample or verdict.raised:
+        return None
+    if client.reference_address:
+        if verdict.clause != SAME_FUNCTION or disagreements.agrees(client, cell.config):
+            return None
+        return Reason.REFERENCE_DISAGREES, DISAGREES
+    if verdict.clause != REFERENCE_CLAUSE:
+        return None
     case = Case.from_json(counterexample.read(failures / verdict.counterexample).case)
     alone = [
         replace(program, steps=tuple(s for s in program.steps if isinstance(s, UncachedForward)))
         for program in case.programs
     ]
-    return counterexample.replayed(BY_NAME[REFERENCE_CLAUSE], client, [], Case(tuple(alone))) is not None
+    if counterexample.replayed(BY_NAME[REFERENCE_CLAUSE], client, [], Case(tuple(alone))) is None:
+        return None
+    return Reason.REFERENCE_BROKEN, f"not judged: its own forward, the reference, breaks {REFERENCE_CLAUSE}"
 
 
-def _not_judged(cell: Cell, backend: str) -> Verdict:
+def _not_judged(cell: Cell, backend: str, why: Why) -> Verdict:
     return Verdict(
         clause=cell.clause.name,
         config=cell.config_name,
         backend=backend,
         outcome=Outcome.INCONCLUSIVE,
-        reason=Reason.REFERENCE_BROKEN,
-        sentence=f"not judged: its own forward, the reference, breaks {REFERENCE_CLAUSE}",
+        reason=why[0],
+        sentence=why[1],
     )

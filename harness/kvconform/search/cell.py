@@ -105,7 +105,7 @@ def run_cell(cell: Cell, client: WorkerClient, effort: Effort, seed: int, folder
 def unsupported(cell: Cell, client: WorkerClient) -> Why | None:
     """Why the backend's claims leave this cell out, or None."""
     claims, config = client.claims, cell.config
-    if claims.reference == "self" and cell.clause.blind:
+    if claims.reference == "self" and cell.clause.blind and not client.reference_address:
         return Reason.REFERENCE, "the clause is about the reference, which is the target's own forward"
     if config.profile not in claims.profiles:
         return Reason.PROFILE, f"claims no {config.profile} profile"

@@ -23,7 +23,10 @@ class Description:
     alternatives: how many log-probabilities a generated token comes with; 1 is that of the chosen token only.
     reports_hits: whether an answer says how many tokens came from the cache.
     abilities: among ``n``, ``abort``, ``salt``, ``adapter``, ``score``, ``reset``, ``preemptions``, ``concurrent``.
-    dtype: of the computation, as the engine or its user says it; None if unknown.
+    dtype: of the computation or of the cache, whichever is coarser, as the engine or its user says it; None if unknown.
+    refuses_longer: whether the engine has said that it takes no more than ``context``; otherwise that is assumed.
+    cache_tokens: how many tokens the prefix cache and all running requests hold together, None if the engine does not
+    tell. adapters: their names (ability ``adapter``). assumed: what the adapter has assumed, one sentence each.
     """
 
     engine: str
@@ -37,6 +40,10 @@ class Description:
     alternatives: int = 1
     abilities: frozenset[str] = frozenset()
     dtype: str | None = None
+    refuses_longer: bool = True
+    cache_tokens: int | None = None
+    adapters: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,21 @@ class Engine(ABC):
     def preemptions(self) -> int:
         """How many requests the engine has preempted so far (ability ``preemptions``)."""
         raise NotImplementedError(f"{type(self).__name__} counts no preemptions")
+
+    def source(self) -> str:
+        """Python source of ``send(requests)``, for a script that reproduces a failure: of a server, with nothing but
+        the standard library.
+
+        ``send`` takes a list of dicts with the fields of ``Request``, sends them at the same time, and returns as many
+        dicts in their order: ``completions``, a list of dicts with ``ids`` and ``logprobs`` (a dict by token id for
+        each); ``cached``; ``prompt_logprobs``; ``prompt_tokens``, ``completion_tokens`` and ``error``, each None where
+        there is none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no source for scripts")
+
+    def reset_source(self) -> str:
+        """Python source of ``reset()``, with the ability ``reset``."""
+        raise NotImplementedError(f"{type(self).__name__} has no source for scripts")
 
     def close(self) -> None:  # noqa: B027 (nothing to end by default)
         """Ends what this adapter has started; nothing happens to a server that was there before."""

@@ -6,47 +6,31 @@ import json
 import mmap
 import os
 import selectors
-import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from kvconform.errors import (
-    BackendUnavailable,
-    BadArgument,
-    Exit,
-    InvalidBackend,
-    Raised,
-    Unavailable,
-    WorkerDied,
-    WorkerTimeout,
-)
+from kvconform.errors import BackendUnavailable, Exit, InvalidBackend, Raised, Unavailable, WorkerDied, WorkerTimeout
 from kvconform.host import gpu, oom_kills
+from kvconform.worker.forwards import Forwards
 from kvconform.worker.process import exit_of
 from kvconform.worker.protocol import LENGTHS, PROGRESS, Header, Traces, send, unpack
-from kvconform.worker.start import FORK, START_METHODS, WORKER, Launch, Process, started
+from kvconform.worker.spec import DEVICES as DEVICES
+from kvconform.worker.spec import STEP_TIMEOUT as STEP_TIMEOUT
+from kvconform.worker.spec import WorkerSpec as WorkerSpec
+from kvconform.worker.start import Launch, Process, started
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
 from kvconform_specs.describe import describe
 from kvconform_specs.program import Program
-from kvconform_specs.reference.oracle import ReferenceForward
-from kvconform_specs.reference.own_forward import length_changes, shares_rounding
 
 BUILD_TIMEOUT = 900.0
 """Seconds that a build may take: exports and first compilations are slow, and stand outside the step timeout."""
-STEP_TIMEOUT = 120.0
-"""Seconds without progress that make a timeout. A compilation within a step takes 5 to 15 s, and more under load."""
-DEVICES = ("cpu", "cuda")
 BUILDS = 3
 """How often a start or a build is tried that a signal from outside ends."""
 LOG_LENGTH = 512
@@ -55,28 +39,6 @@ LOG_LENGTH = 512
 
 RAISED = {kind.__name__: kind for kind in (InvalidBackend, Unavailable, BackendUnavailable)}
 """The errors that a worker hands on to its parent, by the name in the header."""
-
-
-@dataclass
-class WorkerSpec:
-    """How to start the workers of one backend. ``cpus``: the processors that they may use, if the system supports it;
-    None: any. ``module``: what the interpreter runs as the worker. ``start_method``: ``fork`` or ``spawn``; a worker
-    that cannot be forked is a new process. Raises BadArgument for an unknown device or method."""
-
-    address: str
-    device: str = "cpu"
-    python: str = sys.executable
-    step_timeout: float = STEP_TIMEOUT
-    environment: dict[str, str] = field(default_factory=dict)
-    cpus: tuple[int, ...] | None = None
-    module: str = WORKER
-    start_method: str = FORK
-
-    def __post_init__(self) -> None:
-        if self.device not in DEVICES:
-            raise BadArgument("device", self.device, DEVICES)
-        if self.start_method not in START_METHODS:
-            raise BadArgument("start_method", self.start_method, START_METHODS)
 
 
 def unproven(runtime_info: Mapping[str, Any], device: str) -> str:
@@ -88,7 +50,7 @@ def unproven(runtime_info: Mapping[str, Any], device: str) -> str:
     return f"{device} was requested, but runtime_info() does not report the device that ran"
 
 
-class WorkerClient:
+class WorkerClient(Forwards):
     """One backend in a worker. Builds are kept by config; ``log`` is what the live worker has run, oldest first."""
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -108,16 +70,22 @@ class WorkerClient:
             self.environment: dict[str, str] = description["environment"]
             self.environment |= gpu() if spec.device == "cuda" else {}
             self.target: dict[str, Any] | None = description["target"]
+            self.parameters: int = 0 if self.target is None else self.target.pop("parameters")
         except BaseException:
             self.close()  # a worker that is of no use must not live on, nor its folder
             raise
         self._imported: dict[str, str] = {}
         self._measured = False  # how a black box's own forward rounds
-        self._reference: WorkerClient | None = None  # of a black box: a process in which no cached step ever runs
         if spec.device not in self.claims.devices:
             self.close()
             known = ", ".join(self.claims.devices)
             raise Unavailable(f"backend {spec.address!r} does not run on {spec.device}; it claims: {known}")
+        if self.reference_address:
+            try:
+                self._pair(self.reference_address)
+            except BaseException:
+                self.close()
+                raise
 
     def __enter__(self) -> WorkerClient:
         return self
@@ -125,50 +93,8 @@ class WorkerClient:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    @property
-    def configs(self) -> dict[str, Config]:
-        """A black box's own configs, by name; empty for a backend that takes those of the suite."""
-        named = {} if self.target is None else self.target["configs"]
-        return {name: Config.from_json(config) for name, config in named.items()}
-
-    @property
-    def reference_forward(self) -> Callable[[Config], ReferenceForward] | None:
-        """What a black box is judged by, for each of its configs; None where that is the definition."""
-        return None if self.target is None else lambda config: partial(self._reference_forward, config)
-
-    def _reference_forward(
-        self, config: Config, inputs: NDArray[Any], storage: float, accumulation: float, seed: int, context: int = 0
-    ) -> NDArray[Any]:
-        """The black box's own forward (``oracle.ReferenceForward``). Raises WorkerDied where it raises or dies."""
-        if self._reference is None:
-            self._reference = WorkerClient(self.spec)
-            self._reference._measured = True
-        reference = self._reference
-        reason = reference.build(config)
-        if reason is not None:
-            raise BackendUnavailable(reason)
-        message = {
-            "op": "reference_forward",
-            "config": config.to_json(),
-            "shape": list(inputs.shape),
-            "dtype": inputs.dtype.str,
-            "storage": storage,
-            "accumulation": accumulation,
-            "seed": seed,
-            "context": context,
-        }
-        try:
-            header, blob = reference._ask(message, self.spec.step_timeout, np.ascontiguousarray(inputs).tobytes())
-        except WorkerDied as death:
-            raise type(death)("reference", ended=death.ended) from None
-        if "error" in header:
-            raise WorkerDied("reference", Raised(*header["error"]))
-        return np.frombuffer(blob, header["dtype"]).reshape(header["shape"])
-
     def close(self) -> None:
-        if getattr(self, "_reference", None) is not None:
-            assert self._reference is not None
-            self._reference.close()
+        self._close_reference()
         self._kill()
         self._scratch.cleanup()
 
@@ -195,11 +121,7 @@ class WorkerClient:
         self._built.add(config)
         if self.target is not None and not self._measured:
             self._measured = True
-            with suppress(WorkerDied, BackendUnavailable):  # what is wrong with its own forward is found by a clause
-                if shares_rounding(self._reference_forward, config):
-                    self.claims = replace(self.claims, rounding="shared")
-                changes = length_changes(self._reference_forward, config)
-                self.claims = replace(self.claims, changes_at=changes)
+            self._measure(config)
         return None
 
     def _tried_build(self, config: Config, tries: int = BUILDS) -> Header:

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -19,7 +20,13 @@ from kvconform_specs.claims import Claims
 
 GROUP = "kvconform.backends"
 TARGETS = "kvconform.targets"
-EXTRAS = {"gpt2-transformers": "hf", "module-buffers": "eager", "past-tuples": "eager", "list-cache": "eager"}
+EXTRAS = {
+    "gpt2-transformers": "hf",
+    **dict.fromkeys(("module-buffers", "past-tuples", "list-cache"), "eager"),
+    **dict.fromkeys(("sdpa-math", "sdpa-flash", "sdpa-efficient", "flex", "flex-compiled"), "torch"),
+    **{name: name for name in ("onnx-reference", "ort-attention", "keras-hub")},
+    "ort-gqa": "ort-attention",
+}
 """The extra that a shipped backend needs, if its name differs from the backend's."""
 
 
@@ -35,6 +42,10 @@ def openers() -> dict[str, EntryPoint]:
     return {point.name: point for point in sorted(entry_points(group=TARGETS), key=lambda p: p.name)}
 
 
+STEERED = ("py",)
+"""Kinds of targets that are called by trial: their openers take the claims from outside, which limit the trials."""
+
+
 def open_target(kind: str, rest: str) -> Any:
     """The backend around a target. Raises BackendUnavailable, or Unavailable if a package is missing."""
     target, _, text = rest.partition("?")
@@ -42,14 +53,16 @@ def open_target(kind: str, rest: str) -> Any:
         options = json.loads(text or "{}")
     except ValueError as error:
         raise BackendUnavailable(f"target {kind}:{rest}: the options are not valid JSON: {error}") from error
-    claimed = options.pop("claims", {})
+    claimed, reference = options.pop("claims", {}), options.pop("reference", "")
     try:
         opener = openers()[kind].load()
     except ModuleNotFoundError as missing:
         sentence = f"target {kind}:{target} needs {missing.name!r}"
         raise Unavailable(sentence, f"install it with: pip install 'kvconform[{kind}]'") from missing
-    opened = opener(target, options)
-    return claiming(opened, claimed, f"{kind}:{target}") if claimed else opened
+    opened = opener(target, options | ({"claims": claimed} if claimed and kind in STEERED else {}))
+    if claimed:
+        opened = claiming(opened, claimed, f"{kind}:{target}")
+    return compared(opened, reference, claimed, f"{kind}:{target}") if reference else opened
 
 
 def claiming(backend: Any, claimed: Mapping[str, Any], address: str) -> Any:
@@ -61,7 +74,23 @@ def claiming(backend: Any, claimed: Mapping[str, Any], address: str) -> Any:
     except SpecError as error:
         raise InvalidBackend(f"{address}: {error}") from error
     told = ", ".join(f"{name}={value}" for name, value in claimed.items())
-    changed = {"claims": claims, "assumed": (*getattr(backend, "assumed", ()), f"it is claimed from outside: {told}")}
+    words = f"it is claimed from outside: {told}"
+    return _changed(backend, {"claims": claims, "assumed": (*getattr(backend, "assumed", ()), words)})
+
+
+def compared(backend: Any, reference: str, claimed: Mapping[str, Any], address: str) -> Any:
+    """A target that is judged by another artefact. The dtype of its cache is then what may have been changed, and is no
+    claim unless it comes from outside. Raises BackendUnavailable for what is no black box."""
+    if getattr(getattr(backend, "claims", None), "reference", "") != "self":
+        raise BackendUnavailable(
+            f"{address} is judged by the definition, with the suite's weights: it takes no reference"
+        )
+    cache_dtype = claimed.get("cache_dtype", "")
+    return _changed(backend, {"reference": reference, "claims": replace(backend.claims, cache_dtype=cache_dtype)})
+
+
+def _changed(backend: Any, changed: Mapping[str, Any]) -> Any:
+    """A target with other attributes."""
     if isinstance(backend, type):
         return type(backend.__name__, (backend,), {**changed, "__module__": backend.__module__})
     for name, value in changed.items():
@@ -106,7 +135,7 @@ def _imported(address: str) -> Any:
         raise InvalidBackend(f"backend {address!r}: {error}") from error
     except ModuleNotFoundError as missing:
         root = (missing.name or "").partition(".")[0]
-        if named and root not in module.split("."):
+        if named and root != module.partition(".")[0]:
             sentence = f"backend {address!r} is not installed: it needs {root!r}"
             raise Unavailable(sentence, f"install it with: {_remedy(points[address])}") from missing
         raise BackendUnavailable(

@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import astuple
 from functools import cache, partial
@@ -48,6 +48,7 @@ class Worker:
         self.backend: Any = None
         self.backends: dict[Config, Any] = {}
         self.perturbed: dict[tuple[Config, tuple[float, float, int]], Any] = {}
+        self.varied: dict[Config, Mapping[str, Any]] = {}
 
     def answer(self, message: Header, blob: bytes = b"") -> Reply:
         return self.handlers(blob)[message["op"]](message)
@@ -63,6 +64,7 @@ class Worker:
             "imported": self.imported,
             "versions": self.versions,
             "reference_forward": partial(self.reference_forward, blob=blob),
+            "variants": self.variants,
         }
 
     def describe(self, message: Header) -> Reply:
@@ -75,7 +77,13 @@ class Worker:
             not_tried = list(getattr(self.backend, "not_tried", BlackBox.not_tried))
             told = {"recognised": self.backend.recognised, "assumed": assumed, "not_tried": not_tried}
             held = getattr(self.backend, "held", BlackBox.held)
-            target = {**told, "configs": configs, "held": held and dict(held)}
+            target = {
+                **told,
+                "configs": configs,
+                "held": held and dict(held),
+                "reference": getattr(self.backend, "reference", BlackBox.reference),
+                "parameters": getattr(self.backend, "parameters", BlackBox.parameters),
+            }
         return {"claims": claims, "environment": environment(self.backend), "target": target}, b""
 
     def build(self, message: Header) -> Reply:
@@ -103,7 +111,9 @@ class Worker:
         config = Config.from_json(message["config"])
         inputs = np.frombuffer(blob, message["dtype"]).reshape(message["shape"]).copy()
         backend = self.backends[config]
-        if message["seed"]:
+        if message["variant"]:
+            backend = self._varied(config)[message["variant"]]
+        elif message["seed"]:
             key = config, (message["storage"], message["accumulation"], message["seed"])
             if key not in self.perturbed:
                 self.perturbed[key] = backend.perturbed(*key[1])
@@ -111,6 +121,15 @@ class Worker:
         told = {"context": message["context"]} if message["context"] else {}
         output = np.ascontiguousarray(backend.uncached_forward(inputs, **told))
         return {"shape": list(output.shape), "dtype": output.dtype.str}, output.tobytes()
+
+    def variants(self, message: Header) -> Reply:
+        """The variants of a black box, in words (``backend.BlackBox.variants``)."""
+        return {"variants": list(self._varied(Config.from_json(message["config"])))}, b""
+
+    def _varied(self, config: Config) -> Mapping[str, Any]:
+        if config not in self.varied:
+            self.varied[config] = self.backends[config].variants()
+        return self.varied[config]
 
     def script(self, message: Header) -> Reply:
         """Programs of a black box as Python source (``backend.BlackBox.script``); null where it writes none."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kvconform_specs.clause import Clause
 from kvconform_specs.clauses import (
     accounting,
@@ -24,6 +26,7 @@ from kvconform_specs.clauses import (
     shape,
     window,
 )
+from kvconform_specs.static_shapes import with_static_shapes
 
 _CHAPTERS = (
     shape,
@@ -46,6 +49,8 @@ _CHAPTERS = (
     determinism,
     accounting,
 )
-ALL: tuple[Clause, ...] = tuple(clause for chapter in _CHAPTERS for clause in chapter.CLAUSES)
+ALL: tuple[Clause, ...] = tuple(
+    replace(clause, strategy=with_static_shapes(clause.strategy)) for chapter in _CHAPTERS for clause in chapter.CLAUSES
+)
 BY_NAME = {clause.name: clause for clause in ALL}
 CHAPTERS = {chapter.__name__.rpartition(".")[2]: " ".join((chapter.__doc__ or "").split()) for chapter in _CHAPTERS}

@@ -84,7 +84,7 @@ CLAUSES = (
             reach.append(
                 "a chunk that reaches the capacity",
                 lambda v: v.longest == v.config.capacity and v.new > 1,
-                reach.both(reach.holds(2), reach.chunks()),
+                reach.chunks(),
             ),
         ),
     ),
@@ -103,11 +103,7 @@ CLAUSES = (
         situations=(
             reach.FULL,
             reach.refused("one token more than the capacity, at the capacity", _one_too_many, reach.always),
-            reach.refused(
-                "a chunk that begins within the capacity and ends beyond it",
-                _across,
-                reach.both(reach.holds(2), reach.chunks()),
-            ),
+            reach.refused("a chunk that begins within the capacity and ends beyond it", _across, reach.chunks()),
         ),
     ),
     Clause(

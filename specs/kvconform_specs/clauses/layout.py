@@ -42,8 +42,9 @@ def _equal(draw: Draw, config: Config, claims: Claims) -> Case:
 
 def _equal_to(words: str, size: Callable[[reach.Visit], int]) -> reach.Situation:
     def possible(config: Config, claims: Claims) -> bool:
-        largest = {"query heads": config.heads, "KV heads": config.kv_heads, "numbers in a head": config.head_dim}
-        return max(largest.get(words, 1), 1) <= min(config.capacity, claims.max_chunk or config.capacity)
+        sizes = {"query heads": config.heads, "KV heads": config.kv_heads, "numbers in a head": config.head_dim}
+        new = max(sizes.get(words, 1), 1)
+        return new <= config.capacity and claims.longest(new) == new
 
     return reach.append(f"as many new tokens as {words}", lambda visit: visit.new == size(visit), possible)
 

@@ -255,11 +255,7 @@ CLAUSES = (
                 "a truncation of a full cache to the capacity", lambda v: _keeps_all(v) and v.past == v.config.capacity
             ),
             _behind_all("a decode step behind a truncation that keeps all", lambda v: v.new == 1, reach.holds(2)),
-            _behind_all(
-                "a chunk behind a truncation that keeps all",
-                lambda v: v.new > 1,
-                reach.both(reach.holds(3), reach.chunks()),
-            ),
+            _behind_all("a chunk behind a truncation that keeps all", lambda v: v.new > 1, reach.chunks(past=1)),
             _behind_all(
                 "an append behind a truncation that keeps all of whole pages",
                 lambda v: v.past % (v.claims.page or 1) == 0,

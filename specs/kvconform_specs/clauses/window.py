@@ -82,7 +82,7 @@ def _long_chunk(visit: reach.Visit) -> bool:
 
 def _takes_long_chunks(config: Config, claims: Claims) -> bool:
     w = config.window or 1
-    return config.capacity > w + 1 and (claims.max_chunk or config.capacity) > w
+    return claims.longest(config.capacity - 1) > w
 
 
 CLAUSES = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvconform_backends.targets.hf.recipe import Calls, Recipe
+from kvconform_specs.config import Config
 from kvconform_specs.describe import describe
 from kvconform_specs.program import (
     Append,
@@ -29,8 +30,8 @@ from transformers import {names}
 
 torch.set_grad_enabled(False)
 {seed}config = {config}
-model = AutoModelForCausalLM.{model}.eval()
-{experts}
+model = {maker}.{model}.eval()
+{experts}{cut}
 
 def empty():
     return SimpleNamespace(cache={cache}, ids=None, mask=None)
@@ -51,47 +52,66 @@ def step(held, x, counts=None):
         held.ids = new if first else torch.cat([held.ids, new], 1)
         held.mask = mask if first else torch.cat([held.mask, mask], 1)
         past = {{}} if held.cache is None else {{"{cache_name}": held.cache}}
+{inputs}        output = model(**inputs)
+{returned}        logits.append(output.logits[:, -new.shape[1]:])
+    return torch.cat(logits, 1)[..., :{vocabulary}].float().numpy()
+
+
+def uncached(x):
+    return model(torch.from_numpy(x), use_cache=False).logits[..., :{vocabulary}].float().numpy()
+'''
+
+
+PREPARED = """\
         inputs = model.prepare_inputs_for_generation(
             held.ids, next_sequence_length=new.shape[1], attention_mask=held.mask, use_cache=True,
             {positions}is_first_iteration=first, **past
         )
         inputs.pop("logits_to_keep", None)
-        output = model(**inputs)
-        held.cache = output.{output_name}
-        logits.append(output.logits[:, -new.shape[1]:])
-    return torch.cat(logits, 1).float().numpy()
-'''
+"""
+DIRECT = """\
+        inputs = dict(input_ids=new, attention_mask=held.mask, use_cache=True, {positions}**past)
+"""
+POSITIONS = "(held.mask.cumsum(-1) - 1).masked_fill(held.mask == 0, 0)"
 
 
-def setup(recipe: Recipe, calls: Calls, capacity: int) -> str:
-    """Defines ``model``, ``empty()`` and ``step(cache, ids, counts)``."""
+def setup(recipe: Recipe, calls: Calls, config: Config) -> str:
+    """Defines ``model``, ``empty()``, ``step(cache, ids, counts)`` and ``uncached(ids)``."""
     kind = "AutoConfig" if recipe.directory else recipe.origin
     fields = ", ".join(f"{name}={value!r}" for name, value in recipe.fields.items())
     how = f"attn_implementation={recipe.attention!r}, dtype=torch.{recipe.dtype}"
     if recipe.directory:
-        config = f"AutoConfig.from_pretrained({recipe.origin!r}, local_files_only=True{', ' * bool(fields)}{fields})"
+        made_of = f"AutoConfig.from_pretrained({recipe.origin!r}, local_files_only=True{', ' * bool(fields)}{fields})"
     else:
-        config = f"{kind}({fields})"
+        made_of = f"{kind}({fields})"
     if recipe.weights:
         model = f"from_pretrained({recipe.origin!r}, config=config, local_files_only=True, {how})"
     else:
-        model = f"from_config(config, {how})"
-    limit = f", max_cache_len={capacity}" if recipe.cache == "static" else ""
-    made = f"{recipe.cache_class}(config=model.config.get_text_config(decoder=True){limit})"
-    names = {"AutoModelForCausalLM", kind} | ({recipe.cache_class} if calls.makes_cache else set())
+        model = f"{'' if recipe.maker == 'AutoModelForCausalLM' else '_'}from_config(config, {how})"
+    given = "".join(f", {name}={value!r}" for name, value in recipe.cache_arguments(config).items())
+    made = f"{recipe.cache_class}(config=model.config.get_text_config(decoder=True){given})"
+    names = {recipe.maker, kind} | ({recipe.cache_class} if calls.makes_cache else set())
     return SETUP.format(
         names=", ".join(sorted(names)),
-        config=config,
+        config=made_of,
+        vocabulary=config.vocabulary,
         model=model,
         seed="" if recipe.weights else f"torch.manual_seed({recipe.seed})\n",
         cache=made if calls.makes_cache else "None",
         cache_name=calls.given_as,
-        output_name=calls.returned_as,
+        maker=recipe.maker,
+        returned=f"        held.cache = output.{calls.returned_as}\n" if calls.returned_as else "",
         parts={"never": "False", "after the first": "held.ids is not None", "always": "True"}[calls.one_by_one],
         experts="" if recipe.experts is None else f"model.set_experts_implementation({recipe.experts!r})\n",
-        positions="position_ids=(held.mask.cumsum(-1) - 1).masked_fill(held.mask == 0, 0),\n            "
-        * calls.positions,
+        cut="" if recipe.tokens is None else f"model.resize_token_embeddings({recipe.tokens})\n",
+        inputs=_inputs(calls),
     )
+
+
+def _inputs(calls: Calls) -> str:
+    if calls.prepared:
+        return PREPARED.format(positions=f"position_ids={POSITIONS},\n            " * calls.positions)
+    return DIRECT.format(positions=f"position_ids={POSITIONS}[:, -new.shape[1]:], " * calls.positions)
 
 
 def steps(program: Program, tag: str) -> str:
@@ -117,7 +137,7 @@ def _line(step: Step, number: int, tag: str, held: Mapping[str, int]) -> str:
     """``held``: the length of each sequence."""
     call = called(step)
     if isinstance(call, UncachedForward):
-        return f"y{tag}{number} = model(torch.from_numpy(x{tag}{number}), use_cache=False).logits.float().numpy()"
+        return f"y{tag}{number} = uncached(x{tag}{number})"
     cache = f"caches{tag}[{call.seq!r}]"
     if isinstance(step, Reject):
         return "pass  # refused by the backend, so that nothing is called:"

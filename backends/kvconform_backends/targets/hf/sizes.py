@@ -16,15 +16,21 @@ from transformers import PreTrainedConfig
 
 SPREAD = 0.2
 """Standard deviation of random weights: with the usual 0.02, attention is nearly uniform, which hides errors."""
+SPREADS = ("initializer_range", "init_std", "initializer_factor")
+"""Fields that hold it; one that is larger than ``SPREAD`` is a factor."""
 WINDOW = 5
 """Shorter than most prompts of the suite."""
 POSITIONS = 40
 """Positions of a tiny model, and the capacity of every black box of this kind: programs stay short."""
 WIDTH, HEADS, KV_HEADS, HEAD_DIM = 32, 4, 2, 8
+INDEX_HEADS = 16
+"""Heads of an indexer that chooses the tokens of sparse attention. A token whose scores are negative in all heads gets
+exactly 0: with 4 heads every sixteenth does, and which of equal ones are chosen depends on the shape of the call."""
 ROLES: tuple[tuple[str, int], ...] = (
     (r".*vocab_size.*|.*_hash_byte_group_vocab", 97),
-    (r"(.*_)?hidden_size|d_model|n_embd|dim|embedding_dim|emb_dim|lru_width|embed_dim|ple_embed_dim", WIDTH),
+    (r"(.*_)?hidden_size(_global)?|d_model|n_embd|dim|embedding_dim|emb_dim|lru_width|embed_dim|ple_embed_dim", WIDTH),
     (r"(in|out)put_embedding_size|embedding_size|word_embed_proj_dim|.*_embed_dim|mm_projector_dim", WIDTH),
+    (r"adapter_((in|out)_dim|(in|out)put_size)", WIDTH),
     (r"hidden_size_per_layer_input|.*_rank|d_rel", 16),
     (r"(.*_)?(intermediate_size.*|ffn_dim|ffn_hidden_size|dim_ff|dff|d_inner|feed_forward_size)|n_inner", 48),
     (r"(.*_)?moe_.*intermediate_size|expert_ffn_hidden_size", 24),
@@ -36,10 +42,11 @@ ROLES: tuple[tuple[str, int], ...] = (
     ),
     (r"mamba_(n|num)_heads", 8),
     (r"(num|n|.*_num)_(key_value_heads|kv_heads)|kv_n_heads", KV_HEADS),
+    (r"index(er)?_n_heads", INDEX_HEADS),
     (r"((.*_)?num_|(.*_)?n_)?(.*_)?heads?(_per_layer)?|num_query_groups", HEADS),
     (r"(num|n|.*_num)_(local_|routed_)?experts|zero_expert_num", 4),
     (r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts|n_group|num_expert_group", 2),
-    (r"topk_group|pretraining_tp|.*_bptt", 1),
+    (r"topk_group|pretraining_tp|.*_bptt|num_codebooks", 1),
     (r"max_position_embeddings|n_positions|max_seq_len|n_ctx|context_length|max_(source|target)_positions", POSITIONS),
     (r"model_max_length|rel_extent|position_bias_max_distance", POSITIONS),
     (r"(.*_)?(state_size|d_state|ssm_state_size)", 8),
@@ -83,7 +90,7 @@ BY_TYPE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "zamba": {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 2 * HEAD_DIM},
         "zamba2": {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 2 * HEAD_DIM},
         "qwen4_exp_text": {
-            "indexer_n_heads": HEADS,
+            "indexer_n_heads": INDEX_HEADS,
             "indexer_kv_heads": 1,
             "indexer_head_dim": HEAD_DIM,
             "indexer_budget": 8,
@@ -103,7 +110,7 @@ def tiny(plain: PreTrainedConfig) -> dict[str, Any]:
     sizes |= _kept_layers(given)
     fields = {name: size for name, size in sizes.items() if size != given.get(name)}
     fields |= {name: {**_own(config), **tiny(config)} for name, config in nested.items()}
-    fields |= {name: SPREAD for name in ("initializer_range", "init_std") if given.get(name) is not None}
+    fields |= spread(given)
     fields |= {name: token for name, token in SPECIAL.items() if name in given}
     if {"num_attention_heads", "hidden_size"} <= given.keys():
         unset = {"head_dim": HEAD_DIM, "num_key_value_heads": KV_HEADS}
@@ -113,6 +120,11 @@ def tiny(plain: PreTrainedConfig) -> dict[str, Any]:
     if given.get("is_decoder") is False and not given.get("is_encoder_decoder"):
         fields["is_decoder"] = True
     return {**fields, **BY_TYPE.get(plain.model_type, {})}
+
+
+def spread(given: Mapping[str, Any]) -> dict[str, float]:
+    """The fields of a config that make random weights large enough."""
+    return {name: SPREAD for name in SPREADS if 0 < (given.get(name) or 0) < SPREAD}
 
 
 def _own(config: PreTrainedConfig) -> dict[str, Any]:

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from transformers import DynamicCache, StaticCache
 
 from kvconform.backend import BlackBox
 from kvconform.errors import Unavailable
 from kvconform_backends.targets import black_box
 from kvconform_backends.targets.hf import script
 from kvconform_backends.targets.hf.recipe import Calls, Recipe
+from kvconform_backends.targets.hf.variants import Variant, variants
 from kvconform_backends.torch import device_time
 from kvconform_backends.validation import check_length, check_rows
 from kvconform_specs.claims import Claims
@@ -54,6 +54,7 @@ class Transformers(BlackBox):
     recognised: str
     assumed: tuple[str, ...]
     source: str
+    parameters: int
     recipe: Recipe
     calls: Calls
     made: Any
@@ -65,6 +66,8 @@ class Transformers(BlackBox):
         self.config, self.device = config, device
         self.model: Any = self.made.to(device)
         self.seen_on: str | None = None  # the device of the last logits
+        self.copies: black_box.Perturbed | None = None
+        self.noise: black_box.Noise | None = None  # perturbs its weights
 
     # --- the cache ---
     def cache(self) -> Any:
@@ -72,9 +75,8 @@ class Transformers(BlackBox):
         text = self.model.config.get_text_config(decoder=True)
         if not self.calls.makes_cache:
             return None
-        if self.recipe.cache == "static":
-            return StaticCache(config=text, max_cache_len=self.config.capacity)
-        return DynamicCache(config=text)
+        made: Any = getattr(transformers, self.recipe.cache_class)
+        return made(config=text, **self.recipe.cache_arguments(self.config))
 
     def start(self, batch: int) -> HfSequence:
         none = torch.zeros(batch, 0, dtype=torch.long, device=self.device)
@@ -105,10 +107,23 @@ class Transformers(BlackBox):
     def _logits(self, sequence: HfSequence, new: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         first = not sequence.ids.shape[1]
         sequence.ids, sequence.mask = torch.cat([sequence.ids, new], 1), torch.cat([sequence.mask, mask], 1)
+        output = self.model(**self._inputs(sequence, new, first), return_dict=True)
+        if self.calls.returned_as:
+            sequence.cache = getattr(output, self.calls.returned_as)
+        # a model may drop its cache and compute all tokens again, for example where its rotary factors change
+        logits: torch.Tensor = output.logits[:, -new.shape[1] :]
+        return logits
+
+    def _inputs(self, sequence: HfSequence, new: torch.Tensor, first: bool) -> dict[str, Any]:
+        """The arguments of the call that appends the ``new`` tokens, which ``sequence`` holds already."""
         given = {} if sequence.cache is None else {self.calls.given_as: sequence.cache}
         if self.calls.positions:
             given["position_ids"] = (sequence.mask.cumsum(-1) - 1).masked_fill(sequence.mask == 0, 0)
-        inputs = self.model.prepare_inputs_for_generation(
+        if not self.calls.prepared:
+            if self.calls.positions:
+                given["position_ids"] = given["position_ids"][:, -new.shape[1] :]
+            return {"input_ids": new, "attention_mask": sequence.mask, "use_cache": True, **given}
+        inputs: dict[str, Any] = self.model.prepare_inputs_for_generation(
             sequence.ids,
             next_sequence_length=new.shape[1],
             attention_mask=sequence.mask,
@@ -117,11 +132,7 @@ class Transformers(BlackBox):
             **given,
         )
         inputs.pop("logits_to_keep", None)  # some models keep those of the last token only
-        output = self.model(**inputs, return_dict=True)
-        sequence.cache = getattr(output, self.calls.returned_as)
-        # a model may drop its cache and compute all tokens again, for example where its rotary factors change
-        logits: torch.Tensor = output.logits[:, -new.shape[1] :]
-        return logits
+        return inputs
 
     def length(self, sequence: HfSequence) -> list[int]:
         columns, held = sequence.mask.shape[1], int(sequence.cache.get_seq_length())
@@ -171,16 +182,23 @@ class Transformers(BlackBox):
     @torch.no_grad()
     def uncached_forward(self, tokens: Array) -> Array:
         ids = torch.from_numpy(tokens).to(self.device)
-        return self._given(self.model(input_ids=ids, use_cache=False, return_dict=True).logits)
+        model = self.copies.of(self.noise) if self.copies is not None and self.noise is not None else self.model
+        return self._given(model(input_ids=ids, use_cache=False, return_dict=True).logits)
 
     def _given(self, logits: torch.Tensor) -> Array:
         self.seen_on = logits.device.type
-        return black_box.widened(logits)
+        return black_box.widened(logits[..., : self.config.vocabulary])
 
     def perturbed(self, storage: float, accumulation: float, seed: int) -> Transformers:
+        """The copies of one model share its memory: each is made when it is used (``black_box.Perturbed``)."""
+        if self.copies is None:
+            self.copies = black_box.Perturbed(self.model)
         other = copy.copy(self)
-        other.model = black_box.perturbed(self.model, storage, accumulation, seed)
+        other.noise = storage, accumulation, seed
         return other
+
+    def variants(self) -> dict[str, Changed]:
+        return {words: Changed(self, forward) for words, forward in variants(self.model)}
 
     # --- what ran ---
     def runtime_info(self) -> dict[str, Any]:
@@ -201,10 +219,22 @@ class Transformers(BlackBox):
         device_time.synchronise(self.device)
 
     def script_setup(self) -> str:
-        return script.setup(self.recipe, self.calls, self.config.capacity)
+        return script.setup(self.recipe, self.calls, self.config)
 
     def script(self, program: Program, tag: str) -> str:
         return script.steps(program, tag)
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A variant of a model."""
+
+    target: Transformers
+    forward: Variant
+
+    @torch.no_grad()
+    def uncached_forward(self, tokens: Array) -> Array:
+        return black_box.widened(self.forward(torch.from_numpy(tokens).to(self.target.device)).logits)
 
 
 def experts(model: Any) -> str | None:

@@ -41,22 +41,25 @@ def calls_of(model: Any, backend: Callable[[Calls], Transformers]) -> tuple[Call
     tokens = np.array([tokens_of(tried.config, PROMPT + MORE)] * 2)
     whole = tried.uncached_forward(tokens)
     _refuse_other_models(model, tried, tokens, whole)
-    returned = _returned(model, tokens[:, :PROMPT])
-    calls = replace(calls, returned_as=returned)
+    returned, states = _returned(model, tokens[:, :PROMPT], calls)
+    calls = replace(calls, returned_as=returned, states=states)
     if not calls.makes_cache:
         calls = replace(calls, given_as=RENAMED.get(returned, returned))
     reasons: list[str] = []
-    for one_by_one in ("never", "after the first", "always"):
-        candidate: Calls = replace(calls, one_by_one=one_by_one)
-        try:
-            with guarded():
-                near, recurrent = _continued(backend(candidate), tokens, whole)
-        except ThirdPartyError as words:
-            reasons.append(f"it raises {words}")
-            continue
-        if near or not recurrent:
-            return candidate, _said(candidate, reasons)
-        reasons.append("its outputs are others")
+    for prepared in (True, False):
+        for one_by_one in ("never", "after the first", "always"):
+            candidate: Calls = replace(calls, prepared=prepared, one_by_one=one_by_one)
+            try:
+                with guarded():
+                    near, recurrent = _continued(backend(candidate), tokens, whole)
+            except ThirdPartyError as words:
+                reasons.append(f"it raises {words}")
+                continue
+            if near or (prepared and not recurrent):
+                return candidate, _said(candidate, reasons)
+            reasons.append("its outputs are others")
+        if any(not reason.startswith("it raises") for reason in reasons):
+            break
     return calls, ()
 
 
@@ -73,10 +76,18 @@ def longest(model: Any, config: Config) -> int:
 
 
 def _said(calls: Calls, reasons: list[str]) -> tuple[str, ...]:
-    if calls.one_by_one == "never":
-        return ()
-    when = "it" if calls.one_by_one == "always" else "after the first call it"
-    return (f"{when} is given one token at a time: given several, {reasons[0]}",)
+    said = []
+    if calls.states:
+        said.append(
+            f"its modules keep states in {' and '.join(calls.states)}: it holds one sequence at a time, and the "
+            "reference is run in a separate process"
+        )
+    if not calls.prepared:
+        said.append(f"its forward is called directly: with prepare_inputs_for_generation {reasons[0]}")
+    if calls.one_by_one != "never":
+        when = "it" if calls.one_by_one == "always" else "after the first call it"
+        said.append(f"{when} is given one token at a time: given several, {reasons[0]}")
+    return tuple(said)
 
 
 def _refuse_other_models(model: Any, tried: Transformers, tokens: Any, whole: Any) -> None:
@@ -92,14 +103,37 @@ def _refuse_other_models(model: Any, tried: Transformers, tokens: Any, whole: An
         raise BackendUnavailable(f"{name} is not a decoder: outputs of earlier tokens depend on later ones")
 
 
-def _returned(model: Any, tokens: Any) -> str:
-    """The name of the cache in the model's output."""
+def refuse_without_cache(kind: Any) -> None:
+    """Raises BackendUnavailable for a model class whose forward takes no cache."""
+    if kind is not None and not set(ALL_CACHE_NAMES) & set(inspect.signature(kind.forward).parameters):
+        raise BackendUnavailable(
+            f"{kind.__name__} is not a decoder with a cache: its forward takes none of {', '.join(ALL_CACHE_NAMES)}"
+        )
+
+
+def _returned(model: Any, tokens: Any, calls: Calls) -> tuple[str, tuple[str, ...]]:
+    """The name of the cache in the model's output, empty if it is only modified in place; and the attributes in which
+    the model keeps a state if it does not return its cache."""
+    before = _attributes(model)
     with torch.no_grad():
         output = model(input_ids=torch.from_numpy(tokens[:, :1]), use_cache=True, return_dict=True)
     for name in ALL_CACHE_NAMES:
         if getattr(output, name, None) is not None:
-            return str(name)
+            return str(name), ()
+    states = {place: value for place, value in _attributes(model).items() if before.get(place) is not value}
+    if states and calls.makes_cache:
+        return "", tuple(dict.fromkeys(name for _module, name in states))
     raise BackendUnavailable(f"{type(model).__name__} is not a decoder with a cache: its output has none")
+
+
+def _attributes(model: Any) -> dict[tuple[str, str], torch.Tensor]:
+    """The tensors among the attributes of its modules that are neither weights nor buffers."""
+    return {
+        (path, name): value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def _continued(backend: Transformers, tokens: Any, whole: Any) -> tuple[bool, bool]:
@@ -124,6 +158,8 @@ def offered(backend: Transformers) -> tuple[str, ...]:
             _, sequence = backend.step(backend.start(2), tokens)
             attempt(backend, sequence)
             found.append(ability)
+    if not (backend.calls.prepared or backend.calls.positions):
+        return tuple(found)  # nothing tells it at which position a padded row begins
     with suppress(ThirdPartyError), guarded():
         backend.step(backend.start(2), tokens[:, :PROMPT], np.array([PROMPT, MORE]), "left")
         found.append("ragged")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ class Caller:
     ) -> None:
         self.module, self.convention, self.dtype, self.device = module, convention, dtype, device
         self.shares = shares
-        self._fixed = {"torch": torch, "np": np, "module": module, "device": device}
+        self._fixed = {"torch": torch, "np": np, "copy": copy, "module": module, "device": device}
         self._fixed |= {name: namespace[name] for name in convention.imports}
         self._code: dict[str, types.CodeType] = {}
         self.seen_on: str | None = None  # the device of the last output
@@ -74,6 +74,8 @@ class Caller:
     def step(
         self, sequence: ModuleSequence, x: Array, context: int = 0, counts: tuple[int, ...] = ()
     ) -> tuple[Array, ModuleSequence]:
+        if self.convention.one_by_one and sequence.tokens and x.shape[1] > 1 and not counts:
+            return self._one_by_one(sequence, x, context)
         x = x if self.shares and x.flags.c_contiguous and x.flags.writeable else np.array(x)
         ragged = bool(counts or sequence.counts)
         counts = counts or (x.shape[1],) * len(x)
@@ -84,6 +86,27 @@ class Caller:
         held = tuple(old + new for old, new in zip(sequence.lengths, counts, strict=True)) if ragged else ()
         inputs = self._sofar(sequence, x) if self.takes_all else None
         return self.numbers(y), ModuleSequence(past, sequence.batch, sequence.tokens + x.shape[1], inputs, held)
+
+    def _one_by_one(self, sequence: ModuleSequence, x: Array, context: int) -> tuple[Array, ModuleSequence]:
+        outputs = []
+        for token in range(x.shape[1]):
+            output, sequence = self.step(sequence, x[:, token : token + 1], context)
+            outputs.append(output)
+        return np.concatenate(outputs, axis=1), sequence
+
+    @torch.no_grad()
+    def fork(self, sequence: ModuleSequence) -> ModuleSequence:
+        """A second sequence with the same tokens."""
+        return replace(sequence, past=self._value(self.convention.fork, {"past": sequence.past}))
+
+    @torch.no_grad()
+    def reorder(self, sequence: ModuleSequence, rows: list[int]) -> ModuleSequence:
+        """The sequence with row ``rows[i]`` as its row ``i``."""
+        made = self._value(self.convention.reorder, {"past": sequence.past, "rows": rows, "batch": sequence.batch})
+        past = made if self.convention.present and leaves(made) else sequence.past
+        inputs = None if sequence.inputs is None else sequence.inputs[rows]
+        counts = tuple(sequence.counts[row] for row in rows) if sequence.counts else ()
+        return ModuleSequence(past, len(rows), sequence.tokens, inputs, counts)
 
     @torch.no_grad()
     def truncate(self, sequence: ModuleSequence, length: int) -> ModuleSequence:

@@ -4,7 +4,7 @@ The expressions are what runs here, what the user reads and what a reproduction 
 ``module``; ``x``, the new tokens; ``sofar``, all tokens of the sequence with the new ones; ``past``, what the caller
 keeps of a sequence; ``batch``, ``new`` and ``cached``, the numbers of rows, new tokens and cached tokens; ``context``,
 the number of the sequence's context; ``counts``, how many of the new columns hold tokens in each row; ``length``, how
-many tokens a truncation keeps; ``out``, the result of a call.
+many tokens a truncation keeps; ``rows``, the numbers of the old rows in their new order; ``out``, the result of a call.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class Convention:
     ``out``; an empty ``present`` means that the caller keeps nothing. uncached: the uncached forward, with output
     ``uncached_output``. always: every call uses the module's cache, so that ``uncached`` runs ``begin`` first.
     tell: run before every call: tells the module the sequence's context. truncate: keeps the first ``length``
-    tokens; it changes the past, or gives another one. ragged: the call where rows have different ``counts``.
+    tokens; it changes the past, or gives another one. ragged: the call where rows have different ``counts``. fork: a
+    past with the same tokens, apart from ``past``. reorder: puts the ``rows``, a list of their numbers, in another
+    order, as ``truncate`` does. one_by_one: after the first call of a sequence, tokens are given one at a time.
     imports: names from the target's file that these expressions use.
     """
 
@@ -95,6 +97,9 @@ class Convention:
     sequence_first: bool = False
     truncate: str = ""
     ragged: str = ""
+    fork: str = ""
+    reorder: str = ""
+    one_by_one: bool = False
     imports: tuple[str, ...] = ()
 
     @property
@@ -109,8 +114,8 @@ class Convention:
 
 
 NAMES = frozenset(
-    {"module", "x", "sofar", "past", "batch", "new", "cached", "context", "counts", "length", "out"}
-    | {"torch", "np", "device"}
+    {"module", "x", "sofar", "past", "batch", "new", "cached", "context", "counts", "length", "rows", "out"}
+    | {"torch", "np", "copy", "device"}
 )
 """The names that expressions can use, beside builtins and ``imports``."""
 WORDS = {"takes": ("tokens", "states"), "arrays": ("torch", "numpy")}

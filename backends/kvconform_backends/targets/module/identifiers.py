@@ -113,13 +113,18 @@ KEEPS = _words("""
 """Methods that usually keep the first tokens; the argument is how many."""
 REMOVES = _words("rollback roll_back rollback_cache rewind trim trim_cache pop undo drop_last remove_last evict unwind")
 """Methods that usually remove the last tokens; the argument is how many."""
+REORDERS = _words("""
+    reorder reorder_cache reorder_past reorder_rows _reorder_cache select_rows batch_select_indices index_select_rows
+    permute_rows gather_rows reorder_incremental_state
+""")
+"""Methods that usually put rows in another order; the argument is their numbers."""
+FORKS = _words("fork clone copy clone_cache copy_cache fork_cache duplicate snapshot")
+"""Methods of a past that usually give a second one with the same tokens."""
 OPERATIONS = (
     *KEEPS,
     *REMOVES,
-    *_words("""
-    fork clone_cache copy_cache reorder reorder_cache reorder_past _reorder_cache select_rows batch_select_indices
-    batch_repeat_interleave reset_rows
-    """),
+    *REORDERS,
+    *_words("fork clone_cache copy_cache fork_cache batch_repeat_interleave reset_rows"),
 )
 """Methods of a module or a past that change what is cached, beside those that start a sequence."""
 LENGTHS = frozenset(

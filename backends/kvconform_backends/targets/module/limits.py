@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from kvconform_backends.targets.module import identifiers
-from kvconform_backends.targets.module.recognised import CAPACITY, Recognised
-from kvconform_backends.targets.module.trials import LENGTH, MANY_ROWS, PROMPT, STEPPED, Array, Trials, close
+from kvconform_backends.targets.module.recognised import CAPACITY, PROMPT, Recognised
+from kvconform_backends.targets.module.trials import LENGTH, MANY_ROWS, STEPPED, Array, Trials, close
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded, largest
 
 
@@ -142,6 +142,16 @@ class Limits(Trials):
                 return close(output, self.caller(made.convention).uncached(x)[:, -1:])
         except ThirdPartyError:
             return False
+
+    def one_by_one(self, made: Recognised) -> Recognised | None:
+        """The same with calls of one token after a first call of any length, if these agree and the target itself
+        refuses several tokens then."""
+        if self.error is None or not self.error.deliberate or not all(made.rank[:3]):
+            return None
+        convention = replace(made.convention, one_by_one=True)
+        trial = replace(made, convention=convention, chunk_refusal=self.raised)
+        self.rank(trial)
+        return trial if all(trial.rank) else None
 
     def one_token_each(self, made: Recognised, refused: bool = False) -> Recognised | None:
         """The same with calls of one token, if these agree and cached calls of several are ``refused``: by the target

@@ -13,12 +13,13 @@ from kvconform_backends.targets.module import identifiers, signature, slots
 from kvconform_backends.targets.module.beginnings import Beginnings
 from kvconform_backends.targets.module.calls import leaves
 from kvconform_backends.targets.module.conventions import Convention
+from kvconform_backends.targets.module.copies import Copies
 from kvconform_backends.targets.module.limits import Limits
 from kvconform_backends.targets.module.operations import Operations
 from kvconform_backends.targets.module.past import contents, described, frozen, grown_axis, sizes
-from kvconform_backends.targets.module.recognised import ProbedTarget, Recognised
+from kvconform_backends.targets.module.recognised import PROMPT, ProbedTarget, Recognised
 from kvconform_backends.targets.module.signature import ForwardSignature
-from kvconform_backends.targets.module.trials import LENGTH, PROMPT, Array, close
+from kvconform_backends.targets.module.trials import LENGTH, Array, close
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded, largest
 
 MOST_CONTEXTS = 3
@@ -26,7 +27,7 @@ MOST_WIDTHS = 8
 """Widths of encoder states that are tried."""
 
 
-class Measurements(Limits, Operations):
+class Measurements(Limits, Operations, Copies):
     """Each ``measure_`` method stores its results in the given ``Recognised``."""
 
     def __init__(self, target: ProbedTarget, beginnings: Beginnings) -> None:

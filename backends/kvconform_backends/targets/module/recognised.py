@@ -18,6 +18,8 @@ from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 
 Rank = tuple[bool, bool, bool, bool]
 """Whether the prompt ran, one more token ran, that token agreed with the uncached forward, and a chunk after it did."""
+PROMPT = 3
+"""Tokens of the first call of a trial, if it takes so many."""
 CAPACITY = 40
 """Maximum length of a sequence: programs stay short."""
 
@@ -34,6 +36,9 @@ class ProbedTarget:
     rebuilt: Callable[[], tuple[Any, Mapping[str, Any]]] | None = None
     """Executes the file again: another target with the same weights, and the names of its file."""
     copyable: bool = True
+    chunk: int | None = None
+    rows: int | None = None
+    """The most tokens of a cached call, and the most rows, as they are claimed from outside."""
 
     def copied(self, stateful: bool) -> tuple[Any, Mapping[str, Any]]:
         """The target with a state of its own and shared weights, and the names of its file. One that cannot be copied
@@ -84,8 +89,8 @@ class Recognised:
     chunk: the most tokens of a cached call, and ``chunk_refusal`` the exception beyond them. refuses: whether it
     raises beyond the capacity. judged: whether trials showed that the convention is the one that is meant; if none
     agreed, ``disagreement`` says so. begins: whether the first cached call agreed with the reference. ragged_later:
-    whether rows may take different numbers of tokens in later calls, too. truncated_new: whether a truncation gives
-    another past. rollback: see ``Claims``.
+    whether rows may take different numbers of tokens in later calls, too. truncated_new, reordered_new: whether a
+    truncation, or a reordering, gives another past. rollback: see ``Claims``.
     hints: what giving an omitted argument would change. operations: methods of the module or its past that nothing
     calls, in words. contexts: the number of contexts that a sequence can have. held: as in ``BlackBox``.
     """
@@ -121,6 +126,7 @@ class Recognised:
     rollback: int | None = None
     ragged_later: bool = False
     truncated_new: bool = False
+    reordered_new: bool = False
     begins: bool = False
     judged: bool = True
     disagreement: str = ""
@@ -129,6 +135,11 @@ class Recognised:
     @property
     def batch(self) -> int:
         return 1 if self.rows == 1 or not self.convention.batched else 2
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the first call of a trial."""
+        return min(PROMPT, self.chunk or PROMPT)
 
     @property
     def restarts(self) -> bool:
@@ -199,9 +210,16 @@ class Recognised:
             yield f"a sequence is truncated by {concrete(c.truncate, {})}"
         if c.ragged:
             yield f"rows that take different numbers of tokens are appended by {concrete(c.ragged, {})}"
+        if c.fork:
+            yield f"a sequence is forked by {concrete(c.fork, {})}"
+        if c.reorder:
+            yield f"rows are reordered by {concrete(c.reorder, {})}"
+        if c.one_by_one:
+            why = f": given several, it raised {self.chunk_refusal}" if self.chunk_refusal else ""
+            yield f"after the first call it is given one token at a time{why}"
         if self.rollback is not None:
             yield f"the last {self.rollback} tokens can be undone at most: more was refused"
-        if self.chunk is not None:
+        if self.chunk is not None and self.chunk_refusal:
             words = "one token" if self.chunk == 1 else f"{self.chunk} tokens"
             yield f"a cached call takes at most {words}: more raised {self.chunk_refusal}"
         if self.refusal:

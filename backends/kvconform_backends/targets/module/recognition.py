@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,17 @@ from kvconform_backends.targets.module.past import contents
 from kvconform_backends.targets.module.recognised import ProbedTarget, Recognised
 from kvconform_backends.targets.module.refusals import Unrecognised, guess
 from kvconform_backends.targets.module.signature import ForwardSignature, signature_of, written
-from kvconform_backends.targets.module.trials import FINE, LENGTH, PROMPT, PROMPTED, ROUGH, parts
+from kvconform_backends.targets.module.trials import FINE, LENGTH, PROMPTED, ROUGH, parts
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 
 
-def recognise(target: ProbedTarget, overrides: Mapping[str, Any]) -> Recognised:
+def recognise(
+    target: ProbedTarget, overrides: Mapping[str, Any], claims: Mapping[str, Any] = MappingProxyType({})
+) -> Recognised:
     """Raises Unrecognised if no convention matches, or none under which a cached call agrees or appends its tokens.
-    ``overrides``: fields of the convention given by the user."""
+    ``overrides``: fields of the convention given by the user; ``claims``: claims given by the user, whose limits no
+    trial exceeds."""
+    target.chunk, target.rows = claims.get("max_chunk"), claims.get("max_batch")
     try:
         sig = signature_of(target.module, target.name)
     except ValueError as error:
@@ -92,7 +97,7 @@ class Recognition(Measurements):
             best = self._of_one_row(best)
         if not all(best.rank):
             self.rank(best)
-            best = self.one_token_each(best) or best
+            best = self.one_by_one(best) or self.one_token_each(best) or best
         if not any(best.rank[2:]):
             best = self._given_all(best) or self._roughly() or self.one_token_each(best, refused=True) or best
         self._settle(best)
@@ -110,6 +115,8 @@ class Recognition(Measurements):
             best.held = held(self, best)
             self.measure_truncation(best)
             self.measure_ragged(best)
+            self.measure_fork(best)
+            self.measure_reorder(best)
         if best.rank[0] and not all(best.rank):
             self._add_hints(best)
         return best
@@ -205,7 +212,10 @@ class Recognition(Measurements):
                 for given in () if running else signature.settings(self.sig, contexts):
                     for form in self._uncached_forms(given):
                         convention = replace(form, takes=takes, arrays=arrays, batched=batched)
-                        made = self._tried(Recognised(self.sig, convention.overridden(self.overrides), given), size)
+                        start = Recognised(
+                            self.sig, convention.overridden(self.overrides), given, chunk=self.target.chunk
+                        )
+                        made = self._tried(start, size)
                         if made is not None:
                             running.append(made)
                             if self.sig.pasts:
@@ -260,7 +270,7 @@ class Recognition(Measurements):
         """What the uncached forward takes and gives, or None if it raises or gives no output. Two rows are tried first,
         then one; token ids are 0 and 1, which every vocabulary has."""
         made.width, made.vocabulary = (0, 2) if made.convention.takes == "tokens" else (size, 0)
-        for rows in (None, 1) if made.convention.batched else (1,):
+        for rows in (self.target.rows, 1) if made.convention.batched else (1,):
             made.rows = rows
             try:
                 with guarded():
@@ -331,7 +341,7 @@ class Recognition(Measurements):
         return {name: "past" if one else f"past[{i}]" for i, name in enumerate(self.sig.pasts)}
 
     def _passed(self, made: Recognised, call: str, used: tuple[str, ...] = ()) -> Iterator[Convention]:
-        x = self.sample(made, PROMPT)
+        x = self.sample(made, made.prompt)
         for empty, imports in self.beginnings.empties():
             if made.convention.empty != "None" and empty != made.convention.empty:
                 continue  # the past is required, so that the empty one is known
@@ -351,7 +361,7 @@ class Recognition(Measurements):
                     yield replace(start, output=output, present=present).overridden(self.overrides)
 
     def _owned(self, made: Recognised, given: Mapping[str, str]) -> Iterator[Convention]:
-        call, x = written(self.sig, given), self.sample(made, PROMPT)
+        call, x = written(self.sig, given), self.sample(made, made.prompt)
         for begin, imports in self.beginnings.begins():
             start = replace(made.convention, call=call, begin=begin, imports=imports)
             try:

@@ -14,7 +14,18 @@ from torch import nn
 from kvconform_backends.targets.module.recognised import Recognised
 from kvconform_backends.targets.module.signature import concrete
 from kvconform_specs.describe import describe
-from kvconform_specs.program import AliasHandle, Append, Close, Program, Reset, Step, Truncate, UncachedForward
+from kvconform_specs.program import (
+    AliasHandle,
+    Append,
+    Close,
+    Fork,
+    Program,
+    Reorder,
+    Reset,
+    Step,
+    Truncate,
+    UncachedForward,
+)
 
 
 class Origin(Protocol):
@@ -79,7 +90,9 @@ class ModuleScript:
                 lines.append(f"module.to({source.dtype})")
             if self.device != "cpu":
                 lines.append(f"module.to({self.device!r})")
-        if "device" in self.convention.empty + self.convention.begin:
+        if "copy." in self.convention.fork:
+            lines.insert(0, "import copy")
+        if "device" in self.convention.empty + self.convention.begin + self.convention.reorder:
             lines.append(f"device = {self.device!r}")
         return "\n".join([*lines, "torch.set_grad_enabled(False)", ""])
 
@@ -107,6 +120,9 @@ class ModuleScript:
             numbers = {"batch": batch, "new": new, "cached": cached, "context": step.context}
             self._ragged.update({step.seq} if len(set(step.counts)) > 1 else ())
             text = self.convention.call
+            if self.convention.one_by_one and cached and new > 1:
+                yield from self._one_by_one(name, step, batch, cached)
+                return
             if step.seq in self._ragged:
                 text = re.sub(r"\bcounts\b", str(list(step.counts)), self.convention.ragged)
             yield from self._called(name, step.seq, numbers, text)
@@ -134,11 +150,30 @@ class ModuleScript:
             if "sofar" in self.convention.call:
                 yield f"{all_of(step.seq)} = {all_of(step.seq)}[:, :{length}]"
             yield f"{past_of(step.seq)} = {call}" if self.found.truncated_new else call
+        elif isinstance(step, Fork):
+            held[step.into] = held[step.seq]
+            yield f"{past_of(step.into)} = {self._text(self.convention.fork, {'past': past_of(step.seq)})}"
+            if "sofar" in self.convention.call:
+                yield f"{all_of(step.into)} = {all_of(step.seq)}"
+        elif isinstance(step, Reorder):
+            yield from self._reordered(step, held)
         elif isinstance(step, Close):
             del held[step.seq]
             yield f"{past_of(step.seq)} = None"
         else:
             raise ValueError(f"steps[{number}]: a module called by convention does not support {type(step).__name__}")
+
+    def _reordered(self, step: Reorder, held: dict[str, tuple[int, int]]) -> Iterator[str]:
+        batch, cached = held[step.seq]
+        held[step.seq] = len(step.rows), cached
+        if not cached:
+            yield from list(self._begun(step.seq, len(step.rows)))
+            return
+        past, rows = past_of(step.seq), list(step.rows)
+        if "sofar" in self.convention.call:
+            yield f"{all_of(step.seq)} = {all_of(step.seq)}[{rows}]"
+        call = self._text(self.convention.reorder, {"batch": batch, "rows": str(rows), "past": past})
+        yield f"{past} = {call}" if self.found.reordered_new else call
 
     def _begun(self, seq: str, batch: int) -> Iterator[str]:
         convention, numbers = self.convention, {"batch": batch, "new": 0, "cached": 0}
@@ -168,6 +203,17 @@ class ModuleScript:
                 yield f"{past} = {c.present}"
             yield f"y{name} = {output}"
         yield f"y{name} = {self._out(f'y{name}')}"
+
+    def _one_by_one(self, name: str, step: Append, batch: int, cached: int) -> Iterator[str]:
+        """A call for each token; all their outputs together."""
+        yield f"y{name}, x = [], x{name}"
+        for token in range(max(step.counts)):
+            numbers = {"batch": batch, "new": 1, "cached": cached + token, "context": step.context}
+            yield f"x{name} = x[:, {token}:{token + 1}]"
+            for line in self._called(name, step.seq, numbers, self.convention.call):
+                yield line.replace(f"y{name}", f"one{name}")
+            yield f"y{name}.append(one{name})"
+        yield f"y{name} = np.concatenate(y{name}, axis=1)"
 
     def _uncached(self, name: str, step: UncachedForward) -> Iterator[str]:
         c, batch, new = self.convention, len(step.counts), step.counts[0]

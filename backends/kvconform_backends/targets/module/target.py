@@ -34,15 +34,17 @@ from kvconform_backends.targets.module.refusals import Unrecognised
 from kvconform_backends.targets.module.script import ModuleScript
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 from kvconform_backends.torch import device_time
+from kvconform_backends.validation import check_rows
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.program import Program
 
 Array = NDArray[Any]
 
-OPTIONS: Mapping[str, Any] = MappingProxyType({"init": {}, "seed": 0, "dtype": None, "convention": {}})
+OPTIONS: Mapping[str, Any] = MappingProxyType({"init": {}, "seed": 0, "dtype": None, "convention": {}, "claims": {}})
 """Options after the ``?`` of an address. ``init``: keyword arguments of a class or factory; ``seed``: for random
-weights; ``dtype``: converts the target; ``convention``: fields of ``conventions.Convention``."""
+weights; ``dtype``: converts the target; ``convention``: fields of ``conventions.Convention``; ``claims``: from outside,
+of which ``max_chunk`` and ``max_batch`` limit the trials."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -185,7 +187,7 @@ def open_module(target: str, options: Mapping[str, Any]) -> Any:
         raise InvalidBackend(f"{address}: {error}") from error
     try:
         with guarded():
-            found = recognise(probed, given)
+            found = recognise(probed, given, asked["claims"])
     except Unrecognised as words:
         sentence = f"{address}: not judged: no known calling convention fits {words}"
         raise BackendUnavailable(f"{sentence}. {conventions.advice(words.line, file, name)}") from words
@@ -208,6 +210,8 @@ class ModuleTarget:
             "poison": bool(found.slots),
             "truncate": bool(convention.truncate),
             "ragged": bool(convention.ragged),
+            "fork": bool(convention.fork),
+            "reorder": bool(convention.reorder),
         }
         profile = "decoder" if convention.takes == "tokens" else "hidden"
         stored = next((name for name, kind in DTYPES.items() if kind is dtype), "float32")
@@ -246,6 +250,7 @@ class ModuleTarget:
         self.assumed = (*found.doubts, _built(source), *found.assumed)
         self.not_tried = found.operations
         self.held = found.held
+        self.parameters = sum(p.numel() for p in module.parameters()) if isinstance(module, nn.Module) else 0
         self.source = source.file if source.file.endswith(".py") else str(sys.modules[source.file].__file__ or "")
         self.dtype, self.found, self._source = dtype, found, source
 
@@ -295,6 +300,13 @@ class ModuleBackend(BlackBox):
         if not 0 <= length <= sequence.tokens:
             raise ValueError(f"cannot keep {length} of {sequence.tokens} tokens")
         return self.caller.truncate(sequence, length)
+
+    def fork(self, sequence: ModuleSequence) -> ModuleSequence:
+        return self.caller.fork(sequence)
+
+    def reorder(self, sequence: ModuleSequence, rows: list[int]) -> ModuleSequence:
+        check_rows(rows, sequence.batch)
+        return self.caller.reorder(sequence, rows) if sequence.tokens else self.caller.start(len(rows))
 
     def uncached_forward(self, x: Array, context: int = 0) -> Array:
         """``(b, t, e)``, at most ``max_batch`` rows at a time, and prefix by prefix if it returns only the last

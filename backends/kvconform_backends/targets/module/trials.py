@@ -13,12 +13,12 @@ from kvconform_backends.targets.module import identifiers
 from kvconform_backends.targets.module.calls import Caller, ModuleSequence
 from kvconform_backends.targets.module.conventions import Convention
 from kvconform_backends.targets.module.past import grows_by_one, sizes
-from kvconform_backends.targets.module.recognised import ProbedTarget, Recognised
+from kvconform_backends.targets.module.recognised import PROMPT, ProbedTarget, Recognised
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 
 Array = NDArray[Any]
 
-PROMPT, CHUNK = 3, 2
+CHUNK = 2
 LENGTH = PROMPT + 1 + CHUNK
 """Tokens of a trial: a prompt, one more, and a chunk."""
 MANY_ROWS = 32
@@ -132,7 +132,8 @@ class Trials:
                 outputs = []
                 for tokens in (x, other):
                     caller = self.caller(made.convention)
-                    _output, sequence = caller.step(caller.start(len(x)), tokens[:, :PROMPT])
+                    first = tokens[:, :PROMPT]
+                    _output, sequence = self.appended(caller, caller.start(len(x)), first, made.chunk)
                     outputs.append(caller.step(replace(sequence, inputs=x[:, :PROMPT]), x[:, PROMPT:])[0])
         except ThirdPartyError:
             return True
@@ -161,7 +162,8 @@ class Trials:
             with guarded():
                 for tokens in (x, other):
                     caller = self.caller(made.convention)
-                    _output, sequence = caller.step(caller.start(len(x)), tokens[:, :PROMPT])
+                    first = tokens[:, :PROMPT]
+                    _output, sequence = self.appended(caller, caller.start(len(x)), first, made.chunk)
                     before = dict(sizes(sequence.past))
                     output, sequence = caller.step(sequence, x[:, PROMPT:])
                     outputs.append(output)

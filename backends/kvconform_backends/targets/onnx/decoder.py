@@ -23,6 +23,7 @@ from kvconform.errors import BackendUnavailable
 from kvconform_backends.onnx import runtime as onnx_runtime
 from kvconform_backends.targets.onnx import weights
 from kvconform_backends.targets.onnx.script import GraphCall, OnnxScript
+from kvconform_backends.targets.onnx.settings import Settings, beside
 from kvconform_backends.targets.onnx.signature import GraphSignature, read, unknown
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded
 from kvconform_specs.claims import Claims
@@ -44,8 +45,9 @@ class DecoderGraph:
     signature: GraphSignature
 
     @classmethod
-    def load(cls, path: Path) -> DecoderGraph:
-        """Raises BackendUnavailable unless the file exists and contains a decoder."""
+    def load(cls, path: Path, settings: Settings | None = None) -> DecoderGraph:
+        """``settings``: sizes given in place of those that are written beside it. Raises BackendUnavailable unless the
+        file exists and contains a decoder."""
         if not path.is_file():
             raise BackendUnavailable(f"no file {path}")
         try:
@@ -53,7 +55,8 @@ class DecoderGraph:
                 model = onnx.load(path, load_external_data=False)
         except ThirdPartyError as error:
             raise BackendUnavailable(f"{path} is not an ONNX model: {error}") from error
-        return cls(path.resolve(), model, read(model, path.name))
+        path = path.resolve()
+        return cls(path, model, read(model, path.name, settings or beside(path)))
 
     def unknown(self, why: str) -> BackendUnavailable:
         return unknown(self.model, self.path.name, why)
@@ -109,13 +112,15 @@ class DecoderGraphs:
     """The graphs of one decoder, and their sessions, built at first use.
 
     cached: the graph with a past. uncached: the graph that computes the reference, by default the same. dummy: the
-    length of an empty sequence's past. last_only: a call returns only the output of its last token.
+    length of an empty sequence's past. last_only: a call returns only the output of its last token. one_by_one: with a
+    past, several rows take their tokens one by one.
     """
 
     cached: DecoderGraph
     uncached: DecoderGraph
     dummy: int = 0
     last_only: bool = False
+    one_by_one: bool = False
     runners: dict[tuple[Path, str], Runner] = field(default_factory=dict)
 
     @property
@@ -135,7 +140,7 @@ class DecoderGraphs:
             GraphCall(names[graph.path], graph.path, graph.signature)
             for graph in (self.first, self.cached, self.uncached)
         )
-        return OnnxScript(first, cached, uncached, device, self.dummy, self.last_only)
+        return OnnxScript(first, cached, uncached, device, self.dummy, self.last_only, self.one_by_one)
 
 
 class OnnxDecoder(BlackBox):
@@ -150,6 +155,14 @@ class OnnxDecoder(BlackBox):
         return OnnxSequence(batch)
 
     def step(self, cache: OnnxSequence, x: Array) -> tuple[Array, OnnxSequence]:
+        alone = self.graphs.one_by_one and cache.tokens and cache.batch > 1
+        outputs = []
+        for part in np.split(x, x.shape[1], axis=1) if alone else [x]:
+            output, cache = self._call(cache, part)
+            outputs.append(output)
+        return np.concatenate(outputs, axis=1), cache
+
+    def _call(self, cache: OnnxSequence, x: Array) -> tuple[Array, OnnxSequence]:
         graph = self.graphs.cached if cache.tokens else self.graphs.first
         runner = self.graphs.runner(graph, self.device)
         values = runner.run(x, cache.tokens, cache.presents, self.graphs.dummy)
@@ -170,9 +183,10 @@ class OnnxDecoder(BlackBox):
         return np.concatenate(parts, axis=1)
 
     def length(self, cache: OnnxSequence) -> list[int]:
-        """From the shape of the present."""
-        axis = self.graphs.cached.signature.pasts[0].tokens
-        return [cache.presents[0].shape()[axis] if cache.presents else 0] * cache.batch
+        """From the shape of a present that grows."""
+        pasts = self.graphs.cached.signature.pasts
+        index = next(index for index, past in enumerate(pasts) if past.ring is None)
+        return [cache.presents[index].shape()[pasts[index].tokens] if cache.presents else 0] * cache.batch
 
     def reset(self, cache: OnnxSequence) -> OnnxSequence:
         return OnnxSequence(cache.batch)

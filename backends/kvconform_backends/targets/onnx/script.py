@@ -36,6 +36,7 @@ class GraphCall:
             feeds[s.branch.name] = f"np.full({(1,) * len(s.branch.axes)}, {past > 0})"
         if s.kept is not None:
             feeds[s.kept.name] = f"np.zeros({(1,) * len(s.kept.axes)}, {_scalar(s.kept.dtype)})"
+        feeds |= {tensor.name: f"np.array({s.window}, {_scalar(tensor.dtype)})" for tensor in s.windows}
         items = [f"{_text(name)}: {value}" for name, value in feeds.items()]
         if s.pasts:
             items.append(f"**dict(zip(PASTS, {held}))")
@@ -45,7 +46,7 @@ class GraphCall:
 @dataclass(frozen=True)
 class OnnxScript:
     """What a script needs to know of a target. first: the graph of a sequence's first step; cached: of later steps;
-    uncached: of the reference. dummy, last: see ``decoder.DecoderGraphs``."""
+    uncached: of the reference. dummy, last, one_by_one: see ``decoder.DecoderGraphs``."""
 
     first: GraphCall
     cached: GraphCall
@@ -53,6 +54,7 @@ class OnnxScript:
     device: str
     dummy: int
     last: bool
+    one_by_one: bool = False
 
     def setup(self) -> str:
         cuda = '("CUDAExecutionProvider", {"use_tf32": "0"}), ' if self.device == "cuda" else ""
@@ -83,7 +85,15 @@ class OnnxScript:
             x, y, words = f"x{tag}{number}", f"y{tag}{number}", f"  # {describe(program, number)}"
             if isinstance(step, Append):
                 held, past = f"past{tag}[{_text(step.seq)}]", lengths.get(step.seq, 0)
-                lines.append(self._append(x, y, step, held, past) + words)
+                batch, t = len(step.counts), max(step.counts)
+                if self.one_by_one and past and batch > 1 and t > 1:
+                    parts = [f"{y}_{i}" for i in range(t)]
+                    for i, part in enumerate(parts):
+                        lines.append(self._append(f"{x}[:, {i}:{i + 1}]", part, batch, 1, held, past + i) + words)
+                        words = ""
+                    lines.append(f"{y} = np.concatenate([{', '.join(parts)}], axis=1)")
+                else:
+                    lines.append(self._append(x, y, batch, t, held, past) + words)
                 lines.append(f"{y} = {y}.astype(np.float32)")
                 call = self.cached if past else self.first
                 lines[-1] += "[:, None]" * (len(call.signature.output.axes) == 2)
@@ -98,8 +108,8 @@ class OnnxScript:
                 raise ValueError(f"an ONNX target does not support {type(step).__name__}")
         return "\n".join([*lines, ""])
 
-    def _append(self, x: str, y: str, step: Append, held: str, past: int) -> str:
-        call, batch, t = self.cached if past else self.first, len(step.counts), max(step.counts)
+    def _append(self, x: str, y: str, batch: int, t: int, held: str, past: int) -> str:
+        call = self.cached if past else self.first
         outputs = f"[{_text(call.signature.output.name)}, *{call.name}_PRESENTS]"
         feeds = call.feeds(x, batch, past, t, held if past else f"nothing({batch})")
         line = f"{y}, *{held} = {call.name}.run({outputs}, {feeds})"

@@ -12,6 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from kvconform.errors import BackendUnavailable
+from kvconform_backends.targets.onnx.settings import Settings
 
 Array = NDArray[Any]
 Slot = tuple[tuple[int, ...], str]
@@ -22,6 +23,9 @@ IDS = ("input_ids", "ids", "tokens", "token_ids", "input", "inputs")
 STATES = ("inputs_embeds", "hidden_states", "inputs", "input", "x")
 OUTPUTS = ("logits", "lm_logits", "last_hidden_state", "hidden_states", "output", "outputs")
 POSITIONS, CACHE_POSITION, MASK, BRANCH = "position_ids", "cache_position", "attention_mask", "use_cache_branch"
+WINDOW = "_sliding_window_tensor"
+"""The end of the names of inputs for the number of tokens in a window, one for each layer, which come back as they are
+(transformers' exporter)."""
 KEPT = ("num_logits_to_keep", "logits_to_keep")
 """An integer: how many of the last positions give logits; 0 is all."""
 PASTS = ("past_key_values", "past_key_value", "past_kvs", "past_kv", "past_states", "kv_cache", "past", "cache")
@@ -29,8 +33,10 @@ PRESENTS = ("present_key_values", "present_key_value", "present_kvs", "present_k
 CONVENTIONS = (
     "input_ids or inputs_embeds; attention_mask, position_ids, cache_position, use_cache_branch; "
     "past_key_values.N.key and .value, past.N.key, past_key_N and past_value_N, past_N (2, b, h, s, d); "
-    "present likewise; logits"
+    "present likewise; input.past_key_values.layers.N.keys and output.past_key_values.layers.N.keys; logits"
 )
+TAKEN, GIVEN = "input.", "output."
+"""Prefixes of transformers' exporter, for a name that is both an input's and an output's."""
 FLOATS = ("float16", "float32", "float64")
 
 _PARTS = {"k": "key", "key": "key", "keys": "key", "v": "value", "value": "value", "values": "value"}
@@ -51,19 +57,23 @@ class Tensor:
 
 @dataclass(frozen=True)
 class PastInput:
-    """A past input, its batch and token axes, and the slot of the corresponding output."""
+    """A past input, its batch and token axes, and the slot of the corresponding output.
+
+    ring: the number of tokens that it always holds, as a ring whose first ones are zeros; None: it grows.
+    """
 
     tensor: Tensor
     slot: Slot
     batch: int
     tokens: int
+    ring: int | None = None
 
     def empty(self, batch: int, tokens: int = 0) -> Array:
         """Zeros for ``batch`` rows of ``tokens`` tokens."""
         return np.zeros(self.shape(batch, tokens), self.tensor.dtype)
 
     def shape(self, batch: Any, tokens: Any) -> tuple[Any, ...]:
-        sized = {self.batch: batch, self.tokens: tokens}
+        sized = {self.batch: batch, self.tokens: tokens if self.ring is None else self.ring}
         return tuple(sized.get(axis, size) for axis, size in enumerate(self.tensor.axes))
 
     @property
@@ -89,7 +99,8 @@ class PastInput:
 
 @dataclass(frozen=True)
 class GraphSignature:
-    """Inputs and outputs of one graph by purpose. ``presents``: the names of outputs, by slot."""
+    """Inputs and outputs of one graph by purpose. presents: the names of outputs, by slot. windows: inputs that are
+    given the number of tokens in a window, which is ``window``."""
 
     tokens: Tensor
     output: Tensor
@@ -101,6 +112,8 @@ class GraphSignature:
     pasts: tuple[PastInput, ...] = ()
     presents: tuple[tuple[Slot, str], ...] = ()
     assumed: tuple[str, ...] = ()
+    windows: tuple[Tensor, ...] = ()
+    window: int = 0
 
     @property
     def hidden(self) -> bool:
@@ -132,14 +145,15 @@ class GraphSignature:
             made[self.branch.name] = np.full((1,) * len(self.branch.axes), branch)
         if self.kept is not None:
             made[self.kept.name] = np.zeros((1,) * len(self.kept.axes), self.kept.dtype)
-        return made
+        return made | {tensor.name: np.array(self.window, tensor.dtype) for tensor in self.windows}
 
 
-def read(model: onnx.ModelProto, name: str) -> GraphSignature:
-    """The signature of a graph, without its weights. Raises BackendUnavailable if it is not recognised."""
+def read(model: onnx.ModelProto, name: str, settings: Settings = Settings()) -> GraphSignature:  # noqa: B008 - frozen
+    """The signature of a graph, without its weights; ``settings``: sizes that it may not contain. Raises
+    BackendUnavailable if it is not recognised."""
     inputs, outputs = _tensors(model)
     try:
-        return _signature(inputs, outputs)
+        return _signature(inputs, outputs, settings, rings(model))
     except _Unknown as why:
         raise unknown(model, name, str(why)) from None
 
@@ -157,9 +171,25 @@ class _Unknown(Exception):
     """What is not recognised about the inputs and outputs."""
 
 
-def _signature(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> GraphSignature:
+def rings(model: onnx.ModelProto) -> dict[str, int]:
+    """The inputs that hold the tokens of a window as a ring, by name, with the number of those tokens
+    (``sliding_window_cache`` of ``GroupQueryAttention``, inputs 3 and 4)."""
+    found: dict[str, int] = {}
+    for node in model.graph.node:
+        attributes = {one.name: one.i for one in node.attribute}
+        if node.op_type == "GroupQueryAttention" and attributes.get("sliding_window_cache"):
+            found |= dict.fromkeys(node.input[3:5], attributes["local_window_size"])
+    return found
+
+
+def _signature(
+    inputs: Sequence[Tensor], outputs: Sequence[Tensor], settings: Settings, rings: Mapping[str, int]
+) -> GraphSignature:
     slots = {tensor.name: slot(tensor.name, PASTS) for tensor in inputs}
-    left = [tensor for tensor in inputs if slots[tensor.name] is None]
+    windows = tuple(tensor for tensor in inputs if tensor.name.startswith(TAKEN) and tensor.name.endswith(WINDOW))
+    left = [tensor for tensor in inputs if slots[tensor.name] is None and tensor not in windows]
+    if windows and settings.window is None:
+        raise _Unknown(f"the value of {windows[0].name} is not known; give it by option window")
     named = {name: _take(left, [name]) for name in (MASK, POSITIONS, CACHE_POSITION, BRANCH)}
     kept = _take(left, KEPT)
     others = [tensor.name for tensor in left]
@@ -175,8 +205,8 @@ def _signature(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> GraphSign
     for tensor in (named[POSITIONS], named[CACHE_POSITION]):
         if tensor is not None and len(tensor.axes) not in (1, 2):
             raise _Unknown(f"{tensor.name} has {len(tensor.axes)} axes, expected (t) or (b, t)")
-    presents = {tensor.name: slot(tensor.name, PRESENTS) for tensor in outputs}
-    rest = [tensor for tensor in outputs if presents[tensor.name] is None]
+    presents = {x.name: slot(x.name, PASTS if x.name.startswith(GIVEN) else PRESENTS) for x in outputs}
+    rest = [x for x in outputs if presents[x.name] is None and not x.name.endswith(WINDOW)]
     output = _take(rest, OUTPUTS) or (rest.pop(0) if rest else None)
     if output is None or output.dtype not in FLOATS:
         raise _Unknown("no output holds logits or hidden states")
@@ -190,7 +220,14 @@ def _signature(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> GraphSign
     missing = [past.name for past in pasts if _slot(slots, past) not in found]
     if missing:
         raise _Unknown(f"no output is the present of {missing[0]}")
-    filled = [_past(past, _slot(slots, past), sizes[found[_slot(slots, past)]]) for past in pasts]
+    filled = []
+    if windows:
+        assumed = (*assumed, f"{windows[0].name} and its like are {settings.window}, from {settings.source}")
+    for past in pasts:
+        made = _past(past, _slot(slots, past), sizes[found[_slot(slots, past)]], settings.head_dim)
+        filled.append(replace(made, ring=rings.get(past.name)))
+    if any(isinstance(past.axes[-1], str) for past in pasts) and settings.head_dim in {p.head_dim for p in filled}:
+        assumed = (*assumed, f"the head dim is {settings.head_dim}, from {settings.source}")
     return GraphSignature(
         tokens,
         output,
@@ -202,12 +239,14 @@ def _signature(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> GraphSign
         tuple(filled),
         tuple(found.items()),
         assumed,
+        windows,
+        settings.window or 0,
     )
 
 
 def slot(name: str, roots: Sequence[str]) -> Slot | None:
     """``past_key_values.3.key`` is ``((3,), "key")``; None if the name does not belong to a cache."""
-    lowered = name.lower()
+    lowered = name.lower().removeprefix(TAKEN).removeprefix(GIVEN)
     root = next((root for root in roots if re.match(rf"{root}(?![a-z])", lowered)), None)
     if root is None:
         return None
@@ -219,8 +258,9 @@ def slot(name: str, roots: Sequence[str]) -> Slot | None:
     return numbers, "".join(parts)
 
 
-def _past(tensor: Tensor, slot: Slot, present: tuple[int | str, ...]) -> PastInput:
-    """Determines which axes grow; sizes missing in the past are taken from its present."""
+def _past(tensor: Tensor, slot: Slot, present: tuple[int | str, ...], head_dim: int | None) -> PastInput:
+    """Determines which axes grow; sizes missing in the past are taken from its present. A last axis of the same name in
+    both does not grow: it is the head dim, which the graph does not tell."""
     if tensor.dtype not in FLOATS:
         raise _Unknown(f"{tensor.name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}")
     axes: list[int | str] = list(tensor.axes)
@@ -231,6 +271,13 @@ def _past(tensor: Tensor, slot: Slot, present: tuple[int | str, ...]) -> PastInp
     if len(axes) - batch not in (3, 4):
         raise _Unknown(f"{tensor.name} has {len(axes)} axes, expected (b, h, s, d), (b, s, h, d) or (2, b, h, s, d)")
     growing = [axis for axis, size in enumerate(axes) if axis > batch and not isinstance(size, int)]
+    last = len(axes) - 1
+    if len(growing) > 1 and growing[-1] == last and axes[last] and tensor.axes[last] == present[last]:
+        if head_dim is None:
+            raise _Unknown(
+                f"the size of {axes[last]}, an axis of {tensor.name}, is not known; give it by option head_dim"
+            )
+        axes[last], growing = head_dim, growing[:-1]
     if not growing:
         raise _Unknown(f"no axis of {tensor.name} grows with the cached tokens")
     if len(growing) > 1:
@@ -264,6 +311,11 @@ def _tensors(model: onnx.ModelProto) -> tuple[list[Tensor], list[Tensor]]:
 
 def _tensor(value: onnx.ValueInfoProto) -> Tensor:
     kind = value.type.tensor_type
-    axes = tuple(axis.dim_value if axis.HasField("dim_value") else axis.dim_param for axis in kind.shape.dim)
+    axes = tuple(axis.dim_value if axis.HasField("dim_value") else _size(axis.dim_param) for axis in kind.shape.dim)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name if kind.elem_type else "no tensor"
     return Tensor(value.name, dtype, axes)
+
+
+def _size(name: str) -> int | str:
+    """Transformers' exporter gives a fixed size as a name, such as ``"16"``."""
+    return int(name) if name.isdecimal() else name

@@ -8,6 +8,7 @@ next.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from kvconform.errors import BackendUnavailable
 from kvconform_backends.targets.onnx import weights
 from kvconform_backends.targets.onnx.decoder import DecoderGraph, DecoderGraphs, OnnxDecoder
+from kvconform_backends.targets.onnx.settings import beside, decoder_in
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded, largest
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
@@ -31,18 +33,22 @@ OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "capacity": ("a positive integer", lambda value: _integer(value, 1)),
     "vocabulary": ("a positive integer", lambda value: _integer(value, 1)),
     "width": ("a positive integer", lambda value: _integer(value, 1)),
+    "head_dim": ("a positive integer", lambda value: _integer(value, 1)),
+    "window": ("a positive integer", lambda value: _integer(value, 1)),
     "reserved": ("a list of token ids", lambda value: isinstance(value, list) and all(_integer(x, 0) for x in value)),
 }
 """The type of each option."""
+OPERATOR = "GroupQueryAttention"
 PAIRS = {"decoder_with_past_model": "decoder_model"}
 """Optimum's names for a pair of files: of later steps, and of the first."""
 
 
 def open_onnx(target: str, options: Mapping[str, Any]) -> OnnxTarget:
-    """The backend around an ONNX file. Raises BackendUnavailable.
+    """The backend around an ONNX file, or around the decoder of a folder. Raises BackendUnavailable.
 
-    uncached: a file beside the target with a graph without a past. capacity, vocabulary, width: sizes that the graph
-    does not contain. reserved: token ids that no program uses.
+    uncached: a file beside the target with a graph without a past. capacity, vocabulary, width, head_dim, window: sizes
+    that the graph does not contain, head_dim and window in place of those that are written beside it (``settings``).
+    reserved: token ids that no program uses.
     """
     for name, value in options.items():
         if name not in OPTIONS:
@@ -50,17 +56,22 @@ def open_onnx(target: str, options: Mapping[str, Any]) -> OnnxTarget:
         if not OPTIONS[name][1](value):
             raise BackendUnavailable(f"onnx:{target}: option {name!r} is {value!r}, expected {OPTIONS[name][0]}")
     uncached: DecoderGraph | None = None
-    cached, assumed = DecoderGraph.load(Path(target)), list[str]()
+    path = decoder_in(Path(target)) if Path(target).is_dir() else Path(target)
+    sizes = {name: options[name] for name in ("head_dim", "window") if name in options}
+    settings = beside(path)
+    if sizes:
+        settings = replace(settings, **sizes, source="an option")
+    cached, assumed = DecoderGraph.load(path, settings), list[str]()
     for second, first in PAIRS.items():
         files = [cached.path.with_stem(stem) for stem in (second, first)]
         pair = cached.path.stem == second or (cached.path.stem == first and not cached.signature.pasts)
         if "uncached" not in options and pair and all(file.is_file() for file in files):
-            cached, uncached = (DecoderGraph.load(file) for file in files)
+            cached, uncached = (DecoderGraph.load(file, settings) for file in files)
             assumed.append(f"{uncached.path.name} beside it is the same decoder without a past")
     if not cached.signature.pasts:
         raise cached.unknown("no input is a past key or value")
     if "uncached" in options:
-        uncached = DecoderGraph.load(cached.path.parent / options["uncached"])
+        uncached = DecoderGraph.load(cached.path.parent / options["uncached"], settings)
     if uncached is not None and uncached.signature.pasts:
         raise uncached.unknown("expected a graph without a past")
     return OnnxTarget(cached, uncached, options, assumed)
@@ -78,6 +89,7 @@ class OnnxTarget:
         self._assumed = [*assumed, *cached.signature.assumed]
         self._check_sizes()
         on, outputs = self._probe()
+        self.graphs.one_by_one = self._refuses_chunks_of_rows(on)
         config = self._config(outputs)
         self.configs = {f"{config.profile}-self": config}
         rows = {
@@ -85,14 +97,16 @@ class OnnxTarget:
             self.uncached.fixed(0),
             *(past.tensor.axes[past.batch] for past in cached.signature.pasts),
         }
+        grows = any(past.ring is None for past in cached.signature.pasts)
         self.claims = Claims(
             profiles=(config.profile,),
-            abilities=("uncached_forward", "length", "reset"),
+            abilities=("uncached_forward", *(["length"] if grows else []), "reset"),
             dtypes=(config.dtype,),
             devices=tuple(dict.fromkeys((on, "cuda"))),
             max_batch=1 if 1 in rows else None,
             max_chunk=cached.fixed(1),
             returns="last" if self.graphs.last_only else "all",
+            cache_dtype="float16" if self._rounds_more() else "",
             reference="self",
         )
         self.recognised, self.assumed = self._words(), tuple(self._assumed)
@@ -142,6 +156,26 @@ class OnnxTarget:
             self._assumed.append(f"a sequence has at most {n} tokens: its uncached forward raises on {n + 1}")
         return on, int(shapes[0][-1])
 
+    def _refuses_chunks_of_rows(self, device: str) -> bool:
+        """Whether ``GroupQueryAttention`` takes several tokens with a past from a single row only, as ONNX Runtime's
+        kernels for CPUs do."""
+        if OPERATOR not in self.cached.kinds() or self.cached.fixed(0) == 1 or self.cached.fixed(1):
+            return False
+        config = self._config(1)
+        decoder = OnnxDecoder(self.graphs, Claims(), config, device)
+        width = (self._width(),) if self.cached.signature.hidden else ()
+
+        def refused(rows: int) -> bool:
+            x = np.zeros((rows, 2, *width), self.cached.signature.tokens.dtype)
+            try:
+                with guarded():
+                    decoder.step(decoder.step(decoder.start(rows), x)[1], x)
+            except ThirdPartyError:
+                return True
+            return False
+
+        return refused(2) and not refused(1)
+
     def _place(self) -> str:
         """The first device on which the uncached graph loads: CPU or CUDA."""
         words = ""
@@ -181,15 +215,14 @@ class OnnxTarget:
     def _config(self, outputs: int) -> Config:
         signature = self.cached.signature
         past = signature.pasts[0]
-        kinds = {past.tensor.dtype, signature.output.dtype, signature.tokens.dtype}
-        kinds |= weights.dtypes(self.cached.model.graph)
         sizes: dict[str, Any] = {
             "heads": past.heads,
             "kv_heads": past.heads,
             "head_dim": past.head_dim,
             "layers": signature.layers,
             "capacity": self.capacity,
-            "dtype": "float16" if "float16" in kinds else "float32",
+            **self._window(),
+            "dtype": self._dtype(),
         }
         if signature.hidden:
             width = self._width()
@@ -206,6 +239,31 @@ class OnnxTarget:
             reserved=tuple(sorted(reserved)),
         )
 
+    def _dtype(self) -> str:
+        """The dtype of weights, inputs and outputs that rounds most, up to float16; the cache may have another."""
+        signature = self.cached.signature
+        kinds = {signature.output.dtype, signature.tokens.dtype, *weights.dtypes(self.cached.model.graph)}
+        return "float16" if "float16" in kinds else "float32"
+
+    def _window(self) -> dict[str, int]:
+        """The window that layers have, all or some of them; the operator counts the token itself as the definition
+        does."""
+        signature = self.cached.signature
+        if signature.windows and signature.window < self.capacity:
+            return {"window": signature.window, "window_every": 1 if len(signature.windows) == signature.layers else 2}
+        windows = [
+            next((one.i for one in node.attribute if one.name == "local_window_size"), -1)
+            for node in self.cached.model.graph.node
+            if node.op_type == OPERATOR
+        ]
+        found = {window for window in windows if 0 < window < self.capacity}
+        return {"window": found.pop(), "window_every": 1 if min(windows) > 0 else 2} if len(found) == 1 else {}
+
+    def _rounds_more(self) -> bool:
+        """Whether the cache is kept in float16, and the rest is not."""
+        kinds = {past.tensor.dtype for past in self.cached.signature.pasts}
+        return self._dtype() != "float16" and "float16" in kinds
+
     def _words(self) -> str:
         signature, first = self.cached.signature, self.cached.signature.pasts[0]
         if signature.mask is not None:
@@ -216,6 +274,13 @@ class OnnxTarget:
         if signature.branch is not None:
             dummy = f"whose past has a length of {self.graphs.dummy}"
             self._assumed.append(f"{signature.branch.name} is false for an empty cache, {dummy}, and true afterwards")
+        if self._rounds_more():
+            self._assumed.append("its cache is in float16, and the rest is not; errors of that size are allowed")
+        if self.graphs.one_by_one:
+            self._assumed.append(f"with a past, several rows take their tokens one by one: {OPERATOR} refuses more")
+        rings = {past.ring for past in signature.pasts if past.ring is not None}
+        if rings:
+            self._assumed.append(f"a past of {rings.pop()} tokens is a ring, which begins with zeros")
         if "DynamicQuantizeLinear" in self.cached.kinds():
             self._assumed.append(
                 "activations are quantised with one scale per call, so that each output depends on the other tokens"

@@ -43,8 +43,8 @@ class MovedTime(msgspec.Struct, frozen=True):
 
 def moved_times(before: Record, now: Record) -> list[MovedTime]:
     """The arms that both runs have timed with a valid median."""
-    earlier = _times(before)
-    return [MovedTime(*key, earlier[key], time) for key, time in _times(now).items() if key in earlier]
+    earlier = times(before)
+    return [MovedTime(*key, earlier[key], time) for key, time in times(now).items() if key in earlier]
 
 
 def not_comparable(before: Record, now: Record) -> str:
@@ -62,7 +62,7 @@ def not_comparable(before: Record, now: Record) -> str:
 Key = tuple[str, str, str, int, int, int]
 
 
-def _times(record: Record) -> dict[Key, tuple[float, float, float]]:
+def times(record: Record) -> dict[Key, tuple[float, float, float]]:
     """The time of each arm; of the most blocks, where several cases time it."""
     found: dict[Key, Summary] = {}
     for summary in record.summaries:

@@ -22,6 +22,7 @@ from itertools import count
 from kvconform.errors import WorkerDied
 from kvconform.explain.diagnosis import edits, map_matches
 from kvconform.explain.diagnosis.conditions import of_stale_factors
+from kvconform.explain.diagnosis.disagreements import disagreement
 from kvconform.explain.diagnosis.ladder import weakest
 from kvconform.explain.diagnosis.mistakes import MISTAKES
 from kvconform.explain.diagnosis.probes import Probe, probes
@@ -54,7 +55,11 @@ def diagnose(
     """
     if config.profile not in client.claims.profiles:
         return None
-    if unstable or (map_matches.sees_later(maps) and client.claims.reference == "self"):
+    another = disagreement(client, config, maps) if client.reference_address and not unstable else None
+    if another is not None:
+        return Diagnosis(disagreement=another)
+    own = client.claims.reference == "self" and not client.reference_address
+    if unstable or (map_matches.sees_later(maps) and own):
         return Diagnosis(reference_wrong=True)
     client.fresh()  # without what earlier programs left behind
     try:
@@ -74,8 +79,8 @@ def diagnose(
     wrong = [one for one in symptoms if one.wrong]
     if not wrong:
         return None
-    own = None if client.reference_forward is None else client.reference_forward(config)
-    by_edits = edits.matches(symptoms, config, client.claims, own)
+    reference_forward = None if client.reference_forward is None else client.reference_forward(config)
+    by_edits = edits.matches(symptoms, config, client.claims, reference_forward)
     by_maps = map_matches.matches(maps, config, client.claims)
     leak = map_matches.leak(maps)
     generating = all(isinstance(step, Generate) for one in wrong for step in one.probe.program.steps)
@@ -106,7 +111,7 @@ def diagnose(
         leak=leak,
         generation_only=generating,
         condition=condition,
-        precision=weakest(symptoms, config, client.claims, own) if unexplained else None,
+        precision=weakest(symptoms, config, client.claims, reference_forward) if unexplained else None,
         heads=_heads(cells, config),
         first=_first(wrong),
     )

@@ -6,7 +6,8 @@ is reported if it explains every output of the programs that are looked at.
 Bounds that are measured (decoders, black boxes) are 32 standard deviations wide, so that errors of one precision are
 within the bounds of the next coarser ones. There the errors must also be as large on average as those of that
 precision: of all that explain them the one is reported whose standard deviation is nearest to their root mean square. A
-decoder's dtype is the one with whose weights the reference is nearest to the outputs.
+decoder's dtype is the one with whose weights the reference is nearest to the outputs. Coarse codes of a cache must
+give nearly these outputs (``coded_cache``): their bounds hold too much else.
 
 A black box's bounds are measured by perturbing all of its weights. If it is right on an empty cache, only its cache
 can be imprecise; since the bounds then include much that is not rounded, its errors are smaller than the standard
@@ -20,6 +21,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from kvconform.explain.diagnosis.coded_cache import Coded, share
 from kvconform.explain.diagnosis.record import PrecisionMatch
 from kvconform.explain.diagnosis.symptoms import Symptom
 from kvconform.judging.observed import Array
@@ -46,6 +48,7 @@ NEARER = 0.9
 share: where a cache causes most of them, the rounding of weights changes it by less, in one direction or the other."""
 CACHES = ((0, "integer"), (8, "integer"), (8, "float8_e4m3"), (8, "float8_e5m2"), (4, "integer"))
 """Bits and scheme of a quantised cache (0: it is none), from the finest to the coarsest."""
+COARSE = CACHES[2:]
 INTERMEDIATES = ("single", "storage")
 """The precisions that are distinguished, from the finest to the coarsest."""
 
@@ -69,7 +72,7 @@ def weakest(
         distances = {dtype: _distance(shortest, dtype, claims) for dtype in _from(config.dtype)}
         dtype = next(dtype for dtype in distances if distances[dtype] * NEARER <= min(distances.values()))
         ladder = [rung for rung in ladder if rung.dtype == dtype]
-    sizes = ((rung, _size(rung, shortest, claims, own)) for rung in ladder)
+    sizes = ((rung, _size(rung, shortest, claims, own)) for rung in ladder if own or _nearer(rung, shortest, claims))
     if config.profile == "attention":
         return next((rung for rung, size in sizes if size is not None), None)
     if own is not None:
@@ -126,6 +129,21 @@ def _distance(symptoms: Sequence[Symptom], dtype: str, claims: Claims) -> float:
     """The sum of squares of what lies between the outputs and the reference in this dtype."""
     pairs = _outputs(symptoms, PrecisionMatch(dtype=dtype, intermediates="single", kv_bits=0), claims, None)
     return sum(float(np.sum((got - want.value[0])[want.real] ** 2)) for got, want in pairs)
+
+
+def _nearer(rung: PrecisionMatch, symptoms: Sequence[Symptom], claims: Claims) -> bool:
+    """Whether the outputs are nearer to those of a cache with this code than to the exact ones; true of fine codes."""
+    if (rung.kv_bits, rung.scheme) not in COARSE or claims.kv_bits:
+        return True
+    plain = PrecisionMatch(dtype=rung.dtype, intermediates="single", kv_bits=0)
+    how, coded, exact = Coded(rung.kv_bits, rung.scheme), 0.0, 0.0
+    for one in symptoms:
+        program = Program(replace(one.probe.program.config, dtype=rung.dtype), one.probe.program.steps)
+        if any(isinstance(step, Append) and (step.masked or step.needle) for step in program.steps):
+            continue
+        found = share(program, how, _outputs([one], plain, claims, None))
+        coded, exact = coded + found[0], exact + found[1]
+    return exact > 0 and coded <= NEARER * exact
 
 
 def _size(

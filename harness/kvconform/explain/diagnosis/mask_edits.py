@@ -88,7 +88,8 @@ def _without_itself(i: Numbers, j: Numbers, p: Numbers, q: Numbers, w: int | Non
 
 
 def _without_first(i: Numbers, j: Numbers, p: Numbers, q: Numbers, w: int | None) -> Flags:
-    return causal(i, j, w) & ((j > 0) | (i == 0))
+    seen: Flags = causal(i, j, w) & ((j > 0) | (i == 0))
+    return seen
 
 
 def _evicted_early(i: Numbers, j: Numbers, p: Numbers, q: Numbers, w: int | None) -> Flags:

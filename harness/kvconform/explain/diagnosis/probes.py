@@ -16,6 +16,7 @@ from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
 from kvconform_specs.program import Program
+from kvconform_specs.static_shapes import in_static_shapes
 
 STREAMS = 1000
 """How many streams each probe has."""
@@ -40,12 +41,12 @@ def probes(config: Config, claims: Claims) -> Iterator[Probe]:
         if not all(claims.can(need) for need in plan.needs):
             continue
         steps = tuple(plan.steps(config, claims, first_stream(plan.name)))
-        if not steps or not claimed(steps, claims):
-            continue
         try:
-            yield Probe(plan.name, plan.words, Program(config, steps))
+            program = in_static_shapes(Program(config, steps), claims)
         except SpecError:  # it exceeds the capacity
             continue
+        if steps and claimed(program.steps, claims):
+            yield Probe(plan.name, plan.words, program)
 
 
 def first_stream(name: str) -> int:

@@ -95,6 +95,25 @@ class FirstFailure(msgspec.Struct, frozen=True, kw_only=True):
     """The mismatch in words, for people: nothing reads it."""
 
 
+class Disagreement(msgspec.Struct, frozen=True, kw_only=True):
+    """How the own forward of a black box, without a cache, differs from another artefact that is its reference."""
+
+    reference: str
+    """The address of the reference."""
+    first_token: int
+    """The first token, counted from 0, whose outputs differ by more than the bounds."""
+    correlation: float
+    """Of the outputs of that token, over the vocabulary and several sequences: 1 where they are proportional."""
+    window: int | None
+    """The reference's window, if outputs differ from the first token on that cannot see all tokens before it."""
+    sees_more: bool
+    """Whether a visibility map shows that its outputs depend on tokens that those of the reference do not depend on."""
+    sees_less: bool
+    """Whether a visibility map shows that its outputs do not depend on tokens that those of the reference depend on."""
+    variants: list[str]
+    """What the reference gives exactly these outputs with, such as `without its window`; several: with each of them."""
+
+
 class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Which known mistake the wrong outputs of a backend match under one config, and when outputs are wrong."""
 
@@ -105,6 +124,8 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reference_wrong: bool = False
     """Whether the outputs of the reference, a black box's own uncached forward, depend on later tokens; then nothing
     else is diagnosed."""
+    disagreement: Disagreement | None = None
+    """How it differs from its reference without a cache; then nothing else is diagnosed."""
     edit: EditMatch | None = None
     """The best match of an edit of the cache or the mask with the outputs."""
     map: MapMatch | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvconform.explain.diagnosis.mistakes import MISTAKES
-from kvconform.explain.diagnosis.record import Condition, Diagnosis, EditMatch, PrecisionMatch
+from kvconform.explain.diagnosis.record import Condition, Diagnosis, Disagreement, EditMatch, PrecisionMatch
 from kvconform.explain.visibility.measure import listed
 
 LEAKS = {
@@ -24,6 +24,8 @@ def sentence(found: Diagnosis, bug: str = "") -> str:
     ``bug``: what stands for the link to the bug; default: the link itself."""
     if found.reference_wrong:
         return REFERENCE_WRONG
+    if found.disagreement is not None:
+        return ". ".join(disagreement(found.disagreement))
     details = "; ".join(_details(found))
     if not found.mistake:
         return f"matches no known mistake: {details}"
@@ -48,6 +50,35 @@ def _details(found: Diagnosis) -> Iterator[str]:
         yield f"only in head{'s' if len(found.heads) > 1 else ''} {listed(found.heads)}"
     if found.first is not None and (not found.mistake or found.condition is None):
         yield f"first wrong probe ({found.first.probe}): {found.first.sentence}"
+
+
+def disagreement(found: Disagreement) -> Iterator[str]:
+    """What the own forward computes in place of the reference, as far as it is known."""
+    start = f"from token {found.first_token} on" if found.first_token else "at the first token already"
+    yield (
+        f"disagrees with the reference {start}, without a cache: this is no mistake of the cache, but another function "
+        f"than that of {found.reference}"
+    )
+    if found.window:
+        yield f"In the reference that token is the first that does not see all before it: the window is {found.window}"
+    if found.sees_more:
+        yield "Its outputs depend on tokens that those of the reference do not: a window is wider, or lost"
+    if found.sees_less:
+        yield "Its outputs do not depend on tokens that those of the reference depend on"
+    if found.variants:
+        yield f"Its outputs are what the reference gives {', and also '.join(found.variants)}"
+    elif not found.first_token:
+        yield (
+            f"Over the vocabulary, the two correlate by {found.correlation:.2f}. Other weights do this, quantised ones "
+            "included; so do another map from query heads to keys, other absolute positions, or a lost soft cap of "
+            "logits"
+        )
+    elif not (found.window or found.sees_more or found.sees_less):
+        yield (
+            "The tokens before agree, so that the weights are the same, and its outputs depend on the right tokens: it "
+            "is in the numbers of attention, such as the scale or soft cap of scores, rotary factors, or the dtype of "
+            "keys and values"
+        )
 
 
 def edit(found: EditMatch) -> str:

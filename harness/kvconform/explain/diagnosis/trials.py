@@ -29,6 +29,7 @@ from kvconform_specs.program import (
     Truncate,
     UncachedForward,
 )
+from kvconform_specs.static_shapes import in_static_shapes
 
 SCALES = ("normal", "large_queries", "zero_keys", "small_keys_large_values")
 """The distributions of trials: of finite numbers."""
@@ -49,10 +50,10 @@ def trials(config: Config, claims: Claims, numbers: range) -> Iterator[Probe]:
         if config.contexts > 1 and claims.can("contexts") and number % IN_CONTEXTS == 0:
             steps = _in_contexts(steps, config.contexts)
         try:
-            program = Program(config, tuple(steps))
+            program = in_static_shapes(Program(config, tuple(steps)), claims)
         except SpecError:
             continue
-        if steps and claimed(steps, claims):
+        if steps and claimed(program.steps, claims):
             yield Probe(name, "a random program", program)
 
 

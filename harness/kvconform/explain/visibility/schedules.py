@@ -72,25 +72,25 @@ def schedules(config: Config, claims: Claims, least: int = 0) -> Iterator[Schedu
     """The schedules within a backend's claims, sequences last. ``least``: the tokens that a failure needs."""
     n = max(TOKENS, least, 0 if config.window is None else config.window + PAST_WINDOW)
     n = min(n, MOST_TOKENS, config.capacity)
-    longest = min(claims.max_chunk or n, n)
+    longest = claims.longest(n)
     if claims.can("uncached_forward"):
         yield Schedule("full", (n,))
     if claims.interface == "generation":
         return
     if longest > 1:
         yield Schedule("prefill", (longest,))
-        yield Schedule("chunked", _cut((3, 2, 1), n, longest))
+        yield Schedule("chunked", _cut((3, 2, 1), n, claims))
     yield Schedule("decode", (1,) * n)
     if claims.can("two rows"):
-        yield Schedule("rows", _cut((2, 1), min(ROW_TOKENS, n), longest), ROWS)
-    yield Schedule("sequences", _cut((2, 1), min(SEQUENCE_TOKENS, n), longest), len(NAMES))
+        yield Schedule("rows", _cut((2, 1), min(ROW_TOKENS, n), claims), ROWS)
+    yield Schedule("sequences", _cut((2, 1), min(SEQUENCE_TOKENS, n), claims), len(NAMES))
 
 
-def _cut(first: tuple[int, ...], n: int, longest: int) -> tuple[int, ...]:
-    """``n`` tokens in these sizes and a rest, none longer than ``longest``."""
+def _cut(first: tuple[int, ...], n: int, claims: Claims) -> tuple[int, ...]:
+    """``n`` tokens in these sizes and a rest, none longer than the claims allow."""
     sizes: list[int] = []
-    for size in (*first, *(longest,) * n):
-        sizes.append(min(size, longest, n - sum(sizes)))
+    for size in (*first, *(n,) * n):
+        sizes.append(claims.longest(min(size, n - sum(sizes))))
     return tuple(size for size in sizes if size)
 
 

@@ -1,0 +1,1 @@
+"""Attention operators and caches of other projects, each in one file and in an environment of its own."""

@@ -1,0 +1,47 @@
+"""A stored counterexample of a serving engine, run again."""
+
+from __future__ import annotations
+
+import secrets
+
+import msgspec
+
+from kvconform.judging.mismatch import Kind, Mismatch
+from kvconform.serving.counterexample import ServingCounterexample
+from kvconform.serving.judge import judged
+from kvconform.serving.noise import Calibration, calibrate
+from kvconform.serving.registry import open_engine
+from kvconform.serving.search import AGAIN
+from kvconform.serving.session import EngineDied, Limits, Session
+from kvconform_specs.serving.clauses import BY_NAME
+
+
+def replayed(found: ServingCounterexample, address: str, limits: Limits) -> Mismatch | None:
+    """What breaks now, under token ids that the engine has not seen. It is tried several times: what depends on the
+    ids, or on other requests in time, does not fail each time.
+
+    Raises BackendUnavailable, Spent.
+    """
+    engine = open_engine(address)
+    try:
+        session = Session(engine, limits, secrets.randbits(31))
+        gauge = calibrate(session)
+        for _ in range(AGAIN):
+            mismatch = _once(found, session, gauge)
+            if mismatch is not None:
+                return mismatch
+        return None
+    finally:
+        engine.close()
+
+
+def _once(found: ServingCounterexample, session: Session, gauge: Calibration) -> Mismatch | None:
+    clause, ran = BY_NAME[found.clause], [*found.before, found.program]
+    for number, program in enumerate(ran):
+        try:
+            mismatch = judged(clause, program.renamed(session.fresh()), session, gauge).mismatch
+        except EngineDied as death:
+            return Mismatch(kind=Kind.RAISED, program=0, error=death.error)
+        if mismatch is not None:
+            return msgspec.structs.replace(mismatch, earlier_programs=number)
+    return None
