@@ -24,6 +24,8 @@ CANDIDATES = 24
 """How many cases are drawn of a cell for each of its claims."""
 BUDGET = 8_000
 """Bytes of a case. Cases that take less are no better than those that take as much."""
+FEW = 4
+"""How many cases that are small together a cell has at most, for each of its claims."""
 WIDE = Claims(
     profiles=("attention", "decoder"),
     abilities=tuple(name for name in ABILITIES if name in FEATURES or name == "refusal"),
@@ -82,7 +84,7 @@ def _chosen(cell: Cell, claims: Claims, number: int, seed: int) -> list[Case]:
         new = {key: len(reached[key] & missing) for key in left}
         if any(new.values()):
             best = max(left, key=lambda key: (new[key] / max(sizes[key], BUDGET), sizes[key]))
-        elif len(chosen) < number:
+        elif len(chosen) < number or (len(chosen) < FEW and sum(sizes[key] for key in chosen) < BUDGET / 2):
             best = max(left, key=lambda key: sizes[key] if sizes[key] <= BUDGET else -sizes[key])
         else:
             break
