@@ -95,12 +95,14 @@ def _chosen(cell: Cell, claims: Claims, number: int, seed: int) -> list[Case]:
 
 def size(case: Case) -> int:
     """About how many bytes the tensors of a case take."""
-    return 1 + sum(_tokens(program.steps) * _bytes(program.config) for program in case.programs)
+    return 1 + sum(_outputs(program.steps) * _bytes(program.config) for program in case.programs)
 
 
-def _tokens(steps: Sequence[Any]) -> int:
+def _outputs(steps: Sequence[Any]) -> int:
+    """The tokens whose outputs are stored; those of a generation are not, as they depend on what it chose."""
     runs = [call for call in map(called, steps) if isinstance(call, Append | UncachedForward)]
-    return sum(len(c.counts) * (1 if isinstance(c, Generate) or c.last_only else max(c.counts)) for c in runs)
+    stored = [call for call in runs if not isinstance(call, Generate)]
+    return sum(len(call.counts) * (1 if call.last_only else max(call.counts)) for call in stored)
 
 
 def _bytes(config: Config) -> int:
