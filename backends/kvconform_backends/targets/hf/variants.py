@@ -1,7 +1,7 @@
 """A model of transformers with one thing changed in each variant, as exports have changed it.
 
-They name what another artefact with the same weights computes; no verdict depends on them. Links: the window,
-sonos/tract#2323 and labscommunity/cascadia#151.
+They name what another artefact with the same weights computes; no verdict depends on them. Exports that have lost a
+window: onnxruntime/mobius#371, labscommunity/cascadia#151.
 """
 
 from __future__ import annotations

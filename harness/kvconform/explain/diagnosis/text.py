@@ -71,8 +71,8 @@ def disagreement(found: Disagreement) -> Iterator[str]:
         yield f"Its outputs are what the reference gives {', and also '.join(found.variants)}"
     elif not found.first_token and found.correlation > ALIKE:
         yield (
-            f"It is off by at most {100 * found.size:.2g} % of the size of the outputs: the weights are the same, and a "
-            "constant, an activation or an epsilon is another, or something is rounded more"
+            f"It is off by at most {100 * found.size:.2g} % of the size of the outputs: the weights are the same, and "
+            "a constant, an activation or an epsilon is another, or something is rounded more"
         )
     elif not found.first_token:
         yield (
