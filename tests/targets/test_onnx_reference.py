@@ -183,7 +183,7 @@ def test_a_constant_that_is_rounded_is_no_case_of_other_weights(original: tuple[
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (Style(), "is not the same model: it gives 17 numbers for each token and has 2 layers, the target 40 and 2"),
+        (Style(), "is not the same model: it gives 17 numbers for each token, the target 40"),
         (Style(hidden=True), "is not the same model: its profile is hidden, the target's decoder"),
     ],
     ids=["vocabulary", "states"],
