@@ -53,7 +53,10 @@ def test_the_torch_of_an_engine_is_its_own() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(HERE - {"flex-compiled", "sdpa-efficient"}))
-@pytest.mark.parametrize("config", ["attention-gqa", "attention-window", "attention-mha"])
+@pytest.mark.parametrize(
+    "config",
+    ["attention-mha", *(pytest.param(name, marks=pytest.mark.slow) for name in ("attention-gqa", "attention-window"))],
+)
 def test_an_installed_engine_is_right(name: str, config: str, tmp_path: Path) -> None:
     outcomes = dict(_judged(name, config, tmp_path))
     assert set(outcomes.values()) <= {Outcome.PASS, Outcome.UNSUPPORTED}, outcomes

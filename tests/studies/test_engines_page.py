@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from engines.collect import kept
 from engines.page import ENGINES, EVIDENCE, PROGRAMS, findings, render, study
+from mismatches import cause
 from places import ROOT
 
 from kvconform.judging.verdict import Outcome, Verdict
@@ -30,7 +31,7 @@ def test_every_engine_is_an_installed_backend_that_is_described() -> None:
 
 
 def test_evidence_is_small_and_names_no_path_of_a_machine() -> None:
-    files = sorted(EVIDENCE.iterdir())
+    files = sorted(file for file in EVIDENCE.rglob("*") if file.is_file())
     assert sum(file.stat().st_size for file in files) < 200_000
     for file in files:
         raw = file.read_bytes()
@@ -67,10 +68,11 @@ def test_a_finding_has_a_program_that_does_without_kvconform(found: dict[str, ob
 
 
 def test_what_is_kept_of_a_run_is_on_the_page(tmp_path: Path) -> None:
-    passed = Verdict(clause="shape.output", config="attention-gqa", backend="x", outcome=Outcome.PASS, programs=7)
-    failed = Verdict(
-        clause="batch.row-solo", config="attention-gqa", backend="x", outcome=Outcome.FAIL, sentence="got 1"
+    passed = Verdict(
+        clause="shape.output", config="attention-gqa", backend="x", outcome=Outcome.PASS, programs=7, compared=1
     )
+    why = {**cause(Outcome.FAIL), "sentence": "got 1"}
+    failed = Verdict(clause="batch.row-solo", config="attention-gqa", backend="x", outcome=Outcome.FAIL, **why)
     results = Results(
         suite="0",
         backend="jax",

@@ -22,7 +22,7 @@ class MlxBatch(MlxCache):
     def start(self, batch: int) -> Any:
         return self.of_batch(BatchKVCache([0] * batch), batch)
 
-    def step(self, cache: Any, *inputs: Array, counts: Array | None = None, padding: str = "left") -> tuple[Array, Any]:
+    def step(self, cache: Any, *inputs: Array, counts: Array | None = None, padding: str = "left") -> Any:  # type: ignore[override]
         t = check_inputs(self.config, cache.batch, inputs)
         new = np.full(cache.batch, t) if counts is None else np.array(check_counts(counts, cache.batch, t))
         longest = int((np.array(self.length(cache)) + new).max())

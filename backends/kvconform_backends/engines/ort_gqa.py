@@ -20,8 +20,8 @@ TOKENS, SIZES = ("query", "key", "value", "past_key", "past_value"), ("seqlens_k
 
 def model(c: Config) -> ModelProto:
     more = ("attention_bias" if c.positions == "alibi" else "", "head_sink" if c.sink else "")
-    sizes = {"num_heads": c.heads, "kv_num_heads": c.kv_heads, "local_window_size": c.window or -1}
-    scores = {"scale": abs(c.score_scale) or 1.0, "softcap": c.softcap or 0.0}
+    sizes: dict[str, Any] = {"num_heads": c.heads, "kv_num_heads": c.kv_heads, "local_window_size": c.window or -1}
+    scores: dict[str, Any] = {"scale": abs(c.score_scale) or 1.0, "softcap": c.softcap or 0.0}
     names, made = (*TOKENS, *SIZES, "", "", "", *more), ("output", "keys", "values")
     node = helper.make_node("GroupQueryAttention", names, made, domain="com.microsoft", **sizes, **scores)
     kinds = {name: TensorProto.INT32 if name in SIZES else TensorProto.FLOAT for name in (*names, *made) if name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -133,6 +134,10 @@ class Results(msgspec.Struct, kw_only=True):
     """Seconds of judging, interruptions excluded."""
     finished: bool = False
     """Whether all cells were judged; a run that was interrupted has false and is resumed."""
+
+    def __post_init__(self) -> None:
+        if self.shard and not re.fullmatch(r"[1-9]\d{0,5}/[1-9]\d{0,5}", self.shard):
+            raise ValueError(f"shard: want i/n, got {self.shard!r}")
 
     def write(self, path: Path) -> None:
         write_versioned(path, self)
