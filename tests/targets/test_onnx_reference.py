@@ -139,6 +139,11 @@ def test_positions_that_are_shifted_after_the_prompt_are_a_mistake_of_the_cache(
 def test_a_cache_of_another_dtype_is_right_if_it_is_claimed(original: tuple[Path, Any], tmp_path: Path) -> None:
     folder, model = original
     path = exported(model, tmp_path, "float16 cache")
+    with opened(path, f"hf:{folder}") as client:
+        (config,) = client.configs.values()
+        found = disagreement(client, config, [])
+    assert found is not None
+    assert "or something is rounded more" in text.sentence(Diagnosis(disagreement=found))
     with opened(path, f"hf:{folder}", claims={"cache_dtype": "float16"}) as client:
         (config,) = client.configs.values()
         assert config.dtype == "float32"
