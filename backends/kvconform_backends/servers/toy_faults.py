@@ -141,7 +141,9 @@ class PositionRestarts(Planted, breaks=("prefix-hit",), bug="tenstorrent/vllm/is
         return np.arange(count) if past and past == sequence.cached else super().position_ids(sequence, past, count)
 
 
-class WholePromptCached(Planted, breaks=("block-boundary", "order"), bug="vllm-project/vllm/pull/11186", conditional=True):
+class WholePromptCached(
+    Planted, breaks=("block-boundary", "order"), bug="vllm-project/vllm/pull/11186", conditional=True
+):
     """Where the whole prompt is cached, its last token is computed once more, at the next position."""
 
     def matched(self, sequence: Completing) -> list[tuple[int, Key]]:
