@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import api_page
+import engines.page
 import fleet_page
 import msgspec
+import serving_page
 import speed_page
 import timing.collect
 import timing.page
@@ -30,12 +32,14 @@ from kvconform.bench.gate.self_test import history
 from kvconform.cli.schemas import FILES as KINDS
 from kvconform.cli.schemas import file_name, json_schema
 from kvconform.files import write_atomically
+from kvconform.judging.every_clause import BY_NAME as EVERY
+from kvconform.judging.every_clause import CHAPTERS
 from kvconform.mutation import power
 from kvconform.results import results
 from kvconform.spec_docs import page
 from kvconform_reports.terminal import table
 from kvconform_specs import SUITE_VERSION
-from kvconform_specs.clauses import BY_NAME, CHAPTERS
+from kvconform_specs.clauses import BY_NAME
 from kvconform_specs.config import DTYPES
 from kvconform_specs.errors import SpecError
 
@@ -47,7 +51,9 @@ STAMP = ROOT / ".regenerated.json"
 MEASURED = {
     "docs/baseline/counters.json": "nox -s counters, then copy results/counters.json",
     "docs/evidence": "kvconform bench --preset, see CONTRIBUTING.md",
+    "docs/evidence/engines": "nox -s 'conformance(NAME)' and python -m engines.collect, see docs/studies/README.md",
     "docs/evidence/transformers": "python -m transformers_classes.collect, see docs/studies/README.md",
+    "docs/evidence/serving": "nox -s 'engine(NAME)' and vllm_faults, see docs/studies/README.md",
     "docs/evidence/fleet": "python -m fleet_page collect, see docs/fleet.md",
     "docs/latency-samples.json.gz": "nox -s timing, on an idle machine",
     "docs/published-designs.md": "nox -s designs",
@@ -102,6 +108,14 @@ def _fleet() -> dict[str, bytes]:
     return {"docs/fleet.md": fleet_page.render(json.loads((ROOT / "docs" / fleet_page.COSTS).read_text())).encode()}
 
 
+def _engines() -> dict[str, bytes]:
+    return {"docs/engines.md": engines.page.render(engines.page.study(), engines.page.findings()).encode()}
+
+
+def _serving() -> dict[str, bytes]:
+    return {"docs/engines-serving.md": serving_page.page().encode()}
+
+
 def _latency() -> dict[str, bytes]:
     samples = timing.collect.read(ROOT / "docs" / timing.page.SAMPLES)
     rendered = timing.page.render(samples, history(ROOT / "docs" / timing.page.HISTORY))
@@ -113,7 +127,7 @@ def _readme() -> dict[str, bytes]:
     text = (ROOT / "README.md").read_text()
     judged = table([results.read(_baseline(name)) for name in sorted(BASELINES)])
     for pattern, words in (
-        (r"\d+ clauses in \d+ chapters", f"{len(BY_NAME)} clauses in {len(CHAPTERS)} chapters"),
+        (r"\d+ clauses in \d+ chapters", f"{len(EVERY)} clauses in {len(CHAPTERS)} chapters"),
         (r"^backend +pass .*?(?=^report: )", f"{judged}\n"),
     ):
         text, count = re.subn(pattern, lambda _, words=words: words, text, flags=re.MULTILINE | re.DOTALL)  # type: ignore[misc]
@@ -173,6 +187,8 @@ FILES = (
     Generated("docs/schema", "the structs of results, records and lists", _schemas),
     Generated("docs/speed.md", "docs/evidence", _speed),
     Generated("docs/transformers.md", "docs/evidence/transformers", _transformers),
+    Generated("docs/engines.md", "docs/evidence/engines", _engines),
+    Generated("docs/engines-serving.md", "docs/evidence/serving", _serving),
     Generated("docs/fleet.md", "docs/evidence/fleet", _fleet),
     Generated("docs/latency.md", "docs/latency-samples.json.gz and docs/gate-history.jsonl", _latency),
     Generated(

@@ -11,12 +11,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from kvconform.bench.record import Record
+from kvconform.judging.every_clause import BY_NAME
 from kvconform.mutation import record as audit_record
 from kvconform.results.results import Results
 from kvconform.run.cross_backend import Pair
 from kvconform_reports.view import embedding, explanations, maps, matrix, mutation, null_models, outcomes, speed, tables
 from kvconform_reports.view.moved import Moved
-from kvconform_specs.clauses import BY_NAME
 
 
 def render(

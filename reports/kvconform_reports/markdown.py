@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from kvconform.bench.record import Record
 from kvconform.explain.diagnosis.text import sentence
+from kvconform.judging.every_clause import CHAPTERS
 from kvconform.judging.verdict import Outcome
 from kvconform.mutation import record as audit_record
 from kvconform.results.results import Results
@@ -18,7 +19,7 @@ from kvconform_reports.view.mutation import mutation
 from kvconform_reports.view.null_models import power
 from kvconform_reports.view.outcomes import SYMBOLS, Chip, chips, counted, duration, labels, standing
 from kvconform_reports.view.tables import Guarantee, failures, guarantees, known
-from kvconform_specs.clauses import CHAPTERS
+from kvconform_specs.serving import clauses as serving
 
 MOST_FAILURES = 50  # GitHub limits a summary to 1 MiB; the report has all
 
@@ -68,7 +69,10 @@ def _verdicts(results: Sequence[Results]) -> str:
 def _chapters(results: Sequence[Results]) -> str:
     if not any(result.verdicts for result in results):
         return ""
-    found = dict.fromkeys((*CHAPTERS, *(v.clause.partition(".")[0] for r in results for v in r.verdicts)))
+    given = {v.clause.partition(".")[0] for r in results for v in r.verdicts}
+    asked = {result.served is not None for result in results}  # of engines, of backends
+    known = [chapter for chapter in CHAPTERS if (chapter == serving.CHAPTER) in asked]
+    found = dict.fromkeys((*known, *sorted(given)))
     lines = [f"| chapter | {' | '.join(text(label) for label in labels(results))} |", f"|---|{'---|' * len(results)}"]
     for chapter in found:
         cells = [

@@ -12,13 +12,15 @@ from kvconform.cli.options import Json, print_json, say
 from kvconform.cli.schemas import FILES, json_schema
 from kvconform.errors import BackendUnavailable, BadArgument, InvalidBackend, Unavailable, UnknownClause
 from kvconform.files import write_atomically
+from kvconform.judging.every_clause import BY_NAME, CHAPTERS, ENGINES
 from kvconform.spec_docs import clause as clause_docs
+from kvconform.spec_docs import engines as engine_docs
 from kvconform.spec_docs import page
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform.worker.registry import installed
-from kvconform_specs import SUITE_VERSION
+from kvconform_specs import SUITE_VERSION, clauses
 from kvconform_specs.clause import Clause
-from kvconform_specs.clauses import BY_NAME, CHAPTERS
+from kvconform_specs.serving.clauses import CONFIG, ServingClause
 
 
 def backends(as_json: Json = False) -> None:
@@ -60,13 +62,19 @@ def spec(
         raise BadArgument("write", clause, BY_NAME, words)
     selected = [one for one in BY_NAME.values() if clause in ("", one.name, one.chapter)]
     if write:
-        write_atomically(write, clause_docs.as_file(BY_NAME[clause]) if clause else page.page().encode())
+        if clause in ENGINES:
+            raise BadArgument(
+                "write", clause, (), f"--write: {clause} is about serving engines; it has no example file"
+            )
+        write_atomically(write, clause_docs.as_file(clauses.BY_NAME[clause]) if clause else page.page().encode())
     if as_json:
         print_json([_record(one) for one in selected])
     elif write:
         say(f"example: kvconform replay {write} -b BACKEND" if clause else f"spec: {write}")
+    elif clause in ENGINES:
+        say(engine_docs.explained(ENGINES[clause]))
     elif clause in BY_NAME:
-        say(clause_docs.explained(BY_NAME[clause]))
+        say(clause_docs.explained(clauses.BY_NAME[clause]))
     else:
         say(f"kvconform spec {SUITE_VERSION}: a KV cache must be unobservable")
         for chapter in [clause] if clause else CHAPTERS:
@@ -75,7 +83,7 @@ def spec(
                 say(f"\n  {one.name} ({one.level.value}{', core' if one.core else ''})\n    {one.text}")
 
 
-def _record(clause: Clause) -> dict[str, Any]:
+def _record(clause: Clause | ServingClause) -> dict[str, Any]:
     return {
         "name": clause.name,
         "chapter": clause.chapter,
@@ -83,7 +91,7 @@ def _record(clause: Clause) -> dict[str, Any]:
         "core": clause.core,
         "text": clause.text,
         "why": clause.why,
-        "profiles": clause.profiles,
+        "profiles": (CONFIG,) if isinstance(clause, ServingClause) else clause.profiles,
         "needs": clause.needs,
         "needs_any": clause.needs_any,
         "relations": [relation.name.lower() for relation in clause.relations],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvconform.judging.every_clause import BY_NAME
 from kvconform.judging.mismatch import Kind
 from kvconform.judging.verdict import Reason, Verdict
-from kvconform_specs.clauses import ALL
 
 REFERENCE_CLAUSE = "equivalence.full-stable"
 """What a reference forward must hold, so that other clauses can be judged by it."""
@@ -16,7 +16,7 @@ MALFORMED = (Kind.NO_OUTPUT, Kind.NOT_NUMERIC, Kind.SHAPE, Kind.DTYPE, Kind.TOKE
 DEPENDENCES = (Kind.INSENSITIVE, Kind.SENSITIVE)
 DIRECT = ("equivalence", "definition")
 """The chapters that state the law itself. A clause of another chapter names circumstances, which may play no part."""
-PLACES = {clause.name: place for place, clause in enumerate(ALL)}
+PLACES = {name: place for place, name in enumerate(BY_NAME)}
 
 
 def by_use(verdicts: Sequence[Verdict]) -> tuple[Verdict, ...]:

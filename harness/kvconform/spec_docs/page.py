@@ -9,6 +9,9 @@ from dataclasses import MISSING, fields
 from itertools import groupby
 from typing import Any
 
+from kvconform.judging.every_clause import BY_NAME
+from kvconform.judging.every_clause import CHAPTERS as EVERY
+from kvconform.spec_docs import engines
 from kvconform.spec_docs.clause import named, needs, scope
 from kvconform_specs import SUITE_VERSION, program
 from kvconform_specs.ambiguities import AMBIGUITIES
@@ -32,7 +35,7 @@ def page() -> str:
     """The whole spec as Markdown: ``docs/spec.md``."""
     parts = [
         "# The spec of kvconform",
-        f"Suite {SUITE_VERSION}: {len(ALL)} clauses in {len(CHAPTERS)} chapters. Written by "
+        f"Suite {SUITE_VERSION}: {len(BY_NAME)} clauses in {len(EVERY)} chapters. Written by "
         "`kvconform spec --write docs/spec.md` from `specs/kvconform_specs/`; change it there. "
         "`kvconform spec CLAUSE` explains one clause and shows a program that tries it.",
         f"## The law\n\n> {LAW}",
@@ -40,12 +43,13 @@ def page() -> str:
         "violates a **must** is not conformant. A **should** is a guarantee that is measured and reported, and not "
         "required. Conformance in a profile needs a pass on each of its **core** clauses. A clause that needs "
         "something that a backend does not claim is *unsupported* there, which is not a pass.",
-        "\n".join(f"- [{name}](#{name}): {_line(words)}" for name, words in CHAPTERS.items()),
+        "\n".join(f"- [{name}](#{name}): {_line(words)}" for name, words in EVERY.items()),
         "[Configs](#configs) · [Programs](#programs) · [Claims](#claims) · [The definition](#the-definition) · "
         "[Bounds](#bounds) · [Relations](#relations) · [Settled ambiguities](#settled-ambiguities) · "
         "[Table of configs](#table-of-configs) · [Versions](#versions)",
         *_definitions(),
         *(part for chapter in CHAPTERS for part in _chapter(chapter)),
+        *engines.chapter(),
         *_tables(),
         f"## Versions\n\nThis is suite {SUITE_VERSION}; every results file names its suite. A change that can turn a "
         "conformant backend red raises the version and is marked **red** in the [changelog](../CHANGELOG.md). The name "

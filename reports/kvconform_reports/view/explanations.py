@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from kvconform.explain.diagnosis.text import sentence
 from kvconform.results.results import Results
+from kvconform.results.serving import Served
 from kvconform_reports.view import maps
 from kvconform_reports.view.outcomes import address, labels, short
 
@@ -61,7 +62,25 @@ class JudgedBy:
     facts: tuple[tuple[str, str], ...]
 
 
+def _engine(found: Served) -> Iterator[tuple[str, str]]:
+    """What is known of a serving engine, and what its numbers are worth."""
+    yield "engine", f"{found.engine} {found.version}, model {found.model}, dtype {found.dtype or 'unknown'}"
+    yield from (("assumed", words) for words in found.assumed)
+    yield "requests", f"{found.requests}, {found.hits} of them from the cache; {found.preemptions} preemptions"
+    if found.changes:
+        yield "noise", f"{found.noise:.2g} between decode and prefill without the cache, floor {found.floor:.2g}"
+        effect = f"{found.effect:.2g} or more, in {found.seen} of {found.changes} tries"
+        yield "effect of one wrong token", effect
+        yield "bound", f"{found.bound:.2g}" if found.bound else "none: a wrong token cannot be told from rounding"
+    for one in found.seconds_to_first:
+        times = f"cold {1e3 * one.cold:.3g} ms, warm {1e3 * one.warm:.3g} ms with {one.cached} tokens cached"
+        ratio = f"{one.ratio:.3g} times as fast (95 % interval {one.low:.3g} to {one.high:.3g}, {one.pairs} pairs)"
+        yield f"time to the first token, {one.length} tokens", f"{times}: {ratio}"
+
+
 def judged_by(result: Results) -> JudgedBy:
+    if result.served is not None:
+        return JudgedBy("judged by its own answers without the prefix cache", tuple(_engine(result.served)))
     if result.target is None:
         return JudgedBy("judged by the definition", ())
     facts = [("called as", result.target.recognised), *(("assumed", words) for words in result.target.assumed)]

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
+from kvconform.judging.every_clause import BY_NAME, CHAPTERS, ENGINES
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results import known_failures
 from kvconform.results.results import Results
 from kvconform_reports.view.outcomes import MEANINGS, WORST_FIRST, Chip, chip, chips, given_now, short
 from kvconform_specs.clause import Level
-from kvconform_specs.clauses import BY_NAME, CHAPTERS
 
 LONGEST_NOTE = 60  # characters of a reason that a cell shows unopened
 
@@ -81,7 +81,10 @@ class _Cell:
 def chapters(results: Sequence[Results]) -> tuple[Chapter, ...]:
     """Every clause of the spec, and unknown ones in the results, by chapter."""
     known = [{(row.clause, row.config): row for row in result.known_failures} for result in results]
-    cells: dict[str, list[_Cell]] = {name: [_Cell([], rows) for rows in known] for name in BY_NAME}
+    asked = {result.served is not None for result in results} or {False}  # of engines, of backends
+    cells: dict[str, list[_Cell]] = {
+        name: [_Cell([], rows) for rows in known] for name in BY_NAME if (name in ENGINES) in asked
+    }
     numbers = count(1)
     for column, result in enumerate(results):
         numbered = dict(zip((verdict.key for verdict in result.failures), numbers, strict=False))

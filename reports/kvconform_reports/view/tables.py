@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from kvconform.judging.every_clause import BY_NAME
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results import known_failures
 from kvconform.results.guarantees import LEVELS
@@ -28,7 +29,6 @@ from kvconform_reports.view.outcomes import (
     short,
     standing,
 )
-from kvconform_specs.clauses import BY_NAME
 
 UNJUDGED = (Outcome.INCONCLUSIVE, Outcome.NOT_EXERCISED, Outcome.UNSUPPORTED)
 
