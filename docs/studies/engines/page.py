@@ -84,7 +84,8 @@ def _parts(engines: Sequence[Mapping[str, Any]], findings: Sequence[Mapping[str,
         yield "Nothing."
     for found in findings:
         yield f"### {found['engine']}: {found['title']}"
-        where = ", ".join(f"`{clause}`" for clause in found["clauses"])
+        broken = sorted({clause for clauses in found["cells"].values() for clause in clauses})
+        where = ", ".join(f"`{clause}`" for clause in broken)
         link = f"Filed as {found['link']}." if found["link"] else "No report of it was found upstream."
         yield f"{found['words']} It breaks {where}. {link}"
         program = (PROGRAMS / found["program"]).read_text().strip()
