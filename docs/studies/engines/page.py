@@ -75,6 +75,9 @@ def _parts(engines: Sequence[Mapping[str, Any]], findings: Sequence[Mapping[str,
         f"({', '.join(sorted({name for one in engines for name in one['guarantees']}))}). Clauses that an engine "
         "claims too little for, and configs with options that its operator does not have, are left out."
     )
+    rest = sorted(ENGINES.keys() - {one["engine"] for one in engines})
+    if rest:
+        yield f"No results are kept of {', '.join(rest)} yet."
     yield "## By chapter"
     yield "Cells that passed, of those that were judged; `–`: nothing that the engine claims is in the chapter."
     judged = [one for one in engines if not one["unavailable"]]
