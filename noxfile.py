@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 from pathlib import Path
 
 import nox
@@ -210,6 +211,18 @@ def audit(session: nox.Session) -> None:
     """Try every planted fault; results/audit.json, which the report shows."""
     install(session, "onnx")
     session.run("kvconform", "audit", "-o", str(RESULTS / "audit.json"), *session.posargs)
+
+
+@nox.session(default=False)
+def runners(session: nox.Session) -> None:
+    """Build and run the runners of vectors that are not Python, where g++ and Node are."""
+    install(session, "onnx", groups=("test",))
+    variables = {"OMP_NUM_THREADS": "1"}
+    if shutil.which("npm"):
+        place = session.create_tmp()
+        session.run("npm", "install", "--prefix", place, "onnxruntime-node", external=True)
+        variables["ONNXRUNTIME_NODE"] = place
+    session.run("pytest", "tests/vectors/test_runners.py", "-rs", *session.posargs, env=variables)
 
 
 @nox.session(default=False)

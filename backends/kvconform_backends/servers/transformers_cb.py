@@ -111,17 +111,24 @@ class Batching(Engine):
                 max_new_tokens=request.tokens,
                 streaming=request.abort_after is not None,
             )
-        return [self._result(request, name, began) for request, name in zip(requests, names, strict=True)]
+        arrived: dict[str, Any] = {}
+        return [self._result(request, name, began, arrived) for request, name in zip(requests, names, strict=True)]
 
     def _manager(self, request: Request) -> Any:
         return self.managers[0 if request.cached else 1]
 
-    def _result(self, request: Request, name: str, began: float) -> Answer:
-        manager = self._manager(request)
+    def _result(self, request: Request, name: str, began: float, arrived: dict[str, Any]) -> Answer:
+        """The answer of one request; what arrives for others meanwhile is kept, each output holds all tokens so far."""
+        manager, ends = self._manager(request), time.monotonic() + SECONDS
         while True:
-            output = manager.get_result(request_id=name, timeout=SECONDS)
+            output = arrived.pop(name, None) or manager.get_result(timeout=1.0)
             if output is None:
-                raise ConnectionError(f"no answer within {SECONDS:.0f} s, or the manager has stopped")
+                if time.monotonic() > ends or not manager.is_running():
+                    raise ConnectionError(f"no answer within {SECONDS:.0f} s, or the manager has stopped")
+                continue
+            if output.request_id != name:
+                arrived[output.request_id] = output
+                continue
             if output.error is not None:
                 return Answer(error=str(output.error))
             left = request.abort_after is not None and len(output.generated_tokens) >= request.abort_after

@@ -95,7 +95,9 @@ def _hosts(part: Results) -> set[str]:
     """The systems and architectures of the hosts of a part: more than one where it was merged before."""
     machines, platforms = (_listed(part.environment.get(name)) for name in ("machine", "platform"))
     systems = {str(found).partition("-")[0] for found in platforms}
-    return {" ".join([*sorted(systems), str(machine["machine"])]) for machine in machines if isinstance(machine, dict)}
+    return {
+        " ".join([*sorted(systems), str(machine.get("machine"))]) for machine in machines if isinstance(machine, dict)
+    }
 
 
 def _listed(found: Any) -> list[Any]:

@@ -28,6 +28,7 @@ class Forwards:
     spec: WorkerSpec
     claims: Claims
     target: dict[str, Any] | None
+    environment: dict[str, str]
     _measured: bool
     _reference: Forwards | None = None
     _pairs: dict[Config, Config] = {}  # noqa: RUF012 - replaced, never changed
@@ -70,6 +71,8 @@ class Forwards:
         if reference.target is None:
             raise BackendUnavailable(f"the reference {address} has no weights of its own")
         reference._measured = True
+        if "source" in reference.environment:
+            self.environment["source of the reference"] = reference.environment["source"]
         pairs = paired(self.configs, reference.configs, address)
         self._pairs = dict(pairs.values())
         self.target["configs"] = {name: config.to_json() for name, (config, _theirs) in pairs.items()}
