@@ -75,6 +75,9 @@ def _parts(engines: Sequence[Mapping[str, Any]], findings: Sequence[Mapping[str,
         f"({', '.join(sorted({name for one in engines for name in one['guarantees']}))}). Clauses that an engine "
         "claims too little for, and configs with options that its operator does not have, are left out."
     )
+    rest = sorted(ENGINES.keys() - {one["engine"] for one in engines})
+    if rest:
+        yield f"No results are kept of {', '.join(rest)} yet."
     yield "## By chapter"
     yield "Cells that passed, of those that were judged; `–`: nothing that the engine claims is in the chapter."
     judged = [one for one in engines if not one["unavailable"]]
@@ -84,7 +87,8 @@ def _parts(engines: Sequence[Mapping[str, Any]], findings: Sequence[Mapping[str,
         yield "Nothing."
     for found in findings:
         yield f"### {found['engine']}: {found['title']}"
-        where = ", ".join(f"`{clause}`" for clause in found["clauses"])
+        broken = sorted({clause for clauses in found["cells"].values() for clause in clauses})
+        where = ", ".join(f"`{clause}`" for clause in broken)
         link = f"Filed as {found['link']}." if found["link"] else "No report of it was found upstream."
         yield f"{found['words']} It breaks {where}. {link}"
         program = (PROGRAMS / found["program"]).read_text().strip()
