@@ -39,7 +39,7 @@ def _places(value: Any, at: Path = ()) -> Iterator[Path]:
 
 
 def _change(draw: Any, document: Any, place: Path, places: list[Path]) -> None:
-    holder = document
+    holder: Any = document
     for key in place[:-1]:
         holder = holder[key]
     key = place[-1]
