@@ -22,12 +22,14 @@ from kvconform.files import tables
 from kvconform.mutation import record as audit
 from kvconform.results import known_failures, results
 from kvconform.search import counterexample
+from kvconform.serving import counterexample as serving
 from kvconform.vectors import power
 from kvconform.vectors import record as vectors
 
 FILES: dict[str, tuple[str, type]] = {
     "results": (results.SCHEMA, results.Results),
     "counterexample": (counterexample.SCHEMA, counterexample.Counterexample),
+    "serving-counterexample": (serving.SCHEMA, serving.ServingCounterexample),
     "known-failures": (known_failures.SCHEMA, known_failures.KnownFailuresFile),
     "audit": (audit.SCHEMA, audit.AuditRecord),
     "speed": (speed.SCHEMA, speed.Record),
@@ -62,7 +64,8 @@ def _schema(kind: type) -> dict[str, Any]:
         if struct in columned.values():
             _as_columns(definition, struct)
         for name, part in definition["properties"].items():
-            part["description"] = texts.get(name, "")
+            tag = "Which kind of record this is." if name == struct.__struct_config__.tag_field else ""
+            part["description"] = texts.get(name, tag)
     properties = schema["$defs"][kind.__name__]["properties"]
     for name, row in columned.items():
         properties[name] = {"description": properties[name]["description"], "$ref": f"#/$defs/{row.__name__}"}

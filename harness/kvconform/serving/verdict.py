@@ -97,9 +97,9 @@ class Trial:
     def _broken(self, search: Search, began: float) -> Verdict:
         assert search.best is not None
         broken = search.best.mismatch
-        if search.clause.level is Level.SHOULD and broken.kind is not Kind.DIED:
+        if search.clause.level is Level.SHOULD and broken.kind is not Kind.NO_ANSWER:
             return self._verdict(search, began, Outcome.REFUTED)  # what holds at times is no guarantee
-        if not search.best.confirmed and search.effort.shrink and broken.kind is not Kind.DIED:
+        if not search.best.confirmed and search.effort.shrink and broken.kind is not Kind.NO_ANSWER:
             words = f"failed once, and held when tried again, alone and after what ran before: {render(broken)}"
             return self._verdict(search, began, Outcome.INCONCLUSIVE, (Reason.NOT_CONFIRMED, words))
         return self._verdict(search, began, Outcome.CRASH if broken.ending else Outcome.FAIL)
