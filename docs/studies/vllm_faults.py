@@ -1,7 +1,7 @@
 """Seven mistakes planted in vLLM itself: which clause sees each, and after how many requests.
 
 ``python docs/studies/vllm_faults.py -o FILE`` needs an environment with vLLM (``nox -s vllm_faults``).
-The engine runs in this process on a tiny model. The clean engine is measured and judged first.
+The engine runs in this process on a tiny model. Rounding is measured on the clean engine, which is judged first.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from typing import Any
 from kvconform.judging.verdict import Outcome
 from kvconform.search.effort import effort_named
 from kvconform.serving.engine import Engine
-from kvconform.serving.noise import calibrate
+from kvconform.serving.noise import Calibration, calibrate
 from kvconform.serving.run import selected
 from kvconform.serving.session import Limits, Session
 from kvconform.serving.verdict import Trial
 from kvconform_backends.servers.opening import open_vllm
 
-CLAUSES = ("prefix-hit", "block-boundary", "divergence", "second-turn", "partition", "neighbours", "eviction")
+CLAUSES = ("divergence", "partition", "prefix-hit", "block-boundary", "second-turn", "neighbours", "eviction")
+"""In the order in which they are tried: the first one that fails ends the trial of a fault."""
 Hash = Callable[..., bytes]
 """As vLLM's ``hash_block_tokens(function, parent, tokens, extra)``."""
 
@@ -97,20 +98,16 @@ def planted(fault: Fault | None) -> Iterator[None]:
         setattr(owner, name, right)
 
 
-def tried(engine: Engine, fault: Fault | None, nonce: int, seconds: float) -> dict[str, Any]:
+def tried(engine: Engine, gauge: Calibration, fault: Fault | None, nonce: int, seconds: float) -> dict[str, Any]:
     """What each clause says, up to the first one that fails."""
     engine.reset()
     session = Session(engine, Limits(requests=100_000, seconds=3600.0), nonce)
-    began, gauge = time.perf_counter(), calibrate(session)
-    effort = effort_named("smoke")
+    began, effort = time.perf_counter(), effort_named("smoke")
     trial = Trial(session, gauge, "vllm", Path(tempfile.mkdtemp()), effort, nonce, [])
     clauses = {clause.name: clause for clause in selected([f"serving.{name}" for name in CLAUSES])}
     found: dict[str, Any] = {
         "fault": None if fault is None else fault.name,
         "what": "nothing is planted" if fault is None else fault.what,
-        "noise": gauge.noise,
-        "effect": gauge.effect,
-        "bound": gauge.bound,
         "detected": "",
         "outcomes": {},
     }
@@ -118,7 +115,7 @@ def tried(engine: Engine, fault: Fault | None, nonce: int, seconds: float) -> di
         for name in CLAUSES:
             before = session.sent
             verdict = trial.judge(clauses[f"serving.{name}"])
-            found["outcomes"][verdict.clause] = str(verdict.outcome)
+            found["outcomes"][verdict.clause] = verdict.outcome.value
             if verdict.outcome in (Outcome.FAIL, Outcome.CRASH):
                 found |= {"detected": verdict.clause, "programs": verdict.found_after, "sentence": verdict.sentence}
                 found |= {"steps": verdict.steps, "requests_of_clause": session.sent - before}
@@ -135,13 +132,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0, help="for each fault")
     given = parser.parse_args()
     engine = open_vllm("", {})
+    gauge = calibrate(Session(engine, Limits(requests=10_000, seconds=3600.0), 0))
     rows = []
     chosen = [fault for fault in FAULTS if not given.only or fault.name in given.only]
     for nonce, fault in enumerate([None, *chosen] if not given.only else chosen, 1):
-        rows.append(tried(engine, fault, nonce, given.seconds))
+        rows.append(tried(engine, gauge, fault, nonce, given.seconds))
         print(json.dumps(rows[-1]), flush=True)
         if given.out:
-            kept = {"version": engine.describe().version, "faults": rows}
+            measured = {"noise": gauge.noise, "effect": gauge.effect, "bound": gauge.bound}
+            kept = {"engine": "vLLM", "version": engine.describe().version, **measured, "faults": rows}
             given.out.write_text(json.dumps(kept, indent=1) + "\n")
     engine.close()
 

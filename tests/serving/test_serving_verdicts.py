@@ -50,17 +50,14 @@ def test_a_reference_that_was_read_from_the_cache_is_void(tmp_path: Path) -> Non
     assert gauge.void > 0
     found = whole.judge(BY_NAME["serving.prefix-hit"])
     assert (found.outcome, found.reason) == (Outcome.NOT_EXERCISED, Reason.NO_REFERENCE)
-    assert found.compared == 0
+    assert "were read from it all the same" in found.sentence
 
 
 def test_where_a_wrong_token_moves_no_more_than_rounding_the_engine_is_blind(tmp_path: Path) -> None:
     found = verdict(Coarse(), "serving.prefix-hit", tmp_path)
     assert (found.outcome, found.reason) == (Outcome.INCONCLUSIVE, Reason.BLIND)
     assert "what helps: float32" in found.sentence
-    broken = verdict(
-        type("Wrong", (PositionRestarts, Coarse), {}, breaks=(), bug="x/y/issues/1")(), "serving.accounting", tmp_path
-    )
-    assert broken.outcome is Outcome.PASS  # counts need no bound
+    assert verdict(Coarse(), "serving.accounting", tmp_path).outcome is Outcome.PASS  # counts need no bound
 
 
 def test_noise_that_the_dtype_does_not_explain_is_found_by_scoring_again(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from kvconform.errors import Unavailable
 from kvconform.serving.engine import Answer, Completion, Description, Engine
+from kvconform_backends.servers import scripts
 from kvconform_backends.servers.http import Client, answers
 from kvconform_specs.serving.requests import Request
 
@@ -41,6 +42,9 @@ class LlamaCpp(Engine):
             dtype=self.dtype,
             assumed=() if self.dtype else (unknown,),
         )
+
+    def source(self) -> str:
+        return scripts.llama_cpp(self.client.url)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         return answers(requests, self._answer)

@@ -12,6 +12,7 @@ from typing import Any
 
 from kvconform.errors import BackendUnavailable
 from kvconform.serving.engine import Answer, CacheOff, Completion, Description, Engine
+from kvconform_backends.servers import scripts
 from kvconform_backends.servers.http import Client, Refused, answers
 from kvconform_backends.servers.tiny_models import FIRST
 from kvconform_specs.serving.requests import Request
@@ -21,7 +22,7 @@ COMPLETIONS = "/v1/completions"
 VOCABULARY = 256
 """How many token ids are used where the server does not tell how many it has."""
 TRIAL = 200
-"""Tokens of the prompt with which a hit is tried: more than a block of any engine."""
+"""Tokens of the prompt with which a hit is tried, more than a block of any engine; half the context if that is less."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,27 @@ class OpenAI(Engine):
 
     def _hits(self) -> tuple[bool, CacheOff]:
         """Whether answers tell what was cached, and whether a fresh salt switches it off."""
-        ids = [(7 * i * i + time.time_ns()) % self.vocabulary for i in range(TRIAL)]
-        prompt = Request(tuple(ids), 1)
+        prompt = self._served(min(TRIAL, self.context // 2))
         first, again = self._ask(prompt, self.client), self._ask(prompt, self.client)
-        reports = bool(again.cached)
+        reports = bool(again.cached and not first.cached)
         if self.cold is not None:
             return reports, "second engine"
         try:
             salted = self._ask(replace(prompt, salt=next(self.salts)), self.client)
         except Refused:
             return reports, "none"
-        return reports, "salt" if reports and salted.cached == 0 and first.error is None else "none"
+        return reports, "salt" if reports and salted.cached == 0 else "none"
+
+    def _served(self, count: int) -> Request:
+        """A request with a new prompt of so many tokens, or of fewer if the server refuses that many."""
+        ids = tuple((7 * i * i + time.time_ns()) % self.vocabulary for i in range(count))
+        try:
+            self._ask(Request(((ids[0] + 1) % self.vocabulary, *ids[1:]), 1), self.client)
+        except Refused:
+            if count > 1:
+                return self._served(count // 2)
+            raise
+        return Request(ids, 1)
 
     def describe(self) -> Description:
         told = self.metrics.cache()
@@ -136,6 +147,11 @@ class OpenAI(Engine):
             adapters=adapters,
             assumed=tuple(assumed),
         )
+
+    def source(self) -> str:
+        if self.dialect.name != "token_id" or self.cold is not None:
+            return super().source()
+        return scripts.token_ids(self.client.url, self.model, self.dialect.alternatives)
 
     def preemptions(self) -> int:
         return self.metrics.preemptions() or 0

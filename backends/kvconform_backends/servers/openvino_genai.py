@@ -12,6 +12,7 @@ import numpy as np
 
 from kvconform.errors import Unavailable
 from kvconform.serving.engine import Answer, Completion, Description, Engine
+from kvconform_backends.servers import scripts
 from kvconform_specs.serving.requests import Request
 
 
@@ -63,6 +64,9 @@ class OpenVino(Engine):
             cache_tokens=self.blocks * self.BLOCK,
             assumed=("what was cached is told by the number of steps of a request alone",),
         )
+
+    def source(self) -> str:
+        return scripts.in_this_process("open_openvino")
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Requests with the cache in one pipeline, the others in the second one, at the same time."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvconform.errors import Unavailable
 from kvconform.serving.engine import Answer, Completion, Description, Engine
+from kvconform_backends.servers import scripts
 from kvconform_specs.serving.requests import Request
 
 SECONDS = 60.0
@@ -41,14 +42,15 @@ class Batching(Engine):
         self.name, self.page, self.blocks = Path(model).name, page, blocks
         self.found: dict[str, int] = {}
         self.managers = []
+        generation: Any = transformers.GenerationConfig
         for sharing in (True, False):
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 model, dtype=getattr(torch, dtype), attn_implementation=attention
-            ).eval()
+            ).eval()  # type: ignore[no-untyped-call]
             self.vocabulary = int(loaded.config.vocab_size)
             self.context = min(int(loaded.config.max_position_embeddings), page * blocks)
             manager = loaded.init_continuous_batching(
-                generation_config=transformers.GenerationConfig(do_sample=False, eos_token_id=-1),
+                generation_config=generation(do_sample=False, eos_token_id=-1),
                 continuous_batching_config=transformers.ContinuousBatchingConfig(
                     page_size=page,
                     num_blocks=blocks,
@@ -95,6 +97,9 @@ class Batching(Engine):
             assumed=("what was cached is read from the manager's search for a prefix",),
         )
 
+    def source(self) -> str:
+        return scripts.in_this_process("open_transformers")
+
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         began, names = time.perf_counter(), []
         for request in requests:
@@ -106,17 +111,24 @@ class Batching(Engine):
                 max_new_tokens=request.tokens,
                 streaming=request.abort_after is not None,
             )
-        return [self._result(request, name, began) for request, name in zip(requests, names, strict=True)]
+        arrived: dict[str, Any] = {}
+        return [self._result(request, name, began, arrived) for request, name in zip(requests, names, strict=True)]
 
     def _manager(self, request: Request) -> Any:
         return self.managers[0 if request.cached else 1]
 
-    def _result(self, request: Request, name: str, began: float) -> Answer:
-        manager = self._manager(request)
+    def _result(self, request: Request, name: str, began: float, arrived: dict[str, Any]) -> Answer:
+        """The answer of one request; what arrives for others meanwhile is kept, each output holds all tokens so far."""
+        manager, ends = self._manager(request), time.monotonic() + SECONDS
         while True:
-            output = manager.get_result(request_id=name, timeout=SECONDS)
+            output = arrived.pop(name, None) or manager.get_result(timeout=1.0)
             if output is None:
-                raise ConnectionError(f"no answer within {SECONDS:.0f} s, or the manager has stopped")
+                if time.monotonic() > ends or not manager.is_running():
+                    raise ConnectionError(f"no answer within {SECONDS:.0f} s, or the manager has stopped")
+                continue
+            if output.request_id != name:
+                arrived[output.request_id] = output
+                continue
             if output.error is not None:
                 return Answer(error=str(output.error))
             left = request.abort_after is not None and len(output.generated_tokens) >= request.abort_after

@@ -11,6 +11,7 @@ from typing import Any
 
 from kvconform.errors import Unavailable
 from kvconform.serving.engine import Answer, Completion, Description, Engine
+from kvconform_backends.servers import scripts
 from kvconform_specs.serving.requests import Request
 
 ALTERNATIVES = 20
@@ -90,6 +91,9 @@ class Vllm(Engine):
             cache_tokens=self.blocks * self.block,
         )
 
+    def source(self) -> str:
+        return scripts.in_this_process("open_vllm")
+
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         engine, answers, running = self.llm.llm_engine, [Answer()] * len(requests), {}
         for place, request in enumerate(requests):
@@ -134,6 +138,9 @@ class Vllm(Engine):
             detokenize=False,
             **one,
         )
+
+    def reset_source(self) -> str:
+        return "def reset():\n    engine.reset()\n"
 
     def reset(self) -> None:
         if not self.llm.reset_prefix_cache():
