@@ -42,6 +42,7 @@ def test_a_whole_run_of_the_clean_engine_is_conformant_and_says_what_it_found(tm
     assert found.served.preemptions > 0
     assert found.served.bound is not None
     assert found.served.noise < found.served.bound < found.served.effect
+    assert len(found.served.seconds_to_first) == 3
     report = tmp_path / "report.html"
     summary = kvconform("report", tmp_path / "toy-engine.json", "-o", report, "--markdown", tmp_path / "report.md")
     assert "serving.divergence" in report.read_text(), summary

@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engines import AlwaysCached, ChosenOnly, Coarse, Dies, Noisy, RestartsChosenOnly, Silent, WrongAfterLong
+from engines import AlwaysCached, ChosenOnly, Coarse, Dies, Noisy, RestartsChosenOnly, Silent, Timed, WrongAfterLong
 
 from kvconform.errors import Raised
 from kvconform.judging.mismatch import Kind
 from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.search.effort import EFFORTS
 from kvconform.serving.engine import Completion, Engine
+from kvconform.serving.first_token import first_tokens
 from kvconform.serving.judge import Judged, compared
 from kvconform.serving.noise import Calibration, between, calibrate, ulp
 from kvconform.serving.search import Search, smaller
@@ -89,6 +90,19 @@ def test_the_bound_lies_between_noise_and_effect() -> None:
     assert between(1e-2, 2e-2) is None
     assert ulp(6.0, "bfloat16") == 2.0**-5  # 0.031, the jump that servers in bfloat16 show
     assert ulp(6.0, "float32") == 2.0**-21
+
+
+def test_the_time_to_the_first_token_is_told_cold_and_warm_by_length() -> None:
+    found = first_tokens(Session(Timed(), LIMITS, 0), 0)
+    assert [(one.length, one.cached, one.pairs) for one in found] == [(17, 16, 15), (47, 40, 15), (94, 88, 15)]
+    for one in found:
+        assert one.cold == pytest.approx(1e-3 * one.length)
+        assert one.warm == pytest.approx(1e-3 * (one.length - one.cached))
+        assert one.low == one.ratio == one.high == pytest.approx(one.cold / one.warm)
+
+
+def test_an_engine_that_reads_no_cache_has_no_times() -> None:
+    assert first_tokens(Session(Silent(), LIMITS, 0), 0) == []
 
 
 # --- comparison ---

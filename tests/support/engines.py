@@ -100,3 +100,13 @@ class RestartsChosenOnly(ChosenOnly):
 
     def position_ids(self, sequence: Completing, past: int, count: int) -> NDArray[np.intp]:
         return np.arange(count) if past and past == sequence.cached else super().position_ids(sequence, past, count)
+
+
+class Timed(ToyEngine):
+    """It says that its first token takes a millisecond for each token that is not cached."""
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        return [
+            replace(answer, seconds_to_first=1e-3 * (len(one.prompt) - (answer.cached or 0)))
+            for one, answer in zip(requests, super().answer(requests), strict=True)
+        ]
