@@ -62,7 +62,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     abort_after: int | None = None
     """The client leaves after so many tokens."""
     salt: int | None = None
-    """Number of a salt, no unit; each run of the program has its own."""
+    """Number of a salt, no unit, from 0; each run of the program has its own. -1: the name of the first adapter."""
     adapter: int | None = None
     """Number of an adapter, no unit, among those that the engine has, modulo their count."""
     score: bool = False
@@ -153,10 +153,15 @@ def request(
         cached=ask.cached,
         n=ask.n,
         abort_after=ask.abort_after,
-        salt=None if ask.salt is None else f"kvconform-{permutation}-{ask.salt}",
+        salt=None if ask.salt is None else salt_named(ask.salt, f"kvconform-{permutation}", adapters),
         adapter=None if ask.adapter is None or not adapters else adapters[ask.adapter % len(adapters)],
         score=ask.score,
     )
+
+
+def salt_named(number: int, run: str, adapters: Sequence[str]) -> str:
+    """The salt of a request, in a run with that name."""
+    return adapters[0] if number < 0 and adapters else f"{run}-{number}"
 
 
 def described(program: Program) -> str:
