@@ -55,6 +55,11 @@ def file_name(kind: str) -> str:
     return FILES[kind][0].replace("/", "-") + ".json"
 
 
+def _tag_of(struct: Any) -> str | None:
+    """The name of the property that tells structs of a union apart."""
+    return struct.__struct_config__.tag_field  # type: ignore[no-any-return]
+
+
 def _schema(kind: type) -> dict[str, Any]:
     """The schema of a struct's file."""
     schema, columned = msgspec.json.schema(kind), tables(kind)
@@ -64,7 +69,7 @@ def _schema(kind: type) -> dict[str, Any]:
         if struct in columned.values():
             _as_columns(definition, struct)
         for name, part in definition["properties"].items():
-            tag = "Which kind of record this is." if name == struct.__struct_config__.tag_field else ""
+            tag = "Which kind of record this is." if name == _tag_of(struct) else ""
             part["description"] = texts.get(name, tag)
     properties = schema["$defs"][kind.__name__]["properties"]
     for name, row in columned.items():
