@@ -175,6 +175,16 @@ def served(found: Served) -> Iterator[str]:
         yield f"  effect of one wrong token: {found.seen} of {found.changes} move answers {effect}; {bound}"
 
 
+def first_tokens(found: Served) -> Iterator[str]:
+    """The times to the first token, a line for each length of the prompt."""
+    for one in found.seconds_to_first:
+        yield (
+            f"  first token of {one.length}: cold {1e3 * one.cold:.3g} ms, warm {1e3 * one.warm:.3g} ms "
+            f"({one.cached} tokens cached): {one.ratio:.3g} times as fast (95 % interval {one.low:.3g} to "
+            f"{one.high:.3g}, {one.pairs} pairs)"
+        )
+
+
 def lines(results: Results, folder: Path, told: Collection[str] = ()) -> Iterator[str]:
     """The report on a target: how it was called, what is wrong with it, and which tokens its outputs depend on.
     ``told``: the lines of its header that are printed already."""
