@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 from pathlib import Path
 
 import nox
@@ -35,7 +36,8 @@ JOBS = str(min(os.cpu_count() or 1, 2))
 """How many processes judge a backend at once; more if asked for: nox -- --jobs 8."""
 ENGINES = {
     **{name: name for name in ("flax", "jax", "keras-hub", "onnx-reference", "openvino", "ort-attention")},
-    **dict.fromkeys(("mlx", "mlx-rotating"), "mlx"),
+    **dict.fromkeys(("mlx", "mlx-batch", "mlx-batch-rotating", "mlx-rotating"), "mlx"),
+    "ort-gqa": "ort-attention",
     **dict.fromkeys(("flex", "flex-compiled", "sdpa-efficient", "sdpa-flash", "sdpa-math"), "torch"),
 }
 """Engines of others, each with the extra that it needs; the main job leaves them out: nox -s "conformance(jax)"."""
@@ -127,7 +129,7 @@ def lint(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the site of the documentation; build/site/index.html. Broken links and anchors are errors."""
     install(session, groups=("docs",))
-    session.run("mkdocs", "build", "--strict", *session.posargs)
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session(default=False)
@@ -209,6 +211,18 @@ def audit(session: nox.Session) -> None:
     """Try every planted fault; results/audit.json, which the report shows."""
     install(session, "onnx")
     session.run("kvconform", "audit", "-o", str(RESULTS / "audit.json"), *session.posargs)
+
+
+@nox.session(default=False)
+def runners(session: nox.Session) -> None:
+    """Build and run the runners of vectors that are not Python, where g++ and Node are."""
+    install(session, "onnx", groups=("test",))
+    variables = {"OMP_NUM_THREADS": "1"}
+    if shutil.which("npm"):
+        place = session.create_tmp()
+        session.run("npm", "install", "--prefix", place, "onnxruntime-node", external=True)
+        variables["ONNXRUNTIME_NODE"] = place
+    session.run("pytest", "tests/vectors/test_runners.py", "-rs", *session.posargs, env=variables)
 
 
 @nox.session(default=False)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import api_page
+import engines.page
 import fleet_page
 import msgspec
 import serving_page
@@ -50,6 +51,7 @@ STAMP = ROOT / ".regenerated.json"
 MEASURED = {
     "docs/baseline/counters.json": "nox -s counters, then copy results/counters.json",
     "docs/evidence": "kvconform bench --preset, see CONTRIBUTING.md",
+    "docs/evidence/engines": "nox -s 'conformance(NAME)' and python -m engines.collect, see docs/studies/README.md",
     "docs/evidence/transformers": "python -m transformers_classes.collect, see docs/studies/README.md",
     "docs/evidence/serving": "nox -s 'engine(NAME)' and vllm_faults, see docs/studies/README.md",
     "docs/evidence/fleet": "python -m fleet_page collect, see docs/fleet.md",
@@ -104,6 +106,10 @@ def _transformers() -> dict[str, bytes]:
 
 def _fleet() -> dict[str, bytes]:
     return {"docs/fleet.md": fleet_page.render(json.loads((ROOT / "docs" / fleet_page.COSTS).read_text())).encode()}
+
+
+def _engines() -> dict[str, bytes]:
+    return {"docs/engines.md": engines.page.render(engines.page.study(), engines.page.findings()).encode()}
 
 
 def _serving() -> dict[str, bytes]:
@@ -181,6 +187,7 @@ FILES = (
     Generated("docs/schema", "the structs of results, records and lists", _schemas),
     Generated("docs/speed.md", "docs/evidence", _speed),
     Generated("docs/transformers.md", "docs/evidence/transformers", _transformers),
+    Generated("docs/engines.md", "docs/evidence/engines", _engines),
     Generated("docs/engines-serving.md", "docs/evidence/serving", _serving),
     Generated("docs/fleet.md", "docs/evidence/fleet", _fleet),
     Generated("docs/latency.md", "docs/latency-samples.json.gz and docs/gate-history.jsonl", _latency),

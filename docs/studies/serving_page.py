@@ -30,7 +30,17 @@ GUARANTEES = {"repeatable", "batch-invariant", "bitwise-hit"}
 def compact(results: Json, mode: str) -> dict[str, Any]:
     """What is kept of a run. mode: how the engine was started, in words."""
     served = results["served"]
-    kept = ("engine", "version", "model", "dtype", "context", "block", "cache_tokens", "cache_off", "alternatives")
+    kept: tuple[str, ...] = (
+        "engine",
+        "version",
+        "model",
+        "dtype",
+        "context",
+        "block",
+        "cache_tokens",
+        "cache_off",
+        "alternatives",
+    )
     kept += ("assumed", "requests", "hits", "preemptions", "noise", "floor", "repeat", "effect", "changes", "seen")
     verdicts = results["verdicts"]
     return {
@@ -146,8 +156,8 @@ UPSTREAM = """Scripts that show these without kvconform, and mistakes that were 
 - `docs/upstream/vllm_prompt_logprobs.py`: scores of cached positions are uninitialised memory if a caller has the
   cache read for them ([vllm#42019](https://github.com/vllm-project/vllm/issues/42019)); by default it is not read."""
 
-FAULTS_HEAD = """`nox -s vllm_faults` changes vLLM {version} in its own process; each row is one mistake. The requests are
-those sent up to the end of the clause that detects it, shrinking included."""
+FAULTS_HEAD = """`nox -s vllm_faults` changes vLLM {version} in its own process; each row is one mistake. The requests
+are those sent up to the end of the clause that detects it, shrinking included."""
 
 
 def page(folder: Path = EVIDENCE) -> str:

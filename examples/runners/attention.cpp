@@ -85,9 +85,8 @@ class Parser {
     }
     bool next(char end) {  // after an entry: whether another one follows
         skip();
-        if (peek() == ',') { ++place; return true; }
-        expect(end);
-        return false;
+        if (peek() != ',') return expect(end), false;
+        return ++place, true;
     }
     void word(const char* known) {
         if (text.compare(place, std::strlen(known), known) != 0) throw std::runtime_error("malformed JSON");
@@ -210,7 +209,6 @@ struct Row {  // (s, g, d) each
     int length = 0;
 };
 using Sequence = std::vector<Row>;
-
 struct Append {
     std::vector<int> counts;
     bool left = false;  // columns without a token come first

@@ -47,7 +47,7 @@ export function writeTensors(path, tensors) {
 }
 
 /** Answers the vectors of a set. `opened(name, entry)` gives the implementation of a config, or the reason why there is
- *  none; it has `sequence(rows)` and `uncached(inputs)`, and sequences have the methods that the calls are named after. */
+ *  none. It has `sequence(rows)`, and sequences have methods that are named as the calls. */
 export async function answer(folder, out, runner, unsupported, opened) {
   const manifest = JSON.parse(readFileSync(join(folder, 'manifest.json'), 'utf8'))
   const layers = {}
@@ -91,6 +91,8 @@ async function run(layer, open, call, inputs) {
     }
     case 'uncached_forward':
       return layer.sequence(call.counts.length).append(call, inputs)
+    case 'generate':
+      return layer.sequence(call.counts.length).generate(call, inputs)
     case 'fork':
       open.set(call.into, sequence.fork())
       return null

@@ -250,6 +250,8 @@ class BlackBox(Backend):
     the reference; empty: its own forward is."""
     source: str = ""
     """The file whose change makes earlier results void; empty: none."""
+    parameters: int = 0
+    """How many weights it has, as far as it is known: ``kvconform check`` tries less on a large model."""
 
     @abstractmethod
     def uncached_forward(self, *inputs: Any, **options: Any) -> Array:

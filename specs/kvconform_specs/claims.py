@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from kvconform_specs.config import DTYPES, PROFILES, Config, take
+from kvconform_specs.config import DTYPES, PROFILES, Config
 from kvconform_specs.errors import SpecError
 from kvconform_specs.quantisers import PLAIN, Quantiser
+from kvconform_specs.typed import take
 
 Returns = Literal["all", "last"]
 Overflow = Literal["refused", "undefined"]

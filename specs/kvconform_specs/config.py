@@ -12,6 +12,7 @@ from typing import Any
 
 from kvconform_specs.errors import SpecError
 from kvconform_specs.rotary import Rotary
+from kvconform_specs.typed import checked, take, tuples
 
 PROFILES = ("attention", "decoder", "hidden")
 POSITIONS = ("none", "learned", "rope", "alibi")
@@ -172,24 +173,14 @@ class Config:
 
     @classmethod
     def from_json(cls, data: object, at: str = "config") -> Config:
-        known = dict(take(data, at, {f.name for f in fields(cls)}))
-        for name in ("reserved", "kv_source"):
-            known[name] = tuple(known.get(name, ()))
+        known = {name: tuples(v) for name, v in take(data, at, {f.name for f in fields(cls)}).items()}
         if known.get("rotary") is not None:
-            scaling: dict[str, Any] = dict(take(known["rotary"], f"{at}.rotary", {f.name for f in fields(Rotary)}))
-            scaling |= {name: tuple(v) for name, v in scaling.items() if isinstance(v, list)}
+            taken = take(known["rotary"], f"{at}.rotary", {f.name for f in fields(Rotary)})
+            scaling = {name: tuples(v) for name, v in taken.items()}
+            checked(Rotary, scaling, f"{at}.rotary")
             known["rotary"] = Rotary(**scaling)
+        checked(cls, known, at)
         return cls(**known)
-
-
-def take(data: object, at: str, known: set[str]) -> dict[str, Any]:
-    """The fields of a JSON object. Raises SpecError if it is not an object or has an unknown field."""
-    if not isinstance(data, dict):
-        raise SpecError(at, f"want an object, got {type(data).__name__}")
-    for name in data:
-        if name not in known:
-            raise SpecError(f"{at}.{name}", f"unknown field; known: {', '.join(sorted(known))}")
-    return data
 
 
 def _one_of(at: str, value: object, known: tuple[str, ...]) -> None:

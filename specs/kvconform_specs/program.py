@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kvconform_specs.config import Config, take
+from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
 from kvconform_specs.legal import check
 from kvconform_specs.steps import (
@@ -42,6 +42,7 @@ from kvconform_specs.steps import (
     UncachedForward,
     called,
 )
+from kvconform_specs.typed import checked, take, tuples
 
 __all__ = [
     "DISTRIBUTIONS",
@@ -109,6 +110,8 @@ class Program:
         if missing := [name for name in ("config", "steps") if name not in known]:
             raise SpecError(f"{at}.{missing[0]}", "is missing")
         config = Config.from_json(known["config"], f"{at}.config")
+        if not isinstance(known["steps"], list):
+            raise SpecError(f"{at}.steps", f"want a list, got {type(known['steps']).__name__}")
         return cls(config, tuple(step_from_json(s, f"{at}.steps[{i}]") for i, s in enumerate(known["steps"])))
 
 
@@ -124,21 +127,16 @@ def step_from_json(data: object, at: str) -> Step:
     if not isinstance(data, dict):
         raise SpecError(at, f"want an object, got {type(data).__name__}")
     op = data.get("op")
-    if op not in OPS:
+    if not isinstance(op, str) or op not in OPS:
         raise SpecError(f"{at}.op", f"unknown op {op!r}; known: {', '.join(sorted(OPS))}")
     kind = OPS[op]
     body = take({key: value for key, value in data.items() if key != "op"}, at, {f.name for f in fields(kind)})
-    try:
-        if kind is Reject:
-            inner = step_from_json(body.get("step"), f"{at}.step")
-            if not isinstance(inner, Append | Truncate | Reorder):
-                raise SpecError(f"{at}.step", f"want append, truncate or reorder, got {NAMES[type(inner)]}")
-            return Reject(inner, str(body.get("wrong", "")))
-        step: Step = kind(**{key: _tuples(value) for key, value in body.items()})
-    except TypeError as error:
-        raise SpecError(at, f"{op} wants the fields {', '.join(f.name for f in fields(kind))}") from error
+    if kind is Reject:
+        inner = step_from_json(body.get("step"), f"{at}.step")
+        if not isinstance(inner, Append | Truncate | Reorder):
+            raise SpecError(f"{at}.step", f"want append, truncate or reorder, got {NAMES[type(inner)]}")
+        return Reject(inner, str(body.get("wrong", "")))
+    values = {key: tuples(value) for key, value in body.items()}
+    checked(kind, values, at)
+    step: Step = kind(**values)
     return step
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -26,8 +26,8 @@ PLACE = ROOT / "backends" / "kvconform_backends" / "engines"
 ENGINES = sorted(name for name, point in installed().items() if ".engines." in point.value)
 NEEDS = {
     **dict.fromkeys(("flax", "jax", "openvino"), None),
-    **{"keras-hub": "keras_hub", "mlx": "mlx_lm", "mlx-rotating": "mlx_lm", "onnx-reference": "onnx"},
-    **{"ort-attention": "onnxruntime"},
+    **dict.fromkeys(("mlx", "mlx-batch", "mlx-batch-rotating", "mlx-rotating"), "mlx_lm"),
+    **{"keras-hub": "keras_hub", "onnx-reference": "onnx", "ort-attention": "onnxruntime", "ort-gqa": "onnxruntime"},
     **dict.fromkeys(("flex", "flex-compiled", "sdpa-efficient", "sdpa-flash", "sdpa-math"), "torch"),
 }
 """The package that each engine cannot be without, where it is not of the same name."""
@@ -53,7 +53,10 @@ def test_the_torch_of_an_engine_is_its_own() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(HERE - {"flex-compiled", "sdpa-efficient"}))
-@pytest.mark.parametrize("config", ["attention-gqa", "attention-window", "attention-mha"])
+@pytest.mark.parametrize(
+    "config",
+    ["attention-mha", *(pytest.param(name, marks=pytest.mark.slow) for name in ("attention-gqa", "attention-window"))],
+)
 def test_an_installed_engine_is_right(name: str, config: str, tmp_path: Path) -> None:
     outcomes = dict(_judged(name, config, tmp_path))
     assert set(outcomes.values()) <= {Outcome.PASS, Outcome.UNSUPPORTED}, outcomes
@@ -74,6 +77,6 @@ def test_a_kernel_that_this_machine_lacks_is_unavailable(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", sorted(set(ENGINES) - HERE))
 def test_an_engine_that_is_absent_is_named_with_its_extra(name: str) -> None:
-    extra = name.removesuffix("-rotating")
+    extra = "mlx" if name.startswith("mlx") else name
     with pytest.raises(Unavailable, match=rf"backend '{name}' is not installed: it needs .*kvconform\[{extra}\]"):
         WorkerClient(WorkerSpec(name))

@@ -133,6 +133,9 @@ class OneAtATime(NumpyCache):
 class ShortOfBreath(NumpyCache):
     claims = Claims(profiles=("decoder",), max_chunk=4)
 
+class FewSizes(NumpyCache):
+    claims = Claims(profiles=("decoder",), max_chunk=16, static_shapes=(1, 16))
+
 class Attention(NumpyCache):
     claims = Claims(profiles=("attention",))
 '''
@@ -487,6 +490,7 @@ def test_a_backend_without_complete_results_is_judged_first(tmp_path: Path, monk
         ("FallsBack", "not what its name says: numpy ran instead"),
         ("TwoThreads", "ran on 2 threads, not on 1"),
         ("ShortOfBreath", "claims no append of more than 4 tokens, the preset needs 12"),
+        ("FewSizes", "claims no append of 9 tokens, which the preset needs"),
         ("Attention", "claims no decoder profile"),
         ("Missing", "has no 'Missing'"),
     ],

@@ -116,11 +116,12 @@ def calls_of_a_backend(node: ast.AST) -> set[str]:
     }
 
 
-def test_every_exception_is_caught_in_two_places_where_a_backend_runs_and_where_it_is_built() -> None:
+def test_every_exception_is_caught_where_a_backend_runs_or_is_built_and_where_an_engine_answers() -> None:
     found = {place for package in PACKAGES for place in broad(package)}
     assert {place for place in found if not place[0].startswith("kvconform_backends.")} == {
         ("kvconform.worker.execute", "_guarded"),
         ("kvconform.worker.server", "serve"),
+        ("kvconform.serving.session", "guarded"),
     }
     # opening a target runs its own code
     assert {place for place in found if ".targets." in place[0]} == {

@@ -640,7 +640,7 @@ def test_the_policy_allows_this_style_and_this_script_and_nothing_else() -> None
     assert rules["script-src"] == digest(parsed.raw["script"][1])
     assert rules["img-src"] == "data:"
     assert not [a for _, attributes in parsed.tags for a in attributes if a == "style" or a.startswith("on")]
-    assert len(parsed.raw["script"][1].encode()) <= 1024
+    assert len(parsed.raw["script"][1].encode()) <= 3072
 
 
 def test_the_report_refers_to_nothing_outside_but_by_links() -> None:

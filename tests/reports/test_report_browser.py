@@ -215,6 +215,48 @@ def test_the_copy_buttons_appear_with_scripts_and_answer(browser: Any, report: P
         assert visit.errors == []
 
 
+ROWS = "#matrix tbody tr:not(.chapter):visible"
+
+
+def test_a_search_shows_the_rows_and_failures_with_all_its_words(browser: Any, report: Path) -> None:
+    with Visit(browser, report) as visit:
+        assert visit.page.locator("#found").inner_text() == ""
+        visit.page.locator("#search").fill("Determinism repeatable")
+        names = visit.page.locator(f"{ROWS} th code").all_inner_texts()
+        assert names == ["determinism.repeatable"]
+        assert visit.page.locator("#matrix tr.chapter:visible").count() == 1
+        assert visit.page.locator("#failures article:visible").count() == 0
+        assert visit.page.locator("#found").inner_text().startswith("2 of ")  # and a known failure or a reason
+        visit.page.locator("#search").fill("equivalence.chunks")
+        assert visit.page.locator("#failures article:visible").count() >= 1
+        visit.page.locator("#search").fill("no such words")
+        assert visit.page.locator(ROWS).count() == 0
+        visit.page.locator("#search").fill("")
+        every = visit.page.locator("#matrix tbody tr:not(.chapter)").count()
+        assert visit.page.locator(ROWS).count() == every
+        assert visit.errors == []
+
+
+def test_what_is_shown_is_in_the_address_and_comes_back_with_it(browser: Any, report: Path) -> None:
+    with Visit(browser, report) as visit:
+        visit.page.locator("#show-broken").check()
+        assert visit.page.url == f"{report.as_uri()}#show=broken"
+        visit.page.locator("#search").fill("equivalence & more?")
+        assert visit.page.url == f"{report.as_uri()}#show=broken&q=equivalence+%26+more%3F"
+        visit.page.locator("#search").fill("equivalence")
+        address, shown = visit.page.url, visit.page.locator(f"{ROWS} th code").all_inner_texts()
+        assert shown
+        assert all(name.startswith("equivalence") for name in shown)
+    with Visit(browser, report) as visit:
+        visit.page.goto(address)
+        visit.page.reload()
+        assert visit.page.locator("#show-broken").is_checked()
+        assert visit.page.locator("#search").input_value() == "equivalence"
+        assert visit.page.locator(f"{ROWS} th code").all_inner_texts() == shown
+        visit.page.goto(f"{report.as_uri()}#failure-1")  # the address of something on the page changes nothing
+        assert visit.page.locator(f"{ROWS} th code").all_inner_texts() == shown
+
+
 def _colours(visit: Visit) -> tuple[str, str]:
     read = "getComputedStyle(document.body)"
     return visit.page.evaluate(f"{read}.backgroundColor"), visit.page.evaluate(f"{read}.color")
@@ -241,6 +283,7 @@ def test_only_tables_and_charts_scroll_sideways(browser: Any, report: Path, view
 def test_axe_finds_no_violation(browser: Any, report: Path, scheme: str, viewport: dict[str, int]) -> None:
     axe = _needs("axe_playwright_python.sync_playwright").Axe()
     with Visit(browser, report, color_scheme=scheme, viewport=viewport, bypass_csp=True) as visit:
+        visit.page.locator("#show-all").check()  # with everything open
         visit.page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
         found = axe.run(visit.page).response
         said = [f"{v['id']}: {v['help']}: {v['nodes'][0]['html'][:200]}" for v in found["violations"]]

@@ -106,6 +106,8 @@ def test_the_gate_moves_with_the_results(now: Results, code: int, words: str) ->
     [
         ("padding", ["right", "left"], ["right"]),
         ("max_chunk", None, 4),
+        ("static_shapes", [], [1, 4]),
+        ("static_shapes", [1, 4], [1]),
         ("max_sequences", 3, 2),
         ("returns", "all", "last"),
         ("overflow", "refused", "undefined"),

@@ -112,7 +112,17 @@ def test_the_last_position_alone_is_asked_for_where_there_is_one(
             [{"op": "append", "seq": "a", "counts": [2], "sed": 1}],
             r"steps\[0\]\.sed: unknown field; known: context, count_macs, counts",
         ),
-        ([{"op": "append", "seq": "a"}], r"steps\[0\]: append wants the fields seq, counts, seed"),
+        ([{"op": "append", "seq": "a"}], r"steps\[0\]\.counts: is missing"),
+        ([{"op": {"x": 1}, "seq": "a"}], r"steps\[0\]\.op: unknown op \{'x': 1\}"),
+        (
+            [{"op": "append", "seq": "a", "counts": ["1"], "seed": 0}],
+            r"steps\[0\]\.counts: want a list of an integer, got \('1',\)",
+        ),
+        ([{"op": "append", "seq": "a", "counts": [1], "seed": True}], r"steps\[0\]\.seed: want an integer, got True"),
+        (
+            [{"op": "append", "seq": "a", "counts": [1], "seed": 0, "needle": [1]}],
+            r"steps\[0\]\.needle: want \[an integer, an integer\] or null, got \(1,\)",
+        ),
         (
             [{"op": "append", "seq": "a", "counts": [41], "seed": 0}],
             r"steps\[0\]\.counts: length 41 exceeds the capacity",

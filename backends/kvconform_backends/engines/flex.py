@@ -37,10 +37,10 @@ class FlexEager(Operator):
 
         mask = create_block_mask(mask_mod, len(query), None, t, s, device="cpu")
         changed = self.config.softcap is not None or slopes is not None
-        given = (torch.tensor(np.ascontiguousarray(x)) for x in (query, keys, values))
+        q, k, v = (torch.tensor(np.ascontiguousarray(x)) for x in (query, keys, values))
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is meant to be compiled
-            return np.asarray(self.computed(*given, score_mod if changed else None, mask))
+            return np.asarray(self.computed(q, k, v, score_mod if changed else None, mask))
 
     def computed(self, query: Tensor, keys: Tensor, values: Tensor, score_mod: Any, mask: Any) -> Tensor:
         gqa = self.config.group > 1

@@ -24,7 +24,11 @@ def model(config: Config, masked: bool) -> ModelProto:
     inputs.insert(3, ("mask", TensorProto.FLOAT if bias else TensorProto.BOOL))
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * 4) for name in ("y", "keys", "values")]
     names = [name if masked or name != "mask" else "" for name, _ in inputs]
-    attributes = {"is_causal": 1, "scale": abs(config.score_scale) or 1.0, "softcap": config.softcap or 0.0}
+    attributes: dict[str, Any] = {
+        "is_causal": 1,
+        "scale": abs(config.score_scale) or 1.0,
+        "softcap": config.softcap or 0.0,
+    }
     node = helper.make_node("Attention", names, ["y", "keys", "values"], **attributes)
     given = [helper.make_tensor_value_info(name, kind, [None] * 4) for name, kind in inputs if name in names]
     graph = helper.make_graph([node], "attention", given, outputs)

@@ -32,9 +32,8 @@ class OpenVino(OwnCache):
 
     def put(self, cache: Any, *inputs: Array) -> Array:
         t = inputs[0].shape[2]
-        bias = np.where(self.mask(t, cache.offset + t), np.float32(0), -np.inf).astype(np.float32)[None, None]
-        if self.config.positions == "alibi":
-            bias = bias + self.bias(t, cache.offset + t)
+        bias = np.where(self.mask(t, cache.offset + t), np.float32(0), np.float32(-np.inf))[None, None]
+        bias = bias + self.bias(t, cache.offset + t) if self.config.positions == "alibi" else bias
         feeds = dict(zip(("query", "key", "value"), inputs, strict=True))
         feeds |= {"mask": bias, "beam_idx": np.array(cache.rows, np.int32)}
         cache.offset, cache.rows = cache.offset + t, range(cache.batch)
@@ -47,7 +46,7 @@ class OpenVino(OwnCache):
         return self.copied(cache, cache.offset)
 
     def copied(self, cache: Any, length: int) -> Any:
-        """A request with the state of another, its pending order of rows included, and its first tokens."""
+        """A request with the first tokens of another, and with its pending order of rows."""
         new = self.start(len(cache.rows))
         new.batch, new.offset, new.rows = cache.batch, length, cache.rows
         for state, old in zip(new.request.query_state(), cache.request.query_state(), strict=True):

@@ -10,9 +10,13 @@ from onnxruntime import InferenceSession, SessionOptions, set_default_logger_sev
 from kvconform_backends.engines.onnx_attention import OnnxReference
 
 
+def session(graph: ModelProto) -> Any:
+    set_default_logger_severity(4)  # failures are raised as exceptions too
+    options = SessionOptions()
+    options.intra_op_num_threads = 1
+    return InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
 class OrtAttention(OnnxReference):
     def opened(self, graph: ModelProto) -> Any:
-        set_default_logger_severity(4)  # failures are raised as exceptions too
-        options = SessionOptions()
-        options.intra_op_num_threads = 1
-        return InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return session(graph)

@@ -44,8 +44,8 @@ class SdpaMath(Operator):
         options["attn_mask"] = None if mask is None else torch.tensor(mask)
         options["is_causal"] = mask is None and t > 1
         with torch.inference_mode(), sdpa_kernel(self.kernel):
-            given = (torch.from_numpy(np.ascontiguousarray(x)) for x in (query, keys, values))
-            return np.asarray(scaled_dot_product_attention(*given, **options))
+            q, k, v = (torch.from_numpy(np.ascontiguousarray(x)) for x in (query, keys, values))
+            return np.asarray(scaled_dot_product_attention(q, k, v, **options))
 
 
 class SdpaFlash(SdpaMath):

@@ -64,7 +64,8 @@ def weights(model: Tiny) -> dict[str, Array]:
     rng = np.random.default_rng(model.seed)
 
     def matrix(rows: int, columns: int) -> Array:
-        return (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+        drawn: Array = rng.standard_normal((rows, columns)) / np.sqrt(columns)
+        return drawn.astype(np.float32)
 
     m, kv = model, model.kv_heads * model.head_dim
     found = {"model.embed_tokens.weight": matrix(m.vocabulary, m.width) * np.float32(np.sqrt(m.width))}

@@ -25,7 +25,6 @@ VOCABULARY, WIDTH, LAYERS, HEADS = 48, 16, 2, 2
 ADAPTERS = ("first", "second")
 ROOT: Key = b"root"
 
-
 SOURCE = """
 from dataclasses import asdict
 

@@ -42,14 +42,15 @@ class Batching(Engine):
         self.name, self.page, self.blocks = Path(model).name, page, blocks
         self.found: dict[str, int] = {}
         self.managers = []
+        generation: Any = transformers.GenerationConfig
         for sharing in (True, False):
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 model, dtype=getattr(torch, dtype), attn_implementation=attention
-            ).eval()
+            ).eval()  # type: ignore[no-untyped-call]
             self.vocabulary = int(loaded.config.vocab_size)
             self.context = min(int(loaded.config.max_position_embeddings), page * blocks)
             manager = loaded.init_continuous_batching(
-                generation_config=transformers.GenerationConfig(do_sample=False, eos_token_id=-1),
+                generation_config=generation(do_sample=False, eos_token_id=-1),
                 continuous_batching_config=transformers.ContinuousBatchingConfig(
                     page_size=page,
                     num_blocks=blocks,

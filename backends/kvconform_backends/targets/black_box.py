@@ -37,7 +37,8 @@ def perturb(copied: nn.Module, storage: float, accumulation: float, seed: int) -
             if weight.is_floating_point():
                 terms = weight.shape[-1] if weight.ndim > 1 else 1
                 size = storage + accumulation * math.sqrt(terms)
-                for part in weight.view(-1).split(BLOCK) if weight.is_contiguous() else (weight,):
+                whole: Any = weight.view(-1)
+                for part in whole.split(BLOCK) if weight.is_contiguous() else (weight,):
                     xi = torch.rand(part.shape, generator=noise).to(weight.device) * 2 - 1
                     # in float64: the perturbation of a float32 weight is a few units in its last place
                     part.copy_(part.double() * (1 + size * xi.double()))

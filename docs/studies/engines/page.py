@@ -17,23 +17,34 @@ from kvconform_specs.clauses import CHAPTERS
 
 FINDINGS = EVIDENCE / "findings.json"
 """What was found, with the program that shows it without this project, what that printed, and a link if it is filed."""
-PROGRAMS = Path(__file__).parent / "programs"
+PROGRAMS = EVIDENCE / "programs"
 ENGINES = {
-    "flax": "`flax.nnx.MultiHeadAttention` with its cache for decoding, one token at a time",
-    "flex": "PyTorch's FlexAttention without a compiler, `mask_mod` and `score_mod`",
-    "flex-compiled": "PyTorch's FlexAttention by `torch.compile`",
-    "jax": "`jax.nn.dot_product_attention` on buffers of the capacity, by `jax.jit`",
-    "keras-hub": "`CachedMultiHeadAttention` of keras-hub on JAX",
-    "mlx": "`KVCache` of mlx-lm, the masks that it makes, and MLX's attention",
-    "mlx-rotating": "`RotatingKVCache` of mlx-lm, for layers with a window",
-    "onnx-reference": "`Attention` of ONNX (opset 24) with past and present, by onnx's `ReferenceEvaluator`",
-    "openvino": "a stateful OpenVINO model (`ReadValue`, `beam_idx`, `Assign`) in float32",
-    "ort-attention": "`Attention` of ONNX (opset 24) with past and present, by ONNX Runtime's CPU provider",
-    "sdpa-efficient": "PyTorch's scaled dot-product attention, the memory-efficient kernel alone",
-    "sdpa-flash": "PyTorch's scaled dot-product attention, the flash kernel alone",
-    "sdpa-math": "PyTorch's scaled dot-product attention, the math kernel alone",
+    "flax": ("`flax.nnx.MultiHeadAttention` with its cache for decoding, one token at a time", "flax", "jax", "jaxlib"),
+    "flex": ("PyTorch's FlexAttention without a compiler, `mask_mod` and `score_mod`", "torch"),
+    "flex-compiled": ("PyTorch's FlexAttention by `torch.compile`", "torch"),
+    "jax": ("`jax.nn.dot_product_attention` on buffers of the capacity, by `jax.jit`", "jax", "jaxlib"),
+    "keras-hub": ("`CachedMultiHeadAttention` of keras-hub on JAX", "keras-hub", "keras", "jax", "jaxlib"),
+    "mlx": ("`KVCache` of mlx-lm, the masks that it makes, and MLX's attention", "mlx", "mlx-lm"),
+    "mlx-batch": ("`BatchKVCache` of mlx-lm, for prompts of different lengths", "mlx", "mlx-lm"),
+    "mlx-batch-rotating": ("`BatchRotatingKVCache` of mlx-lm, the same for layers with a window", "mlx", "mlx-lm"),
+    "mlx-rotating": ("`RotatingKVCache` of mlx-lm, for layers with a window", "mlx", "mlx-lm"),
+    "onnx-reference": ("`Attention` of ONNX (opset 24) with past and present, by onnx's `ReferenceEvaluator`", "onnx"),
+    "openvino": ("a stateful OpenVINO model (`ReadValue`, `beam_idx`, `Assign`) in float32", "openvino"),
+    "ort-attention": (
+        "`Attention` of ONNX (opset 24) with past and present, by ONNX Runtime's CPU provider",
+        "onnxruntime",
+        "onnxruntime-gpu",
+    ),
+    "ort-gqa": (
+        "`GroupQueryAttention` of ONNX Runtime with past and present, by its CPU provider",
+        "onnxruntime",
+        "onnxruntime-gpu",
+    ),
+    "sdpa-efficient": ("PyTorch's scaled dot-product attention, the memory-efficient kernel alone", "torch"),
+    "sdpa-flash": ("PyTorch's scaled dot-product attention, the flash kernel alone", "torch"),
+    "sdpa-math": ("PyTorch's scaled dot-product attention, the math kernel alone", "torch"),
 }
-"""What each backend of ``kvconform_backends.engines`` is."""
+"""What each backend of ``kvconform_backends.engines`` is, and the distributions whose versions matter."""
 
 
 def study() -> list[dict[str, Any]]:
@@ -83,35 +94,15 @@ def _parts(engines: Sequence[Mapping[str, Any]], findings: Sequence[Mapping[str,
 
 
 def _row(one: Mapping[str, Any]) -> list[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in _versions(one))
+    words, *distributions = ENGINES[one["engine"]]
+    versions = ", ".join(f"{name} {one['versions'][name]}" for name in distributions if name in one["versions"])
     counts = Counter(outcome for clauses in one["cells"].values() for outcome in clauses.values())
     broken = sum(counts[outcome] for outcome in ("fail", "crash", "timeout"))
-    name, what = one["engine"], ENGINES[one["engine"]]
+    name = one["engine"]
     if one["unavailable"]:
-        return [name, what, versions, "", "", "", "", "", text(f"cannot run: {one['unavailable']}")]
+        return [name, words, versions, "", "", "", "", "", text(f"cannot run: {one['unavailable']}")]
     numbers = [str(one["programs"]), str(counts["pass"]), str(counts["refuted"]), str(broken)]
-    return [name, what, versions, one["effort"], *numbers, text(one["summary"])]
-
-
-def _versions(one: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The distributions that the engine's name is part of, and those that they compute with."""
-    matter = (
-        "flax",
-        "jax",
-        "jaxlib",
-        "keras",
-        "keras-hub",
-        "mlx",
-        "mlx-lm",
-        "onnx",
-        "onnxruntime",
-        "openvino",
-        "torch",
-    )
-    wanted = {"onnx-reference": ("onnx",)}.get(one["engine"], matter)
-    other = ("onnx", "onnxruntime-gpu") if one["engine"] == "ort-attention" else ()
-    found = {name: version for name, version in one["versions"].items() if name in (*wanted, *other)}
-    return sorted(found.items())
+    return [name, words, versions, one["effort"], *numbers, text(one["summary"])]
 
 
 def _chapter(name: str, engines: Sequence[Mapping[str, Any]]) -> list[str]:

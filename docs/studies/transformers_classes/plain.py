@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -70,7 +71,7 @@ def beams(model: Any) -> float:
     return float((scores[0] - scores[1]).abs().max())
 
 
-CASES = {
+CASES: dict[str, Callable[[Any], float]] = {
     "one row": greedy,
     "two rows": partial(greedy, rows=2),
     "left padding": partial(greedy, rows=2, padding=4),

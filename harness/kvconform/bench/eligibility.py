@@ -149,6 +149,9 @@ def unable(claims: Claims, preset: Preset) -> str:
         return f"claims no {preset.config.dtype}"
     if claims.max_chunk is not None and claims.max_chunk < longest:
         return f"claims no append of more than {claims.max_chunk} tokens, the preset needs {longest}"
+    other = [size for size in sorted({*preset.depths, *preset.prompts}) if size and claims.longest(size) != size]
+    if other:
+        return f"claims no append of {other[0]} tokens, which the preset needs"
     return ""
 
 

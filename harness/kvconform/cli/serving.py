@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ import typer
 from kvconform.cli.options import print_json, say
 from kvconform.cli.progress import Progress
 from kvconform.errors import UnknownClause
+from kvconform.explain import repro
 from kvconform.files import write_atomically
 from kvconform.judging.mismatch import Mismatch
 from kvconform.judging.render import render
@@ -99,7 +101,7 @@ def _written(script: Path, found: counterexample.ServingCounterexample, mismatch
         return f"none: {error}"
     finally:
         engine.close()
-    return f"python {script} shows it, and exits with 1 until it is mended"
+    return repro.tried(script, sys.executable)
 
 
 def name_of(target: str) -> str:

@@ -95,7 +95,9 @@ def _hosts(part: Results) -> set[str]:
     """The systems and architectures of the hosts of a part: more than one where it was merged before."""
     machines, platforms = (_listed(part.environment.get(name)) for name in ("machine", "platform"))
     systems = {str(found).partition("-")[0] for found in platforms}
-    return {" ".join([*sorted(systems), str(machine["machine"])]) for machine in machines if isinstance(machine, dict)}
+    return {
+        " ".join([*sorted(systems), str(machine.get("machine"))]) for machine in machines if isinstance(machine, dict)
+    }
 
 
 def _listed(found: Any) -> list[Any]:
@@ -149,7 +151,7 @@ def _in_order(found: dict[tuple[str, str], Verdict], one: Results) -> list[Verdi
         if one.served
         else [label(name, dtype) for dtype in one.dtypes for name in CONFIGS]
     )
-    clauses = [clause.name for clause in (*ALL, *serving.CLAUSES)]
+    clauses = [*(clause.name for clause in ALL), *(clause.name for clause in serving.CLAUSES)]
     places = {key: at for at, key in enumerate((clause, config) for config in configs for clause in clauses)}
     return sorted(found.values(), key=lambda verdict: places.get(verdict.key, len(places)))
 

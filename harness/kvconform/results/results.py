@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from kvconform_specs.configs import CONFIGS, config_named, label
 from kvconform_specs.serving import clauses as serving
 
 SCHEMA = "kvconform-results/5"
-SAME_RUN = ("schema", "suite", "backend", "device", "dtypes", "effort", "seed", "claims")
+SAME_RUN = ("schema", "suite", "backend", "device", "dtypes", "effort", "seed", "claims", "reference")
 """What the parts of one run have in common, beside their environment: everything that could change a verdict."""
 EXIT_CODES = {
     0: "conformant, or nothing failed in the selected part or shard",
@@ -134,6 +135,10 @@ class Results(msgspec.Struct, kw_only=True):
     finished: bool = False
     """Whether all cells were judged; a run that was interrupted has false and is resumed."""
 
+    def __post_init__(self) -> None:
+        if self.shard and not re.fullmatch(r"[1-9]\d{0,5}/[1-9]\d{0,5}", self.shard):
+            raise ValueError(f"shard: want i/n, got {self.shard!r}")
+
     def write(self, path: Path) -> None:
         write_versioned(path, self)
 
@@ -144,6 +149,11 @@ class Results(msgspec.Struct, kw_only=True):
         return all(getattr(self, name) == getattr(other, name) for name in (*SAME_RUN, "shard")) and all(
             self.environment[name] == other.environment[name] for name in both
         )
+
+    @property
+    def reference(self) -> str:
+        """The address of the artefact that a black box was judged by; empty where there is none."""
+        return "" if self.target is None else self.target.reference
 
     @property
     def failures(self) -> tuple[Verdict, ...]:

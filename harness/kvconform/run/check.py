@@ -75,10 +75,7 @@ def addresses(target: str, options: Mapping[str, Any], reference: str = "") -> l
     target, which it is compared with. Raises BadArgument."""
     if reference:
         try:
-            options = {
-                **options,
-                "reference": addresses(reference, {"cache": "dynamic"} if _of_hf(reference) else {})[0],
-            }
+            options = {**options, "reference": reference if _of_hf(reference) else addresses(reference, {})[0]}
         except BadArgument as error:
             sentence = str(error).replace("target", "reference", 1)
             raise BadArgument("reference", reference, sentence=sentence) from None

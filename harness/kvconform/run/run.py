@@ -19,12 +19,12 @@ from kvconform.judging.verdict import Verdict
 from kvconform.results.guarantees import measured
 from kvconform.results.known_failures import EMPTY, KnownFailures
 from kvconform.results.merge import vectors_of, write_vectors
-from kvconform.results.results import Results, Target, read
+from kvconform.results.results import SAME_RUN, Results, Target, read
 from kvconform.run import explain_failures
 from kvconform.run.jobs import Executor, in_processes
 from kvconform.run.unit import SAME_FUNCTION, Begun, ConfigDone, Judged, Task, by_config
 from kvconform.search.cell import Cell, Key
-from kvconform.search.effort import DEFAULT_EFFORT, EFFORTS, Effort, effort_named
+from kvconform.search.effort import CHECK, CHECK_LARGE, DEFAULT_EFFORT, EFFORTS, LARGE, Effort, effort_named
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clauses import ALL, BY_NAME, CHAPTERS
@@ -178,9 +178,13 @@ def run_backend(
     except BackendUnavailable as error:
         set_unavailable(results, error)
         results.finished = True
-        results.write(path)
+        if not _interrupted(results, path):  # its verdicts stay for the next run
+            results.write(path)
         return results
     with client:
+        if plan.effort is CHECK and client.parameters > LARGE:
+            plan = replace(plan, effort=CHECK_LARGE)
+            results.effort = plan.effort.name
         describe(results, client)
         spent = _resume(results, path, client)
         done = {verdict.key: verdict for verdict in results.verdicts}
@@ -286,6 +290,16 @@ def set_unavailable(results: Results, error: BackendUnavailable) -> None:
 def artefacts(out: Path) -> str:
     """Where backends keep files that they export, as the value of ``KVCONFORM_ARTEFACTS``."""
     return str((out / "artefacts").resolve())
+
+
+def _interrupted(results: Results, path: Path) -> bool:
+    """Whether the file holds verdicts of a run like this one that did not come to its end."""
+    try:
+        earlier = read(path)
+    except SpecError:
+        return False
+    alike = all(getattr(results, name) == getattr(earlier, name) for name in (*SAME_RUN, "shard") if name != "claims")
+    return alike and not earlier.finished and bool(earlier.verdicts)
 
 
 def _resume(results: Results, path: Path, client: WorkerClient) -> float:

@@ -46,6 +46,9 @@ DEFAULT_EFFORT = "pr"
 CHECK = Effort("check", 8, 2, 20.0, rebuild=5.0, leaks=3)
 """The default of ``kvconform check``: a broken module shows in the first structures, and a small one takes less than a
 minute."""
+CHECK_LARGE = Effort("check-large", 4, 1, 60.0, rebuild=5.0, leaks=3)
+"""The same for a model of more than ``LARGE`` weights, each of whose steps takes a hundred times as long."""
+LARGE = 20_000_000
 SHRINK_TRIALS, SHRINK_SECONDS = 400, 20.0
 """Shrinking a failure ends after so many trials or seconds."""
 GUARANTEE_TRIALS, GUARANTEE_SECONDS = 60, 1.0

@@ -136,8 +136,9 @@ def _measured(session: Session) -> Calibration:
             return calibrate(session)
     except Spent:
         pass
-    nothing = {"noise": 0.0, "floor": 0.0, "repeat": 0.0, "effect": 0.0, "effect_on_decode": 0.0}
-    return Calibration(lengths=(), **nothing, changes=0, seen=0)
+    return Calibration(
+        lengths=(), noise=0.0, floor=0.0, repeat=0.0, effect=0.0, effect_on_decode=0.0, changes=0, seen=0
+    )
 
 
 def _gone(session: Session) -> str:

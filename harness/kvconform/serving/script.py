@@ -16,6 +16,8 @@ from kvconform_specs.serving.clauses import BY_NAME
 from kvconform_specs.serving.program import Ask, Own, Program, Reset, stream
 
 WIDTH = 110
+ATTEMPTS = 5
+"""How often the file tries: what depends on token ids or on other requests in time does not show each time."""
 CHECKS = {
     Kind.LOG_PROBABILITY: "numbers",
     Kind.CHOICE: "numbers",
@@ -30,16 +32,19 @@ def script(found: ServingCounterexample, mismatch: Mismatch, engine: Engine) -> 
     facts = engine.describe()
     programs = [*found.before, found.program][: mismatch.earlier_programs + 1]
     resets = any(isinstance(step, Reset) for program in programs for step in program.steps)
+    first = sum(len(program.steps) for program in programs[:-1])
+    body = "\n".join([*_steps(programs, facts), *_check(mismatch, first)])
     parts = [
         _head(found, mismatch, facts),
-        "import random\nimport sys",
-        engine.source().strip(),
-        *([engine.reset_source().strip()] if resets else []),
-        FUNCTIONS.strip(),
-        "\n".join(_steps(programs, facts)),
-        _check(mismatch, sum(len(program.steps) for program in programs[:-1])),
+        f"import random\nimport sys\n\nVOCABULARY = {facts.vocabulary}\nATTEMPTS = {ATTEMPTS}",
+        engine.source(),
+        *([engine.reset_source()] if resets else []),
+        FUNCTIONS,
+        'def attempt():\n    """Whether the bug shows."""\n    asked.clear()\n    answers.clear()\n'
+        + textwrap.indent(body, "    "),
+        "sys.exit(any(attempt() for _ in range(ATTEMPTS)))",
     ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return "\n\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def _head(found: ServingCounterexample, mismatch: Mismatch, facts: Description) -> str:
@@ -83,7 +88,12 @@ def together(*requests):
     answers.append(send(list(requests)))
 
 
-asked, answers = [], []
+asked, answers, names = [], [], []
+
+
+def renamed():
+    """New token ids, which no cache holds."""
+    names[:] = random.sample(range(VOCABULARY), VOCABULARY)
 '''
 
 
@@ -91,7 +101,7 @@ def _steps(programs: Sequence[Program], facts: Description) -> Iterator[str]:
     first = 0
     for number, program in enumerate(programs):
         yield f"# program {number}" if len(programs) > 1 else "# the requests"
-        yield f"names = random.sample(range({facts.vocabulary}), {facts.vocabulary})  # token ids that no cache holds"
+        yield "renamed()"
         for step in program.steps:
             if isinstance(step, Reset):
                 yield "reset()\ntogether()"
@@ -129,68 +139,61 @@ def _ask(ask: Ask, first: int, number: int, facts: Description) -> str:
     return f"request({', '.join([' + '.join(pieces), str(ask.tokens), *options])})"
 
 
-def _check(mismatch: Mismatch, first: int) -> str:
+def _check(mismatch: Mismatch, first: int) -> Iterator[str]:
+    """``first``: index in the file of the first step of the program that shows it."""
     kind, step = CHECKS.get(mismatch.kind), first + (mismatch.step or 0)
-    lines = [
-        f"got, one = answers[{step}][{mismatch.row}], asked[{step}][{mismatch.row}]",
-        "alone = dict(one, cached=False, n=1, abort_after=None, salt=None)  # the same, without the prefix cache",
-    ]
+    yield f"got, one = answers[{step}][{mismatch.row}], asked[{step}][{mismatch.row}]"
+    if kind in ("numbers", "refused"):
+        yield "alone = dict(one, cached=False, n=1, abort_after=None, salt=None)  # the same, without the prefix cache"
     if kind == "numbers":
-        lines += _numbers(mismatch)
+        yield from _numbers(mismatch)
     elif kind == "counts":
-        lines += _counts(mismatch)
+        what = COUNTS[mismatch.counted]
+        want, wrong = (mismatch.want_max, ">") if mismatch.want is None else (mismatch.want, "!=")
+        yield f'print("got: {mismatch.counted}", {what}, "want:", {want!r})'
+        yield f"return {what} {wrong} {want!r}"
     elif kind == "refused":
-        lines += ["want = send([alone])[0]", 'print("refused:", got["error"], "alone:", want["error"])']
-        lines += ['sys.exit(got["error"] is not None and want["error"] is None)']
+        yield "want = send([alone])[0]"
+        yield 'print("got:", got["error"] or "served", "alone:", want["error"] or "served")'
+        yield 'return got["error"] is not None and want["error"] is None'
     else:
-        lines += ['print("refused:", got["error"], "(it exceeds the context)")', 'sys.exit(got["error"] is None)']
-    return "\n".join(lines)
+        yield 'print("got:", got["error"] or "served", "want: refused, since it exceeds the context")'
+        yield 'return got["error"] is None'
 
 
-def _numbers(mismatch: Mismatch) -> Sequence[str]:
+COUNTS = {
+    "cached": 'got["cached"]',
+    "prompt": 'got["prompt_tokens"]',
+    "generated": 'got["completion_tokens"]',
+    "completions": 'len(got["completions"])',
+    "scored": 'len(got["prompt_logprobs"])',
+}
+
+
+def _numbers(mismatch: Mismatch) -> Iterator[str]:
+    """Compares the two rows of log-probabilities, of each completion where there are several."""
     place = mismatch.position or 0
+    yield f"bound = {mismatch.bound or 0.0!r}  # a larger difference of log-probabilities is an error"
     if mismatch.part == "prompt":
-        rows = ["want = send([alone])[0]", f'rows = [answer["prompt_logprobs"][{place - 1}] for answer in (got, want)]']
+        yield "want = send([alone])[0]"
+        yield f'pairs = [(got["prompt_logprobs"][{place - 1}], want["prompt_logprobs"][{place - 1}])]'
     elif mismatch.reference == "prefill":
-        rows = [
-            'first = got["completions"][0]',
-            f'longer = dict(alone, prompt=one["prompt"] + first["ids"][:{place}], tokens=1)',
-            "want = send([longer])[0]",
-            f'rows = [first["logprobs"][{place}], want["completions"][0]["logprobs"][0]]',
-        ]
+        yield 'first = got["completions"][0]'
+        yield f'longer = dict(alone, prompt=one["prompt"] + list(first["ids"][:{place}]), tokens=1)'
+        yield f'pairs = [(first["logprobs"][{place}], send([longer])[0]["completions"][0]["logprobs"][0])]'
     else:
-        again = "send([alone])[0]" if mismatch.reference == "repeated" else "got"
-        rows = [
-            "want = send([alone])[0]",
-            *([f"got = {again}"] if again != "got" else []),
-            'right = want["completions"][0]',
-            "rows = [{}, {}]",
-            'for completion in got["completions"]:',
-            f'    if completion["ids"][:{place}] == right["ids"][:{place}]:',
-            f'        rows = [completion["logprobs"][{place}], right["logprobs"][{place}]]',
-            "        if any(abs(rows[0][t] - rows[1][t]) > BOUND for t in rows[0].keys() & rows[1].keys()):",
-            "            break",
-        ]
-    return [
-        f"BOUND = {mismatch.bound or 0.0!r}  # a larger difference is an error",
-        *rows,
-        "off = {token: (rows[0][token], rows[1][token]) for token in rows[0].keys() & rows[1].keys()",
-        "       if not abs(rows[0][token] - rows[1][token]) <= BOUND}",
-        'print("log-probabilities by token id, as answered and as they must be:", off or "equal")',
-        "best = [max(row, key=row.get, default=None) for row in rows]",
-        'print("most likely token:", best[0], "must be:", best[1])',
-        "sys.exit(bool(off))",
-    ]
-
-
-def _counts(mismatch: Mismatch) -> Sequence[str]:
-    what = {
-        "cached": 'got["cached"]',
-        "prompt": 'got["prompt_tokens"]',
-        "generated": 'got["completion_tokens"]',
-        "completions": 'len(got["completions"])',
-        "scored": 'len(got["prompt_logprobs"])',
-    }[mismatch.counted]
-    want = mismatch.want_max if mismatch.want is None else mismatch.want
-    wrong = ">" if mismatch.want is None else "!="
-    return [f'print("{mismatch.counted}:", {what}, "want", {want!r})', f"sys.exit({what} {wrong} {want!r})"]
+        yield 'right = send([alone])[0]["completions"][0]'
+        yield from ["got = send([alone])[0]"] * (mismatch.reference == "repeated")
+        yield f'same = [c for c in got["completions"] if c["ids"][:{place}] == right["ids"][:{place}]]'
+        yield f'pairs = [(c["logprobs"][{place}], right["logprobs"][{place}]) for c in same if len(c["ids"]) > {place}]'
+    yield "for mine, theirs in pairs:"
+    yield "    both = {t: (mine[t], theirs[t]) for t in mine.keys() & theirs.keys()}"
+    yield "    off = {t: (a, b) for t, (a, b) in both.items() if not (a == b or abs(a - b) <= bound)}"
+    yield "    best, want = max(mine, key=mine.get), max(theirs, key=theirs.get)"
+    yield "    lead = theirs[want] - theirs.get(best, min(theirs.values()))"
+    yield "    if off or lead > 2 * bound:"
+    yield '        print("got: the likeliest token", best, "want:", want)'
+    yield '        print("log-probabilities by token id, as answered and as they must be:", off)'
+    yield "        return True"
+    yield 'print("got: what must come")'
+    yield "return False"

@@ -44,16 +44,11 @@ def answered(
 
 def lacking(manifest: Manifest, client: WorkerClient) -> dict[str, str]:
     """What the backend does not support. Raises BadArgument where the set holds no numbers that it can be judged by."""
-    claims, found = client.claims, unsupported(client.claims)
-    refuse(claims)
+    refuse(client.claims)
+    found = unsupported(client.claims)
     for name, one in manifest.configs.items():
-        config = Config.from_json(one.config)
-        if config.profile not in claims.profiles:
-            found[config.profile] = "the profile is not claimed"
-        elif config.dtype not in claims.dtypes:
-            found[name] = f"{config.dtype} is not claimed"
-        elif (reason := _refused(client, config)) is not None:
-            found[name] = reason
+        reason = refused(client, Config.from_json(one.config))
+        found |= {} if reason is None else {name: reason}
     return found
 
 
@@ -66,7 +61,12 @@ def refuse(claims: Claims) -> None:
         raise BadArgument("backend", "", (), f"the set is for caches in the config's dtype; this one keeps {kept}")
 
 
-def _refused(client: WorkerClient, config: Config) -> str | None:
+def refused(client: WorkerClient, config: Config) -> str | None:
+    """Why the backend does not support a config, or None."""
+    if config.profile not in client.claims.profiles:
+        return f"the {config.profile} profile is not claimed"
+    if config.dtype not in client.claims.dtypes:
+        return f"{config.dtype} is not claimed"
     try:
         return client.build(config)
     except WorkerDied:

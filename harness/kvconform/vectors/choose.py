@@ -1,6 +1,6 @@
 """Chooses the cases of a set: few, small ones, which together reach every situation of their clause.
 
-Each cell has cases of two kinds: those drawn for an implementation that can do no more than the clause needs, and those
+A cell has cases of two kinds: those drawn for an implementation that can do no more than the clause needs, and those
 for one that can do everything that vectors test.
 """
 
@@ -53,11 +53,12 @@ def _least(needs: Sequence[str]) -> Claims:
 
 
 def cases(cell: Cell, number: int, seed: int) -> list[Case]:
-    """The cases of a cell: ``number`` for each of its claims or as many as its situations need, less for configs that
-    have a smaller share of an effort."""
-    wanted = max(1, round(number * share(cell.config_name)))
+    """The cases of a cell: ``number`` for each of its claims, or as many as its situations need. For configs that have
+    a smaller share of an effort it has fewer, and only those for the least claims."""
+    part, every = share(cell.config_name), list(claims_of(cell.clause))
+    wanted = max(1, round(number * part))
     found: dict[str, Case] = {}
-    for claims in claims_of(cell.clause):
+    for claims in every if part == 1 else every[:-1]:
         for case in _chosen(cell, claims, wanted, seed):
             found.setdefault(str(case), case)
     return list(found.values())

@@ -17,9 +17,9 @@ from kvconform.judging.render import render
 from kvconform.mutation.audit import REFUSALS
 from kvconform.mutation.fault import Fault
 from kvconform.vectors import record
-from kvconform.vectors.answer import lacking, run, skipped
+from kvconform.vectors.answer import refuse, refused, run, skipped
 from kvconform.vectors.choose import WIDE
-from kvconform.vectors.features import without
+from kvconform.vectors.features import unsupported, without
 from kvconform.vectors.judge import checked, stored
 from kvconform.vectors.record import Answers, Manifest, Vector
 from kvconform.worker.client import WorkerClient, WorkerSpec
@@ -86,10 +86,14 @@ def tried(folder: Path, manifest: Manifest, fault: Fault) -> Tried:
         return msgspec.structs.replace(body, sentence="no vectors of its clauses on its configs")
     try:
         with WorkerClient(WorkerSpec(fault.address)) as client:
-            told = Answers(runner=fault.name, digest=manifest.digest, unsupported=lacking(manifest, client))
+            refuse(client.claims)
+            told = Answers(runner=fault.name, digest=manifest.digest, unsupported=unsupported(client.claims))
             for vector in vectors:
-                sentence = "" if skipped(manifest, vector, told) else _detected(folder, manifest, vector, client, told)
-                if sentence and client.runtime_info(record.config_of(manifest, vector)).get(fault.marker) != 0:
+                config = record.config_of(manifest, vector)
+                if skipped(manifest, vector, told) or refused(client, config) is not None:
+                    continue
+                sentence = _detected(folder, manifest, vector, client, told)
+                if sentence and client.runtime_info(config).get(fault.marker) != 0:
                     return msgspec.structs.replace(body, detected_by=vector.name, sentence=sentence)
     except (BackendUnavailable, BadArgument) as error:
         return msgspec.structs.replace(body, shown=False, sentence=f"not tried: {error}")

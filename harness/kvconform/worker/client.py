@@ -6,31 +6,23 @@ import json
 import mmap
 import os
 import selectors
-import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvconform.errors import (
-    BackendUnavailable,
-    BadArgument,
-    Exit,
-    InvalidBackend,
-    Raised,
-    Unavailable,
-    WorkerDied,
-    WorkerTimeout,
-)
+from kvconform.errors import BackendUnavailable, Exit, InvalidBackend, Raised, Unavailable, WorkerDied, WorkerTimeout
 from kvconform.host import gpu, oom_kills
 from kvconform.worker.forwards import Forwards
 from kvconform.worker.process import exit_of
 from kvconform.worker.protocol import LENGTHS, PROGRESS, Header, Traces, send, unpack
-from kvconform.worker.start import FORK, START_METHODS, WORKER, Launch, Process, started
+from kvconform.worker.spec import DEVICES as DEVICES
+from kvconform.worker.spec import STEP_TIMEOUT as STEP_TIMEOUT
+from kvconform.worker.spec import WorkerSpec as WorkerSpec
+from kvconform.worker.start import Launch, Process, started
 from kvconform_specs.claims import Claims
 from kvconform_specs.clause import Case
 from kvconform_specs.config import Config
@@ -39,9 +31,6 @@ from kvconform_specs.program import Program
 
 BUILD_TIMEOUT = 900.0
 """Seconds that a build may take: exports and first compilations are slow, and stand outside the step timeout."""
-STEP_TIMEOUT = 120.0
-"""Seconds without progress that make a timeout. A compilation within a step takes 5 to 15 s, and more under load."""
-DEVICES = ("cpu", "cuda")
 BUILDS = 3
 """How often a start or a build is tried that a signal from outside ends."""
 LOG_LENGTH = 512
@@ -50,28 +39,6 @@ LOG_LENGTH = 512
 
 RAISED = {kind.__name__: kind for kind in (InvalidBackend, Unavailable, BackendUnavailable)}
 """The errors that a worker hands on to its parent, by the name in the header."""
-
-
-@dataclass
-class WorkerSpec:
-    """How to start the workers of one backend. ``cpus``: the processors that they may use, if the system supports it;
-    None: any. ``module``: what the interpreter runs as the worker. ``start_method``: ``fork`` or ``spawn``; a worker
-    that cannot be forked is a new process. Raises BadArgument for an unknown device or method."""
-
-    address: str
-    device: str = "cpu"
-    python: str = sys.executable
-    step_timeout: float = STEP_TIMEOUT
-    environment: dict[str, str] = field(default_factory=dict)
-    cpus: tuple[int, ...] | None = None
-    module: str = WORKER
-    start_method: str = FORK
-
-    def __post_init__(self) -> None:
-        if self.device not in DEVICES:
-            raise BadArgument("device", self.device, DEVICES)
-        if self.start_method not in START_METHODS:
-            raise BadArgument("start_method", self.start_method, START_METHODS)
 
 
 def unproven(runtime_info: Mapping[str, Any], device: str) -> str:
@@ -103,6 +70,7 @@ class WorkerClient(Forwards):
             self.environment: dict[str, str] = description["environment"]
             self.environment |= gpu() if spec.device == "cuda" else {}
             self.target: dict[str, Any] | None = description["target"]
+            self.parameters: int = 0 if self.target is None else self.target.pop("parameters")
         except BaseException:
             self.close()  # a worker that is of no use must not live on, nor its folder
             raise

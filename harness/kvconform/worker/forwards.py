@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 from kvconform.errors import BackendUnavailable, Raised, WorkerDied
 from kvconform.worker.pairing import paired
 from kvconform.worker.protocol import Header
+from kvconform.worker.spec import WorkerSpec
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.reference.oracle import ReferenceForward
 from kvconform_specs.reference.own_forward import length_changes, shares_rounding
-
-if TYPE_CHECKING:
-    from kvconform.worker.client import WorkerSpec
 
 
 class Forwards:
@@ -30,6 +28,7 @@ class Forwards:
     spec: WorkerSpec
     claims: Claims
     target: dict[str, Any] | None
+    environment: dict[str, str]
     _measured: bool
     _reference: Forwards | None = None
     _pairs: dict[Config, Config] = {}  # noqa: RUF012 - replaced, never changed
@@ -72,6 +71,8 @@ class Forwards:
         if reference.target is None:
             raise BackendUnavailable(f"the reference {address} has no weights of its own")
         reference._measured = True
+        if "source" in reference.environment:
+            self.environment["source of the reference"] = reference.environment["source"]
         pairs = paired(self.configs, reference.configs, address)
         self._pairs = dict(pairs.values())
         self.target["configs"] = {name: config.to_json() for name, (config, _theirs) in pairs.items()}

@@ -25,6 +25,7 @@ EXTRAS = {
     **dict.fromkeys(("module-buffers", "past-tuples", "list-cache"), "eager"),
     **dict.fromkeys(("sdpa-math", "sdpa-flash", "sdpa-efficient", "flex", "flex-compiled"), "torch"),
     **{name: name for name in ("onnx-reference", "ort-attention", "keras-hub")},
+    "ort-gqa": "ort-attention",
 }
 """The extra that a shipped backend needs, if its name differs from the backend's."""
 

@@ -77,8 +77,13 @@ class Worker:
             not_tried = list(getattr(self.backend, "not_tried", BlackBox.not_tried))
             told = {"recognised": self.backend.recognised, "assumed": assumed, "not_tried": not_tried}
             held = getattr(self.backend, "held", BlackBox.held)
-            reference = getattr(self.backend, "reference", BlackBox.reference)
-            target = {**told, "configs": configs, "held": held and dict(held), "reference": reference}
+            target = {
+                **told,
+                "configs": configs,
+                "held": held and dict(held),
+                "reference": getattr(self.backend, "reference", BlackBox.reference),
+                "parameters": getattr(self.backend, "parameters", BlackBox.parameters),
+            }
         return {"claims": claims, "environment": environment(self.backend), "target": target}, b""
 
     def build(self, message: Header) -> Reply:

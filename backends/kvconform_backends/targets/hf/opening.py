@@ -110,6 +110,7 @@ def _made(target: str, model: Any, config: Config, recipe: Recipe, calls: Calls)
         "recipe": recipe,
         "calls": calls,
         "source": recipe.source,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
         "recognised": f"transformers {kind}, {cache}, {model.config._attn_implementation}",
         "assumed": (),
         "claims": _claims(config, recipe, calls, ()),
@@ -155,7 +156,7 @@ def _recipe(target: str, options: Mapping[str, Any]) -> tuple[Recipe, tuple[str,
     for name in options["config"]:
         if not hasattr(plain, name):
             raise BackendUnavailable(f"target hf:{target}: {type(plain).__name__} has no field {name!r}")
-    parted = not found and plain is not whole
+    parted = not found and whole is not None and plain is not whole
     recipe = Recipe(
         origin=str(directory) if found else type(plain).__name__,
         directory=found,
@@ -166,7 +167,7 @@ def _recipe(target: str, options: Mapping[str, Any]) -> tuple[Recipe, tuple[str,
         experts=options["experts_implementation"],
         dtype=options["dtype"],
         seed=options["seed"],
-        maker=model_class(type(whole)).__name__ if parted else "AutoModelForCausalLM",
+        maker=model_class(type(whole)).__name__ if parted and whole is not None else "AutoModelForCausalLM",
     )
     assumed = [] if found else [f"its sizes were scaled down: {_sizes(fields)}"]
     if parted:

@@ -54,6 +54,7 @@ class Transformers(BlackBox):
     recognised: str
     assumed: tuple[str, ...]
     source: str
+    parameters: int
     recipe: Recipe
     calls: Calls
     made: Any

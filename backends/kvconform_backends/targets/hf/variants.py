@@ -16,6 +16,8 @@ from transformers import DynamicCache
 
 Variant = Callable[[torch.Tensor], Any]
 """Token ids ``(b, t)`` to the model's output."""
+UNLIMITED = 1 << 20
+"""More tokens than any sequence has."""
 ALIGNMENTS = (8, 16, 32, 64, 128)
 """What kernels pad a head dim to a multiple of."""
 
@@ -25,8 +27,7 @@ def variants(model: Any) -> Iterator[tuple[str, Variant]]:
     text = model.config.get_text_config(decoder=True)
     types = getattr(text, "layer_types", None) or ()
     if getattr(text, "sliding_window", None) and (not types or set(types) != {"full_attention"}):
-        full = {"layer_types": ["full_attention"] * len(types)} if types else {}
-        yield "without its window", _forward(_rebuilt(model, sliding_window=None, **full))
+        yield "without its window", _forward(_rebuilt(model, sliding_window=UNLIMITED))
     for name, words in (("attn_logit_softcapping", "scores"), ("final_logit_softcapping", "logits")):
         if getattr(text, name, None):
             yield f"without its soft cap of {words}", _forward(_rebuilt(model, **{name: None}))

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from kvconform_backends.targets.module import identifiers
-from kvconform_backends.targets.module.recognised import CAPACITY, Recognised
-from kvconform_backends.targets.module.trials import LENGTH, MANY_ROWS, PROMPT, STEPPED, Array, Trials, close
+from kvconform_backends.targets.module.recognised import CAPACITY, PROMPT, Recognised
+from kvconform_backends.targets.module.trials import LENGTH, MANY_ROWS, STEPPED, Array, Trials, close
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded, largest
 
 

@@ -17,9 +17,9 @@ from kvconform_backends.targets.module.copies import Copies
 from kvconform_backends.targets.module.limits import Limits
 from kvconform_backends.targets.module.operations import Operations
 from kvconform_backends.targets.module.past import contents, described, frozen, grown_axis, sizes
-from kvconform_backends.targets.module.recognised import ProbedTarget, Recognised
+from kvconform_backends.targets.module.recognised import PROMPT, ProbedTarget, Recognised
 from kvconform_backends.targets.module.signature import ForwardSignature
-from kvconform_backends.targets.module.trials import LENGTH, PROMPT, Array, close
+from kvconform_backends.targets.module.trials import LENGTH, Array, close
 from kvconform_backends.targets.third_party import ThirdPartyError, guarded, largest
 
 MOST_CONTEXTS = 3

@@ -250,6 +250,7 @@ class ModuleTarget:
         self.assumed = (*found.doubts, _built(source), *found.assumed)
         self.not_tried = found.operations
         self.held = found.held
+        self.parameters = sum(p.numel() for p in module.parameters()) if isinstance(module, nn.Module) else 0
         self.source = source.file if source.file.endswith(".py") else str(sys.modules[source.file].__file__ or "")
         self.dtype, self.found, self._source = dtype, found, source
 

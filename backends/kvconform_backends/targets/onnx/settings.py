@@ -52,7 +52,8 @@ def decoder_in(folder: Path) -> Path:
     named = _text(_section(_section(_read(folder / GENAI), "model"), "decoder"), "filename")
     parts = _section(_read(folder / EXPORTED), "components")
     exported = [file for part in parts.values() if isinstance(part, dict) and (file := _text(part, "file"))]
-    for name in (named, *(exported if len(exported) == 1 else ())):
+    names: list[str] = [named, *exported] if len(exported) == 1 else [named]
+    for name in names:
         if name and (folder / name).is_file():
             return folder / name
     found = graphs_in(folder)

@@ -106,6 +106,7 @@ class OnnxTarget:
             max_batch=1 if 1 in rows else None,
             max_chunk=cached.fixed(1),
             returns="last" if self.graphs.last_only else "all",
+            cache_dtype="float16" if self._rounds_more() else "",
             reference="self",
         )
         self.recognised, self.assumed = self._words(), tuple(self._assumed)
@@ -214,8 +215,6 @@ class OnnxTarget:
     def _config(self, outputs: int) -> Config:
         signature = self.cached.signature
         past = signature.pasts[0]
-        kinds = {past.tensor.dtype, signature.output.dtype, signature.tokens.dtype}
-        kinds |= weights.dtypes(self.cached.model.graph)
         sizes: dict[str, Any] = {
             "heads": past.heads,
             "kv_heads": past.heads,
@@ -223,7 +222,7 @@ class OnnxTarget:
             "layers": signature.layers,
             "capacity": self.capacity,
             **self._window(),
-            "dtype": "float16" if "float16" in kinds else "float32",
+            "dtype": self._dtype(),
         }
         if signature.hidden:
             width = self._width()
@@ -240,6 +239,12 @@ class OnnxTarget:
             reserved=tuple(sorted(reserved)),
         )
 
+    def _dtype(self) -> str:
+        """The dtype of weights, inputs and outputs that rounds most, up to float16; the cache may have another."""
+        signature = self.cached.signature
+        kinds = {signature.output.dtype, signature.tokens.dtype, *weights.dtypes(self.cached.model.graph)}
+        return "float16" if "float16" in kinds else "float32"
+
     def _window(self) -> dict[str, int]:
         """The window that layers have, all or some of them; the operator counts the token itself as the definition
         does."""
@@ -254,6 +259,11 @@ class OnnxTarget:
         found = {window for window in windows if 0 < window < self.capacity}
         return {"window": found.pop(), "window_every": 1 if min(windows) > 0 else 2} if len(found) == 1 else {}
 
+    def _rounds_more(self) -> bool:
+        """Whether the cache is kept in float16, and the rest is not."""
+        kinds = {past.tensor.dtype for past in self.cached.signature.pasts}
+        return self._dtype() != "float16" and "float16" in kinds
+
     def _words(self) -> str:
         signature, first = self.cached.signature, self.cached.signature.pasts[0]
         if signature.mask is not None:
@@ -264,6 +274,8 @@ class OnnxTarget:
         if signature.branch is not None:
             dummy = f"whose past has a length of {self.graphs.dummy}"
             self._assumed.append(f"{signature.branch.name} is false for an empty cache, {dummy}, and true afterwards")
+        if self._rounds_more():
+            self._assumed.append("its cache is in float16, and the rest is not; errors of that size are allowed")
         if self.graphs.one_by_one:
             self._assumed.append(f"with a past, several rows take their tokens one by one: {OPERATOR} refuses more")
         rings = {past.ring for past in signature.pasts if past.ring is not None}

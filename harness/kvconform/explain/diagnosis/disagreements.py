@@ -7,10 +7,12 @@ where the reference itself does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 
+from kvconform.errors import WorkerDied
 from kvconform.explain.diagnosis.record import Disagreement
 from kvconform.explain.visibility import FORBIDDEN, REQUIRED, Map
 from kvconform.judging.observed import Array
@@ -37,11 +39,6 @@ def disagreement(client: WorkerClient, config: Config, maps: Sequence[Map]) -> D
     if right.all():
         return None
     first = int(np.argmin(right))
-    alike = [
-        variant
-        for variant in client.reference_variants(config)
-        if _within(got, client.variant_forward(config, variant)(_tape(config), 0.0, 0.0, 0), bound).all()
-    ]
     return Disagreement(
         reference=client.reference_address,
         first_token=first,
@@ -49,8 +46,16 @@ def disagreement(client: WorkerClient, config: Config, maps: Sequence[Map]) -> D
         window=config.window if config.window == first else None,
         sees_more=_shows(maps, FORBIDDEN),
         sees_less=_shows(maps, REQUIRED),
-        variants=alike,
+        variants=[*_alike(client, config, got, bound)],
     )
+
+
+def _alike(client: WorkerClient, config: Config, got: Array, bound: Array) -> Iterator[str]:
+    """The variants of the reference that give these outputs. One that raises is none."""
+    for variant in client.reference_variants(config):
+        with suppress(WorkerDied):
+            if _within(got, client.variant_forward(config, variant)(_tape(config), 0.0, 0.0, 0), bound).all():
+                yield variant
 
 
 def _tape(config: Config) -> Array:

@@ -60,7 +60,7 @@ def disagreement(found: Disagreement) -> Iterator[str]:
         f"than that of {found.reference}"
     )
     if found.window:
-        yield f"That token is the first that does not see all before it in the reference, whose window is {found.window}"
+        yield f"In the reference that token is the first that does not see all before it: the window is {found.window}"
     if found.sees_more:
         yield "Its outputs depend on tokens that those of the reference do not: a window is wider, or lost"
     if found.sees_less:

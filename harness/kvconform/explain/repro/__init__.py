@@ -29,6 +29,8 @@ from kvconform_specs.config import Config
 from kvconform_specs.describe import describe
 from kvconform_specs.program import Append, Close, Program, ReadCache, Reject, UncachedForward
 
+OWN = ("platform", "source", "source of the reference", "kvconform")
+"""What an environment names beside versions of distributions, and this package."""
 PATIENCE = 120
 """Seconds after which a file says that the target hangs."""
 """The relations that look at outputs alone; the others ask for what only the backend protocol tells."""
@@ -75,7 +77,7 @@ def tried(file: Path, python: str) -> str:
 
 # --- the file ---
 def _header(clause: Clause, words: str, client: WorkerClient) -> list[str]:
-    versions = {k: v for k, v in client.environment.items() if k not in ("platform", "source", "kvconform")}
+    versions = {k: v for k, v in client.environment.items() if k not in OWN}
     where = f"{client.spec.address} on {client.spec.device}"
     with_ = ", ".join(f"{name} {version}" for name, version in versions.items())
     text = clause.text.replace("`", "")
@@ -137,7 +139,9 @@ def _body(failure: Failure, runs: list[Run], client: WorkerClient) -> tuple[list
     else:
         relation = "what an output is like" if failure.mismatch.relation is None else failure.mismatch.relation.value
         if client.claims.reference == "self":
-            relation = relation.replace("the definition's value", "what it gives for the same tokens without a cache")
+            source = f"the reference, {client.reference_address}," if client.reference_address else "it"
+            given = f"what {source} gives for the same tokens without a cache"
+            relation = relation.replace("the definition's value", given)
         compared = runs[-len(failure.observed) :]
         said = textwrap.wrap(f"what must hold: {relation}", WIDTH - 2)
         lines += ["", *(f"# {line}" for line in said), *check(failure, compared, backend_name)]

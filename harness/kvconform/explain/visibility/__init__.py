@@ -39,6 +39,11 @@ class Map(msgspec.Struct, frozen=True, kw_only=True):
     notes: list[str] = []
     """What else was noticed, one sentence each."""
 
+    def __post_init__(self) -> None:
+        sizes = [[len(line) for line in lines] for lines in (self.wanted, self.seen)]
+        if sizes[0] != sizes[1] or not 1 <= self.rows <= max(len(self.wanted), 1):
+            raise ValueError(f"the map {self.schedule}: wanted and seen have other sizes, or more rows than outputs")
+
     @property
     def differences(self) -> list[Difference]:
         """Where ``seen`` differs from ``wanted``, output by output."""

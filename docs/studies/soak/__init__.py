@@ -1,0 +1,2 @@
+"""The soak: malformed inputs, processes that are killed, and a long run. ``nox -s soak``; figures in
+docs/reliability.md."""
