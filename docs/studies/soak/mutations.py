@@ -42,7 +42,7 @@ def _change(draw: Any, document: Any, place: Path, places: list[Path]) -> None:
     holder: Any = document
     for key in place[:-1]:
         holder = holder[key]
-    key = place[-1]
+    key: Any = place[-1]
     match draw(st.sampled_from(("replace", "replace", "remove", "double", "rename", "move"))):
         case "replace":
             holder[key] = json.loads(json.dumps(draw(st.sampled_from(JUNK))))
