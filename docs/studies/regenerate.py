@@ -52,7 +52,7 @@ STAMP = ROOT / ".regenerated.json"
 MEASURED = {
     "docs/baseline/counters.json": "nox -s counters, then copy results/counters.json",
     "docs/evidence": "kvconform bench --preset, see CONTRIBUTING.md",
-    "docs/evidence/engines": "nox -s 'conformance(NAME)' and python -m engine_results.collect, see docs/studies/README.md",
+    "docs/evidence/engines": "nox -s 'conformance(NAME)' and engine_results.collect, see docs/studies/README.md",
     "docs/evidence/transformers": "python -m transformers_classes.collect, see docs/studies/README.md",
     "docs/evidence/serving": "nox -s 'engine(NAME)' and vllm_faults, see docs/studies/README.md",
     "docs/evidence/fleet": "python -m fleet_page collect, see docs/fleet.md",
