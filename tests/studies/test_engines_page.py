@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from engines.collect import kept
-from engines.page import ENGINES, EVIDENCE, PROGRAMS, findings, render, study
+from engine_results.collect import kept
+from engine_results.page import ENGINES, EVIDENCE, PROGRAMS, findings, render, study
 from mismatches import cause
 from places import ROOT
 
