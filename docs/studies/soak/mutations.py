@@ -42,14 +42,14 @@ def _change(draw: Any, document: Any, place: Path, places: list[Path]) -> None:
     holder: Any = document
     for key in place[:-1]:
         holder = holder[key]
-    key: Any = place[-1]
+    key = place[-1]
     match draw(st.sampled_from(("replace", "replace", "remove", "double", "rename", "move"))):
         case "replace":
             holder[key] = json.loads(json.dumps(draw(st.sampled_from(JUNK))))
         case "remove":
             del holder[key]
         case "double" if isinstance(holder, list):
-            holder.append(json.loads(json.dumps(holder[key])))
+            holder.append(json.loads(json.dumps(holder[int(key)])))
         case "rename" if isinstance(holder, dict):
             holder[str(draw(st.sampled_from(("", "x", "schema", str(key).upper()))))] = holder.pop(key)
         case _:
