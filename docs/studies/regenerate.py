@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import api_page
-import engines.page
+import engine_results.page
 import fleet_page
 import msgspec
 import serving_page
@@ -52,7 +52,7 @@ STAMP = ROOT / ".regenerated.json"
 MEASURED = {
     "docs/baseline/counters.json": "nox -s counters, then copy results/counters.json",
     "docs/evidence": "kvconform bench --preset, see CONTRIBUTING.md",
-    "docs/evidence/engines": "nox -s 'conformance(NAME)' and python -m engines.collect, see docs/studies/README.md",
+    "docs/evidence/engines": "nox -s 'conformance(NAME)' and engine_results.collect, see docs/studies/README.md",
     "docs/evidence/transformers": "python -m transformers_classes.collect, see docs/studies/README.md",
     "docs/evidence/serving": "nox -s 'engine(NAME)' and vllm_faults, see docs/studies/README.md",
     "docs/evidence/fleet": "python -m fleet_page collect, see docs/fleet.md",
@@ -111,7 +111,11 @@ def _fleet() -> dict[str, bytes]:
 
 
 def _engines() -> dict[str, bytes]:
-    return {"docs/engines.md": engines.page.render(engines.page.study(), engines.page.findings()).encode()}
+    return {
+        "docs/engines.md": engine_results.page.render(
+            engine_results.page.study(), engine_results.page.findings()
+        ).encode()
+    }
 
 
 def _serving() -> dict[str, bytes]:
