@@ -56,8 +56,8 @@ def file_name(kind: str) -> str:
 
 
 def _tag_of(struct: Any) -> str | None:
-    """The name of the property that tells structs of a union apart."""
-    return struct.__struct_config__.tag_field  # type: ignore[no-any-return]
+    """The name of the property that tells structs of a union apart; a dataclass has none."""
+    return struct.__struct_config__.tag_field if issubclass(struct, msgspec.Struct) else None
 
 
 def _schema(kind: type) -> dict[str, Any]:
