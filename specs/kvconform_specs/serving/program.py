@@ -32,7 +32,7 @@ class Span(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="s
     stop: int
     """Position behind the last token, in tokens."""
     add: int = 0
-    """Added to each token id before it is renamed, modulo the vocabulary: 1 surely gives another token."""
+    """Added to each token id before it is renamed, modulo the vocabulary (no unit): 1 surely gives another token."""
 
 
 class Own(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="own", tag_field="piece"):
