@@ -59,6 +59,7 @@ MEASURED = {
     "docs/evidence/soak": "nox -s soak",
     "docs/latency-samples.json.gz": "nox -s timing, on an idle machine",
     "docs/published-designs.md": "nox -s designs",
+    "docs/vectors-power.json": "kvconform vectors write DIR, then kvconform vectors power DIR -o docs/vectors-power.json",
 }
 """Files that take a measurement, and how each is made; nothing here renews them."""
 
