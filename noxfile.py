@@ -158,7 +158,7 @@ def pythons(session: nox.Session) -> None:
 
 
 # --- serving engines, each in an environment of its own ---
-ENGINES = {
+SERVERS = {
     "llama.cpp": ("xllamacpp>=2026.10", "gguf"),
     "openvino-genai": ("openvino-genai>=2026.4", "gguf"),
     "mlx-lm": ("mlx-lm>=0.32", "mlx[cpu]"),
@@ -170,13 +170,13 @@ ENGINES = {
 
 def install_engine(session: nox.Session, name: str) -> None:
     install(session, *(["torch"] if name == "transformers-cb" else []))
-    session.install(*ENGINES[name], "safetensors")
+    session.install(*SERVERS[name], "safetensors")
     if name == "vllm":
         session.run("pip", "uninstall", "-y", "torchvision", "torchaudio", "torchcodec", silent=True)
 
 
 @nox.session(default=False)
-@nox.parametrize("name", list(ENGINES), ids=list(ENGINES))
+@nox.parametrize("name", list(SERVERS), ids=list(SERVERS))
 def engine(session: nox.Session, name: str) -> None:
     """Judge a serving engine on a tiny model; results/NAME.json. Options of kvconform run: -- --effort smoke."""
     install_engine(session, name)
@@ -260,6 +260,15 @@ def timing(session: nox.Session) -> None:
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": STUDIES}
     session.run("python", "-m", "timing.collect", "-o", samples, *session.posargs, env=variables)
     session.run("python", "-m", "regenerate", "docs/latency.md", env=variables)
+
+
+@nox.session(default=False)
+def soak(session: nox.Session) -> None:
+    """Malformed inputs, kills and a long run: about half an hour; docs/reliability.md."""
+    install(session)
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": STUDIES}
+    session.run("python", "-m", "soak", "-o", "docs/evidence/soak/record.json", *session.posargs, env=variables)
+    session.run("python", "-m", "regenerate", "docs/reliability.md", env=variables)
 
 
 if __name__ == "__main__":

@@ -73,14 +73,14 @@ def test_the_engine_conforms_on_each_tiny_model(tmp_path: Path) -> None:
 
 
 def test_a_running_server_is_recognised_and_checked_by_its_url(tmp_path: Path, url: str) -> None:
-    clause = ("--effort", "smoke", "--max-requests", "3000", "--out", tmp_path)
+    clause = ("--effort", "smoke", "--max-seconds", "2000", "--out", tmp_path)
     printed = kvconform("check", f"{url}/v1", *clause, code=0)
     assert printed.startswith("llama.cpp")
     assert "conformant: serving profile" in printed
 
 
 def test_reuse_of_shifted_chunks_is_seen_where_blocks_are_swapped(tmp_path: Path) -> None:
-    address = 'llama.cpp?{"n_cache_reuse": 8}'
+    address = 'llama.cpp?{"n_cache_reuse": 8, "slots": 1}'  # of several slots an empty one is taken
     words = ("run", "-b", address, "--effort", "smoke", "--clause", "serving.divergence", "--out", tmp_path)
     printed = kvconform(*words, code=1)
     assert "serving.divergence" in printed

@@ -16,6 +16,8 @@ from kvconform_specs.serving.requests import Request
 
 Json = Mapping[str, Any]
 ALTERNATIVES = 20
+COMPLETIONS = 3
+"""The most completions of one prompt that are asked for; the server has no more than slots."""
 
 
 class LlamaCpp(Engine):
@@ -38,7 +40,7 @@ class LlamaCpp(Engine):
             cache_off="request",
             reports_hits=True,
             alternatives=ALTERNATIVES,
-            abilities=frozenset({"n", "abort", "concurrent"}),
+            abilities=frozenset({"abort", "concurrent", *(["n"] if properties["total_slots"] >= COMPLETIONS else [])}),
             dtype=self.dtype,
             assumed=() if self.dtype else (unknown,),
         )

@@ -55,10 +55,9 @@ def file_name(kind: str) -> str:
     return FILES[kind][0].replace("/", "-") + ".json"
 
 
-def _tag_of(struct: type) -> str | None:
-    """The name of the property that tells structs of a union apart."""
-    found: str | None = struct.__struct_config__.tag_field if issubclass(struct, msgspec.Struct) else None
-    return found
+def _tag_of(struct: Any) -> str | None:
+    """The name of the property that tells structs of a union apart; a dataclass has none."""
+    return struct.__struct_config__.tag_field if issubclass(struct, msgspec.Struct) else None
 
 
 def _schema(kind: type) -> dict[str, Any]:

@@ -63,10 +63,12 @@ FORMS = (
 )
 
 
+ADDRESSED = ("hf:", "onnx:", "py:")
 REFERENCE_HELP = (
     "Another artefact with the same weights, in any of the forms of TARGET, such as the model that TARGET was exported "
     "from: its forward without a cache is the reference, in place of the target's own. What an export has changed "
-    "(window, scale, heads, positions, soft cap) is found, too."
+    "(window, scale, heads, positions, soft cap) is found, too. It may be an address with options, such as "
+    '\'py:model.py:Model?{"init": {"layers": 2}}\'.'
 )
 
 
@@ -75,11 +77,12 @@ def addresses(target: str, options: Mapping[str, Any], reference: str = "") -> l
     target, which it is compared with. Raises BadArgument."""
     if reference:
         try:
-            options = {**options, "reference": reference if _of_hf(reference) else addresses(reference, {})[0]}
+            whole = reference if reference.startswith(ADDRESSED) else addresses(reference, {})[0]
+            options = {**options, "reference": whole}
         except BadArgument as error:
             sentence = str(error).replace("target", "reference", 1)
             raise BadArgument("reference", reference, sentence=sentence) from None
-    if _of_hf(target):
+    if target.startswith("hf:"):
         caches = [options["cache"]] if "cache" in options else ["dynamic", "static"]
         return [_address("hf", target.removeprefix("hf:"), {**options, "cache": cache}) for cache in caches]
     if target.endswith(".onnx") or (Path(target).is_dir() and target not in installed()):
@@ -97,10 +100,6 @@ def addresses(target: str, options: Mapping[str, Any], reference: str = "") -> l
     if module.endswith(".py") and not Path(module).is_file():
         raise BadArgument("target", target, sentence=f"target: no file {module}")
     return [_address("py", target, options)]
-
-
-def _of_hf(target: str) -> bool:
-    return target.startswith("hf:")
 
 
 def options(init: str, others: Sequence[str], claimed: Sequence[str] = ()) -> dict[str, Any]:

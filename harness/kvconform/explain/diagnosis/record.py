@@ -104,6 +104,8 @@ class Disagreement(msgspec.Struct, frozen=True, kw_only=True):
     """The first token, counted from 0, whose outputs differ by more than the bounds."""
     correlation: float
     """Of the outputs of that token, over the vocabulary and several sequences: 1 where they are proportional."""
+    size: float
+    """How far the outputs of that token are off at most, relative to the root mean square of those of the reference."""
     window: int | None
     """The reference's window, if outputs differ from the first token on that cannot see all tokens before it."""
     sees_more: bool
