@@ -48,7 +48,7 @@ def render(
         legend=matrix.legend(results),
         failures=tables.failures(results, folder),
         known=tables.known(results, folder),
-        levels=tables.levels(),
+        levels=tables.levels(results),
         explanations=explanations.explanations(results),
         legend_of_maps=maps.legend(),
         guarantees=tables.guarantees(results, folder),

@@ -18,11 +18,14 @@ LEVELS = {
     "bitwise repeatable": ("determinism.repeatable",),
     "batch-invariant": ("determinism.batch-invariant",),
     "chunk-invariant": ("determinism.chunk-invariant",),
+}
+"""From the weakest to the strongest, and the clauses that decide; a config has one of them, or none."""
+ENGINE_LEVELS = {
     "repeatable answers": ("serving.repeatable",),
     "the same beside others": ("serving.batch-invariant",),
     "the same from the cache": ("serving.bitwise-hit",),
 }
-"""From the weakest to the strongest, and the clauses that decide; a config has one of them, or none."""
+"""The same of serving engines."""
 
 
 class Guarantee(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +49,7 @@ def measured(verdicts: Sequence[Verdict]) -> dict[str, Guarantee]:
     for config in dict.fromkeys(verdict.config for verdict in verdicts):
         deciding = [
             (level, known[clause, config])
-            for level, clauses in LEVELS.items()
+            for level, clauses in (*LEVELS.items(), *ENGINE_LEVELS.items())
             for clause in clauses
             if (clause, config) in known
         ]

@@ -13,7 +13,7 @@ import msgspec
 from kvconform.judging.every_clause import BY_NAME
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results import known_failures
-from kvconform.results.guarantees import LEVELS
+from kvconform.results.guarantees import ENGINE_LEVELS, LEVELS
 from kvconform.results.results import Results
 from kvconform.run.cross_backend import Pair
 from kvconform_reports.view.explanations import JudgedBy, judged_by
@@ -201,7 +201,7 @@ def known(results: Sequence[Results], folder: str) -> tuple[KnownRow, ...]:
 def guarantees(results: Sequence[Results], folder: str) -> tuple[tuple[str, tuple[Guarantee | None, ...]], ...]:
     """For each config the guarantee of each backend, None if none was measured."""
     configs = dict.fromkeys(config for result in results for config in result.guarantees)
-    strongest = tuple(LEVELS)[-1]
+    strongest = (tuple(LEVELS)[-1], tuple(ENGINE_LEVELS)[-1])
     return tuple(
         (
             config,
@@ -211,7 +211,7 @@ def guarantees(results: Sequence[Results], folder: str) -> tuple[tuple[str, tupl
                     held.refuted,
                     held.sentence,
                     replay_line(result.backend, held.counterexample, folder) if held.refuted else "",
-                    held.level == strongest,
+                    held.level in strongest,
                 )
                 if (held := result.guarantees.get(config))
                 else None
@@ -222,9 +222,11 @@ def guarantees(results: Sequence[Results], folder: str) -> tuple[tuple[str, tupl
     )
 
 
-def levels() -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """The guarantees from weakest to strongest, with the clauses that decide each."""
-    return tuple(LEVELS.items())
+def levels(results: Sequence[Results]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The guarantees from weakest to strongest, with the clauses that decide each: of backends, of serving engines."""
+    engines = [result.served is not None for result in results]
+    own = LEVELS if not engines or not all(engines) else {}
+    return (*own.items(), *(ENGINE_LEVELS.items() if any(engines) else ()))
 
 
 def reasons(results: Sequence[Results]) -> tuple[Reason, ...]:
