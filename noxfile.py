@@ -262,5 +262,14 @@ def timing(session: nox.Session) -> None:
     session.run("python", "-m", "regenerate", "docs/latency.md", env=variables)
 
 
+@nox.session(default=False)
+def soak(session: nox.Session) -> None:
+    """Malformed inputs, kills and a long run: about half an hour; docs/reliability.md."""
+    install(session)
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": STUDIES}
+    session.run("python", "-m", "soak", "-o", "docs/evidence/soak/record.json", *session.posargs, env=variables)
+    session.run("python", "-m", "regenerate", "docs/reliability.md", env=variables)
+
+
 if __name__ == "__main__":
     nox.main()

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import api_page
-import engines.page
+import engine_results.page
 import fleet_page
 import msgspec
 import serving_page
+import soak.page
 import speed_page
 import timing.collect
 import timing.page
@@ -31,7 +32,7 @@ from kvconform.bench import record as speed
 from kvconform.bench.gate.self_test import history
 from kvconform.cli.schemas import FILES as KINDS
 from kvconform.cli.schemas import file_name, json_schema
-from kvconform.files import write_atomically
+from kvconform.files import read_versioned, write_atomically
 from kvconform.judging.every_clause import BY_NAME as EVERY
 from kvconform.judging.every_clause import CHAPTERS
 from kvconform.mutation import power
@@ -51,12 +52,14 @@ STAMP = ROOT / ".regenerated.json"
 MEASURED = {
     "docs/baseline/counters.json": "nox -s counters, then copy results/counters.json",
     "docs/evidence": "kvconform bench --preset, see CONTRIBUTING.md",
-    "docs/evidence/engines": "nox -s 'conformance(NAME)' and python -m engines.collect, see docs/studies/README.md",
+    "docs/evidence/engines": "nox -s 'conformance(NAME)' and engine_results.collect, see docs/studies/README.md",
     "docs/evidence/transformers": "python -m transformers_classes.collect, see docs/studies/README.md",
     "docs/evidence/serving": "nox -s 'engine(NAME)' and vllm_faults, see docs/studies/README.md",
     "docs/evidence/fleet": "python -m fleet_page collect, see docs/fleet.md",
+    "docs/evidence/soak": "nox -s soak",
     "docs/latency-samples.json.gz": "nox -s timing, on an idle machine",
     "docs/published-designs.md": "nox -s designs",
+    "docs/vectors-power.json": "kvconform vectors write DIR and vectors power DIR -o docs/vectors-power.json",
 }
 """Files that take a measurement, and how each is made; nothing here renews them."""
 
@@ -109,11 +112,21 @@ def _fleet() -> dict[str, bytes]:
 
 
 def _engines() -> dict[str, bytes]:
-    return {"docs/engines.md": engines.page.render(engines.page.study(), engines.page.findings()).encode()}
+    return {
+        "docs/engines.md": engine_results.page.render(
+            engine_results.page.study(), engine_results.page.findings()
+        ).encode()
+    }
 
 
 def _serving() -> dict[str, bytes]:
     return {"docs/engines-serving.md": serving_page.page().encode()}
+
+
+def _reliability() -> dict[str, bytes]:
+    source = "evidence/soak/record.json"
+    record = read_versioned(ROOT / "docs" / source, soak.page.Record, soak.page.SCHEMA, "record of a soak")
+    return {"docs/reliability.md": soak.page.render(record, source).encode()}
 
 
 def _latency() -> dict[str, bytes]:
@@ -166,7 +179,8 @@ def _baseline(name: str) -> Path:
 def _run(name: str) -> dict[str, bytes]:
     """The results of a run with the default effort. A run that was interrupted is resumed."""
     out = ROOT / "results" / "baseline"
-    done = subprocess.run([sys.executable, "-m", "kvconform", "run", "-b", name, "--out", str(out)], check=False)
+    command = ["kvconform", "run", "-b", name, "--out", str(out), "--jobs", "2"]  # as the main job does
+    done = subprocess.run([sys.executable, "-m", *command], check=False)
     if done.returncode != 0:
         raise SpecError(name, f"kvconform run ended with exit code {done.returncode}; the old baseline stays")
     return {f"docs/baseline/{name}.json": (out / f"{name}.json").read_bytes()}
@@ -190,6 +204,7 @@ FILES = (
     Generated("docs/engines.md", "docs/evidence/engines", _engines),
     Generated("docs/engines-serving.md", "docs/evidence/serving", _serving),
     Generated("docs/fleet.md", "docs/evidence/fleet", _fleet),
+    Generated("docs/reliability.md", "docs/evidence/soak/record.json", _reliability),
     Generated("docs/latency.md", "docs/latency-samples.json.gz and docs/gate-history.jsonl", _latency),
     Generated(
         "harness/kvconform/mutation/power_table.json", "every clause and null model", _power, 2, _power_is_current

@@ -73,7 +73,7 @@ def initialised(*arguments: str) -> str:
 
 
 def test_what_has_a_cache_is_found_and_nothing_else(folder: Path) -> None:
-    config = {"model_type": "llama", "num_hidden_layers": 2}
+    config = {"model_type": "llama", "vocab_size": 50}
     write(
         folder,
         **{
@@ -92,7 +92,9 @@ def test_what_has_a_cache_is_found_and_nothing_else(folder: Path) -> None:
             "classifier.onnx": b"..pixel_values..",
             "empty.onnx": b"",
             "model/config.json": json.dumps(config),
-            "vision/config.json": json.dumps({"model_type": "vit"}),
+            "vision/config.json": json.dumps({"model_type": "vit", "num_hidden_layers": 2}),
+            "encoder/config.json": json.dumps({**config, "architectures": ["BertModel"]}),
+            "named/config.json": json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}),
             "other/config.json": "[1]",
             "bad/config.json": "{",
         },
@@ -105,6 +107,8 @@ def test_what_has_a_cache_is_found_and_nothing_else(folder: Path) -> None:
         Found("onnx:decoder.onnx", extra="onnx"),
         Found('hf:model?{"cache":"dynamic"}', extra="hf"),
         Found('hf:model?{"cache":"static"}', extra="hf"),
+        Found('hf:named?{"cache":"dynamic"}', extra="hf"),
+        Found('hf:named?{"cache":"static"}', extra="hf"),
     ]
 
 

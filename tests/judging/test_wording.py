@@ -17,6 +17,7 @@ STEP = Mismatch(kind=Kind.RAISED, program=0, step=2, call="append 1 to a")
 OUTPUT = replace(WRONG, program=0, step=1)
 BASE = Place(program=0, step=0, call="uncached_forward 2 to a", row=0, position=1, column=1)
 READ = replace(STEP, call="read_cache a", row=1, position=3, layer=0, head=1, element=2)
+ANSWER = Mismatch(kind=Kind.COUNT, program=0, step=1, call="a request of 9 tokens", row=0, position=2, reference="cold")
 
 SENTENCES = [
     (
@@ -157,6 +158,38 @@ SENTENCES = [
     (
         replace(STEP, kind=Kind.TOKEN_ID, got=-1, want=0, want_max=9),
         "step 2 (append 1 to a): generated token -1, want ids of 0 to 9",
+    ),
+    (
+        replace(ANSWER, kind=Kind.LOG_PROBABILITY, part="answer", token=7, got=-1.5, want=-1.0, bound=0.001),
+        "step 1 (a request of 9 tokens), row 0, position 2: the log-probability of token 7 is -1.5, but -1 alone and "
+        "without the prefix cache, ± 0.001 (500x the bound)",
+    ),
+    (
+        replace(ANSWER, kind=Kind.LOG_PROBABILITY, part="prompt", token=7, got=-1.5, want=-1.0, bound=0.0),
+        "step 1 (a request of 9 tokens), row 0, position 2: the log-probability of the prompt's own token 7 is -1.5, "
+        "but -1 alone and without the prefix cache, and must be the same bit for bit",
+    ),
+    (
+        replace(ANSWER, kind=Kind.CHOICE, got=7, want=5, lead=0.25, bound=0.002, reference="prefill"),
+        "step 1 (a request of 9 tokens), row 0, position 2: token 7 was generated, but 5 where the text up to it is "
+        "the prompt, whose log-probability leads by at least 0.25 ± 0.002",
+    ),
+    (
+        replace(ANSWER, position=None, kind=Kind.COUNT, counted="cached", got=16, want_max=9),
+        "step 1 (a request of 9 tokens), row 0: the answer has 16 cached tokens, want at most 9, which its prompt "
+        "shares with what was asked before",
+    ),
+    (
+        replace(ANSWER, position=None, kind=Kind.REFUSED, error=Raised("refused", "HTTP 500: no slot")),
+        "step 1 (a request of 9 tokens), row 0: was refused, though it is served alone: HTTP 500: no slot",
+    ),
+    (
+        replace(ANSWER, position=None, kind=Kind.SERVED),
+        "step 1 (a request of 9 tokens), row 0: was served, though prompt and answer exceed the context",
+    ),
+    (
+        Mismatch(kind=Kind.NO_ANSWER, error=Raised("ConnectionError", "refused")),
+        "the engine gave no answer: ConnectionError: refused",
     ),
     (DIED, "step 3 (reset a): the process died of SIGSEGV"),
     (

@@ -25,11 +25,16 @@ def test_a_baseline_is_of_this_suite_and_has_every_clause(file: Generated) -> No
     assert file.current(), f"renew it with: {COMMAND}"
 
 
+BY_HAND = ("docs/studies/", "docs/guides/", "docs/upstream/")
+"""Folders of programs and of pages that are written by hand."""
+
+
 def test_every_file_of_a_page_or_baseline_is_generated_or_measured() -> None:
     known = tuple(file.path for file in FILES) + tuple(regenerate.MEASURED)
     beside = {
         "docs/black-boxes.md",
         "docs/gate-history.jsonl",
+        "docs/interpreting.md",
         "docs/latency-samples.svg",
         "docs/latency-starts.svg",
         "docs/report.png",
@@ -37,7 +42,7 @@ def test_every_file_of_a_page_or_baseline_is_generated_or_measured() -> None:
     listed = subprocess.run(["git", "ls-files", "docs"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode != 0:
         pytest.skip("this is no git checkout")
-    files = [path for path in listed.stdout.split() if not path.startswith("docs/studies/")]
+    files = [path for path in listed.stdout.split() if not path.startswith(BY_HAND)]
     assert files
     assert not [path for path in files if not path.startswith(known) and path not in beside]
 

@@ -18,10 +18,10 @@ from kvconform.errors import BadArgument
 from kvconform.files import write_atomically
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results import gate
-from kvconform.results.claims_diff import WIDEST_FIRST
+from kvconform.results.claims_diff import WIDEST_FIRST, moved_claims
 from kvconform.results.diff import words as said
 from kvconform.results.results import Results, missing_core, read
-from kvconform.run.run import Plan, cells, parse_shard, run_backend
+from kvconform.run.run import Plan, cells, parse_shard, plan_for, run_backend
 from kvconform.search.cell import Cell, run_cell
 from kvconform.search.counterexample import read as read_counterexample
 from kvconform.search.effort import EFFORTS, GUARANTEE_SECONDS, GUARANTEE_TRIALS, SHRINK_SECONDS, SHRINK_TRIALS
@@ -469,3 +469,38 @@ def test_a_guarantee_is_given_less_shrinking(tmp_path: Path, monkeypatch: pytest
             reduced[level] = read_counterexample(tmp_path / found.counterexample).reduced
     assert reduced == {Level.MUST: True, Level.SHOULD: False}
     assert (GUARANTEE_TRIALS, GUARANTEE_SECONDS) < (SHRINK_TRIALS, SHRINK_SECONDS)
+
+
+def test_an_interrupted_run_stays_where_its_backend_cannot_start_again(tmp_path: Path) -> None:
+    plan, path = plan_for("smoke", clauses=("shape.output",), configs=("attention-gqa",)), tmp_path / "mine.json"
+    whole = run_backend("mine", WorkerSpec("numpy"), plan, tmp_path)
+    msgspec.structs.replace(whole, finished=False).write(path)
+    held = path.read_bytes()
+    absent = run_backend("mine", WorkerSpec("nowhere:Cache"), plan, tmp_path)
+    assert (absent.exit_code, absent.verdicts) == (3, [])
+    assert path.read_bytes() == held
+    other = msgspec.structs.replace(whole, finished=False, seed=1)
+    for replaced in (whole, other):  # a run that came to its end, and one of other programs
+        replaced.write(path)
+        run_backend("mine", WorkerSpec("nowhere:Cache"), plan, tmp_path)
+        assert read(path).unavailable
+
+
+@pytest.mark.parametrize(
+    ("claims", "moved"),
+    [({"abilities": 3}, True), ({"overflow": "perhaps"}, False), ({"max_batch": "many"}, False), ({"x": [1]}, False)],
+)
+def test_claims_of_another_suite_are_compared_without_knowing_their_values(claims: dict[str, Any], moved: bool) -> None:
+    """A list that is none has lost what it had; of other values it is not known whether they promise less."""
+    known = {"abilities": ["fork"], "overflow": "refused", "max_batch": 2}
+    found = moved_claims({**known, **claims}, known)
+    assert any(one.narrowed for one in found) is moved
+    list(moved_claims(known, {**known, **claims}))  # nor the other way round does it raise
+
+
+@pytest.mark.parametrize("shard", ["x", "1", "0/2", "1/", "1/-2"])
+def test_results_of_a_malformed_shard_are_refused(shard: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({**msgspec.to_builtins(results()), "shard": shard}))
+    with pytest.raises(SpecError, match="shard: want i/n, got"):
+        read(path)

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from engines.collect import kept
-from engines.page import ENGINES, EVIDENCE, PROGRAMS, findings, render, study
+from engine_results.collect import kept
+from engine_results.page import ENGINES, EVIDENCE, PROGRAMS, findings, render, study
 from mismatches import cause
 from places import ROOT
 
@@ -16,6 +16,7 @@ from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.results.results import Results
 from kvconform.worker.registry import installed
 from kvconform_specs.clauses import BY_NAME
+from kvconform_specs.configs import CONFIGS
 
 STUDY, FINDINGS = study(), findings()
 NAMES = [one["engine"] for one in STUDY]
@@ -41,13 +42,8 @@ def test_evidence_is_small_and_names_no_path_of_a_machine() -> None:
 
 @pytest.mark.parametrize("one", STUDY, ids=NAMES)
 def test_every_failure_of_an_engine_is_a_finding_that_was_confirmed(one: dict[str, object]) -> None:
-    known = {
-        (clause, config)
-        for f in FINDINGS
-        if f["engine"] == one["engine"]
-        for clause in f["clauses"]
-        for config in f["configs"]
-    }
+    mine = [found["cells"] for found in FINDINGS if found["engine"] == one["engine"]]
+    known = {(clause, config) for cells in mine for config, clauses in cells.items() for clause in clauses}
     cells = one["cells"]
     assert isinstance(cells, dict)
     broken = {(clause, config) for config, its in cells.items() for clause, found in its.items() if found in BROKEN}
@@ -62,7 +58,10 @@ def test_a_finding_has_a_program_that_does_without_kvconform(found: dict[str, ob
     program = (PROGRAMS / str(found["program"])).read_text()
     assert "kvconform" not in program
     assert found["printed"]
-    assert set(found["clauses"]) <= set(BY_NAME)  # type: ignore[call-overload]
+    cells = found["cells"]
+    assert isinstance(cells, dict)
+    assert set(cells) <= set(CONFIGS)
+    assert {clause for clauses in cells.values() for clause in clauses} <= set(BY_NAME)
     assert found["link"] == "" or str(found["link"]).startswith("https://")
     compile(program, str(found["program"]), "exec")
 

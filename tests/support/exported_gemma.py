@@ -21,9 +21,8 @@ LOSSES = {
     "heads": "with its query heads dealt to the key heads in turn",
     "soft cap": "without its soft cap of scores",
     "logit soft cap": "without its soft cap of logits",
-    "float16 cache": "with keys and values rounded to float16",
 }
-"""What an export has lost or changed, and how it is named."""
+"""What an export has lost or changed, and how it is named; ``float16 cache`` is one more, which has no name."""
 OPTIMUM = ("past_key_values.{n}.{part}", "present.{n}.{part}", ("key", "value"))
 TRANSFORMERS = (
     "input.past_key_values.layers.{n}.{part}",

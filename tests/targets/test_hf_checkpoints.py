@@ -72,7 +72,7 @@ def test_perturbed_copies_share_a_bounded_memory(monkeypatch: pytest.MonkeyPatch
     client = backend(config, {})
     exact = client.uncached_forward(ids)
     noisy = {seed: client.perturbed(1e-3, 1e-4, seed) for seed in (1, 2, 3)}
-    for seed in (1, 2, 3, 1, 3):  # with two copies, 1 is made a second time
+    for seed in (1, 2, 3, 1, 2):  # with two copies, 2 is made a second time
         assert np.array_equal(noisy[seed].uncached_forward(ids), alone[seed])
         assert not np.array_equal(alone[seed], exact)
     assert len(client.copies._held) == 2

@@ -109,6 +109,7 @@ KINDS = {
     "Zamba2Config": "never",  # numbers of layers
     "MusicgenConfig": "never",  # made of a part of the config, and not called as its generate prepares it
     "Dots3NoteConfig": "never",  # sizes of adapters that must agree
+    "ReformerConfig": "after the first",  # takes positions, but not behind a cache
     "RecurrentGemmaConfig": "after the first",  # states in the module, and a cache that is not returned
 }
 """Classes of which a plain reading of the sizes is not enough, and when each is given one token at a time."""

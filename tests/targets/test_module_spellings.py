@@ -62,7 +62,7 @@ SPELLINGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Seventeen": ("module(x, past=past)", {"overflow": "refused"}),
     "OneRow": ("module(x, past=past)", {"max_batch": 1}),
     "OneRowWithPast": ("module(x, past=past)", {"max_batch": 1, "max_chunk": None}),
-    "ChunkOfOne": ("module(x, past=past)", {"max_batch": None, "max_chunk": 1}),
+    "ChunkOfOne": ("module(x, past=past)", {"max_batch": None, "max_chunk": None}),
     "ChunkOfSix": ("module(x, past=past, use_cache=True)", {"max_chunk": 6}),
     "ListInPlace": ("modified in place, a list of 2 (key, value) pairs", {}),
     "CacheWithUpdate": ("an object of class Cache,", {}),

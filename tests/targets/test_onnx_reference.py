@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -16,7 +17,8 @@ pytest.importorskip("transformers", reason="the reference is a model of it")
 
 import onnx
 from decoder_graphs import Style, decoder, saved
-from exported_gemma import LOSSES, OPTIMUM, TRANSFORMERS, WINDOW, Gemma, saved_model
+from exported_gemma import LOSSES, OPTIMUM, TRANSFORMERS, WIDTH, WINDOW, Gemma, saved_model
+from onnx import numpy_helper
 
 from kvconform.cli.main import app
 from kvconform.errors import BackendUnavailable, BadArgument
@@ -137,6 +139,11 @@ def test_positions_that_are_shifted_after_the_prompt_are_a_mistake_of_the_cache(
 def test_a_cache_of_another_dtype_is_right_if_it_is_claimed(original: tuple[Path, Any], tmp_path: Path) -> None:
     folder, model = original
     path = exported(model, tmp_path, "float16 cache")
+    with opened(path, f"hf:{folder}") as client:
+        (config,) = client.configs.values()
+        found = disagreement(client, config, [])
+    assert found is not None
+    assert "or something is rounded more" in text.sentence(Diagnosis(disagreement=found))
     with opened(path, f"hf:{folder}", claims={"cache_dtype": "float16"}) as client:
         (config,) = client.configs.values()
         assert config.dtype == "float32"
@@ -160,10 +167,28 @@ def test_other_weights_are_no_mistake_of_the_cache(original: tuple[Path, Any], t
     assert "Other weights do this" in sentence
 
 
+@pytest.mark.slow
+def test_a_constant_that_is_rounded_is_no_case_of_other_weights(original: tuple[Path, Any], tmp_path: Path) -> None:
+    """The builder of onnxruntime-genai 0.18.0 rounds the scale of Gemma's embeddings to two decimals."""
+    folder, model = original
+    path = exported(model, tmp_path)
+    graph = onnx.load(path)
+    (scale,) = (x for x in graph.graph.initializer if numpy_helper.to_array(x).ravel()[:1] == np.float32(WIDTH**0.5))
+    scale.CopyFrom(numpy_helper.from_array(np.array(round(WIDTH**0.5, 2), np.float32), scale.name))
+    onnx.save(graph, path)
+    with opened(path, f"hf:{folder}") as client:
+        (config,) = client.configs.values()
+        found = disagreement(client, config, [])
+    assert found is not None
+    assert (found.first_token, found.variants) == (0, [])
+    assert 1e-5 < found.size < 0.05
+    assert "the weights are the same, and a constant, an activation" in text.sentence(Diagnosis(disagreement=found))
+
+
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (Style(), "is not the same model: it gives 17 numbers for each token and has 2 layers, the target 40 and 2"),
+        (Style(), "is not the same model: it gives 17 numbers for each token, the target 40"),
         (Style(hidden=True), "is not the same model: its profile is hidden, the target's decoder"),
     ],
     ids=["vocabulary", "states"],

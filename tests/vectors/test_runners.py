@@ -21,6 +21,7 @@ from kvconform.vectors.write import write
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("runners")]
 RUNNERS = ROOT / "examples" / "runners"
 CLAUSES = (
+    "shape",
     "equivalence",
     "causality",
     "lifecycle",

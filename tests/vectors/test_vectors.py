@@ -31,7 +31,14 @@ from kvconform_specs.errors import SpecError
 from kvconform_specs.reference.oracle import Generation, expect
 from kvconform_specs.strategies import drawn
 
-CLAUSES = ("equivalence.decode", "equivalence.generation", "lifecycle.truncate", "batch.ragged", "errors.malformed")
+CLAUSES = (
+    "equivalence.decode",
+    "equivalence.generation",
+    "lifecycle.truncate",
+    "batch.ragged",
+    "shape.empty-append",
+    "errors.malformed",
+)
 PLAN = plan_for("smoke", clauses=CLAUSES, configs=("attention-window", "decoder-rope"))
 
 

@@ -16,7 +16,8 @@ from kvconform_backends.validation import check_inputs, check_length
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 
-SHAPES = (1, 2, 4, 8, 16)
+SHAPES = (1, 2, 4, 8, 16, 256)
+"""The sizes of appends that a compiler is given; the largest is for the configs of long contexts alone."""
 
 
 class Operator(NumpyCache):

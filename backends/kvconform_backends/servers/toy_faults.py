@@ -112,6 +112,13 @@ class AdapterInLaterBlocks(Planted, breaks=("partition",), bug="xLLM-AI/xllm/pul
         return self.digest(parent, tuple(tokens), request.salt, None if parent == ROOT else request.adapter)
 
 
+class SaltsAndAdaptersAlike(Planted, breaks=("partition",), bug="vllm-project/vllm/issues/44701", conditional=True):
+    """The key of a block holds salt and adapter as bare names: one may stand for the other."""
+
+    def key(self, parent: Key, tokens: Sequence[int], request: Request) -> Key:
+        return self.digest(parent, tuple(tokens), *filter(None, (request.salt, request.adapter)))
+
+
 class NotYetComputed(Planted, breaks=("second-turn",), bug="vllm-project/vllm/pull/34616", conditional=True):
     """A block counts as full with its last token generated, before that token has keys and values."""
 

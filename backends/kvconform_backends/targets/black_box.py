@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -46,23 +45,22 @@ def perturb(copied: nn.Module, storage: float, accumulation: float, seed: int) -
 
 
 class Perturbed:
-    """Perturbed copies of a module: at most as many as ``COPIES`` bytes hold, and at least one. Beyond that, the copy
-    that was used least recently is made anew in its place."""
+    """Perturbed copies of a module: at most as many as ``COPIES`` bytes hold, and at least one. Beyond that, the newest
+    one makes way: runs that ask for all of them in turn find the older ones."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         size = sum(weight.numel() * weight.element_size() for weight in module.parameters())
         self._most = max(1, COPIES // max(size, 1))
-        self._held: OrderedDict[Noise, nn.Module] = OrderedDict()
+        self._held: dict[Noise, nn.Module] = {}
 
     def of(self, noise: Noise) -> nn.Module:
         if noise in self._held:
-            self._held.move_to_end(noise)
             return self._held[noise]
         if len(self._held) < self._most:
             made = copy.deepcopy(self._module)
         else:
-            _, made = self._held.popitem(last=False)
+            _, made = self._held.popitem()
             with torch.no_grad():
                 for weight, original in zip(made.parameters(), self._module.parameters(), strict=True):
                     weight.copy_(original)

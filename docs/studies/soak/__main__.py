@@ -1,4 +1,4 @@
-"""Runs the soak and writes its record: python -m soak -o docs/evidence/soak.json"""
+"""Runs the soak and writes its record: python -m soak -o docs/evidence/soak/record.json"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from kvconform.files import write_versioned
-from soak import inputs, kills, steady
+from soak import adapters, inputs, kills, steady
 from soak.page import Record
 
 
@@ -23,6 +23,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kvconform-") as scratch:
         record = Record(
             inputs=inputs.soak(given.inputs, _folder(scratch, "inputs")),
+            adapters=adapters.soak(_folder(scratch, "adapters")),
             kills=kills.soak(given.kills, _folder(scratch, "kills")),
             steady=steady.soak(given.programs),
         )

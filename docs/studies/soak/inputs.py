@@ -31,7 +31,7 @@ from kvconform_specs.clause import Case
 from soak.mutations import JUNK, changed_json, changed_toml
 
 BROKEN = "kvconform_backends.faults.causality:TopLeft"
-SETTINGS = """backends = ["numpy", "py:a.py:Net", "hf:x"]
+SETTINGS = """backends = ["TopLeft", "py:a.py:Net", "hf:x"]
 effort = "pr"
 dtypes = ["float32"]
 device = "cpu"
@@ -39,7 +39,7 @@ seed = 0
 python = "python"
 step-timeout = 60
 start-method = "fork"
-results = "results"
+results = "."
 baseline = "kept"
 known-failures = "known.toml"
 """
@@ -77,11 +77,13 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Trial:
-    """A strategy for inputs of one kind, what is done with one, and its share of all inputs."""
+    """A strategy for inputs of one kind, what is done with one, its share of all inputs, and one that is right: what is
+    tried differs from it by a little, and would reach nothing if it were refused itself."""
 
     inputs: st.SearchStrategy[Any]
     use: Callable[[Any], None]
     share: float
+    right: Any
 
 
 def soak(number: int, folder: Path, say: Callable[[str], None] = print) -> list[Kind]:
@@ -100,6 +102,7 @@ def soak(number: int, folder: Path, say: Callable[[str], None] = print) -> list[
 
 
 def tried(name: str, trial: Trial, number: int) -> Kind:
+    trial.use(trial.right)
     counts = {"tried": 0, "refused": 0, "tracebacks": 0}
     places: dict[str, None] = {}
 
@@ -130,12 +133,12 @@ def trials(folder: Path) -> dict[str, Trial]:
     """Each kind of input, made of files that a short run has written."""
     plan = plan_for("smoke", clauses=("shape.", "equivalence.decode"), configs=("attention-gqa",), explain=True)
     valid = run_backend("TopLeft", WorkerSpec(BROKEN), plan, folder)
-    stored = next((folder / "failures").rglob("*.json"))
-    file = folder / "mutated"
+    stored = next((folder / "failures").rglob("equivalence.decode*.json"))
 
-    def written(use: Callable[[Path], object], suffix: str = "") -> Callable[[bytes], None]:
+    def written(use: Callable[[Path], object], name: str = "mutated") -> Callable[[bytes], None]:
         def write_and_use(data: bytes) -> None:
-            path = file.with_suffix(suffix)
+            path = folder / name
+            path.parent.mkdir(exist_ok=True)
             path.write_bytes(data)
             use(path)
 
@@ -171,23 +174,31 @@ def trials(folder: Path) -> dict[str, Trial]:
     (folder / "small.json").write_bytes(msgspec.json.encode(small))
     return {
         "results, as every reader takes them": Trial(
-            changed_json((folder / "small.json").read_bytes()), written(use_results), 0.3
+            changed_json((folder / "small.json").read_bytes()),
+            written(use_results),
+            0.3,
+            (folder / "small.json").read_bytes(),
         ),
-        "results with maps and diagnoses, in the report": Trial(changed_json(text), written(use_report), 0.02),
+        "results with maps and diagnoses, in the report": Trial(changed_json(text), written(use_report), 0.02, text),
         "counterexamples and their programs": Trial(
-            changed_json(stored.read_bytes()), written(use_counterexample), 0.25
+            changed_json(stored.read_bytes()), written(use_counterexample), 0.25, stored.read_bytes()
         ),
-        "lists of known failures": Trial(changed_toml(known), written(known_failures.read, ".toml"), 0.1),
-        "settings": Trial(changed_toml(SETTINGS), written(use_settings, ".toml"), 0.1),
-        "counters": Trial(changed_json(_counters()), written(counters.read), 0.08),
-        "options of targets": Trial(_options(), _use_options, 0.1),
-        "command lines": Trial(_command_lines(folder), _use_command_line, 0.05),
+        "lists of known failures": Trial(
+            changed_toml(known), written(known_failures.read, "known.toml"), 0.1, known.encode()
+        ),
+        "settings": Trial(
+            changed_toml(SETTINGS), written(use_settings, f"apart/{repository.OWN_FILE}"), 0.1, SETTINGS.encode()
+        ),
+        "counters": Trial(changed_json(_counters()), written(counters.read), 0.08, _counters()),
+        "options of targets": Trial(_options(), _use_options, 0.1, ("numpy", "", [], [])),
+        "command lines": Trial(_command_lines(folder), _use_command_line, 0.05, ["schema"]),
     }
 
 
 def _counters() -> bytes:
-    record = {"schema": counters.SCHEMA, "suite": "x", "device": "cpu", "environment": {}, "counts": []}
-    return json.dumps(record).encode()
+    """A few counts of the baseline of this project."""
+    whole = json.loads((Path(__file__).parents[2] / "baseline" / "counters.json").read_bytes())
+    return json.dumps({**whole, "counts": whole["counts"][:3]}).encode()
 
 
 # --- options ---

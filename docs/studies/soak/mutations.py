@@ -39,7 +39,7 @@ def _places(value: Any, at: Path = ()) -> Iterator[Path]:
 
 
 def _change(draw: Any, document: Any, place: Path, places: list[Path]) -> None:
-    holder = document
+    holder: Any = document
     for key in place[:-1]:
         holder = holder[key]
     key = place[-1]
@@ -49,7 +49,7 @@ def _change(draw: Any, document: Any, place: Path, places: list[Path]) -> None:
         case "remove":
             del holder[key]
         case "double" if isinstance(holder, list):
-            holder.append(json.loads(json.dumps(holder[key])))
+            holder.append(json.loads(json.dumps(holder[int(key)])))
         case "rename" if isinstance(holder, dict):
             holder[str(draw(st.sampled_from(("", "x", "schema", str(key).upper()))))] = holder.pop(key)
         case _:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from soak.adapters import Adapter
 from soak.inputs import Kind
 from soak.kills import Kills
 from soak.steady import Steady
@@ -18,6 +19,7 @@ class Record(msgspec.Struct, kw_only=True):
 
     schema: str = SCHEMA
     inputs: list[Kind]
+    adapters: list[Adapter] = []
     kills: Kills
     steady: Steady
 
@@ -25,6 +27,7 @@ class Record(msgspec.Struct, kw_only=True):
     def bad(self) -> list[str]:
         """What must not be, one sentence each."""
         found = [f"{one.name}: {one.tracebacks} tracebacks: {one.places}" for one in self.inputs if one.tracebacks]
+        found += [f"{one.name}: {one.ending}" for one in self.adapters if one.ending.startswith("traceback")]
         wrong = ("lost", "twice", "unreadable", "left", "convicted")
         found += [f"kills: {name}: {count}" for name in wrong if (count := getattr(self.kills, name))]
         for name, allowed in (("mib", GROWTH), ("files", 0.0)):
@@ -52,12 +55,21 @@ def render(record: Record, source: str) -> str:
         "|---|--:|--:|--:|",
         *(f"| {one.name} | {one.tried} | {one.refused} | {one.tracebacks} |" for one in record.inputs),
         "",
+        "## Adapters that misbehave",
+        "",
+        f"{len(record.adapters)} adapters, each judged by `shape.output` and `equivalence.decode`. A run ends with",
+        "verdicts, whatever its backend does; what does no harm to outputs passes.",
+        "",
+        "| adapter | cells |",
+        "|---|---|",
+        *(f"| `{one.name}` | {one.ending} |" for one in record.adapters),
+        "",
         "## Kills",
         "",
         f"`kvconform run -b numpy` was killed with SIGKILL at random moments {kills.parents} times alone and",
         f"{kills.groups} times with its workers, and {kills.workers} times one of its workers was killed.",
-        f"{kills.runs} runs came to their end; {kills.undecided} of their cells are inconclusive, since their worker was",
-        "killed.",
+        f"{kills.runs} runs came to their end; {kills.undecided} of their cells are inconclusive, since their worker",
+        "was killed.",
         "",
         "| what must not be | count |",
         "|---|--:|",

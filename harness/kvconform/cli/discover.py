@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CACHE_PARAMETERS = {
     *("past", "past_kv", "past_kvs", "past_key_value", "past_key_values", "layer_past", "kv_cache", "kv_caches"),
@@ -157,7 +158,15 @@ def _transformers(file: Path, folder: Path) -> Iterator[Found]:
         config = json.loads(file.read_bytes())
     except ValueError:
         return
-    if isinstance(config, dict) and "model_type" in config and "num_hidden_layers" in config:
+    if isinstance(config, dict) and "model_type" in config and _generates(config):
         for cache in ("dynamic", "static"):
             options = json.dumps({"cache": cache}, separators=(",", ":"))
             yield Found(f"hf:{_name(file.parent, folder)}?{options}", extra="hf")
+
+
+def _generates(config: dict[str, Any]) -> bool:
+    """Whether it is the config of a causal language model, by its architectures; by its vocabulary if none is named."""
+    named = config.get("architectures")
+    if isinstance(named, list) and named:
+        return any(str(one).endswith(("ForCausalLM", "LMHeadModel")) for one in named)
+    return "vocab_size" in config

@@ -22,12 +22,14 @@ from kvconform.files import tables
 from kvconform.mutation import record as audit
 from kvconform.results import known_failures, results
 from kvconform.search import counterexample
+from kvconform.serving import counterexample as serving
 from kvconform.vectors import power
 from kvconform.vectors import record as vectors
 
 FILES: dict[str, tuple[str, type]] = {
     "results": (results.SCHEMA, results.Results),
     "counterexample": (counterexample.SCHEMA, counterexample.Counterexample),
+    "serving-counterexample": (serving.SCHEMA, serving.ServingCounterexample),
     "known-failures": (known_failures.SCHEMA, known_failures.KnownFailuresFile),
     "audit": (audit.SCHEMA, audit.AuditRecord),
     "speed": (speed.SCHEMA, speed.Record),
@@ -53,6 +55,11 @@ def file_name(kind: str) -> str:
     return FILES[kind][0].replace("/", "-") + ".json"
 
 
+def _tag_of(struct: Any) -> str | None:
+    """The name of the property that tells structs of a union apart; a dataclass has none."""
+    return struct.__struct_config__.tag_field if issubclass(struct, msgspec.Struct) else None
+
+
 def _schema(kind: type) -> dict[str, Any]:
     """The schema of a struct's file."""
     schema, columned = msgspec.json.schema(kind), tables(kind)
@@ -62,7 +69,8 @@ def _schema(kind: type) -> dict[str, Any]:
         if struct in columned.values():
             _as_columns(definition, struct)
         for name, part in definition["properties"].items():
-            part["description"] = texts.get(name, "")
+            tag = "Which kind of record this is." if name == _tag_of(struct) else ""
+            part["description"] = texts.get(name, tag)
     properties = schema["$defs"][kind.__name__]["properties"]
     for name, row in columned.items():
         properties[name] = {"description": properties[name]["description"], "$ref": f"#/$defs/{row.__name__}"}

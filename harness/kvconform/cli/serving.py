@@ -122,6 +122,7 @@ def lines(results: Results, out: Path) -> Sequence[str]:
             f"  {checks.counted(results.counts)}; {served.requests} requests in {results.seconds:.0f} s, "
             f"{served.hits} answers from the cache, {served.preemptions} preemptions; {out / results.backend}.json"
         )
+        found += checks.first_tokens(served)
         for guarantee in results.guarantees.values():
             held = guarantee.level or "none"
             refuted = f"; refuted: {guarantee.refuted}: {guarantee.sentence}" if guarantee.refuted else ""

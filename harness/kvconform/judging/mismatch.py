@@ -41,6 +41,7 @@ class Kind(Enum):
     COUNT = "count"
     REFUSED = "refused"
     SERVED = "served"
+    NO_ANSWER = "no answer"
     # --- what every relation takes for granted ---
     RAISED = "raised"
     ACCEPTED = "accepted"
@@ -139,7 +140,7 @@ class Mismatch(Place, frozen=True, kw_only=True, omit_defaults=True):
     ended: Exit | None = None
     """How the worker process ended."""
     token: int | None = None
-    """The token id that a log-probability belongs to."""
+    """The token id that a log-probability belongs to, no unit."""
     counted: Literal["", "cached", "prompt", "generated", "completions", "scored"] = ""
     """What an answer of a serving engine counts: prompt tokens from the cache, tokens of the prompt, generated ones,
     completions, or the prompt's own tokens that have a log-probability."""
@@ -169,7 +170,7 @@ class Mismatch(Place, frozen=True, kw_only=True, omit_defaults=True):
         """How the process failed; empty where it lives and answered."""
         if self.ended is not None and self.ended.timeout is not None:
             return "timeout"
-        outside = (Kind.DIED, Kind.TIMED_OUT, Kind.NOT_BUILT, Kind.REFERENCE_FAILED, Kind.WORKER_FAILED)
+        outside = (Kind.DIED, Kind.TIMED_OUT, Kind.NOT_BUILT, Kind.REFERENCE_FAILED, Kind.WORKER_FAILED, Kind.NO_ANSWER)
         return "crash" if self.kind in outside else ""
 
 

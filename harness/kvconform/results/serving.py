@@ -17,11 +17,11 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str | None
     """Dtype of computation and cache, as told; null if unknown."""
     vocabulary: int
-    """Number of token ids."""
+    """Number of token ids, no unit."""
     context: int
     """The most tokens of prompt and answer together."""
     block: int | None
-    """Tokens in a block of the prefix cache; null if it does not tell."""
+    """How many tokens are in a block of the prefix cache; null if it does not tell."""
     cache_tokens: int | None
     """Tokens that the cache holds; null if it does not tell."""
     cache_off: str
@@ -29,33 +29,34 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     reports_hits: bool
     """Whether an answer says how many tokens came from the cache."""
     alternatives: int
-    """How many log-probabilities a generated token comes with."""
+    """How many log-probabilities a generated token comes with, no unit."""
     abilities: list[str]
     """What it can do that not every engine can."""
     assumed: list[str] = []
     """What was assumed about it, one sentence each."""
     requests: int = 0
-    """Requests that were sent."""
+    """Number of requests that were sent, no unit."""
     hits: int = 0
-    """Answers that read tokens from the cache, as the engine reported."""
+    """Number of answers that read tokens from the cache, as the engine reported."""
     preemptions: int = 0
-    """Requests that were preempted, as the engine reported."""
+    """Number of requests that were preempted, as the engine reported."""
     void: int = 0
-    """Answers that should not have read the cache and did."""
+    """Number of answers that should not have read the cache and did."""
     noise: float = 0.0
-    """The largest difference of a log-probability between decode and prefill, without the cache."""
+    """The largest difference of a log-probability between decode and prefill, without the cache; no unit."""
     floor: float = 0.0
-    """What two correct roundings in the dtype may differ by."""
+    """What two correct roundings in the dtype may differ by; no unit."""
     repeat: float = 0.0
-    """The largest difference between two answers to one request, without the cache."""
+    """The largest difference between two answers to one request, without the cache; no unit."""
     effect: float = 0.0
-    """The smallest effect of one changed token of the prompt, of those that can be told from noise."""
+    """The smallest effect of one changed token of the prompt, of those that can be told from noise; no unit."""
     changes: int = 0
-    """Changed tokens that were tried."""
+    """Number of changed tokens that were tried."""
     seen: int = 0
     """How many of them can be told from noise."""
     bound: float | None = None
-    """The largest difference that counts as no error; null if a wrong token cannot be told from rounding."""
+    """The largest difference of a log-probability that is no error, no unit; null if a wrong token cannot be told from
+    rounding."""
     lengths: tuple[int, ...] = ()
     """Lengths of the prompts on which this was measured, in tokens."""
     seconds_to_first: list[FirstToken] = []
@@ -74,10 +75,10 @@ class FirstToken(msgspec.Struct, frozen=True, kw_only=True):
     warm: float
     """Median time with the prompt cached, in seconds."""
     ratio: float
-    """Median of the ratios cold to warm, by pairs."""
+    """Median of the ratios cold to warm, by pairs; no unit."""
     low: float
-    """Lower end of the 95 % interval of that median."""
+    """Lower end of the 95 % interval of that median, no unit."""
     high: float
-    """Its upper end."""
+    """Its upper end, no unit."""
     pairs: int
-    """Pairs that were timed."""
+    """Number of pairs that were timed."""

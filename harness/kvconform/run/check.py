@@ -63,10 +63,12 @@ FORMS = (
 )
 
 
+ADDRESSED = ("hf:", "onnx:", "py:")
 REFERENCE_HELP = (
     "Another artefact with the same weights, in any of the forms of TARGET, such as the model that TARGET was exported "
     "from: its forward without a cache is the reference, in place of the target's own. What an export has changed "
-    "(window, scale, heads, positions, soft cap) is found, too."
+    "(window, scale, heads, positions, soft cap) is found, too. It may be an address with options, such as "
+    '\'py:model.py:Model?{"init": {"layers": 2}}\'.'
 )
 
 
@@ -75,11 +77,12 @@ def addresses(target: str, options: Mapping[str, Any], reference: str = "") -> l
     target, which it is compared with. Raises BadArgument."""
     if reference:
         try:
-            options = {**options, "reference": reference if _of_hf(reference) else addresses(reference, {})[0]}
+            whole = reference if reference.startswith(ADDRESSED) else addresses(reference, {})[0]
+            options = {**options, "reference": whole}
         except BadArgument as error:
             sentence = str(error).replace("target", "reference", 1)
             raise BadArgument("reference", reference, sentence=sentence) from None
-    if _of_hf(target):
+    if target.startswith("hf:"):
         caches = [options["cache"]] if "cache" in options else ["dynamic", "static"]
         return [_address("hf", target.removeprefix("hf:"), {**options, "cache": cache}) for cache in caches]
     if target.endswith(".onnx") or (Path(target).is_dir() and target not in installed()):
@@ -97,10 +100,6 @@ def addresses(target: str, options: Mapping[str, Any], reference: str = "") -> l
     if module.endswith(".py") and not Path(module).is_file():
         raise BadArgument("target", target, sentence=f"target: no file {module}")
     return [_address("py", target, options)]
-
-
-def _of_hf(target: str) -> bool:
-    return target.startswith("hf:")
 
 
 def options(init: str, others: Sequence[str], claimed: Sequence[str] = ()) -> dict[str, Any]:
@@ -174,6 +173,16 @@ def served(found: Served) -> Iterator[str]:
         effect = f"by {found.effect:.2g} or more" if found.seen else "by less than that can be told from noise"
         bound = f"a difference above {found.bound:.2g} is an error" if found.bound else "no verdict by numbers"
         yield f"  effect of one wrong token: {found.seen} of {found.changes} move answers {effect}; {bound}"
+
+
+def first_tokens(found: Served) -> Iterator[str]:
+    """The times to the first token, a line for each length of the prompt."""
+    for one in found.seconds_to_first:
+        yield (
+            f"  first token of {one.length}: cold {1e3 * one.cold:.3g} ms, warm {1e3 * one.warm:.3g} ms "
+            f"({one.cached} tokens cached): {one.ratio:.3g} times as fast (95 % interval {one.low:.3g} to "
+            f"{one.high:.3g}, {one.pairs} pairs)"
+        )
 
 
 def lines(results: Results, folder: Path, told: Collection[str] = ()) -> Iterator[str]:

@@ -40,7 +40,7 @@ class Effort:
 
 EFFORTS = {
     effort.name: effort
-    for effort in (Effort("smoke", 12, 2, 120.0), Effort("pr", 20, 2, 120.0), Effort("nightly", 250, 20, 600.0))
+    for effort in (Effort("smoke", 12, 2, 120.0), Effort("pr", 20, 2, 120.0), Effort("nightly", 60, 6, 600.0))
 }
 DEFAULT_EFFORT = "pr"
 CHECK = Effort("check", 8, 2, 20.0, rebuild=5.0, leaks=3)

@@ -37,7 +37,7 @@ class ServingCounterexample(msgspec.Struct, frozen=True, kw_only=True):
     program: Program
     """The program that breaks the clause."""
     bound: float
-    """The largest difference of log-probabilities that was no error."""
+    """The largest difference of log-probabilities that was no error, no unit."""
     reduced: bool = True
     """Whether shrinking came to its end."""
 

@@ -22,8 +22,9 @@ Row = Mapping[int, float]
 
 @dataclass
 class Judged:
-    """What came of a program. ``worst``: the largest difference as a fraction of its bound. ``void``: how many
-    references were read from the cache, so that nothing was compared with them."""
+    """What came of a program. ``hits``: how many answers that read the cache were judged. ``worst``: the largest
+    difference as a fraction of its bound. ``void``: how many references were read from the cache, so that nothing was
+    compared with them."""
 
     mismatch: Mismatch | None = None
     compared: int = 0
@@ -50,7 +51,7 @@ def judged(clause: ServingClause, program: Program, session: Session, gauge: Cal
     found.preempted = session.preempted() - preempted
     for step, sent in enumerate(steps):
         for number, one in enumerate(sent):
-            found.hits += bool(one.answer.cached)
+            void = found.void
             too_long = program.steps[step].asks[number].too_long  # type: ignore[union-attr]  # a reset has no answers
             for relation in clause.relations:
                 mismatch = RELATIONS[relation](one, too_long, session, gauge, found)
@@ -58,6 +59,7 @@ def judged(clause: ServingClause, program: Program, session: Session, gauge: Cal
                     call = called(one, number, len(sent))
                     found.mismatch = msgspec.structs.replace(mismatch, program=0, step=step, row=number, call=call)
                     return found
+            found.hits += bool(one.answer.cached) and found.void == void  # else it was compared with nothing
     return found
 
 

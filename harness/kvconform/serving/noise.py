@@ -102,7 +102,7 @@ def calibrate(session: Session) -> Calibration:
                 continue
             largest = max([largest, *(abs(value) for row in whole.logprobs for value in row.values())])
             again = answered(session, Request(prompt, DECODED), again=True)
-            repeat = max(repeat, math.inf if again is None else difference(whole, again))
+            repeat = max(repeat, 0.0 if again is None else difference(whole, again))
             for i in range(1, len(whole.ids)):
                 scored = answered(session, Request(prompt + whole.ids[:i], 1))
                 if scored is not None:

@@ -41,7 +41,7 @@ def _once(found: ServingCounterexample, session: Session, gauge: Calibration) ->
         try:
             mismatch = judged(clause, program.renamed(session.fresh()), session, gauge).mismatch
         except EngineDied as death:
-            return Mismatch(kind=Kind.RAISED, program=0, error=death.error)
+            return Mismatch(kind=Kind.NO_ANSWER, program=0, error=death.error)
         if mismatch is not None:
             return msgspec.structs.replace(mismatch, earlier_programs=number)
     return None

@@ -20,6 +20,7 @@ from kvconform.results.results import Results
 from kvconform.results.serving import Served
 from kvconform.search.effort import Effort
 from kvconform.serving.engine import Engine
+from kvconform.serving.first_token import first_tokens
 from kvconform.serving.noise import Calibration, calibrate
 from kvconform.serving.registry import is_url, open_engine
 from kvconform.serving.session import EngineDied, Limits, Session, Spent
@@ -128,6 +129,10 @@ def _judge(
         if verdict.outcome is Outcome.CRASH and not gone:
             gone = _gone(session)
     results.guarantees = measured(results.verdicts)
+    results.finished = True
+    if results.exit_code == 0 and not results.partial and session.facts.reports_hits:
+        times = first_tokens(session, seed)
+        results.served = msgspec.structs.replace(served(session, gauge), seconds_to_first=times)
 
 
 def _measured(session: Session) -> Calibration:

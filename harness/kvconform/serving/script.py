@@ -132,7 +132,9 @@ def _ask(ask: Ask, first: int, number: int, facts: Description) -> str:
     close()
     options = [f"cached={ask.cached}"] * (not ask.cached) + [f"n={ask.n}"] * (ask.n > 1)
     options += [] if ask.abort_after is None else [f"abort_after={ask.abort_after}"]
-    options += [] if ask.salt is None else [f'salt=f"{number}-{ask.salt}-{{names}}"[:64]']
+    if ask.salt is not None:
+        own = f'f"{number}-{ask.salt}-{{names}}"[:64]'
+        options.append(f"salt={facts.adapters[0]!r}" if ask.salt < 0 and facts.adapters else f"salt={own}")
     if ask.adapter is not None and facts.adapters:
         options.append(f"adapter={facts.adapters[ask.adapter % len(facts.adapters)]!r}")
     options += ["score=True"] * ask.score

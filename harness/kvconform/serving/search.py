@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from hypothesis.errors import Flaky
 from msgspec.structs import replace
 
-from kvconform.errors import Exit
 from kvconform.judging.mismatch import Kind, Mismatch
 from kvconform.search.effort import Effort
 from kvconform.serving.judge import Judged, judged
@@ -127,7 +126,7 @@ class Search:
         try:
             return judged(self.clause, program.renamed(self.session.fresh()), self.session, self.gauge)
         except EngineDied as death:
-            return Judged(Mismatch(kind=Kind.DIED, program=0, error=death.error, ended=Exit(stderr=str(death)[:200])))
+            return Judged(Mismatch(kind=Kind.NO_ANSWER, program=0, error=death.error))
 
     # --- a failure ---
     def _again(self, place: int | None) -> None:

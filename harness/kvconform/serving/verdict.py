@@ -57,6 +57,9 @@ class Trial:
         search.run()
         if search.best is not None:
             return self._broken(search, began)
+        if NEED_BOUND & set(clause.relations) and self.gauge.bound is None:
+            reason = Reason.BLIND if self.gauge.changes else Reason.NO_REFERENCE
+            return self._verdict(search, began, Outcome.INCONCLUSIVE, (reason, self.gauge.blind))
         why = self._not_exercised(search)
         return self._verdict(search, began, Outcome.NOT_EXERCISED if why else Outcome.PASS, why)
 
@@ -83,10 +86,10 @@ class Trial:
     def _not_exercised(self, search: Search) -> Why | None:
         """Why a search that found nothing is no pass."""
         ended = "; a limit ended the clause before" if search.cut else ""
+        if search.total.void and (search.lacking or not search.total.compared):
+            words = f"{search.total.void} answers without the prefix cache were read from it all the same"
+            return Reason.NO_REFERENCE, words
         if not search.total.compared:
-            if search.total.void:
-                words = f"{search.total.void} answers without the prefix cache were read from it all the same"
-                return Reason.NO_REFERENCE, words
             return (Reason.LIMIT if search.cut else Reason.NOTHING_COMPARED), f"nothing was compared{ended}"
         if search.lacking:
             return Reason.NO_EVIDENCE, " and ".join(EVIDENCE[kind] for kind in search.lacking) + ended
@@ -97,9 +100,9 @@ class Trial:
     def _broken(self, search: Search, began: float) -> Verdict:
         assert search.best is not None
         broken = search.best.mismatch
-        if search.clause.level is Level.SHOULD and broken.kind is not Kind.DIED:
+        if search.clause.level is Level.SHOULD and broken.kind is not Kind.NO_ANSWER:
             return self._verdict(search, began, Outcome.REFUTED)  # what holds at times is no guarantee
-        if not search.best.confirmed and search.effort.shrink and broken.kind is not Kind.DIED:
+        if not search.best.confirmed and search.effort.shrink and broken.kind is not Kind.NO_ANSWER:
             words = f"failed once, and held when tried again, alone and after what ran before: {render(broken)}"
             return self._verdict(search, began, Outcome.INCONCLUSIVE, (Reason.NOT_CONFIRMED, words))
         return self._verdict(search, began, Outcome.CRASH if broken.ending else Outcome.FAIL)

@@ -24,6 +24,8 @@ CANDIDATES = 24
 """How many cases are drawn of a cell for each of its claims."""
 BUDGET = 8_000
 """Bytes of a case. Cases that take less are no better than those that take as much."""
+FEW = 4
+"""How many cases that are small together a cell has at most, for each of its claims."""
 WIDE = Claims(
     profiles=("attention", "decoder"),
     abilities=tuple(name for name in ABILITIES if name in FEATURES or name == "refusal"),
@@ -82,7 +84,7 @@ def _chosen(cell: Cell, claims: Claims, number: int, seed: int) -> list[Case]:
         new = {key: len(reached[key] & missing) for key in left}
         if any(new.values()):
             best = max(left, key=lambda key: (new[key] / max(sizes[key], BUDGET), sizes[key]))
-        elif len(chosen) < number:
+        elif len(chosen) < number or (len(chosen) < FEW and sum(sizes[key] for key in chosen) < BUDGET / 2):
             best = max(left, key=lambda key: sizes[key] if sizes[key] <= BUDGET else -sizes[key])
         else:
             break
@@ -93,12 +95,14 @@ def _chosen(cell: Cell, claims: Claims, number: int, seed: int) -> list[Case]:
 
 def size(case: Case) -> int:
     """About how many bytes the tensors of a case take."""
-    return 1 + sum(_tokens(program.steps) * _bytes(program.config) for program in case.programs)
+    return 1 + sum(_outputs(program.steps) * _bytes(program.config) for program in case.programs)
 
 
-def _tokens(steps: Sequence[Any]) -> int:
+def _outputs(steps: Sequence[Any]) -> int:
+    """The tokens whose outputs are stored; those of a generation are not, as they depend on what it chose."""
     runs = [call for call in map(called, steps) if isinstance(call, Append | UncachedForward)]
-    return sum(len(c.counts) * (1 if isinstance(c, Generate) or c.last_only else max(c.counts)) for c in runs)
+    stored = [call for call in runs if not isinstance(call, Generate)]
+    return sum(len(call.counts) * (1 if call.last_only else max(call.counts)) for call in stored)
 
 
 def _bytes(config: Config) -> int:

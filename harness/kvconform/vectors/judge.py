@@ -242,7 +242,8 @@ def flat(config: Config, x: Array) -> Array:
     """The inverse of ``write.headed``."""
     if config.profile != "attention":
         return x
-    return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
+    b, h, t, d = x.shape
+    return x.swapaxes(1, 2).reshape(b, t, h * d)
 
 
 def traced(program: Program, given: Mapping[str, Array], number: int, failure: Failure | None) -> Trace:

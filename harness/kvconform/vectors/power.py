@@ -50,6 +50,10 @@ class Power(msgspec.Struct, kw_only=True):
     """The version of the clauses."""
     digest: str
     """The digest of the set."""
+    vectors: int = 0
+    """How many vectors the set has."""
+    bytes: int = 0
+    """The bytes of all its files."""
     shown: int = 0
     """How many of the faults outputs can show."""
     detected: int = 0
@@ -69,7 +73,8 @@ def read(path: Path) -> Power:
 def power(folder: Path, faults: Sequence[Fault], tell: Callable[[Tried], None] = lambda _: None) -> Power:
     """Tries a set of vectors on faults."""
     manifest = record.read(folder)
-    found = Power(suite=manifest.suite, digest=manifest.digest)
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    found = Power(suite=manifest.suite, digest=manifest.digest, vectors=len(manifest.vectors), bytes=sum(sizes))
     for fault in faults:
         found.faults.append(tried(folder, manifest, fault))
         tell(found.faults[-1])

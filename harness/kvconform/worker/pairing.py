@@ -34,10 +34,10 @@ def paired(
                 f"the reference {address} is not the same model: its profile is {kinds}, the target's {config.profile}"
             )
         theirs = same[0]
-        if (theirs.outputs, theirs.layers) != (config.outputs, config.layers):
+        if theirs.outputs != config.outputs:
             raise BackendUnavailable(
-                f"the reference {address} is not the same model: it gives {theirs.outputs} numbers for each token and "
-                f"has {theirs.layers} layers, the target {config.outputs} and {config.layers}"
+                f"the reference {address} is not the same model: it gives {theirs.outputs} numbers for each token, the "
+                f"target {config.outputs}"
             )
         if config.profile == "hidden" and theirs.width != config.width:
             raise BackendUnavailable(

@@ -61,9 +61,8 @@ def power(results: Sequence[Results]) -> Power | None:
 
     Black boxes have none: the power under the suite's configs does not carry over to other configs.
     """
-    dtypes = dict.fromkeys(
-        dtype for one in results if one.target is None and one.suite == SUITE_VERSION for dtype in one.dtypes
-    )
+    shown = [one for one in results if one.target is None and one.served is None and one.suite == SUITE_VERSION]
+    dtypes = dict.fromkeys(dtype for one in shown for dtype in one.dtypes)
     read = {dtype: msgspec.convert(rows, list[Entry]) for dtype in dtypes if (rows := stored(dtype))}
     if not read:
         return None

@@ -184,6 +184,7 @@ CLAUSES = (
         situations=(
             (draw.SALTED, lambda sizes: "salt" in sizes.abilities),
             (draw.ADAPTED, lambda sizes: sizes.adapters > 0),
+            (draw.ALIKE, lambda sizes: sizes.adapters > 0 and "salt" in sizes.abilities),
         ),
     ),
     ServingClause(

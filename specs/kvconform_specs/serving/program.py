@@ -26,13 +26,13 @@ class Span(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="s
     """The tokens of a stream from one position to before another."""
 
     seed: int
-    """The stream."""
+    """Seed of the stream."""
     start: int = 0
-    """Position of the first token, from 0."""
+    """Position of the first token, in tokens from 0."""
     stop: int
-    """Position behind the last token."""
+    """Position behind the last token, in tokens."""
     add: int = 0
-    """Added to each token id before it is renamed, modulo the vocabulary: 1 surely gives another token."""
+    """Added to each token id before it is renamed, modulo the vocabulary (no unit): 1 surely gives another token."""
 
 
 class Own(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="own", tag_field="piece"):
@@ -43,9 +43,9 @@ class Own(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="ow
     request: int = 0
     """Index of the request in the step, from 0."""
     start: int = 0
-    """The first of the generated tokens, from 0."""
+    """Index of the first of the generated tokens, from 0."""
     stop: int
-    """Behind the last one."""
+    """Index behind the last one."""
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -58,13 +58,13 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cached: bool = True
     """Whether the prefix cache may be read."""
     n: int = 1
-    """Completions."""
+    """How many completions, no unit."""
     abort_after: int | None = None
     """The client leaves after so many tokens."""
     salt: int | None = None
-    """The number of a salt; each run of the program has its own."""
+    """Number of a salt, no unit, from 0; each run of the program has its own. -1: the name of the first adapter."""
     adapter: int | None = None
-    """The number of an adapter among those that the engine has, modulo their count."""
+    """Number of an adapter, no unit, among those that the engine has, modulo their count."""
     score: bool = False
     """Whether the prompt's own log-probabilities are asked for."""
     too_long: bool = False
@@ -95,7 +95,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     about: str = ""
     """The situation that the program is drawn for; for people and for counting."""
     permutation: int = 0
-    """Which renaming of the vocabulary is used."""
+    """Seed of the renaming of the vocabulary."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -153,10 +153,15 @@ def request(
         cached=ask.cached,
         n=ask.n,
         abort_after=ask.abort_after,
-        salt=None if ask.salt is None else f"kvconform-{permutation}-{ask.salt}",
+        salt=None if ask.salt is None else salt_named(ask.salt, f"kvconform-{permutation}", adapters),
         adapter=None if ask.adapter is None or not adapters else adapters[ask.adapter % len(adapters)],
         score=ask.score,
     )
+
+
+def salt_named(number: int, run: str, adapters: Sequence[str]) -> str:
+    """The salt of a request, in a run with that name."""
+    return adapters[0] if number < 0 and adapters else f"{run}-{number}"
 
 
 def described(program: Program) -> str:

@@ -264,15 +264,19 @@ def pressures(draw: Draw, sizes: Sizes) -> Program:
     return Program(steps=(Together(asks=tuple(asks)), again), about="more requests than fit")
 
 
-SALTED, ADAPTED = "a salt", "an adapter"
+SALTED, ADAPTED, ALIKE = "a salt", "an adapter", "a salt that is the name of an adapter"
 
 
 @st.composite
 def partitions(draw: Draw, sizes: Sizes) -> Program:
     """One prompt under several salts or adapters, and under none."""
     seed, length = draw(seeds), draw(blocks(sizes))
-    ways = [SALTED] * ("salt" in sizes.abilities) + [ADAPTED] * (sizes.adapters > 0)
+    salts, adapters = "salt" in sizes.abilities, sizes.adapters > 0
+    ways = [SALTED] * salts + [ADAPTED] * adapters + [ALIKE] * (salts and adapters)
     about, prompt = draw(st.sampled_from(ways)), Span(seed=seed, stop=length)
+    if about == ALIKE:
+        both = draw(st.permutations((alone(prompt, salt=-1), alone(prompt, adapter=0))))
+        return Program(steps=tuple(both), about=about)
     names: list[int | None] = [None, 0, *([1] if about == SALTED or sizes.adapters > 1 else [])]
     first = draw(st.permutations(names))
     steps = [

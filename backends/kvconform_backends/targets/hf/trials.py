@@ -26,6 +26,7 @@ NEAR = 0.02
 called; its verdict does not depend on it."""
 RENAMED = {"mems": "past_key_values", "past_buckets_states": "past_key_values"}
 """Caches that are returned under another name than they are given."""
+OTHERS = "its outputs are others"
 SLOTTED = {StaticLayer, StaticSlidingWindowLayer}
 """Layers with a slot for each token, also for those that have not come yet."""
 
@@ -45,21 +46,24 @@ def calls_of(model: Any, backend: Callable[[Calls], Transformers]) -> tuple[Call
     calls = replace(calls, returned_as=returned, states=states)
     if not calls.makes_cache:
         calls = replace(calls, given_as=RENAMED.get(returned, returned))
-    reasons: list[str] = []
-    for prepared in (True, False):
+    ways = [calls, replace(calls, positions=False), replace(calls, prepared=False)]
+    before: list[str] = []  # what the first way raised
+    for way in ways if calls.positions else ways[::2]:
+        reasons: list[str] = []
         for one_by_one in ("never", "after the first", "always"):
-            candidate: Calls = replace(calls, prepared=prepared, one_by_one=one_by_one)
+            candidate: Calls = replace(way, one_by_one=one_by_one)
             try:
                 with guarded():
                     near, recurrent = _continued(backend(candidate), tokens, whole)
             except ThirdPartyError as words:
                 reasons.append(f"it raises {words}")
                 continue
-            if near or (prepared and not recurrent):
-                return candidate, _said(candidate, reasons)
-            reasons.append("its outputs are others")
-        if any(not reason.startswith("it raises") for reason in reasons):
-            break
+            if near or (way is calls and not recurrent):
+                return candidate, _said(candidate, way is not calls and way.prepared, before, reasons)
+            reasons.append(OTHERS)
+        if OTHERS in reasons:
+            break  # a way that runs and is wrong is a mistake, and no reason for another one
+        before = before or reasons
     return calls, ()
 
 
@@ -75,15 +79,19 @@ def longest(model: Any, config: Config) -> int:
     return config.capacity if works(config.capacity) else largest(1, config.capacity - 1, works)
 
 
-def _said(calls: Calls, reasons: list[str]) -> tuple[str, ...]:
+def _said(calls: Calls, unplaced: bool, before: list[str], reasons: list[str]) -> tuple[str, ...]:
+    """``unplaced``: whether the model takes positions, and works without them only. ``before``: what the likeliest way
+    raised; ``reasons``: why this way was not taken for several tokens."""
     said = []
     if calls.states:
         said.append(
             f"its modules keep states in {' and '.join(calls.states)}: it holds one sequence at a time, and the "
             "reference is run in a separate process"
         )
+    if unplaced:
+        said.append(f"it is given no positions: with them, {before[0]}")
     if not calls.prepared:
-        said.append(f"its forward is called directly: with prepare_inputs_for_generation {reasons[0]}")
+        said.append(f"its forward is called directly: with prepare_inputs_for_generation {before[0]}")
     if calls.one_by_one != "never":
         when = "it" if calls.one_by_one == "always" else "after the first call it"
         said.append(f"{when} is given one token at a time: given several, {reasons[0]}")

@@ -1,7 +1,7 @@
 """A model of transformers with one thing changed in each variant, as exports have changed it.
 
-They name what another artefact with the same weights computes; no verdict depends on them. Links: the window,
-sonos/tract#2323 and labscommunity/cascadia#151.
+They name what another artefact with the same weights computes; no verdict depends on them. Exports that have lost a
+window: onnxruntime/mobius#371, labscommunity/cascadia#151.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 Variant = Callable[[torch.Tensor], Any]
 """Token ids ``(b, t)`` to the model's output."""
@@ -41,10 +40,6 @@ def variants(model: Any) -> Iterator[tuple[str, Variant]]:
     if mixed is not None:
         yield "with its query heads dealt to the key heads in turn", _forward(mixed)
     yield "with positions that begin at 1", _shifted(model)
-    for dtype in (torch.float16, torch.bfloat16):
-        if torch.finfo(dtype).eps > torch.finfo(model.dtype).eps:
-            name = str(dtype).removeprefix("torch.")
-            yield f"with keys and values rounded to {name}", _rounded(model, dtype)
 
 
 def _forward(model: Any) -> Variant:
@@ -102,20 +97,5 @@ def _shifted(model: Any) -> Variant:
     def forward(ids: torch.Tensor) -> Any:
         positions = torch.arange(1, ids.shape[1] + 1, device=ids.device).expand(ids.shape)
         return model(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True)
-
-    return forward
-
-
-def _rounded(model: Any, dtype: torch.dtype) -> Variant:
-    class Rounded(DynamicCache):
-        """A cache that rounds what it is given."""
-
-        def update(self, key_states: Any, value_states: Any, *args: Any, **options: Any) -> Any:
-            parts = (part.to(dtype).to(part.dtype) for part in (key_states, value_states))
-            return super().update(*parts, *args, **options)
-
-    def forward(ids: torch.Tensor) -> Any:
-        cache = Rounded(config=model.config.get_text_config(decoder=True))
-        return model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True)
 
     return forward

@@ -43,6 +43,7 @@ def disagreement(client: WorkerClient, config: Config, maps: Sequence[Map]) -> D
         reference=client.reference_address,
         first_token=first,
         correlation=round(float(np.corrcoef(got[:, first].ravel(), want[:, first].ravel())[0, 1]), 3),
+        size=float(np.max(np.abs(got - want)[:, first]) / np.sqrt(np.mean(np.square(want[:, first])))),
         window=config.window if config.window == first else None,
         sees_more=_shows(maps, FORBIDDEN),
         sees_less=_shows(maps, REQUIRED),

@@ -101,11 +101,16 @@ class Disagreement(msgspec.Struct, frozen=True, kw_only=True):
     reference: str
     """The address of the reference."""
     first_token: int
-    """The first token, counted from 0, whose outputs differ by more than the bounds."""
+    """Index of the first token, from 0, whose outputs differ by more than the bounds."""
     correlation: float
-    """Of the outputs of that token, over the vocabulary and several sequences: 1 where they are proportional."""
+    """Of the outputs of that token, over the vocabulary and several sequences (no unit): 1 where they are
+    proportional."""
+    size: float
+    """How far the outputs of that token are off at most, as a fraction of the root mean square of those of the
+    reference."""
     window: int | None
-    """The reference's window, if outputs differ from the first token on that cannot see all tokens before it."""
+    """The reference's window, in tokens, if outputs differ from the first token on that cannot see all before it; else
+    null."""
     sees_more: bool
     """Whether a visibility map shows that its outputs depend on tokens that those of the reference do not depend on."""
     sees_less: bool

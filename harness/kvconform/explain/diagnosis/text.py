@@ -13,6 +13,8 @@ LEAKS = {
     "open sequences": "open sequences see each other's tokens",
     "earlier sequences": "a sequence sees tokens of an earlier one",
 }
+ALIKE = 0.99
+"""Outputs that correlate by more come from the same weights: quantised to four bits, these give less."""
 REFERENCE_WRONG = (
     "the reference itself is wrong: the target's uncached forward gives tokens other outputs when more tokens follow "
     "them, so that its cached steps cannot be judged by it"
@@ -67,6 +69,11 @@ def disagreement(found: Disagreement) -> Iterator[str]:
         yield "Its outputs do not depend on tokens that those of the reference depend on"
     if found.variants:
         yield f"Its outputs are what the reference gives {', and also '.join(found.variants)}"
+    elif not found.first_token and found.correlation > ALIKE:
+        yield (
+            f"It is off by at most {100 * found.size:.2g} % of the size of the outputs: the weights are the same, and "
+            "a constant, an activation or an epsilon is another, or something is rounded more"
+        )
     elif not found.first_token:
         yield (
             f"Over the vocabulary, the two correlate by {found.correlation:.2f}. Other weights do this, quantised ones "

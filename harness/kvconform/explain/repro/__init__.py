@@ -139,9 +139,9 @@ def _body(failure: Failure, runs: list[Run], client: WorkerClient) -> tuple[list
     else:
         relation = "what an output is like" if failure.mismatch.relation is None else failure.mismatch.relation.value
         if client.claims.reference == "self":
-            source = f"the reference, {client.reference_address}," if client.reference_address else "it"
-            given = f"what {source} gives for the same tokens without a cache"
-            relation = relation.replace("the definition's value", given)
+            forward = f"the reference, {client.reference_address}," if client.reference_address else "it"
+            instead = f"what {forward} gives for the same tokens without a cache"
+            relation = relation.replace("the definition's value", instead)
         compared = runs[-len(failure.observed) :]
         said = textwrap.wrap(f"what must hold: {relation}", WIDTH - 2)
         lines += ["", *(f"# {line}" for line in said), *check(failure, compared, backend_name)]

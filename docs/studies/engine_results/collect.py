@@ -1,4 +1,4 @@
-"""Keeps the results of an engine: ``python -m engines.collect RESULTS.json NAME``, where NAME is that of the backend.
+"""Keeps the results of an engine: ``python -m engine_results.collect RESULTS.json NAME``, the backend's name.
 
 What is kept is small and names no path of the machine: versions, claims, outcomes of cells, and failures in words.
 """
