@@ -20,6 +20,7 @@ from kvconform_specs.serving.requests import Request
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("llama.cpp")]
 ROUNDING = 1e-4  # float32: measured 3e-6; a wrong token moves answers by 0.1 and more
+SMOKE = ("--effort", "smoke", "--max-seconds", "400")  # on a busy machine the default ends a run early
 SERVER = """
 import sys
 from kvconform_backends.servers.opening import open_llama_cpp
@@ -64,7 +65,7 @@ def test_the_engine_conforms_on_each_tiny_model(tmp_path: Path) -> None:
     for model in ("llama", "llama-mqa"):
         out = tmp_path / model
         address = f'llama.cpp?{{"model": "{model}"}}'
-        printed = kvconform("run", "-b", address, "--effort", "smoke", "--out", out, code=0)
+        printed = kvconform("run", "-b", address, *SMOKE, "--out", out, code=0)
         assert "conformant: serving profile" in printed
         found = read(out / "llama.cpp.json")
         assert {verdict["outcome"] for verdict in found["verdicts"]} == {"pass", "unsupported", "refuted"}
@@ -73,7 +74,7 @@ def test_the_engine_conforms_on_each_tiny_model(tmp_path: Path) -> None:
 
 
 def test_a_running_server_is_recognised_and_checked_by_its_url(tmp_path: Path, url: str) -> None:
-    clause = ("--effort", "smoke", "--max-seconds", "2000", "--out", tmp_path)
+    clause = (*SMOKE, "--out", tmp_path)
     printed = kvconform("check", f"{url}/v1", *clause, code=0)
     assert printed.startswith("llama.cpp")
     assert "conformant: serving profile" in printed

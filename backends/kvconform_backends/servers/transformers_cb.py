@@ -124,7 +124,8 @@ class Batching(Engine):
             output = arrived.pop(name, None) or manager.get_result(timeout=1.0)
             if output is None:
                 if time.monotonic() > ends or not manager.is_running():
-                    raise ConnectionError(f"no answer within {SECONDS:.0f} s, or the manager has stopped")
+                    fatal = manager.background_thread_status.fatal_error
+                    raise ConnectionError(f"the manager has stopped: {fatal}" if fatal else f"none in {SECONDS:.0f} s")
                 continue
             if output.request_id != name:
                 arrived[output.request_id] = output
