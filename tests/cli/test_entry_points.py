@@ -129,7 +129,7 @@ def test_counters_that_count_nothing_are_no_success(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("backend", "words"),
     [
-        ("eagr", "no backend named 'eagr'; installed: compiled, eager, eager-static, gpt2-transformers, list-cache,"),
+        ("eagr", "no backend named 'eagr'; installed: compiled, eager, eager-static, flax, flex,"),
         ("nowhere:Thing", "backend 'nowhere:Thing' cannot be imported: no module named 'nowhere'"),
         (
             "kvconform.results.gate:Nothing",

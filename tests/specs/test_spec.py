@@ -38,6 +38,7 @@ from kvconform_specs.program import (
     Truncate,
     UncachedForward,
 )
+from kvconform_specs.serving.clauses import CLAUSES as SERVING
 
 ROOT = Path(__file__).parents[2]
 GQA = CONFIGS["attention-gqa"]
@@ -233,7 +234,7 @@ def test_a_clause_lists_the_planted_faults_that_it_must_detect(monkeypatch: pyte
 # --- the command ---
 def test_without_a_name_every_clause_is_listed_by_chapter() -> None:
     listed = spec().output
-    assert re.findall(r"^  (\S+) \((?:must|should)", listed, re.M) == [clause.name for clause in ALL]
+    assert re.findall(r"^  (\S+) \((?:must|should)", listed, re.M) == [clause.name for clause in (*ALL, *SERVING)]
     assert all(f"\n{chapter}: " in listed for chapter in CHAPTERS)
 
 

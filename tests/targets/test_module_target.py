@@ -191,9 +191,9 @@ def test_a_wrong_default_is_judged_and_the_remedy_is_named() -> None:
 
 def test_claims_match_what_the_target_offers() -> None:
     abilities = {name: set(opened(name).claims.abilities) for name in ("LayerPast", "CacheObject", "MakesCache")}
-    assert abilities["LayerPast"] == {"uncached_forward", "length", "reset", "immutable"}
-    assert abilities["CacheObject"] == {"uncached_forward", "length", "reset"}
-    assert abilities["MakesCache"] == {"uncached_forward", "length", "reset", "poison"}
+    assert abilities["LayerPast"] == {"uncached_forward", "length", "reset", "immutable", "fork", "reorder"}
+    assert abilities["CacheObject"] == {"uncached_forward", "length", "reset", "fork"}
+    assert abilities["MakesCache"] == {"uncached_forward", "length", "reset", "poison", "fork"}
     owned, always, position = (opened(name).claims for name in ("ModuleBuffers", "AlwaysCaches", "StartPos"))
     assert set(owned.abilities) == {"uncached_forward", "reset"}
     assert set(always.abilities) == {"reset"}  # every call uses the cache
@@ -465,7 +465,7 @@ def test_a_script_reads_like_handwritten_calls() -> None:
     steps = (Append("a", (2,), 0), Append("a", (1,), 0), Reset("a"), Append("a", (1,), 0))
     (config,) = opened("attention.py:Attention").configs.values()
     assert backend.script_setup() == (
-        "import sys\n\nimport torch\n\n"
+        "import copy\nimport sys\n\nimport torch\n\n"
         f"sys.path.insert(0, {str(EXAMPLES)!r})\n"
         "torch.manual_seed(0)\nfrom attention import Attention\n\n"
         "torch.manual_seed(0)\nmodule = Attention()\nmodule.eval()\ntorch.set_grad_enabled(False)\n"

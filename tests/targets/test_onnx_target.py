@@ -243,7 +243,7 @@ def test_an_unrecognised_graph_is_an_error_that_lists_its_inputs_and_outputs(wor
         ("{0}/text.onnx", "{0}/text.onnx is not an ONNX model: "),
         (
             '{0}/decoder.onnx?{{"capacty": 3}}',
-            "unknown option 'capacty'; known: uncached, capacity, vocabulary, width, rese",
+            "unknown option 'capacty'; known: uncached, capacity, vocabulary, width, head",
         ),
         ('{0}/decoder.onnx?{{"capacity": true}}', "option 'capacity' is True, expected a positive integer"),
         ('{0}/decoder.onnx?{{"capacity": 0}}', "option 'capacity' is 0, expected a positive integer"),

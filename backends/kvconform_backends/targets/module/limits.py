@@ -162,6 +162,13 @@ class Limits(Trials):
         self.rank(trial)
         return trial if all(trial.rank) else None
 
+    def right_for_one_token(self, made: Recognised) -> Recognised | None:
+        """The same, if calls of one token agree: it is called rightly, and wrong for several tokens, which it does not
+        refuse."""
+        trial = replace(made, chunk=1)
+        self.rank(trial)
+        return replace(trial, chunk=None) if all(trial.rank) else None
+
 
 def _pieces(total: int, size: int) -> tuple[int, ...]:
     return (*[size] * (total // size), *[total % size] * bool(total % size))

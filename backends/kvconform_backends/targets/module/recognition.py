@@ -99,7 +99,10 @@ class Recognition(Measurements):
             self.rank(best)
             best = self.one_by_one(best) or self.one_token_each(best) or best
         if not any(best.rank[2:]):
-            best = self._given_all(best) or self._roughly() or self.one_token_each(best, refused=True) or best
+            refused = self.error  # by this way of calling: what trials of others raise says nothing about it
+            found = self._given_all(best) or self._roughly()
+            self.error = refused
+            best = found or self.one_token_each(best, refused=True) or self.right_for_one_token(best) or best
         self._settle(best)
         if not best.judged:
             return best
