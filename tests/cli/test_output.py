@@ -20,6 +20,7 @@ from kvconform.mutation.record import AuditRecord
 from kvconform.results.results import EXIT_CODES, Results
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.clauses import BY_NAME
+from kvconform_specs.serving.clauses import BY_NAME as SERVING
 
 SUBJECTS = SUPPORT / "subjects.py"
 ONE_CELL = ("--effort", "smoke", "--config", "attention-gqa", "--clause", "definition.attention")
@@ -82,7 +83,7 @@ def test_the_backends_are_printed_as_json(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.slow
 def test_the_spec_is_printed_as_json(tmp_path: Path) -> None:
-    assert [clause["name"] for clause in printed(tmp_path, "spec")] == list(BY_NAME)
+    assert [clause["name"] for clause in printed(tmp_path, "spec")] == [*BY_NAME, *SERVING]
     chapter = printed(tmp_path, "spec", "causality")
     assert {clause["chapter"] for clause in chapter} == {"causality"}
     (one,) = printed(tmp_path, "spec", "shape.output")

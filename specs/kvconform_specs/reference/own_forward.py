@@ -16,9 +16,9 @@ Array = NDArray[np.floating]
 Own = Callable[..., Array]
 """``solver.ReferenceForward`` with the config in front of its arguments."""
 
-SAMPLES = ((32, 8), (1, 12), (3, 5), (8, 16), (2, 9), (16, 3))
+SAMPLES = ((32, 8), (1, 12), (3, 5), (8, 16), (2, 9), (16, 3), (1, 2), (1, 4), (2, 2))
 """Sequences, and tokens of each, on which ``shares_rounding`` runs a black box, until one of them tells: whether a
-shared product moves depends on its sizes."""
+shared product moves depends on its sizes: that of experts may move in short sequences alone."""
 AGAIN, FEW = 3, 48
 """How often the samples of at most so many tokens are run again with others: whether a shared product moves depends on
 its numbers, too, and where half of all samples show it, one box in a quarter of a million is missed."""
