@@ -52,6 +52,7 @@ def test_the_torch_of_an_engine_is_its_own() -> None:
         assert file.stem in ("flex", "sdpa") or not [name for name in imports if "torch" in name.split(".")], file.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(HERE - {"flex-compiled", "sdpa-efficient"}))
 @pytest.mark.parametrize(
     "config",

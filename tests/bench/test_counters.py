@@ -333,6 +333,7 @@ def test_what_no_cached_decode_does_is_told_without_a_baseline(
     assert {(w.split(": ")[1].split(" at ")[0], w.split(": ")[2].split(" ")[0]) for w in words} == laws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "name", "grown", "words"),
     [

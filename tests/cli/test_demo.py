@@ -43,6 +43,7 @@ def test_a_right_and_a_broken_cache_are_judged_and_the_mistake_is_named(done: su
     assert broken.count("expected           seen") == 1
 
 
+@pytest.mark.slow
 def test_each_command_that_the_demo_prints_works(done: subprocess.CompletedProcess[str], folder: Path) -> None:
     listed = done.stdout.partition("\nNext:\n")[2].splitlines()
     commands = [shlex.split(line)[1:] for line in listed if line.startswith("  kvconform ")]
@@ -54,6 +55,7 @@ def test_each_command_that_the_demo_prints_works(done: subprocess.CompletedProce
     assert "<html" in (folder / "reports" / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_demo_prints_its_results_as_json_and_takes_less_than_15_seconds(tmp_path: Path) -> None:
     """Seconds of computing, which do not depend on what else the machine does."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -256,6 +256,7 @@ def test_a_quiet_run_prints_its_conclusion_only(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, words, "")
 
 
+@pytest.mark.slow
 def test_a_run_writes_junit_of_all_its_backends(tmp_path: Path) -> None:
     cell = ("--effort", "smoke", "--config", "attention-gqa", "--clause", "definition.attention")
     both = ("run", "-b", "numpy", "-b", f"{SUBJECTS}:PrintsAndIsWrong", *cell, "--quiet", "--junit", "out/junit.xml")

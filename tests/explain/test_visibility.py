@@ -49,6 +49,7 @@ CLEAN = ["numpy", "numpy-static", "numpy-ring", "numpy-paged", "numpy-int8"]
 CLEAN += [control.address for control in load_faults(f"{FAULTS}:CONTROLS")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", slow_except(CLEAN, 16), ids=lambda address: address.rpartition(":")[2])
 def test_what_is_right_sees_what_it_must_under_every_schedule_and_config(address: str) -> None:
     with WorkerClient(WorkerSpec(address)) as client:

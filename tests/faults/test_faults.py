@@ -40,6 +40,7 @@ def test_each_clause_that_a_fault_names_kills_it_for_what_was_planted(fault: Fau
     assert any(trial.ran for trial in audited.trials), f"its runtime_info has no {fault.marker!r}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("control", "config"), slow_except(CLEAN, 25), ids=lambda word: getattr(word, "name", word))
 def test_what_only_looks_wrong_breaks_no_clause(control: Fault, config: str, tmp_path: Path) -> None:
     clean = replace(control, configs=(config,))

@@ -111,6 +111,7 @@ def test_the_report_begins_with_what_moved() -> None:
     assert 'id="moved"' not in html.render([after()], [], None)
 
 
+@pytest.mark.slow
 def test_the_command_compares_folders_and_files(tmp_path: Path) -> None:
     for folder, results in (("old", before()), ("new", after())):
         results.write(tmp_path / folder / "eager.json")

@@ -147,6 +147,7 @@ def test_a_program_survives_its_json_and_shares_no_prefix_with_itself_renamed() 
             assert common(first, second) < 4
 
 
+@pytest.mark.slow
 def test_every_situation_of_a_clause_is_drawn() -> None:
     sizes = Sizes(8, 96, 4, 2, 192, ToyEngine().describe().abilities)
     for clause in CLAUSES:

@@ -30,6 +30,7 @@ def _slow(*capacities: int) -> list[Any]:
     return [pytest.param(capacity, marks=pytest.mark.slow) for capacity in capacities]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capacity", [1, 9, *_slow(2, 3, 6, 13, 18, 23)])
 def test_no_draw_exceeds_the_capacity(capacity: int) -> None:
     asked = 0

@@ -153,6 +153,7 @@ def test_a_cache_of_another_dtype_is_right_if_it_is_claimed(original: tuple[Path
 
 
 # --- wrong pairs ---
+@pytest.mark.slow
 def test_other_weights_are_no_mistake_of_the_cache(original: tuple[Path, Any], tmp_path: Path) -> None:
     folder, _model = original
     path = exported(saved_model(tmp_path / "another", seed=1), tmp_path)
@@ -203,6 +204,7 @@ def test_another_model_is_refused_as_the_reference(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_onnx_file_can_be_the_reference(tmp_path: Path) -> None:
     reference = saved(decoder(Style(past="past_{n}", present="present_{n}")), tmp_path, "other.onnx")
     for mistake, same in (("", True), ("positions restart", True), ("off by one", False)):

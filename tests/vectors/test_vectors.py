@@ -87,6 +87,7 @@ DECODE = "attention-window/equivalence.decode-0"
 
 
 # --- what a set holds ---
+@pytest.mark.slow
 def test_equal_options_give_equal_bytes(folder: Path, tmp_path: Path) -> None:
     write(tmp_path / "again", PLAN)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
@@ -289,6 +290,7 @@ def test_a_backend_whose_numbers_a_set_does_not_hold_is_refused(folder: Path, tm
 
 
 # --- the command line ---
+@pytest.mark.slow
 def test_the_commands_write_answer_and_judge(tmp_path: Path) -> None:
     chosen = ("--clause", "lifecycle.reset", "--config", "attention-gqa")
     assert kvconform("vectors", "write", "set", *chosen, folder=tmp_path).returncode == 0
