@@ -100,4 +100,5 @@ def test_less_is_tried_on_a_large_model(tmp_path: Path, monkeypatch: pytest.Monk
     assert (small.effort, large.effort) == ("check", "check-large")
     programs = [sum(verdict.programs for verdict in results.verdicts) for results in (small, large)]
     assert programs[0] > 2 * programs[1] > 0
-    assert small.failures == large.failures == []
+    assert not small.failures
+    assert not large.failures

@@ -128,13 +128,13 @@ def _unjudgeable(client: WorkerClient, cell: Cell, verdict: Verdict, failures: P
     process of the reference runs no cached steps). Or another artefact is the reference, and disagrees with that
     forward: then every clause would report the same, and say nothing of the cache.
     """
-    if client.target is None or not verdict.counterexample or verdict.raised:
+    if client.target is None or not verdict.outcome.broken or verdict.raised:
         return None
     if client.reference_address:
         if verdict.clause != SAME_FUNCTION or disagreements.agrees(client, cell.config):
             return None
         return Reason.REFERENCE_DISAGREES, DISAGREES
-    if verdict.clause != REFERENCE_CLAUSE:
+    if verdict.clause != REFERENCE_CLAUSE or not verdict.counterexample:
         return None
     case = Case.from_json(counterexample.read(failures / verdict.counterexample).case)
     alone = [

@@ -124,7 +124,7 @@ def tiny(plain: PreTrainedConfig) -> dict[str, Any]:
 
 def spread(given: Mapping[str, Any]) -> dict[str, float]:
     """The fields of a config that make random weights large enough."""
-    return {name: SPREAD for name in SPREADS if 0 < (given.get(name) or 0) < SPREAD}
+    return {name: SPREAD for name in SPREADS if 0 < (given.get(name) or 0) <= SPREAD}
 
 
 def _own(config: PreTrainedConfig) -> dict[str, Any]:
