@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvconform_backends.abilities import without
+from kvconform_backends.faults.configs import ROPE
 from kvconform_backends.faults.planted import Planted
 from kvconform_backends.numpy.cache import Array, Cache, NumpyCache
 from kvconform_specs.config import Config
@@ -52,6 +53,7 @@ class EightBitDecoder(NumpyCache):
         kv_bits=8,
     )
     designs: tuple[str, ...] = ("kv_source",)
+    configs = ROPE
 
     def stored(self, x: Array) -> Array:
         steps = self.steps(x)
