@@ -148,7 +148,7 @@ class Claims:
 
     max_batch, max_chunk, max_sequences: the largest batch, the longest append in tokens, the most open sequences;
     ``None`` is unlimited. static_shapes: the numbers of columns that an append may have, for a backend that compiles
-    each shape anew: 1 and others, of which the largest is ``max_chunk``; empty: any. Programs use these only, but for
+    each shape: 1 and others, of which the largest is ``max_chunk``; empty: any. Programs use these only, but for
     calls that must be refused for their size and for a ragged prompt where ``ragged_appends`` is ``first``. A forward
     without a cache may have any length. returns: ``all``: an append gives an output for each new token; ``last``: for
     the last one only. overflow: the result of an append beyond the ``capacity``: ``refused`` (an exception) or

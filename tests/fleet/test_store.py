@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from small_runs import CONFIGS, FAULT, PLAN, without_times
 
@@ -17,7 +18,7 @@ from kvconform.fleet.units import digest, divided
 from kvconform.results.known_failures import EMPTY
 from kvconform.run.jobs import Executor, Found, in_processes
 from kvconform.run.run import cells, path_of, run_backend
-from kvconform.run.unit import Task, by_config
+from kvconform.run.unit import Judged, Task, by_config
 from kvconform.search.cell import Cell
 from kvconform.worker.client import WorkerClient, WorkerSpec
 
@@ -114,3 +115,15 @@ def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
         executor(on="ray")
     with pytest.raises(ValueError, match="unknown on 'slurm'; known: ray, ray:ADDRESS"):
         executor(on="slurm")
+
+
+@pytest.mark.slow
+def test_a_unit_that_the_machine_has_cut_short_is_not_kept(tmp_path: Path) -> None:
+    def cut(task: Task, units: Sequence[Sequence[Cell]], client: WorkerClient) -> Iterator[Found]:
+        for one in in_processes(1)(task, units, client):
+            yield (
+                replace(one, verdict=msgspec.structs.replace(one.verdict, cut=True)) if isinstance(one, Judged) else one
+            )
+
+    run(tmp_path / "1", stored(Store(str(tmp_path / "units")), cut))
+    assert not list(tmp_path.glob("units/*.unit"))

@@ -258,7 +258,7 @@ class Metrics:
             return ""
 
     def cache(self) -> dict[str, int]:
-        """``block_size`` and ``num_gpu_blocks``, as far as they are told."""
+        """``block_size`` and ``num_gpu_blocks``, as far as the server reports them."""
         line = next((line for line in self._text().splitlines() if line.startswith("vllm:cache_config_info{")), "")
         return {name: int(value) for name, value in re.findall(r'(block_size|num_gpu_blocks)="(\d+)"', line)}
 

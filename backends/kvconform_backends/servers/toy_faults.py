@@ -364,7 +364,7 @@ class TooLongIsCut(Planted, breaks=("errors",), bug="ggml-org/llama.cpp/pull/952
 
 
 def changed(answer: Answer, **how: Any) -> Answer:
-    """The answer with some fields computed anew from what they were."""
+    """The answer with some fields computed from what they were."""
     return replace(answer, **{name: make(getattr(answer, name)) for name, make in how.items()})
 
 

@@ -32,7 +32,8 @@ def verify(
     file: Annotated[Path, typer.Argument(metavar="RESULTS", help="A results file.")],
     number: Annotated[int, typer.Option("--sample", min=1, help="How many cells are run again.")] = 20,
     seed: Annotated[
-        int | None, typer.Option(help="The seed of the sample; default: drawn anew, so that no author can know it.")
+        int | None,
+        typer.Option(help="The seed of the sample; default: another one each time, so that no author can know it."),
     ] = None,
     backend: Annotated[str, typer.Option("--backend", "-b", help="The backend; default: the one in the file.")] = "",
     out: Out = Path("results/verify"),

@@ -13,7 +13,7 @@ import numpy as np
 from kvconform.errors import Unavailable
 from kvconform.files import write_atomically
 from kvconform.fleet.units import digest
-from kvconform.judging.verdict import Verdict
+from kvconform.judging.verdict import Reason, Verdict
 from kvconform.results.known_failures import Row
 from kvconform.run.jobs import Executor, Found
 from kvconform.run.unit import ConfigDone, Judged, Task
@@ -145,7 +145,14 @@ def _stored(
             for name, found in list(held.items()):
                 whole = units[found[0].verdict.key][1] == len(found)
                 if whole and found[0].verdict.config == one.config:
-                    store.write(packed(name, found, one, failures))
+                    if not any(_of_this_machine(cell.verdict) for cell in found):
+                        store.write(packed(name, found, one, failures))
                     del held[name]
                     break
         yield one
+
+
+def _of_this_machine(verdict: Verdict) -> bool:
+    """Whether the machine has decided: a worker was killed from outside, had no memory, or ran out of time. Such a unit
+    is not done."""
+    return verdict.cut or verdict.reason in (Reason.KILLED, Reason.OUT_OF_MEMORY)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from kvconform_specs.config import Config
 OF_THE_HOST = ("platform", "machine")
 """Entries of an environment that may differ between the machines of a fleet. Of the platform the system and the
 architecture count."""
-PLACES = ("specs", "judging", "search", "worker", "run", "backend.py", "errors.py")
-"""The parts of this project whose sources are covered: what draws, executes and judges."""
+PLACES = ("judging", "search", "worker", "run", "backend.py", "errors.py")
+"""The parts of the harness whose sources are covered: what draws, executes and judges. Specs and shipped backends are
+covered whole: a backend's own file is not all that it is made of."""
 Costs = Mapping[Key, float]
 """Seconds of cells, by clause and config, as an earlier run took them."""
 
@@ -97,11 +99,17 @@ def _environment(environment: Mapping[str, Any]) -> dict[str, Any]:
 @cache
 def _sources() -> str:
     """A digest of our own code."""
-    roots = [Path(kvconform_specs.__file__).parent, Path(worker.__file__).parent.parent]
+    harness = Path(worker.__file__).parent.parent
+    shipped = find_spec("kvconform_backends")  # not imported: it is the worker's
+    roots = [
+        Path(kvconform_specs.__file__).parent,
+        harness,
+        *map(Path, (shipped and shipped.submodule_search_locations) or ()),
+    ]
     found = hashlib.sha256()
     for root in roots:
         for file in sorted(root.rglob("*.py")):
             inside = file.relative_to(root)
-            if root is roots[0] or inside.parts[0] in PLACES:
+            if root != harness or inside.parts[0] in PLACES:
                 found.update(f"{root.name}/{inside}".encode() + file.read_bytes())
     return found.hexdigest()[:16]

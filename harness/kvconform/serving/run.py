@@ -109,7 +109,7 @@ def _judge(
     begin: Callable[[Results, Sequence[tuple[str, str]]], None],
 ) -> None:
     """Measures the noise, then judges clause by clause. A server that was there before may have seen the programs of an
-    earlier run with this seed: its token ids are drawn anew each time."""
+    earlier run with this seed: each run draws other token ids."""
     began = time.perf_counter()
     nonce = secrets.randbits(31) if is_url(address) else seed
     session = Session(engine, limits, nonce)

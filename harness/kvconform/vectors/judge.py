@@ -90,7 +90,7 @@ def _check(manifest: Manifest, told: Answers, answers: Path) -> None:
     at = str(answers / record.ANSWERS)
     if manifest.suite != SUITE_VERSION:
         raise SpecError(
-            "vectors", f"the set is of suite {manifest.suite}, this is suite {SUITE_VERSION}: write it anew"
+            "vectors", f"the set is of suite {manifest.suite}, this is suite {SUITE_VERSION}: write it again"
         )
     if told.digest != manifest.digest:
         raise SpecError(f"{at}.digest", f"answers another set: got {told.digest!r}, want {manifest.digest!r}")
