@@ -17,7 +17,7 @@ Without scaling, the pair ``i`` of ``d / 2`` turns by ``f_i = base^(-2 i / d)`` 
 
 The attention factor multiplies cosines and sines of queries and keys alike, and so the scores by its square. Where the
 factors change with the length, *all* keys turn by those of the whole context: a cache keeps keys unrotated, or rotates
-them anew.
+them again.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def backends_timed(record: Record) -> set[str]:
 
 
 def summarised(record: Record) -> Record:
-    """The same record, its summaries made anew from its raw rounds."""
+    """The same record, its summaries computed again from its raw rounds."""
     bare = msgspec.structs.replace(record, summaries=[], ratios=[], generations=[], roofs=[], exponents=[], notes=[])
     summarise(bare)
     return bare

@@ -56,7 +56,7 @@ import numpy as np
 from kvconform_backends.numpy import cache as numpy_cache
 
 class NoCache(numpy_cache.NumpyCache):
-    """Keeps the tokens and computes all of them anew."""
+    """Keeps the tokens and computes all of them in each step."""
     claims = replace(numpy_cache.NumpyCache.claims, abilities=("uncached_forward", "macs"))
     def start(self, batch):
         return super().start(batch), None
@@ -353,6 +353,7 @@ def test_a_count_that_grows_is_a_regression_and_names_what_grew(
     assert any(words in one for one in worse), worse
 
 
+@pytest.mark.slow
 def test_the_bytes_of_a_copy_are_told(counted: Any) -> None:
     found = "\n".join(counters.lines(counters.compare(counted("Static"), counted("Copies"))))
     buffers = 2 * 2 * 2 * 40 * 6 * 4  # bytes of keys and values

@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from commands import kvconform
+from commands import kvconform, kvconform_here
 from places import SUPPORT
 
 from kvconform.judging.verdict import Outcome
@@ -29,7 +29,7 @@ ONLY_CORE = (*ONE_CONFIG, *(word for name in CORE for word in ("--clause", name)
 @pytest.mark.parametrize("command", [("run", "-b", "numpy"), ("check", "numpy")])
 def test_results_in_the_place_of_a_file_are_refused(command: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
-    done = kvconform(*command, "--out", "taken", folder=tmp_path)
+    done = kvconform_here(*command, "--out", "taken", folder=tmp_path)
     assert done.returncode == 2
     assert "Invalid value for '--out': dir 'taken' is a file." in done.stderr
     assert "Traceback" not in done.stderr
@@ -114,14 +114,14 @@ def test_a_broken_backend_exits_with_1_and_each_failure_is_three_lines(tmp_path:
     ],
 )
 def test_bad_input_exits_with_2_and_one_clear_sentence(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
-    done = kvconform(*arguments, folder=tmp_path)
+    done = kvconform_here(*arguments, folder=tmp_path)
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_counters_that_count_nothing_are_no_success(tmp_path: Path) -> None:
-    done = kvconform("bench", "counters", "-b", "missing.py:Thing", "--preset", "small", folder=tmp_path)
+    done = kvconform_here("bench", "counters", "-b", "missing.py:Thing", "--preset", "small", folder=tmp_path)
     assert done.returncode == 5
     assert "no counts: " in done.stdout
 
@@ -140,7 +140,7 @@ def test_counters_that_count_nothing_are_no_success(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_absent_or_broken_exits_with_3_and_one_clear_sentence(backend: str, words: str, tmp_path: Path) -> None:
-    done = kvconform("run", "-b", backend, *ONE_CONFIG, folder=tmp_path)
+    done = kvconform_here("run", "-b", backend, *ONE_CONFIG, folder=tmp_path)
     assert done.returncode == 3
     assert words in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
@@ -148,7 +148,7 @@ def test_what_is_absent_or_broken_exits_with_3_and_one_clear_sentence(backend: s
 
 def test_a_module_that_fails_to_load_is_said_to_be_broken_not_absent(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("raise OSError('libmagic.so.1: cannot open shared object file')\n")
-    done = kvconform("run", "-b", "broken.py:Thing", *ONE_CONFIG, folder=tmp_path)
+    done = kvconform_here("run", "-b", "broken.py:Thing", *ONE_CONFIG, folder=tmp_path)
     assert done.returncode == 3
     assert "is installed but failed to load: OSError: libmagic.so.1" in done.stdout
 

@@ -89,6 +89,7 @@ def test_other_programs_are_said_as_such_and_decide_nothing(folder: Path) -> Non
     assert set(agreements(found).values()) == {"other programs"}
 
 
+@pytest.mark.slow
 def test_a_file_of_another_suite_or_without_decided_cells_is_refused(folder: Path) -> None:
     done = kvconform("verify", forged(folder, lambda one: one, suite="0.0.1"), folder=folder)
     assert done.returncode == 2
@@ -98,6 +99,7 @@ def test_a_file_of_another_suite_or_without_decided_cells_is_refused(folder: Pat
         sample(replace(found, verdicts=[]), 3, 0)
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_its_seed_alone_and_is_without_repetitions(folder: Path) -> None:
     found = read(folder / "results" / "TopLeft.json")
     for number in range(1, 12):

@@ -9,6 +9,7 @@ from itertools import accumulate
 
 import numpy as np
 import pytest
+from lanes import slow_except
 from naming_rates import named
 from places import SUPPORT
 
@@ -605,16 +606,22 @@ def test_a_module_whose_keys_keep_the_factors_of_a_shorter_length_is_named() -> 
 # --- contexts ---
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [
-        (
-            "stored-by-tokens",
-            "first wrong probe (the same tokens in two contexts, one after another): step 3 (append 5",
-        ),
-        ("long-stored-by-tokens", "only with a prompt that was first run in another context; first wrong probe"),
-        ("context-of-the-prompt", "only after a prompt in another context; first wrong probe"),
-        ("context-of-the-prefill-only", "only with past > 0 and in a context other than 0; first wrong probe"),
-        ("generation-keeps-context", "only greedy generation is wrong, its steps are right; first wrong probe (gener"),
-    ],
+    slow_except(
+        [
+            (
+                "stored-by-tokens",
+                "first wrong probe (the same tokens in two contexts, one after another): step 3 (append 5",
+            ),
+            ("long-stored-by-tokens", "only with a prompt that was first run in another context; first wrong probe"),
+            ("context-of-the-prompt", "only after a prompt in another context; first wrong probe"),
+            ("context-of-the-prefill-only", "only with past > 0 and in a context other than 0; first wrong probe"),
+            (
+                "generation-keeps-context",
+                "only greedy generation is wrong, its steps are right; first wrong probe (gen",
+            ),
+        ],
+        5,
+    ),
 )
 def test_a_mistake_about_contexts_is_described_by_contexts(fault: str, words: str) -> None:
     found = diagnosed(FAULTS[fault].address, "decoder-rope")
@@ -638,23 +645,26 @@ def test_only_configs_and_backends_with_contexts_are_probed_in_several() -> None
 # --- precision ---
 @pytest.mark.parametrize(
     ("name", "config", "words"),
-    [
-        ("Float16Cache", "attention-gqa", "within the bounds of float32 and a float16 cache"),
-        ("Float16Cache", "decoder-learned", "within the bounds of float32 and a float16 cache"),
-        ("HalfKeys", "attention-gqa", "within the bounds of float32 and a bfloat16 cache"),
-        ("HalfKeys", "decoder-learned", "within the bounds of float32 and a bfloat16 cache"),
-        ("EightBits", "attention-gqa", "within the bounds of float32 and an 8-bit cache"),
-        ("EightBits", "decoder-learned", "within the bounds of float32 and an 8-bit cache"),
-        ("EightBits", "decoder-rope", "within the bounds of float32 and an 8-bit cache"),
-        ("FourBits", "decoder-rope", "within the bounds of float32 and a 4-bit cache"),
-        ("Float8", "attention-gqa", "within the bounds of float32 and a float8_e4m3 cache"),
-        ("Float8", "decoder-rope", "within the bounds of float32 and a float8_e4m3 cache"),
-        ("Float8Wide", "decoder-learned", "within the bounds of float32 and a float8_e5m2 cache"),
-        ("Float16Weights", "decoder-learned", "within the bounds of float16"),
-        ("BoxHalf", "hidden-self", "within the bounds of float16"),
-        ("BoxFloat16Cache", "hidden-self", "within the bounds of float32 and a float16 cache"),
-        ("BoxBfloat16Cache", "hidden-self", "within the bounds of float32 and a bfloat16 cache"),
-    ],
+    slow_except(
+        [
+            ("Float16Cache", "attention-gqa", "within the bounds of float32 and a float16 cache"),
+            ("Float16Cache", "decoder-learned", "within the bounds of float32 and a float16 cache"),
+            ("HalfKeys", "attention-gqa", "within the bounds of float32 and a bfloat16 cache"),
+            ("HalfKeys", "decoder-learned", "within the bounds of float32 and a bfloat16 cache"),
+            ("EightBits", "attention-gqa", "within the bounds of float32 and an 8-bit cache"),
+            ("EightBits", "decoder-learned", "within the bounds of float32 and an 8-bit cache"),
+            ("EightBits", "decoder-rope", "within the bounds of float32 and an 8-bit cache"),
+            ("FourBits", "decoder-rope", "within the bounds of float32 and a 4-bit cache"),
+            ("Float8", "attention-gqa", "within the bounds of float32 and a float8_e4m3 cache"),
+            ("Float8", "decoder-rope", "within the bounds of float32 and a float8_e4m3 cache"),
+            ("Float8Wide", "decoder-learned", "within the bounds of float32 and a float8_e5m2 cache"),
+            ("Float16Weights", "decoder-learned", "within the bounds of float16"),
+            ("BoxHalf", "hidden-self", "within the bounds of float16"),
+            ("BoxFloat16Cache", "hidden-self", "within the bounds of float32 and a float16 cache"),
+            ("BoxBfloat16Cache", "hidden-self", "within the bounds of float32 and a bfloat16 cache"),
+        ],
+        6,
+    ),
 )
 def test_a_lower_precision_is_told_by_the_bounds_that_it_keeps(name: str, config: str, words: str) -> None:
     found = diagnosed(of(name), config)
@@ -666,15 +676,18 @@ def test_a_lower_precision_is_told_by_the_bounds_that_it_keeps(name: str, config
 
 @pytest.mark.parametrize(
     ("address", "config"),
-    [
-        (of("SecondHead"), "attention-gqa"),
-        (of("DecodeOnePercent"), "attention-gqa"),
-        (conditional("ChunkFrom4"), "attention-gqa"),
-        (FAULTS["bits-reinterpreted"].address, "attention-gqa"),
-        (FAULTS["decode-in-bfloat16"].address, "attention-gqa"),
-        (FAULTS["attention-factor-ignored"].address, "decoder-longrope"),
-        (FAULTS["bias-of-new-tokens"].address, "attention-softcap"),
-    ],
+    slow_except(
+        [
+            (of("SecondHead"), "attention-gqa"),
+            (of("DecodeOnePercent"), "attention-gqa"),
+            (conditional("ChunkFrom4"), "attention-gqa"),
+            (FAULTS["bits-reinterpreted"].address, "attention-gqa"),
+            (FAULTS["decode-in-bfloat16"].address, "attention-gqa"),
+            (FAULTS["attention-factor-ignored"].address, "decoder-longrope"),
+            (FAULTS["bias-of-new-tokens"].address, "attention-softcap"),
+        ],
+        4,
+    ),
 )
 def test_what_rounding_does_not_explain_has_no_precision(address: str, config: str) -> None:
     found = diagnosed(address, config)

@@ -98,7 +98,7 @@ def test_it_is_the_same_each_time(dtype: str) -> None:
 
 
 def test_the_certificate_that_is_shipped_is_this_suite_s(entries: dict[tuple[str, str], Power]) -> None:
-    """In one dtype, computed anew; the others hold the same clauses and models."""
+    """In one dtype, computed here; the others hold the same clauses and models."""
     again = "regenerate it with: kvconform power --write harness/kvconform/mutation/power_table.json"
     computed = [entry for (_clause, model), entry in entries.items() if model != DEFINITION.name]
     assert [{name: getattr(row, name) for name in FIELDS} for row in computed] == stored("float32"), again

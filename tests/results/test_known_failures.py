@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from lanes import slow_except
 
 from kvconform import conformance
 from kvconform.judging.verdict import Outcome, Reason
@@ -145,22 +146,25 @@ def test_a_known_failure_is_replayed_and_says_why_it_is_known(place: Path) -> No
 
 @pytest.mark.parametrize(
     ("backend", "row", "file", "outcome", "words"),
-    [
-        ("Mine", {"expires": date.today() - timedelta(days=1)}, {}, Outcome.FAIL, "the known failure expired on 2"),
-        ("Mine", {"versions": {"python": "2.7"}}, {}, Outcome.FAIL, "is known with python 2.7, and this is 3."),
-        ("Mine", {"versions": {"jax": "0.4"}}, {}, Outcome.FAIL, "known with jax 0.4, and jax is not installed here"),
-        ("Mine", {}, {"config": "attention-window"}, Outcome.FAIL, "of a config other than attention-gqa: replace it"),
-        ("Dies", {}, {}, Outcome.CRASH, "the known fail is a crash now: step 0 (append 2 to a): the process ended"),
-        ("Mine", {}, {"outcome": "crash"}, Outcome.FAIL, "the known crash is a fail now: step 0"),
-        (
-            "Refuses",
-            {},
-            {},
-            Outcome.UNSUPPORTED,
-            "is about a cell that is unsupported (no such layer here): remove the row",
-        ),
-        ("NumpyCache", {}, {}, Outcome.PASS, "the known failure no longer fails: remove the row"),
-    ],
+    slow_except(
+        [
+            ("Mine", {"expires": date.today() - timedelta(days=1)}, {}, Outcome.FAIL, "the known failure expired on 2"),
+            ("Mine", {"versions": {"python": "2.7"}}, {}, Outcome.FAIL, "is known with python 2.7, and this is 3."),
+            ("Mine", {"versions": {"jax": "0.4"}}, {}, Outcome.FAIL, "with jax 0.4, and jax is not installed here"),
+            ("Mine", {}, {"config": "attention-window"}, Outcome.FAIL, "of a config other than attention-gqa"),
+            ("Dies", {}, {}, Outcome.CRASH, "the known fail is a crash now: step 0 (append 2 to a): the process ended"),
+            ("Mine", {}, {"outcome": "crash"}, Outcome.FAIL, "the known crash is a fail now: step 0"),
+            (
+                "Refuses",
+                {},
+                {},
+                Outcome.UNSUPPORTED,
+                "is about a cell that is unsupported (no such layer here): remove the row",
+            ),
+            ("NumpyCache", {}, {}, Outcome.PASS, "the known failure no longer fails: remove the row"),
+        ],
+        3,
+    ),
 )
 def test_a_stale_row_excuses_nothing_and_the_cell_is_searched(
     backend: str, row: dict[str, Any], file: dict[str, str], outcome: Outcome, words: str, place: Path

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lanes import slow_except
 from typer.testing import CliRunner
 
 from kvconform.cli.main import app
@@ -58,15 +59,18 @@ def test_some_clauses_do_not_decide_conformance(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "clause"),
-    [
-        ("AdapterIgnored", "serving.partition"),
-        ("TooManyTogether", "serving.errors"),
-        ("ChunkSeesFuture", "serving.rescore"),
-        ("StaleLogProbabilities", "serving.prompt-logprobs"),
-        ("NotYetComputed", "serving.second-turn"),
-        ("UsageOfOneTokenLess", "serving.accounting"),
-        ("ResetKeepsKeys", "serving.eviction"),
-    ],
+    slow_except(
+        [
+            ("AdapterIgnored", "serving.partition"),
+            ("TooManyTogether", "serving.errors"),
+            ("ChunkSeesFuture", "serving.rescore"),
+            ("StaleLogProbabilities", "serving.prompt-logprobs"),
+            ("NotYetComputed", "serving.second-turn"),
+            ("UsageOfOneTokenLess", "serving.accounting"),
+            ("ResetKeepsKeys", "serving.eviction"),
+        ],
+        3,
+    ),
 )
 def test_a_fault_is_replayed_and_its_script_shows_it(fault: str, clause: str, tmp_path: Path) -> None:
     where = ("--clause", clause, "--effort", "smoke", "--max-seconds", "900", "--out", tmp_path)

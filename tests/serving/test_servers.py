@@ -172,7 +172,7 @@ def test_the_key_is_sent_from_the_environment_and_stands_in_no_message(monkeypat
 
     monkeypatch.setenv(KEY, "secret-key")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     client = Client(f"http://127.0.0.1:{server.server_address[1]}/v1/")
     for path in ("/closed", "/moved"):
         with pytest.raises(Refused) as refused:

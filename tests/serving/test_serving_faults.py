@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lanes import slow_except
 
 from kvconform.judging.verdict import Outcome, Verdict
 from kvconform.mutation.fault import Fault
@@ -31,7 +32,7 @@ def verdict(engine: Engine, clause: str, folder: Path, seed: int = 0) -> Verdict
 
 @pytest.mark.parametrize(
     ("fault", "clause"),
-    [(fault, clause) for fault in FAULTS for clause in fault.clauses],
+    slow_except([(fault, clause) for fault in FAULTS for clause in fault.clauses], 4),
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_a_fault_is_detected_by_its_clause(fault: Fault, clause: str, tmp_path: Path) -> None:
@@ -40,7 +41,7 @@ def test_a_fault_is_detected_by_its_clause(fault: Fault, clause: str, tmp_path: 
     assert found.outcome is Outcome.FAIL, found.sentence
 
 
-@pytest.mark.parametrize("clause", [clause.name for clause in CLAUSES if clause.level is Level.MUST])
+@pytest.mark.parametrize("clause", slow_except([one.name for one in CLAUSES if one.level is Level.MUST], 4))
 def test_the_clean_engine_passes(clause: str, tmp_path: Path) -> None:
     found = verdict(ToyEngine(), clause, tmp_path)
     assert found.outcome is Outcome.PASS, found.sentence

@@ -176,7 +176,7 @@ class GeneratesLastTokenTwice(OnlyGenerates):
 
 
 class NoReset(Plain):
-    """Sequences are made anew, and never reset."""
+    """Sequences are made new, and never reset."""
 
     claims = Claims(profiles=("attention",))
 

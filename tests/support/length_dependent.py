@@ -60,7 +60,7 @@ class Stale(nn.Module):
 
 
 class Recomputed(Stale):
-    """The past holds the ids as well: a step that crosses the switch computes all keys and values anew."""
+    """The past holds the ids as well: a step that crosses the switch computes all keys and values again."""
 
     def forward(self, input_ids: Tensor, past_key_values: Any = None) -> Any:
         ids, layers = past_key_values if past_key_values is not None else (input_ids[:, :0], None)

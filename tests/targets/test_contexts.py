@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from in_process import broken
+from lanes import slow_except
 from places import SUPPORT
 
 from kvconform.worker.registry import load
@@ -38,7 +39,7 @@ WRONG = {
 """Wrong ones, with clauses that must find it."""
 
 
-@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize("name", slow_except(TOLD, 4))
 def test_how_a_context_is_told_is_recognised_and_a_right_one_passes(name: str) -> None:
     target, (number, told) = load(f"py:{FILE}:{name}"), TOLD[name]
     (config,) = target.configs.values()
@@ -47,7 +48,7 @@ def test_how_a_context_is_told_is_recognised_and_a_right_one_passes(name: str) -
     assert broken(target, (*CONTEXT, *OTHERS)) == {}
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", slow_except(WRONG, 4))
 def test_what_sequences_share_across_contexts_is_found(name: str) -> None:
     found = broken(load(f"py:{FILE}:{name}"), CONTEXT, examples=12)
     assert set(found) >= WRONG[name]

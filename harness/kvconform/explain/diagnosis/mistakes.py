@@ -113,7 +113,7 @@ MISTAKES: dict[str, Mistake] = {
     "P5": Mistake(
         "the base changes, or cached keys are rotated again or not at all",
         "https://github.com/huggingface/transformers/issues/33129",
-        "Where rotary factors depend on the length, rotate all cached keys in each step, or compute the cache anew.",
+        "Where rotary factors depend on the length, rotate all cached keys in each step, or compute the cache again.",
     ),
     "L1": Mistake(
         "a token is dropped, fed or returned twice, or chosen from the wrong logits",
