@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,22 @@ def test_reuse_of_shifted_chunks_is_seen_where_blocks_are_swapped(tmp_path: Path
     assert "serving.divergence" in printed
     (verdict,) = read(tmp_path / "llama.cpp.json")["verdicts"]
     assert verdict["mismatch"]["kind"] in ("log-probability", "choice")
+
+
+def test_a_window_that_the_engine_does_not_apply_is_seen_by_the_model(tmp_path: Path, url: str) -> None:
+    directory = write_hf(replace(MODELS["llama"], window=24), tmp_path / "window")
+    words = ("--option", "dtype=float32", "--effort", "smoke", "--out", tmp_path)
+    printed = kvconform("check", f"{url}/v1", "--model", directory, *words, code=1)
+    assert "serving.model on" in printed
+    assert "by the model without an engine" in printed
+    found = read(next(tmp_path.glob("*.json")))
+    assert {one["clause"] for one in found["verdicts"] if one["outcome"] == "fail"} == {"serving.model"}
+    (file,) = tmp_path.glob("failures/*/serving.model-*.json")
+    script = tmp_path / "bug.py"
+    kvconform("replay", file, "--script", script, code=1)
+    shown = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert shown.returncode == 1, shown.stderr
+    assert "as answered and as they must be" in shown.stdout
 
 
 def test_log_probabilities_are_those_of_transformers_with_the_same_weights(tmp_path: Path) -> None:

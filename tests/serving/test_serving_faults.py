@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kvconform.serving.session import Limits, Session
 from kvconform.serving.verdict import Trial
 from kvconform_backends.servers.toy import ToyEngine
 from kvconform_backends.servers.toy_faults import FAULTS
+from kvconform_backends.servers.toy_forward import ADDRESS
 from kvconform_specs.clause import Level
 from kvconform_specs.serving.clauses import BY_NAME, CLAUSES
 
@@ -26,8 +28,8 @@ SMOKE = replace(EFFORTS["smoke"], shrink=False)
 
 
 def verdict(engine: Engine, clause: str, folder: Path, seed: int = 0) -> Verdict:
-    session = Session(engine, Limits(requests=100_000, seconds=600.0), seed)
-    return Trial(session, calibrate(session), "toy", folder, SMOKE, seed, []).judge(BY_NAME[clause])
+    with closing(Session(engine, Limits(requests=100_000, seconds=600.0), seed, ADDRESS)) as session:
+        return Trial(session, calibrate(session), "toy", folder, SMOKE, seed, []).judge(BY_NAME[clause])
 
 
 @pytest.mark.parametrize(

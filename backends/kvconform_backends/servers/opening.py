@@ -10,11 +10,13 @@ import atexit
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from kvconform.errors import BadArgument
 from kvconform.serving.engine import Engine
+from kvconform.serving.registry import of_directory
 from kvconform_backends.servers import llama_cpp, openai, sglang
 from kvconform_backends.servers.http import Client
 from kvconform_backends.servers.tiny_models import MODELS, write_gguf, write_hf
@@ -85,17 +87,23 @@ def _started(
 ) -> Engine:
     options = dict(options)
     name = options.pop("model", "llama")
+    directory: Path | None = None  # the same weights for transformers
+    comparable = all(find_spec(package) for package in ("transformers", "torch"))
     if target:
         path = Path(target)
-    elif name not in MODELS:
-        raise BadArgument("model", name, MODELS)
+        directory = path if path.is_dir() else None
+    elif name not in (known := [one for one in MODELS if not gguf or MODELS[one].window is None]):
+        raise BadArgument("model", name, known)
     else:
         folder = Path(tempfile.mkdtemp(prefix="kvconform-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        path = (
-            write_gguf(MODELS[name], folder / f"{name}.gguf", dtype) if gguf else write_hf(MODELS[name], folder / name)
-        )
-    return _opened(kind, path, options)
+        if not gguf or (dtype == "float32" and comparable):
+            directory = write_hf(MODELS[name], folder / name)
+        path = write_gguf(MODELS[name], folder / f"{name}.gguf", dtype) if gguf else folder / name
+    engine = _opened(kind, path, options)
+    if directory is not None and comparable:
+        engine.weights = of_directory(directory)
+    return engine
 
 
 def _opened(kind: Callable[..., Engine], target: str | Path, options: Options) -> Engine:

@@ -370,3 +370,29 @@ def changed(answer: Answer, **how: Any) -> Answer:
 
 def shortened(request: Request, context: int) -> Request:
     return replace(request, prompt=request.prompt[: context - request.tokens])
+
+
+# --- what cold and warm answers share ---
+class WindowInvented(Planted, breaks=("model",), bug="vllm-project/vllm/issues/49795"):
+    """A token sees the 20 tokens up to itself, as if the model had a window."""
+
+    def visible(self, past: int, count: int) -> NDArray[np.bool_]:
+        back = np.arange(past, past + count)[:, None] - np.arange(past + count)
+        return np.asarray(super().visible(past, count) & (back < 20))
+
+
+class PositionsScaled(Planted, breaks=("model",), bug="ggml-org/llama.cpp/pull/2772"):
+    """Positions are halved: a scaling that the engine reads from the wrong place."""
+
+    def position_ids(self, sequence: Completing, past: int, count: int) -> NDArray[np.intp]:
+        return super().position_ids(sequence, past, count) // 2
+
+
+class ConvertedWeights(Planted, breaks=("model",), bug="ggml-org/llama.cpp/issues/18182"):
+    """Weights were rounded to bfloat16 when the model was converted, and the engine reports float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, weight in vars(self.model).items():
+            if name != "adapters":
+                setattr(self.model, name, (weight.view(np.uint32) & 0xFFFF0000).view(np.float32))

@@ -88,6 +88,7 @@ def run(
     max_requests: serving.Requests = Limits.requests,
     max_seconds: serving.Seconds = Limits.seconds,
     concurrent: serving.Concurrent = Limits.together,
+    model: serving.ModelDirectory = "",
     as_json: Json = False,
 ) -> None:
     """Judges backends by every clause. Writes OUT/<backend>.json, and a counterexample for each failure.
@@ -102,7 +103,8 @@ def run(
     for address in engines:
         limits = Limits(max_requests, max_seconds, concurrent)
         named, quietly = effort_named(effort), quiet or as_json
-        found.append(serving.judge(address, {}, named, seed, out, limits, clauses=clause, quiet=quietly))
+        asked = serving.judge(address, {}, named, seed, out, limits, clauses=clause, model=model, quiet=quietly)
+        found.append(asked)
     if len(engines) == len(backend):
         _end(found, as_json, junit)
     backend = [address for address in backend if address not in engines]
@@ -151,6 +153,7 @@ def check(
     max_requests: serving.Requests = Limits.requests,
     max_seconds: serving.Seconds = Limits.seconds,
     concurrent: serving.Concurrent = Limits.together,
+    model: serving.ModelDirectory = "",
     allow_remote: serving.AllowRemote = False,
     as_json: Json = False,
 ) -> None:
@@ -162,7 +165,8 @@ def check(
     that forward, it is not judged: the exit code is 3, and the message shows the option to give. Anything else is a
     class with the methods of kvconform.BlackBox (an adapter).
 
-    A serving engine at a URL is judged by its own answers without the prefix cache. An API key is read from the
+    A serving engine at a URL is judged by its own answers without the prefix cache, and with --model by the weights
+    that it serves. An API key is read from the
     environment, and is written nowhere.
     """
     plan = Plan(effort_named(effort) if effort else CHECK, seed, explain=True)
@@ -172,8 +176,8 @@ def check(
         limits = Limits(max_requests, max_seconds, concurrent)
         shutil.rmtree(out / "failures" / serving.name_of(target), ignore_errors=True)  # of an earlier check
         quietly = quiet or as_json
-        judged = serving.judge(target, given, plan.effort, seed, out, limits, allow_remote=allow_remote, quiet=quietly)
-        _end([judged], as_json)
+        judge_engine = partial(serving.judge, model=model or reference, allow_remote=allow_remote, quiet=quietly)
+        _end([judge_engine(target, given, plan.effort, seed, out, limits)], as_json)
     for address in checks.addresses(target, checks.options(init, option, claim), reference):
         name = file_name(address)
         shutil.rmtree(out / "failures" / name, ignore_errors=True)  # of an earlier check

@@ -22,7 +22,16 @@ from kvconform.run import check as checks
 from kvconform.search.effort import Effort
 from kvconform.serving import counterexample
 from kvconform.serving import script as scripts
-from kvconform.serving.registry import BY_CLASS, addressed, check_host, is_url, open_engine, split
+from kvconform.serving.registry import (
+    BY_CLASS,
+    addressed,
+    check_host,
+    is_url,
+    of_directory,
+    open_engine,
+    referenced,
+    split,
+)
 from kvconform.serving.replay import replayed
 from kvconform.serving.run import run_engine
 from kvconform.serving.session import Limits
@@ -39,6 +48,13 @@ Concurrent = Annotated[
 ]
 AllowRemote = Annotated[
     bool, typer.Option("--allow-remote", help="Allow a URL that leads to another machine; its owner should know.")
+]
+ModelDirectory = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="Of a serving engine: the transformers directory that it serves; answers are compared with it as well.",
+    ),
 ]
 EngineName = Annotated[
     str, typer.Option("--engine", help="What serves at a URL, if it does not tell: vllm, llama.cpp, mlx-lm, openai...")
@@ -57,12 +73,16 @@ def judge(
     bounds: Limits,
     *,
     clauses: Sequence[str] = (),
+    model: str = "",
     allow_remote: bool = False,
     quiet: bool = False,
 ) -> Results:
-    """Judges an engine and prints what it found."""
+    """Judges an engine and prints what it found. ``model``: the weights that it serves, as a directory of transformers
+    or the address of a target."""
     if is_url(target):
         check_host(target, allow_remote)
+    if model:
+        options = {**options, "reference": weights(model)}
     address, name = addressed(target, options), name_of(target)
     with Progress(name, out, quiet=quiet) as progress:
         results = run_engine(name, address, effort, seed, out, bounds, clauses, progress.tell, progress.begin)
@@ -70,6 +90,11 @@ def judge(
         for line in lines(results, out):
             say(line)
     return results
+
+
+def weights(model: str) -> str:
+    """The address of the weights: of a directory, that of transformers."""
+    return of_directory(Path(model)) if Path(model).is_dir() else model
 
 
 def replay(file: Path, backend: str, script: Path | None, allow_remote: bool, as_json: bool) -> int:
@@ -94,9 +119,11 @@ def replay(file: Path, backend: str, script: Path | None, allow_remote: bool, as
 
 
 def _written(script: Path, found: counterexample.ServingCounterexample, mismatch: Mismatch, address: str) -> str:
+    address, model = referenced(address)
     engine = open_engine(address)
     try:
-        write_atomically(script, scripts.script(found, mismatch, engine).encode())
+        made = scripts.script(found, mismatch, engine, model or referenced(found.engine)[1] or engine.weights)
+        write_atomically(script, made.encode())
     except NotImplementedError as error:
         return f"none: {error}"
     finally:

@@ -144,7 +144,7 @@ class Mismatch(Place, frozen=True, kw_only=True, omit_defaults=True):
     counted: Literal["", "cached", "prompt", "generated", "completions", "scored"] = ""
     """What an answer of a serving engine counts: prompt tokens from the cache, tokens of the prompt, generated ones,
     completions, or the prompt's own tokens that have a log-probability."""
-    reference: Literal["", "cold", "prefill", "repeated"] = ""
+    reference: Literal["", "cold", "prefill", "repeated", "model"] = ""
     """What an answer is compared with: the same request alone without the prefix cache; a request whose prompt holds
     the tokens before; the same request, asked again."""
     earlier_programs: int = 0

@@ -171,6 +171,7 @@ REFERENCES = {
     "cold": "alone and without the prefix cache",
     "prefill": "where the text up to it is the prompt",
     "repeated": "when asked again",
+    "model": "by the model without an engine",
 }
 
 

@@ -59,6 +59,13 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     rounding."""
     lengths: tuple[int, ...] = ()
     """Lengths of the prompts on which this was measured, in tokens."""
+    reference: str = ""
+    """Address of the weights that the engine serves, by which it was judged as well; empty: none was given."""
+    reference_bound: float | None = None
+    """The largest difference of a log-probability from that of these weights that is no error, of one prompt, no unit;
+    null without them."""
+    reference_effect: float | None = None
+    """The smallest effect of one changed token of the prompt on their log-probabilities, no unit; null without them."""
     seconds_to_first: list[FirstToken] = []
     """Times to the first token, cold and warm; empty unless the engine conforms and was timed."""
 

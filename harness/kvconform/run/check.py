@@ -163,7 +163,16 @@ def served(found: Served) -> Iterator[str]:
     yield f"{found.engine} {found.version}, {found.model}: {', '.join(told)}"
     yield f"  abilities: {', '.join(found.abilities) or 'none'}"
     yield from (f"  assumed: {words}" for words in found.assumed)
-    yield "  reference: its own answers without the prefix cache; a mistake that both share is not detected"
+    if found.reference:
+        yield (
+            f"  references: its own answers without the prefix cache; {found.reference}, where a difference above "
+            f"{found.reference_bound:.2g} is an error and one wrong token makes {found.reference_effect:.2g} or more"
+        )
+    else:
+        yield (
+            "  reference: its own answers without the prefix cache; a mistake that both share is detected only with "
+            "--model DIRECTORY, the weights that it serves"
+        )
     if found.changes:
         lengths = ", ".join(map(str, found.lengths))
         yield (

@@ -77,6 +77,10 @@ class Answer:
 class Engine(ABC):
     """One running serving engine. An adapter maps requests to it, and adds nothing of its own."""
 
+    weights: str = ""
+    """The address of the weights that it serves, such as ``hf:DIRECTORY``, where the adapter knows; a second
+    reference."""
+
     @abstractmethod
     def describe(self) -> Description:
         """What is known of the engine; asked once, before the first request."""

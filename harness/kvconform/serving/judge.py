@@ -11,12 +11,13 @@ import msgspec
 from kvconform.errors import Raised
 from kvconform.judging.mismatch import Kind, Mismatch, json_number
 from kvconform.serving.engine import Answer, Completion
+from kvconform.serving.model import Array
 from kvconform.serving.noise import Calibration, apart, lead
 from kvconform.serving.session import Sent, Session
 from kvconform_specs.serving.clauses import Served, ServingClause
 from kvconform_specs.serving.program import Program
 
-Reference = Literal["cold", "prefill", "repeated"]
+Reference = Literal["cold", "prefill", "repeated", "model"]
 Row = Mapping[int, float]
 
 
@@ -188,6 +189,37 @@ def _refused(answer: Answer) -> Mismatch:
     return Mismatch(kind=Kind.REFUSED, error=Raised("refused", (answer.error or "")[:500]))
 
 
+def _model(one: Sent, too_long: bool, session: Session, gauge: Calibration, found: Judged) -> Mismatch | None:
+    """Each token is judged after those that the engine chose before it: a legal tie ends nothing."""
+    if session.model is None or too_long or one.request.adapter is not None or one.answer.error is not None:
+        return None
+    prompt, rows = one.request.prompt, one.answer.prompt_logprobs
+    for completion in one.answer.completions:
+        ids = prompt + completion.ids
+        start = 0 if rows else len(prompt) - 1
+        right = session.model.rows(ids[:-1], start)
+        for place, row in enumerate([*rows, *completion.logprobs][: len(right.bound)]):
+            position = start + place + 1
+            part: Literal["prompt", "answer"] = "prompt" if position < len(prompt) else "answer"
+            within = position - len(prompt) if part == "answer" else position
+            want, bound = right.value[place], float(right.bound[place])
+            mismatch = _row(row, {token: float(want[token]) for token in row}, bound, "model", found)
+            if mismatch is None and part == "answer":
+                mismatch = _chosen(ids[position], want, bound)
+            if mismatch is not None:
+                return _at(mismatch, within, part)
+    return None
+
+
+def _chosen(token: int, want: Array, bound: float) -> Mismatch | None:
+    """The lead of one logit over another moves by no more than the bound of a log-probability."""
+    best = int(want.argmax())
+    by = float(want[best] - want[token])
+    if by <= bound:
+        return None
+    return Mismatch(kind=Kind.CHOICE, got=token, want=best, lead=by, bound=bound, reference="model")
+
+
 Relation = Callable[[Sent, bool, Session, Calibration, Judged], Mismatch | None]
 RELATIONS: dict[Served, Relation] = {
     Served.COLD: _cold,
@@ -198,6 +230,7 @@ RELATIONS: dict[Served, Relation] = {
     Served.COUNTS: _counts,
     Served.REFUSED: _refusal,
     Served.BESIDE: _beside,
+    Served.MODEL: _model,
 }
 
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -51,6 +52,19 @@ def split(address: str) -> tuple[str, dict[str, Any]]:
         return target, json.loads("{" + text) if mark else {}
     except ValueError as error:
         raise BadArgument("target", address, sentence=f"{target}: the options are not valid JSON: {error}") from None
+
+
+def referenced(address: str) -> tuple[str, str]:
+    """An address without its option ``reference``, and that: the address of the weights that the engine serves, such as
+    ``hf:DIRECTORY``; empty where it has none. Raises BadArgument."""
+    target, options = split(address)
+    reference = options.pop("reference", "")
+    return addressed(target, options), str(reference)
+
+
+def of_directory(path: Path) -> str:
+    """The address of the weights in a directory of transformers, with the logits of all tokens."""
+    return f'hf:{path.resolve()}?{{"all_tokens": true}}'
 
 
 def check_host(url: str, allow_remote: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from contextlib import closing
 
 import msgspec
 
@@ -10,7 +11,7 @@ from kvconform.judging.mismatch import Kind, Mismatch
 from kvconform.serving.counterexample import ServingCounterexample
 from kvconform.serving.judge import judged
 from kvconform.serving.noise import Calibration, calibrate
-from kvconform.serving.registry import open_engine
+from kvconform.serving.registry import open_engine, referenced
 from kvconform.serving.search import AGAIN
 from kvconform.serving.session import EngineDied, Limits, Session
 from kvconform_specs.serving.clauses import BY_NAME
@@ -22,15 +23,13 @@ def replayed(found: ServingCounterexample, address: str, limits: Limits) -> Mism
 
     Raises BackendUnavailable, Spent.
     """
+    address, model = referenced(address)
     engine = open_engine(address)
     try:
-        session = Session(engine, limits, secrets.randbits(31))
-        gauge = calibrate(session)
-        for _ in range(AGAIN):
-            mismatch = _once(found, session, gauge)
-            if mismatch is not None:
-                return mismatch
-        return None
+        with closing(Session(engine, limits, secrets.randbits(31), model or referenced(found.engine)[1])) as session:
+            gauge = calibrate(session)
+            tries = (_once(found, session, gauge) for _ in range(AGAIN))
+            return next((mismatch for mismatch in tries if mismatch is not None), None)
     finally:
         engine.close()
 

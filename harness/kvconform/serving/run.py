@@ -6,6 +6,7 @@ import platform
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +20,9 @@ from kvconform.results.guarantees import measured
 from kvconform.results.results import Results
 from kvconform.results.serving import Served
 from kvconform.search.effort import Effort
-from kvconform.serving.engine import Engine
 from kvconform.serving.first_token import first_tokens
 from kvconform.serving.noise import Calibration, calibrate
-from kvconform.serving.registry import is_url, open_engine
+from kvconform.serving.registry import is_url, open_engine, referenced
 from kvconform.serving.session import EngineDied, Limits, Session, Spent
 from kvconform.serving.verdict import Trial
 from kvconform_specs import SUITE_VERSION
@@ -73,14 +73,20 @@ def run_engine(
     )
     path = out / f"{name}.json"
     began = time.perf_counter()
+    bare, model = referenced(address)
     try:
-        engine = open_engine(address)
+        engine = open_engine(bare)
     except BackendUnavailable as error:
         return _unavailable(results, path, str(error), isinstance(error, Unavailable))
     try:
-        _judge(results, engine, address, chosen, effort, seed, out / "failures" / name, limits, path, tell, begin)
+        # a server that was there before may have seen the programs of this seed: each run draws other token ids
+        nonce = secrets.randbits(31) if is_url(address) else seed
+        with closing(Session(engine, limits, nonce, model)) as session:
+            _judge(results, session, address, chosen, effort, seed, out / "failures" / name, path, tell, begin)
     except EngineDied as death:
         return _unavailable(results, path, f"the engine gives no answer: {death}", False)
+    except BackendUnavailable as error:  # of the model
+        return _unavailable(results, path, str(error), isinstance(error, Unavailable))
     finally:
         engine.close()
         results.seconds = round(time.perf_counter() - began, 3)
@@ -97,22 +103,18 @@ def _unavailable(results: Results, path: Path, why: str, lacking: bool) -> Resul
 
 def _judge(
     results: Results,
-    engine: Engine,
+    session: Session,
     address: str,
     clauses: Sequence[ServingClause],
     effort: Effort,
     seed: int,
     folder: Path,
-    limits: Limits,
     path: Path,
     tell: Callable[[Verdict], None],
     begin: Callable[[Results, Sequence[tuple[str, str]]], None],
 ) -> None:
-    """Measures the noise, then judges clause by clause. A server that was there before may have seen the programs of an
-    earlier run with this seed: each run draws other token ids."""
+    """Measures the noise, then judges clause by clause."""
     began = time.perf_counter()
-    nonce = secrets.randbits(31) if is_url(address) else seed
-    session = Session(engine, limits, nonce)
     gauge = _measured(session)
     results.served = served(session, gauge)
     results.dtypes = [session.facts.dtype or "unknown"]
@@ -178,6 +180,7 @@ def served(session: Session, gauge: Calibration) -> Served:
         assumed.append(f"its block is not told: programs are drawn for blocks of {session.sizes.block} tokens")
     if not facts.reports_hits:
         assumed.append("it does not tell what came from the cache, so that no clause about hits is exercised")
+    model = session.model
     measured = msgspec.structs.asdict(gauge)
     kept = {name: measured[name] for name in ("lengths", "noise", "floor", "repeat", "effect", "changes", "seen")}
     return Served(
@@ -199,5 +202,8 @@ def served(session: Session, gauge: Calibration) -> Served:
         preemptions=session.preempted(),
         void=session.voids,
         bound=gauge.bound,
+        reference="" if model is None else model.address,
+        reference_bound=None if model is None else model.power.bound,
+        reference_effect=None if model is None else model.power.effect,
         **kept,
     )

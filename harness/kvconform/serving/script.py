@@ -12,6 +12,7 @@ from kvconform.judging.mismatch import Kind, Mismatch
 from kvconform.judging.render import render
 from kvconform.serving.counterexample import ServingCounterexample
 from kvconform.serving.engine import Description, Engine
+from kvconform.serving.registry import split
 from kvconform_specs.serving.clauses import BY_NAME
 from kvconform_specs.serving.program import Ask, Own, Program, Reset, stream
 
@@ -27,9 +28,14 @@ CHECKS = {
 }
 
 
-def script(found: ServingCounterexample, mismatch: Mismatch, engine: Engine) -> str:
-    """The file. ``mismatch``: what breaks now. Raises NotImplementedError where the engine has no source for it."""
+def script(found: ServingCounterexample, mismatch: Mismatch, engine: Engine, model: str = "") -> str:
+    """The file. ``mismatch``: what breaks now. ``model``: the address of the weights that the engine serves; to compare
+    with them, the file needs transformers. Raises NotImplementedError where the engine has no source for it, or
+    the weights are no directory."""
     facts = engine.describe()
+    by_model = mismatch.reference == "model"
+    if by_model and not model.startswith("hf:"):
+        raise NotImplementedError(f"a script compares with a directory of transformers, not with {model}")
     programs = [*found.before, found.program][: mismatch.earlier_programs + 1]
     resets = any(isinstance(step, Reset) for program in programs for step in program.steps)
     first = sum(len(program.steps) for program in programs[:-1])
@@ -39,6 +45,7 @@ def script(found: ServingCounterexample, mismatch: Mismatch, engine: Engine) -> 
         f"import random\nimport sys\n\nVOCABULARY = {facts.vocabulary}\nATTEMPTS = {ATTEMPTS}",
         engine.source(),
         *([engine.reset_source()] if resets else []),
+        *([MODEL.format(directory=split(model.removeprefix("hf:"))[0])] if by_model else []),
         FUNCTIONS,
         'def attempt():\n    """Whether the bug shows."""\n    asked.clear()\n    answers.clear()\n'
         + textwrap.indent(body, "    "),
@@ -59,6 +66,17 @@ def _head(found: ServingCounterexample, mismatch: Mismatch, facts: Description) 
     return '"""' + text.replace("\\", "\\\\").replace('"""', "'''") + '\n"""'
 
 
+MODEL = '''
+def model(ids):
+    """Log-probabilities by token id of what follows each of the tokens, by the weights without an engine."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        made = AutoModelForCausalLM.from_pretrained({directory!r}, local_files_only=True)
+        rows = made(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
+    return [dict(enumerate(row)) for row in rows.tolist()]
+'''
 FUNCTIONS = '''
 def request(prompt, tokens, cached=True, n=1, abort_after=None, salt=None, adapter=None, score=False):
     return {
@@ -176,7 +194,13 @@ def _numbers(mismatch: Mismatch) -> Iterator[str]:
     """Compares the two rows of log-probabilities, of each completion where there are several."""
     place = mismatch.position or 0
     yield f"bound = {mismatch.bound or 0.0!r}  # a larger difference of log-probabilities is an error"
-    if mismatch.part == "prompt":
+    if mismatch.reference == "model":
+        if mismatch.part == "prompt":
+            yield f'pairs = [(got["prompt_logprobs"][{place - 1}], model(one["prompt"])[{place - 1}])]'
+        else:
+            yield f'texts = [(c, one["prompt"] + list(c["ids"][:{place}])) for c in got["completions"]]'
+            yield f'pairs = [(c["logprobs"][{place}], model(ids)[-1]) for c, ids in texts if len(c["ids"]) > {place}]'
+    elif mismatch.part == "prompt":
         yield "want = send([alone])[0]"
         yield f'pairs = [(got["prompt_logprobs"][{place - 1}], want["prompt_logprobs"][{place - 1}])]'
     elif mismatch.reference == "prefill":

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from kvconform.errors import Raised
 from kvconform.serving.engine import Answer, Engine
+from kvconform.serving.model import Model
 from kvconform_specs.serving.program import Program, Reset, request
 from kvconform_specs.serving.requests import Request
 from kvconform_specs.serving.strategies import Sizes
@@ -69,11 +70,15 @@ class Sent:
 
 
 class Session:
-    """``nonce`` begins the names of all permutations: an engine that was asked before has seen no prompt of it."""
+    """``nonce`` begins the names of all permutations: an engine that was asked before has seen no prompt of it.
+    ``model``: the address of the weights that the engine serves; empty: as its adapter says. Raises BackendUnavailable
+    where it cannot be opened."""
 
-    def __init__(self, engine: Engine, limits: Limits, nonce: int) -> None:
+    def __init__(self, engine: Engine, limits: Limits, nonce: int, model: str = "") -> None:
         self.engine, self.limits = engine, limits
         self.facts = engine.describe()
+        weights = model or engine.weights
+        self.model = Model(weights, self.facts, self.sizes.longest) if weights else None
         self.sent = self.hits = self.voids = 0
         self.began = time.monotonic()
         self._nonce, self._names = nonce, 0
@@ -93,6 +98,11 @@ class Session:
             cache_tokens=facts.cache_tokens,
             abilities=facts.abilities,
         )
+
+    def close(self) -> None:
+        """Ends the model's process; the engine goes on."""
+        if self.model is not None:
+            self.model.close()
 
     @property
     def seconds(self) -> float:

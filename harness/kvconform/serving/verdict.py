@@ -65,6 +65,8 @@ class Trial:
 
     def _unsupported(self, clause: ServingClause) -> Why | None:
         abilities = self.session.facts.abilities
+        if Served.MODEL in clause.relations and self.session.model is None:
+            return Reason.ABILITY, "no model was given: --model DIRECTORY, the weights that the engine serves"
         missing = [need for need in clause.needs if need not in abilities]
         if missing:
             return Reason.ABILITY, f"the engine has no {', no '.join(missing)}"
@@ -79,6 +81,9 @@ class Trial:
         needs = set(clause.relations)
         if needs <= NEED_BOUND and gauge.bound is None:
             return reason, gauge.blind
+        model = self.session.model
+        if Served.MODEL in needs and model is not None and model.power.blind:
+            return Reason.BLIND, model.power.blind
         if Served.RESCORED in needs and gauge.decode_bound is None:
             return reason, gauge.blind or f"the floor of {gauge.floor:.2g} is too high for the effect of a wrong token"
         return None

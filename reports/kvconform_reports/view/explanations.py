@@ -72,6 +72,9 @@ def _engine(found: Served) -> Iterator[tuple[str, str]]:
         effect = f"{found.effect:.2g} or more, in {found.seen} of {found.changes} tries"
         yield "effect of one wrong token", effect
         yield "bound", f"{found.bound:.2g}" if found.bound else "none: a wrong token cannot be told from rounding"
+    if found.reference:
+        yield "second reference", f"{found.reference} without an engine"
+        yield "its bound", f"{found.reference_bound:.2g}; one wrong token makes {found.reference_effect:.2g} or more"
     for one in found.seconds_to_first:
         times = f"cold {1e3 * one.cold:.3g} ms, warm {1e3 * one.warm:.3g} ms with {one.cached} tokens cached"
         ratio = f"{one.ratio:.3g} times as fast (95 % interval {one.low:.3g} to {one.high:.3g}, {one.pairs} pairs)"
@@ -80,7 +83,8 @@ def _engine(found: Served) -> Iterator[tuple[str, str]]:
 
 def judged_by(result: Results) -> JudgedBy:
     if result.served is not None:
-        return JudgedBy("judged by its own answers without the prefix cache", tuple(_engine(result.served)))
+        both = " and by the model that it serves" if result.served.reference else ""
+        return JudgedBy(f"judged by its own answers without the prefix cache{both}", tuple(_engine(result.served)))
     if result.target is None:
         return JudgedBy("judged by the definition", ())
     facts = [("called as", result.target.recognised), *(("assumed", words) for words in result.target.assumed)]

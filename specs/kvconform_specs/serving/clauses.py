@@ -33,6 +33,10 @@ class Served(Enum):
     )
     REFUSED = "a request beyond the context is refused"
     BESIDE = "a request that is served alone is served beside others"
+    MODEL = (
+        "tokens and log-probabilities, those of a scored prompt included, are what the same weights give without an "
+        "engine, within the bound"
+    )
 
 
 Possible = Callable[[Sizes], bool]
@@ -221,6 +225,15 @@ CLAUSES = (
         strategy=draw.trials,
         relations=(Served.REFUSED, Served.BESIDE, Served.COLD),
         situations=((draw.REFUSED, always), (draw.BESIDE, crowded), (draw.CROWD, crowded)),
+    ),
+    ServingClause(
+        name="serving.model",
+        text="A request returns what the same weights give without an engine, whether its prefix is cached or not.",
+        why=(GITHUB + "vllm-project/vllm/issues/49795", GITHUB + "vllm-project/vllm/issues/18352"),
+        strategy=draw.scored_repeats,
+        relations=(Served.MODEL,),
+        evidence=(),
+        situations=every("a repeated prompt", "a longer prompt", "a shorter prompt"),
     ),
     ServingClause(
         name="serving.repeatable",

@@ -89,6 +89,17 @@ def repeats(draw: Draw, sizes: Sizes) -> Program:
 
 
 @st.composite
+def scored_repeats(draw: Draw, sizes: Sizes) -> Program:
+    """The same, with the first prompt scored where the engine can."""
+    program: Program = draw(repeats(sizes))
+    first = program.steps[0]
+    assert isinstance(first, Together)
+    scored = Together(asks=(replace(first.asks[0], score="score" in sizes.abilities),))
+    scored_first: Program = replace(program, steps=(scored, *program.steps[1:]))
+    return scored_first
+
+
+@st.composite
 def boundaries(draw: Draw, sizes: Sizes) -> Program:
     """Two prompts with a common prefix that ends at a boundary or next to it, then the prefix alone."""
     seed, shared = draw(seeds), draw(st.sampled_from(sizes.edges))

@@ -41,11 +41,13 @@ OPTIONS: Mapping[str, Any] = MappingProxyType(
         "experts_implementation": None,
         "dtype": "float32",
         "seed": 0,
+        "all_tokens": False,
     }
 )
 """Options after the ``?`` of an address, with their defaults. ``config``: fields of the model's config.
 ``attn_implementation``: None is the model's default. ``experts_implementation``: None is ``BATCHED_EXPERTS`` for a
-model with experts. ``seed``: for random weights."""
+model with experts. ``seed``: for random weights. ``all_tokens``: whether the logits of all tokens are kept, rather than
+those of the first ``TOKENS``."""
 
 QUANTISERS: Mapping[str, Quantiser] = MappingProxyType(
     {"quanto": Quantiser(zero_point="integer"), "hqq": Quantiser(zero_point="integer"), "fp8": Quantiser("float8_e4m3")}
@@ -78,6 +80,8 @@ def open_hf(target: str, options: Mapping[str, Any]) -> type[Transformers]:
                 assumed = (*assumed, assumption)
             config = config_of(model.config, str(chosen["dtype"]))
             whole = model.config.get_text_config(decoder=True).vocab_size
+            if chosen["all_tokens"]:
+                config = replace(config, vocabulary=whole)
             if whole > config.vocabulary:
                 recipe, model = _cut(recipe, model, config)
             config = replace(config, capacity=trials.longest(model, config))
