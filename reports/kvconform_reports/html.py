@@ -15,7 +15,18 @@ from kvconform.judging.every_clause import BY_NAME
 from kvconform.mutation import record as audit_record
 from kvconform.results.results import Results
 from kvconform.run.cross_backend import Pair
-from kvconform_reports.view import embedding, explanations, maps, matrix, mutation, null_models, outcomes, speed, tables
+from kvconform_reports.view import (
+    embedding,
+    explanations,
+    maps,
+    matrix,
+    mutation,
+    null_models,
+    outcomes,
+    shared_causes,
+    speed,
+    tables,
+)
 from kvconform_reports.view.moved import Moved
 
 
@@ -33,7 +44,7 @@ def render(
     templates = _templates()
     style, script = (_source(templates, name) for name in ("style.css", "script.js"))
     data, packed = embedding.embed(results, pairs, latency, audit)
-    rows = tables.backends(results)
+    rows, failures = tables.backends(results), tables.failures(results, folder)
     return templates.get_template("report.html").render(
         policy=policy(style, script),
         style=style,
@@ -46,7 +57,8 @@ def render(
         backends=rows,
         chapters=matrix.chapters(results),
         legend=matrix.legend(results),
-        failures=tables.failures(results, folder),
+        failures=failures,
+        causes=shared_causes.causes(results, failures),
         known=tables.known(results, folder),
         levels=tables.levels(results),
         explanations=explanations.explanations(results),

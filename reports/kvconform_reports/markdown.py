@@ -18,10 +18,11 @@ from kvconform_reports.view import speed
 from kvconform_reports.view.mutation import mutation
 from kvconform_reports.view.null_models import power
 from kvconform_reports.view.outcomes import SYMBOLS, Chip, chips, counted, duration, labels, standing
+from kvconform_reports.view.shared_causes import causes
 from kvconform_reports.view.tables import Guarantee, failures, guarantees, known
 from kvconform_specs.serving import clauses as serving
 
-MOST_FAILURES = 50  # GitHub limits a summary to 1 MiB; the report has all
+MOST_FAILURES, MOST_CAUSES = 50, 8  # GitHub limits a summary to 1 MiB; the report has all
 
 
 def render(
@@ -96,6 +97,9 @@ def _failures(results: Sequence[Results], folder: str) -> str:
     if not found:
         return ""
     lines = ["### Failures", ""]
+    for cause in causes(results, found)[:MOST_CAUSES]:
+        places = f"{len(cause.failures)} cells on {', '.join(map(text, cause.backends))}"
+        lines.append(f"- shared by {places}: {text(cause.words)}")
     for failure in found[:MOST_FAILURES]:
         v = failure.verdict
         where = f"**{text(v.clause)}** on {text(failure.label)} under {text(v.config)}"

@@ -244,7 +244,9 @@ def test_a_failure_without_a_program_has_no_steps() -> None:
 
 
 def test_every_broken_cell_links_to_its_failure() -> None:
-    parsed = page(rendered([*given.four(), given.results("again", given.broken(given.everywhere(9)))]))
+    whole = rendered([*given.four(), given.results("again", given.broken(given.everywhere(9)))])
+    causes = whole.partition('<table id="causes">')[2].partition("</table>")[0]
+    parsed = page(whole.replace(causes, ""))
     targets = [a["href"] for tag, a in parsed.tags if tag == "a" and (a.get("href") or "").startswith("#failure-")]
     ids = [f"#{a['id']}" for tag, a in parsed.tags if tag == "article" and (a.get("id") or "").startswith("failure-")]
     assert len(ids) == 8

@@ -25,7 +25,7 @@ const label = document.createElement("label");
 label.append("Search ", search);
 document.querySelector(".filter").append(label, found);
 const radios = [...document.querySelectorAll(".filter [name=shown]")];
-const items = [...document.querySelectorAll("#matrix tbody tr:not(.chapter), #failures article, #known article, #unjudged tbody tr")];
+const items = [...document.querySelectorAll("#matrix tbody tr:not(.chapter), #causes tbody tr, #failures article, #known article, #unjudged tbody tr")];
 let texts;
 function apply() {
   const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
