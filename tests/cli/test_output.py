@@ -75,7 +75,11 @@ def test_the_backends_are_printed_as_json(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(spec, "installed", lambda: ["numpy", f"{SUBJECTS}:CannotRunHere", "eagr"])
     done = CliRunner().invoke(app, ["backends", "--json"])
     assert (done.exit_code, done.stderr) == (0, "")
-    numpy, *_others, unknown = json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    numpy, *_others, unknown = [one for one in found if one["kind"] == "backend"]
+    engines = [one for one in found if one["kind"] == "engine"]
+    assert {"toy-engine", "llama.cpp", "vllm"} <= {one["name"] for one in engines}
+    assert {one["state"] for one in engines} == {"not tried"}
     assert (numpy["name"], numpy["state"], numpy["claims"]["profiles"]) == ("numpy", "ready", ["attention", "decoder"])
     assert (unknown["state"], unknown["claims"]) == ("broken", None)
     assert unknown["sentence"].startswith("no backend named 'eagr'; installed: ")

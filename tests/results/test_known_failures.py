@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from commands import kvconform_here
 from lanes import slow_except
 
 from kvconform import conformance
@@ -362,3 +363,11 @@ def test_conformance_takes_known_failures_and_raises_what_is_stale(place: Path) 
     (place / "known_failures.toml").write_text(toml(backend="NumpyCache"))
     with pytest.raises(AssertionError, match="no longer fails: remove the row"):
         conformance(f"{place / 'mine.py'}:NumpyCache", clauses=core, **known)
+
+
+def test_a_row_for_a_serving_engine_is_refused_and_the_gate_is_named(tmp_path: Path) -> None:
+    (tmp_path / "known_failures.toml").write_text(toml(backend="toy-engine"))
+    (tmp_path / "stored.json").write_bytes(stored())
+    done = kvconform_here("run", "-b", "toy-engine", "--known-failures", "known_failures.toml", folder=tmp_path)
+    assert done.returncode == 2
+    assert "toy-engine is a serving engine: kvconform gate compares it with a baseline" in done.stderr

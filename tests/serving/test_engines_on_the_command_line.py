@@ -118,3 +118,23 @@ def test_a_clause_is_explained_with_a_program() -> None:
     printed = kvconform("spec", "serving.divergence")
     assert "for example" in printed
     assert "kvconform run -b ENGINE --clause serving.divergence" in printed
+
+
+def test_parts_of_a_run_are_merged_and_a_part_is_compared_with_the_whole(tmp_path: Path) -> None:
+    for folder, clause in (("one", "serving.prefix-hit"), ("two", "serving.rescore")):
+        kvconform("run", "-b", "toy-engine", "--effort", "smoke", "--clause", clause, "--out", tmp_path / folder)
+    parts, whole = [tmp_path / folder / "toy-engine.json" for folder in ("one", "two")], tmp_path / "toy-engine.json"
+    assert "the selected part passed: 2 cells" in kvconform("merge", *parts, "-o", whole)
+    found = records.read(whole)
+    assert found.served is not None
+    assert {verdict.outcome for verdict in found.verdicts} == {Outcome.PASS}
+    assert "1 new cell" in kvconform("diff", parts[0], whole)
+    assert "no regression" in kvconform("gate", whole, "--baseline", parts[0])
+
+
+def test_what_is_for_backends_alone_is_refused_with_one_sentence(tmp_path: Path) -> None:
+    kvconform("run", "-b", "toy-engine", "--effort", "smoke", "--clause", "serving.rescore", "--out", tmp_path)
+    words = (
+        f"{tmp_path / 'toy-engine.json'} is of a serving engine: run it again, and compare the two with kvconform diff"
+    )
+    assert words in kvconform("verify", tmp_path / "toy-engine.json", code=2)

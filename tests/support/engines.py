@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -110,3 +113,38 @@ class Timed(ToyEngine):
             replace(answer, seconds_to_first=1e-3 * (len(one.prompt) - (answer.cached or 0)))
             for one, answer in zip(requests, super().answer(requests), strict=True)
         ]
+
+
+class Ends(ToyEngine):
+    """Its process gets a signal where a prompt of more than two blocks is read from the cache."""
+
+    signal = signal.SIGSEGV
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        found = super().answer(requests)
+        if any((one.cached or 0) > 2 * self.block for one in found):
+            self.end()
+        return found
+
+    def end(self) -> None:
+        os.kill(os.getpid(), self.signal)
+
+
+class Killed(Ends):
+    """Somebody kills it."""
+
+    signal = signal.SIGKILL
+
+
+class Hangs(Ends):
+    """There it gives no answer."""
+
+    def end(self) -> None:
+        time.sleep(3600)
+
+
+class EndsAtOnce(ToyEngine):
+    """It cannot even start."""
+
+    def __init__(self) -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)

@@ -34,7 +34,7 @@ from kvconform.cli.options import (
     worst,
 )
 from kvconform.cli.progress import Progress
-from kvconform.errors import UnknownClause
+from kvconform.errors import BadArgument, UnknownClause
 from kvconform.explain import repro
 from kvconform.files import family_of, write_atomically
 from kvconform.fleet import costs_of, executor
@@ -101,6 +101,9 @@ def run(
     found = []
     engines = [address for address in backend if is_engine(address)]
     for address in engines:
+        if serving.name_of(address) in {key[0] for key in known.known}:
+            words = f"--known-failures: {serving.name_of(address)} is a serving engine: kvconform gate compares it with"
+            raise BadArgument("known failures", address, sentence=f"{words} a baseline")
         limits = Limits(max_requests, max_seconds, concurrent)
         named, quietly = effort_named(effort), quiet or as_json
         asked = serving.judge(address, {}, named, seed, out, limits, clauses=clause, model=model, quiet=quietly)

@@ -22,16 +22,8 @@ from kvconform.run import check as checks
 from kvconform.search.effort import Effort
 from kvconform.serving import counterexample
 from kvconform.serving import script as scripts
-from kvconform.serving.registry import (
-    BY_CLASS,
-    addressed,
-    check_host,
-    is_url,
-    of_directory,
-    open_engine,
-    referenced,
-    split,
-)
+from kvconform.serving.process import opened
+from kvconform.serving.registry import BY_CLASS, addressed, check_host, is_url, of_directory, referenced, split
 from kvconform.serving.replay import replayed
 from kvconform.serving.run import run_engine
 from kvconform.serving.session import Limits
@@ -120,7 +112,7 @@ def replay(file: Path, backend: str, script: Path | None, allow_remote: bool, as
 
 def _written(script: Path, found: counterexample.ServingCounterexample, mismatch: Mismatch, address: str) -> str:
     address, model = referenced(address)
-    engine = open_engine(address)
+    engine = opened(address)
     try:
         made = scripts.script(found, mismatch, engine, model or referenced(found.engine)[1] or engine.weights)
         write_atomically(script, made.encode())

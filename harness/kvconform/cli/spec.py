@@ -13,6 +13,7 @@ from kvconform.cli.schemas import FILES, json_schema
 from kvconform.errors import BackendUnavailable, BadArgument, InvalidBackend, Unavailable, UnknownClause
 from kvconform.files import write_atomically
 from kvconform.judging.every_clause import BY_NAME, CHAPTERS, ENGINES
+from kvconform.serving.registry import HTTP, engines
 from kvconform.spec_docs import clause as clause_docs
 from kvconform.spec_docs import engines as engine_docs
 from kvconform.spec_docs import page
@@ -24,10 +25,10 @@ from kvconform_specs.serving.clauses import CONFIG, ServingClause
 
 
 def backends(as_json: Json = False) -> None:
-    """Lists the installed backends, and why one is not ready."""
-    records = []
+    """Lists the installed backends, and why one is not ready; and the serving engines that can be started."""
+    records: list[dict[str, Any]] = []
     for name in installed():
-        record: dict[str, Any] = {"name": name, "state": "ready", "sentence": "", "claims": None}
+        record: dict[str, Any] = {"name": name, "kind": "backend", "state": "ready", "sentence": "", "claims": None}
         try:
             with WorkerClient(WorkerSpec(name)) as client:
                 claims = client.claims
@@ -37,6 +38,11 @@ def backends(as_json: Json = False) -> None:
             record["state"], record["sentence"] = "absent" if isinstance(error, Unavailable) else "broken", str(error)
             line = str(error)
         records.append(record)
+        if not as_json:
+            say(f"{name}: {line}")
+    for name in (name for name in engines() if name != HTTP):
+        line = f"serving engine; kvconform run -b {name} starts it on a tiny model"
+        records.append({"name": name, "kind": "engine", "state": "not tried", "sentence": line, "claims": None})
         if not as_json:
             say(f"{name}: {line}")
     if as_json:

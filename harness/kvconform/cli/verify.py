@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from kvconform.cli.options import Json, Out, StartMethod, StepTimeout, print_json, say
+from kvconform.errors import BadArgument
 from kvconform.results import results
 from kvconform.run import verify as verifying
 from kvconform.run.run import artefacts
@@ -48,6 +49,9 @@ def verify(
     another Hypothesis the programs are others.
     """
     before = results.read(file)
+    if before.served is not None:
+        words = f"{file} is of a serving engine: run it again, and compare the two with kvconform diff"
+        raise BadArgument("file", str(file), sentence=words)
     drawn = secrets.randbelow(2**31) if seed is None else seed
     keys = verifying.sample(before, number, drawn)
     address = backend or next(verdict.backend for verdict in before.verdicts)

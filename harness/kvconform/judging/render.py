@@ -228,7 +228,7 @@ WORDS: dict[Kind, Callable[[Mismatch], str]] = {
     Kind.CHOICE: _choice,
     Kind.COUNT: _count,
     Kind.REFUSED: lambda m: f"was refused, though it is served alone: {'' if m.error is None else m.error.message}",
-    Kind.NO_ANSWER: lambda m: f"the engine gave no answer: {m.error}",
+    Kind.NO_ANSWER: lambda m: f"the engine gave no answer: {m.error or m.ended}",
     Kind.SERVED: lambda m: "was served, though prompt and answer exceed the context",
     Kind.RAISED: lambda m: f"raised {m.error}",
     Kind.ACCEPTED: lambda m: "was accepted, but must be refused",

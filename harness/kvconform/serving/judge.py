@@ -49,7 +49,7 @@ def judged(clause: ServingClause, program: Program, session: Session, gauge: Cal
     found = Judged()
     preempted = session.preempted()
     steps = session.run(program)
-    found.preempted = session.preempted() - preempted
+    found.preempted = max(session.preempted() - preempted, 0)  # an engine that was started again counts from 0
     for step, sent in enumerate(steps):
         for number, one in enumerate(sent):
             void = found.void

@@ -21,7 +21,7 @@ from kvconform.serving.engine import Engine
 from kvconform.worker.registry import module_of
 
 GROUP = "kvconform.engines"
-URLS = ("http://", "https://")
+HTTP, URLS = "http", ("http://", "https://")
 BY_CLASS = "engine:"
 
 
@@ -85,7 +85,7 @@ def open_engine(address: str) -> Engine:
     target, options = split(address)
     if target.startswith(BY_CLASS):
         return _of_class(target.removeprefix(BY_CLASS), options)
-    kind, _, rest = ("http", "", target) if is_url(target) else target.partition(":")
+    kind, _, rest = (HTTP, "", target) if is_url(target) else target.partition(":")
     if kind not in engines():
         raise BackendUnavailable(f"no engine named {kind!r}; installed: {', '.join(engines())}")
     try:

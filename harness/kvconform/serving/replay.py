@@ -11,9 +11,10 @@ from kvconform.judging.mismatch import Kind, Mismatch
 from kvconform.serving.counterexample import ServingCounterexample
 from kvconform.serving.judge import judged
 from kvconform.serving.noise import Calibration, calibrate
-from kvconform.serving.registry import open_engine, referenced
+from kvconform.serving.process import EngineDied, opened
+from kvconform.serving.registry import referenced
 from kvconform.serving.search import AGAIN
-from kvconform.serving.session import EngineDied, Limits, Session
+from kvconform.serving.session import Limits, Session
 from kvconform_specs.serving.clauses import BY_NAME
 
 
@@ -24,7 +25,7 @@ def replayed(found: ServingCounterexample, address: str, limits: Limits) -> Mism
     Raises BackendUnavailable, Spent.
     """
     address, model = referenced(address)
-    engine = open_engine(address)
+    engine = opened(address)
     try:
         with closing(Session(engine, limits, secrets.randbits(31), model or referenced(found.engine)[1])) as session:
             gauge = calibrate(session)
@@ -40,7 +41,7 @@ def _once(found: ServingCounterexample, session: Session, gauge: Calibration) ->
         try:
             mismatch = judged(clause, program.renamed(session.fresh()), session, gauge).mismatch
         except EngineDied as death:
-            return Mismatch(kind=Kind.NO_ANSWER, program=0, error=death.error)
+            return Mismatch(kind=Kind.NO_ANSWER, program=0, error=death.error, ended=death.ended)
         if mismatch is not None:
             return msgspec.structs.replace(mismatch, earlier_programs=number)
     return None

@@ -22,8 +22,9 @@ from kvconform.results.serving import Served
 from kvconform.search.effort import Effort
 from kvconform.serving.first_token import first_tokens
 from kvconform.serving.noise import Calibration, calibrate
-from kvconform.serving.registry import is_url, open_engine, referenced
-from kvconform.serving.session import EngineDied, Limits, Session, Spent
+from kvconform.serving.process import EngineDied, opened
+from kvconform.serving.registry import is_url, referenced
+from kvconform.serving.session import Limits, Session, Spent
 from kvconform.serving.verdict import Trial
 from kvconform_specs import SUITE_VERSION
 from kvconform_specs.serving.clauses import CLAUSES, CONFIG, ServingClause
@@ -75,9 +76,11 @@ def run_engine(
     began = time.perf_counter()
     bare, model = referenced(address)
     try:
-        engine = open_engine(bare)
+        engine = opened(bare)
     except BackendUnavailable as error:
         return _unavailable(results, path, str(error), isinstance(error, Unavailable))
+    except EngineDied as death:
+        return _unavailable(results, path, f"the engine does not start: {death}", False)
     try:
         # a server that was there before may have seen the programs of this seed: each run draws other token ids
         nonce = secrets.randbits(31) if is_url(address) else seed
@@ -128,7 +131,7 @@ def _judge(
         results.seconds = round(time.perf_counter() - began, 3)
         results.write(path)
         tell(verdict)
-        if verdict.outcome is Outcome.CRASH and not gone:
+        if not gone and (verdict.outcome.broken or verdict.outcome is Outcome.INCONCLUSIVE):
             gone = _gone(session)
     results.guarantees = measured(results.verdicts)
     results.finished = True

@@ -19,7 +19,8 @@ from kvconform.judging.mismatch import Kind, Mismatch
 from kvconform.search.effort import Effort
 from kvconform.serving.judge import Judged, judged
 from kvconform.serving.noise import Calibration
-from kvconform.serving.session import EngineDied, Session, Spent
+from kvconform.serving.process import EngineDied, EngineGone
+from kvconform.serving.session import Session, Spent
 from kvconform_specs.serving.clauses import CONFIG, ServingClause
 from kvconform_specs.serving.program import Own, Program, Reset, Together
 from kvconform_specs.strategies import drawn, explore
@@ -28,8 +29,8 @@ FURTHER = 200
 """How many further programs are drawn for situations and evidence that the planned ones missed."""
 AGAIN = 5
 """How often a failure is tried again with other token ids, before earlier programs are tried with it."""
-SHRINK_TRIALS, SHRINK_SECONDS = 150, 15.0
-"""Shrinking a failure ends after so many trials or seconds."""
+SHRINK_TRIALS, SHRINK_SECONDS, SHRINK_DEATHS = 150, 15.0, 8
+"""Shrinking a failure ends after so many trials, seconds or deaths of the engine's process, which starts again."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Search:
         self.found_after: int | None = None
         self.cut = False  # whether a limit ended it before all planned programs were judged
         self.reduced = True
+        self._deaths = 0  # of the engine's process
         self.began = time.perf_counter()
 
     def run(self) -> None:
@@ -125,8 +127,11 @@ class Search:
         """The program under token ids that the engine has not seen."""
         try:
             return judged(self.clause, program.renamed(self.session.fresh()), self.session, self.gauge)
+        except EngineGone:
+            raise Spent from None
         except EngineDied as death:
-            return Judged(Mismatch(kind=Kind.NO_ANSWER, program=0, error=death.error))
+            self._deaths += death.ended is not None
+            return Judged(Mismatch(kind=Kind.NO_ANSWER, program=0, error=death.error, ended=death.ended))
 
     # --- a failure ---
     def _again(self, place: int | None) -> None:
@@ -178,7 +183,7 @@ class Search:
     def _fails(self, program: Program) -> bool:
         """Whether it fails; the smallest one that does is kept."""
         assert self.best is not None
-        if self._trials >= SHRINK_TRIALS or time.perf_counter() > self._ends:
+        if self._trials >= SHRINK_TRIALS or self._deaths >= SHRINK_DEATHS or time.perf_counter() > self._ends:
             self.reduced = False
             return False
         self._trials += 1

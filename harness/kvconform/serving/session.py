@@ -7,12 +7,13 @@ import time
 from bisect import bisect, insort
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from kvconform.errors import Raised
 from kvconform.serving.engine import Answer, Engine
 from kvconform.serving.model import Model
+from kvconform.serving.process import EngineDied
 from kvconform_specs.serving.program import Program, Reset, request
 from kvconform_specs.serving.requests import Request
 from kvconform_specs.serving.strategies import Sizes
@@ -41,19 +42,13 @@ class Spent(Exception):
     """The limits are reached."""
 
 
-class EngineDied(Exception):
-    """The engine raised, or cannot be reached any more."""
-
-    def __init__(self, error: Raised) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
 @contextmanager
 def guarded() -> Iterator[None]:
     """The one place that catches what an engine raises, in this process or because it cannot be reached any more."""
     try:
         yield
+    except EngineDied:
+        raise
     except Exception as error:
         raise EngineDied(Raised.of(error)) from error
 
@@ -166,8 +161,10 @@ class Session:
         self.send([Request((0,), cached=False)])
 
     def preempted(self) -> int:
-        """How many requests the engine has preempted; 0 where it does not count them."""
-        return self.engine.preemptions() if "preemptions" in self.facts.abilities else 0
+        """How many requests the engine has preempted; 0 where it does not count them, or is not there any more."""
+        with suppress(EngineDied):
+            return self.engine.preemptions() if "preemptions" in self.facts.abilities else 0
+        return 0
 
     # --- the reference ---
     def cold(self, one: Request, *, again: bool = False) -> Answer | None:

@@ -13,6 +13,7 @@ import msgspec
 from kvconform.judging.mismatch import Kind
 from kvconform.judging.render import render
 from kvconform.judging.verdict import Outcome, Reason, Verdict
+from kvconform.search.cell import OUTCOMES
 from kvconform.search.effort import Effort
 from kvconform.serving.counterexample import ServingCounterexample
 from kvconform.serving.noise import Calibration
@@ -107,10 +108,13 @@ class Trial:
         broken = search.best.mismatch
         if search.clause.level is Level.SHOULD and broken.kind is not Kind.NO_ANSWER:
             return self._verdict(search, began, Outcome.REFUTED)  # what holds at times is no guarantee
+        if broken.ended is not None and broken.ended.from_outside:
+            reason = Reason.OUT_OF_MEMORY if broken.ended.oom else Reason.KILLED
+            return self._verdict(search, began, Outcome.INCONCLUSIVE, (reason, render(broken)))
         if not search.best.confirmed and search.effort.shrink and broken.kind is not Kind.NO_ANSWER:
             words = f"failed once, and held when tried again, alone and after what ran before: {render(broken)}"
             return self._verdict(search, began, Outcome.INCONCLUSIVE, (Reason.NOT_CONFIRMED, words))
-        return self._verdict(search, began, Outcome.CRASH if broken.ending else Outcome.FAIL)
+        return self._verdict(search, began, OUTCOMES[broken.ending])
 
     def _verdict(self, search: Search, began: float, outcome: Outcome, why: Why | None = None) -> Verdict:
         best = search.best if why is None else None
