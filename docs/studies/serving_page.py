@@ -1,6 +1,7 @@
 """The page ``docs/engines-serving.md``: what each serving engine was found to do, from ``docs/evidence/serving``.
 
-``python docs/studies/serving_page.py RESULTS.json --mode WORDS -o FILE`` keeps of a run's results what the page shows.
+``python docs/studies/serving_page.py RESULTS.json... --mode WORDS -o FILE`` keeps what the page shows of the first
+results, and counts of the others, which are runs with other seeds.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ MARKS = {
 GUARANTEES = {"repeatable", "batch-invariant", "bitwise-hit"}
 
 
-def compact(results: Json, mode: str) -> dict[str, Any]:
-    """What is kept of a run. mode: how the engine was started, in words."""
+BROKEN = ("fail", "crash", "timeout")
+
+
+def compact(results: Json, mode: str, *others: Json) -> dict[str, Any]:
+    """What is kept of a run. mode: how the engine was started, in words. others: runs with other seeds."""
     served = results["served"]
     kept: tuple[str, ...] = (
         "engine",
@@ -50,6 +54,11 @@ def compact(results: Json, mode: str) -> dict[str, Any]:
         "seconds": results["seconds"],
         "first_verdict": round(results["seconds"] - sum(v.get("seconds", 0.0) for v in verdicts[1:]), 1),
         **{name: served.get(name) for name in (*kept, "bound")},
+        "judged_by_model": bool(served.get("reference")),
+        "reference_bound": served.get("reference_bound"),
+        "reference_effect": served.get("reference_effect"),
+        "seconds_to_first": served.get("seconds_to_first", []),
+        "runs": [counts(one) for one in (results, *others)],
         "clauses": {v["clause"]: v["outcome"] for v in verdicts},
         "found": [
             {"clause": v["clause"], "sentence": v["sentence"], "steps": v.get("steps", "")}
@@ -59,24 +68,56 @@ def compact(results: Json, mode: str) -> dict[str, Any]:
     }
 
 
+def counts(results: Json) -> dict[str, int]:
+    """Of one run: its seed, how many requests were sent and read from the cache, and how many clauses broke."""
+    broken = sum(verdict["outcome"] in BROKEN for verdict in results["verdicts"])
+    served = results["served"]
+    return {"seed": results["seed"], "requests": served["requests"], "hits": served["hits"], "broken": broken}
+
+
 def render(records: Sequence[Json], faults: Json | None) -> str:
     """The page."""
     records = sorted(records, key=lambda record: (record["engine"].lower(), record["mode"]))
-    return "\n".join([*_head(records), "", *_clauses(records), "", *_found(records), *_faults(faults)]) + "\n"
+    parts = (_head(records), _clauses(records), _first_tokens(records), _found(records))
+    return "\n".join([*(line for part in parts for line in (*part, "")), *_faults(faults)]).rstrip() + "\n"
 
 
 def _head(records: Sequence[Json]) -> Iterator[str]:
     yield HEAD
-    yield "| engine | mode | verdict | requests (hits) | first verdict | noise | one wrong token | bound |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| engine | mode | verdict | requests (hits) | all runs | first verdict | noise | one wrong token | bound |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for r in records:
         seen = f"{r['effect']:.2g}" if r["seen"] else "not seen"
         bound = "none: blind" if r["bound"] is None else f"{r['bound']:.2g}"
-        counts = f"{r['requests']} ({r['hits']})"
+        requests = f"{r['requests']} ({r['hits']})"
         yield (
-            f"| {r['engine']} {r['version']} | {r['mode']} | {_verdict(r)} | {counts} | {r['first_verdict']:.0f} s | "
+            f"| {r['engine']} {r['version']} | {r['mode']} | {_verdict(r)} | {requests} | {_runs(r)} | "
+            f"{r['first_verdict']:.0f} s | "
             f"{max(r['noise'], r['floor']):.2g} | {seen} ({r['seen']} of {r['changes']}) | {bound} |"
         )
+
+
+def _runs(record: Json) -> str:
+    runs = record.get("runs", [])
+    return f"{sum(one['requests'] for one in runs)} in {len(runs)}: {sum(one['broken'] for one in runs)} broken"
+
+
+def _first_tokens(records: Sequence[Json]) -> Iterator[str]:
+    timed = [record for record in records if record.get("seconds_to_first")]
+    if not timed:
+        return
+    yield "## Time to the first token"
+    yield ""
+    yield TIMES
+    yield ""
+    yield "| engine | mode | tokens | cached | cold | warm | times as fast [95 % interval] |"
+    yield "|---|---|---|---|---|---|---|"
+    for r in timed:
+        for one in r["seconds_to_first"]:
+            yield (
+                f"| {r['engine']} | {r['mode']} | {one['length']} | {one['cached']} | {1e3 * one['cold']:.3g} ms | "
+                f"{1e3 * one['warm']:.3g} ms | {one['ratio']:.3g} [{one['low']:.3g}, {one['high']:.3g}] |"
+            )
 
 
 def _verdict(record: Json) -> str:
@@ -144,8 +185,11 @@ cores that other work shared: times are upper bounds. `nox -s "engine(NAME)"` ju
 dtype where that is higher. *One wrong token*: the smallest effect of one changed token of a prompt, of those that can
 be told from noise, and how many of those tried can. A difference above the bound is an error; where the two do not
 separate there is no bound and no verdict. *First verdict*: the start of the engine, the measurement of noise and the
-first clause.
+first clause. *All runs*: requests in how many runs, each with another seed, and how many clauses broke in them. `model`
+compares with the same weights in transformers.
 """
+TIMES = """Prompts of an engine that conforms, cold (without the prefix cache) and warm in turn; medians, and the
+interval of the median ratio of pairs."""
 
 UPSTREAM = """Scripts that show these without kvconform, and mistakes that were found beside the law:
 
@@ -169,11 +213,12 @@ def page(folder: Path = EVIDENCE) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="serving_page.py", description=__doc__)
-    parser.add_argument("results", type=Path, help="results of kvconform run or check on an engine")
+    parser.add_argument("results", type=Path, nargs="+", help="results of kvconform run or check on an engine")
     parser.add_argument("--mode", required=True, help="how the engine was started, in words")
     parser.add_argument("-o", "--out", type=Path, required=True)
     given = parser.parse_args()
-    kept = compact(json.loads(given.results.read_text()), given.mode)
+    shown, *others = (json.loads(file.read_text()) for file in given.results)
+    kept = compact(shown, given.mode, *others)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(kept, indent=1) + "\n")
 

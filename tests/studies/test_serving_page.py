@@ -8,6 +8,7 @@ import serving_page
 
 RESULTS: dict[str, Any] = {
     "suite": "1",
+    "seed": 0,
     "started": "2026-01-01T00:00:00+00:00",
     "seconds": 50.0,
     "served": {
@@ -37,11 +38,35 @@ def test_the_time_to_the_first_verdict_is_the_run_without_the_other_clauses() ->
 
 
 def test_a_broken_clause_makes_the_engine_non_conformant_and_is_quoted() -> None:
-    page = serving_page.render([serving_page.compact(RESULTS, "float32")], None)
-    assert "| toy 1 | float32 | **not conformant**: errors | 100 (7) | 14 s | 2e-06 | 0.5 (24 of 24) | 0.0003 |" in page
+    page = serving_page.render([serving_page.compact(RESULTS, "float32", {**RESULTS, "seed": 1})], None)
+    runs = "200 in 2: 2 broken"
+    assert (
+        f"| toy 1 | float32 | **not conformant**: errors | 100 (7) | {runs} | 14 s | 2e-06 | 0.5 (24 of 24) | 0.0003 |"
+        in page
+    )
     assert "| errors | **✗** |" in page
     assert "| forks |  |" in page
     assert "serving.errors: was refused\n  Requests: (one)." in page
+
+
+def test_times_to_the_first_token_and_the_model_as_a_reference_are_kept() -> None:
+    first = {
+        "length": 64,
+        "cached": 48,
+        "cold": 0.02,
+        "warm": 0.005,
+        "ratio": 4.0,
+        "low": 3.5,
+        "high": 4.5,
+        "pairs": 20,
+    }
+    served = {**RESULTS["served"], "seconds_to_first": [first], "reference": "hf:tiny", "reference_bound": 2e-4}
+    record = serving_page.compact({**RESULTS, "served": served}, "float32")
+    assert (record["judged_by_model"], record["reference_bound"]) == (True, 2e-4)
+    page = serving_page.render([record], None)
+    assert "| toy | float32 | 64 | 48 | 20 ms | 5 ms | 4 [3.5, 4.5] |" in page
+    untimed = serving_page.render([serving_page.compact(RESULTS, "float32")], None)
+    assert "Time to the first token" not in untimed
 
 
 def test_a_guarantee_that_does_not_hold_is_no_failure() -> None:

@@ -97,8 +97,8 @@ def _started(
     else:
         folder = Path(tempfile.mkdtemp(prefix="kvconform-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        if not gguf or (dtype == "float32" and comparable):
-            directory = write_hf(MODELS[name], folder / name)
+        if not gguf or comparable:
+            directory = write_hf(MODELS[name], folder / name, dtype)
         path = write_gguf(MODELS[name], folder / f"{name}.gguf", dtype) if gguf else folder / name
     engine = _opened(kind, path, options)
     if directory is not None and comparable:

@@ -88,15 +88,17 @@ def weights(model: Tiny) -> dict[str, Array]:
     return found
 
 
-def write_hf(model: Tiny, folder: Path) -> Path:
-    """A directory that transformers loads. Raises Unavailable if safetensors is not installed."""
+def write_hf(model: Tiny, folder: Path, dtype: str = "float32") -> Path:
+    """A directory that transformers loads, in float32; its matrices hold numbers of ``dtype``. Raises Unavailable if
+    safetensors is not installed."""
     try:
         from safetensors.numpy import save_file
     except ImportError as missing:
         raise Unavailable("a model directory needs 'safetensors'", "pip install safetensors") from missing
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights(model), folder / "model.safetensors", metadata={"format": "pt"})
+    held = {name: w.astype(dtype).astype(np.float32) if w.ndim == 2 else w for name, w in weights(model).items()}
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
     for name, content in (("config.json", _config(model)), *_tokenizer(model).items()):
         (folder / name).write_text(json.dumps(content))
     return folder
