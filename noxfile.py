@@ -264,8 +264,8 @@ def timing(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def soak(session: nox.Session) -> None:
-    """Malformed inputs, kills and a long run: about half an hour; docs/reliability.md."""
-    install(session)
+    """Malformed inputs, kills and a long run: about two hours; docs/reliability.md."""
+    install(session, "onnx", "torch")
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": STUDIES}
     session.run("python", "-m", "soak", "-o", "docs/evidence/soak/record.json", *session.posargs, env=variables)
     session.run("python", "-m", "regenerate", "docs/reliability.md", env=variables)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from kvconform.search import counterexample
 from kvconform.worker.client import WorkerClient, WorkerSpec
 from kvconform_reports import exports, html, junit, markdown, terminal
 from kvconform_specs.clause import Case
-from soak.mutations import JUNK, changed_json, changed_toml
+from soak.mutations import JUNK, changed_json, changed_onnx, changed_toml
 
 BROKEN = "kvconform_backends.faults.causality:TopLeft"
 SETTINGS = """backends = ["TopLeft", "py:a.py:Net", "hf:x"]
@@ -166,6 +168,12 @@ def trials(folder: Path) -> dict[str, Trial]:
             for value in one.values():
                 value() if callable(value) else None
 
+    def use_decoder(path: Path) -> None:
+        with WorkerClient(WorkerSpec(f"onnx:{path}", step_timeout=60.0)) as client:
+            for config in client.configs.values():
+                client.build(config)
+
+    decoder = _decoder(folder / "right.onnx")
     known = KNOWN.replace("COUNTEREXAMPLE", str(stored))
     text = (folder / "TopLeft.json").read_bytes()
     small = msgspec.structs.replace(
@@ -190,9 +198,19 @@ def trials(folder: Path) -> dict[str, Trial]:
             changed_toml(SETTINGS), written(use_settings, f"apart/{repository.OWN_FILE}"), 0.1, SETTINGS.encode()
         ),
         "counters": Trial(changed_json(_counters()), written(counters.read), 0.08, _counters()),
+        "ONNX decoders, opened and built": Trial(
+            changed_onnx(decoder), written(use_decoder, "decoder.onnx"), 0.005, decoder
+        ),
         "options of targets": Trial(_options(), _use_options, 0.1, ("numpy", "", [], [])),
         "command lines": Trial(_command_lines(folder), _use_command_line, 0.05, ["schema"]),
     }
+
+
+def _decoder(path: Path) -> bytes:
+    """The exported decoder of the examples."""
+    script = Path(__file__).parents[3] / "examples/export_decoder.py"
+    subprocess.run([sys.executable, str(script), str(path)], check=True, stdout=subprocess.DEVNULL)
+    return path.read_bytes()
 
 
 def _counters() -> bytes:

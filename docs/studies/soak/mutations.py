@@ -67,6 +67,21 @@ def _cut(draw: Any, data: bytes) -> bytes:
     return data[:at] if draw(st.booleans()) else data[:at] + bytes([draw(st.integers(0, 255))]) + data[at + 1 :]
 
 
+@st.composite
+def changed_onnx(draw: Any, model: bytes) -> bytes:
+    """An ONNX file in which up to three fields of its graph are changed, or bytes are lost."""
+    import onnx
+    from google.protobuf import json_format
+
+    text = json_format.MessageToJson(onnx.load_from_string(model)).encode()
+    try:
+        changed = json_format.Parse(draw(changed_json(text)), onnx.ModelProto()).SerializeToString()
+    except (json_format.ParseError, UnicodeDecodeError):  # no field of ONNX has such a value
+        at = draw(st.integers(0, min(len(model) - 1, draw(st.sampled_from((200, 10_000, len(model)))))))
+        changed = model[:at] + bytes([draw(st.integers(0, 255))]) + model[at + 1 :]
+    return _cut(draw, changed)
+
+
 VALUES = ('""', '"x"', "1", "-1", "true", "[]", "[1]", "{}", "1.5", "nan", "1979-05-27", '["x", 1]', "{ x = 1 }", "")
 
 
