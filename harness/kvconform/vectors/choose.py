@@ -1,4 +1,5 @@
-"""Chooses the cases of a set: few, small ones, which together reach every situation of their clause.
+"""Chooses the cases of a set: few, small ones, which together reach every situation of their clause, and then those
+with the most kinds of steps that the others lack.
 
 A cell has cases of two kinds: those drawn for an implementation that can do no more than the clause needs, and those
 for one that can do everything that vectors test.
@@ -17,14 +18,14 @@ from kvconform_specs.claims import ABILITIES, ENOUGH, Claims
 from kvconform_specs.clause import Case, Clause
 from kvconform_specs.config import Config
 from kvconform_specs.configs import share
-from kvconform_specs.program import Append, Generate, UncachedForward, called
+from kvconform_specs.program import Append, Generate, Marks, UncachedForward, called
 from kvconform_specs.strategies import drawn
 
-CANDIDATES = 24
+CANDIDATES = 60
 """How many cases are drawn of a cell for each of its claims."""
 BUDGET = 8_000
 """Bytes of a case. Cases that take less are no better than those that take as much."""
-FEW = 4
+FEW = 10
 """How many cases that are small together a cell has at most, for each of its claims."""
 WIDE = Claims(
     profiles=("attention", "decoder"),
@@ -78,19 +79,39 @@ def _chosen(cell: Cell, claims: Claims, number: int, seed: int) -> list[Case]:
         found[str(case)] = case
         reached[str(case)] = set(situations.reached(case, situations.all))
     sizes = {key: size(case) for key, case in found.items()}
+    shapes = {key: set(_shapes(case)) for key, case in found.items()}
+    seen: set[Any] = set()
     chosen: list[str] = []
     missing = set(situations.all)
     while left := [key for key in found if key not in chosen]:
         new = {key: len(reached[key] & missing) for key in left}
         if any(new.values()):
             best = max(left, key=lambda key: (new[key] / max(sizes[key], BUDGET), sizes[key]))
-        elif len(chosen) < number or (len(chosen) < FEW and sum(sizes[key] for key in chosen) < BUDGET / 2):
-            best = max(left, key=lambda key: sizes[key] if sizes[key] <= BUDGET else -sizes[key])
+        elif len(chosen) < number or (len(chosen) < FEW and sum(sizes[key] for key in chosen) < BUDGET):
+            best = max(left, key=lambda key: (len(shapes[key] - seen) / max(sizes[key], BUDGET), sizes[key]))
         else:
             break
         missing -= reached[best]
+        seen |= shapes[best]
         chosen.append(best)
     return [found[key] for key in chosen]
+
+
+def _shapes(case: Case) -> Iterator[Any]:
+    """What kinds of steps a case has, after which others, on how many tokens."""
+    for program in case.programs:
+        state, before = Marks(), ""
+        for step in program.steps:
+            call, kind = called(step), type(step).__name__
+            if isinstance(call, Append):
+                held = state.of(call.seq)
+                past, most = max((n for n, _ in held), default=0), max((m for _, m in held), default=0)
+                chunk, ragged = max(call.counts), len(set(call.counts)) > 1
+                yield kind, before, min(past // 4, 5), min(chunk.bit_length(), 4), ragged, most > past, len(state.rows)
+            else:
+                yield kind, before, len(state.rows)
+            before = kind
+            state.apply(step)
 
 
 def size(case: Case) -> int:
