@@ -248,6 +248,8 @@ class BlackBox(Backend):
     reference: str = ""
     """The address of another artefact with the same weights, such as ``hf:DIRECTORY``, whose forward without a cache is
     the reference; empty: its own forward is."""
+    cache_dtype: str = ""
+    """The dtype that its own cache has, where it is judged by another artefact and that is therefore no claim."""
     source: str = ""
     """The file whose change makes earlier results void; empty: none."""
     parameters: int = 0

@@ -83,7 +83,8 @@ def test_what_an_engine_raises_and_what_it_lacks_come_through_the_pipe() -> None
     with closing(EngineProcess(address("Dies"))) as engine:
         with pytest.raises(EngineDied, match="ConnectionError: connection reset by peer"):
             engine.answer([one, one])
-        assert engine.answer([one])[0].completions, "what it raises does not end it"
+        assert engine.answer([one])[0].completions, "it is started again"
+        assert engine.starts == 2
         assert "ToyEngine" in engine.source() or "Dies" in engine.source()
     with closing(EngineProcess("toy-engine")) as engine:
         assert engine.starts == 1

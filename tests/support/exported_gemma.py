@@ -22,7 +22,7 @@ LOSSES = {
     "soft cap": "without its soft cap of scores",
     "logit soft cap": "without its soft cap of logits",
 }
-"""What an export has lost or changed, and how it is named; ``float16 cache`` is one more, which has no name."""
+"""What an export has lost or changed, and how it is named; ``float16 cache`` is one more, which its file tells."""
 OPTIMUM = ("past_key_values.{n}.{part}", "present.{n}.{part}", ("key", "value"))
 TRANSFORMERS = (
     "input.past_key_values.layers.{n}.{part}",

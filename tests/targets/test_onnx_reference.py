@@ -143,7 +143,8 @@ def test_a_cache_of_another_dtype_is_right_if_it_is_claimed(original: tuple[Path
         (config,) = client.configs.values()
         found = disagreement(client, config, [])
     assert found is not None
-    assert "or something is rounded more" in text.sentence(Diagnosis(disagreement=found))
+    assert (found.variants, found.cache_dtype) == ([], "float16")
+    assert "Its cache is float16, and its outputs are within" in text.sentence(Diagnosis(disagreement=found))
     with opened(path, f"hf:{folder}", claims={"cache_dtype": "float16"}) as client:
         (config,) = client.configs.values()
         assert config.dtype == "float32"

@@ -71,7 +71,7 @@ def _cut(draw: Any, data: bytes) -> bytes:
 def changed_onnx(draw: Any, model: bytes) -> bytes:
     """An ONNX file in which up to three fields of its graph are changed, or bytes are lost."""
     import onnx
-    from google.protobuf import json_format
+    from google.protobuf import json_format  # type: ignore[import-untyped]
 
     text = json_format.MessageToJson(onnx.load_from_string(model)).encode()
     try:

@@ -103,6 +103,7 @@ class EngineProcess(Engine):
         if kind == "answer":
             return value
         if kind == "raised":
+            self.close()  # what it was doing may have left it useless: the next request starts it again
             raise EngineDied(value)
         raise BadArgument(*value) if kind == "BadArgument" else HANDED_ON[kind](*value)
 

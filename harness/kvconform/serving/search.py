@@ -130,7 +130,7 @@ class Search:
         except EngineGone:
             raise Spent from None
         except EngineDied as death:
-            self._deaths += death.ended is not None
+            self._deaths += 1
             return Judged(Mismatch(kind=Kind.NO_ANSWER, program=0, error=death.error, ended=death.ended))
 
     # --- a failure ---

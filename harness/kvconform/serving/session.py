@@ -72,7 +72,8 @@ class Session:
     def __init__(self, engine: Engine, limits: Limits, nonce: int, model: str = "") -> None:
         self.engine, self.limits = engine, limits
         self.facts = engine.describe()
-        weights = model or engine.weights
+        # other dtypes are too coarse for it to show anything, unless it is asked for
+        weights = model or (engine.weights if self.facts.dtype == "float32" else "")
         self.model = Model(weights, self.facts, self.sizes.longest) if weights else None
         self.sent = self.hits = self.voids = 0
         self.began = time.monotonic()

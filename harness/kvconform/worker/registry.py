@@ -85,8 +85,9 @@ def compared(backend: Any, reference: str, claimed: Mapping[str, Any], address: 
         raise BackendUnavailable(
             f"{address} is judged by the definition, with the suite's weights: it takes no reference"
         )
-    cache_dtype = claimed.get("cache_dtype", "")
-    return _changed(backend, {"reference": reference, "claims": replace(backend.claims, cache_dtype=cache_dtype)})
+    claims = replace(backend.claims, cache_dtype=claimed.get("cache_dtype", ""))
+    told = {"cache_dtype": backend.claims.cache_dtype} if claims != backend.claims else {}
+    return _changed(backend, {"reference": reference, "claims": claims, **told})
 
 
 def _changed(backend: Any, changed: Mapping[str, Any]) -> Any:

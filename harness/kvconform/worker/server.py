@@ -82,6 +82,7 @@ class Worker:
                 "configs": configs,
                 "held": held and dict(held),
                 "reference": getattr(self.backend, "reference", BlackBox.reference),
+                "cache_dtype": getattr(self.backend, "cache_dtype", BlackBox.cache_dtype),
                 "parameters": getattr(self.backend, "parameters", BlackBox.parameters),
             }
         return {"claims": claims, "environment": environment(self.backend), "target": target}, b""

@@ -65,7 +65,14 @@ ABSENT = {
 """Facts whose absence is a predicate."""
 
 
-NUMBERS = {"position": "length", "past": "past", "q": "q", "length": "length after the step", "batch": "batch"}
+NUMBERS = {
+    "position": "length",
+    "past": "past",
+    "q": "q",
+    "length": "length after the step",
+    "batch": "batch",
+    "reached": "a largest length so far",
+}
 """Facts that are numbers, as predicates call them."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from kvconform.explain.diagnosis.record import Disagreement
 from kvconform.explain.visibility import FORBIDDEN, REQUIRED, Map
 from kvconform.judging.observed import Array
 from kvconform.worker.client import WorkerClient
+from kvconform_specs.claims import Precision
 from kvconform_specs.config import Config
 from kvconform_specs.reference.own_forward import ROWS
 from kvconform_specs.reference.solver import model
@@ -39,6 +41,7 @@ def disagreement(client: WorkerClient, config: Config, maps: Sequence[Map]) -> D
     if right.all():
         return None
     first = int(np.argmin(right))
+    alike = [*_alike(client, config, got, bound)]
     return Disagreement(
         reference=client.reference_address,
         first_token=first,
@@ -47,7 +50,8 @@ def disagreement(client: WorkerClient, config: Config, maps: Sequence[Map]) -> D
         window=config.window if config.window == first else None,
         sees_more=_shows(maps, FORBIDDEN),
         sees_less=_shows(maps, REQUIRED),
-        variants=[*_alike(client, config, got, bound)],
+        variants=alike,
+        cache_dtype="" if alike else _cache_dtype(client, config),
     )
 
 
@@ -59,15 +63,27 @@ def _alike(client: WorkerClient, config: Config, got: Array, bound: Array) -> It
                 yield variant
 
 
+def _cache_dtype(client: WorkerClient, config: Config) -> str:
+    """The dtype of the target's cache, if that explains all of the difference."""
+    told = "" if client.target is None else str(client.target["cache_dtype"])
+    if not told:
+        return ""
+    got, want, bound = _compared(client, config, replace(client.claims.precision, cache_dtype=told))
+    return told if _within(got, want, bound).all() else ""
+
+
 def _tape(config: Config) -> Array:
     return Streams(config, config.capacity, range(ROWS)).tape(STREAM)
 
 
-def _compared(client: WorkerClient, config: Config) -> tuple[Array, Array, Array]:
-    """What the own forward gives, what the reference does, and the bounds, ``(rows, tokens, outputs)``."""
+def _compared(client: WorkerClient, config: Config, precision: Precision | None = None) -> tuple[Array, Array, Array]:
+    """What the own forward gives, what the reference does, and the bounds, ``(rows, tokens, outputs)``; in the claimed
+    precision, if no other is given."""
     forward, tape = client.reference_forward, _tape(config)
     assert forward is not None
-    reference = model(config, forward(config), lambda: tape[:, None], 0, 0, client.claims.precision).numbers
+    reference = model(
+        config, forward(config), lambda: tape[:, None], 0, 0, precision or client.claims.precision
+    ).numbers
     return client.own_forward(config, tape), reference("value")[:, 0], reference("bound")[:, 0]
 
 

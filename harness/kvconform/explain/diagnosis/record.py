@@ -117,6 +117,8 @@ class Disagreement(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a visibility map shows that its outputs do not depend on tokens that those of the reference depend on."""
     variants: list[str]
     """What the reference gives exactly these outputs with, such as `without its window`; several: with each of them."""
+    cache_dtype: str = ""
+    """The dtype of its cache, if its outputs are within the bounds of the reference with such a cache; else empty."""
 
 
 class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -26,6 +26,7 @@ from kvconform_specs.program import (
     Close,
     Fork,
     Generate,
+    Marks,
     Poison,
     Program,
     Reject,
@@ -148,7 +149,7 @@ class _Reading:
         self.program, self.config, self.claims, self.earlier = program, program.config, claims, earlier
         self.cells: list[OutputCell] = []
         self.outputs: list[tuple[Array, Array] | None] = []
-        self.histories = Histories()
+        self.histories, self.marks = Histories(), Marks()
         self.facts: dict[str, dict[str, int]] = {}  # by open sequence
         self.wrong_before: set[str] = set()  # sequences
         self.first_context: dict[tuple[int, int], int] = {}  # of each prompt that was run, by stream and length
@@ -197,6 +198,7 @@ class _Reading:
         rows = self.histories.rows.get(step.seq, ()) if isinstance(step, Append) else ()
         cached = [len(row) for row in rows]
         self.histories.apply(step)
+        self.marks.apply(step)
         return cached
 
     def _add(
@@ -212,6 +214,7 @@ class _Reading:
         first = step.seq not in self.wrong_before
         common = self._common(step, cached)
         lengths = [c + n for c, n in zip(cached, step.counts, strict=True)]
+        reached = self.marks.marks(step.seq) if isinstance(step, Append) else lengths
         for row, count in enumerate(step.counts):
             columns = np.flatnonzero(real[row])
             for index, column in enumerate(columns):
@@ -223,6 +226,7 @@ class _Reading:
                     "q": count,
                     "position": cached[row] + place,
                     "length": lengths[row],
+                    "reached": reached[row],
                     "first token of the step": place == 0,
                     "last token of the step": place == count - 1,
                     "full": lengths[row] == self.config.capacity,

@@ -14,12 +14,12 @@ from kvconform.explain.diagnosis.conditions import NEAR, condition, counted
 from kvconform.explain.diagnosis.probes import Probe
 from kvconform.explain.diagnosis.record import Condition
 from kvconform.explain.diagnosis.symptoms import EARLIER_PROGRAM, OutputCell, Symptom
-from kvconform.explain.diagnosis.trials import trials
+from kvconform.explain.diagnosis.trials import LONGEST, trials
 from kvconform_specs.claimed import claimed
 from kvconform_specs.claims import Claims
 from kvconform_specs.config import Config
 from kvconform_specs.errors import SpecError
-from kvconform_specs.program import Append, Program, UncachedForward
+from kvconform_specs.program import Append, Program, Truncate, UncachedForward
 
 ROUNDS, TRIALS = 3, 16
 """How often a condition is looked for, and on how many random programs each is tested."""
@@ -46,6 +46,7 @@ def tested(
         probes = [*trials(config, claims, range(number * TRIALS, (number + 1) * TRIALS))]
         if number == 0:
             probes += [one for program in examples[:EXAMPLES] for one in _neighbours(program, claims)]
+            probes += _rolled_back(config, claims)
         new = _cells(list(run(probes)))
         cached_only = claims.reference == "self" or not any(
             cell.wrong and cell.facts.get("uncached forward") for cell in (*known, *new)
@@ -98,6 +99,15 @@ def _right_alone(symptoms: Sequence[Symptom], run: Run, fresh: Callable[[], None
         if any(cell.wrong for cell in _cells(run([one]))):
             return False
     return True
+
+
+def _rolled_back(config: Config, claims: Claims) -> Iterator[Probe]:
+    """Sequences that were longer once, which tell a length from one that was reached."""
+    long = min(config.capacity, LONGEST)
+    for number, (left, new) in enumerate(((long // 2, 1), (long // 4, 2), (long // 3, 1))):
+        steps = (Append("a", (long,), number), Truncate("a", left), Append("a", (new,), number + 10))
+        if left and left + new < long and claims.can("truncate") and claimed(steps, claims):
+            yield Probe(f"rolled back {number}", "a sequence that was longer once", Program(config, steps))
 
 
 def _neighbours(program: Program, claims: Claims) -> Iterator[Probe]:

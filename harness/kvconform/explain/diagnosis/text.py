@@ -69,6 +69,11 @@ def disagreement(found: Disagreement) -> Iterator[str]:
         yield "Its outputs do not depend on tokens that those of the reference depend on"
     if found.variants:
         yield f"Its outputs are what the reference gives {', and also '.join(found.variants)}"
+    elif found.cache_dtype:
+        yield (
+            f"Its cache is {found.cache_dtype}, and its outputs are within the bounds of the reference with such a "
+            f"cache: --claim cache_dtype={found.cache_dtype} accepts that"
+        )
     elif not found.first_token and found.correlation > ALIKE:
         yield (
             f"It is off by at most {100 * found.size:.2g} % of the size of the outputs: the weights are the same, and "
