@@ -459,6 +459,7 @@ def test_every_probe_has_its_own_name_and_streams() -> None:
 def cells(wrong: str, **facts: str) -> list[OutputCell]:
     """A cell for each character: ``x`` is wrong; each fact gives its numbers, a digit each."""
     plain = {"q": 1, "past": 0, "position": 0, "batch": 1, "row": 0, "longest": 1, "last row": 1, "length": 1}
+    plain["reached"] = 1
     return [
         OutputCell(
             step=0,
@@ -481,6 +482,7 @@ def cells(wrong: str, **facts: str) -> list[OutputCell]:
         ("..xx", {"row": "0011", "batch": "1222"}, "only with row ≠ 0"),
         (".x.x", {"q": "2112", "after_a_reset": "0101", "past": "0404"}, "only with past > 0"),
         ("...x", {"decodes": "0112", "past": "0457"}, "only from the second decode step on"),
+        ("..xx", {"length": "5595", "reached": "5599"}, "only with a largest length so far ≥ 9"),
         ("xxxx", {}, "wrong in every output"),
     ],
 )

@@ -41,7 +41,7 @@ def test_what_only_generates_is_concluded_from_its_generations() -> None:
     passed = {(verdict.clause, verdict.config) for verdict in results.verdicts if verdict.sentence == ""}
     assert results.exit_code == 0
     assert {clause for clause, _config in passed if clause == "equivalence.generation"}
-    assert "decoder profile, judged by its generations alone" in results.conclusion
+    assert (results.conclusion.why, results.conclusion.by) == ("decoder profile", "judged by its generations alone")
     assert "attention" not in results.conclusion
 
 

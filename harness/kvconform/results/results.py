@@ -173,7 +173,8 @@ class Results(msgspec.Struct, kw_only=True):
     @property
     def summary(self) -> str:
         """What the run amounts to, in one sentence."""
-        return ": ".join(filter(None, self.conclusion[1:]))
+        _code, word, why, by = self.conclusion
+        return ": ".join(filter(None, (word, ", ".join(filter(None, (why, by))))))
 
     @property
     def conclusion(self) -> Conclusion:
@@ -255,6 +256,8 @@ class Conclusion(NamedTuple):
     code: int
     word: str
     why: str
+    by: str = ""
+    """What it was judged by, where that is not the definition."""
 
 
 def _conclusion(results: Results) -> Conclusion:
@@ -294,10 +297,10 @@ def _conclusion(results: Results) -> Conclusion:
         why = f"no PASS on the core clauses {', '.join(missing[profile])} ({profile} profile)"
         return Conclusion(5, "undecided" if partial else "not conformant", why)
     if not partial:
-        by = "" if results.target is None else f", judged by {results.target.reference or 'its own forward'}"
-        by += ", judged by its answers without the prefix cache" if results.served is not None else ""
-        by += ", judged by its generations alone" if results.claims.get("interface") == "generation" else ""
-        return Conclusion(0, "conformant", f"{' and '.join(good)} profile{by}{more}")
+        by = [] if results.target is None else [f"judged by {results.target.reference or 'its own forward'}"]
+        by += ["judged by its answers without the prefix cache"] if results.served is not None else []
+        by += ["judged by its generations alone"] if results.claims.get("interface") == "generation" else []
+        return Conclusion(0, "conformant", f"{' and '.join(good)} profile{more}", ", ".join(by))
     if not any(verdict.outcome is Outcome.PASS for verdict in verdicts):
         outcomes = ", ".join(f"{count} {outcome}" for outcome, count in results.counts.items() if count)
         why = f"no cell of the selected part passed ({counted(len(verdicts), 'cell')}: {outcomes})"

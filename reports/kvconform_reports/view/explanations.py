@@ -86,7 +86,8 @@ def judged_by(result: Results) -> JudgedBy:
         both = " and by the model that it serves" if result.served.reference else ""
         return JudgedBy(f"judged by its own answers without the prefix cache{both}", tuple(_engine(result.served)))
     if result.target is None:
-        return JudgedBy("judged by the definition", ())
+        alone = ", its generations alone" if result.claims.get("interface") == "generation" else ""
+        return JudgedBy(f"judged by the definition{alone}", ())
     facts = [("called as", result.target.recognised), *(("assumed", words) for words in result.target.assumed)]
     facts += [
         (

@@ -101,7 +101,7 @@ class Standing:
 
 
 def standing(results: Results) -> Standing:
-    code, said, sentence = results.conclusion
+    code, said, sentence, _by = results.conclusion
     word, like = ("part of a run", Outcome.NOT_EXERCISED) if results.partial and code == 0 else STANDINGS[code]
     sentence = f"{said}: {sentence}" if said not in ("", word) else sentence  # the word is shown above it
     notes = []
