@@ -127,7 +127,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def docs(session: nox.Session) -> None:
-    """Build the site of the documentation; build/site/index.html. Broken links and anchors are errors."""
+    """Build the site of the documentation in build/site, a folder for each suite. Broken links are errors."""
     install(session, groups=("docs",))
     session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 

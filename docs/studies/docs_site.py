@@ -1,8 +1,13 @@
-"""The hooks of MkDocs for the site of the documentation: the pages outside ``docs``, the page of the command line, and
-links that lead out of ``docs``."""
+"""The hooks of MkDocs for the site of the documentation: the pages outside ``docs``, the page of the command line,
+links that lead out of ``docs``, and a folder for each version of the suite.
+
+The theme's version selector reads ``versions.json``, which lists the folders that are there: a build keeps those of
+earlier suites. The first page leads to the newest.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -25,12 +30,32 @@ OUTSIDE = {
 }
 """Pages that are made of a file outside ``docs``, by their place on the site."""
 CLI = "cli.md"
+FIRST_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>kvconform</title>
+<meta http-equiv="refresh" content="0; url={newest}/"></head>
+<body><a href="{newest}/">kvconform, suite {newest}</a></body></html>
+"""
 LINK = re.compile(r"(\]\()(?!https?://|mailto:|#)([^)#\s]+)((?:#[^)\s]*)?\))")
 
 
 def on_config(config: Any) -> Any:
     config.copyright = f"kvconform {__version__}, suite {SUITE_VERSION}"
+    config.site_dir = str(Path(config.site_dir) / SUITE_VERSION)
+    config.site_url = f"{config.site_url}{SUITE_VERSION}/"
     return config
+
+
+def on_post_build(config: Any) -> None:
+    list_versions(Path(config.site_dir).parent)
+
+
+def list_versions(site: Path) -> None:
+    """Writes ``versions.json``, the newest suite first, and the first page, which leads to it."""
+    folders = (path.name for path in site.iterdir() if re.fullmatch(r"\d+(\.\d+)+", path.name))
+    names = sorted(folders, key=lambda name: [int(part) for part in name.split(".")], reverse=True)
+    versions = [{"version": name, "title": f"suite {name}", "aliases": []} for name in names]
+    (site / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
+    (site / "index.html").write_text(FIRST_PAGE.format(newest=names[0]))
 
 
 def on_files(files: Any, config: Any) -> Any:

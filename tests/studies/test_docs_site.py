@@ -3,8 +3,10 @@ checks the rest in ``nox -s docs``."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import docs_site
@@ -66,3 +68,11 @@ def test_every_command_is_on_the_page_of_the_command_line() -> None:
 def test_the_guide_lists_every_key_of_the_settings() -> None:
     guide = (ROOT / "docs" / "guides" / "ci.md").read_text()
     assert re.findall(r"^\| `([\w-]+)` \|", guide, re.MULTILINE) == [*KEYS]
+
+
+def test_the_site_has_a_folder_for_each_suite_and_leads_to_the_newest(tmp_path: Path) -> None:
+    for name in ("0.5.0", "0.10.0", "assets"):
+        (tmp_path / name).mkdir()
+    docs_site.list_versions(tmp_path)
+    assert [one["version"] for one in json.loads((tmp_path / "versions.json").read_text())] == ["0.10.0", "0.5.0"]
+    assert 'url=0.10.0/"' in (tmp_path / "index.html").read_text()
