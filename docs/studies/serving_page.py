@@ -23,6 +23,7 @@ MARKS = {
     "unsupported": "",
     "not exercised": "not exercised",
     "inconclusive": "blind",
+    "not confirmed": "failed once, not again",
     "refuted": "no",
 }
 GUARANTEES = {"repeatable", "batch-invariant", "bitwise-hit"}
@@ -59,13 +60,18 @@ def compact(results: Json, mode: str, *others: Json) -> dict[str, Any]:
         "reference_effect": served.get("reference_effect"),
         "seconds_to_first": served.get("seconds_to_first", []),
         "runs": [counts(one) for one in (results, *others)],
-        "clauses": {v["clause"]: v["outcome"] for v in verdicts},
+        "clauses": {v["clause"]: _came_to(v) for v in verdicts},
         "found": [
             {"clause": v["clause"], "sentence": v["sentence"], "steps": v.get("steps", "")}
             for v in verdicts
             if v["outcome"] not in ("pass", "unsupported")
         ],
     }
+
+
+def _came_to(verdict: Json) -> str:
+    """The outcome; of one that failed once and was not confirmed, that."""
+    return str(verdict["reason"] if verdict.get("reason") == "not confirmed" else verdict["outcome"])
 
 
 def counts(results: Json) -> dict[str, int]:
@@ -125,7 +131,8 @@ def _verdict(record: Json) -> str:
     broken = [_short(name) for name, outcome in outcomes.items() if outcome in ("fail", "crash")]
     if broken:
         return f"**not conformant**: {', '.join(broken)}"
-    open_ = [_short(name) for name, outcome in outcomes.items() if outcome in ("inconclusive", "not exercised")]
+    undecided = ("inconclusive", "not exercised", "not confirmed")
+    open_ = [_short(name) for name, outcome in outcomes.items() if outcome in undecided]
     return f"no verdict on {len(open_)} clauses" if open_ else "conformant"
 
 
@@ -151,7 +158,7 @@ def _found(records: Sequence[Json]) -> Iterator[str]:
     yield ""
     for r in records:
         for one in r["found"]:
-            if _short(one["clause"]) not in GUARANTEES and r["clauses"][one["clause"]] in ("fail", "crash"):
+            if _short(one["clause"]) not in GUARANTEES and r["clauses"][one["clause"]] in (*BROKEN, "not confirmed"):
                 yield f"- {r['engine']} {r['version']}, {r['mode']}, {one['clause']}: {one['sentence']}"
                 if one["steps"]:
                     yield f"  Requests: {one['steps']}."

@@ -36,9 +36,11 @@ class MlxBatch(MlxCache):
         return [int(length) for length in np.array(cache.offset)]
 
     def truncate(self, cache: Any, length: int) -> Any:
-        held = max(self.length(cache))
-        check_length(length, held)
-        return self.trim(cache, held - length) if length < held else cache
+        lengths = self.length(cache)
+        check_length(length, min(lengths))
+        if len(set(lengths)) > 1:
+            raise ValueError("trim cannot cut rows of different lengths to one length")
+        return self.trim(cache, lengths[0] - length) if length < lengths[0] else cache
 
     def reorder(self, cache: Any, rows: list[int]) -> Any:
         check_rows(rows, cache.batch)
