@@ -60,3 +60,7 @@ class EvictsLate(NeverEvicts):
 
 class SeesAll(NeverEvicts):
     window = None
+
+
+class LosesItsWindow(NeverEvicts):
+    window = None

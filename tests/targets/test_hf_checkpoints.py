@@ -69,6 +69,8 @@ def test_perturbed_copies_share_a_bounded_memory(monkeypatch: pytest.MonkeyPatch
     alone = {seed: backend(config, {}).perturbed(1e-3, 1e-4, seed).uncached_forward(ids) for seed in (1, 2, 3)}
     weights = sum(weight.numel() * weight.element_size() for weight in backend.made.parameters())
     monkeypatch.setattr(black_box, "COPIES", 2 * weights)
+    monkeypatch.setattr(black_box, "free_memory", lambda: weights)
+    assert black_box.room() == 2 * weights
     client = backend(config, {})
     exact = client.uncached_forward(ids)
     noisy = {seed: client.perturbed(1e-3, 1e-4, seed) for seed in (1, 2, 3)}

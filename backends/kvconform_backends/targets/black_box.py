@@ -11,13 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kvconform.host import free_memory
+
 Array = NDArray[Any]
 Noise = tuple[float, float, int]
 """Storage, accumulation and seed of ``kvconform.backend.BlackBox.perturbed``."""
 BLOCK = 1 << 20
 """Weights that are perturbed at once: in float64 they take many times their own memory."""
-COPIES = 1 << 30
-"""Bytes of all perturbed copies of one module together."""
+COPIES, PART = 1 << 30, 4
+"""Bytes that all perturbed copies of one module may take together in any case, and the part of the free memory that
+they may take where that is more: on a large model, making a copy again takes ten times as long as running it."""
 
 
 def perturbed(module: nn.Module, storage: float, accumulation: float, seed: int) -> nn.Module:
@@ -44,14 +47,19 @@ def perturb(copied: nn.Module, storage: float, accumulation: float, seed: int) -
     return copied
 
 
+def room() -> int:
+    """Bytes for the perturbed copies of one module."""
+    return max(COPIES, (free_memory() or 0) // PART)
+
+
 class Perturbed:
-    """Perturbed copies of a module: at most as many as ``COPIES`` bytes hold, and at least one. Beyond that, the newest
-    one makes way: runs that ask for all of them in turn find the older ones."""
+    """Perturbed copies of a module: at most as many as ``room`` holds, and at least one. Beyond that, the newest one
+    makes way: runs that ask for all of them in turn find the older ones."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         size = sum(weight.numel() * weight.element_size() for weight in module.parameters())
-        self._most = max(1, COPIES // max(size, 1))
+        self._most = max(1, room() // max(size, 1))
         self._held: dict[Noise, nn.Module] = {}
 
     def of(self, noise: Noise) -> nn.Module:
