@@ -58,6 +58,8 @@ expires = 2027-03-31
 counterexample = "COUNTEREXAMPLE"
 """
 COMMANDS = ("run", "check", "replay", "diff", "gate", "verify", "merge", "report", "spec", "schema", "init")
+LEAST = 12
+"""How many inputs of a kind are tried at least."""
 UNSAFE = {"--install-completion", "--show-completion", "--on", "--write", "--self-test", "--out", "-o"}
 """Options that change the shell, use a cluster, or write to a place that is drawn."""
 
@@ -95,7 +97,7 @@ def soak(number: int, folder: Path, say: Callable[[str], None] = print) -> list[
     try:
         found = []
         for name, trial in trials(folder).items():
-            found.append(tried(name, trial, max(1, round(number * trial.share))))
+            found.append(tried(name, trial, max(LEAST, round(number * trial.share))))
             one = found[-1]
             say("\n  ".join((f"{one.name}: {one.tried} tried, {one.tracebacks} tracebacks", *one.places)))
         return found
