@@ -92,8 +92,9 @@ def test_reuse_of_shifted_chunks_is_seen_where_blocks_are_swapped(tmp_path: Path
 
 def test_a_window_that_the_engine_does_not_apply_is_seen_by_the_model(tmp_path: Path, url: str) -> None:
     directory = write_hf(replace(MODELS["llama"], window=24), tmp_path / "window")
-    words = ("--option", "dtype=float32", "--effort", "smoke", "--out", tmp_path)
-    printed = kvconform("check", f"{url}/v1", "--model", directory, *words, code=1)
+    address = f'{url}/v1?{{"dtype": "float32"}}'
+    words = ("--clause", "serving.rescore", "--clause", "serving.model", *SMOKE, "--out", tmp_path)
+    printed = kvconform("run", "-b", address, "--model", directory, *words, code=1)
     assert "serving.model on" in printed
     assert "by the model without an engine" in printed
     found = read(next(tmp_path.glob("*.json")))

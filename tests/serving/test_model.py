@@ -100,6 +100,8 @@ def test_the_reference_is_part_of_the_address_and_not_an_option_of_the_engine() 
     address = addressed("http://localhost:1/v1", {"dtype": "float32", "reference": "hf:models/tiny"})
     assert referenced(address) == ('http://localhost:1/v1?{"dtype": "float32"}', "hf:models/tiny")
     assert referenced("toy-engine") == ("toy-engine", "")
+    of_engine = addressed('vllm?{"dtype": "bfloat16"}', {"reference": "hf:models/tiny"})
+    assert referenced(of_engine) == ('vllm?{"dtype": "bfloat16"}', "hf:models/tiny")
 
 
 def test_results_name_the_reference_and_its_bound_and_a_failure_is_replayed(tmp_path: Path) -> None:

@@ -41,8 +41,11 @@ def is_url(address: str) -> bool:
 
 
 def addressed(target: str, options: Mapping[str, Any]) -> str:
-    """The address with its options, as results and counterexamples name it; replay opens it again."""
-    return target + (f"?{json.dumps(options, sort_keys=True)}" if options else "")
+    """The address with these options and its own, as results and counterexamples name it; replay opens it again. Raises
+    BadArgument."""
+    bare, own = split(target)
+    merged = {**own, **options}
+    return bare + (f"?{json.dumps(merged, sort_keys=True)}" if merged else "")
 
 
 def split(address: str) -> tuple[str, dict[str, Any]]:
