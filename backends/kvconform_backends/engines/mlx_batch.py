@@ -36,11 +36,11 @@ class MlxBatch(MlxCache):
         return [int(length) for length in np.array(cache.offset)]
 
     def truncate(self, cache: Any, length: int) -> Any:
-        lengths = self.length(cache)
-        check_length(length, min(lengths))
-        if len(set(lengths)) > 1:
+        held, *others = sorted(set(self.length(cache)))
+        check_length(length, held)
+        if others:
             raise ValueError("trim cannot cut rows of different lengths to one length")
-        return self.trim(cache, lengths[0] - length) if length < lengths[0] else cache
+        return self.trim(cache, held - length) if length < held else cache
 
     def reorder(self, cache: Any, rows: list[int]) -> Any:
         check_rows(rows, cache.batch)
@@ -48,8 +48,7 @@ class MlxBatch(MlxCache):
         return self.of_batch(cache, len(rows))
 
     def contents(self, cache: Any) -> list[list[tuple[Array, Array]]]:
-        empty = cache.keys is None
-        rows = [MlxCache.start(self, 1) if empty else cache.extract(row) for row in range(cache.batch)]
+        rows = [MlxCache.start(self, 1) if cache.keys is None else cache.extract(row) for row in range(cache.batch)]
         return [[super(MlxBatch, self).contents(row)[0][0] for row in rows]]
 
 
