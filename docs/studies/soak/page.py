@@ -43,7 +43,7 @@ def render(record: Record, source: str) -> str:
     lines = [
         "# Reliability",
         "",
-        f"What the parts of `nox -s soak` found, run one by one; this page is made from [the record]({source}).",
+        f"What `nox -s soak` found; this page is made from [the record]({source}).",
         "",
         "## Malformed inputs",
         "",
