@@ -53,7 +53,6 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         "",
     ]
     text += ["| backend | effort | units | median | longest | time of a program |", "|---|---|---|---|---|---|"]
-    means: dict[str, list[float]] = {}
     for effort in efforts:
         for backend in dict.fromkeys(row["backend"] for row in rows if row["effort"] == effort):
             those = [row for row in rows if (row["backend"], row["effort"]) == (backend, effort)]
@@ -61,7 +60,6 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
             programs = sum(row["programs"] for row in those)
             each = 1000 * sum(seconds) / programs if programs else 0.0
             middle = statistics.median(seconds)
-            means.setdefault(effort, []).append(statistics.mean(seconds))
             text.append(
                 f"| {backend} | {effort} | {len(those)} | {middle:.1f} s | {max(seconds):.1f} s | {each:.1f} ms |"
             )
@@ -75,10 +73,20 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|",
     ]
     count = BACKENDS * DTYPES * SEEDS * len(CONFIGS)
-    for effort, mean in means.items():
-        hours = count * statistics.mean(mean) / 3600
+    for effort in efforts:
+        hours = count * _mean(rows, effort) / 3600
         text.append(f"| {effort} | {count} | {hours:.1f} | {10 * hours:.0f} |")
     return "\n".join([*text, "", GROWTH, ""])
+
+
+def _mean(rows: Sequence[dict[str, Any]], effort: str) -> float:
+    """Mean seconds of a unit. Where only some configs were measured with an effort, those of ``pr`` are scaled by what
+    the measured units take more."""
+    seconds = {(row["backend"], row["config"]): row["seconds"] for row in rows if row["effort"] == effort}
+    whole = {(row["backend"], row["config"]): row["seconds"] for row in rows if row["effort"] == "pr"}
+    if seconds.keys() >= whole.keys() or not seconds.keys() <= whole.keys():
+        return statistics.mean(seconds.values())
+    return statistics.mean(whole.values()) * sum(seconds.values()) / sum(whole[unit] for unit in seconds)
 
 
 INTRODUCTION = """# Runs on more than one machine
@@ -112,7 +120,7 @@ A config whose cells took longer than `--unit-seconds` in the results that it re
 """
 PRICED = (
     f"Of {BACKENDS} backends in {DTYPES} dtypes with {SEEDS} seeds, every config of the suite ({len(CONFIGS)}), at the "
-    "mean cost of the units above."
+    "mean cost of the units above;\nwhere only some configs were measured, that of `pr` times what these take more."
 )
 GROWTH = """Units are independent: ten times as many backends, or seeds, cost ten times the hours. The wall time is the
 hours over the number of CPUs, as long as there are more units than CPUs; it cannot be shorter than the longest unit,
