@@ -85,8 +85,8 @@ def _mean(rows: Sequence[dict[str, Any]], effort: str) -> float:
     seconds = {(row["backend"], row["config"]): row["seconds"] for row in rows if row["effort"] == effort}
     whole = {(row["backend"], row["config"]): row["seconds"] for row in rows if row["effort"] == "pr"}
     if seconds.keys() >= whole.keys() or not seconds.keys() <= whole.keys():
-        return statistics.mean(seconds.values())
-    return statistics.mean(whole.values()) * sum(seconds.values()) / sum(whole[unit] for unit in seconds)
+        return float(statistics.mean(seconds.values()))
+    return float(statistics.mean(whole.values()) * sum(seconds.values()) / sum(whole[unit] for unit in seconds))
 
 
 INTRODUCTION = """# Runs on more than one machine

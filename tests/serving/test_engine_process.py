@@ -85,7 +85,7 @@ def test_what_an_engine_raises_and_what_it_lacks_come_through_the_pipe() -> None
             engine.answer([one, one])
         assert engine.answer([one])[0].completions, "it is started again"
         assert engine.starts == 2
-        assert "ToyEngine" in engine.source() or "Dies" in engine.source()
+        assert "from engines import Dies" in engine.source()
     with closing(EngineProcess("toy-engine")) as engine:
         assert engine.starts == 1
         assert engine.preemptions() == 0
@@ -104,3 +104,9 @@ def test_an_engine_that_ends_each_time_is_given_up(tmp_path: Path, monkeypatch: 
     found = run("Ends", tmp_path)
     assert Outcome.INCONCLUSIVE in outcomes(found).values()
     assert found.verdicts[-1].sentence.startswith("not judged: the engine gives no answer any more: EngineGone")
+
+
+def test_an_engine_that_closes_its_pipe_and_lives_on_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "CLOSE_SECONDS", 0.5)
+    with closing(EngineProcess(address("ClosesItsPipe"))) as engine, pytest.raises(EngineDied, match="SIGKILL"):
+        engine.answer([Request((1, 2, 3), 1)])

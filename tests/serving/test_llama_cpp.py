@@ -88,6 +88,9 @@ def test_reuse_of_shifted_chunks_is_seen_where_blocks_are_swapped(tmp_path: Path
     assert "serving.divergence" in printed
     (verdict,) = read(tmp_path / "llama.cpp.json")["verdicts"]
     assert verdict["mismatch"]["kind"] in ("log-probability", "choice")
+    (file,) = tmp_path.glob("failures/*/serving.divergence-*.json")
+    again = kvconform("replay", file, "--script", tmp_path / "bug.py", code=1)
+    assert "shows it, and exits with 1 until it is mended" in again  # the server that was started for it is still there
 
 
 def test_a_window_that_the_engine_does_not_apply_is_seen_by_the_model(tmp_path: Path, url: str) -> None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from commands import kvconform_here
 
-from kvconform.errors import BackendUnavailable
+from kvconform.errors import BackendUnavailable, WorkerDied
 from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.results import results as records
 from kvconform.search.effort import EFFORTS
 from kvconform.serving.engine import Description, Engine
-from kvconform.serving.model import Model
+from kvconform.serving.model import Model, Rows
 from kvconform.serving.noise import calibrate
 from kvconform.serving.registry import addressed, referenced
+from kvconform.serving.run import run_engine
 from kvconform.serving.session import Limits, Session
 from kvconform.serving.verdict import Trial
 from kvconform_backends.servers.toy import VOCABULARY, ToyEngine
@@ -26,6 +28,7 @@ from kvconform_specs.serving.clauses import BY_NAME
 from kvconform_specs.serving.requests import Request
 
 CLAUSE = BY_NAME["serving.model"]
+SMOKE = replace(EFFORTS["smoke"], shrink=False)
 
 
 class InBfloat16(ToyEngine):
@@ -42,8 +45,7 @@ class Untold(ToyEngine):
 
 def verdict(engine: Engine, folder: Path, model: str = ADDRESS) -> Verdict:
     with closing(Session(engine, Limits(), 0, model)) as session:
-        smoke = replace(EFFORTS["smoke"], shrink=False)
-        return Trial(session, calibrate(session), "toy", folder, smoke, 0, []).judge(CLAUSE)
+        return Trial(session, calibrate(session), "toy", folder, SMOKE, 0, []).judge(CLAUSE)
 
 
 def test_the_model_gives_what_the_engine_answers_within_its_bound() -> None:
@@ -64,7 +66,7 @@ def test_a_clean_engine_passes_and_what_was_compared_is_counted(tmp_path: Path) 
     assert found.outcome is Outcome.PASS, found.sentence
     assert found.compared > 500
     assert found.worst is not None
-    assert found.worst < 0.5
+    assert found.worst < 0.5, "the bound is 2 sqrt(2) 32 standard deviations: half of it would be 45 of them"
 
 
 def test_without_a_model_the_clause_is_unsupported_and_says_what_to_give(tmp_path: Path) -> None:
@@ -94,6 +96,38 @@ def test_where_the_bound_exceeds_the_effect_of_a_token_there_is_no_verdict(
 def test_a_model_that_cannot_be_the_one_served_is_refused(address: str, facts: dict[str, int], words: str) -> None:
     with pytest.raises(BackendUnavailable, match=words):
         Model(address, replace(ToyEngine().describe(), **facts), 32)  # type: ignore[arg-type]
+
+
+def test_a_model_that_nothing_is_compared_with_is_not_opened(tmp_path: Path) -> None:
+    words = ("run", "-b", "toy-engine", "--effort", "smoke", "--clause", "serving.rescore", "--model", "hf:nowhere")
+    assert kvconform_here(*words, folder=tmp_path).returncode == 0
+    asked = kvconform_here(*words[:-3], "serving.model", *words[-2:], folder=tmp_path)
+    assert asked.returncode == 3
+    assert "neither a local directory with a config.json nor" in asked.stdout
+
+
+def test_a_model_that_is_neither_directory_nor_address_is_one_sentence(tmp_path: Path) -> None:
+    done = kvconform_here("run", "-b", "toy-engine", "--model", "no/such", folder=tmp_path)
+    assert done.returncode == 2
+    assert "--model: no directory no/such; want one of transformers, or the address of a target" in done.stderr
+
+
+def test_a_model_that_dies_is_no_verdict_on_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(self: Model, ids: tuple[int, ...], start: int) -> Rows:
+        raise WorkerDied("reference")
+
+    opened = Model.__init__
+
+    def opened_and_dead(self: Model, *given: Any) -> None:
+        opened(self, *given)
+        monkeypatch.setattr(Model, "rows", rows)
+
+    monkeypatch.setattr(Model, "__init__", opened_and_dead)
+    clauses = ("serving.model", "serving.rescore")
+    found = run_engine("toy", addressed("toy-engine", {"reference": ADDRESS}), SMOKE, 0, tmp_path, Limits(), clauses)
+    outcomes = {one.clause: (one.outcome, one.reason) for one in found.verdicts}
+    assert outcomes["serving.model"] == (Outcome.INCONCLUSIVE, Reason.NO_REFERENCE)
+    assert outcomes["serving.rescore"] == (Outcome.PASS, None)
 
 
 def test_the_reference_is_part_of_the_address_and_not_an_option_of_the_engine() -> None:

@@ -32,7 +32,7 @@ def _slow(*capacities: int) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capacity", [1, 9, *_slow(2, 3, 6, 13)])
+@pytest.mark.parametrize("capacity", [1, 9, *_slow(2, 3, 6, 13, 18, 23)])
 def test_no_draw_exceeds_the_capacity(capacity: int) -> None:
     asked = 0
     for name in CONFIG_NAMES:
@@ -48,7 +48,7 @@ def test_no_draw_exceeds_the_capacity(capacity: int) -> None:
 
 
 @pytest.mark.parametrize("claims", slow_except(CLAIMS.values(), 4), ids=CLAIMS)
-@pytest.mark.parametrize("capacity", [3, *_slow(1, 2, 5, 12)])
+@pytest.mark.parametrize("capacity", [3, *_slow(1, 2, 5, 12, 40)])
 def test_a_cell_reaches_every_situation_of_its_clause(capacity: int, claims: Claims) -> None:
     """At the smallest effort, with the further cases that are drawn for what is missing."""
     missed, asked = [], 0

@@ -148,3 +148,12 @@ class EndsAtOnce(ToyEngine):
 
     def __init__(self) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class ClosesItsPipe(ToyEngine):
+    """It closes every file of its process and goes on."""
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        os.closerange(3, 1024)
+        time.sleep(3600)
+        return []

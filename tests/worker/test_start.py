@@ -53,7 +53,7 @@ def judged(address: str, method: str, folder: Path) -> Results:
         "numpy",
         "eager",
         "kvconform_backends.faults.published:FirstListing",
-        *(f"{SUBJECTS}:{name}" for name in ("GlobalCache", "Segfaults", "PrintsAndIsWrong")),
+        *(f"{SUBJECTS}:{name}" for name in ("GlobalCache", "Raises", "Segfaults", "Exits", "PrintsAndIsWrong")),
     ],
 )
 def test_verdicts_do_not_depend_on_how_a_worker_was_started(address: str, tmp_path: Path) -> None:

@@ -101,13 +101,14 @@ def run(
     found = []
     engines = [address for address in backend if is_engine(address)]
     for address in engines:
-        if serving.name_of(address) in {key[0] for key in known.known}:
-            words = f"--known-failures: {serving.name_of(address)} is a serving engine: kvconform gate compares it with"
-            raise BadArgument("known failures", address, sentence=f"{words} a baseline")
+        name = serving.name_of(address)
+        if name in {key[0] for key in known.known}:
+            words = f"--known-failures: {name} is a serving engine: kvconform gate compares it with a baseline"
+            raise BadArgument("known failures", address, sentence=words)
         limits = Limits(max_requests, max_seconds, concurrent)
         named, quietly = effort_named(effort), quiet or as_json
-        asked = serving.judge(address, {}, named, seed, out, limits, clauses=clause, model=model, quiet=quietly)
-        found.append(asked)
+        judged = serving.judge(address, {}, named, seed, out, limits, clauses=clause, model=model, quiet=quietly)
+        found.append(judged)
     if len(engines) == len(backend):
         _end(found, as_json, junit)
     backend = [address for address in backend if address not in engines]
@@ -169,8 +170,7 @@ def check(
     class with the methods of kvconform.BlackBox (an adapter).
 
     A serving engine at a URL is judged by its own answers without the prefix cache, and with --model by the weights
-    that it serves. An API key is read from the
-    environment, and is written nowhere.
+    that it serves. An API key is read from the environment, and is written nowhere.
     """
     plan = Plan(effort_named(effort) if effort else CHECK, seed, explain=True)
     found: list[Results] = []

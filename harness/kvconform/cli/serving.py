@@ -12,7 +12,7 @@ import typer
 
 from kvconform.cli.options import print_json, say
 from kvconform.cli.progress import Progress
-from kvconform.errors import UnknownClause
+from kvconform.errors import BadArgument, UnknownClause
 from kvconform.explain import repro
 from kvconform.files import write_atomically
 from kvconform.judging.mismatch import Mismatch
@@ -85,8 +85,13 @@ def judge(
 
 
 def weights(model: str) -> str:
-    """The address of the weights: of a directory, that of transformers."""
-    return of_directory(Path(model)) if Path(model).is_dir() else model
+    """The address of the weights: of a directory, that of transformers. Raises BadArgument for what is neither."""
+    if Path(model).is_dir():
+        return of_directory(Path(model))
+    if ":" not in model:
+        words = f"--model: no directory {model}; want one of transformers, or the address of a target"
+        raise BadArgument("model", model, sentence=words)
+    return model
 
 
 def replay(file: Path, backend: str, script: Path | None, allow_remote: bool, as_json: bool) -> int:
@@ -116,11 +121,11 @@ def _written(script: Path, found: counterexample.ServingCounterexample, mismatch
     try:
         made = scripts.script(found, mismatch, engine, model or referenced(found.engine)[1] or engine.weights)
         write_atomically(script, made.encode())
+        return repro.tried(script, sys.executable)  # while a server that was started for it is there
     except NotImplementedError as error:
         return f"none: {error}"
     finally:
         engine.close()
-    return repro.tried(script, sys.executable)
 
 
 def name_of(target: str) -> str:

@@ -29,7 +29,7 @@ OF_A_LOGIT = 2
 COARSEST = "bfloat16"
 """What stands for a dtype that is unknown or has no rounding of its own: the coarsest of those that have one."""
 SEPARATED = 3.0
-"""A changed token is seen if it moves a log-probability by more than so many bounds."""
+"""The least ratio of the effect of a changed token and of what rounding may do at which the token is seen."""
 PROMPTS, CHANGES = 2, 4
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import msgspec
 
 from kvconform.serving.engine import Completion
+from kvconform.serving.model import SEPARATED
 from kvconform.serving.session import Session
 from kvconform_specs.serving.program import Span, renaming, stream
 from kvconform_specs.serving.requests import Request
@@ -23,8 +24,6 @@ MANTISSA = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
 ULPS = 2
 """A log-probability is a logit minus a sum that moves by no more than the largest move of a logit: where each logit may
 move by one ulp, it moves by two."""
-SEPARATED = 3.0
-"""The least ratio of effect and noise at which there is a verdict."""
 MOST = 300.0
 """The bound is at most so many times the noise, however large the effect."""
 DECODED, PROMPTS, CHANGES = 6, 2, 8

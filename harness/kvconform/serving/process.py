@@ -10,19 +10,22 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, cast
 
-from kvconform.errors import BackendUnavailable, BadArgument, Exit, InvalidBackend, Raised, Unavailable
+from kvconform.errors import BackendUnavailable, BadArgument, Exit, InvalidBackend, KvconformError, Raised, Unavailable
 from kvconform.host import oom_kills
 from kvconform.serving.engine import Answer, Description, Engine
 from kvconform.serving.registry import is_url, open_engine
 from kvconform.worker.process import exit_of
 from kvconform_specs.serving.requests import Request
 
-ANSWER_SECONDS, START_SECONDS = 600.0, 900.0
-"""Seconds without an answer, or until the engine is there, after which the process is killed."""
+ANSWER_SECONDS, START_SECONDS, CLOSE_SECONDS = 600.0, 900.0, 10.0
+"""Seconds without an answer, until the engine is there, or until it has closed, after which the process is killed."""
+ANSWER, RAISED = "answer", "raised"
+"""What a message of the child is, unless it is the name of an error that is handed on."""
 STARTS = 40
 """How often an engine is started in all: each death costs a start."""
 HANDED_ON: dict[str, Callable[..., Exception]] = {
@@ -41,6 +44,20 @@ class EngineDied(Exception):
 
 class EngineGone(EngineDied):
     """It has died so often that it is not started again."""
+
+
+@contextlib.contextmanager
+def guarded(*passing: type[Exception]) -> Iterator[None]:
+    """The one place that catches what an engine raises, in this process or because it cannot be reached any more.
+    ``passing``: errors that are no death."""
+    try:
+        yield
+    except EngineDied:
+        raise
+    except passing:
+        raise
+    except Exception as error:
+        raise EngineDied(Raised.of(error)) from error
 
 
 def opened(address: str) -> Engine:
@@ -96,13 +113,12 @@ class EngineProcess(Engine):
                 raise EngineDied(None, Exit(timeout=seconds))
             kind, value = self._pipe.recv()
         except (EOFError, OSError):
-            code = self._process.wait()
-            ended = exit_of(code, self._last_words(), self._kills)
+            ended = exit_of(self._ended(), self._last_words(), self._kills)
             self.close()
             raise EngineDied(None, ended) from None
-        if kind == "answer":
+        if kind == ANSWER:
             return value
-        if kind == "raised":
+        if kind == RAISED:
             self.close()  # what it was doing may have left it useless: the next request starts it again
             raise EngineDied(value)
         raise BadArgument(*value) if kind == "BadArgument" else HANDED_ON[kind](*value)
@@ -136,43 +152,48 @@ class EngineProcess(Engine):
         if self._process is None:
             return
         self._pipe.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._ended()
         self._log.close()
         self._process = None
+
+    def _ended(self) -> int:
+        """The return code of the child, which is killed if it does not end by itself: it may have closed the pipe and
+        live on."""
+        assert self._process is not None
+        try:
+            return self._process.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
 
 
 def main() -> None:
     """The child. Arguments: the file descriptor of its end of the pipe, and the address."""
     pipe: Connection[Any, Any] = Connection(int(sys.argv[1]))
-    try:
-        engine = open_engine(sys.argv[2])
-    except BaseException as error:
-        pipe.send(_told(error))
-        raise
-    pipe.send(("answer", engine.weights))
+    kind, engine = _reply(partial(open_engine, sys.argv[2]))
+    pipe.send((kind, engine.weights if kind == ANSWER else engine))
+    if kind != ANSWER:
+        return
     try:
         while True:
             method, arguments = pipe.recv()
-            try:
-                reply = "answer", getattr(engine, method)(*arguments)
-            except Exception as error:  # noqa: BLE001 - whatever an engine raises is a result
-                reply = _told(error)
-            pipe.send(reply)
+            pipe.send(_reply(partial(getattr(engine, method), *arguments)))
     except EOFError:
         engine.close()
 
 
-def _told(error: BaseException) -> tuple[str, Any]:
-    """An error as data."""
-    if isinstance(error, BadArgument):
+def _reply(call: Callable[[], Any]) -> tuple[str, Any]:
+    """What a call gives, or its error as data."""
+    try:
+        with guarded(KvconformError, NotImplementedError):
+            return ANSWER, call()
+    except EngineDied as death:
+        return RAISED, death.error
+    except BadArgument as error:
         return "BadArgument", (error.argument, error.value, error.known, str(error))
-    if type(error).__name__ in HANDED_ON:
-        return type(error).__name__, (str(error),)
-    return "raised", Raised.of(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+    except (KvconformError, NotImplementedError) as error:
+        name = type(error).__name__
+        return (name, (str(error),)) if name in HANDED_ON else (RAISED, Raised.of(error))
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ def replayed(found: ServingCounterexample, address: str, limits: Limits) -> Mism
     Raises BackendUnavailable, Spent.
     """
     address, model = referenced(address)
+    model, by_model = model or referenced(found.engine)[1], BY_NAME[found.clause].by_model
     engine = opened(address)
     try:
-        with closing(Session(engine, limits, secrets.randbits(31), model or referenced(found.engine)[1])) as session:
+        with closing(Session(engine, limits, secrets.randbits(31), model, by_model=by_model)) as session:
             gauge = calibrate(session)
             tries = (_once(found, session, gauge) for _ in range(AGAIN))
             return next((mismatch for mismatch in tries if mismatch is not None), None)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from kvconform.errors import BackendUnavailable, Unavailable, UnknownClause
+from kvconform.errors import BackendUnavailable, Unavailable, UnknownClause, WorkerDied
 from kvconform.host import machine
 from kvconform.judging.verdict import Outcome, Reason, Verdict
 from kvconform.results.guarantees import measured
@@ -84,7 +84,8 @@ def run_engine(
     try:
         # a server that was there before may have seen the programs of this seed: each run draws other token ids
         nonce = secrets.randbits(31) if is_url(address) else seed
-        with closing(Session(engine, limits, nonce, model)) as session:
+        by_model = any(clause.by_model for clause in chosen)
+        with closing(Session(engine, limits, nonce, model, by_model=by_model)) as session:
             _judge(results, session, address, chosen, effort, seed, out / "failures" / name, path, tell, begin)
     except EngineDied as death:
         return _unavailable(results, path, f"the engine gives no answer: {death}", False)
@@ -125,7 +126,10 @@ def _judge(
     trial = Trial(session, gauge, address, folder, effort, seed, [])
     gone = ""
     for clause in clauses:
-        verdict = trial.judge(clause) if not gone else _not_judged(clause, address, gone)
+        try:
+            verdict = trial.judge(clause) if not gone else _not_judged(clause, address, gone)
+        except WorkerDied as death:
+            verdict = _not_judged(clause, address, f"the model gives no answer: {death}")
         results.verdicts.append(verdict)
         results.served = served(session, gauge)
         results.seconds = round(time.perf_counter() - began, 3)

@@ -6,14 +6,13 @@ from __future__ import annotations
 import time
 from bisect import bisect, insort
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from kvconform.errors import Raised
 from kvconform.serving.engine import Answer, Engine
 from kvconform.serving.model import Model
-from kvconform.serving.process import EngineDied
+from kvconform.serving.process import EngineDied, guarded
 from kvconform_specs.serving.program import Program, Reset, request
 from kvconform_specs.serving.requests import Request
 from kvconform_specs.serving.strategies import Sizes
@@ -42,17 +41,6 @@ class Spent(Exception):
     """The limits are reached."""
 
 
-@contextmanager
-def guarded() -> Iterator[None]:
-    """The one place that catches what an engine raises, in this process or because it cannot be reached any more."""
-    try:
-        yield
-    except EngineDied:
-        raise
-    except Exception as error:
-        raise EngineDied(Raised.of(error)) from error
-
-
 @dataclass(frozen=True, slots=True)
 class Sent:
     """A request of a program with its answer. ``shared``: the most tokens that its prompt has in common with anything
@@ -66,15 +54,15 @@ class Sent:
 
 class Session:
     """``nonce`` begins the names of all permutations: an engine that was asked before has seen no prompt of it.
-    ``model``: the address of the weights that the engine serves; empty: as its adapter says. Raises BackendUnavailable
-    where it cannot be opened."""
+    ``model``: the address of the weights that the engine serves; empty: as its adapter says. ``by_model``: whether a
+    clause is judged by them; otherwise they are not opened. Raises BackendUnavailable where they cannot be."""
 
-    def __init__(self, engine: Engine, limits: Limits, nonce: int, model: str = "") -> None:
+    def __init__(self, engine: Engine, limits: Limits, nonce: int, model: str = "", *, by_model: bool = True) -> None:
         self.engine, self.limits = engine, limits
         self.facts = engine.describe()
         # other dtypes are too coarse for it to show anything, unless it is asked for
         weights = model or (engine.weights if self.facts.dtype == "float32" else "")
-        self.model = Model(weights, self.facts, self.sizes.longest) if weights else None
+        self.model = Model(weights, self.facts, self.sizes.longest) if weights and by_model else None
         self.sent = self.hits = self.voids = 0
         self.began = time.monotonic()
         self._nonce, self._names = nonce, 0

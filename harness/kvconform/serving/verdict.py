@@ -66,7 +66,7 @@ class Trial:
 
     def _unsupported(self, clause: ServingClause) -> Why | None:
         abilities = self.session.facts.abilities
-        if Served.MODEL in clause.relations and self.session.model is None:
+        if clause.by_model and self.session.model is None:
             return Reason.ABILITY, "no model was given: --model DIRECTORY, the weights that the engine serves"
         missing = [need for need in clause.needs if need not in abilities]
         if missing:
@@ -83,7 +83,7 @@ class Trial:
         if needs <= NEED_BOUND and gauge.bound is None:
             return reason, gauge.blind
         model = self.session.model
-        if Served.MODEL in needs and model is not None and model.power.blind:
+        if clause.by_model and model is not None and model.power.blind:
             return Reason.BLIND, model.power.blind
         if Served.RESCORED in needs and gauge.decode_bound is None:
             return reason, gauge.blind or f"the floor of {gauge.floor:.2g} is too high for the effect of a wrong token"

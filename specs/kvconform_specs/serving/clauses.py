@@ -83,6 +83,11 @@ class ServingClause:
     def chapter(self) -> str:
         return CHAPTER
 
+    @property
+    def by_model(self) -> bool:
+        """Whether answers are compared with the weights that the engine serves."""
+        return Served.MODEL in self.relations
+
 
 def every(*words: str) -> tuple[tuple[str, Possible], ...]:
     return tuple((one, always) for one in words)

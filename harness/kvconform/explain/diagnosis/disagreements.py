@@ -51,7 +51,7 @@ def disagreement(client: WorkerClient, config: Config, maps: Sequence[Map]) -> D
         sees_more=_shows(maps, FORBIDDEN),
         sees_less=_shows(maps, REQUIRED),
         variants=alike,
-        cache_dtype="" if alike else _cache_dtype(client, config),
+        cache_dtype="" if alike else _cache_dtype(client, config, got),
     )
 
 
@@ -63,12 +63,12 @@ def _alike(client: WorkerClient, config: Config, got: Array, bound: Array) -> It
                 yield variant
 
 
-def _cache_dtype(client: WorkerClient, config: Config) -> str:
+def _cache_dtype(client: WorkerClient, config: Config, got: Array) -> str:
     """The dtype of the target's cache, if that explains all of the difference."""
     told = "" if client.target is None else str(client.target["cache_dtype"])
     if not told:
         return ""
-    got, want, bound = _compared(client, config, replace(client.claims.precision, cache_dtype=told))
+    want, bound = _wanted(client, config, replace(client.claims.precision, cache_dtype=told))
     return told if _within(got, want, bound).all() else ""
 
 
@@ -76,15 +76,17 @@ def _tape(config: Config) -> Array:
     return Streams(config, config.capacity, range(ROWS)).tape(STREAM)
 
 
-def _compared(client: WorkerClient, config: Config, precision: Precision | None = None) -> tuple[Array, Array, Array]:
-    """What the own forward gives, what the reference does, and the bounds, ``(rows, tokens, outputs)``; in the claimed
-    precision, if no other is given."""
+def _compared(client: WorkerClient, config: Config) -> tuple[Array, Array, Array]:
+    """What the own forward gives, what the reference does, and the bounds, ``(rows, tokens, outputs)``."""
+    return client.own_forward(config, _tape(config)), *_wanted(client, config, client.claims.precision)
+
+
+def _wanted(client: WorkerClient, config: Config, precision: Precision) -> tuple[Array, Array]:
+    """What the reference gives, and the bounds in a precision."""
     forward, tape = client.reference_forward, _tape(config)
     assert forward is not None
-    reference = model(
-        config, forward(config), lambda: tape[:, None], 0, 0, precision or client.claims.precision
-    ).numbers
-    return client.own_forward(config, tape), reference("value")[:, 0], reference("bound")[:, 0]
+    numbers = model(config, forward(config), lambda: tape[:, None], 0, 0, precision).numbers
+    return numbers("value")[:, 0], numbers("bound")[:, 0]
 
 
 def _within(got: Array, want: Array, bound: Array) -> Array:
